@@ -165,12 +165,13 @@ class Block(nn.Module):
     if cache is not None:
       mask = context.token_mask
       return attention.decode(h, mask, positions, bias, cache, layer)
-    keys = dict(memory=None, key_segment_ids=context.key_segment_ids)
+    memory, key_ids = None, context.key_segment_ids
     if cross:
-      keys = dict(
-        memory=context.memory, key_segment_ids=context.memory_segment_ids
-      )
-    ids = context.segment_ids
+      memory, key_ids = context.memory, context.memory_segment_ids
+    ids, keys = (
+      context.segment_ids,
+      dict(memory=memory, key_segment_ids=key_ids),
+    )
     return attention(h, ids, positions, bias, self.train, **keys), None
 
   def _residual_sum(self, x, y):

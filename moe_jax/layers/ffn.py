@@ -96,9 +96,7 @@ def activation(name: str) -> Activation:
 class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
 
-  hidden: int = option(
-    512, 'Width F of the hidden layer of a feed-forward.', minimum=1
-  )
+  hidden: int = option(512, 'Hidden width F of a feed-forward.', minimum=1)
   activation: str = option(
     'gelu',
     'Activation between the two products of a feed-forward; gelu is the exact '

@@ -5,13 +5,8 @@ from collections.abc import Iterator
 from typing import Self
 
 from moe_jax.config import Options, choice, fields_of, option
-from moe_jax.layers.experts import (
-  DISPATCHES,
-  EXPERTS,
-  Dispatch,
-  ExpertOptions,
-  Twin,
-)
+from moe_jax.layers.experts import DISPATCHES, EXPERTS, Dispatch, ExpertOptions
+from moe_jax.layers.experts.experts import Twin
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import ImposedOptions
@@ -81,9 +76,7 @@ class MoeOptions(ImposedOptions):
   capacity: Capacity = choice(
     CAPACITIES, 'per_token', 'Rule for the slots of an expert in each group.'
   )
-  expert: ExpertOptions = choice(
-    EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
-  )
+  expert: ExpertOptions = choice(EXPERTS, 'feed_forward', 'Kind of experts.')
   shared_expert: SharedExpertOptions = option(
     SharedExpertOptions(),
     'Expert of the sparse layers that every token meets beside its chosen ones '

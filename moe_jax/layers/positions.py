@@ -127,9 +127,7 @@ class Rotary(Positions):
     above=0,
     maximum=1,
   )
-  scaling: RotaryScaling = choice(
-    SCALINGS, 'none', 'Change of the rotation for long texts.'
-  )
+  scaling: RotaryScaling = choice(SCALINGS, 'none', 'Change for long texts.')
 
   def _width(self, head_width: int) -> int:
     """The number of numbers of a head that rotate."""

@@ -223,9 +223,8 @@ class LongRope(RotaryScaling):
       factors, mscale = self.long_factor, self.long_mscale
     divisors = np.asarray(factors, np.float32)
     log_ratio = math.log(max(self.factor, 1.0)) / math.log(self.original_len)
-    return Turns(
-      frequencies(theta, width) / divisors, mscale or math.sqrt(1 + log_ratio)
-    )
+    frequency = frequencies(theta, width) / divisors
+    return Turns(frequency, mscale or math.sqrt(1 + log_ratio))
 
 
 SCALINGS = Kinds(

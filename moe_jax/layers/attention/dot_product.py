@@ -74,12 +74,9 @@ def attend(
   if key_segment_ids is None and not keys.cross:
     key_segment_ids = segment_ids
   arrays = query, key, value, segment_ids, key_segment_ids
-  plain = functools.partial(
-    einsum, keys=keys, bias=bias, sinks=sinks, dropout=dropout
-  )
-  in_blocks = functools.partial(
-    blockwise.blocks, keys=keys, bias=bias, sinks=sinks
-  )
+  options = dict(keys=keys, bias=bias, sinks=sinks)
+  plain = functools.partial(einsum, dropout=dropout, **options)
+  in_blocks = functools.partial(blockwise.blocks, **options)
   kernel = functools.partial(_of_one_width, splash, keys=keys, sinks=sinks)
   if checked_alone or implementation == 'einsum':
     return plain(*arrays)
@@ -279,18 +276,13 @@ def _splash_kernel(T, H, keys, interpret):
   elif keys.causal:
     mask = splash_attention.CausalMask((T, T))
   side = next(block for block in _BLOCKS if T % block == 0)
+  names = 'q', 'kv', 'q_dkv', 'kv_dkv', 'q_dq', 'kv_dq'
+  sides = {f'block_{name}': side for name in names}
   return splash_attention.make_splash_mha(
     mask=splash_attention.MultiHeadMask([mask] * H),
     head_shards=1,
     q_seq_shards=1,
-    block_sizes=splash_attention.BlockSizes(
-      block_q=side,
-      block_kv=side,
-      block_q_dkv=side,
-      block_kv_dkv=side,
-      block_q_dq=side,
-      block_kv_dq=side,
-    ),
+    block_sizes=splash_attention.BlockSizes(**sides),
     interpret=interpret,
   )
 

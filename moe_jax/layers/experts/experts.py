@@ -25,7 +25,6 @@ from moe_jax.layers.experts.dispatch_options import (
   Dropless,
   Gather,
 )
-from moe_jax.layers.experts.few_tokens import Batched, Unrolled
 from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows
 from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
@@ -66,10 +65,10 @@ def apply_experts(
   Returns:
     The gated sums, and what moved between devices, or None.
   """
-  if isinstance(dispatch, Unrolled):
+  if isinstance(dispatch, few_tokens.Unrolled):
     fold = functools.partial(few_tokens.fold_unrolled, params)
     return few_tokens.apply_one_by_one(ffn, fold, x, routing), None
-  if isinstance(dispatch, Batched) and few_tokens.are_few(x):
+  if isinstance(dispatch, few_tokens.Batched) and few_tokens.are_few(x):
     return few_tokens.apply_all_experts(ffn, params, x, routing), None
   if isinstance(dispatch, Dropless):
     key = next_key()
@@ -125,8 +124,9 @@ class FeedForwardExperts(nn.Module):
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
     """Calls `apply_experts`, with dropout if `train`."""
-    ffn, E, M = self.ffn, routing.num_experts, x.shape[-1]
-    if isinstance(self.dispatch, Unrolled):
+    ffn, dispatch = self.ffn, self.dispatch
+    E, M = routing.num_experts, x.shape[-1]
+    if isinstance(dispatch, few_tokens.Unrolled):
       params = [
         few_tokens.OneExpert(ffn, name=few_tokens.own_name(e))(M)
         for e in range(E)
@@ -134,16 +134,13 @@ class FeedForwardExperts(nn.Module):
     else:
       params = ffn.parameters(self, (E,), M)
     # The keys for rows in slots are those of a submodule.
-    by_slot = self.dispatch.by_slot
-    module = ffn.dropout_module(self, train) if by_slot else self
+    module = ffn.dropout_module(self, train) if dispatch.by_slot else self
 
     def next_key():
       return module.make_rng('dropout') if train and ffn.dropout else None
 
     layout = _layout(self, ffn.shared, x, E, ffn.options.hidden)
-    return apply_experts(
-      ffn, params, x, routing, self.dispatch, layout, next_key
-    )
+    return apply_experts(ffn, params, x, routing, dispatch, layout, next_key)
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
@@ -226,9 +223,8 @@ class ExpertOptions(Options):
     Raises:
       ValueError: These experts have no dense equivalent.
     """
-    raise InputError(
-      f'{type(self).__name__} has no dense twin: give it a method `twin`'
-    )
+    name = type(self).__name__
+    raise InputError(f'{name} has no dense twin: give it a method `twin`')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,7 @@ from moe_jax.shapes import Array, Float, checked
 class QuantizedExpert(FeedForwardExpert):
   """The options of feed-forward experts in codes, for any dispatch."""
 
-  format: KernelFormat = option(
-    KernelFormat(), 'Storage of the kernels of experts.'
-  )
+  format: KernelFormat = option(KernelFormat(), "Storage of experts' kernels.")
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
     """The module, which is the same for every dispatch."""
@@ -61,9 +59,8 @@ class QuantizedExperts(nn.Module):
     stored = self._parameters(routing.num_experts, x.shape[-1])
 
     def decoded(e):
-      p = jax.tree.map(
-        lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), stored
-      )
+      index = jax.lax.dynamic_index_in_dim
+      p = jax.tree.map(lambda w: index(w, e, keepdims=False), stored)
       return self.format.decoded_experts(p)
 
     def fold(used, step, y):

@@ -60,9 +60,8 @@ class Sizes:
 
   def slots(self, group_size: int) -> int:
     """The slots of an expert in a group of that many tokens, a Python int."""
-    return self.capacity.per_expert(
-      group_size, self.num_experts, self.num_selected
-    )
+    E, K = self.num_experts, self.num_selected
+    return self.capacity.per_expert(group_size, E, K)
 
 
 class TokenInfo(NamedTuple):

@@ -45,9 +45,7 @@ class Hierarchical(contract.RouterOptions):
     '/ branches_selected experts.',
     minimum=1,
   )
-  noisy: bool = option(
-    False, 'Whether the gates are noisy, with kernels from zero.'
-  )
+  noisy: bool = option(False, 'Whether gates are noisy, from zero kernels.')
   gates: str = option(
     'raw',
     "Gates at each level: 'raw' is the softmax over all branches or experts, "

@@ -33,9 +33,7 @@ JITTER = option(
   below=1,
   same_function=True,
 )
-USE_BIAS = option(
-  False, "Whether the router's logits have a learned bias, zero at first."
-)
+USE_BIAS = option(False, 'Whether logits have a learned bias, 0 at first.')
 
 # Gates and slots.
 
