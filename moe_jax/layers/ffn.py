@@ -206,10 +206,6 @@ class FfnLayer:
       for name, (shape, axes, form) in specs.items()
     }
 
-  def kernels(self, p: dict[str, Any]) -> tuple[tuple[Array, ...], Array]:
-    """The first kernels, in the order of `Activation.hidden`, and the last."""
-    return tuple(p[name] for name in self.first_kernels), p['w_out']
-
   @property
   def first_kernels(self) -> tuple[str, ...]:
     """Names of the kernels that multiply x, in the order of their products."""

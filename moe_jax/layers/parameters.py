@@ -96,13 +96,9 @@ def kernel(
   """
   if batch_axis is None:
     batch_axis = [i for i, name in enumerate(axes) if name == 'expert']
+  parts = dict(in_axis=in_axis, out_axis=out_axis, batch_axis=batch_axis)
   init = shared.numerics.init.kernel(
-    residual=residual,
-    shrink=shrink,
-    num_layers=shared.num_layers,
-    in_axis=in_axis,
-    out_axis=out_axis,
-    batch_axis=batch_axis,
+    residual=residual, shrink=shrink, num_layers=shared.num_layers, **parts
   )
   return boxed(init, axes, role=role, form='kernel')
 

@@ -377,13 +377,9 @@ class Attention(nn.Module):
   def _kernel(self, name, axes, inputs, outputs, **init):
     """The kernel w_<name>, [*inputs, *outputs], as a matrix."""
     n, shape = len(inputs), (*inputs, *outputs)
+    ins, outs = tuple(range(n)), tuple(range(n, len(shape)))
     kernel = parameters.kernel(
-      self.shared,
-      axes,
-      role=_ROLE,
-      in_axis=tuple(range(n)),
-      out_axis=tuple(range(n, len(shape))),
-      **init,
+      self.shared, axes, role=_ROLE, in_axis=ins, out_axis=outs, **init
     )
     w = self.param(f'w_{name}', kernel, shape, self.shared.param_dtype)
     return w.reshape(math.prod(inputs), math.prod(outputs))

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -277,7 +277,7 @@ def _splash_kernel(T, H, keys, interpret):
     mask = splash_attention.CausalMask((T, T))
   side = next(block for block in _BLOCKS if T % block == 0)
   names = 'q', 'kv', 'q_dkv', 'kv_dkv', 'q_dq', 'kv_dq'
-  sides = {f'block_{name}': side for name in names}
+  sides: dict[str, Any] = {f'block_{name}': side for name in names}
   return splash_attention.make_splash_mha(
     mask=splash_attention.MultiHeadMask([mask] * H),
     head_shards=1,
@@ -303,14 +303,11 @@ def _on_each_device(f, query, key, value, segment_ids, sinks):
   if head_axis not in axis_sizes or key.shape[2] % axis_sizes[head_axis]:
     head_axis = None
   heads_spec = PartitionSpec(row_axes or None, None, head_axis, None)
+  ids_spec = PartitionSpec(row_axes or None, None)
   return jax.shard_map(
     f,
     mesh=jax.typeof(query).sharding.mesh,
-    in_specs=(
-      *[heads_spec] * 3,
-      PartitionSpec(row_axes or None, None),
-      PartitionSpec(head_axis),
-    ),
+    in_specs=(*[heads_spec] * 3, ids_spec, PartitionSpec(head_axis)),
     out_specs=heads_spec,
     check_vma=False,
   )(query, key, value, segment_ids, sinks)

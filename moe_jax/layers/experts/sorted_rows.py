@@ -146,8 +146,8 @@ def sorted_feed_forward(
     dropout_key: The key of dropout; None: nothing is dropped.
   """
   if not ffn.use_bias and dropout_key is None:
-    w_ins, w_out = ffn.kernels(params)
-    hidden = ffn.activation.hidden
+    w_ins = tuple(params[name] for name in ffn.first_kernels)
+    hidden, w_out = ffn.activation.hidden, params['w_out']
     return grouped_ffn(x, w_ins, w_out, group_sizes, hidden, backend)
 
   def add_bias(y, b):

@@ -128,13 +128,10 @@ class HierarchicalRouter(contract.Router):
     branch = _level(primary, logits, noise)
     logits, noise = self._branch_logits(x, branch.index, secondary, train)
     expert = _level(secondary, logits, noise)
-    choice_shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
+    shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
+    experts, gates = expert.index.reshape(shape), expert.gate.reshape(shape)
     index, gate = shazeer_rules.flat_choices(
-      branch.index,
-      branch.gate,
-      expert.index.reshape(choice_shape),
-      expert.gate.reshape(choice_shape),
-      secondary.num_experts,
+      branch.index, branch.gate, experts, gates, secondary.num_experts
     )
     chosen = routing.given_choice(
       index,
@@ -216,14 +213,9 @@ def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   """The product of each token and each branch that it chose; P = S * K1."""
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1
-  chosen = routing.Routing(
-    expert_index=branch_index.reshape(G, P, 1),
-    slot=jnp.zeros((G, P, 1), jnp.int32),
-    gate=jnp.ones((G, P, 1), jnp.float32),
-    kept=jnp.ones((G, P, 1), bool),
-    num_experts=w.shape[0],
-    capacity=None,
-  )
+  index, kept = branch_index.reshape(G, P, 1), jnp.ones((G, P, 1), bool)
+  slot, gate = jnp.zeros_like(index), jnp.ones(index.shape, jnp.float32)
+  chosen = routing.Routing(index, slot, gate, kept, w.shape[0], capacity=None)
   rows = sorted_rows.dispatch(jnp.repeat(x, K1, axis=1), chosen)
   with jax.default_matmul_precision('highest'):
     logits = grouped_matmul(rows, w, chosen.rows_per_expert())

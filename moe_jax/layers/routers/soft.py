@@ -51,10 +51,8 @@ class Soft(contract.RouterOptions):
 
   def causality(self, sizes):
     return contract.Causality(
-      leak=(
-        "router.kind='soft' mixes all tokens of a group in every slot, so that "
-        "later tokens change earlier outputs; use 'token_choice'"
-      ),
+      "router.kind='soft' mixes all tokens of a group in every slot, so that "
+      "later tokens change earlier outputs; use 'token_choice'",
       undecodable=(
         'Soft MoE mixes all tokens of a group, and later ones do not exist yet '
         'while a text is generated; an encoder can have this router'

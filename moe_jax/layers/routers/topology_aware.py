@@ -135,22 +135,20 @@ class TopologyAware(contract.RouterOptions):
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
     if not self.limits:
       return queues
-    queues = queues._replace(
-      undecodable=(
-        'the topology router chooses the tokens that leave their node in a '
-        "whole group, and takes a group's node from its place in the batch; "
-        "the same parameters decode with the router 'token_choice'"
-      )
+    reason = (
+      'the topology router chooses the tokens that leave their node in a '
+      "whole group, and takes a group's node from its place in the batch; "
+      "the same parameters decode with the router 'token_choice'"
     )
+    queues = queues._replace(undecodable=reason)
     if self.outgoing_fraction == 0:
       return queues
-    return queues._replace(
-      leak=(
-        "router.kind='topology' lets the tokens with the highest scores of a "
-        'group leave their node, so that later tokens change earlier outputs; '
-        "use 'token_choice', or an outgoing_fraction of 0"
-      )
+    leak = (
+      "router.kind='topology' lets the tokens with the highest scores of a "
+      'group leave their node, so that later tokens change earlier outputs; '
+      "use 'token_choice', or an outgoing_fraction of 0"
     )
+    return queues._replace(leak=leak)
 
   def shrunk(self):
     """There are two nodes of one device, or one node."""
@@ -169,12 +167,8 @@ class TopologyAwareRouter(contract.Router):
     x = steps.jittered(self, x, o.jitter, train)
     logits = steps.linear_logits(self, x, o.use_bias)
     if o.limits:
-      rule = functools.partial(
-        limited_rules.limited_choice,
-        num_selected=K,
-        num_nodes=o.num_nodes,
-        limit=o.limit(S),
-      )
+      numbers = dict(num_selected=K, num_nodes=o.num_nodes, limit=o.limit(S))
+      rule = functools.partial(limited_rules.limited_choice, **numbers)
       # It runs on each device, as no compiler splits a sort over groups.
       index = on_each_device(rule, (logits, o.nodes(len(mask)), mask))
     else:
