@@ -260,9 +260,7 @@ class Relative(Positions):
     minimum=2,
   )
   max_distance: int = option(
-    128,
-    'Distance in tokens from which on all share the last bucket.',
-    minimum=2,
+    128, 'Distance in tokens from which all share the last bucket.', minimum=2
   )
 
   def problems(self) -> Iterator[str]:

@@ -172,14 +172,10 @@ class LongRope(RotaryScaling):
   """
 
   short_factor: tuple[float, ...] = option(
-    (),
-    'Numbers by which the turns of each pair are divided in short documents.',
-    above=0,
+    (), "Divisors of each pair's turns in short documents.", above=0
   )
   long_factor: tuple[float, ...] = option(
-    (),
-    'Numbers by which the turns of each pair are divided in long documents.',
-    above=0,
+    (), "Divisors of each pair's turns in long documents.", above=0
   )
   original_len: int = option(
     4096, 'Length in tokens up to which documents are short.', minimum=2

@@ -57,9 +57,7 @@ class FanIn(Init):
   """
 
   scale: float = option(
-    1.0,
-    "Variance of a kernel's initial values times its fan-in (0.1 in Switch).",
-    above=0,
+    1.0, 'Initial variance of kernels times fan-in (0.1 in Switch).', above=0
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):

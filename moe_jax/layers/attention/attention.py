@@ -421,9 +421,7 @@ class AttentionOptions(AttentionBase):
     choices=('fixed', 'head_width', 'none'),
   )
   fixed_scale: float = option(
-    1.0,
-    'Factor of attention scores (attention_multiplier of Granite 3.0).',
-    above=0,
+    1.0, 'Factor of scores (attention_multiplier of Granite 3.0).', above=0
   )
   qk_norm: str = option(
     'none',

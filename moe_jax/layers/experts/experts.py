@@ -237,9 +237,7 @@ class FeedForwardExpert(ExpertOptions):
     0, 'Hidden width F of each expert; 0: model.ffn.hidden.', minimum=0
   )
   activation: str = option(
-    '',
-    "Activation of the experts; '': model.ffn.activation.",
-    choices=('', *ACTIVATIONS),
+    '', "Activation; '': model.ffn.activation.", choices=('', *ACTIVATIONS)
   )
   dropout: float = option(
     -1.0,
