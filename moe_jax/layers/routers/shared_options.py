@@ -76,7 +76,7 @@ SECOND_POLICY = option(
 )
 SECOND_THRESHOLD = option(
   0.2,
-  "Renormalised gate from which on the policy 'threshold' sends all choices.",
+  "Renormalised gate from which on the policy 'threshold' sends any choice.",
   above=0,
   maximum=1,
   same_function=True,
