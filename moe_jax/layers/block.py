@@ -151,26 +151,19 @@ class Block(nn.Module):
 
   def _attention(self, h, context, cache, layer, cross=False):
     """The output of attention, and the cache."""
-    c = self.config
+    c, positions, ids = self.config, context.positions, context.segment_ids
+    name, causal, bias = 'attention', c.causal, context.bias
+    keys = dict(memory=None, key_segment_ids=context.key_segment_ids)
+    if cross:
+      name, causal, bias = CROSS_ATTENTION, False, None
+      memory_ids = context.memory_segment_ids
+      keys = dict(memory=context.memory, key_segment_ids=memory_ids)
     attention = c.attention.module(
-      c.attention,
-      c.shared,
-      positions=c.positions,
-      causal=c.causal and not cross,
-      cross=cross,
-      dropout=c.dropout,
-      name=CROSS_ATTENTION if cross else 'attention',
+      c.attention, c.shared, c.positions, causal, cross, c.dropout, name=name
     )
-    positions, bias = context.positions, None if cross else context.bias
     if cache is not None:
       mask = context.token_mask
       return attention.decode(h, mask, positions, bias, cache, layer)
-    keys = dict(memory=None, key_segment_ids=context.key_segment_ids)
-    if cross:
-      keys = dict(
-        memory=context.memory, key_segment_ids=context.memory_segment_ids
-      )
-    ids = context.segment_ids
     return attention(h, ids, positions, bias, self.train, **keys), None
 
   def _residual_sum(self, x, y):

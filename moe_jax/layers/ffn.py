@@ -17,7 +17,7 @@ from moe_jax.layers import parameters
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.shapes import Array, Float, checked
+from moe_jax.shapes import Array, Float, PRNGKey, checked
 
 
 class Activation(NamedTuple):
@@ -96,17 +96,14 @@ def activation(name: str) -> Activation:
 class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
 
-  hidden: int = option(
-    512, 'Width F of the hidden layer of a feed-forward.', minimum=1
-  )
+  hidden: int = option(512, 'Hidden width F of a feed-forward.', minimum=1)
   activation: str = option(
     'gelu',
     'Activation between the two products of a feed-forward; gelu is the exact '
-    'one, by the error function, and gelu_tanh its approximation by tanh, '
-    'which geglu has, too. geglu, swiglu and clamped_swiglu (gpt-oss) have a '
-    'third kernel, whose product gates the hidden values, and '
-    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them, '
-    'too.',
+    'one, by the error function, and gelu_tanh, which geglu has, too, '
+    'approximates it by tanh. geglu, swiglu and clamped_swiglu (gpt-oss) have '
+    'a third kernel, whose product gates the hidden values, and '
+    'doubly_gated_swiglu (OpenMoE) a fourth one, which multiplies them, too.',
     choices=ACTIVATIONS,
   )
   bias: str = option(
@@ -198,8 +195,7 @@ class FfnLayer:
     specs: dict[str, tuple[tuple[int, ...], Names, str]] = {}
     for name in sorted(self.first_kernels, key=lambda name: name != 'w_in'):
       specs[name] = ((M, F), ('embed', mlp), 'kernel')
-      has_bias = self.use_bias if name == 'w_in' else self.gate_bias
-      if has_bias:
+      if self.use_bias if name == 'w_in' else self.gate_bias:
         specs[f'b{name[1:]}'] = ((F,), (mlp,), 'bias')
     specs['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
     if self.use_bias:
@@ -209,10 +205,6 @@ class FfnLayer:
       name: ((*stack, *shape), (*experts, *axes), form)
       for name, (shape, axes, form) in specs.items()
     }
-
-  def kernels(self, p: dict[str, Any]) -> tuple[tuple[Array, ...], Array]:
-    """The first kernels, in the order of `Activation.hidden`, and the last."""
-    return tuple(p[name] for name in self.first_kernels), p['w_out']
 
   @property
   def first_kernels(self) -> tuple[str, ...]:
@@ -251,6 +243,17 @@ class FfnLayer:
     h = dropout(act.hidden(*products))
     y = product(h, p['w_out'], transposed_alone=not act.cheap)
     return biased(y, 'b_out')
+
+  def dropped(self, h: Array, key: PRNGKey | None) -> Array:
+    """Hidden values, some of them 0 and the others scaled up, by dropout.
+
+    Without a key, which is that of the draw, nothing is dropped.
+    """
+    if key is None:
+      return h
+    keep_rate = 1 - self.dropout
+    keep_mask = jax.random.bernoulli(key, keep_rate, h.shape)
+    return jnp.where(keep_mask, h / keep_rate, 0)
 
   def dropout_module(self, module: nn.Module, train: bool) -> nn.Dropout:
     """The dropout of hidden values, as a submodule of `module`."""

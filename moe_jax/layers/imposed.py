@@ -14,11 +14,8 @@ import numpy as np
 from moe_jax import routing
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
-from moe_jax.layers.routers.contract import (
-  RouterOptions,
-  Sizes,
-  no_choices_taken,
-)
+from moe_jax.layers.routers import RouterOptions, Sizes
+from moe_jax.layers.routers.contract import no_choices_taken
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.rules_without_logits import choice_in_turn
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey
@@ -37,16 +34,14 @@ class ImposedOptions(Options):
     'Choice of experts whatever the logits are, for measurements of speed: '
     f'{IN_TURN!r} gives choices to the experts in turn, {AT_RANDOM!r} draws '
     'them, anew at each step in training. In generation a row has the same '
-    'experts at every token. Gates are those of the logits. An empty string '
-    'leaves the choice to the router.',
+    "experts at every token. Gates are those of the logits. '': the router's.",
     choices=('', *FORCED),
   )
   replay: str = option(
     '',
     'Folder of the trace of another run on the same batches, whose choices of '
     'experts and drops each training step takes over from its record of the '
-    'step; evaluations choose by themselves. An empty string leaves the choice '
-    'to the router.',
+    "step; evaluations choose by themselves. '': the router chooses.",
     same_function=True,
   )
 
@@ -61,10 +56,8 @@ class ImposedOptions(Options):
       return
     reason = no_choices_taken(router)
     if forced and router.by_expert and not router.mixes:
-      reason = (
-        f'the experts of {type(router).__name__} choose tokens, equally many '
-        'each'
-      )
+      name = type(router).__name__
+      reason = f'the experts of {name} choose tokens, equally many each'
     if reason is not None and (forced or replay):
       name = 'force_balance' if forced else 'replay'
       yield f'{name}={forced or replay!r}: {reason}'
@@ -102,9 +95,8 @@ def forced_choices(
   """
   E, K = sizes.num_experts, sizes.num_selected
   if kind == IN_TURN:
-    return GivenChoices(
-      choice_in_turn(mask, num_experts=E, num_selected=K, first=layer)
-    )
+    expert = choice_in_turn(mask, num_experts=E, num_selected=K, first=layer)
+    return GivenChoices(expert)
   if key is None:
     key = jax.random.fold_in(jax.random.key(_SEED), layer)
   G, S = mask.shape

@@ -64,7 +64,7 @@ class StoredArray(NamedTuple):
   Attributes:
     shape: The shape of the array.
     dtype: The type of the array.
-    form: The use of the array, one of `parameters.FORMS`.
+    form: The use of the array, as in `parameters.Role`.
   """
 
   shape: tuple[int, ...]
@@ -78,9 +78,8 @@ class KernelFormat(Options):
 
   name: str = option(
     'int8',
-    "Format in which kernels are stored: 'int8', 'int4' or 'int2', of so many "
-    "bits a weight; or 'ternary', QMoE's codes of less than a bit where most "
-    'weights are 0.',
+    "Format of stored kernels: 'int8', 'int4' or 'int2', of so many bits a "
+    "weight; or 'ternary', QMoE's codes of less than a bit if most are 0.",
     choices=FORMATS,
   )
   num_codes: int = option(
@@ -96,12 +95,9 @@ class KernelFormat(Options):
     by_unit = (*stack, 1, units)
     if self.name == TERNARY:
       bound = StoredArray(by_unit, 'bfloat16', 'scale')
-      return {
-        'codes': StoredArray((*stack, self.num_codes), 'uint16', 'kernel'),
-        'offsets': StoredArray((*stack, units + 1), 'int32', 'table'),
-        'low': bound,
-        'high': bound,
-      }
+      codes = StoredArray((*stack, self.num_codes), 'uint16', 'kernel')
+      offsets = StoredArray((*stack, units + 1), 'int32', 'table')
+      return {'codes': codes, 'offsets': offsets, 'low': bound, 'high': bound}
     rows = -(-inputs * BITS[self.name] // 8)
     return {
       'codes': StoredArray((*stack, rows, units), 'uint8', 'kernel'),
@@ -123,10 +119,8 @@ class KernelFormat(Options):
     low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
     high = jnp.maximum(w.max(-2, keepdims=True), 0.0)
     if self.name == TERNARY:
-      return {
-        'low': low.astype(jnp.bfloat16),
-        'high': high.astype(jnp.bfloat16),
-      }
+      bounds = {'low': low, 'high': high}
+      return {name: x.astype(jnp.bfloat16) for name, x in bounds.items()}
     exact = (high - low) / (2 ** BITS[self.name] - 1)
     near = exact.astype(jnp.bfloat16)
     above = jnp.nextafter(near, jnp.array(jnp.inf, jnp.bfloat16))

@@ -139,10 +139,9 @@ class Lstm(nn.Module):
     w_in = self.param('w_in', init, shape, param_dtype).reshape(M, -1)
     w_state = self.param('w_state', init, shape, param_dtype).reshape(M, -1)
 
-    def forget_bias(key, shape, dtype):
-      del key
-      initial_bias = self.options.forget_bias
-      return jnp.zeros(shape, dtype).at[_FORGET].set(initial_bias)
+    def forget_bias(_, shape, dtype):
+      bias = jnp.zeros(shape, dtype)
+      return bias.at[_FORGET].set(self.options.forget_bias)
 
     init = parameters.boxed(forget_bias, axes[1:], role=_ROLE, form='bias')
     bias = self.param('b_gates', init, shape[1:], param_dtype)

@@ -5,24 +5,14 @@ from collections.abc import Iterator
 from typing import Self
 
 from moe_jax.config import Options, choice, fields_of, option
-from moe_jax.layers.experts import (
-  DISPATCHES,
-  EXPERTS,
-  Dispatch,
-  ExpertOptions,
-  Twin,
-)
+from moe_jax.layers.experts import DISPATCHES, EXPERTS, Dispatch, ExpertOptions
+from moe_jax.layers.experts.experts import Twin
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import ImposedOptions
 from moe_jax.layers.retained import Retained
-from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.routers.contract import (
-  Causality,
-  RouterOptions,
-  Sizes,
-  no_choices_taken,
-)
+from moe_jax.layers.routers import ROUTERS, Causality, RouterOptions, Sizes
+from moe_jax.layers.routers.contract import no_choices_taken
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
 
@@ -64,15 +54,13 @@ class MoeOptions(ImposedOptions):
     0.0,
     "Rate at which an expert's output for a token is masked in training, "
     'without scaling up the others; in evaluation outputs are multiplied by 1 '
-    "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
-    'nothing.',
+    "- rate (NLLB's expert output masking, arXiv:2207.04672).",
     minimum=0,
     below=1,
   )
   layer_reduce: str = option(
     'sum',
-    'Reduction of the router losses of all sparse layers to one number: '
-    "'sum' (Switch) or 'mean'.",
+    "Reduction of all sparse layers' router losses: 'sum' (Switch) or 'mean'.",
     choices=('sum', 'mean'),
     same_function=True,
   )
@@ -83,18 +71,12 @@ class MoeOptions(ImposedOptions):
     same_function=True,
   )
   router: RouterOptions = choice(
-    ROUTERS,
-    'token_choice',
-    'Router of the sparse layers: the rule by which tokens go to experts.',
+    ROUTERS, 'token_choice', 'Rule by which tokens go to experts.'
   )
   capacity: Capacity = choice(
-    CAPACITIES,
-    'per_token',
-    'Rule for the capacity, the number of slots of an expert in each group.',
+    CAPACITIES, 'per_token', 'Rule for the slots of an expert in each group.'
   )
-  expert: ExpertOptions = choice(
-    EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
-  )
+  expert: ExpertOptions = choice(EXPERTS, 'feed_forward', 'Kind of experts.')
   shared_expert: SharedExpertOptions = option(
     SharedExpertOptions(),
     'Expert of the sparse layers that every token meets beside its chosen ones '
@@ -107,8 +89,7 @@ class MoeOptions(ImposedOptions):
     same_function=True,
   )
   retained: Retained = option(
-    Retained(),
-    'Experts of the sparse layers that merging or pruning left with fewer.',
+    Retained(), 'Experts of layers that merging or pruning left with fewer.'
   )
 
   @property
@@ -236,20 +217,14 @@ class MoeOptions(ImposedOptions):
 
   def shrunk(self) -> Self:
     """E and K are such that the small router has them."""
-    parts = {
-      name: value.shrunk()
-      for name in fields_of(type(self))
-      if isinstance(value := getattr(self, name), Options)
-    }
-    K, router = self.num_selected, self.router.shrunk()
-    capacity = self.capacity.shrunk()
-    preferred = Sizes(min(self.num_experts, 4), K if K <= 4 else 2, capacity)
-    others = [Sizes(4, k, capacity) for k in (2, 4, 1)]
-    sizes = preferred
-    if self.num_experts:
-      fitting = (
-        s for s in (preferred, *others) if not any(router.problems_with(s))
-      )
+    fields = {name: getattr(self, name) for name in fields_of(type(self))}
+    parts = {n: v.shrunk() for n, v in fields.items() if isinstance(v, Options)}
+    router, capacity = self.router.shrunk(), self.capacity.shrunk()
+    E, K = min(self.num_experts, 4), self.num_selected
+    preferred = sizes = Sizes(E, K if K <= 4 else 2, capacity)
+    if E:
+      tried = (preferred, *(Sizes(4, k, capacity) for k in (2, 4, 1)))
+      fitting = (s for s in tried if not any(router.problems_with(s)))
       sizes = next(fitting, preferred)
     # All parts change at once, as a small router may not have the old sizes.
     return dataclasses.replace(

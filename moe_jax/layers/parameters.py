@@ -19,29 +19,18 @@ Names = tuple[str | None, ...]
 # A function of a key, a shape and a dtype. Its result may be in a box, out of
 # which flax takes it.
 Initializer = Callable[..., Any]
-ROLES = (
-  'attention',
-  'embedding',
-  'expert',
-  'ffn',
-  'gate',
-  'head',
-  'lstm',
-  'norm',
-  'router',
-  'shared_expert',
-)
-# A kernel is contracted with activations, a bias is added to them, a scale
-# multiplies them, a table is indexed.
-FORMS = ('bias', 'kernel', 'scale', 'table')
 
 
 class Role(NamedTuple):
   """The part of the model that a parameter belongs to, and its use there.
 
   Attributes:
-    role: The part of the model, one of `ROLES`; '' where no parent gave one.
-    form: The use of the parameter, one of `FORMS`; '' where it is unknown.
+    role: The part of the model: 'attention', 'embedding', 'expert', 'ffn',
+      'gate', 'head', 'lstm', 'norm', 'router' or 'shared_expert'; '' where no
+      parent gave one.
+    form: The use of the parameter: a 'kernel' is contracted with activations, a
+      'bias' is added to them, a 'scale' multiplies them, a 'table' is indexed;
+      '' where it is unknown.
   """
 
   role: str = ''
@@ -54,8 +43,8 @@ class Parameter(nn.LogicallyPartitioned):
   Lifted transformations add an axis to its names and keep role and form.
 
   Attributes:
-    role: The part of the model that the parameter belongs to.
-    form: The use of the parameter, one of `FORMS`.
+    role: The part of the model that the parameter belongs to, as in `Role`.
+    form: The use of the parameter, as in `Role`.
   """
 
   role: str = flax.struct.field(default='', pytree_node=False)
@@ -70,8 +59,8 @@ def boxed(
   Args:
     init: The initialiser.
     axes: The logical name of each dimension; None for one without a name.
-    role: One of `ROLES`.
-    form: One of `FORMS`.
+    role: The part of the model, as in `Role`.
+    form: The use of the parameter, as in `Role`.
   """
 
   def make_box(*args: Any, **kwargs: Any) -> Parameter:
@@ -97,7 +86,7 @@ def kernel(
   Args:
     shared: The settings that all layers of the model share.
     axes: The logical name of each dimension; None for one without a name.
-    role: One of `ROLES`.
+    role: The part of the model, as in `Role`.
     in_axis: The contracted dimensions.
     out_axis: The dimensions that they are contracted into.
     batch_axis: The dimensions along which independent kernels are stacked.
@@ -107,13 +96,9 @@ def kernel(
   """
   if batch_axis is None:
     batch_axis = [i for i, name in enumerate(axes) if name == 'expert']
+  parts = dict(in_axis=in_axis, out_axis=out_axis, batch_axis=batch_axis)
   init = shared.numerics.init.kernel(
-    residual=residual,
-    shrink=shrink,
-    num_layers=shared.num_layers,
-    in_axis=in_axis,
-    out_axis=out_axis,
-    batch_axis=batch_axis,
+    residual=residual, shrink=shrink, num_layers=shared.num_layers, **parts
   )
   return boxed(init, axes, role=role, form='kernel')
 
@@ -181,9 +166,8 @@ def roles_of(abstract_variables: Any) -> Any:
   """The `Role` of every variable: a tree of the same form, without boxes."""
 
   def role(leaf):
-    if isinstance(leaf, Parameter):
-      return Role(leaf.role, leaf.form)
-    return Role()
+    is_known = isinstance(leaf, Parameter)
+    return Role(leaf.role, leaf.form) if is_known else Role()
 
   return jax.tree.map(role, abstract_variables, is_leaf=_is_box)
 

@@ -31,7 +31,6 @@ class Positions(Options):
 
   def within(self, max_len: int) -> 'Positions':
     """These options with a length of 0 replaced by the model's longest row."""
-    del max_len
     return self
 
   def problems_with(
@@ -44,7 +43,6 @@ class Positions(Options):
       causal: Whether a token sees no later ones.
       name: The name of the option of that width.
     """
-    del head_width, causal, name
     return iter(())
 
   def rotate(
@@ -61,7 +59,6 @@ class Positions(Options):
       segment_ids: The document of each token in its row; 0 is padding. None:
         each row is one.
     """
-    del positions, segment_ids
     return x
 
   @property
@@ -95,14 +92,12 @@ class Positions(Options):
       positions: The position of each token.
       table: The learned table; None where `table_len` is 0.
     """
-    del tokens, token_mask, positions, table
     return x
 
   def bias(
     self, num_heads: int, causal: bool, name: str | None
   ) -> 'RelativePositionBias | None':
     """The module whose bias is added to the scores of a stack, or none."""
-    del num_heads, causal, name
     return None
 
 
@@ -132,9 +127,7 @@ class Rotary(Positions):
     above=0,
     maximum=1,
   )
-  scaling: RotaryScaling = choice(
-    SCALINGS, 'none', 'Change of the rotation for long texts.'
-  )
+  scaling: RotaryScaling = choice(SCALINGS, 'none', 'Change for long texts.')
 
   def _width(self, head_width: int) -> int:
     """The number of numbers of a head that rotate."""
@@ -184,10 +177,8 @@ class Rotary(Positions):
     else:
       first, second = jnp.split(x32, 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
-    if self.interleaved:
-      y = jnp.stack(rotated, axis=-1).reshape(x32.shape).astype(x.dtype)
-    else:
-      y = jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    join = jnp.stack if self.interleaved else jnp.concatenate
+    y = join(rotated, axis=-1).reshape(x32.shape).astype(x.dtype)
     if width == x.shape[-1]:
       return y
     return jnp.concatenate([y, x[..., width:]], axis=-1)
@@ -247,8 +238,7 @@ class Sinusoidal(Positions):
   offset: int = option(
     0,
     'Position of the first token of a row: 0, or in fairseq and NLLB the id of '
-    'padding plus 1. Padding gets no sinusoid, nor does a token whose id is '
-    'offset - 1.',
+    'padding plus 1. Padding and tokens of id offset - 1 get no sinusoid.',
     minimum=0,
   )
 
@@ -270,19 +260,14 @@ class Relative(Positions):
     minimum=2,
   )
   max_distance: int = option(
-    128,
-    'Distance in tokens from which on all relative positions share the last '
-    'bucket.',
-    minimum=2,
+    128, 'Distance in tokens from which all share the last bucket.', minimum=2
   )
 
   def problems(self) -> Iterator[str]:
     """The problem of more buckets for single distances than distances."""
     if self.buckets // 2 >= self.max_distance:
-      yield (
-        f'max_distance={self.max_distance} must be above half of '
-        f'buckets={self.buckets}'
-      )
+      most, N = self.max_distance, self.buckets
+      yield f'max_distance={most} must be above half of buckets={N}'
 
   def problems_with(self, head_width, causal, name='head_width'):
     """The problem of too few buckets for both directions of an encoder."""
@@ -316,12 +301,8 @@ class RelativePositionBias(nn.Module):
     self, query_len: int, key_len: int, start: int | Int[Array, ''] = 0
   ) -> Float32[Array, 'H T S']:
     """The bias [t, s] of the query at position start + t on the key at s."""
-    init = parameters.boxed(
-      nn.initializers.normal(0.02),
-      ('heads', 'buckets'),
-      role='attention',
-      form='table',
-    )
+    init, axes = nn.initializers.normal(0.02), ('heads', 'buckets')
+    init = parameters.boxed(init, axes, role='attention', form='table')
     shape = self.num_heads, self.options.buckets
     table = self.param('table', init, shape, jnp.float32)
     T, S = query_len, key_len

@@ -33,7 +33,6 @@ class RotaryScaling(Options):
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
     """The problems with this base and so many turning numbers of a head."""
-    del theta, width
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:
@@ -44,7 +43,6 @@ class RotaryScaling(Options):
       width: The number of numbers that turn.
       long: Whether the document reaches the position `changes_at`.
     """
-    del long
     return Turns(frequencies(theta, width))
 
   @property
@@ -80,8 +78,7 @@ class Yarn(RotaryScaling):
   )
   beta_fast: float = option(
     32.0,
-    'Number of turns in `original_len` tokens from which on a pair turns as '
-    'fast as before.',
+    'Turns in `original_len` tokens from which on a pair is as fast as before.',
     above=0,
   )
   beta_slow: float = option(
@@ -121,9 +118,8 @@ class Yarn(RotaryScaling):
   def problems(self) -> Iterator[str]:
     """The problem of bounds in the wrong order."""
     if self.beta_fast <= self.beta_slow:
-      yield (
-        f'beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}'
-      )
+      fast, slow = self.beta_fast, self.beta_slow
+      yield f'beta_fast={fast} must be above beta_slow={slow}'
 
   def problems_with(self, theta, width):
     """The problem of a base under which no pair turns slower than another."""
@@ -176,22 +172,17 @@ class LongRope(RotaryScaling):
   """
 
   short_factor: tuple[float, ...] = option(
-    (),
-    'Numbers by which the turns of each pair are divided in short documents.',
-    above=0,
+    (), "Divisors of each pair's turns in short documents.", above=0
   )
   long_factor: tuple[float, ...] = option(
-    (),
-    'Numbers by which the turns of each pair are divided in long documents.',
-    above=0,
+    (), "Divisors of each pair's turns in long documents.", above=0
   )
   original_len: int = option(
     4096, 'Length in tokens up to which documents are short.', minimum=2
   )
   factor: float = option(
     1.0,
-    'Number of times that texts are longer than `original_len`, which decides '
-    'the attention factor.',
+    'Length of texts over `original_len`, which decides the attention factor.',
     above=0,
   )
   short_mscale: float = option(
@@ -202,8 +193,7 @@ class LongRope(RotaryScaling):
   )
   long_mscale: float = option(
     0.0,
-    'Factor of queries and keys as they turn in long documents; 0.0: the root '
-    'of 1 + ln(factor) / ln(original_len).',
+    'Factor of queries and keys in long documents; 0.0: the same root.',
     minimum=0,
   )
 
@@ -229,9 +219,8 @@ class LongRope(RotaryScaling):
       factors, mscale = self.long_factor, self.long_mscale
     divisors = np.asarray(factors, np.float32)
     log_ratio = math.log(max(self.factor, 1.0)) / math.log(self.original_len)
-    return Turns(
-      frequencies(theta, width) / divisors, mscale or math.sqrt(1 + log_ratio)
-    )
+    frequency = frequencies(theta, width) / divisors
+    return Turns(frequency, mscale or math.sqrt(1 + log_ratio))
 
 
 SCALINGS = Kinds(

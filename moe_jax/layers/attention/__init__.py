@@ -3,9 +3,7 @@
 from moe_jax.config import Kinds
 from moe_jax.layers.attention.attention import Attention as Attention
 from moe_jax.layers.attention.attention import AttentionBase as AttentionBase
-from moe_jax.layers.attention.attention import (
-  AttentionOptions as AttentionOptions,
-)
+from moe_jax.layers.attention.attention import AttentionOptions
 from moe_jax.layers.attention.latent import LatentAttention as LatentAttention
 from moe_jax.layers.attention.latent import LatentOptions as LatentOptions
 

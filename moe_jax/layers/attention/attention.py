@@ -51,8 +51,7 @@ class AttentionBase(Options):
   window: int = option(
     0,
     'Number of tokens that a token of a causal stack attends to, itself '
-    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
-    'no window.',
+    'included (Mistral, arXiv:2310.06825), never in encoders; 0: no limit.',
     minimum=0,
   )
   full_layers: str = option(
@@ -114,7 +113,6 @@ class AttentionBase(Options):
 
   def within(self, width: int) -> Self:
     """These options in a model of that width, with no size left at 0."""
-    del width
     return self
 
   def for_encoder(self) -> Self:
@@ -379,13 +377,9 @@ class Attention(nn.Module):
   def _kernel(self, name, axes, inputs, outputs, **init):
     """The kernel w_<name>, [*inputs, *outputs], as a matrix."""
     n, shape = len(inputs), (*inputs, *outputs)
+    ins, outs = tuple(range(n)), tuple(range(n, len(shape)))
     kernel = parameters.kernel(
-      self.shared,
-      axes,
-      role=_ROLE,
-      in_axis=tuple(range(n)),
-      out_axis=tuple(range(n, len(shape))),
-      **init,
+      self.shared, axes, role=_ROLE, in_axis=ins, out_axis=outs, **init
     )
     w = self.param(f'w_{name}', kernel, shape, self.shared.param_dtype)
     return w.reshape(math.prod(inputs), math.prod(outputs))
@@ -427,29 +421,22 @@ class AttentionOptions(AttentionBase):
     choices=('fixed', 'head_width', 'none'),
   )
   fixed_scale: float = option(
-    1.0,
-    'Factor of attention scores (attention_multiplier of Granite 3.0).',
-    above=0,
+    1.0, 'Factor of scores (attention_multiplier of Granite 3.0).', above=0
   )
   qk_norm: str = option(
     'none',
     'Division of queries and keys by their root mean square, with a learned '
-    "scale: 'none'; 'head', over the width of each head (Qwen3, "
-    "arXiv:2505.09388); or 'all', over the values of all heads together "
-    '(OLMoE, arXiv:2409.02060).',
+    "scale: 'none'; 'head', over each head (Qwen3, arXiv:2505.09388); or "
+    "'all', over all heads together (OLMoE, arXiv:2409.02060).",
     choices=('all', 'head', 'none'),
   )
   qk_norm_epsilon: float = option(
-    1e-6,
-    'Number added to the mean square of queries and keys before its root is '
-    'taken.',
-    above=0,
+    1e-6, 'Number added to the mean square of queries and keys.', above=0
   )
   clip: float = option(
     0.0,
-    'Largest absolute value of queries, keys and values, after their norm; '
-    'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips '
-    'nothing.',
+    'Largest size of queries, keys and values after their norm; larger ones '
+    'are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips nothing.',
     minimum=0,
   )
 
@@ -457,10 +444,8 @@ class AttentionOptions(AttentionBase):
     """The problem of query heads that key heads do not share evenly."""
     yield from super().problems()
     if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-      yield (
-        f'num_kv_heads={self.num_kv_heads} does not divide '
-        f'num_heads={self.num_heads}'
-      )
+      N, H = self.num_kv_heads, self.num_heads
+      yield f'num_kv_heads={N} does not divide num_heads={H}'
     if self.scale != 'fixed':
       yield from self.in_vain("unless scale is 'fixed'", 'fixed_scale')
 

@@ -63,17 +63,15 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
   return query_blocks
 
 
-def blocks(
-  query, key, value, segment_ids, key_segment_ids, *, keys, bias, sinks
-):
+def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
   """Attention block by block; arguments and result are those of `attend`."""
-  ids = (segment_ids, key_segment_ids)
   # A query that may see no key has the mean of all values, as in `einsum`; it
   # always sees its own where the two are the same array.
   block_rules = keys
-  if key_segment_ids is not segment_ids:
+  if key_ids is not ids:
     block_rules = keys._replace(causal=False, window=0)
   query_blocks = tuple(blocks_of(query.shape[1], key.shape[1], block_rules))
+  ids = ids, key_ids
   return _attend(query, key, value, bias, sinks, ids, keys, query_blocks)
 
 
@@ -159,10 +157,8 @@ _attend.defvjp(_forward, _backward)
 
 def _product(x, y, contract) -> Float32[Array, 'B N _ _']:
   """The product of each head [B, N] over the axes `contract`, in float32."""
-  dimensions = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
-  return jax.lax.dot_general(
-    x, y, dimensions, preferred_element_type=jnp.float32
-  )
+  axes = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
 def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:

@@ -131,12 +131,9 @@ class KVCache(flax.struct.PyTreeNode):
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
-    filled = jax.lax.dynamic_update_slice(
-      self.filled, token_mask, (0, self.length)
-    )
-    cache = self.replace(
-      filled=filled, next_position=self.next_position + count[:, -1]
-    )
+    start, next_position = (0, self.length), self.next_position + count[:, -1]
+    filled = jax.lax.dynamic_update_slice(self.filled, token_mask, start)
+    cache = self.replace(filled=filled, next_position=next_position)
     return cache, jnp.maximum(positions, 0)
 
   def follow(
@@ -147,9 +144,8 @@ class KVCache(flax.struct.PyTreeNode):
     Padding may stand only in front of the new tokens.
     """
     last, tokens = self.last_token[:, None], tokens.astype(jnp.int32)
-    line = jnp.concatenate(
-      [last, jnp.where(token_mask, tokens, last)], axis=1
-    )  # [B, 1 + T]
+    tokens = jnp.where(token_mask, tokens, last)
+    line = jnp.concatenate([last, tokens], axis=1)  # [B, 1 + T]
     return self.replace(last_token=line[:, -1]), line[:, :-1]
 
   def append(

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.errors import InputError
 from moe_jax.kernels.cpu import add_to_each
-from moe_jax.layers.attention.blockwise import (
-  blocks,
-  by_token,
-  queries_by_head,
-)
+from moe_jax.layers.attention import blockwise
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import MESH_AXES, spread
 from moe_jax.shapes import Array, Float, Float32, Int, checked
@@ -78,10 +74,9 @@ def attend(
   if key_segment_ids is None and not keys.cross:
     key_segment_ids = segment_ids
   arrays = query, key, value, segment_ids, key_segment_ids
-  plain = functools.partial(
-    einsum, keys=keys, bias=bias, sinks=sinks, dropout=dropout
-  )
-  in_blocks = functools.partial(blocks, keys=keys, bias=bias, sinks=sinks)
+  options = dict(keys=keys, bias=bias, sinks=sinks)
+  plain = functools.partial(einsum, dropout=dropout, **options)
+  in_blocks = functools.partial(blockwise.blocks, **options)
   kernel = functools.partial(_of_one_width, splash, keys=keys, sinks=sinks)
   if checked_alone or implementation == 'einsum':
     return plain(*arrays)
@@ -210,7 +205,7 @@ def cached(
   """
   B, T, H, _ = query.shape
   N, S = key.shape[1:3]
-  query = queries_by_head(keys.scaled(query), N)
+  query = blockwise.queries_by_head(keys.scaled(query), N)
   scores = jnp.einsum(
     'BNRD,BNSD->BNRS', query, key, preferred_element_type=jnp.float32
   )
@@ -223,7 +218,7 @@ def cached(
   mask = visible(*ids, (T, S), keys, start, slot_numbers)
   weights = _weights(scores, mask, sinks).astype(value.dtype)
   weights = weights.reshape(B, N, H // N * T, S)
-  return by_token(jnp.einsum('BNRS,BNSU->BNRU', weights, value), H)
+  return blockwise.by_token(jnp.einsum('BNRS,BNSU->BNRU', weights, value), H)
 
 
 def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:
@@ -281,18 +276,13 @@ def _splash_kernel(T, H, keys, interpret):
   elif keys.causal:
     mask = splash_attention.CausalMask((T, T))
   side = next(block for block in _BLOCKS if T % block == 0)
+  names = 'q', 'kv', 'q_dkv', 'kv_dkv', 'q_dq', 'kv_dq'
+  sides: dict[str, Any] = {f'block_{name}': side for name in names}
   return splash_attention.make_splash_mha(
     mask=splash_attention.MultiHeadMask([mask] * H),
     head_shards=1,
     q_seq_shards=1,
-    block_sizes=splash_attention.BlockSizes(
-      block_q=side,
-      block_kv=side,
-      block_q_dkv=side,
-      block_kv_dkv=side,
-      block_q_dq=side,
-      block_kv_dq=side,
-    ),
+    block_sizes=splash_attention.BlockSizes(**sides),
     interpret=interpret,
   )
 
@@ -313,14 +303,11 @@ def _on_each_device(f, query, key, value, segment_ids, sinks):
   if head_axis not in axis_sizes or key.shape[2] % axis_sizes[head_axis]:
     head_axis = None
   heads_spec = PartitionSpec(row_axes or None, None, head_axis, None)
+  ids_spec = PartitionSpec(row_axes or None, None)
   return jax.shard_map(
     f,
     mesh=jax.typeof(query).sharding.mesh,
-    in_specs=(
-      *[heads_spec] * 3,
-      PartitionSpec(row_axes or None, None),
-      PartitionSpec(head_axis),
-    ),
+    in_specs=(*[heads_spec] * 3, ids_spec, PartitionSpec(head_axis)),
     out_specs=heads_spec,
     check_vma=False,
   )(query, key, value, segment_ids, sinks)

@@ -30,42 +30,28 @@ class LatentOptions(AttentionBase):
   crosses: ClassVar[bool] = False
 
   query_rank: int = option(
-    0,
-    'Width of the vector that queries expand from; 0: queries are projections '
-    'of tokens.',
-    minimum=0,
+    0, 'Width of the vector that queries expand from; 0: none.', minimum=0
   )
   kv_rank: int = option(
-    512,
-    'Width R of the vector that keys and values expand from, which the cache '
-    'keeps.',
-    minimum=1,
+    512, 'Width R of the cached vector of keys and values.', minimum=1
   )
   plain_width: int = option(
     128, 'Width of the part of a head that has no positions.', minimum=1
   )
   rotary_width: int = option(
-    64,
-    'Width of the part of a head that positions rotate; its key is the same '
-    'for all heads.',
-    minimum=1,
+    64, 'Width of the rotated part of a head; heads share its key.', minimum=1
   )
   value_width: int = option(128, 'Width of the values of a head.', minimum=1)
   norm_epsilon: float = option(
-    1e-6,
-    'Number added to the mean square of the vectors that queries, keys and '
-    'values expand from, before its root is taken.',
-    above=0,
+    1e-6, 'Number added to the mean square of expanded vectors.', above=0
   )
 
   def problems(self) -> Iterator[str]:
     """The problem of a bias for a projection that is left out."""
     yield from super().problems()
     if 'query_down' in self._bias_names and not self.query_rank:
-      yield (
-        f"biases={self.biases!r} names 'query_down', which query_rank=0 leaves "
-        'out'
-      )
+      text = f"biases={self.biases!r} names 'query_down'"
+      yield f'{text}, which query_rank=0 leaves out'
 
   @property
   def module(self) -> type[nn.Module]:

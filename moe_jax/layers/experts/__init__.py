@@ -8,24 +8,21 @@ from collections.abc import Mapping
 
 from moe_jax.config import Kinds
 from moe_jax.kernels import grouped_products
-from moe_jax.layers.experts.dispatch_options import (
-  SCOPE,
-  Dispatch,
-  Dropless,
-  Einsum,
-  Gather,
-  Sorted,
-)
-from moe_jax.layers.experts.experts import (
-  ROLE,
-  ExpertOptions,
-  FeedForwardExpert,
-  ModuleExpert,
-  Twin,
-  apply_experts,
-)
+from moe_jax.layers.experts.dispatch_options import SCOPE as SCOPE
+from moe_jax.layers.experts.dispatch_options import Dispatch as Dispatch
+from moe_jax.layers.experts.dispatch_options import Dropless as Dropless
+from moe_jax.layers.experts.dispatch_options import Einsum as Einsum
+from moe_jax.layers.experts.dispatch_options import Gather as Gather
+from moe_jax.layers.experts.dispatch_options import Sorted as Sorted
+from moe_jax.layers.experts.experts import ROLE as ROLE
+from moe_jax.layers.experts.experts import ExpertOptions, FeedForwardExpert
+from moe_jax.layers.experts.experts import ModuleExpert as ModuleExpert
+from moe_jax.layers.experts.experts import Twin as Twin
+from moe_jax.layers.experts.experts import apply_experts as apply_experts
 from moe_jax.layers.experts.quantized_experts import QuantizedExpert
-from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.experts.shared_expert import (
+  SharedExpertOptions as SharedExpertOptions,
+)
 from moe_jax.parallel.exchange import EXCHANGES
 from moe_jax.parallel.ragged import RAGGED_EXCHANGES
 
@@ -65,24 +62,3 @@ def describe(
       parts.append(f'up to {dispatch.shadowing.experts} experts shadowed')
   name = repr(DISPATCHES.name_of(dispatch))
   return f'{name} ({"; ".join(parts)})' if parts else name
-
-
-__all__ = [
-  'DISPATCHES',
-  'EXPERTS',
-  'ROLE',
-  'SCOPE',
-  'Dispatch',
-  'Dropless',
-  'Einsum',
-  'ExpertOptions',
-  'FeedForwardExpert',
-  'Gather',
-  'ModuleExpert',
-  'QuantizedExpert',
-  'SharedExpertOptions',
-  'Sorted',
-  'Twin',
-  'apply_experts',
-  'describe',
-]

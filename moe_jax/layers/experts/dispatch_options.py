@@ -57,8 +57,7 @@ class Gather(Dispatch):
     'split over several; it has no effect on one device.',
   )
   shadowing: Shadowing = option(
-    Shadowing(),
-    'Experts that are sent to all devices, while their tokens stay.',
+    Shadowing(), 'Experts that all devices get, while their tokens stay.'
   )
 
   def leak(self):
@@ -105,8 +104,7 @@ class Dropless(Dispatch):
     'over several; it has no effect on one device.',
   )
   shadowing: Shadowing = option(
-    Shadowing(),
-    'Experts that are sent to all devices, while their tokens stay.',
+    Shadowing(), 'Experts that all devices get, while their tokens stay.'
   )
 
   def leak(self):

@@ -8,7 +8,7 @@ the options of the dispatch say, multiplies, and sums outputs by their gates.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +25,14 @@ from moe_jax.layers.experts.dispatch_options import (
   Dropless,
   Gather,
 )
-from moe_jax.layers.experts.few_tokens import Batched, Unrolled
-from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows, dropped
+from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows
 from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.layout import Layout, layout_of
 from moe_jax.parallel.slot_exchange import StackedExperts, exchange_slots
 from moe_jax.routing import AnyRouting, ExchangeStats
-from moe_jax.shapes import (
-  Array,
-  Float,
-  PRNGKey,
-  checked,
-  type_text,
-)
+from moe_jax.shapes import Array, Float, PRNGKey, checked, type_text
 
 # The role of the parameters of experts.
 ROLE = 'expert'
@@ -72,19 +65,17 @@ def apply_experts(
   Returns:
     The gated sums, and what moved between devices, or None.
   """
-  if isinstance(dispatch, Unrolled):
+  if isinstance(dispatch, few_tokens.Unrolled):
     fold = functools.partial(few_tokens.fold_unrolled, params)
     return few_tokens.apply_one_by_one(ffn, fold, x, routing), None
-  if isinstance(dispatch, Batched) and few_tokens.are_few(x):
+  if isinstance(dispatch, few_tokens.Batched) and few_tokens.are_few(x):
     return few_tokens.apply_all_experts(ffn, params, x, routing), None
   if isinstance(dispatch, Dropless):
     key = next_key()
     return apply_to_sorted_rows(ffn, params, x, routing, dispatch, layout, key)
 
   def compute(params, rows):
-    return ffn.compute(
-      params, rows, lambda h: dropped(h, ffn.dropout, next_key())
-    )
+    return ffn.compute(params, rows, lambda h: ffn.dropped(h, next_key()))
 
   E, M = routing.num_experts, x.shape[-1]
   axes, sizes = ffn.axes((E,), M), ffn.sizes(M, x.dtype)
@@ -92,15 +83,8 @@ def apply_experts(
   return _apply_in_slots(experts, x, routing, dispatch, layout)
 
 
-def _apply_in_slots(
-  experts: StackedExperts,
-  x: Float[Array, 'G S M'],
-  routing: AnyRouting,
-  dispatch: Dispatch,
-  layout: Layout | None,
-) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
+def _apply_in_slots(experts, x, routing, dispatch, layout):
   """The gated sums of outputs, where each expert has as many rows."""
-  dispatch = cast(Gather, dispatch)
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -140,8 +124,9 @@ class FeedForwardExperts(nn.Module):
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
     """Calls `apply_experts`, with dropout if `train`."""
-    ffn, E, M = self.ffn, routing.num_experts, x.shape[-1]
-    if isinstance(self.dispatch, Unrolled):
+    ffn, dispatch = self.ffn, self.dispatch
+    E, M = routing.num_experts, x.shape[-1]
+    if isinstance(dispatch, few_tokens.Unrolled):
       params = [
         few_tokens.OneExpert(ffn, name=few_tokens.own_name(e))(M)
         for e in range(E)
@@ -149,25 +134,16 @@ class FeedForwardExperts(nn.Module):
     else:
       params = ffn.parameters(self, (E,), M)
     # The keys for rows in slots are those of a submodule.
-    by_slot = self.dispatch.by_slot
-    module = ffn.dropout_module(self, train) if by_slot else self
+    module = ffn.dropout_module(self, train) if dispatch.by_slot else self
 
     def next_key():
       return module.make_rng('dropout') if train and ffn.dropout else None
 
     layout = _layout(self, ffn.shared, x, E, ffn.options.hidden)
-    return apply_experts(
-      ffn, params, x, routing, self.dispatch, layout, next_key
-    )
+    return apply_experts(ffn, params, x, routing, dispatch, layout, next_key)
 
 
-def _layout(
-  module: nn.Module,
-  shared: Shared,
-  x: Float[Array, 'G S M'],
-  num_experts: int,
-  hidden: int = 1,
-) -> Layout | None:
+def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
   """The layout of groups on their mesh; None on one device, and while init."""
   if module.is_initializing():
     return None
@@ -213,7 +189,6 @@ class ExpertOptions(Options):
       ffn: The dense feed-forward layers of the model.
       dropout: The model's rate of dropout.
     """
-    del ffn, dropout
     return self
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
@@ -248,9 +223,8 @@ class ExpertOptions(Options):
     Raises:
       ValueError: These experts have no dense equivalent.
     """
-    raise InputError(
-      f'{type(self).__name__} has no dense twin: give it a method `twin`'
-    )
+    name = type(self).__name__
+    raise InputError(f'{name} has no dense twin: give it a method `twin`')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,27 +234,21 @@ class FeedForwardExpert(ExpertOptions):
   has_width: ClassVar[bool] = True
 
   hidden: int = option(
-    0,
-    'Width F of the hidden layer of each expert; 0: model.ffn.hidden.',
-    minimum=0,
+    0, 'Hidden width F of each expert; 0: model.ffn.hidden.', minimum=0
   )
   activation: str = option(
-    '',
-    "Activation of the experts; '': model.ffn.activation.",
-    choices=('', *ACTIVATIONS),
+    '', "Activation; '': model.ffn.activation.", choices=('', *ACTIVATIONS)
   )
   dropout: float = option(
     -1.0,
-    "Rate at which experts' hidden values are dropped in training; 0 drops "
-    'none, -1: model.dropout.',
+    "Rate of dropping experts' hidden values in training; -1: model.dropout.",
     minimum=-1,
     below=1,
     same_function=True,
   )
   bias: str = option(
     '',
-    "Biases of the experts' products: 'all', the gate's included (gpt-oss), or "
-    "'none'; '': model.ffn.bias.",
+    "Biases of products: 'all' (gpt-oss) or 'none'; '': model.ffn.bias.",
     choices=('', 'all', 'none'),
   )
 
@@ -323,12 +291,10 @@ class ModuleExpert(ExpertOptions):
 
   def module(self, shared: Shared, name: str) -> nn.Module:
     """A copy of the module, which does not receive `shared`."""
-    del shared
     return self.expert.copy(name=name)
 
   def call(self, module, rows, train):
     """The output of the module, which is not told `train`."""
-    del train
     return module(rows)
 
 
@@ -382,9 +348,8 @@ def _as_rows(name: str, y: Any, rows: Array) -> Array:
     ValueError: The output is no array of numbers with a fraction, or has
       another shape than the rows.
   """
-  dtype = getattr(y, 'dtype', np.int32)
-  fits = jnp.issubdtype(dtype, jnp.floating) and y.shape == rows.shape
-  if not fits:
+  is_real = jnp.issubdtype(getattr(y, 'dtype', np.int32), jnp.floating)
+  if not (is_real and y.shape == rows.shape):
     raise InputError(
       f'expert {name} returned {type_text(y)} for rows {type_text(rows)}; an '
       'expert returns rows [R, M] of the same shape'

@@ -111,10 +111,8 @@ def apply_one_by_one(
   return sorted_rows.combine(y, routing)
 
 
-def _tokens_and_gates(
-  x: Float[Array, 'G S M'], routing: AnyRouting
-) -> tuple[Float[Array, 'N M'], Float[Array, 'N E']]:
-  """All tokens, and each expert's gate for each; 0 where it is not chosen."""
+def _tokens_and_gates(x, routing):
+  """All tokens [N, M], and experts' gates [N, E]; 0 of those not chosen."""
   gate = routing.token_gates().reshape(-1, routing.num_experts)
   # A NaN of a token that no expert serves would stay: 0 * NaN.
   return without_nan((gate != 0).any(1), x.reshape(-1, x.shape[-1])), gate

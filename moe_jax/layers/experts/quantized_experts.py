@@ -29,13 +29,10 @@ from moe_jax.shapes import Array, Float, checked
 class QuantizedExpert(FeedForwardExpert):
   """The options of feed-forward experts in codes, for any dispatch."""
 
-  format: KernelFormat = option(
-    KernelFormat(), 'Storage of the kernels of experts.'
-  )
+  format: KernelFormat = option(KernelFormat(), "Storage of experts' kernels.")
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
     """The module, which is the same for every dispatch."""
-    del dispatch
     return QuantizedExperts(self.ffn(shared), self.format, name=SCOPE)
 
 
@@ -59,13 +56,11 @@ class QuantizedExperts(nn.Module):
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], None]:
     """Returns the gated sums of outputs; `train` changes nothing."""
-    del train
     stored = self._parameters(routing.num_experts, x.shape[-1])
 
     def decoded(e):
-      p = jax.tree.map(
-        lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), stored
-      )
+      index = jax.lax.dynamic_index_in_dim
+      p = jax.tree.map(lambda w: index(w, e, keepdims=False), stored)
       return self.format.decoded_experts(p)
 
     def fold(used, step, y):
@@ -82,21 +77,19 @@ class QuantizedExperts(nn.Module):
     A kernel's arrays are the parts of one parameter. On a mesh they are whole
     on each device. They begin as zeros, since codes are not trained.
     """
-    ffn = self.ffn
 
     def zeros(key, shape):
-      del key
       return {
         name: Parameter(
           jnp.zeros(array.shape, array.dtype),
           (None,) * len(array.shape),
-          role=ffn.role,
+          role=self.ffn.role,
           form=array.form,
         )
         for name, array in self.format.stored_arrays(shape).items()
       }
 
-    p = {}
+    ffn, p = self.ffn, {}
     specs = ffn.specs((num_experts,), width)
     for name, (shape, axes, form) in specs.items():
       if form == 'bias':

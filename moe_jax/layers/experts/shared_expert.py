@@ -31,11 +31,10 @@ class SharedExpertOptions(Options):
 
   hidden: int = option(
     0,
-    'Width of the hidden layer of the shared expert, which has the activation '
-    'and the dropout of the other experts. Several shared experts are one of '
-    "their widths together (DeepSeek checkpoints' n_shared_experts times "
-    'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE); 0: '
-    'there is none.',
+    'Hidden width of the shared expert, which has the activation and dropout '
+    'of the others; 0: there is none. Several shared experts are one of their '
+    "widths together (DeepSeek checkpoints' n_shared_experts times "
+    'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE).',
     minimum=0,
   )
   gated: bool = option(
@@ -80,7 +79,6 @@ class SharedExpert(nn.Module):
     init = parameters.kernel(self.shared, ('embed', None), role=SHARED_EXPERT)
     w = self.param('w_gate', init, (x.shape[-1], 1), self.shared.param_dtype)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    logit = rows_matmul(
-      rows, w.astype(jnp.float32), jax.lax.Precision.HIGHEST
-    ).reshape(*x.shape[:-1], 1)
+    w, precision = w.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    logit = rows_matmul(rows, w, precision).reshape(*x.shape[:-1], 1)
     return y * jax.nn.sigmoid(logit).astype(dtype)

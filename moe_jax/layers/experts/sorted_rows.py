@@ -146,8 +146,8 @@ def sorted_feed_forward(
     dropout_key: The key of dropout; None: nothing is dropped.
   """
   if not ffn.use_bias and dropout_key is None:
-    w_ins, w_out = ffn.kernels(params)
-    hidden = ffn.activation.hidden
+    w_ins = tuple(params[name] for name in ffn.first_kernels)
+    hidden, w_out = ffn.activation.hidden, params['w_out']
     return grouped_ffn(x, w_ins, w_out, group_sizes, hidden, backend)
 
   def add_bias(y, b):
@@ -158,22 +158,5 @@ def sorted_feed_forward(
     x,
     product=lambda x, w, **_: grouped_matmul(x, w, group_sizes, backend),
     add_bias=add_bias,
-    dropout=lambda h: dropped(h, ffn.dropout, dropout_key),
+    dropout=lambda h: ffn.dropped(h, dropout_key),
   )
-
-
-def dropped(
-  h: Float[Array, '...'], rate: float, key: PRNGKey | None
-) -> Float[Array, '...']:
-  """Hidden values of which a share is zero, and the others are scaled up.
-
-  Args:
-    h: The hidden values.
-    rate: The share that is dropped, below 1.
-    key: The key of the draw; None: nothing is dropped.
-  """
-  if key is None:
-    return h
-  keep_rate = 1 - rate
-  keep_mask = jax.random.bernoulli(key, keep_rate, h.shape)
-  return jnp.where(keep_mask, h / keep_rate, 0)

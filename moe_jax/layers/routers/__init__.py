@@ -3,7 +3,7 @@
 from moe_jax.config import Kinds
 from moe_jax.layers.routers.contract import Causality as Causality
 from moe_jax.layers.routers.contract import Router as Router
-from moe_jax.layers.routers.contract import RouterOptions
+from moe_jax.layers.routers.contract import RouterOptions as RouterOptions
 from moe_jax.layers.routers.contract import Sizes as Sizes
 from moe_jax.layers.routers.contract import TokenInfo as TokenInfo
 from moe_jax.layers.routers.expert_choice import ExpertChoice

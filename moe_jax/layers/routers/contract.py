@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from flax import linen as nn
 
+from moe_jax import shapes
 from moe_jax.config import Options, fields_of, required
 from moe_jax.errors import InputError
 from moe_jax.layers.shared import Shared
@@ -19,19 +20,7 @@ from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.rows import without_nan
 from moe_jax.routing.soft_rule import AnyRouting
 from moe_jax.routing.stats import MoeAux
-from moe_jax.shapes import (
-  Array,
-  Bool,
-  Float,
-  Float32,
-  Int,
-  Leaf,
-  array_of,
-  check_shapes,
-  checked,
-  shapes_in,
-  type_text,
-)
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf, checked
 
 # The collection of routers' variables that no gradient updates.
 ROUTER_STATE = 'router_state'
@@ -71,9 +60,8 @@ class Sizes:
 
   def slots(self, group_size: int) -> int:
     """The slots of an expert in a group of that many tokens, a Python int."""
-    return self.capacity.per_expert(
-      group_size, self.num_experts, self.num_selected
-    )
+    E, K = self.num_experts, self.num_selected
+    return self.capacity.per_expert(group_size, E, K)
 
 
 class TokenInfo(NamedTuple):
@@ -229,7 +217,6 @@ class RouterOptions(Options):
       rate: The amount by which a step changes them; None: the option's value.
         It may be an array that the step has as an argument.
     """
-    del load, rate
     return state
 
 
@@ -328,29 +315,26 @@ def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
   if (reason := no_choices_taken(router.options)) is not None:
     raise InputError(reason)
   K = 'K' if router.options.by_expert else f'{router.sizes.num_selected}'
-  shapes = [
-    array_of('mask', mask, Bool[Array, 'G S']),
-    array_of('given.expert', given.expert, Int[Array, f'G S {K}']),
+  arrays = [
+    shapes.array_of('mask', mask, Bool[Array, 'G S']),
+    shapes.array_of('given.expert', given.expert, Int[Array, f'G S {K}']),
   ]
-  if given.kept is not None:
-    shapes.append(array_of('given.kept', given.kept, Bool[Array, f'G S {K}']))
-  check_shapes(shapes)
+  if (kept := given.kept) is not None:
+    rule = Bool[Array, f'G S {K}']
+    arrays.append(shapes.array_of('given.kept', kept, rule))
+  shapes.check_shapes(arrays)
 
 
 def _check_result(router: Router, result: Any, mask: Array) -> None:
   """Raises ValueError where a router's result is not what `Router` says."""
   name, E = type(router).__name__, router.sizes.num_experts
-  if not (
-    isinstance(result, tuple)
-    and len(result) == 2
-    and isinstance(result[0], AnyRouting)
-    and isinstance(result[1], MoeAux)
-  ):
+  is_pair = isinstance(result, tuple) and len(result) == 2
+  chosen, aux = result if is_pair else (None, None)
+  if not (isinstance(chosen, AnyRouting) and isinstance(aux, MoeAux)):
     raise InputError(
-      f'{name}.route returned {type_text(result)}; a Router returns '
+      f'{name}.route returned {shapes.type_text(result)}; a Router returns '
       '(Routing or SoftRouting, MoeAux)'
     )
-  chosen, aux = result
   if chosen.num_experts != E:
     raise InputError(
       f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
@@ -362,17 +346,16 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
       f'{name}.route returned the losses {sorted(aux.losses)}; its options '
       f'give weights to {sorted(weights)}'
     )
-  check_shapes(
-    [
-      array_of('mask', mask, Bool[Array, 'G S']),
-      *shapes_in(f'the routing of {name}', chosen),
-      array_of(f'stats.load of {name}', aux.stats.load, Float32[Array, f'{E}']),
-      *(
-        array_of(f'{loss} of {name}', value, Float32[Array, ''])
-        for loss, value in aux.losses.items()
-      ),
-    ]
-  )
+  load, rule = aux.stats.load, Float32[Array, f'{E}']
+  arrays = [
+    shapes.array_of('mask', mask, Bool[Array, 'G S']),
+    *shapes.shapes_in(f'the routing of {name}', chosen),
+    shapes.array_of(f'stats.load of {name}', load, rule),
+  ]
+  for loss, value in aux.losses.items():
+    rule = Float32[Array, '']
+    arrays.append(shapes.array_of(f'{loss} of {name}', value, rule))
+  shapes.check_shapes(arrays)
 
 
 def sown(layer: Mapping[str, Any]) -> dict[str, Any]:

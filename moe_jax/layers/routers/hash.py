@@ -47,10 +47,9 @@ class HashRouter(contract.Router):
 
   def route(self, x, mask, train, token_info, layer, given=None):
     o = self.options
+    tokens, previous, positions, *_ = token_info
     index = routing.hash_choice(
-      hash_ids(
-        o.of, token_info.tokens, token_info.previous, token_info.positions
-      ),
+      hash_ids(o.of, tokens, previous, positions),
       num_experts=self.sizes.num_experts,
       num_selected=self.sizes.num_selected,
       seed=o.seed,

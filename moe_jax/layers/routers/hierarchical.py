@@ -23,7 +23,7 @@ from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.shapes import Array, Float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +34,22 @@ class Hierarchical(contract.RouterOptions):
   z_weight: float = shared_options.Z_WEIGHT
   importance_weight: float = shared_options.IMPORTANCE_WEIGHT
   load_weight: float = shared_options.loss_weight(
-    0.0,
-    'load loss of two levels (Eq. 14 of arXiv:1701.06538)',
+    0.0, 'load loss of two levels (Eq. 14 of arXiv:1701.06538)'
   )
   branching: int = option(
-    2,
-    'Number a of branches of a hierarchical router, of num_experts / a '
-    'experts.',
-    minimum=1,
+    2, 'Number a of branches, each of num_experts / a experts.', minimum=1
   )
   branches_selected: int = option(
     1,
-    'Number of branches that a token chooses in the hierarchical router; in '
-    'each it chooses num_selected / branches_selected experts.',
+    'Number of branches that a token chooses; in each it chooses num_selected '
+    '/ branches_selected experts.',
     minimum=1,
   )
-  noisy: bool = option(
-    False,
-    'Whether a hierarchical router has noisy gates, with kernels from zero.',
-  )
+  noisy: bool = option(False, 'Whether gates are noisy, from zero kernels.')
   gates: str = option(
     'raw',
-    "Gates at each level of the hierarchical router: 'raw' is the softmax over "
-    "all branches or experts, 'renormalized' makes the chosen ones' sum to "
-    'one.',
+    "Gates at each level: 'raw' is the softmax over all branches or experts, "
+    "'renormalized' makes the chosen ones' sum to one.",
     choices=('raw', 'renormalized'),
   )
 
@@ -90,10 +82,8 @@ class Hierarchical(contract.RouterOptions):
 
   def shrunk(self):
     """A token chooses all of at most two branches."""
-    branches = min(self.branches_selected, 2)
-    return dataclasses.replace(
-      self, branching=branches, branches_selected=branches
-    )
+    a = min(self.branches_selected, 2)
+    return dataclasses.replace(self, branching=a, branches_selected=a)
 
   def levels(self, sizes: contract.Sizes) -> tuple['LevelSizes', 'LevelSizes']:
     """The sizes of the gate over branches, and of the gate in each branch."""
@@ -138,13 +128,10 @@ class HierarchicalRouter(contract.Router):
     branch = _level(primary, logits, noise)
     logits, noise = self._branch_logits(x, branch.index, secondary, train)
     expert = _level(secondary, logits, noise)
-    choice_shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
+    shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
+    experts, gates = expert.index.reshape(shape), expert.gate.reshape(shape)
     index, gate = shazeer_rules.flat_choices(
-      branch.index,
-      branch.gate,
-      expert.index.reshape(choice_shape),
-      expert.gate.reshape(choice_shape),
-      secondary.num_experts,
+      branch.index, branch.gate, experts, gates, secondary.num_experts
     )
     chosen = routing.given_choice(
       index,
@@ -211,14 +198,9 @@ class _Level(NamedTuple):
   probability: Array | None
 
 
-def _level(
-  sizes: LevelSizes,
-  clean: Float32[Array, 'G N E'],
-  noise: routing.NoisyLogits | None,
-) -> _Level:
+def _level(sizes, clean, noise) -> _Level:
   E, K, gates = sizes
   logits = clean if noise is None else noise.noisy
-
   best = steps.largest(logits, min(K + 1, E))
   index, probability = best[..., :K], None
   if noise is not None:
@@ -227,47 +209,30 @@ def _level(
   return _Level(clean, index, gate, probability)
 
 
-def _branch_products(
-  x: Float32[Array, 'G S M'],
-  branch_index: Int32[Array, 'G S K1'],
-  w: Float32[Array, 'A M N'],
-) -> Float32[Array, 'G P N']:
+def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   """The product of each token and each branch that it chose; P = S * K1."""
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1
-  chosen = routing.Routing(
-    expert_index=branch_index.reshape(G, P, 1),
-    slot=jnp.zeros((G, P, 1), jnp.int32),
-    gate=jnp.ones((G, P, 1), jnp.float32),
-    kept=jnp.ones((G, P, 1), bool),
-    num_experts=w.shape[0],
-    capacity=None,
-  )
+  index, kept = branch_index.reshape(G, P, 1), jnp.ones((G, P, 1), bool)
+  slot, gate = jnp.zeros_like(index), jnp.ones(index.shape, jnp.float32)
+  chosen = routing.Routing(index, slot, gate, kept, w.shape[0], capacity=None)
   rows = sorted_rows.dispatch(jnp.repeat(x, K1, axis=1), chosen)
   with jax.default_matmul_precision('highest'):
     logits = grouped_matmul(rows, w, chosen.rows_per_expert())
   return sorted_rows.combine(logits, chosen)
 
 
-def _aux(
-  chosen: routing.Routing,
-  gate: Float32[Array, 'G S K'],
-  branch: _Level,
-  expert: _Level,
-  mask: Bool[Array, 'G S'],
-) -> routing.MoeAux:
+def _aux(chosen, gate, branch, expert, mask) -> routing.MoeAux:
   """The losses and statistics, as sums over real tokens."""
-  importance = routing.importance_loss(
-    gate, chosen.expert_index, mask, chosen.num_experts
-  )
+  index, E = chosen.expert_index, chosen.num_experts
+  importance = routing.importance_loss(gate, index, mask, E)
   load = jnp.zeros(len(mask), jnp.float32)
-  if branch.probability is not None and expert.probability is not None:
+  if branch.probability is not None:
     probability = expert.probability.reshape(*branch.index.shape, -1)
-    load = cv_squared(
-      shazeer_rules.hierarchical_load(
-        branch.probability, probability, branch.index, mask
-      )
+    expected_load = shazeer_rules.hierarchical_load(
+      branch.probability, probability, branch.index, mask
     )
+    load = cv_squared(expected_load)
 
   def summed(per_token):
     return shazeer_rules.over_levels(

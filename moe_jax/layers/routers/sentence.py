@@ -45,10 +45,8 @@ class Sentence(contract.RouterOptions):
 
   def causality(self, sizes):
     return contract.Causality(
-      leak=(
-        "router.kind='sentence' goes by the mean of the whole sentence, so "
-        "that later tokens change earlier outputs; use 'token_choice' or 'task'"
-      ),
+      "router.kind='sentence' goes by the mean of the whole sentence, so that "
+      "later tokens change earlier outputs; use 'token_choice' or 'task'",
       drops=sizes.capacity.binds,
       undecodable=(
         'the sentence router needs the whole sentence, which is not there '

@@ -33,8 +33,7 @@ class Soft(contract.RouterOptions):
   slots_per_expert: int = option(
     1,
     'Number p of slots of each expert in a group, each with parameters of its '
-    'own (arXiv:2308.00951); num_experts * p slots are multiplied, whatever '
-    'the length of the group is.',
+    'own (arXiv:2308.00951); num_experts * p are multiplied at any length.',
     minimum=1,
   )
 
@@ -52,10 +51,8 @@ class Soft(contract.RouterOptions):
 
   def causality(self, sizes):
     return contract.Causality(
-      leak=(
-        "router.kind='soft' mixes all tokens of a group in every slot, so that "
-        "later tokens change earlier outputs; use 'token_choice'"
-      ),
+      "router.kind='soft' mixes all tokens of a group in every slot, so that "
+      "later tokens change earlier outputs; use 'token_choice'",
       undecodable=(
         'Soft MoE mixes all tokens of a group, and later ones do not exist yet '
         'while a text is generated; an encoder can have this router'
@@ -73,11 +70,7 @@ class SoftRouter(contract.Router):
     E, K = self.sizes.num_experts, self.sizes.num_selected
     p, M = self.options.slots_per_expert, x.shape[-1]
     kernel = parameters.kernel(
-      self.shared,
-      (*AXES, None),
-      role=ROLE,
-      in_axis=0,
-      out_axis=(1, 2),
+      self.shared, (*AXES, None), role=ROLE, in_axis=0, out_axis=(1, 2)
     )
     w = self.param('w', kernel, (M, E, p), jnp.float32)
     init = parameters.scale((None,), role=ROLE)
@@ -90,9 +83,7 @@ class SoftRouter(contract.Router):
     return chosen, routing.MoeAux({}, stats, routing.no_exchange())
 
 
-def of_unit_length(
-  x: Float32[Array, '...'], axis: int
-) -> Float32[Array, '...']:
+def of_unit_length(x: Float32[Array, '*N'], axis: int) -> Float32[Array, '*N']:
   """The vectors along an axis, divided by their lengths; 0 stays 0."""
   square = (x**2).sum(axis, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(square, _LEAST))

@@ -17,12 +17,8 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers import contract
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing.aux_losses import (
-  balance_of_parts,
-  balance_sums,
-  cv_squared,
-  over_groups,
-)
+from moe_jax.routing import aux_losses
+from moe_jax.routing.aux_losses import over_groups
 from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.token_choice_rule import choice_problems
@@ -211,7 +207,7 @@ def slot_aux(
 ) -> routing.MoeAux:
   """The losses and statistics where experts choose tokens."""
   module.sow(contract.SOWN, contract.LOGITS, logits)
-  importance = cv_squared(chosen.gate.sum(-1))
+  importance = aux_losses.cv_squared(chosen.gate.sum(-1))
   losses = {
     'z_loss': over_groups(routing.z_loss(logits, mask), mask),
     'importance_loss': over_groups(importance, mask),
@@ -299,9 +295,9 @@ def scope_losses(
   # Rows and groups are cut into parts that lie in one of each.
   unit = math.gcd(S, T)
   probs = balance_probs(logits, scores)
-  sums = balance_sums(probs, expert_index, mask, unit, choices)
+  sums = aux_losses.balance_sums(probs, expert_index, mask, unit, choices)
   return losses | {
-    name: balance_of_parts(sums, rows * T // unit)
+    name: aux_losses.balance_of_parts(sums, rows * T // unit)
     for name, rows in rows_of.items()
   }
 

@@ -54,12 +54,8 @@ class StrictlyBalancedRouter(contract.Router):
     E, K = self.sizes.num_experts, self.sizes.num_selected
     capacity = self.sizes.slots(x.shape[1])
     # Before training the gates are uniform, and so are the thresholds.
-    init = parameters.boxed(
-      nn.initializers.constant(1 / E),
-      steps.AXES[1:],
-      role=steps.ROLE,
-      form='bias',
-    )
+    init, axes = nn.initializers.constant(1 / E), steps.AXES[1:]
+    init = parameters.boxed(init, axes, role=steps.ROLE, form='bias')
     thresholds = self.param('b_threshold', init, (E,), jnp.float32)
 
     def choose(logits, mask, thresholds):

@@ -63,22 +63,15 @@ class TaskRouter(contract.Router):
 
   def route(self, x, mask, train, token_info, layer, given=None):
     o = self.options
-    N, E, K = (
-      self.shared.num_tasks,
-      self.sizes.num_experts,
-      self.sizes.num_selected,
-    )
+    N, E = self.shared.num_tasks, self.sizes.num_experts
+    K = self.sizes.num_selected
     if not N:
       raise InputError(
         'the task router needs shared.num_tasks above 0; in a model it is '
         'model.num_tasks'
       )
-    init = parameters.boxed(
-      nn.initializers.normal(1.0),
-      (None, steps.AXES[1]),
-      role=steps.ROLE,
-      form='table',
-    )
+    init, axes = nn.initializers.normal(1.0), (None, steps.AXES[1])
+    init = parameters.boxed(init, axes, role=steps.ROLE, form='table')
     table = self.param('tasks', init, (N, E), jnp.float32)[None]  # [1, N, E]
     task = token_info.task_ids.astype(jnp.uint32)
     logits = steps.jittered(self, table, o.jitter, train)[0][task]
@@ -93,12 +86,8 @@ class TaskRouter(contract.Router):
     )
     # The losses of a group of one token a task, for all real tokens.
     each_task = jnp.ones(table.shape[:2], bool)
-    balance = routing.balance_loss(
-      jax.nn.softmax(table),
-      routing.choose(table, K),
-      each_task,
-      o.balance_choices,
-    )
+    probs, index = jax.nn.softmax(table), routing.choose(table, K)
+    balance = routing.balance_loss(probs, index, each_task, o.balance_choices)
     tokens = mask.sum().astype(jnp.float32)
     losses = {
       'balance_loss': balance[0] * tokens,

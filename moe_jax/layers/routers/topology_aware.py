@@ -58,9 +58,7 @@ class TopologyAware(contract.RouterOptions):
     minimum=1,
   )
   per_node: int = option(
-    1,
-    'Number m of devices in each node, a divisor of devices.',
-    minimum=1,
+    1, 'Number m of devices in each node, a divisor of devices.', minimum=1
   )
   outgoing_fraction: float = option(
     0.14,
@@ -76,10 +74,9 @@ class TopologyAware(contract.RouterOptions):
     if self.second_policy != 'threshold':
       reason = "unless second_policy is 'threshold'"
       yield from self.in_vain(reason, 'second_threshold')
-    if self.devices % self.per_node:
-      yield (
-        f'devices={self.devices} is not divisible by per_node={self.per_node}'
-      )
+    devices, m = self.devices, self.per_node
+    if devices % m:
+      yield f'devices={devices} is not divisible by per_node={m}'
 
   def problems_with(self, sizes):
     yield from steps.gate_problems(sizes, self.gates, self.second_policy)
@@ -138,22 +135,20 @@ class TopologyAware(contract.RouterOptions):
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
     if not self.limits:
       return queues
-    queues = queues._replace(
-      undecodable=(
-        'the topology router chooses the tokens that leave their node in a '
-        "whole group, and takes a group's node from its place in the batch; "
-        "the same parameters decode with the router 'token_choice'"
-      )
+    reason = (
+      'the topology router chooses the tokens that leave their node in a '
+      "whole group, and takes a group's node from its place in the batch; "
+      "the same parameters decode with the router 'token_choice'"
     )
+    queues = queues._replace(undecodable=reason)
     if self.outgoing_fraction == 0:
       return queues
-    return queues._replace(
-      leak=(
-        "router.kind='topology' lets the tokens with the highest scores of a "
-        'group leave their node, so that later tokens change earlier outputs; '
-        "use 'token_choice', or an outgoing_fraction of 0"
-      )
+    leak = (
+      "router.kind='topology' lets the tokens with the highest scores of a "
+      'group leave their node, so that later tokens change earlier outputs; '
+      "use 'token_choice', or an outgoing_fraction of 0"
     )
+    return queues._replace(leak=leak)
 
   def shrunk(self):
     """There are two nodes of one device, or one node."""
@@ -172,12 +167,8 @@ class TopologyAwareRouter(contract.Router):
     x = steps.jittered(self, x, o.jitter, train)
     logits = steps.linear_logits(self, x, o.use_bias)
     if o.limits:
-      rule = functools.partial(
-        limited_rules.limited_choice,
-        num_selected=K,
-        num_nodes=o.num_nodes,
-        limit=o.limit(S),
-      )
+      numbers = dict(num_selected=K, num_nodes=o.num_nodes, limit=o.limit(S))
+      rule = functools.partial(limited_rules.limited_choice, **numbers)
       # It runs on each device, as no compiler splits a sort over groups.
       index = on_each_device(rule, (logits, o.nodes(len(mask)), mask))
     else:
