@@ -53,36 +53,29 @@ class ChoiceEvaluation(AskingEvaluation):
   )
   num_items: int = option(
     128,
-    'Number of questions that are asked, spread over the validation split; 0 '
-    'asks all.',
+    'Number of questions asked, spread over the validation split; 0 asks all.',
     minimum=0,
   )
   num_shots: int = option(
     0,
-    'Number of other questions with their right answers that are put before '
-    'each question as examples, fewer where a row has no room for them; 0 is '
-    'zero-shot.',
+    'Number of other questions that are put, with their right answers, before '
+    'each question, fewer where a row has no room; 0 is zero-shot.',
     minimum=0,
   )
   shots_source: ChoiceSourceOptions = choice(
-    data.SHOTS_SOURCES,
-    'same',
-    'Source of the examples that are put before a question.',
+    data.SHOTS_SOURCES, 'same', 'Source of the examples before a question.'
   )
   normalize: str = option(
     'tokens',
-    "Length by which an answer's log-likelihood is divided: 'tokens' or "
-    "'bytes' of the answer (GLaM takes tokens), or 'none', which does not "
-    'divide.',
+    "Length of an answer by which its log-likelihood is divided: 'tokens', as "
+    "in GLaM, or 'bytes'; 'none' does not divide.",
     choices=NORMALIZES,
   )
   train_split: str = option(
-    'train',
-    "The source's own name of the split from which examples are taken.",
+    'train', "The source's own name of the split of the examples."
   )
   validation_split: str = option(
-    'validation',
-    "The source's own name of the split whose questions are asked.",
+    'validation', "The source's own name of the split of the questions."
   )
 
   def problems(self) -> Iterator[str]:

@@ -49,37 +49,30 @@ class GenerateEvaluation(EvaluationOptions):
 
   num_examples: int = option(
     64,
-    'Number of validation examples for which outputs are generated, spread '
-    'over the split; 0 takes all.',
+    'Number of validation examples, spread over the split; 0 takes all.',
     minimum=0,
   )
   num_tokens: int = option(
     64,
-    'Number of tokens at which a generated output ends; learned positions may '
-    'have room for fewer.',
+    'Most tokens of an output; learned positions may have room for fewer.',
     minimum=1,
   )
   num_beams: int = option(
     1,
-    'Number of beams of the beam search that generates outputs; 1 takes the '
-    'likeliest token each time.',
+    'Number of beams of the search; 1 takes the likeliest token each time.',
     minimum=1,
   )
   length_penalty: float = option(
     1.0,
-    "Exponent of the length by which a beam's log probability is divided; 0 "
-    'does not divide, above 0 favours longer outputs, a negative exponent '
-    'shorter ones.',
+    "Exponent of the length that divides a beam's log probability; 0 does not "
+    'divide, above 0 favours longer outputs, below 0 shorter ones.',
   )
   metrics: str = option(
     'bleu,chrf,rouge_l,exact_match',
-    'Names of the scores of generated outputs, separated by commas: bleu, '
-    'chrf, rouge_l, exact_match.',
+    'Scores, separated by commas, of bleu, chrf, rouge_l and exact_match.',
   )
   bleu_tokenizer: str = option(
-    '13a',
-    'Way in which BLEU splits words, by the names of sacrebleu: 13a, intl, zh, '
-    'char, none.',
+    '13a', "BLEU's way to split words, in sacrebleu: 13a, intl, zh, char, none."
   )
 
   def problems(self) -> Iterator[str]:

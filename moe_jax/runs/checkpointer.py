@@ -25,8 +25,6 @@ from moe_jax.runs.metrics import Row
 from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
 
-__all__ = ['CheckpointError', 'Checkpointer', 'Restored']
-
 
 class Restored(NamedTuple):
   """A checkpoint that has been read.
@@ -423,9 +421,7 @@ class CheckpointOptions(Options):
     minimum=1,
   )
   keep_best: bool = option(
-    True,
-    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
-    'kept besides the newest ones.',
+    True, 'Whether the best checkpoint, by checkpoint.best_eval, is kept, too.'
   )
   best_eval: str = option(
     'train_capacity',
@@ -434,14 +430,11 @@ class CheckpointOptions(Options):
   )
   best_metric: str = option(
     'loss',
-    'Number of the evaluation checkpoint.best_eval that decides which '
-    "checkpoint is the best, such as 'exact_match'.",
+    "Number of checkpoint.best_eval that decides, such as 'exact_match'.",
     required=True,
   )
   best_is_highest: bool = option(
-    False,
-    'Whether the checkpoint with the highest number is the best, as for an '
-    'accuracy; otherwise the lowest is.',
+    False, 'Whether the highest number is the best, as of an accuracy.'
   )
   tries: int = option(
     3,

@@ -259,12 +259,8 @@ def difference(
     cast: Whether all floating-point types count as equal.
   """
 
-  def is_same(path):
-    if cast:
-      return _FLOAT.sub('float', saved[path]) == _FLOAT.sub(
-        'float', wanted[path]
-      )
-    return saved[path] == wanted[path]
+  def compared(array):
+    return _FLOAT.sub('float', array) if cast else array
 
   paths_by_kind = {
     'missing': [path for path in wanted if path not in saved],
@@ -272,7 +268,7 @@ def difference(
     'different': [
       f'{path} (saved {saved[path]}, wanted {wanted[path]})'
       for path in wanted
-      if path in saved and not is_same(path)
+      if path in saved and compared(saved[path]) != compared(wanted[path])
     ],
   }
   lines = []
