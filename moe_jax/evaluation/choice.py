@@ -107,7 +107,6 @@ class ChoiceEvaluation(AskingEvaluation):
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in a row of `Choice`."""
-    del data
     names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
     return [*names, 'shots'] if self.num_shots else names
 
@@ -173,7 +172,6 @@ class Choice:
     It also has `cut_items`, the number of questions that had to be cut to fit a
     row, and, with examples, `shots`, the mean number of examples that fitted.
     """
-    del step
     labels = [question.item.label for question in self.questions]
     row = accuracy_row(self.scores(variables), labels)
     row['cut_items'] = sum(q.is_cut for q in self.questions)
@@ -183,11 +181,9 @@ class Choice:
 
   def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
     """The normalised log-likelihoods of each question's answers."""
-    log_probs = log_likelihoods(
-      self.setting, variables, self.questions, self.layout
-    )
-    pairs = zip(log_probs, self.questions, strict=True)
-    return [x / q.lengths(self.options.normalize) for x, q in pairs]
+    asked, unit = self.questions, self.options.normalize
+    log_probs = log_likelihoods(self.setting, variables, asked, self.layout)
+    return [x / q.lengths(unit) for x, q in zip(log_probs, asked, strict=True)]
 
 
 def accuracy_row(
@@ -242,11 +238,8 @@ def log_likelihoods(
     batch = layout.assemble([[examples[i] for i in row] for row in padded_rows])
     if tasks:
       batch |= _tasks(batch, [[tasks[i] for i in row] for row in padded_rows])
-    return (
-      batch_rows,
-      batch['segment_ids'],
-      _log_probs(variables, put(batch), **compiled),
-    )
+    log_probs = _log_probs(variables, put(batch), **compiled)
+    return batch_rows, batch['segment_ids'], log_probs
 
   totals = np.zeros(len(examples), np.float64)
   batches = map(scored, range(0, len(rows), batch_size))

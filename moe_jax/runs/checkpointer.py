@@ -141,10 +141,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       folder = self._write_retry(copy)(self._write, step, state)
     except Exception as error:
       raise self._failure(step, describe(error)) from None
-    self._pending = (
-      step,
-      self._thread.submit(self._finish, folder, manifest, copy),
-    )
+    finished = self._thread.submit(self._finish, folder, manifest, copy)
+    self._pending = step, finished
     return True
 
   def wait(self) -> None:
@@ -438,10 +436,9 @@ class CheckpointOptions(Options):
   )
   tries: int = option(
     3,
-    'Number of times that writing or reading a checkpoint is tried when '
-    'storage reports an error that may pass (a full disk does not). Above 1, '
-    'the host keeps a copy of what is being saved. Several processes try only '
-    'once to write arrays.',
+    'Number of tries to write or read a checkpoint where storage reports an '
+    'error that may pass (a full disk does not). Above 1, the host keeps a '
+    'copy of what is saved. Several processes try only once to write arrays.',
     minimum=1,
   )
   retry_seconds: float = option(

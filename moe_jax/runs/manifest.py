@@ -74,12 +74,8 @@ def make(
     extra = json.loads(json.dumps(extra))
   except (TypeError, ValueError) as error:
     raise InputError(f'extra={extra!r:.200} is not JSON: {error}') from None
-  return Manifest(
-    step=step,
-    tree=describe(state),
-    extra=extra,
-    metrics={key: float(value) for key, value in metrics.items()},
-  )
+  numbers = {key: float(value) for key, value in metrics.items()}
+  return Manifest(step, describe(state), extra, numbers)
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:

@@ -244,10 +244,8 @@ class _Events:
     self._write(self._event.Event(step=first_step, session_log=start))
 
   def append(self, step: int, values: Mapping[str, float]) -> None:
-    value = [
-      self._summary.Summary.Value(tag=key, simple_value=value)
-      for key, value in values.items()
-    ]
+    scalar = self._summary.Summary.Value
+    value = [scalar(tag=k, simple_value=v) for k, v in values.items()]
     summary = self._summary.Summary(value=value)
     self._write(self._event.Event(step=step, summary=summary))
 

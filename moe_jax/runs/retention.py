@@ -68,11 +68,8 @@ class Directory:
 
   def steps(self) -> list[int]:
     """The steps with a manifest, ascending; none is verified."""
-    return [
-      step
-      for step in self.folders()
-      if (self.folder(step) / manifest_lib.NAME).exists()
-    ]
+    name = manifest_lib.NAME
+    return [n for n in self.folders() if (self.folder(n) / name).exists()]
 
   def best_step(self) -> int | None:
     """The step with the best finite `best_metric`, the earliest of equals."""

@@ -16,15 +16,9 @@ from moe_jax.training.losses import LossWeights
 
 _LOGITS = 'logits_z'  # the name of the loss of the logits
 # The names of the losses of built-in routers, which a model may lack.
+_FIELDS = {f for r in ROUTERS.builtin.values() for f in fields_of(r)}
 _BUILTIN = tuple(
-  sorted(
-    {
-      name.removesuffix('_weight')
-      for router in ROUTERS.builtin.values()
-      for name in fields_of(router)
-      if name.endswith('_weight')
-    }
-  )
+  sorted(f.removesuffix('_weight') for f in _FIELDS if f.endswith('_weight'))
 )
 
 

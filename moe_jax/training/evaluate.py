@@ -446,15 +446,13 @@ def _differing_parameters(model: Model, changed: Model) -> list[str]:
   """A line for each parameter whose shape differs between two models."""
   if changed == model:
     return []
-  old, new = (
-    {
-      jax.tree_util.keystr(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(
-        models.abstract_params(compared)
-      )
-    }
-    for compared in (model, changed)
-  )
+
+  def shapes_of(compared):
+    params = models.abstract_params(compared)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+  old, new = map(shapes_of, (model, changed))
   return [
     f'  {key}: {old.get(key)} -> {new.get(key)}'
     for key in sorted(old.keys() | new.keys())

@@ -56,9 +56,8 @@ class Optimizer(Options):
   )
   ema: float = option(
     0.0,
-    'Decay per step of the weights of a running mean of the parameters, an '
-    'exponential moving average, by which the model is evaluated, exported and '
-    'read by other commands, such as 0.999; 0 keeps none.',
+    'Decay per step of a running mean of the parameters, such as 0.999, by '
+    'which the model is evaluated, exported and read elsewhere; 0 keeps none.',
     minimum=0,
     below=1,
   )
@@ -213,8 +212,7 @@ class Adafactor(Optimizer):
   update_clip: float = option(
     1.0,
     'Largest root mean square of the update of a matrix, before the learning '
-    "rate and the matrix's size scale it; a larger update is scaled down to it "
-    '(0.1 in Table 4 of arXiv:2202.08906).',
+    'rate and its size scale it (0.1 in Table 4 of arXiv:2202.08906).',
     above=0,
   )
 
@@ -353,8 +351,7 @@ class Muon(Optimizer):
 
   momentum: float = option(
     0.95,
-    'Decay per step of the running mean of gradients (Nesterov) that Muon '
-    'orthogonalizes; 0 takes the gradient itself.',
+    'Decay per step of the Nesterov mean of gradients; 0 takes the last alone.',
     minimum=0,
     below=1,
   )
@@ -397,10 +394,8 @@ class Muon(Optimizer):
 
   def preconditioner(self, axes: Any, roles: Any) -> Transform:
     """Returns Muon's transformation of hidden matrices, Adam's of others."""
-    adam = optax.chain(
-      optax.scale_by_adam(self.b1, self.b2, self.epsilon),
-      optax.scale(self.adam_rate),
-    )
+    adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+    adam = optax.chain(adam, optax.scale(self.adam_rate))
 
     def transform_of(role: Role, names: tuple[str | None, ...]):
       return self._orthogonal(names) if is_hidden(role, names) else adam

@@ -268,8 +268,7 @@ class RunOptions(Options):
   )
   microbatches: int = option(
     1,
-    'Number of equal parts of a batch that are computed one after another and '
-    'whose gradients are added; it must divide batch_size.',
+    'Number of equal parts of a batch, computed in turn; divides batch_size.',
     minimum=1,
   )
   exchange_once: bool = option(
@@ -295,9 +294,8 @@ class RunOptions(Options):
   )
   max_nonfinite_steps: int = option(
     0,
-    'Number of steps that may be skipped because their loss or gradient is not '
-    'finite, with their batches kept in the workdir; one more stops the run, '
-    'and with 0 the first does.',
+    'Number of steps, not finite in loss or gradient, that may be skipped, '
+    'with their batches kept in the workdir; with 0 the first stops the run.',
     minimum=0,
   )
   trainable: str = option(

@@ -27,9 +27,8 @@ class Schedule(Options):
 
   warmup_steps: int = option(
     100,
-    'Number of optimizer steps over which the learning rate rises linearly '
-    'from 0 to its peak, at most half of the steps of the run: where it is '
-    'more, half of them are taken, and the run says so. 0 begins at the peak.',
+    'Number of optimizer steps of the linear rise from 0 to the peak, at most '
+    'half of the steps of the run, which then says so. 0 begins at the peak.',
     minimum=0,
   )
 

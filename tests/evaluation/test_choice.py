@@ -212,10 +212,10 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
 def test_without_overrides_nothing_is_dropped(bench):
   source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
   bench.model = {'moe': {'capacity': {'per_token': {'factor': 0.3}}}}
-  assert bench.choice(source=source).setting.model.moe.capacity == All()
+  assert bench.choice(source=source).setting.model.stacks.moe.capacity == All()
   overrides = {'moe': {'capacity': {'per_token': {'factor': 0.7}}}}
   measure = bench.choice(source=source, model_overrides=overrides)
-  assert measure.setting.model.moe.capacity == PerToken(0.7)
+  assert measure.setting.model.stacks.moe.capacity == PerToken(0.7)
 
 
 @pytest.mark.parametrize(
