@@ -42,7 +42,9 @@ def test_importance_and_loads_are_of_one_batch():
   )
   (_, aux), collections = jax.jit(apply)(variables, **model.inputs(batch))
   real = np.asarray(segments).reshape(-1) > 0
-  for i, layer in enumerate(model.layer_trees(collections['intermediates'])):
+  for i, layer in enumerate(
+    model.stacks.layer_trees(collections['intermediates'])
+  ):
     (routing,) = layer['moe']['router']['routing']
     counts = np.bincount(
       np.asarray(routing.expert_index).reshape(-1, K)[real].ravel()

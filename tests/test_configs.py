@@ -17,7 +17,7 @@ from moe_jax import models, run_config
 from moe_jax.config import merge, section_of
 from moe_jax.configs import t5_base
 from moe_jax.models.pattern import sparse_pattern
-from moe_jax.models.trees import move_router_state
+from moe_jax.models.trees import init_router_state, move_router_state
 from moe_jax.training import losses, step
 from moe_jax.training.evaluate import changed_models
 from tests import golden
@@ -153,12 +153,15 @@ def test_two_steps_shrunk(name):
   optimizer = options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
   )
-  init = functools.partial(
-    step.init_state,
-    model=model,
-    optimizer=optimizer,
-  )
-  state = jax.jit(init)(jnp.asarray(options.seed, jnp.uint32))
+
+  @jax.jit
+  def first_state(seed):
+    params = nn.meta.unbox(models.init_params(model, jax.random.key(seed)))
+    opt_state, step_number = optimizer.init(params), jnp.zeros((), jnp.int32)
+    routers = init_router_state(model)
+    return step.TrainState(step_number, seed, params, opt_state, routers)
+
+  state = first_state(jnp.asarray(options.seed, jnp.uint32))
   weights = losses.loss_weights(model, options.logits_z_weight)
   jitted_step = jax.jit(
     functools.partial(

@@ -57,6 +57,11 @@ class SoftRouting:
     return self.gate.shape[2]
 
   @property
+  def capacity(self) -> int:
+    """C, the number of slots of an expert in each group."""
+    return self.gate.shape[3]
+
+  @property
   def group_size(self) -> int:
     """S, the number of tokens in a group."""
     return self.gate.shape[1]

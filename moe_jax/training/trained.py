@@ -131,6 +131,12 @@ def read(
     has_checkpoints = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
     raise InputError(f'{checkpoints}: {describe_error(error)}') from None
+  if not has_checkpoints and (folder / 'weights').is_dir():
+    raise InputError(
+      f'{folder} has its weights in a format of before, without a checkpoint; '
+      'make it again: quantise, extract, merge or prune the run that it was '
+      'made of'
+    )
   if not has_checkpoints:
     raise InputError(
       f'{folder} holds no trained run: no {checkpoints.name}; {_FIRST_SAVE}'
@@ -142,8 +148,10 @@ def read(
     data = read_options(DataOptions, stored['data'], 'data.')
     model: Any = read_options(MODELS, stored['model'], 'model.')
     sharding = read_options(ShardingOptions, stored['sharding'], 'sharding.')
-    batch_size = int(config['batch_size'])
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    batch_size = config.get('batch_size')
+    if type(batch_size) is not int or batch_size < 1:
+      raise InputError(f'batch_size={batch_size!r:.60} is not a number of rows')
+  except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.

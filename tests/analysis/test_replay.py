@@ -236,6 +236,6 @@ def test_a_record_of_another_batch_is_refused():
 
 def test_a_router_says_whether_it_takes_choices():
   for name in ROUTERS:
-    assert model_of(name).moe.replays() is None
+    assert model_of(name).stacks.moe.replays() is None
   with pytest.raises(ValueError, match="replay='x': Hierarchical makes its"):
     tiny.moe_options(router=Hierarchical(), replay='x')

@@ -90,7 +90,7 @@ def test_the_published_config_is_read(tmp_path):
   (note,) = checkpoint.notes
   assert note.startswith('num_nextn_predict_layers=1 is not carried over')
   model = checkpoint.options
-  router = model.stacks.moe.router
+  router = model.moe.router
   assert (router.expert_groups, router.chosen_expert_groups) == (8, 4)
   assert (router.gate_scale, router.balance_bias_rate) == (2.5, 0.001)
   assert (router.balance_weight, router.z_weight) == (0.0, 0.0)

@@ -24,7 +24,7 @@ from moe_jax.routing.limited_rules import (
   limited_scores,
 )
 from moe_jax.routing.token_choice_rule import GATES
-from moe_jax.shapes import Array, Bool, Float, Float32, Int32
+from moe_jax.shapes import Array, Float, Float32, Int32
 
 PUBLISHED_RATE = 0.001  # of Loss-Free Balancing and DeepSeek-V3
 _BIAS = 'balance_bias'
@@ -235,14 +235,9 @@ class TokenChoiceRouter(contract.Router):
       key=steps.policy_key(self, o.second_policy, train),
       given=given,
     )
-    rounded = steps.ROUNDINGS[o.logits_dtype]
-    gate = rounded(self.gates(logits, index, kept)) * o.gate_scale
-    chosen = routing.Routing(
-      index, slot, gate, kept, sizes.num_experts, capacity
-    )
-    all_gates = self.gates(logits, index, jnp.ones_like(kept))
+    gate = self.gates(logits, index)
     losses = steps.choice_losses(
-      logits, index, all_gates, mask, o.balance_choices, o.balance_scores
+      logits, index, gate, mask, o.balance_choices, o.balance_scores
     )
     losses |= steps.scope_losses(
       logits,
@@ -253,6 +248,13 @@ class TokenChoiceRouter(contract.Router):
       batch_rows=o.batch_balance_rows,
       choices=o.balance_choices,
       scores=o.balance_scores,
+    )
+    if o.gates == 'renormalized_after_drop':
+      gate = routing.choice_gates(logits, index, o.gates, kept)
+    rounded = steps.ROUNDINGS[o.logits_dtype]
+    gate = rounded(jnp.where(kept, gate, 0.0)) * o.gate_scale
+    chosen = routing.Routing(
+      index, slot, gate, kept, sizes.num_experts, capacity
     )
     return chosen, steps.choice_aux(self, losses, chosen, logits, mask)
 
@@ -304,10 +306,7 @@ class TokenChoiceRouter(contract.Router):
     return on_each_device(rule, (scores,))
 
   def gates(
-    self,
-    logits: Float32[Array, 'G S E'],
-    expert_index: Int32[Array, 'G S K'],
-    kept: Bool[Array, 'G S K'],
+    self, logits: Float32[Array, 'G S E'], expert_index: Int32[Array, 'G S K']
   ) -> Float32[Array, 'G S K']:
-    """The weights of chosen experts, unscaled; 0 for those not kept."""
-    return routing.choice_gates(logits, expert_index, self.options.gates, kept)
+    """The weights of chosen experts, unscaled, as if all were served."""
+    return routing.choice_gates(logits, expert_index, self.options.gates)
