@@ -210,12 +210,8 @@ def fit_table(model: Model, work: Workload) -> Table:
   *_, decoder = halves(model, work.seq_len, work.target_len)
   size = work.batch_size, decoder.length, decoder.memory_len
   weights = [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES]
-  caches = [
-    memory.cache_bytes(
-      model, *size, dtype if dtype == 'float32' else 'bfloat16'
-    )
-    for dtype in memory.DTYPES
-  ]
+  cached = ['float32' if d == 'float32' else 'bfloat16' for d in memory.DTYPES]
+  caches = [memory.cache_bytes(model, *size, dtype) for dtype in cached]
   totals = list(map(operator.add, weights, caches))
   table.add_row('weights', *map(in_bytes, weights))
   table.add_row('cache', *map(in_bytes, caches))

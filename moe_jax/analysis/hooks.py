@@ -157,11 +157,9 @@ class Sample(Hook):
       run.message(f'no sample: {error}')
       return
     imported = trained_run.is_imported(run.workdir)
-    model, variables = generation.prepare(
-      run.model,
-      run.programs.variables(state),
-      window=trained_run.window(run.options.data, run.model, imported=imported),
-    )
+    window = trained_run.window(run.options.data, run.model, imported=imported)
+    variables = run.programs.variables(state)
+    model, variables = generation.prepare(run.model, variables, window=window)
     tokenizer = run.dataset.tokenizer
     prompt = trained_run.encode(
       run.options.data.task, tokenizer, c.prompt, imported=imported
@@ -337,9 +335,8 @@ def _experts_line(
   options: RunOptions, model: models.Model, moe: MoeOptions, mesh: Mesh
 ) -> str:
   platform = mesh.devices.flat[0].platform
-  counts = [
-    model.stacks.moe_of(i).num_retained for i in model.stacks.sparse_layers
-  ]
+  stacks = model.stacks
+  counts = [stacks.moe_of(i).num_retained for i in stacks.sparse_layers]
   count = counts[0] if len(set(counts)) == 1 else counts
   axes = dict(options.sharding.rules)['expert']
   devices = {a: mesh.shape[a] for a in axes if mesh.shape[a] > 1}
@@ -347,7 +344,7 @@ def _experts_line(
     moe.dispatch, 'cuda' if platform == 'gpu' else platform, devices
   )
   return (
-    f'sparse layers {list(model.stacks.sparse_layers)}: {count} experts, '
+    f'sparse layers {list(stacks.sparse_layers)}: {count} experts, '
     f'{moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
     f'dispatch {dispatch}'
   )

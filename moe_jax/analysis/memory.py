@@ -245,7 +245,5 @@ def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
       f'expert parallelism of {num_parts} does not divide num_experts={E}'
     )
   rows = expert_rows(moe, batch_size, half.length)
-  row_bytes = (
-    rows * half.width * jnp.dtype(half.stack.block.shared.dtype).itemsize
-  )
-  return row_bytes * (num_parts - 1) // num_parts**2
+  itemsize = jnp.dtype(half.stack.block.shared.dtype).itemsize
+  return rows * half.width * itemsize * (num_parts - 1) // num_parts**2

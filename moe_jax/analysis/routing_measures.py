@@ -169,13 +169,8 @@ def layers_of(
         None if x[0] is None else _stacked(x, filler)[tokens.flat_index]
         for x, filler in zip(choices, (-1, 0, False, 0))
       )
-      layers[number] = Layer(
-        header.layers[number],
-        header,
-        batches[0].tokens.shape[1],
-        tokens,
-        *fields,
-      )
+      T, info = batches[0].tokens.shape[1], header.layers[number]
+      layers[number] = Layer(info, header, T, tokens, *fields)
   return dict(sorted(layers.items()))
 
 

@@ -150,7 +150,7 @@ class Page(Hook):
     """Writes the page; its first error is said, and none is raised."""
     start_time = time.monotonic()
     try:
-      run.confirm()
+      run.recorder.confirm()
       write(run, state, message, self._environment)
     except Exception as error:
       if not self._problem:

@@ -14,21 +14,12 @@ by
 from moe_jax.config import Kinds
 from moe_jax.evaluation.by_source import SourceLosses, SourceScores
 from moe_jax.evaluation.choice import ChoiceEvaluation
-from moe_jax.evaluation.evaluate_run import evaluate, evaluate_all
+
+# The alias says that a name is public.
+from moe_jax.evaluation.evaluate_run import evaluate as evaluate
+from moe_jax.evaluation.evaluate_run import evaluate_all as evaluate_all
 from moe_jax.evaluation.generated_text import GenerateEvaluation
 from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
-
-__all__ = [
-  'EVALUATIONS',
-  'ChoiceEvaluation',
-  'EvaluationOptions',
-  'GenerateEvaluation',
-  'LossEvaluation',
-  'SourceLosses',
-  'SourceScores',
-  'evaluate',
-  'evaluate_all',
-]
 
 EVALUATIONS = Kinds(
   'evaluation',

@@ -46,8 +46,7 @@ class SourceLosses(EvaluationOptions):
   num_batches: int = num_batches_option()
   split: str = option(
     'validation',
-    "Split of each source whose loss is measured: 'validation', or 'train' for "
-    'how far each is overfitted.',
+    "Split whose loss is measured; 'train' shows how far each is overfitted.",
     choices=data.SPLITS,
   )
 
@@ -96,8 +95,7 @@ class SourceScores(AskingEvaluation):
 
   num_questions: int = option(
     32,
-    'Number of questions of each source, spread over its validation split; 0 '
-    'asks all.',
+    'Number of questions of a source, spread over validation; 0 asks all.',
     minimum=0,
   )
   num_tokens: int = option(

@@ -53,36 +53,29 @@ class ChoiceEvaluation(AskingEvaluation):
   )
   num_items: int = option(
     128,
-    'Number of questions that are asked, spread over the validation split; 0 '
-    'asks all.',
+    'Number of questions asked, spread over the validation split; 0 asks all.',
     minimum=0,
   )
   num_shots: int = option(
     0,
-    'Number of other questions with their right answers that are put before '
-    'each question as examples, fewer where a row has no room for them; 0 is '
-    'zero-shot.',
+    'Number of other questions that are put, with their right answers, before '
+    'each question, fewer where a row has no room; 0 is zero-shot.',
     minimum=0,
   )
   shots_source: ChoiceSourceOptions = choice(
-    data.SHOTS_SOURCES,
-    'same',
-    'Source of the examples that are put before a question.',
+    data.SHOTS_SOURCES, 'same', 'Source of the examples before a question.'
   )
   normalize: str = option(
     'tokens',
-    "Length by which an answer's log-likelihood is divided: 'tokens' or "
-    "'bytes' of the answer (GLaM takes tokens), or 'none', which does not "
-    'divide.',
+    "Length of an answer by which its log-likelihood is divided: 'tokens', as "
+    "in GLaM, or 'bytes'; 'none' does not divide.",
     choices=NORMALIZES,
   )
   train_split: str = option(
-    'train',
-    "The source's own name of the split from which examples are taken.",
+    'train', "The source's own name of the split of the examples."
   )
   validation_split: str = option(
-    'validation',
-    "The source's own name of the split whose questions are asked.",
+    'validation', "The source's own name of the split of the questions."
   )
 
   def problems(self) -> Iterator[str]:
@@ -114,7 +107,6 @@ class ChoiceEvaluation(AskingEvaluation):
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in a row of `Choice`."""
-    del data
     names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
     return [*names, 'shots'] if self.num_shots else names
 
@@ -180,7 +172,6 @@ class Choice:
     It also has `cut_items`, the number of questions that had to be cut to fit a
     row, and, with examples, `shots`, the mean number of examples that fitted.
     """
-    del step
     labels = [question.item.label for question in self.questions]
     row = accuracy_row(self.scores(variables), labels)
     row['cut_items'] = sum(q.is_cut for q in self.questions)
@@ -190,11 +181,9 @@ class Choice:
 
   def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
     """The normalised log-likelihoods of each question's answers."""
-    log_probs = log_likelihoods(
-      self.setting, variables, self.questions, self.layout
-    )
-    pairs = zip(log_probs, self.questions, strict=True)
-    return [x / q.lengths(self.options.normalize) for x, q in pairs]
+    asked, unit = self.questions, self.options.normalize
+    log_probs = log_likelihoods(self.setting, variables, asked, self.layout)
+    return [x / q.lengths(unit) for x, q in zip(log_probs, asked, strict=True)]
 
 
 def accuracy_row(
@@ -249,11 +238,8 @@ def log_likelihoods(
     batch = layout.assemble([[examples[i] for i in row] for row in padded_rows])
     if tasks:
       batch |= _tasks(batch, [[tasks[i] for i in row] for row in padded_rows])
-    return (
-      batch_rows,
-      batch['segment_ids'],
-      _log_probs(variables, put(batch), **compiled),
-    )
+    log_probs = _log_probs(variables, put(batch), **compiled)
+    return batch_rows, batch['segment_ids'], log_probs
 
   totals = np.zeros(len(examples), np.float64)
   batches = map(scored, range(0, len(rows), batch_size))

@@ -49,37 +49,30 @@ class GenerateEvaluation(EvaluationOptions):
 
   num_examples: int = option(
     64,
-    'Number of validation examples for which outputs are generated, spread '
-    'over the split; 0 takes all.',
+    'Number of validation examples, spread over the split; 0 takes all.',
     minimum=0,
   )
   num_tokens: int = option(
     64,
-    'Number of tokens at which a generated output ends; learned positions may '
-    'have room for fewer.',
+    'Most tokens of an output; learned positions may have room for fewer.',
     minimum=1,
   )
   num_beams: int = option(
     1,
-    'Number of beams of the beam search that generates outputs; 1 takes the '
-    'likeliest token each time.',
+    'Number of beams of the search; 1 takes the likeliest token each time.',
     minimum=1,
   )
   length_penalty: float = option(
     1.0,
-    "Exponent of the length by which a beam's log probability is divided; 0 "
-    'does not divide, above 0 favours longer outputs, a negative exponent '
-    'shorter ones.',
+    "Exponent of the length that divides a beam's log probability; 0 does not "
+    'divide, above 0 favours longer outputs, below 0 shorter ones.',
   )
   metrics: str = option(
     'bleu,chrf,rouge_l,exact_match',
-    'Names of the scores of generated outputs, separated by commas: bleu, '
-    'chrf, rouge_l, exact_match.',
+    'Scores, separated by commas, of bleu, chrf, rouge_l and exact_match.',
   )
   bleu_tokenizer: str = option(
-    '13a',
-    'Way in which BLEU splits words, by the names of sacrebleu: 13a, intl, zh, '
-    'char, none.',
+    '13a', "BLEU's way to split words, in sacrebleu: 13a, intl, zh, char, none."
   )
 
   def problems(self) -> Iterator[str]:
@@ -111,7 +104,6 @@ class GenerateEvaluation(EvaluationOptions):
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in a row of `Generate`."""
-    del data
     return (*names_of(self.metrics), 'examples')
 
   def pairs(self, setting: Setting) -> list[Pair]:
@@ -141,24 +133,19 @@ class GenerateEvaluation(EvaluationOptions):
     pairs = list(texts)
     if len(pairs) != total:  # encoding a whole split would take long
       # Those with rows have a token on both sides.
-      pairs = [
-        pair
-        for pair in pairs
-        if all(tokenizer.encode(text).size for text in pair)
-      ]
-    tasks = [
-      name
-      for name in setting.data.mixture.learned()
-      for _ in range(setting.dataset.parts[name].counts['validation']['pairs'])
-    ]
-    return [
-      Pair(
-        asker.inputs(pairs[i][0], self.num_tokens),
-        *pairs[i],
-        tasks[i] if tasks else '',
-      )
-      for i in data.spread(total, self.num_examples)
-    ]
+      encode = tokenizer.encode
+      pairs = [p for p in pairs if all(encode(text).size for text in p)]
+    tasks = []
+    for name in setting.data.mixture.learned():
+      part = setting.dataset.parts[name]
+      tasks += [name] * part.counts['validation']['pairs']
+
+    def pair_of(i):
+      inputs, target = pairs[i]
+      ids = asker.inputs(inputs, self.num_tokens)
+      return Pair(ids, inputs, target, tasks[i] if tasks else '')
+
+    return [pair_of(i) for i in data.spread(total, self.num_examples)]
 
   def shrunk(self) -> Self:
     """The same evaluation of three short outputs."""
@@ -238,10 +225,8 @@ class Generate:
     """
     outputs = self.outputs(variables)
     targets = [pair.target for pair in self.pairs]
-    row = {
-      name: float(score.compute(outputs, targets))
-      for name, score in self.scores.items()
-    }
+    scores = self.scores.items()
+    row = {name: float(s.compute(outputs, targets)) for name, s in scores}
     if is_first():
       self._write(step, row, outputs)
     return {**row, 'examples': len(outputs)}
@@ -249,14 +234,10 @@ class Generate:
   def outputs(self, variables: Variables) -> list[str]:
     """The generated text for each example."""
     setting, tokenizer = self.setting, self.setting.dataset.tokenizer
+    imported = trained_run.is_imported(setting.workdir)
+    window = trained_run.window(setting.data, setting.model, imported=imported)
     model, variables = generation.prepare(
-      setting.model,
-      variables,
-      window=trained_run.window(
-        setting.data,
-        setting.model,
-        imported=trained_run.is_imported(setting.workdir),
-      ),
+      setting.model, variables, window=window
     )
     size = min(setting.batch_size, len(self.pairs))
     texts = []
@@ -265,9 +246,7 @@ class Generate:
       # The last batch is filled up, as another size would compile again.
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
-      names = [
-        pair.task for pair in padded_batch if model.stacks.task_sequences
-      ]
+      names = [p.task for p in padded_batch if model.stacks.task_sequences]
       rows = generation.generate(
         model,
         variables,
@@ -284,8 +263,7 @@ class Generate:
       lines.append(f'{name} {row[name]:.2f} ({score.signature()})')
     texts = ['\n'.join(lines)]
     for pair, output in zip(self.pairs, outputs):
-      texts.append(
-        f'inputs: {pair.inputs}\noutputs: {output}\ntargets: {pair.target}'
-      )
+      sides = f'inputs: {pair.inputs}\noutputs: {output}'
+      texts.append(f'{sides}\ntargets: {pair.target}')
     path = self.setting.workdir / f'{self.setting.name}_examples.txt'
     workdir_lib.write_text(path, '\n\n'.join(texts) + '\n')

@@ -18,11 +18,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.shapes import Int
-from moe_jax.training.evaluate import (
-  ROOM_FOR_ALL,
-  EvaluationOptions,
-  Setting,
-)
+from moe_jax.training.evaluate import ROOM_FOR_ALL, EvaluationOptions, Setting
 
 _SEPARATOR = '\n\n'
 
@@ -193,7 +189,6 @@ def cut_as_trained(
   if len(ids) <= length:
     return ids
   ends = int(len(ids) and ids[-1] == eos_id)
-  body = cut_inputs(
-    ids[: len(ids) - ends], length - ends, keep_end=task.keep_end
-  )
-  return np.append(body, ids[len(ids) - ends :])
+  body, end = np.split(ids, [len(ids) - ends])
+  body = cut_inputs(body, length - ends, keep_end=task.keep_end)
+  return np.append(body, end)

@@ -160,18 +160,11 @@ def first_search(last, tokens, num_forced: int, width: int) -> Search:
   B, W = len(last), width
   tokens = np.repeat(tokens[:, None], W, axis=1)
   scores = np.full((B, W), -np.inf, np.float32)
-  beams: Any = (
-    tokens,
-    np.where(np.arange(W)[None] == 0, np.float32(0), scores),
-    np.repeat(last[:, None], W, axis=1),
-  )
+  first_scores = np.where(np.arange(W)[None] == 0, np.float32(0), scores)
+  beams: Any = tokens, first_scores, np.repeat(last[:, None], W, axis=1)
   empty: Any = np.zeros_like(tokens), np.zeros((B, W), np.int32), scores
-  state: Any = (
-    np.int32(num_forced),
-    Running(*beams),
-    Ended(*empty),
-    np.ones(B, bool),
-  )
+  running, ended = Running(*beams), Ended(*empty)
+  state: Any = np.int32(num_forced), running, ended, np.ones(B, bool)
   return Search(*state)
 
 
@@ -256,14 +249,9 @@ def advance(
   among_best = jnp.arange(count, dtype=jnp.int32)[None] < W
   is_result = ends & among_best & search.open[:, None]
   penalty = length.astype(jnp.float32) ** length_penalty
-  ended = _best_ended(
-    search.ended,
-    Ended(
-      tokens,
-      jnp.full((B, count), length, jnp.int32),
-      jnp.where(is_result, scores / penalty, -jnp.inf),
-    ),
-  )
+  lengths = jnp.full((B, count), length, jnp.int32)
+  results = jnp.where(is_result, scores / penalty, -jnp.inf)
+  ended = _best_ended(search.ended, Ended(tokens, lengths, results))
   running_scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
 
   def pick(leaf):

@@ -199,22 +199,18 @@ def _advance(
     return (state.step < until) & ~state.ended.all() & state.finite
 
   def step(state):
+    last, mask = state.token[:, None], ~state.ended[:, None]
     logits, cache = model.apply(
-      variables,
-      state.token[:, None],
-      ~state.ended[:, None],
-      state.cache,
-      method='decode',
+      variables, last, mask, state.cache, method='decode'
     )
     token = sampler(logits[:, 0], step_keys(keys, state.step))
     token = jnp.where(state.ended, pad_id, token)
+    place = (0, state.step)
     return State(
       step=state.step + 1,
       token=token,
       ended=state.ended | jnp.isin(token, stop_ids),
-      tokens=jax.lax.dynamic_update_slice(
-        state.tokens, token[:, None], (0, state.step)
-      ),
+      tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], place),
       lengths=state.lengths + ~state.ended,
       finite=(jnp.isfinite(logits[:, 0]).all(-1) | state.ended).all(),
       cache=cast(Cache, cache),

@@ -255,15 +255,9 @@ def _encoder_group(model: Model) -> int:
   Groups are left where experts choose or mix tokens, and padding in them is
   that of training.
   """
-  return math.lcm(
-    *(
-      moe.group_size
-      for layer, moe in enumerate(model.stacks.moes)
-      if moe is not None
-      and moe.group_size > 0
-      and model.stacks.sequence_of(layer)
-    )
-  )
+  moes, sequence_of = enumerate(model.stacks.moes), model.stacks.sequence_of
+  encoder_moes = [m for i, m in moes if m is not None and sequence_of(i)]
+  return math.lcm(*(m.group_size for m in encoder_moes if m.group_size > 0))
 
 
 _LEAST_LENGTH = 8
@@ -453,14 +447,9 @@ def begin_with(
       cache = cache.replace(task_ids=prefix.task_ids)
     pieces = [slice(0, P - 1)] if P > 1 else []
   else:
+    inputs = prefix.encoder_tokens, prefix.encoder_mask, num_slots
     cache, recorded = apply(
-      model,
-      variables,
-      prefix.encoder_tokens,
-      prefix.encoder_mask,
-      num_slots,
-      task_ids=prefix.task_ids,
-      method='encode',
+      model, variables, *inputs, task_ids=prefix.task_ids, method='encode'
     )
     choices.append(recorded)
     # A start and forced tokens are steps, as if the model had chosen them, as

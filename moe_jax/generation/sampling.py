@@ -39,9 +39,8 @@ def keep_top_p(
   probs = jax.nn.softmax(sorted_logits)
   likelier_prob = jnp.cumsum(probs, axis=-1) - probs
   is_kept = (likelier_prob < p).at[:, 0].set(True)
-  threshold = jnp.where(is_kept, sorted_logits, jnp.inf).min(
-    axis=-1, keepdims=True
-  )
+  kept = jnp.where(is_kept, sorted_logits, jnp.inf)
+  threshold = kept.min(axis=-1, keepdims=True)
   return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
@@ -87,11 +86,7 @@ class Sampler(flax.struct.PyTreeNode):
         f'top_k={top_k} and top_p={top_p} need a temperature above 0; greedy '
         'takes the likeliest token anyway'
       )
-    return cls(
-      temperature=temperature or None,
-      top_p=top_p if top_p < 1 else None,
-      top_k=top_k,
-    )
+    return cls(temperature or None, top_p if top_p < 1 else None, top_k)
 
   def __call__(
     self, logits: Float32[Array, 'B V'], keys: Key[Array, ' B']
@@ -126,9 +121,8 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
     check_whole('seed', row_seed, 0, 2**32 - 1)
   if is_shared:
     rows = jnp.arange(num_rows, dtype=jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.key(seeds[0]), rows
-    )
+    key = jax.random.key(seeds[0])
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   if len(seeds) != num_rows:
     raise InputError(f'{len(seeds)} seeds for {num_rows} prompts')
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])

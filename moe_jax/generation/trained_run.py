@@ -81,13 +81,9 @@ def load(
     changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
     options = overridden(models.MODELS, options, changes, 'model.')
   model = options.build(run.sharding.rules)
+  rules, cast_types = run.sharding.rules, bool(dtype)
   restored = trained.restore_variables(
-    workdir,
-    model,
-    run.sharding.rules,
-    mesh=mesh,
-    step=step,
-    cast=bool(dtype),
+    workdir, model, rules, mesh=mesh, step=step, cast=cast_types
   )
   return Loaded(
     options=options,

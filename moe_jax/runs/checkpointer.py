@@ -25,8 +25,6 @@ from moe_jax.runs.metrics import Row
 from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
 
-__all__ = ['CheckpointError', 'Checkpointer', 'Restored']
-
 
 class Restored(NamedTuple):
   """A checkpoint that has been read.
@@ -143,10 +141,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       folder = self._write_retry(copy)(self._write, step, state)
     except Exception as error:
       raise self._failure(step, describe(error)) from None
-    self._pending = (
-      step,
-      self._thread.submit(self._finish, folder, manifest, copy),
-    )
+    finished = self._thread.submit(self._finish, folder, manifest, copy)
+    self._pending = step, finished
     return True
 
   def wait(self) -> None:
@@ -423,9 +419,7 @@ class CheckpointOptions(Options):
     minimum=1,
   )
   keep_best: bool = option(
-    True,
-    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
-    'kept besides the newest ones.',
+    True, 'Whether the best checkpoint, by checkpoint.best_eval, is kept, too.'
   )
   best_eval: str = option(
     'train_capacity',
@@ -434,21 +428,17 @@ class CheckpointOptions(Options):
   )
   best_metric: str = option(
     'loss',
-    'Number of the evaluation checkpoint.best_eval that decides which '
-    "checkpoint is the best, such as 'exact_match'.",
+    "Number of checkpoint.best_eval that decides, such as 'exact_match'.",
     required=True,
   )
   best_is_highest: bool = option(
-    False,
-    'Whether the checkpoint with the highest number is the best, as for an '
-    'accuracy; otherwise the lowest is.',
+    False, 'Whether the highest number is the best, as of an accuracy.'
   )
   tries: int = option(
     3,
-    'Number of times that writing or reading a checkpoint is tried when '
-    'storage reports an error that may pass (a full disk does not). Above 1, '
-    'the host keeps a copy of what is being saved. Several processes try only '
-    'once to write arrays.',
+    'Number of tries to write or read a checkpoint where storage reports an '
+    'error that may pass (a full disk does not). Above 1, the host keeps a '
+    'copy of what is saved. Several processes try only once to write arrays.',
     minimum=1,
   )
   retry_seconds: float = option(

@@ -74,12 +74,8 @@ def make(
     extra = json.loads(json.dumps(extra))
   except (TypeError, ValueError) as error:
     raise InputError(f'extra={extra!r:.200} is not JSON: {error}') from None
-  return Manifest(
-    step=step,
-    tree=describe(state),
-    extra=extra,
-    metrics={key: float(value) for key, value in metrics.items()},
-  )
+  numbers = {key: float(value) for key, value in metrics.items()}
+  return Manifest(step, describe(state), extra, numbers)
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
@@ -259,12 +255,8 @@ def difference(
     cast: Whether all floating-point types count as equal.
   """
 
-  def is_same(path):
-    if cast:
-      return _FLOAT.sub('float', saved[path]) == _FLOAT.sub(
-        'float', wanted[path]
-      )
-    return saved[path] == wanted[path]
+  def compared(array):
+    return _FLOAT.sub('float', array) if cast else array
 
   paths_by_kind = {
     'missing': [path for path in wanted if path not in saved],
@@ -272,7 +264,7 @@ def difference(
     'different': [
       f'{path} (saved {saved[path]}, wanted {wanted[path]})'
       for path in wanted
-      if path in saved and not is_same(path)
+      if path in saved and compared(saved[path]) != compared(wanted[path])
     ],
   }
   lines = []

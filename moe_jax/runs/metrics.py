@@ -27,7 +27,7 @@ from moe_jax.errors import InputError
 
 FILE_NAME = 'metrics.jsonl'
 Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers
-_NON_FINITE = {'NaN', 'Infinity', '-Infinity'}
+_NON_FINITE = ('NaN', 'Infinity', '-Infinity')
 
 _log = logging.getLogger(__name__)
 
@@ -145,15 +145,11 @@ def _is_row(row: Any) -> bool:
   if not isinstance(row, dict) or type(row.get('step')) is not int:
     return False
   values = (v for value in row.values() for v in _as_list(value))
-  return all(isinstance(v, int | float) or _is_number_name(v) for v in values)
+  return all(isinstance(v, int | float) or v in _NON_FINITE for v in values)
 
 
 def _as_list(value: Any) -> list[Any]:
   return value if isinstance(value, list) else [value]
-
-
-def _is_number_name(value: Any) -> bool:
-  return isinstance(value, str) and value in _NON_FINITE
 
 
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
@@ -248,10 +244,8 @@ class _Events:
     self._write(self._event.Event(step=first_step, session_log=start))
 
   def append(self, step: int, values: Mapping[str, float]) -> None:
-    value = [
-      self._summary.Summary.Value(tag=key, simple_value=value)
-      for key, value in values.items()
-    ]
+    scalar = self._summary.Summary.Value
+    value = [scalar(tag=k, simple_value=v) for k, v in values.items()]
     summary = self._summary.Summary(value=value)
     self._write(self._event.Event(step=step, summary=summary))
 
@@ -294,13 +288,11 @@ def _encode(value: Any) -> Any:
   if isinstance(value, list):
     return [_encode(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
-    if math.isnan(value):
-      return 'NaN'
-    return 'Infinity' if value > 0 else '-Infinity'
+    return json.dumps(value)  # one of _NON_FINITE
   return value
 
 
 def _decode(value: Any) -> Any:
   if isinstance(value, list):
     return [_decode(item) for item in value]
-  return float(value) if _is_number_name(value) else value
+  return float(value) if value in _NON_FINITE else value

@@ -83,9 +83,7 @@ class Owner(NamedTuple):
     if not self.boot or (self.host, self.boot) != this_machine:
       return None
     started = process_start(self.pid)
-    return (
-      None if started is None else bool(started) and started == self.started
-    )
+    return None if started is None else started == self.started != ''
 
   def __str__(self) -> str:
     return f'process {self.pid} on {self.host} since {self.since}'

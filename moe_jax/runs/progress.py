@@ -14,7 +14,6 @@ from typing import IO, cast
 from rich import console, progress, table
 
 from moe_jax.cli import print_line
-from moe_jax.errors import InputError
 
 # Number of last updates whose speed predicts the time left: enough to even out
 # a pause for an evaluation, few enough to follow a machine that slows down.
@@ -46,14 +45,7 @@ class Progress:
       start_step: Number of steps already taken, where a run is resumed.
       out: Stream to write to; None is `sys.stdout`.
       clock: Function that returns seconds since any fixed moment.
-
-    Raises:
-      ValueError: `start_step` is not in [0, total_steps].
     """
-    if not 0 <= start_step <= total_steps:
-      raise InputError(
-        f'start_step={start_step} not in [0, total_steps={total_steps}]'
-      )
     self._total_steps = total_steps
     self._out = sys.stdout if out is None else out
     self._clock = clock

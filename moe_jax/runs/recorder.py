@@ -78,8 +78,7 @@ class Recorder:
     self._steps = 0
     self._tokens = 0.0
     self._clock: float | None = None  # None until the first step is compiled
-    # The loss, gradient norm and learning rate of the step read last.
-    self._last_scalars: tuple[float, float, float] | None = None
+    self._last_scalars: Row = {}  # of the step that was read last
 
   @contextlib.contextmanager
   def recording(self, start: int, due: Collection[str] = ()) -> Iterator[None]:
@@ -148,22 +147,19 @@ class Recorder:
     """Writes and prints the rows of evaluations, given by name."""
     losses = {}
     for name, row in results.items():
-      self._write(
-        step, {f'eval/{name}/{key}': value for key, value in row.items()}
-      )
+      self._write(step, {f'eval/{name}/{k}': v for k, v in row.items()})
       if 'loss' in row:
         losses[name] = row['loss']
       else:
-        text = self.tell(row)
-        self.message(f'step {step}: evaluation {name}: {text}')
+        self.message(f'step {step}: evaluation {name}: {self.tell(row)}')
     if losses:
       text = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
       self.message(f'step {step}: evaluation, nats/token: {text}')
 
   def ended(self, step: int) -> None:
     """Writes the averages since the last row, after the run's last step."""
-    if self._sums is not None and self._last_scalars is not None:
-      self._write_averages(step, *self._last_scalars)
+    if self._sums is not None:
+      self._write_averages(step)
 
   def saved(self, step: int) -> None:
     """Prints that the checkpoint of `step` is being saved."""
@@ -185,8 +181,8 @@ class Recorder:
         text += f', not finite in the new state: {finite.listed(bad)}'
       self._skip(step, text, sums, batch)
     else:
-      if step in self._kept_steps:
-        _forget_batch(self.workdir, step)
+      if step in self._kept_steps and is_first():  # now it is finite
+        _batch_file(self.workdir, step).unlink(missing_ok=True)
       self._sums = sums if self._sums is None else add(self._sums, sums)
     if self._clock is None:
       self._clock = time.perf_counter()
@@ -194,9 +190,13 @@ class Recorder:
       self._steps += 1
       self._tokens += self.batch_tokens
     due = step % self.log_every_steps == 0 or step == self.total_steps
-    self._last_scalars = loss, grad_norm, float(metrics.learning_rate)
+    self._last_scalars = {
+      'total_loss': loss,
+      'grad_norm': grad_norm,
+      'learning_rate': float(metrics.learning_rate),
+    }
     if due and self._sums is not None:
-      self._write_averages(step, *self._last_scalars)
+      self._write_averages(step)
 
   def _skip(self, step: int, text: str, sums: LossSums, batch: Batch) -> None:
     """Keeps the batch of a step that is not finite; raises if too many are."""
@@ -209,29 +209,21 @@ class Recorder:
       f'{self.max_nonfinite_steps}; its batch is {path}'
     )
 
-  def _write_averages(self, step, loss, grad_norm, learning_rate) -> None:
+  def _write_averages(self, step: int) -> None:
     now = time.perf_counter()
     seconds = max(now - cast(float, self._clock), 1e-9)
     sums = cast(LossSums, self._sums)
-    values = summary.summarize(sums, self.moes)
-    sparse = any(moe is not None for moe in self.moes)
-    speed = self._tokens / seconds
-    row = {
-      **values,
-      'total_loss': loss,
-      'grad_norm': grad_norm,
-      'learning_rate': learning_rate,
-    }
+    row = {**summary.summarize(sums, self.moes), **self._last_scalars}
     if self._steps:
-      row['tokens_per_second'] = speed
+      row['tokens_per_second'] = self._tokens / seconds
       row['step_seconds'] = seconds / self._steps
     self._write(step, {f'train/{k}': v for k, v in row.items()})
     if self._progress is not None:
       self._progress.update(
         step,
-        loss=values['loss'],
-        tokens_per_second=speed if self._steps else None,
-        drop_rate=values.get('drop_rate') if sparse else None,
+        loss=row['loss'],
+        tokens_per_second=row.get('tokens_per_second'),
+        drop_rate=row.get('drop_rate'),
         step_seconds=row.get('step_seconds'),
       )
     self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
@@ -269,10 +261,8 @@ def kept_steps(workdir: pathlib.Path) -> set[int]:
   return {int(n) for n in numbers if n.isdigit()}
 
 
-def _forget_batch(workdir: pathlib.Path, step: int) -> None:
-  """Removes the batch of a step that was repeated and then was finite."""
-  if jax.process_index() == 0:
-    (workdir / _NONFINITE / f'{step}.npz').unlink(missing_ok=True)
+def _batch_file(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  return workdir / _NONFINITE / f'{step}.npz'
 
 
 def _keep_batch(
@@ -283,9 +273,9 @@ def _keep_batch(
   Raises:
     OSError: The file cannot be written.
   """
-  path = workdir / _NONFINITE / f'{step}.npz'
+  path = _batch_file(workdir, step)
   arrays = fetch(dict(batch))
-  if jax.process_index() == 0:
+  if is_first():
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix('.tmp')
     with unfinished.open('wb') as file:

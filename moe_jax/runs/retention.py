@@ -49,10 +49,6 @@ class Directory:
   retry: Retry = Retry()
 
   def __post_init__(self):
-    if self.keep_newest < 1:
-      raise InputError(
-        f'keep_newest={self.keep_newest} < 1: nothing would be kept'
-      )
     self.path = storage_path(self.directory)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
@@ -61,19 +57,19 @@ class Directory:
 
   def folders(self) -> list[int]:
     """Every step with a folder, good or not, ascending."""
-    if not self.path.exists():
-      return []
-    names = self.retry(lambda: [path.name for path in self.path.iterdir()])
+    names = self.retry(self._names)
     steps = (int(name) for name in names if _STEP.fullmatch(name))
     return sorted(step for step in steps if step < MOST_STEPS)
 
+  def _names(self) -> list[str]:
+    if not self.path.exists():
+      return []
+    return [path.name for path in self.path.iterdir()]
+
   def steps(self) -> list[int]:
     """The steps with a manifest, ascending; none is verified."""
-    return [
-      step
-      for step in self.folders()
-      if (self.folder(step) / manifest_lib.NAME).exists()
-    ]
+    name = manifest_lib.NAME
+    return [n for n in self.folders() if (self.folder(n) / name).exists()]
 
   def best_step(self) -> int | None:
     """The step with the best finite `best_metric`, the earliest of equals."""
@@ -203,12 +199,7 @@ class Directory:
     """
     removed = set()
     for _ in range(_TRIES):
-      names = (
-        [path.name for path in self.path.iterdir()]
-        if self.path.exists()
-        else []
-      )
-      leftovers = [name for name in names if _LEFTOVER.match(name)]
+      leftovers = [name for name in self._names() if _LEFTOVER.match(name)]
       if not leftovers:
         break
       removed.update(leftovers)

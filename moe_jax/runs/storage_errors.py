@@ -54,13 +54,8 @@ class Retry(NamedTuple):
         if number >= self.tries or not is_transient(error):
           raise
         seconds = self.wait_seconds * 2 ** (number - 1)
-        _LOG.warning(
-          '%s; trying again in %g s (try %d of %d)',
-          describe(error),
-          seconds,
-          number + 1,
-          self.tries,
-        )
+        facts = describe(error), seconds, number + 1, self.tries
+        _LOG.warning('%s; trying again in %g s (try %d of %d)', *facts)
         time.sleep(seconds)
 
 

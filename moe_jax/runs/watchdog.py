@@ -267,6 +267,7 @@ class Watchdog:
 
   def _connect(self, seconds: float) -> None:
     """Connects this process to process 0; process 0 begins to listen."""
+    packet = np.zeros(_HELLO_BYTES, np.uint8)
     if self._index == 0:
       dual = socket.has_dualstack_ipv6()
       family = socket.AF_INET6 if dual else socket.AF_INET
@@ -275,17 +276,13 @@ class Watchdog:
       )
       self._token = secrets.token_hex(16)
       port = self._server.getsockname()[1]
-      hello = [self._token, port, *addresses()]
-    packet = np.zeros(_HELLO_BYTES, np.uint8)
-    if self._index == 0:
-      text = json.dumps(hello).encode()
+      text = json.dumps([self._token, port, *addresses()]).encode()
       packet[: len(text)] = np.frombuffer(text, np.uint8)
     packet = multihost_utils.broadcast_one_to_all(packet)
     token, port, *hosts = json.loads(bytes(packet).rstrip(b'\0'))
     if self._index:
-      self._hub = reach(
-        hosts, port, {'process': self._index, 'token': token}, seconds
-      )
+      hello = {'process': self._index, 'token': token}
+      self._hub = reach(hosts, port, hello, seconds)
     self._lines: dict[int, Line] = {}
     self._strangers: list[Line] = []
 
@@ -392,14 +389,12 @@ class Watchdog:
     while not self._over.is_set():
       if time.monotonic() >= next_send:
         next_send = time.monotonic() + TICK_SECONDS
-        self._hub.send(
-          {
-            'count': self._this_peer.num_stages,
-            'where': self._this_peer.stage,
-            'done': self._this_peer.is_done,
-            'failed': self._failure,
-          }
-        )
+        peer = {
+          'count': self._this_peer.num_stages,
+          'where': self._this_peer.stage,
+          'done': self._this_peer.is_done,
+        }
+        self._hub.send({**peer, 'failed': self._failure})
       if wait([self._hub.socket], max(0.0, next_send - time.monotonic())):
         messages = self._hub.receive()
         if messages is None:
@@ -431,11 +426,8 @@ class Watchdog:
     self._over.set()
     if self._failure:
       return
-    print(
-      f'moe_jax: process {self._index} of {self._size} ends: {reason}',
-      file=sys.stderr,
-      flush=True,
-    )
+    text = f'moe_jax: process {self._index} of {self._size} ends: {reason}'
+    print(text, file=sys.stderr, flush=True)
     if self._index:
       self._hub.socket.close()
     if settle and self.before_end is not None:

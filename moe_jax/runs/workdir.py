@@ -46,20 +46,17 @@ _GONE: dict[str, Any] = {
   'model.adaptive': None,
   'model.deep_moe': None,
   'model.feature_shape': [],
-  'model.moe.dispatch.dropless.exchange.dtype': '',
-  'model.moe.dispatch.dropless.exchange.ring_group': None,
-  'model.moe.dispatch.dropless.shadowing.rule': 'algorithm_1',
   'model.moe.dispatch.einsum.exchange.chunks': None,
-  'model.moe.dispatch.einsum.exchange.dtype': '',
-  'model.moe.dispatch.einsum.exchange.ring_group': None,
-  'model.moe.dispatch.einsum.shadowing.rule': 'algorithm_1',
   'model.moe.dispatch.gather.exchange.chunks': None,
-  'model.moe.dispatch.gather.exchange.dtype': '',
-  'model.moe.dispatch.gather.exchange.ring_group': None,
-  'model.moe.dispatch.gather.shadowing.rule': 'algorithm_1',
-  'model.moe.dispatch.sorted.exchange.dtype': '',
-  'model.moe.dispatch.sorted.exchange.ring_group': None,
-  'model.moe.dispatch.sorted.shadowing.rule': 'algorithm_1',
+  **{
+    f'model.moe.dispatch.{kind}.{name}': value
+    for kind in ('dropless', 'einsum', 'gather', 'sorted')
+    for name, value in {
+      'exchange.dtype': '',
+      'exchange.ring_group': None,
+      'shadowing.rule': 'algorithm_1',
+    }.items()
+  },
   'model.moe.expert.format.group_size': 0,
   'model.moe.expert.format.symmetric': False,
   'model.moe.router.topology.limit_by': 'fraction',
@@ -75,18 +72,13 @@ _GONE: dict[str, Any] = {
 }
 # Values that are gone, with one that gives the same numbers.
 _SAME: dict[str, dict[str, str]] = {
-  **{
-    f'model.moe.dispatch.{kind}.exchange.kind': {'all_to_all': 'constraint'}
-    for kind in ('einsum', 'gather')
-  },
-  **{
-    f'model.moe.dispatch.{kind}.exchange.kind': {'ring': 'all_to_all'}
-    for kind in ('dropless', 'sorted')
-  },
-  **{
-    f'model.moe.dispatch.{kind}.backend': {'ragged_dot': 'auto'}
-    for kind in ('dropless', 'sorted')
-  },
+  f'model.moe.dispatch.{kind}.{name}': same
+  for kinds, name, same in (
+    (('einsum', 'gather'), 'exchange.kind', {'all_to_all': 'constraint'}),
+    (('dropless', 'sorted'), 'exchange.kind', {'ring': 'all_to_all'}),
+    (('dropless', 'sorted'), 'backend', {'ragged_dot': 'auto'}),
+  )
+  for kind in kinds
 }
 
 
@@ -404,18 +396,17 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / CONFIG
   config = _json(path)
-  section_values = {name: config.get(name, {}) for name in _SECTIONS}
-  for name, values in section_values.items():
-    if not isinstance(values, dict):
+  for name in _SECTIONS:
+    if not isinstance(values := config.get(name, {}), dict):
       raise InputError(
         f'{path} is damaged: {name}={values!r:.60} is no section'
       )
-  directory = section_values['checkpoint'].get('directory', '')
+  directory = config.get('checkpoint', {}).get('directory', '')
   if not isinstance(directory, str):
     raise InputError(
       f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
     )
-  if isinstance(section_values['data'].get('source'), str):
+  if isinstance(config.get('data', {}).get('source'), str):
     raise InputError(
       f'{folder} is a run of an earlier version, whose options had other '
       f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -26,21 +26,9 @@ DUE = 'due_evaluations'
 Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
-class Begun(NamedTuple):
-  """Where a run begins, or goes on.
-
-  Attributes:
-    run: The run, with the rows of data that its next steps take.
-    state: Its state.
-    due: Names of the evaluations of that state that are still to be made.
-  """
-
-  run: Run
-  state: TrainState
-  due: list[str]
-
-
-def begin(run: Run, initial: Initial | None = None) -> Begun:
+def begin(
+  run: Run, initial: Initial | None = None
+) -> tuple[Run, TrainState, list[str]]:
   """Begins a run, or goes on from its newest checkpoint; prints which.
 
   A checkpoint of step 0 holds only parameters, such as those of an imported
@@ -51,6 +39,10 @@ def begin(run: Run, initial: Initial | None = None) -> Begun:
   Args:
     run: The run, as `set_up` made it.
     initial: Gives the parameters where there is no checkpoint.
+
+  Returns:
+    The run, with the rows of data that its next steps take; its state; and the
+    names of the evaluations of that state that are still to be made.
 
   Raises:
     ValueError: The checkpoint was made on other data, with other tokens, for
@@ -99,9 +91,9 @@ def begin(run: Run, initial: Initial | None = None) -> Begun:
       router_state=variables.get(ROUTER_STATE, state.router_state),
       opt_state=variables.get('opt_state', state.opt_state),
     )
-    return Begun(run, state, [])
+    return run, state, []
   if restored is None:
-    return Begun(run, run.programs.init_state(), [])
+    return run, run.programs.init_state(), []
   run.message(f'going on from the checkpoint of step {restored.step}')
   run.early_stopping.restore(restored.extra)
   earlier_rows = restored.step * run.options.batch_size
@@ -110,11 +102,8 @@ def begin(run: Run, initial: Initial | None = None) -> Begun:
     run.message('WARNING: other experts train than before that checkpoint')
   # The seed is the config's: with another the order of the data changes, too.
   seed = jnp.full_like(restored.state.seed, run.options.seed)
-  return Begun(
-    dataclasses.replace(run, row_offset=next_row - earlier_rows),
-    restored.state.replace(seed=seed),
-    restored.extra.get(DUE, []),
-  )
+  run = dataclasses.replace(run, row_offset=next_row - earlier_rows)
+  return run, restored.state.replace(seed=seed), restored.extra.get(DUE, [])
 
 
 def end_problem(run: Run, step: int) -> str | None:

@@ -9,14 +9,7 @@ import contextvars
 import dataclasses
 import functools
 import pathlib
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -38,7 +31,6 @@ Variables = dict[str, Any]  # 'params', and 'router_state' if the model has it
 Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
 # (number of the batch, batch, choices) -> nothing
 Record = Callable[[int, dict[str, jax.Array], Choices], None]
-M = TypeVar('M', bound='OverBatches')
 R = TypeVar('R')
 _IN_FLIGHT = 2  # batches that the devices compute while sums are read
 # The function that says whether a signal stops the evaluation that runs.
@@ -94,10 +86,7 @@ def every_steps_option(every_steps: int) -> Any:
 def num_batches_option() -> Any:
   """A field for the number of batches that an evaluation takes of a split."""
   return option(
-    0,
-    'Number of batches that are evaluated, spread over the split; 0 evaluates '
-    'all of it.',
-    minimum=0,
+    0, 'Number of batches, spread over the split; 0 takes all.', minimum=0
   )
 
 
@@ -141,7 +130,6 @@ class EvaluationOptions(Options):
     With none, or where a subclass measures otherwise, a row has to be measured
     before they are known.
     """
-    del data
     return ()
 
   def shrunk(self) -> Self:
@@ -157,8 +145,7 @@ class LossEvaluation(EvaluationOptions):
   num_batches: int = num_batches_option()
   split: str = option(
     'validation',
-    "Split of the data whose loss is measured; 'train' shows, beside an entry "
-    "with 'validation', how far a model overfits.",
+    "Split whose loss is measured; 'train' shows how far a model overfits.",
     choices=SPLITS,
   )
 
@@ -168,7 +155,6 @@ class LossEvaluation(EvaluationOptions):
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """Patterns of the names in a row of `summary.summarize`."""
-    del data
     return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
 
   def shrunk(self) -> Self:
@@ -296,16 +282,11 @@ class OverBatches:
 
   @classmethod
   def of(
-    cls: type[M],
-    setting: Setting,
-    num_batches: int,
-    split: str = 'validation',
-  ) -> M:
+    cls, setting: Setting, num_batches: int, split: str = 'validation'
+  ) -> Self:
     """The measurement over a split of a run's data."""
-    rows = setting.dataset.splits[split]
-    return cls(
-      setting.model, num_batches, setting.batch_size, rows, setting.put
-    )
+    s, rows = setting, setting.dataset.splits[split]
+    return cls(s.model, num_batches, s.batch_size, rows, s.put)
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
     """The batches, on the devices."""
@@ -323,7 +304,6 @@ class Losses(OverBatches):
 
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row; see `summary.summarize`."""
-    del step
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(
@@ -354,7 +334,7 @@ class Losses(OverBatches):
     return functools.reduce(add, map(summary.host, behind(sums)))
 
 
-def behind(results: Iterable[R]) -> Iterator[R]:
+def behind(results: Iterator[R]) -> Iterator[R]:
   """The results, each once a few more are made, so that devices do not wait."""
   pending = collections.deque[R]()
   for result in results:
@@ -367,13 +347,12 @@ def behind(results: Iterable[R]) -> Iterator[R]:
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
   """`eval_step` of batches that `put` has moved; equal models share it."""
-  unspecified: list[Any] = [None] * len(LossSums._fields)
-  shardings = LossSums(*unspecified)
+  rest: Any = None  # the compiler decides
   return jax.jit(
     functools.partial(
       eval_step, model=model, apply=apply, microbatches=put.microbatches
     ),
-    out_shardings=shardings._replace(choices=put.sharding),
+    out_shardings=LossSums(rest, rest, rest, rest, put.sharding),
   )
 
 
@@ -467,15 +446,13 @@ def _differing_parameters(model: Model, changed: Model) -> list[str]:
   """A line for each parameter whose shape differs between two models."""
   if changed == model:
     return []
-  old, new = (
-    {
-      jax.tree_util.keystr(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(
-        models.abstract_params(compared)
-      )
-    }
-    for compared in (model, changed)
-  )
+
+  def shapes_of(compared):
+    params = models.abstract_params(compared)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+  old, new = map(shapes_of, (model, changed))
   return [
     f'  {key}: {old.get(key)} -> {new.get(key)}'
     for key in sorted(old.keys() | new.keys())

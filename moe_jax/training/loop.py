@@ -74,28 +74,21 @@ def train_and_evaluate(
       nothing is saved after it.
     Interrupted: Ctrl-C stopped the run before its end; it has saved.
   """
-  served = {hook.serves for hook in hooks}
-  if unserved := set(options.for_hooks) - served:
+  if unserved := set(options.for_hooks) - {hook.serves for hook in hooks}:
     raise InputError(
       f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )
+  folders = [folder_of(workdir), *filter(None, [options.checkpoint.directory])]
   with (
     watching(options.distributed) as watchdog,
-    owned(
-      [folder_of(workdir), *filter(None, [options.checkpoint.directory])]
-      if is_first()
-      else []
-    ) as ownership,
+    owned(folders if is_first() else []) as ownership,
     contextlib.ExitStack() as stack,
   ):
     watchdog.mark('the set-up')
+    confirm = ownership.confirm
     run = set_up(
-      options,
-      workdir,
-      resume=resume,
-      devices=devices,
-      confirm=ownership.confirm,
+      options, workdir, resume=resume, devices=devices, confirm=confirm
     )
     for note in run.notes:
       run.message(note)
@@ -264,7 +257,7 @@ def _save(
       not measured.
   """
   with run.recorder.paused(at.step):
-    run.confirm()
+    run.recorder.confirm()
     for hook in hooks:
       hook.paused()
     is_new = run.checkpoints.save(

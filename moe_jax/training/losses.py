@@ -54,11 +54,8 @@ def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
   """The coefficients that a model's routers have, and that of its logits."""
   stacks, moe = model.stacks, model.stacks.moe
   mean = moe is not None and moe.layer_reduce == 'mean'
-  return LossWeights(
-    stacks.loss_weights(),
-    logits_z=logits_z,
-    num_averaged=len(stacks.mixtures) if mean else 1,
-  )
+  num_averaged = len(stacks.mixtures) if mean else 1
+  return LossWeights(stacks.loss_weights(), logits_z, num_averaged)
 
 
 def normalizers(model: Model, batch: Batch) -> Normalizers:

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from moe_jax.training import parameter_rules, rounded_moments
 from moe_jax.training.parameter_rules import Pattern, is_role
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
+Transform = optax.GradientTransformation
 # Axes along which matrices are stacked; no statistic is shared along them.
 STACKED_AXES = ('layers', 'expert')
 
@@ -37,17 +38,14 @@ class Optimizer(Options):
   """
 
   learning_rate: float = option(
-    1e-3,
-    'Peak of the learning rate, after the warm-up; at 0 nothing is learned.',
-    minimum=0,
+    1e-3, 'Peak learning rate, after the warm-up; 0 learns nothing.', minimum=0
   )
   schedule: Schedule = choice(
     SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
   )
   clip_norm: float = option(
     1.0,
-    'Largest norm of the gradient of all parameters together; a larger '
-    'gradient is scaled down to it. 0 clips no gradient.',
+    'Norm to which the whole gradient is scaled if it is larger; 0: never.',
     minimum=0,
   )
   weight_decay: float = option(
@@ -58,9 +56,8 @@ class Optimizer(Options):
   )
   ema: float = option(
     0.0,
-    'Decay per step of the weights of a running mean of the parameters, an '
-    'exponential moving average, by which the model is evaluated, exported and '
-    'read by other commands, such as 0.999; 0 keeps none.',
+    'Decay per step of a running mean of the parameters, such as 0.999, by '
+    'which the model is evaluated, exported and read elsewhere; 0 keeps none.',
     minimum=0,
     below=1,
   )
@@ -74,11 +71,8 @@ class Optimizer(Options):
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of a regular expression and a factor of the learning rate. For a '
-    'parameter the first expression counts that is found in its name, or that '
-    "begins with 'part:' and selects the parameter as `trainable` would: "
-    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
-    'learns nothing.',
+    'Pairs of an expression, as in decay_rules, and a factor of the learning '
+    'rate; where no expression is found it is 1, and 0 learns nothing.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -86,9 +80,7 @@ class Optimizer(Options):
       yield from parameter_rules.rule_problems(name, getattr(self, name))
 
   @required
-  def preconditioner(
-    self, axes: Any, roles: Any
-  ) -> optax.GradientTransformation:
+  def preconditioner(self, axes: Any, roles: Any) -> Transform:
     """Returns the transformation of clipped gradients into update directions.
 
     Args:
@@ -106,7 +98,6 @@ class Optimizer(Options):
       axes: A tree like these with a tuple of logical axes for each.
       roles: A tree like these with the `Role` of each.
     """
-    del shapes, axes, roles
     return iter(())
 
   def rate(self, total_steps: int) -> optax.Schedule:
@@ -126,7 +117,7 @@ class Optimizer(Options):
     axes: Any,
     roles: Any,
     part: Callable[..., Any] = lambda tree, is_leaf=None: tree,
-  ) -> optax.GradientTransformation:
+  ) -> Transform:
     """Returns the whole optimizer.
 
     Args:
@@ -149,17 +140,15 @@ class Optimizer(Options):
     rates = parameter_rules.factors(
       'optimizer.rate_rules', self.rate_rules, roles, lambda role: 1.0
     )
-    steps = []
-    if self.clip_norm:
-      steps.append(clipped(self.clip_norm))
-    steps.append(
-      _in_float32(self.preconditioner(axes, part(roles, is_leaf=is_role)))
+    directions = self.preconditioner(axes, part(roles, is_leaf=is_role))
+    decayed = _decayed(self.weight_decay, part(decay))
+    return optax.chain(
+      *([clipped(self.clip_norm)] if self.clip_norm else []),
+      _in_float32(directions),
+      *([decayed] if self.weight_decay else []),
+      _scaled(part(rates)),
+      optax.scale_by_learning_rate(self.rate(total_steps)),
     )
-    if self.weight_decay:
-      steps.append(_decayed(self.weight_decay, part(decay)))
-    steps.append(_scaled(part(rates)))
-    steps.append(optax.scale_by_learning_rate(self.rate(total_steps)))
-    return optax.chain(*steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,36 +157,27 @@ class AdamW(Optimizer):
 
   b1: float = option(
     0.9,
-    'Decay per step of the running mean of gradients, the first moment; 0 '
-    'takes the gradient itself.',
+    'Decay per step of the mean of gradients; 0 takes the gradient itself.',
     minimum=0,
     below=1,
   )
   b2: float = option(
     0.98,
-    'Decay per step of the running mean of squared gradients, the second '
-    'moment; 0 takes the squared gradient itself.',
+    'Decay per step of the mean of squared gradients; 0 takes the last alone.',
     minimum=0,
     below=1,
   )
   epsilon: float = option(
-    1e-8,
-    "Number that is added to the root of Adam's second moment, by which the "
-    'first moment is divided.',
-    above=0,
+    1e-8, 'Number added to the root of the second moment, a divisor.', above=0
   )
   moment_dtype: str = option(
     'float32',
-    "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
-    'half the bytes, rounded up or down at random.',
+    "Type of both moments; 'bfloat16' is half the bytes, rounded at random.",
     choices=('float32', 'bfloat16'),
   )
 
-  def preconditioner(
-    self, axes: Any, roles: Any
-  ) -> optax.GradientTransformation:
+  def preconditioner(self, axes: Any, roles: Any) -> Transform:
     """Returns Adam's transformation, which works element by element."""
-    del axes, roles
     if self.moment_dtype == 'bfloat16':
       return rounded_moments.scale_by_adam(self.b1, self.b2, self.epsilon)
     return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
@@ -213,15 +193,13 @@ class Adafactor(Optimizer):
 
   b1: float = option(
     0.9,
-    'Decay per step of the running mean of updates, the first moment; 0 keeps '
-    'no first moment.',
+    'Decay per step of the mean of updates; 0 keeps no first moment.',
     minimum=0,
     below=1,
   )
   decay_exponent: float = option(
     0.8,
-    'Exponent e of the decay 1 - step^-e of the running mean of squared '
-    'gradients, the second moment.',
+    'Exponent e of the decay 1 - step^-e of the mean of squared gradients.',
     above=0,
     maximum=1,
   )
@@ -234,33 +212,26 @@ class Adafactor(Optimizer):
   update_clip: float = option(
     1.0,
     'Largest root mean square of the update of a matrix, before the learning '
-    "rate and the matrix's size scale it; a larger update is scaled down to it "
-    '(0.1 in Table 4 of arXiv:2202.08906).',
+    'rate and its size scale it (0.1 in Table 4 of arXiv:2202.08906).',
     above=0,
   )
 
-  def preconditioner(
-    self, axes: Any, roles: Any
-  ) -> optax.GradientTransformation:
+  def preconditioner(self, axes: Any, roles: Any) -> Transform:
     """Returns Adafactor's transformation, applied to each matrix by itself."""
-    del roles
-    steps = [
+    transform = optax.chain(
       optax.scale_by_factored_rms(
         decay_rate=self.decay_exponent,
         min_dim_size_to_factor=self.min_factored_size,
       ),
       optax.clip_by_block_rms(self.update_clip),
       optax.scale_by_param_block_rms(),
-    ]
-    if self.b1:
-      steps.append(optax.ema(self.b1, debias=False))
-    transform = optax.chain(*steps)
-    return per_matrix(
-      jax.tree.map(lambda _: transform, axes, is_leaf=is_names), axes
+      *([optax.ema(self.b1, debias=False)] if self.b1 else []),
     )
+    transforms = jax.tree.map(lambda _: transform, axes, is_leaf=is_names)
+    return per_matrix(transforms, axes)
 
 
-def clipped(largest: float) -> optax.GradientTransformation:
+def clipped(largest: float) -> Transform:
   """Clips by the global norm, as `optax.clip_by_global_norm` does.
 
   Each gradient is multiplied by one number, where optax divides all by the norm
@@ -269,7 +240,6 @@ def clipped(largest: float) -> optax.GradientTransformation:
   """
 
   def update(updates, params):
-    del params
     norm = optax.global_norm(updates)
     factor = jnp.where(norm < largest, 1.0, largest / norm)
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
@@ -277,9 +247,7 @@ def clipped(largest: float) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
-def _in_float32(
-  inner: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+def _in_float32(inner: Transform) -> Transform:
   """The transformation of float32 copies of gradients and parameters.
 
   Its state would else have the type of the parameters: in bfloat16, rounded to
@@ -295,24 +263,21 @@ def _in_float32(
   def update(updates, state, params=None):
     return inner.update(copied(updates), state, copied(params))
 
-  return optax.GradientTransformation(init, update)
+  return Transform(init, update)
 
 
-def _decayed(weight_decay: float, factors: Any) -> optax.GradientTransformation:
+def _decayed(weight_decay: float, factors: Any) -> Transform:
   def update(updates, params):
-    return jax.tree.map(
-      lambda u, p, f: u + (weight_decay * f * p if f else 0),
-      updates,
-      params,
-      factors,
-    )
+    def decayed(u, p, f):
+      return u + (weight_decay * f * p if f else 0)
+
+    return jax.tree.map(decayed, updates, params, factors)
 
   return optax.stateless(update)
 
 
-def _scaled(factors: Any) -> optax.GradientTransformation:
+def _scaled(factors: Any) -> Transform:
   def update(updates, params):
-    del params
     return jax.tree.map(lambda u, f: u if f == 1 else f * u, updates, factors)
 
   return optax.stateless(update)
@@ -323,7 +288,7 @@ def is_names(leaf: Any) -> bool:
   return isinstance(leaf, tuple)
 
 
-def per_matrix(transforms: Any, axes: Any) -> optax.GradientTransformation:
+def per_matrix(transforms: Any, axes: Any) -> Transform:
   """Applies a transformation to every matrix of every stacked parameter.
 
   A parameter [L, E, M, F] is L * E matrices, which share none of the factors,
@@ -348,21 +313,15 @@ def per_matrix(transforms: Any, axes: Any) -> optax.GradientTransformation:
 
   def update(updates, state, params=None):
     leaves, tree = jax.tree.flatten(updates)
+    others = map(tree.flatten_up_to, (state, params, axes, transforms))
     pairs = [
       lifted(transform.update, names)(u, s, p)
-      for u, s, p, names, transform in zip(
-        leaves,
-        tree.flatten_up_to(state),
-        tree.flatten_up_to(params),
-        tree.flatten_up_to(axes),
-        tree.flatten_up_to(transforms),
-        strict=True,
-      )
+      for u, s, p, names, transform in zip(leaves, *others, strict=True)
     ]
     updates, state = zip(*pairs, strict=True)
     return tree.unflatten(updates), tree.unflatten(state)
 
-  return optax.GradientTransformation(init, update)
+  return Transform(init, update)
 
 
 def stacked(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
@@ -392,15 +351,13 @@ class Muon(Optimizer):
 
   momentum: float = option(
     0.95,
-    'Decay per step of the running mean of gradients (Nesterov) that Muon '
-    'orthogonalizes; 0 takes the gradient itself.',
+    'Decay per step of the Nesterov mean of gradients; 0 takes the last alone.',
     minimum=0,
     below=1,
   )
   iterations: int = option(
     5,
-    'Number of Newton-Schulz iterations by which a matrix is orthogonalized; '
-    'each takes three matrix products.',
+    'Number of Newton-Schulz iterations, each of three matrix products.',
     minimum=1,
   )
   rms: float = option(
@@ -413,8 +370,7 @@ class Muon(Optimizer):
   )
   adam_rate: float = option(
     1.0,
-    'Factor of the learning rate for parameters that Adam trains; at 0 they '
-    'keep their values.',
+    'Factor of the learning rate of what Adam trains; 0 keeps its values.',
     minimum=0,
   )
   b1: float = option(
@@ -436,14 +392,10 @@ class Muon(Optimizer):
     above=0,
   )
 
-  def preconditioner(
-    self, axes: Any, roles: Any
-  ) -> optax.GradientTransformation:
+  def preconditioner(self, axes: Any, roles: Any) -> Transform:
     """Returns Muon's transformation of hidden matrices, Adam's of others."""
-    adam = optax.chain(
-      optax.scale_by_adam(self.b1, self.b2, self.epsilon),
-      optax.scale(self.adam_rate),
-    )
+    adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+    adam = optax.chain(adam, optax.scale(self.adam_rate))
 
     def transform_of(role: Role, names: tuple[str | None, ...]):
       return self._orthogonal(names) if is_hidden(role, names) else adam
@@ -451,15 +403,13 @@ class Muon(Optimizer):
     transforms = jax.tree.map(transform_of, roles, axes, is_leaf=is_role)
     return per_matrix(transforms, axes)
 
-  def _orthogonal(
-    self, names: tuple[str | None, ...]
-  ) -> optax.GradientTransformation:
+  def _orthogonal(self, names: tuple[str | None, ...]) -> Transform:
     """Muon's transformation of a kernel without its stacked axes."""
     sides = dimensions(names[len(stacked(names)) :])
 
     def scaled(matrix: Any, params: Any) -> Any:
-      del params
-      return self._scale(*_sizes(matrix.shape, sides)) * matrix
+      inputs, outputs = (math.prod(np.take(matrix.shape, s)) for s in sides)
+      return self._scale(int(inputs), int(outputs)) * matrix
 
     return optax.chain(
       contrib.scale_by_muon(
@@ -490,9 +440,8 @@ class Muon(Optimizer):
       hidden = is_hidden(role, names)
       counts['Muon' if hidden else 'Adam'] += leaf.size
       if not hidden:
-        adam_parts[
-          ' '.join(filter(None, role)) or 'parameters without a role'
-        ] = None
+        part = ' '.join(filter(None, role)) or 'parameters without a role'
+        adam_parts[part] = None
     yield (
       f'optimizer: Muon trains {counts["Muon"]:,} parameters; Adam trains '
       f'{counts["Adam"]:,}, at {self.adam_rate:g} of the rate'
@@ -526,13 +475,6 @@ def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
   return contrib.MuonDimensionNumbers(
     tuple(range(split)), tuple(range(split, len(names)))
   )
-
-
-def _sizes(
-  shape: Sequence[int], sides: contrib.MuonDimensionNumbers
-) -> list[int]:
-  """The numbers of inputs and of outputs of a kernel."""
-  return [int(np.prod(np.take(shape, side))) for side in sides]
 
 
 OPTIMIZERS = Kinds(

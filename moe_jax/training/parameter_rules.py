@@ -65,10 +65,7 @@ def factors(
   Raises:
     ValueError: A rule names a part that the model lacks, or selects nothing.
   """
-  selectors = [
-    (_selects(option, pattern, roles), float(factor))
-    for pattern, factor in rules
-  ]
+  selectors = [(_selects(option, p, roles), float(f)) for p, f in rules]
 
   def factor_of(path, role):
     name = path_name(path)
@@ -85,10 +82,8 @@ def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
   if (expression := _parts_expression(pattern)) is not None:
     return names_of(expression, roles, option).__contains__
   regex = re.compile(pattern)
-  names = [
-    path_name(path)
-    for path, _ in jax.tree_util.tree_leaves_with_path(roles, is_leaf=is_role)
-  ]
+  leaves = jax.tree_util.tree_leaves_with_path(roles, is_leaf=is_role)
+  names = [path_name(path) for path, _ in leaves]
   if not any(map(regex.search, names)):
     raise InputError(
       f'{option}: {pattern!r} is found in the name of no parameter; '

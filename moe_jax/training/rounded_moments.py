@@ -41,7 +41,6 @@ def scale_by_adam(
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
   def update(updates, state, params=None):
-    del params
     count = jnp.asarray(optax.safe_increment(state.count))
 
     def moment_update(decay, power):

@@ -19,12 +19,12 @@ from moe_jax.config import (
   entries,
   no_effect,
   option,
-  unknown,
   unknown_text,
 )
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import Timeouts
+from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.base import RunShape
 from moe_jax.models.lora import LoraOptions
@@ -67,8 +67,7 @@ class ProfileOptions(Options):
     minimum=0,
   )
   all_processes: bool = option(
-    False,
-    'Whether every process writes a trace of its steps, or only process 0.',
+    False, 'Whether every process traces its steps, or only process 0.'
   )
 
   def problems(self) -> Iterator[str]:
@@ -81,21 +80,13 @@ class SampleOptions(Options):
   """The text sample at the end of a run."""
 
   prompt: str = option(
-    '\n',
-    'Text that the sample at the end of the run continues or answers.',
-    required=True,
+    '\n', 'Text that the sample continues or answers.', required=True
   )
   num_tokens: int = option(
-    300,
-    'Number of tokens of the text sample at the end of the run; 0 draws no '
-    'sample.',
-    minimum=0,
+    300, 'Number of tokens of the text sample; 0 draws no sample.', minimum=0
   )
   temperature: float = option(
-    0.8,
-    'Temperature by which logits are divided before a token of the sample is '
-    'drawn; 0 takes the likeliest token.',
-    minimum=0,
+    0.8, 'Temperature of the sample; 0 takes the likeliest token.', minimum=0
   )
   task: str = option(
     '',
@@ -110,13 +101,11 @@ class SampleOptions(Options):
   )
 
   def check_prompt(self, tokenizer: Tokenizer) -> None:
-    """Raises OptionError for a sample that could not be drawn at the end."""
+    """Raises ValueError for a sample that could not be drawn at the end."""
     if self.num_tokens and not len(tokenizer.encode(self.prompt)):
-      raise OptionError(
-        [
-          f'sample.prompt={self.prompt!r} has no tokens; give it some text, or '
-          'set sample.num_tokens=0'
-        ]
+      raise InputError(
+        f'sample.prompt={self.prompt!r} has no tokens; give it some text, or '
+        'set sample.num_tokens=0'
       )
 
   def shrunk(self) -> Self:
@@ -153,7 +142,7 @@ class InitFromOptions(Options):
   )
 
   def with_tokenizer(
-    self, data: DataOptions, run_folder: pathlib.Path | None = None
+    self, data: DataOptions, *run_folder: pathlib.Path
   ) -> DataOptions:
     """The data with the tokenizer of the other run, if it is kept.
 
@@ -162,8 +151,8 @@ class InitFromOptions(Options):
 
     Args:
       data: The options of the data.
-      run_folder: Folder of the run that begins with the other, which need not
-        exist.
+      *run_folder: Folder of the run that begins with the other, if it is
+        known; it need not exist.
 
     Raises:
       ValueError: The tokenizer cannot be read.
@@ -171,8 +160,7 @@ class InitFromOptions(Options):
     if not (self.workdir and self.keep_tokenizer):
       return data
     # A run that has none is refused when it is read.
-    folders = [] if run_folder is None else [run_folder]
-    return data.with_tokenizer_of(*folders, self.workdir)
+    return data.with_tokenizer_of(*run_folder, self.workdir)
 
   def problems(self) -> Iterator[str]:
     """The problem of a checkpoint that is named by its step and as the best."""
@@ -198,14 +186,12 @@ class TraceOptions(Options):
   )
   evaluations: str = option(
     '',
-    "Evaluations of the kind 'loss' whose choices are recorded, too: 'all', or "
-    'names of entries of `evals` with commas between them; an empty string '
-    'records none.',
+    "Evaluations of the kind 'loss' that are recorded, too: 'all', or names "
+    'of `evals` with commas between them; an empty string records none.',
   )
   logits: bool = option(
     False,
-    "Whether the routers' logits are recorded, too, which take most of the "
-    'bytes.',
+    "Whether routers' logits are recorded, too, which are most of the bytes.",
   )
   dtype: str = option(
     'float16',
@@ -242,8 +228,12 @@ class TraceOptions(Options):
       return tuple(evals)
     return tuple(filter(None, map(str.strip, self.evaluations.split(','))))
 
+  def problems(self) -> Iterator[str]:
+    if not self.is_on:
+      yield from self.in_vain('where nothing is recorded', 'logits', 'dtype')
+
   def problems_in(self, evals: Collection[str]) -> Iterator[str]:
-    """The problems of the options, a text for each.
+    """The problems of the names of evaluations, a text for each.
 
     Args:
       evals: The names of all evaluations that can be recorded.
@@ -256,10 +246,6 @@ class TraceOptions(Options):
           f'trace.evaluations={self.evaluations!r}: evaluation {name!r} has a '
           f'name that other records have; {list(_OTHER_RECORDS)} are taken'
         )
-    for name in ('logits', 'dtype'):
-      value = getattr(self, name)
-      if not self.is_on and value != getattr(type(self)(), name):
-        yield no_effect(f'trace.{name}', value, 'where nothing is recorded')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +254,7 @@ class RunOptions(Options):
 
   seed: int = option(
     0,
-    'Seed of the initial parameters, the order of the data and all noise in '
-    'training.',
+    'Seed of initial parameters, order of the data and noise in training.',
     minimum=0,
     below=SEEDS,
   )
@@ -279,15 +264,11 @@ class RunOptions(Options):
     minimum=1,
   )
   batch_size: int = option(
-    32,
-    'Number of rows in the batch of an optimizer step, on all devices '
-    'together.',
-    minimum=1,
+    32, 'Number of rows of an optimizer step, on all devices.', minimum=1
   )
   microbatches: int = option(
     1,
-    'Number of equal parts of a batch that are computed one after another and '
-    'whose gradients are added; it must divide batch_size.',
+    'Number of equal parts of a batch, computed in turn; divides batch_size.',
     minimum=1,
   )
   exchange_once: bool = option(
@@ -298,29 +279,23 @@ class RunOptions(Options):
     'that fsdp would split, and draws noise and dropout of its own.',
   )
   log_every_steps: int = option(
-    20,
-    'Number of optimizer steps between two rows of metrics, which are averages '
-    'over these steps.',
-    minimum=1,
+    20, 'Number of optimizer steps that a row of metrics averages.', minimum=1
   )
   logits_z_weight: float = option(
     0.0,
-    'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
-    'has 1e-4, 0 leaves it out.',
+    'Weight of the mean squared logsumexp of logits, 1e-4 in T5; 0 is none.',
     minimum=0,
   )
   aux_losses: AuxSchedule = choice(
     AUX_SCHEDULES,
     'constant',
-    'Schedule of the factor by which the weights of auxiliary losses are '
-    'multiplied.',
+    "Schedule of a factor of the auxiliary losses' weights.",
     same_function=True,
   )
   max_nonfinite_steps: int = option(
     0,
-    'Number of steps that may be skipped because their loss or gradient is not '
-    'finite, with their batches kept in the workdir; one more stops the run, '
-    'and with 0 the first does.',
+    'Number of steps, not finite in loss or gradient, that may be skipped, '
+    'with their batches kept in the workdir; with 0 the first stops the run.',
     minimum=0,
   )
   trainable: str = option(
@@ -421,52 +396,39 @@ class RunOptions(Options):
     yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
-    model, task = self.model, self.data.task
-    kind, name = MODELS.name_of(model), type(task).__name__
-    if model.has_encoder != self.data.encoder_decoder:
-      needs = (
-        'a task with inputs and targets, and data.target_len above 0'
-        if model.has_encoder
-        else 'data.target_len=0'
-      )
+    """The problems of the data's task, and of routers and samples by task."""
+    model, data = self.model, self.data
+    tasks, by_task = data.tasks, model.routes_by_task
+    if model.has_encoder != data.encoder_decoder:
+      needs = 'data.target_len=0'
+      if model.has_encoder:
+        needs = 'a task with inputs and targets, and data.target_len above 0'
       yield (
-        f'model.kind={kind!r} needs {needs}; data.task is {name} with '
-        f'data.target_len={self.data.target_len}'
+        f'model.kind={MODELS.name_of(model)!r} needs {needs}; data.task is '
+        f'{type(data.task).__name__} with data.target_len={data.target_len}'
       )
-    yield from self._routed_problems()
-
-  def _routed_problems(self) -> Iterator[str]:
-    """The problems of routers by task, and of the task of the sample."""
-    tasks, by_task = self.data.tasks, self.model.routes_by_task
     if by_task and not tasks:
       yield (
         'model.moe.router goes by task, and the data has no tasks: give it '
         'sources in data.mixture'
       )
-    if not self.sample.task:
-      return
-    if not by_task:
-      yield no_effect(
-        'sample.task', self.sample.task, 'without a router by task'
-      )
-    elif self.sample.task not in tasks:
-      yield unknown_text('task sample.task', self.sample.task, tasks)
+    task = self.sample.task
+    if task and not by_task:
+      yield no_effect('sample.task', task, 'without a router by task')
+    elif task and task not in tasks:
+      yield unknown_text('task sample.task', task, tasks)
 
   @property
   def loss_evals(self) -> list[str]:
     """The names of the evaluations of the kind 'loss'."""
-    return [
-      name
-      for name, entry in self.evals.items()
-      if isinstance(entry, LossEvaluation)
-    ]
+    return [n for n, e in self.evals.items() if isinstance(e, LossEvaluation)]
 
   def _best_problems(self) -> Iterator[str]:
     checkpoint = self.checkpoint
     best, losses = checkpoint.best_eval, self.loss_evals
     if checkpoint.keep_best and checkpoint.best_metric != 'loss':
       if best not in self.evals:
-        yield str(unknown('evaluation checkpoint.best_eval', best, self.evals))
+        yield unknown_text('evaluation checkpoint.best_eval', best, self.evals)
       else:
         yield from self._metric_problems()
     elif checkpoint.keep_best and best not in losses:
@@ -518,16 +480,14 @@ class RunOptions(Options):
       row_parts: Number of devices that the rows of a microbatch are split over.
 
     Raises:
-      OptionError: Rows or groups do not divide by them.
+      ValueError: Rows or groups do not divide by them.
     """
     rows = self.shape().rows
     if rows % row_parts:
-      raise OptionError(
-        [
-          f'batch_size={self.batch_size} in microbatches={self.microbatches} '
-          f'leaves {rows} sequences, which do not divide by {row_parts} '
-          f'devices of mesh axes {dict(self.sharding.rules)["batch"]}'
-        ]
+      raise InputError(
+        f'batch_size={self.batch_size} in microbatches={self.microbatches} '
+        f'leaves {rows} sequences, which do not divide by {row_parts} '
+        f'devices of mesh axes {dict(self.sharding.rules)["batch"]}'
       )
     if problems := list(self.model.problems_in(self.shape(row_parts))):
       raise OptionError(problems)
@@ -541,9 +501,8 @@ class RunOptions(Options):
     Raises:
       ValueError: The model's own vocabulary is smaller.
     """
-    model = self.model.filled(
-      vocab_size, self.data.seq_len, len(self.data.tasks)
-    )
+    data = self.data
+    model = self.model.filled(vocab_size, data.seq_len, len(data.tasks))
     return dataclasses.replace(self, model=model)
 
   def least_bytes(self) -> Iterator[tuple[str, int]]:
@@ -553,24 +512,16 @@ class RunOptions(Options):
     million layers even that takes minutes. The options have to be those that
     `filled` returns.
     """
-    model, rows = self.model, self.batch_size
-    param_bytes = jnp.dtype(model.numerics.param_dtype).itemsize
-    yield (
-      f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
-      param_bytes * model.least_parameters(),
-    )
-    tokens = rows * self.data.row_tokens
+    model, data, rows = self.model, self.data, self.batch_size
+    count, V = model.least_parameters(), model.vocab_size
+    name = f'the parameters of {type(model).__name__}, {count:,}'
+    yield name, jnp.dtype(model.numerics.param_dtype).itemsize * count
     # Tokens, segments and positions; targets and weights of the last sequence.
-    yield (
-      f'batch_size={rows} of {self.data.row_tokens} tokens',
-      3 * _ITEM_BYTES * tokens,
-    )
-    tokens = self.shape().rows * (self.data.target_len or self.data.seq_len)
-    V = model.vocab_size
-    yield (
-      f'the logits of {tokens} tokens of a microbatch, with vocab_size={V}',
-      _ITEM_BYTES * tokens * V,
-    )
+    name = f'batch_size={rows} of {data.row_tokens} tokens'
+    yield name, 3 * _ITEM_BYTES * rows * data.row_tokens
+    tokens = self.shape().rows * (data.target_len or data.seq_len)
+    name = f'the logits of {tokens} tokens of a microbatch, with vocab_size={V}'
+    yield name, _ITEM_BYTES * tokens * V
 
   def build(self) -> Model:
     """The model; the options have to be those that `filled` returns."""

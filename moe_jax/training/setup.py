@@ -20,10 +20,7 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.early_stopping import EarlyStopping
-from moe_jax.training.evaluate import (
-  Evaluation,
-  make_evaluations,
-)
+from moe_jax.training.evaluate import Evaluation, make_evaluations
 from moe_jax.training.losses import loss_weights
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -49,7 +46,6 @@ class Run:
     early_stopping: The measurements that may end the run before its last step.
     recorder: Writes and prints rows of metrics.
     message: Prints a line in process 0, above the bar of progress.
-    confirm: Raises ValueError if another job has taken the workdir.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
     row_offset: Number of the row of data that step 1 would begin with at this
@@ -69,7 +65,6 @@ class Run:
   early_stopping: EarlyStopping
   recorder: Recorder
   message: Callable[[str], None]
-  confirm: Callable[[], None] = lambda: None
   notes: tuple[str, ...] = ()
   row_offset: int = 0
 
@@ -164,8 +159,7 @@ def set_up(
   dataset = data.load(options.data)
   options.sample.check_prompt(dataset.tokenizer)
   options = options.filled(dataset.vocab_size)
-  needs = options.least_bytes()
-  check_room(needs, list(mesh.devices.flat))
+  check_room(options.least_bytes(), list(mesh.devices.flat))
   model = options.model.build(options.sharding.rules)
   programs = make_programs(options, model, mesh)
   notes = (
@@ -221,7 +215,6 @@ def set_up(
     early_stopping=early_stopping,
     recorder=recorder,
     message=recorder.message,
-    confirm=confirm,
     notes=notes,
   )
 

@@ -48,13 +48,8 @@ MoveRouterState = Callable[[Any, Array], Any]
 # (params, batch, whole batch's normalisers, key, router_state, step) ->
 # ((loss, sums), gradient)
 GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
-Normalize = Callable[[Batch], losses.Normalizers]
-# A tree of parameters -> the same with None for what does not train.
-Part = Callable[[Any], Any]
 # (weights of losses, number of steps taken) -> the weights of the next step.
 Scheduled = Callable[[losses.LossWeights, Leaf], losses.LossWeights]
-# (params, key) -> the parameters that the model's `apply` takes.
-Merged = Callable[[Any, PRNGKey], Any]
 # (outputs, batch) -> the loss of each token.
 Loss = Callable[[Any, Batch], TokenLosses]
 
@@ -63,8 +58,8 @@ def make_grad_fn(
   model: Model,
   weights: losses.LossWeights,
   microbatches: int = 1,
-  part: Part = lambda params: params,
-  merged: Merged = lambda params, key: params,
+  part: Callable[[Any], Any] = lambda params: params,
+  merged: Callable[[Any, PRNGKey], Any] = lambda params, key: params,
   scheduled: Scheduled = lambda weights, step: weights,
   loss: Loss | None = None,
   apply: Apply = plainly,
@@ -216,7 +211,7 @@ def train_step(
   batch: Batch,
   *,
   grad_fn: GradFn,
-  normalize: Normalize,
+  normalize: Callable[[Batch], losses.Normalizers],
   optimizer: optax.GradientTransformation,
   rate: Callable[[Any], Leaf],
   move_router_state: MoveRouterState = lambda router_state, load: router_state,
@@ -249,14 +244,10 @@ def train_step(
   load = sums.aux.stats.load  # [L, E], of all groups and microbatches
   router_state = move_router_state(state.router_state, load)
   new = TrainState(state.step + 1, state.seed, params, opt_state, router_state)
-  metrics = StepMetrics(
-    loss=loss,
-    sums=sums,
-    grad_norm=optax.global_norm(grads),
-    learning_rate=jnp.asarray(rate(state.opt_state), jnp.float32),
-    finite=finite.flags(finite.without_opt_state(new)),
-  )
-  return new, metrics
+  grad_norm = optax.global_norm(grads)
+  learning_rate = jnp.asarray(rate(state.opt_state), jnp.float32)
+  flags = finite.flags(finite.without_opt_state(new))
+  return new, StepMetrics(loss, sums, grad_norm, learning_rate, flags)
 
 
 def skipping_nonfinite(train_step):

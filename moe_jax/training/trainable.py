@@ -239,13 +239,9 @@ def chosen_masks(
     stack_place = model.stacks.place_of(kernel_path)
     if stack_place is None or axes[0] != _LAYERS:
       raise InputError(f'trained_experts: {name} is in no stack')
-    shape = [1] * len(axes)
-    shape[0] = len(stack_place.layers)
-    shape[axes.index(_EXPERT)] = chosen.num_experts
-    mask = [
-      [e in chosen.layers[i] for e in range(chosen.num_experts)]
-      for i in stack_place.numbers
-    ]
+    shape, E, layers = [1] * len(axes), chosen.num_experts, chosen.layers
+    shape[0], shape[axes.index(_EXPERT)] = len(stack_place.layers), E
+    mask = [[e in layers[i] for e in range(E)] for i in stack_place.numbers]
     masks[name] = np.array(mask).reshape(shape)
   if not masks:
     raise InputError(

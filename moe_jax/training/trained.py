@@ -74,13 +74,12 @@ class Described(NamedTuple):
     old, new = 'no tokenizer', tokenizer.ids_identity
     if self.tokenizer is not None:
       old = self.tokenizer.ids_identity
-    if old == new:
-      return
-    yield (
-      f'it was trained on tokens of {old}, the data is of {new}; to take its '
-      "tokenizer for other texts, give data.tokenizer.kind='file' and its "
-      'folder as data.tokenizer.file.path'
-    )
+    if old != new:
+      yield (
+        f'it was trained on tokens of {old}, the data is of {new}; to take its '
+        "tokenizer for other texts, give data.tokenizer.kind='file' and its "
+        'folder as data.tokenizer.file.path'
+      )
 
   def task_problems(self, data: DataOptions) -> Iterator[str]:
     """The problem of other data in which a task has another number.
@@ -140,8 +139,7 @@ def read(
       config was edited, or it names a class of a module that is not allowed.
   """
   folder = folder_of(workdir)
-  required_files = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
-  for name in required_files:
+  for name in (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,):
     if not (folder / name).exists():
       reason = f'it has no {name}'
       if name == TOKENIZER and (folder / IMPORTED).exists():
@@ -189,14 +187,8 @@ def read(
     vocab_size = tokenizer.vocab_size
     data = data.with_tokenizer(tokenizer)
   model = model.filled(vocab_size, data.seq_len, len(data.tasks))
-  return Described(
-    model,
-    data,
-    sharding,
-    batch_size,
-    tokenizer,
-    config.get('microbatches', 1),
-  )
+  slices = config.get('microbatches', 1)
+  return Described(model, data, sharding, batch_size, tokenizer, slices)
 
 
 def _where_runs_are(folder: pathlib.Path) -> str:
@@ -215,18 +207,12 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   """
   folder = folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
-  directory = Directory(
-    checkpoints_of(folder),
-    1,
-    True,
-    options.best_name,
-    best_is_highest=options.best_is_highest,
-  )
-  step = directory.best_step()
-  if step is None:
+  name, is_highest = options.best_name, options.best_is_highest
+  directory = Directory(checkpoints_of(folder), 1, True, name, is_highest)
+  if (step := directory.best_step()) is None:
     raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
-      f'{directory.steps()} has the number {options.best_name!r}'
+      f'{directory.steps()} has the number {name!r}'
     )
   return step
 
@@ -295,31 +281,28 @@ def restore_variables(
     ValueError: There is no checkpoint, or it is of another model.
     CheckpointError: No checkpoint is good.
   """
-  folder = checkpoints_of(pathlib.Path(workdir).expanduser())
+  folder = pathlib.Path(workdir).expanduser()
   merges = adapters is None
   if adapters is None:
     adapters = adapters_of(workdir, model)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
   trees = adapters.trees
+
+  def placed(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
   abstract = jax.tree.map(
-    lambda leaf, axes: jax.ShapeDtypeStruct(
-      leaf.shape,
-      leaf.dtype,
-      sharding=_fitting(mesh, rules, axes, leaf.shape),
-    ),
+    lambda leaf, axes: placed(leaf, _fitting(mesh, rules, axes, leaf.shape)),
     trees.shapes,
     trees.axes,
   )
-  routers = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=partitioning.sharding(mesh, rules, ())
-    ),
-    abstract_router_state(model) if router_state else {},
-  )
-  config = kept_config(pathlib.Path(workdir).expanduser())
-  means = averages.saved_with(config, adapters, abstract)
-  with Checkpointer(folder, keep_best=False) as checkpoints:
+  whole = partitioning.sharding(mesh, rules, ())
+  states = abstract_router_state(model) if router_state else {}
+  routers = jax.tree.map(lambda leaf: placed(leaf, whole), states)
+  means = averages.saved_with(kept_config(folder), adapters, abstract)
+  directory = checkpoints_of(folder)
+  with Checkpointer(directory, keep_best=False) as checkpoints:
     restored = checkpoints.restore(
       variables(abstract, routers) | means,
       step=step,
@@ -328,25 +311,22 @@ def restore_variables(
       first=variables(adapters.base(abstract), routers),
     )
   if restored is None:
-    raise InputError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
+    raise InputError(f'{directory} has no finished checkpoint; {_FIRST_SAVE}')
   saved = restored.state
   params = averages.averaged(saved['params'], saved.get('averages'))
   if merges and restored.step:
     params = adapters.merged_on_devices(params)
   # A run may begin without the state of its routers.
-  if routers and ROUTER_STATE not in restored.state:
-    routers = init_router_state(model)
-  else:
-    routers = restored.state.get(ROUTER_STATE, {})
+  if routers:
+    routers = saved.get(ROUTER_STATE) or init_router_state(model)
   return restored._replace(state=variables(params, routers))
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
   """The sharding by the table, with dimensions that do not divide whole."""
-  table = dict(rules)
 
   def num_shards(axis):
-    return math.prod(mesh.shape[mesh_axis] for mesh_axis in table.get(axis, ()))
+    return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
 
   # `sharding` takes a vocabulary that does not divide.
   axes = [
