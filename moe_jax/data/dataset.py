@@ -64,7 +64,9 @@ class DataOptions(Options):
     'targets.',
     minimum=0,
   )
-  pack: bool = option(True, 'Whether short examples share a row.')
+  pack: bool = option(
+    True, 'Whether short examples of inputs and targets share a row.'
+  )
   train_split: str = option(
     'train',
     "The source's own name of the split for training. TFDS sources, as well "

@@ -96,14 +96,17 @@ def activation(name: str) -> Activation:
 class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
 
-  hidden: int = option(512, 'Hidden width F of a feed-forward.', minimum=1)
+  hidden: int = option(
+    512, 'Width F of the hidden layer of a feed-forward.', minimum=1
+  )
   activation: str = option(
     'gelu',
     'Activation between the two products of a feed-forward; gelu is the exact '
-    'one, by the error function, and gelu_tanh, which geglu has, too, '
-    'approximates it by tanh. geglu, swiglu and clamped_swiglu (gpt-oss) have '
-    'a third kernel, whose product gates the hidden values, and '
-    'doubly_gated_swiglu (OpenMoE) a fourth one, which multiplies them, too.',
+    'one, by the error function, and gelu_tanh its approximation by tanh, '
+    'which geglu has, too. geglu, swiglu and clamped_swiglu (gpt-oss) have a '
+    'third kernel, whose product gates the hidden values, and '
+    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them, '
+    'too.',
     choices=ACTIVATIONS,
   )
   bias: str = option(

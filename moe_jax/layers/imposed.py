@@ -41,7 +41,8 @@ class ImposedOptions(Options):
     '',
     'Folder of the trace of another run on the same batches, whose choices of '
     'experts and drops each training step takes over from its record of the '
-    "step; evaluations choose by themselves. '': the router chooses.",
+    'step; evaluations choose by themselves. An empty string leaves the choice '
+    'to the router.',
     same_function=True,
   )
 

@@ -54,13 +54,15 @@ class MoeOptions(ImposedOptions):
     0.0,
     "Rate at which an expert's output for a token is masked in training, "
     'without scaling up the others; in evaluation outputs are multiplied by 1 '
-    "- rate (NLLB's expert output masking, arXiv:2207.04672).",
+    "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
+    'nothing.',
     minimum=0,
     below=1,
   )
   layer_reduce: str = option(
     'sum',
-    "Reduction of all sparse layers' router losses: 'sum' (Switch) or 'mean'.",
+    'Reduction of the router losses of all sparse layers to one number: '
+    "'sum' (Switch) or 'mean'.",
     choices=('sum', 'mean'),
     same_function=True,
   )
@@ -71,12 +73,18 @@ class MoeOptions(ImposedOptions):
     same_function=True,
   )
   router: RouterOptions = choice(
-    ROUTERS, 'token_choice', 'Rule by which tokens go to experts.'
+    ROUTERS,
+    'token_choice',
+    'Router of the sparse layers: the rule by which tokens go to experts.',
   )
   capacity: Capacity = choice(
-    CAPACITIES, 'per_token', 'Rule for the slots of an expert in each group.'
+    CAPACITIES,
+    'per_token',
+    'Rule for the capacity, the number of slots of an expert in each group.',
   )
-  expert: ExpertOptions = choice(EXPERTS, 'feed_forward', 'Kind of experts.')
+  expert: ExpertOptions = choice(
+    EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
+  )
   shared_expert: SharedExpertOptions = option(
     SharedExpertOptions(),
     'Expert of the sparse layers that every token meets beside its chosen ones '
@@ -89,7 +97,8 @@ class MoeOptions(ImposedOptions):
     same_function=True,
   )
   retained: Retained = option(
-    Retained(), 'Experts of layers that merging or pruning left with fewer.'
+    Retained(),
+    'Experts of the sparse layers that merging or pruning left with fewer.',
   )
 
   @property

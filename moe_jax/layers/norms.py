@@ -19,7 +19,10 @@ class Norm(Options):
   """The contract of normalisations over the last dimension."""
 
   epsilon: float = option(
-    1e-6, 'Number added to the variance (or mean square) in a norm.', above=0
+    1e-6,
+    'Number added to the variance (or mean square) in a norm before its root '
+    'is taken.',
+    above=0,
   )
   use_scale: bool = option(
     True,

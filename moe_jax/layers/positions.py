@@ -127,7 +127,9 @@ class Rotary(Positions):
     above=0,
     maximum=1,
   )
-  scaling: RotaryScaling = choice(SCALINGS, 'none', 'Change for long texts.')
+  scaling: RotaryScaling = choice(
+    SCALINGS, 'none', 'Change of the rotation for long texts.'
+  )
 
   def _width(self, head_width: int) -> int:
     """The number of numbers of a head that rotate."""
@@ -238,7 +240,8 @@ class Sinusoidal(Positions):
   offset: int = option(
     0,
     'Position of the first token of a row: 0, or in fairseq and NLLB the id of '
-    'padding plus 1. Padding and tokens of id offset - 1 get no sinusoid.',
+    'padding plus 1. Padding gets no sinusoid, nor does a token whose id is '
+    'offset - 1.',
     minimum=0,
   )
 
@@ -260,7 +263,10 @@ class Relative(Positions):
     minimum=2,
   )
   max_distance: int = option(
-    128, 'Distance in tokens from which all share the last bucket.', minimum=2
+    128,
+    'Distance in tokens from which on all relative positions share the last '
+    'bucket.',
+    minimum=2,
   )
 
   def problems(self) -> Iterator[str]:

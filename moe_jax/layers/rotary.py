@@ -78,7 +78,8 @@ class Yarn(RotaryScaling):
   )
   beta_fast: float = option(
     32.0,
-    'Turns in `original_len` tokens from which on a pair is as fast as before.',
+    'Number of turns in `original_len` tokens from which on a pair turns as '
+    'fast as before.',
     above=0,
   )
   beta_slow: float = option(
@@ -172,17 +173,22 @@ class LongRope(RotaryScaling):
   """
 
   short_factor: tuple[float, ...] = option(
-    (), "Divisors of each pair's turns in short documents.", above=0
+    (),
+    'Numbers by which the turns of each pair are divided in short documents.',
+    above=0,
   )
   long_factor: tuple[float, ...] = option(
-    (), "Divisors of each pair's turns in long documents.", above=0
+    (),
+    'Numbers by which the turns of each pair are divided in long documents.',
+    above=0,
   )
   original_len: int = option(
     4096, 'Length in tokens up to which documents are short.', minimum=2
   )
   factor: float = option(
     1.0,
-    'Length of texts over `original_len`, which decides the attention factor.',
+    'Number of times that texts are longer than `original_len`, which decides '
+    'the attention factor.',
     above=0,
   )
   short_mscale: float = option(
@@ -193,7 +199,8 @@ class LongRope(RotaryScaling):
   )
   long_mscale: float = option(
     0.0,
-    'Factor of queries and keys in long documents; 0.0: the same root.',
+    'Factor of queries and keys as they turn in long documents; 0.0: the root '
+    'of 1 + ln(factor) / ln(original_len).',
     minimum=0,
   )
 

@@ -25,7 +25,8 @@ class Init(Options):
 
   embedding_std: float = option(
     0.02,
-    'Standard deviation of the first embeddings of tokens and positions.',
+    'Standard deviation of the normal distribution from which the embeddings '
+    'of tokens and positions are drawn.',
     above=0,
   )
 
@@ -57,7 +58,9 @@ class FanIn(Init):
   """
 
   scale: float = option(
-    1.0, 'Initial variance of kernels times fan-in (0.1 in Switch).', above=0
+    1.0,
+    "Variance of a kernel's initial values times its fan-in (0.1 in Switch).",
+    above=0,
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
@@ -96,7 +99,9 @@ class Numerics(Options):
     choices=DTYPES,
   )
   param_dtype: str = option(
-    'float32', 'Type of parameters as stored and updated.', choices=DTYPES
+    'float32',
+    'Type in which parameters are stored and updated.',
+    choices=DTYPES,
   )
   init: Init = choice(
     INITS, 'fan_in', 'Distribution from which kernels and embeddings are drawn.'

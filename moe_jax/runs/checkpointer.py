@@ -419,7 +419,9 @@ class CheckpointOptions(Options):
     minimum=1,
   )
   keep_best: bool = option(
-    True, 'Whether the best checkpoint, by checkpoint.best_eval, is kept, too.'
+    True,
+    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
+    'kept besides the newest ones.',
   )
   best_eval: str = option(
     'train_capacity',
@@ -428,17 +430,21 @@ class CheckpointOptions(Options):
   )
   best_metric: str = option(
     'loss',
-    "Number of checkpoint.best_eval that decides, such as 'exact_match'.",
+    'Number of the evaluation checkpoint.best_eval that decides which '
+    "checkpoint is the best, such as 'exact_match'.",
     required=True,
   )
   best_is_highest: bool = option(
-    False, 'Whether the highest number is the best, as of an accuracy.'
+    False,
+    'Whether the checkpoint with the highest number is the best, as for an '
+    'accuracy; otherwise the lowest is.',
   )
   tries: int = option(
     3,
-    'Number of tries to write or read a checkpoint where storage reports an '
-    'error that may pass (a full disk does not). Above 1, the host keeps a '
-    'copy of what is saved. Several processes try only once to write arrays.',
+    'Number of times that writing or reading a checkpoint is tried when '
+    'storage reports an error that may pass (a full disk does not). Above 1, '
+    'the host keeps a copy of what is being saved. Several processes try only '
+    'once to write arrays.',
     minimum=1,
   )
   retry_seconds: float = option(

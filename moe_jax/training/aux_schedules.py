@@ -31,14 +31,16 @@ class AuxSchedule(Options):
 
   losses: tuple[str, ...] = option(
     _BUILTIN,
-    'Names of the auxiliary losses whose weights the factor multiplies, such '
-    "as 'balance' for the loss of balance_weight. All names of built-in "
-    "routers, the default, stand for a user's own losses, too. 'logits_z' is "
-    'the loss of logits_z_weight. An empty tuple changes no weight.',
+    'Names of the auxiliary losses whose weights are multiplied by the '
+    "schedule's factor, such as 'balance' for the loss of balance_weight. All "
+    "names of built-in routers, the default, stand for a user's own losses, "
+    "too. 'logits_z' is the loss of logits_z_weight. An empty tuple changes no "
+    'weight.',
   )
   factor: float = option(
     1.0,
-    'Factor of the weights at the first step; 0 leaves the losses out.',
+    'Factor of the weights of the auxiliary losses at the first step; 0 leaves '
+    'these losses out.',
     minimum=0,
   )
 
@@ -109,16 +111,21 @@ class Linear(AuxSchedule):
 
   final_factor: float = option(
     0.0,
-    'Factor at the end of the line and after it; 0 switches the losses off.',
+    'Factor of the weights of the auxiliary losses at the end of the line and '
+    'after it; with 0 the line switches these losses off.',
     minimum=0,
   )
   start_step: int = option(
     0,
-    'Number of optimizer steps before the line begins; 0 begins at once.',
+    'Number of optimizer steps that are taken with the first factor before the '
+    'line begins; 0 begins at once.',
     minimum=0,
   )
   line_steps: int = option(
-    1000, 'Number of optimizer steps of the straight line.', minimum=1
+    1000,
+    'Number of optimizer steps over which the factor changes in a straight '
+    'line.',
+    minimum=1,
   )
 
   def factor_at(self, step: Leaf) -> Leaf:

@@ -31,7 +31,8 @@ class EarlyStoppingOptions(Options):
   )
   min_change: float = option(
     0.0,
-    'Least change by which a measurement is better; 0 counts any improvement.',
+    'Number by which a measurement has to be better than the best before, to '
+    'count as better; with 0 any improvement counts.',
     minimum=0,
   )
 

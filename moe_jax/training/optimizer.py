@@ -38,14 +38,17 @@ class Optimizer(Options):
   """
 
   learning_rate: float = option(
-    1e-3, 'Peak learning rate, after the warm-up; 0 learns nothing.', minimum=0
+    1e-3,
+    'Peak of the learning rate, after the warm-up; at 0 nothing is learned.',
+    minimum=0,
   )
   schedule: Schedule = choice(
     SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
   )
   clip_norm: float = option(
     1.0,
-    'Norm to which the whole gradient is scaled if it is larger; 0: never.',
+    'Largest norm of the gradient of all parameters together; a larger '
+    'gradient is scaled down to it. 0 clips no gradient.',
     minimum=0,
   )
   weight_decay: float = option(
@@ -71,8 +74,11 @@ class Optimizer(Options):
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of an expression, as in decay_rules, and a factor of the learning '
-    'rate; where no expression is found it is 1, and 0 learns nothing.',
+    'Pairs of a regular expression and a factor of the learning rate. For a '
+    'parameter the first expression counts that is found in its name, or that '
+    "begins with 'part:' and selects the parameter as `trainable` would: "
+    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
+    'learns nothing.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -157,22 +163,28 @@ class AdamW(Optimizer):
 
   b1: float = option(
     0.9,
-    'Decay per step of the mean of gradients; 0 takes the gradient itself.',
+    'Decay per step of the running mean of gradients, the first moment; 0 '
+    'takes the gradient itself.',
     minimum=0,
     below=1,
   )
   b2: float = option(
     0.98,
-    'Decay per step of the mean of squared gradients; 0 takes the last alone.',
+    'Decay per step of the running mean of squared gradients, the second '
+    'moment; 0 takes the squared gradient itself.',
     minimum=0,
     below=1,
   )
   epsilon: float = option(
-    1e-8, 'Number added to the root of the second moment, a divisor.', above=0
+    1e-8,
+    "Number that is added to the root of Adam's second moment, by which the "
+    'first moment is divided.',
+    above=0,
   )
   moment_dtype: str = option(
     'float32',
-    "Type of both moments; 'bfloat16' is half the bytes, rounded at random.",
+    "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
+    'half the bytes, rounded up or down at random.',
     choices=('float32', 'bfloat16'),
   )
 
@@ -199,7 +211,8 @@ class Adafactor(Optimizer):
   )
   decay_exponent: float = option(
     0.8,
-    'Exponent e of the decay 1 - step^-e of the mean of squared gradients.',
+    'Exponent e of the decay 1 - step^-e of the running mean of squared '
+    'gradients, the second moment.',
     above=0,
     maximum=1,
   )
@@ -212,7 +225,8 @@ class Adafactor(Optimizer):
   update_clip: float = option(
     1.0,
     'Largest root mean square of the update of a matrix, before the learning '
-    'rate and its size scale it (0.1 in Table 4 of arXiv:2202.08906).',
+    "rate and the matrix's size scale it; a larger update is scaled down to it "
+    '(0.1 in Table 4 of arXiv:2202.08906).',
     above=0,
   )
 
@@ -351,13 +365,15 @@ class Muon(Optimizer):
 
   momentum: float = option(
     0.95,
-    'Decay per step of the Nesterov mean of gradients; 0 takes the last alone.',
+    'Decay per step of the running mean of gradients (Nesterov) that Muon '
+    'orthogonalizes; 0 takes the gradient itself.',
     minimum=0,
     below=1,
   )
   iterations: int = option(
     5,
-    'Number of Newton-Schulz iterations, each of three matrix products.',
+    'Number of Newton-Schulz iterations by which a matrix is orthogonalized; '
+    'each takes three matrix products.',
     minimum=1,
   )
   rms: float = option(
@@ -370,7 +386,8 @@ class Muon(Optimizer):
   )
   adam_rate: float = option(
     1.0,
-    'Factor of the learning rate of what Adam trains; 0 keeps its values.',
+    'Factor of the learning rate for parameters that Adam trains; at 0 they '
+    'keep their values.',
     minimum=0,
   )
   b1: float = option(

@@ -67,7 +67,8 @@ class ProfileOptions(Options):
     minimum=0,
   )
   all_processes: bool = option(
-    False, 'Whether every process traces its steps, or only process 0.'
+    False,
+    'Whether every process writes a trace of its steps, or only process 0.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -80,13 +81,21 @@ class SampleOptions(Options):
   """The text sample at the end of a run."""
 
   prompt: str = option(
-    '\n', 'Text that the sample continues or answers.', required=True
+    '\n',
+    'Text that the sample at the end of the run continues or answers.',
+    required=True,
   )
   num_tokens: int = option(
-    300, 'Number of tokens of the text sample; 0 draws no sample.', minimum=0
+    300,
+    'Number of tokens of the text sample at the end of the run; 0 draws no '
+    'sample.',
+    minimum=0,
   )
   temperature: float = option(
-    0.8, 'Temperature of the sample; 0 takes the likeliest token.', minimum=0
+    0.8,
+    'Temperature by which logits are divided before a token of the sample is '
+    'drawn; 0 takes the likeliest token.',
+    minimum=0,
   )
   task: str = option(
     '',
@@ -186,12 +195,14 @@ class TraceOptions(Options):
   )
   evaluations: str = option(
     '',
-    "Evaluations of the kind 'loss' that are recorded, too: 'all', or names "
-    'of `evals` with commas between them; an empty string records none.',
+    "Evaluations of the kind 'loss' whose choices are recorded, too: 'all', or "
+    'names of entries of `evals` with commas between them; an empty string '
+    'records none.',
   )
   logits: bool = option(
     False,
-    "Whether routers' logits are recorded, too, which are most of the bytes.",
+    "Whether the routers' logits are recorded, too, which take most of the "
+    'bytes.',
   )
   dtype: str = option(
     'float16',
@@ -254,7 +265,8 @@ class RunOptions(Options):
 
   seed: int = option(
     0,
-    'Seed of initial parameters, order of the data and noise in training.',
+    'Seed of the initial parameters, the order of the data and all noise in '
+    'training.',
     minimum=0,
     below=SEEDS,
   )
@@ -264,11 +276,15 @@ class RunOptions(Options):
     minimum=1,
   )
   batch_size: int = option(
-    32, 'Number of rows of an optimizer step, on all devices.', minimum=1
+    32,
+    'Number of rows in the batch of an optimizer step, on all devices '
+    'together.',
+    minimum=1,
   )
   microbatches: int = option(
     1,
-    'Number of equal parts of a batch, computed in turn; divides batch_size.',
+    'Number of equal parts of a batch that are computed one after another and '
+    'whose gradients are added; it must divide batch_size.',
     minimum=1,
   )
   exchange_once: bool = option(
@@ -279,23 +295,29 @@ class RunOptions(Options):
     'that fsdp would split, and draws noise and dropout of its own.',
   )
   log_every_steps: int = option(
-    20, 'Number of optimizer steps that a row of metrics averages.', minimum=1
+    20,
+    'Number of optimizer steps between two rows of metrics, which are averages '
+    'over these steps.',
+    minimum=1,
   )
   logits_z_weight: float = option(
     0.0,
-    'Weight of the mean squared logsumexp of logits, 1e-4 in T5; 0 is none.',
+    'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
+    'has 1e-4, 0 leaves it out.',
     minimum=0,
   )
   aux_losses: AuxSchedule = choice(
     AUX_SCHEDULES,
     'constant',
-    "Schedule of a factor of the auxiliary losses' weights.",
+    'Schedule of the factor by which the weights of auxiliary losses are '
+    'multiplied.',
     same_function=True,
   )
   max_nonfinite_steps: int = option(
     0,
-    'Number of steps, not finite in loss or gradient, that may be skipped, '
-    'with their batches kept in the workdir; with 0 the first stops the run.',
+    'Number of steps that may be skipped because their loss or gradient is not '
+    'finite, with their batches kept in the workdir; one more stops the run, '
+    'and with 0 the first does.',
     minimum=0,
   )
   trainable: str = option(

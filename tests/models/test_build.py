@@ -11,7 +11,7 @@ from moe_jax import models, run_config
 from moe_jax.config import OptionError, merge, read_options, section_of
 from moe_jax.configs import base
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
-from moe_jax.layers.parameters import FORMS, ROLES, Role
+from moe_jax.layers.parameters import Role
 from moe_jax.layers.positions import Learned
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.layers.shared import Numerics
@@ -21,6 +21,13 @@ from moe_jax.models.stack import Padding
 from moe_jax.parallel.ragged import RaggedExchange
 from moe_jax.routing.capacity import All
 from tests.models import tiny
+
+
+ROLES = {
+  'attention', 'embedding', 'expert', 'ffn', 'gate', 'head', 'lstm', 'norm',
+  'router', 'shared_expert',
+}  # fmt: skip
+FORMS = {'bias', 'kernel', 'scale', 'table'}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ class AttentionBase(Options):
   window: int = option(
     0,
     'Number of tokens that a token of a causal stack attends to, itself '
-    'included (Mistral, arXiv:2310.06825), never in encoders; 0: no limit.',
+    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
+    'no window.',
     minimum=0,
   )
   full_layers: str = option(
@@ -411,7 +412,9 @@ class AttentionOptions(AttentionBase):
     minimum=0,
   )
   head_width: int = option(
-    0, 'Width D of an attention head; 0: model.width / num_heads.', minimum=0
+    0,
+    'Width D of an attention head; 0: the width of the model / num_heads.',
+    minimum=0,
   )
   _: dataclasses.KW_ONLY
   scale: str = option(
@@ -421,22 +424,29 @@ class AttentionOptions(AttentionBase):
     choices=('fixed', 'head_width', 'none'),
   )
   fixed_scale: float = option(
-    1.0, 'Factor of scores (attention_multiplier of Granite 3.0).', above=0
+    1.0,
+    'Factor of attention scores (attention_multiplier of Granite 3.0).',
+    above=0,
   )
   qk_norm: str = option(
     'none',
     'Division of queries and keys by their root mean square, with a learned '
-    "scale: 'none'; 'head', over each head (Qwen3, arXiv:2505.09388); or "
-    "'all', over all heads together (OLMoE, arXiv:2409.02060).",
+    "scale: 'none'; 'head', over the width of each head (Qwen3, "
+    "arXiv:2505.09388); or 'all', over the values of all heads together "
+    '(OLMoE, arXiv:2409.02060).',
     choices=('all', 'head', 'none'),
   )
   qk_norm_epsilon: float = option(
-    1e-6, 'Number added to the mean square of queries and keys.', above=0
+    1e-6,
+    'Number added to the mean square of queries and keys before its root is '
+    'taken.',
+    above=0,
   )
   clip: float = option(
     0.0,
-    'Largest size of queries, keys and values after their norm; larger ones '
-    'are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips nothing.',
+    'Largest absolute value of queries, keys and values, after their norm; '
+    'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips '
+    'nothing.',
     minimum=0,
   )
 

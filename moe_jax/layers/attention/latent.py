@@ -30,20 +30,32 @@ class LatentOptions(AttentionBase):
   crosses: ClassVar[bool] = False
 
   query_rank: int = option(
-    0, 'Width of the vector that queries expand from; 0: none.', minimum=0
+    0,
+    'Width of the vector that queries expand from; 0: queries are projections '
+    'of tokens.',
+    minimum=0,
   )
   kv_rank: int = option(
-    512, 'Width R of the cached vector of keys and values.', minimum=1
+    512,
+    'Width R of the vector that keys and values expand from, which the cache '
+    'keeps.',
+    minimum=1,
   )
   plain_width: int = option(
     128, 'Width of the part of a head that has no positions.', minimum=1
   )
   rotary_width: int = option(
-    64, 'Width of the rotated part of a head; heads share its key.', minimum=1
+    64,
+    'Width of the part of a head that positions rotate; its key is the same '
+    'for all heads.',
+    minimum=1,
   )
   value_width: int = option(128, 'Width of the values of a head.', minimum=1)
   norm_epsilon: float = option(
-    1e-6, 'Number added to the mean square of expanded vectors.', above=0
+    1e-6,
+    'Number added to the mean square of the vectors that queries, keys and '
+    'values expand from, before its root is taken.',
+    above=0,
   )
 
   def problems(self) -> Iterator[str]:

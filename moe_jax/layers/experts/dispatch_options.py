@@ -57,7 +57,8 @@ class Gather(Dispatch):
     'split over several; it has no effect on one device.',
   )
   shadowing: Shadowing = option(
-    Shadowing(), 'Experts that all devices get, while their tokens stay.'
+    Shadowing(),
+    'Experts that are sent to all devices, while their tokens stay.',
   )
 
   def leak(self):
@@ -104,7 +105,8 @@ class Dropless(Dispatch):
     'over several; it has no effect on one device.',
   )
   shadowing: Shadowing = option(
-    Shadowing(), 'Experts that all devices get, while their tokens stay.'
+    Shadowing(),
+    'Experts that are sent to all devices, while their tokens stay.',
   )
 
   def leak(self):

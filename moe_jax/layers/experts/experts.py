@@ -234,21 +234,27 @@ class FeedForwardExpert(ExpertOptions):
   has_width: ClassVar[bool] = True
 
   hidden: int = option(
-    0, 'Hidden width F of each expert; 0: model.ffn.hidden.', minimum=0
+    0,
+    'Width F of the hidden layer of each expert; 0: model.ffn.hidden.',
+    minimum=0,
   )
   activation: str = option(
-    '', "Activation; '': model.ffn.activation.", choices=('', *ACTIVATIONS)
+    '',
+    "Activation of the experts; '': model.ffn.activation.",
+    choices=('', *ACTIVATIONS),
   )
   dropout: float = option(
     -1.0,
-    "Rate of dropping experts' hidden values in training; -1: model.dropout.",
+    "Rate at which experts' hidden values are dropped in training; 0 drops "
+    'none, -1: model.dropout.',
     minimum=-1,
     below=1,
     same_function=True,
   )
   bias: str = option(
     '',
-    "Biases of products: 'all' (gpt-oss) or 'none'; '': model.ffn.bias.",
+    "Biases of the experts' products: 'all', the gate's included (gpt-oss), or "
+    "'none'; '': model.ffn.bias.",
     choices=('', 'all', 'none'),
   )
 

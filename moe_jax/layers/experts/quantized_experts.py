@@ -29,7 +29,9 @@ from moe_jax.shapes import Array, Float, checked
 class QuantizedExpert(FeedForwardExpert):
   """The options of feed-forward experts in codes, for any dispatch."""
 
-  format: KernelFormat = option(KernelFormat(), "Storage of experts' kernels.")
+  format: KernelFormat = option(
+    KernelFormat(), 'Storage of the kernels of experts.'
+  )
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
     """The module, which is the same for every dispatch."""

@@ -31,10 +31,11 @@ class SharedExpertOptions(Options):
 
   hidden: int = option(
     0,
-    'Hidden width of the shared expert, which has the activation and dropout '
-    'of the others; 0: there is none. Several shared experts are one of their '
-    "widths together (DeepSeek checkpoints' n_shared_experts times "
-    'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE).',
+    'Width of the hidden layer of the shared expert, which has the activation '
+    'and the dropout of the other experts. Several shared experts are one of '
+    "their widths together (DeepSeek checkpoints' n_shared_experts times "
+    'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE); 0: '
+    'there is none.',
     minimum=0,
   )
   gated: bool = option(

@@ -37,19 +37,26 @@ class Hierarchical(contract.RouterOptions):
     0.0, 'load loss of two levels (Eq. 14 of arXiv:1701.06538)'
   )
   branching: int = option(
-    2, 'Number a of branches, each of num_experts / a experts.', minimum=1
+    2,
+    'Number a of branches of a hierarchical router, of num_experts / a '
+    'experts.',
+    minimum=1,
   )
   branches_selected: int = option(
     1,
-    'Number of branches that a token chooses; in each it chooses num_selected '
-    '/ branches_selected experts.',
+    'Number of branches that a token chooses in the hierarchical router; in '
+    'each it chooses num_selected / branches_selected experts.',
     minimum=1,
   )
-  noisy: bool = option(False, 'Whether gates are noisy, from zero kernels.')
+  noisy: bool = option(
+    False,
+    'Whether a hierarchical router has noisy gates, with kernels from zero.',
+  )
   gates: str = option(
     'raw',
-    "Gates at each level: 'raw' is the softmax over all branches or experts, "
-    "'renormalized' makes the chosen ones' sum to one.",
+    "Gates at each level of the hierarchical router: 'raw' is the softmax over "
+    "all branches or experts, 'renormalized' makes the chosen ones' sum to "
+    'one.',
     choices=('raw', 'renormalized'),
   )
 

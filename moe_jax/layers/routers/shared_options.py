@@ -27,13 +27,18 @@ def loss_weight(default: float, loss: str) -> Any:
 
 JITTER = option(
   0.0,
-  "Noise on the router's input in training, which is multiplied by numbers "
-  'uniform in [1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section 3.2).',
+  'Noise on the input of the router in training, which is multiplied by '
+  'random numbers uniform in [1 - jitter, 1 + jitter] (ST-MoE, '
+  'arXiv:2202.08906 section 3.2); 0.0: no noise.',
   minimum=0,
   below=1,
   same_function=True,
 )
-USE_BIAS = option(False, 'Whether logits have a learned bias, 0 at first.')
+USE_BIAS = option(
+  False,
+  'Whether a learned bias, which starts at zero, is added to the router '
+  'logits.',
+)
 
 # Gates and slots.
 
@@ -50,19 +55,21 @@ GATES = option(
 )
 SLOT_PRIORITY = option(
   'token_major',
-  "Order in which experts serve the choices of a group: 'token_major' is token "
-  "by token, each with all its choices; 'choice_major' is all first choices, "
-  "then all second ones (GShard); 'batch_priority' is choice-major with tokens "
-  'ordered by their largest probability (V-MoE, arXiv:2106.05974). The last '
-  'two let later tokens change earlier outputs.',
+  'Order in which experts serve the choices of a group: '
+  "'token_major' is token by token, each with all its choices; "
+  "'choice_major' is all first choices, then all second ones (GShard); "
+  "'batch_priority' is choice-major with the tokens ordered by their largest "
+  'probability (V-MoE, arXiv:2106.05974). The last two let later tokens '
+  'change earlier outputs.',
   choices=rule.SLOT_PRIORITIES,
 )
 # That of routers without one probability for each expert to order tokens by.
 SLOT_PRIORITY_WITHOUT_PROBABILITY = option(
   'token_major',
-  "Order in which experts serve the choices of a group: 'token_major' is token "
-  "by token, each with all its choices; 'choice_major' is all first choices, "
-  'then all second ones (GShard); later tokens then change earlier outputs.',
+  'Order in which experts serve the choices of a group: '
+  "'token_major' is token by token, each with all its choices; "
+  "'choice_major' is all first choices, then all second ones (GShard), which "
+  'lets later tokens change earlier outputs.',
   choices=GIVEN_PRIORITIES,
 )
 SECOND_POLICY = option(
@@ -76,7 +83,8 @@ SECOND_POLICY = option(
 )
 SECOND_THRESHOLD = option(
   0.2,
-  "Renormalised gate from which on the policy 'threshold' sends any choice.",
+  "Renormalised gate from which on second_policy='threshold' always sends a "
+  'choice after the first.',
   above=0,
   maximum=1,
   same_function=True,

@@ -33,7 +33,8 @@ class Soft(contract.RouterOptions):
   slots_per_expert: int = option(
     1,
     'Number p of slots of each expert in a group, each with parameters of its '
-    'own (arXiv:2308.00951); num_experts * p are multiplied at any length.',
+    'own (arXiv:2308.00951); num_experts * p slots are multiplied, whatever '
+    'the length of the group is.',
     minimum=1,
   )
 
