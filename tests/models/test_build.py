@@ -22,7 +22,6 @@ from moe_jax.parallel.ragged import RaggedExchange
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 
-
 ROLES = {
   'attention', 'embedding', 'expert', 'ffn', 'gate', 'head', 'lstm', 'norm',
   'router', 'shared_expert',
