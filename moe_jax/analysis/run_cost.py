@@ -26,6 +26,7 @@ from moe_jax.layers.shared import Numerics
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters, LoraOptions
 from moe_jax.models.trees import flatten
+from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
 
@@ -250,7 +251,7 @@ def run_bytes(
       )
   return RunBytes(
     parameters=sharded.device_bytes(state.params),
-    optimizer=sharded.device_bytes(state.opt_state),
+    optimizer=sharded.device_bytes(kept_by_optimizer(state)),
     gradients=sharded.device_bytes(programs.trained.part(state.params)),
     activations=activations,
     evaluation=evaluation,

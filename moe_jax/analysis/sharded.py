@@ -27,6 +27,7 @@ from moe_jax.analysis.compiled import (
 )
 from moe_jax.devices import in_bytes
 from moe_jax.models.trees import flatten
+from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs
 
 KINDS = (
@@ -139,7 +140,7 @@ def read(compiled: Compiled, state: Any) -> Sharded:
   memory = memory_of(compiled)
   return Sharded(
     param_bytes=device_bytes(state.params),
-    optimizer_bytes=device_bytes(state.opt_state),
+    optimizer_bytes=device_bytes(kept_by_optimizer(state)),
     argument_bytes=memory.argument_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
     alias_bytes=memory.alias_size_in_bytes,

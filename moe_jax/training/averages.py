@@ -116,6 +116,11 @@ def params_of(state: TrainState) -> Any:
   return state.params
 
 
+def kept_by_optimizer(state: TrainState) -> Any:
+  """The optimizer's state, and the means if the run keeps them."""
+  return state.opt_state, getattr(state, 'averages', None)
+
+
 def saved_with(
   config: Mapping[str, Any], adapters: Adapters, params: Any
 ) -> dict[str, Averages]:
