@@ -34,7 +34,8 @@ class ImposedOptions(Options):
     'Choice of experts whatever the logits are, for measurements of speed: '
     f'{IN_TURN!r} gives choices to the experts in turn, {AT_RANDOM!r} draws '
     'them, anew at each step in training. In generation a row has the same '
-    "experts at every token. Gates are those of the logits. '': the router's.",
+    'experts at every token. Gates are those of the logits. An empty string '
+    'leaves the choice to the router.',
     choices=('', *FORCED),
   )
   replay: str = option(

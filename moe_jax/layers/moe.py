@@ -87,6 +87,8 @@ class MoE(nn.Module):
     B, T = x.shape[:2]
     if token_mask is None:
       token_mask = jnp.ones((B, T), bool)
+    else:
+      x = without_nan(token_mask, x)
     groups, mask = to_groups(x, token_mask, o.group_size)
     _check_groups(o, groups.shape[1], T)
     token_info = jax.tree.map(
@@ -104,7 +106,7 @@ class MoE(nn.Module):
     routing = self._mask_outputs(routing, train)
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)
-    y, moved = _checked(experts, groups, experts(groups, routing, train))
+    y, moved = _result_of(experts, groups, experts(groups, routing, train))
     if moved is not None:
       aux = aux._replace(exchange=moved)
     y = to_rows(y, B, T)
@@ -112,7 +114,6 @@ class MoE(nn.Module):
       expert = SharedExpert(
         o.shared_expert, twin, self.shared, name=SHARED_EXPERT
       )
-      x = without_nan(token_mask, x)
       # With biases it would not be zero for tokens that no router sees.
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
     return y, aux
@@ -170,7 +171,7 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
     )
 
 
-def _checked(
+def _result_of(
   experts: nn.Module, groups: Float[Array, 'G S M'], result: Any
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
   """The result of experts; raises ValueError unless it is what they return."""

@@ -163,7 +163,7 @@ class Model(nn.Module):
         as in the model.
 
     Raises:
-      ValueError: The model does not generate.
+      NotImplementedError: The model does not generate.
     """
     raise NotImplementedError
 

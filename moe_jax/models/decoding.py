@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from moe_jax.errors import InputError
 from moe_jax.kernels import cpu
-from moe_jax.layers.experts import Dropless, few_tokens
+from moe_jax.layers.experts import Dropless, FeedForwardExpert, few_tokens
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.base import Model
@@ -30,6 +30,10 @@ def check_generates(model: Model) -> None:
 
   An encoder reads its tokens at once.
   """
+  if type(model).for_decoding is Model.for_decoding:
+    raise InputError(
+      f'{type(model).__name__} does not generate, as it defines no for_decoding'
+    )
   for stack in model.stacks:
     for layer in stack.layers if stack.causal else ():
       check_decodes(layer.moe)
@@ -189,7 +193,8 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 def _for_few_tokens(stack, params, rows):
   """A stack whose experts are laid out for steps of that many tokens."""
   moe = stack.experts
-  if not (moe.expert.format is None and isinstance(moe.dispatch, Dropless)):
+  plain = type(moe.expert).experts is FeedForwardExpert.experts
+  if not (plain and isinstance(moe.dispatch, Dropless)):
     return stack, params
   expert_counts = [layer.num_retained for layer in stack.moes if layer]
   distinct_rows = rows

@@ -116,7 +116,7 @@ class Routing:
 
   @property
   def token(self) -> Leaf:
-    """int32, the token of each choice; S in an empty slot."""
+    """int32, the token of each choice; only where `kept` does it hold."""
     if self.token_index is not None:
       return self.token_index
     return jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 1)

@@ -88,7 +88,11 @@ def routing_stats(
       choose, whose choices tell it.
   """
   routing, real = jax.lax.stop_gradient(routing), mask[..., None]
-  K = routing.gate.shape[-1] if num_selected is None else num_selected
+  K = num_selected
+  if K is None:
+    if isinstance(routing, SoftRouting) or routing.token_index is not None:
+      raise InputError('num_selected=None: only choices of tokens tell K')
+    K = int(routing.gate.shape[-1])
   E, overflowed = routing.num_experts, jnp.zeros((K,), jnp.float32)
   unsent = overflowed
   if isinstance(routing, SoftRouting):

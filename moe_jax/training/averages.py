@@ -116,6 +116,26 @@ def params_of(state: TrainState) -> Any:
   return state.params
 
 
+def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
+  """The problem of a run that would go on with a mean that it has not kept.
+
+  Args:
+    config: The config with which the run began.
+    decay: The option `optimizer.ema` with which it would go on.
+  """
+  old = config.get('optimizer', {}).get('ema', 0.0)
+  if bool(old) == bool(decay):
+    return None
+  return (
+    f'optimizer.ema={decay}, and the run began with {old}: it goes on with a '
+    'mean or without one, as it began; give another value above 0, or another '
+    '--workdir'
+    if old
+    else f'optimizer.ema={decay}, and the run began without a mean of its '
+    'parameters: it goes on with 0.0; begin another run from it by init_from'
+  )
+
+
 def kept_by_optimizer(state: TrainState) -> Any:
   """The optimizer's state, and the means if the run keeps them."""
   return state.opt_state, getattr(state, 'averages', None)

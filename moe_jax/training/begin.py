@@ -11,6 +11,7 @@ from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import averages
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -49,6 +50,10 @@ def begin(
       another model, or after the last step; or `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
+  steps, decay = run.checkpoints.steps(), run.options.optimizer.ema
+  config = workdir_lib.kept_config(run.workdir) if any(steps) else {}
+  if any(steps) and (problem := averages.change_problem(config, decay)):
+    raise InputError(problem)
   abstract = run.programs.abstract_state
   base = run.programs.adapters.base(abstract.params)
   restored = run.checkpoints.restore(

@@ -193,7 +193,7 @@ class ExpertOptions(Options):
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
     """The problems that these experts have with a dispatch."""
-    if not dispatch.by_slot and not self.has_width:
+    if not dispatch.by_slot:
       yield (
         f'dispatch={type(dispatch).__name__} serves no experts of '
         f'{type(self).__name__}: it has no rows [E, R, M]; use Gather'
@@ -266,6 +266,10 @@ class FeedForwardExpert(ExpertOptions):
       bias=self.bias or ffn.bias,
       dropout=dropout if self.dropout < 0 else self.dropout,
     )
+
+  def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
+    """None: any dispatch serves feed-forward layers."""
+    return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
     """The computation of one expert, after `within`."""

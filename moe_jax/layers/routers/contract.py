@@ -278,11 +278,17 @@ class Router(nn.Module):
     x = without_nan(mask, x)
     for name in self.options.reads:
       if getattr(token_info, name) is None:
+        hint = 'others pass TokenInfo with all of ' + ', '.join(
+          self.options.reads
+        )
+        if name == 'task_ids':
+          hint = (
+            'batches have them where the data is a mixture, and callers of '
+            f'generation give them; {hint}'
+          )
         raise InputError(
-          f'{type(self).__name__} goes by {name}, and no {name} are given: '
-          'a model makes them of its batch, whose tasks are there where the '
-          "data is a mixture or generation's callers give them; others pass "
-          f'TokenInfo({name}=...)'
+          f'{type(self).__name__} goes by {name}, and no {name} are given: a '
+          f'model makes them of its batch; {hint}'
         )
     if given is None:
       result = self.route(x, mask, train, token_info, layer)

@@ -94,7 +94,8 @@ SECOND_THRESHOLD = option(
 
 Z_WEIGHT = loss_weight(
   0.001,
-  'z-loss, the mean squared logsumexp of logits (Eq. 5 of arXiv:2202.08906)',
+  'z-loss, the mean squared logsumexp of the router logits (Eq. 5 of '
+  'arXiv:2202.08906)',
 )
 IMPORTANCE_WEIGHT = loss_weight(
   0.0,

@@ -24,7 +24,7 @@ from moe_jax.routing.limited_rules import (
   limited_scores,
 )
 from moe_jax.routing.token_choice_rule import GATES
-from moe_jax.shapes import Array, Float, Float32, Int32
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
 PUBLISHED_RATE = 0.001  # of Loss-Free Balancing and DeepSeek-V3
 _BIAS = 'balance_bias'
@@ -250,7 +250,7 @@ class TokenChoiceRouter(contract.Router):
       scores=o.balance_scores,
     )
     if o.gates == 'renormalized_after_drop':
-      gate = routing.choice_gates(logits, index, o.gates, kept)
+      gate = self.gates(logits, index, kept)
     rounded = steps.ROUNDINGS[o.logits_dtype]
     gate = rounded(jnp.where(kept, gate, 0.0)) * o.gate_scale
     chosen = routing.Routing(
@@ -306,7 +306,17 @@ class TokenChoiceRouter(contract.Router):
     return on_each_device(rule, (scores,))
 
   def gates(
-    self, logits: Float32[Array, 'G S E'], expert_index: Int32[Array, 'G S K']
+    self,
+    logits: Float32[Array, 'G S E'],
+    expert_index: Int32[Array, 'G S K'],
+    kept: Bool[Array, 'G S K'] | None = None,
   ) -> Float32[Array, 'G S K']:
-    """The weights of chosen experts, unscaled, as if all were served."""
-    return routing.choice_gates(logits, expert_index, self.options.gates)
+    """The weights of chosen experts, before `gate_scale`.
+
+    Args:
+      logits: The logits.
+      expert_index: The chosen experts.
+      kept: Whether each choice is served; given only for the option gates
+        'renormalized_after_drop'. Default: all are.
+    """
+    return routing.choice_gates(logits, expert_index, self.options.gates, kept)
