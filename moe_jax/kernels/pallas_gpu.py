@@ -146,9 +146,9 @@ def row_blocks(
 ) -> tuple[Int32[Array, ' B'], Int32[Array, ' B'], Int32[Array, ' B']]:
   """Each block's expert, its first row, and the row behind its expert's last.
 
-  Rows of no expert count as those of expert E, and so do blocks that are not
-  needed: they begin at or behind its last row. Rows past N are in no block,
-  whatever the sizes sum to.
+  Rows of no expert count as rows of expert E. Blocks that are not needed count
+  as blocks of expert E, too, and begin at or behind its last row. Rows past N
+  are in no block, whatever the sizes sum to.
   """
   E = group_sizes.shape[0]
   start, stop = _bounds(group_sizes, num_rows)
