@@ -52,7 +52,7 @@ _FEW = 8  # names that are listed even where one of them is near
 
 
 def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
-  """The error for a name that does not exist; it lists all names that do."""
+  """The error for an unknown name; it suggests the nearest and lists all."""
   return InputError(unknown_text(noun, value, names))
 
 

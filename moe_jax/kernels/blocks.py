@@ -50,14 +50,14 @@ class Block(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
 
   def own_rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """The block's rows of x; those of other experts are zero."""
+    """The block's rows of x, in which rows of other experts are zero."""
     rows = self.rows(x)
     return jnp.where(self._own_mask(), rows, 0) if self.is_first else rows
 
   def write(
     self, x: Float[Array, 'N M'], rows: Float[Array, 'R M']
   ) -> Float[Array, 'N M']:
-    """x with the block's rows written; those of other experts stay."""
+    """x with the block's rows written; rows of other experts stay."""
     if self.is_first:
       rows = jnp.where(self._own_mask(), rows, self.rows(x))
     return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)

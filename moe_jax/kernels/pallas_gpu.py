@@ -217,7 +217,7 @@ def _tile(index, size) -> slice | pl.Slice:
 
 
 def _below(first, size, stop, axis):
-  """The mask of those of `size` indices from `first` that are below `stop`."""
+  """The mask of `size` indices from `first` on: True for those below `stop`."""
   index = first + jnp.arange(size, dtype=jnp.int32)
   return jnp.expand_dims(index < stop, 1 - axis)
 

@@ -53,8 +53,8 @@ class MoE(nn.Module):
   an axis.
 
   Attributes:
-    options: The options of the layer. Options that experts take from the model
-      are those of `FfnOptions()` without dropout, if no model filled them in.
+    options: The options of the layer. If no model filled in the options that
+      experts take from it, they are those of `FfnOptions()`, without dropout.
     shared: The settings that all layers of the model share.
   """
 
@@ -149,7 +149,7 @@ class MoE(nn.Module):
 
 
 def _check_options(options: Any) -> None:
-  """Raises ValueError unless options are those of a layer with experts."""
+  """Raises ValueError unless these are the options of a layer with experts."""
   if not isinstance(options, MoeOptions):
     raise InputError(
       f'options is a {type(options).__name__}, not MoeOptions, which hold the '

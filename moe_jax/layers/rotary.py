@@ -33,7 +33,7 @@ class RotaryScaling(Options):
   """The contract of changes to rotary positions for longer texts."""
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
-    """The reasons why this base and turning width cannot be, as texts."""
+    """The reasons why a base theta or a width does not fit, a text for each."""
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:

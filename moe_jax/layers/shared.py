@@ -74,7 +74,7 @@ class FanIn(Init):
 class Gpt2(Init):
   """A normal distribution of standard deviation 0.02 for any fan-in.
 
-  It is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
+  The deviation is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
   """
 
   def kernel(self, *, residual, shrink, num_layers, **axes):

@@ -123,9 +123,9 @@ class Step(NamedTuple):
   def ratio(self) -> Float[np.ndarray, ' N']:
     """R_CC, computation over communication of a training step.
 
-    It is x in Figure 4 of FasterMoE, the roofline of a layer. The totals of a
+    The ratio is x in Figure 4 of FasterMoE, a layer's roofline. The totals of a
     step are taken, so that a step without overlap lies on the semi-ideal curve.
-    It is infinite where nothing is sent.
+    The ratio is infinite where nothing is sent.
     """
     with np.errstate(divide='ignore'):
       return self.comp / self.comm

@@ -53,7 +53,7 @@ def drop_rate(stats: RoutingStats) -> tuple[Leaf, Leaf]:
   rate is the fraction of tokens that no expert took.
 
   Args:
-    stats: Sums over tokens, jax's or numpy's; those of several layers may be
+    stats: Sums over tokens, of JAX or numpy; the sums of several layers may be
       stacked.
 
   Returns:

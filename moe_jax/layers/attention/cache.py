@@ -57,10 +57,10 @@ class KVCache(flax.struct.PyTreeNode):
   """Keys and values by slot.
 
   Attributes:
-    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D], of which those of
-      layers with a window may have fewer slots, each slot s at s % S; of latent
-      attention, the short vectors and the rotated keys that heads share.
-    value: The values, of the same shapes; of latent attention, nothing.
+    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
+      window may have fewer slots S, with slot s at index s % S. In latent
+      attention they are short vectors and the rotated keys that heads share.
+    value: The values, of the same shapes; in latent attention, of width 0.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
@@ -168,7 +168,7 @@ class KVCache(flax.struct.PyTreeNode):
       cache = self.write(layer, key, value)
       numbers = _ring_numbers(self.length, length)
       return cache, self._numbered(*cache._at(layer), numbers)
-    first = self.length - length  # the number of the oldest slot
+    first = self.length - length  # the index of the oldest slot
     key, value = (
       _in_order(old, new, self.length)
       for old, new in zip(self._at(layer), (key, value))

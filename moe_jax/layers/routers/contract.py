@@ -213,8 +213,8 @@ class RouterOptions(Options):
     """The variables of the collection 'router_state' after an optimizer step.
 
     Args:
-      state: The module's variables before the step; those of several layers
-        may be stacked.
+      state: The module's variables before the step; the variables of several
+        layers may be stacked.
       load: The number of choices of each expert in the whole batch, before
         drops. Zeros may follow the router's experts.
       rate: The amount by which a step changes the variables; None: the option's

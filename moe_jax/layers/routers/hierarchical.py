@@ -94,11 +94,10 @@ class Hierarchical(contract.RouterOptions):
     return dataclasses.replace(self, branching=a, branches_selected=a)
 
   def levels(self, sizes: contract.Sizes) -> tuple['LevelSizes', 'LevelSizes']:
-    """How many each gate chooses among: that over branches, then that in each.
+    """The sizes of the two gates, first over branches, then in each branch.
 
-    The first has the a branches, of which a token chooses `branches_selected`;
-    the second the E / a experts of a branch, of which a token that chose the
-    branch chooses K / `branches_selected`.
+    The first gate chooses `branches_selected` of the a branches; the second, in
+    each chosen branch, K / `branches_selected` of its E / a experts.
     """
     a, K1 = self.branching, self.branches_selected
 
