@@ -223,7 +223,7 @@ def _below(first, size, stop, axis):
 
 
 def _edge(tile, limit, axis):
-  """The mask of a tile's indices below `limit`; None if no tile reaches it."""
+  """The mask of a tile's indices below `limit`; None if no tile crosses it."""
   if limit % tile.size == 0:
     return None
   return _below(tile.start, tile.size, limit, axis)

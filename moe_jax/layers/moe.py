@@ -163,7 +163,7 @@ def _check_options(options: Any) -> None:
 
 
 def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
-  """Raises ValueError for several rows in a group of a router that mixes."""
+  """Raises ValueError where a router would mix tokens of several rows."""
   if options.router.mixes and group_size > length:
     raise InputError(
       f'group_size={options.group_size}: the {group_size} tokens of a group '

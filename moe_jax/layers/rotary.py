@@ -48,7 +48,7 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position that makes a document long; None: documents never are."""
+    """The position that makes a document long; None if none does."""
 
   @property
   def latent_factor(self) -> float:

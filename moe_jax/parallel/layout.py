@@ -49,7 +49,7 @@ class Layout:
     return math.prod(self.sizes[name] for name in axes)
 
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """The spec of an array whose dimensions are split over these axes."""
+    """The partition spec of an array with dimensions split over these axes."""
     return PartitionSpec(*(names or None for names in axes))
 
   def parameter_specs(
@@ -57,7 +57,7 @@ class Layout:
     axes: Mapping[str, Sequence[str | None]],
     *leading: tuple[str, ...],
   ) -> dict[str, PartitionSpec]:
-    """The specs of experts' parameters, by name.
+    """The partition specs of experts' parameters, by name.
 
     Args:
       axes: The logical axes of each parameter, 'expert' first.

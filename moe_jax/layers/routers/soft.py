@@ -26,7 +26,7 @@ _LEAST = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Soft(contract.RouterOptions):
-  """The options of Soft MoE, one of which, not a capacity, counts the slots."""
+  """The options of Soft MoE, in which an option sets the slots of an expert."""
 
   by_expert: ClassVar[bool] = True
   mixes: ClassVar[bool] = True
