@@ -95,7 +95,8 @@ def config_of(
 def applied(
   base: str | ml_collections.ConfigDict, overrides: Sequence[str]
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """A config with the overrides that fit it, and the problems of the others.
+  """A config with the overrides that fit it, and the problems of all others.
+
 
   Arguments are those of `config_of`.
 
@@ -135,13 +136,13 @@ def options_of(
   overrides: Sequence[str] = (),
   part: str = '',
 ) -> tuple[Any, list[str]]:
-  """The options of a config with overrides, or those of a part of it.
+  """The options of a config with overrides, or of a part of the config.
 
   Args:
     root: The class of the options.
     base: A config, or its path or name.
-    overrides: Flags such as '--config.seed=1'. What they set where it has no
-      effect is refused.
+    overrides: Flags such as '--config.seed=1'. Flags that have no effect are
+      refused.
     part: Name of the section that is read; '' is the whole.
 
   Returns:
@@ -174,7 +175,7 @@ def options_of(
 def said_options(
   root: type[Options], base: str, overrides: Sequence[str], part: str
 ) -> Any:
-  """The options of `options_of`, whose lines on ignored values are printed."""
+  """Prints the lines of `options_of` on ignored values; returns the options."""
   options, ignored = options_of(root, base, overrides, part)
   say(ignored)
   return options
@@ -203,7 +204,7 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
       f'unknown config key {name!r}: it is a section, whose keys are set, '
       f'--config.{name}.KEY=...; have {sorted(section)}'
     )
-  # What stands beside the first part of the name that does not exist.
+  # The keys that exist in place of the first part of the name that does not.
   depth = len(path)
   beside = {
     '.'.join(key.split('.')[: depth + 1])
@@ -397,8 +398,8 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
   Ctrl-C ends it without a traceback, too, with the shell's usual status.
 
   Args:
-    show_traceback: Whether errors are raised as they are; they also are where
-      the environment has MOE_JAX_TRACEBACK.
+    show_traceback: Whether errors are raised as they are, with a traceback. If
+      the environment has MOE_JAX_TRACEBACK, errors always are.
   """
   find_own_modules()
   show_traceback = show_traceback or 'MOE_JAX_TRACEBACK' in os.environ
@@ -467,7 +468,7 @@ def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
 
   Args:
     kind: `int` or `float`.
-    **bounds: Its bounds; see `Option`.
+    **bounds: The bounds of the number; see `Option`.
   """
 
   field = Field('', kind, None, Option(**bounds))
@@ -492,8 +493,7 @@ SHARE = number(float, above=0, maximum=1)
 def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
   """Prints a line at once; a reader that has closed the pipe is no error.
 
-  Ctrl-C ends the reader of a pipe, too (`| tee log`), and a run has yet to
-  save.
+  Ctrl-C ends the reader of a pipe, too (`| tee log`), before the run has saved.
 
   Args:
     text: The line.

@@ -1,14 +1,15 @@
-"""Options are fields of dataclasses, and sections of a config mirror these.
+"""Options are fields of dataclasses, which the sections of a config mirror.
 
     @dataclasses.dataclass(frozen=True)
     class FfnOptions(Options):
       hidden: int = option(512, 'Width of the hidden layer.', minimum=1)
 
-`section_of` makes a locked ConfigDict of a class or an instance, and
-`read_options` an instance of a section, with all problems at once. Dataclasses
-and sections are nested in the same way. A choice is a section with a `kind`,
-the options of each kind (in a section of the kind's name, or beside `kind`),
-and an open section `custom` for the options of a user's own class.
+`section_of` makes a section, a locked ConfigDict, of a class or an instance;
+`read_options` makes an instance of a section and names all problems at once.
+Dataclasses and sections are nested in the same way. A choice is a section with
+a key `kind`, the options of each kind (in a section of the kind's name, or
+beside the key `kind`), and an open section `custom` for the options of a user's
+own class.
 """
 
 import copy
@@ -38,7 +39,8 @@ MISSING = dataclasses.MISSING
 KIND, CUSTOM = 'kind', 'custom'
 SEEDS = 2**32  # seeds are stored as unsigned numbers of 32 bits
 _KEY = 'moe_jax'
-# How a bound is kept, and words and a bracket for it; those from below first.
+# For each bound the comparison that a value must pass, and words and a bracket
+# for messages; lower bounds come first.
 _BOUNDS = {
   'minimum': (operator.ge, 'at least', '['),
   'above': (operator.gt, 'above', '('),
@@ -50,7 +52,7 @@ _FEW = 8  # names that are listed even where one of them is near
 
 
 def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
-  """The error for a name that does not exist; it lists all, nearest first."""
+  """The error for an unknown name; it suggests the nearest and lists all."""
   return InputError(unknown_text(noun, value, names))
 
 
@@ -67,8 +69,8 @@ def unknown_key_text(name: str, names: Iterable[str]) -> str:
 
   Args:
     name: The dotted name of the key.
-    names: The dotted names beside it; a long list is left out where one of them
-      is near.
+    names: The dotted names of keys that exist in its place; the message leaves
+      out a long list if one of the names is near.
   """
   names = list(names)
   text, _, have = unknown_text('config key', name, names).partition('? have ')
@@ -89,7 +91,7 @@ class OptionError(InputError):
   """
 
   def __init__(self, problems: Iterable[str]):
-    # Both halves of a model may say the same.
+    # Both halves of a model may have the same problem.
     self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
@@ -111,17 +113,19 @@ class Option:
 
   Attributes:
     sentence: A sentence on the option, with its unit and the meaning of zero.
-    minimum: The least number that is allowed, also in a tuple; so are the next.
+    minimum: The least number that is allowed. This bound and the next three
+      also hold for every number of a tuple.
     maximum: The largest number that is allowed.
-    above: The number that is too small, and all below it.
-    below: The number that is too large, and all above it.
+    above: The number that every allowed number is above.
+    below: The number that every allowed number is below.
     choices: The values that are allowed; () allows all of the type.
     required: Whether an empty text or tuple is refused.
     same_function: Whether the option says how something is computed, started or
       trained, so that outside of training it does not change what parameters
       compute, except for rounding.
     kinds: The kinds to choose from; None for an option that is no choice.
-    holds_entries: Whether it holds several choices, each by a user's name.
+    holds_entries: Whether the option holds several choices, each of which has a
+      name that the user gives.
   """
 
   sentence: str = ''
@@ -136,7 +140,7 @@ class Option:
   holds_entries: bool = False
 
   def problem(self, name: str, value: Any) -> str | None:
-    """The message for a value that breaks a bound; None if it keeps all."""
+    """The message for a value that breaks a bound; None for an allowed one."""
     if self.choices and value not in self.choices:
       return f'{name}={value!r}: {unknown_text(name, value, self.choices)}'
     if self.required and not value:
@@ -162,10 +166,10 @@ def option(default: Any = MISSING, sentence: str = '', **bounds: Any) -> Any:
   """A field of an `Options` dataclass.
 
   Args:
-    default: The default value; without it, a value is required. Where it is
-      other options, the field is a section within the section.
-    sentence: A sentence on it, with its unit and the meaning of zero.
-    **bounds: The bounds of its values, and other attributes of `Option`.
+    default: The default value; without it, a value is required. If it is an
+      instance of `Options`, the field is a section within the section.
+    sentence: A sentence on the option, with its unit and the meaning of zero.
+    **bounds: The bounds of allowed values, and other attributes of `Option`.
   """
   return _field(default, Option(sentence, **bounds))
 
@@ -191,8 +195,8 @@ def entries(
 ) -> Any:
   """A field that holds any number of choices, each by a name of the user's.
 
-  Its section is open: a config adds entries, each with its `kind` and the
-  options of that kind beside it.
+  The field's section is open: a config adds entries, such as evaluations, each
+  with a key `kind` and the options of this kind beside it.
   """
   return _field(default, Option(sentence, kinds=kinds, holds_entries=True))
 
@@ -210,10 +214,10 @@ class Field(NamedTuple):
   """A field of a dataclass of options.
 
   Attributes:
-    name: Its name.
-    type: Its type, forward references resolved.
-    default: Its default; MISSING where a value is required.
-    option: Its description.
+    name: The name of the field.
+    type: The type of the field, forward references resolved.
+    default: The default of the field; MISSING where a value is required.
+    option: The description of the field.
   """
 
   name: str
@@ -257,7 +261,7 @@ class Kinds:
   inline: bool = False
 
   def get(self, name: str) -> type:
-    """The class of options of that name.
+    """The class of options that a config means by this name.
 
     Raises:
       ValueError: No kind has this name, or a user's class breaks the contract.
@@ -277,7 +281,7 @@ class Kinds:
     return f'{type(chosen).__module__}:{type(chosen).__qualname__}'
 
   def others(self, cls: type) -> dict[str, Field]:
-    """The options that only other built-in kinds have, by name."""
+    """The options that other built-in kinds have and `cls` lacks, by name."""
     fields = {}
     for other in self.builtin.values():
       fields = dict(fields_of(other)) | fields
@@ -296,7 +300,7 @@ def load_class(name: str, noun: str, base: type) -> type:
   Args:
     name: An importable module and a class in it, 'package.module:Class'.
     noun: The noun for the class in messages: 'router'.
-    base: The class that it has to extend.
+    base: The class that the named class has to extend.
 
   Raises:
     ValueError: The module cannot be imported, has no such class, or the class
@@ -351,10 +355,10 @@ class Options:
   """
 
   def __new__(cls, *args: Any, **values: Any) -> Self:
-    """Names the nearest field of an argument that does not exist.
+    """Refuses arguments that are no fields, and names the nearest fields.
 
     Raises:
-      OptionError: All such arguments are listed.
+      OptionError: Some arguments are no fields; the message lists all of them.
     """
     del args
     if wrong := values and values.keys() - fields_of(cls).keys():
@@ -385,7 +389,7 @@ class Options:
     return iter(())
 
   def in_vain(self, reason: str, *names: str) -> Iterator[str]:
-    """A problem for each of these fields that is set; without names, any field.
+    """A problem for each named field that is set; without names, for any field.
 
     Args:
       reason: The reason, in words that follow 'has no effect'.
@@ -474,12 +478,12 @@ def of_type(value: Any, hint: Any) -> bool:
 def _number_problem(
   value: Any, whole: bool = True, signed: bool = True
 ) -> str | None:
-  """The rule that a number, or one in a tuple, breaks as arrays cannot hold it.
+  """Why an array cannot hold a number, or a number of a tuple; None if it can.
 
   Args:
     value: The value.
-    whole: Whether an integer is stored as one, not as a float.
-    signed: Whether it is stored with a sign, so that it is smaller.
+    whole: Whether an integer is stored as an integer, not as a float.
+    signed: Whether an integer is stored with a sign, which takes one bit.
   """
   if isinstance(value, tuple):
     return next(filter(None, map(_number_problem, value)), None)
@@ -501,13 +505,13 @@ def section_of(
 ) -> ConfigDict:
   """The section of a class at its defaults, or with an instance's values.
 
-  It is locked against new keys, except where it is open: entries by name,
-  mappings, and `custom`.
+  The section is locked against new keys, except where it is open: entries by
+  name, mappings, and `custom`.
 
   Args:
     options: The class or instance.
     kinds: The kinds that the instance is chosen from, for the section of a
-      choice, with its `kind` and the options of the others.
+      choice, which has a key `kind` and the options of the other kinds, too.
   """
   values = _section(options) if kinds is None else _choice(kinds, options)
   return lock(kinds or _class_of(options), ConfigDict(values))
@@ -588,8 +592,8 @@ class Key(NamedTuple):
     value: The value of the key.
     default: The default; MISSING where a value is required.
     option: The description of the option; of a choice, for the key 'kind'.
-    unchosen: The choice that gives the key no effect, in words that follow
-      these: 'with model.kind='lstm''; None where it has one.
+    unchosen: The choice because of which the key has no effect, in words such
+      as 'with model.kind='lstm''; None where the key has an effect.
   """
 
   path: str
@@ -610,7 +614,7 @@ def read_options(root: Any, section: Section, path: str = '') -> Any:
   """The options of a section, checked.
 
   Args:
-    root: Their class, or the kinds that the section chooses from.
+    root: The class of the options, or the kinds that the section chooses from.
     section: The section; keys that it lacks have their defaults.
     path: Prefix of names in messages, such as 'model.'.
 
@@ -646,21 +650,22 @@ def settle(
   given: Collection[str],
   path: str = '',
 ) -> tuple[ConfigDict, dict[str, Any]]:
-  """A copy of a config without what the layers before its last set in vain.
+  """A copy of a config without options that its last layer leaves no effect.
 
-  The last layer of a config (flags, an evaluation's overrides, a study's arm)
-  may choose another kind than the layers before it have set options for, or
-  switch off what other options are for.
+  A config is made in layers: a file, and over it flags, an evaluation's
+  overrides or a study's arm. The last layer may choose another kind than the
+  one that earlier layers have set options for, or switch off what other options
+  are for; in the copy such options have their defaults.
 
   Args:
     root: The class of the config, or the kinds that it chooses from.
     config: The config with all layers.
-    given: Dotted names of what the last layer sets. It stays, also where it has
-      no effect, so that `read_options` refuses it.
+    given: Dotted names of what the last layer sets. These values stay, also
+      where they have no effect, so that `read_options` refuses them.
     path: Prefix of names, such as 'model.'.
 
   Returns:
-    A locked copy, and by name the values that got their defaults.
+    A locked copy, and by name the values that defaults have replaced.
   """
   reader = _Reader()
   reader.read(root, config, path)
@@ -682,7 +687,8 @@ def settle(
         del parent[name]
       else:
         parent[name] = None if key.default is MISSING else key.default
-  # A problem of overrides names the option that holds them, then theirs.
+  # The problem of an overridden option names the option that holds the
+  # overrides, then the overridden option.
   for text in in_vain:
     holder, colon, name = text.partition('=')[0].partition(': ')
     if not colon or _is_given(holder, given):
@@ -698,7 +704,7 @@ def settle(
 
 
 def _is_given(path: str, given: Collection[str]) -> bool:
-  """Whether a name is among those given, or above or below one of them."""
+  """Whether a dotted name is given, or lies within or around a given name."""
   path += '.'
   names = (f'{name}.' for name in given)
   return any(name.startswith(path) or path.startswith(name) for name in names)
@@ -727,7 +733,7 @@ def overridden(
   """The options with nested overrides, which may choose other kinds.
 
   Args:
-    root: Their class, or the kinds that they are chosen from.
+    root: The class of the options, or the kinds that they are chosen from.
     options: The options.
     overrides: Keys of the options' section, nested, with other values.
     path: Prefix of names in messages, such as 'model.'.
@@ -764,7 +770,8 @@ class _Reader:
       default: An instance with the defaults; None takes those of the class.
       section: The section.
       path: The dotted name of the section, with a dot at the end.
-      unchosen: The choice that gives the section no effect; None if it has one.
+      unchosen: The choice because of which the section has no effect; None if
+        it has an effect.
       beside: Names of keys of the section that are no options of the class.
     """
     before = len(self.problems)
@@ -822,7 +829,7 @@ class _Reader:
   def _choice(
     self, kinds, default, section, path, unchosen=None, described=Option()
   ):
-    """The options of the kind that a section names, or of the default's."""
+    """The options of the kind that a section names, or of the default kind."""
     if not self._is_section(section, path):
       return None
     usual = None if default is None else kinds.name_of(default)
@@ -911,7 +918,7 @@ def _tuples(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-  """A value in the form in which values are compared: lists for tuples."""
+  """A value, for comparisons, with lists in place of its tuples."""
   if isinstance(value, tuple | list):
     return [plain(item) for item in value]
   return plain(value.to_dict()) if isinstance(value, ConfigDict) else value
@@ -929,7 +936,7 @@ def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
 
 
 def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
-  """The dotted keys whose values differ, as (old, new); absent is None."""
+  """The dotted keys whose values differ, as (old, new); None where absent."""
   old, new = flatten(old), flatten(new)
   return {
     key: (old.get(key), new.get(key))
@@ -943,7 +950,7 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
 
   Raises:
     ValueError: An override's key does not exist (names the nearest), or its
-      value has another type than the one it replaces.
+      value has another type than the value that it replaces.
   """
   merged = _unlocked_copy(config)
   _merge_into(merged, config, overrides, path)
@@ -992,7 +999,7 @@ def _replaced(old: Any, value: Any, key_path: str) -> Any:
 
 
 def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """`merged`, a copy of `config`, locked wherever that is."""
+  """`merged`, a copy of `config`, locked wherever `config` is locked."""
   if config.is_locked:
     merged.lock()  # sections below it, too
   for key, subsection in config.items():

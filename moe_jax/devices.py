@@ -86,7 +86,7 @@ def connect(
     timeouts: The timeouts of the run.
     coordinator: 'host:port' of process 0, which listens there.
     num_processes: Number of processes of the run.
-    process_id: Number of this process, from 0.
+    process_id: Index of this process, from 0.
 
   Returns:
     Whether the run has several processes.
@@ -139,8 +139,8 @@ def connect(
 def connected(*args: Any) -> Iterator[None]:
   """Connects to the other processes while the body runs; see `connect`.
 
-  With several processes an error ends this one at once: JAX would first wait
-  for the others to disconnect, and they may be lost.
+  With several processes an error ends this process at once: JAX would first
+  wait for the other processes to disconnect, and they may be lost.
 
   Args:
     *args: The arguments of `connect`.
@@ -216,13 +216,14 @@ def checked_flags(
 
 
 def claim_process(coordinator: str, process_id: int) -> None:
-  """Claims the number of this process on its machine, and process 0 its port.
+  """Claims the index of this process on its machine; process 0 claims its port.
 
   JAX would crash if the port is in use, and abort all processes if two have the
-  same number. Two with the same number on two machines are not found here.
+  same index. Two processes with the same index on two machines are not found
+  here.
 
   Raises:
-    ValueError: Another process has the number or the port.
+    ValueError: Another process has the index or the port.
   """
   port = int(coordinator.rpartition(':')[2])
   flags = f'--coordinator={coordinator} --process_id={process_id}'
@@ -331,7 +332,7 @@ class Placing:
 
   @functools.cached_property
   def rows(self) -> Int[np.ndarray, ' R']:
-    """Numbers of the rows that this process' devices hold, ascending."""
+    """Indices of the rows that this process' devices hold, ascending."""
     # Only rows matter here, so any size does for the second dimension.
     slices = self.sharding.addressable_devices_indices_map((self.batch_size, 1))
     is_held = np.zeros(self.batch_size, bool)
@@ -368,10 +369,11 @@ def fetch(tree: Any) -> Any:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-  """Checks that all processes have the same texts by name; all call this.
+  """Checks that named texts are the same in all processes, which all call this.
 
   Raises:
-    ValueError: Some process has another text than process 0; all raise it.
+    ValueError: Some process has another text than process 0; all processes
+      raise this error.
   """
   if jax.process_count() == 1:
     return
@@ -389,7 +391,7 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 
 def from_first(number: float) -> float:
-  """The number that process 0 has, to the last bit; every one calls this."""
+  """The number of process 0, to the last bit; every process calls this."""
   if jax.process_count() == 1:
     return number
   number_bytes = np.frombuffer(np.float64(number).tobytes(), np.uint8)
@@ -398,7 +400,7 @@ def from_first(number: float) -> float:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-  """Checks that all processes see the same folder; every one calls this.
+  """Checks that all processes see the same folder; every process calls this.
 
   Args:
     folder: A folder that exists.
@@ -451,9 +453,9 @@ def check_room(
 
 
 def memory_of(devices: Sequence[jax.Device]) -> int:
-  """Bytes of memory of all these devices; 0 where they are not known.
+  """Bytes of memory of all these devices; 0 where the number is not known.
 
-  Processors of one process share the memory of the machine.
+  CPU devices of one process share the memory of the machine.
   """
   if devices[0].platform == 'cpu':
     return host_bytes() * len({device.process_index for device in devices})
@@ -471,7 +473,8 @@ def host_bytes(
   """Bytes of the machine's memory, or fewer where Linux limits the process.
 
   Args:
-    limit_file: File with the limit of its control group: a number, or 'max'.
+    limit_file: File with the limit of the process' control group: a number of
+      bytes, or 'max'.
   """
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   try:

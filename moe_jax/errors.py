@@ -1,7 +1,8 @@
 """Errors whose message says what is wrong and what helps.
 
-Commands print the message of these without a traceback; any other error is a
-defect, of this package, of a library or of a user's class, and keeps its own.
+Commands print the message of such an error without a traceback. Any other error
+is a defect of this package, of a library or of a user's class, and keeps its
+traceback.
 """
 
 import contextlib

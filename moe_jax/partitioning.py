@@ -71,8 +71,8 @@ class MeshOptions(Options):
     6 experts on 8 devices make an axis 'expert' of 2.
 
     Args:
-      num_experts: Number of experts of a layer; 0, for a model without, puts
-        all devices on the axis 'data'.
+      num_experts: Number of experts of a layer; 0, for a model without experts,
+        puts all devices on the axis 'data'.
       num_devices: Number of devices, all in one slice.
     """
     expert = math.gcd(num_experts, num_devices) if num_experts else 1
@@ -81,11 +81,11 @@ class MeshOptions(Options):
   def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these devices, by default all of JAX's.
 
-    `dcn_data=2` makes the axis span two slices, whose network is slower than
-    that within one: the axis has 2 * `data` devices, those of a slice next to
-    each other. Slices are those of a TPU pod, or the processes of a GPU
-    cluster; where all devices are in one slice, they are cut into the slices
-    asked for.
+    `dcn_data=2` makes the axis 'data' span two slices, between which the
+    network is slower than within a slice: the axis has 2 * `data` devices,
+    those of a slice next to each other. Slices are those of a TPU pod, or the
+    processes of a GPU cluster; where all devices are in one slice, they are cut
+    into as many slices as the options ask for.
 
     Raises:
       ValueError: The product of the sizes is not the number of devices or of
@@ -125,7 +125,7 @@ class MeshOptions(Options):
 def make_mesh(
   sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of `MeshOptions` with these sizes; those left out are 1."""
+  """The mesh of `MeshOptions` with these sizes; sizes not given are 1."""
   return MeshOptions(**{'data': 1, **sizes}).make(devices)
 
 
@@ -208,7 +208,7 @@ class ShardingOptions(Options):
   buckets: str = _mesh_axes('the table of relative positions', '')
 
   def problems(self):
-    """Every name must be that of a mesh axis."""
+    """Every name must be that of a mesh axis, and stand once."""
     for logical, axes in dataclasses.asdict(self).items():
       for name in _axis_names(axes):
         if name not in MESH_AXES:
@@ -346,8 +346,8 @@ def sharding(
 ) -> NamedSharding:
   """The sharding of an array whose dimensions have these logical axes.
 
-  A vocabulary that does not divide is whole; its mesh axes split the width of
-  the same array too, where that divides.
+  A vocabulary whose size its mesh axes do not divide stays whole; these axes
+  then split the width of the same array too, if they divide it.
 
   Raises:
     ValueError: An axis has no rule, two dimensions map to one mesh axis, or

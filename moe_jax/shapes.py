@@ -53,7 +53,7 @@ from moe_jax.errors import InputError
 
 PRNGKey = Key[Array, '']
 # Type of a field of a registered dataclass: an array, or, in a tree of the same
-# form, what stands for it, such as a shape or a sharding.
+# structure, what stands for the array, such as a shape or a sharding.
 Leaf = Any
 F = TypeVar('F', bound=Callable[..., Any])
 _NONE = type(None)
@@ -64,11 +64,11 @@ class HasShapes(Protocol):
   """An object of arrays whose shapes are checked with those of arguments."""
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field, in the letters of the design."""
+    """The array type of each field, with the letters of this module."""
     ...
 
   def static_sizes(self) -> dict[str, int]:
-    """The sizes that letters have, where no array tells them."""
+    """The sizes of the letters that no array tells, by letter."""
     ...
 
 
@@ -175,8 +175,8 @@ class _Reader(NamedTuple):
   """The parts of an annotation that are checked.
 
   Attributes:
-    hints: The array types in it.
-    others: Its other types, of which `int` and None are checked.
+    hints: The array types in the annotation.
+    others: The other types in it, of which `int` and None are checked.
   """
 
   hints: tuple[Any, ...]
@@ -218,7 +218,7 @@ def _is_array(hint: Any) -> bool:
 
 
 def _any_array(hint: Any) -> Any:
-  """The same type for arrays of any library, integers without sign too."""
+  """The same array type for any library, and for integers without sign, too."""
   signed = hint.dtype is jaxtyping.Int
   dtype: Any = jaxtyping.Integer if signed else hint.dtype
   return dtype[Any, hint.dim_str]

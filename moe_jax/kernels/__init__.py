@@ -1,4 +1,4 @@
-"""Products of experts, of rows sorted by expert; codes of ternary kernels."""
+"""Products of rows sorted by expert, and codes of ternary kernels."""
 
 from moe_jax.kernels.grouped_products import (
   BACKENDS,

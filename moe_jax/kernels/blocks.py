@@ -3,7 +3,7 @@
 The loop's trip counts are dynamic, so neither unused experts nor padding cost
 anything, and an expert's kernel is sliced out once, however many blocks it
 multiplies. An expert's first block has the fewest rows that leave a whole
-number of full blocks behind it; it alone reaches into its neighbours' rows.
+number of full blocks behind it; it alone has rows of neighbouring experts, too.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
 # Sizes of blocks in sixteenths of an expert's share of the rows: close to each
 # other near the share, where most experts are if the load is balanced, so that
-# a block has 3 % of rows in vain, and far apart below. More sizes compile for
-# longer.
+# 3 % of a block's rows are wasted, and far apart below. More sizes take longer
+# to compile.
 SIXTEENTHS = (2, 4, 8, *range(12, 21))
-# The largest share whose expert takes one block, and the numbers of which sizes
-# are multiples.
+# The largest share of an expert that takes one block, and the number of rows of
+# which sizes are multiples.
 _MOST_SHARE, _MULTIPLE = 1024, 8
 
 
@@ -29,13 +29,13 @@ class Block(NamedTuple):
   """A few rows of one expert, which one round of the loop multiplies.
 
   Attributes:
-    expert: int32 [], the number of the expert.
+    expert: int32 [], the index of the expert.
     start: int32 [], the first row that the block multiplies.
     first_own: int32 [], the first row that belongs to the expert.
     stop: int32 [], the row after the last that belongs to the expert.
     size: The number of rows that the block multiplies.
-    is_first: Whether the block is its expert's first one, the only one with
-      rows that are not the expert's.
+    is_first: Whether the block is the expert's first block, which alone has
+      rows of other experts, too.
   """
 
   expert: Array
@@ -50,14 +50,14 @@ class Block(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
 
   def own_rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """The block's rows of x; those of other experts are zero."""
+    """The block's rows of x, in which rows of other experts are zero."""
     rows = self.rows(x)
     return jnp.where(self._own_mask(), rows, 0) if self.is_first else rows
 
   def write(
     self, x: Float[Array, 'N M'], rows: Float[Array, 'R M']
   ) -> Float[Array, 'N M']:
-    """x with the block's rows written; those of other experts stay."""
+    """x with the block's rows written; rows of other experts stay."""
     if self.is_first:
       rows = jnp.where(self._own_mask(), rows, self.rows(x))
     return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)
@@ -147,7 +147,7 @@ def dot(
 ) -> Float[Array, '_ _']:
   """One product over the axes `contract`, summed in float32.
 
-  Its type is `dtype`, by default that of x.
+  The type of the result is `dtype`, by default that of x.
   """
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
   y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
@@ -232,10 +232,10 @@ def ffn_gradients(
   dy: Float[Array, 'N M'],
   hidden: Callable[..., Array],
 ) -> tuple:
-  """The gradients of x, w_ins and w_out; those of kernels in float32.
+  """The gradients of x, w_ins and w_out; those of kernels are float32.
 
-  Hidden values of the next expert's rows are multiplied by zero: one that is
-  infinite makes its neighbour's gradient NaN too.
+  Hidden values of the next expert's rows are multiplied by zero: a hidden value
+  that is infinite makes the gradient of the expert before it NaN too.
   """
 
   def body(block, kernels, carry):

@@ -1,7 +1,7 @@
 """Code that exists only for XLA's CPU compiler, with the reasons.
 
 Other platforms compile the plain form at least as well; none of this changes a
-number by more than rounding. More of it stands elsewhere:
+number by more than rounding. More of such code stands elsewhere:
 
 - the backend 'blocks' of grouped products (`blocks.py`);
 - attention by blocks of queries (`layers/attention/blockwise.py`);
@@ -71,9 +71,11 @@ add_to_each.defvjp(_add_to_each_forward, _add_to_each_backward)
 def most_are_chosen(choosers: int, num_selected: int, num_experts: int) -> bool:
   """Whether independent uniform choices of `choosers` meet most experts.
 
-  They are tokens, or tasks where all tokens of a task choose alike.
+  The choices are those of tokens, or of tasks where the tokens of a task choose
+  alike.
 
   If so, a decoding step multiplies all tokens by all experts; if not, experts
-  have arrays of their own, and those that no token chose are not read.
+  have arrays of their own, and arrays of experts that no token chose are not
+  read.
   """
   return (1 - num_selected / num_experts) ** choosers < 0.5

@@ -1,8 +1,9 @@
 """Products of rows sorted by expert, each group by its own kernel.
 
-MegaBlocks calls it grouped matmul (https://arxiv.org/abs/2211.15841). Gradients
-are here; the products are those of a backend, a module with two functions,
-equal in value on every shape:
+MegaBlocks calls such a product grouped matmul
+(https://arxiv.org/abs/2211.15841). Gradients are here; the products are those
+of a backend, a module with two functions. Backends are equal in value on every
+shape:
 
 - `matmul(x [N, M], w [E, M, F], group_sizes [E], transposed) -> [N, F]`, in
   the type of x and summed in float32; with `transposed`, w is [E, F, M]. Rows
@@ -61,15 +62,16 @@ def grouped_matmul(
   1's, and so on. Rows past their sum belong to no expert: they come out zero
   and their gradient is zero. Sums are float32; the gradient of a float32
   kernel is never rounded to the type of x. Derivatives are reverse-mode and
-  first-order. On several devices no compiler splits it: call it on each, under
-  `shard_map` with check_vma=False (`partitioning.on_each_device`).
+  first-order. No compiler splits this product over devices: call the function
+  on each device, under `shard_map` with check_vma=False
+  (`partitioning.on_each_device`).
 
   Args:
     x: The rows, sorted by expert.
     w: The kernel of each expert.
     group_sizes: The number of rows of each expert, at least 0 and in all at
       most N. This is not checked: the numbers are known only at run time.
-    backend: One of `BACKENDS`, or 'auto', the one of the platform.
+    backend: One of `BACKENDS`, or 'auto', the backend of the platform.
 
   Raises:
     ValueError: Shapes do not fit, or the backend is unknown.
@@ -90,9 +92,9 @@ def grouped_ffn(
 ) -> Float[Array, 'N M']:
   """y[n] = hidden(x[n] @ w_in[e], ...) @ w_out[e], e the group of row n.
 
-  Rows, groups, types, backends and errors are as in `grouped_matmul`. The loop
-  over blocks does both products of a block in one; other backends do one
-  product after the other.
+  Rows, groups, types, backends and errors are as in `grouped_matmul`. The
+  backend 'blocks' does both products of a block in one loop; other backends do
+  one product after the other.
 
   Args:
     x: The rows, sorted by expert.

@@ -27,11 +27,11 @@ def tiling(
 ) -> tuple[int, int, int]:
   """Rows and widths of a tile; arrays are padded to their multiples.
 
-  Rows: a power of two near an expert's share, in bounds, since a group
-  computes every tile it has a row in. Widths: the widest that divides the
-  width rounded up to whole lanes. It must divide, as the kernels are silently
-  wrong where a contraction ends within a tile, and what pads the width of a
-  kernel copies all kernels.
+  The number of rows is a power of two near an expert's share, in bounds, since
+  a group computes every tile it has a row in. Each width is the widest that
+  divides the array's width rounded up to whole lanes. It must divide, as the
+  kernels are silently wrong where a contraction ends within a tile, and to pad
+  the width of a kernel copies all kernels.
 
   Args:
     num_rows: The number N of rows.
@@ -107,10 +107,10 @@ def _padded(x: Array, tile: tuple[int, ...]) -> Array:
 
 
 def _by_platform(kernel, *args) -> Array:
-  """The kernel's result; on a CPU it is interpreted.
+  """The kernel's result; on a CPU the kernel is interpreted.
 
-  This is decided when the program is lowered: one for a TPU may be compiled
-  without a TPU.
+  The platform is known when the program is lowered: a program for a TPU may be
+  compiled without a TPU.
   """
   return jax.lax.platform_dependent(
     *args,

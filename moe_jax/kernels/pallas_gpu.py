@@ -146,9 +146,9 @@ def row_blocks(
 ) -> tuple[Int32[Array, ' B'], Int32[Array, ' B'], Int32[Array, ' B']]:
   """Each block's expert, its first row, and the row behind its expert's last.
 
-  Rows of no expert count as those of expert E, and so do blocks that are not
-  needed: they begin at or behind its last row. Rows past N are in no block,
-  whatever the sizes sum to.
+  Rows of no expert count as rows of expert E. Blocks that are not needed count
+  as blocks of expert E, too, and begin at or behind its last row. Rows past N
+  are in no block, whatever the sizes sum to.
   """
   E = group_sizes.shape[0]
   start, stop = _bounds(group_sizes, num_rows)
@@ -217,13 +217,13 @@ def _tile(index, size) -> slice | pl.Slice:
 
 
 def _below(first, size, stop, axis):
-  """The mask of those of `size` indices from `first` that are below `stop`."""
+  """The mask of `size` indices from `first` on: True for those below `stop`."""
   index = first + jnp.arange(size, dtype=jnp.int32)
   return jnp.expand_dims(index < stop, 1 - axis)
 
 
 def _edge(tile, limit, axis):
-  """The mask of a tile's indices below `limit`; None if no tile reaches it."""
+  """The mask of a tile's indices below `limit`; None if no tile crosses it."""
   if limit % tile.size == 0:
     return None
   return _below(tile.start, tile.size, limit, axis)

@@ -41,9 +41,10 @@ class Dictionary(NamedTuple):
     weights: int8 [2^16, 28], the sequence of each code behind as many zeros as
       it is shorter than the longest.
     lengths: int32 [2^16], the number of weights of each code.
-    steps: int64 [2^16, 16], the code of a code's sequence and one more pair.
-      Where the dictionary lacks it, the code of the pair alone. The pair
-      (a, b) is number 4 * (a & 3) + (b & 3); numbers of no pair have code 0.
+    steps: int64 [2^16, 16], the code of each code's sequence with one more pair
+      or, where the dictionary lacks this sequence, the code of the pair alone.
+      The pair (a, b) has the index 4 * (a & 3) + (b & 3); indices of no pair
+      have code 0.
     pairs: int64 [16], the code of each pair alone.
   """
 
@@ -58,7 +59,7 @@ def dictionary(p0: float = P0) -> Dictionary:
   """The dictionary of a probability of zeros, made once (in 0.1 s).
 
   Args:
-    p0: The probability. Encoding and decoding take that of the paper.
+    p0: The probability. Encoding and decoding take the paper's, `P0`.
   """
   zero, other = math.log(p0), math.log((1 - p0) / 2)
   classes = sorted(
@@ -107,7 +108,7 @@ class Codes(NamedTuple):
   """The codes of a ternary matrix, or of one for each expert.
 
   The rows' codes follow each other without gaps. Where there are several
-  experts, those with fewer codes are filled with code 0 behind their last row.
+  experts, an expert with fewer codes has code 0 behind its last row.
 
   Attributes:
     codes: The codes. Each row decodes to a whole number of pairs, so that a row

@@ -28,7 +28,8 @@ class BlockConfig:
 
   Attributes:
     attention: The self-attention, and the attention to an encoder's output.
-    ffn: The feed-forward of dense blocks, and the extra one of sparse blocks.
+    ffn: The feed-forward of dense blocks, and the extra feed-forward of sparse
+      blocks.
     moe: The feed-forward of sparse blocks, or their dense twin; None in a
       stack without sparse blocks.
     norm: The normalisation in front of each attention and feed-forward.
@@ -55,7 +56,7 @@ class BlockConfig:
 
 
 class Context(NamedTuple):
-  """The arrays that all blocks of a stack read beside the residual stream.
+  """The arrays that all blocks of a stack read, besides the residual stream.
 
   Attributes:
     segment_ids: int32 [B, T], the segment that each token attends to, in its
@@ -67,12 +68,13 @@ class Context(NamedTuple):
     memory_segment_ids: int32 [B, S], the segments of the memory's tokens; None:
       each row is one segment.
     token_info: The arrays that routers read, [B, T] each.
-    key_segment_ids: int32 [B, T], the segment by which each token is seen by
-      those of its own sequence; None: `segment_ids`.
+    key_segment_ids: int32 [B, T], the segment of each token as a key, which the
+      tokens of its own sequence with an equal segment id see; None:
+      `segment_ids`.
     routed_mask: bool [B, T], the tokens that routers see; None: `token_mask`.
     given: `GivenChoices` of [B, T, L, K] that are imposed on the routers of the
-      L sparse layers; a block gets those of its own layer, [B, T, K]. None:
-      routers choose.
+      L sparse layers; a block gets the choices of its own layer, [B, T, K].
+      None: routers choose.
   """
 
   segment_ids: Leaf
@@ -96,8 +98,8 @@ class Block(nn.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
   Attributes:
-    config: The options that it shares with the other blocks of its stack.
-    sparse: Whether its feed-forward is a mixture of experts.
+    config: The options that the block shares with the others of its stack.
+    sparse: Whether the feed-forward of the block is a mixture of experts.
     train: Whether dropout and router noise are on.
   """
 
@@ -113,14 +115,14 @@ class Block(nn.Module):
     cache: KVCache | None,
     layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache | None, MoeAux]:
-    """Returns the new residual stream, the cache, and the feed-forward's aux.
+    """Returns the residual stream, the cache, and losses and statistics.
 
     Args:
       x: The residual stream.
       context: The arrays that all blocks read.
       cache: The cache of the tokens before x, when decoding; it is returned
-        with those of x.
-      layer: The block's number, by which it finds its part of the cache.
+        with the tokens of x added.
+      layer: The index of the block, by which it finds its part of the cache.
     """
     c, moe = self.config, self.config.moe if self.sparse else None
     h = self._norm(x, 'attention_norm')

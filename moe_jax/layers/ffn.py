@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, its activations, and what experts share."""
+"""The dense feed-forward layer, and the computation that experts share."""
 
 import dataclasses
 import functools
@@ -26,12 +26,13 @@ class Activation(NamedTuple):
   Attributes:
     function: The elementwise function.
     kernels: Names of the kernels that multiply x, in the order of `hidden`. The
-      function is that of the first's product, which the others multiply.
+      function is applied to the first product; the other products multiply its
+      value.
     cheap: Whether XLA computes the function again rather than read its result.
     saved_arrays: The number of arrays as wide as the hidden values that the
       forward pass keeps for the backward pass, products included.
-    limit: The largest value of the gate's product, and the largest size of the
-      other one's; None for no limit.
+    limit: The largest value of the gate's product, and the largest absolute
+      value of the other products; None for no limit.
     shift: The number that is added to the product that is gated.
   """
 
@@ -44,7 +45,7 @@ class Activation(NamedTuple):
 
   @property
   def gated(self) -> bool:
-    """Whether there are several products."""
+    """Whether several kernels multiply x."""
     return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:
@@ -86,7 +87,7 @@ ACTIVATIONS = {
 
 
 def activation(name: str) -> Activation:
-  """The activation of that name; raises ValueError for an unknown one."""
+  """The activation of this name; raises ValueError for an unknown name."""
   if name not in ACTIVATIONS:
     raise unknown('activation', name, ACTIVATIONS)
   return ACTIVATIONS[name]
@@ -117,7 +118,7 @@ class FfnOptions(Options):
   )
 
   def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of that width M."""
+    """The number of values of the kernels in a model of width M = `width`."""
     kernels = len(activation(self.activation).kernels) + 1
     return kernels * width * self.hidden
 
@@ -148,7 +149,7 @@ class FfnLayer:
 
   @property
   def use_bias(self) -> bool:
-    """Whether products add a bias, the gate's only where `gate_bias`."""
+    """Whether products add a bias; the gate's needs `gate_bias`, too."""
     bias = self.options.bias
     return self.shared.use_bias if not bias else bias == 'all'
 
@@ -162,8 +163,8 @@ class FfnLayer:
   ) -> dict[str, Any]:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
-    They are w_in, w_out, w_gate and w_factor if the activation has them, b_in
-    and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
+    The parameters are w_in, w_out, w_gate and w_factor if the activation has
+    them, b_in and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
     """
     shared, role = self.shared, self.role
     p = {}
@@ -176,7 +177,7 @@ class FfnLayer:
     return p
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
-    """The sizes of one layer as an expert, whose rows have that type."""
+    """The sizes of the layer as an expert, whose rows are of type `dtype`."""
     kernels = len(self.first_kernels) + 1
     row = jnp.dtype(dtype).itemsize
     parameter = jnp.dtype(self.shared.param_dtype).itemsize
@@ -248,9 +249,9 @@ class FfnLayer:
     return biased(y, 'b_out')
 
   def dropped(self, h: Array, key: PRNGKey | None) -> Array:
-    """Hidden values, some of them 0 and the others scaled up, by dropout.
+    """Hidden values after dropout: some are 0, and the others are scaled up.
 
-    Without a key, which is that of the draw, nothing is dropped.
+    The key is that of the draw; without a key nothing is dropped.
     """
     if key is None:
       return h
@@ -270,7 +271,7 @@ class FeedForward(nn.Module):
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of its parameters, which the parent gives.
+    role: The role of the layer's parameters, which the parent gives.
     depth: The number of hidden layers, each of the same width; more than one
       need an activation without gate.
   """

@@ -27,7 +27,7 @@ _SEED = 0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImposedOptions(Options):
-  """The options of sparse layers whose choices are not their router's."""
+  """The options by which something else than the router chooses experts."""
 
   force_balance: str = option(
     '',
@@ -48,7 +48,7 @@ class ImposedOptions(Options):
   )
 
   def imposed_problems(self, router: RouterOptions) -> Iterator[str]:
-    """The problems of imposing choices on a router."""
+    """The reasons why choices cannot be imposed on a router, as texts."""
     forced, replay = self.force_balance, self.replay
     if forced and replay:
       yield (
@@ -66,9 +66,9 @@ class ImposedOptions(Options):
 
   @property
   def forced(self) -> str:
-    """The warning on forced choices for readers of results; '' if none are.
+    """The warning for readers of results that choices are forced; '' if not.
 
-    Every output of a model with forced choices has to show it.
+    Every output of a model with forced choices has to show this text.
     """
     if not self.force_balance:
       return ''
@@ -92,7 +92,7 @@ def forced_choices(
     kind: The value of the option, which is not empty.
     mask: False for padding.
     sizes: The sizes of the layer.
-    layer: The number of the layer, by which choices differ.
+    layer: The index of the layer; each layer has other choices.
     key: The key of random choices; None: they are the same each time.
   """
   E, K = sizes.num_experts, sizes.num_selected
@@ -130,7 +130,7 @@ def given_to_layer(
   sparse: Sequence[bool],
   layer: int | Int32[Array, ''],
 ) -> GivenChoices | None:
-  """The choices [B, T, K] of one sparse layer, whose number may be traced."""
+  """The choices [B, T, K] of one sparse layer, whose index may be traced."""
   if given is None:
     return None
   index = jnp.asarray(np.cumsum(sparse, dtype=np.int32) - 1)[layer]

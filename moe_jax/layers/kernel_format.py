@@ -1,9 +1,10 @@
-"""Kernels of experts in codes of few bits: grids, rounding, storage, decoding.
+"""Quantised kernels of experts: grids, rounding, storage and decoding.
 
-A kernel is [*E, I, O], for I inputs and O output units; an output unit is a row
-in papers on quantisation. Codes are decoded where a kernel is used, so that a
-model with such kernels is small in memory too. `moe_jax.compression quantize`
-writes them; they are not trained.
+A quantised weight is a code, an integer of few bits; a grid says which number
+each code stands for. A kernel is [*E, I, O], for I inputs and O output units;
+an output unit is a row in papers on quantisation. Codes are decoded where a
+kernel is used, so that a model with such kernels is small in memory too.
+`moe_jax.compression quantize` writes quantised kernels; they are not trained.
 """
 
 import dataclasses
@@ -19,19 +20,20 @@ from moe_jax.config import Options, option
 from moe_jax.kernels import ternary
 from moe_jax.shapes import Array, Float, Float32, Int8, UInt8, checked
 
-# The bits of a code; 8 // bits of them share a byte.
+# The number of bits of a code, by format; 8 // bits codes share a byte.
 BITS = {'int8': 8, 'int4': 4, 'int2': 2}
 TERNARY = 'ternary'
 FORMATS = (*BITS, TERNARY)
 
 
-# Arrays [*E, 1, O] by name, which say what codes of kernels [*E, I, O] are.
+# Arrays [*E, 1, O] by name, which say what number each code of a kernel
+# [*E, I, O] stands for.
 Grid = Mapping[str, Array]
 
 
 @functools.partial(jax.jit, static_argnames='bits')
 def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
-  """Codes of equal output units in bytes: 8 // bits of them share one."""
+  """Puts 8 // bits codes of the same output unit into each byte."""
   per_byte = 8 // bits
   padding = [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % per_byte)]
   codes = jnp.pad(codes, [*padding, (0, 0)])
@@ -44,7 +46,7 @@ def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
 def unpack(
   packed: UInt8[Array, '*E P O'], bits: int, inputs: int
 ) -> UInt8[Array, '*E I O']:
-  """The codes of `pack`, for I inputs."""
+  """The codes that `pack` put into bytes, for I inputs."""
   *stack, rows, units = packed.shape
   codes = packed[..., None, :]
   codes = codes >> _shifts(bits, codes.ndim) & (1 << bits) - 1
@@ -53,7 +55,7 @@ def unpack(
 
 
 def _shifts(bits: int, ndim: int) -> UInt8[Array, '...']:
-  """The places in a byte of the codes that share it, along axis -2."""
+  """The number of bits by which each code of a byte is shifted, on axis -2."""
   shifts = bits * jnp.arange(8 // bits, dtype=jnp.uint8)
   return shifts.reshape(*(1,) * (ndim - 2), -1, 1)
 
@@ -111,10 +113,10 @@ class KernelFormat(Options):
     """The grid of kernels, from the weights of each output unit alone.
 
     The values of a ternary grid are {'low', 0, 'high'}, the least and the
-    greatest weight (QMoE). Those of others are 'scale' * (code - 'zero'), at
-    equal distances between the least and the greatest weight: one of them is 0,
-    and no weight is off by more than half a distance. Distances are rounded up
-    to a bfloat16.
+    greatest weight (QMoE). The values of other grids are 'scale' * (code -
+    'zero'), at equal distances between the least and the greatest weight: one
+    value is 0, and no weight is off by more than half a distance. Distances are
+    rounded up to a bfloat16.
     """
     w = w.astype(jnp.float32)
     low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
@@ -135,7 +137,8 @@ class KernelFormat(Options):
   ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
     """The code of the value nearest to each weight.
 
-    Those of a ternary grid are -1, 0 and 1, and 0 where two are as near.
+    The codes of a ternary grid are -1, 0 and 1, and 0 where two values are
+    equally near.
     """
     w = w.astype(jnp.float32)
     first, second = self._bounds(grid)
@@ -160,9 +163,9 @@ class KernelFormat(Options):
     return [grid[name].astype(jnp.float32) for name in names]
 
   def store(self, codes: Array, grid: Grid) -> dict[str, np.ndarray]:
-    """The arrays of kernels in codes of this format, as in `stored_arrays`.
+    """The arrays that store the codes and the grid, as in `stored_arrays`.
 
-    Codes of ternary kernels are as many as these need.
+    Ternary kernels have as many 16-bit codes as they need.
     """
     if self.name == TERNARY:
       rows = np.asarray(codes).swapaxes(-1, -2)
@@ -174,7 +177,7 @@ class KernelFormat(Options):
   def decoded(
     self, stored: Mapping[str, Array], inputs: int
   ) -> Float32[Array, '*E I O']:
-    """The kernel that arrays store.
+    """The kernel that the stored arrays stand for.
 
     Args:
       stored: The arrays, named as in `stored_arrays`.
@@ -188,10 +191,10 @@ class KernelFormat(Options):
     return self.values(weights, stored)
 
   def decoded_experts(self, p: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of feed-forward experts with their kernels as numbers.
+    """The parameters of feed-forward experts with their kernels decoded.
 
     Args:
-      p: The parameters, those of each kernel as `stored_arrays`.
+      p: The parameters; a kernel is a mapping of arrays, as `stored_arrays`.
     """
     # A kernel has as many inputs as the one before it has output units.
     bound = 'low' if self.name == TERNARY else 'scale'
@@ -204,9 +207,9 @@ class KernelFormat(Options):
 
 
 def fill_up(stored: Iterable[dict[str, Any]]) -> int:
-  """Gives ternary kernels as many codes as the longest one, in place.
+  """Pads ternary kernels in place to as many codes as the longest one has.
 
-  The number is that of `KernelFormat.num_codes`.
+  Returns this number, which is the option `KernelFormat.num_codes`.
   """
   stored = list(stored)
   num_codes = max(arrays['codes'].shape[-1] for arrays in stored)

@@ -58,7 +58,7 @@ class LstmOptions(Options):
   )
 
   def cells(self, width: int) -> int:
-    """The number H of cells in a model of that width."""
+    """The number H of cells in a model of width M = `width`."""
     return self.hidden or width
 
   def shrunk(self) -> Self:
@@ -71,7 +71,8 @@ class LstmState(NamedTuple):
   Attributes:
     cell: float32 [B, H], the cells c.
     output: [B, M], the output h.
-    segment: int [B], the document that both belong to; 0 before the first.
+    segment: int [B], the document that the cells and the output belong to; 0
+      before the first document.
   """
 
   cell: Leaf
@@ -87,7 +88,7 @@ class Lstm(nn.Module):
   Attributes:
     options: The options of the layer.
     shared: The settings that all layers of the model share. Cells are float32
-      whatever its types are.
+      whatever the types of the model are.
   """
 
   options: LstmOptions
@@ -108,7 +109,7 @@ class Lstm(nn.Module):
       segment_ids: The document of each step in its row, from 1. A document
         begins with a state of zeros. Padding (0) leaves the state as it is and
         outputs the h of the step before. Default: one document.
-      state: The state after the steps before these; None: there were none.
+      state: The state after all earlier steps; None: x has the first steps.
     """
     B, T, M = x.shape
     if segment_ids is None:

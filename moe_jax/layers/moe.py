@@ -44,15 +44,17 @@ from moe_jax.shapes import (
 class MoE(nn.Module):
   """Routes every token to K of E experts and sums their gated outputs.
 
-  The output of the shared expert is added, if there is one. Without it, a token
-  dropped everywhere gets zeros: the residual alone carries it.
+  The output of the shared expert is added, if there is one. Without a shared
+  expert, a token that all its experts dropped gets zeros, and the residual
+  alone carries it.
 
   Parameters are boxed with the names of their axes, so that an `nn.scan` over
-  it needs `metadata_params={nn.PARTITION_NAME: None}`, or the name of an axis.
+  this module needs `metadata_params={nn.PARTITION_NAME: None}`, or the name of
+  an axis.
 
   Attributes:
-    options: The options of the layer. Options that experts take from the model
-      are those of `FfnOptions()` without dropout, if no model filled them in.
+    options: The options of the layer. If no model filled in the options that
+      experts take from it, they are those of `FfnOptions()`, without dropout.
     shared: The settings that all layers of the model share.
   """
 
@@ -74,12 +76,13 @@ class MoE(nn.Module):
 
     Args:
       x: Token representations, of any float type.
-      token_mask: False for tokens that no router sees: they take no slot and
-        get zeros, and what they hold, were it NaN, reaches no other token and
-        no gradient. Default: all are seen.
+      token_mask: False for tokens that no router sees: these tokens take no
+        slot and get zeros, and their values, even NaN, reach no other token and
+        no gradient. Default: routers see all tokens.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
       token_info: The arrays that the router reads; see its `reads`.
-      layer: The layer's number, by which routers without parameters differ.
+      layer: The index of the layer; routers without parameters choose other
+        experts in each layer.
       given: Choices that are imposed on the router, [B, T, K].
     """
     _check_options(self.options)
@@ -147,7 +150,7 @@ class MoE(nn.Module):
 
 
 def _check_options(options: Any) -> None:
-  """Raises ValueError unless options are those of a layer with experts."""
+  """Raises ValueError unless these are the options of a layer with experts."""
   if not isinstance(options, MoeOptions):
     raise InputError(
       f'options is a {type(options).__name__}, not MoeOptions, which hold the '
@@ -161,7 +164,7 @@ def _check_options(options: Any) -> None:
 
 
 def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
-  """Raises ValueError for several rows in a group of a router that mixes."""
+  """Raises ValueError where a router would mix tokens of several rows."""
   if options.router.mixes and group_size > length:
     raise InputError(
       f'group_size={options.group_size}: the {group_size} tokens of a group '
@@ -174,7 +177,7 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
 def _result_of(
   experts: nn.Module, groups: Float[Array, 'G S M'], result: Any
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """The result of experts; raises ValueError unless it is what they return."""
+  """The result of experts; raises ValueError unless it keeps their contract."""
   y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
   if getattr(y, 'shape', None) != groups.shape:
     raise InputError(
@@ -187,7 +190,7 @@ def _result_of(
 def _to_merged(
   options: MoeOptions, chosen: AnyRouting, layer: int | Int[Array, '']
 ) -> Routing:
-  """The routing to the experts that the chosen columns lead to."""
+  """The routing to merged experts, which the chosen router columns lead to."""
   chosen, rows = cast(Routing, chosen), options.retained.rows
   table = np.zeros((max(rows) + 1, options.num_experts), np.int32)
   table[list(rows)] = list(rows.values())
@@ -230,7 +233,7 @@ def to_rows(
 def in_groups(
   values: Shaped[Array, 'B T ...'], group_size: int
 ) -> Shaped[Array, 'G S ...']:
-  """The numbers of each token, cut as in `to_groups` and padded with zeros."""
+  """The values of all tokens, cut as in `to_groups` and padded with zeros."""
   values = values.reshape(-1, *values.shape[2:])
   padding = [(0, -len(values) % group_size), *[(0, 0)] * (values.ndim - 1)]
   return jnp.pad(values, padding).reshape(-1, group_size, *values.shape[1:])

@@ -113,17 +113,18 @@ class MoeOptions(ImposedOptions):
 
   @property
   def num_retained(self) -> int:
-    """The number of experts that there are: E unless some are merged."""
+    """The number of experts of a layer: E unless some are merged."""
     rows = self.retained.rows.values()
     return max(map(max, rows)) + 1 if rows else self.num_experts
 
   def expert_slots(self, slots: int, group_size: int) -> int:
-    """The slots of an expert, which are those of all columns that lead to it.
+    """The number of slots of an expert in a group, where experts may be merged.
 
-    All experts have as many as the one with the most columns.
+    A merged expert has the slots of all router columns that lead to it, and all
+    experts have as many as the expert with the most columns.
 
     Args:
-      slots: The slots of a column.
+      slots: The number of slots of a column.
       group_size: The number of tokens in a group, each of which chooses K
         columns.
     """
@@ -134,7 +135,7 @@ class MoeOptions(ImposedOptions):
     return min(most * slots, min(most, self.num_selected) * group_size)
 
   def replays(self) -> str | None:
-    """The reason why no choices can be imposed on it; None if they can."""
+    """The reason why no choices can be imposed on a layer; None if they can."""
     if self.retained.rows:
       return (
         'columns of the router lead to merged experts, and a choice of an '
@@ -150,9 +151,9 @@ class MoeOptions(ImposedOptions):
     return self.causality.leak or self.dispatch.leak()
 
   def in_layer(self, layer: int) -> 'MoeOptions':
-    """The options that this layer and all layers like it have by themselves.
+    """The options of one layer, and of all layers with as many experts.
 
-    They are these options unless the layer has lost experts.
+    The result is `self` unless layers have lost experts.
     """
     if not self.retained.layers:
       return self
@@ -206,7 +207,7 @@ class MoeOptions(ImposedOptions):
   def twin(self) -> Twin:
     """The dense feed-forward layer of the dense twin, after `within`.
 
-    It is as wide as K experts and the shared one.
+    The layer is as wide as K experts and the shared expert together.
     """
     twin = self.expert.twin(self.num_selected)
     return twin.of_width(twin.ffn.hidden + self.shared_expert.hidden)
@@ -218,14 +219,14 @@ class MoeOptions(ImposedOptions):
     return self.expert.twin(1).of_width(width) if width else None
 
   def dense_aux(self) -> MoeAux:
-    """The aux of a dense layer beside sparse ones, which means leave out."""
+    """Zeros, the losses and statistics of a dense layer among sparse layers."""
     if not self.num_experts:
       return empty_aux(1, 1)
     losses = self.router.loss_weights()
     return empty_aux(self.num_experts, self.num_selected, losses)
 
   def shrunk(self) -> Self:
-    """E and K are such that the small router has them."""
+    """These options at a small size; the small router allows their E and K."""
     fields = {name: getattr(self, name) for name in fields_of(type(self))}
     parts = {n: v.shrunk() for n, v in fields.items() if isinstance(v, Options)}
     router, capacity = self.router.shrunk(), self.capacity.shrunk()

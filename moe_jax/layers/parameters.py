@@ -1,7 +1,7 @@
 """Parameters in boxes: each carries its logical axes, its role and its form.
 
 The parent of a parameter gives its role. Axes and roles are read once, from
-the abstract initialisation of a model, into trees beside that of the
+the abstract initialisation of a model, into trees of the same structure as the
 parameters; train states are unboxed.
 """
 
@@ -87,8 +87,8 @@ def kernel(
     shared: The settings that all layers of the model share.
     axes: The logical name of each dimension; None for one without a name.
     role: The part of the model, as in `Role`.
-    in_axis: The contracted dimensions.
-    out_axis: The dimensions that they are contracted into.
+    in_axis: The dimensions that are contracted with activations.
+    out_axis: The dimensions of the result.
     batch_axis: The dimensions along which independent kernels are stacked.
       Default: the dimensions named 'expert'.
     residual: Whether the product is added to the residual stream.
@@ -121,7 +121,7 @@ def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
 def table(
   shared: Shared, axes: Sequence[str | None], *, role: str = 'embedding'
 ) -> Initializer:
-  """The initialiser of a table of embeddings, by the model's kind."""
+  """The initialiser of a table of embeddings, as the model's options say."""
   init = shared.numerics.init.embedding()
   return boxed(init, axes, role=role, form='table')
 
@@ -163,7 +163,7 @@ def axes_of(abstract_variables: Any) -> Any:
 
 
 def roles_of(abstract_variables: Any) -> Any:
-  """The `Role` of every variable: a tree of the same form, without boxes."""
+  """The `Role` of every variable: a tree of the same structure, unboxed."""
 
   def role(leaf):
     is_known = isinstance(leaf, Parameter)

@@ -36,12 +36,12 @@ class Positions(Options):
   def problems_with(
     self, head_width: int, causal: bool, name: str = 'head_width'
   ) -> Iterator[str]:
-    """The problems that these positions have with attention of this kind.
+    """The reasons why an attention cannot have these positions, as texts.
 
     Args:
       head_width: The width of the part of a head that may rotate.
-      causal: Whether a token sees no later ones.
-      name: The name of the option of that width.
+      causal: Whether a token sees no later tokens.
+      name: The name of the option that sets `head_width`.
     """
     return iter(())
 
@@ -57,7 +57,7 @@ class Positions(Options):
       x: The queries or keys.
       positions: The position of each token in its document.
       segment_ids: The document of each token in its row; 0 is padding. None:
-        each row is one.
+        each row is one document.
     """
     return x
 
@@ -68,11 +68,14 @@ class Positions(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position at which documents become long, if they turn otherwise."""
+    """The position from which on a document is long and rotates otherwise.
+
+    It is None where long documents rotate like short ones.
+    """
 
   @property
   def table_len(self) -> int:
-    """The number of rows of the table that `add` receives; 0: it has none."""
+    """The number of rows of the table that `add` receives; 0: no table."""
     return 0
 
   def add(
@@ -97,7 +100,7 @@ class Positions(Options):
   def bias(
     self, num_heads: int, causal: bool, name: str | None
   ) -> 'RelativePositionBias | None':
-    """The module whose bias is added to the scores of a stack, or none."""
+    """The module whose bias is added to the attention scores, or None."""
     return None
 
 
@@ -132,11 +135,11 @@ class Rotary(Positions):
   )
 
   def _width(self, head_width: int) -> int:
-    """The number of numbers of a head that rotate."""
+    """The number of dimensions of a head that rotate."""
     return int(head_width * self.fraction)
 
   def problems_with(self, head_width, causal, name='head_width'):
-    """The problem of an odd part that rotates, and those of the scaling."""
+    """The problem of an odd width that rotates, and those of the scaling."""
     width = self._width(head_width)
     if width % 2 or not width:
       factor = '' if self.fraction == 1 else f' * fraction={self.fraction}'
@@ -246,7 +249,7 @@ class Sinusoidal(Positions):
   )
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Adds what the function `sinusoids` gives."""
+    """Adds `sinusoids`, except at padding and at the token id offset - 1."""
     vectors = sinusoids(positions + self.offset, x.shape[-1])
     has_position = token_mask & (tokens != self.offset - 1)
     return x + jnp.where(has_position[..., None], vectors, 0).astype(x.dtype)
@@ -295,7 +298,8 @@ class RelativePositionBias(nn.Module):
     options: The numbers of buckets and of distances.
     num_heads: The number H of heads.
     bidirectional: Whether later keys have buckets by distance, half of all; if
-      not, they have the bucket of distance 0, and causal attention hides them.
+      not, later keys have the bucket of distance 0, and causal attention hides
+      them.
   """
 
   options: Relative
@@ -345,10 +349,11 @@ def _toeplitz(values, query_len, key_len) -> Float[Array, 'H T S']:
 def distance_bucket(
   distance: Int[np.ndarray, ' N'], num_buckets: int, max_distance: int
 ) -> Int32[np.ndarray, ' N']:
-  """The bucket of each distance: half of them exact, the others logarithmic.
+  """The bucket of each distance; half of the buckets are for one distance each.
 
-  Distances from `max_distance` on share the last bucket. It is computed in
-  float32, as public checkpoints were trained: an edge can be a distance off.
+  The ranges of the others grow logarithmically, and distances from
+  `max_distance` on share the last bucket. Buckets are computed in float32, as
+  in the training of public checkpoints: an edge can be a distance off.
   """
   exact = num_buckets // 2
   share = np.log(np.maximum(distance, exact).astype(np.float32) / exact)

@@ -1,11 +1,13 @@
-"""Options of layers that have lost experts: which are left, layer by layer.
+"""Options of sparse layers that have lost experts, for each layer by itself.
 
     retained.experts = '1:4, 3:6'
     retained.expert_of = '1: 0 1 1 2; 3: 0 1 0 2'
 
-Pruning and merging (`moe_jax.compression`) write them. Layers that all have the
-same number of experts, and routers with a column for each, need none of this:
-they have another `moe.num_experts`.
+The first says that layer 1 has 4 experts and layer 3 has 6; the second, that
+the router of layer 1 has 4 columns (one for each logit), which lead to 3 merged
+experts. Pruning and merging (`moe_jax.compression`) write these options. Where
+all layers have the same number of experts, and a router column for each,
+`moe.num_experts` is that number, and these options are not needed.
 """
 
 import dataclasses
@@ -17,8 +19,8 @@ from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions, Sizes
 
-# The separator of an option's entries, the numbers after a layer's, and an
-# example of an entry.
+# For each option: the separator between layers, the pattern of the numbers
+# after a layer's index, and an example.
 _FORMS = {
   'experts': (',', r'\d+', '1:4'),
   'expert_of': (';', r'\d+(\s+\d+)*', '1: 0 1 1 2'),
@@ -45,7 +47,7 @@ class Retained(Options):
   def of(
     cls, counts: Mapping[int, int], rows: Mapping[int, tuple[int, ...]]
   ) -> 'Retained':
-    """The options with these numbers of experts and of columns, by layer."""
+    """The options with these `counts` and `rows`, which are by layer."""
     texts = (f'{i}: {" ".join(map(str, row))}' for i, row in rows.items())
     counts_text = ', '.join(f'{i}:{count}' for i, count in counts.items())
     return cls(counts_text, '; '.join(texts))
@@ -58,16 +60,19 @@ class Retained(Options):
 
   @property
   def rows(self) -> Mapping[int, tuple[int, ...]]:
-    """The expert of each column, of each merged layer."""
+    """The index of each router column's expert, for each merged layer."""
     return _entries('expert_of', self.expert_of)
 
   @property
   def layers(self) -> frozenset[int]:
-    """The numbers of the layers that it names."""
+    """The indices of the layers that have lost experts."""
     return frozenset(self.counts) | frozenset(self.rows)
 
   def like(self, layer: int) -> 'Retained':
-    """The merged layers that have as many experts as this one."""
+    """The options with only merged layers that have as many experts as `layer`.
+
+    Pruned layers are left out.
+    """
     experts = max(self.rows.get(layer, (-1,)))
     rows = {i: row for i, row in self.rows.items() if max(row) == experts}
     return Retained.of({}, rows)
@@ -81,7 +86,7 @@ class Retained(Options):
     )
 
   def problems(self) -> Iterator[str]:
-    """The problems of texts that cannot be read, and of rows by themselves."""
+    """The problems of texts that cannot be read, or that cannot be followed."""
     try:
       counts, rows = self.counts, self.rows
     except InputError as error:
@@ -100,7 +105,7 @@ class Retained(Options):
         )
 
   def problems_with(self, router: RouterOptions, sizes: Sizes) -> Iterator[str]:
-    """The problems with the router, and with layers that lost nothing."""
+    """The reasons why these options do not fit the router or E, as texts."""
     E = sizes.num_experts
     for layer, count in self.counts.items():
       if not 1 <= count < E:
@@ -126,13 +131,13 @@ class Retained(Options):
         )
 
   def shrunk(self) -> 'Retained':
-    """No layer has fewer experts; see `Options.shrunk`."""
+    """Options with which no layer has lost experts; see `Options.shrunk`."""
     return Retained()
 
 
 @functools.cache
 def _entries(name: str, text: str) -> Mapping[int, tuple[int, ...]]:
-  """The numbers of each layer in an option's text, in the order of layers."""
+  """The numbers that an option's text gives to each layer, in layer order."""
   separator, numbers, example = _FORMS[name]
   entries = {}
   for entry in text.split(separator) if text.strip() else ():

@@ -1,6 +1,7 @@
-"""The turns of rotary positions, and their changes for long texts.
+"""The angles of rotary positions, and their changes for long texts.
 
-Texts longer than those of the first training turn by other angles, by YaRN
+Rotary positions turn pairs of dimensions of queries and keys. For texts longer
+than those of the first training they turn by other angles, by YaRN
 (https://arxiv.org/abs/2309.00071) or LongRoPE
 (https://arxiv.org/abs/2402.13753).
 """
@@ -16,7 +17,7 @@ from moe_jax.config import Kinds, Options, option
 
 
 class Turns(NamedTuple):
-  """The turns of pairs of numbers.
+  """How much the P pairs of dimensions of a head turn at each position.
 
   Attributes:
     frequency: float32 [P], radians by which each pair turns at a position.
@@ -32,22 +33,22 @@ class RotaryScaling(Options):
   """The contract of changes to rotary positions for longer texts."""
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
-    """The problems with this base and so many turning numbers of a head."""
+    """The reasons why a base theta or a width does not fit, a text for each."""
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:
-    """The turns of the pairs among `width` numbers of each head.
+    """The turns of the pairs of the first `width` dimensions of each head.
 
     Args:
       theta: The base of the wavelengths.
-      width: The number of numbers that turn.
+      width: The number of dimensions that turn.
       long: Whether the document reaches the position `changes_at`.
     """
     return Turns(frequencies(theta, width))
 
   @property
   def changes_at(self) -> int | None:
-    """The position that a document reaches to be long; None where none is."""
+    """The position that makes a document long; None if none does."""
 
   @property
   def latent_factor(self) -> float:
@@ -62,7 +63,7 @@ class Unscaled(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class Yarn(RotaryScaling):
-  """Slow pairs turn `factor` times slower, fast ones as before.
+  """Slow pairs turn `factor` times slower, and fast pairs turn as before.
 
   Source: section 3 of arXiv:2309.00071, with the options of transformers 5.24.
   """
@@ -141,7 +142,7 @@ class Yarn(RotaryScaling):
     return Turns(mixed.astype(np.float32), self._factor())
 
   def _pair(self, theta: float, width: int, num_turns: float) -> float:
-    """The number of the pair that turns so often in `original_len` tokens."""
+    """The index of the pair that turns `num_turns` times in `original_len`."""
     wavelength = self.original_len / (num_turns * 2 * math.pi)
     return width * math.log(wavelength) / (2 * math.log(theta))
 
@@ -163,12 +164,13 @@ class Yarn(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class LongRope(RotaryScaling):
-  """Each pair turns slower by a factor of its own: one list, or another.
+  """Each pair turns slower by a factor of its own, which has two values.
 
-  The second list is that of long documents: segments of a row with a token at a
-  position of `original_len` or more. Source: arXiv:2402.13753. Unlike
-  transformers 5.24, which lets the longest row of a batch decide, a document
-  depends on no other. transformers' Phi-3.5-MoE never uses the second list; see
+  `long_factor` lists those of long documents, segments of a row with a token at
+  a position of `original_len` or more, and `short_factor` those of others.
+  Source: arXiv:2402.13753. Unlike transformers 5.24, which lets the longest row
+  of a batch decide, no document here depends on another. transformers'
+  Phi-3.5-MoE never uses the list for long documents; see
   `interop.quirks.ShortTurns`.
   """
 
@@ -217,7 +219,7 @@ class LongRope(RotaryScaling):
         yield f'{name} has {count} numbers for the {pairs} pairs of a head'
 
   def shrunk(self) -> RotaryScaling:
-    """Small heads have other pairs."""
+    """No scaling, as small heads have fewer pairs than the lists factors."""
     return Unscaled()
 
   def turns(self, theta, width, long=False):

@@ -64,7 +64,7 @@ class FanIn(Init):
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """The fan-in is that of one of the stacked kernels."""
+    """Returns the initialiser; the fan-in is that of one stacked kernel."""
     return nn.initializers.variance_scaling(
       self.scale / shrink, 'fan_in', 'truncated_normal', **axes
     )
@@ -74,11 +74,11 @@ class FanIn(Init):
 class Gpt2(Init):
   """A normal distribution of standard deviation 0.02 for any fan-in.
 
-  It is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
+  The deviation is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
   """
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """The deviation is divided by the root of `shrink`."""
+    """Returns the initialiser, whose deviation is over the root of `shrink`."""
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
 

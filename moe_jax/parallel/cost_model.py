@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
     F: Hidden width of an expert.
     bytes_per_element: Bytes of an element of a row that travels.
     kernels: Number of an expert's kernels: 2, 3 with a gate, or 4 with two.
-    bytes_per_parameter: Bytes of a parameter that travels; 0: those of an
+    bytes_per_parameter: Bytes of a parameter that travels; 0: as many as of an
       element of a row.
   """
 
@@ -76,10 +76,10 @@ class Sizes(NamedTuple):
 
 
 def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
-  """The device that has each expert, as many experts on each.
+  """The index of the device that has each expert, equally many experts on each.
 
   Raises:
-    ValueError: The experts cannot be divided so.
+    ValueError: The experts cannot be divided evenly.
   """
   if num_experts % num_devices:
     raise InputError(
@@ -123,9 +123,9 @@ class Step(NamedTuple):
   def ratio(self) -> Float[np.ndarray, ' N']:
     """R_CC, computation over communication of a training step.
 
-    It is x in Figure 4 of FasterMoE, the roofline of a layer. The totals of a
+    The ratio is x in Figure 4 of FasterMoE, a layer's roofline. The totals of a
     step are taken, so that a step without overlap lies on the semi-ideal curve.
-    It is infinite where nothing is sent.
+    The ratio is infinite where nothing is sent.
     """
     with np.errstate(divide='ignore'):
       return self.comp / self.comm
@@ -139,7 +139,7 @@ class Step(NamedTuple):
   def overlapped(self) -> Float[np.ndarray, ' N']:
     """Seconds of the step if all that can overlap does: a lower bound.
 
-    It is that of the paper, max(comm, comp) of the whole step.
+    The bound is that of the paper, max(comm, comp) of the whole step.
     """
     return np.maximum(self.comm, self.comp)
 
@@ -193,8 +193,9 @@ def step(
     shadowed: Whether each expert is shadowed; None for no expert.
 
   Raises:
-    ValueError: The counts are not those of the topology's devices, these cannot
-      be divided into as many groups, or the experts over the devices.
+    ValueError: The counts are not those of the topology's devices, the devices
+      cannot be divided into `num_groups` groups, or the experts cannot be
+      divided over the devices.
   """
   (N, E, W), g = counts.shape, num_groups
   if topology.num_devices != W:
@@ -249,7 +250,7 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The end of the last R, which follow `sent` in the stream."""
+  """The time at which the last R ends; all R follow `sent` in the stream."""
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent
@@ -267,6 +268,6 @@ def semi_ideal(
 ) -> Float[np.ndarray, ' N']:
   """The FLOPs per second of a device if nothing overlaps, by `Step.ratio`.
 
-  They are those of a layer whose devices have equally many rows.
+  The layer is one whose devices have equally many rows.
   """
   return flops_per_second / (1.0 + 1.0 / ratio)

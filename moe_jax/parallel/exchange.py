@@ -2,8 +2,8 @@
 
 GShard, https://arxiv.org/abs/2006.16668, section 3.2. Groups are split over
 some mesh axes and experts over others; a row is filled on the device of its
-group, and multiplied on that of its expert. Rows are `[E, R, M]`, R for each
-expert.
+group, and multiplied on the device of its expert. Rows are `[E, R, M]`, R for
+each expert.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from moe_jax.shapes import Array, Float, Leaf
 class Exchange(Options):
   """The contract of exchanges of rows in slots.
 
-  Rows travel in pieces; by default, all rows are one. All exchanges are equal
-  in value and gradient, except for experts' dropout, which is drawn by row:
-  rows may come in another order. Where no rows travel, along no axis of groups,
-  `Constraint` takes the place of any other.
+  Rows travel in pieces; by default, all rows are one piece. All exchanges are
+  equal in value and gradient, except for experts' dropout, which is drawn by
+  row: rows may come in another order. Where no mesh axis splits both groups and
+  experts, no rows travel, and `Constraint` takes the place of any exchange.
   """
 
   capacity_fraction: float = option(
@@ -50,7 +50,7 @@ class Exchange(Options):
   ) -> list[Float[Array, '_ _ M']]:
     """The pieces of one device's rows, in the order in which they travel.
 
-    It is called under `shard_map`; a piece has rows along its dimension 1.
+    The method is called under `shard_map`; dimension 1 of a piece is of rows.
     """
     del layout
     return [rows]
@@ -84,7 +84,7 @@ class Exchange(Options):
       rows: The piece, of whose dimension 1 each device has a part; on the way
         back rows [E, ...] split over experts.
       to_experts: Whether rows go to their experts.
-      number: The number of the piece in the list that `cut` returned.
+      number: The index of the piece in the list that `cut` returned.
     """
     raise NotImplementedError
 
@@ -99,8 +99,8 @@ class Constraint(Exchange):
   def move(self, layout, rows, to_experts, number=0):
     """States the sharding of the same rows before and after.
 
-    R is split into a dimension for each axis of the groups. So the compiler
-    sees that some of them move from R to E; otherwise it gathers everything.
+    R is split into a dimension for each mesh axis of the groups. So the
+    compiler sees that some axes move from R to E; otherwise it gathers all.
     """
     E, R, M = rows.shape
     devices = [layout.sizes[name] for name in layout.groups]
@@ -150,7 +150,7 @@ class InRing(Exchange):
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
-    """`cut` takes a device's part of experts."""
+    """The spec of pieces, which `cut` makes of a device's part of experts."""
     return layout.spec(layout.expert_only, layout.groups)
 
   def move(self, layout, rows, to_experts, number=0):
@@ -194,9 +194,10 @@ def permuted(
   number: int,
   to_experts: bool = True,
 ) -> Float[Array, '*R M']:
-  """The rows that a step brings, or, not `to_experts`, those that it returns.
+  """The rows that a device receives in a step of the ring, or gets back.
 
-  It is called under `shard_map`. Step 0 moves nothing.
+  It gets rows back where `to_experts` is False. The function is called under
+  `shard_map`. Step 0 moves nothing.
   """
   if number == 0:
     return rows
@@ -210,10 +211,10 @@ def permuted(
 
 
 def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
-  """The axes in the mesh's order, and each device's number along them.
+  """The axes in the mesh's order, and each device's index along them.
 
-  `ppermute` counts devices in that order, however its axes are given; all other
-  collectives count in the order of their axes.
+  `ppermute` counts devices in the mesh's order, however its axes are given; all
+  other collectives count in the order of their axes.
   """
   given, order = layout.exchanged, layout.mesh.axis_names
   axes = tuple(sorted(given, key=order.index))

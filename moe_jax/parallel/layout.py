@@ -49,7 +49,7 @@ class Layout:
     return math.prod(self.sizes[name] for name in axes)
 
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """The spec of an array whose dimensions are split over these axes."""
+    """The partition spec of an array with dimensions split over these axes."""
     return PartitionSpec(*(names or None for names in axes))
 
   def parameter_specs(
@@ -57,7 +57,7 @@ class Layout:
     axes: Mapping[str, Sequence[str | None]],
     *leading: tuple[str, ...],
   ) -> dict[str, PartitionSpec]:
-    """The specs of experts' parameters, by name.
+    """The partition specs of experts' parameters, by name.
 
     Args:
       axes: The logical axes of each parameter, 'expert' first.
@@ -82,8 +82,8 @@ def layout_of(
 ) -> Layout | None:
   """The layout of groups x on their mesh; None on one device.
 
-  A dimension that does not divide is not split: an odd number of groups, as
-  evaluation may have, is then routed and moved on every device.
+  A dimension whose size its mesh axes do not divide is not split: an odd number
+  of groups, as evaluation may have, is then routed and moved on every device.
 
   Args:
     rules: The sharding table: 'batch' splits the groups.
@@ -119,9 +119,9 @@ def own_blocks(
 ) -> Shaped[Array, 'X J ...']:
   """The part of x for the experts of each device that rows travel to.
 
-  It is called under `shard_map`. `[E, ...]` becomes `[X, J, ...]`, J experts on
-  each of X devices. Along axes of experts that rows do not cross it is this
-  device's part.
+  The function is called under `shard_map`. `[E, ...]` becomes `[X, J, ...]`, J
+  experts on each of X devices. Along axes of experts that rows do not travel
+  along, the result has this device's part alone.
   """
   sizes = [layout.sizes[name] for name in layout.experts]
   row_shape = x.shape[1:]

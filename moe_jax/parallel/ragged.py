@@ -1,10 +1,11 @@
-"""The exchange of rows sorted by expert: each device gets those of its experts.
+"""The exchange of rows sorted by expert: a device gets the rows of its experts.
 
-Dropless expert parallelism, as in MegaBlocks (https://arxiv.org/abs/2211.15841)
-over devices. All of it is called under `shard_map`. Where the platform has
-`ragged_all_to_all` (TPU, GPU), only rows that are needed travel; elsewhere a
-reference gathers all of them and takes its own. Buffers have room for the case
-that all rows go to one device, or for a share of them.
+This is dropless expert parallelism, as in MegaBlocks
+(https://arxiv.org/abs/2211.15841) over devices. All functions are called under
+`shard_map`. Where the platform has `ragged_all_to_all` (TPU, GPU), only rows
+that are needed travel; elsewhere each device gathers all rows and takes its
+own. Buffers have room for the case that all rows go to one device, or for a
+share of these rows.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ class RaggedExchange(Options):
       return travel(outputs, False), plan.overflow
 
   def bound(self, num_rows: int) -> int:
-    """The room that a buffer has, where all would need `num_rows`."""
+    """The rows that a buffer has room for, if all rows would be `num_rows`."""
     return PerToken(self.capacity_fraction).per_expert(num_rows, 1, 1)
 
 
@@ -95,11 +96,11 @@ class Plan(NamedTuple):
   Attributes:
     traffic: The numbers of rows that go between devices; None where rows stay.
     local_sizes: int32 [J], the number of rows of each expert of this device.
-    source: int32 [R], the received row that each row sorted by expert is; R for
-      a row of zeros behind all of them.
-    target: int32 [R], the sorted row that each received one becomes.
-    overflow: int32 [], the number of this device's rows that found no room
-      where they were to go.
+    source: int32 [R], for each row in order of expert, the index that it has
+      among the received rows; R for a row of zeros, which are last.
+    target: int32 [R], for each received row, its index in order of expert.
+    overflow: int32 [], the number of this device's rows that found no room on
+      the devices of their experts.
   """
 
   traffic: 'Traffic | None'
@@ -117,15 +118,16 @@ def plan_of(
 ) -> Plan:
   """The plan of the exchange of rows sorted by expert.
 
-  Where experts are split over axes that groups are not, each device takes the
-  rows of its own part of them.
+  Where experts are split over axes that do not split groups, each device takes
+  the rows of its own part of the experts.
 
   Args:
     layout: The layout of groups and experts.
     num_rows: N, the number of rows of a device.
     sizes: The number of rows of each expert.
-    bound: R, the number of rows for which a device has room; those past it are
-      dropped, of the last senders first, and of each the last experts' first.
+    bound: R, the number of rows for which a device has room; rows past it are
+      dropped, those of the last senders first, and of a sender those of the
+      last experts first.
   """
   starts = jnp.cumsum(sizes) - sizes
   sizes = own_blocks(layout, sizes)  # [X, J]
@@ -146,7 +148,8 @@ def plan_of(
       overflow = (unbounded_sizes - flows.sizes)[jax.lax.axis_index(axes)].sum()
     flat = sizes.reshape(-1)
     starts = (jnp.cumsum(flat) - flat).reshape(sizes.shape)
-  # Received rows stand by device, then expert; sorted ones the other way.
+  # Received rows are in order of device, then expert; sorted rows are in order
+  # of expert, then device.
   blocks, starts = sizes.T.reshape(-1), starts.T.reshape(-1)
   block = jnp.repeat(jnp.arange(blocks.size), blocks, total_repeat_length=R)
   row = jnp.arange(R, dtype=jnp.int32)
@@ -162,7 +165,7 @@ class Traffic(NamedTuple):
 
   Attributes:
     sizes: int32 [P, P], the number of rows from device i to device j.
-    starts: int32 [P, P], the row of device i at which those for j begin.
+    starts: int32 [P, P], the row of device i at which the rows for j begin.
   """
 
   sizes: Array
@@ -194,10 +197,11 @@ def move(
   """Receives every device's rows for this one, one device after the other.
 
   Where not `to_experts`, received rows return to where they came from, which is
-  the transpose; those that were not sent are zero.
+  the transpose; rows that were not sent are zero.
 
   Args:
-    rows: The rows of this device, or those in the order in which they came.
+    rows: The rows of this device or, on the way back, the rows that it has
+      received, in the order in which they came.
     flows: The blocks of rows that go to each device.
     to_experts: Whether rows go to their experts.
     lengths: The number of rows that each device had, and R, at least as many as

@@ -12,10 +12,10 @@ once and gradients summed once; the exchange of the other experts' rows is left
 out, as in the paper. All devices have one bandwidth.
 
 The algorithm is greedy, and stops at the first expert that does not pay. On 200
-draws, of 2 to 8 experts, it is best among all subsets in 70 %, slower by 4.3 %
-in the mean and by 41 % at most.
+draws, of 2 to 8 experts, its choice is the best of all subsets in 70 %, slower
+by 4.3 % in the mean and by 41 % at most.
 
-Within a step, the counts of the step choose; parameters are summed from the
+The counts of a step choose the step's experts; parameters are summed from the
 devices that have them, zeros elsewhere, so that the gradients are summed to the
 same devices, and the optimizer steps there alone. Nothing is kept between
 steps. Devices that hold copies of the experts, along the axes `data` and
@@ -73,7 +73,7 @@ def seconds_by_number(
     most: R, the largest number of shadowed experts.
 
   Returns:
-    The R experts with the most rows, the lower number first of equals, [R]; and
+    The R experts with the most rows, of equals the lower index first, [R]; and
     the seconds with none to R of them shadowed, Lat_imbl first, [R + 1].
 
   Raises:
@@ -102,16 +102,19 @@ def seconds_by_number(
 def choose(counts: Any, sizes: Sizes, speeds: Speeds, *, most: int) -> Any:
   """Algorithm 1: experts by their number of tokens, as long as each pays.
 
-  Where two experts have equally many tokens, the lower number comes first. With
+  Where two experts have equally many tokens, the lower index comes first. With
   more experts than devices, E = c W, device w has the c experts from c w on; in
-  the paper, and for c = 1, each device has one. It runs inside a compiled step,
-  too, where seconds are float32, so that two choices whose seconds agree to
-  seven digits may be told apart otherwise than on counts of numpy.
+  the paper, and for c = 1, each device has one expert. The function runs inside
+  a compiled step, too, where seconds are float32, so that it may decide between
+  two choices whose seconds agree to seven digits otherwise than on counts of
+  numpy.
+
 
   Args and errors are those of `seconds_by_number`.
 
   Returns:
-    The numbers of the experts, then E for each of the R that is not used, [R].
+    The indices of the shadowed experts, and E for each of the R that is unused,
+    [R].
   """
   experts, seconds = seconds_by_number(counts, sizes, speeds, most)
   xp = counts.__array_namespace__()
@@ -124,13 +127,15 @@ def least_rows(
 ) -> float | Float[np.ndarray, ' N']:
   """The number r F of rows in n_max > r F, the threshold that FasterMoE prints.
 
-  If the busiest device has more, the 4 n_max M elements of rows in Lat_imbl are
-  more than the 4 r M F of parameters and gradients in Lat_shadow. (An expert of
-  three kernels has half as many again, and F counts for 3/2.) Shadowing pays if
-  also no device has more rows than n_max afterwards, whatever the speeds are.
+  If the busiest device has more rows, the 4 n_max M elements of rows in
+  Lat_imbl are more than the 4 r M F of parameters and gradients in Lat_shadow.
+  (An expert of three kernels has half as many again, and F counts for 3/2.)
+  Shadowing pays if also no device has more rows than n_max afterwards, whatever
+  the speeds are.
 
   Args:
-    number: r, the number of shadowed experts, or of each case, or a mean.
+    number: r, the number of shadowed experts: of one case, of each of N cases,
+      or a mean.
     sizes: The sizes of the experts.
   """
   return number * sizes.expert_rows / (2 * sizes.M)
@@ -162,9 +167,9 @@ class Shadowing(Options):
   def choose(
     self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes | None
   ) -> Int32[Array, ' R']:
-    """The experts that are shadowed, then E; called under `shard_map`.
+    """The indices of shadowed experts, then E; called under `shard_map`.
 
-    Where rows do not travel there are none, R = 0.
+    Where rows do not travel no expert is shadowed, and R = 0.
 
     Args:
       layout: The layout of groups and experts.
@@ -204,7 +209,7 @@ def split(
 
   Returns:
     The choices of all experts but the shadowed ones, and those of the R
-    shadowed experts, under the numbers 0 to R - 1; None if nothing can be
+    shadowed experts, under the indices 0 to R - 1; None if no expert can be
     shadowed.
   """
   E, R = routing.num_experts, len(shadowed)
@@ -222,8 +227,8 @@ def gathered(
 ) -> dict[str, Array]:
   """The parameters of shadowed experts, [R, ...], on every device.
 
-  It is called under `shard_map`. They are zeros where nothing is shadowed. The
-  sum is over the devices that rows travel between.
+  The function is called under `shard_map`. The parameters are zeros where
+  `shadowed` is E. The sum is over the devices that rows travel between.
 
   Args:
     layout: The layout of groups and experts.
@@ -258,8 +263,9 @@ def moved_rows(
     counts: The number of this device's rows of each expert.
     sent: The same without the rows of shadowed experts.
     shadowed: The experts that are shadowed, then E.
-    overflow: The number of its rows for which the exchange had no room; where
-      experts are split over `expert_only` axes, of those for this part of them.
+    overflow: The number of this device's rows for which the exchange had no
+      room; where experts are split over `expert_only` axes, of the rows for
+      this part of the experts.
   """
   if not layout.exchanged:
     return no_exchange()

@@ -1,7 +1,7 @@
 """Applies experts with slots over a mesh: rows travel to them and back.
 
 Each device moves its groups' tokens to rows, rows travel as an exchange says,
-experts multiply those that they have, and each device sums their outputs.
+experts multiply the rows that they get, and each device sums their outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ from moe_jax.shapes import Array, Float, Int32
 
 
 class StackedExperts(NamedTuple):
-  """Experts of which each multiplies as many rows.
+  """Experts that all multiply equally many rows.
 
   Attributes:
     compute: The function (params [*E, ...], rows [*E, R, M]) -> rows.
-    params: The parameters, [E, ...]; {} where they are those of a module.
+    params: The parameters, [E, ...]; {} where a module holds them.
     axes: The logical axes of each parameter.
     sizes: The sizes of an expert; None for modules, which know no sizes.
   """
@@ -49,7 +49,7 @@ def exchange_slots(
   exchange: Exchange,
   shadowing: Shadowing = Shadowing(),
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
-  """The gated sums of experts' outputs on a mesh, and what moved.
+  """The gated sums of experts' outputs on a mesh, and counts of what moved.
 
   Args:
     experts: The experts.
@@ -84,7 +84,7 @@ def exchange_slots(
     return dispatcher.combine(rows, routing).reshape(-1, *x.shape[1:])
 
   def depart(x, routing):
-    """Splits one device's choices, fills rows of both kinds, counts moves."""
+    """Fills a device's rows that travel and that stay, and counts them."""
     counts = routing.rows_per_expert()
     shadowed = shadowing.choose(layout, counts, experts.sizes)
     sent, staying = split(routing, shadowed)

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.shapes import Float
 
-# A directed link between two places, a device's number or the name of a switch.
+# A directed link between two ends, a device's index or the name of a switch.
 Place = int | str
 Link = tuple[Place, Place]
 
@@ -48,7 +48,7 @@ class Topology:
     """The time of the slowest link when each device sends to each other one.
 
     Args:
-      sent: The bytes from each device to each, with any leading axes; those
+      sent: The bytes from each device to each, with any leading axes; bytes
         that a device keeps are on no link.
     """
     flat = sent.reshape(*sent.shape[:-2], -1)
@@ -57,7 +57,7 @@ class Topology:
   def broadcast_seconds(
     self, sizes: Float[np.ndarray, '*N W']
   ) -> Float[np.ndarray, '*N']:
-    """The time in which devices send bytes of theirs to all others, at once.
+    """The time in which all devices at once send bytes to all other devices.
 
     Each link of the tree of paths from a device carries its bytes once. To sum
     as many bytes to the device takes the same links the other way round.

@@ -5,7 +5,7 @@ Functions take arrays and keys and return a `Routing`; there is no flax here.
 are `moe_jax.layers.routers`.
 """
 
-# The alias says that a name is public.
+# The form `import x as x` says that the name x is public.
 from moe_jax.routing import dispatch as dispatch
 from moe_jax.routing.assignments import Routing as Routing
 from moe_jax.routing.aux_losses import balance_loss as balance_loss

@@ -1,7 +1,7 @@
-"""The contract between routers and dispatchers: who goes where, as a `Routing`.
+"""The contract between routers and dispatchers: the class `Routing`.
 
 Tokens choose experts, or experts choose tokens; both are lists of choices with
-the same fields, so that no dispatcher asks which it has.
+the same fields, so that a dispatcher treats both alike.
 """
 
 import dataclasses
@@ -18,11 +18,12 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
 
 
 class TokenChoices(NamedTuple):
-  """The choices of each token, whoever made them.
+  """The experts of each token, whether tokens or experts made the choice.
 
   Attributes:
-    expert: int32 [G, S, N], the number of the expert; -1 where there is none.
-    gate: float32 [G, S, N], the weight of its output; 0 where not kept.
+    expert: int32 [G, S, N], the index of the expert; -1 where there is none.
+    gate: float32 [G, S, N], the weight of the expert's output; 0 where the
+      choice is not kept.
     kept: bool [G, S, N], whether the choice is served.
   """
 
@@ -56,7 +57,7 @@ class Routing:
     num_experts: E, the number of experts.
     capacity: C, the slots of an expert in each group; None for no bound.
     token_index: int32 [G, E, C], the token in each slot, where experts choose;
-      None where tokens do, as the place of a choice tells its token.
+      None where tokens choose, as the position of a choice tells its token.
     num_tokens: S where experts choose; None where the shapes tell it.
   """
 
@@ -92,7 +93,7 @@ class Routing:
 
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field; see `HasShapes`."""
-    # The slots may be those of more experts than a choice can have.
+    # After `of_experts` the slots are still those of all experts before it.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'
     hints: dict[str, Any] = {
       'expert_index': Int[Array, dims],
@@ -105,7 +106,7 @@ class Routing:
     return hints
 
   def static_sizes(self) -> dict[str, int]:
-    """The sizes that no array tells; raises ValueError for a bad capacity."""
+    """E and S, which no shape tells; raises ValueError for a bad capacity."""
     check_capacity(self.capacity)
     return {'E': self.num_experts, 'S': self.group_size}
 
@@ -135,7 +136,7 @@ class Routing:
     return self.capacity
 
   def slot_shares(self) -> Bool[Array, 'G S E C']:
-    """The part of each token in each slot: all of it or nothing."""
+    """Whether each slot holds each token; no slot holds a part of a token."""
     return self._in_slots(self.kept.astype(jnp.int8)) > 0
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
@@ -157,10 +158,10 @@ class Routing:
     return self._spread(self.gate)
 
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
-    """The choices of the tokens that the mask has; others have none.
+    """The choices of real tokens, for which the mask is True; others have none.
 
-    They are the K of each token, or, where experts choose, all E experts, with
-    -1 for those that did not take the token.
+    A token has its K choices. Where experts choose, it has E, one for each
+    expert, with -1 for an expert that did not take the token.
     """
     real = mask[..., None]
     if self.token_index is None:
@@ -189,11 +190,11 @@ class Routing:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'Routing':
-    """The choices of some experts alone, which get new numbers.
+    """The choices of some experts alone, which get new indices.
 
     Args:
-      number: The new number of each expert; `num_experts` or more for experts
-        whose choices are left out. No two of the others have the same one.
+      number: The new index of each expert; `num_experts` or more for experts
+        whose choices are left out. No two of the others have the same index.
       num_experts: The number of experts of the result.
     """
     index = number[self.expert_index]

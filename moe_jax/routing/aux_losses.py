@@ -26,16 +26,16 @@ def balance_loss(
   """E * sum_e f_e P_e: the fraction of choices times the mean probability.
 
   The value at perfect balance is 1 for every K and E: f_e is a fraction of
-  choices, so it sums to 1 over experts (flaxformer and MaxText sum it to K,
-  GShard as printed is this over E^2). The load is the router's wish, counted
-  before any choice is dropped; the gradient flows through P alone.
+  choices, so it sums to 1 over experts (in flaxformer and MaxText it sums to K;
+  GShard's loss as printed is this one divided by E^2). Choices are counted
+  before any is dropped, and the gradient flows through P alone.
 
   Args:
     router_probs: The softmax of the logits over all experts.
     expert_index: The chosen experts, before any choice is dropped.
     mask: False for padding.
     choices: 'all' counts all K choices, 'first' only the largest (GShard
-      Algorithm 1, ST-MoE); the same for K=1 (Switch).
+      Algorithm 1, ST-MoE); for K=1 (Switch) both are the same.
 
   Source: Eq. 4 of arXiv:2101.03961 without its alpha.
   """
@@ -56,10 +56,10 @@ class BalanceSums(NamedTuple):
   """Sums over each of U parts of a batch, from which balance losses are made.
 
   Attributes:
-    load: float32 [U, E], the choices of each expert, before any is dropped.
-    prob: float32 [U, E], the probabilities of real tokens.
-    tokens: float32 [U], the real tokens.
-    num_choices: The choices of each token that the load counts.
+    load: float32 [U, E], the number of choices of each expert, before drops.
+    prob: float32 [U, E], the sum of the real tokens' probabilities.
+    tokens: float32 [U], the number of real tokens.
+    num_choices: The number of choices of each token that the load counts.
   """
 
   load: Array
@@ -95,10 +95,11 @@ def balance_sums(
 
 
 def balance_of_parts(sums: BalanceSums, count: int) -> Float32[Array, '']:
-  """The balance losses of every `count` parts together, summed over them.
+  """The sum of the balance losses of sets of `count` consecutive parts.
 
-  Each is multiplied by its real tokens, so that the total divided by all of
-  them is the mean. The last one may have fewer parts.
+  The loss of each set is multiplied by its number of real tokens, so that the
+  sum divided by the number of all real tokens is the mean. The last set may
+  have fewer parts.
   """
 
   def sum_parts(x):

@@ -1,7 +1,7 @@
 """Balancing without a loss: a bias on each expert's score, moved by its load.
 
-Loss-Free Balancing, https://arxiv.org/abs/2408.15664. The bias decides who is
-chosen and never what a choice weighs, so it has no gradient.
+Loss-Free Balancing, https://arxiv.org/abs/2408.15664. The bias decides which
+experts are chosen and never enters into their gates, so it has no gradient.
 """
 
 import jax
@@ -22,8 +22,8 @@ def scores_of(
 
   Args:
     router_logits: The logits that the scores are computed from.
-    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each by
-      itself, or 'softmax' over all experts.
+    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each logit
+      by itself, or 'softmax' over all experts.
   """
   if scores not in SCORES:
     raise unknown('scores', scores, SCORES)
@@ -56,7 +56,7 @@ def moved(
   rate: Leaf,
   rule: str = 'sign',
 ) -> Float32[Array, '*L E']:
-  """The bias after a step: up below the mean load, down above.
+  """The bias after a step: it rises below the mean load and falls above it.
 
   Source: Algorithm 1 of arXiv:2408.15664 for 'sign', and its Table 3 for
   'error'. The paper does not give the unit of its error; here it is relative to
@@ -64,9 +64,9 @@ def moved(
 
   Args:
     bias: The bias of each expert before the step.
-    load: The choices of each expert before drops, of the whole batch.
+    load: The number of choices of each expert in the whole batch, before drops.
     rate: The paper's u, 0.001 there; by the rule 'sign' a bias moves at most
-      rate * steps, so short runs need a larger one.
+      rate * steps, so short runs need a larger rate.
     rule: One of `RULES`: 'sign' moves the bias by the rate, 'error' by the rate
       times (mean load - load) / mean load.
   """

@@ -1,7 +1,7 @@
 """Capacity: how many slots an expert has in each group; checks of K and C.
 
 The papers and codebases mean two things by a capacity factor, so each meaning
-is a kind of its own, with its name.
+is a rule of its own: `PerToken` and `PerAssignment`.
 """
 
 import dataclasses
@@ -48,12 +48,12 @@ class Capacity(Options):
   def per_expert(
     self, group_size: int, num_experts: int, num_selected: int
   ) -> int:
-    """Slots per expert and group, C in [1, S], a Python int.
+    """The slots of an expert in each group, C in [1, S], a Python int.
 
     No rule gives more than S: a token takes at most one slot of an expert.
 
     Args:
-      group_size: S, the tokens of a group.
+      group_size: S, the number of tokens of a group.
       num_experts: E, the number of experts.
       num_selected: K, the number of experts that a token chooses.
     """

@@ -1,8 +1,9 @@
 """Dispatchers: how tokens `[G, S, M]` move to the rows of experts and back.
 
-All are equal in value and gradient on the same routing. The rows of `gather`
-and `einsum` are `[E, R, M]`, R for each expert. Those of `sorted_rows` are
-`[N, M]`, sorted by expert, as many of each as `routing.rows_per_expert()` says.
+All dispatchers are equal in value and gradient on the same routing. The rows of
+`gather` and `einsum` are `[E, R, M]`, R for each expert. The rows of
+`sorted_rows` are `[N, M]`, sorted by expert; `routing.rows_per_expert()` says
+how many each expert has.
 """
 
 import functools
@@ -37,9 +38,13 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
-  """A one-hot product, R = G * C; empty slots are zero.
+  """Moves tokens to slots by a one-hot product, R = G * C.
 
-  It costs O(S E C M) per group, which grows with the square of the group size.
+  Empty slots are zero.
+
+  The product costs O(S E C M) per group, which grows with the square of the
+  group size.
+
 
   Raises:
     ValueError: The routing has no capacity.
@@ -55,7 +60,7 @@ def _by_masks(
 def _back_by_masks(
   rows: Float[Array, 'E R M'], routing: AnyRouting
 ) -> Float[Array, 'G S M']:
-  """The product back; raises ValueError for a routing without a capacity."""
+  """Moves rows back by a product; raises ValueError without a capacity."""
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   _check_rows(rows.shape, (E, G * C))
@@ -67,7 +72,8 @@ def _back_by_masks(
 def _to_slots(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'E R M']:
-  """The rows of `einsum`, by index: O(S K M) per group.
+  """Moves tokens to the same rows as `_by_masks`, by index: O(S K M) per group.
+
 
   Raises:
     ValueError: The routing has no capacity.
@@ -79,7 +85,7 @@ def _to_slots(
 def _from_slots(
   rows: Float[Array, 'E R M'], routing: Routing
 ) -> Float[Array, 'G S M']:
-  """The rows back; raises ValueError for a routing without a capacity."""
+  """Moves rows back by index; raises ValueError without a capacity."""
   return _give_back(rows, slot_rows(routing), routing)
 
 
@@ -87,7 +93,7 @@ def _from_slots(
 def _to_sorted(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'N M']:
-  """Rows sorted by expert; those that no choice has are zero, and last."""
+  """Moves tokens to rows sorted by expert; empty rows are zero, and last."""
   return _take(x, rows_by_expert(routing))
 
 
@@ -110,7 +116,7 @@ sorted_rows = Dispatcher(_to_sorted, _from_sorted)
 
 
 def _check_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-  """Raises ValueError where rows are not as many as the routing has."""
+  """Raises ValueError where the number of rows is not that of the routing."""
   if shape[:-1] != expected:
     raise InputError(
       f'rows has shape {shape}; the routing has {expected} of them'
@@ -142,7 +148,7 @@ def slot_rows(routing: Routing) -> Rows:
   """The rows [E, R] of slots, R = G * C: group after group for each expert.
 
   Raises:
-    ValueError: There is no capacity.
+    ValueError: The routing has no capacity.
   """
   G, E, C = len(routing.gate), routing.num_experts, routing.bounded()
   group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
@@ -156,10 +162,10 @@ def slot_rows(routing: Routing) -> Rows:
 
 @jax.named_scope('index')
 def rows_by_expert(routing: Routing) -> Rows:
-  """The rows [N] sorted by expert, an expert's in the order of the choices.
+  """The rows [N] sorted by expert, and for an expert in the order of choices.
 
-  N is the most there can be, min(P, E * G * C) of P choices; rows past those
-  that are kept are empty.
+  N is the largest number of choices that can be kept, min(P, E * G * C) of P
+  choices; the rows after those of the kept choices are empty.
   """
   P, E = routing.gate.size, routing.num_experts
   N = P
@@ -173,7 +179,7 @@ def rows_by_expert(routing: Routing) -> Rows:
 
 
 def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
-  """The rows of which `choice` and `row` tell each other's places."""
+  """The `Rows` with this choice in each row and this row of each choice."""
   G, S, gate = len(routing.gate), routing.group_size, routing.gate
   if routing.token_index is None:
     shape, token = (G * S, -1), choice // gate.shape[-1]
@@ -219,7 +225,7 @@ def take_tokens(
 
   Args:
     x: The tokens.
-    token: The token in each row; N in an empty one.
+    token: The token in each row; N in an empty row.
     row: The row of each choice, as in `Rows`, for the gradient.
     num_tokens: N.
   """

@@ -2,7 +2,7 @@
 
 https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
 as many experts as pick it, or none. The picks depend on all tokens of the
-group: not causal.
+group, so that the rule is not causal.
 """
 
 import jax
@@ -27,15 +27,16 @@ def expert_choice(
 
   Probabilities are the softmax over experts; a picked token's probability is
   its gate. Ties go to the earlier token. In a group with padding experts take
-  fewer tokens: ceil(C * n / S) of n real ones, about as many as if these were a
-  group of their own.
+  fewer tokens: ceil(C * n / S) of n real tokens, about as many as if the real
+  tokens were a group of their own.
 
   Args:
     router_logits: The logits, which are taken as float32.
     capacity: C, at most S; c * S / E where tokens have c experts on average.
-    mask: False for padding, which nobody picks. Default: all real.
-    taken_by: The experts that may take each token. One that has room for all
-      that it may take takes them, whatever their probabilities are.
+    mask: False for padding, which no expert picks. Default: all real.
+    taken_by: Whether each expert may take each token. An expert that has room
+      for all tokens that it may take takes them, whatever their probabilities
+      are. Default: every expert may take every token.
 
   Raises:
     ValueError: The capacity is not in [1, S].
@@ -62,8 +63,8 @@ def likeliest_tokens(
 ) -> Routing:
   """Gives each expert the tokens of largest probability that it may take.
 
-  In each group it takes `most` of them, or all if there are fewer; ties go to
-  the earlier token.
+  In each group an expert takes `most` tokens, or all that it may take if they
+  are fewer; ties go to the earlier token.
   """
   S = logits.shape[1]
   probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
@@ -81,7 +82,7 @@ def likeliest_tokens(
 def shares(
   real: Int32[Array, ' G'], group_size: int, capacity: int
 ) -> Int32[Array, ' G']:
-  """The number of tokens that an expert takes of n real ones, ceil(C n / S)."""
+  """ceil(C n / S), the number that an expert takes of n real tokens."""
   # The shares come from a table, as C * n can be more than an int32 holds.
   n = np.arange(group_size + 1, dtype=np.int64)
   table = -(-capacity * n // group_size)

@@ -1,7 +1,7 @@
-"""Queues of choices that are already made: which of them experts serve.
+"""Queues of choices that are already made, and which choices experts serve.
 
-Hash layers, random routing and routers of two levels make such choices, and so
-does whoever imposes choices on a router: a recorded routing, or a balanced one.
+Hash layers, random routing and routers of two levels make such choices. So does
+a caller that imposes choices on a router: a recorded routing, or an even one.
 """
 
 import functools
@@ -17,7 +17,8 @@ from moe_jax.routing.rows import decided, stable_argsort
 from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
 
 GIVEN_PRIORITIES = ('token_major', 'choice_major')
-# Signs in the place of an expert: there is no choice, or the router makes it.
+# Values that stand for an expert's index: there is no choice, or the router
+# makes the choice.
 NO_CHOICE, OPEN = -1, -2
 
 
@@ -25,10 +26,10 @@ class GivenChoices(NamedTuple):
   """Choices that are imposed on a router in the place of its own.
 
   Attributes:
-    expert: int [G, S, K], the experts of each token, different ones in the
-      order of the choices; `NO_CHOICE` where there is none, as at padding or,
-      where experts choose, for a token that has fewer than K; `OPEN` for all
-      choices of a group that its router makes, as if none were imposed.
+    expert: int [G, S, K], the indices of each token's experts, all different
+      and in the order of the choices; `NO_CHOICE` where there is none, as at
+      padding or, where experts choose, for a token that has fewer than K;
+      `OPEN` for all choices of a group in which the router chooses itself.
     kept: bool [G, S, K], whether each choice is served; None leaves that to the
       router's queues.
   """
@@ -37,7 +38,7 @@ class GivenChoices(NamedTuple):
   kept: Leaf = None
 
   def in_place_of(self, index: Int32[Array, 'G S K']) -> Int32[Array, 'G S K']:
-    """These experts, or those of a router's `index` where it has the choice."""
+    """The imposed experts; where none is imposed, the router's own, `index`."""
     return jnp.where(self.expert >= 0, self.expert.astype(index.dtype), index)
 
 
@@ -45,8 +46,8 @@ class GivenChoices(NamedTuple):
 def even_choice(expert_index: Int32[Array, 'G S K'], **queue: Any) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
-  A dropped choice has gate 0, which no other choice makes up for. Arguments
-  and errors are those of `given_choice`.
+  A dropped choice has gate 0, and the gates of the token's other choices stay.
+  Arguments and errors are those of `given_choice`.
   """
   gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
   return given_choice(expert_index, gate, **queue)
@@ -63,7 +64,7 @@ def given_choice(
   slot_priority: str = 'token_major',
   given: GivenChoices | None = None,
 ) -> Routing:
-  """Serves choices whose gates are given; that of a dropped choice becomes 0.
+  """Serves choices whose gates are given; a dropped choice gets gate 0.
 
   Args:
     expert_index: K different experts for each token.
@@ -72,8 +73,8 @@ def given_choice(
     capacity, mask: As in `token_choice`.
     slot_priority: 'token_major' or 'choice_major'; there are no probabilities
       to order the tokens by, as 'batch_priority' would.
-    given: The choices that are imposed, which may say which are served; their
-      experts are in `expert_index`.
+    given: The imposed choices, whose experts already are in `expert_index`;
+      their `kept` may say which of them are served.
 
   Raises:
     ValueError: K is not in [1, E], capacity < 1, or the priority is unknown.
@@ -105,18 +106,20 @@ def to_experts(
   num_experts: int,
   capacity: int | None,
 ) -> Routing:
-  """A routing in which several of E columns may lead to the same expert.
+  """Leads each of E choices to an expert, which may be the same for several.
 
-  The served choices and their gates stay those of the columns, each of which
-  has had a queue and a capacity of its own. A token that chose two
-  columns of an expert is in two of its slots.
+  Routing to merged experts works so: a router still has E logits for each
+  token, as before experts were merged. The served choices and their gates stay
+  as `routing` has them, where each of the E had a queue and a capacity of its
+  own. A token that chose two of the E that lead to the same expert is in two
+  slots of the expert.
 
   Args:
-    routing: The routing to columns, as if each were an expert.
-    expert_of: The expert of each column that a token may have chosen.
-    num_experts: The number of experts.
-    capacity: The slots of an expert, which have room for all choices that its
-      columns serve; None for no bound.
+    routing: The routing to E experts, before experts were merged.
+    expert_of: The index of the expert to which each of the E leads.
+    num_experts: The number of experts of the result.
+    capacity: The slots of an expert of the result, which have room for all
+      choices that `routing` serves; None for no bound.
   """
   index = expert_of[routing.expert_index]
   slot = queue_slots(index, routing.kept, num_experts, 'token_major')
@@ -127,15 +130,15 @@ def to_experts(
 
 @checked
 def one_queue(routing: Routing, capacity: int) -> Routing:
-  """The choices of all groups in one group, which queue once more.
+  """Makes one group of all groups, in which served choices queue once more.
 
   Args:
     routing: The routing of several groups, [G, S, K].
     capacity: The slots of an expert for all groups together.
 
   Returns:
-    A routing of one group [1, G * S, K]. The first `capacity` choices of an
-    expert that were served, in the order of the tokens, stay; the others are
+    A routing of one group [1, G * S, K]. Of the choices of an expert that were
+    served, the first `capacity` in the order of the tokens stay; the others are
     dropped.
   """
   index, kept, gate = (
@@ -163,10 +166,10 @@ def queue_choices(
   """The slots of choices, as in `Routing`, and whether they are served.
 
   Served choices that are imposed have the slots that they had when they were
-  recorded, if priority and capacity were the same: whoever was dropped stood
+  recorded, if priority and capacity were the same: the dropped choices stood
   behind them. An imposed choice that is not served has a slot past the
   capacity, so that it counts as dropped; where a second policy left choices
-  unsent, that is so only if its expert is full.
+  unsent, it has such a slot only if its expert is full.
 
   Args:
     expert_index: The chosen experts.
@@ -175,8 +178,9 @@ def queue_choices(
     capacity: C, or None for no bound.
     slot_priority, order: As in `queue_slots`.
     sent: Whether a second policy sends each choice. Default: all are sent.
-    holds_place: Whether a choice that is not sent keeps its place in the queue.
-    given: The choices that are imposed, of which it may say which are served.
+    holds_place: Whether a choice that is not sent still counts in its expert's
+      queue, so that later choices have the same slots as if it were sent.
+    given: The imposed choices; their `kept` may say which of them are served.
   """
   real = jnp.broadcast_to(mask[..., None], expert_index.shape)
   served = real if sent is None else real & sent
@@ -184,7 +188,8 @@ def queue_choices(
   if given is not None and given.kept is not None:
     is_imposed = given.expert != OPEN
     served = jnp.where(is_imposed, real & given.kept, served)
-    # In an order by probabilities it is not known who held a place.
+    # With queues ordered by probability it is not known which choices that were
+    # not served stood in front of a served one.
     if not holds_place or order is not None:
       queued = jnp.where(is_imposed, served, queued)
   slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)
@@ -200,7 +205,7 @@ def queue_choices(
 
 
 def _is_full(expert_index, served, E, capacity):
-  """Whether the expert of each choice serves as many as it can."""
+  """Whether the expert of each choice has no slot left."""
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [G, S, K, E]
   count = (chosen & served[..., None]).sum((1, 2))  # [G, E]
   return (chosen & (count >= capacity)[:, None, None]).any(-1)
@@ -213,15 +218,17 @@ def queue_slots(
   slot_priority: str,
   order: Int32[Array, 'G S'] | None = None,
 ) -> Int32[Array, 'G S K']:
-  """The number of choices before each in its expert's queue; 0 outside of it.
+  """The number of choices before each choice in the queue of its expert.
+
+  It is 0 for a choice that does not queue.
 
   Args:
     expert_index: The chosen experts.
     queued: True for choices that queue.
     E: The number of experts.
     slot_priority: 'token_major'; any other value makes choice-major queues.
-    order: The order in which the tokens of each group queue; None for that of
-      the sequence.
+    order: The order in which the tokens of each group queue; None for their
+      order in the sequence.
   """
   G, S, K = expert_index.shape
   if order is not None:
@@ -252,9 +259,10 @@ def queue_slots(
 def places_by_sum(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """The number of queued choices of the same expert before each; else 0.
+  """The number of queued choices of the same expert before each queued choice.
 
-  It is a sum over one-hot vectors.
+  It is computed by a sum over one-hot vectors, and is 0 for a choice that does
+  not queue.
   """
   choice = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
   choice = jnp.where(queued[:, None], choice, 0)  # [N, E]
@@ -264,7 +272,7 @@ def places_by_sum(
 def places_by_sort(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """The numbers of `places_by_sum`, by one sort: its cost has no factor E."""
+  """The result of `places_by_sum`, from a sort, whose cost has no factor E."""
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
   sorted_key = key[order]

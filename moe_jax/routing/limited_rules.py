@@ -1,15 +1,17 @@
 """Choices that are limited to some of the experts: DeepSeek's and FasterMoE's.
 
-The experts of a group have consecutive numbers, as those on one device or one
-node have, and a token chooses among the experts of its best groups alone.
+In DeepSeek's rules the experts of a group have consecutive indices, like the
+experts on one device or one node, and a token chooses among the experts of its
+best groups alone.
 DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2) rates a group by
 the best of its scores, DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section
 2.1.2) by the sum of its two best ones.
 
 The topology-aware gate of FasterMoE (He et al., PPoPP 2022,
 https://doi.org/10.1145/3503221.3508418) lays E experts over Q nodes in order,
-E / Q on each. A token may go to experts of its own node as it likes; at most L
-tokens of a group go to others. It returns choices, which `token_choice` serves.
+E / Q on each. A token may go to any expert of its own node; at most L tokens of
+a group go to experts of other nodes. The rule returns choices, which
+`token_choice` serves.
 """
 
 from collections.abc import Iterator
@@ -38,9 +40,9 @@ def limited_scores(
   group_score: str = 'best',
   outside: str = 'minus_infinity',
 ) -> Float32[Array, '*G E']:
-  """The scores by which tokens choose, without the groups that are not theirs.
+  """The scores by which tokens choose, changed outside of their best groups.
 
-  Ties between groups go to the lower one. There is no gradient.
+  Ties between groups go to the group of lower index. There is no gradient.
 
   Args:
     scores: The scores of all experts, with a bias if they have one.
@@ -48,9 +50,9 @@ def limited_scores(
     chosen_groups: The number of groups that a token chooses among.
     group_score: The score that rates a group: its 'best' (DeepSeek-V2), or the
       sum of its 'two_best' (DeepSeek-V3).
-    outside: The score that replaces those outside of the chosen groups:
-      'minus_infinity', or 'zero' (DeepSeek-V2), which an expert inside whose
-      score is negative loses to.
+    outside: The score that experts outside of the chosen groups get:
+      'minus_infinity', or 'zero' (DeepSeek-V2), to which an expert of a chosen
+      group loses if its score is negative.
 
   Raises:
     ValueError: An option is unknown, or the sizes do not fit.
@@ -80,7 +82,7 @@ def limited_scores(
 def group_problems(
   num_experts: int, num_groups: int, group_score: str
 ) -> Iterator[str]:
-  """The problems of groups with E, before arrays exist."""
+  """The reasons why E experts cannot form such groups, a text for each."""
   size, remainder = divmod(num_experts, num_groups)
   if remainder:
     yield f'num_experts={num_experts} does not divide by {num_groups} groups'
@@ -101,14 +103,14 @@ def limited_choice(
   num_nodes: int,
   limit: int,
 ) -> Int32[Array, 'G S K']:
-  """The choices of the published gate, the likeliest expert first.
+  """The choices of FasterMoE's gate, the likeliest expert of a token first.
 
   A token wants to leave if one of the experts of its K largest logits is on
-  another node. If more than L tokens of a group want to, the L with the highest
-  scores keep their choices, and each of the others chooses its K largest logits
-  among the experts of its own node. A token's score is the probability, among
-  all experts, of the best remote expert that it wants; ties go to the earlier
-  token.
+  another node. If more than L tokens of a group want to leave, the L tokens
+  with the highest scores keep their choices, and each of the others chooses its
+  K largest logits among the experts of its own node. A token's score is the
+  probability, among all experts, of the best remote expert that it wants; ties
+  go to the earlier token.
 
   Source: the gate of FasterMoE, which is printed for a token's best expert.
   Unlike the paper, which does not say what several choices of a token count, a
@@ -117,7 +119,7 @@ def limited_choice(
 
   Args:
     router_logits: The logits, with their noise if they have any.
-    node: The node of each group, in [0, Q).
+    node: The index of the node of each group, in [0, Q).
     mask: False for padding, which never wants to leave.
     num_selected: K, at most the number of experts on a node.
     num_nodes: Q, a divisor of E.

@@ -1,4 +1,8 @@
-"""What rules and dispatchers share: names, masked values, an order."""
+"""Three functions that both the routing rules and the dispatchers call.
+
+`decided` marks integers that the backward pass does not compute again,
+`without_nan` clears padding, and `stable_argsort` sorts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +16,10 @@ DECISION = 'routing'
 
 
 def decided(index: Leaf) -> Leaf:
-  """Names a router's decision, an array of integers, for a remat policy.
+  """Names a router's decision, an array of integers, so that remat can save it.
 
-  It is worth saving: it is small, and to compute it again takes a top-K or a
-  sort.
+  The array is small, and to compute it again in the backward pass would take a
+  top-K or a sort.
   """
   return checkpoint_name(index, DECISION)
 
@@ -25,8 +29,8 @@ def without_nan(
 ) -> Float[Array, '*G M']:
   """x, with zeros for NaN and infinities where the mask is False.
 
-  It stands before products, not behind them: a NaN or an infinity of a token
-  that is padding would reach the gradients of kernels as 0 * NaN. Finite
+  Call this function before products, not after them: a NaN or an infinity of a
+  token that is padding would reach the gradients of kernels as 0 * NaN. Finite
   numbers stay, so that outputs at padding are the same as without a mask.
   """
   return _without_nan(mask, x)

@@ -1,11 +1,11 @@
 """Choices that no logit made: by hash, at random, and in turn.
 
-Hash layers (https://arxiv.org/abs/2106.04426): a token's experts are a fixed,
+In hash layers (https://arxiv.org/abs/2106.04426) a token's experts are a fixed,
 pseudo-random function of an id. Nothing is learned and nothing balanced: an id
 that is common makes its experts busy. The paper keeps random tables; here a
 hash function stands for a table of any size. Random routing is the paper's
-baseline: a learned router should do better. Choices in turn are even, for
-measurements of speed.
+baseline: a learned router should do better. Choices in turn give all experts
+the same load, for measurements of speed.
 """
 
 import jax
@@ -29,17 +29,17 @@ def hash_choice(
   seed: int = 0,
   layer: int | Int[Array, ''] = 0,
 ) -> Int32[Array, 'G S K']:
-  """K different experts of each id; those of equal ids are the same.
+  """K different experts of each id; equal ids have the same experts.
 
-  With K > 1 it is the paper's MultiHash, except that there the experts are
-  slices of one feed-forward layer.
+  With K > 1 this is the paper's MultiHash, except that in the paper the experts
+  are slices of one feed-forward layer.
 
   Args:
     ids: The ids to hash, from `hash_ids`.
     num_experts: The number E of experts.
     num_selected: K, in [1, E].
-    seed: The number of the table; another seed gives other experts.
-    layer: The number of the layer; every layer has a table of its own.
+    seed: The seed of the table; another seed gives other experts.
+    layer: The index of the layer; every layer has a table of its own.
 
   Raises:
     ValueError: K is not in [1, E].
@@ -62,10 +62,10 @@ def hash_ids(
   """The ids that decide the experts of each token.
 
   Args:
-    hash_of: The source of the ids: 'token', 'bigram' (the token and the one
-      before), or 'position'.
+    hash_of: The source of the ids: 'token', 'bigram' (the token and the token
+      before it), or 'position'.
     tokens: Token ids.
-    previous: The token before each in its segment; -1 for the first.
+    previous: The token before each token in its segment; -1 for the first.
     positions: The position of each token in its segment.
 
   Raises:
@@ -102,8 +102,8 @@ def distinct(
   K, experts = draws.shape[-1], []
   for k in range(K):
     expert = (draws[..., k] % jnp.uint32(num_experts - k)).astype(jnp.int32)
-    # The draw is a number among the experts that are left; the loop makes it
-    # the number among all.
+    # The draw is an index among the experts that are left; the loop makes it
+    # the index among all experts.
     for chosen in jnp.sort(jnp.stack(experts), axis=0) if experts else ():
       expert = expert + (expert >= chosen)
     experts.append(expert)
@@ -111,7 +111,7 @@ def distinct(
 
 
 def mixed(x: UInt32[Array, '*G']) -> UInt32[Array, '*G']:
-  """Scrambles the bits: MurmurHash3's finalizer, one to one."""
+  """Scrambles the bits of numbers, one to one, by MurmurHash3's finalizer."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
@@ -130,7 +130,7 @@ def random_choice(
   num_experts: int,
   num_selected: int,
 ) -> Int32[Array, 'G S K']:
-  """Draws K different experts for each token; all sets of K are as likely.
+  """Draws K different experts for each token; all sets of K are equally likely.
 
   Args:
     key: The key that the experts are drawn from.
@@ -161,15 +161,15 @@ def choice_in_turn(
 ) -> Int32[Array, 'G S K']:
   """Gives the choices of a group's real tokens to the experts in turn.
 
-  In each group the loads of two experts differ by one at most, and those of a
-  batch without padding do so, too: each group goes on where a full group before
-  it would have ended. Choices of padding mean nothing.
+  In each group the loads of two experts differ by one at most. The loads of a
+  batch without padding do so, too: each group begins with the expert after the
+  last expert of a full group before it. Choices of padding mean nothing.
 
   Args:
     mask: False for padding.
     num_experts: The number E of experts.
     num_selected: K, in [1, E]; the choices of a token are different experts.
-    first: The expert of the first choice of all.
+    first: The index of the expert of the first token's first choice.
 
   Raises:
     ValueError: K is not in [1, E].

@@ -5,16 +5,17 @@ Appendix A; the choice itself is `token_choice` on the noisy logits with
 `gates='renormalized'`.
 
 Two levels of gates over a * b experts (Appendix B): a primary gate chooses
-among a branches, and each branch's own gate among its b experts: expert i * b +
-j is expert j of branch i. The result is a `Routing` over all experts, whose
-gates are products of both levels' gates.
+among a branches, and each branch's own gate among its b experts; the expert of
+index i * b + j is expert j of branch i. The result is a `Routing` over all
+experts, whose gates are products of both levels' gates.
 
 Strictly balanced gating (Appendix F): every expert has as many tokens as every
 other. In training an expert takes the m = K n / E tokens of the group whose
-gate for it is largest (the batchwise mask), which depends on all of them: not
-causal. In inference it takes those whose gate is above a threshold of its own,
-which training has made to agree with the mask. A token has any number of
-experts, or none; its gates are renormalised over those it has.
+gate for it is largest (the batchwise mask). This depends on all tokens of the
+group and is not causal. In inference an expert takes the tokens whose gate is
+above a threshold of its own, which training has made to agree with the mask. A
+token has any number of experts, or none; its gates are renormalised over the
+experts that took it.
 """
 
 import dataclasses
@@ -71,11 +72,12 @@ def load_probability(
   num_selected: int,
   largest: Int32[Array, 'G S N'] | None = None,
 ) -> Float32[Array, 'G S E']:
-  """P(x, i): the chance that i is among the K if only its noise is redrawn.
+  """P(x, i): the chance that expert i is chosen if only its noise is redrawn.
 
   Source: Eq. 8-9 of arXiv:1701.06538. kth_excluding(Z, K, i) is the K-th
-  largest of the noisy logits without entry i: for i among the K largest that
-  is the (K+1)-th of all. With K = E every expert is always chosen: 1.
+  largest of the noisy logits other than logit i; for i among the K largest, it
+  is the (K+1)-th of all logits. With K = E every expert is always chosen, and
+  the chance is 1.
 
   Args:
     logits: The logits without and with noise.
@@ -130,8 +132,8 @@ def hierarchical_load(
 ) -> Float32[Array, 'G E']:
   """Load_H, for expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
 
-  X_i are the real tokens that chose branch i; the load of a branch that nobody
-  chose is 0. The first factor is where the primary gate's gradient comes from.
+  X_i are the real tokens that chose branch i; the load of a branch that no
+  token chose is 0. The primary gate's gradient comes from the first factor.
 
   Args:
     branch_probability: P(x, i) of the primary gate (`load_probability`).
@@ -192,8 +194,8 @@ def batchwise_choice(
 ) -> Routing:
   """The batchwise mask: each expert takes m = ceil(K S / E) tokens.
 
-  Each group is a batch of its own. In a padded group of n real tokens it is
-  ceil(m n / S). Ties go to the earlier token.
+  Each group is a batch of its own. In a padded group of n real tokens an expert
+  takes ceil(m n / S). Ties go to the earlier token.
 
   Source: Eq. 16 and 18 of arXiv:1701.06538.
   """
@@ -214,8 +216,8 @@ def threshold_choice(
 ) -> Routing:
   """The threshold mask: experts take tokens with gates above their threshold.
 
-  Where these are more than an expert has slots, it takes the largest gates;
-  with room for all, a token's experts depend on that token alone.
+  An expert with fewer slots than such tokens takes those with the largest
+  gates. With room for all, a token's experts depend on the token alone.
 
   Source: Eq. 19 of arXiv:1701.06538.
   """
@@ -236,9 +238,9 @@ def batchwise_loss(
 ) -> Float32[Array, ' G']:
   """sum_i (threshold mask - batchwise mask)_i * (gate_i - T_i), over experts i.
 
-  Never negative, and 0 where the two masks agree. The masks have no gradient;
-  gates and thresholds have. Unlike the paper's it is a mean over real tokens,
-  not a sum, so that it does not grow with the batch.
+  The loss is never negative, and 0 where the two masks agree. The masks have no
+  gradient; gates and thresholds have one. The loss is a mean over real tokens,
+  not a sum as in the paper, so that it does not grow with the batch.
 
   Args:
     router_logits: The logits, whose softmax is the gates.

@@ -31,10 +31,10 @@ class SoftRouting:
   """The weights between tokens and slots; its methods are those of `Routing`.
 
   Attributes:
-    share: float32 [G, S, E, C], the part of each token in each slot; those of
-      a slot sum to 1, and padding has 0.
+    share: float32 [G, S, E, C], the part of each token in each slot; the parts
+      of a slot sum to 1, and padding has 0.
     gate: float32 [G, S, E, C], the weight of each slot's output in each token;
-      those of a token sum to 1, and padding has 0.
+      the weights of a token sum to 1, and padding has 0.
   """
 
   share: Leaf
@@ -79,7 +79,7 @@ class SoftRouting:
     return self.gate.sum(-1)
 
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
-    """Each real token with all E experts, which all serve it."""
+    """The choices of real tokens: all E experts, which all serve each token."""
     shape = (*mask.shape, self.num_experts)
     kept = jnp.broadcast_to(mask[..., None], shape)
     expert = jnp.where(kept, jnp.arange(shape[-1], dtype=jnp.int32), -1)
@@ -93,7 +93,7 @@ class SoftRouting:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'SoftRouting':
-    """The slots of some experts alone, numbered as in `Routing.of_experts`."""
+    """The slots of some experts alone; see `Routing.of_experts`."""
     E = self.num_experts
     source = jnp.full(num_experts, E, jnp.int32)
     source = decided(source.at[number].set(jnp.arange(E), mode='drop'))
@@ -103,7 +103,7 @@ class SoftRouting:
     return SoftRouting(take_experts(self.share), take_experts(self.gate))
 
 
-# All routings that a router returns; a dispatch by slots takes them.
+# The routings that a router may return; `dispatch.einsum` takes them all.
 AnyRouting = Routing | SoftRouting
 
 
@@ -114,7 +114,7 @@ def soft_routing(
   """Mixes all tokens of a group in every slot, and all slots in every token.
 
   The shares are the softmax of the logits over the tokens of a group, and the
-  gates that over all slots of all experts.
+  gates are the softmax of the logits over all slots of all experts.
 
   Args:
     logits: The logits of tokens and slots.

@@ -42,7 +42,7 @@ def sparse_mixer(
     threshold: The threshold.
     key: The key of the draws; None takes the likeliest experts (inference).
     imposed: Experts that are chosen instead, or a negative number where the
-      rule chooses. The gate of one that takes no part in the choice is 0.
+      rule chooses. An imposed expert that takes no part in a choice has gate 0.
 
   Returns:
     The experts, and their gates, whose gradient is that of the softmax at the

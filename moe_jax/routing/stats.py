@@ -28,8 +28,7 @@ class RoutingStats(NamedTuple):
       expert was full; `drop_rate` makes a rate of them. Where experts choose,
       a token that no expert took has lost all K.
     unsent: float32 [K], choices by rank that a second policy did not send
-      and whose expert was not full. They were never to be served, so they are
-      not dropped.
+      and whose expert was not full. They do not count as dropped.
     entropy: float32 [], sum over tokens of the entropy of the router's
       probabilities, in nats; 0 for a router without logits.
     logit_square: float32 [], sum over tokens of the mean square of the
@@ -49,17 +48,17 @@ class RoutingStats(NamedTuple):
 def drop_rate(stats: RoutingStats) -> tuple[Leaf, Leaf]:
   """Dropped choices over the choices of real tokens: the drop rate.
 
-  A choice is dropped if its expert was full. One that a second policy did not
-  send is not dropped, and padding has no choices. Where experts choose, the
+  A choice is dropped if its expert was full. A choice that a second policy did
+  not send is not dropped, and padding has no choices. Where experts choose, the
   rate is the fraction of tokens that no expert took.
 
   Args:
-    stats: Sums over tokens, jax's or numpy's; those of several layers may be
+    stats: Sums over tokens, of JAX or numpy; the sums of several layers may be
       stacked.
 
   Returns:
-    The rate by rank, [..., K], and that of all choices, [...]; NaN where there
-    are no tokens.
+    The rate by rank, [..., K], and the rate of all choices, [...]; NaN where
+    there are no tokens.
   """
   tokens, K = stats.tokens, stats.overflowed.shape[-1]
   by_rank = stats.overflowed / tokens[..., None]
@@ -73,7 +72,7 @@ def routing_stats(
   mask: Bool[Array, 'G S'],
   num_selected: int | None = None,
 ) -> RoutingStats:
-  """The statistics of one routing; nothing in it carries a gradient.
+  """The statistics of one routing, which have no gradient.
 
   Where experts choose, nothing is dropped, and padding has no slot. A soft
   mixture divides a token's K choices by its gates, which are the router's
@@ -81,8 +80,8 @@ def routing_stats(
 
   Args:
     routing: The routing.
-    router_logits: The logits that it follows; None if there are none, or if it
-      is soft.
+    router_logits: The logits of which the routing was made; None if there are
+      none, or if the routing is a soft mixture.
     mask: False for padding.
     num_selected: K, the length of `overflowed` and `unsent`; None where tokens
       choose, whose choices tell it.
@@ -160,8 +159,8 @@ class ExchangeStats(NamedTuple):
       summed over microbatches; shadowed / choices is the mean number of
       shadowed experts.
     overflow: float32 [], rows for which the exchange had no room, and which
-      were dropped. No router knows of them: they count as served in
-      `RoutingStats`, and as kept in traces.
+      were dropped. Routers do not know of such drops: the rows count as served
+      in `RoutingStats`, and as kept in traces.
   """
 
   away: Array
@@ -182,12 +181,13 @@ class MoeAux(NamedTuple):
 
   Losses are unweighted totals: the sum over groups of the group's loss times
   its real tokens. Divided by `stats.tokens` (of the whole batch, where it is
-  split in microbatches) they are means. A dense layer's are all zeros, so that
-  totals and counts of layers of both kinds add up.
+  split in microbatches) the totals are means. A dense layer returns zeros, so
+  that the totals and counts of dense and MoE layers add up.
 
   Attributes:
-    losses: Losses of the router by name, float32 []: those to which its options
-      give a weight. Each is an attribute, too: `aux.balance_loss`.
+    losses: Losses of the router by name, float32 []: the losses to which the
+      router's options give a weight. Each is an attribute, too:
+      `aux.balance_loss`.
     stats: Sums over real tokens; `stats.load` is the load before drops.
     exchange: Sums over devices, which depend on the mesh.
   """
@@ -197,7 +197,7 @@ class MoeAux(NamedTuple):
   exchange: ExchangeStats
 
   def __getattr__(self, name: str) -> Array:
-    """The loss of that name."""
+    """The loss with the name of the attribute."""
     if name not in self.losses:
       raise AttributeError(f'no loss {name!r}; have {sorted(self.losses)}')
     return self.losses[name]
@@ -206,7 +206,7 @@ class MoeAux(NamedTuple):
 def empty_aux(
   num_experts: int, num_selected: int, losses: Iterable[str] = ()
 ) -> MoeAux:
-  """The aux of a layer that does not route: zeros at the model's E and K.
+  """Losses and statistics of a layer that does not route: zeros for E and K.
 
   Args:
     num_experts: E.
@@ -222,7 +222,7 @@ def empty_aux(
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
-  """The aux of a layer of fewer experts, with loads of zero up to that many."""
+  """`aux` with zeros added to its loads, so that they have `num_experts`."""
   stats = aux.stats
   missing = num_experts - stats.load.shape[-1]
   if not missing:
@@ -233,7 +233,7 @@ def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
 
 
 def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
-  """The evenness of the assignments per expert, in any common unit.
+  """How even the load of the experts is, whatever unit the load has.
 
   Returns:
     `load_cv`: standard deviation (population's) over mean, 0 when even,

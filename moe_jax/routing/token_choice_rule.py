@@ -27,13 +27,13 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey, checked
 
 
 class Gate(NamedTuple):
-  """Facts about a kind of gates.
+  """How a kind of gates is computed from a token's logits.
 
   Attributes:
     scores: The scores that gates are computed from; one of
       `balance_bias.SCORES`.
-    normalizes: Whether the K gates of a token are made to sum to 1, so that the
-      only one would be constant.
+    normalizes: Whether the K gates of a token are made to sum to 1, so that
+      with K = 1 the gate would be constant.
   """
 
   scores: str
@@ -82,33 +82,34 @@ def token_choice(
     gates: 'raw' is the softmax over all experts at the chosen one (Switch).
       'renormalized' makes the K gates sum to one before any is dropped
       (GShard Algorithm 1, ST-MoE; the same number as Mixtral's softmax over
-      the chosen logits). 'renormalized_after_drop' makes the kept ones sum
-      to one (praxis). 'sigmoid' is the sigmoid of each chosen logit (Loss-Free
-      Balancing, https://arxiv.org/abs/2408.15664). 'sigmoid_renormalized'
-      divides these by their sum plus 1e-20, before any is dropped (DeepSeek-V3,
-      https://arxiv.org/abs/2412.19437).
-    slot_priority: The order in which choices are served. 'token_major': token
-      by token, each with all its choices (the only causal one).
-      'choice_major': all first choices, then all second ones (GShard).
-      'batch_priority': as choice-major, with the tokens ordered by their
-      largest probability (V-MoE, https://arxiv.org/abs/2106.05974).
+      the chosen logits). 'renormalized_after_drop' makes the gates of the kept
+      choices sum to one (praxis). 'sigmoid' is the sigmoid of each chosen logit
+      (Loss-Free Balancing, https://arxiv.org/abs/2408.15664).
+      'sigmoid_renormalized' divides the K sigmoids by their sum plus 1e-20,
+      before any is dropped (DeepSeek-V3, https://arxiv.org/abs/2412.19437).
+    slot_priority: The order in which choices are served. 'token_major' is token
+      by token, each with all its choices (the only causal order).
+      'choice_major' is all first choices, then all second ones (GShard).
+      'batch_priority' is choice-major with the tokens ordered by their largest
+      probability (V-MoE, https://arxiv.org/abs/2106.05974).
     second_policy: 'all' sends every choice. 'sampled' serves a second choice
       only if 2 * g2 > U(0, 1), g2 renormalised over the two; as in GShard's
-      Algorithm 1 it keeps its place in the queue even so. 'threshold' sends
-      any choice after the first with probability min(1, g / second_threshold)
-      and it queues only if sent (ST-MoE, section C.2).
+      Algorithm 1 a choice that is not served still counts in the queue.
+      'threshold' sends any choice after the first with probability
+      min(1, g / second_threshold), and a choice queues only if it is sent
+      (ST-MoE, section C.2).
     second_threshold: The threshold of the policy 'threshold'.
     key: The key that the last two policies draw from. None (evaluation) sends
       every choice.
     expert_index: The chosen experts, where they are not the K largest logits;
       K different ones for each token.
-    given: The choices that are imposed, whose experts are in `expert_index`. If
-      they say which are served, neither capacity nor second policy decides it.
+    given: The imposed choices, whose experts are in `expert_index`. If their
+      `kept` says which are served, neither capacity nor second policy decides.
 
   Raises:
     ValueError: K is not in [1, E], an option is unknown, capacity < 1, K=1
-      with renormalised gates (they are the constant 1, which takes the
-      router's gradient away), or 'sampled' with K other than 2.
+      with renormalised gates (the gate would be the constant 1, so that the
+      router has no gradient), or 'sampled' with K other than 2.
   """
   E, K = router_logits.shape[-1], num_selected
   check_capacity(capacity)
@@ -193,7 +194,7 @@ def choice_slots(
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:
-  """The experts with the K largest scores, ties to the lower; no gradient."""
+  """The experts of the K largest scores; ties go to the lower; no gradient."""
   check_selected(num_selected, scores.shape[-1])
   scores = jax.lax.stop_gradient(scores)
   # A top-K puts 0. before -0., which are equal and so tie.
@@ -207,8 +208,8 @@ def at_choices(
 ) -> Float32[Array, '*G K']:
   """The values of the chosen experts, read by one-hot sums.
 
-  Their gradient is then a product, not a scatter, and under sharding needs no
-  gather.
+  So the gradient of `values` is a product, not a scatter, and under sharding
+  needs no gather.
   """
   E = values.shape[-1]
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [..., K, E]
@@ -222,7 +223,7 @@ def choice_problems(
   gates: str = 'raw',
   second_policy: str = 'all',
 ) -> Iterator[str]:
-  """The problems that `token_choice` has with sizes, before arrays exist."""
+  """The reasons why `token_choice` refuses E, K or options, as texts."""
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
@@ -252,8 +253,8 @@ def choice_gates(
     router_logits: The logits, with their noise if they have any.
     expert_index: The chosen experts.
     gates: One of `GATES`.
-    kept: Whether each choice is served; the gate of one that is not is 0.
-      Default: all are.
+    kept: Whether each choice is served; a choice that is not has gate 0.
+      Default: all are served.
   """
   if kept is None:
     kept = jnp.ones(expert_index.shape, bool)

@@ -1,7 +1,7 @@
 """Multi-head and grouped-query attention, of a sequence to itself or others.
 
-`AttentionBase` is the contract of the kinds of attention; `latent.py` has the
-other kind.
+`AttentionBase` is the contract of the kinds of attention; the other kind,
+multi-head latent attention, is in `latent.py`.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ X = TypeVar('X', Array, Array | None)
 class AttentionBase(Options):
   """The contract of the kinds of attention.
 
-  Sizes that a model's width gives are there after `within`.
+  Sizes of 0 stand for sizes that follow from the model's width; `within` fills
+  them in.
 
   Attributes:
     PROJECTIONS: The projections that may add a bias.
@@ -100,7 +101,7 @@ class AttentionBase(Options):
     return {name.strip() for name in self.biases.split(',')}
 
   def has_bias(self, projection: str, use_bias: bool) -> bool:
-    """Whether a projection adds a bias, where layers usually do or do not."""
+    """Whether a projection adds a bias, in a model with this `use_bias`."""
     if projection not in self.PROJECTIONS:
       return False
     if self.biases == 'model':
@@ -113,7 +114,7 @@ class AttentionBase(Options):
     raise NotImplementedError
 
   def within(self, width: int) -> Self:
-    """These options in a model of that width, with no size left at 0."""
+    """These options in a model of this width, with no size left at 0."""
     return self
 
   def for_encoder(self) -> Self:
@@ -122,7 +123,7 @@ class AttentionBase(Options):
 
   @property
   def head_widths(self) -> tuple[int, int]:
-    """The numbers that a head has of a token: of a query or key, of a value."""
+    """The width of a head's queries and keys, and the width of its values."""
     raise NotImplementedError
 
   @property
@@ -134,7 +135,7 @@ class AttentionBase(Options):
     """The rules for the keys that a token sees.
 
     Args:
-      causal: Whether the layer is causal; only then it has the window.
+      causal: Whether the layer is causal; only causal layers have the window.
       cross: Whether the keys are those of another sequence.
     """
     window = self.window if causal else 0
@@ -152,7 +153,7 @@ class AttentionBase(Options):
 
   @property
   def cached_values(self) -> int:
-    """The number of values that a cache has of a token in a layer."""
+    """The number of values that a cache keeps of a token in a layer."""
     return sum(heads * width for heads, width in self.cached_shapes)
 
   @property
@@ -166,7 +167,7 @@ class AttentionBase(Options):
     return self.num_heads * self.head_widths[0] + self.cached_values
 
   def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of that width M."""
+    """The number of values of the kernels in a model of width M = `width`."""
     c = self.within(width)
     return width * (c.num_heads * sum(c.head_widths) + c.cached_values)
 
@@ -217,8 +218,9 @@ class Attention(nn.Module):
       bias: The bias of relative positions, which is added to the scaled scores.
       train: Turns on dropout.
       memory: The encoder's output, which cross-attention reads.
-      key_segment_ids: The segment of each token of the memory or, without one,
-        of x. None: `segment_ids` for x; one segment for each row of a memory.
+      key_segment_ids: The segment of each token of the memory or, without a
+        memory, of x. None: `segment_ids` for x; one segment for each row of a
+        memory.
 
     Raises:
       ValueError: Heads do not divide the width, or the implementation cannot
@@ -267,7 +269,7 @@ class Attention(nn.Module):
       positions: The position of each token.
       bias: The bias that is added to the scaled scores of every slot.
       cache: The cache as `KVCache.begin` returned it.
-      layer: The layer's number.
+      layer: The index of the layer.
     """
     dtype, cache_holder = self.shared.dtype, [cache]
     segment_ids = token_mask.astype(jnp.int32)
@@ -302,7 +304,8 @@ class Attention(nn.Module):
 
     Args:
       x: Tokens, which are projected to queries.
-      source: Tokens, which are projected to what a cache keeps; None: None.
+      source: Tokens, which are projected to what a cache keeps; None: nothing
+        is projected to it.
       position_args: The positions of tokens, and their segments.
       attend: A function of queries [B, T, H, D] and what a cache keeps.
     """
@@ -464,7 +467,7 @@ class AttentionOptions(AttentionBase):
     return Attention
 
   def within(self, width: int) -> Self:
-    """The options with the width of a head that the model's gives.
+    """The options with the width of a head and the key heads filled in.
 
     Raises:
       OptionError: head_width is 0, and num_heads does not divide the width.
@@ -480,7 +483,7 @@ class AttentionOptions(AttentionBase):
     )
 
   def for_encoder(self) -> Self:
-    """Fewer heads serve a cache alone."""
+    """Without fewer key heads, which only make a decoder's cache smaller."""
     return dataclasses.replace(super().for_encoder(), num_kv_heads=0)
 
   @property
@@ -493,7 +496,7 @@ class AttentionOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Keys and values are stored."""
+    """The heads and widths of keys, and of values: both are stored."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
 

@@ -1,10 +1,10 @@
 """Attention over blocks of queries, which keeps no scores, for CPUs.
 
-Each block of queries meets the keys that it may see alone, so that a causal
-layer computes about half of the scores. Kept for the backward pass are the
-output and two numbers for each query; scores are computed again, as in
-FlashAttention (https://arxiv.org/abs/2205.14135). Unlike there, a block of
-queries meets all its keys at once.
+Each block of queries meets only the keys that it may see, so that a causal
+layer computes about half of the scores. The output and two numbers for each
+query are kept for the backward pass, which computes the scores again, as in
+FlashAttention (https://arxiv.org/abs/2205.14135). Unlike in FlashAttention, a
+block of queries meets all its keys at once.
 """
 
 import functools
@@ -16,15 +16,16 @@ import jax.numpy as jnp
 from moe_jax.layers.attention.keys import Keys, hidden, visible
 from moe_jax.shapes import Array, Float, Float32
 
-# Queries of a block: small ones compute fewer scores that causality hides, and
-# their products are slower. There are at most `_MOST_BLOCKS` blocks.
+# The least number of queries of a block: small blocks compute fewer scores that
+# causality hides, and their products are slower. There are at most
+# `_MOST_BLOCKS` blocks.
 _LEAST_QUERIES, _MOST_BLOCKS = 64, 8
 # Keys that a window hides are left out in multiples of this number.
 _KEY_STEP = 16
 
 
 class Block(NamedTuple):
-  """A block of queries, and the keys that some of them may see.
+  """A block of queries, and the keys that some of these queries may see.
 
   Attributes:
     first: The first query.
@@ -65,8 +66,8 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 
 def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
   """Attention block by block; arguments and result are those of `attend`."""
-  # A query that may see no key has the mean of all values, as in `einsum`; it
-  # always sees its own where the two are the same array.
+  # A query that may see no key has the mean of all values, as in `einsum`; a
+  # query always sees its own key where `ids` and `key_ids` are the same array.
   block_rules = keys
   if key_ids is not ids:
     block_rules = keys._replace(causal=False, window=0)
@@ -83,9 +84,9 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
   """The output, and what the backward pass reads.
 
-  Of each block it reads two numbers [B, N, R, 1] a query, from which the
-  softmax is computed again: the largest score, and the sum of the exponentials
-  of all scores less the largest.
+  For each query of a block the backward pass reads two numbers [B, N, R, 1],
+  from which it computes the softmax again: the largest score, and the sum of
+  the exponentials of all scores less the largest.
   """
   outputs, statistics = [], []
   for block in query_blocks:
@@ -168,7 +169,7 @@ def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
 def queries_by_head(
   x: Float[Array, 'B t H D'], num_heads: int
 ) -> Float[Array, 'B N R D']:
-  """The queries of each head of keys: R = H / N times their number."""
+  """The queries that share each head of keys, R = t H / N for each."""
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
   return x.reshape(B, N, H // N * t, D)
@@ -190,7 +191,7 @@ def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
 
 
 def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
-  """The scores of the block's queries; those of hidden keys are the least."""
+  """The scores of the block's queries; hidden keys have the least number."""
   B, N, s = k.shape[:3]
   q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))

@@ -2,9 +2,9 @@
 
 All rows append at the same slot, so that a step writes one slice in place;
 rows of different length are padded in front. A layer whose tokens see a window
-keeps as many slots, and the newest token takes the place of the oldest. Where
-layers are a loop, they share an array; else each has its own, which XLA's CPU
-compiler reads without a copy.
+keeps as many slots as the window has tokens, and the newest token replaces the
+oldest. Where layers are a loop, they share an array; else each layer has its
+own, which XLA's CPU compiler reads without a copy.
 """
 
 from typing import NamedTuple
@@ -42,8 +42,9 @@ class Slots(NamedTuple):
   Attributes:
     key: The keys, [B, N, S, D].
     value: The values, [B, N, S, U].
-    filled: bool [B, S], whether there is a token of the row.
-    numbers: int32 [S], the number of each slot; None for 0, 1, 2, ...
+    filled: bool [B, S], whether the slot holds a token of the row.
+    numbers: int32 [S], the index of each slot among all slots of a row; None
+      for 0, 1, 2, ...
   """
 
   key: Array
@@ -56,16 +57,16 @@ class KVCache(flax.struct.PyTreeNode):
   """Keys and values by slot.
 
   Attributes:
-    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D], of which those of
-      layers with a window may have fewer slots, each slot s at s % S; of latent
-      attention, the short vectors and the rotated keys that heads share.
-    value: The values, of the same shapes; of latent attention, nothing.
+    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
+      window may have fewer slots S, with slot s at index s % S. In latent
+      attention they are short vectors and the rotated keys that heads share.
+    value: The values, of the same shapes; in latent attention, of width 0.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
     last_token: int32 [B], the id of each row's newest token; -1: none yet.
     memory: The keys and values of an encoder; None in a decoder-only model.
-    task_ids: int32 [B], the task of each row; None where nothing routes by it.
+    task_ids: int32 [B], the task of each row; None where no router reads it.
   """
 
   key: Leaf
@@ -154,10 +155,10 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N U'],
   ) -> tuple['KVCache', Slots]:
-    """Fills the slots that `begin` reserved, and returns all that it sees.
+    """Fills the slots that `begin` reserved; also returns all visible slots.
 
-    Tokens of one step may be more than a layer keeps: each then sees those
-    before it all the same.
+    A step may have more tokens than a layer keeps slots: each token still sees
+    the tokens of its window.
     """
     T, length = key.shape[1], self._num_slots(layer)
     if length == self.max_len:
@@ -167,7 +168,7 @@ class KVCache(flax.struct.PyTreeNode):
       cache = self.write(layer, key, value)
       numbers = _ring_numbers(self.length, length)
       return cache, self._numbered(*cache._at(layer), numbers)
-    first = self.length - length  # the number of the oldest slot
+    first = self.length - length  # the index of the oldest slot
     key, value = (
       _in_order(old, new, self.length)
       for old, new in zip(self._at(layer), (key, value))
@@ -188,7 +189,7 @@ class KVCache(flax.struct.PyTreeNode):
     return at_layer(self.key, layer), at_layer(self.value, layer)
 
   def _numbered(self, key, value, numbers: Int32[Array, ' S']) -> Slots:
-    """Slots with their numbers; those below 0 are empty."""
+    """Slots with their indices; a slot with an index below 0 is empty."""
     filled = jnp.take(self.filled, jnp.maximum(numbers, 0), axis=1)
     return Slots(key, value, filled & (numbers >= 0)[None], numbers)
 
@@ -220,7 +221,8 @@ class KVCache(flax.struct.PyTreeNode):
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':
     """The cache whose row r is row `rows[r]` of this one.
 
-    Beam search needs it: beams move between rows, and share a prompt's.
+    Beam search calls this method: its beams move between rows, and begin with
+    the row of their prompt.
     """
 
     def taken(leaf):
@@ -232,10 +234,10 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def _ring_numbers(newest: Int[Array, ''], length: int) -> Int32[Array, ' S']:
-  """The number of the slot at each place of a ring, below 0 for none.
+  """The index of the slot at each position of a ring, below 0 if it is empty.
 
   Args:
-    newest: The number of the newest slot.
+    newest: The index of the newest slot.
     length: The number of slots that the ring keeps.
   """
   ring_index = jnp.arange(length, dtype=jnp.int32)
@@ -249,12 +251,12 @@ def _in_order(ring, new, length) -> Float[Array, 'B N _ D']:
 
 
 def _as_ring(x, length, first) -> Float[Array, 'B N S D']:
-  """The last slots of x, from number `first` on, with slot s at s % length."""
+  """The last slots of x, from index `first` on, with slot s at s % length."""
   return jnp.roll(x[:, :, x.shape[2] - length :], first % length, axis=2)
 
 
 def _with_layer(cached, layer, layer_array):
-  """Keys or values with `layer_array` in the place of one layer's."""
+  """Keys or values with `layer_array` in place of the array of one layer."""
   if isinstance(cached, tuple):
     return (*cached[:layer], layer_array, *cached[layer + 1 :])
   return jax.lax.dynamic_update_index_in_dim(cached, layer_array, layer, 0)

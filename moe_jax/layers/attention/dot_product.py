@@ -58,7 +58,7 @@ def attend(
     sinks: The logit of each head that stands beside the scores in the
       denominator of the softmax, and weighs nothing.
     dropout: A function that drops some of the weights.
-    checked_alone: Whether the implementation is checked alone, and einsum
+    checked_alone: Whether the implementation is only checked, while einsum
       computes: where parameters are made the output is not used, and arrays are
       on no mesh yet.
 
@@ -110,7 +110,7 @@ def attend(
 
 
 def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
-  """The reason of each implementation that cannot serve these arguments."""
+  """The reasons why implementations cannot serve these arguments, by name."""
   dtype, T = str(query.dtype), query.shape[1]
   D = max(query.shape[3], value.shape[3])
   no_dropout = (dropout is not None, 'it has no dropout')
@@ -150,7 +150,7 @@ def _cuda_capability() -> float:
 
 
 def _of_one_width(f, query, key, value, *ids, keys, **options):
-  """f, which needs values as wide as keys, with zeros where they are not."""
+  """The result of f, which needs keys as wide as values; zeros pad them."""
   scored, width = key.shape[3], value.shape[3]
   if scored == width:
     return f(query, key, value, *ids, keys=keys, **options)
@@ -200,8 +200,8 @@ def cached(
   """`attend` to a cache [B, N, S, D]; the first query is at slot `start`.
 
   A causal query sees no slots behind its own, filled or not. With
-  `slot_numbers`, key s is that of slot slot_numbers[s], and the bias has all
-  slots.
+  `slot_numbers`, key s is in slot slot_numbers[s], and the bias has a column
+  for each slot.
   """
   B, T, H, _ = query.shape
   N, S = key.shape[1:3]

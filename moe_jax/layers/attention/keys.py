@@ -9,12 +9,12 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
 class Keys(NamedTuple):
-  """The rules for which keys a query sees, beside the segments.
+  """The rules for which keys a query sees, besides the segments.
 
   Attributes:
     causal: Whether a query sees no key after its own.
-    window: The number of last keys up to its own that a query sees; 0: all of
-      them. Only causal attention has a window.
+    window: The number of keys that a query sees, the last of which is its own;
+      0: all up to its own. Only causal attention has a window.
     scale: Factor of the scores before the bias is added; 0.0 is D^-0.5.
     cross: Whether the keys are another sequence's, of any length.
   """
@@ -39,8 +39,8 @@ def visible(
 ) -> Bool[Array, 'b T S']:
   """Whether the query at position start + t sees the key at position s.
 
-  Call it where the mask is used, so that it is fused and never stored. With
-  `key_positions`, key s is at position key_positions[s].
+  Call this function where the mask is used, so that the mask is fused and never
+  stored. With `key_positions`, key s is at position key_positions[s].
   """
   T, S = lengths
   query_position = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
@@ -64,8 +64,8 @@ def masked_softmax(
 ) -> Float32[Array, '*B T S']:
   """Softmax over the keys that `mask` shows, at least one in each row.
 
-  A sink is a score beside those of the keys whose weight is dropped, so that a
-  row of weights sums to less than 1.
+  A sink is one more score in the softmax; its weight is dropped, so that a row
+  of weights sums to less than 1.
   """
   scores = scores + hidden(mask)
   if sinks is None:

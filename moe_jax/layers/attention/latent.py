@@ -1,9 +1,9 @@
 """Multi-head latent attention: keys and values expand from a short vector.
 
 Source: section 2.1 of arXiv:2405.04434 (DeepSeek-V2). A cache keeps the vector
-and one rotated key that all heads share, and a generated token attends to them
-without expanding them: its query goes through the kernel of the keys, and the
-weighted sum of vectors through that of the values.
+and one rotated key that all heads share, and a generated token attends to the
+vectors without expanding them: its query goes through the kernel of the keys,
+and the weighted sum of vectors through the kernel of the values.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Keys alone are stored."""
+    """One head of short vectors as keys, and values of width 0."""
     return (1, self.cached_width), (1, 0)
 
   @property
@@ -89,7 +89,7 @@ class LatentOptions(AttentionBase):
 
   @property
   def projected_values(self) -> int:
-    """Keys and values are expanded."""
+    """Values that the backward pass needs, with expanded keys and values."""
     expanded = self.num_heads * sum(self.head_widths)
     return super().projected_values + expanded + self.query_rank
 
@@ -115,10 +115,10 @@ class LatentOptions(AttentionBase):
     )
 
   def absorbs(self, num_queries: int) -> bool:
-    """Whether so many queries of a step meet the cache without expanding it.
+    """Whether a step of so many queries attends without expanding the cache.
 
     Multiply-adds decide: a query has longer products with the short vectors,
-    but to expand these costs as much for one query as for many.
+    but to expand the vectors costs as much for one query as for many.
     """
     expansion_cost = self.kv_rank * (self.plain_width + self.value_width)
     extra_per_query = 2 * self.cached_width - sum(self.head_widths)
@@ -136,7 +136,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """YaRN multiplies the scores, too."""
+    """The rules for keys, with a scale of scores that YaRN multiplies, too."""
     scored, _ = self.options.head_widths
     scale = scored**-0.5 * self.positions.latent_factor
     return self.options.keys(causal=self.causal)._replace(scale=scale)
@@ -186,9 +186,10 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1), value
 
   def _attend_slots(self, attention, query, key, value):
-    """Few queries meet short vectors [B, 1, S, R + r] as they are.
+    """Few queries attend to short vectors [B, 1, S, R + r] without expansion.
 
-    The kernel of the keys meets the queries, and that of the values the sums.
+    The kernel of the keys then multiplies the queries, and the kernel of the
+    values multiplies the sums of vectors.
     """
     c = self.options
     if not c.absorbs(query.shape[1]):

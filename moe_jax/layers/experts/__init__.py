@@ -42,7 +42,7 @@ DISPATCHES = Kinds(
 def describe(
   dispatch: Dispatch, platform: str, devices: Mapping[str, int]
 ) -> str:
-  """Says who moves rows and multiplies them, in the line at a run's start.
+  """Names what moves and multiplies rows, for the line at a run's start.
 
   Args:
     dispatch: The dispatch of sparse layers.

@@ -1,8 +1,9 @@
 """Options of dispatches: how tokens move to experts, and how rows multiply.
 
-`experts.apply_experts` does what they say. Rows in slots are `[E, R, M]`, R for
-each expert, filled or not; sorted rows are `[N, M]`, no more than are needed.
-Where experts are split over the devices of a mesh, rows travel between these.
+`experts.apply_experts` does what these options say. Rows in slots are
+`[E, R, M]`, R for each expert, filled or not; sorted rows are `[N, M]`, no more
+than are needed. Where experts are split over the devices of a mesh, rows travel
+between devices.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ SCOPE = 'experts'
 
 
 class Dispatch(Options):
-  """The base of dispatches.
+  """The base of the options of dispatches.
 
   Attributes:
     by_slot: Whether every expert has equally many rows, filled or not.
@@ -62,7 +63,7 @@ class Gather(Dispatch):
   )
 
   def leak(self):
-    """Shadowed experts are chosen by all tokens and leave room for others."""
+    """A leak where rows drop, as all tokens choose the shadowed experts."""
     fraction = self.exchange.capacity_fraction
     if fraction == 1.0 or not self.shadowing.experts:
       return None
@@ -86,7 +87,8 @@ class Einsum(Gather):
 class Dropless(Dispatch):
   """The dispatch without slots: rows sorted by expert.
 
-  It is for routers that drop nothing. Source: MegaBlocks, arXiv:2211.15841.
+  This dispatch is for routers that drop nothing. Source: MegaBlocks,
+  arXiv:2211.15841.
   """
 
   by_slot: ClassVar[bool] = False
@@ -110,7 +112,7 @@ class Dropless(Dispatch):
   )
 
   def leak(self):
-    """Buffers that are too small drop the rows of the last experts first."""
+    """A leak where buffers are small: rows of a device's last experts drop."""
     fraction = self.exchange.capacity_fraction
     if fraction == 1.0:
       return None
@@ -125,8 +127,8 @@ class Dropless(Dispatch):
 class Sorted(Dropless):
   """The dispatch of sorted rows for routers that drop what exceeds a capacity.
 
-  It computes what `Gather` does, without empty slots: experts that few tokens
-  chose cost little, and those that none chose nothing.
+  This dispatch computes what `Gather` does, without empty slots: experts that
+  few tokens chose cost little, and experts that no token chose cost nothing.
   """
 
   drops: ClassVar[bool] = True

@@ -47,23 +47,24 @@ def apply_experts(
   layout: Layout | None = None,
   next_key: Callable[[], PRNGKey | None] = lambda: None,
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """Moves tokens to their experts, applies these, and sums their outputs.
+  """Moves tokens to their experts, applies the experts, and sums their outputs.
 
   All dispatches are equal in value and gradient on the same routing, but for
   the draws of dropout.
 
   Args:
     ffn: The computation of one feed-forward expert.
-    params: The parameters, each [E, ...]; those of each expert, for `Unrolled`.
+    params: The parameters, each [E, ...]; for `Unrolled`, a list with the
+      parameters of each expert.
     x: Groups of tokens, of the type of products.
     routing: The experts and the gates of each token.
-    dispatch: The options that say who moves and multiplies.
+    dispatch: The options that say how tokens move and are multiplied.
     layout: The layout of groups and experts on a mesh; None on one device.
     next_key: A function that gives a new key of dropout at each call, or None
       where nothing is dropped.
 
   Returns:
-    The gated sums, and what moved between devices, or None.
+    The gated sums, and counts of what moved between devices, or None.
   """
   if isinstance(dispatch, few_tokens.Unrolled):
     fold = functools.partial(few_tokens.fold_unrolled, params)
@@ -84,7 +85,7 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The gated sums of outputs, where each expert has as many rows."""
+  """The gated sums of outputs, where all experts have equally many rows."""
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -107,12 +108,12 @@ class FeedForwardExperts(nn.Module):
   """E independent feed-forward layers.
 
   Every expert starts from its own draw, with the fan-in of one expert. With
-  E=1 it is the dense layer. The parameters are the same whatever the dispatch
-  is, except that `Unrolled` has them apart.
+  E=1 this is the dense layer. The parameters are the same whatever the dispatch
+  is, except that under `Unrolled` each expert has arrays of its own.
 
   Attributes:
     ffn: The computation of one expert.
-    dispatch: The options that say who moves and multiplies.
+    dispatch: The options that say how tokens move and are multiplied.
   """
 
   ffn: FfnLayer
@@ -144,14 +145,14 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The layout of groups on their mesh; None on one device, and while init."""
+  """The layout on a mesh; None on one device, and during initialisation."""
   if module.is_initializing():
     return None
   return layout_of(shared.rules, x, num_experts=num_experts, hidden=hidden)
 
 
 class Twin(NamedTuple):
-  """The dense feed-forward layer that replaces some experts in a dense twin.
+  """The dense feed-forward layer that replaces experts, as in a dense twin.
 
   Attributes:
     ffn: The width and activation of the layer.
@@ -175,8 +176,8 @@ class ExpertOptions(Options):
   Attributes:
     has_width: Whether an expert is a feed-forward, so that a dense layer of
       some width (`twin`) is its equivalent and can be a shared expert.
-    format: The storage of their kernels in codes; None where they are stored
-      as they are.
+    format: The storage of the experts' quantised kernels; None where kernels
+      are not quantised.
   """
 
   has_width: ClassVar[bool] = False
@@ -192,7 +193,7 @@ class ExpertOptions(Options):
     return self
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """The problems that these experts have with a dispatch."""
+    """The reasons why a dispatch cannot serve these experts, as texts."""
     if not dispatch.by_slot:
       yield (
         f'dispatch={type(dispatch).__name__} serves no experts of '
@@ -212,8 +213,8 @@ class ExpertOptions(Options):
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
     """The module that applies E such experts to groups, named `SCOPE`.
 
-    It is called as (groups [G, S, M], routing, train) and returns groups, and
-    what moved between devices, or None.
+    The module is called as (groups [G, S, M], routing, train) and returns
+    groups, and counts of what moved between devices, or None.
     """
     return ModuleExperts(self, dispatch, shared, name=SCOPE)
 
@@ -291,7 +292,8 @@ class FeedForwardExpert(ExpertOptions):
 class ModuleExpert(ExpertOptions):
   """Experts that are copies of a linen module, called as module(rows [R, M]).
 
-  It is for Python; a config needs a class that extends `ExpertOptions`.
+  This class is for callers in Python; a config needs a class that extends
+  `ExpertOptions`.
 
   Attributes:
     expert: The module that is copied.
@@ -326,7 +328,7 @@ class ModuleExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Moves tokens to the copies, applies these, and sums their outputs."""
+    """Moves tokens to the copies, applies the copies, and sums outputs."""
     module = self.options.module(self.shared, name='expert')
 
     @functools.partial(

@@ -1,11 +1,12 @@
 """Experts in steps of few tokens on a CPU, without slices of kernels.
 
-This is for XLA's CPU compiler alone (`kernels/cpu.py`): it copies a kernel that
-it slices out of a stack, which is too slow for a decoding step. Either experts
-have arrays of their own, and those of experts that no token chose are not read
-(the program grows with E, so this is for few experts); or, where tokens choose
-most experts, all experts multiply all tokens in one batched product. No config
-names these dispatches: a model that decodes chooses them.
+These dispatches are for XLA's CPU compiler alone (`kernels/cpu.py`): it copies
+a kernel that it slices out of a stack, which is too slow for a decoding step.
+`Unrolled` is for few experts: they have arrays of their own, the arrays of
+experts that no token chose are not read, and the program grows with E. With
+`Batched`, where tokens choose most experts, all experts multiply all tokens in
+one batched product. No config names these dispatches: a model that decodes
+chooses them.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class Batched(Dropless):
 
 
 def are_few(x: Float[Array, 'G S M']) -> bool:
-  """Whether so few tokens are multiplied by each expert that is used."""
+  """Whether tokens are so few that each used expert multiplies all of them."""
   return x.shape[0] * x.shape[1] <= FEW_TOKENS
 
 
@@ -49,7 +50,7 @@ def apply_all_experts(
   x: Float[Array, 'G S M'],
   routing: AnyRouting,
 ) -> Float[Array, 'G S M']:
-  """The gated sums of experts' outputs, of which each has all tokens as rows.
+  """The gated sums of experts' outputs, where each expert has all tokens.
 
   Args:
     ffn: The computation of one expert.
@@ -70,7 +71,7 @@ def apply_one_by_one(
   x: Float[Array, 'G S M'],
   routing: AnyRouting,
 ) -> Float[Array, 'G S M']:
-  """The gated sums of experts' outputs, one expert that is used after another.
+  """The gated sums of the outputs of used experts, computed one by one.
 
   Args:
     ffn: The computation of one expert.
@@ -112,7 +113,7 @@ def apply_one_by_one(
 
 
 def _tokens_and_gates(x, routing):
-  """All tokens [N, M], and experts' gates [N, E]; 0 of those not chosen."""
+  """All tokens [N, M], and the gates of all experts [N, E]; 0 if not chosen."""
   gate = routing.token_gates().reshape(-1, routing.num_experts)
   # A NaN of a token that no expert serves would stay: 0 * NaN.
   return without_nan((gate != 0).any(1), x.reshape(-1, x.shape[-1])), gate
@@ -125,7 +126,7 @@ class OneExpert(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> dict[str, Any]:
-    """Makes the parameters for tokens of that width."""
+    """Makes the parameters for tokens of this width."""
     return self.ffn.parameters(self, (), width)
 
 
@@ -144,7 +145,7 @@ def fold_unrolled(
 
 
 def own_name(expert: int) -> str:
-  """The name of the `OneExpert` of that number."""
+  """The name of the `OneExpert` of the expert with this index."""
   return f'expert_{expert}'
 
 

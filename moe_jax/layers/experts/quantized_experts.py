@@ -1,8 +1,9 @@
-"""Feed-forward experts that are stored in codes of few bits.
+"""Feed-forward experts whose kernels are quantised to codes of few bits.
 
-An expert is decoded where it is used, one at a time, so that no layer's experts
-are ever in memory as numbers together. They are for evaluation and generation;
-`moe_jax.compression quantize` makes them of trained ones.
+Experts are decoded where they are used, one at a time, so that the decoded
+experts of a layer are never in memory together. Quantised experts are for
+evaluation and generation; `moe_jax.compression quantize` makes them of trained
+experts.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from moe_jax.shapes import Array, Float, checked
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedExpert(FeedForwardExpert):
-  """The options of feed-forward experts in codes, for any dispatch."""
+  """The options of quantised feed-forward experts, for any dispatch."""
 
   format: KernelFormat = option(
     KernelFormat(), 'Storage of the kernels of experts.'
@@ -39,14 +40,14 @@ class QuantizedExpert(FeedForwardExpert):
 
 
 class QuantizedExperts(nn.Module):
-  """Experts in codes on sorted rows; those without tokens are not decoded.
+  """Quantised experts on sorted rows; those without tokens are not decoded.
 
-  They take the choices of any dispatch. On a mesh the compiler decides how rows
-  travel.
+  The module takes any routing, whatever the dispatch is. On a mesh the compiler
+  decides how rows travel.
 
   Attributes:
     ffn: The computation of one expert.
-    format: The storage of its kernels.
+    format: The storage of the kernels.
   """
 
   ffn: FfnLayer
@@ -76,8 +77,8 @@ class QuantizedExperts(nn.Module):
   def _parameters(self, num_experts: int, width: int) -> dict[str, Any]:
     """Makes the parameters of experts, each [E, ...].
 
-    A kernel's arrays are the parts of one parameter. On a mesh they are whole
-    on each device. They begin as zeros, since codes are not trained.
+    The arrays of a kernel are the parts of one parameter. On a mesh each device
+    has the whole arrays. They begin as zeros, since codes are not trained.
     """
 
     def zeros(key, shape):

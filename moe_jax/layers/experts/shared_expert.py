@@ -1,8 +1,8 @@
 """The shared expert of a sparse layer: a feed-forward that every token meets.
 
 DeepSeekMoE (https://arxiv.org/abs/2401.06066, section 3.2). It is a dense layer
-whose output is added to that of the chosen experts, so several shared experts
-are one of their widths together.
+whose output is added to that of the chosen experts, so that several shared
+experts are the same as one expert whose width is the sum of theirs.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.shared import Shared
 from moe_jax.shapes import Array, Float, checked
 
-# The name of its module in a sparse layer, and the role of its parameters.
+# The name of the shared expert's module, and the role of its parameters.
 SHARED_EXPERT = 'shared_expert'
 
 
@@ -57,7 +57,7 @@ class SharedExpert(nn.Module):
 
   Attributes:
     options: The options of the expert.
-    twin: The feed-forward that it is.
+    twin: The feed-forward layer that the expert is.
     shared: The settings that all layers of the model share.
   """
 

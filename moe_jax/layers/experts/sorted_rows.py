@@ -33,7 +33,7 @@ def apply_to_sorted_rows(
   layout: Layout | None,
   dropout_key: PRNGKey | None,
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """The gated sums of experts' outputs, each for its own rows; what moved.
+  """The gated sums of experts' outputs, and counts of what moved, or None.
 
   Args:
     ffn: The computation of one expert.
@@ -123,7 +123,7 @@ def _device_key(key, layout):
 
 
 def _product_key(key, number):
-  """The key of the dropout of the products with that number."""
+  """The key of dropout for the call of the products with this number."""
   return None if key is None else jax.random.fold_in(key, number)
 
 

@@ -1,4 +1,4 @@
-"""The routers: one file each, and the list of them that configs choose from."""
+"""The routers, each in a file of its own, and their names in configs."""
 
 from moe_jax.config import Kinds
 from moe_jax.layers.routers.contract import Causality as Causality

@@ -1,8 +1,9 @@
-"""The contract of a router: what it is asked, and what its module is given.
+"""The contract of a router: what its options answer, and what its module does.
 
-A router is one file here: its options, which extend `RouterOptions`, and its
-module, which extends `Router`. Nobody else asks which router it is. Pure rules
-are in `moe_jax.routing`.
+Each other file of this folder is a router: options, which extend
+`RouterOptions`, and a module, which extends `Router`. Layers and models use the
+contract alone and never ask which router they have. The rules, which are pure
+functions, are in `moe_jax.routing`.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ ROUTER_STATE = 'router_state'
 NOISE = 'router'
 # The collection of what is kept for analysis, if a caller makes it mutable.
 SOWN = 'intermediates'
-# The names there of a layer's choices, [B, T, N], of its router's routing, and
-# of the router's logits without noise, [G, S, E].
+# The names in 'intermediates' of a layer's choices, [B, T, N], of its router's
+# routing, and of the router's logits without noise, [G, S, E].
 CHOICES, ROUTING, LOGITS = 'choices', 'routing', 'router_logits'
 
 
@@ -38,13 +39,13 @@ class Sizes:
   """The sizes of the layer that a router serves.
 
   Attributes:
-    num_experts: E, the number of experts that a router tells apart: its logits
-      for each token, and the length of its loads.
+    num_experts: E, the number of experts that a router tells apart: it has E
+      logits for each token, and counts E loads.
     num_selected: K, the number of experts that a token chooses. Where experts
       choose tokens, it only enters into their capacity.
     capacity: The rule for the number of a group's tokens that an expert serves.
-    row_length: T, the number of tokens of a row of the batch, which a group may
-      be a part of or have several of; 0: that of a group.
+    row_length: T, the number of tokens of a row of the batch; a group is a part
+      of a row, or several rows. 0: a row is as long as a group.
     rows: The number of rows of a microbatch; 0 where it is not known.
     groups: The number of groups of a microbatch; 0 where it is not known.
     microbatches: The number of microbatches of a step; 0 where it is not known.
@@ -59,20 +60,21 @@ class Sizes:
   microbatches: int = 0
 
   def slots(self, group_size: int) -> int:
-    """The slots of an expert in a group of that many tokens, a Python int."""
+    """The slots of an expert in a group of this size, a Python int."""
     E, K = self.num_experts, self.num_selected
     return self.capacity.per_expert(group_size, E, K)
 
 
 class TokenInfo(NamedTuple):
-  """The arrays of a batch that a router may read beside representations.
+  """The arrays of a batch that a router may read, besides representations.
 
-  Those that no router reads are None. In a router they are cut into groups.
+  An array that no router reads is None. A router gets the arrays cut into
+  groups, [G, S].
 
   Attributes:
     tokens: int [B, T], token ids.
-    previous: int [B, T], the token before each in its segment; -1 for the
-      first.
+    previous: int [B, T], the id of the token before each token in its segment;
+      -1 for the first token.
     positions: int [B, T], the position of each token in its segment.
     segment_ids: int [B, T], the segment of each token in its row; 0 is padding.
     task_ids: int [B, T], the task of each token.
@@ -85,11 +87,11 @@ class TokenInfo(NamedTuple):
   task_ids: Leaf = None
 
   def only(self, names: Iterable[str]) -> 'TokenInfo':
-    """These arrays alone."""
+    """A copy that has the arrays of these names alone; the others are None."""
     return TokenInfo(**{name: getattr(self, name) for name in names})
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field that is there; see `HasShapes`."""
+    """The array type of each field that is not None; see `HasShapes`."""
     given = (name for name, x in self._asdict().items() if x is not None)
     return dict.fromkeys(given, Int[Array, 'B T'])
 
@@ -120,11 +122,12 @@ class Causality(NamedTuple):
   def of_queues(
     cls, sizes: Sizes, slot_priority: str = 'token_major'
   ) -> 'Causality':
-    """That of tokens that queue for the slots of experts.
+    """The causality of a router whose tokens queue for the slots of experts.
 
-    Under token-major slots whether a token is served depends on earlier ones.
-    Choice-major slots let a later token's first choice evict an earlier one's
-    second, and batch priority sorts by the whole group.
+    Under token-major slots whether a token is served depends on earlier tokens
+    alone. Choice-major slots let the first choice of a later token evict the
+    second choice of an earlier token, and batch priority orders the tokens of
+    the whole group by their probabilities.
     """
     K, drops = sizes.num_selected, sizes.capacity.binds
     causal = ('token_major', 'choice_major') if K == 1 else ('token_major',)
@@ -139,22 +142,22 @@ class Causality(NamedTuple):
 
 
 class RouterOptions(Options):
-  """Base of the routers' options, with all that others ask a router.
+  """Base of the routers' options, with all that layers and models ask of them.
 
   Attributes:
-    by_expert: Whether the tokens of an expert are not K choices of each token:
-      experts choose tokens, and the module returns `Routing.of_slots`, or every
-      expert serves all tokens (`mixes`).
+    by_expert: Whether tokens do not choose K experts each: either experts
+      choose tokens, and the module returns `Routing.of_slots`, or every expert
+      serves all tokens (`mixes`).
     mixes: Whether experts take mixtures of all tokens of a group, so that the
-      module returns a `SoftRouting`. No causal model can have it, and a group
-      must not hold tokens of two examples.
+      module returns a `SoftRouting`. No causal model can have such a router,
+      and a group must not hold tokens of two examples.
     takes_choices: Whether the module's `route` takes choices that are imposed
       on it, its argument `given`.
-    has_columns: Whether tokens choose by logits, one for each column of the
-      router's parameters along the axis 'expert_choice', and columns may be
-      led to merged experts; see `Retained`.
-    reads: The fields of `TokenInfo` that the module reads. Where they have
-      'segment_ids', a group must not end within a row.
+    has_columns: Whether tokens choose by logits, each of which comes from a
+      column of the router's parameters (the axis 'expert_choice'), and several
+      columns may lead to the same merged expert; see `Retained`.
+    reads: The fields of `TokenInfo` that the module reads. If 'segment_ids' is
+      one of them, a group must not end within a row.
   """
 
   by_expert: ClassVar[bool] = False
@@ -172,14 +175,14 @@ class RouterOptions(Options):
 
   @required
   def causality(self, sizes: Sizes) -> Causality:
-    """What choices depend on; whether they drop, decode and leak."""
+    """What choices depend on: whether they leak, drop, and can be decoded."""
     raise NotImplementedError
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
-    """The problems that this router has with sizes, a text for each.
+    """The reasons why this router does not work with `sizes`, a text for each.
 
-    A text begins with the option of the layer: 'num_selected=3'. Sizes of a run
-    that are 0 are not known, and have no problem.
+    A text begins with the option of the layer that is wrong: 'num_selected=3'.
+    A size of the run that is 0 is not known, and is no problem.
     """
     E, K = sizes.num_experts, sizes.num_selected
     if not 1 <= K <= E:
@@ -207,15 +210,15 @@ class RouterOptions(Options):
     load: Float32[Array, '*L E'],
     rate: Leaf | None = None,
   ) -> dict[str, Leaf]:
-    """The variables of the collection after an optimizer step.
+    """The variables of the collection 'router_state' after an optimizer step.
 
     Args:
-      state: The module's variables before the step; those of several layers
-        may be stacked.
-      load: The choices of each expert before drops, of the whole batch. It may
-        be longer than the router's experts, by zeros.
-      rate: The amount by which a step changes them; None: the option's value.
-        It may be an array that the step has as an argument.
+      state: The module's variables before the step; the variables of several
+        layers may be stacked.
+      load: The number of choices of each expert in the whole batch, before
+        drops. Zeros may follow the router's experts.
+      rate: The amount by which a step changes the variables; None: the option's
+        value. It may be an array that is an argument of the compiled step.
     """
     return state
 
@@ -262,10 +265,11 @@ class Router(nn.Module):
       train: Whether noise is drawn, from the rng stream 'router', and only
         where an option asks for it.
       token_info: The arrays that the options' `reads` name, [G, S] each.
-      layer: The number of the layer, by which routers without parameters
-        differ.
+      layer: The index of the layer; routers without parameters choose other
+        experts in each layer.
       given: Choices that are imposed on the router. Gates, losses and
-        statistics are computed from its own logits, as if it had made them.
+        statistics are computed from the router's own logits, as if it had made
+        these choices.
 
     Returns:
       The routing, and the losses and statistics, which are sums over real
@@ -310,8 +314,8 @@ class Router(nn.Module):
   ) -> tuple[AnyRouting, MoeAux]:
     """Routes; arguments and results are those of `__call__`.
 
-    It is called in a compact method, and so may make parameters. It is called
-    without `given` unless the router's options have `takes_choices`.
+    This method is called in a compact one, and so may make parameters. It is
+    called without `given` unless the router's options have `takes_choices`.
     """
     raise NotImplementedError
 

@@ -1,7 +1,8 @@
 """Expert choice: each expert picks the tokens that it wants most.
 
-https://arxiv.org/abs/2202.09368. The capacity is the number of tokens that an
-expert takes; with room for all, every expert takes every token.
+https://arxiv.org/abs/2202.09368. The capacity is the number of tokens of a
+group that an expert takes; where it is that of all tokens, every expert takes
+every token.
 """
 
 import dataclasses
@@ -70,9 +71,10 @@ class ExpertChoiceRouter(contract.Router):
 def taken_by(
   given: GivenChoices | None, num_experts: int
 ) -> Bool[Array, 'G S E'] | None:
-  """Whether each expert may take each token; None where it may take all.
+  """Whether each expert may take each token; None where no choice is imposed.
 
-  In the choices that are imposed, an expert takes all that it may.
+  An expert may take the tokens that are imposed on it, and takes all of them.
+  Every expert may take a token all of whose choices are open.
   """
   if given is None:
     return None

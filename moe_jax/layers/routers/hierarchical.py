@@ -1,8 +1,9 @@
-"""The hierarchical router: a gate over branches, and one in each branch.
+"""The hierarchical router: a gate over branches, and a gate in each branch.
 
-Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). A branch's
-gate multiplies only the tokens that chose it, so that the work per token grows
-with a + b, not with their product. The rule is `routing.shazeer_rules`.
+Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). There are a
+branches of b experts. The gate of a branch is computed for the tokens that
+chose the branch alone, so that the work per token grows with a + b, not with
+their product. The rule is `routing.shazeer_rules`.
 """
 
 import dataclasses
@@ -88,28 +89,33 @@ class Hierarchical(contract.RouterOptions):
     return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def shrunk(self):
-    """A token chooses all of at most two branches."""
+    """These options with at most two branches, all of which a token chooses."""
     a = min(self.branches_selected, 2)
     return dataclasses.replace(self, branching=a, branches_selected=a)
 
   def levels(self, sizes: contract.Sizes) -> tuple['LevelSizes', 'LevelSizes']:
-    """The sizes of the gate over branches, and of the gate in each branch."""
+    """The sizes of the two gates, first over branches, then in each branch.
+
+    The first gate chooses `branches_selected` of the a branches; the second, in
+    each chosen branch, K / `branches_selected` of its E / a experts.
+    """
     a, K1 = self.branching, self.branches_selected
 
     def level(E, K):
-      # The gate of a single one is 1 either way.
+      # The gate of a single branch or expert is 1 either way.
       return LevelSizes(E, K, 'raw' if E == 1 else self.gates)
 
     return level(a, K1), level(sizes.num_experts // a, sizes.num_selected // K1)
 
 
 class LevelSizes(NamedTuple):
-  """The sizes of one level.
+  """How many branches or experts the gate of one level chooses among.
 
   Attributes:
     num_experts: The number of branches, or of experts in a branch.
-    num_selected: The number of them that a token chooses.
-    gates: The option `gates`, or 'raw' where there is only one to choose.
+    num_selected: The number of branches, or of experts in a chosen branch, that
+      a token chooses.
+    gates: The option `gates`, or 'raw' where `num_experts` is 1.
   """
 
   num_experts: int
@@ -123,7 +129,7 @@ class HierarchicalRouter(contract.Router):
   `w` and `w_noise` are the primary gate's kernels, `w_branch` and
   `w_branch_noise` [a, M, b] those of the branches. The paper has no balance
   loss for two levels. Entropy, squared logits and z-loss are the primary gate's
-  plus those of the chosen branches, weighted by its gates.
+  plus those of the chosen branches, weighted by the primary gate.
   """
 
   options: Hierarchical
@@ -160,7 +166,7 @@ class HierarchicalRouter(contract.Router):
     return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """The logits [G, S * K1, b] of each token's branches, in the same way."""
+    """The logits [G, S * K1, b] in tokens' branches, without noise and with."""
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
@@ -195,7 +201,7 @@ class _Level(NamedTuple):
   Attributes:
     clean: float32 [G, N, E], the logits without noise.
     index: int32 [G, N, K], the chosen branches or experts.
-    gate: float32 [G, N, K], the weights of the chosen, before drops.
+    gate: float32 [G, N, K], the weights of `index`, before drops.
     probability: float32 [G, N, E], P of `load_probability`; None without noise.
   """
 

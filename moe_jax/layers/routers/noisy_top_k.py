@@ -71,7 +71,7 @@ class NoisyTopKRouter(contract.Router):
     std = steps.product(self, 'w_noise', zeros, x, E)
     key = self.make_rng(contract.NOISE) if train else None
     logits = routing.noisy_logits(clean, std, key)
-    # The load of an expert also depends on the best one that is not chosen.
+    # The load of an expert also depends on the best expert that is not chosen.
     best = steps.largest(logits.noisy, min(K + 1, E))
     index = best[..., :K]
     if given is not None:

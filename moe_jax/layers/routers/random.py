@@ -1,7 +1,7 @@
 """Random routing: every token has K experts at random, with gates of 1/K.
 
-They are drawn anew each time in training, and the same each time in evaluation.
-It is the baseline of https://arxiv.org/abs/2106.04426.
+The experts are drawn anew in each training step, and are the same each time in
+evaluation. Random routing is the baseline of https://arxiv.org/abs/2106.04426.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from moe_jax.layers.routers import contract, shared_options, steps
 class Random(contract.RouterOptions):
   """The options of random routing.
 
-  Draws depend on the shape of the input, so that generation step by step draws
-  other experts than an evaluation of whole rows.
+  Which experts are drawn depends on the shape [G, S] of the input. So a token
+  has other experts when a model generates it, one token a step, than when the
+  model is evaluated on the whole row.
   """
 
   takes_choices: ClassVar[bool] = True

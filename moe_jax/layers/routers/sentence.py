@@ -1,4 +1,4 @@
-"""Sentence routing: all tokens of a sentence go where their mean goes.
+"""Sentence routing: a sentence's mean chooses the experts of all its tokens.
 
 https://arxiv.org/abs/2110.03742. A sentence is a segment of a row: an example,
 or a document of a language model.
@@ -20,8 +20,8 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Int32, UInt32, checked
 class Sentence(contract.RouterOptions):
   """The options of routing by sentence; losses count tokens, not sentences.
 
-  All tokens of a sentence go to the same experts, where a capacity would drop
-  most, so that nothing may be dropped.
+  All tokens of a sentence go to the same experts, so that a capacity would drop
+  most of them: only a capacity that drops nothing is allowed.
   """
 
   takes_choices: ClassVar[bool] = True
@@ -66,7 +66,8 @@ class SentenceRouter(contract.Router):
     means, sentence = on_each_device(
       sentence_means, (x.astype(jnp.float32), ids, mask)
     )
-    # Noise is drawn before means are spread, so that tokens share it, too.
+    # Noise is drawn before the means are spread, so that the tokens of a
+    # sentence share it, too.
     noisy_means = steps.jittered(self, means, o.jitter, train)
     means = on_each_device(spread, (noisy_means, sentence))
     logits = steps.linear_logits(self, means, o.use_bias)
@@ -88,12 +89,12 @@ class SentenceRouter(contract.Router):
 def sentence_ids(
   segment_ids: Int[Array, 'G S'], row_length: int
 ) -> UInt32[Array, 'G S']:
-  """Numbers of sentences, each other than that of the next one in a group.
+  """An id of each token's sentence, which the next sentence does not have.
 
   Args:
     segment_ids: The segment of each token in its row.
-    row_length: The tokens of a row, of which a group has some or a part; 0: a
-      group is a row.
+    row_length: The number of tokens of a row; a group is a part of a row, or
+      several rows. 0: a group is a row.
   """
   S = segment_ids.shape[1]
   T = row_length or S
@@ -107,17 +108,19 @@ def sentence_means(
   ids: UInt32[Array, 'G S'],
   mask: Bool[Array, 'G S'],
 ) -> tuple[Float32[Array, 'G S M'], Int32[Array, 'G S']]:
-  """The mean of each sentence's real tokens in its group.
+  """The mean of the real tokens of each sentence in a group.
 
   Args:
     x: Token representations.
-    ids: The number of each token's sentence; that of padding does not matter.
-      Real tokens of one number with no other between are one sentence.
+    ids: The id of each token's sentence, as in `sentence_ids`. Real tokens that
+      follow each other and have the same id are a sentence; padding between
+      them, whatever its id is, does not end it.
     mask: False for padding.
 
   Returns:
-    The means, as many rows of a group as it has sentences and then zeros, and
-    the row of each token's sentence.
+    The means, of which each sentence of a group has one row, in order; the rows
+    that are left, up to S, are zero. And for each token the index of the row of
+    its sentence.
   """
   S = x.shape[1]
   real_index = jnp.where(mask, jnp.arange(S)[None], 0)
@@ -139,5 +142,5 @@ def sentence_means(
 def spread(
   rows: Float32[Array, 'G S M'], sentence: Int32[Array, 'G S']
 ) -> Float32[Array, 'G S M']:
-  """For each token the row of its sentence."""
+  """Gives each token the row of its sentence, at the index `sentence`."""
   return jnp.take_along_axis(rows, sentence[..., None], axis=1)

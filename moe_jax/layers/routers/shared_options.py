@@ -1,7 +1,7 @@
 """Options that several routers have, each declared once.
 
-A declaration stands as the field of every router that has the option, under its
-own name in lower case.
+Every router that has an option sets a field to the constant here; the name of
+the field is that of the constant in lower case.
 """
 
 from typing import Any
@@ -63,7 +63,8 @@ SLOT_PRIORITY = option(
   'change earlier outputs.',
   choices=rule.SLOT_PRIORITIES,
 )
-# That of routers without one probability for each expert to order tokens by.
+# The slot priority of routers that have no probability of each expert by which
+# tokens could be ordered.
 SLOT_PRIORITY_WITHOUT_PROBABILITY = option(
   'token_major',
   'Order in which experts serve the choices of a group: '
@@ -117,8 +118,8 @@ BALANCE_CHOICES = option(
 
 # Balance losses of other parts of a batch than its routing groups. Loads can be
 # even in each sequence, on each device, or in a whole batch; the wider the
-# scope, the more an expert may specialise (arXiv:2501.11873). Several count at
-# once.
+# scope, the more an expert may specialise (arXiv:2501.11873). Several of these
+# losses may count at once.
 
 SEQUENCE_BALANCE_WEIGHT = loss_weight(
   0.0,

@@ -1,8 +1,9 @@
 """Soft MoE: slots are mixtures of tokens, and tokens mixtures of slots.
 
-https://arxiv.org/abs/2308.00951. For encoders alone, as every output depends on
-all tokens of its group; a group is an example or a part of one, as the slots of
-a group do not tell its examples apart. The rule is `moe_jax.routing.soft_rule`.
+https://arxiv.org/abs/2308.00951. Soft MoE is for encoders alone, as every
+output depends on all tokens of its group. A group is an example or a part of an
+example, as a slot would mix the tokens of several examples. The rule is
+`moe_jax.routing.soft_rule`.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.soft_rule import soft_routing
 from moe_jax.shapes import Array, Float32
 
-# The squared length from which on vectors are made of unit length.
+# A vector whose squared length is below this number is not made of unit length.
 _LEAST = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Soft(contract.RouterOptions):
-  """The options of Soft MoE, whose experts have slots of their own number."""
+  """The options of Soft MoE, in which an option sets the slots of an expert."""
 
   by_expert: ClassVar[bool] = True
   mixes: ClassVar[bool] = True
@@ -63,7 +64,7 @@ class Soft(contract.RouterOptions):
 
 
 class SoftRouter(contract.Router):
-  """The cosine of each token and each slot's parameters, times a scale."""
+  """A router whose logits are scaled cosines of tokens and slot parameters."""
 
   options: Soft
 

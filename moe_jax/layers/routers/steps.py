@@ -1,6 +1,6 @@
 """The steps that several routers share, as functions of a router's module.
 
-Logits, choices, slots, losses and the balancing bias. All of it is float32
+They compute logits, choices, losses and statistics. All numbers are float32
 whatever the model's dtype (Table 2 of arXiv:2101.03961).
 """
 
@@ -24,16 +24,17 @@ from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.token_choice_rule import choice_problems
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 
-# Functions that round float32 numbers to those of a type, by its name. The
-# results that the compiler computes from them stay float32.
+# Functions that round float32 numbers to the precision of a type, by the type's
+# name. The rounded numbers, and all that is computed of them, stay float32.
 ROUNDINGS = {
   'float32': lambda x: x,
   'bfloat16': lambda x: jax.lax.reduce_precision(x, 8, 7),
 }
-# The logical axes of the kernel; the second is that of the choices of tokens.
+# The logical axes of a router's kernel; along the second lie the experts that a
+# token may choose.
 AXES = ('embed', 'expert_choice')
 ROLE = 'router'
-# The causal problem of routers whose experts choose tokens.
+# The reason why routers whose experts choose tokens are not causal.
 EXPERTS_CHOOSE = (
   'an expert chooses among all tokens of a group, which lets later tokens '
   'change earlier outputs; use another router'
@@ -65,7 +66,7 @@ def linear_logits(
   """The logits x times `w`, plus `b` if there is a bias.
 
   Args:
-    module: The router, whose parameters they are.
+    module: The router, which makes the parameters `w` and `b`.
     x: The input, as `jittered` returns it.
     use_bias: Whether there is a bias.
     init: The initialiser of the kernel. Default: the model's.
@@ -88,9 +89,9 @@ def product(
   size: int,
   rounded: Callable[[Array], Array] = ROUNDINGS['float32'],
 ) -> Float32[Array, 'G S E']:
-  """The product of x with a kernel of the module, [M, size], of that name.
+  """The product of x with the kernel [M, size] that the module has by `name`.
 
-  Both factors are rounded before it by `rounded`.
+  Both factors are rounded by `rounded` before they are multiplied.
   """
   G, S, M = x.shape
   w = module.param(name, init, (M, size), jnp.float32)
@@ -106,7 +107,8 @@ def largest(
   scores: Float32[Array, 'G S E'], count: int
 ) -> Int32[Array, 'G S N']:
   """The experts of each token's `count` largest scores, the largest first."""
-  # It runs on each device, as no compiler splits a top-K over groups.
+  # Each device chooses for its own groups: a compiler would not split the top-K
+  # of a sharded array, but gather all groups on every device.
   choose = functools.partial(routing.choose, num_selected=count)
   return on_each_device(choose, (scores,))
 
@@ -114,7 +116,7 @@ def largest(
 def chosen_experts(
   scores: Float32[Array, 'G S E'], count: int, given: GivenChoices | None
 ) -> Int32[Array, 'G S K']:
-  """The experts of the largest scores, or those that are imposed instead."""
+  """The experts of the largest scores, or the experts that are imposed."""
   index = largest(scores, count)
   return index if given is None else given.in_place_of(index)
 
@@ -141,8 +143,8 @@ def with_equal_gates(
     module: The router.
     expert_index: The choices.
     mask: False for padding.
-    slot_priority: The order in which experts serve them.
-    given: Choices that are imposed instead of these.
+    slot_priority: The order in which experts serve the choices.
+    given: Choices that are imposed instead of `expert_index`.
   """
   if given is not None:
     expert_index = given.in_place_of(expert_index)
@@ -160,7 +162,7 @@ def with_equal_gates(
 def gate_problems(
   sizes: contract.Sizes, gates: str, second_policy: str = 'all'
 ) -> Iterator[str]:
-  """The problems that gates and second policy have with E and K."""
+  """The reasons why gates and second policy do not fit E and K, as texts."""
   yield from choice_problems(
     num_experts=sizes.num_experts,
     num_selected=sizes.num_selected,
@@ -170,7 +172,7 @@ def gate_problems(
 
 
 def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
-  """The problem of a capacity that can bind where many tokens choose alike."""
+  """The problem of a capacity that drops tokens if many choose one expert."""
   if sizes.capacity.binds:
     yield (
       f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r} can drop most '
@@ -191,7 +193,7 @@ def choice_aux(
 ) -> routing.MoeAux:
   """The losses, and the statistics of tokens' choices and of logits if any.
 
-  Logits are those without noise. They are kept for analysis.
+  The logits are those without noise, and are also kept for analysis.
   """
   if logits is not None:
     module.sow(contract.SOWN, contract.LOGITS, logits)
@@ -205,7 +207,7 @@ def slot_aux(
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses and statistics where experts choose tokens."""
+  """The losses and statistics of a router whose experts choose tokens."""
   module.sow(contract.SOWN, contract.LOGITS, logits)
   importance = aux_losses.cv_squared(chosen.gate.sum(-1))
   losses = {
@@ -251,8 +253,8 @@ def balance_probs(
 
   Args:
     logits: The logits.
-    scores: 'softmax', or 'sigmoid': each sigmoid divided by the sum of all of
-      the token's.
+    scores: 'softmax' over experts, or 'sigmoid': the sigmoid of each logit,
+      divided by the sum of all sigmoids of the token.
   """
   if scores == 'sigmoid':
     logits = jax.nn.log_sigmoid(logits)
@@ -270,15 +272,15 @@ def scope_losses(
   choices: str,
   scores: str,
 ) -> dict[str, Float32[Array, '']]:
-  """The balance losses of rows, of several rows, and of the whole batch.
+  """The balance losses of each row, of sets of rows, and of the whole batch.
 
   Args:
     logits: The logits without noise.
     expert_index: The experts that the losses count.
     mask: False for padding.
-    row_length: The tokens of a row; 0: those of a group.
-    weights: The weights of losses by name; a loss without weight is 0.
-    batch_rows: The rows that 'batch_balance_loss' counts together.
+    row_length: The number of tokens of a row; 0: a row is as long as a group.
+    weights: The weights of losses by name; a loss whose weight is 0 is 0.
+    batch_rows: The number of rows that 'batch_balance_loss' counts together.
     choices, scores: As in `choice_losses`.
   """
   G, S = mask.shape
@@ -292,7 +294,7 @@ def scope_losses(
   rows_of = {name: rows for name, rows in rows_of.items() if weights[name]}
   if not rows_of:
     return losses
-  # Rows and groups are cut into parts that lie in one of each.
+  # Tokens are cut into parts, each of which lies in one row and in one group.
   unit = math.gcd(S, T)
   probs = balance_probs(logits, scores)
   sums = aux_losses.balance_sums(probs, expert_index, mask, unit, choices)
@@ -305,7 +307,7 @@ def scope_losses(
 def scope_problems(
   sizes: contract.Sizes, weights: dict[str, float], batch_rows: int
 ) -> Iterator[str]:
-  """The problems of microbatches that do not show what a loss counts."""
+  """The reasons why a microbatch lacks rows that a loss counts, as texts."""
   weight = weights['global_balance_loss']
   if weight and sizes.microbatches > 1:
     yield (

@@ -1,8 +1,8 @@
 """Strictly balanced gating: every expert has as many tokens as every other.
 
 Shazeer et al. 2017, Appendix F (https://arxiv.org/abs/1701.06538). In training
-an expert takes its part of the K * S choices of a group; in inference it takes
-the tokens above its learned threshold, up to the capacity.
+an expert takes an equal part of the K * S choices of a group; in inference it
+takes the tokens whose gate is above its learned threshold, up to the capacity.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class StrictlyBalanced(contract.RouterOptions):
     return StrictlyBalancedRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak in training alone; thresholds are of a token by itself."""
+    """A leak in training alone, as a threshold judges a token by itself."""
     return contract.Causality(steps.EXPERTS_CHOOSE)
 
 
@@ -72,6 +72,6 @@ class StrictlyBalancedRouter(contract.Router):
       choose, (logits, mask), (thresholds,), (PartitionSpec(),)
     )
     aux = steps.slot_aux(self, chosen, logits, mask)
-    # The load needs no loss; this is that of the thresholds.
+    # Loads are even without a loss; 'load_loss' is the loss of the thresholds.
     aux.losses['load_loss'] = over_groups(loss, mask)
     return chosen, aux

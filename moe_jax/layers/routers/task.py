@@ -1,4 +1,4 @@
-"""Task routing: a token goes where its task goes, whatever the token is.
+"""Task routing: the task of a token chooses its experts, whatever the token is.
 
 https://arxiv.org/abs/2110.03742. A task is a source of the data's mixture, such
 as a pair of languages. The embedding of a task is its E logits in the layer: a
@@ -30,8 +30,8 @@ class Task(contract.RouterOptions):
   changes the losses. In groups of tokens, whose rows have one task each, the
   balance loss would even out the gates of each task by itself.
 
-  All tokens of a task go to the same experts, where a capacity would drop most,
-  so that nothing may be dropped.
+  All tokens of a task go to the same experts, so that a capacity would drop
+  most of them: only a capacity that drops nothing is allowed.
   """
 
   takes_choices: ClassVar[bool] = True
@@ -84,7 +84,7 @@ class TaskRouter(contract.Router):
       expert_index=steps.chosen_experts(logits, K, given),
       given=given,
     )
-    # The losses of a group of one token a task, for all real tokens.
+    # The losses of a group with one token of each task, times all real tokens.
     each_task = jnp.ones(table.shape[:2], bool)
     probs, index = jax.nn.softmax(table), routing.choose(table, K)
     balance = routing.balance_loss(probs, index, each_task, o.balance_choices)

@@ -195,7 +195,7 @@ class TokenChoice(contract.RouterOptions):
     return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def move_state(self, state, load, rate=None):
-    """The bias after a step; see `routing.balance_bias.moved`."""
+    """The balancing bias after a step; see `routing.balance_bias.moved`."""
     if rate is None:
       rate = self.balance_bias_rate
     bias = state[_BIAS]
@@ -204,7 +204,7 @@ class TokenChoice(contract.RouterOptions):
     return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
 
   def shrunk(self):
-    """A token chooses one of two groups of experts."""
+    """These options with two groups of experts; a token chooses one of them."""
     if self.expert_groups == 1:
       return self
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)
@@ -275,7 +275,7 @@ class TokenChoiceRouter(contract.Router):
   def scores(
     self, logits: Float32[Array, 'G S E'], train: bool
   ) -> Float32[Array, 'G S E']:
-    """The scores by whose largest tokens choose experts."""
+    """The scores of experts, of which each token chooses the K largest."""
     o = self.options
     if train and o.choice_policy == 'sampled':
       # The largest of logits with Gumbel noise is drawn by the softmax, and the
@@ -302,7 +302,8 @@ class TokenChoiceRouter(contract.Router):
       group_score=o.expert_group_score,
       outside=o.outside_expert_groups,
     )
-    # It runs on each device, as no compiler splits a top-K over groups.
+    # Each device limits its own groups: a compiler would not split the top-K of
+    # a sharded array, but gather all groups on every device.
     return on_each_device(rule, (scores,))
 
   def gates(

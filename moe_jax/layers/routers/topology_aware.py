@@ -3,12 +3,12 @@
 FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418). The
 devices are those of the options, whatever devices a run has, so that no result
 depends on the mesh. The G groups of a batch, or of a microbatch, lie on the W
-devices in order, as even parts of a batch do, and E / W experts on each. The
-rule is `moe_jax.routing.limited_rules`.
+devices in order, in even parts, and so do the experts, E / W on each device.
+The rule is `moe_jax.routing.limited_rules`.
 
-Unlike the paper, whose limit is that of a device's tokens, each group has a
-limit in proportion to its size, so that groups stay independent. With one group
-for each device both are the same.
+The paper limits how many of a device's tokens leave their node. Here each group
+has a limit in proportion to its size, so that groups stay independent. With one
+group for each device both limits are the same.
 """
 
 import dataclasses
@@ -30,13 +30,14 @@ from moe_jax.shapes import Array, Int32
 class TopologyAware(contract.RouterOptions):
   """The options of the topology-aware gate.
 
-  Its losses count the choices that tokens make under the limit; unlike them,
-  that of FastMoE's gate counts first choices before it. A capacity is that of
-  an expert in a group, and a group whose tokens stay fills the experts of its
-  node alone: where it binds, Q times the factor drops as little as without a
-  limit. The parameters are those of token choice, which is the same without a
-  limit: an evaluation can override the router's kind. Columns have no merged
-  experts, as a column that leads to another's would no longer tell its device.
+  The losses count the choices that tokens make under the limit; the loss of
+  FastMoE's gate counts first choices before the limit. A capacity is that of an
+  expert in a group, and a group whose tokens stay fills the experts of its node
+  alone, one of Q: where the capacity binds, a factor Q times as large drops as
+  little as without a limit. The parameters are those of token choice, which is
+  this router without a limit: an evaluation can override the router's kind.
+  Experts cannot be merged, as the index of a logit tells the device of its
+  expert, and a merged expert has several logits.
   """
 
   takes_choices: ClassVar[bool] = True
@@ -103,7 +104,8 @@ class TopologyAware(contract.RouterOptions):
     return self.devices // self.per_node
 
   def limit(self, group_size: int) -> int:
-    """L, the number of tokens that may leave a group of that many.
+    """L, the number of tokens of a group of this size that may leave its node.
+
 
     Padding counts among the tokens of a group, as it does in capacities.
     """
@@ -112,13 +114,14 @@ class TopologyAware(contract.RouterOptions):
 
   @property
   def limits(self) -> bool:
-    """Whether a token's choice is ever not its own."""
+    """Whether the limit can change any token's choice."""
     return self.num_nodes > 1 and self.outgoing_fraction < 1
 
   def nodes(self, groups: int) -> Int32[Array, ' G']:
-    """The node of each of the groups.
+    """The index of the node of each of the groups, which lie in order.
 
-    Where devices do not divide them, parts are as even as can be.
+    If the number of devices does not divide that of groups, the devices have
+    parts that are as even as can be.
     """
     device = jnp.arange(groups, dtype=jnp.int32) * self.devices // groups
     return device // self.per_node
@@ -127,10 +130,10 @@ class TopologyAware(contract.RouterOptions):
     return TopologyAwareRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """Whether a token may leave depends on the scores of later ones.
+    """A leak: whether a token may leave depends on the scores of later tokens.
 
-    Where no token may leave, nothing depends on later ones. A group so small
-    that the limit is 0 is not known here.
+    There is no leak where the option lets no token leave. Groups so small that
+    their limit is 0 are not told apart, as their size is not known here.
     """
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
     if not self.limits:
@@ -151,7 +154,7 @@ class TopologyAware(contract.RouterOptions):
     return queues._replace(leak=leak)
 
   def shrunk(self):
-    """There are two nodes of one device, or one node."""
+    """These options with two nodes of one device each, or with one node."""
     small = min(self.num_nodes, 2)
     return dataclasses.replace(self, devices=small, per_node=1)
 
@@ -169,7 +172,8 @@ class TopologyAwareRouter(contract.Router):
     if o.limits:
       numbers = dict(num_selected=K, num_nodes=o.num_nodes, limit=o.limit(S))
       rule = functools.partial(limited_rules.limited_choice, **numbers)
-      # It runs on each device, as no compiler splits a sort over groups.
+      # Each device limits its own groups: a compiler would not split the sort
+      # of a sharded array, but gather all groups on every device.
       index = on_each_device(rule, (logits, o.nodes(len(mask)), mask))
     else:
       index = steps.largest(logits, K)
