@@ -19,8 +19,7 @@ NUM_ANSWERS = 4  # of a question about a docstring
 
 
 class Item(NamedTuple):
-  """A question.
-
+  """A question with several answers, of which one is right.
   Attributes:
     prompt: Text that the model is given; not empty.
     answers: Two or more answers to choose from, none empty, all different.
@@ -34,12 +33,11 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ItemSource:
-  """Items of two splits.
-
+  """The questions of a source in its two splits.
   Attributes:
     name: Description of the source for messages.
     items: Function from a split to its items, which may be read one by one.
-      Those of 'train' serve as examples, those of 'validation' are asked.
+      Items of 'train' serve as examples, items of 'validation' are asked.
   """
 
   name: str
@@ -57,8 +55,7 @@ class ChoiceSourceOptions(Options):
   has_train_split: ClassVar[bool] = True
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """The items of both splits.
-
+    """The questions of both splits, each an `Item`.
     Raises:
       ValueError: The data is missing or bad.
     """
@@ -71,8 +68,7 @@ class SameSource(ChoiceSourceOptions):
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
-  """The item of these fields.
-
+  """The item of a prompt, its answers and the label, which are checked.
   Raises:
     ValueError: A field is missing, empty or out of range, or two answers are
       equal.
@@ -95,7 +91,7 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceFilesSource(ChoiceSourceOptions):
-  """Lines of JSON with `prompt`, `answers` (a list) and `label` (an index).
+  """Questions in lines of JSON: `prompt`, a list `answers`, an index `label`.
 
   Both splits have all lines, so examples before a question have to come from
   another source; otherwise the model would be given the answers.
@@ -131,7 +127,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceTfdsSource(ChoiceSourceOptions):
-  """Features of a TFDS dataset, in the folder that `TfdsSource` names."""
+  """Questions from a TFDS dataset, in the folder that `TfdsSource` names."""
 
   name: str = option(
     dataclasses.MISSING,
@@ -197,7 +193,7 @@ class _TfdsItems(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class DocstringChoiceSource(ChoiceSourceOptions):
-  """A function of the library, and the first lines of four docstrings."""
+  """Questions which of four first lines of docstrings is that of a function."""
 
   modules: str = option(
     '',
@@ -227,8 +223,8 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
   """An item for each pair, with wrong answers from other pairs.
 
-  The j-th wrong answer to pair i of P is that of pair i + j P / 4, or of the
-  next pair with another answer. The index of the right answer is i mod 4.
+  The j-th wrong answer to pair i of P is the answer of pair i + j P / 4, or of
+  the next pair with another answer. The index of the right answer is i mod 4.
 
   Raises:
     ValueError: There are fewer than four different answers.
