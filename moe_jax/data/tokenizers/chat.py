@@ -26,7 +26,7 @@ _ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 
 
 class Limits(NamedTuple):
-  """The bounds for rendering one conversation, in seconds, bytes, characters."""
+  """The bounds for one conversation: of time, of memory and of the text."""
 
   cpu_seconds: int = 5
   wall_seconds: float = 30.0
