@@ -20,6 +20,7 @@ NUM_ANSWERS = 4  # of a question about a docstring
 
 class Item(NamedTuple):
   """A question with several answers, of which one is right.
+
   Attributes:
     prompt: Text that the model is given; not empty.
     answers: Two or more answers to choose from, none empty, all different.
@@ -34,6 +35,7 @@ class Item(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class ItemSource:
   """The questions of a source in its two splits.
+
   Attributes:
     name: Description of the source for messages.
     items: Function from a split to its items, which may be read one by one.
@@ -56,6 +58,7 @@ class ChoiceSourceOptions(Options):
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
     """The questions of both splits, each an `Item`.
+
     Raises:
       ValueError: The data is missing or bad.
     """
@@ -64,11 +67,12 @@ class ChoiceSourceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """Examples from the train split of the source of the items that are asked."""
+  """Examples from the train split of the source whose questions are asked."""
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
   """The item of a prompt, its answers and the label, which are checked.
+
   Raises:
     ValueError: A field is missing, empty or out of range, or two answers are
       equal.
@@ -193,7 +197,7 @@ class _TfdsItems(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class DocstringChoiceSource(ChoiceSourceOptions):
-  """Questions which of four first lines of docstrings is that of a function."""
+  """Questions about a function: which of four lines begins its docstring."""
 
   modules: str = option(
     '',

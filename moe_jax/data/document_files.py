@@ -239,7 +239,7 @@ def _cut_text(source: PartBytes) -> Iterator[str]:
 
 
 def _cut(buffer: bytes, at: int) -> int:
-  """The end of the document that begins at `at`."""
+  """The index in `buffer` at which the document that begins at `at` ends."""
   most = at + MOST_BYTES
   empty = _EMPTY_LINE.search(buffer, at + LEAST_BYTES, at + 2 * LEAST_BYTES)
   if empty:
@@ -327,7 +327,7 @@ def _suffix(path: pathlib.Path) -> str:
 
 
 def _continuation_length(raw: bytes) -> int:
-  """The number of bytes at the begin that continue an earlier character."""
+  """The number of first bytes of `raw` that continue an earlier character."""
   count = 0
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1

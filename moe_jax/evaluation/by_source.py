@@ -51,7 +51,7 @@ class SourceLosses(EvaluationOptions):
   )
 
   def measure(self, setting: Setting) -> Measure:
-    """Returns the function that measures the losses.
+    """Returns the function that measures the loss of each source.
 
     Raises:
       ValueError: The run's data is no mixture.
@@ -85,7 +85,7 @@ class SourceLosses(EvaluationOptions):
     return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
 
   def shrunk(self) -> Self:
-    """The same evaluation on one batch."""
+    """The same evaluation on one batch of each source."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
@@ -106,7 +106,7 @@ class SourceScores(AskingEvaluation):
   )
 
   def measure(self, setting: Setting) -> Measure:
-    """Returns the function that measures the scores; encodes questions now.
+    """Returns the function that measures the scores; encodes all questions.
 
     The function returns a `summary_row` of scores in percent. Where a source
     has choices, `<source>.chance` is the score of guessing and `<source>.nats`

@@ -147,7 +147,7 @@ class Asker:
 
 @dataclasses.dataclass(frozen=True)
 class AskingEvaluation(EvaluationOptions):
-  """Options of an evaluation by questions, whose tokens all have room."""
+  """Options of an evaluation by questions, in which experts drop no tokens."""
 
   model_overrides: Mapping[str, Any] = option(
     ROOM_FOR_ALL,

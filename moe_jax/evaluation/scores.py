@@ -22,7 +22,7 @@ METRICS = ('bleu', 'chrf', 'rouge_l', 'exact_match')
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """A score of outputs.
+  """A score that compares generated outputs with targets.
 
   Attributes:
     compute: Function from outputs and as many targets, at least one, to

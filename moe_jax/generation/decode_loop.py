@@ -61,6 +61,7 @@ def generate(
   **ends: Unpack[Ends],
 ) -> Generation:
   """Continues prompts, or answers prompts with an encoder-decoder.
+
   A row's tokens and draws do not depend on other rows, with one exception:
   where an imported checkpoint has a capacity that counts the whole batch as a
   group (`moe.group_size=-1`; NLLB, OpenMoE) and can bind, rows compete for

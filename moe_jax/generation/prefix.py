@@ -265,7 +265,7 @@ _LEAST_LENGTH = 8
 
 
 def round_up(length: int) -> int:
-  """Rounds up to a multiple of 8, or to 4 to 8 lengths per power of two."""
+  """Rounds up to a multiple of 8, above 64 to 4 lengths per power of two."""
   step = max(_LEAST_LENGTH, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
@@ -288,7 +288,7 @@ Variables = dict[str, Any]
 def prepare(
   model: Model, variables: Variables, *, batch_size: int = 1, window: int = 0
 ) -> tuple[Model, Variables]:
-  """Prepares a model and its variables for generation, if they are not yet.
+  """Prepares a model and its variables for generation, unless already prepared.
 
   `generate` prepares a model if it is not prepared, which copies the
   parameters. To generate several times, prepare the model once and drop the

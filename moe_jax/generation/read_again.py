@@ -91,7 +91,7 @@ def _read(
   mask: Bool[Array, 'B N'],
   apply: Apply,
 ) -> dict[int, LayerChoices]:
-  """The choices for a prefix and N tokens, the first its last token.
+  """The choices for a prefix and N tokens, which begin with its last token.
 
   The choices have the shape [B, P - 1 + N, K] in a decoder's layers, and
   [B, S, K] in an encoder's.

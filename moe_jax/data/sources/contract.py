@@ -183,7 +183,7 @@ class SourceOptions(Options):
   metric: ClassVar[str] = 'exact_match'
 
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The documents.
+    """The documents of the source, in two splits.
 
     Raises:
       ValueError: The source has no texts, or its data is missing or bad.
@@ -192,7 +192,7 @@ class SourceOptions(Options):
     raise InputError(f'{type(self).__name__} gives no texts')
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """The pairs of inputs and targets.
+    """The pairs of inputs and targets of the source, in two splits.
 
     Raises:
       ValueError: The source has no pairs, or its data is missing or bad.

@@ -36,7 +36,7 @@ class GettextSource(SourceOptions):
   metric: ClassVar[str] = 'chrf'
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """Inputs of a language and a message, `de: Save`, and their translations.
+    """Pairs of a language with a message, `de: Save`, and the translation.
 
     A message is in the same split in every language.
 

@@ -117,7 +117,7 @@ class InstructionTask:
   metric: str = 'exact_match'
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """The content of example `index` of a split, and the dice for its words.
+    """The content of example `index` of a split, and dice to draw its words.
 
     Raises:
       ValueError: The task has no example of the split.
@@ -786,7 +786,7 @@ class InstructionSource(SourceOptions):
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:
-    """The validation examples."""
+    """The validation examples, each as a question."""
     return list(self._examples(selection.name_of('validation')))
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:

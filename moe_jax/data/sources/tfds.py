@@ -224,6 +224,7 @@ class TfdsSource(SourceOptions):
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """Pairs of the texts of two features.
+
     Raises:
       ValueError: The dataset, a feature or a split is missing.
     """

@@ -84,7 +84,7 @@ class PrefixLM(WindowTask):
 
   @functools.cached_property
   def window(self) -> int:
-    """The largest number of tokens that can be split and fit in a row.
+    """The largest number of tokens of a window whose example fits in a row.
 
     Such a window leaves some padding in the row of an encoder-decoder, as a
     window that fills both sides has only one possible split.
@@ -101,7 +101,7 @@ class PrefixLM(WindowTask):
     return int(sizes[fits][-1])
 
   def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
-    """The lengths of the shortest and longest targets of `n` > 1 tokens."""
+    """The fewest and most targets of windows of `n` > 1 tokens."""
     room = self.layout.max_inputs - self._marks
     shortest = np.maximum(n - room, 1)
     around_mean = (2 * self.density * n).astype(np.int64) - shortest

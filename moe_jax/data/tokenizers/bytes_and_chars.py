@@ -65,7 +65,10 @@ class BytesOptions(GivenOptions):
 
 
 class Chars(Tokenizer, kind='chars'):
-  """A tokenizer of given characters, in code-point order and without an EOS."""
+  """A tokenizer of given characters, whose ids are in order of code points.
+
+  There is no EOS.
+  """
 
   def __init__(self, characters: Iterable[str]):
     self.characters = ''.join(sorted(set(characters)))
@@ -105,7 +108,7 @@ class Chars(Tokenizer, kind='chars'):
     )
 
   def decode(self, ids: Ids) -> str:
-    """The characters at `ids`."""
+    """The characters whose indices are `ids`."""
     return ''.join(self.characters[i] for i in self._in_vocabulary(ids))
 
   def token_name(self, token: Token) -> str:

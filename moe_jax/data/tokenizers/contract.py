@@ -176,6 +176,7 @@ class TokenizerOptions(Options):
   @required
   def fit(self, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of these options, fitted to the texts if it depends on any.
+
     Args:
       texts: All texts of the data, for a tokenizer that depends on them.
 
@@ -195,6 +196,7 @@ class GivenOptions(TokenizerOptions):
   @required
   def given(self) -> Tokenizer:
     """The tokenizer of these options, which is read anew at each call.
+
     Raises:
       ValueError: A file is missing or bad.
     """

@@ -110,4 +110,4 @@ class FileOptions(GivenOptions):
 
 
 class JsonOptions(FileOptions):
-  """Options of a Hugging Face tokenizer, the same as those of any file."""
+  """Options of a Hugging Face tokenizer, the same as `FileOptions`."""
