@@ -106,7 +106,7 @@ class SourceScores(AskingEvaluation):
   )
 
   def measure(self, setting: Setting) -> Measure:
-    """Returns the function that measures the scores; encodes all questions.
+    """Returns the function that measures the scores; encodes all questions now.
 
     The function returns a `summary_row` of scores in percent. Where a source
     has choices, `<source>.chance` is the score of guessing and `<source>.nats`
