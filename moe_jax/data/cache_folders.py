@@ -2,15 +2,16 @@
 
 A dry run only reads the cache: within `reading_only` nothing is written.
 
-A folder has a list of its files with their sizes and sha256. Whenever it is
-opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
-those of larger files take about 0.5 s per GB and can be left out. They are
-remembered of files that have not changed, as git sees it: by their size, times
-and inode, and only if a file was at rest for some seconds when it was read, so
-that gigabytes are not read whenever a run starts. A damaged folder is named and
-not remade: damage tells of a failing disk or of a program
-that wrote there, other processes may be reading the folder, and only its user
-knows. `whole_folder` makes a folder outside the cache.
+A folder has a list of its files with their sizes and sha256. Whenever a folder
+is opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
+the digests of larger files take about 0.5 s per GB and need not be checked. So
+that gigabytes are not read whenever a run starts, digests of large files are
+remembered: a remembered digest is taken while the file's size, times and inode,
+by which git notices changes, too, are the same. A digest is remembered only if
+the file was at rest for some seconds when it was read. A damaged folder is
+named in an error and not made anew: damage tells of a failing disk or of a
+program that wrote there, other processes may be reading the folder, and only
+its user knows. `whole_folder` makes a folder outside the cache.
 """
 
 import contextlib
@@ -34,12 +35,12 @@ SMALL = 2**20
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
 _REST_SECONDS = 2
-_Facts = dict[str, list]  # size and sha256 by path
+_Facts = dict[str, list]  # [size, sha256] of a file by its path
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
 
 class NotPreparedError(InputError):
-  """Data is not in the cache yet, where nothing may be written now."""
+  """Data is missing in the cache while `reading_only` forbids preparing it."""
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def reading_only() -> Iterator[None]:
 
 
 def check_may_prepare(description: str) -> None:
-  """Raises NotPreparedError, on data of this name, within `reading_only`."""
+  """Raises NotPreparedError within `reading_only`, and names `description`."""
   if _READ_ONLY.get():
     raise NotPreparedError(f'{description} is not prepared yet')
 
@@ -66,10 +67,10 @@ def prepared(
 ) -> pathlib.Path:
   """Fills `folder` by `write` unless it exists, and returns it.
 
-  `write` fills a temporary folder beside it, which is then renamed, so a folder
-  with its own name is complete. If several processes need it at once, one
-  writes and the others wait; where the file system has no locks, several write
-  and all take the folder that is renamed first.
+  `write` fills a temporary folder in the same parent, which is then renamed to
+  `folder`, so that `folder` is complete once it exists. If several processes
+  need it at once, one process writes and the others wait; where the file system
+  has no locks, several write and all take the folder that is renamed first.
   Digests of large files are checked only with `digests`.
 
   Raises:
@@ -91,10 +92,10 @@ def prepared(
 
 @contextlib.contextmanager
 def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-  """A folder of this process alone; the body may move it elsewhere.
+  """Makes a folder of this process alone, which the body may move elsewhere.
 
-  Whatever the folder still holds after the body is removed. It lies in a
-  temporary folder in `parent`.
+  The folder lies in a temporary folder in `parent`. If the body has not moved
+  the folder, it is removed with all that it holds.
   """
   with (
     writing(parent / name),
@@ -102,7 +103,8 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
       prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
     ) as private_parent,
   ):
-    # The folder lies within it, as other users cannot read a temporary one.
+    # The folder lies within the temporary folder, as other users cannot read a
+    # temporary folder itself.
     folder = pathlib.Path(private_parent) / name
     folder.mkdir()
     yield folder
@@ -111,10 +113,10 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 def publish(
   unfinished: pathlib.Path, folder: pathlib.Path, old_facts: _Facts
 ) -> None:
-  """Lists the files of a folder and gives it its name, unless it is taken.
+  """Writes the list of a folder's files and renames it, unless `folder` exists.
 
-  Files of `old_facts`, by size and sha256, are not read again. Both folders are
-  on one file system.
+  Files in `old_facts`, which gives their sizes and sha256, are not read again.
+  `unfinished` and `folder` are on one file system.
   """
   new_facts = _facts(unfinished, digests=True, skipped_names=old_facts)
   facts = {**old_facts, **new_facts}
@@ -128,7 +130,7 @@ def publish(
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-  """Holds a lock on `path` while the body runs, by a lock file beside it.
+  """Holds a lock on `path` while the body runs, by a file in the same folder.
 
   The lock saves work but is no guarantee: other processes are not kept out
   where the folder cannot be written or has no locks, or if they wait for a lock
@@ -146,10 +148,11 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder for files of a user, which gets its name after the body.
+  """Yields a folder for files of a user, which is renamed after the body.
 
-  So `folder` is whole once it is there, and of two commands that write it at
-  once the second fails. What a killed command has left beside it is replaced.
+  So `folder` is whole once it exists, and of two commands that write it at once
+  the second fails. The unfinished folder that a killed command has left in the
+  same parent is replaced.
 
   Raises:
     ValueError: `folder` is neither new nor empty.
@@ -171,7 +174,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def verify(folder: pathlib.Path, *, digests: bool) -> None:
-  """Raises ValueError, with advice, unless the files are those written.
+  """Raises ValueError, with advice, unless the files are as they were written.
 
   Digests of large files are checked only with `digests`.
   """
@@ -182,7 +185,8 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise InputError(f'{LIST} is not as it was written')
     actual_facts = _facts(folder, digests=digests)
-    for path, listed in sorted(listed_facts.items()):  # others harm nobody
+    # Files that are not listed harm nobody.
+    for path, listed in sorted(listed_facts.items()):
       actual = actual_facts.get(path)
       if actual is None or not listed or not isinstance(listed, list):
         raise InputError(f'{path} is missing')
@@ -207,10 +211,10 @@ def _facts(
   digests: bool,
   skipped_names: Container[str] = (),
 ) -> _Facts:
-  """Size and sha256 of each file; '' for a large one without `digests`.
+  """The size and sha256 of each file; '' for a large file without `digests`.
 
-  Digests of large files are remembered beside the folder. Files in
-  `skipped_names` are left out.
+  Digests of large files are remembered in a file in the folder's parent. Files
+  in `skipped_names` are left out.
   """
   facts, large = {}, {}
   for path in sorted(folder.rglob('*')):
@@ -241,8 +245,8 @@ def sha256s(
 
   Args:
     paths: The files.
-    memory: File that keeps the digests; it is written anew if one has changed,
-      and stays as it is within `reading_only` or where it cannot be written.
+    memory: File that keeps the digests; it is written anew if its content has
+      changed, but not within `reading_only` or where it cannot be written.
   """
   old_entries, new_entries, digests = _read_entries(memory), {}, {}
   for path in paths:
@@ -263,7 +267,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def stamp_of(path: pathlib.Path) -> list[int]:
-  """Size, times of changes in nanoseconds, and inode of a file."""
+  """The size, the times of changes in nanoseconds, and the inode of a file."""
   stat = path.stat()
   return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 

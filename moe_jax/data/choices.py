@@ -19,7 +19,7 @@ NUM_ANSWERS = 4  # of a question about a docstring
 
 
 class Item(NamedTuple):
-  """A question.
+  """A question with several answers, of which one is right.
 
   Attributes:
     prompt: Text that the model is given; not empty.
@@ -34,12 +34,12 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ItemSource:
-  """Items of two splits.
+  """The questions of a source in its two splits.
 
   Attributes:
     name: Description of the source for messages.
     items: Function from a split to its items, which may be read one by one.
-      Those of 'train' serve as examples, those of 'validation' are asked.
+      Items of 'train' serve as examples, items of 'validation' are asked.
   """
 
   name: str
@@ -57,7 +57,7 @@ class ChoiceSourceOptions(Options):
   has_train_split: ClassVar[bool] = True
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """The items of both splits.
+    """The questions of both splits, each an `Item`.
 
     Raises:
       ValueError: The data is missing or bad.
@@ -67,11 +67,11 @@ class ChoiceSourceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """Examples from the train split of the source of the items that are asked."""
+  """Examples from the train split of the source whose questions are asked."""
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
-  """The item of these fields.
+  """The item of a prompt, its answers and the label, which are checked.
 
   Raises:
     ValueError: A field is missing, empty or out of range, or two answers are
@@ -95,7 +95,7 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceFilesSource(ChoiceSourceOptions):
-  """Lines of JSON with `prompt`, `answers` (a list) and `label` (an index).
+  """Questions in lines of JSON: `prompt`, a list `answers`, an index `label`.
 
   Both splits have all lines, so examples before a question have to come from
   another source; otherwise the model would be given the answers.
@@ -131,7 +131,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceTfdsSource(ChoiceSourceOptions):
-  """Features of a TFDS dataset, in the folder that `TfdsSource` names."""
+  """Questions from a TFDS dataset, in the folder that `TfdsSource` names."""
 
   name: str = option(
     dataclasses.MISSING,
@@ -197,7 +197,7 @@ class _TfdsItems(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class DocstringChoiceSource(ChoiceSourceOptions):
-  """A function of the library, and the first lines of four docstrings."""
+  """Questions about a function: which of four lines begins its docstring."""
 
   modules: str = option(
     '',
@@ -227,8 +227,8 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
   """An item for each pair, with wrong answers from other pairs.
 
-  The j-th wrong answer to pair i of P is that of pair i + j P / 4, or of the
-  next pair with another answer. The index of the right answer is i mod 4.
+  The j-th wrong answer to pair i of P is the answer of pair i + j P / 4, or of
+  the next pair with another answer. The index of the right answer is i mod 4.
 
   Raises:
     ValueError: There are fewer than four different answers.

@@ -27,7 +27,7 @@ from moe_jax.data.tokenizers import (
 )
 from moe_jax.data.tokenizers.extra_ids import without_endings
 
-# The source of each form that comes with Python, for small runs.
+# A source from Python's own library, for small runs, by what a task reads.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
 
 
@@ -92,15 +92,15 @@ class DataOptions(Options):
 
   @property
   def tasks(self) -> tuple[str, ...]:
-    """Names of the tasks, the sources of a mixture, in the order of their ids.
+    """The names of a mixture's sources, its tasks, in the order of task ids.
 
-    They have those of held-out sources, too; () where there is no mixture.
+    Held-out sources are among them; () where there is no mixture.
     """
     return tuple(sorted(self.mixture.sources))
 
   @property
   def shape(self) -> RowShape:
-    """The lengths of rows, and whether examples share them."""
+    """The lengths of rows, and whether short examples share a row."""
     return RowShape(self.seq_len, self.target_len, self.pack)
 
   @property
@@ -110,21 +110,22 @@ class DataOptions(Options):
 
   @property
   def row_tokens(self) -> int:
-    """The number of tokens of a row, of an encoder's side and a decoder's."""
+    """The number of tokens of a row, on the encoder's and decoder's sides."""
     return self.seq_len + self.target_len
 
   @property
   def selection(self) -> Selection:
-    """The parts of the source that are read."""
+    """The splits of the source that are read, and how the cache is used."""
     splits = self.train_split, self.validation_split
     return Selection(splits, self.cache_dir, self.cache_digests)
 
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'DataOptions':
-    """The data with the tokenizer of a run, this one or another.
+    """The options with the tokenizer of a run in place of their own.
 
-    The tokenizer may have ids that the run's task added. Those that this task
-    adds itself are left to it, so that the data of the same run stays what it
-    was; those of another task stay.
+    The tokenizer may have ids that the run's task added. Where the task of
+    these options would add the same ids, these ids are taken off, as the task
+    adds them anyway, so that the data of the same run stays what it was. Ids
+    that another task added stay.
     """
     run_tokenizer = without_endings(tokenizer)
     if isinstance(run_tokenizer, Extended):
@@ -135,8 +136,9 @@ class DataOptions(Options):
     return dataclasses.replace(self, tokenizer=fitted)
 
   def with_tokenizer_of(self, *folders: str | pathlib.Path) -> 'DataOptions':
-    """The data with the tokenizer of the first run's folder that has one.
+    """The options with the tokenizer of the first run that has a tokenizer.
 
+    Without a tokenizer in any of the folders of runs, the options stay.
     Raises:
       ValueError: The tokenizer cannot be read.
     """
@@ -147,7 +149,7 @@ class DataOptions(Options):
     return self
 
   def problems(self) -> Iterator[str]:
-    """The problems between source, task and rows, a text for each."""
+    """Yields a text for each contradiction between source, task and rows."""
     if not self.task.makes_examples:
       reason = 'unless the task makes examples of inputs and targets'
       yield from self.in_vain(reason, 'target_len', 'pack')
@@ -217,9 +219,9 @@ def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
   """The pairs of texts from which the rows of a split are made, in order.
 
   A mixture gives the pairs of every source that is learned from, in turn. Pairs
-  with an empty side are left out; those with a side that has text and no
-  tokens, which have no rows, are not.
-  None where the task's examples are pieces of texts.
+  with an empty side are left out; pairs with a side that has text but no tokens
+  are given, although no row has them. The result is None where the task makes
+  examples from texts, not from pairs.
   """
   if options.task.reads != 'pairs':
     return None

@@ -53,7 +53,7 @@ class Span(NamedTuple):
       belongs to the span in which it begins.
     end: End of the bytes or row groups.
     size: Number of bytes of the file that this part takes.
-    whole: Whether the part is a document.
+    whole: Whether the part is a single document.
   """
 
   path: pathlib.Path
@@ -64,7 +64,7 @@ class Span(NamedTuple):
 
 
 class Document(NamedTuple):
-  """A document, and how many bytes of its span have been read after it."""
+  """A document, and how many bytes of its span have been read by then."""
 
   text: str
   read: int
@@ -86,7 +86,7 @@ class PartBytes:
     begin: int,
     end: int | None,
   ):
-    """Takes a stream at the part's begin, and its end; None is the file's."""
+    """Takes a stream that is at `begin`; `end` None is the end of the file."""
     self.path, self._stream, self._begin, self._end = path, stream, begin, end
     self.read = self.lines = 0
 
@@ -114,7 +114,7 @@ class PartBytes:
     return block
 
   def line(self) -> int:
-    """Number of the line after those that are counted, from 1."""
+    """The number in the file, from 1, of the line after the `lines` counted."""
     with self.path.open('rb') as file:
       lines_before = 0
       while block := file.read(min(_BLOCK, self._begin - file.tell())):
@@ -123,27 +123,28 @@ class PartBytes:
 
 
 def is_text(path: pathlib.Path) -> bool:
-  """Whether a file is text by its name, compressed or not."""
+  """Whether the name of a file says that it is text, compressed or not."""
   return _suffix(path) not in (*_LINES, PARQUET)
 
 
 def is_compressed(path: pathlib.Path) -> bool:
-  """Whether a file is compressed as a whole by its name."""
+  """Whether the name of a file says that it is compressed as a whole."""
   return path.suffix.lower() in CODECS
 
 
 def spans(
   path: pathlib.Path, most: int = 0, extra_cuts: Iterable[int] = ()
 ) -> list[Span]:
-  """The parts of a file that can be read apart, in order.
+  """The parts of a file that can be read independently, in order.
 
-  A compressed file is one part, as it can be read from its begin alone.
+  A compressed file is one part, as it can be read only from its begin.
 
   Args:
     path: The file.
     most: Number of bytes of a part; 0 makes one part. Row groups of parquet
       are not cut.
-    extra_cuts: More bytes of text or of lines at which a part begins.
+    extra_cuts: More offsets, in bytes, at which a part of text or of JSON lines
+      begins.
   """
   size = path.stat().st_size
   if is_compressed(path):
@@ -179,7 +180,7 @@ def read(span: Span, field: str = 'text') -> Iterator[Document]:
 
 
 def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
-  """The documents of text or lines."""
+  """The documents of a span of text or of JSON lines."""
   path, begin, end = span.path, span.begin, None
   if is_compressed(path):
     stream = cast(io.BufferedIOBase, _opened(raw, path))
@@ -195,9 +196,10 @@ def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
 
 
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
-  """The offset at which the first line begins at or after a byte.
+  """The offset of the first line that begins at byte `offset` or later.
 
-  In text without an end of line for `MOST_BYTES`, a character begins there.
+  In text without an end of line for `MOST_BYTES`, it is the offset of the first
+  character that begins there or later.
   """
   if not offset:
     return 0
@@ -237,7 +239,7 @@ def _cut_text(source: PartBytes) -> Iterator[str]:
 
 
 def _cut(buffer: bytes, at: int) -> int:
-  """The end of the document that begins at `at`."""
+  """The index in `buffer` at which the document that begins at `at` ends."""
   most = at + MOST_BYTES
   empty = _EMPTY_LINE.search(buffer, at + LEAST_BYTES, at + 2 * LEAST_BYTES)
   if empty:
@@ -266,7 +268,10 @@ def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
 
 
 def _json_text(value: Any, field: str) -> str:
-  """The text of a line's value; an error begins after the line's number."""
+  """The text under the key `field` of a line's value.
+
+  The message of an error begins after the line's number, which a caller adds.
+  """
   if not isinstance(value, dict):
     kind = type(value).__name__
     raise InputError(
@@ -290,7 +295,7 @@ def _json_text(value: Any, field: str) -> str:
 
 
 def json_lines(paths: list[pathlib.Path]) -> Iterator[tuple[str, bytes, Any]]:
-  """Name (for messages), stripped bytes and JSON value of lines with content.
+  """Yields (name for messages, stripped bytes, value) of lines with content.
 
   Raises:
     ValueError: A file is damaged, or a line is no JSON in UTF-8.
@@ -308,7 +313,7 @@ def json_lines(paths: list[pathlib.Path]) -> Iterator[tuple[str, bytes, Any]]:
 
 
 def check_text(text: Any, where: str) -> None:
-  """Raises ValueError unless a value of a line is a text of any length."""
+  """Raises ValueError unless a value of a line is a text that is not empty."""
   if not isinstance(text, str) or not text:
     raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
   if any('\ud800' <= character <= '\udfff' for character in text):
@@ -316,13 +321,13 @@ def check_text(text: Any, where: str) -> None:
 
 
 def _suffix(path: pathlib.Path) -> str:
-  """The suffix that says what the file holds, without that of compression."""
+  """The suffix that says what a file holds: '.jsonl' of 'a.jsonl.gz'."""
   inner = path.with_suffix('') if is_compressed(path) else path
   return inner.suffix.lower()
 
 
 def _continuation_length(raw: bytes) -> int:
-  """Number of first bytes that continue a character begun before them."""
+  """The number of first bytes of `raw` that continue an earlier character."""
   count = 0
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1
@@ -332,7 +337,7 @@ def _continuation_length(raw: bytes) -> int:
 def _decoded(
   raw: bytes, where: Any, line: Callable[[], int] | None = None
 ) -> str:
-  """The text of UTF-8; `line` gives the number of the first line."""
+  """Decodes UTF-8; for messages, `line` gives the number of the first line."""
   try:
     return raw.decode()
   except UnicodeDecodeError as error:
@@ -362,9 +367,9 @@ def _opened(raw: BinaryIO, path: pathlib.Path) -> io.BufferedReader:
 def _parquet_groups(
   path: pathlib.Path, most: int
 ) -> list[tuple[int, int, int]]:
-  """Begin and end of stretches of row groups, and their bytes in the file.
+  """The begin and end of stretches of row groups, and their bytes in the file.
 
-  A stretch ends at `most` bytes.
+  A stretch ends with the row group by which it reaches `most` bytes.
 
   Raises:
     ValueError: The file is no parquet file, or pyarrow is not installed.
@@ -388,7 +393,7 @@ def _parquet_texts(
 
   Raises:
     ValueError: The file is damaged, there is no such column of texts, or a row
-      has none. The message names the row, from 1.
+      has no text. The message names the row, from 1.
   """
   file = _parquet(path)
   schema = file.schema_arrow
@@ -422,7 +427,8 @@ def _parquet_texts(
 def _parquet(path: pathlib.Path):
   parquet = _library('pyarrow.parquet', 'parquet files')
   try:
-    # The buffer is read ahead of a column; without it, the whole column is.
+    # With `buffer_size` only a block of a column is read at a time; without it,
+    # the whole column is.
     return parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
   except (OSError, ValueError) as error:
     reason = first_line(error)

@@ -25,7 +25,7 @@ class ExampleRows(Rows):
   def __init__(self, lengths: Lengths, layout: Layout, *, pack: bool = True):
     """Decides which examples each row has: one, or with `pack` several.
 
-    Every example fits the layout.
+    Every example has to fit a row of the layout.
     """
     self.layout: Layout = layout
     count = len(lengths.total)
@@ -76,10 +76,10 @@ class ExampleRows(Rows):
 def packed(
   sizes: Int[np.ndarray, 'P D'], capacity: tuple[int, ...]
 ) -> list[list[int]]:
-  """The indices of the examples of each row.
+  """Packs examples into rows; returns the indices of each row's examples.
 
   Each example in turn goes into the oldest of the last few rows that has room
-  for it, or begins a new row.
+  for the example, or begins a new row.
 
   Args:
     sizes: The size of each of P examples in D dimensions.
@@ -120,7 +120,7 @@ class WindowTask(abc.ABC):
 
 
 class DenoisedRows(ExampleRows):
-  """Random access to rows of examples of windows, each window once.
+  """Random access to rows of examples, one example of each window of a text.
 
   A window never spans documents: a document is cut into as few windows as the
   task allows, whose lengths differ by one token at most. Windows of one token
@@ -135,9 +135,9 @@ class DenoisedRows(ExampleRows):
     *,
     pack: bool = True,
   ):
-    """Wraps a stream, as of `PackedRows`, without copying it.
+    """Wraps a stream of tokens, as `PackedRows` does, without copying it.
 
-    Unless they `pack`, windows of short documents have rows of their own.
+    Without `pack`, windows of short documents have rows of their own.
     """
     self._tokens, self._task = tokens, task
     self._bounds = windows(starts, len(tokens), task.window)

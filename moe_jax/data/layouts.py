@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from moe_jax.errors import InputError
 from moe_jax.shapes import Bool, Int
 
-Counts = Int[np.ndarray, ' P']  # of the tokens of P examples
+Counts = Int[np.ndarray, ' P']  # numbers of tokens of P examples
 Window = Integer[np.ndarray, ' N']  # tokens of a stretch of a text
 
 
@@ -33,8 +33,8 @@ class Lengths(NamedTuple):
   Attributes:
     inputs: int [P], the largest number of input tokens.
     targets: int [P], the largest number of target tokens.
-    total: int [P], the largest number of both together, which may be below the
-      sum of the others.
+    total: int [P], the largest number of input and target tokens together,
+      which may be below the sum of `inputs` and `targets`.
   """
 
   inputs: Counts
@@ -43,12 +43,13 @@ class Lengths(NamedTuple):
 
 
 class Layout(abc.ABC):
-  """The arrays of a batch, and the room in a row of them.
+  """Contract of a layout: which arrays a batch has, and what fits into a row.
 
   Attributes:
-    capacity: Room of a row, in the unit of each column of `sizes`.
-    max_inputs: Number of tokens of the longest inputs that an example can have.
-    max_targets: Number of tokens of the longest targets that it can have.
+    capacity: Room of a row in each of the D dimensions of `sizes`: tokens of
+      the encoder and of the decoder, or of a decoder alone.
+    max_inputs: Largest number of input tokens that an example can have.
+    max_targets: Largest number of target tokens that an example can have.
     longest_text: Number of tokens of the longest text that can be split into
       inputs and targets at several positions.
   """
@@ -70,12 +71,12 @@ class Layout(abc.ABC):
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The batch of these rows; a row without examples is padding.
 
-    The segment ids of an example are its number in the row, from 1.
+    The segment id of an example's tokens is its number in the row, from 1.
     """
 
   @abc.abstractmethod
   def describe(self) -> str:
-    """Text on a row's shape."""
+    """A text on the shape of a row, for messages."""
 
   def fits(self, lengths: Lengths) -> Bool[np.ndarray, ' P']:
     """Whether each example fits a row of its own."""
@@ -103,13 +104,13 @@ class EncoderDecoderLayout(Layout):
     return np.stack([lengths.inputs, lengths.targets], axis=1)
 
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:
-    """Lengths by which each side is cut to the length of its own rows."""
+    """The lengths that cut each side to the length of its own rows."""
     inputs = np.minimum(inputs, self.max_inputs)
     targets = np.minimum(targets, self.max_targets)
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """The arrays that the class describes."""
+    """The batch with the arrays that the docstring of the class lists."""
     encoder = _zeros(_ENCODER_KEYS, len(rows), self.max_inputs)
     decoder = _zeros(_DECODER_KEYS, len(rows), self.max_targets)
     for b, row in enumerate(rows):
@@ -123,7 +124,7 @@ class EncoderDecoderLayout(Layout):
     return decoder | {f'encoder_{name}': v for name, v in encoder.items()}
 
   def describe(self) -> str:
-    """Both lengths of a row."""
+    """The lengths of a row: `T_enc=8 and T_dec=4`."""
     return f'T_enc={self.max_inputs} and T_dec={self.max_targets}'
 
 
@@ -145,7 +146,7 @@ class DecoderLayout(Layout):
     return lengths.total[:, None] - 1
 
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:
-    """Lengths by which inputs are cut first, to half of the row at least."""
+    """The lengths that cut inputs first, but to no less than half of a row."""
     room = self.seq_len + 1
     min_inputs = np.minimum(inputs, room // 2)
     targets = np.minimum(targets, room - min_inputs)
@@ -153,7 +154,7 @@ class DecoderLayout(Layout):
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """The arrays that the class describes."""
+    """The batch with the arrays that the docstring of the class lists."""
     batch = _zeros(_DECODER_KEYS, len(rows), self.seq_len)
     for b, row in enumerate(rows):
       end = 0
@@ -164,7 +165,7 @@ class DecoderLayout(Layout):
     return batch
 
   def describe(self) -> str:
-    """The length of a row."""
+    """The length of a row: `T=8`."""
     return f'T={self.seq_len}'
 
 
@@ -182,7 +183,7 @@ def _zeros(names, B, T) -> dict[str, np.ndarray]:
 def _write(batch, b, begin, segment, tokens, *learned) -> int:
   """Writes a segment into row `b` from `begin` on; returns where it ends.
 
-  `learned` are targets and weights, for a decoder.
+  `learned` are the targets and the loss weights of a decoder's segment.
   """
   end = begin + len(tokens)
   if end > (T := batch['tokens'].shape[1]):  # numpy would drop a lone token
@@ -220,7 +221,7 @@ class RowShape:
   def layout(self, start_id: int | None) -> Layout:
     """The layout of examples; a decoder's inputs start with `start_id`."""
     if self.encoder_decoder:
-      # A task has asked for a tokenizer with a start.
+      # The task's tokenizer has a start id, as the task has asked for one.
       start = cast(int, start_id)
       return EncoderDecoderLayout(self.seq_len, self.target_len, start)
     return DecoderLayout(self.seq_len)

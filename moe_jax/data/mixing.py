@@ -1,7 +1,7 @@
 """The order in which rows of several sources follow each other.
 
-A period of rows is laid out once; which source has row number p, and which of
-its rows that is, follows from p by division.
+A period of rows is laid out once. Which source gives row p of the stream, and
+which of the source's rows it is, follows from p by division.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
     )
   exact_counts = weight_array / weight_array.sum() * period
   counts = np.floor(exact_counts + 1e-9).astype(np.int64)
-  # If remainders are equal, the first source's counts as the largest.
+  # If remainders are equal, that of the first source counts as the largest.
   order = np.argsort(-(exact_counts - counts), kind='stable')
   counts[order[: period - counts.sum()]] += 1
   by_name = dict(zip(weights, counts.tolist()))
@@ -57,7 +57,8 @@ class Schedule:
   Attributes:
     counts: Number of rows of each source in a period.
     source: int [period], the source of each row of a period.
-    rank: int [period], the number of rows of the same source before it.
+    rank: int [period], the number of earlier rows of the same source in the
+      period.
   """
 
   def __init__(self, counts: Int[np.ndarray, ' P']):
@@ -66,9 +67,9 @@ class Schedule:
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
     source, rank = np.zeros((2, length), np.int64)
     rows_so_far = np.zeros_like(counts)
-    # Next is the source that must come soonest, among those whose share has
-    # come up; of equal ones, the first. Equal ratios are equal floats, so that
-    # every machine has the same order.
+    # Next is the source that must come soonest, among the sources whose share
+    # has come up; of equally urgent sources, the first. Equal ratios are equal
+    # floats, so that every machine has the same order.
     for row in range(length):
       due = slack * (counts * (row + 1) - length * rows_so_far) >= length
       last = (slack * (rows_so_far + 1) - 1) / np.maximum(counts, 1)
@@ -78,31 +79,31 @@ class Schedule:
     self.counts, self.source, self.rank = counts, source, rank
 
   def __call__(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The source of each row of the stream, and the number of its own row."""
+    """The index of each row's source, and the row's index in the source."""
     period, offset = np.divmod(np.asarray(row, np.int64), len(self.source))
     source = self.source[offset]
     return source, period * self.counts[source] + self.rank[offset]
 
 
 class TaskRows(Rows):
-  """The rows of one source of a mixture, whose number is their task.
+  """The rows of one source of a mixture, with the source's index as task id.
 
-  A batch also has `task_ids` int32 [B, T], the number at every token, and
-  `encoder_task_ids` where it has an encoder's side.
+  A batch also has `task_ids` int32 [B, T], the task id at every token, and
+  `encoder_task_ids` where the batch has an encoder's side.
 
   Attributes:
-    source: The rows without their task.
+    source: The rows without their task ids.
   """
 
   def __init__(self, rows: Rows, task: int):
-    """Takes the rows of the source and its number, from 0."""
+    """Takes the rows of the source and its index, from 0."""
     self.source, self.layout, self._task = rows, rows.layout, task
 
   def __len__(self) -> int:
     return len(self.source)
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, with their task."""
+    """The rows at `indices`, with their task ids."""
     batch = self.source.draw(indices, seed, epochs)
     return batch | {
       name.replace('segment', 'task'): np.full_like(values, self._task)
@@ -118,15 +119,15 @@ class TaskRows(Rows):
 class MixedRows(Rows):
   """The rows of several sources: one after another, or mixed in training.
 
-  As rows by index they are those of all sources in turn, each once, as an
-  evaluation needs; in training they follow the schedule.
+  By index, the rows are those of all sources, source after source and each row
+  once, as an evaluation needs; the stream of training follows the schedule.
   """
 
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
     """Takes the rows of each source by name, all of one task and shape."""
     self._parts, self._schedule = dict(parts), schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
-    self.layout = next(iter(parts.values())).layout  # of all sources
+    self.layout = next(iter(parts.values())).layout  # the same for all sources
 
   @property
   def parts(self) -> Mapping[str, Rows]:
@@ -134,7 +135,7 @@ class MixedRows(Rows):
     return self._parts
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The source of rows of the training stream; see `Schedule`."""
+    """The source of training rows and their index in it; see `Schedule`."""
     return self._schedule(row)
 
   def __len__(self) -> int:
@@ -161,9 +162,9 @@ def joined(source: Numbers, draw: Callable[[int, Numbers], Batch]) -> Batch:
   """A batch whose rows come from several sources.
 
   Args:
-    source: The number of the source of each row.
-    draw: Function from the number of a source and the numbers of its rows in
-      the batch to the batch of these rows alone.
+    source: The index of the source of each row.
+    draw: Function from the index of a source and the indices of its rows in
+      the batch to a batch of these rows alone.
 
   Returns:
     The arrays, [R, ...] each.

@@ -48,10 +48,10 @@ _ENTRY = re.compile(
   r'(?:\((?P<options>.*)\))?\s*(?:\*\s*(?P<weight>[\w.+-]+))?',
   re.DOTALL,
 )
-# An entry of `lines`. Its first option needs no name where the kind has one
-# that must be given (a pattern, the name of a dataset), or any. Text with a
-# comma or bracket of its own is quoted; a line that begins with '#' is a
-# comment.
+# The text of a source in `lines`. Its first option needs no name: it is the
+# first option that the kind of source requires (a pattern, the name of a
+# dataset), or else the kind's first option. A value with a comma or bracket of
+# its own is quoted; a line that begins with '#' is a comment.
 _FORM = 'name:kind(option, option=value)*weight'
 _PAIR = re.compile(r'\s*([A-Za-z_]\w*)\s*=(.*)', re.DOTALL)
 # Names that evaluations of every source give to means over sources.
@@ -60,7 +60,7 @@ _MEANS = ('mean', 'cluster_mean', 'held_out_mean', 'held_out_cluster_mean')
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOptions(Options):
-  """Several sources that a run learns from, and how often it sees each."""
+  """The sources of a mixture, and how often a run sees each of them."""
 
   sources: Mapping[str, SourceOptions] = entries(
     SOURCES,
@@ -111,7 +111,7 @@ class MixtureOptions(Options):
   )
 
   def __post_init__(self):
-    """Turns `lines` into sources and weights, and checks all."""
+    """Turns `lines` into sources and weights, and checks all options."""
     names = 'sources', 'lines', 'rule', 'weights'
     section = self.spelled_out({name: getattr(self, name) for name in names})
     sources = {
@@ -124,12 +124,13 @@ class MixtureOptions(Options):
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section with its `lines` as entries of `sources`.
+    """The mixture's section of a config, with `lines` turned into `sources`.
 
-    A weight in a line replaces the default `rule` by 'given'.
+    A weight in `lines` replaces the default `rule` by 'given'.
 
     Raises:
-      OptionError: An entry is wrong, or its name is taken; the message has it.
+      OptionError: The text of a source in `lines` is wrong, or its name is
+        taken; the message quotes the text.
     """
     text = section.get('lines', '')
     if not isinstance(text, str) or not text.strip():
@@ -153,7 +154,7 @@ class MixtureOptions(Options):
     return {**section, **changes, 'lines': ''}
 
   def problems(self) -> Iterator[str]:
-    """The problems of names and weights, a text for each."""
+    """Yields a text for each problem of names and weights."""
     if not self.sources:
       yield from self.in_vain('without sources')
       return
@@ -192,7 +193,10 @@ class MixtureOptions(Options):
       )
 
   def cluster(self, name: str) -> str:
-    """The cluster of a source; a source without one is a cluster by itself."""
+    """The name of the cluster, a group of similar sources, of a source.
+
+    A source without a cluster is a cluster by itself, under its own name.
+    """
     return self.sources[name].cluster or name
 
   def is_held_out(self, name: str) -> bool:
@@ -214,7 +218,7 @@ class MixtureOptions(Options):
     return {n: float(min(size, limit)) ** power for n, size in sizes.items()}
 
   def shrunk_with(self, embedded: SourceOptions) -> 'MixtureOptions':
-    """The same mixture of small sources; `embedded` stands for large ones."""
+    """The same mixture, small; `embedded` replaces sources that read files."""
     sources = {
       name: source.shrunk() if source.is_embedded else embedded
       for name, source in self.sources.items()
@@ -232,7 +236,10 @@ def _options(section: Mapping[str, Any]) -> Options:
 
 
 def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
-  """The name, the section and the weight of an entry; None without a weight."""
+  """Reads the text of a source in `lines`: its name, options and weight.
+
+  The options are a section of a config; the weight is None if none is given.
+  """
   match = _ENTRY.fullmatch(entry)
   if match is None:
     raise InputError(f'it is not of the form {_FORM}')
@@ -259,7 +266,7 @@ def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
 
 
 def _split(text: str, separators: str) -> list[str]:
-  """The parts between separators that are in no brackets and no quotes.
+  """Splits a text at the separators that are in no brackets and no quotes.
 
   Empty parts and comments are left out.
 
@@ -287,7 +294,7 @@ def _split(text: str, separators: str) -> list[str]:
 
 
 def _value(text: str, hint: Any) -> Any:
-  """The value of an option, in the type of its field."""
+  """The value that a text gives to an option whose type is `hint`."""
   text = text.strip()
   if hint is str and text[:1] not in ('"', "'"):
     return text
@@ -303,15 +310,15 @@ class MixedDataset(Dataset):
 
   Attributes:
     clusters: The cluster of each source.
-    per_period: For the sources that are learned from, the number of their rows
-      in a period.
+    per_period: The number of rows in a period of each source that is learned
+      from.
   """
 
   clusters: Mapping[str, str] = dataclasses.field(default_factory=dict)
   per_period: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def describe(self) -> str:
-    """The lines of every dataset, and one for each source."""
+    """The lines that describe any dataset, and a line for each source."""
     width = max(map(len, self.parts))
     period = sum(self.per_period.values())
     lines = [f'mixture, by rows in each period of {period:,}:']
@@ -330,7 +337,7 @@ class MixedDataset(Dataset):
     return '\n'.join([super().describe(), *lines])
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """A line for each cluster's sources, then the means."""
+    """The text of an evaluation: a line for each cluster, then the means."""
     means, groups, text_of = dict(row), {}, super().tell
     for name in sorted(self.parts.keys() & row.keys()):
       held_out = ' (held out)' * (name not in self.per_period)
@@ -350,7 +357,8 @@ def shared_tokenizer(
 ) -> TokenizerOptions:
   """The tokenizer of all sources, fitted to their texts if it depends on them.
 
-  One that is fitted is kept in the cache, by its options and the texts.
+  A tokenizer that is fitted is kept in the cache, and is found there by its
+  options and the identities of the texts.
 
   Raises:
     ValueError: The data of a source is missing or bad.
@@ -382,12 +390,12 @@ def load(
 ) -> MixedDataset:
   """The dataset of a mixture, each source tokenized unless it is in the cache.
 
-  One tokenizer serves all sources: one that depends on the texts is fitted to
-  those of all.
+  One tokenizer serves all sources; if it depends on texts, it is fitted to the
+  texts of all sources.
 
   Raises:
-    ValueError: As `TaskOptions.load` of any source, by its name; or the period
-      is too short for a weight.
+    ValueError: As `TaskOptions.load`, with the name of the source; or the
+      period is too short for a weight.
     NotPreparedError: A source is missing in the cache within `reading_only`.
   """
   tokenizer = shared_tokenizer(mixture.sources, task, tokenizer, selection)

@@ -1,7 +1,7 @@
 """Rows of fixed length over a stream of documents, by index.
 
-Documents are concatenated in order and the stream is cut every T tokens, so a
-row is found by its number alone.
+Documents are concatenated in order and the stream is cut every T tokens, so
+that a row is found by its index alone.
 """
 
 import abc
@@ -15,11 +15,11 @@ from moe_jax.data.store import Tokens
 from moe_jax.shapes import Int
 
 Batch = dict[str, np.ndarray]
-Numbers = Int[np.ndarray, ' R']  # of rows, or of their epochs
+Numbers = Int[np.ndarray, ' R']  # indices of rows, or their epochs
 
 
 class Rows(abc.ABC):
-  """Random access to rows; a row is a dict of arrays, a batch stacks them.
+  """Random access to rows; a row is a dict of arrays, a batch stacks rows.
 
   Attributes:
     layout: Layout of the examples; None for rows that hold no examples.
@@ -33,10 +33,10 @@ class Rows(abc.ABC):
     return {'': self}
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The source of each row of the training stream, and its row in the source.
+    """The index of the source of rows in training, and their index in it.
 
     Args:
-      row: Numbers of rows of the stream, from 0.
+      row: Indices of rows in the stream of training, from 0.
     """
     return np.zeros_like(row), row
 
@@ -46,7 +46,7 @@ class Rows(abc.ABC):
   def take(self, indices: Numbers) -> Batch:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
-    They are the same at every call, as an evaluation needs. An index of
+    The rows are the same at every call, as an evaluation needs. An index of
     `len(self)` or more gives a row of padding.
     """
     indices = np.asarray(indices)
@@ -54,7 +54,7 @@ class Rows(abc.ABC):
 
   @abc.abstractmethod
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices` with the noise of training in their epochs.
+    """The rows at `indices`, with the noise that training has in their epochs.
 
     A row depends on its index, its epoch (from 0) and the seed alone. An index
     of `len(self)` or more gives a row of padding.
@@ -65,7 +65,7 @@ class Rows(abc.ABC):
     """Text on the number and shape of the rows."""
 
   def counts(self) -> dict[str, int]:
-    """Numbers about these rows to report by name, besides tokens and texts."""
+    """Numbers to report about the rows by name, besides tokens and texts."""
     return {}
 
   def __getitem__(self, index: int) -> Batch:
@@ -77,14 +77,14 @@ class Rows(abc.ABC):
 
 
 class PackedRows(Rows):
-  """Random access to packed rows; row r reads tokens [r*T, r*T + T] (T + 1).
+  """Random access to packed rows; row r reads the T + 1 tokens r T to r T + T.
 
   A row is a dict of arrays [T]:
 
   - `tokens` int32: the inputs; 0 for padding.
   - `targets` int32: the next token of the stream; 0 where there is none.
-  - `segment_ids` int32: the numbers of the row's documents, from 1; 0 for
-    padding.
+  - `segment_ids` int32: the number, in the row, of the token's document, from
+    1; 0 for padding.
   - `positions` int32: from 0 at a document's first token in the row.
   - `loss_weights` float32: 1 where the target belongs to the token's own
     document; 0 at a document's last token and for padding.
@@ -93,7 +93,7 @@ class PackedRows(Rows):
   """
 
   def __init__(self, tokens: Tokens, starts: np.ndarray, seq_len: int):
-    """Wraps a stream without copying it (it may be memory-mapped).
+    """Wraps a stream, which may be memory-mapped, without copying it.
 
     Args:
       tokens: Unsigned or signed integers [N], the documents one after another.
@@ -114,11 +114,12 @@ class PackedRows(Rows):
     return f'{len(self):,} rows of T={self.seq_len}'
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, with other cuts in each epoch after the first.
+    """The rows at `indices`, cut at other tokens in each epoch after the first.
 
-    An epoch goes round the stream from its offset, and so leaves out no more
-    than the prediction across its first cut. The only row of a short stream is
-    the same in every epoch.
+    Such an epoch draws an offset below T, at which its first row begins, and
+    goes round the stream from there, so that it leaves out no more than the
+    prediction across its first cut. The only row of a short stream is the same
+    in every epoch.
     """
     if len(self) <= 1:  # a cut could only take context away
       return self.take(indices)
@@ -136,10 +137,10 @@ class PackedRows(Rows):
     An index of `len(self)` or more gives a row of padding.
 
     Args:
-      indices: Row numbers, from 0.
-      offsets: Numbers of tokens in [0, T), [B] or one for all, by which a row
-        begins later in the stream. What comes before the offset then follows
-        the stream's end, as documents of its own.
+      indices: Indices of rows, from 0.
+      offsets: Numbers of tokens in [0, T), [B] or one for all rows, by which a
+        row begins later in the stream. The tokens before the offset then follow
+        the stream's end, as documents of their own.
     """
     N, T = len(self.tokens), self.seq_len
     row = np.asarray(indices, np.int64)[:, None]  # [B, 1]

@@ -1,8 +1,9 @@
-"""Processes that tokenize the pieces of a source, and the folder of them all.
+"""Processes tokenize the pieces of a source, which are joined in one folder.
 
-Every finished piece is a folder of its own, which its name and its list of
-digests say is whole, so that work which was killed goes on. What is written
-does not depend on how many processes or hosts write it.
+Every finished piece has a folder of its own. The folder's name and its list of
+digests say that the piece is whole, so that work which was killed goes on with
+the pieces that are missing. What is written does not depend on how many
+processes or hosts write it.
 """
 
 import contextlib
@@ -36,15 +37,15 @@ FACTS = 'piece.json'
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _POLL_SECONDS = 0.2
 _REPORT_BYTES = 2**18  # bytes after which a worker reports its progress
-_WORKER: dict[str, Callable[[int], None]] = {}  # the work of a worker process
+_WORKER: dict[str, Callable[[int], None]] = {}  # called by a worker process
 
 
 class Work(NamedTuple):
-  """The work of a host; it can be pickled.
+  """What a host tokenizes, and the folder for it; it can be pickled.
 
   Attributes:
     folder: Folder of finished pieces.
-    pieces: The documents.
+    pieces: The documents, in pieces.
     tokenizer: The tokenizer.
   """
 
@@ -53,18 +54,18 @@ class Work(NamedTuple):
   tokenizer: Tokenizer
 
   def path(self, number: int) -> pathlib.Path:
-    """The folder of a finished piece."""
+    """The folder of the finished piece with the index `number`."""
     return self.folder / f'{number:05}'
 
 
 def piece_facts(
   work: Work, number: int, *, digests: bool = True
 ) -> dict[str, Any] | None:
-  """The facts of a finished piece; None if it is not there or not whole.
+  """The record of a finished piece; None if the piece is missing or not whole.
 
-  They are the counts and the sha256 of the texts of each of the `splits`, and
-  size and sha256 of the `files`. Sizes are checked always, and with `digests`
-  the files are read to check their sha256.
+  The record has, under `splits`, the counts and the sha256 of the texts of each
+  split and, under `files`, the size and sha256 of each file. Sizes are checked
+  always; with `digests` the files are read to check their sha256.
   """
   folder = work.path(number)
   try:
@@ -79,10 +80,10 @@ def piece_facts(
 
 
 def write_piece(work: Work, number: int, report: Callable[[int], None]) -> None:
-  """Tokenizes a piece, unless another process has by the time it could begin.
+  """Tokenizes a piece, unless another process has finished it by then.
 
-  An existing piece that is not whole is removed. `report` is called with
-  numbers of bytes that were read since the last call.
+  An existing piece that is not whole is removed. `report` is called with the
+  number of bytes that were read since the last call.
 
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
@@ -92,7 +93,7 @@ def write_piece(work: Work, number: int, report: Callable[[int], None]) -> None:
     if piece_facts(work, number) is not None:
       report(work.pieces.sizes[number])
       return
-    if existed:  # no piece that was finished since, where there are no locks
+    if existed:  # not a piece that is finished since, where no lock is
       shutil.rmtree(work.path(number), ignore_errors=True)
     with new_folder(work.folder, f'{number:05}') as unfinished:
       _write_files(unfinished, work, number, report)
@@ -126,7 +127,7 @@ def _write_files(folder, work, number, report) -> None:
 
 
 def _file_facts(folder: pathlib.Path) -> dict[str, list]:
-  """Size and sha256 of the files of a piece, without the list of them."""
+  """The size and sha256 of each file of a piece, without the piece's record."""
   return {
     path.name: [path.stat().st_size, sha256(path)]
     for path in sorted(folder.iterdir())
@@ -140,9 +141,10 @@ def write_pieces(
   processes: int,
   report: Callable[[int], None],
 ) -> int:
-  """Tokenizes pieces by several processes, or by this one if `processes` is 1.
+  """Tokenizes pieces in several processes, or in this one if `processes` is 1.
 
-  `report` is called with numbers of bytes that were read since the last call.
+  `report` is called with the number of bytes that were read since the last
+  call.
 
   Returns:
     The most bytes of memory that one process held, as far as the system says.
@@ -180,7 +182,7 @@ def write_pieces(
 
 
 def _begin_worker(work: Work, bytes_read: Any) -> None:
-  """Prepares this process, which ends with its parent, for pieces."""
+  """Prepares a worker process, which ends with its parent, to tokenize."""
   os.environ |= _ONE_THREAD
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a text
   threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -208,14 +210,14 @@ def _work(number: int) -> int:
 
 
 def _end_with_parent() -> None:
-  """Ends this process when its parent has gone, however it went."""
+  """Ends this process when its parent has ended, in whatever way."""
   if (parent := multiprocessing.parent_process()) is not None:
     parent.join()
   os._exit(1)
 
 
 def peak_memory() -> int:
-  """The most bytes of memory this process has held; 0 where none can say."""
+  """The most bytes of memory this process has held; 0 where it is unknown."""
   status = pathlib.Path('/proc/self/status')
   if not status.exists():
     return 0
@@ -224,10 +226,10 @@ def peak_memory() -> int:
 
 
 def join(work: Work, folder: pathlib.Path) -> tuple[int, ...]:
-  """Joins the pieces into the folder, unless it exists or a piece is missing.
+  """Joins the pieces into `folder`, unless it exists or a piece is missing.
 
   Returns:
-    The numbers of missing pieces, in which case there is no folder yet.
+    The indices of missing pieces; if there are any, `folder` is not made yet.
 
   Raises:
     ValueError: A piece was damaged, or a split has less than two tokens.
@@ -260,7 +262,7 @@ def _join(
   """Fills one folder from all pieces: token files are linked, starts joined.
 
   Returns:
-    Size and sha256 of the token files by name.
+    The size and sha256 of each token file, by name.
   """
   token_files, shards, splits, digest = {}, {}, {}, hashlib.sha256()
   for split in SPLITS:

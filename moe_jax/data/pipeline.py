@@ -1,4 +1,4 @@
-"""The stream of batches, each a pure function of its number."""
+"""The stream of batches, each of which is a pure function of its index."""
 
 import hashlib
 import itertools
@@ -19,8 +19,8 @@ _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 # grain's endless repeat overflows; no run ever draws so many rows.
 _ENDLESS_ROWS = 2**52
 
-# Number of batches assembled in advance. One would do if all steps took equally
-# long.
+# Number of batches assembled in advance. One batch would do if all steps took
+# equally long.
 _PREFETCHED = 4
 # Seconds between checks whether the thread, while it is waited for, is alive.
 _LOOK_SECONDS = 1.0
@@ -38,21 +38,22 @@ def batch_dataset(
   """An endless dataset whose element i is batch i, arrays [R, T].
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
-  may span two epochs. A row has other noise in each epoch. `PackedRows` have
-  no noise, but from the second epoch on their stream is read round from an
+  may span two epochs. A row has different noise in each epoch. `PackedRows`
+  have no noise, but from the second epoch on their stream is read round from an
   offset below T that depends on the epoch, so that a token does not meet the
-  same context again; a stream that fits one row stays as it is. The batch does
-  not depend on the share. In a mixture, each source is shuffled by itself, and
-  has epochs of its own.
+  same context again; a stream that fits one row stays as it is. Which rows a
+  batch has does not depend on `share`. In a mixture, each source is shuffled by
+  itself, and has epochs of its own.
 
   Args:
     rows: Rows to draw from.
     batch_size: Global number B of rows in a batch.
     seed: Integer of at least 0 that decides the order and the noise.
-    share: Numbers, from 0, of the rows of each batch that are read; None reads
-      all, R = B.
-    offset: Number of the row that batch 0 begins with. It is negative where
-      earlier batches, which must not be read then, were smaller than B.
+    share: Indices, from 0, of the R rows of each batch that are read; None
+      reads all rows, R = B.
+    offset: Index, in the stream, of the row that batch 0 begins with. It is
+      negative where earlier batches, which must not be read then, were smaller
+      than B.
 
   Raises:
     ValueError: There are no rows, or more than 2^32.
@@ -68,7 +69,7 @@ def batch_dataset(
 
 
 def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
-  """The rows of one source by their numbers in an endless stream.
+  """A function from indices in one source's endless stream to the rows there.
 
   The stream is shuffled anew each epoch.
   """
@@ -125,16 +126,16 @@ def eval_batches(
   num_batches: int = 0,
   share: Numbers | None = None,
 ) -> Iterator[Batch]:
-  """Batches of every row once, in order; the last is filled with padding.
+  """Batches of every row once, in order; padding fills up the last batch.
 
   The batches are assembled in the background.
 
   Args:
     rows: Rows to evaluate on.
     batch_size: Global number B of rows in a batch; arrays are [R, T].
-    num_batches: Number of batches, spread evenly over all and the same at
-      every call; 0 or a number above that of all batches takes all.
-    share: As of `batch_dataset`.
+    num_batches: Number of batches, spread evenly over all batches and the same
+      at every call; 0, or more than there are, takes all.
+    share: See `batch_dataset`.
 
   Raises:
     DataError: As `train_batches`.
@@ -147,7 +148,7 @@ def eval_batches(
 
 
 def spread(total: int, count: int) -> list[int]:
-  """`count` indices below `total`, spread evenly; 0 or too many takes all."""
+  """`count` indices below `total`, spread evenly; 0 or too high takes all."""
   num_taken = min(count, total) or total
   return [i * total // num_taken for i in range(num_taken)]
 
@@ -160,11 +161,11 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
   """The elements of `source`, which a thread makes in advance.
 
   The thread begins with the first `next` and ends with the iterator. Unlike
-  grain's own prefetching, this one never waits for a thread that has ended.
+  grain's own prefetching, the iterator never waits for a thread that has ended.
 
   Args:
     source: Iterator that only the thread uses.
-    first: Number of its first element, for messages.
+    first: Number of the first element of `source`, for messages.
     most: Largest number of elements that are made in advance; at least 1.
 
   Raises:

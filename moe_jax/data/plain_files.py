@@ -1,4 +1,4 @@
-"""Reading of files that others wrote, such as those of a downloaded model.
+"""Reads files that others wrote, such as the files of a downloaded model.
 
 Nothing is read outside a folder, from a pipe or a device, or without a bound.
 """
@@ -31,11 +31,11 @@ def is_name(name: Any) -> bool:
 
 
 def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-  """The path of a regular file in a folder; None if there is no such name.
+  """The path of a regular file in a folder; None if no file has the name.
 
   A link may lead to another file of the folder or, in the cache of the Hugging
-  Face hub, `models--*/snapshots/*`, of the same repository; in a download it
-  could lead to any file of this machine.
+  Face hub, `models--*/snapshots/*`, of the same repository. Other links are
+  refused, as a link in a download could lead to any file of this machine.
 
   Raises:
     ValueError: The name leads elsewhere, or to a pipe or anything else that is
@@ -66,7 +66,8 @@ def matching(
   """The plain files in a folder whose names match a pattern, in order.
 
   Raises:
-    ValueError: Something else than a plain file or a folder has such a name.
+    ValueError: Something that is neither a plain file nor a folder has such a
+      name.
   """
   for path in sorted(folder.iterdir()):
     is_match = any(fnmatch.fnmatchcase(path.name, p) for p in patterns)
@@ -78,7 +79,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies a plain file to a new path.
 
   Raises:
-    FileExistsError: Something is there already.
+    FileExistsError: `target` exists already.
   """
   with open(source, 'rb') as source_file, open(target, 'xb') as target_file:
     while block := source_file.read(2**20):

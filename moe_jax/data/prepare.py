@@ -39,8 +39,8 @@ def prepare(
   """Makes this host's share of the tokens of every source.
 
   Args:
-    options: The data section of a config.
-    share: The processes and hosts.
+    options: The options under `data` of a config.
+    share: The processes of this host, and its part of the pieces.
     console: Console that shows the progress.
 
   Returns:
@@ -68,7 +68,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-  """Shows the progress of a source; the body gets the function to call."""
+  """Shows a bar of a source's progress; yields the function that moves it."""
   with Progress(
     *Progress.get_default_columns(),  # name, bar, percentage, time left
     DownloadColumn(binary_units=True),
@@ -90,7 +90,7 @@ def _lines(
   share: Share,
   seconds: float,
 ) -> Iterator[str]:
-  """Lines on the work that was done, and on the data if it is complete."""
+  """Yields lines on what was done, and on the data if it is complete."""
   read = sum(report.bytes_read for report in reports.values())
   existing = sum(report.num_existing for report in reports.values())
   peak = max(report.peak_bytes for report in reports.values())

@@ -16,7 +16,7 @@ from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 
-# Maps that a process holds open, each with a file descriptor.
+# Memory maps that a process holds open, each with a file descriptor.
 _MOST_OPEN = 256
 
 
@@ -60,8 +60,8 @@ def write_pairs(
 ) -> None:
   """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.
 
-  Pairs with a side without tokens are left out. No EOS is added, so that a
-  text can be cut before that.
+  Pairs with a side without tokens are left out. No EOS is added here, so that a
+  text can be cut first.
 
   Raises:
     ValueError: A split has no pair.
@@ -99,8 +99,9 @@ def write_pairs(
 class Shards:
   """A stream of tokens in several files, each mapped when it is first read.
 
-  It has what rows need of an array [N]: `len`, `shape`, `dtype`, stretches, and
-  indexing by integers from 0 to N - 1 and arrays of them.
+  The stream has what rows need of an array [N]: `len`, `shape`, `dtype`, slices
+  without a step, and indexing by integers from 0 to N - 1 and by arrays of such
+  integers.
 
   Attributes:
     dtype: Type of the tokens.
@@ -162,7 +163,7 @@ class Shards:
 
 
 Tokens = np.ndarray | Shards
-Stream = tuple[Tokens, np.ndarray]  # and where each text begins
+Stream = tuple[Tokens, np.ndarray]  # tokens, and where each text begins
 
 
 def shard_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
@@ -193,7 +194,7 @@ def read_tokens(folder: pathlib.Path, split: str) -> Stream:
 def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
   """The streams of inputs and of targets, memory-mapped.
 
-  Each is tokens [N] and starts int64 [P].
+  Each stream is tokens [N] and the starts of P texts, int64 [P].
 
   Raises:
     ValueError: A file has another size than was written.
@@ -209,7 +210,7 @@ def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
-  """The dtype, the sha256, and the counts of each split, as written."""
+  """The dtype, the sha256, and the counts of each split, from `about.json`."""
   path = folder / 'about.json'
   return parse_json(read_text(path), path)
 
@@ -217,7 +218,7 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
 def finish(
   folder: pathlib.Path, about: dict[str, Any], digest: Any, tokenizer: Tokenizer
 ) -> None:
-  """Writes the tokenizer, and the facts of the streams with their digest."""
+  """Writes the tokenizer, and `about` with the digest to `about.json`."""
   about['sha256'] = digest.hexdigest()
   tokenizer.save(folder / 'tokenizer.json')
   (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')
@@ -262,7 +263,7 @@ class Digest:
 
 
 class StreamWriter:
-  """Token files that grow by one text at a time.
+  """Writes the two files of a stream, tokens and starts, text by text.
 
   Attributes:
     texts: Number of texts so far.
@@ -303,10 +304,10 @@ class StreamWriter:
 
 
 class DocumentWriter(StreamWriter):
-  """Token files of documents; all end in the EOS, if the tokenizer has one.
+  """Writes the files of a stream of documents, each with an EOS at its end.
 
-  Documents without a token are left out, but belong to the digest. The path has
-  no suffix.
+  No EOS is added if the tokenizer has none. Documents without a token are left
+  out, but belong to the digest. The path has no suffix.
   """
 
   def __init__(
@@ -320,7 +321,7 @@ class DocumentWriter(StreamWriter):
     """Adds a document.
 
     Raises:
-      ValueError: It is no text, or an id is not in the vocabulary.
+      ValueError: `text` is no text, or an id is not in the vocabulary.
     """
     encoded = utf8(text)
     self._digest.text(encoded)
@@ -336,7 +337,7 @@ class DocumentWriter(StreamWriter):
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
-  """The smallest type that holds all ids."""
+  """The name of the smallest numpy type that holds all ids."""
   return np.min_scalar_type(tokenizer.vocab_size - 1).name
 
 
@@ -344,7 +345,7 @@ def utf8(text: Any) -> bytes:
   """The text in UTF-8.
 
   Raises:
-    ValueError: It is no text, or has a half of a character.
+    ValueError: `text` is no text, or has a half of a character.
   """
   if not isinstance(text, str):
     raise InputError(f'the source gave {text!r:.80}, which is no text')

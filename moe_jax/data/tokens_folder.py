@@ -1,7 +1,7 @@
 """The folder of the cache with the tokens of a source, made once.
 
-A run makes it when it starts, by itself; `prepare.py` makes the same one by
-many processes.
+A run makes the folder by one process when it starts; `prepare.py` makes the
+same folder by many processes.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ class Share(NamedTuple):
 
   Attributes:
     processes: Number of processes of this host.
-    host: Number of this host, from 0; it takes every `num_hosts`th piece.
+    host: Index of this host, from 0; it takes every `num_hosts`th piece.
     num_hosts: Number of hosts that share the folder of the cache.
     on_progress: Called with the number of bytes that are read by now, and with
-      that of all bytes of this host's share.
+      the number of all bytes of this host's share.
   """
 
   processes: int = 1
@@ -60,8 +60,9 @@ class FolderReport(NamedTuple):
 
   Attributes:
     folder: The folder of the tokens.
-    is_new: Whether pieces were made, and have not been verified once more.
-    missing: Numbers of pieces that other hosts have yet to make.
+    is_new: Whether this call made pieces; a folder that existed is verified
+      instead.
+    missing: Indices of pieces that other hosts have yet to make.
     num_existing: Number of pieces that were there already.
     bytes_read: Number of bytes that were read.
     peak_bytes: The most bytes of memory that one process held; 0 if unknown.
@@ -78,7 +79,7 @@ class FolderReport(NamedTuple):
 def tokens_folder(
   corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
 ) -> pathlib.Path:
-  """The folder, tokenized now by this process unless it is there.
+  """The folder of a source's tokens, which is made now unless it exists.
 
   Raises:
     ValueError: The data is missing or bad, or the folder is damaged.
@@ -99,7 +100,7 @@ def make(
   selection: Selection,
   share: Share,
 ) -> FolderReport:
-  """Makes this host's share of the folder, and joins the pieces if all exist.
+  """Makes this host's share of the pieces, and joins all pieces if they exist.
 
   Raises:
     ValueError: As `tokens_folder`, or a process was killed.
@@ -134,8 +135,8 @@ def _folder_of(
 ) -> pathlib.Path:
   """The folder where the tokens are, or will be.
 
-  A tokenizer that was fitted to these texts may have its tokens under the
-  options by which it was fitted.
+  The tokens of a tokenizer that was fitted to the same texts may be in the
+  folder of the options by which it was fitted; that folder is then taken.
   """
   root = cache_root(selection.cache_dir) / 'tokens'
 
@@ -149,7 +150,7 @@ def _folder_of(
   try:
     other = folder_for(tokenizer.replaced) if tokenizer.replaced else folder
     equal = load(other / 'tokenizer.json').identity == tokenizer.identity()
-  except (InputError, OSError):  # the replaced file, or its tokens, are gone
+  except (InputError, OSError):  # the replaced file or its tokens are missing
     return folder
   return other if equal else folder
 
@@ -160,7 +161,10 @@ def _make_pieces(
   fit: Callable[[], Tokenizer],
   share: Share,
 ) -> FolderReport:
-  """The report on the pieces, or on a folder that another process has made."""
+  """Makes this host's pieces, and joins all pieces if they exist.
+
+  The report is on the pieces, or on a folder that another process has made.
+  """
   piece_dir = folder.with_name(f'{folder.name}.parts')
   piece_dir.mkdir(parents=True, exist_ok=True)
   sizes = pieces.sizes
@@ -183,12 +187,12 @@ def _make_pieces(
     report = FolderReport(
       folder, True, missing, len(numbers) - len(todo), total - skipped, peak
     )
-  except (OSError, InputError):  # its pieces may be gone, as they were joined
+  except (OSError, InputError):  # pieces may be missing, as others joined them
     if not folder.is_dir():
       raise
     report = FolderReport(folder)
   if folder.is_dir():
-    verify(folder, digests=False)  # before the pieces are gone
+    verify(folder, digests=False)  # before the pieces are removed
     shutil.rmtree(piece_dir, ignore_errors=True)
     report = report._replace(missing=())
   return report

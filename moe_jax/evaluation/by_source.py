@@ -1,4 +1,4 @@
-"""Kinds for the sources of a mixture: the loss of each, the score of each.
+"""Kinds of evaluation for the sources of a mixture: losses and scores.
 
 The kind 'source_losses' measures the validation loss of every source. The kind
 'source_scores' answers the validation questions of every source: by the
@@ -40,7 +40,7 @@ Questions = dict[str, list[Question]]
 
 @dataclasses.dataclass(frozen=True)
 class SourceLosses(EvaluationOptions):
-  """The kind 'source_losses': the loss of each source by itself."""
+  """Options of the evaluation 'source_losses': the loss of each source."""
 
   every_steps: int = every_steps_option(500)
   num_batches: int = num_batches_option()
@@ -51,7 +51,7 @@ class SourceLosses(EvaluationOptions):
   )
 
   def measure(self, setting: Setting) -> Measure:
-    """Returns the function that measures the losses.
+    """Returns the function that measures the loss of each source.
 
     Raises:
       ValueError: The run's data is no mixture.
@@ -80,18 +80,18 @@ class SourceLosses(EvaluationOptions):
     return losses_row
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in a `summary_row`."""
+    """The names in the row of losses, which is a `summary_row`."""
     mixture = data.mixture
     return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
 
   def shrunk(self) -> Self:
-    """The same evaluation on one batch."""
+    """The same evaluation on one batch of each source."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceScores(AskingEvaluation):
-  """The kind 'source_scores': the score of each source's questions."""
+  """Options of the evaluation 'source_scores': the score of each source."""
 
   num_questions: int = option(
     32,
@@ -106,11 +106,11 @@ class SourceScores(AskingEvaluation):
   )
 
   def measure(self, setting: Setting) -> Measure:
-    """Returns the function that measures the scores; encodes all now.
+    """Returns the function that measures the scores; encodes all questions now.
 
-    Its row is a `summary_row`, scores in percent. Where a source has choices,
-    `<source>.chance` is the score of guessing and `<source>.nats` the mean
-    negative log-likelihood of the right answer.
+    The function returns a `summary_row` of scores in percent. Where a source
+    has choices, `<source>.chance` is the score of guessing and `<source>.nats`
+    the mean negative log-likelihood of the right answer.
 
     Raises:
       ValueError: The task has no inputs and targets that are text, a question
@@ -155,7 +155,7 @@ class SourceScores(AskingEvaluation):
     return scores_row
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in a row of `measure`."""
+    """The names in the row that the function of `measure` returns."""
     mixture = data.mixture
     sources = list(mixture.sources or ['source'])
     details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]
@@ -164,7 +164,7 @@ class SourceScores(AskingEvaluation):
   def _questions(self, setting: Setting) -> Questions:
     """The questions of every source, spread over its validation split.
 
-    Without tokens for an answer, those without choices are left out.
+    If `num_tokens` is 0, questions without choices are left out.
     """
     options = setting.data
     sources = options.mixture.sources or {'source': options.source}
@@ -193,7 +193,7 @@ class SourceScores(AskingEvaluation):
 
 
 def _item(question: Question) -> data.Item:
-  """A question with choices as one of the kind 'choice'."""
+  """A question with choices as an item of `ChoiceEvaluation`."""
   label = question.choices.index(question.target)
   return data.Item(question.inputs, question.choices, label)
 
@@ -204,7 +204,7 @@ def _choice_scores(
   choices: Mapping[str, list[EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """The score of each source that has choices, and details of it."""
+  """The score of each source that has choices, and details of the score."""
   tasks = setting.data.tasks
   asked = [(name, q) for name, questions in choices.items() for q in questions]
   if not asked:
@@ -221,7 +221,7 @@ def _choice_scores(
     answers, labels, nats = [], [], []
     for (source, question), log_prob in zip(asked, log_probs):
       if source == name:
-        # As in the kind 'choice', a long answer is no worse for being long.
+        # As in `ChoiceEvaluation`, no answer is worse for being longer.
         answers.append(log_prob / question.lengths('tokens'))
         labels.append(question.item.label)
         nats.append(-log_prob[question.item.label])
@@ -237,8 +237,8 @@ def text_scores(
   """The score of each source whose answers are any text.
 
   Args:
-    pairs: The questions; their task is their source.
-    outputs: The answer to each.
+    pairs: The questions; the `task` of a question is its source.
+    outputs: The answer to each question.
     metrics: The name of the score of each source.
   """
   scores = {}
@@ -255,14 +255,16 @@ def summary_row(
 ) -> Row:
   """A row: each source's value, and means over sources and over clusters.
 
-  `mean` is over the sources that are learned from, `cluster_mean` over their
-  clusters, each of which is the mean of its sources; `held_out_mean` and
-  `held_out_cluster_mean` are over all others. A cluster of several sources has
-  its own mean as `cluster.<name>`.
+  `mean` is over the sources that are learned from. `cluster_mean` is over their
+  clusters (groups of similar sources), each of which counts as the mean of its
+  sources. `held_out_mean` and `held_out_cluster_mean` are over all sources that
+  are not learned from. A cluster of several sources has its own mean as
+  `cluster.<name>`.
 
   Args:
     values: The value of each source.
-    mixture: The options of the mixture; without sources all are learned from.
+    mixture: The options of the mixture; if it has no sources, every source in
+      `values` counts as learned from.
   """
   row: Row = dict(values)
   learned = set(mixture.learned() if mixture.sources else values)

@@ -1,4 +1,4 @@
-"""The kind 'choice': how often the likeliest of several answers is right.
+"""The kind of evaluation 'choice': how often the likeliest answer is right.
 
 The score of an answer is its log-likelihood after its prompt, which examples of
 the train split may precede, divided by the answer's length in tokens, as in
@@ -44,7 +44,7 @@ NORMALIZES = ('none', 'tokens', 'bytes')
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceEvaluation(AskingEvaluation):
-  """The kind 'choice': how often the right answer is the likeliest."""
+  """Options of the evaluation 'choice': how often the likeliest is right."""
 
   source: ChoiceSourceOptions = choice(
     data.CHOICE_SOURCES,
@@ -79,7 +79,10 @@ class ChoiceEvaluation(AskingEvaluation):
   )
 
   def problems(self) -> Iterator[str]:
-    """Examples must not come from the split whose questions are asked."""
+    """Yields a text for each problem of the examples before a question.
+
+    The examples must not come from the split whose questions are asked.
+    """
     is_same = isinstance(self.shots_source, SameSource)
     if self.num_shots and is_same and not self.source.has_train_split:
       yield (
@@ -106,7 +109,7 @@ class ChoiceEvaluation(AskingEvaluation):
     return Choice(setting, self, [*map(asker, items, shots)], asker.layout)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in a row of `Choice`."""
+    """The names in the row that `Choice` returns."""
     names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
     return [*names, 'shots'] if self.num_shots else names
 
@@ -151,8 +154,8 @@ class ChoiceEvaluation(AskingEvaluation):
 class Choice:
   """Measures how often the right answer is the likeliest.
 
-  If overrides of the model let capacity bind, answers that share a batch
-  compete for slots.
+  If `model_overrides` let the capacity of experts bind, answers that share a
+  batch compete for slots.
 
   Attributes:
     setting: The parts of the run.
@@ -167,10 +170,11 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `accuracy_row`.
+    """The row of `accuracy_row`, and what did not fit.
 
-    It also has `cut_items`, the number of questions that had to be cut to fit a
-    row, and, with examples, `shots`, the mean number of examples that fitted.
+    The row also has `cut_items`, the number of questions that had to be cut to
+    fit a row of tokens and, if there are examples before the questions,
+    `shots`, the mean number of examples that fitted.
     """
     labels = [question.item.label for question in self.questions]
     row = accuracy_row(self.scores(variables), labels)
@@ -191,7 +195,8 @@ def accuracy_row(
 ) -> Row:
   """A row: `accuracy`, `standard_error` and `chance` in percent, and `items`.
 
-  Of equal answers the first counts as chosen; `chance` is what guessing gives.
+  Of answers with equal scores the first counts as chosen; `chance` is the
+  accuracy of guessing, `items` the number of questions.
 
   Args:
     scores: The scores of each question's answers.
@@ -218,9 +223,9 @@ def log_likelihoods(
 
   Args:
     setting: The parts of the run.
-    variables: The variables of its model.
+    variables: The variables of the run's model.
     questions: The questions, at least one, each answer of which fits a row.
-    layout: The layout of rows; short examples share one.
+    layout: The layout of rows; short examples share a row.
     task_ids: The task of each question, for a model that routes by task.
   """
   examples = [e for question in questions for e in question.examples]
@@ -255,7 +260,7 @@ def log_likelihoods(
 def _tasks(
   batch: dict[str, np.ndarray], rows: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
-  """The arrays of the task of each token, from those of each row's examples."""
+  """The arrays of each token's task, from the tasks of each row's examples."""
   task_of_segment = np.zeros((len(rows), 1 + max(map(len, rows))), np.int32)
   for b, row in enumerate(rows):
     task_of_segment[b, 1 : 1 + len(row)] = row

@@ -19,7 +19,7 @@ from moe_jax.training.evaluate import (
   make_evaluations,
 )
 
-_NAME = 'evaluate'  # name of the entry, and of the file of its examples
+_NAME = 'evaluate'  # name of the evaluation, and of its file of examples
 
 
 def evaluate(
@@ -29,8 +29,9 @@ def evaluate(
 
   Args:
     workdir: The run's folder.
-    entry: The options of the evaluation; its period is ignored.
-    **arguments: Other arguments of `evaluate_all`, whose errors are raised.
+    entry: The options of the evaluation, as in an entry of `config.evals`; its
+      `every_steps` is ignored.
+    **arguments: Other arguments of `evaluate_all`, which raises the errors.
   """
   return evaluate_all(workdir, {_NAME: entry}, **arguments)[_NAME]
 
@@ -48,7 +49,7 @@ def evaluate_all(
 
   Args:
     workdir: The run's folder.
-    entries: The options of each evaluation, by name; periods are ignored.
+    entries: The options of each evaluation, by name; `every_steps` is ignored.
     step: Optimizer step of the checkpoint; None is the newest good one.
     dtype: Another dtype of parameters and products; see `generation.load`.
     mesh: The devices of the parameters; None is the first local device.
@@ -77,7 +78,10 @@ def evaluate_all(
 
 
 def _placing(run: Loaded, mesh: Mesh) -> Placing:
-  """Moves batches; fewer microbatches than in training may fit a mesh."""
+  """How batches are placed on a mesh, with as many microbatches as fit it.
+
+  The number of microbatches may be lower than in training.
+  """
   size, rules = run.batch_size, run.sharding.rules
   sharding = partitioning.sharding(
     mesh, rules, ('batch', None), (size, run.data.seq_len), 'a batch'

@@ -1,4 +1,4 @@
-"""The kind 'generate': generated outputs, compared with validation targets."""
+"""The kind of evaluation 'generate': outputs compared with their targets."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
@@ -34,7 +34,8 @@ class Pair(NamedTuple):
     ids: int32 [N], the inputs as the model reads them, cut as in training.
     inputs: The text of the inputs.
     target: The whole text of the target.
-    task: The name of its task in a mixture; '' for a single source.
+    task: The name of the example's source in a mixture, which is its task; ''
+      for a single source.
   """
 
   ids: Int[np.ndarray, ' N']
@@ -45,7 +46,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GenerateEvaluation(EvaluationOptions):
-  """The kind 'generate': scores of generated outputs."""
+  """Options of the evaluation 'generate': scores of generated outputs."""
 
   num_examples: int = option(
     64,
@@ -76,7 +77,7 @@ class GenerateEvaluation(EvaluationOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Every name must be that of a score."""
+    """Yields a text for each name that is no score, and each unused option."""
     if self.num_beams == 1:
       yield from self.in_vain(
         'unless num_beams is at least 2', 'length_penalty'
@@ -103,7 +104,7 @@ class GenerateEvaluation(EvaluationOptions):
     )
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in a row of `Generate`."""
+    """The names in the row that `Generate` returns."""
     return (*names_of(self.metrics), 'examples')
 
   def pairs(self, setting: Setting) -> list[Pair]:
@@ -132,7 +133,7 @@ class GenerateEvaluation(EvaluationOptions):
     total = setting.dataset.counts['validation']['pairs']
     pairs = list(texts)
     if len(pairs) != total:  # encoding a whole split would take long
-      # Those with rows have a token on both sides.
+      # Only pairs with a token on both sides have rows.
       encode = tokenizer.encode
       pairs = [p for p in pairs if all(encode(text).size for text in p)]
     tasks = []
@@ -161,7 +162,9 @@ def generator(
   num_tokens: int,
   **arguments: Any,
 ) -> 'Generate':
-  """The measurement of outputs for some pairs, which are cut to their room.
+  """The measurement of outputs for pairs, whose inputs are cut to their room.
+
+  Inputs and outputs have room for as many tokens as the model has positions.
 
   Args:
     setting: The parts of the run.
@@ -189,7 +192,7 @@ def generator(
 
 
 def _window_pair(setting: Setting, all_rows: data.Rows, row: int) -> Pair:
-  """The first example of a row, split as in every evaluation."""
+  """The first example of a row, split at the same token in every evaluation."""
   tokenizer, parts = setting.dataset.tokenizer, iter(all_rows.parts.items())
   task, rows = next(parts)
   while row >= len(rows):

@@ -48,7 +48,7 @@ class EncodedQuestion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-  """Puts questions into the form of a run's training examples.
+  """Encodes questions in the same way as the training examples of a run.
 
   A language model or prefix language model continues the prompt and
   `answer_prefix`. All other models have the prompt as inputs, and the answer
@@ -80,10 +80,9 @@ class Asker:
   ) -> EncodedQuestion:
     """The question with as many of the last examples as fit into a row.
 
-    Examples never take the room of an answer.
-
-    A prompt that alone is too long loses its beginning if the answer continues
-    it, or else its end, as in training.
+    Examples never take the room of an answer. A prompt that alone is too long
+    loses its beginning if the answer continues it, or else is cut as in
+    training.
 
     Raises:
       ValueError: The prompt or an answer has no tokens.
@@ -130,7 +129,7 @@ class Asker:
     )
 
   def _has_room(self, example: Example, cut_example: Example) -> bool:
-    """Whether all inputs are left, and as much of the targets as ever can."""
+    """Whether all inputs are left, and as many targets as a row ever takes."""
     alone = self.layout.cut(np.array([1]), np.array([len(example.targets)]))
     whole = len(example.inputs), int(alone.targets[0])
     return (len(cut_example.inputs), len(cut_example.targets)) == whole
@@ -148,7 +147,7 @@ class Asker:
 
 @dataclasses.dataclass(frozen=True)
 class AskingEvaluation(EvaluationOptions):
-  """Options of a kind that asks questions, with room for all their tokens."""
+  """Options of an evaluation by questions, in which experts drop no tokens."""
 
   model_overrides: Mapping[str, Any] = option(
     ROOM_FOR_ALL,
@@ -164,8 +163,8 @@ class AskingEvaluation(EvaluationOptions):
 
 
 def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
-  """The form of questions for a run."""
-  # Rows of a language model have no examples; a question has one to itself.
+  """The `Asker` that encodes questions for a run."""
+  # Rows of a language model have no examples; a question has a row to itself.
   layout = setting.dataset.splits['validation'].layout
   return Asker(
     setting.data.task,
@@ -182,7 +181,7 @@ def cut_as_trained(
   length: int,
   eos_id: int | None,
 ) -> Int[np.ndarray, ' n']:
-  """At most `length` ids of inputs, cut as the task cuts them.
+  """At most `length` ids of inputs, cut as the task cuts its inputs.
 
   An EOS at the end is kept.
   """

@@ -1,6 +1,6 @@
 """Scores of outputs by targets: BLEU, chrF, ROUGE-L, exact match.
 
-All are in percent, as papers print them. BLEU
+All scores are in percent, as papers print them. BLEU
 (https://aclanthology.org/P02-1040) and chrF (https://aclanthology.org/W15-3049)
 are sacrebleu's (https://arxiv.org/abs/1804.08771); ROUGE-L is of
 https://aclanthology.org/W04-1013.
@@ -22,7 +22,7 @@ METRICS = ('bleu', 'chrf', 'rouge_l', 'exact_match')
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """A score of outputs.
+  """A score that compares generated outputs with targets.
 
   Attributes:
     compute: Function from outputs and as many targets, at least one, to
@@ -92,9 +92,9 @@ def exact_match(outputs: Texts, targets: Texts) -> float:
 def rouge_l(outputs: Texts, targets: Texts) -> float:
   """The mean F1 of longest common subsequences of words, in percent.
 
-  Words are runs of letters and digits in lower case. On ASCII text it is the
-  `rougeL` of PyPI's rouge-score, without its stemmer; a text is one sequence,
-  whatever its lines (`rougeLsum` is another score).
+  Words are runs of letters and digits in lower case. On ASCII text the score is
+  the `rougeL` of PyPI's rouge-score, without its stemmer; a text is one
+  sequence, whatever its lines (`rougeLsum` is another score).
   """
   pairs = zip(outputs, targets, strict=True)
   return 100 * float(np.mean([_f1(_words(o), _words(t)) for o, t in pairs]))

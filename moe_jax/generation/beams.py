@@ -55,14 +55,14 @@ def beam_search(
 
   A sequence's score is its log probability / length^length_penalty; forced
   tokens add to the length and not to the log probability. A sequence that ends
-  counts if it is among the `num_beams` best of its step. The search of a row
-  ends at N tokens, or when it has `num_beams` sequences and the best beam,
-  scored at its present length, is worse than all of them; with a positive
-  penalty it might still have become better.
+  is a result if it is among the `num_beams` best of its step. The search of a
+  row ends at N tokens, or when it has `num_beams` results and the best beam,
+  scored at its present length, is worse than all results; with a positive
+  penalty this beam might still have become better.
 
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
-    variables: Its variables, parameters under 'params'.
+    variables: The variables of the model, its parameters under 'params'.
     prompt: Token ids; see `generate`.
     num_beams: The number of beams: sequences that are followed for each row, at
       least 1.
@@ -123,8 +123,8 @@ class Ended(NamedTuple):
   Attributes:
     tokens: int32 [B, W, N], the new tokens.
     lengths: int32 [B, W], the number of new tokens.
-    scores: float32 [B, W], log probabilities divided by the penalty; -inf where
-      there is no sequence.
+    scores: float32 [B, W], log probabilities divided by length^length_penalty;
+      -inf where there is no sequence.
   """
 
   tokens: Int32[Array, 'B W N']
@@ -149,7 +149,7 @@ class Search(NamedTuple):
 
 
 def first_search(last, tokens, num_forced: int, width: int) -> Search:
-  """The search before its first step, with only one beam that counts.
+  """The search before its first step: beam 0 has the score 0, all others -inf.
 
   Args:
     last: int32 [B], the last token of each row's prefix.
@@ -229,11 +229,11 @@ def advance(
 ) -> tuple[Search, Int32[Array, 'B W']]:
   """Takes one step of the search.
 
-  There are enough candidates, the best continuations, that at least W of them
-  do not end.
+  The candidates are so many of the best continuations that at least W of the
+  candidates do not end.
 
   Returns:
-    The next state, and the number of the beam that each new beam continues.
+    The next state, and the index of the beam that each new beam continues.
   """
   B, W, V = log_probs.shape
   running, N = search.running, search.running.tokens.shape[2]

@@ -60,25 +60,26 @@ def generate(
   on_token: OnToken | None = None,
   **ends: Unpack[Ends],
 ) -> Generation:
-  """Continues prompts; an encoder-decoder answers them.
+  """Continues prompts, or answers prompts with an encoder-decoder.
 
   A row's tokens and draws do not depend on other rows, with one exception:
   where an imported checkpoint has a capacity that counts the whole batch as a
   group (`moe.group_size=-1`; NLLB, OpenMoE) and can bind, rows compete for
   slots, as in transformers (where also padding after the end of a row takes
-  slots). The last token of a decoder's prompt competes with those of other rows
-  alone, as generated ones do. All other models drop nothing, even if they did
-  in training. Rounding may differ between batches of other shapes, and with it
-  the order of two tokens whose probabilities agree in seven digits.
+  slots). The last token of a decoder's prompt competes only with the last
+  tokens of other rows, as generated tokens do. All other models drop nothing,
+  even if they dropped tokens in training. Rounding may differ between batches
+  of different shapes, and with it the order of two tokens whose probabilities
+  agree in seven digits.
 
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
-    variables: Its variables, parameters under 'params'.
-    prompt: Token ids, one sequence for each row, of any lengths; or those of a
-      single row. An encoder-decoder's encoder reads them.
+    variables: The variables of the model, its parameters under 'params'.
+    prompt: Token ids, one sequence for each row, of any lengths; or the ids of
+      a single row. An encoder-decoder's encoder reads the prompts.
     temperature: See `Sampler.make`, also for `top_k` and `top_p`.
-    seed: See `row_keys`; with one for each row, each has the tokens that it has
-      alone.
+    seed: See `row_keys`; with a seed for each row, each row has the tokens that
+      it has alone.
     num_beams: The number of beams; above 1 the best sequence of `beam_search`
       is returned, scored with `length_penalty`.
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,

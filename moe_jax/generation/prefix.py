@@ -1,8 +1,8 @@
 """Arguments of generation: prompts of different lengths as arrays, and a cache.
 
-Rows of a decoder are padded at the front, so that all append at the same slot;
-those of an encoder at the end. Lengths are rounded up to a few values, so that
-not every prompt compiles a program of its own.
+Rows of a decoder are padded at the front, so that all rows append at the same
+slot of the cache; rows of an encoder are padded at the end. Lengths are rounded
+up to a few values, so that not every prompt compiles a program of its own.
 """
 
 import functools
@@ -89,8 +89,8 @@ class Prefix(NamedTuple):
 
   Attributes:
     tokens: int32 [B, P], the tokens that the decoder reads.
-    mask: bool [B, P], False at padding, which is at the front; the last is
-      True.
+    mask: bool [B, P], False at padding, which is at the front; True at the last
+      token.
     encoder_tokens: int32 [B, S], the tokens that the encoder reads; None for a
       decoder-only model.
     encoder_mask: bool [B, S], False at padding, which is at the end.
@@ -118,17 +118,17 @@ def make_prefix(
 
   Args:
     model: A prepared model.
-    prompt: Token ids, one sequence for each row, or those of a single row.
+    prompt: Token ids, one sequence for each row, or the ids of a single row.
     start_id: The first id of the input of an encoder-decoder's decoder.
     forced_ids: The ids that every row emits first.
     num_tokens: N, the number of new tokens, including `forced_ids`.
     task_ids: The task of each row.
 
   Raises:
-    ValueError: There is no prompt, one is empty or has an unknown id; the start
-      id or a task is missing or has no use; N leaves nothing to choose; there
-      are not enough learned positions; or a row crosses a position at which
-      keys change.
+    ValueError: There is no prompt; a prompt is empty or has an unknown id; the
+      start id or a task is missing or has no use; N leaves nothing to choose;
+      there are not enough learned positions; or a row crosses a position at
+      which keys change.
   """
   V = model.vocab_size
   given, rows = _rows_of(prompt), []
@@ -183,7 +183,7 @@ def make_prefix(
 
 
 def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
-  """The token ids of each row of a prompt, which may be those of one row.
+  """The token ids of each row of a prompt, which may be the ids of one row.
 
   Raises:
     ValueError: The prompt has no rows.
@@ -200,7 +200,7 @@ def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
 def _tasks(
   model: Model, task_ids: Ids | None, count: int
 ) -> Int32[np.ndarray, ' B'] | None:
-  """The task of each row, int32 [B]; None where the model needs none."""
+  """The task of each row, int32 [B]; None for a model that needs no tasks."""
   if not model.stacks.task_sequences:
     if task_ids is not None:
       raise InputError(
@@ -240,7 +240,7 @@ def _check_length(model: Model, noun: str, num_positions: int) -> None:
 def _padded_length(model: Model, num_tokens: int, group: int = 1) -> int:
   """The length of padded rows: rounded up, unless padding changes results.
 
-  It is then made a multiple of `group`, where learned positions suffice.
+  The length is then made a multiple of `group`, if learned positions suffice.
   """
   longest, length = decoding.longest(model) or _MAX, num_tokens
   if not model.stacks.capacity_binds:
@@ -250,10 +250,11 @@ def _padded_length(model: Model, num_tokens: int, group: int = 1) -> int:
 
 
 def _encoder_group(model: Model) -> int:
-  """The tokens of an encoder's rows that stay together, by its layers.
+  """The number of tokens of which an encoder's padded rows are a multiple.
 
-  Groups are left where experts choose or mix tokens, and padding in them is
-  that of training.
+  It is the least common multiple of the group sizes of the encoder's layers, so
+  that all groups are whole. A prepared model has groups only where experts
+  choose or mix tokens; padding in such groups is as in training.
   """
   moes, sequence_of = enumerate(model.stacks.moes), model.stacks.sequence_of
   encoder_moes = [m for i, m in moes if m is not None and sequence_of(i)]
@@ -264,7 +265,7 @@ _LEAST_LENGTH = 8
 
 
 def round_up(length: int) -> int:
-  """Rounds up to a multiple of 8, or to 4 to 8 lengths per power of two."""
+  """Rounds up to a multiple of 8, above 64 to 4 lengths per power of two."""
   step = max(_LEAST_LENGTH, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
@@ -272,7 +273,7 @@ def round_up(length: int) -> int:
 def padded(
   rows: Sequence[np.ndarray], length: int, *, front: bool
 ) -> tuple[Int32[np.ndarray, 'B P'], Bool[np.ndarray, 'B P']]:
-  """The tokens of rows, padded with 0 at one end, and False at padding."""
+  """The tokens of rows, padded with 0 at one end; a mask, False at padding."""
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, row in enumerate(rows):
@@ -287,23 +288,26 @@ Variables = dict[str, Any]
 def prepare(
   model: Model, variables: Variables, *, batch_size: int = 1, window: int = 0
 ) -> tuple[Model, Variables]:
-  """The model and variables that generate; prepared ones are returned as is.
+  """Prepares a model and its variables for generation, unless already prepared.
 
   `generate` prepares a model if it is not prepared, which copies the
-  parameters. To generate several times, do it once and drop the original
-  variables. The prepared model drops no tokens, unless an imported checkpoint
-  has a capacity of its own.
+  parameters. To generate several times, prepare the model once and drop the
+  original variables. The prepared model drops no tokens, unless an imported
+  checkpoint has a capacity of its own.
 
   Args:
-    model: The model as trained or imported.
-    variables: Its parameters, under 'params', and `router_state` if it has it.
+    model: The model as trained or imported; a prepared model is returned as it
+      is.
+    variables: The model's parameters, under 'params', and `router_state` if the
+      model has such a state.
     batch_size: The number of rows, or beams, that will be generated together;
       on a CPU the fastest layout of parameters depends on it.
-    window: The number of tokens up to its own to which a token of the decoder
-      attends, for texts longer than rows of training; 0 leaves it to the model.
+    window: The number of tokens, itself included, to which a token of the
+      decoder attends, for texts longer than rows of training; 0 leaves the
+      number to the model.
 
   Raises:
-    ValueError: An argument is of another kind, or the model does not generate.
+    ValueError: An argument has a wrong type, or the model does not generate.
   """
   if not isinstance(model, Model):
     raise InputError(
@@ -323,7 +327,7 @@ def prepare(
 
 
 class Ends(TypedDict, total=False):
-  """The arguments that all ways to generate have.
+  """The arguments that `generate` and `beam_search` have in common.
 
   Attributes:
     num_tokens: N, the number of new tokens at which every row ends; 64 if it is
@@ -349,7 +353,7 @@ class Start(NamedTuple):
 
   Attributes:
     model: The prepared model.
-    variables: Its variables.
+    variables: The variables of the model.
     cache: The cache of the prefix without each row's last token.
     last: int32 [B], the last token of each row's prefix.
     tokens: int32 [B, N], the forced tokens, and the id of padding elsewhere.
@@ -385,10 +389,10 @@ def start(
 
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
-    variables: Its variables.
-    prompt: Token ids, one sequence for each row, or those of a single row.
+    variables: The variables of the model.
+    prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_beams: The number of beams of each row.
-    num_tokens: See `Ends`, also for the rest.
+    num_tokens: See `Ends`, also for the other arguments.
 
   Raises:
     ValueError: As `prepare` and `make_prefix`, or an id is unknown.
@@ -430,9 +434,10 @@ def begin_with(
   """The cache of the prefix without each row's last token, and choices.
 
   Args:
-    apply: Applies the model, and may return choices.
+    apply: Function that applies the model, and may return the choices of
+      experts; see `models.recorded`.
     model: A prepared model.
-    variables: Its variables.
+    variables: The variables of the model.
     prefix: P tokens of each row.
     num_slots: The number of slots of the cache: P - 1, and one for each step.
 
@@ -452,8 +457,8 @@ def begin_with(
       model, variables, *inputs, task_ids=prefix.task_ids, method='encode'
     )
     choices.append(recorded)
-    # A start and forced tokens are steps, as if the model had chosen them, as
-    # tokens of one step compete for slots where capacity binds.
+    # The start token and each forced token are a step, as if the model had
+    # chosen them, since tokens of one step compete for slots if capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]

@@ -1,6 +1,6 @@
 """The choices of experts for text that a model has generated.
 
-The model reads prompt and new tokens once more in the same steps, by which its
+The model reads prompt and new tokens once more in the same steps, so that its
 choices are those of the generation.
 """
 
@@ -43,16 +43,17 @@ def choices(
 
   Args:
     model: A prepared model.
-    variables: Its variables.
+    variables: The variables of the model.
     prompt: The prompts.
     rows: The new tokens of each row, forced ones included.
-    apply: Applies the model and returns choices; see `models.recorded`.
+    apply: Function that applies the model and returns the choices of experts;
+      see `models.recorded`.
     start_id: The first id of an encoder-decoder's decoder.
     task_ids: The task of each row.
 
   Returns:
-    Tokens, positions, segment ids and tasks as those of a batch of training,
-    and the choices by the number of the layer.
+    Tokens, positions, segment ids and tasks as in a batch of training, and the
+    choices by the index of the layer.
   """
   N = max(map(len, rows))
   prefix = make_prefix(
@@ -90,7 +91,7 @@ def _read(
   mask: Bool[Array, 'B N'],
   apply: Apply,
 ) -> dict[int, LayerChoices]:
-  """The choices for a prefix and for N tokens, its last one the first.
+  """The choices for a prefix and N tokens, which begin with its last token.
 
   The choices have the shape [B, P - 1 + N, K] in a decoder's layers, and
   [B, S, K] in an encoder's.

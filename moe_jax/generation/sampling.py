@@ -18,7 +18,7 @@ from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf, checked
 
 @checked
 def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
-  """Sets all logits of a row to -inf but the k largest and equal ones."""
+  """Sets logits to -inf, except a row's k largest and ties with the k-th."""
   check_whole('top_k', k, 1)
   k = min(k, logits.shape[-1])
   threshold = jax.lax.top_k(logits, k)[0][:, -1:]
@@ -29,11 +29,12 @@ def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
 def keep_top_p(
   logits: Float32[Array, 'B V'], p: float | Float32[Array, '']
 ) -> Float32[Array, 'B V']:
-  """Sets all logits to -inf but those of the likeliest tokens, up to p.
+  """Sets logits to -inf, except those of the likeliest tokens, up to p.
 
   A token stays if the probabilities of all likelier tokens sum to less than p
-  (nucleus sampling, section 3.1 of arXiv:1904.09751). The likeliest always
-  stays, and so do tokens that are as likely as the last that stays.
+  (nucleus sampling, section 3.1 of arXiv:1904.09751). The likeliest token
+  always stays, and so do tokens that are as likely as the last token that
+  stays.
   """
   sorted_logits = -jnp.sort(-logits, axis=-1)
   probs = jax.nn.softmax(sorted_logits)
@@ -48,7 +49,8 @@ class Sampler(flax.struct.PyTreeNode):
   """The rule by which the next token is chosen; `make` checks the options.
 
   Attributes:
-    temperature: The number by which logits are divided; None takes the largest.
+    temperature: The number by which logits are divided; None takes the token
+      with the largest logit.
     top_p: The p of `keep_top_p`, after the temperature and top-k; None keeps
       all tokens.
     top_k: The k of `keep_top_k`; 0 keeps all tokens.
@@ -107,7 +109,7 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
   """A random key for each row, which does not depend on the other rows.
 
   Args:
-    seed: One seed, folded with the number of the row; or a seed for each row,
+    seed: One seed, folded with the index of the row; or a seed for each row,
       folded with 0, so that a row has the key that it has alone.
     num_rows: B, the number of rows.
 

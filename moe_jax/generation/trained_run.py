@@ -30,7 +30,8 @@ class Loaded(NamedTuple):
     batch_size: The number of rows in a batch of the run.
     microbatches: The number of slices of a batch of the run.
     model: The model.
-    variables: Its parameters, under 'params', and `router_state` if it has it.
+    variables: The model's parameters, under 'params', and `router_state` if the
+      model has such a state.
     tokenizer: The tokenizer.
     imported: Whether the model began as a checkpoint of Hugging Face.
     step: The optimizer step of the checkpoint that was read.
@@ -113,19 +114,19 @@ def encode(
   imported: bool = False,
   **arguments: Any,
 ) -> np.ndarray:
-  """The ids of a prompt, int32 [N], in the form that the model was trained on.
+  """The ids of a prompt, int32 [N], as the model was trained on prompts.
 
   Only an imported model was trained on inputs with the special tokens that a
-  tokenizer puts around them. A language model that was not imported was trained
-  on documents, all others on inputs that end as their task says.
+  tokenizer puts around inputs. A language model that was not imported was
+  trained on documents, all other models on inputs that end as their task says.
 
   Args:
     task: The run's task.
     tokenizer: The run's tokenizer.
     text: The prompt.
     imported: Whether the model began as a checkpoint of Hugging Face.
-    **arguments: Arguments of `Tokenizer.encode_inputs`, with which inputs have
-      the special tokens.
+    **arguments: Arguments of `Tokenizer.encode_inputs`; if any is given, inputs
+      have the special tokens that the tokenizer adds.
   """
   if not task.makes_examples and not imported:
     return tokenizer.encode(text)
@@ -204,7 +205,7 @@ def task_ids(
 
   Raises:
     ValueError: The model routes by task, and a name is missing or unknown; or
-      it does not, and a name is given.
+      the model does not route by task, and a name is given.
   """
   if not model.stacks.task_sequences:
     if any(names):

@@ -1,8 +1,8 @@
-"""The contract of sources: texts, or pairs of texts.
+"""The contract of sources, which give texts, pairs of texts, or both.
 
-A source's options open it in one or more of these forms; a task reads one.
-Each form has two splits, 'train' and 'validation', and an identity that
-changes with their content.
+A source's options open its `Texts` or `Pairs`; a task reads one of the two.
+Either has two splits, 'train' and 'validation', and an identity that changes
+with the content of the splits.
 """
 
 import abc
@@ -25,9 +25,9 @@ class Selection:
   """The splits of a source that are read, and the folder of prepared data.
 
   Attributes:
-    splits: The source's own names of our train and validation split. TFDS
-      sources, as well as python_stdlib and its docstrings, take any split
-      expression, such as 'train[90%:]'.
+    splits: The source's own names of the splits that are taken for 'train' and
+      'validation'. TFDS sources, as well as python_stdlib and its docstrings,
+      take any split expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
       `moe_jax.devices.cache_root` names.
     cache_digests: Whether large files of prepared data are read through before
@@ -39,11 +39,11 @@ class Selection:
   cache_digests: bool = True
 
   def name_of(self, split: str) -> str:
-    """The source's own name of our split."""
+    """The source's own name of the split 'train' or 'validation'."""
     return self.splits[SPLITS.index(split)]
 
   def check_splits(self, source: str) -> None:
-    """Raises ValueError unless each is 'train' or 'validation'."""
+    """Raises ValueError unless both splits are 'train' or 'validation'."""
     for split in self.splits:
       if split not in SPLITS:
         raise unknown(f'split of {source}', split, SPLITS)
@@ -55,7 +55,7 @@ class Located(NamedTuple):
   Attributes:
     split: 'train' or 'validation'.
     text: The document.
-    read: Number of bytes of the piece that are read by now.
+    read: Number of bytes of the piece that have been read so far.
   """
 
   split: str
@@ -64,17 +64,17 @@ class Located(NamedTuple):
 
 
 class Pieces(abc.ABC):
-  """Documents in pieces that processes read apart; it can be pickled.
+  """Documents in pieces that processes read independently; can be pickled.
 
   Attributes:
-    sizes: Number of bytes of each piece, where it comes from.
+    sizes: Number of bytes of each piece in the files that it is read from.
   """
 
   sizes: tuple[int, ...]
 
   @abc.abstractmethod
   def read(self, number: int) -> Iterator[Located]:
-    """The documents of a piece, of both splits; the same at every call."""
+    """The documents of piece `number`, of both splits; always the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Texts:
 
   Attributes:
     name: Description of the source for messages.
-    identity: Text that is equal only for equal documents in equal order; for a
-      TFDS dataset it does not take a pass over the documents.
+    identity: Text that is equal only for equal documents in equal order; that
+      of a TFDS dataset is found without a pass over the documents.
     texts: Function from 'train' or 'validation' to an iterator over the texts,
       which begins anew at each call and has the same order.
-    pieces: The same documents in pieces, for several processes; None for what
-      one process tokenizes in a moment.
+    pieces: The same documents in pieces, for several processes; None where one
+      process tokenizes them all.
   """
 
   name: str
@@ -112,8 +112,8 @@ class Pairs:
 
   Attributes:
     name: Description of the source for messages.
-    identity: Text that is equal only for equal pairs in equal order; for a TFDS
-      dataset it does not take a pass over the pairs.
+    identity: Text that is equal only for equal pairs in equal order; that of a
+      TFDS dataset is found without a pass over the pairs.
     pairs: Function from 'train' or 'validation' to an iterator over (inputs,
       targets), which begins anew at each call and has the same order.
   """
@@ -165,16 +165,17 @@ class Question(NamedTuple):
 
 
 class SourceOptions(Options):
-  """Contract of a source, whose options open it in one or more forms.
+  """Contract of a source, whose options open its texts, its pairs, or both.
 
-  A source overrides `texts` or `pairs`, or both, for each form that it gives.
+  A source overrides `texts`, `pairs`, or both, by what it gives.
 
   Attributes:
-    only_in: For some options by name, the only form in which they have an
-      effect; all others have one in every form.
-    is_embedded: Whether it needs no file; ':runlocal' keeps it in a mixture.
-    metric: Name of the score of `moe_jax.evaluation.scores` by which answers
-      to its pairs are judged, unless it has `questions` of its own.
+    only_in: 'texts' or 'pairs' for the name of each option that has an effect
+      only where these are read; all other options always have an effect.
+    is_embedded: Whether the source needs no file. With ':runlocal', such a
+      source stays in a mixture, and all other sources are replaced.
+    metric: Name of the score of `moe_jax.evaluation.scores` by which answers to
+      the source's pairs are judged, unless it has `questions` of its own.
   """
 
   is_embedded: ClassVar[bool] = False
@@ -182,7 +183,7 @@ class SourceOptions(Options):
   metric: ClassVar[str] = 'exact_match'
 
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The documents.
+    """The documents of the source, in two splits.
 
     Raises:
       ValueError: The source has no texts, or its data is missing or bad.
@@ -191,7 +192,7 @@ class SourceOptions(Options):
     raise InputError(f'{type(self).__name__} gives no texts')
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """The pairs of inputs and targets.
+    """The pairs of inputs and targets of the source, in two splits.
 
     Raises:
       ValueError: The source has no pairs, or its data is missing or bad.
@@ -201,7 +202,7 @@ class SourceOptions(Options):
 
   @property
   def cluster(self) -> str:
-    """Name of the cluster of similar sources; '' for a source of its own."""
+    """Name of the source's cluster, a group of similar sources; '' for none."""
     return ''
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:
@@ -211,7 +212,7 @@ class SourceOptions(Options):
 
   @classmethod
   def gives(cls) -> tuple[str, ...]:
-    """The forms that the source gives: 'texts' and 'pairs'."""
+    """What the source gives: 'texts', 'pairs', or both."""
     given = {
       'texts': cls.texts is not SourceOptions.texts,
       'pairs': cls.pairs is not SourceOptions.pairs,

@@ -36,13 +36,13 @@ class GettextSource(SourceOptions):
   metric: ClassVar[str] = 'chrf'
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """Inputs of a language and a message, `de: Save`, and their translations.
+    """Pairs of a language with a message, `de: Save`, and the translation.
 
     A message is in the same split in every language.
 
     Raises:
       ValueError: The package django is missing or has no such language, or a
-        split is neither of our two.
+        split is neither 'train' nor 'validation'.
     """
     selection.check_splits('django_gettext')
     languages = self.languages.split(',') if self.languages else []
@@ -72,7 +72,8 @@ class Pair(NamedTuple):
   Attributes:
     language: django's name of the language, such as 'pt_BR'.
     message: The English message.
-    translation: The translation; for a message with plurals, of the singular.
+    translation: The translation; for a message with plurals, that of the
+      singular.
   """
 
   language: str
@@ -94,7 +95,7 @@ def locate() -> pathlib.Path:
   """The folder of the installed django.
 
   Raises:
-    ValueError: It is not installed.
+    ValueError: django is not installed.
   """
   spec = importlib.util.find_spec('django')
   if spec is None or not spec.submodule_search_locations:
@@ -108,7 +109,7 @@ def locate() -> pathlib.Path:
 
 @functools.cache
 def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """The catalogues of each language; a package has thousands of folders."""
+  """The catalogues of each language, searched once in thousands of folders."""
   by_language = {}
   for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
     by_language.setdefault(path.parts[-3], []).append(path)
@@ -118,8 +119,8 @@ def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   """The pairs of some languages, in the order of a hash.
 
-  A message has one translation in each language: the one without a context, or
-  else the first.
+  A message has one translation in each language: the translation without a
+  context, or else the first.
 
   Args:
     languages: Names such as 'de', 'pt_BR'; an empty list is all languages.
@@ -138,7 +139,7 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
     for message, translation in _merged(catalogues[language]).items()
     if translation.strip()
   ]
-  # A hash orders them, so that neighbours in a row have nothing in common.
+  # A hash orders the pairs, so that neighbours in a row have nothing in common.
   return sorted(
     set(every),
     key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest(),

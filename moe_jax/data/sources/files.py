@@ -60,13 +60,14 @@ class FilesSource(SourceOptions):
     for validation, by a hash of its text.
 
     Raises:
-      ValueError: No file matches, a split is neither of our two, or a file is
-        no parquet file.
+      ValueError: No file matches, a split is neither 'train' nor 'validation',
+        or a file is no parquet file.
     """
     selection.check_splits('files')
     pattern = os.path.expanduser(self.pattern)
     paths = matching(self.pattern)
-    # Stamps come first, so that a change while others are read is noticed.
+    # Sizes and times are taken first, so that a change of a file while others
+    # are read is noticed.
     stamps = {path: cache_folders.stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
     folder = cache_root(selection.cache_dir) / 'digests'
@@ -87,13 +88,13 @@ class FilesSource(SourceOptions):
 
 
 class Part(NamedTuple):
-  """A part of a file, how it is split, and the file's stamp before it was read.
+  """A part of a file, its split, and the file's size and times.
 
   Attributes:
     span: The part.
-    split: One of our splits, or how its documents are split.
-    stamp: The file's `stamp_of`, as the identity of the source is of these
-      bytes.
+    split: 'train' or 'validation', or the rule that splits its documents.
+    stamp: The file's `stamp_of` before the source's identity was taken, by
+      which a later change of the file is noticed.
   """
 
   span: document_files.Span
@@ -128,14 +129,14 @@ class FilePieces(Pieces):
       bytes_before += part.span.size
 
   def documents(self, split: str) -> Iterator[str]:
-    """The documents of one of our splits, of all pieces."""
+    """The documents of 'train' or of 'validation', of all pieces."""
     name = self._selection.name_of(split)
     for part in itertools.chain.from_iterable(self._pieces):
       for _, text, _ in self._documents(part, (name,)):
         yield text
 
   def _documents(self, part: Part, splits: Sequence[str]) -> Iterator[Located]:
-    """The documents in `splits`, by the source's own names of these."""
+    """The documents of a part that are in `splits`, the source's own names."""
     if part.split in SPLITS and part.split not in splits:
       return
     _check_stamp(part)
@@ -191,7 +192,7 @@ def _parts(
 def _file_splits(
   paths: list[pathlib.Path], pattern: str
 ) -> dict[pathlib.Path, str]:
-  """The split of each file, or how its documents are split."""
+  """The split of each file, or the rule that splits its documents."""
   if not all(map(is_text, paths)):
     return dict.fromkeys(paths, _BY_HASH)
   if len(paths) == 1:

@@ -1,9 +1,9 @@
-"""Tasks with instructions that need no network, in clusters of similar ones.
+"""Tasks with instructions that need no network, in clusters of similar tasks.
 
-They are made from functions of the running Python's standard library and from
-generators. An example follows from the task, the split and its number alone. To
-add a task, write a function that draws a question and its answer, and decorate
-it with the task's cluster and at least three templates.
+The examples are made from functions of the running Python's standard library,
+or at random. An example follows from the task, the split and its index alone.
+To add a task, write a function that draws a question and its answer, and
+decorate the function with the task's cluster and at least three templates.
 
     python -m moe_jax.data.sources.instructions    # prints every task
 """
@@ -46,31 +46,32 @@ _SMALL = 40  # examples of a run with ':runlocal'
 
 
 class Dice:
-  """Draws that are the same on every machine, for one text."""
+  """Random draws that a text decides, the same on every machine."""
 
   def __init__(self, text: str):
-    # Python promises that `random` stays as it is, and no other method.
+    # Python promises that its method `random` gives the same numbers for a seed
+    # in every version, and promises it of no other method.
     self._random = random.Random(text).random
 
   def below(self, n: int) -> int:
-    """An integer in [0, n)."""
+    """A random integer in [0, n)."""
     return int(self._random() * n)
 
   def between(self, low: int, high: int) -> int:
-    """An integer in [low, high]."""
+    """A random integer in [low, high]."""
     return low + self.below(high - low + 1)
 
   def one(self, items: Sequence[T]) -> T:
-    """One of the items."""
+    """A random item."""
     return items[self.below(len(items))]
 
   def sample(self, items: Sequence[T], count: int) -> list[T]:
-    """Different items, in random order."""
+    """`count` of the items, each at most once, in random order."""
     rest = list(items)
     return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
   def word(self, letters: str, low: int, high: int) -> str:
-    """A word of these letters, of a length in [low, high]."""
+    """A random word of these letters, with a length in [low, high]."""
     return ''.join(self.one(letters) for _ in range(self.between(low, high)))
 
 
@@ -93,7 +94,7 @@ class Drawn(NamedTuple):
 
   @property
   def subject(self) -> str:
-    """The key, or else the question: what no two splits have in common."""
+    """The key, or else the question; each is in one split only."""
     return self.key or self.question
 
 
@@ -102,11 +103,11 @@ class InstructionTask:
   """A task with instructions.
 
   Attributes:
-    name: Its name.
-    cluster: Name of the cluster of similar tasks.
+    name: Name of the task.
+    cluster: Name of the cluster of similar tasks that it belongs to.
     templates: Instructions, three or more, each with `{}` for the question.
     draw: Function that draws a question and its answer.
-    metric: Name of the score of an answer that is no choice.
+    metric: Name of the score of an answer where there are no choices.
   """
 
   name: str
@@ -116,7 +117,7 @@ class InstructionTask:
   metric: str = 'exact_match'
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """The content of example `index` of a split, and the dice for its words.
+    """The content of example `index` of a split, and dice to draw its words.
 
     Raises:
       ValueError: The task has no example of the split.
@@ -132,13 +133,14 @@ class InstructionTask:
     )
 
   def __call__(self, split: str, index: int, num_shots: int = 0) -> Question:
-    """Example `index` of 'train' or 'validation'.
+    """Example `index` of a split.
 
     Args:
-      split: The split; a key that one split has is never in the other.
-      index: Number of the example, from 0; there is no last.
+      split: 'train' or 'validation'; no key is in both.
+      index: Index of the example, from 0; there is no last example.
       num_shots: Number of other examples, always of 'train', that stand before
-        it with their answers, in the same words; all are of different keys.
+        the example with their answers, in the words of the same template; all
+        have different keys.
 
     Raises:
       ValueError: As `drawn`, or the task has too few examples.
@@ -156,7 +158,7 @@ class InstructionTask:
     return Question(inputs, drawn.answer, drawn.choices, self.metric)
 
   def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
-    """A training example about anything else."""
+    """A training example whose subject is none of `subjects`."""
     for _ in range(_MOST_DRAWS):
       shot, _ = self.drawn('train', dice.below(2**31))
       if shot.subject not in subjects:
@@ -179,7 +181,7 @@ _LETTERS = string.ascii_lowercase
 def _task(
   cluster: str, *templates: str, metric: str = 'exact_match'
 ) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
-  """Adds the task that a function draws to `TASKS`, by the function's name."""
+  """A decorator that adds a function's task to `TASKS` under its name."""
 
   def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
     name = draw.__name__.removeprefix('_')
@@ -190,7 +192,7 @@ def _task(
 
 
 def identity(name: str) -> str:
-  """A text that is equal only where the examples of a task are."""
+  """A text that is equal only where the examples of a task are equal."""
   code = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
   on_library = TASKS[name].cluster in ('code_reading', 'code_writing')
   return f'instructions {name} {code} {digest() if on_library else ""}'
@@ -215,13 +217,14 @@ _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
 
 
 class Function(NamedTuple):
-  """A function of the library.
+  """A function of Python's standard library, which questions are about.
 
   Attributes:
-    source: Its source without docstring and decorators.
-    name: Its name.
+    source: Source of the function without docstring and decorators.
+    name: Name of the function.
     num_arguments: Number of its arguments, without `self` and `cls`.
-    returns: Whether a return of its own has a value other than None.
+    returns: Whether the function, apart from inner functions, returns a value
+      other than None.
     summary: The first line of its docstring, of two words or more.
   """
 
@@ -244,14 +247,14 @@ def functions() -> tuple[Function, ...]:
       fits = fits and len(summary.split()) > 1
       if fits and (function := function_of(source, summary)):
         by_source.setdefault(function.source, function)
-  # A hash orders them, which does not depend on the modules' names.
+  # A hash orders the functions, which does not depend on the modules' names.
   order = sorted(by_source, key=lambda s: hashlib.sha256(s.encode()).digest())
   return tuple(by_source[source] for source in order)
 
 
 @functools.cache
 def shorter(source: int, name: int, summary: int) -> tuple[Function, ...]:
-  """The functions with at most so many characters in these parts."""
+  """The functions with at most so many characters in each of these parts."""
   return tuple(
     f
     for f in functions()
@@ -269,10 +272,10 @@ def digest() -> str:
 
 
 def function_of(source: str, summary: str) -> Function | None:
-  """The function of a source.
+  """The function that a source defines, or None.
 
-  None if it does not parse by itself, or is a generator or asynchronous, of
-  which it is unclear what it returns.
+  It is None if the source does not parse by itself, or defines a generator or
+  an asynchronous function, of which it is unclear what it returns.
   """
   start = re.search(r'^(async )?def ', source, re.MULTILINE)
   source = source[start.start() :].rstrip() if start else source
@@ -296,7 +299,7 @@ def function_of(source: str, summary: str) -> Function | None:
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-  """All nodes below one, without those of inner functions and classes."""
+  """All nodes below a node, without those in inner functions and classes."""
   for below in ast.iter_child_nodes(node):
     yield below
     if not isinstance(below, _SCOPES):
@@ -318,7 +321,7 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """Different answers in random order, the right one and some of `texts`."""
+  """Different answers in random order: the right answer and some of `texts`."""
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
@@ -437,7 +440,7 @@ _sequences = functools.partial(_task, 'sequences')
 
 
 def _words(dice: Dice, low: int = 2, high: int = 4) -> list[str]:
-  """Random words of two to four letters, all different."""
+  """`low` to `high` random words of two to four letters, all different."""
   count, drawn = dice.between(low, high), []
   while len(drawn) < count:
     word = dice.word(_LETTERS, 2, 4)
@@ -749,8 +752,8 @@ class InstructionSource(SourceOptions):
   """Instructions of one task and their answers, made when they are read.
 
   With examples before an instruction, set `task.seq2seq.keep_end` for the task
-  seq2seq, so that what is too long for a row loses examples and keeps what is
-  asked.
+  seq2seq, so that inputs that are too long for a row lose examples, not the
+  question.
   """
 
   is_embedded: ClassVar[bool] = True
@@ -783,14 +786,14 @@ class InstructionSource(SourceOptions):
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:
-    """The validation examples."""
+    """The validation examples, each as a question."""
     return list(self._examples(selection.name_of('validation')))
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """Instructions and answers; no question is in both splits.
 
     Raises:
-      ValueError: A split is neither of our two.
+      ValueError: A split is neither 'train' nor 'validation'.
     """
     selection.check_splits('instructions')
     sizes = self.num_train, self.num_validation

@@ -29,13 +29,13 @@ _ANSWERS = ROLES[-1]
 
 @dataclasses.dataclass(frozen=True)
 class JsonlSource(SourceOptions):
-  """Lines of JSON with `inputs` and `targets`, or with `messages`.
+  """Pairs in lines of JSON with `inputs` and `targets`, or with `messages`.
 
-  Every answer of a conversation makes a pair: everything before it is the
-  inputs, so that an answer is learned once, and nothing else is. An answer with
-  `"weight": 0`, as OpenAI's fine-tuning has it, is inputs alone. With the task
-  seq2seq, set `task.seq2seq.keep_end`, so that the end of a long conversation
-  is kept.
+  Every answer of a conversation makes a pair: everything before the answer is
+  the inputs, so that each answer is learned once, and nothing else is learned.
+  An answer with `"weight": 0`, as OpenAI's fine-tuning has it, is only a part
+  of inputs. With the task seq2seq, set `task.seq2seq.keep_end`, so that the end
+  of a long conversation is kept.
   """
 
   pattern: str = option(
@@ -50,11 +50,11 @@ class JsonlSource(SourceOptions):
     """The pairs of all lines, in order of path and line.
 
     About one line in 20 is for validation, by a hash of the inputs of its first
-    pair, so that what is asked is in one split, however it is answered.
+    pair, so that equal inputs are in one split, whatever their answers are.
 
     Raises:
       ValueError: No file matches, a line is no example (file and line are
-        named), or a split is neither of our two.
+        named), or a split is neither 'train' nor 'validation'.
     """
     selection.check_splits('jsonl')
     paths = matching(self.pattern)
@@ -109,10 +109,10 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
 
 
 def conversation(messages: Any, where: str) -> list[Pair]:
-  """A pair for every answer that counts: all that precedes it, and the answer.
+  """The pairs of a conversation: what precedes an answer, and the answer.
 
-  A message before an answer is written as `user: Hello`, each in a line. An
-  answer counts unless its `weight` is 0.
+  Each message before an answer is written in lines of its own, as
+  `user: Hello`. An answer whose `weight` is 0 makes no pair.
 
   Raises:
     ValueError: The messages are no conversation with an answer.

@@ -71,8 +71,8 @@ OPTIONAL_MODULES = tuple(
 )
 ALL_MODULES = MODULES + OPTIONAL_MODULES
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
-# Divisor and residue by which the hash of a file's name makes it validation.
-# Files with this residue have 5 % of the bytes, too, on 3.11 to 3.13.
+# Divisor and residue: a file is for validation if the hash of its name has this
+# residue. Such files have 5 % of the bytes, too, on Python 3.11 to 3.13.
 _VALIDATION = 20, 6
 
 
@@ -128,8 +128,8 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
   """Base of TFDS builders whose examples come from the library's source files.
 
   An example is in the split of its file, which is found by a hash of the file's
-  name and is the same on every machine. A subclass defines `FEATURES`
-  and `_examples` of a file's name and text.
+  name and is the same on every machine. A subclass defines `FEATURES`, and
+  `_examples`, which makes the examples from a file's name and text.
   """
 
   FEATURES: tuple[str, ...]
@@ -243,9 +243,9 @@ def source_files(
 
 
 def first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
-  """The first texts, of so many bytes in UTF-8; 0 takes all.
+  """The first texts, `num_bytes` bytes of UTF-8 in all; 0 takes all texts.
 
-  The last text is cut; where the cut is within a character, it is left out.
+  The last text is cut; a character that the cut would split is left out.
   """
   bytes_left = num_bytes
   for text in texts:
@@ -257,7 +257,7 @@ def first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
 
 
 def split_of(name: str) -> str:
-  """The split of a name: 'validation' for about one in 20, else 'train'."""
+  """The split of a name: 'validation' for about one of 20, else 'train'."""
   divisor, residue = _VALIDATION
   number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
   return 'validation' if number % divisor == residue else 'train'
@@ -274,7 +274,7 @@ def content_digest(files: Iterable[tuple[str, str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DocstringsSource(SourceOptions):
-  """Functions of the standard library and, as targets, their docstrings."""
+  """Pairs: functions of the standard library, and docstrings as targets."""
 
   modules: str = option(
     '',

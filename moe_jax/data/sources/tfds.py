@@ -1,4 +1,4 @@
-"""Datasets of TFDS: texts, pairs of texts, and those that we prepare."""
+"""Datasets of TFDS: how they are prepared, and their texts and pairs."""
 
 import dataclasses
 import functools
@@ -107,7 +107,7 @@ def checked_builder(
   Args:
     name: Name of the dataset.
     features: Each feature with the name of its option, for messages;
-      'translation/de' is a feature in another.
+      'translation/de' is the feature 'de' within 'translation'.
     selection: The splits.
 
   Raises:
@@ -126,7 +126,7 @@ def checked_builder(
 def feature_texts(
   builder: Builder, split: str, features: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
-  """The named features of every example, in order.
+  """Yields the texts of the named features of every example, in order.
 
   Raises:
     ValueError: A feature's value is no text, or not UTF-8.
@@ -171,7 +171,8 @@ def _names_of(features: Any, outer: str = '') -> Iterator[str]:
 def _names(data_dir: str) -> list[str]:
   """Names of the datasets in `data_dir`."""
   root, file = pathlib.Path(data_dir), 'dataset_info.json'
-  # A dataset has a folder of its versions, or one of each configuration.
+  # A dataset has a folder for each version, within a folder for each
+  # configuration if it has several.
   paths = [*root.glob(f'*/*/{file}'), *root.glob(f'*/*/*/{file}')]
   return sorted({path.relative_to(root).parts[0] for path in paths})
 
@@ -180,8 +181,8 @@ def _names(data_dir: str) -> list[str]:
 class TfdsSource(SourceOptions):
   """A TFDS dataset in array_record format.
 
-  It is read from $TFDS_DATA_DIR or ~/tensorflow_datasets, and prepared there
-  first if that is possible without TensorFlow.
+  The dataset is read from $TFDS_DATA_DIR or ~/tensorflow_datasets, and is
+  prepared there first if that is possible without TensorFlow.
   """
 
   only_in: ClassVar[Mapping[str, str]] = {
@@ -222,7 +223,7 @@ class TfdsSource(SourceOptions):
     )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """The texts of two features.
+    """Pairs of the texts of two features.
 
     Raises:
       ValueError: The dataset, a feature or a split is missing.
@@ -238,9 +239,11 @@ class TfdsSource(SourceOptions):
   def _open(
     self, selection: Selection, *options: str
   ) -> tuple[Builder, Callable[[str], Iterator[tuple[str, ...]]]]:
-    """The builder, and a function from our split to features of its examples.
+    """The builder, and a function from a split to texts of its examples.
 
-    The features are those that the options name; they and the splits are there.
+    The function takes 'train' or 'validation'. The texts are those of the
+    features that the options with the given names have; features and splits
+    are checked to exist.
     """
     features = [getattr(self, name) for name in options]
     named = zip(features, options)

@@ -21,23 +21,23 @@ from moe_jax.data.tokens_folder import tokens_folder
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A corpus as rows, and the task that is learned from it.
+  """A corpus in rows of tokens, and the task that is learned from it.
 
   Attributes:
     source: Description of the source for messages.
     tokenizer: Tokenizer as fitted when the corpus was tokenized, with the ids
       that the task adds.
     splits: Rows of 'train' and of 'validation'.
-    digest: The sha256 of both splits' texts, in order, or of those of the
-      pieces where texts were tokenized in pieces; results are comparable only
-      if it is the same.
+    digest: The sha256 of both splits' texts, in order, or of the pieces' sha256
+      where texts were tokenized in pieces; results are comparable only if the
+      digests are equal.
     counts: Numbers by name for each split. Texts have 'documents', 'bytes' (of
       UTF-8) and 'tokens'; pairs have 'pairs', 'bytes', 'input_tokens',
       'target_tokens' (without EOS) and 'truncated', the number of pairs that
       are too long for a row.
     task: Options of the task.
-    parts: The dataset of each source of a mixture by name, those that are only
-      evaluated too; empty for a single source.
+    parts: The dataset of each source of a mixture by name, also of sources that
+      are only evaluated; empty for a single source.
   """
 
   source: str
@@ -73,7 +73,7 @@ class Dataset:
     return '\n'.join(lines)
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """Text of an evaluation's numbers, to be printed after its name."""
+    """The text of an evaluation's numbers, to be printed after its name."""
     return ', '.join(f'{name} {value:.4g}' for name, value in row.items())
 
 
@@ -85,8 +85,8 @@ class TaskOptions(Options):
   code depends on these attributes and never on a task's name.
 
   Attributes:
-    reads: Form in which it reads a source: 'texts', whose stream is tokens and
-      starts, or 'pairs', with a stream of inputs and one of targets.
+    reads: What the task reads of a source: 'texts', whose stream is tokens and
+      starts, or 'pairs', with a stream of inputs and a stream of targets.
     label: Name of the task that a run prints; '' (of a language model) prints
       none.
     makes_examples: Whether a row has examples, each of inputs and targets. Only
@@ -109,7 +109,7 @@ class TaskOptions(Options):
   keep_end: ClassVar[bool] = False
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
-    """The source in the form that the task reads."""
+    """The source's texts or its pairs, whichever the task reads."""
     texts = self.reads == 'texts'
     return source.texts(selection) if texts else source.pairs(selection)
 
@@ -123,7 +123,7 @@ class TaskOptions(Options):
     """The rows of one split.
 
     Args:
-      stream: Tokens of the split, from `read` of the source's form.
+      stream: Tokens of the split, from `Texts.read` or `Pairs.read`.
       tokenizer: Tokenizer from `vocabulary`.
       shape: Lengths of the rows.
 

@@ -29,21 +29,21 @@ from moe_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class LmTask(TaskOptions):
-  """Rows of documents one after another, for a decoder-only model."""
+  """Predicts each next token of documents, with a decoder-only model."""
 
   label = ''
   makes_examples = False
   answers_go_on = True
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
-    """Rows of the whole stream."""
+    """Packs all documents of the stream into rows, one after another."""
     del tokenizer
     return PackedRows(*stream, shape.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLmTask(TaskOptions):
-  """Windows of text, split in two; the second part is predicted."""
+  """Prefix language modelling: predicts the second part of windows of text."""
 
   label = 'prefix_lm'
   generates = True
@@ -54,7 +54,7 @@ class PrefixLmTask(TaskOptions):
     return extend(base, end_inputs=shape.encoder_decoder)
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
-    """Rows of windows of the documents."""
+    """Rows of examples, one example of each window of the documents."""
     eos_id = tokenizer.eos_id if shape.encoder_decoder else None
     windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=eos_id)
     return DenoisedRows(*stream, windows, pack=shape.pack)
@@ -84,10 +84,10 @@ class PrefixLM(WindowTask):
 
   @functools.cached_property
   def window(self) -> int:
-    """The largest number of tokens that can be split and fit in a row.
+    """The largest number of tokens of a window whose example fits in a row.
 
-    It leaves some padding in the row of an encoder-decoder, as a window that
-    fills both sides has only one possible split.
+    Such a window leaves some padding in the row of an encoder-decoder, as a
+    window that fills both sides has only one possible split.
 
     Raises:
       ValueError: A row has no room.
@@ -101,7 +101,7 @@ class PrefixLM(WindowTask):
     return int(sizes[fits][-1])
 
   def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
-    """The shortest and longest targets of a window of `n` > 1 tokens."""
+    """The fewest and most targets of windows of `n` > 1 tokens."""
     room = self.layout.max_inputs - self._marks
     shortest = np.maximum(n - room, 1)
     around_mean = (2 * self.density * n).astype(np.int64) - shortest

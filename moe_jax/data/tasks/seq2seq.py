@@ -49,7 +49,7 @@ class Seq2SeqTask(TaskOptions):
     tokenizer: Tokenizer,
     shape: RowShape,
   ) -> 'PairRows':
-    """Rows of pairs."""
+    """Rows of examples, one example of each pair."""
     layout, eos_id = shape.layout(tokenizer.start_id), tokenizer.eos_id
     return PairRows(
       *stream,
@@ -135,7 +135,7 @@ def cut_inputs(
 
 
 def _text(stream: Stream, index: int) -> np.ndarray:
-  """The tokens of one text."""
+  """The tokens of the text with this index in the stream."""
   tokens, starts = stream
   end = starts[index + 1] if index + 1 < len(starts) else len(tokens)
   return tokens[starts[index] : end]

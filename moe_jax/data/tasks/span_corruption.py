@@ -65,7 +65,7 @@ class SpanCorruptionTask(TaskOptions):
     return extend(base, num_sentinels=self.num_sentinels, end_inputs=True)
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
-    """Rows of windows of the documents."""
+    """Rows of examples, one example of each window of the documents."""
     windows = SpanCorruption(
       shape.layout(tokenizer.start_id),
       tokenizer.sentinel_ids[: self.num_sentinels],
@@ -127,7 +127,7 @@ class SpanCorruption(WindowTask):
     return window
 
   def lengths(self, n: Counts) -> Lengths:
-    """The lengths of examples of `n` tokens; they never fall as `n` grows."""
+    """The lengths of examples of windows of `n` tokens; none falls with `n`."""
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
@@ -167,9 +167,9 @@ def noise_mask(
 ) -> Bool[np.ndarray, ' n']:
   """A mask that is True for tokens that are cut out.
 
-  Their number and that of their spans are those of `noise_counts`; all such
-  masks are equally likely. Unlike T5's code, a window need not begin with a
-  kept token, nor end with a span.
+  The numbers of cut-out tokens and of spans are those of `noise_counts`; all
+  such masks are equally likely. Unlike in T5's code, a window need not begin
+  with a kept token, nor end with a span.
   """
   counts = noise_counts(np.array([n]), density, mean_span)
   noise, spans = (int(count[0]) for count in counts)
@@ -190,11 +190,11 @@ def corrupt(
   """The kept tokens and the tokens that are cut out, with sentinels.
 
   A sentinel replaces each span among the kept tokens, and precedes the span's
-  tokens among the others.
+  tokens among the tokens that are cut out.
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
-  # For every token a sentinel before it and itself, from which masks choose.
+  # For every token a sentinel and the token itself, from which masks choose.
   pairs = np.stack([marks, window], axis=1)
   inputs = pairs[np.stack([begins, ~mask], axis=1)]
   targets = pairs[np.stack([begins, mask], axis=1)]

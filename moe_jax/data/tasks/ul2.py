@@ -29,7 +29,7 @@ MODES = ('R', 'S', 'X')
 
 
 Denoiser = tuple[str, float, float, float]
-# Table 1 of the paper, as `Ul2Task.denoisers` has them.
+# The denoisers of table 1 of the paper, as `Ul2Task.denoisers` has them.
 DENOISERS: tuple[Denoiser, ...] = (
   ('R', 3.0, 0.15, 1.0),
   ('R', 8.0, 0.15, 1.0),
@@ -43,7 +43,7 @@ DENOISERS: tuple[Denoiser, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Ul2Task(TaskOptions):
-  """Windows of text, each with a denoiser that is drawn for it."""
+  """Examples of windows of text, each by a denoiser drawn for the window."""
 
   label = 'ul2'
 
@@ -68,7 +68,7 @@ class Ul2Task(TaskOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problems of the denoisers, a text for each."""
+    """Yields a text for each problem of the denoisers."""
     for mode, mean_span, density, weight in self.denoisers:
       where = f'denoisers: {(mode, mean_span, density, weight)}:'
       if mode not in MODES:
@@ -83,7 +83,7 @@ class Ul2Task(TaskOptions):
       yield f'denoisers={self.denoisers} has none of positive weight'
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer with an EOS, sentinels and modes."""
+    """The tokenizer with an EOS, sentinels and mode tokens."""
     return extend(
       base,
       num_sentinels=self.num_sentinels,
@@ -92,7 +92,7 @@ class Ul2Task(TaskOptions):
     )
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
-    """Rows of windows of the documents."""
+    """Rows of examples, one example of each window of the documents."""
     windows = self.windows(cast(Extended, tokenizer), shape)
     return DenoisedRows(*stream, windows, pack=shape.pack)
 
@@ -118,10 +118,10 @@ class Ul2Task(TaskOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(WindowTask):
-  """Examples of windows, each by a denoiser that is drawn for it.
+  """Examples of windows, each by a denoiser that is drawn for the window.
 
   Attributes:
-    tasks: Tasks of the denoisers.
+    tasks: The task of each denoiser.
     weights: Relative frequencies of the denoisers; they need not sum to 1.
   """
 
@@ -143,12 +143,12 @@ class Mixture(WindowTask):
     return min(task.window for task in self.tasks)
 
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of examples of `n` tokens by any denoiser."""
+    """The largest lengths, by any denoiser, of examples of `n` tokens."""
     by_task = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))
 
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
-    """One example of the window, by a denoiser that is drawn for it."""
+    """One example of the window, by a denoiser that is drawn at random."""
     share = np.array(self.weights) / sum(self.weights)
     task = self.tasks[generator.choice(len(self.tasks), p=share)]
     return task(window, generator)

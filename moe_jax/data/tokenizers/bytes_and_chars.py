@@ -38,7 +38,7 @@ class Bytes(Tokenizer, kind='bytes'):
     return text_bytes.tobytes().decode(errors='replace')
 
   def token_name(self, token: Token) -> str:
-    """The character of an ASCII byte, or else the hexadecimal number."""
+    """The character of an ASCII byte, or else the byte's hexadecimal number."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
@@ -50,7 +50,7 @@ class Bytes(Tokenizer, kind='bytes'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Bytes':
-    """The tokenizer."""
+    """The tokenizer of bytes, whatever the state is."""
     del state
     return cls()
 
@@ -60,12 +60,15 @@ class BytesOptions(GivenOptions):
   """Options of the tokenizer of UTF-8 bytes."""
 
   def given(self) -> Bytes:
-    """The tokenizer."""
+    """The tokenizer of UTF-8 bytes."""
     return Bytes()
 
 
 class Chars(Tokenizer, kind='chars'):
-  """The given characters in code-point order, without an EOS."""
+  """A tokenizer of given characters, whose ids are in order of code points.
+
+  There is no EOS.
+  """
 
   def __init__(self, characters: Iterable[str]):
     self.characters = ''.join(sorted(set(characters)))
@@ -105,7 +108,7 @@ class Chars(Tokenizer, kind='chars'):
     )
 
   def decode(self, ids: Ids) -> str:
-    """The characters at `ids`."""
+    """The characters whose indices are `ids`."""
     return ''.join(self.characters[i] for i in self._in_vocabulary(ids))
 
   def token_name(self, token: Token) -> str:
@@ -118,7 +121,7 @@ class Chars(Tokenizer, kind='chars'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Chars':
-    """The tokenizer of these characters."""
+    """The tokenizer of the characters in `state`."""
     return cls(state['characters'])
 
 
@@ -127,11 +130,11 @@ class CharsOptions(TokenizerOptions):
   """Options of the tokenizer of the texts' characters."""
 
   def identity(self) -> str:
-    """The kind alone, as there are no options."""
+    """The text 'chars', as this tokenizer has no options."""
     return 'chars'
 
   def fit(self, texts: Iterable[str]) -> Chars:
-    """The tokenizer of all characters of the texts, of both splits."""
+    """The tokenizer of all characters that the texts have."""
     characters: set[str] = set()
     for text in texts:  # one at a time, as they may not fit into memory
       characters.update(text)

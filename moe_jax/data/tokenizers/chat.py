@@ -1,9 +1,10 @@
 """Text of conversations, by the Jinja template that a model comes with.
 
 A template is code from a download. It runs in Jinja's sandbox, where it has
-access only to the values that are given to it, in a process of its own
-(`chat_child.py`) with bounds on time, memory and text, as a loop or a long
-string would not end in this one. The process takes about 0.1 s.
+access only to the values that are given to it, and in a process of its own
+(`chat_child.py`) with bounds on time, memory and text, as an endless loop or
+string could not be stopped in this process. The other process takes about
+0.1 s.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ _ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 
 
 class Limits(NamedTuple):
-  """The bounds of one conversation, in seconds, bytes and characters."""
+  """The bounds for one conversation: of time, of memory and of the text."""
 
   cpu_seconds: int = 5
   wall_seconds: float = 30.0

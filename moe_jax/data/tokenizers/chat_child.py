@@ -14,7 +14,7 @@ import sys
 
 
 def main() -> None:
-  """Answers one request."""
+  """Renders the template that is read, and prints the answer."""
   sys.path.append(sys.argv[1])  # last, so that it hides no standard module
   sys.dont_write_bytecode = True
   import jinja2
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _limit(resource_id: int, most: int) -> None:
-  """Sets a soft limit, where the system has it."""
+  """Sets a soft limit on a resource, where the system can limit it."""
   with contextlib.suppress(OSError, ValueError):
     hard = resource.getrlimit(resource_id)[1]
     if hard != resource.RLIM_INFINITY:

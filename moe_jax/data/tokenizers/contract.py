@@ -23,11 +23,12 @@ Ids = Collection  # of integers: a list, a tuple, an array [N]
 
 # Errors that a state which `save` did not write may raise in `from_state`.
 _DAMAGED = AttributeError, LookupError, RecursionError, TypeError, ValueError
-# The character that stands for bytes that are no character, or not yet one.
+# The character that stands for bytes that are no character, or not yet a whole
+# character.
 _UNKNOWN = '\ufffd'
 # The most bytes of a UTF-8 character that lacks its last byte.
 _MOST_BYTES = 3
-# The number of known tokens that are decoded before the first new one.
+# The number of known tokens that are decoded before the first new token.
 _CONTEXT = 16
 # Tokenizer classes by their names in files. A class is added when its module is
 # imported; no module is imported because a file names it.
@@ -79,7 +80,8 @@ class Tokenizer(abc.ABC):
   def ids_identity(self) -> str:
     """Text that is equal for two tokenizers exactly if their ids mean the same.
 
-    They may differ in whether inputs end in an EOS, which a task decides.
+    Two such tokenizers may differ in whether inputs end in an EOS, which a task
+    decides.
     """
     return self.identity
 
@@ -95,16 +97,17 @@ class Tokenizer(abc.ABC):
   def encode_inputs(self, text: str) -> np.ndarray:
     """The ids of a model's input, int32 [N].
 
-    Unlike a document's, these include the special tokens that the tokenizer
-    adds, and those that the text spells.
+    Unlike the ids of a document, these ids include special tokens that the
+    tokenizer adds, and special tokens that the text spells.
     """
     return self.encode(text)
 
   def encode_spelled(self, text: str) -> np.ndarray:
     """The ids of a part of a model's input, int32 [N].
 
-    These include special tokens that the text spells, and none that the
-    tokenizer adds to inputs. By default they are those of `encode_inputs`.
+    The ids include special tokens that the text spells, and no special tokens
+    that the tokenizer adds to inputs. By default they are the ids of
+    `encode_inputs`.
     """
     return self.encode_inputs(text)
 
@@ -118,7 +121,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def token_name(self, token: Token) -> str:
-    r"""A short printable name: `'e'`, `'\n'`, `0x80`, `<eos>`."""
+    r"""A short printable name of a token: `'e'`, `'\n'`, `0x80`, `<eos>`."""
 
   @abc.abstractmethod
   def state(self) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class Tokenizer(abc.ABC):
   @classmethod
   @abc.abstractmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Tokenizer':
-    """The tokenizer whose `state` is `state`."""
+    """The tokenizer whose method `state` gave `state`."""
 
   def to_json(self) -> dict[str, Any]:
     """The state with the name of the class, for `from_json`."""
@@ -136,7 +139,7 @@ class Tokenizer(abc.ABC):
   def save(self, path: str | os.PathLike) -> None:
     """Writes the tokenizer as JSON, which `load` reads.
 
-    At any moment the file is the old or the new one.
+    At any moment the file is the whole old or the whole new file.
     """
     text = json.dumps(self.to_json(), indent=1)
     path = pathlib.Path(path)
@@ -172,7 +175,7 @@ class TokenizerOptions(Options):
 
   @required
   def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer.
+    """The tokenizer of these options, fitted to the texts if it depends on any.
 
     Args:
       texts: All texts of the data, for a tokenizer that depends on them.
@@ -183,7 +186,7 @@ class TokenizerOptions(Options):
     raise NotImplementedError
 
   def known_vocab_size(self) -> int | None:
-    """V of the tokenizer; None if it depends on the texts."""
+    """V, the size of the vocabulary; None if it depends on the texts."""
     return None
 
 
@@ -192,7 +195,7 @@ class GivenOptions(TokenizerOptions):
 
   @required
   def given(self) -> Tokenizer:
-    """The tokenizer; it is read anew at each call.
+    """The tokenizer of these options, which is read anew at each call.
 
     Raises:
       ValueError: A file is missing or bad.
@@ -209,18 +212,18 @@ class GivenOptions(TokenizerOptions):
     return self.given()
 
   def known_vocab_size(self) -> int:
-    """V of the tokenizer."""
+    """V, the size of the tokenizer's vocabulary."""
     return self.given().vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted(GivenOptions):
-  """A tokenizer that is there already, in place of its options.
+  """A tokenizer that exists already, in place of options that would make it.
 
   Attributes:
     tokenizer: The tokenizer.
-    replaced: The options of which it takes the place, by which its tokens may
-      be in the cache; None if there are none.
+    replaced: The options that the tokenizer replaces, under which tokens may be
+      in the cache; None if it replaces no options.
   """
 
   tokenizer: Tokenizer
@@ -229,7 +232,7 @@ class Fitted(GivenOptions):
   )
 
   def given(self) -> Tokenizer:
-    """The tokenizer that is there."""
+    """The tokenizer that exists already."""
     return self.tokenizer
 
 
@@ -263,16 +266,17 @@ def digest(text: str) -> str:
 
 
 class TextStream:
-  """Decodes tokens one by one; its results joined are the whole text.
+  """Decodes tokens one by one; the returned texts joined are the whole text.
 
-  The text of a token depends on those before it: a word may begin with a space,
-  and a character's bytes may be several tokens. So a few tokens are decoded
-  again each time, and only new text is returned.
+  The text of a token depends on the tokens before it: a word may begin with a
+  space, and a character's bytes may be several tokens. So a few tokens are
+  decoded again each time, and only new text is returned.
 
   Args:
-    tokenizer: The tokenizer that decodes. Ids that it does not know have no
+    tokenizer: The tokenizer that decodes. Ids outside its vocabulary have no
       text.
-    context: The tokens before the first, whose text is not returned.
+    context: The tokens before the first added token; their text is not
+      returned.
   """
 
   def __init__(self, tokenizer: Tokenizer, context: Iterable[Token] = ()):
@@ -292,13 +296,13 @@ class TextStream:
     complete = max(len(text) - unfinished, self._returned)
     new, self._returned = text[self._returned : complete], complete
     if complete == len(text):
-      # The next token's text cannot depend on those before.
+      # The next token's text cannot depend on the tokens that are dropped here.
       self._ids = self._ids[self._settled :]
       self._settled, self._returned = len(self._ids), len(self._text())
     return new
 
   def end(self) -> str:
-    """Returns the rest, with bytes that never became a character."""
+    """Returns the rest of the text, U+FFFD for bytes that are no character."""
     text = self._text()
     new, self._returned = text[self._returned :], len(text)
     return new

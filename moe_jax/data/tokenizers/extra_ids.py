@@ -21,10 +21,10 @@ _SENTINEL = '<extra_id_'  # begin of a sentinel's name, as in T5's vocabulary
 
 
 class Extended(Tokenizer, kind='extended'):
-  """A tokenizer with additional named ids after its last.
+  """A tokenizer with additional ids after its last id, each with a name.
 
-  The text of a document is never encoded to these ids. Names can be used in a
-  model's inputs: `[S] def f(`, `a <extra_id_0> c`.
+  The text of a document is never encoded to these ids. Their names can be used
+  in a model's inputs: `[S] def f(`, `a <extra_id_0> c`.
 
   Attributes:
     sentinel_ids: Ids of the tokenizer's own sentinels, then of the added ones.
@@ -37,8 +37,8 @@ class Extended(Tokenizer, kind='extended'):
 
     Args:
       base: Tokenizer that is extended.
-      names: Names of the ids after its last; `EOS` is used as EOS if `base` has
-        none.
+      names: Names of the ids after the last id of `base`; the id named `EOS`
+        is the EOS if `base` has none.
       end_inputs: Whether inputs end in an EOS; otherwise the EOS that `base`
         adds to inputs is left out.
     """
@@ -56,30 +56,30 @@ class Extended(Tokenizer, kind='extended'):
 
   @property
   def ids_identity(self) -> str:
-    """The identity of the tokenizer's ids, if no id is added."""
+    """The identity of the ids of `base`, and of the names of added ids."""
     names = f' and {digest(repr(self.names))}' * bool(self.names)
     return f'{self.base.ids_identity}{names}'
 
   @property
   def label(self) -> str:
-    """The label of the tokenizer that is extended, and what is added."""
+    """The label of `base`, and what is added to it."""
     added = f', {len(self.names):,} ids added' * bool(self.names)
     end = ', inputs end in an EOS' * self.end_inputs
     return f'{self.base.label}{added}{end}'
 
   @property
   def start_id(self) -> int | None:
-    """The start id of the tokenizer, or else the EOS."""
+    """The start id of `base`, or else the EOS."""
     base_start = self.base.start_id
     return self.eos_id if base_start is None else base_start
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """The EOS ids of the tokenizer, or else the EOS that was added."""
+    """The EOS ids of `base`, or else the EOS that was added."""
     return self.base.eos_ids or super().eos_ids
 
   def token_id(self, name: str) -> int:
-    """The id of an added name, or else of a token of the tokenizer.
+    """The id of an added name, or else of a token of `base`.
 
     Raises:
       ValueError: There is no such name.
@@ -93,21 +93,21 @@ class Extended(Tokenizer, kind='extended'):
   def encode_chat(
     self, messages: Sequence[Any], **variables: Any
   ) -> np.ndarray:
-    """The tokenizer's own ids of a conversation, int32 [N].
+    """The ids that `base` gives to a conversation, int32 [N].
 
     Raises:
-      ValueError: The tokenizer has no chat template.
+      ValueError: `base` has no chat template.
     """
     if not hasattr(self.base, 'encode_chat'):
       raise InputError(f'tokenizer {self.identity} has no chat template')
     return cast(Any, self.base).encode_chat(messages, **variables)
 
   def encode(self, text: str) -> np.ndarray:
-    """The tokenizer's own ids of `text`, int32 [N]."""
+    """The ids that `base` gives to `text`, int32 [N]."""
     return self.base.encode(text)
 
   def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
-    """The ids of an input, int32 [N], with an EOS if inputs end in one.
+    """The ids of an input, int32 [N], with an EOS if `end_inputs`.
 
     An added name in the text becomes its id.
     """
@@ -118,8 +118,8 @@ class Extended(Tokenizer, kind='extended'):
   def encode_spelled(self, text: str) -> np.ndarray:
     """The ids of an input as rows of training have it, int32 [N].
 
-    Unlike `encode_inputs`, they have no special token that the tokenizer adds
-    to inputs, such as a BOS; an EOS ends them if inputs end in one.
+    Unlike the ids of `encode_inputs`, these ids have no special token that
+    `base` adds to inputs, such as a BOS; an EOS ends them if `end_inputs`.
     """
     return self._inputs(text, self.base.encode_spelled)
 
@@ -153,14 +153,14 @@ class Extended(Tokenizer, kind='extended'):
     )
 
   def token_name(self, token: Token) -> str:
-    """The tokenizer's name of the token, or the name that was added."""
+    """The name that `base` gives to the token, or the name that was added."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token < self.base.vocab_size:
       return self.base.token_name(token)
     return self.names[token - self.base.vocab_size]
 
   def state(self) -> dict[str, Any]:
-    """The tokenizer as JSON, and the added names."""
+    """`base` as JSON, the added names, and whether inputs end in an EOS."""
     return {
       'base': self.base.to_json(),
       'names': list(self.names),
@@ -169,7 +169,7 @@ class Extended(Tokenizer, kind='extended'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Extended':
-    """The tokenizer with the added names."""
+    """The tokenizer that `state` describes."""
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
 
@@ -183,9 +183,9 @@ def extend(
 ) -> Extended:
   """The tokenizer of a task, with an EOS, sentinels and mode tokens.
 
-  Sentinels that the tokenizer has, such as T5's `<extra_id_0>`, come first;
-  those that it lacks are added after its last id. Ids that another task added
-  stay, and none is added twice. Each mode of UL2 gets a token.
+  Sentinels that `base` has, such as T5's `<extra_id_0>`, come first; sentinels
+  that `base` lacks are added after its last id. Ids that another task added
+  stay, and no id is added twice. Each mode of UL2 gets a token.
   """
   num_own = len(base.sentinel_ids)
   root, added = base, ()
@@ -198,9 +198,9 @@ def extend(
 
 
 def without_endings(tokenizer: Tokenizer) -> Tokenizer:
-  """The tokenizer with the ids that a task added, but without its EOS.
+  """The tokenizer with the ids that a task added, but no EOS after inputs.
 
-  Another task decides anew whether inputs end in one.
+  Another task decides anew whether inputs end in an EOS.
   """
   if not isinstance(tokenizer, Extended):
     return tokenizer

@@ -24,7 +24,8 @@ from moe_jax.errors import InputError
 # Files of tokenizers that have to be converted before they can be read.
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
 _NAMES = ('bos', 'eos', 'pad', 'unk')
-# Roles of a single id, in our fields; files have '_token_id' after them.
+# Fields of `SpecialTokens` that are a single id; files name them with
+# '_token_id' at the end.
 _ROLES = ('bos', 'pad', 'start', 'forced_bos')
 _LARGEST_ID = 2**31 - 1
 # Names of the EOS in well-known vocabularies; the first that exists is taken.
@@ -60,7 +61,7 @@ class SpecialTokens:
   chat_template: str = ''
 
   def problems(self, num_tokens: int) -> Iterator[str]:
-    """A text for each field that has no possible value.
+    """Yields a text for each field whose value is impossible.
 
     Args:
       num_tokens: The number of ids of the tokenizer; a model may have more.
@@ -96,11 +97,11 @@ class Json(Tokenizer, kind='json'):
 
   Attributes:
     num_tokens: One more than the largest id that has a token; `vocab_size` is
-      that of the model, which may be larger.
+      the size of the model's vocabulary, which may be larger.
 
   Raises:
-    ValueError: The text is no such file, it has no token or an id that is too
-      large, or a special token has no possible id.
+    ValueError: The text is no `tokenizer.json`, it has no token or an id that
+      is too large, or a special token has no possible id.
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
@@ -172,7 +173,7 @@ class Json(Tokenizer, kind='json'):
     return self.special.eos
 
   def encode(self, text: str) -> np.ndarray:
-    """The model's ids, int32 [N], without special tokens."""
+    """The ids of a document's text, int32 [N], without special tokens."""
     encoding = _encoded(self._model, text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
@@ -184,8 +185,8 @@ class Json(Tokenizer, kind='json'):
 
     Args:
       text: Text of the prompt.
-      language: Language code that replaces the one that the post-processor
-        adds; '' keeps that one.
+      language: Language code that replaces the code that the post-processor
+        adds; '' keeps the added code.
 
     Raises:
       ValueError: The language is no token, or the post-processor adds no
@@ -246,7 +247,7 @@ class Json(Tokenizer, kind='json'):
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
-    """The token's quoted text; its name if it is part of a character."""
+    """The token's quoted text, or its name if it is a part of a character."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
@@ -275,7 +276,7 @@ class Json(Tokenizer, kind='json'):
     return self._model.id_to_token(int(token)) or ''
 
   def model_json(self) -> str:
-    """The model as the content of a `tokenizer.json`."""
+    """This tokenizer as the text of a `tokenizer.json`."""
     return self._model.to_str(pretty=True)
 
 

@@ -22,8 +22,8 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
   Normalisation, the space before a text, user-defined symbols and bytes for
   unknown characters are as the model says. Names of control symbols in a text,
   such as `</s>`, are encoded as text, so that no document can forge an EOS. In
-  transformers T5 adds sentinels to these ids and NLLB shifts them, so that a
-  checkpoint of these needs its `tokenizer.json`.
+  transformers T5 adds sentinels to these ids and NLLB shifts the ids, so that a
+  checkpoint of either needs its `tokenizer.json`.
 
   Attributes:
     content: Content of the model's file.
@@ -32,7 +32,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     model: Content of a `tokenizer.model` or `spiece.model`.
 
   Raises:
-    ValueError: It is no such model, or is damaged.
+    ValueError: `model` is no SentencePiece model, or is damaged.
   """
 
   def __init__(self, model: bytes):
@@ -45,15 +45,15 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     self.identity = f'sentencepiece:{digest}'
 
   def encode(self, text: str) -> np.ndarray:
-    """The model's ids, int32 [N], without control symbols."""
+    """The ids of a document's text, int32 [N], without control symbols."""
     return np.asarray(self._model.encode(text), np.int32)
 
   def decode(self, ids: Ids) -> str:
-    """The text of `ids`; control symbols have none."""
+    """The text of `ids`; control symbols have no text."""
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
-    """The piece in quotes, with spaces; the name of a symbol or of a byte."""
+    """The token's piece in quotes; the name of a control symbol or a byte."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
@@ -66,7 +66,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     return repr(piece.replace('\u2581', ' '))
 
   def vocabulary_name(self, token: Token) -> str:
-    """The piece with this id."""
+    """The piece of a token, as the vocabulary has it."""
     return self._model.id_to_piece(int(token))
 
   def state(self) -> dict[str, Any]:
@@ -75,12 +75,12 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'SentencePiece':
-    """The tokenizer of that content."""
+    """The tokenizer of the file's content in `state`."""
     return cls(base64.b64decode(state['model'], validate=True))
 
 
 def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:
-  """The model; every piece is looked at, as some bytes are not UTF-8."""
+  """Loads a model and reads every piece, to find a piece that is not UTF-8."""
   opened = sentencepiece.SentencePieceProcessor()
   try:
     opened.LoadFromSerializedProto(model)

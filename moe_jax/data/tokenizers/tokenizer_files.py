@@ -1,4 +1,4 @@
-"""Tokenizers that are there: of a run, or in files of other libraries."""
+"""Tokenizers that exist: of a run, or in files of other libraries."""
 
 import dataclasses
 import os
@@ -91,7 +91,7 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class FileOptions(GivenOptions):
-  """Options of a tokenizer that is there already."""
+  """Options of a tokenizer that exists already, in a file or a folder."""
 
   path: str = option(
     dataclasses.MISSING,
@@ -110,4 +110,4 @@ class FileOptions(GivenOptions):
 
 
 class JsonOptions(FileOptions):
-  """Options of a Hugging Face tokenizer, as those of any that is there."""
+  """Options of a Hugging Face tokenizer, the same as `FileOptions`."""

@@ -34,7 +34,8 @@ MOST = 2**26
 class TrainedOptions(TokenizerOptions):
   """Options of a tokenizer that is trained on the texts of both splits.
 
-  With more than `MOST` characters every second, fourth, ... document is taken.
+  If the texts have more than `MOST` characters, only every second, fourth, ...
+  document is taken.
   """
 
   model: str = option(
@@ -56,7 +57,9 @@ class TrainedOptions(TokenizerOptions):
     return f'trained {self.model} {self.vocab_size}'
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that is trained on the texts; equal texts, equal results.
+    """A tokenizer trained on a sample of the texts.
+
+    Equal texts give equal tokenizers.
 
     Raises:
       ValueError: The texts are empty.
@@ -66,11 +69,12 @@ class TrainedOptions(TokenizerOptions):
 
 
 def spread(texts: Iterable[str], most: int) -> list[str]:
-  """Every document, or every second, fourth, ... one, as many as fit.
+  """Every document, or every second, fourth, ... document, as many as fit.
 
   Args:
     texts: The documents, which need not fit into memory.
-    most: Number of characters that all may have; one document may have more.
+    most: Number of characters that the chosen documents have at most together;
+      a single document may have more.
   """
   chosen: list[str] = []
   step, size = 1, 0
@@ -109,7 +113,7 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
       model_type='unigram',
       vocab_size=vocab_size,
       hard_vocab_limit=False,
-      num_threads=1,  # the order of sums
+      num_threads=1,  # for a fixed order of sums
       minloglevel=2,
       # Nothing of a text is lost: no character, no space, no line.
       byte_fallback=True,
@@ -132,7 +136,7 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-  """The lines of texts, in pieces that the trainer does not leave out."""
+  """The lines of texts, cut where they are too long for the trainer."""
   for text in texts:
     for line in text.split('\n'):
       for start in range(0, len(line), _LINE):
