@@ -72,7 +72,7 @@ class Half(NamedTuple):
 
 
 def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
-  """The stacks of a model at these lengths, an encoder's first.
+  """The stacks of a model with the lengths of their sequences, encoder first.
 
   Args:
     model: A model of blocks.
@@ -95,12 +95,12 @@ class SizedParameter(NamedTuple):
   """A parameter with its size, role and number of experts.
 
   Attributes:
-    path: Path of the parameter in the tree of all parameters, which tells the
-      stack that it belongs to.
+    path: Path of the parameter in the tree of all parameters; its beginning
+      says which stack has the parameter.
     size: Number of its values.
-    role: Part of the model that it belongs to, and its use there.
-    num_experts: Number of the experts that have a part of it; 1 unless it is
-      one of stacked experts.
+    role: Part of the model that the parameter belongs to, and its use there.
+    num_experts: Number of the experts whose values the parameter stacks; 1 for
+      parameters without a dimension of experts.
   """
 
   path: tuple[str, ...]
@@ -115,7 +115,7 @@ class SizedParameter(NamedTuple):
 
   @property
   def outside_layers(self) -> bool:
-    """Whether it belongs to the embedding or to the output projection."""
+    """Whether the embedding or the output projection has the parameter."""
     return self.role.role in ('embedding', 'head')
 
 
@@ -123,7 +123,8 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
   """Every parameter of a model, with its size and its role.
 
   Raises:
-    ValueError: Kernels are in codes, whose number is not that of parameters.
+    ValueError: Kernels are quantised: the number of their stored values is not
+      that of the parameters.
   """
   for stack in model.stacks.blocks:
     formats = [moe.expert.format for moe in stack.moes if moe is not None]
@@ -150,7 +151,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """The number of tokens of a routing group in a batch of such sequences."""
+  """The number of tokens of a routing group, in a batch of equal sequences."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
@@ -352,7 +353,7 @@ def _size(parameters: Iterable[SizedParameter]) -> int:
 def _products(
   layers: list[SizedParameter], moes: list[MoeOptions], width: int
 ) -> TokenFlops:
-  """FLOPs of the products with the kernels of layers, for one token."""
+  """FLOPs for one token of the products with the kernels of all layers."""
   kernels = [p for p in layers if p.role.form == 'kernel']
   dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
   router = sum(router_multiply_adds(moe, width) for moe in moes)
@@ -364,7 +365,7 @@ def _products(
 
 
 def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
-  """The number of these parameters that belong to a token's K experts."""
+  """How many of the parameters of layers belong to a token's K experts."""
   if not moes:
     return 0
   expert_size = sum(p.size // p.num_experts for p in layers if p.of_expert)
@@ -374,7 +375,10 @@ def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
 def _slack(
   model: Model, stacks: list[Half], batch_size: int, seq_len: int
 ) -> float:
-  """Rows that experts multiply over choices, in the layers with experts."""
+  """Rows that experts multiply, divided by the number of choices.
+
+  Both are sums over the sparse layers; see `Cost.capacity_slack`.
+  """
   if not model.stacks.mixtures:
     return 1.0
   layers = [(moe, half.length) for half in stacks for moe in half.moes]

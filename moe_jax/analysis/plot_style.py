@@ -57,7 +57,7 @@ def series(number: int) -> dict[str, Any]:
 
 
 def shades(count: int) -> Float[np.ndarray, 'n 4']:
-  """Colours of an ordered set of lines, such as layers: the last is palest."""
+  """Colours of an ordered set of lines, such as layers; the last is palest."""
   return colormaps['viridis'](np.linspace(0, 0.85, count))
 
 
@@ -72,9 +72,9 @@ def heat_maps(
 ) -> tuple[Figure, list[Axes], Axes]:
   """Heat maps of ratios in a grid, with one logarithmic scale of colours.
 
-  The first row of ratios is at the top. Zero has no logarithm; it is drawn
-  below the end of the scale. Cells that are NaN, and places without a cell,
-  are hatched.
+  The first row of ratios is at the top. Zero has no logarithm; it is drawn in
+  the colour below the end of the scale. Cells that are NaN, and areas without a
+  cell, are hatched.
 
   Args:
     panels: The borders of columns and the ratios, [rows, columns], of each heat

@@ -27,9 +27,9 @@ def product_rate(
 
   Args:
     dtype: Type of the operands.
-    sizes: Numbers of rows, in rising order, of which those that would take long
-      are left out; () is one that is large enough for this platform, and takes
-      less than a second in all.
+    sizes: Numbers of rows, in rising order; after the first product that takes
+      long, larger ones are not tried. () is a single number that is large
+      enough for this platform, and takes less than a second in all.
   """
   if not sizes:
     sizes = (_ROWS.get(jax.local_devices()[0].platform, _DEFAULT_ROWS),)
@@ -44,7 +44,7 @@ def product_rate(
 
 
 def matmul(n: int, dtype: str) -> Callable[[], jax.Array]:
-  """A compiled product of two random matrices [n, n]."""
+  """A function that multiplies two random matrices [n, n], compiled."""
   # The operands are drawn, since the power that a chip takes, and so its clock,
   # depends on how many bits flip.
   x, y = (
@@ -75,11 +75,11 @@ class Device:
 
   Attributes:
     name: Name of the device, as a table prints it.
-    num_bytes: Bytes of all its memory, including those that a runtime reserves;
-      0 where the number is unknown.
+    num_bytes: Bytes of all memory of the device, including what a runtime
+      reserves; 0 where the number is unknown.
     peaks: FLOPs per second of dense products by type of the operands, as the
-      vendor prints them; types whose products the vendor gives several speeds,
-      such as float32 with and without TF32, are left out.
+      vendor prints them. A type for which the vendor prints several speeds,
+      such as float32 with and without TF32, is left out.
   """
 
   name: str
@@ -149,10 +149,11 @@ def device_of(name: str) -> Device:
 
 
 def fast_dtype(device: jax.Device) -> str:
-  """The type in which a device multiplies fastest, of those of models.
+  """The type of a model's activations in which a device multiplies fastest.
 
-  It is 'bfloat16' on TPUs and on GPUs that have products of it, and 'float32'
-  on CPUs and on older GPUs such as a T4, which compute bfloat16 in float32.
+  This is 'bfloat16' on TPUs and on GPUs that multiply bfloat16 directly, and
+  'float32' on CPUs and on older GPUs such as a T4, which compute bfloat16 in
+  float32.
   """
   if device.platform == 'cpu':
     return 'float32'
@@ -164,9 +165,9 @@ def fast_dtype(device: jax.Device) -> str:
 
 
 def num_processors(devices: Sequence[jax.Device]) -> int:
-  """The number of devices, of which CPU devices of a process count as one.
+  """The number of devices; all CPU devices of a process count as one.
 
-  They share the cores of a host.
+  The CPU devices of a process share the cores of its host.
   """
   if devices[0].platform != 'cpu':
     return len(devices)
