@@ -3,7 +3,7 @@
 transformers has no class for it; its checkpoints bring their own code, in which
 it has LLaMA's `model_type`. As that code computes it:
 
-- Scores of attention are not scaled, and pairs turn by a base of 10000.
+- Scores of attention are not scaled, and rotary positions have the base 10000.
 - Every `moe_layer_interval`-th layer is sparse, and a dense feed-forward with a
   norm and a residual of its own follows its experts.
 - Feed-forwards multiply a SwiGLU, both of whose products are one tensor, by a
@@ -13,9 +13,9 @@ it has LLaMA's `model_type`. As that code computes it:
   `router_capacity_factor_eval` times an even share of slots in evaluation
   (`quirks.EvenSlots`); here it has as many in training, too.
 
-Unlike there, padding takes no slots, and no token attends to padding at the
-beginning of its row. The code turns a token that is generated with a cache by
-one position too many; here it turns as in a whole row.
+Unlike in that code, padding takes no slots, and no token attends to padding at
+the beginning of its row. The code rotates a token that is generated with a
+cache by one position too many; here it rotates as in a whole row.
 """
 
 from collections.abc import Iterator

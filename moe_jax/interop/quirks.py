@@ -35,13 +35,14 @@ class ServedByRank(TokenChoice):
   statistics are those of the choices.
   """
 
-  # Choices by rank are experts, not columns that could lead to others.
+  # The router's columns do not decide the serving experts, so that no column
+  # can be pruned or lead to another expert.
   has_columns: ClassVar[bool] = False
   # The experts that serve a token are not those that it chose.
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
-    """A token must have a first and a second choice."""
+    """A text unless a token has exactly two choices."""
     yield from super().problems_with(sizes)
     if sizes.num_selected != 2:
       yield (
@@ -54,7 +55,7 @@ class ServedByRank(TokenChoice):
 
 
 class ServedByRankRouter(TokenChoiceRouter):
-  """A linear layer, then token choice, then `by_rank`."""
+  """A router of a linear layer, then token choice, then `by_rank`."""
 
   options: ServedByRank
 
@@ -64,9 +65,10 @@ class ServedByRankRouter(TokenChoiceRouter):
 
 
 def by_rank(routing: Routing) -> Routing:
-  """The same gates and drops with first choices in expert 1, second in 0.
+  """The routing with first choices served by expert 1 and second ones by 0.
 
-  Every token has a slot in both, so no further token is dropped.
+  Gates and drops stay the same. Every token has a slot in both experts, so no
+  further token is dropped.
   """
   G, S, K = routing.expert_index.shape
   expert_index = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (G, S, K))
@@ -83,8 +85,8 @@ def by_rank(routing: Routing) -> Routing:
 class EvenSlots(Capacity):
   """A capacity of factor * K * S / E, rounded down and then up to even numbers.
 
-  The PyTorch code of OpenMoE has it, in evaluation and generation too. The
-  product is computed in floating point, as there.
+  The PyTorch code of OpenMoE has this capacity, in evaluation and generation
+  too. As in that code, the product is computed in floating point.
   """
 
   factor: float = option(
@@ -118,7 +120,7 @@ class ShortTurns(LongRope):
   """
 
   def turns(self, theta, width, long=False):
-    """The turns of short rows, with the factor of long ones in these."""
+    """The frequencies of short rows; long rows have their own factor."""
     short = super().turns(theta, width)
     if not long:
       return short
@@ -171,7 +173,7 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:
-    """With tied logits there can be only one table."""
+    """A text if the encoder has a table of its own but logits are tied."""
     yield from super().problems()
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'
