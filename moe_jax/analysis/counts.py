@@ -198,7 +198,7 @@ class Cost:
   Attributes:
     total_params: Number of all parameters.
     active_params: Number of the parameters that compute one token: all but
-      those of the E - K experts in each layer that it does not choose.
+      parameters of the E - K experts in each layer that it does not choose.
     expert_params: Number of the parameters of all experts together.
     embedding_params: Number of the parameters of the tables that are indexed
       by token or position.
@@ -244,7 +244,7 @@ class Cost:
 
   @property
   def training_flops(self) -> int:
-    """FLOPs of both passes for a token: three times those of the forward."""
+    """FLOPs of a training token: three times the FLOPs of its forward pass."""
     return 3 * self.forward_flops
 
   @property
@@ -319,7 +319,7 @@ def count(
       2 * num_layers * half.keys * a.num_heads * sum(a.head_widths)
     )
     step_attention = 2 * num_layers * half.keys * a.decoding_products
-    if half.stack.block.cross:  # keys and values of tokens that are read
+    if half.stack.block.cross:  # keys and values of the encoder's tokens
       cross_flops = 2 * num_layers * width * a.cached_values
       part.products -= cross_flops
       flops[0].products += cross_flops

@@ -209,8 +209,8 @@ def _instruction_seconds(
 
   Args:
     run: Runs the program.
-    module: Name of the program's XLA module; instructions of others are left
-      out.
+    module: Name of the program's XLA module; instructions of other modules are
+      left out.
   """
   with tempfile.TemporaryDirectory() as folder:
     options = jax.profiler.ProfileOptions()

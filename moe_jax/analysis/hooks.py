@@ -1,7 +1,7 @@
-"""Hooks of the training loop: facts, profile, routing report, sample.
+"""Hooks of the training loop: first lines, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has. The lines on what
-a run takes and is are those of `--dry_run`, too.
+`moe_jax.main` and experiments choose the hooks of a run. The lines on a run's
+size, model and devices are also printed by `--dry_run`.
 """
 
 import dataclasses
@@ -63,11 +63,11 @@ class Facts(Hook):
 
 
 class MeshSummary(Hook):
-  """Prints what each of several devices holds and what they communicate.
+  """Prints what each of several devices holds, and the bytes that it sends.
 
-  The step is compiled for this, and the run then uses the compiled step, so
-  nothing is compiled twice. This hook has to come before hooks that wrap the
-  step.
+  The step is compiled to read these numbers. The run then uses the compiled
+  step, so nothing is compiled twice. This hook has to come before hooks that
+  wrap the step.
   """
 
   def start(self, run: Run) -> Run | None:

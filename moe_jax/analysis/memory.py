@@ -1,4 +1,4 @@
-"""Bytes that a model needs, by formula: weights, caches, activations, rows.
+"""Bytes that a model needs, by formula: weights, cache, activations, exchanges.
 
 Gradients, the state of an optimizer and temporary arrays are not counted.
 """

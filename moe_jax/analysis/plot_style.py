@@ -42,8 +42,8 @@ HOW_TO_READ = (
 def series(number: int) -> dict[str, Any]:
   """The style of line `number` of a figure: colour, line, marker.
 
-  Markers are hollow, and those of later lines are smaller, so that points at
-  one place all show.
+  Markers are hollow, and later lines have smaller markers, so that all points
+  show where they coincide.
   """
   index = number % len(COLOURS)
   return {

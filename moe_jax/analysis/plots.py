@@ -1,7 +1,8 @@
 """Figures of a run, drawn from its rows of metrics.
 
-Figures are objects of matplotlib, never of pyplot, so that a hook may draw in
-any thread, without a display, beside the figures that a notebook has open.
+Figures are made with matplotlib's objects, never with pyplot, so that a hook
+may draw in any thread, without a display, and leaves a notebook's open figures
+alone.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Recording of choices: the hook of a run, and what evaluations share with it.
+"""Recording of experts' choices, in the training and the evaluations of a run.
 
 Arrays are copied from the devices while the devices compute; a thread makes
 records of the arrays, and writes the records.
@@ -154,7 +154,7 @@ def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
   choices = choices._replace(expert=choices.expert.astype(np.int32))
   if not by_expert:
     return choices
-  # Tokens have any number of choices, most of them few.
+  # Where experts choose, a token has any number of choices, mostly a few.
   is_choice = choices.expert >= 0
   order = np.where(is_choice, -choices.gate, np.inf)
   order = np.argsort(order, axis=-1, kind='stable')

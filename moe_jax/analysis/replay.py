@@ -3,9 +3,9 @@
     batch = replay.imposed(model, batch, record)
     logits, aux = model.apply(variables, **model.inputs(batch))
 
-Experts and drops are those of the record; gates, losses and gradients come from
-the running model's own routers. So two stacks, or two precisions, are compared
-with the routing held fixed.
+The record decides the experts and the drops; gates, losses and gradients come
+from the running model's own routers. So two stacks, or two precisions, are
+compared with the routing held fixed.
 
 The hook `Replaying` gives each training step of a run the record of the same
 step in the trace `config.model.moe.replay`. A run that records its steps gets
@@ -51,8 +51,8 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
   Args:
     model: The model, in training or not.
     batch: The batch.
-    *records: The record of the batch; of an encoder-decoder, those of its two
-      sequences.
+    *records: The record of the batch; for an encoder-decoder two records, of
+      the encoder's and the decoder's sequence.
 
   Raises:
     ValueError: The records are of other tokens, documents or layers.
@@ -272,7 +272,7 @@ def _replayed_step(run: Run, trace: Trace) -> Step:
       put.local({name: value[put.rows] for name, value in values.items()})
       for values in (arrays(run.model, records), ids(records))
     )
-    # This waits for the step before.
+    # Reading the comparison's result waits for the step before.
     if not is_equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
         f'model.moe.replay={options.model.moe.replay!r}: the batch after '

@@ -1,4 +1,4 @@
-"""Memory and peaks of devices, as their vendors print them or measured here."""
+"""Memory and peak FLOPs of devices, as vendors print them or as measured."""
 
 import dataclasses
 import time
@@ -87,9 +87,10 @@ class Device:
   peaks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-# Memory and speed as vendors print them, in powers of ten, without sparsity.
+# Memory and FLOPs per second as vendors print them, in powers of ten, without
+# sparsity.
 _DEVICES = {
-  # NVIDIA's data sheets; the speed of an H100 is that of SXM.
+  # From NVIDIA's data sheets; the H100 is the SXM version.
   'h100': Device('H100-80GB', 80 * 10**9, {'bfloat16': 989e12}),
   'h200': Device('H200-141GB', 141 * 10**9, {'bfloat16': 989e12}),
   'a100': Device('A100-40GB', 40 * 10**9, {'bfloat16': 312e12}),
@@ -103,7 +104,7 @@ _DEVICES = {
   'v6e': Device('TPU v6e', 32 * 10**9, {'bfloat16': 918e12}),
 }
 DEVICES = (*_DEVICES, HERE)
-# The names of these devices by JAX's `device_kind`.
+# The names in `DEVICES` by JAX's `device_kind`.
 _NAME_OF_KIND = {
   'NVIDIA H100 80GB HBM3': 'h100',
   'NVIDIA H200': 'h200',

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
   if following := measures.transitions(layers):
     by_label['expert before'] = following
   churn = {}
-  if kind != 'train':  # whose batches are others at each step
+  if kind != 'train':  # training has new batches at each step
     for one, other in itertools.pairwise(steps):
       pair = trace.records(kind, [one]), trace.records(kind, [other])
       churn[f'{one:,} to {other:,}'] = measures.churn(*pair)

@@ -153,7 +153,7 @@ def layers_of(
 
   Args:
     header: The header of the trace.
-    records: Its records.
+    records: The records of the trace that are read.
     seed: Seed of the draws of random other tokens.
 
   Raises:
@@ -389,7 +389,7 @@ class Information(NamedTuple):
 
   @property
   def adjusted(self) -> float:
-    """`net` as a fraction of the most that it can be with these counts.
+    """`net` divided by the largest value that it can have with these counts.
 
     It is 1 if the label determines the expert, however few choices there are,
     and 0 on average if label and expert are independent; NaN where shuffled

@@ -1,6 +1,6 @@
 """The routing report: tables of the loads and choices in each sparse layer.
 
-Its numbers are sums over the batches of an evaluation.
+The numbers of the tables are sums over the batches of an evaluation.
 """
 
 import math

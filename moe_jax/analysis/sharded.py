@@ -72,8 +72,8 @@ class Collectives:
 
   Attributes:
     by_kind: The traffic of each of `KINDS` that occurs in the program.
-    unknown_loops: Number of loops whose length depends on the data; the
-      collectives in them count once.
+    unknown_loops: Number of loops whose length depends on the data; collectives
+      in such loops count once.
   """
 
   by_kind: Mapping[str, Traffic]
@@ -101,7 +101,8 @@ class Sharded:
     temp_bytes: Bytes that are allocated while a step runs: activations,
       gradients, gathered parameters, rows that are exchanged.
     code_bytes: Bytes of the program; 0 where it is not in the device's memory.
-    collectives: The collectives in which the device sends to others in a step.
+    collectives: The collectives of a step in which the device sends to other
+      devices.
   """
 
   param_bytes: int

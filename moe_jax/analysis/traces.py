@@ -12,7 +12,7 @@ have a file of their own, whose name ends in `_encoder`. The kind is 'train',
 A file has arrays for B rows of T tokens, and for each layer i of E experts:
 
     tokens     int32 [B, T]        token ids
-    positions  int32 [B, T]        place of each token in its document, from 0
+    positions  int32 [B, T]        index of each token in its document
     documents  int32 [B, T]        document in the row, from 1; 0 is padding
     sources    int32 [B, T]        index into the header's `sources`, if known
     expert_i   int8/int16 [B, T, K']  chosen expert, -1 for none

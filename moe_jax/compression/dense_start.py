@@ -1,4 +1,4 @@
-"""Dense feed-forwards made of a sparse layer's experts, side by side.
+"""Dense feed-forwards made of a sparse layer's experts, concatenated.
 
 The rule of https://arxiv.org/abs/2605.28207: the N experts of the highest
 conditional probability are concatenated into one feed-forward of N times their

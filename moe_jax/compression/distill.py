@@ -345,7 +345,7 @@ class TaughtStep:
     return self.stage(self.arrays_of(state), state, batch)
 
   def lower(self, state: Any, batch: Any) -> 'TaughtStep':
-    """The step, lowered for a state and a batch of these shapes."""
+    """The step, lowered for the shapes of a state and a batch."""
     stage = self.stage.lower(self.like, state, batch)
     return dataclasses.replace(self, stage=stage)
 

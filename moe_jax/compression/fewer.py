@@ -311,7 +311,7 @@ def smaller(
 def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
   """The run in memory without some experts.
 
-  A token that would choose one of them takes the next of its choices.
+  A token that would choose a removed expert takes the next of its choices.
 
   Args:
     run: The run.

@@ -1,8 +1,9 @@
 """GPTQ: rounding of kernels that takes account of the kernels' inputs.
 
-GPTQ is https://arxiv.org/abs/2210.17323; damping, fallback and experts without
-tokens are those of QMoE, https://arxiv.org/abs/2310.16795. A kernel is
-[*E, I, O], for I inputs and O output units, which are the rows of the papers.
+The method is GPTQ's, https://arxiv.org/abs/2210.17323. Damping, the fallback to
+the nearest value and experts without tokens are treated as in QMoE,
+https://arxiv.org/abs/2310.16795. A kernel is [*E, I, O], for I inputs and O
+output units; the papers' weight matrices have output units as rows.
 """
 
 import functools

@@ -19,7 +19,7 @@ from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
 ZEROS, WIDTHS = (0.80, 0.857, 0.885, 0.95), (6144, 3072, 768, 64)
 # The number of weights, at most, that a rate is measured on.
 _SAMPLE = 1 << 21
-# Bits of a row besides its codes: an int32 offset, and its two values in bf16.
+# Bits of a row besides codes: an int32 offset, and two bfloat16 values.
 _ROW_BITS, _OFFSET_BITS, _CODE_BITS = 64, 32, 16
 
 

@@ -264,7 +264,7 @@ def write(
     options: The options of the run's data.
     seed: The run's seed.
     batch_size: The number of rows in a batch of the run.
-    batches: The number of batches, from that of step 0 on.
+    batches: The number of batches, from the batch of step 0 on.
     top: The number of logits to keep for each token, at most V.
     step: The step of the teacher's checkpoint; None is the newest good one.
     allow: Modules whose classes, named in the teacher's folder, may be

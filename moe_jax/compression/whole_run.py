@@ -80,9 +80,9 @@ def write(
     run: The run whose model the new parameters were made of.
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
-    model: The options of the new model; None keeps those of the run.
-    router_state: The state of the new model's routers; None keeps that of the
-      run.
+    model: The options of the new model; None keeps the options of the run.
+    router_state: The state of the new model's routers; None keeps the state in
+      the run.
 
   Returns:
     The new folder.

@@ -1,4 +1,4 @@
-"""The state of another run's optimizer, with which a run can begin."""
+"""Reads another run's optimizer state, with which a run can begin."""
 
 import itertools
 import pathlib

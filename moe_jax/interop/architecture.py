@@ -13,7 +13,7 @@ from moe_jax.layers.attention import AttentionOptions
 from moe_jax.models import ModelOptions
 from moe_jax.models.layer_options import StackOptions
 
-# Our names of the activations of feed-forwards that have no gate.
+# Our activations of feed-forwards without a gate, by transformers' names.
 ACTIVATIONS = {
   'relu': 'relu',
   'gelu': 'gelu',

@@ -1,7 +1,7 @@
 """The keys of a checkpoint's config.json, each of which is used or refused.
 
-Every architecture sorts the keys that its `config.json` may have by how they
-are treated; an unknown key is an error.
+Every architecture sorts the keys that its `config.json` may have by their
+treatment; an unknown key is an error.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ _LIBRARY = 'transformers 5.24'
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """The keys of one architecture, sorted by how they are treated.
+  """The keys of config.json that an architecture has, sorted by treatment.
 
   Attributes:
     honoured: For each key that shapes the model, its type and transformers'

@@ -507,8 +507,8 @@ def decoder(
     rope_types: The rope types that the architecture has.
     activations: Our names of the architecture's activations, by the names in
       config.json.
-    **overrides: Attributes of `Architecture` with other values than those of
-      most decoders.
+    **overrides: Attributes of `Architecture` whose values differ from most
+      decoders'.
   """
 
   def all_described(o):

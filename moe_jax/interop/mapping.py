@@ -280,8 +280,8 @@ def with_encoder_table(names: Names) -> Names:
 def has_encoder_table(names: Names, files: TensorFiles) -> bool:
   """Whether encoder and decoder of a checkpoint have different embeddings.
 
-  This is for embeddings that are not tied to logits: transformers then reads
-  those of encoder and decoder, and not the shared one.
+  The function is for embeddings that are not tied to logits: transformers then
+  reads the encoder's and the decoder's table, and not the shared one.
   """
   tables = [name.template for name in names['embedding']]
   first, *rest = [name for name in tables if name in files.specs] or tables

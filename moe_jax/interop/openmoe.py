@@ -67,7 +67,7 @@ KEYS = decoders.keys(
     'mlp_gated': (True,),
     # The published code cannot split its wider products.
     'pretraining_tp': (1,),
-    # It drops tokens of one process even if this is false.
+    # The code drops tokens in a single process even if this key is false.
     'router_drop_tks': (True,),
   },
   ignored={

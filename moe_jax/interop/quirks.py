@@ -1,7 +1,8 @@
-"""Peculiarities of transformers' models, as kinds for a config.
+"""Peculiarities of transformers' models, as classes that a config can name.
 
-The config of an imported run names them, 'moe_jax.interop.quirks:ServedByRank',
-so they also apply to its training, generation and export.
+The config of an imported run names a class, such as
+'moe_jax.interop.quirks:ServedByRank', so that the peculiarity also applies to
+the run's training, generation and export.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ class ServedByRank(TokenChoice):
   transformers' NLLB-MoE (in versions 5.0 to 5.24) chooses experts as published,
   https://arxiv.org/abs/2207.04672, but takes the first choice's one-hot mask
   for a list of experts. So every token's first choice is computed by expert 1
-  and its second by expert 0, whichever were chosen; gates, drops, losses and
-  statistics are those of the choices.
+  and its second by expert 0, whichever were chosen; the chosen experts decide
+  gates, drops, losses and statistics.
   """
 
   # The router's columns do not decide the serving experts, so that no column
@@ -113,9 +114,9 @@ class EvenSlots(Capacity):
 
 @dataclasses.dataclass(frozen=True)
 class ShortTurns(LongRope):
-  """LongRoPE whose pairs turn in long rows as they do in short ones.
+  """LongRoPE whose frequencies in long rows are those of short rows.
 
-  transformers' Phi-3.5-MoE (in version 5.24) computes the turns anew without
+  transformers' Phi-3.5-MoE (in version 5.24) recomputes the frequencies without
   the length of the rows, so that `long_factor` is never used; `long_mscale` is.
   """
 

@@ -1,7 +1,7 @@
 """Comparison of a checkpoint's outputs with those of transformers.
 
-Expected outputs are read from a file, so that making them needs no JAX, and
-checking them no PyTorch.
+Expected outputs are read from a file, so that PyTorch is needed only where the
+file is made, and JAX only where it is checked.
 """
 
 import dataclasses
