@@ -95,7 +95,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(name: str, computation: str, text: str) -> Instruction:
-  """Reads '(f32[4], f32[8]) all-gather(%x, %y), dimensions={0}'."""
+  """Parses text like '(f32[4], f32[8]) all-gather(%x, %y), dimensions={0}'."""
   type_, rest = _split(text)
   opcode = rest.partition('(')[0]
   rest = rest.removeprefix(opcode)

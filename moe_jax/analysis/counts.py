@@ -57,12 +57,12 @@ class Half(NamedTuple):
 
   @property
   def moe(self) -> MoeOptions | None:
-    """The mixture of the last layer that has one; None where no layer has."""
+    """The options of the last sparse layer; None if no layer is sparse."""
     return self.moes[-1] if self.moes else None
 
   @property
   def moes(self) -> list[MoeOptions]:
-    """The mixtures of the layers that have experts."""
+    """The options of each sparse layer, in order."""
     return [moe for moe in self.stack.moes if moe is not None]
 
   @property
@@ -158,7 +158,7 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def group_rows(moe: MoeOptions, S: int) -> int:
-  """Rows of all experts of a layer for a group of S tokens, filled or not."""
+  """Rows of all experts of a layer for a group of S tokens, empty ones too."""
   slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained
   is_dropless = not moe.dispatch.by_slot and not moe.router.by_expert
@@ -229,7 +229,7 @@ class Cost:
 
   @property
   def example_flops(self) -> int:
-    """FLOPs of the forward pass for an example, an encoder's included."""
+    """FLOPs of the forward pass for an example, with any encoder's FLOPs."""
     return self._per_example('total')
 
   @property

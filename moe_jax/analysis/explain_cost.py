@@ -122,7 +122,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
 def _take_steps(
   step: Callable[..., Any], state: Any, batches: Iterator[Any], num_steps: int
 ) -> tuple[Any, list[float], list[float]]:
-  """The new state, the seconds of waiting for each batch, and of each step."""
+  """Takes steps: the new state, seconds of waits for batches, and of steps."""
   waits, times = [], []
   for _ in range(num_steps):
     start = time.perf_counter()

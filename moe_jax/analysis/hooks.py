@@ -93,7 +93,7 @@ class Profile(Hook):
   _step: int | None = None
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step, unless no step is to be traced."""
+    """Wraps the training step, if the config names steps to profile."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return None

@@ -129,7 +129,7 @@ def evaluation(
 
 
 def _kept_by_layers(half: Half, B: int) -> int:
-  """Bytes kept by the layers of a stack, without attention scores."""
+  """Bytes that a stack's layers keep for the backward pass, without scores."""
   c, block, moe = half.stack, half.stack.block, half.moe
   n, L, M = B * half.length, len(c.sparse), half.width
   b = jnp.dtype(block.shared.dtype).itemsize

@@ -150,7 +150,7 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
 
 def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
   """The `n + 1` borders of n cells whose middles are given, ascending."""
-  if len(middles) == 1:  # a row is about all steps until its own
+  if len(middles) == 1:  # one cell reaches back to step 0
     return np.array([0.0, max(middles[0], 1)])
   inner = (middles[1:] + middles[:-1]) / 2
   first, last = 2 * middles[0] - inner[0], 2 * middles[-1] - inner[-1]

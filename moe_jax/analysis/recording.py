@@ -255,7 +255,7 @@ class Recorder:
 
 
 class Traces(Hook):
-  """Records the choices of experts in the steps that `config.trace` names.
+  """Records the choices of experts, as often as `config.trace` says.
 
   This hook has to come after hooks that change or compile the step.
   """
@@ -274,7 +274,7 @@ class Traces(Hook):
       self._recorder = Recorder(folder, header, run.model, run.message)
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step and the evaluations that are recorded."""
+    """Wraps the training step and the evaluations that are to be recorded."""
     o = run.options.trace
     if self._recorder is None:
       if o.is_on:
@@ -302,7 +302,7 @@ class Traces(Hook):
       self._recorder.flush()
 
   def close(self) -> None:
-    """Writes the records that are in no file yet."""
+    """Writes the records that are in no file yet, and ends the recording."""
     if self._recorder is not None:
       self._recorder.close()
 

@@ -215,7 +215,7 @@ class Replaying(Hook):
         raise InputError('\n'.join([name, *lines]))
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step."""
+    """Wraps the training step with the arrays of replay, if there are any."""
     if self._trace is not None:
       run.message(
         f'{run.options.model.moe.replay}: its choices of experts are replayed '

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax.config import unknown
 from moe_jax.devices import memory_of
 
-# Rows of the matmuls of which the fastest is the measured peak.
+# Numbers of rows of the matmuls of which the fastest is the measured peak.
 SIZES = tuple(1 << n for n in range(9, 15))
 _ROWS = {'cpu': 1024}  # rows of the only matmul, by platform
 _DEFAULT_ROWS = 8192

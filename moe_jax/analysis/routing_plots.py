@@ -202,7 +202,7 @@ def _panels(
   x_label: str,
   y_label: str,
 ) -> Figure:
-  """Heat maps in a grid, with square cells."""
+  """A figure of heat maps in a grid, with square cells."""
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4

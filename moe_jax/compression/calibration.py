@@ -1,4 +1,4 @@
-"""Calibration: the tokens that reach the experts of a model on batches.
+"""Calibration: the tokens of some batches that reach the experts of a model.
 
 Special tokens do not count among the inputs of kernels, as in QMoE
 (https://arxiv.org/abs/2310.16795): their representations are large, and the

@@ -42,8 +42,8 @@ def rank(
 ) -> tuple[int, ...]:
   """The indices of experts by falling conditional probability.
 
-  The arguments are those of `gate_sums`. Ties go to the lower index; experts
-  that serve no token are last.
+  The arguments are what `gate_sums` returns. Ties go to the lower index;
+  experts that serve no token are last.
   """
   probability = np.where(tokens > 0, gates / np.maximum(tokens, 1), -1.0)
   return tuple(np.argsort(-probability, kind='stable').tolist())

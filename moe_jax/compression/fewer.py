@@ -56,7 +56,7 @@ class SmallerLayer(NamedTuple):
 
   @property
   def num_experts(self) -> int:
-    """E', the number of experts that are left."""
+    """E', the number of experts of the smaller layer."""
     return len(self.groups)
 
   @property
@@ -204,7 +204,7 @@ def in_groups(
 
 
 def _groups(layer: SparseLayer) -> int:
-  """The number of groups of experts among which tokens choose first."""
+  """The number of groups that tokens first choose among, before experts."""
   return getattr(layer.moe.router, 'expert_groups', 1)
 
 

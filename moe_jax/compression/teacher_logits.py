@@ -92,7 +92,7 @@ class StoredLogits:
     )
 
   def describe(self) -> str:
-    """A line on the size of the logits, and on the probability left out."""
+    """A line on the logits' size, and on the probability of other tokens."""
     size = self.num_rows * self.row_type.itemsize
     full_size = 4 * self.num_rows * self.length * self.vocab_size
     return (
@@ -142,7 +142,7 @@ class StoredLogits:
       )
 
   def shapes(self, run: Run) -> dict[str, Any]:
-    """The shapes of the arrays that a run's batch gets, with their sharding."""
+    """The shapes and shardings of the logits' arrays in a run's batch."""
     shape = run.options.batch_size, self.length, self.top
     sharding = run.programs.put.sharding
     return {

@@ -214,7 +214,7 @@ class Plan:
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The index of the source's expert for each expert, taken in turn."""
+  """The source's expert that each expert copies: 0, 1, ..., then 0 again."""
   return tuple(i % source_experts for i in range(num_experts))
 
 

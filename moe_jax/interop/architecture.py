@@ -83,7 +83,7 @@ def activation_problems(
 
 
 def their_activation(name: str, table: Mapping[str, str]) -> str:
-  """The first name that `table` has for our activation, or else our name."""
+  """The first name in `table` of our activation `name`, or else our name."""
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 

@@ -141,7 +141,7 @@ def read(
 def _one_spelling(
   keys: Keys, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-  """The config with one spelling of each key, and a text for each conflict."""
+  """The config with keys in one spelling, and a text for each conflict."""
   unified_config = {
     keys.spellings.get(name, name): v for name, v in config.items()
   }

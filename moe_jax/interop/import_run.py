@@ -122,7 +122,7 @@ def _tokenizer(
 
 
 def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
-  """The checkpoint's model, computed and trained by a run's options.
+  """The checkpoint's model options, with a run's options on computation.
 
   The checkpoint's own dropout, losses and dtypes take precedence.
   """

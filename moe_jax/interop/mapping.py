@@ -245,7 +245,7 @@ def _tensor_names(name, shape, layers) -> dict[tuple[int, ...], str]:
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
-  """The names of tensors in a checkpoint of the model without its head."""
+  """The table of names for a checkpoint without head: they lack `prefix`."""
   return {
     path: tuple(
       name._replace(template=name.template.removeprefix(prefix))
@@ -289,7 +289,7 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
 
 
 def copies(names: Names, our_leaves: Sequence[Leaf]) -> dict[str, str]:
-  """Names of tensors that may repeat the embedding, with that which is read.
+  """Tensors that may repeat the embedding, each with the tensor that is read.
 
   The copies are the alternatives of the embedding and, if it is tied to logits,
   the logits kernel.

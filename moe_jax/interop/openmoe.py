@@ -157,7 +157,7 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _ffn(path: str, module: str) -> Names:
-  """A feed-forward whose SwiGLU has one tensor, the linear product first."""
+  """The tensors of a feed-forward whose SwiGLU is one tensor, linear first."""
   gate = f'{module}.gate_proj'
   return {
     **weight(f'{path}/w_gate', gate, '(1/2 F) M -> M F'),

@@ -143,7 +143,7 @@ class RoutedPadding(Padding):
     )
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
-    """True for all tokens."""
+    """True for all tokens: routers see padding, too."""
     return jnp.ones(segment_ids.shape, bool)
 
 
@@ -170,7 +170,7 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @property
   def padding(self) -> Padding:
-    """The treatment of padding in blocks and routers."""
+    """How blocks and routers treat padding."""
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:

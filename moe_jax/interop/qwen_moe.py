@@ -102,7 +102,7 @@ def _problems(c: Values) -> Iterator[str]:
 
 
 def _layers(c: Values) -> str:
-  """The option `moe.layers`."""
+  """The value of `moe.layers`: which layers are sparse."""
   flags = sparse_flags(c.num_hidden_layers, c.decoder_sparse_step, 0)
   dense = c.mlp_only_layers or ()
   return layers([flag and i not in dense for i, flag in enumerate(flags)])

@@ -161,7 +161,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
 def parameters_of(
   c: Values, rope: Mapping[str, Any] = ROPE
 ) -> tuple[str, dict[str, Any]]:
-  """The rope type, and its parameters that are not null; see `rotary`."""
+  """The rope type, and those of its parameters that are not null."""
   theta, fraction = rope['rope_theta'], rope.get(_FRACTION)
   parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   if c.rope_parameters is None and c.rope_scaling is None:

@@ -249,7 +249,7 @@ def _prompt(greedy, arrays) -> np.ndarray:
 
 
 def _start(greedy, generation) -> np.ndarray:
-  """The id that begins the decoder's rows, [B, 1]."""
+  """The start id of each row of the decoder, [B, 1]; checks `greedy` for it."""
   first_ids = greedy[:, :1]
   start_id = generation.get('decoder_start_token_id')
   start_id = generation.get('bos_token_id') if start_id is None else start_id
