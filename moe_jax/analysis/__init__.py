@@ -1,1 +1,1 @@
-"""Analysis: costs, traces of routers' choices, reports and figures."""
+"""Analysis of models and runs: costs, traces of routers' choices, figures."""

@@ -27,7 +27,7 @@ def text_of(compiled: Compiled) -> str:
   """The text of a program.
 
   Raises:
-    ValueError: The platform does not give it.
+    ValueError: The platform does not give the text.
   """
   text = compiled.as_text()
   if text is None:
@@ -39,7 +39,7 @@ def memory_of(compiled: Compiled) -> Any:
   """The sizes of a program's arrays in bytes, as XLA counts them.
 
   Raises:
-    ValueError: The platform does not count them.
+    ValueError: The platform does not count the bytes.
   """
   memory = compiled.memory_analysis()
   if memory is None:
@@ -54,13 +54,14 @@ class Instruction:
   Attributes:
     name: Name of the instruction, unique in the program, by which profiles
       name it too.
-    computation: Name of the computation that it stands in.
+    computation: Name of the computation that the instruction stands in.
     type: Text of the type of its result, which may be a tuple in parentheses.
-    opcode: Its operation, such as 'all-gather'.
-    op_name: The scopes and the primitive that it was traced from; '' for
-      instructions that the compiler made.
-    operands: Names of the instructions that it reads, in order.
-    calls: Names of the computations that it runs, such as the body of a loop.
+    opcode: Name of the operation, such as 'all-gather'.
+    op_name: The scopes and the primitive that the instruction was traced from;
+      '' for instructions that the compiler made.
+    operands: Names of the instructions whose results it reads, in order.
+    calls: Names of the computations that the instruction runs, such as the body
+      of a loop.
     text: Text of the instruction behind its opcode: operands and attributes.
   """
 
@@ -94,7 +95,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(name: str, computation: str, text: str) -> Instruction:
-  """Reads '(f32[4], f32[8]) all-gather(%x, %y), dimensions={0}'."""
+  """Parses text like '(f32[4], f32[8]) all-gather(%x, %y), dimensions={0}'."""
   type_, rest = _split(text)
   opcode = rest.partition('(')[0]
   rest = rest.removeprefix(opcode)
@@ -116,7 +117,7 @@ def _instruction(name: str, computation: str, text: str) -> Instruction:
 
 
 def _split(text: str) -> tuple[str, str]:
-  """The first word of a text, or all in its first parentheses, and the rest."""
+  """Splits a text behind its first word, or behind its first parentheses."""
   if not text.startswith('('):
     front, _, rest = text.partition(' ')
     return front, rest
@@ -129,11 +130,12 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def op_name_of(program: Program) -> dict[str, str]:
-  """The `op_name` of each instruction, those included that the compiler made.
+  """The `op_name` of each instruction, also of those that the compiler made.
 
-  An instruction without one gets that of the computations that it calls; else
-  that of an instruction that reads it, or of one that it reads; else that of
-  the loop or call that it is in; each over any number of steps; else ''.
+  An instruction without an `op_name` takes the most frequent one of the
+  instructions in the computations that it calls; else of those that read its
+  result; else of those whose results it reads; else of the loops or calls that
+  run its computation; else ''. Each rule is repeated until it names nothing.
   """
   bodies = _by_computation(program)
   readers = collections.defaultdict(list)
@@ -162,9 +164,8 @@ def op_name_of(program: Program) -> dict[str, str]:
 def leaves(program: Program, executed: set[str]) -> set[str]:
   """The executed instructions whose times may be summed.
 
-  They are those that ran no other executed instruction. A loop, a call or a
-  conditional lasts as long as the instructions that it runs, so it counts only
-  where a profile does not list those.
+  A loop, a call or a conditional lasts as long as the instructions that it
+  runs, so it is left out where the profile lists any of these instructions.
 
   Args:
     program: The program.
@@ -198,6 +199,6 @@ def _by_computation(program: Program) -> dict[str, list[str]]:
 
 
 def _commonest(op_names: Mapping[str, str], names: Iterable[str]) -> str:
-  """The most frequent `op_name` but '' of instructions; '' without any."""
+  """The most frequent `op_name` of some instructions; '' if none has one."""
   found = [op_names[name] for name in names if op_names[name]]
   return max(found, key=found.count) if found else ''

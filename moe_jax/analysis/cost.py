@@ -31,7 +31,7 @@ _PIPE_WIDTH = 120  # characters
 
 
 class Workload(NamedTuple):
-  """The sizes of the batch that costs are counted for.
+  """The sizes of the batch whose costs are counted.
 
   Attributes:
     batch_size: Number of rows in the batch.
@@ -106,7 +106,7 @@ def compute_table(model: Model, work: Workload) -> Table:
 def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
   """Multiply-adds for a token, and parameters, without embedding and softmax.
 
-  Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts them so.
+  Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts both without them.
   """
   logits = 2 * model.vocab_size * model.embedding.width
   layers = sum(p.size for p in sized_parameters(model) if not p.outside_layers)
@@ -158,7 +158,7 @@ def training_table(options: RunOptions, model: Model) -> Table:
 
   Args:
     options: The options of the run, after `filled`.
-    model: Its model, of one stack of blocks.
+    model: The run's model, of one stack of blocks.
   """
   forward = count(model, options.data.seq_len).forward_flops
   columns = 'parameters', 'optimizer', 'gradients', 'FLOPs\na token'
@@ -192,7 +192,7 @@ def training_table(options: RunOptions, model: Model) -> Table:
 def fit_table(model: Model, work: Workload) -> Table:
   """The table of bytes of weights and cache, and of devices with room for them.
 
-  The cache is float32 beside float32 weights, and bfloat16 beside all others.
+  The cache is float32 if the weights are float32, and bfloat16 otherwise.
 
   Args:
     model: A model of blocks.
@@ -224,7 +224,7 @@ def fit_table(model: Model, work: Workload) -> Table:
 
 
 def _fits(num_bytes: int, device: roofline.Device) -> str:
-  """The cell that says whether so many bytes fit into a device."""
+  """The cell of a table that says whether so many bytes fit into a device."""
   if not device.num_bytes:
     return 'unknown'
   if num_bytes <= device.num_bytes:
@@ -234,7 +234,7 @@ def _fits(num_bytes: int, device: roofline.Device) -> str:
 
 
 def with_own_vocabulary(options: RunOptions) -> RunOptions:
-  """The options of a run with the size of its vocabulary, without its data.
+  """The options of a run with the size of its vocabulary; no data is read.
 
   Raises:
     ValueError: The size of the vocabulary depends on the data and the options

@@ -57,12 +57,12 @@ class Half(NamedTuple):
 
   @property
   def moe(self) -> MoeOptions | None:
-    """The mixture of the last layer that has one; None where no layer has."""
+    """The options of the last sparse layer; None if no layer is sparse."""
     return self.moes[-1] if self.moes else None
 
   @property
   def moes(self) -> list[MoeOptions]:
-    """The mixtures of the layers that have experts."""
+    """The options of each sparse layer, in order."""
     return [moe for moe in self.stack.moes if moe is not None]
 
   @property
@@ -72,7 +72,7 @@ class Half(NamedTuple):
 
 
 def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
-  """The stacks of a model at these lengths, an encoder's first.
+  """The stacks of a model with the lengths of their sequences, encoder first.
 
   Args:
     model: A model of blocks.
@@ -95,12 +95,12 @@ class SizedParameter(NamedTuple):
   """A parameter with its size, role and number of experts.
 
   Attributes:
-    path: Path of the parameter in the tree of all parameters, which tells the
-      stack that it belongs to.
+    path: Path of the parameter in the tree of all parameters; its beginning
+      says which stack has the parameter.
     size: Number of its values.
-    role: Part of the model that it belongs to, and its use there.
-    num_experts: Number of the experts that have a part of it; 1 unless it is
-      one of stacked experts.
+    role: Part of the model that the parameter belongs to, and its use there.
+    num_experts: Number of the experts whose values the parameter stacks; 1 for
+      parameters without a dimension of experts.
   """
 
   path: tuple[str, ...]
@@ -115,7 +115,7 @@ class SizedParameter(NamedTuple):
 
   @property
   def outside_layers(self) -> bool:
-    """Whether it belongs to the embedding or to the output projection."""
+    """Whether the embedding or the output projection has the parameter."""
     return self.role.role in ('embedding', 'head')
 
 
@@ -123,7 +123,8 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
   """Every parameter of a model, with its size and its role.
 
   Raises:
-    ValueError: Kernels are in codes, whose number is not that of parameters.
+    ValueError: Kernels are quantised: the number of their stored values is not
+      that of the parameters.
   """
   for stack in model.stacks.blocks:
     formats = [moe.expert.format for moe in stack.moes if moe is not None]
@@ -150,14 +151,14 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """The number of tokens of a routing group in a batch of such sequences."""
+  """The number of tokens of a routing group, in a batch of equal sequences."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
 
 
 def group_rows(moe: MoeOptions, S: int) -> int:
-  """Rows of all experts of a layer for a group of S tokens, filled or not."""
+  """Rows of all experts of a layer for a group of S tokens, empty ones too."""
   slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained
   is_dropless = not moe.dispatch.by_slot and not moe.router.by_expert
@@ -197,7 +198,7 @@ class Cost:
   Attributes:
     total_params: Number of all parameters.
     active_params: Number of the parameters that compute one token: all but
-      those of the E - K experts in each layer that it does not choose.
+      parameters of the E - K experts in each layer that it does not choose.
     expert_params: Number of the parameters of all experts together.
     embedding_params: Number of the parameters of the tables that are indexed
       by token or position.
@@ -228,7 +229,7 @@ class Cost:
 
   @property
   def example_flops(self) -> int:
-    """FLOPs of the forward pass for an example, an encoder's included."""
+    """FLOPs of the forward pass for an example, with any encoder's FLOPs."""
     return self._per_example('total')
 
   @property
@@ -243,7 +244,7 @@ class Cost:
 
   @property
   def training_flops(self) -> int:
-    """FLOPs of both passes for a token: three times those of the forward."""
+    """FLOPs of a training token: three times the FLOPs of its forward pass."""
     return 3 * self.forward_flops
 
   @property
@@ -318,7 +319,7 @@ def count(
       2 * num_layers * half.keys * a.num_heads * sum(a.head_widths)
     )
     step_attention = 2 * num_layers * half.keys * a.decoding_products
-    if half.stack.block.cross:  # keys and values of tokens that are read
+    if half.stack.block.cross:  # keys and values of the encoder's tokens
       cross_flops = 2 * num_layers * width * a.cached_values
       part.products -= cross_flops
       flops[0].products += cross_flops
@@ -352,7 +353,7 @@ def _size(parameters: Iterable[SizedParameter]) -> int:
 def _products(
   layers: list[SizedParameter], moes: list[MoeOptions], width: int
 ) -> TokenFlops:
-  """FLOPs of the products with the kernels of layers, for one token."""
+  """FLOPs for one token of the products with the kernels of all layers."""
   kernels = [p for p in layers if p.role.form == 'kernel']
   dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
   router = sum(router_multiply_adds(moe, width) for moe in moes)
@@ -364,7 +365,7 @@ def _products(
 
 
 def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
-  """The number of these parameters that belong to a token's K experts."""
+  """How many of the parameters of layers belong to a token's K experts."""
   if not moes:
     return 0
   expert_size = sum(p.size // p.num_experts for p in layers if p.of_expert)
@@ -374,7 +375,10 @@ def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
 def _slack(
   model: Model, stacks: list[Half], batch_size: int, seq_len: int
 ) -> float:
-  """Rows that experts multiply over choices, in the layers with experts."""
+  """Rows that experts multiply, divided by the number of choices.
+
+  Both are sums over the sparse layers; see `Cost.capacity_slack`.
+  """
   if not model.stacks.mixtures:
     return 1.0
   layers = [(moe, half.length) for half in stacks for moe in half.moes]

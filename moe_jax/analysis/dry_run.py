@@ -44,20 +44,21 @@ from moe_jax.training.setup import (
   with_tokenizer,
 )
 
-# The folder that stands for that of a run without one; it is never made.
+# Stands for the folder of a run that names none; this folder is never made.
 _NOWHERE = 'a-folder-that-is-not-there'
 
 
 @dataclasses.dataclass
 class DryRun:
-  """The lines on a run that is not begun, and why it would be refused.
+  """Describes a run without beginning it, and says why it would be refused.
 
   Attributes:
     options: The options of the run.
     workdir: The folder of the run, which need not exist; '' for none.
-    resume: Whether the folder's config may differ.
-    hooks: The hooks of the run, which check it as they would.
-    problems: Reasons for which the run would be refused; `lines` adds to them.
+    resume: Whether the config in the folder may differ from the options.
+    hooks: The hooks of the run, whose checks are made as at its start.
+    problems: Reasons for which the run would be refused; `lines` appends the
+      reasons that it finds.
   """
 
   options: RunConfig
@@ -106,7 +107,7 @@ class DryRun:
 
   @contextlib.contextmanager
   def _noting_problems(self) -> Iterator[None]:
-    """Notes what the body would be refused for, and prepares no data."""
+    """Notes the errors that the body raises; the body prepares no data."""
     try:
       with reading_only():
         yield
@@ -122,7 +123,7 @@ class DryRun:
   def _set_up(self) -> Run | None:
     """The run, if it would not be refused and its data is prepared.
 
-    The hooks check it, without a line about it.
+    The hooks check the run, without printing anything.
     """
     run = None
     with self._noting_problems():
@@ -141,8 +142,9 @@ class DryRun:
   ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
     """The options, the notes and the data of a run that is not set up.
 
-    The options have the vocabulary of the data, or one that is known; they are
-    None without either. The data is None unless it is prepared.
+    The options get the vocabulary's size from the data, or from a tokenizer
+    whose size is known; they are None if neither tells it. The data is None
+    unless it is prepared.
     """
     options, notes, dataset, filled = self.options, [], None, None
     folder = workdir_lib.folder_of(self.workdir or _NOWHERE)
@@ -159,7 +161,7 @@ class DryRun:
     return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
-    """The mesh, or one device where it does not fit those of this machine."""
+    """The mesh, or one device if the mesh does not fit this machine's."""
     with self._noting_problems():
       return self.options.mesh.make()
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
@@ -218,7 +220,7 @@ class DryRun:
       yield line
 
   def _workdir_lines(self, run: Run | None) -> Iterator[str]:
-    """Lines on what is in the folder already."""
+    """Lines on what the run's folder already holds."""
     if not self.workdir:
       yield from self._start_lines()
       yield 'workdir: none is given; a run needs --workdir'
@@ -248,7 +250,7 @@ class DryRun:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
 
   def _start_lines(self) -> Iterator[str]:
-    """A line on the run whose parameters this one begins with."""
+    """A line on the other run whose parameters this run begins with."""
     init_from = self.options.init_from
     if not init_from.workdir:
       return
@@ -266,7 +268,7 @@ class DryRun:
 
 
 def _writable(folder: pathlib.Path) -> bool:
-  """Whether a folder can be made and written, as far as reading tells."""
+  """Whether a folder can be made and written, judged without writing."""
   parent = _existing(folder)
   allowed = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
   # The kernel's own file systems let root write, and have no room for files.

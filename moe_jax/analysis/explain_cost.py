@@ -52,7 +52,7 @@ _SCOPES = {
 PARTS = {
   scope: part for part, names in _SCOPES.items() for scope in names.split()
 }
-# Instructions that are differentiated and in none of these scopes.
+# Instructions of the loss and its gradient that are in no scope of `PARTS`.
 AROUND = 'residual stream, loops'
 OTHER = 'all other instructions'
 INPUT = 'waiting for the batch'
@@ -60,9 +60,9 @@ ROWS = (*_SCOPES, AROUND, OTHER, INPUT)
 # 'transpose(jvp(experts))' is the scope 'experts', transformed.
 _WRAPPED = re.compile(r'(?:[\w.]+\()*([\w.]*)\)*')
 
-# Seconds by part, and by whether they are those of the backward pass.
+# Seconds by (part, whether they are spent in the backward pass).
 Times = dict[tuple[str, bool], float]
-# libtpu lists planes of its own beside those of the devices.
+# libtpu lists planes of its own in addition to those of the devices.
 _ACCELERATORS = ('/device:TPU', '/device:GPU')
 # A TPU repeats the same times by step, module and scope on other lines.
 _LINES = ('XLA Ops', 'Stream')
@@ -122,7 +122,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
 def _take_steps(
   step: Callable[..., Any], state: Any, batches: Iterator[Any], num_steps: int
 ) -> tuple[Any, list[float], list[float]]:
-  """The new state, the seconds of waiting for each batch, and of each step."""
+  """Takes steps: the new state, seconds of waits for batches, and of steps."""
   waits, times = [], []
   for _ in range(num_steps):
     start = time.perf_counter()
@@ -139,8 +139,8 @@ def part_of(op_name: str) -> str:
 
   Args:
     op_name: Scopes of the instruction, from the outermost to the innermost, and
-      the primitive that it was traced from. The innermost scope of `PARTS`
-      counts.
+      the primitive that it was traced from. The innermost scope that `PARTS`
+      lists decides.
   """
   scopes = op_name.split(';')[0].split('/')[:-1]
   for scope in reversed(scopes):
@@ -151,7 +151,7 @@ def part_of(op_name: str) -> str:
 
 
 def is_backward(op_name: str) -> bool:
-  """Whether an instruction is in the backward pass, recomputed or not."""
+  """Whether an instruction is in the backward pass; recomputed ones are."""
   return 'transpose(' in op_name
 
 
@@ -162,8 +162,8 @@ def by_part(
 
   Args:
     program: The compiled program.
-    seconds: Time of each instruction as profiled; that of a loop includes the
-      time of its body. Instructions that the program lacks belong to `OTHER`.
+    seconds: Time of each instruction as profiled; the time of a loop includes
+      its body's. Instructions that the program lacks belong to `OTHER`.
   """
   op_names = compiled.op_name_of(program)
   leaf_names = compiled.leaves(program, set(seconds))
@@ -209,8 +209,8 @@ def _instruction_seconds(
 
   Args:
     run: Runs the program.
-    module: Name of the program's XLA module; instructions of others are left
-      out.
+    module: Name of the program's XLA module; instructions of other modules are
+      left out.
   """
   with tempfile.TemporaryDirectory() as folder:
     options = jax.profiler.ProfileOptions()

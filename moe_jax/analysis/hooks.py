@@ -1,7 +1,7 @@
-"""Hooks of the training loop: facts, profile, routing report, sample.
+"""Hooks of the training loop: first lines, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has. The lines on what
-a run takes and is are those of `--dry_run`, too.
+`moe_jax.main` and experiments choose the hooks of a run. The lines on a run's
+size, model and devices are also printed by `--dry_run`.
 """
 
 import dataclasses
@@ -39,18 +39,18 @@ _SAMPLE_PAIRS = 3
 
 
 class Facts(Hook):
-  """Prints what a run will take, its data, its model's cost and its devices."""
+  """Prints a run's size and least time, its data, its model and its devices."""
 
   def check(self, run: Run) -> None:
-    """Prints the first line of a run: what it takes, and where it writes."""
+    """Prints the first line of a run: its steps, its least time, its folder."""
     if is_first():
       line = run_cost.run_line(run.options, run.model, run.mesh)
       run.message(f'{line}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
-    """Prints lines on data, model and devices; warns if it is not causal.
+    """Prints lines on data, model and devices; warns of a non-causal model.
 
-    The last one says why nothing is printed for a while before the first step.
+    The last line says why nothing is printed for a while before the first step.
     """
     run.message(run.dataset.describe())
     for line in facts(run.options, run.model, run.programs, run.mesh):
@@ -63,15 +63,15 @@ class Facts(Hook):
 
 
 class MeshSummary(Hook):
-  """Prints what each of several devices holds and what they communicate.
+  """Prints what each of several devices holds, and the bytes that it sends.
 
-  The step is compiled for this, and the run then uses the compiled step, so
-  nothing is compiled twice. This hook has to come before hooks that wrap the
-  step.
+  The step is compiled to read these numbers. The run then uses the compiled
+  step, so nothing is compiled twice. This hook has to come before hooks that
+  wrap the step.
   """
 
   def start(self, run: Run) -> Run | None:
-    """Prints a few lines; none for a single device."""
+    """Prints a few lines about the devices; none about a single device."""
     if run.mesh.size == 1:
       return None
     state = run.programs.abstract_state
@@ -84,16 +84,16 @@ class MeshSummary(Hook):
 
 
 class Profile(Hook):
-  """Traces the steps that the section `profile` of the config names.
+  """Profiles the training steps that `config.profile` names.
 
-  Each trace is in a subfolder of `profile` that its time names.
+  Each profile is written into a subfolder of `profile`, named by its time.
   """
 
   _is_tracing = False
   _step: int | None = None
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step, unless no step is to be traced."""
+    """Wraps the training step, if the config names steps to profile."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return None
@@ -107,7 +107,7 @@ class Profile(Hook):
   def _traced_step(
     self, state: TrainState, batch: Batch
   ) -> tuple[TrainState, StepMetrics]:
-    """Takes one step; waits for the last that is traced."""
+    """Takes one step; waits for the end of the last step that is traced."""
     # Reading `state.step` waits for the device, so it is read only once.
     self._step = (int(state.step) if self._step is None else self._step) + 1
     if self._step not in self._steps:
@@ -140,13 +140,14 @@ class Sample(Hook):
   """Ends a run with a text sample, printed and in `sample.txt`."""
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Continues or answers the prompt of the config's section `sample`.
+    """Continues or answers the prompt `config.sample.prompt`.
 
-    An answer to the inputs of a pair stands below them. An encoder-decoder also
-    answers the first validation inputs, whose targets are printed beside. Where
-    the text is longer than a row of training, attention looks no further back
-    than the length of a row; where positions are learned, the sample ends at
-    the last of them.
+    A model of (inputs, targets) pairs answers the prompt, and the answer is
+    printed below it. An encoder-decoder also answers the first validation
+    inputs, and their targets are printed with the answers. Where the text is
+    longer than a row of training, attention looks no further back than the
+    length of a row; where positions are learned, the sample ends at the last
+    learned position.
     """
     c = run.options.sample
     if c.num_tokens < 1:
@@ -202,8 +203,8 @@ class Sample(Hook):
 def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
-  An example is its inputs and targets in token ids, and the number of its task,
-  which is 0 without tasks.
+  An example is a triple: the token ids of its inputs and of its targets, and
+  the index of its task, which is 0 if the data has no tasks.
   """
   batch = rows.take(np.arange(min(_SAMPLE_PAIRS, len(rows))))
   inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
@@ -220,7 +221,7 @@ def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
 class RoutingReport(Hook):
   """Ends a run of a sparse model with a table of its routers' statistics.
 
-  They are of some validation batches, with the capacity of training.
+  The statistics are of some validation batches, with the capacity of training.
   """
 
   def end(self, run: Run, state: TrainState) -> None:
@@ -282,7 +283,7 @@ LEAK = (
 
 
 def model_warnings(model: models.Model) -> list[str]:
-  """Warnings on a model that every result has to give."""
+  """Warnings on a model that every report of its results has to repeat."""
   texts = [LEAK] if model.stacks.leaks_future else []
   forced = model.stacks.forced_balance
   return texts + [forced] * bool(forced)
@@ -304,7 +305,7 @@ def facts(
 
 
 def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
-  """A line on the parameters that train, if not all do."""
+  """A line on the parameters that are trained, unless all parameters are."""
   params, trained = programs.abstract_state.params, programs.trained
   if trained.expression == 'all' and not trained.masks:
     return
@@ -322,7 +323,7 @@ def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
 
 
 def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
-  """Lines on what the optimizer makes of the parameters that train."""
+  """Lines on how the optimizer treats the parameters that are trained."""
   trained, trees = programs.trained, programs.adapters.trees
   yield from options.optimizer.facts(
     trained.part(trees.shapes),

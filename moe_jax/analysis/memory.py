@@ -1,4 +1,4 @@
-"""Bytes that a model needs, by formula: weights, caches, activations, rows.
+"""Bytes that a model needs, by formula: weights, cache, activations, exchanges.
 
 Gradients, the state of an optimizer and temporary arrays are not counted.
 """
@@ -23,8 +23,8 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
 
-# Bytes of a stored number, by type. The scales that go with int8, one for each
-# column of a kernel, are not counted.
+# Bytes of a stored value, by type. The scales of int8 kernels, one for each
+# output column, are not counted.
 DTYPES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 
 
@@ -63,16 +63,16 @@ def cache_bytes(
     max_len: Number of tokens of a row, its prompt included.
     encoder_len: Number of tokens that the encoder reads, whose keys and values
       cross-attention keeps.
-    dtype: Type of keys and values; '' stands for that of the activations.
+    dtype: Type of keys and values; '' stands for the type of the activations.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
   itemsize = jnp.dtype(dtype or decoder.stack.block.shared.dtype).itemsize
-  # Generation lays layers out one by one.
+  # Generation does not stack the parameters of layers.
   stack = dataclasses.replace(decoder.stack, stacked=False)
   memory_len = encoder_len if decoder.memory_len else 0
   slots = sum(stack.cache_lengths(max_len)) + memory_len * len(stack.sparse)
-  # A flag for each slot; the next position and the last token of each row; the
-  # length of the cache.
+  # Besides keys and values, the cache has a flag for each slot, the next
+  # position and the last token of each row, and its length.
   flags = max_len + memory_len
   cached_bytes = slots * decoder.attention.cached_values * itemsize
   return batch_size * (cached_bytes + flags + 8) + 4
@@ -81,7 +81,7 @@ def cache_bytes(
 class Activations(NamedTuple):
   """Bytes that the forward pass leaves for the backward pass.
 
-  The compiler may keep fewer, and compute elementwise functions again.
+  The compiler may keep fewer bytes, and compute elementwise functions again.
 
   Attributes:
     layers: Bytes kept by all layers, without attention scores, under the
@@ -114,9 +114,10 @@ def evaluation(
 ) -> int:
   """Bytes of activations in an evaluation of one batch or microbatch.
 
-  They are those of logits and of the products of one sparse layer, with its
-  share of the dense ones: without a backward pass a layer leaves its output
-  alone. Scores of attention count as in `activations`.
+  Without a backward pass only a layer's output outlives the layer. So the bytes
+  are those of the logits and of one sparse layer's products, with that layer's
+  share of the dense layers' products. Scores of attention count as in
+  `activations`.
   """
   layer, stacks = 0, halves(model, seq_len, target_len)
   for half in stacks:
@@ -128,7 +129,7 @@ def evaluation(
 
 
 def _kept_by_layers(half: Half, B: int) -> int:
-  """Bytes kept by the layers of a stack, without attention scores."""
+  """Bytes that a stack's layers keep for the backward pass, without scores."""
   c, block, moe = half.stack, half.stack.block, half.moe
   n, L, M = B * half.length, len(c.sparse), half.width
   b = jnp.dtype(block.shared.dtype).itemsize
@@ -167,11 +168,11 @@ def _kept_by_layers(half: Half, B: int) -> int:
 
 
 def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
-  """Bytes of the hidden values kept of each row of a feed-forward.
+  """Bytes of the hidden values that a feed-forward keeps of each of its rows.
 
   Args:
-    block: The blocks that it belongs to.
-    ffn: Its width and activation.
+    block: The blocks that the feed-forward belongs to.
+    ffn: The width and the activation of the feed-forward.
     keeps_all: Whether arrays between products are kept too.
   """
   b, act = jnp.dtype(block.shared.dtype).itemsize, activation(ffn.activation)
@@ -182,7 +183,7 @@ def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
 
 
 def _kept_scores(half: Half, B: int) -> int:
-  """Bytes kept of attention's scores in a stack."""
+  """Bytes of attention's scores that a stack keeps for the backward pass."""
   c, block = half.stack, half.stack.block
   T, H = half.length, block.attention.num_heads
   has_bias = block.positions.bias(H, block.causal, 'bias') is not None
@@ -194,7 +195,7 @@ def _kept_scores(half: Half, B: int) -> int:
 
 
 def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """Rows of all experts of a layer together, filled or not.
+  """Rows of all experts of a layer together, with a token in them or not.
 
   Args:
     moe: The options of the layer.
@@ -206,7 +207,7 @@ def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def dispatch_bytes(half: Half, batch_size: int) -> int:
-  """Bytes of the rows to the experts of a sparse layer, and of those back.
+  """Bytes of the rows that a sparse layer sends to its experts, and back.
 
   A dispatch by masks also has a mask of one byte for each of the group's
   tokens, choices and slots, [G, S, K, E, C]. Where experts choose tokens, the
@@ -229,9 +230,9 @@ def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
 
   The batch and the experts are each split over `num_parts` devices; a device
   sends all its rows but those of its own experts. A layer has two exchanges,
-  to the experts and back, and two more in the backward pass. For dropless
-  layers it is what goes to other devices if all get equally many rows; experts
-  that are shadowed and rows without room are not considered.
+  to the experts and back, and two more in the backward pass. The bytes of
+  dropless layers are counted as if all devices got equally many rows; shadowed
+  experts and rows for which a device has no room are not considered.
 
   Raises:
     ValueError: The number of experts does not divide by the devices.

@@ -42,8 +42,8 @@ HOW_TO_READ = (
 def series(number: int) -> dict[str, Any]:
   """The style of line `number` of a figure: colour, line, marker.
 
-  Markers are hollow, and those of later lines are smaller, so that points at
-  one place all show.
+  Markers are hollow, and later lines have smaller markers, so that all points
+  show where they coincide.
   """
   index = number % len(COLOURS)
   return {
@@ -57,7 +57,7 @@ def series(number: int) -> dict[str, Any]:
 
 
 def shades(count: int) -> Float[np.ndarray, 'n 4']:
-  """Colours of an ordered set of lines, such as layers: the last is palest."""
+  """Colours of an ordered set of lines, such as layers; the last is palest."""
   return colormaps['viridis'](np.linspace(0, 0.85, count))
 
 
@@ -72,9 +72,9 @@ def heat_maps(
 ) -> tuple[Figure, list[Axes], Axes]:
   """Heat maps of ratios in a grid, with one logarithmic scale of colours.
 
-  The first row of ratios is at the top. Zero has no logarithm; it is drawn
-  below the end of the scale. Cells that are NaN, and places without a cell,
-  are hatched.
+  The first row of ratios is at the top. Zero has no logarithm; it is drawn in
+  the colour below the end of the scale. Cells that are NaN, and areas without a
+  cell, are hatched.
 
   Args:
     panels: The borders of columns and the ratios, [rows, columns], of each heat

@@ -1,7 +1,8 @@
 """Figures of a run, drawn from its rows of metrics.
 
-Figures are objects of matplotlib, never of pyplot, so that a hook may draw in
-any thread, without a display, beside the figures that a notebook has open.
+Figures are made with matplotlib's objects, never with pyplot, so that a hook
+may draw in any thread, without a display, and leaves a notebook's open figures
+alone.
 """
 
 import re
@@ -32,7 +33,7 @@ _MAX_LETTERS = 26  # letters of a name in a legend
 
 
 def curves_figure(rows: Rows) -> Figure | None:
-  """The losses of a run on top, and the other curves that rows have.
+  """The figure of a run's losses and, below, of its other logged curves.
 
   Args:
     rows: Rows of metrics, each with its `step`.
@@ -64,7 +65,7 @@ def curves_figure(rows: Rows) -> Figure | None:
 
 
 def load_figure(rows: Rows) -> Figure | None:
-  """The load of each expert over steps, in a panel for each sparse layer.
+  """The figure of each expert's load over steps, a panel for each sparse layer.
 
   The colour of a cell is the expert's share of all choices before any is
   dropped, divided by the uniform share 1/E: `plot_style.HOW_TO_READ`. The scale
@@ -117,9 +118,9 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
 
 
 def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
-  """Draws the losses of training, as logged and smoothed, and evaluations.
+  """Draws the losses of training, logged and smoothed, and of evaluations.
 
-  The last loss in the legend is the logged one, which a run prints too.
+  The legend gives the last training loss as logged, which a run prints too.
   """
   steps, losses = _series(rows, 'train/loss')
   visible_losses = []
@@ -148,8 +149,8 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
 
 
 def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
-  """The `n + 1` borders of cells with these ascending middles."""
-  if len(middles) == 1:  # a row is about all steps until its own
+  """The `n + 1` borders of n cells whose middles are given, ascending."""
+  if len(middles) == 1:  # one cell reaches back to step 0
     return np.array([0.0, max(middles[0], 1)])
   inner = (middles[1:] + middles[:-1]) / 2
   first, last = 2 * middles[0] - inner[0], 2 * middles[-1] - inner[-1]
@@ -157,14 +158,14 @@ def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:
-  """The group of `pattern` in each key that it matches, in order of rows."""
+  """The text of the group of `pattern` in each key of rows that matches it."""
   keys = dict.fromkeys(key for row in rows for key in row)
   matches = (re.fullmatch(pattern, key) for key in keys)
   return [match[1] for match in matches if match]
 
 
 def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps of the rows that have a key, and its values."""
+  """The steps of the rows that have a key, and the values of the key."""
   pairs = [(row['step'], row[key]) for row in rows if key in row]
   steps = np.array([step for step, _ in pairs], np.float64)
   return steps, np.array([value for _, value in pairs], np.float64)

@@ -32,8 +32,8 @@ def record(options: argparse.Namespace) -> None:
   """Evaluates a run's loss, and writes a trace of the choices.
 
   Raises:
-    ValueError: The folder has a trace; the run has no sparse layers, or cannot
-      be read.
+    ValueError: The folder has a trace already; the run has no sparse layers, or
+      cannot be read.
     CheckpointError: No checkpoint is good.
   """
   workdir = options.workdir

@@ -1,7 +1,7 @@
-"""Recording of choices: the hook of a run, and what evaluations share with it.
+"""Recording of experts' choices, in the training and the evaluations of a run.
 
-Arrays are copied from the devices while these go on; a thread makes records of
-them, and writes them.
+Arrays are copied from the devices while the devices compute; a thread makes
+records of the arrays, and writes the records.
 """
 
 import collections
@@ -35,7 +35,7 @@ from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, Run
 
 FOLDER = 'trace'
-# Batches that may wait for the thread; the devices hold their arrays meanwhile.
+# The most batches that may wait for the thread; the devices hold their arrays.
 _QUEUE_SIZE = 8
 # The keys of a batch from which the fields of a record come.
 _KEYS = {
@@ -61,12 +61,13 @@ def make_header(
 
   Args:
     model: The model.
-    options: The options that built it.
-    data: The options of its data.
-    tokenizer: Its tokenizer.
+    options: The options that the model was built from.
+    data: The options of the data that the model reads.
+    tokenizer: The tokenizer of the data.
     batch_size: The number of rows of a batch.
     microbatches: The number of parts that a batch is computed in.
-    note: A note for readers, to which one on forced choices is added.
+    note: A note for readers. If the model's choices are forced, a sentence that
+      says so is added.
     **fields: Further fields of the header.
   """
   stacks = model.stacks
@@ -149,11 +150,11 @@ def records_of(
 
 
 def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
-  """The choices, where experts choose the largest gate of a token first."""
+  """The choices, with a token's largest gate first where experts choose."""
   choices = choices._replace(expert=choices.expert.astype(np.int32))
   if not by_expert:
     return choices
-  # Tokens have any number of choices, most of them few.
+  # Where experts choose, a token has any number of choices, mostly a few.
   is_choice = choices.expert >= 0
   order = np.where(is_choice, -choices.gate, np.inf)
   order = np.argsort(order, axis=-1, kind='stable')
@@ -165,14 +166,15 @@ def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
 class Recorder:
   """Writes the choices of batches into a folder, on a thread of its own.
 
-  If the trace cannot be written, the run goes on without it, and says so. An
-  older trace in the folder keeps what it has of steps before the first batch.
+  If the trace cannot be written, the run goes on without the trace, and says
+  so. An older trace in the folder keeps its records of steps before the first
+  batch.
 
   Args:
     folder: The folder of the trace.
-    header: Its header.
+    header: The header of the trace.
     model: The model.
-    message: Called with a line of text if recording ends before its time.
+    message: Called with a line of text if recording fails before the run ends.
 
   Raises:
     ValueError: The folder has another trace; what differs is listed.
@@ -206,8 +208,9 @@ class Recorder:
   ) -> None:
     """Records a batch; waits only if several batches wait to be written.
 
-    Every process calls this, and the first one writes; of several processes
-    each waits for the batch, whose rows all of them hold.
+    Every process calls this method, and the first process writes. If there are
+    several, each of them waits until the batch is computed, since its rows are
+    gathered from all processes.
 
     Args:
       kind, step, number: See `Record`.
@@ -230,7 +233,7 @@ class Recorder:
       self._waiting.append(self._thread.submit(*call))
 
   def flush(self, most_waiting: int = 0) -> None:
-    """Waits until the records of all added batches, or most, are in files."""
+    """Waits until at most `most_waiting` of the added batches lack a file."""
     while len(self._waiting) > most_waiting:
       error = self._waiting.popleft().exception()
       if error is not None and not self._has_failed:
@@ -252,9 +255,9 @@ class Recorder:
 
 
 class Traces(Hook):
-  """Records the choices of experts that the section `trace` names.
+  """Records the choices of experts, as often as `config.trace` says.
 
-  It has to come after hooks that change or compile the step.
+  This hook has to come after hooks that change or compile the step.
   """
 
   serves = 'trace'
@@ -271,7 +274,7 @@ class Traces(Hook):
       self._recorder = Recorder(folder, header, run.model, run.message)
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step and the evaluations that are recorded."""
+    """Wraps the training step and the evaluations that are to be recorded."""
     o = run.options.trace
     if self._recorder is None:
       if o.is_on:
@@ -299,7 +302,7 @@ class Traces(Hook):
       self._recorder.flush()
 
   def close(self) -> None:
-    """Writes the records that are in no file yet."""
+    """Writes the records that are in no file yet, and ends the recording."""
     if self._recorder is not None:
       self._recorder.close()
 
@@ -307,7 +310,7 @@ class Traces(Hook):
 def _recorded_step(
   step: Step, options: TraceOptions, recorder: Recorder
 ) -> Step:
-  """A step whose choices go to a recorder, and not into the metrics."""
+  """The step, with its choices given to a recorder, and not to the metrics."""
   num_steps: int | None = None
 
   def recorded(state, batch):
@@ -326,13 +329,13 @@ def _recorded_step(
 def recorded_losses(
   name: str, losses: Losses, apply: Apply, recorder: Recorder
 ) -> Measure:
-  """A measurement of losses that records the choices of all batches.
+  """The measurement of an evaluation's losses that also records all choices.
 
   Args:
     name: The name of the evaluation.
-    losses: The measurement.
-    apply: Applies the model, and returns its choices.
-    recorder: The recorder.
+    losses: The measurement without recording.
+    apply: Applies the model, and returns its choices too.
+    recorder: The recorder of the choices.
   """
 
   def measure(variables, step):

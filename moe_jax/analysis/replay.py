@@ -3,14 +3,15 @@
     batch = replay.imposed(model, batch, record)
     logits, aux = model.apply(variables, **model.inputs(batch))
 
-Experts and drops are those of the record; gates, losses and gradients come from
-the running model's own routers. So two stacks, or two precisions, are compared
-with the routing held fixed.
+The record decides the experts and the drops; gates, losses and gradients come
+from the running model's own routers. So two stacks, or two precisions, are
+compared with the routing held fixed.
 
 The hook `Replaying` gives each training step of a run the record of the same
-step of `config.model.moe.replay`. It also gives steps that are recorded the
-same arrays, which then leave all choices to the routers: a recorded run and a
-replayed one execute the same program, and are equal to the last bit.
+step in the trace `config.model.moe.replay`. A run that records its steps gets
+the same arrays from the hook, but with values that leave all choices to the
+routers. So a recorded run and its replay execute the same program, and are
+equal to the last bit.
 """
 
 import dataclasses
@@ -41,17 +42,17 @@ Batch = dict[str, Any]
 
 
 def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
-  """A batch with which the model makes the choices of records.
+  """The batch with arrays by which the model makes the choices of records.
 
-  Without records its routers choose for themselves. A program compiled for such
-  batches serves both, so that a pass that is recorded and one that is replayed
-  are equal to the last bit; two programs may round differently.
+  Without records the arrays leave the choices to the routers. One compiled
+  program serves both, so that a recorded pass and its replay are equal to the
+  last bit; two programs may round differently.
 
   Args:
     model: The model, in training or not.
     batch: The batch.
-    *records: The record of the batch; of an encoder-decoder, those of its two
-      sequences.
+    *records: The record of the batch; for an encoder-decoder two records, of
+      the encoder's and the decoder's sequence.
 
   Raises:
     ValueError: The records are of other tokens, documents or layers.
@@ -70,7 +71,7 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
 
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
-  """The arrays of a batch that have to be those of the records, by key."""
+  """The records' tokens and documents, by the key of the equal batch array."""
   arrays = {}
   for record in records:
     prefix = record.sequence and f'{record.sequence}_'
@@ -82,12 +83,12 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
-  They are experts, int8 or int16 [B, T, L, K], and whether choices are served,
-  bool, for each sequence; see `Model.inputs`.
+  Each sequence has two arrays [B, T, L, K]: the indices of experts, int8 or
+  int16, and whether choices are served, bool; see `Model.inputs`.
 
   Raises:
-    ValueError: The records do not have the model's sparse layers, or there is a
-      choice more than the layers take.
+    ValueError: The records do not have the model's sparse layers, or a token
+      has more choices than a layer of the model takes.
   """
   layers, choices = _layers(model.stacks), {}
   for record in records:
@@ -124,7 +125,7 @@ def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _expert_type(stacks: Stacks) -> type[np.integer]:
-  """The type of numbers of experts, and of the signs that stand for none."""
+  """The integer type of experts' indices and of the values for no choice."""
   sizes = (moe.num_experts for moe in stacks.mixtures)
   return expert_type(max(sizes))
 
@@ -132,7 +133,7 @@ def _expert_type(stacks: Stacks) -> type[np.integer]:
 def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
   """The most choices of a token in each sparse layer, by prefix and layer.
 
-  The prefix is that of the batch's keys of the sequence that the layer sees.
+  The prefix begins the batch's keys of the sequence that the layer sees.
   """
   layers = defaultdict(dict)
   for layer in stacks.sparse_layers:
@@ -163,7 +164,7 @@ def _choices(
 
 
 def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
-  """A line for each thing that keeps a trace from fitting a run."""
+  """A line for each reason why a trace cannot be replayed in a run."""
   in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
   yield from traces.differences(in_trace, in_run, names)
@@ -203,7 +204,7 @@ class Replaying(Hook):
     """Reads the trace.
 
     Raises:
-      ValueError: There is none, or it does not fit the run.
+      ValueError: There is no trace, or the trace does not fit the run.
     """
     if folder := run.options.model.moe.replay:
       self._trace = traces.read(folder)
@@ -214,7 +215,7 @@ class Replaying(Hook):
         raise InputError('\n'.join([name, *lines]))
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step."""
+    """Wraps the training step with the arrays of replay, if there are any."""
     if self._trace is not None:
       run.message(
         f'{run.options.model.moe.replay}: its choices of experts are replayed '
@@ -229,10 +230,10 @@ class Replaying(Hook):
 
 
 def _is_recorded(run: Run) -> bool:
-  """Whether steps are recorded that could be replayed as they are.
+  """Whether the run records steps that a replay could repeat bit for bit.
 
-  A teacher would read the arrays of the batch, too, and forced choices cannot
-  be left to the routers.
+  Runs with a teacher are left out, as the teacher would read the arrays of
+  replay, too; so are forced choices, which cannot be left to the routers.
   """
   moes = run.model.stacks.mixtures
   return (
@@ -245,17 +246,17 @@ def _is_recorded(run: Run) -> bool:
 
 
 def _open_step(run: Run) -> Step:
-  """The step, with the arrays of replay, which leave choices to the routers."""
+  """The step, with arrays of replay that leave all choices to the routers."""
   shapes = run.options.batch_shapes(run.model)
   choices = run.programs.put(no_choices(run.model, shapes))
   return lambda state, batch: run.train_step(state, {**batch, **choices})
 
 
 def _replayed_step(run: Run, trace: Trace) -> Step:
-  """The step, with the recorded choices of the training step of its number.
+  """The step, with the choices that the trace has of the same training step.
 
-  It raises ValueError where the record is of another batch, or its file is
-  damaged.
+  The step raises ValueError if the record is of another batch, or if the file
+  of the record is damaged.
   """
   options, put = run.options, run.programs.put
   replicated = partitioning.sharding(run.mesh, options.sharding.rules, ())
@@ -271,7 +272,7 @@ def _replayed_step(run: Run, trace: Trace) -> Step:
       put.local({name: value[put.rows] for name, value in values.items()})
       for values in (arrays(run.model, records), ids(records))
     )
-    # This waits for the step before.
+    # Reading the comparison's result waits for the step before.
     if not is_equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
         f'model.moe.replay={options.model.moe.replay!r}: the batch after '

@@ -1,4 +1,4 @@
-"""Memory and peaks of devices, as their vendors print them or measured here."""
+"""Memory and peak FLOPs of devices, as vendors print them or as measured."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax.config import unknown
 from moe_jax.devices import memory_of
 
-# Rows of the matmuls of which the fastest is the measured peak.
+# Numbers of rows of the matmuls of which the fastest is the measured peak.
 SIZES = tuple(1 << n for n in range(9, 15))
 _ROWS = {'cpu': 1024}  # rows of the only matmul, by platform
 _DEFAULT_ROWS = 8192
@@ -27,9 +27,9 @@ def product_rate(
 
   Args:
     dtype: Type of the operands.
-    sizes: Numbers of rows, in rising order, of which those that would take long
-      are left out; () is one that is large enough for this platform, and takes
-      less than a second in all.
+    sizes: Numbers of rows, in rising order; after the first product that takes
+      long, larger ones are not tried. () is a single number that is large
+      enough for this platform, and takes less than a second in all.
   """
   if not sizes:
     sizes = (_ROWS.get(jax.local_devices()[0].platform, _DEFAULT_ROWS),)
@@ -44,7 +44,7 @@ def product_rate(
 
 
 def matmul(n: int, dtype: str) -> Callable[[], jax.Array]:
-  """A compiled product of two random matrices [n, n]."""
+  """A function that multiplies two random matrices [n, n], compiled."""
   # The operands are drawn, since the power that a chip takes, and so its clock,
   # depends on how many bits flip.
   x, y = (
@@ -75,11 +75,11 @@ class Device:
 
   Attributes:
     name: Name of the device, as a table prints it.
-    num_bytes: Bytes of all its memory, including those that a runtime reserves;
-      0 where the number is unknown.
+    num_bytes: Bytes of all memory of the device, including what a runtime
+      reserves; 0 where the number is unknown.
     peaks: FLOPs per second of dense products by type of the operands, as the
-      vendor prints them; types whose products the vendor gives several speeds,
-      such as float32 with and without TF32, are left out.
+      vendor prints them. A type for which the vendor prints several speeds,
+      such as float32 with and without TF32, is left out.
   """
 
   name: str
@@ -87,9 +87,10 @@ class Device:
   peaks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-# Memory and speed as vendors print them, in powers of ten, without sparsity.
+# Memory and FLOPs per second as vendors print them, in powers of ten, without
+# sparsity.
 _DEVICES = {
-  # NVIDIA's data sheets; the speed of an H100 is that of SXM.
+  # From NVIDIA's data sheets; the H100 is the SXM version.
   'h100': Device('H100-80GB', 80 * 10**9, {'bfloat16': 989e12}),
   'h200': Device('H200-141GB', 141 * 10**9, {'bfloat16': 989e12}),
   'a100': Device('A100-40GB', 40 * 10**9, {'bfloat16': 312e12}),
@@ -103,7 +104,7 @@ _DEVICES = {
   'v6e': Device('TPU v6e', 32 * 10**9, {'bfloat16': 918e12}),
 }
 DEVICES = (*_DEVICES, HERE)
-# The names of these devices by JAX's `device_kind`.
+# The names in `DEVICES` by JAX's `device_kind`.
 _NAME_OF_KIND = {
   'NVIDIA H100 80GB HBM3': 'h100',
   'NVIDIA H200': 'h200',
@@ -149,10 +150,11 @@ def device_of(name: str) -> Device:
 
 
 def fast_dtype(device: jax.Device) -> str:
-  """The type in which a device multiplies fastest, of those of models.
+  """The type of a model's activations in which a device multiplies fastest.
 
-  It is 'bfloat16' on TPUs and on GPUs that have products of it, and 'float32'
-  on CPUs and on older GPUs such as a T4, which compute bfloat16 in float32.
+  This is 'bfloat16' on TPUs and on GPUs that multiply bfloat16 directly, and
+  'float32' on CPUs and on older GPUs such as a T4, which compute bfloat16 in
+  float32.
   """
   if device.platform == 'cpu':
     return 'float32'
@@ -164,9 +166,9 @@ def fast_dtype(device: jax.Device) -> str:
 
 
 def num_processors(devices: Sequence[jax.Device]) -> int:
-  """The number of devices, of which CPU devices of a process count as one.
+  """The number of devices; all CPU devices of a process count as one.
 
-  They share the cores of a host.
+  The CPU devices of a process share the cores of its host.
   """
   if devices[0].platform != 'cpu':
     return len(devices)

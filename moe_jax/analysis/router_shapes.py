@@ -1,4 +1,4 @@
-"""What a layer's router costs, read from the shapes of its module."""
+"""The slots and the multiplications of a router, read from its shapes."""
 
 import functools
 from typing import Any
@@ -22,8 +22,8 @@ def training_slots(moe: MoeOptions, group_size: int) -> int:
 def router_multiply_adds(moe: MoeOptions, width: int) -> int:
   """The number of multiplications in the router's products for one token.
 
-  It is the size of the kernels; of a hierarchical router's branches, which are
-  stacked, it is that of the chosen ones.
+  This is the size of the router's kernels. The kernels of a hierarchical
+  router's branches are stacked, and only the chosen branches' count.
   """
   _, variables = _in_training(moe.router, moe.sizes, 1, width)
   boxes = parameters.with_role(variables.get('params', {}), ROLE)
@@ -44,7 +44,7 @@ def _is_box(leaf: Any) -> bool:
 def _in_training(
   router: RouterOptions, sizes: Sizes, group_size: int, width: int
 ) -> Any:
-  """The result and the variables of a router of one group, as shapes."""
+  """The shapes of a router's result and variables, for one group of tokens."""
   module = router.module(sizes, Shared(num_tasks=1), 'router')
 
   def run():

@@ -24,7 +24,8 @@ from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.errors import InputError
 from moe_jax.routing.stats import load_summary
 
-# Kinds of records in which a choice is dropped where training drops it.
+# Kinds of records that are made with the capacity of training, so that a choice
+# is dropped there where training drops it.
 _PREFERRED_KINDS = ('train', 'train_capacity')
 _QUARTERS = 4
 
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
   """Prints the tables of a trace, and saves its pictures.
 
   Raises:
-    ValueError: The trace is bad, or does not fit the other options.
+    ValueError: The trace cannot be read, or does not fit the other options.
   """
   trace = traces.read(options.trace)
   if not trace.header.layers:
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
   if following := measures.transitions(layers):
     by_label['expert before'] = following
   churn = {}
-  if kind != 'train':  # whose batches are others at each step
+  if kind != 'train':  # training has new batches at each step
     for one, other in itertools.pairwise(steps):
       pair = trace.records(kind, [one]), trace.records(kind, [other])
       churn[f'{one:,} to {other:,}'] = measures.churn(*pair)
@@ -108,11 +109,11 @@ def tables(
   by_label: ByLabel,
   churn: Mapping[str, Mapping[int, float]],
 ) -> Iterator[ValueTable]:
-  """The tables, some of which may have no rows.
+  """The tables of a trace, some of which may have no rows.
 
   Args:
     layers: The choices in the trace.
-    loads, drops: The rows of the first two tables.
+    loads, drops: The rows of the tables of loads and of dropped choices.
     by_label: The information of labels on experts, by layer.
     churn: The shares of first choices that changed, by layer.
   """

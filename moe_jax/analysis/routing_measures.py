@@ -1,9 +1,9 @@
 """Measures of routing, as functions over arrays of choices and of counts.
 
-The choices of N tokens are `expert`, int [N, K], with numbers in [0, E), -1
-where there is none, and the first choice in column 0; `kept`, bool [N, K], says
-which of them are served. Tables count choices by label and expert. Entropies
-and information are in nats.
+The choices of N tokens are `expert`, int [N, K], with indices in [0, E), -1
+where there is no choice, and the first choice in column 0; `kept`, bool [N, K],
+says which choices are served. Tables count choices by label and expert.
+Entropies and information are in nats.
 
     layers = layers_of(trace.header, trace.records('train'))
     load = expert_counts(layers[1].expert, layers[1].info.num_experts)
@@ -41,16 +41,18 @@ class Tokens(NamedTuple):
   """N real tokens, batch after batch and row after row, and who follows whom.
 
   Attributes:
-    flat_index: int [N], the index of each token among those of all batches.
-    token: int [N], its id.
-    column: int [N], its place in its row, from 0.
-    position: int [N], its place in its document, from 0.
-    document: int [N], the number of its document, from 0.
-    source: int [documents], the source of each document, or None.
-    after: int [P], the numbers, of N, of tokens whose document goes on from the
-      token before them.
-    stranger: int [P], for each of these a random other token of its batch,
-      which takes the place of the token before in a comparison.
+    flat_index: int [N], the index of each token among all tokens of the
+      batches, padding included.
+    token: int [N], the id of each token.
+    column: int [N], the index of each token in its row.
+    position: int [N], the position of each token in its document, from 0.
+    document: int [N], the index of each token's document.
+    source: int [documents], the index of each document's source of data; None
+      if a record lacks sources.
+    after: int [P], the indices, in [0, N), of the tokens that have a token
+      before them in their document.
+    stranger: int [P], for each token of `after` the index of a random other
+      token of its batch, with which it is compared instead of its predecessor.
   """
 
   flat_index: Int[np.ndarray, 'N']
@@ -64,7 +66,7 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The real tokens of batches of one sequence; `rng` draws the strangers."""
+  """The real tokens of the records' batches; `rng` draws their strangers."""
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -102,11 +104,12 @@ class Layer(NamedTuple):
 
   Attributes:
     info: The description of the layer.
-    header: The header of its trace.
-    length: Number T of places of a row.
+    header: The header of the trace that the choices are from.
+    length: Number T of tokens of a row, padding included.
     tokens: The N tokens.
-    expert: int [N, K], their choices before any is dropped.
-    gate: float [N, K], the weights; 0 where a choice is not kept.
+    expert: int [N, K], the tokens' choices before any is dropped.
+    gate: float [N, K], the gates of the choices; 0 for a choice that is not
+      kept.
     kept: bool [N, K], whether choices are served.
     logits: float [N, E], the router's logits; None if they are not recorded.
   """
@@ -127,7 +130,7 @@ class Layer(NamedTuple):
 
   @property
   def load(self) -> Int[np.ndarray, 'E']:
-    """Choices of each expert before any is dropped."""
+    """How often each expert is chosen, before any choice is dropped."""
     return expert_counts(self.expert, self.info.num_experts)
 
   def first_counts(self, label: Numbers, num_labels: int) -> Table:
@@ -136,7 +139,7 @@ class Layer(NamedTuple):
 
   @property
   def by_token(self) -> Int[np.ndarray, 'V E']:
-    """First choices by token id."""
+    """The table of first choices by token id."""
     return self.first_counts(self.tokens.token, self.header.vocab_size)
 
 
@@ -146,11 +149,11 @@ Layers = Mapping[int, Layer]
 def layers_of(
   header: Header, records: Iterable[Record], seed: int = 0
 ) -> dict[int, Layer]:
-  """The choices in records, in memory, by the number of the layer.
+  """The choices in records, read into memory, by the index of the layer.
 
   Args:
     header: The header of the trace.
-    records: Its records.
+    records: The records of the trace that are read.
     seed: Seed of the draws of random other tokens.
 
   Raises:
@@ -175,7 +178,7 @@ def layers_of(
 
 
 def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
-  """The choices of all tokens of batches, of which some may have more."""
+  """The choices of all tokens; batches with fewer choices are filled up."""
   K = max(x.shape[-1] for x in batches)
   rows = [x.reshape(-1, x.shape[-1]) for x in batches]
   more = [((0, 0), (0, K - x.shape[1])) for x in rows]
@@ -186,7 +189,7 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
 def joint_counts(
   row: Numbers, column: Numbers, shape: tuple[int, int]
 ) -> Table:
-  """Counts of each pair of numbers; pairs with a -1 are left out."""
+  """The table of how often each (row, column) occurs; -1 is not counted."""
   is_counted = (row >= 0) & (column >= 0)
   pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
   return np.bincount(pair_code, minlength=shape[0] * shape[1]).reshape(shape)
@@ -195,12 +198,12 @@ def joint_counts(
 def expert_counts(
   expert: Int[np.ndarray, '...'], num_experts: int
 ) -> Int[np.ndarray, 'E']:
-  """The number of times that each expert is chosen; -1 is no choice."""
+  """The number of times that each expert is chosen; -1 stands for no choice."""
   return np.bincount(expert[expert >= 0], minlength=num_experts)
 
 
 def pair_counts(expert: Experts, num_experts: int) -> Square:
-  """Counts of tokens that chose both of two experts; 0 on the diagonal."""
+  """The number of tokens that chose both of two experts; 0 on the diagonal."""
   shape = num_experts, num_experts
   pairs = np.zeros(shape, np.int64)
   for one, other in combinations(expert.T, 2):
@@ -209,13 +212,13 @@ def pair_counts(expert: Experts, num_experts: int) -> Square:
 
 
 def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
-  """The pairs that tokens would choose if partners did not matter.
+  """The pairs of experts expected if a token's choices were independent.
 
-  Each expert keeps its number of partners, and no token chooses an expert
-  twice: the counts are w_a w_b for a != b, with the w that give the same sums
-  of rows (quasi-independence, found by iterative proportional fitting). With an
-  even load they are all equal. Without the second condition even random choices
-  would seem to avoid each other.
+  Each expert is in as many pairs as before, and no token chooses an expert
+  twice: the counts are w_a w_b for a != b, with the weights w that give the
+  same sums of rows (quasi-independence, found by iterative proportional
+  fitting). With an even load all counts are equal. If a token could choose an
+  expert twice, random choices would seem to avoid each other.
 
   Args:
     pairs: Symmetric counts of pairs, 0 on the diagonal.
@@ -240,8 +243,8 @@ def repeats(
   """Compares the choices of P pairs of tokens.
 
   Returns:
-    The number of pairs of which both made a choice, that of those whose first
-    choices are the same expert, and that of those with an expert in common.
+    The number of pairs in which both tokens made a choice; how many of these
+    have the same expert as first choice; how many have an expert in common.
   """
   both_chose = (one[:, 0] >= 0) & (other[:, 0] >= 0)
   one, other = one[both_chose], other[both_chose]
@@ -254,11 +257,11 @@ def repeats(
 
 
 def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
-  """The shares of repeats if all sets of experts were equally likely.
+  """The shares of equal choices if all sets of K experts were equally likely.
 
   Returns:
-    The share of pairs of tokens with the same first choice, 1 / E, and that of
-    pairs with an expert in common, 1 - C(E - K, K) / C(E, K): 12.5 % and 46.4 %
+    The share of pairs of tokens with the same first choice, 1 / E, and the
+    share with an expert in common, 1 - C(E - K, K) / C(E, K): 12.5 % and 46.4 %
     for two of eight experts, as in section 5 of arXiv:2401.04088.
   """
   E, K = num_experts, num_selected
@@ -266,7 +269,10 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
 
 
 def parts_of(position: Numbers, length: int, num_parts: int) -> Numbers:
-  """The part of `length` places that each lies in, or else the last part."""
+  """The index of the part of a row that each position lies in.
+
+  The parts divide `length` evenly; later positions are in the last part.
+  """
   part = position.astype(np.int64) * num_parts // length
   return np.clip(part, 0, num_parts - 1)
 
@@ -274,9 +280,10 @@ def parts_of(position: Numbers, length: int, num_parts: int) -> Numbers:
 def drop_rates(
   expert: Experts, kept: Kept, part: Numbers | None = None, num_parts: int = 1
 ) -> Rates:
-  """Choices that are not served over choices, by a part of each token.
+  """The share of choices that are not served, in each part of the tokens.
 
-  Without parts, there is one rate. NaN where nothing was chosen.
+  `part` has the index of each token's part; without it there is one rate for
+  all tokens. A part without choices has the rate NaN.
   """
   part = np.zeros(len(expert), int) if part is None else part
   chosen = expert >= 0
@@ -287,14 +294,14 @@ def drop_rates(
 def unserved_rate(expert: Experts, kept: Kept) -> float:
   """Share of the tokens that no expert served; NaN if there are no tokens.
 
-  No expert served a token if none of its choices is kept, or if it has none.
+  No expert served a token that has no choices, or none that is kept.
   """
   served = ((expert >= 0) & kept).any(1)
   return 1 - float(served.mean()) if len(expert) else math.nan
 
 
 def drop_rates_by_rank(expert: Experts, kept: Kept) -> Rates:
-  """Share of first choices that are not served, of second ones, and so on."""
+  """Shares of the first choices, the second ones, ... that are not served."""
   chosen = expert >= 0
   return shares((chosen & ~kept).sum(0), chosen.sum(0))
 
@@ -303,13 +310,13 @@ def shares(
   part: np.number | Num[np.ndarray, '*n'],
   whole: np.number | Num[np.ndarray, '*n'],
 ) -> Float[np.ndarray, '*n']:
-  """Quotients; NaN where the whole is 0."""
+  """The quotients part / whole; NaN where the whole is 0."""
   undefined = np.full(np.shape(whole), math.nan)
   return np.divide(part, whole, out=undefined, where=whole > 0)
 
 
 def entropy(counts: Num[np.ndarray, '...']) -> float:
-  """The entropy in nats of the distribution that counts have, 0 for none."""
+  """The entropy in nats of counts divided by their sum; 0 without counts."""
   counts = np.asarray(counts)
   counts = counts[counts > 0].astype(np.float64)
   if not counts.size:
@@ -319,15 +326,15 @@ def entropy(counts: Num[np.ndarray, '...']) -> float:
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:
-  """The entropy of a load over ln E: 1 if all experts are chosen equally."""
+  """The entropy of a load divided by ln E; 1 if the load is even."""
   most = math.log(len(load))
   return entropy(load) / most if most else math.nan
 
 
 def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
-  """The entropy of the softmax over columns, a mean over tokens, over its most.
+  """The mean entropy of tokens' softmax over the E logits, divided by ln E.
 
-  NaN without logits, or with one column.
+  NaN without logits, or with a single one.
   """
   if logits is None or not len(logits) or logits.shape[1] < 2:
     return math.nan
@@ -338,27 +345,27 @@ def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
 def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
   """The mutual information in nats of the label and the expert of a choice.
 
-  It is estimated from the shares of counts alone, so that it is too high by
-  about (labels - 1) (E - 1) / (2 N) if the two are independent.
+  This is the plug-in estimate, from the shares of the N counts. It is too high
+  by about (labels - 1) (E - 1) / (2 N) if label and expert are independent.
   """
   mutual = entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
   return max(mutual, 0.0)  # rounding may leave less than 0
 
 
 class Information(NamedTuple):
-  """The information of a label on the expert that is chosen.
+  """How much a token's label tells about the expert that it chooses.
 
   Attributes:
     choices: Number of choices.
     labels: Number of labels that occur.
     entropy: Entropy of the experts, in nats.
     mutual: Mutual information of label and expert, in nats.
-    shuffled: The same of shuffled labels, averaged over shuffles: what chance
-      gives with as many choices.
-    deviation: The standard deviation over shuffles.
+    shuffled: Mutual information of shuffled labels and expert, in nats,
+      averaged over shuffles: what chance gives with as many choices.
+    deviation: Standard deviation of `shuffled` over the shuffles.
     accuracy: Share of choices that are the most frequent expert of their label,
-      counted on the choices that made it the most frequent.
-    base_rate: Share of choices of the most frequent expert of all.
+      counted on the same choices from which the most frequent one is known.
+    base_rate: Share of choices that are the most frequent expert of all.
   """
 
   choices: int
@@ -372,34 +379,35 @@ class Information(NamedTuple):
 
   @property
   def net(self) -> float:
-    """Mutual information less that of shuffled labels, in nats."""
+    """`mutual` less `shuffled`: the information beyond chance, in nats."""
     return self.mutual - self.shuffled
 
   @property
   def fraction(self) -> float:
-    """`net` as a fraction of the entropy of the experts; NaN if that is 0."""
+    """`net` divided by the entropy of the experts; NaN if the entropy is 0."""
     return self.net / self.entropy if self.entropy else math.nan
 
   @property
   def adjusted(self) -> float:
-    """`net` as a fraction of the most that it can be with these counts.
+    """`net` divided by the largest value that it can have with these counts.
 
     It is 1 if the label determines the expert, however few choices there are,
-    and 0 on average if the two are independent; NaN where nothing is left to
-    say. Source: the adjusted mutual information of Vinh, Epps and Bailey (2010)
-    with the entropy of the experts as the upper bound.
+    and 0 on average if label and expert are independent; NaN where shuffled
+    labels determine the expert, too. Source: the adjusted mutual information of
+    Vinh, Epps and Bailey (2010) with the entropy of the experts as the upper
+    bound.
     """
     maximum = self.entropy - self.shuffled
     return self.net / maximum if maximum > 1e-12 else math.nan
 
 
 def information(table: Table, rng: np.random.Generator) -> Information:
-  """The information of labels on experts; labels are shuffled by choice.
+  """The information of labels on experts; each choice's label is shuffled.
 
-  A table with the same sums of rows and columns is drawn at random, which is
-  exactly the table of shuffled labels. Labels that neighbours share, such as
-  the domain of a document, are better shuffled over documents; see
-  `document_information`.
+  Instead of labels, random tables with the same sums of rows and columns are
+  drawn; their distribution is that of tables of shuffled labels. Labels that
+  neighbours share, such as the domain of a document, are better shuffled over
+  documents; see `document_information`.
 
   Args:
     table: Number of choices of each expert with each label.
@@ -418,11 +426,11 @@ def information(table: Table, rng: np.random.Generator) -> Information:
 
 
 def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
-  """The information of labels on experts, and that of shuffled tables.
+  """The information of labels on experts, compared with shuffled tables.
 
   Args:
     table: Number of choices of each expert with each label.
-    shuffles: Such tables with shuffled labels, one at a time.
+    shuffles: Tables of the same choices with shuffled labels, one at a time.
   """
   shuffled, total = np.array([*map(mutual_information, shuffles)]), table.sum()
   best = table.max(1, initial=0).sum(), table.sum(0).max(initial=0)
@@ -446,8 +454,8 @@ def document_information(
 ) -> Information:
   """The information of labels of documents, such as sources, on experts.
 
-  Choices within a document are alike for many reasons. Labels are therefore
-  shuffled among documents, and equally in all layers.
+  Choices within a document are alike for many reasons. So whole documents
+  exchange their labels, by the same permutations in all layers.
 
   Args:
     label: The label of each document.
@@ -465,7 +473,7 @@ def document_information(
   return information_of(table(label), shuffles)
 
 
-# By the name of a label and by the number of a layer.
+# The information by the name of the label, and by the index of the layer.
 ByLabel = Mapping[str, Mapping[int, Information]]
 
 
@@ -493,10 +501,12 @@ def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
 
 
 def flows(layers: Layers) -> dict[tuple[int, int], Table]:
-  """First choices by that of the same token in the sparse layer before.
+  """Tables of first choices in two consecutive sparse layers.
+
+  A row is a token's choice in the earlier layer, a column in the later one.
 
   Returns:
-    The tables, by the numbers of the two layers.
+    The tables, by the indices of the two layers.
   """
   tables, last = {}, {}
   for number, layer in layers.items():
@@ -511,10 +521,10 @@ def flows(layers: Layers) -> dict[tuple[int, int], Table]:
 
 
 def transitions(layers: Layers) -> dict[int, Information]:
-  """The information of a token's first choice on that in the next sparse layer.
+  """The information of a token's first choice on its next layer's first choice.
 
   Returns:
-    By the number of the later of the two layers.
+    The information, by the index of the later of the two sparse layers.
   """
   return {
     number: information(table, np.random.default_rng((0, number)))
@@ -523,23 +533,22 @@ def transitions(layers: Layers) -> dict[int, Information]:
 
 
 class Persistence(NamedTuple):
-  """The shares of tokens that chose the same experts as those before them.
+  """The shares of tokens that chose the same experts as the token before.
 
-  Shares of pairs of consecutive tokens of a document. Source: section 5 of
-  arXiv:2401.04088.
+  The shares are of pairs of consecutive tokens of a document. Source: section 5
+  of arXiv:2401.04088.
 
   Attributes:
     pairs: Number of pairs.
-    first: Share whose first choices are the same expert.
-    first_chance: The same for a token and a random other one of its batch: what
-      these loads give if neighbours do not matter.
-    first_uniform: The same with even loads, 1 / E.
-    any: Share that has an expert in common among all choices.
-    any_chance: The same for a token and a random other one of its batch.
-    any_uniform: The same if all sets of K experts were equally likely; NaN
-      where experts choose.
-    different: Share whose first choices are the same expert, of the pairs of
-      two different token ids.
+    first: Share of pairs whose first choices are the same expert.
+    first_chance: `first` for pairs of a token and a random other one of its
+      batch: what these loads give if neighbours do not matter.
+    first_uniform: `first_chance` if all loads were even, 1 / E.
+    any: Share of pairs that have an expert in common among all choices.
+    any_chance: `any` for pairs of a token and a random other one of its batch.
+    any_uniform: `any_chance` if all sets of K experts were equally likely; NaN
+      where experts choose tokens.
+    different: `first` of the pairs whose two token ids differ.
   """
 
   pairs: int
@@ -553,7 +562,7 @@ class Persistence(NamedTuple):
 
 
 def persistence(layer: Layer) -> Persistence:
-  """The repeats of one layer."""
+  """How often the tokens of one layer choose the same experts in a row."""
   info, tokens, expert = layer.info, layer.tokens, layer.expert
   after, before = tokens.after, tokens.after - 1
   differs = tokens.token[after] != tokens.token[before]
@@ -575,13 +584,14 @@ def persistence(layer: Layer) -> Persistence:
 def churn(
   records: Iterable[Record], other_records: Iterable[Record]
 ) -> dict[int, float]:
-  """Share of tokens whose first choice is another expert, by layer.
+  """Share of tokens whose first choice differs between records, by layer.
 
-  Tokens that made no choice in either are left out; NaN if none is left.
+  Tokens that have a choice in neither record are left out; NaN if none is left.
 
   Args:
     records: Records at one step, or of one trace.
-    other_records: Records of the same batches, in the same order.
+    other_records: Records of the same batches, in the same order, at another
+      step or of another trace.
 
   Raises:
     ValueError: The records are not of the same batches, tokens and layers.

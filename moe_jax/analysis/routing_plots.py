@@ -30,7 +30,8 @@ COLOURS = (
   '#F7EC8C', '#7FA8D9', '#F0C25E', '#C4C4C4',
 )  # fmt: skip
 _WIDTH = 10  # inches
-_MIN_CHANCE = 5  # tokens, the fewest by chance that tell
+# Cells in which chance puts fewer tokens are hatched.
+_MIN_CHANCE = 5
 
 
 def pictures(
@@ -39,7 +40,9 @@ def pictures(
   load_rows: Sequence[Row],
   drop_rows: Sequence[Row],
 ) -> Iterator[tuple[str, Figure]]:
-  """The pictures by name; those of pairs and of layers only if there are any.
+  """The pictures by name.
+
+  Pictures of pairs of choices or of layers are drawn only if there are pairs.
 
   Args:
     layers: The choices in a trace.
@@ -82,7 +85,7 @@ def pictures(
 
 
 def drop_figure(rows: Sequence[Row]) -> Figure:
-  """Choices that are not served, by layer and rank, and by place in the row."""
+  """The shares of unserved choices by layer, for each rank and row quarter."""
   panels = {
     'Choices that are not served': r'choice \d+|tokens unserved',
     'The same by quarter of the row': r'quarter \d',
@@ -94,7 +97,7 @@ def drop_figure(rows: Sequence[Row]) -> Figure:
 
 
 def information_figure(by_label: ByLabel) -> Figure:
-  """The information of labels on experts by layer, and best guesses."""
+  """How well labels tell experts, by layer: information and best guesses."""
   first = next(iter(by_label.values()))  # ids of tokens, known in every layer
 
   def values(field: str) -> dict[str, list[float]]:
@@ -112,7 +115,7 @@ def information_figure(by_label: ByLabel) -> Figure:
 
 
 def _columns(rows: Sequence[Row], pattern: str) -> dict[str, list[float]]:
-  """The columns of a table whose names match, by name."""
+  """The columns of a table whose names match `pattern`, by name."""
   names = dict.fromkeys(name for row in rows for name in row)
   return {
     name: [row.get(name, math.nan) for row in rows]
@@ -154,18 +157,18 @@ def _lines(
 def coloured_text(
   record: Record, layer: int, tokenizer: Tokenizer | None = None, row: int = 0
 ) -> str:
-  """A text as HTML, each token with the colour and number of its first expert.
+  """A text as HTML, each token with the colour and index of its first expert.
 
-  Colours repeat after eight experts; numbers tell those of one colour apart,
-  and all of them in print. A token without a choice is white. A sign stands
-  for a new line, and for a token without text. In a notebook,
-  `IPython.display.HTML` shows it.
+  Colours repeat after eight experts; the index tells experts of one colour
+  apart, and all experts on grey paper. A token without a choice is white. A
+  sign stands for a new line, and for a token without text. In a notebook,
+  `IPython.display.HTML` shows the text.
 
   Args:
-    record: The batch.
-    layer: The number of the layer.
-    tokenizer: The tokenizer of the run; None shows ids.
-    row: The number of the row in the batch.
+    record: The record of the batch.
+    layer: The index of the layer.
+    tokenizer: The tokenizer of the run; None shows token ids.
+    row: The index of the row in the batch.
   """
   real = record.documents[row] > 0
   texts = _texts(record.tokens[row][real], tokenizer)
@@ -199,7 +202,7 @@ def _panels(
   x_label: str,
   y_label: str,
 ) -> Figure:
-  """Heat maps in a grid, with square cells."""
+  """A figure of heat maps in a grid, with square cells."""
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
@@ -219,6 +222,6 @@ def _over(
   counts: Int[np.ndarray, 'rows columns'],
   chance: Float[np.ndarray, 'rows columns'],
 ) -> Float[np.ndarray, 'rows columns']:
-  """Counts over chance, NaN where chance is too little to tell."""
+  """Counts divided by chance; NaN where fewer than 5 are due to chance."""
   undefined = np.full(chance.shape, math.nan)
   return np.divide(counts, chance, out=undefined, where=chance >= _MIN_CHANCE)

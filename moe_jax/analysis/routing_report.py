@@ -1,6 +1,6 @@
 """The routing report: tables of the loads and choices in each sparse layer.
 
-Its numbers are sums over the batches of an evaluation.
+The numbers of the tables are sums over the batches of an evaluation.
 """
 
 import math
@@ -45,12 +45,12 @@ class ValueTable(NamedTuple):
   """A table whose values are printed by a format for each column.
 
   Attributes:
-    title: One line that says what it shows.
+    title: One line that says what the table shows.
     note: Sentences that say what the columns mean.
     rows: The values of each row, by the name of the column; None, NaN and what
       is missing are printed as '-'.
     forms: The formats of columns, such as '.1%', or '>', which aligns text
-      right; those of others are by the type of their values.
+      right. Other columns have a format by the type of their values.
   """
 
   title: str
@@ -85,7 +85,7 @@ class ValueTable(NamedTuple):
     ]
 
   def markdown(self) -> str:
-    """Title, note and table in GitHub's Markdown."""
+    """The title, the note and the table in GitHub's Markdown."""
     rules = ['---:' if form else ':---' for form in self.columns.values()]
     cells = [[c.replace('|', r'\|') for c in row] for row in self.cells()]
     lines = [f'| {" | ".join(c)} |' for c in [self.headings, rules, *cells]]
@@ -110,8 +110,8 @@ class ValueTable(NamedTuple):
 def wide_console() -> Console:
   """A console for standard output.
 
-  Where that is no terminal, as in a pipe, tables have all the columns that they
-  need, unless COLUMNS is set.
+  If standard output is no terminal, as in a pipe, tables are as wide as they
+  need, unless the environment variable COLUMNS is set.
   """
   console = Console()
   if not console.is_terminal and 'COLUMNS' not in os.environ:
@@ -127,8 +127,9 @@ def count_tokens(
 ) -> None:
   """Adds how often each token id of a batch chose each expert, before drops.
 
-  Where experts choose tokens, it is how often they took them; where they mix
-  them, every expert takes each. Every process has to call this.
+  Where experts choose tokens, it is how often experts took the token id; where
+  experts mix tokens, every expert takes every token. Every process has to call
+  this function.
   """
   for layer, recorded in choices.items():
     if layer not in counts:
@@ -144,9 +145,9 @@ def count_tokens(
 def tables(
   sums: LossSums, model: Model, counts: Counts, token_name: Callable[[int], str]
 ) -> list[ValueTable]:
-  """A table of layers, and one of their busiest experts.
+  """A table of the sparse layers, and a table of their busiest experts.
 
-  Ties go to the lower number.
+  Ties go to the lower index.
 
   Args:
     sums: The sums of an evaluation.

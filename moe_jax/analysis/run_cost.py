@@ -1,9 +1,10 @@
 """The cost of a run, whole or in part: steps, tokens, FLOPs, bytes, least time.
 
-Figures are counted from options and shapes. The backward pass multiplies, for
-each token, gradients of outputs with every kernel of all layers (also where
-only upper layers train, as layers are scanned), and with the inputs of every
-kernel whose gradient is needed.
+Figures are counted from options and shapes. For each token the backward pass
+has two kinds of products with the gradients of kernels' outputs: with every
+kernel, which gives the gradients of inputs (also below the lowest layer that
+trains, as layers are scanned), and with the inputs of every kernel whose own
+gradient is needed.
 """
 
 import dataclasses
@@ -39,13 +40,13 @@ class TrainingCost(NamedTuple):
   Attributes:
     trained_params: Number of the parameters that train.
     optimizer_bytes: Bytes of the state of the optimizer.
-    gradient_bytes: Bytes of the gradients that are computed: with adapters,
-      those of the adapted kernels, too.
+    gradient_bytes: Bytes of the gradients that are computed; with adapters,
+      these include the gradients of the adapted kernels.
     backward_flops: FLOPs of the backward pass for a token. Elementwise
       operations, the optimizer's, and what `remat` computes again are not
       counted.
-    step_flops: FLOPs of a step that do not grow with its tokens: those of the
-      products of adapters' factors, and of their gradients.
+    step_flops: FLOPs of a step that do not grow with its tokens: the products
+      of adapters' factors, and the gradients of these products.
   """
 
   trained_params: int
@@ -91,7 +92,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
 
 
 def variants(options: RunOptions, model: Model):
-  """The usual choices of what trains, by name, as options of a run."""
+  """The options of a run for each usual choice of what trains, by name."""
   sparse = bool(model.stacks.sparse_layers)
   plain = dataclasses.replace(
     options, trainable='all', trained_experts='', lora=LoraOptions()
@@ -110,7 +111,10 @@ def _backward_flops(
   grad_leaves: Mapping[tuple[str, ...], Any],
   adapters: Adapters,
 ) -> int:
-  """FLOPs of the backward pass for a token, with gradients of these leaves."""
+  """FLOPs of the backward pass for a token, with gradients of some leaves.
+
+  `grad_leaves` has the parameters whose gradients are computed, by path.
+  """
   roles: dict[tuple[str, ...], Role] = flatten(adapters.trees.roles)
   axes = flatten(adapters.trees.axes)
   flops = count(model, options.data.seq_len).decoder
@@ -134,8 +138,7 @@ def _backward_flops(
 def run_flops(options: RunOptions, model: Model) -> int:
   """FLOPs of all steps of a run, forward and backward; 0 if not counted.
 
-  Those of `remat`, of the optimizer, of evaluations and of a teacher are left
-  out.
+  The FLOPs of `remat`, the optimizer, evaluations and a teacher are left out.
 
   Args:
     options: The options of the run, after `filled`.
@@ -152,7 +155,7 @@ def run_flops(options: RunOptions, model: Model) -> int:
 
 
 def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
-  """A line on what a run takes; matrix products of a device are timed for it.
+  """A line on a run's size and least time; times a device's matrix products.
 
   Args:
     options: The options of the run, after `filled`.
@@ -183,7 +186,7 @@ def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
 
 
 class RunBytes(NamedTuple):
-  """Bytes that a run takes on each device, and those of a checkpoint.
+  """Bytes that a run takes on each device, and the bytes of a checkpoint.
 
   Attributes:
     parameters: Bytes of the parameters on a device.

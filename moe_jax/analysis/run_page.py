@@ -27,8 +27,9 @@ from moe_jax.training.setup import Hook, Run
 PAGE, SAMPLE = 'index.html', 'sample.txt'
 CURVES, LOAD = 'curves.png', 'load.png'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
-# A page is drawn beside the training. The next one waits for this many times
-# the seconds that it took: drawing takes a hundredth of the time at most.
+# A page is drawn during the training. The next page waits for this many times
+# the seconds that the last one took: drawing takes a hundredth of the time at
+# most.
 _PAUSE = 100
 THIS_CONFIG = '''"""The config of the run in this folder, for flags --config."""
 
@@ -96,10 +97,10 @@ tr:nth-child(even) { background: #8882; }
 class Page(Hook):
   """Writes `index.html`, `curves.png` and `load.png` into a run's folder.
 
-  They are written at the start, anew in a thread after evaluations and before
-  checkpoints, and at the end, also of a run that is stopped or fails. If one
-  cannot be written, the run says so and goes on. The hook comes after those
-  whose files the page shows.
+  The three files are written at the start, anew in a thread after evaluations
+  and before checkpoints, and at the end, also of a run that is stopped or
+  fails. If a file cannot be written, the run says so and goes on. This hook
+  comes after the hooks whose files the page shows.
   """
 
   _run: Run | None = None
@@ -107,7 +108,7 @@ class Page(Hook):
   _problem = ''
 
   def start(self, run: Run) -> None:
-    """Writes the first page."""
+    """Writes the run's `config.py`; a thread writes the first `index.html`."""
     if not is_first():
       return
     self._run, self._outer_error = run, sys.exception()
@@ -117,7 +118,7 @@ class Page(Hook):
     self.paused()
 
   def paused(self) -> None:
-    """Lets the thread draw the page, unless it does so or did just now."""
+    """Has the thread draw the page, unless it is drawing or did so just now."""
     if self._run is not None and time.monotonic() >= self._pause_until:
       self._pause_until = math.inf
       self._thread.submit(self._write, self._run, 'In training')
@@ -127,7 +128,7 @@ class Page(Hook):
     self._write_last('Finished')
 
   def close(self) -> None:
-    """Writes the last page of a run that did not come to its end."""
+    """Writes the last page of a run that was stopped or that failed."""
     error = sys.exception()
     if self._run is None or error is None or error is self._outer_error:
       self._write_last('Stopped')
@@ -147,7 +148,7 @@ class Page(Hook):
       self._run = None
 
   def _write(self, run: Run, state: str, message: str = '') -> None:
-    """Writes the page; its first error is said, and none is raised."""
+    """Writes the page; raises no error, and prints the first one."""
     start_time = time.monotonic()
     try:
       run.recorder.confirm()
@@ -168,7 +169,7 @@ def write(
   Args:
     run: The run.
     state: What the run does: 'In training'.
-    message: Message of the error that ended the run; '' without.
+    message: Message of the error that ended the run; '' without an error.
     environment: Devices, versions and times.
   """
   folder = run.workdir
@@ -201,17 +202,18 @@ def write(
 
 
 def commands(run: Run, name: str) -> dict[str, str]:
-  """The commands that go on from a run, by what they do.
+  """The commands that continue or use a run, by what they do.
 
   Args:
     run: The run.
-    name: Its folder, as commands name it.
+    name: The run's folder, as commands name it.
   """
   steps, prompt = run.options.total_steps, run.options.sample.prompt
   quote = shlex.quote
   workdir, quoted = f'--workdir={quote(name)}', quote(name)
   train = f'moe_jax.main --config={quote(f"{name}/{workdir_lib.CONFIG_PY}")}'
-  # A run that began with another one is begun with as it is.
+  # The options by which this run itself began with another run get their
+  # defaults: this run's own parameters are to be taken as they are.
   start = ' '.join(
     quote(f'--config.{leaf.path}={leaf.default}')
     for leaf in _changed_leaves(run)
@@ -250,13 +252,13 @@ def commands(run: Run, name: str) -> dict[str, str]:
 
 
 def _picture(path: pathlib.Path, figure: Any) -> str:
-  """Writes a picture; returns an address that holds the picture itself."""
+  """Writes a picture; returns a data URL of it; '' without a figure."""
   from moe_jax.analysis import plot_style
 
   if figure is None:
     return ''
   content = plot_style.picture(figure)
-  # At any moment the file is the old or the new one.
+  # At any moment the file holds the whole old or the whole new picture.
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_bytes(content)
   unfinished.replace(path)
@@ -264,7 +266,7 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
 
 
 def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  """The numbers of the page; '' for those that are not known."""
+  """The numbers of the page by name; '' for a number that is not known."""
   cost = counts.count(run.model, run.options.data.seq_len)
   speeds = sorted(_values(rows, 'train/tokens_per_second'))
   losses, drops = _values(rows, 'train/loss'), _values(rows, 'train/drop_rate')
@@ -308,8 +310,8 @@ def _now() -> str:
 def name_of(folder: pathlib.Path) -> str:
   """A folder as commands name it: its path from the working directory.
 
-  A folder outside that directory is named by its last part alone, so that names
-  of other folders of a machine stay on it.
+  A folder outside that directory is named by its last part alone, so that the
+  page does not tell the names of a machine's other folders.
   """
   folder, current = folder.resolve(), pathlib.Path.cwd()
   if folder != current and folder.is_relative_to(current):

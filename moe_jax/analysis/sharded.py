@@ -1,7 +1,7 @@
 """The bytes that one device of a mesh holds and sends in a training step.
 
-They are read from the compiled step. The collectives in the body of a loop
-count as often as the loop runs, which the compiler notes beside each loop whose
+The bytes are read from the compiled step. The collectives in the body of a loop
+count as often as the loop runs, which the compiler notes at each loop whose
 length it knows.
 """
 
@@ -56,10 +56,10 @@ class Traffic(NamedTuple):
 
   Attributes:
     count: Number of collectives that a device takes part in.
-    num_bytes: Bytes that a device sends in them where devices form a ring. For
-      a ragged-all-to-all, where the load of the experts decides, they are a
-      bound of the mean over devices: none sends more than it has, and none
-      receives more than it has room for.
+    num_bytes: Bytes that a device sends in these collectives if the devices
+      form a ring. In a ragged-all-to-all the load of the experts decides; there
+      the number is a bound of the mean over devices, since no device sends more
+      than it has or receives more than it has room for.
   """
 
   count: int = 0
@@ -71,9 +71,9 @@ class Collectives:
   """The collectives of a program.
 
   Attributes:
-    by_kind: The traffic of each kind, of those of `KINDS` that occur.
-    unknown_loops: Number of loops whose length depends on the data; the
-      collectives in them count once.
+    by_kind: The traffic of each of `KINDS` that occurs in the program.
+    unknown_loops: Number of loops whose length depends on the data; collectives
+      in such loops count once.
   """
 
   by_kind: Mapping[str, Traffic]
@@ -101,7 +101,8 @@ class Sharded:
     temp_bytes: Bytes that are allocated while a step runs: activations,
       gradients, gathered parameters, rows that are exchanged.
     code_bytes: Bytes of the program; 0 where it is not in the device's memory.
-    collectives: The collectives in which the device sends to others in a step.
+    collectives: The collectives of a step in which the device sends to other
+      devices.
   """
 
   param_bytes: int
@@ -165,7 +166,7 @@ def device_bytes(tree: Any) -> int:
 def held_by_evaluations(programs: Programs) -> int:
   """Bytes that one device holds before a batch of an evaluation is there.
 
-  They are those of the train state, and of kernels with merged adapters.
+  It then holds the train state, and kernels with merged adapters.
   """
   state = programs.abstract_state
   params, kernels = flatten(state.params), programs.adapters.kernels
@@ -175,14 +176,15 @@ def held_by_evaluations(programs: Programs) -> int:
 def holders(
   x: jax.Array | jax.ShapeDtypeStruct, axis: int
 ) -> tuple[list[jax.Device], Bool[np.ndarray, 'D N']]:
-  """A table of the entries of one dimension that each device holds.
+  """A table of which device holds which index of a dimension.
 
   Args:
-    x: An array of N entries along the dimension, or its shape with a sharding.
-    axis: Number of the dimension, such as that of experts.
+    x: An array of size N along the dimension, or its shape with a sharding.
+    axis: Index of the dimension, such as the dimension of experts.
 
   Returns:
-    The D devices in the order of their ids, and whether each holds an entry.
+    The D devices in the order of their ids, and whether each device holds each
+    index.
   """
   indices = x.sharding.devices_indices_map(x.shape)
   devices = sorted(indices, key=lambda device: device.id)
@@ -225,7 +227,7 @@ def _executions(program: Program) -> dict[str, int]:
   callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
   for instruction in program.values():
     if instruction.opcode.endswith(('-done', '-update')):
-      continue  # it names a computation that its start has run
+      continue  # The computation that it names was run by its '-start'.
     times = 1
     if instruction.opcode == 'while':
       rounds = _trips(program, instruction)
@@ -245,8 +247,9 @@ def _executions(program: Program) -> dict[str, int]:
 def _trips(program: Program, loop: Instruction) -> int | None:
   """The number of rounds of a loop; None where the compiler does not know it.
 
-  The compiler for TPUs does not note it. There the condition of the loop,
-  `i < 32`, is read; `i` is taken to rise by one, as in every loop of jax.
+  The compiler for TPUs does not note the number of rounds. There the condition
+  of the loop, `i < 32`, is read, and `i` is taken to rise by one, as in every
+  loop of JAX.
   """
   if rounds := _TRIPS.search(loop.text):
     return int(rounds[1])
@@ -269,7 +272,7 @@ def _trips(program: Program, loop: Instruction) -> int | None:
 
 
 def _constant(program: Program, instruction: Instruction) -> int | None:
-  """The value of a constant, or of a copy of one; None for all others."""
+  """The value of an instruction that is a constant or its copy, else None."""
   while instruction.opcode in ('copy', 'copy-start', 'copy-done'):
     (instruction,) = _operands(program, instruction)
   value = re.match(r'\((-?\d+)\)', instruction.text)
@@ -287,7 +290,7 @@ def _sent_bytes(
   operands = [_type_bytes(x.type) for x in _operands(program, instruction)]
   operand_bytes = sum(operands)
   if kind == 'ragged-all-to-all':
-    return min(operands[:2])  # the rows, and the buffer that receives others
+    return min(operands[:2])  # rows to send, and the buffer for received rows
   group_size = _group_size(instruction.text, num_devices)
   if kind in ('collective-permute', 'collective-broadcast'):
     return operand_bytes

@@ -12,7 +12,7 @@ have a file of their own, whose name ends in `_encoder`. The kind is 'train',
 A file has arrays for B rows of T tokens, and for each layer i of E experts:
 
     tokens     int32 [B, T]        token ids
-    positions  int32 [B, T]        place of each token in its document, from 0
+    positions  int32 [B, T]        index of each token in its document
     documents  int32 [B, T]        document in the row, from 1; 0 is padding
     sources    int32 [B, T]        index into the header's `sources`, if known
     expert_i   int8/int16 [B, T, K']  chosen expert, -1 for none
@@ -47,21 +47,21 @@ _IDS = ('tokens', 'positions', 'documents', 'sources')
 
 
 class Record(NamedTuple):
-  """The choices in one batch, or in one of the two sequences of its rows.
+  """The choices in one batch, or in one sequence of an encoder-decoder's batch.
 
   Attributes:
     kind: 'train', the name of an evaluation, or 'generate'.
-    step: The number of optimizer steps that were taken before.
-    batch: The number of the batch within the same kind and step, from 0.
+    step: The number of optimizer steps that were taken before the batch.
+    batch: The index of the batch among those of the same kind and step.
     tokens: int32 [B, T], token ids.
     positions: int32 [B, T], the position of each token in its document.
-    documents: int32 [B, T], the number of the document in its row; 0 is
-      padding.
-    layers: The choices of each sparse layer, by the number of the layer; its
-      numbers of experts are int32, its gates and logits float32 that were
+    documents: int32 [B, T], the number of the token's document in the row, from
+      1; 0 is padding.
+    layers: The choices of each sparse layer, by the index of the layer. The
+      indices of experts are int32, the gates and logits are float32 that were
       rounded to the header's dtype.
-    sources: int32 [B, T], the source of each token by number into
-      `Header.sources`; None where the data has no such numbers.
+    sources: int32 [B, T], the index of each token's source in `Header.sources`;
+      None where the data does not tell its sources.
     sequence: '' or, for the inputs of an encoder-decoder, 'encoder'.
   """
 
@@ -83,8 +83,9 @@ class LayerInfo:
   Attributes:
     num_experts: The number E of experts that choices go to.
     num_selected: The number K of experts that a token chooses.
-    capacity: The slots of an expert in a group in training; None: no bound.
-    group_size: The number of tokens in a group in training; 0 is not known.
+    capacity: The slots of an expert in a group in training; None if there is no
+      bound.
+    group_size: The number of tokens in a group in training; 0 if unknown.
     by_expert: Whether experts choose tokens.
     sequence: '' or 'encoder', the sequence whose tokens the layer sees.
   """
@@ -102,14 +103,14 @@ class Header:
   """The description of a run that all records of a trace share.
 
   Attributes:
-    layers: The sparse layers, by their number in the model, an encoder's first.
+    layers: The sparse layers, by their index in the model, an encoder's first.
     batch_size: The number B of rows of a batch of training and evaluation.
-    seq_len: The number T of tokens of its rows.
+    seq_len: The number T of tokens of a row of such a batch.
     vocab_size: The number V of token ids.
-    data_digest: The sha256 of the data; '' if there is none.
+    data_digest: The sha256 of the data; '' if the data has no digest.
     model_digest: The sha256 of the model's options.
     seed: The seed of the run.
-    sources: The names of the sources that `Record.sources` numbers.
+    sources: The names of the sources of data that `Record.sources` points to.
     tokenizer: A description of the tokenizer.
     has_logits: Whether records have the logits of routers.
     dtype: The type that gates and logits are stored in, 'float16' or 'float32'.
@@ -135,7 +136,7 @@ class Trace:
   """A trace, whose files are read as records are asked for.
 
   Attributes:
-    header: Its header.
+    header: The header of the trace.
   """
 
   def __init__(self, folder: pathlib.Path, header: Header):
@@ -145,24 +146,24 @@ class Trace:
 
   @property
   def kinds(self) -> tuple[str, ...]:
-    """The kinds of records that there are, in alphabetical order."""
+    """The kinds of the trace's records, in alphabetical order."""
     return tuple(sorted({kind for _, kind, *_ in self._paths}))
 
   def steps_of(self, kind: str) -> tuple[int, ...]:
-    """The numbers of steps that there are records of a kind of, ascending."""
+    """The steps at which the trace has records of a kind, ascending."""
     return tuple(dict.fromkeys(n for n, k, *_ in self._paths if k == kind))
 
   def records(
     self, kind: str | None = None, steps: Container[int] | None = None
   ) -> Iterator[Record]:
-    """The records, by step, kind, number of the batch and sequence.
+    """The records, in the order of step, kind, batch and sequence.
 
     Args:
-      kind: The kind of records; None: all.
-      steps: The numbers of steps, such as a range; None: all.
+      kind: The kind of the records; None takes all kinds.
+      steps: The steps of the records, such as a range; None takes all steps.
 
     Raises:
-      ValueError: There is no such kind, or a file is damaged.
+      ValueError: The trace has no such kind, or a file is damaged.
     """
     if kind is not None and kind not in self.kinds:
       raise InputError(f'unknown kind {kind!r}; have {[*self.kinds]}')
@@ -172,7 +173,7 @@ class Trace:
 
 
 def create(folder: Folder, header: Header) -> pathlib.Path:
-  """Makes the folder of a trace with its header; one that is there goes on."""
+  """Makes the folder of a trace with its header; an existing trace goes on."""
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   if not (folder / HEADER).exists():
@@ -197,7 +198,7 @@ def check(folder: Folder, header: Header) -> None:
 
 
 def differences(there: Any, here: Any, names: Iterable[str]) -> Iterator[str]:
-  """A line for each attribute that two headers, or layers, do not share."""
+  """A line for each attribute in which two headers, or two layers, differ."""
   for name in names:
     if (a := getattr(there, name)) != (b := getattr(here, name)):
       yield f'{name}: {a!r} there, {b!r} here'
@@ -212,9 +213,9 @@ def check_new(folder: Folder) -> None:
 def forget(folder: pathlib.Path, step: int) -> None:
   """Deletes the records that a run makes anew from a step on.
 
-  They are those of training after `step` optimizer steps or more, and of
-  evaluations after more: those after `step` itself are still valid, and are
-  written again under their names if the evaluation is made up.
+  Deleted are training's records at `step` and later, and evaluations' records
+  later than `step`. Evaluations at `step` itself are still valid; if such an
+  evaluation is repeated, its records are overwritten.
   """
   for (at, kind, *_), path in [*_files(folder)]:
     if at > step or (kind == 'train' and at == step):
@@ -222,7 +223,7 @@ def forget(folder: pathlib.Path, step: int) -> None:
 
 
 def save(folder: pathlib.Path, header: Header, record: Record) -> None:
-  """Writes a record; its file appears under its name when it is whole.
+  """Writes a record; its file gets its name only when it is complete.
 
   Raises:
     ValueError: The record does not fit the header.
@@ -275,7 +276,7 @@ def read(folder: Folder) -> Trace:
   """Reads the header of a trace, and the names of its files.
 
   Raises:
-    ValueError: There is no trace, or its header is of another format.
+    ValueError: The folder has no trace, or its header is of another format.
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / HEADER
@@ -310,7 +311,7 @@ def _files(
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
-  """The fields of a record that its file has."""
+  """The fields of a record that are stored in its file."""
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)

@@ -23,8 +23,9 @@ from moe_jax.compression import (
   teacher_logits,
 )
 
-# Each adds a command to the parser, with `run`, the function that is called
-# with the parsed options and the overrides of a config, and returns a text.
+# Each function adds a command to the parser. Its default `run` is the function
+# that carries out the command: it gets the parsed options and the overrides of
+# a config, and returns a text to print.
 MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 

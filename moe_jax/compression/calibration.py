@@ -1,8 +1,8 @@
-"""Calibration: the tokens that reach the experts of a model on batches.
+"""Calibration: the tokens of some batches that reach the experts of a model.
 
 Special tokens do not count among the inputs of kernels, as in QMoE
-(https://arxiv.org/abs/2310.16795): their inputs are large and their outputs do
-not matter.
+(https://arxiv.org/abs/2310.16795): their representations are large, and the
+experts' outputs for them do not matter.
 """
 
 import functools
@@ -25,7 +25,7 @@ from moe_jax.models import Model
 from moe_jax.routing import AnyRouting
 from moe_jax.shapes import Array, Leaf
 
-# The most tokens of an expert, as a multiple of the mean.
+# The most tokens that an expert keeps, as a multiple of the experts' mean.
 MOST_TOKENS = 4
 # The number of rows of an expert is a multiple of this, so that few programs
 # are compiled.
@@ -38,7 +38,7 @@ class RoutedTokens(flax.struct.PyTreeNode):
 
   Attributes:
     x: float [G, S, M], the inputs of the experts, of the type of products.
-    routing: The routing of these groups.
+    routing: The routing of the G groups of S tokens.
   """
 
   x: Array
@@ -50,7 +50,7 @@ def batches(
 ) -> list[dict[str, Any]]:
   """Batches of the training split, as a run of seed 0 reads them at its start.
 
-  No batch of another split is among them, so measures on those stay honest.
+  Validation and test splits are not read, so that measures on them stay honest.
 
   Args:
     run: The run; the batches have its batch size.
@@ -77,7 +77,7 @@ def batches(
 def capture(
   model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
 ) -> dict[int, RoutedTokens]:
-  """The tokens that reach each sparse layer of a model, by layer number.
+  """The tokens that reach each sparse layer of a model, by the layer's index.
 
   Dropout and noise are off.
   """
@@ -104,8 +104,8 @@ class Rows(NamedTuple):
   """The inputs of the kernels of some experts.
 
   Attributes:
-    x: float [E, R, M], the tokens of each expert; zeros after the last.
-    filled: bool [E, R], whether there is a token.
+    x: float [E, R, M], the inputs of each expert's tokens, and then zeros.
+    filled: bool [E, R], whether the row is that of a token.
   """
 
   x: Leaf
@@ -115,14 +115,14 @@ class Rows(NamedTuple):
 def counted(
   batch: Mapping[str, np.ndarray], prefix: str, tokenizer: Tokenizer | None
 ) -> np.ndarray:
-  """Whether each token of a sequence counts, bool [B, T].
+  """Whether each token of a sequence counts in calibration, bool [B, T].
 
-  Neither padding nor special tokens do, nor those of a decoder that a masked
-  span follows.
+  Padding and special tokens do not count, nor do tokens of a decoder whose next
+  token is a sentinel, which stands for a masked span.
 
   Args:
     batch: A batch.
-    prefix: The prefix of the sequence's keys.
+    prefix: The prefix of the sequence's keys in the batch.
     tokenizer: The tokenizer of the batch; with None no token is special.
   """
   is_counted = np.asarray(batch[f'{prefix}segment_ids']) > 0
@@ -141,18 +141,20 @@ class ExpertTokens:
   """The tokens that reach the experts of a layer, over all batches.
 
   Attributes:
-    without_tokens: The experts that no token that counts reaches.
+    without_tokens: The indices of the experts that no counted token reaches.
     num_experts: E, the number of experts.
   """
 
   def __init__(
     self, batches: Sequence[RoutedTokens], masks: Sequence[np.ndarray]
   ):
-    """Sorts tokens by expert, each with at most `MOST_TOKENS` times the mean.
+    """Sorts the tokens that count by the experts that serve them.
+
+    An expert keeps at most `MOST_TOKENS` times the experts' mean number.
 
     Args:
       batches: The tokens of each batch with their routing.
-      masks: Whether each token of the batches counts, bool [B, T].
+      masks: For each batch, whether a token counts, bool [B, T].
     """
     M = batches[0].x.shape[-1]
     self._x = np.concatenate([np.asarray(b.x).reshape(-1, M) for b in batches])
@@ -167,7 +169,7 @@ class ExpertTokens:
     self._num_rows = max(-(-longest // _ROWS_STEP), 1) * _ROWS_STEP
 
   def rows(self, experts: slice) -> Rows:
-    """The rows of some of the experts."""
+    """The inputs of a slice of the experts."""
     tokens = self._tokens[experts]
     shape = len(tokens), self._num_rows
     x = np.zeros((*shape, self._x.shape[1]), self._x.dtype)
@@ -179,7 +181,7 @@ class ExpertTokens:
 
 
 def _chosen(routed_tokens: RoutedTokens, mask: np.ndarray) -> np.ndarray:
-  """Whether an expert serves a token that counts, bool [N, E]."""
+  """Whether each token counts and is served by each expert, bool [N, E]."""
   gates = np.asarray(routed_tokens.routing.token_gates())
   is_counted = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
   return ((gates != 0) & is_counted[..., None]).reshape(-1, gates.shape[-1])

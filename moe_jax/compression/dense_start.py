@@ -1,4 +1,4 @@
-"""Dense feed-forwards made of a sparse layer's experts, side by side.
+"""Dense feed-forwards made of a sparse layer's experts, concatenated.
 
 The rule of https://arxiv.org/abs/2605.28207: the N experts of the highest
 conditional probability are concatenated into one feed-forward of N times their
@@ -40,10 +40,10 @@ def gate_sums(
 def rank(
   gates: Float[np.ndarray, ' E'], tokens: Float[np.ndarray, ' E']
 ) -> tuple[int, ...]:
-  """The experts by falling conditional probability, of `gate_sums`.
+  """The indices of experts by falling conditional probability.
 
-  The lower number comes first among equals; experts that serve no token are
-  last.
+  The arguments are what `gate_sums` returns. Ties go to the lower index;
+  experts that serve no token are last.
   """
   probability = np.where(tokens > 0, gates / np.maximum(tokens, 1), -1.0)
   return tuple(np.argsort(-probability, kind='stable').tolist())
@@ -55,10 +55,10 @@ def best_experts(
   variables: Mapping[str, Any],
   batches: Iterable[Mapping[str, Leaf]],
 ) -> dict[int, tuple[int, ...]]:
-  """The experts of each sparse layer that stand side by side in a dense model.
+  """The experts of each sparse layer that a dense feed-forward is made of.
 
-  Their number is the feed-forward's width over an expert's: K for a dense twin,
-  or another number.
+  Their number is the width of the dense model's feed-forward divided by the
+  width of an expert: K for a dense twin, or another number.
 
   Args:
     model: The dense model.
@@ -67,8 +67,8 @@ def best_experts(
     batches: The batches of data, at least one, on which experts are ranked.
 
   Raises:
-    ValueError: The models do not fit, or a feed-forward has no multiple of the
-      width of an expert.
+    ValueError: The models do not fit, or the width of a feed-forward is no
+      multiple of the width of an expert.
   """
   counts = {
     layer: _num_experts(model, source, layer)
@@ -100,11 +100,13 @@ def concatenated(
   Args:
     model: The dense model.
     source: The sparse model.
-    experts: The experts of each sparse layer that stand side by side.
+    experts: The indices of the experts of each sparse layer that are
+      concatenated, by layer.
     convert: A function from `params` and a key to all parameters of the dense
-      model; the feed-forwards that are made of experts replace its own.
+      model; the feed-forwards that are made of experts replace those that the
+      function returns.
     params: The parameters of the sparse model, unboxed.
-    key: The key that `convert` gets.
+    key: The key that is given to `convert`.
   """
   layers = source.stacks.layer_trees(params)
   joined = {
@@ -128,10 +130,11 @@ def concatenated(
 
 
 def _num_experts(model: Model, source: Model, layer: int) -> int:
-  """The number of experts whose joint width is that of a layer's feed-forward.
+  """The number of experts that are as wide as a dense layer's feed-forward.
 
   Raises:
-    ValueError: There is no such number, or the layer is not dense.
+    ValueError: No number of experts has that width, a layer has a shared
+      expert, activations or biases differ, or the new layer is not dense.
   """
   moe = source.stacks.moe_of(layer)
   if moe.shared_expert.hidden:
@@ -163,7 +166,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
 
 
 def _block(model: Model, layer: int) -> tuple[BlockConfig, MoeOptions | None]:
-  """The options of a layer's block, and its mixture, or that of its twin."""
+  """The options of a layer's block and of its mixture, if it has one."""
   return [
     (stack.block, kind.moe)
     for stack in model.stacks.blocks

@@ -1,4 +1,4 @@
-"""Distillation: a run learns from another run's model, and begins with it.
+"""Distillation: a run learns from another run's model, and may begin with it.
 
     config.distill.teacher = 'runs/tiny'
 
@@ -36,7 +36,7 @@ from moe_jax.training.programs import make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
-# File of a student's folder that says which checkpoint teaches it.
+# The file in a student's folder that says which checkpoint is the teacher.
 TEACHER_FILE = 'teacher.json'
 
 
@@ -44,25 +44,25 @@ class Teacher:
   """Another run, whose model teaches a run.
 
   Attributes:
-    folder: The other run's folder.
-    options: Its options and its tokenizer.
-    model: Its model, built with the sharding table `distill.sharding`.
+    folder: The teacher's folder.
+    options: The teacher's options and tokenizer.
+    model: The teacher's model, with the sharding table `distill.sharding`.
   """
 
   def __init__(
     self, run: Run, options: DistillOptions, allow: Iterable[str] = ()
   ):
-    """Checks the teacher against a run; its arrays are read later.
+    """Checks the teacher against a run; the teacher's arrays are read later.
 
     Args:
-      run: The run.
-      options: Its section `distill`.
+      run: The run that learns.
+      options: The run's `config.distill`.
       allow: Modules whose classes, named in the teacher's folder, may be
         imported.
 
     Raises:
-      ValueError: The folder holds no run, or one with kernels in codes; or the
-        teacher's tokens, tasks, sequences or sizes do not fit the run: all
+      ValueError: The folder holds no run, or a run with quantised kernels; or
+        the teacher's tokens, tasks, sequences or sizes do not fit the run: all
         reasons are listed.
     """
     self._run, self._rules = run, options.sharding.rules
@@ -102,7 +102,7 @@ class Teacher:
     """The teacher's variables on the run's devices, with their step.
 
     Raises:
-      ValueError: There is no such checkpoint, or it is of another model.
+      ValueError: The teacher has no such checkpoint, or it is of another model.
       CheckpointError: The checkpoint is not good.
     """
     return trained.restore_variables(
@@ -115,7 +115,7 @@ class Teacher:
 
   @property
   def step(self) -> int:
-    """The step of the checkpoint, which is read unless the step is pinned."""
+    """The step of the checkpoint, which is read if the options name no step."""
     pinned = self._pinned_step
     return self.restored.step if pinned is None else pinned
 
@@ -124,16 +124,16 @@ class Teacher:
     """The sha256 of the checkpoint's manifest, which has the files' own sha256.
 
     Raises:
-      ValueError: There is no such checkpoint.
+      ValueError: The teacher has no such checkpoint.
     """
     return trained.checkpoint_digest(self.folder, self.step)
 
   def keep_to(self) -> None:
-    """Notes the checkpoint in the run's folder.
+    """Notes the teacher's checkpoint in the run's folder.
 
     Raises:
-      ValueError: The run has begun with a checkpoint of that step which had
-        other contents.
+      ValueError: The run has begun with another checkpoint: its step is the
+        same, but its contents differ.
     """
     run, note = self._run, self._note
     new = {'asked': self._asked, 'step': self.step, 'sha256': self.digest}
@@ -153,7 +153,7 @@ class Teacher:
 
 
 class Distilling(Hook):
-  """Teaches a run whose config has `distill.teacher`; others stay as they are.
+  """Teaches a run whose config has `distill.teacher`; other runs do not change.
 
   Attributes:
     allow: Modules whose classes, named in another run's folder, may be
@@ -167,9 +167,9 @@ class Distilling(Hook):
     self._teacher: Teacher | None = None
 
   def check(self, run: Run) -> None:
-    """Checks that the other run fits, without reading any of its arrays.
+    """Checks the teacher, or the run to begin with, without reading its arrays.
 
-    A run that has begun no longer needs the run that it began with.
+    A run with a checkpoint no longer needs the run that it began with.
     """
     options = _options(run)
     if options.teacher:
@@ -181,7 +181,7 @@ class Distilling(Hook):
   def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
     """The variables that a run begins with; see `training.begin.Initial`.
 
-    They are the teacher's, as `distill.start` says, or those of
+    The variables come from the teacher, as `distill.start` says, or from
     `config.init_from`.
 
     Raises:
@@ -226,7 +226,7 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's section `distill`; its step is that of stored logits, if any."""
+  """The run's `config.distill`; its step is that of stored logits, if any."""
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options
@@ -237,10 +237,10 @@ def _options(run: Run) -> DistillOptions:
 def _begin_with(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> tuple[dict[str, Any], str]:
-  """The variables that the teacher gives, and a line about them.
+  """The variables made of the teacher's, and a line about them.
 
-  All but experts and routers are copied; a feed-forward in a layer in which the
-  teacher is sparse is drawn from the seed, or made of experts.
+  All but experts and routers are copied. Where the teacher's layer is sparse,
+  the run's feed-forward is drawn from the seed, or made of experts.
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)
@@ -266,7 +266,7 @@ def _begin_with(
     f'beginning with the weights of step {teacher.step} of {teacher.folder}: '
     f'{description}; the optimizer is new'
   )
-  # Feed-forwards are not copied.
+  # Feed-forwards are not copied, so their settings may differ.
   ffns = ('model.ffn.', 'model.encoder.ffn.')
   settings = start_lib.changes(teacher.options.model, run.options.model)
   if changes := ', '.join(x for x in settings if not x.startswith(ffns)):
@@ -291,8 +291,8 @@ def soft_cross_entropy(
     logits: The teacher's logits or log-probabilities, through which no gradient
       flows.
     temperature: T.
-    ids: The tokens that the logits are of, in any order; None: of all V. Tokens
-      that are left out count as impossible.
+    ids: The ids of the tokens that `logits` is about, in any order; None if
+      `logits` is about all V. Tokens that are left out count as impossible.
   """
   labels = jax.nn.softmax(jax.lax.stop_gradient(logits) / temperature)
   log_probs = jax.nn.log_softmax(outputs / temperature)
@@ -304,13 +304,13 @@ def soft_cross_entropy(
 def mixed(
   model: Model, options: DistillOptions, soft: Callable[[Array, Batch], Array]
 ) -> Callable[[Any, Batch], TokenLosses]:
-  """The loss of a student: its own and `soft`, weighted by the options.
+  """The loss of a student: its own loss and `soft`, weighted by the options.
 
   Args:
     model: The student.
-    options: The weights; the model's own loss is left out where its is 0.
-    soft: The function (student's logits, batch) to the nats of each token, of
-      which those of loss weight 0 count as zeros.
+    options: The two weights; with `hard_weight` 0 the own loss is left out.
+    soft: The function (student's logits, batch) to the nats of each token. It
+      is given zeros as the logits of tokens with loss weight 0.
   """
 
   def loss(outputs: Array, batch: Batch) -> TokenLosses:
@@ -325,15 +325,15 @@ def mixed(
 
 @dataclasses.dataclass(frozen=True)
 class TaughtStep:
-  """A step (state, batch) around one that takes arrays of a teacher, too.
+  """A training step (state, batch) that also hands over the teacher's arrays.
 
-  It is lowered and compiled like a function that `jax.jit` returns.
+  The step is lowered and compiled like a function that `jax.jit` returns.
 
   Attributes:
-    stage: The function (teacher's arrays, state, batch), or a stage of its
-      compilation.
-    arrays_of: Function from the state to the teacher's variables or logits.
-    like: Arrays like these, or their shapes with shardings.
+    stage: The function (teacher's arrays, state, batch) that is called, or a
+      stage of its compilation.
+    arrays_of: The function from the state to the teacher's variables or logits.
+    like: Arrays like the teacher's, or their shapes with shardings.
   """
 
   stage: Any
@@ -345,7 +345,7 @@ class TaughtStep:
     return self.stage(self.arrays_of(state), state, batch)
 
   def lower(self, state: Any, batch: Any) -> 'TaughtStep':
-    """The step, lowered for a state and a batch of these shapes."""
+    """The step, lowered for the shapes of a state and a batch."""
     stage = self.stage.lower(self.like, state, batch)
     return dataclasses.replace(self, stage=stage)
 
@@ -362,8 +362,8 @@ def _taught_step(
 ) -> TaughtStep:
   """The step with soft labels, computed for each (micro)batch or stored.
 
-  The teacher's dropout and its routers' noise are off; tokens that its capacity
-  drops in its evaluation are dropped here, too.
+  The teacher runs as in its evaluation: dropout and routers' noise are off, and
+  tokens beyond the capacity of evaluation are dropped.
   """
   model, stored = teacher.model, None
   if options.logits:
@@ -389,7 +389,7 @@ def _taught_step(
       run.programs.optimizer,
       loss=mixed(run.model, options, functools.partial(soft, arrays)),
     )
-    # Rows of stored logits are split into microbatches like others.
+    # Stored logits are in the batch, so that microbatches split them, too.
     return step(state, {**batch, **arrays} if stored else batch)
 
   layouts = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The options of distillation: the section `distill` of a config."""
+"""The options of distillation: `config.distill`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ class DistillOptions(Options):
     return bool(self.teacher) and self.start != NONE
 
   def problems(self) -> Iterator[str]:
-    """The problems of a run without a loss, or a teacher that gives nothing."""
+    """A text for each option without effect, and one if nothing is learned."""
     if not self.teacher:
       yield from self.in_vain('unless teacher is given')
       return

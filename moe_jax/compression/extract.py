@@ -44,8 +44,8 @@ class Extracted(NamedTuple):
 
   Attributes:
     options: The options of the model.
-    params: Its parameters.
-    layers: Numbers of the layers that became dense, an encoder's first.
+    params: The parameters of the model.
+    layers: Indices of the layers that became dense, an encoder's first.
   """
 
   options: ModelOptions
@@ -56,20 +56,20 @@ class Extracted(NamedTuple):
 def extract(
   options: ModelOptions, params: Mapping[str, Any], task: int
 ) -> Extracted:
-  """The model whose layers by task keep what one task uses of them.
+  """The model of one task: layers that route by task keep only its experts.
 
-  Without noise and without dropped tokens its logits are those of the whole
-  model for tokens of the task, but for rounding.
+  Without noise and without dropped tokens, the logits of the task's tokens are
+  those of the whole model, but for rounding.
 
   Args:
     options: The options of the whole model, with the sizes of its data.
-    params: Its parameters.
-    task: The number of the task.
+    params: The parameters of the whole model.
+    task: The index of the task.
 
   Raises:
-    ValueError: No layer routes by task, experts are no feed-forwards, layers by
-      task have merged experts or uneven numbers of experts, or kernels are in
-      codes.
+    ValueError: No layer routes by task, experts are no feed-forwards, layers
+      that route by task have merged experts or uneven numbers of experts, or
+      kernels are quantised.
   """
   code_trees.check_plain(options, 'the model')
   model = options.build()
@@ -119,7 +119,7 @@ def _with_dense_layers(
     )
 
   def dense(layers: Params) -> Params:
-    """The dense layers of stacked sparse ones."""
+    """The stacked dense layers that are made of stacked sparse layers."""
     choice = functools.partial(choice_of_task, moe, shared, task=task)
     index, gate = jax.vmap(choice)(layers)  # [L, S, K]
     if (index != index[:, :1]).any() or (gate != gate[:, :1]).any():
@@ -151,7 +151,7 @@ def choice_of_task(
     moe: The options of the layer.
     shared: The settings that all layers of the model share.
     params: The parameters of the layer.
-    task: The number of the task.
+    task: The index of the task.
   """
   router = moe.router.module(moe.sizes, shared, 'router')
   x = jax.random.normal(
@@ -171,19 +171,19 @@ def as_one(
   index: Int32[Array, ' K'],
   gate: Float32[Array, ' K'],
 ) -> Params:
-  """The parameters of one feed-forward of width K*F that is K experts' sum.
+  """The parameters of a feed-forward of width K*F that sums K experts.
 
   Args:
     experts: The parameters of E feed-forwards, [E, ...] each; see `FfnLayer`.
-    index: The numbers of the experts.
-    gate: The weight of each expert in the sum.
+    index: The indices of the K experts.
+    gate: The weight of each of the K experts in the sum.
   """
   # The parameters of the K chosen experts, [K, ...] each.
   chosen_experts = {name: array[index] for name, array in experts.items()}
   K, M, F = chosen_experts['w_in'].shape
   dense = {}
   for name, array in chosen_experts.items():
-    if name in ('w_out', 'b_out'):  # these are weighted by the gate
+    if name in ('w_out', 'b_out'):  # parameters that the gate multiplies
       scaled = gate.reshape(-1, *[1] * (array.ndim - 1)) * array
       scaled = scaled.sum(0) if name == 'b_out' else scaled.reshape(K * F, M)
       dense[name] = scaled.astype(array.dtype)
@@ -195,7 +195,7 @@ def as_one(
 
 
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
-  """The options of a stack's mixtures, or of their twins if it goes by task."""
+  """The options of a stack's mixtures; of dense twins if it routes by task."""
   moe = half.moe
   if not half.routes_by_task:
     return moe
@@ -212,7 +212,7 @@ def of_run(run: WholeRun, task: str) -> Extracted:
   """The model of one task of a run, by the task's name.
 
   Raises:
-    ValueError: The run has no such task, or as `extract`.
+    ValueError: The run has no such task, or see `extract`.
   """
   tasks = run.options.data.tasks
   if run.options.model.routes_by_task and task not in tasks:

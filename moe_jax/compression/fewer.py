@@ -1,18 +1,19 @@
 """Models with fewer experts: pruning, and the models that merging makes, too.
 
-Pruning keeps the experts of the highest scores and their router columns: the
-usage, the mean gate, or REAP's mean of gate times norm of output
-(https://arxiv.org/abs/2510.13999). An expert that no calibration token reaches
-has the score 0 and goes first; ties go to the lower number. A token takes the
-next of its choices for one that is gone. What tokens do that choose no expert
-that is gone:
+Pruning keeps the experts of the highest scores, with their weights in the
+router. A score is the usage, the mean gate, or REAP's mean of gate times norm
+of output (https://arxiv.org/abs/2510.13999). An expert that no calibration
+token reaches has the score 0 and is pruned first; of equal scores the lower
+index stays. A token that would choose a pruned expert takes the next of its
+choices. For a token whose choices all stay:
 
 - With gates that sum to one over the chosen experts, or that are each a
   sigmoid, nothing changes.
 - With raw gates the softmax is over the experts that stay: a gate g becomes
-  g / (1 - p), where p is the sum of the probabilities of the experts that are
-  gone. So the layer's output y becomes y / (1 - p).
-- Where a token chooses groups of experts first, each group keeps as many.
+  g / (1 - p), where p is the sum of the probabilities of the pruned experts. So
+  the layer's output y becomes y / (1 - p).
+
+Where a token chooses groups of experts first, all groups keep equally many.
 """
 
 import dataclasses
@@ -40,12 +41,13 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 class SmallerLayer(NamedTuple):
-  """A sparse layer with the experts that are left of it.
+  """A sparse layer with fewer experts.
 
   Attributes:
-    groups: The old experts of which each expert is made. An old expert of no
-      group is pruned, with its column; where none is, all columns stay, and
-      lead to the experts of their groups.
+    groups: For each new expert the indices of the old experts that it is made
+      of. An old expert in no group is pruned, with its column of the router's
+      kernel. If none is pruned, the router keeps all columns, and a column
+      leads to the new expert that its old expert became part of.
     arrays: The arrays of the layer that change, by path.
   """
 
@@ -54,12 +56,12 @@ class SmallerLayer(NamedTuple):
 
   @property
   def num_experts(self) -> int:
-    """E', the number of experts that are left."""
+    """E', the number of experts of the smaller layer."""
     return len(self.groups)
 
   @property
   def row(self) -> tuple[int, ...]:
-    """The expert of each old column that is left."""
+    """The index of the new expert, for each old expert that is not pruned."""
     pairs = (
       (old, new) for new, group in enumerate(self.groups) for old in group
     )
@@ -71,8 +73,8 @@ class Calibrated(NamedTuple):
 
   Attributes:
     run: The run.
-    layers: Its sparse layers, by number.
-    usage: The statistics of each sparse layer.
+    layers: The run's sparse layers, by index.
+    usage: The statistics of the experts of each sparse layer.
   """
 
   run: WholeRun
@@ -91,7 +93,7 @@ def calibrated(
     options: The options of other data; None takes those of the run.
 
   Raises:
-    ValueError: The model's experts cannot be merged or pruned, or as
+    ValueError: The model's experts cannot be merged or pruned, or see
       `calibration.batches`.
   """
   code_trees.check_plain(run.options.model, run.folder)
@@ -122,11 +124,12 @@ def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
   """The number of experts that stay in each sparse layer.
 
   Args:
-    text: One number for all, '4', or one for each in their order: '4,6,4'.
+    text: One number for all layers, '4', or a number for each: '4,6,4'.
     layers: The sparse layers.
 
   Raises:
-    ValueError: The text is neither, or a number is not in [K, E].
+    ValueError: The text has no or too many numbers, or a number is not in
+      [K, E].
   """
   entries = [entry.strip() for entry in text.split(',')]
   if not all(entry.isdigit() for entry in entries):
@@ -181,7 +184,7 @@ def numbers_by_share(
 def check_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> None:
-  """Raises ValueError where groups of experts cannot keep as many each."""
+  """Raises ValueError if a layer's groups cannot keep equally many experts."""
   for n, layer in layers.items():
     if counts[n] % (num_groups := _groups(layer)):
       raise InputError(
@@ -193,7 +196,7 @@ def check_groups(
 def in_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> dict[int, int]:
-  """The counts, rounded up so that groups of experts keep as many each."""
+  """The counts, rounded up so that groups of experts keep equally many."""
   return {
     n: -(-counts[n] // _groups(layer)) * _groups(layer)
     for n, layer in layers.items()
@@ -201,14 +204,14 @@ def in_groups(
 
 
 def _groups(layer: SparseLayer) -> int:
-  """The number of groups of experts among which tokens choose first."""
+  """The number of groups that tokens first choose among, before experts."""
   return getattr(layer.moe.router, 'expert_groups', 1)
 
 
 def prune(
   original: Calibrated, counts: Mapping[int, int], *, score: str = 'reap'
 ) -> dict[int, SmallerLayer]:
-  """The layers of a run with the experts of the highest scores, by number.
+  """The layers of a run with the experts of the highest scores, by index.
 
   Args:
     original: The run with the statistics of its experts.
@@ -231,7 +234,7 @@ def prune(
 
 
 def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
-  """The layer with these experts alone, and with their columns.
+  """The layer with some experts alone, and their columns of the router.
 
   Raises:
     ValueError: Fewer experts would stay than a token chooses, or groups of
@@ -260,17 +263,17 @@ def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
 def smaller(
   run: WholeRun, new_layers: Mapping[int, SmallerLayer]
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """The options and the variables of the model with the experts that are left.
+  """The options and the variables of the model with fewer experts.
 
-  A balancing bias goes with its column.
+  The balancing bias of a pruned expert is removed with its router column.
 
   Args:
     run: The run.
-    new_layers: Sparse layers with the experts that stay, by number; others
-      stay as they are.
+    new_layers: The new sparse layers by index; the other layers stay as they
+      are.
 
   Raises:
-    ValueError: Some layers lose columns, and others have merged experts.
+    ValueError: Some layers have pruned experts, and others merged experts.
   """
   model = run.model
   layers = sparse_layers(model, run.variables)
@@ -308,15 +311,15 @@ def smaller(
 def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
   """The run in memory without some experts.
 
-  A token that would choose one of them takes the next of its choices.
+  A token that would choose a removed expert takes the next of its choices.
 
   Args:
     run: The run.
-    lost: The experts to remove, by the number of their layer.
+    lost: The indices of the experts to remove, by the index of their layer.
 
   Raises:
     ValueError: A layer is not sparse, has no such expert or would keep fewer
-      than a token chooses, or as `check_layer` and `only`.
+      than a token chooses, or see `check_layer` and `only`.
   """
   layers = sparse_layers(run.model, run.variables)
   new_layers = {}

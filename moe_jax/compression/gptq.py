@@ -1,8 +1,9 @@
-"""GPTQ: rounding of kernels that minds the inputs that they multiply.
+"""GPTQ: rounding of kernels that takes account of the kernels' inputs.
 
-GPTQ is https://arxiv.org/abs/2210.17323; damping, fallback and experts without
-tokens are those of QMoE, https://arxiv.org/abs/2310.16795. A kernel is
-[*E, I, O], for I inputs and O output units, which are the rows of the papers.
+The method is GPTQ's, https://arxiv.org/abs/2210.17323. Damping, the fallback to
+the nearest value and experts without tokens are treated as in QMoE,
+https://arxiv.org/abs/2310.16795. A kernel is [*E, I, O], for I inputs and O
+output units; the papers' weight matrices have output units as rows.
 """
 
 import functools
@@ -16,8 +17,8 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import Grid, KernelFormat
 from moe_jax.shapes import Array, Bool, Float, Float32, Int8, UInt8, checked
 
-# The share of the mean of the Hessian's diagonal that is added to it, and the
-# least number that is added.
+# This share of the mean of the Hessian's diagonal is added to the diagonal, but
+# at least this number.
 DAMPING, LEAST_DAMPING = 0.1, 1e-6
 # The number of inputs whose errors are passed on to all later ones together.
 BLOCK = 128
@@ -25,13 +26,13 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Factor(NamedTuple):
-  """The factor of inverse Hessians that the sweep over inputs reads.
+  """The triangular factors of inverse Hessians, which rounding reads.
 
   Attributes:
     upper: float32 [*E, I, I], the upper triangular U with inverse(H) = U^T U;
       the identity where H has no such factor.
-    plain: bool [*E], whether it stands for the identity, so that rounding is to
-      the nearest value.
+    plain: bool [*E], whether `upper` is the identity, because H is zero or has
+      no factor, so that weights are rounded to the nearest value.
   """
 
   upper: Array
@@ -51,8 +52,8 @@ def hessian(
 def factor(h: Float32[Array, '*E I I']) -> Factor:
   """The factor of the damped inverse of each Hessian.
 
-  It stands for the identity where the Hessian is zero, as that of an expert
-  without tokens, or where its factorisation fails.
+  The factor is the identity where the Hessian is zero, as for an expert without
+  tokens, or where the factorisation fails.
   """
   size = h.shape[-1]
   identity = jnp.broadcast_to(jnp.eye(size), h.shape)
@@ -71,13 +72,13 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
 def gptq(
   w: Float[Array, '*E I O'], format: KernelFormat, grid: Grid, factor: Factor
 ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
-  """Rounds one input after another; later weights make up for the error.
+  """Rounds one input's weights after another; later weights make up the error.
 
-  Where the factor stands for the identity, weights are rounded to the nearest
-  value, bit for bit.
+  Where the factor is the identity, weights are rounded to the nearest value,
+  bit for bit.
 
   Returns:
-    The codes, on a grid of the format, which stays as it is.
+    The integer codes of the weights on `grid`, which does not change.
   """
   sweep = functools.partial(_sweep, format)
   for _ in range(w.ndim - 2):
@@ -86,7 +87,7 @@ def gptq(
 
 
 def _sweep(format, w, grid, upper):
-  """The codes of one kernel [I, O]."""
+  """The integer codes of one kernel [I, O], rounded by GPTQ."""
   inputs, units = w.shape
   block = min(BLOCK, inputs)
   padding = -inputs % block
@@ -125,8 +126,8 @@ def error(
 
   Args:
     w: The kernels.
-    values: The numbers that the kernels' codes stand for.
-    h: The Hessians of their inputs, undamped.
+    values: The kernels after rounding.
+    h: The Hessians of the kernels' inputs, undamped.
   """
   change = w.astype(jnp.float32) - values
   weighted_change = jnp.matmul(h, change, precision=_EXACT)
@@ -134,14 +135,15 @@ def error(
 
 
 class Outcome(NamedTuple):
-  """Some kernels in codes, and the errors of both methods.
+  """Some quantised kernels, and the errors of both methods of rounding.
 
   Attributes:
-    codes: The codes, as the chosen method rounds, uint8 or int8 [E, I, O].
-    grid: The grid of the codes.
+    codes: uint8 or int8 [E, I, O], the integer codes of the kernels, as the
+      chosen method rounds them.
+    grid: The grid of values that the codes point to.
     values: float32 [E, I, O], the values that the codes stand for.
     rtn: float32 [E], tr((W - Q) H (W - Q)^T) of rounding to the nearest value.
-    gptq: float32 [E], the same error of rounding by GPTQ.
+    gptq: float32 [E], tr((W - Q) H (W - Q)^T) of rounding by GPTQ.
     total: float32 [E], tr(W H W^T).
     plain: bool [E], whether GPTQ took the identity for H.
   """
@@ -159,7 +161,7 @@ class Outcome(NamedTuple):
 def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
   """Rounds to the nearest value; errors are squares of weights, as with H = I.
 
-  Both methods then do the same.
+  With H = I both methods round alike, so both errors are equal.
   """
   grid = format.grid(w)
   codes = format.codes(w, grid)
@@ -191,14 +193,14 @@ def feed_forwards(
 ) -> dict[str, Outcome]:
   """Rounds the kernels of feed-forward layers by GPTQ.
 
-  The last kernel's inputs are the hidden values that the rounded first kernels
-  give.
+  The last kernel's inputs are the hidden values computed with the first kernels
+  after these are rounded.
 
   Args:
-    layer: The computation of one layer.
-    p: The parameters of the layers, each [E, ...].
-    rows: The inputs of the layers.
-    format: The format that kernels get.
+    layer: The computation of one feed-forward.
+    p: The parameters of the E feed-forwards, each [E, ...].
+    rows: The inputs of the feed-forwards.
+    format: The format of the quantised kernels.
   """
   p, h = dict(p), hessian(*rows)
   outcomes = {}

@@ -1,12 +1,13 @@
 """Merging of similar experts: each group of a layer becomes one expert.
 
 M-SMoE (https://arxiv.org/abs/2310.01334) and HC-SMoE
-(https://arxiv.org/abs/2410.08589) are settings of it: the similarity, the rule
-of grouping, and the number of experts of each layer. As there, routers keep
-their columns, which lead to the merged experts. A group is the mean of its
-experts, aligned to the most used of them and weighted by usage. An expert that
-no calibration token reaches has the weight 0 in its group; a group of such
-experts alone is their even mean.
+(https://arxiv.org/abs/2410.08589) differ in three settings: the similarity, the
+rule of grouping, and the number of experts of each layer. As in both papers,
+routers still have a logit for each old expert, and tokens that choose an old
+expert are served by its merged one. A merged expert is the mean of its group,
+aligned to the most used expert of the group and weighted by usage. An expert
+that no calibration token reaches has the weight 0 in its group; if no expert of
+a group is reached, all have the same weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ def merge(
   group_by: str = 'outputs',
   rule: str = 'clusters',
 ) -> dict[int, SmallerLayer]:
-  """The layers of a run with groups of experts merged, by number.
+  """The layers of a run with groups of experts merged, by index.
 
   Args:
     original: The run with the statistics of its experts.
@@ -46,7 +47,8 @@ def merge(
     rule: One of `GROUPINGS`.
 
   Raises:
-    ValueError: The similarity is unknown, or layers have lost experts already.
+    ValueError: The similarity is unknown, or layers have been pruned or merged
+      before.
   """
   new_layers = {}
   for n, layer in original.layers.items():
@@ -58,9 +60,9 @@ def merge(
 
 
 def merged(layer: SparseLayer, usage: Usage, groups: Groups) -> SmallerLayer:
-  """A layer whose groups of experts are one expert each.
+  """The layer with each group of experts merged into one expert.
 
-  A group of one keeps its bits.
+  A group of a single expert is copied bit for bit.
   """
   experts = {path: np.asarray(x) for path, x in layer.experts.items()}
   means = {path: [] for path in experts}
@@ -85,17 +87,18 @@ def merged(layer: SparseLayer, usage: Usage, groups: Groups) -> SmallerLayer:
 def aligned(
   experts: Arrays, reference: int, axes: Mapping[Path, Names]
 ) -> dict[Path, np.ndarray]:
-  """The experts with hidden units in the order that fits one of them best.
+  """The experts with hidden units in the order that best fits a reference.
 
   A feed-forward computes the same whatever the order of its hidden units, so
-  experts are compared and averaged after they are permuted: step 1 of M-SMoE.
+  experts are compared and averaged after a permutation of these units: step 1
+  of M-SMoE.
   The fit of two units is the sum of the products of all their weights. The
   paper's code takes the weights of the first and last kernel alone, but gated
   experts have a third kernel, and there may be biases.
 
   Args:
     experts: The parameters of experts, [E, ...], by path.
-    reference: The expert that all others are aligned to.
+    reference: The index of the expert that all others are aligned to.
     axes: The logical axes of each parameter; hidden units are 'expert_mlp'.
 
   Raises:
@@ -136,9 +139,9 @@ def _weights(layer: SparseLayer, usage: Usage) -> np.ndarray:
   return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
 
-# By name, the features [E, N] by which experts are compared, and the distance
-# of two rows in scipy's `pdist`. Columns of routers stand for their weights,
-# unlike the router logits on data of M-SMoE.
+# By name of the similarity, the features [E, N] by which experts are compared,
+# and the distance of two rows in scipy's `pdist`. 'router' compares columns of
+# the router's kernel, where M-SMoE compares router logits on data.
 SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
   'outputs': (lambda _, usage: usage.mean_output, 'euclidean'),
   'weights': (_weights, 'euclidean'),
@@ -157,7 +160,7 @@ def distances(
   if group_by not in SIMILARITIES:
     raise unknown('group_by', group_by, SIMILARITIES)
   features, metric = SIMILARITIES[group_by]
-  # A column of zeros has no direction; its distance to any other is 1.
+  # A router column of zeros has no direction; its cosine distance is set to 1.
   rows = pdist(features(layer, usage), metric)
   return squareform(np.nan_to_num(rows, nan=1.0))
 
@@ -165,7 +168,7 @@ def distances(
 def clusters(
   distance: Float[np.ndarray, 'E E'], usage: Usage, num_groups: int
 ) -> Groups:
-  """Exactly that many clusters of average linkage (HC-SMoE).
+  """Exactly `num_groups` groups of experts, by average linkage (HC-SMoE).
 
   Args:
     distance: The distance of each two experts.
@@ -184,10 +187,10 @@ def clusters(
 def cores(
   distance: Float[np.ndarray, 'E E'], usage: Usage, num_groups: int
 ) -> Groups:
-  """The most used experts, each with the others that are nearest to it.
+  """Groups of the most used experts, each with the experts nearest to it.
 
   Source: step 3 of M-SMoE, https://arxiv.org/abs/2310.01334. Ties go to the
-  lower number.
+  lower index.
   """
   most_used = np.argsort(-SCORES['usage'](usage), kind='stable')[:num_groups]
   labels = np.argmin(distance[:, np.sort(most_used)], axis=1)
@@ -199,6 +202,6 @@ GROUPINGS = {'clusters': clusters, 'cores': cores}
 
 
 def _in_order(labels: np.ndarray) -> Groups:
-  """The groups, ordered by their lowest member."""
+  """The groups of experts with equal labels, ordered by their lowest index."""
   groups = [tuple(np.flatnonzero(labels == g).tolist()) for g in set(labels)]
   return tuple(sorted(groups))

@@ -53,12 +53,12 @@ def quantize(
   allow: Iterable[str] = (),
   message: Callable[[str], None] = print,
 ) -> dict[str, float]:
-  """Makes a run whose experts are in codes of few bits.
+  """Makes a run whose experts' kernels are quantised to few bits.
 
   Args:
     workdir: The folder of a run of a Transformer, trained or imported.
     output: A folder that is new or empty.
-    format: The format of the codes.
+    format: The format of the quantised kernels.
     step: The step of the checkpoint; None is the newest good one.
     method: 'gptq', or 'rtn', which rounds each weight to the nearest value and
       reads no data.
@@ -75,7 +75,8 @@ def quantize(
     before', of all parameters in memory.
 
   Raises:
-    ValueError: The run cannot be quantised so, or a folder is not free.
+    ValueError: The run cannot be quantised in this way, or `output` is not
+      empty.
   """
   if method not in METHODS:
     raise unknown('method', method, METHODS)
@@ -88,7 +89,8 @@ def quantize(
     batches = calibration.batches(run, num_batches)
   old_params = run.variables['params']
   params = jax.tree.map(np.array, old_params)
-  arrays = flatten(params)  # the same arrays, which change in place
+  # Changing `arrays` in place changes `params`.
+  arrays = flatten(params)
   stored: dict[Path, list[_Arrays]] = {}
   reports = []
   for layer, (path, index) in places.items():
@@ -136,13 +138,13 @@ def quantize(
 def _coded(
   run: WholeRun, format: KernelFormat
 ) -> tuple[ModelOptions, dict[int, tuple[Path, int]]]:
-  """The options of the new model, and the places of its experts by layer.
+  """The options of the new model, and where the experts of each layer are.
 
-  A place is the path of the experts' parameters, in which layers are stacked,
-  and the number of the layer among these.
+  The latter is, by layer, the path of the experts' parameters, in which layers
+  are stacked, and the index of the layer among the stacked layers.
 
   Raises:
-    ValueError: The model has codes already, or no such kernels.
+    ValueError: The model is quantised already, or has no experts.
   """
   model = run.options.model
   if code_trees.has_codes(model):
@@ -172,8 +174,8 @@ def _round(
   """Rounds the kernels of a layer, by GPTQ if there are batches.
 
   Returns:
-    The outcome of each kernel, and the experts that no token that counts
-    reaches, for which GPTQ rounds to the nearest value.
+    The outcome of each kernel, and the indices of the experts that no counted
+    token reaches, for which GPTQ rounds to the nearest value.
   """
   moe = run.model.stacks.moe_of(layer)
   (shared, *_) = (stack.block.shared for stack in run.model.stacks.blocks)
@@ -202,16 +204,16 @@ def report(
   stored: Mapping[str, _Arrays],
   without_tokens: Sequence[int],
 ) -> tuple[dict[str, float], str]:
-  """Numbers about the kernels of a layer, and a line with them.
+  """Numbers about the kernels of a layer, and a line that prints them.
 
-  Errors are squared changes of the kernels' outputs over all their squared
-  outputs. The line names experts for which H = I, since no token that counts
-  reaches them, or since their inputs are all zero or the factorisation failed.
+  Errors are the squared changes of the kernels' outputs divided by the squared
+  outputs. The line names experts for which H = I, because no counted token
+  reaches them, their inputs are all zero, or the factorisation failed.
 
   Args:
     outcomes: The outcome of each kernel.
-    stored: The arrays that store it.
-    without_tokens: The experts that no token that counts reaches.
+    stored: The arrays that store each kernel.
+    without_tokens: The indices of the experts that no counted token reaches.
   """
   kernels = outcomes.values()
   total = sum(float(x.total.sum()) for x in kernels) or 1.0
@@ -219,7 +221,7 @@ def report(
   for arrays in stored.values():
     codes = arrays['codes'].nbytes
     metadata_bits += 8 * (sum(x.nbytes for x in arrays.values()) - codes)
-    if 'offsets' in arrays:  # the padding of shorter experts is no code
+    if 'offsets' in arrays:  # what fills up shorter kernels is no code
       code_bits += 16 * int(arrays['offsets'][..., -1].sum())
     else:
       code_bits += 8 * codes

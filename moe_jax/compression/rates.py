@@ -19,12 +19,12 @@ from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
 ZEROS, WIDTHS = (0.80, 0.857, 0.885, 0.95), (6144, 3072, 768, 64)
 # The number of weights, at most, that a rate is measured on.
 _SAMPLE = 1 << 21
-# Bits of a row besides its codes: an int32 offset, and its two values in bf16.
+# Bits of a row besides codes: an int32 offset, and two bfloat16 values.
 _ROW_BITS, _OFFSET_BITS, _CODE_BITS = 64, 32, 16
 
 
 class Bits(NamedTuple):
-  """The bits that are stored for a weight, in the mean.
+  """The mean bits that are stored for a weight.
 
   Attributes:
     codes: The bits of the rows' codes.
@@ -37,12 +37,12 @@ class Bits(NamedTuple):
 
   @property
   def total(self) -> float:
-    """All bits that are stored."""
+    """The mean of all bits that are stored for a weight."""
     return self.codes + self.metadata
 
 
 def measured(width: int, zeros: float, seed: int = 0) -> Bits:
-  """The bits a weight of one random matrix of about two million weights."""
+  """The bits per weight of one random matrix of about two million weights."""
   rows = max(_SAMPLE // width, 1)
   draw = np.random.default_rng(seed).random((rows, width), np.float32)
   half = (1 - zeros) / 2
@@ -55,11 +55,12 @@ def measured(width: int, zeros: float, seed: int = 0) -> Bits:
 
 
 def predicted(width: int, zeros: float) -> float:
-  """The expected bits a weight of the codes of one row, without sampling.
+  """The expected bits per weight of the codes of one row, without sampling.
 
-  A code ends at the first pair that the dictionary cannot add, with which the
-  next code begins: where codes begin, and with which pair, is a Markov renewal
-  process. Its expected number of codes is summed over the row.
+  A code stands for a sequence of pairs of weights. It ends before the first
+  pair that the dictionary cannot add to the sequence, and the next code begins
+  with that pair. So the pairs at which codes begin are a Markov renewal
+  process; its expected number of codes is summed over the row.
 
   Args:
     width: The number of weights of a row.
@@ -67,30 +68,31 @@ def predicted(width: int, zeros: float) -> float:
   """
   weight = np.array([zeros, (1 - zeros) / 2, 0, (1 - zeros) / 2])  # by low bits
   pair = np.outer(weight, weight).reshape(-1)
-  # In a row of odd width, the last pair ends in a zero that is not its own.
+  # In a row of odd width, a zero is appended to complete the last pair.
   last = np.outer(weight, [1, 0, 0, 0]).reshape(-1) if width % 2 else pair
   ends = _ends(weight)
   steps = -(-width // 2)
-  # begins[t, a]: the probability that a code begins at pair t, which is a.
-  # In front of it are as many steps as a code may have pairs.
+  # begins[MOST_PAIRS + t, a]: the probability that a code begins at pair t of
+  # the row and that this pair is a. The first MOST_PAIRS rows are zeros.
   begins = np.zeros((MOST_PAIRS + steps, 16))
   for t in range(steps):
-    before = begins[t : t + MOST_PAIRS][::-1]  # by the length of the code
+    before = begins[t : t + MOST_PAIRS][::-1]  # by length of the ended code
     ended = before.reshape(-1) @ ends if t else 1.0
     begins[MOST_PAIRS + t] = ended * (last if t == steps - 1 else pair)
   return 16 * begins.sum() / width
 
 
 def _ends(weight: np.ndarray) -> np.ndarray:
-  """The chance that a code that begins with pair a ends before pair b.
+  """The probability that a code that begins with pair a ends before pair b.
 
   Returns:
-    [14 * 16, 16] by d and a, and b: the probability that d pairs follow which
-    the dictionary has behind a, and that it lacks b behind them.
+    [14 * 16, 16], indexed by (16 d + a, b): the probability that d pairs follow
+    pair a such that the dictionary has the sequence, but not the sequence with
+    pair b appended.
   """
   table = dictionary()
   bits = table.weights & 3
-  first = MOST_WEIGHTS - table.lengths  # the place of the first weight
+  first = MOST_WEIGHTS - table.lengths  # the index of the first weight
   follows = np.arange(MOST_WEIGHTS) >= first[:, None] + 2
   chance = np.where(follows, weight[bits], 1).prod(1)
   codes = np.arange(len(bits))

@@ -37,7 +37,7 @@ from moe_jax.training import trained
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# Fields of a row; the first two are also in the batch of a run.
+# Fields of a row of logits; the first two are also in the batch of a run.
 IN_BATCH = LOG_PROBS, IDS = 'teacher_log_probs', 'teacher_ids'
 _BATCH_TYPES = {IDS: np.int32, LOG_PROBS: np.float32}
 TARGETS = 'targets'  # the beginning of the sha256 of the row's targets
@@ -58,9 +58,9 @@ class StoredLogits:
     vocab_size: The number V of tokens that the teacher tells apart.
     top: The number of logits that are kept for each token.
     num_rows: The number of rows.
-    left_out_mean: Probability that is left out at temperature 1, averaged over
-      tokens.
-    left_out_max: The most probability left out for a token, at temperature 1.
+    left_out_mean: The probability, at temperature 1, of the tokens that are not
+      among the `top` ones, averaged over the tokens of the rows.
+    left_out_max: The largest such probability of any token of the rows.
     rows_sha256: The sha256 of the file of rows.
   """
 
@@ -79,12 +79,12 @@ class StoredLogits:
 
   @property
   def path(self) -> pathlib.Path:
-    """The file of rows, an array [num_rows] of records of `row_type`."""
+    """The path of the file of rows, an array [num_rows] of type `row_type`."""
     return self.folder / ROWS
 
   @property
   def row_type(self) -> np.dtype:
-    """The type of a row."""
+    """NumPy's structured type of a row."""
     ids = np.uint16 if self.vocab_size <= 2**16 else np.int32
     shape = self.length, self.top
     return np.dtype(
@@ -92,7 +92,7 @@ class StoredLogits:
     )
 
   def describe(self) -> str:
-    """A line on the size of the logits, and on the probability left out."""
+    """A line on the logits' size, and on the probability of other tokens."""
     size = self.num_rows * self.row_type.itemsize
     full_size = 4 * self.num_rows * self.length * self.vocab_size
     return (
@@ -104,7 +104,7 @@ class StoredLogits:
     )
 
   def check(self, run: Run, step: int, sha256: str) -> None:
-    """Checks that these are the logits of a teacher for a run's batches.
+    """Checks that the stored logits are a teacher's for a run's batches.
 
     Args:
       run: The run.
@@ -112,8 +112,8 @@ class StoredLogits:
       sha256: The sha256 of the manifest of that checkpoint.
 
     Raises:
-      ValueError: Something differs, and all differences are listed; or a file
-        is damaged.
+      ValueError: The logits are of another teacher or of other batches, and all
+        differences are listed; or a file is damaged.
     """
     o = run.options
     expected = {
@@ -142,7 +142,7 @@ class StoredLogits:
       )
 
   def shapes(self, run: Run) -> dict[str, Any]:
-    """The shapes of the arrays that a run's batch gets, with their sharding."""
+    """The shapes and shardings of the logits' arrays in a run's batch."""
     shape = run.options.batch_size, self.length, self.top
     sharding = run.programs.put.sharding
     return {
@@ -152,17 +152,17 @@ class StoredLogits:
 
   @functools.cached_property
   def rows(self) -> np.ndarray:
-    """The rows, of which only those that are taken are read."""
+    """The rows as a memory map: only rows that are indexed are read."""
     return np.load(self.path, mmap_mode='r', allow_pickle=False)
 
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
-    """A function that is called once a step and gives its batch's logits.
+    """The function that gives, once a step, the stored logits of its batch.
 
     The step is read from the state at the first call, and is then counted,
-    since a number on a device would have to be waited for. The first call also
-    checks that the targets of the run's own batch, and of its last one, are
-    those that the logits are for: other weights of a mixture may give the same
-    rows at first, and later shift those of every source.
+    since reading a value from a device means waiting for it. The first call
+    also checks that the targets of that step's batch and of the run's last one
+    are those for which the logits were stored: with other weights of a mixture
+    a run may have the same rows at first, and later other rows of every source.
     """
     put, number = run.programs.put, None
     batch_size = run.options.batch_size
@@ -180,7 +180,7 @@ class StoredLogits:
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
-    """Raises ValueError where batch `number` of a run has other targets."""
+    """Raises ValueError if batch `number` of a run has other targets."""
     targets = fetch(next(run.batches(number))['targets'])
     first = run.row_offset + number * run.options.batch_size
     rows = self.rows[first:][: len(targets)]
@@ -207,7 +207,8 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
   """Reads the manifest of a folder of logits.
 
   Raises:
-    ValueError: There is no manifest, or it is damaged or of another format.
+    ValueError: The folder has no manifest, or the manifest is damaged or of
+      another format.
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / MANIFEST
@@ -230,8 +231,8 @@ def largest(
 ]:
   """Ids and log-probabilities of the likeliest tokens, largest first.
 
-  The last value is the probability of all other tokens, 0 where the loss weight
-  is 0.
+  The last of the three results is the summed probability of all other tokens;
+  it is 0 where the loss weight is 0.
   """
   logits, _ = model.apply(variables, **model.inputs(batch))
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -253,9 +254,9 @@ def write(
   step: int | None = None,
   allow: Iterable[str] = (),
 ) -> StoredLogits:
-  """Writes a teacher's largest logits for batches of a run that is to come.
+  """Writes a teacher's largest logits for batches of a future run.
 
-  One process computes them, on its first device.
+  A single process computes the logits, on its first device.
 
   Args:
     teacher: The folder of the teacher.
@@ -263,7 +264,7 @@ def write(
     options: The options of the run's data.
     seed: The run's seed.
     batch_size: The number of rows in a batch of the run.
-    batches: The number of batches, from that of step 0 on.
+    batches: The number of batches, from the batch of step 0 on.
     top: The number of logits to keep for each token, at most V.
     step: The step of the teacher's checkpoint; None is the newest good one.
     allow: Modules whose classes, named in the teacher's folder, may be
@@ -271,7 +272,7 @@ def write(
 
   Raises:
     ValueError: The teacher's tokens or tasks are not those of the data, `top`
-      is out of range, or `output` has something else.
+      is out of range, or `output` has other files.
     CheckpointError: No checkpoint is good.
   """
   run = whole_run.read(teacher, step=step, allow=allow)

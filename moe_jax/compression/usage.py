@@ -1,4 +1,4 @@
-"""Statistics of experts on calibration data, by which they are ranked."""
+"""Statistics of experts on calibration data, by which experts are ranked."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -25,12 +25,12 @@ class Usage(NamedTuple):
 
   Attributes:
     tokens: The number of tokens that reach some expert.
-    choices: float64 [E], the choices that each expert serves.
-    gate: float64 [E], the sum of its gates.
-    gated_norm: float64 [E], the sum of gate times norm of output, over the
-      choices that it serves.
-    output: float64 [E, M], the sum of its outputs over all of the tokens, those
-      that do not choose it included.
+    choices: float64 [E], the number of choices that each expert serves.
+    gate: float64 [E], the sum of the gates of these choices.
+    gated_norm: float64 [E], the sum of gate times norm of the expert's output,
+      over the choices that the expert serves.
+    output: float64 [E, M], the sum of each expert's outputs over all `tokens`,
+      also over tokens that do not choose the expert.
   """
 
   tokens: Leaf
@@ -41,7 +41,7 @@ class Usage(NamedTuple):
 
   @property
   def unused(self) -> list[int]:
-    """The experts that no calibration token reaches."""
+    """The indices of the experts that no calibration token reaches."""
     return np.flatnonzero(self.choices == 0).tolist()
 
   @property
@@ -50,7 +50,7 @@ class Usage(NamedTuple):
     return self.output / max(float(self.tokens), 1.0)
 
 
-# The scores [E] by which experts are ranked; that of an unused expert is 0.
+# The scores [E] by which experts are ranked; an unused expert has the score 0.
 SCORES: Mapping[str, Callable[[Usage], np.ndarray]] = {
   # The share of choices that falls on each expert, as in M-SMoE.
   'usage': lambda usage: usage.choices / max(float(usage.choices.sum()), 1.0),
@@ -67,11 +67,11 @@ def measure(
   variables: Mapping[str, Any],
   batches: Iterable[Mapping[str, Leaf]],
 ) -> dict[int, Usage]:
-  """The statistics of the experts of each sparse layer, by its number.
+  """The statistics of the experts of each sparse layer, by layer index.
 
   Args:
     model: A model of blocks, whose tokens choose experts.
-    variables: Its variables.
+    variables: The variables of the model.
     batches: Batches of calibration data.
 
   Raises:
@@ -129,7 +129,7 @@ def _layer_usage(
 
 
 def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
-  """The function from one expert's parameters and groups to its outputs."""
+  """The function from an expert's parameters and inputs to its outputs."""
   module = layer.moe.expert.experts(Gather(), layer.shared)
 
   def apply_expert(params: Arrays, x: Float[Array, 'G S M']) -> Array:

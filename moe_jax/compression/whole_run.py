@@ -22,8 +22,8 @@ class WholeRun(NamedTuple):
 
   Attributes:
     folder: The run's folder.
-    options: Its options and its tokenizer, if it has one.
-    model: Its model.
+    options: The run's options, and its tokenizer if it has one.
+    model: The run's model.
     variables: The variables that `model.apply` takes: 'params', with the run's
       adapters merged into the kernels, and 'router_state' where the model has
       it.
@@ -70,25 +70,25 @@ def write(
   *,
   router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-  """Makes a new run's folder of a run, with another model.
+  """Writes the folder of a new run: an existing run with another model.
 
-  The folder is trained, evaluated, generated from and exported like that of an
-  imported model. The task of its sample is left out if no router of the new
-  model goes by task, as a config that names one would be refused.
+  The folder is trained, evaluated, generated from and exported like the folder
+  of an imported model. `config.sample.task` becomes '' if no router of the new
+  model goes by task, since a config with such a task would be refused.
 
   Args:
-    run: The run that the model was made of.
+    run: The run whose model the new parameters were made of.
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
-    model: The options of the new model; None keeps those of the run.
-    router_state: The state of the new model's routers; None keeps that of the
-      run.
+    model: The options of the new model; None keeps the options of the run.
+    router_state: The state of the new model's routers; None keeps the state in
+      the run.
 
   Returns:
     The new folder.
 
   Raises:
-    ValueError: The folder is not free.
+    ValueError: `output` holds something else.
   """
   changes = {}
   if model is not None:
@@ -106,7 +106,7 @@ def write(
 
 
 def bytes_in_memory(variables: Mapping[str, Any]) -> int:
-  """The bytes of all arrays of a model's variables, codes included."""
+  """The bytes of a model's variables, quantised kernels' codes included."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
 
 

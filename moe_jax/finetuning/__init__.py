@@ -8,7 +8,7 @@ one can get another number of experts, by the rules of `upcycling.py`. The
 optimizer begins anew, at step 0.
 """
 
-# The alias says that a name is public.
+# `as` with the same name marks a name as public.
 from moe_jax.finetuning.matching import plan as plan
 from moe_jax.finetuning.start import check as check
 from moe_jax.finetuning.start import initial as initial

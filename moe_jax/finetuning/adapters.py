@@ -1,9 +1,9 @@
 """The adapter of a run in a small folder of its own, for the same base.
 
-The folder has `adapter.safetensors`, the factors by name, and `adapter.json`,
-with the options of the adapter and the sha256 of the base that it was trained
-on. An adapter is read back onto parameters of that digest alone, and if neither
-file has changed.
+The folder has `adapter.safetensors`, the low-rank factors by name, and
+`adapter.json`, with the options of the adapter and the sha256 of the base
+parameters that it was trained on. An adapter is read only if the parameters
+have that sha256 and neither file has changed.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _FORMAT = 2
 def digest(params: Mapping[str, Any]) -> str:
   """The sha256 of parameters: of their names, dtypes, shapes and bits.
 
-  The host holds one layer of an array at a time.
+  The host holds one layer of one array at a time.
   """
   sha = hashlib.sha256()
   leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -63,8 +63,9 @@ def save(
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: The folder holds no run with an adapter, the model has state of
-      routers, which training moves too, or `output` is not empty.
+    ValueError: The folder holds no run with an adapter; the model has router
+      state, which training changes but an adapter does not store; or `output`
+      is not empty.
     CheckpointError: No checkpoint is good.
   """
   model, own, params, trained_step = _load(workdir, step, allow)
@@ -103,13 +104,13 @@ def read(
   Args:
     folder: A folder that `save` wrote.
     model: The model.
-    params: Its parameters.
+    params: The parameters of the model, without adapters.
 
   Returns:
-    The adapters, and the parameters with the factors among them.
+    The adapters, and the parameters with the adapters' factors added.
 
   Raises:
-    ValueError: The folder holds no adapter, or one of another base.
+    ValueError: The folder holds no adapter, or an adapter of other parameters.
   """
   path = pathlib.Path(folder).expanduser()
   about = plain_files.read_json(path / ABOUT)
@@ -144,14 +145,14 @@ def merge(
   step: int | None = None,
   allow: Iterable[str] = (),
 ) -> str:
-  """Makes a run's folder of a base with a saved adapter in its weights.
+  """Writes a run's folder with a saved adapter merged into the base's weights.
 
-  The new folder has a checkpoint of step 0 with parameters, like that of an
-  imported model, and is generated from, exported and trained like one.
+  Like the folder of an imported model, the new folder has a checkpoint of step
+  0 with parameters alone, and is generated from, exported and trained.
 
   Args:
     folder: The adapter's folder.
-    workdir: Folder of the run that is its base.
+    workdir: Folder of the run that is the adapter's base.
     output: A folder that is new or empty.
     step: Step of the base's checkpoint; None is the newest good one.
     allow: Modules whose classes, named in the run's folder, may be imported.
@@ -160,8 +161,8 @@ def merge(
     A line about the new folder.
 
   Raises:
-    ValueError: See `read`; or the folder holds no run; the base has adapters or
-      state of routers; or `output` is not empty.
+    ValueError: See `read`; or `workdir` holds no run; the base has adapters or
+      router state; or `output` is not empty.
     CheckpointError: No checkpoint is good.
   """
   model, own, params, base_step = _load(workdir, step, allow)
@@ -183,7 +184,7 @@ def merge(
 
 
 def _seal(about: Mapping[str, Any], weights: pathlib.Path) -> str:
-  """The sha256 of the options and of the file of factors."""
+  """The sha256 of an adapter's options and of its file of factors."""
   sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
   sha.update(weights.read_bytes())
   return sha.hexdigest()

@@ -1,10 +1,10 @@
 """The experts that a task uses most, chosen from data, layer by layer.
 
-Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906: in each layer
-the fewest experts whose shares of the use reach p. The use of an expert is its
-mean gate, or the share of choices that fall on it. Unlike in the paper, means
-are over all tokens of packed rows, not first over those of each sample, and
-shares of gates are of the sum of a layer's gates.
+Expert-specialised fine-tuning (https://arxiv.org/abs/2407.01906) chooses in
+each layer the fewest experts whose shares of the use reach p. The use of an
+expert is its mean gate, or the share of choices that fall on it. Unlike in the
+paper, means are over all tokens of packed rows, not first over the tokens of
+each sample, and a share of gates is a share of the sum of the layer's gates.
 """
 
 import functools
@@ -30,16 +30,16 @@ from moe_jax.training import trained
 from moe_jax.training.trainable import ChosenExperts
 
 SHARE = Option(above=0, maximum=1)
-# The use of experts by one batch: {layer: float [E]}, sums over its tokens.
+# The use of experts by one batch: {layer: float [E]}, summed over its tokens.
 Use = dict[int, np.ndarray]
 _SOWN_NAME = 'use'
 
 
-# The use of each expert, [E], by a layer's routing and aux.
+# The use of each expert, [E], from a layer's routing and auxiliary outputs.
 SCORES: Mapping[str, Callable[..., Array]] = {
-  # The sum of its gates; dropped choices have none.
+  # The sum of the expert's gates; dropped choices have no gate.
   'gate': lambda routing, _: routing.token_gates().sum((0, 1)),
-  # The number of its choices before any is dropped.
+  # The number of choices of the expert, before any is dropped.
   'tokens': lambda _, aux: aux.stats.load,
 }
 
@@ -54,7 +54,7 @@ def shares(
 
   Args:
     model: The model.
-    variables: Its variables.
+    variables: The variables of the model.
     batches: Batches of the task.
     score: 'gate', by the mean gate, or 'tokens', by the share of choices.
 
@@ -85,8 +85,7 @@ def chosen(
 ) -> dict[int, tuple[int, ...]]:
   """The fewest experts of each layer whose shares sum up to `share` or more.
 
-  Experts of the largest shares are taken first; of equal ones, that of the
-  lower number.
+  Experts of the largest shares are taken first; ties go to the lower index.
 
   Raises:
     ValueError: `share` is not in (0, 1].
@@ -124,7 +123,7 @@ def choose(
 
   Raises:
     ValueError: See `shares` and `chosen`; or the folder holds no run, or the
-      tokenizer or the tasks of the data are others.
+      tokenizer or the tasks of the data are not the run's.
     CheckpointError: No checkpoint is good.
   """
   run = trained.read(workdir, allow)

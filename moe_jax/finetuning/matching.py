@@ -1,4 +1,4 @@
-"""Matching of a model's parameters with those of another model."""
+"""Matching of a model's parameters with another model's parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class _Parameter(NamedTuple):
   Attributes:
     shape: The shape of the array.
     axes: The logical names of its dimensions.
-    role: The part of the model to which it belongs, and its form.
+    role: The part of the model that the parameter belongs to, and its use.
   """
 
   shape: tuple[int, ...]
@@ -36,14 +36,14 @@ def plan(
   *,
   experts: bool = True,
 ) -> Plan:
-  """The plan by which parameters of `source` become those of `model`.
+  """The plan by which the parameters of `model` are made from `source`'s.
 
   Args:
     model: The new model.
     source: The other model.
     copies: The options of how experts are copied.
     experts: Whether experts and routers are copied; otherwise the feed-forward
-      of a layer that is sparse in `source` is new, dense or sparse.
+      of a layer that is sparse in `source` is new, whether dense or sparse.
 
   Raises:
     ValueError: The models do not fit; there is a line for each difference:
@@ -68,14 +68,15 @@ def plan(
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
-      # A layer between LSTMs is in no stack and has no number.
+      # A layer between LSTMs is in no stack and has no index.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue
       listed = sizes if piece.path else problems
       listed += _problem(path, piece, parameter, old, len(numbers))
   problems += [f'{_name(p)}: not in this model' for p in old if p not in used]
-  # Parameters of layers that one model lacks say no more than their number.
+  # If the numbers of layers differ, the parameters of layers that one model
+  # lacks are not listed.
   problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
     lines = ['the models do not fit:', *dict.fromkeys(problems)]
@@ -94,11 +95,11 @@ def plan(
 def _finder(
   model: Model, parameters: Mapping[Path, _Parameter]
 ) -> Callable[[int, LayerPlace, Role], Piece]:
-  """The function to the piece from which a layer's parameter is made.
+  """The function that finds the piece a layer's new parameter is made from.
 
-  It is the parameter of the same name; for an expert in a layer that was dense,
-  the dense feed-forward's parameter whose name has the same last part;
-  otherwise none, and the parameter is new.
+  The piece is the old parameter of the same name. For an expert in a layer that
+  was dense, it is the dense feed-forward's parameter whose name has the same
+  last part. Otherwise there is none, and the parameter is new.
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}
@@ -130,7 +131,7 @@ def _problem(
   old_parameters: Mapping[Path, _Parameter],
   num_experts: int,
 ) -> list[str]:
-  """The reason why a parameter cannot be made from its piece, if any."""
+  """A list of the reason why a parameter cannot be made from its piece."""
   if piece.path is None:
     is_new = parameter.role.role == 'router'
     return [] if is_new else [f'{_name(path)}: not in the other model']
@@ -149,10 +150,10 @@ def _problem(
 
 
 def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
-  """The number of each expert's source.
+  """The index of the source's expert that each new expert is a copy of.
 
-  It is () unless both models have experts, in equal numbers in all of a model's
-  sparse layers: then every expert is its own source, or there is none.
+  It is () unless both models have experts and each model has equally many in
+  all its sparse layers. With () experts are copied to equal indices, if at all.
   """
   num_old, num_new = _num_experts(source), _num_experts(model)
   are_equal = equal_experts(model) and equal_experts(source)
@@ -175,7 +176,7 @@ def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
 
 
 def _check_columns(model: Model, source: Model) -> None:
-  """Raises ValueError where columns of routers lead to other experts."""
+  """Raises ValueError if the models' merged or pruned experts differ."""
   for new_stack, old_stack in zip(model.stacks.blocks, source.stacks.blocks):
     if not (new_stack.experts and old_stack.experts):
       continue

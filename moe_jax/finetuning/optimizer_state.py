@@ -1,4 +1,4 @@
-"""The state of another run's optimizer, with which a run can begin."""
+"""Reads another run's optimizer state, with which a run can begin."""
 
 import itertools
 import pathlib
@@ -21,22 +21,23 @@ from moe_jax.training.setup import Run
 def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   """The optimizer's state for a run's first step, from another run.
 
-  Moments are taken with their counts (the number of steps by which Adam's are
-  corrected and Adafactor's decay), since moments of many steps that count as
-  none would be scaled as if they were of one. The count of the schedule of the
-  learning rate begins at 0. The other run may have trained more parameters.
+  Moments are copied with their step counts (for Adam's bias correction and
+  Adafactor's decay): with counts of 0 they would be scaled as after one step.
+  The learning-rate schedule's count restarts at 0. The other run may have
+  trained more parameters.
 
   Args:
     run: The run.
     folder: The folder of the other run, whose parameters are all copied.
-    step: The step of its checkpoint.
+    step: The step of the other run's checkpoint.
 
   Returns:
     The state and a phrase about it.
 
   Raises:
-    ValueError: The other run's state does not fit: its optimizer is another, it
-      did not train some parameter that trains here, or it has adapters.
+    ValueError: The other run's state does not fit: the other run has another
+      optimizer, or did not train a parameter that this run trains, or one of
+      the runs has adapters.
     CheckpointError: The checkpoint is not good.
   """
   directory = checkpoints_of(folder)
@@ -79,12 +80,13 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
 def paired_links(
   arrays: Mapping[str, str], saved: Mapping[str, str]
 ) -> dict[int, int]:
-  """Pairs the links of two optimizers' chains that keep the same.
+  """Pairs the transformations in two Optax chains that keep equal state.
 
-  Without clipping or weight decay a chain has fewer links, so that the same
-  link has another number. What a link keeps are the names in its state, as
-  'count', 'mu' and 'nu' of Adam, whichever parameters train. Several links that
-  keep the same are paired in their order.
+  Without clipping or weight decay a chain has fewer transformations, so that
+  the same transformation has another index. Two transformations keep equal
+  state if the names in their states are equal, such as 'count', 'mu' and 'nu'
+  of Adam, whichever parameters train. If several keep equal state, they are
+  paired in their order.
 
   Args:
     arrays: The arrays of a run in `params` and `opt_state`, described as in a
@@ -92,10 +94,11 @@ def paired_links(
     saved: The arrays of another run, described in the same way.
 
   Returns:
-    The number of a link in the other run's chain, by its number in this one's.
+    The index of a transformation in the other run's chain, by the index in this
+    run's chain.
 
   Raises:
-    ValueError: The other chain does not have as many links that keep the same.
+    ValueError: A state that one chain keeps is missing in the other chain.
   """
   links, saved_links = _links(arrays), _links(saved)
   if Counter(links.values()) != Counter(saved_links.values()):
@@ -108,7 +111,7 @@ def paired_links(
 
 
 def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
-  """The names in the state of each link that has one, by its number."""
+  """The names in the state of each transformation with a state, by index."""
   parameters = {
     path.removeprefix('params/')
     for path in described
@@ -123,7 +126,7 @@ def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
 
 
 def _name(path: Sequence[str], parameters: Set[str]) -> str:
-  """A path with * in place of the path of a parameter within it."""
+  """A path in which the path of a parameter, if any, is replaced by *."""
   for start, end in itertools.combinations(range(len(path) + 1), 2):
     if '/'.join(path[start:end]) in parameters:
       path = [*path[:start], '*', *path[end:]]
@@ -141,10 +144,10 @@ def _target(
 ) -> tuple[Any, ...]:
   """The part of the other run's state that is read, with this run's shapes.
 
-  The last link is the schedule, which Orbax reads with the others.
+  The schedule, the last transformation, is among the parts that Orbax reads.
 
   Raises:
-    ValueError: The other run lacks some of it.
+    ValueError: The other run lacks a part of the state.
   """
   target = [
     optax.EmptyState() for _ in range(max(link_pairs.values(), default=-1) + 1)
@@ -159,7 +162,7 @@ def _target(
 
 
 def _settings(run: Run, folder: pathlib.Path) -> str:
-  """The settings of both runs on which the state depends."""
+  """The settings of both runs that decide the optimizer's state, as text."""
   config = kept_config(folder)
   old = (config.get('optimizer', {}).get('kind'), config.get('trainable'))
   rank = config.get('lora', {}).get('rank', 0)

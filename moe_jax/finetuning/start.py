@@ -1,4 +1,4 @@
-"""Reading and converting of the parameters that `config.init_from` names."""
+"""Reads and converts the parameters that `config.init_from` names."""
 
 import dataclasses
 import pathlib
@@ -26,10 +26,10 @@ from moe_jax.training.setup import Run
 def initial(
   run: Run, allow: Iterable[str] = ()
 ) -> tuple[dict[str, Any], str] | None:
-  """The variables with which a run begins that `config.init_from` gives.
+  """The variables with which a run begins, made from `config.init_from`.
 
-  Each device reads its part of the other run's arrays, and converts it unless
-  they are only copied.
+  Each device reads its part of the other run's arrays, and converts the part
+  unless the arrays are only copied.
 
   Args:
     run: The run.
@@ -37,14 +37,14 @@ def initial(
       imported.
 
   Returns:
-    The variables and a line about them; None if no folder is given. The state
-    of routers is among them if the parameters are only copied and both models
-    have it, and that of the optimizer, 'opt_state', if it is kept.
+    The variables and a line about them; None if the config names no folder. The
+    state of routers is included if parameters are only copied and both models
+    have such a state; the optimizer's state, 'opt_state', if the run keeps it.
 
   Raises:
     ValueError: The folder holds no run, its tokenizer is another, or the models
       or the optimizer that is kept do not fit: all differences are listed.
-    CheckpointError: No checkpoint of it is good.
+    CheckpointError: No checkpoint of the folder is good.
   """
   options = cast(InitFrom, run.options.init_from)
   if not options.workdir:
@@ -70,9 +70,9 @@ def initial(
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Checks all but the arrays that `initial` will read, if a folder is given.
+  """Makes the checks of `initial` that need no arrays, if a folder is given.
 
-  Arguments and errors are those of `initial`.
+  Arguments and errors are the same as those of `initial`.
   """
   if run.options.init_from.workdir:
     _read(run, allow)
@@ -81,7 +81,7 @@ def check(run: Run, allow: Iterable[str] = ()) -> None:
 def _read(
   run: Run, allow: Iterable[str]
 ) -> tuple[pathlib.Path, trained.Described, Model, Plan]:
-  """The other run's folder, options and model, and the plan of copying it."""
+  """The other run's folder, options, model, and the plan to copy its model."""
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
   source_run = trained.read(folder, allow)
   if code_trees.has_codes(source_run.model):
@@ -100,7 +100,7 @@ def _read(
 
 
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
-  """The plan by which the other run's parameters become those of this one."""
+  """The plan by which this run's parameters are made from the other run's."""
   options = cast(InitFrom, run.options.init_from)
   try:
     copy_plan = plan(run.model, source, options)
@@ -137,9 +137,9 @@ def _own_model(folder: pathlib.Path) -> str:
 def _restore(
   run: Run, source: Model, copy_plan: Plan, folder: pathlib.Path
 ) -> Restored:
-  """Reads the other run's variables from the checkpoint that is asked for.
+  """Reads the other run's variables from the checkpoint that the options name.
 
-  Variables that are only copied are read as this run's, in its dtypes.
+  Variables that are only copied are read into this run's dtypes and shardings.
   """
   options, as_is = run.options.init_from, copy_plan.copies_all
   step = None if options.step < 0 else options.step
@@ -160,10 +160,10 @@ def convert(
   apply: Callable[[Mapping[str, Any], PRNGKey], dict[str, Any]],
   params: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The run's parameters from another's, each device its own part.
+  """Makes the run's parameters from another run's, each device its own part.
 
   Args:
-    run: The run, whose seed gives the key.
+    run: The run, whose seed gives the key for `apply`.
     apply: A pure function from the other run's parameters and a key; see
       `Plan.apply`.
     params: The parameters of the other run.
@@ -178,14 +178,14 @@ def convert(
 
 
 def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
-  """Differing settings, apart from experts, that change what is computed."""
+  """Lines on settings outside of sparse layers that change the function."""
   for name, (old_value, new_value) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
       yield f'model.{name} {old_value!r} -> {new_value!r}'
 
 
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:
-  """Differing settings of experts and of the dense layers that they copy."""
+  """Lines on settings in which experts differ from the copied dense layer."""
   dense = source.stacks.blocks[-1].block.ffn
   expert = model.stacks.mixtures[-1].expert
   for name in fields_of(type(dense)):

@@ -1,9 +1,9 @@
-"""Parameters of a model from another's: sparse from dense, or more experts.
+"""Makes a model's parameters from another's: sparse from dense, more experts.
 
 In sparse upcycling (https://arxiv.org/abs/2212.05055) each expert begins as a
 copy of the dense feed-forward of its layer; the router is new, and all else is
-copied. Experts of a sparse model are copied by number, with their columns of
-the router.
+copied. Experts of a sparse model are copied by their index, with their columns
+of the router's kernel.
 
 With room for every token and without noise, the new model computes
 
@@ -11,8 +11,8 @@ With room for every token and without noise, the new model computes
   (`gates='renormalized'`, K >= 2; also at K = 1, but then no gradient reaches
   the router). Raw gates shrink what a layer adds;
 - with n times the experts: the same function, if K is n times as large, too.
-  With the same K a token meets copies of fewer experts, each with 1/n of its
-  raw gate;
+  With the same K a token is served by copies of fewer experts, and a copy has
+  1/n of the raw gate of its expert;
 - with fewer experts: another function.
 """
 
@@ -35,8 +35,8 @@ from moe_jax.models.trees import flatten, unflatten
 from moe_jax.shapes import Array, PRNGKey
 from moe_jax.training.run_options import InitFromOptions
 
-# The logical names of dimensions that number experts: in the experts' own
-# parameters, and in those of routers.
+# The logical names of dimensions that are indexed by expert: in the parameters
+# of the experts, and in those of routers.
 EXPERT_AXES = ('expert', 'expert_choice')
 
 
@@ -78,7 +78,7 @@ class InitFrom(InitFromOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The experts must be numbers."""
+    """A text if `experts` is not a list of indices."""
     yield from super().problems()
     numbers = [part.strip() for part in self.experts.split(',')]
     if self.experts and not all(number.isdigit() for number in numbers):
@@ -86,7 +86,7 @@ class InitFrom(InitFromOptions):
 
   @property
   def sources(self) -> tuple[int, ...]:
-    """The numbers in `experts`; () where the other run's are taken in turn."""
+    """The indices in `experts`; () if the other run's are taken in turn."""
     return tuple(map(int, self.experts.split(','))) if self.experts else ()
 
 
@@ -95,8 +95,9 @@ class Piece(NamedTuple):
 
   Attributes:
     path: The path of the source's array; None where the parameter is new.
-    period: The index of the layer in that array; None is the whole array.
-    stacked: Whether every expert gets a copy of it.
+    period: The index of the layer among the layers that the array stacks; None
+      is the whole array.
+    stacked: Whether every expert gets a copy of the piece.
   """
 
   path: Path | None
@@ -110,13 +111,14 @@ class Plan:
 
   Attributes:
     model: The new model.
-    pieces: The sources of each parameter, one for each period of its layers.
-    experts: The number of each expert's source, in layers that were sparse.
+    pieces: The pieces of each parameter, one for each layer that it stacks.
+    experts: The index of the source's expert that each expert is a copy of, in
+      layers that were sparse.
     num_source_experts: The number of experts in the source; 0 if it is dense.
     copies: Options of how experts are copied and routers begin.
-    upcycled: Numbers of the layers that were dense and become sparse, those of
-      an encoder first.
-    drawn: Numbers of the layers that were sparse and whose feed-forwards are
+    upcycled: Indices of the layers that were dense and become sparse, an
+      encoder's first.
+    drawn: Indices of the layers that were sparse and whose feed-forwards are
       new, since no experts are copied.
   """
 
@@ -130,7 +132,7 @@ class Plan:
 
   @property
   def copies_all(self) -> bool:
-    """Whether every array is the source's own, apart from its dtype."""
+    """Whether every array is the source's array unchanged but for its dtype."""
     return all(
       [piece.path for piece in pieces] == [path] * len(pieces)
       and [piece.period for piece in pieces] in ([None], [*range(len(pieces))])
@@ -164,8 +166,8 @@ class Plan:
 
     Args:
       params: The source's parameters, unboxed.
-      key: The key from which the run would draw its parameters; new ones are
-        drawn in the same way.
+      key: The key from which the run would draw all its parameters; parameters
+        that are not copied are drawn from it in the same way.
     """
     boxed = models.init_params(self.model, key)
     axes, roles = flatten(axes_of(boxed)), flatten(roles_of(boxed))
@@ -183,7 +185,7 @@ class Plan:
       new = self.copies.router_std * jax.random.normal(key, new.shape)
     if pieces == [Piece(path)]:
       return source[path].astype(new.dtype)
-    # What is new may be in no stack of layers.
+    # A parameter that is new may be in no stack of layers.
     if self.model.stacks.place_of(path) is None:
       return new
     pieces = [
@@ -212,7 +214,7 @@ class Plan:
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The number of each expert's source: the source's experts in turn."""
+  """The source's expert that each expert copies: 0, 1, ..., then 0 again."""
   return tuple(i % source_experts for i in range(num_experts))
 
 
@@ -232,5 +234,5 @@ def _noisy(
 
 
 def expert_axis(axes: Sequence[str | None]) -> int | None:
-  """The dimension that numbers experts, if there is one."""
+  """The index of the dimension that is indexed by expert; None without one."""
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)

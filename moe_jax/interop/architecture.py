@@ -13,7 +13,7 @@ from moe_jax.layers.attention import AttentionOptions
 from moe_jax.models import ModelOptions
 from moe_jax.models.layer_options import StackOptions
 
-# Our names of the activations of feed-forwards that have no gate.
+# Our activations of feed-forwards without a gate, by transformers' names.
 ACTIVATIONS = {
   'relu': 'relu',
   'gelu': 'gelu',
@@ -35,18 +35,19 @@ class Architecture:
     options: Returns the options of the model for values without problems.
     describe: Returns the keys of config.json that the options of a model
       decide; raises ValueError if the architecture has no such model.
-    suits: Returns whether a model that was not imported is exported as this
+    suits: Returns whether a model that was not imported may be exported as this
       architecture.
     names: The tensors of our variables; see `mapping`.
-    borrowed_type: The `model_type` of its config.json where that is the name of
-      another architecture, so that `architectures` must name its class.
-    needs_code: Whether transformers has no class for it, so that checkpoints
-      bring their own code.
-    prefix: Prefix of tensor names that a model without head does not have.
+    borrowed_type: The `model_type` in config.json if checkpoints use the name
+      of another architecture, so that `architectures` must name the class.
+    needs_code: Whether transformers has no class for the architecture, so that
+      checkpoints bring their own code.
+    prefix: The prefix of tensor names that is absent in checkpoints of a model
+      without its head.
     computed_tensors: Patterns of the names of tensors that need not be read, as
       their values are computed.
-    skipped_tensors: Returns the patterns of the names of tensors that are no
-      part of the model, for the values of the keys.
+    skipped_tensors: Returns, for the values of the keys, the patterns of the
+      names of tensors that are no part of the model.
     fills_gaps: Whether the checkpoints were trained to fill gaps in text that
       are marked by sentinels (T5).
     files: Opens the tensors in the files of a folder.
@@ -75,14 +76,14 @@ class Architecture:
 def activation_problems(
   key: str, name: str, table: Mapping[str, str]
 ) -> list[str]:
-  """The problem of an activation that is not in `table`, or an empty list."""
+  """A list with a text if an activation is not in `table`, else empty."""
   if name in table:
     return []
   return [f'{key}={name!r} is not supported, only {sorted(table)}']
 
 
 def their_activation(name: str, table: Mapping[str, str]) -> str:
-  """The first name that `table` has for our activation, or else our name."""
+  """The first name in `table` of our activation `name`, or else our name."""
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 
@@ -99,7 +100,7 @@ def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
 
 
 def layers(sparse: Sequence[bool]) -> str:
-  """The option `moe.layers`, for a flag for each layer."""
+  """The value of `moe.layers` for flags that say which layers are sparse."""
   if all(sparse) or not any(sparse):
     return 'all' if any(sparse) else 'none'
   return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
@@ -121,7 +122,7 @@ def sparse_flags(num_layers: int, step: int, first: int) -> tuple[bool, ...]:
 
 
 def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """The step under which layers are sparse; None if no step gives these."""
+  """The `step` for which `sparse_flags` gives `sparse`; None without any."""
   L = len(sparse)
   steps = (n for n in range(L + 2) if sparse_flags(L, n, first) == sparse)
   return next(steps, None)

@@ -33,7 +33,7 @@ _REPOSITORY = re.compile(r'[\w.-]+(/[\w.-]+)?')
 def fetch_folder(
   source: str | os.PathLike[str], *, weights: bool = True, revision: str = ''
 ) -> pathlib.Path:
-  """The folder of `source`, downloaded to the hub's cache if it is no folder.
+  """The folder `source`, or the hub's cache to which `source` is downloaded.
 
   If a repository has safetensors, PyTorch's files are not fetched. Without a
   network, files are taken from the cache.
@@ -67,7 +67,7 @@ def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a checkpoint besides weights and their index.
 
   Raises:
-    ValueError: One of them is a link out of the folder, or no plain file.
+    ValueError: A file is a link out of the folder, or no plain file.
   """
   files = plain_files.matching(folder, SMALL)
   return [path for path in files if not path.name.endswith('.index.json')]
@@ -87,7 +87,7 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-# The files of all families, in the order in which an export tries them.
+# The architectures of all families, in the order in which an export tries them.
 _FAMILIES = (
   'mixtral',
   'deepseek',
@@ -111,7 +111,7 @@ class UnsupportedError(InputError):
   """A config.json whose values our models cannot express.
 
   Attributes:
-    problems: A text for each of them.
+    problems: A text for each value that cannot be expressed.
   """
 
   def __init__(self, headline: str, problems: list[str]):
@@ -150,8 +150,8 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
   Args:
     folder: The folder of a checkpoint.
-    dtype: Dtype of parameters and products; '' is that of config.json, or
-      float32 where it names none.
+    dtype: Dtype of parameters and products; '' is the dtype that config.json
+      names, or float32 if it names none.
 
   Raises:
     ValueError: The architecture, a key or a value is not supported; all
@@ -172,10 +172,10 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
 
 def from_config(config: Mapping[str, Any]) -> ModelOptions:
-  """The options of the model of a config.json to be written, in float32.
+  """The options of the float32 model that a config.json to be written has.
 
   Raises:
-    ValueError: As `open_checkpoint`.
+    ValueError: See `open_checkpoint`.
   """
   path = pathlib.Path('config.json')
   return _read_checkpoint(config, path, 'what would be written there').options
@@ -216,8 +216,8 @@ def architecture_of(
   """The architecture that `architectures` and `model_type` of a config name.
 
   Raises:
-    ValueError: The architecture is not supported; the message lists all that
-      are.
+    ValueError: The architecture is not supported; the message lists those that
+      are supported.
   """
   model_type, classes = config.get('model_type'), config.get('architectures')
   for architecture in ARCHITECTURES.values():
@@ -240,7 +240,7 @@ def architecture_of(
 
 
 def param_dtype_for(stored_dtype: str) -> str:
-  """The dtype of parameters for one of `FLOATS`: float32 for float16."""
+  """A stored dtype's parameter dtype: float32 for float16, else the same."""
   return 'float32' if stored_dtype == 'float16' else stored_dtype
 
 

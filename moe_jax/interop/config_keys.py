@@ -1,7 +1,7 @@
 """The keys of a checkpoint's config.json, each of which is used or refused.
 
-Every architecture sorts the keys that its `config.json` may have by how they
-are treated; an unknown key is an error.
+Every architecture sorts the keys that its `config.json` may have by their
+treatment; an unknown key is an error.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ _LAYERS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """A kind of value: a number in a range, which NaN never is.
+  """The rule that a value in config.json is a number in a range, and not NaN.
 
   Attributes:
-    rule: The kind in words, for messages.
-    low: The least value.
-    below: The value that is not reached.
-    whole: Whether only integers are of the kind.
-    above: Whether `low` itself is not of the kind.
-    optional: Whether null is of the kind.
+    rule: The rule in words, for messages.
+    low: The lower bound of the range.
+    below: The upper bound of the range, which is not allowed itself.
+    whole: Whether only integers are allowed.
+    above: Whether `low` itself is not allowed.
+    optional: Whether null is allowed.
   """
 
   rule: str
@@ -38,7 +38,7 @@ class Number:
   optional: bool = False
 
   def holds(self, value: Any) -> bool:
-    """Whether a value of a JSON file is of the kind."""
+    """Whether a value of a JSON file obeys the rule."""
     if value is None:
       return self.optional
     number_types = int if self.whole else int | float
@@ -54,7 +54,7 @@ def _or_null(kind: Number) -> Number:
 
 SIZE = Number('integer of at least 1 in int32', 1, _INTEGERS, whole=True)
 OPTIONAL_SIZE = _or_null(SIZE)
-# A length of texts, which no tensor need have.
+# A length of texts, which need not be a dimension of any tensor.
 LENGTH = Number('length of at least 1 in int32', 1, _INTEGERS, whole=True)
 OPTIONAL_LENGTH = _or_null(LENGTH)
 LAYERS = Number(f'integer in [1, {_LAYERS})', 1, _LAYERS, whole=True)
@@ -71,17 +71,17 @@ _LIBRARY = 'transformers 5.24'
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """The keys of one architecture, sorted by how they are treated.
+  """The keys of config.json that an architecture has, sorted by treatment.
 
   Attributes:
     honoured: For each key that shapes the model, its type and transformers'
       default.
     training: For each key that acts only in training, its type, its default,
-      the neutral value (or the name of a key that has this value, or ... if
-      every value is carried over), and the reason why any other value is not
+      the neutral value (or the name of a key that has the neutral value, or ...
+      if every value is carried over), and the reason why any other value is not
       carried over.
-    fixed: For each key with only some supported values, these values, the
-      default first.
+    fixed: For each key of which only some values are supported, these values,
+      the default first.
     ignored: For each other key, the reason why it changes neither inference nor
       training.
     spellings: Other spellings of keys, each with the key that it stands for.
@@ -95,7 +95,7 @@ class Keys:
 
 
 class Values(types.SimpleNamespace):
-  """The values of honoured and training keys by name, defaults filled in."""
+  """The values of honoured and training keys, with defaults, as attributes."""
 
 
 def read(
@@ -141,7 +141,7 @@ def read(
 def _one_spelling(
   keys: Keys, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-  """The config with one spelling of each key, and a text for each conflict."""
+  """The config with keys in one spelling, and a text for each conflict."""
   unified_config = {
     keys.spellings.get(name, name): v for name, v in config.items()
   }
@@ -154,7 +154,7 @@ def _one_spelling(
 
 
 def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
-  """A text for each special token that has no id of the vocabulary."""
+  """A text for each special token whose id is not in the vocabulary."""
   rule = f'token id, an integer in [0, {vocab_size})'
   kind = Number(rule, 0, vocab_size, whole=True)
   return [
@@ -167,7 +167,7 @@ def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 
 def is_kind(value: Any, kind: Any) -> bool:
-  """Whether a value of a JSON file is of a kind, a `Number` or a type."""
+  """Whether a value of a JSON file obeys a `Number` or is of a Python type."""
   if isinstance(kind, Number):
     return kind.holds(value)
   if isinstance(value, bool):
@@ -176,7 +176,7 @@ def is_kind(value: Any, kind: Any) -> bool:
 
 
 def kind_name(kind: Any) -> str:
-  """The kind of a value in words."""
+  """The name, for messages, of a `Number` or of a Python type."""
   if isinstance(kind, Number):
     return kind.rule
   return getattr(kind, '__name__', str(kind))

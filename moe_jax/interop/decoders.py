@@ -1,10 +1,11 @@
 """What transformers' decoders share: keys of config.json, names of tensors.
 
 These decoders have pre-norm blocks with root mean square norms, rotary
-positions, grouped keys and gated feed-forwards, and drop no token unless their
-file says otherwise. A key that several of them have means the same in all. A
-family's file calls `decoder` with its keys, the names of its tensors (parts of
-a table, `mapping.Names`), and functions for what sets it apart.
+positions, grouped keys and gated feed-forwards, and drop no token, unless the
+module of their family says otherwise. A key of config.json that several
+decoders have means the same in all. The module of a family calls `decoder` with
+the family's keys, the names of its tensors (parts of a table, `mapping.Names`),
+and functions for what sets the family apart.
 """
 
 import dataclasses
@@ -46,9 +47,9 @@ from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing.capacity import All
 
-# Names of tensors.
+# Tables of the names of tensors.
 
-# The embedding, the head and the norm before it.
+# The tensors outside of layers: the embedding, the final norm and the head.
 ENDS: Names = {
   'embedding': (Name('model.embed_tokens.weight', 'V M'),),
   'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
@@ -57,7 +58,10 @@ ENDS: Names = {
 
 
 def layer(path: str, *names: tuple[str, str]) -> Names:
-  """The names and forms of a parameter of a layer; names begin behind it."""
+  """The table entry of a layer's parameter, from (name, layout) pairs.
+
+  The names lack the prefix 'model.layers.{layer}.', which is added.
+  """
   return {
     f'layer/{path}': tuple(
       Name(f'model.layers.{{layer}}.{name}', form) for name, form in names
@@ -66,16 +70,16 @@ def layer(path: str, *names: tuple[str, str]) -> Names:
 
 
 def weight(path: str, module: str, form: str) -> Names:
-  """The weight of a module of a layer."""
+  """The table entry of a layer's parameter that is a module's weight."""
   return layer(path, (f'{module}.weight', form))
 
 
-# The norms before attention and before feed-forwards.
+# The tensors of the norms before attention and before feed-forwards.
 NORMS: Names = {
   **weight('attention_norm/scale', 'input_layernorm', 'M'),
   **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
 }
-# Norms, and the projections of attention.
+# The tensors of the two norms and of attention's projections.
 BLOCK: Names = {
   **NORMS,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
@@ -87,7 +91,7 @@ BLOCK: Names = {
   **layer('attention/b_value', ('self_attn.v_proj.bias', '(N D) -> N D')),
   **layer('attention/b_out', ('self_attn.o_proj.bias', 'M')),
 }
-# Norms of the queries and keys of each head.
+# The tensors of the norms of each head's queries and keys.
 HEAD_NORMS: Names = {
   **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
   **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
@@ -95,7 +99,7 @@ HEAD_NORMS: Names = {
 
 
 def gated_ffn(path: str, module: str) -> Names:
-  """The weights of a gated feed-forward."""
+  """The table entries of a gated feed-forward's three weights."""
   return {
     **weight(f'{path}/w_gate', f'{module}.gate_proj', 'F M -> M F'),
     **weight(f'{path}/w_in', f'{module}.up_proj', 'F M -> M F'),
@@ -104,7 +108,7 @@ def gated_ffn(path: str, module: str) -> Names:
 
 
 def router(*modules: str) -> Names:
-  """The weight of routers, by the names that their module has in files."""
+  """The table entry of routers' weights, for the names of their module."""
   names = ((f'{module}.weight', 'E M -> M E') for module in modules)
   return layer('moe/router/w', *names)
 
@@ -115,15 +119,18 @@ def experts(
   up: str = 'up_proj',
   down: str = 'down_proj',
 ) -> Names:
-  """Gated experts, each with tensors of its own in files that are written.
+  """The table entries of gated experts' weights.
 
-  Files may also have the tensors that transformers has in memory, in which
-  experts are stacked and gate and up are one tensor, or the names of those
-  tensors for each expert.
+  Files that are written have three tensors for each expert. Files that are read
+  may also have experts in the module 'mlp.experts', or the tensors that
+  transformers has in memory: experts are stacked, and `gate` and `up` are one
+  tensor.
 
   Args:
-    module: The name of the experts in files.
-    gate: The name of an expert's gate in files; `up` and `down` likewise.
+    module: The name of the experts' module in files.
+    gate: The name of an expert's gate projection in files.
+    up: The name of an expert's linear projection in files.
+    down: The name of an expert's output projection in files.
   """
   modules = dict.fromkeys((module, 'mlp.experts'))
   table: Names = {}
@@ -140,8 +147,9 @@ def experts(
   return table
 
 
-# Keys of config.json.
+# The keys of config.json.
 
+# Our activations by the names that config.json has for them.
 ACTIVATIONS = {
   'silu': 'swiglu',
   'swish': 'swiglu',
@@ -157,21 +165,22 @@ def _heads(o: DecoderOptions) -> Any:
 
 
 def _has_bias(o: DecoderOptions) -> bool:
-  """Whether queries, or the short keys of latent attention, have a bias."""
+  """Whether queries, or latent attention's compressed keys, have a bias."""
   names = 'query', 'kv_down'
   return any(o.attention.has_bias(name, use_bias=False) for name in names)
 
 
 def _router(o: DecoderOptions, name: str, default: Any) -> Any:
-  """An option of the router; the default for a router without it."""
+  """The value of a router's option; the default if the router lacks it."""
   return getattr(o.moe.router, name, default)
 
 
-# The names that the number of experts has; each stands for the others.
+# The keys for the number of experts; config.json may have any of these.
 _NUM_EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
-# Keys that several decoders have: the kind of their values, and the value for
-# the options of a model. What a model has of another kind than the decoders
-# here is described by a default, which then differs from it.
+# For each key that several decoders have, the type of its values, and the
+# function from a model's options to the key's value. If the model has something
+# that no decoder here has, the function gives a default: read back, it differs
+# from the model, and the difference is reported.
 _SHARED: Mapping[str, tuple[Any, Callable[[DecoderOptions], Any]]] = {
   'vocab_size': (SIZE, lambda o: o.vocab_size),
   'hidden_size': (SIZE, lambda o: o.width),
@@ -211,7 +220,7 @@ _SHARED: Mapping[str, tuple[Any, Callable[[DecoderOptions], Any]]] = {
     lambda o: 'renormalized' in _router(o, 'gates', ''),
   ),
 }
-# transformers' defaults of the keys that every decoder has, in most of them.
+# transformers' default, in most decoders, of each key that every decoder has.
 _DEFAULTS: Mapping[str, Any] = dict(
   vocab_size=32000,
   hidden_size=4096,
@@ -234,15 +243,15 @@ def keys(
   ignored: Mapping[str, str] | None = None,
   spellings: Mapping[str, str] | None = None,
 ) -> Keys:
-  """The keys of an architecture: the shared ones, and those of its own.
+  """The keys of an architecture: those that decoders share, and its own.
 
   Args:
-    defaults: transformers' defaults of its shared keys, where they are not
+    defaults: transformers' defaults of the shared keys, where they are not
       those of most decoders.
-    honoured: Its other keys that shape the model; see `Keys`.
-    training: Its other keys that act only in training.
-    fixed: Its other keys with only some supported values.
-    ignored: Its other keys that change nothing, with the reason.
+    honoured: The own keys that shape the model; see `Keys`.
+    training: The own keys that act only in training.
+    fixed: The own keys of which only some values are supported.
+    ignored: The own keys that change nothing, with the reason.
     spellings: Other spellings of keys.
   """
   values = {**_DEFAULTS, **defaults}
@@ -305,7 +314,7 @@ def _problems(
 
 
 def gate_problems(c: Values) -> Iterator[str]:
-  """A text if gates are divided by their sum, and a token has a single one."""
+  """A text if a token has a single gate that is divided by itself."""
   if c.num_experts_per_tok == 1 and getattr(c, 'norm_topk_prob', True):
     flag = ' with norm_topk_prob=True' * hasattr(c, 'norm_topk_prob')
     yield (
@@ -314,7 +323,11 @@ def gate_problems(c: Values) -> Iterator[str]:
 
 
 def layer_types(c: Values) -> list[Any]:
-  """The kind of each layer's attention; without the key all others' windows."""
+  """The kind of each layer's attention, of `WINDOW` and `FULL`.
+
+  Without the key `layer_types`, every second layer below `max_window_layers`,
+  from the first on, attends to a window.
+  """
   if c.layer_types is not None:
     return c.layer_types
   L = c.num_hidden_layers
@@ -329,10 +342,12 @@ def _has_windows(c: Values) -> bool:
 def heads(c: Values, **overrides: Any) -> AttentionOptions:
   """Attention whose heads have keys and values of their own, or share them.
 
+  Without the key `head_dim` a head's width is the model's width divided by the
+  number of heads.
+
   Args:
     c: The values of config.json.
-    **overrides: Options of attention beside those of shared keys; without a
-      `head_dim` the heads multiply to the width.
+    **overrides: Options of attention that shared keys do not decide.
   """
   keys: dict[str, Any] = {}
   if hasattr(c, 'attention_bias'):
@@ -364,19 +379,20 @@ def _options(
   moe: Mapping[str, Any] | None = None,
   **overrides: Any,
 ) -> DecoderOptions:
-  """The options of a model.
+  """The options of a decoder, from the values of its config.json.
 
   Args:
     c: The values of config.json.
     rope: The parameters of rotary positions where the config has none.
-    activations: Our names of the activations of the architecture, by theirs.
+    activations: Our names of the architecture's activations, by the names in
+      config.json.
     router: The router, but for its losses; None for probabilities among all
       experts, divided by their sum unless `norm_topk_prob` is false.
     losses: Weights of losses of the router, if they differ from the balance
       loss of `router_aux_loss_coef` alone.
-    moe: Further options of sparse layers; they win over the shared keys, and
-      over the defaults, by which all layers are sparse and no token is dropped.
-    **overrides: Further options of the model, which win over the shared keys.
+    moe: Further options of sparse layers. They override shared keys, and the
+      defaults, by which all layers are sparse and no token is dropped.
+    **overrides: Further options of the model, which override shared keys.
   """
   if router is None:
     renormalized = getattr(c, 'norm_topk_prob', True)
@@ -421,11 +437,11 @@ def _options(
 def _describe(
   o: DecoderOptions, keys: Keys, activations: Mapping[str, str]
 ) -> dict[str, Any]:
-  """The shared keys of config.json that a model decides.
+  """The values of the shared keys of config.json for a model's options.
 
   Raises:
-    ValueError: The model is no decoder, or has no heads or experts like those
-      of transformers' decoders.
+    ValueError: The model is no decoder, or its heads or experts are not of the
+      kinds that transformers' decoders have.
   """
   if not isinstance(o, DecoderOptions) or o.has_encoder:
     raise InputError('it has an encoder, or no blocks')
@@ -433,7 +449,7 @@ def _describe(
   decided = {
     key: value(o) for key, (_, value) in _SHARED.items() if key in keys.honoured
   }
-  # Experts have a width of their own beside dense feed-forwards.
+  # Without a key for the experts' width, `intermediate_size` is that width.
   if 'moe_intermediate_size' not in keys.honoured:
     decided['intermediate_size'] = expert.hidden
   return decided | dict(
@@ -443,7 +459,7 @@ def _describe(
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
-  """The options of attention, which is not latent; see `plain_attention`."""
+  """The options of attention; an error if it is latent: `plain_attention`."""
   return plain_attention(o, o.width)
 
 
@@ -480,18 +496,19 @@ def decoder(
     stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
     names: The tensors of our variables.
-    options: Returns what sets its models apart: `router`, `losses`, `moe` and
-      options of `DecoderOptions`, see `_options`.
-    describe: Returns the keys beside the shared ones that a model decides; one
-      in another spelling stands for the shared key.
-    problems: Returns a text for each value of its keys, beside the shared
-      ones, that our models cannot express.
+    options: Returns what sets the architecture's models apart: `router`,
+      `losses`, `moe` and options of `DecoderOptions`, see `_options`.
+    describe: Returns the values of the architecture's own keys for a model. A
+      key that is another spelling of a shared key replaces it.
+    problems: Returns a text for each value of the architecture's own keys that
+      our models cannot express.
     rope: The parameters of rotary positions where the config has none, with
       the `partial_rotary_factor` only if heads need not rotate as a whole.
-    rope_types: The rope types that it has.
-    activations: Our names of its activations, by theirs.
-    **overrides: Attributes of `Architecture` with other values than those of
-      most decoders.
+    rope_types: The rope types that the architecture has.
+    activations: Our names of the architecture's activations, by the names in
+      config.json.
+    **overrides: Attributes of `Architecture` whose values differ from most
+      decoders'.
   """
 
   def all_described(o):

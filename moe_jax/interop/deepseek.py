@@ -10,31 +10,32 @@ checkpoints bring their own code. As that code computes it:
 - From `first_k_dense_replace` on, the layers whose number `moe_layer_freq`
   divides are sparse.
 - Gates are probabilities among all experts. With `norm_topk_prob`, which the
-  published checkpoints do not have, several of a token are divided by their
-  sum.
-- In training each sequence has its own balance loss, or with `seq_aux` false
-  the whole batch has one.
+  published checkpoints do not set, a token's gates are divided by their sum if
+  there are several.
+- In training each sequence has its own balance loss; with `seq_aux` false the
+  whole batch has a single one.
 
 DeepSeek-V2 (arXiv:2405.04434), as transformers 5.24 computes it:
 
-- Attention is latent, and the norms of its short vectors have an epsilon of
-  their own.
-- Gates are probabilities among all experts times `routed_scaling_factor`;
-  `norm_topk_prob` is not read, so that true is refused.
-- With `topk_method` 'group_limited_greedy' a token chooses groups by their best
-  probability, and experts outside have a probability of 0.
+- Attention is latent, and the norms of its compressed vectors have an epsilon
+  of their own.
+- Gates are probabilities among all experts times `routed_scaling_factor`.
+  transformers does not read `norm_topk_prob`, so the value true is refused.
+- With `topk_method` 'group_limited_greedy' a token chooses groups of experts by
+  their best probability; experts outside of them have a probability of 0.
 
 DeepSeek-V3 (arXiv:2412.19437), and so Moonlight and Kimi-K2, as transformers
 5.24 computes it:
 
-- A token chooses by the sigmoid of each logit plus the balancing bias of the
-  expert, first groups by the sum of their two best, then experts in them.
+- The score of an expert is the sigmoid of its logit plus its balancing bias. A
+  token first chooses groups, by the sum of their two best scores, and then
+  experts in these groups, by their scores.
 - Gates are sigmoids without the bias, divided by their sum plus 1e-20 if
   `norm_topk_prob` is true, times `routed_scaling_factor`.
 - Layers behind the last one, which predict further tokens, are not read.
 
-The bias is no parameter but the state of a router (`models/trees.py`),
-which training moves by the published rate unless the run's config has another.
+The bias is not a parameter but the state of a router (`models/trees.py`).
+Training moves it by the published rate, unless the run's config has another.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,8 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.routers.token_choice import PUBLISHED_RATE
 from moe_jax.models import DecoderOptions
 
-# The epsilon of transformers' norms of short vectors, whatever rms_norm_eps is.
+# transformers' epsilon in the norms of latent attention's compressed vectors,
+# whatever rms_norm_eps is.
 _EPSILON = 1e-6
 _REMOTE = "only the model's own remote code reads it"
 _DERIVED = 'it follows from the widths of the parts'
@@ -87,7 +89,7 @@ KEYS_V1 = decoders.keys(
   fixed={'pretraining_tp': (1,), 'scoring_func': ('softmax',)},
   spellings={'aux_loss_alpha': 'router_aux_loss_coef'},
 )
-# What V2 and V3 have in common.
+# The keys and the tensors that DeepSeek-V2 and V3 have in common.
 _LATENT_DEFAULTS: Mapping[str, Any] = dict(
   attention_bias=False, router_aux_loss_coef=0.0
 )
@@ -204,7 +206,7 @@ def _width_problems(c: Values) -> Iterator[str]:
 
 
 def _latent_problems(c: Values) -> Iterator[str]:
-  """A text for each value of the keys of both V2 and V3 that is refused."""
+  """A text for each refused value of a key that V2 and V3 both have."""
   if c.quantization_config is not None:
     method = c.quantization_config.get('quant_method')
     yield (
@@ -257,7 +259,7 @@ def _options_v1(c: Values) -> dict[str, Any]:
 
 
 def _latent(c: Values) -> LatentOptions:
-  """The attention of V2 and V3."""
+  """The latent attention of DeepSeek-V2 and V3."""
   biases = 'query_down, kv_down, out' if c.q_lora_rank else 'kv_down, out'
   return LatentOptions(
     num_heads=c.num_attention_heads,
@@ -276,9 +278,9 @@ def _router(c: Values, score: str, outside: str, **options: Any) -> TokenChoice:
 
   Args:
     c: The values of config.json.
-    score: The score of a group, such as 'best'.
-    outside: The scores of experts outside of the chosen groups.
-    **options: Other options.
+    score: How a group is scored, such as 'best'.
+    outside: What experts outside of the chosen groups get as scores.
+    **options: Other options of the router.
   """
   if c.n_group > 1:
     options |= dict(
@@ -301,7 +303,7 @@ def _options_v2(c: Values) -> dict[str, Any]:
 
 
 def balanced_router(c: Values) -> TokenChoice:
-  """The router of V3, with a balancing bias."""
+  """The router of DeepSeek-V3, with a balancing bias."""
   return _router(
     c,
     'two_best',

@@ -30,9 +30,10 @@ _ROLES = 'bos', 'eos', 'pad'
 def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   """Writes a tokenizer into an exported folder; returns a line about it.
 
-  Bytes and characters become a `tokenizer.json` with the same ids, in which the
-  name of a special token in a text is text, as here; unless a task added ids,
-  whose names transformers reads as these ids, as inputs here do.
+  A tokenizer of bytes or characters becomes a `tokenizer.json` with the same
+  ids. As here, the name of a special token within a text is read as plain text;
+  but the names of ids that a task added are read as these ids, as in inputs
+  here.
   """
   base, names, ends_in_eos = tokenizer, (), False
   if isinstance(tokenizer, tokenizers.Extended):
@@ -49,16 +50,17 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   model = _model(base)
   if model is None:
     return 'transformers has no such tokenizer; the folder has none'
-  # The library numbers names anew, behind the ids that the model has.
+  # The library gives new names the ids behind the last id of the model.
   size = model.get_vocab_size(with_added_tokens=True)
   has_names = not names or cast(Any, tokenizer).token_id(names[0]) == size
   if has_names:
     model.add_special_tokens([*names])
+  # A special token that the task added may not be in `model`.
   roles = {
     f'{role}_token': token
     for role in _ROLES
     if (token_id := getattr(tokenizer, f'{role}_id')) is not None
-    and (token := model.id_to_token(token_id)) is not None  # one of the task's
+    and (token := model.id_to_token(token_id)) is not None
   }
   if ends_in_eos and has_names and model.post_processor is None:
     eos_id = cast(Any, tokenizer).eos_id
@@ -83,7 +85,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The tokenizer as the `tokenizers` library has it; None if it has none."""
+  """The tokenizer in the library `tokenizers`; None if it has no equal one."""
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model_json())
   if isinstance(tokenizer, tokenizers.Bytes):
@@ -130,13 +132,13 @@ def export_run(
 ) -> list[str]:
   """Writes a run's newest good checkpoint for transformers to read.
 
-  Kernels in codes of few bits are written as the numbers that these stand for.
+  Quantised kernels are written as the numbers that their codes stand for.
 
   Returns:
     Lines about the export, for printing.
 
   Raises:
-    ValueError: The folder holds no run or no checkpoint, or as `save`.
+    ValueError: The folder holds no run or no checkpoint, or see `save`.
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
@@ -187,12 +189,12 @@ def _imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
   if not folder.is_dir():
     return []
   paths = small_files(folder)
-  # Some file systems do not tell upper from lower case.
+  # Some file systems do not distinguish upper and lower case.
   return [path for path in paths if path.name.casefold() != 'config.json']
 
 
 def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
-  """The run's mesh; None if it does not fit the devices."""
+  """The run's mesh; None if the mesh does not fit this machine's devices."""
   mesh = workdir_lib.kept_config(folder).get('mesh', {})
   try:
     return read_options(MeshOptions, mesh, 'mesh.').make()
@@ -217,9 +219,9 @@ def _export_tokenizer(
   output: pathlib.Path,
   tokenizer: Tokenizer | None,
 ) -> str:
-  """Copies files that were imported, or else writes the run's tokenizer.
+  """Copies the files imported with a model, or else writes the run's tokenizer.
 
-  Returns a line about it, for printing.
+  Returns a line about what was written, for printing.
   """
   for path in imported:
     plain_files.copy(path, output / path.name)

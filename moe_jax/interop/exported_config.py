@@ -1,7 +1,7 @@
 """The config.json of a model that is written for transformers.
 
-It finds the architecture that computes the same function, or else says how the
-nearest one differs.
+An architecture is found that computes the same function as the model. If there
+is none, the error says how the nearest architecture differs.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from moe_jax.interop.tensor_files import problem_text
 from moe_jax.models import ModelOptions
 from moe_jax.models.meaning import difference
 
-# Keys that are not carried over: those of older versions of transformers, in
-# whose place others are written, and that of quantized tensors.
+# Keys that are not carried over: keys of older versions of transformers, which
+# newer keys replace, and the key of quantized tensors.
 _REPLACED_KEYS = (
   'torch_dtype',
   'rope_theta',
@@ -32,7 +32,7 @@ _REPLACED_KEYS = (
   'original_max_position_embeddings',
   'quantization_config',
 )
-# Texts that stand for options in messages: what each option decides.
+# The texts that messages have for some options: what the option decides.
 _OPTION_TEXTS = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'
   for half in ('', 'encoder.')
@@ -48,13 +48,14 @@ def choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  The architecture is that of the config, or else the first that computes the
-  same function; architectures without a class in transformers come last.
+  The architecture is the one that the config names, or else the first that
+  computes the same function; architectures without a class in transformers come
+  last.
 
   Raises:
-    ValueError: No architecture computes it. The message lists how the nearest
-      architecture differs, the one with the fewest differences, or what the
-      first one lacks.
+    ValueError: No architecture computes the same function. The message lists
+      how the architecture with the fewest differences differs, or, if none can
+      be compared, what the first one lacks.
   """
   if config.get('model_type') is not None:
     architecture = architecture_of(config)
@@ -73,11 +74,11 @@ def choose(
 
 
 class _DiffersError(InputError):
-  """A model of an architecture that computes another function than ours.
+  """The nearest model of an architecture computes another function than ours.
 
   Attributes:
-    num_differences: The number of options that differ, without those that ours
-      lack as another choice differs.
+    num_differences: The number of options that differ. Options that ours lacks
+      are not counted, since they follow from another choice that differs.
   """
 
   def __init__(
@@ -94,10 +95,10 @@ class _DiffersError(InputError):
 def describe(
   options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The content of config.json.
+  """The content of config.json for a model as one of an architecture.
 
   Raises:
-    ValueError: No model of that architecture computes the same function.
+    ValueError: No model of the architecture computes the same function.
   """
   refusal = f'the model is no {architecture.model_type} model of transformers'
   counts = [moe.num_experts for moe in options.build().stacks.mixtures]
@@ -130,9 +131,9 @@ def _config_json(
   config: Mapping[str, Any],
   decided: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The keys that a model decides, and others of the config beside them."""
+  """The keys that a model decides, together with other keys of the config."""
   replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
-  # Our models lack what these keys decide in training.
+  # What these keys do in training our models do not have.
   neutral_values = {
     name: decided[neutral] if isinstance(neutral, str) else neutral
     for name, (_, _, neutral, _) in architecture.keys.training.items()
@@ -155,8 +156,8 @@ def _read_back(
   """The options of a config.json, with defaults for unsupported values.
 
   Returns:
-    The options, or None if they cannot be read with defaults either; and a text
-    for each value that is not supported.
+    The options, or None if config.json cannot be read with defaults either; and
+    a text for each value that is not supported.
   """
   problems = []
   try:
@@ -175,13 +176,14 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
   """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
-    # config.json does not say which tables there are; the tensors do.
+    # config.json does not say if the encoder has a table; the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
     if not ours.build().stacks.capacity_binds:
-      # With slots for all tokens, those that padding takes do not matter.
+      # If all tokens have slots, the slots that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)
-  # An option that theirs lacks follows from another choice, which is listed.
+  # An option that their model lacks follows from another choice that differs,
+  # which is listed instead.
   causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
   return [
     f'{_OPTION_TEXTS.get(name, name)}: '

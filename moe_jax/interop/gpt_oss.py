@@ -2,18 +2,18 @@
 
 Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 
-- Every second layer attends to a window, and each head has a logit of its own
-  in the softmax, which no value belongs to (a sink).
+- Every second layer attends to a window, and each head has a sink: a learned
+  logit in the softmax that belongs to no value.
 - All projections, routers and experts have biases. Gates are the softmax of the
   chosen logits, which is the same as probabilities among all experts divided by
   their sum.
 - Experts have a clamped activation; gate and up alternate in one tensor.
 
-Published files hold experts in MXFP4, a format of 4-bit numbers; bfloat16 is
-exported. Blocks of 32 numbers share a scale, which is a power of two (OCP
+Published files hold experts in MXFP4, a format of 4-bit numbers; an export has
+bfloat16. Blocks of 32 numbers share a scale, which is a power of two (OCP
 Microscaling Formats 1.0). Files have the tensor `name` as `name_blocks`, uint8
 [E, N, M / 32, 16], two numbers a byte and the first in the lower half, and
-`name_scales`, uint8 [E, N, M / 32]. They are read as one bfloat16 tensor `name`
+`name_scales`, uint8 [E, N, M / 32]. Both are read as one bfloat16 tensor `name`
 [E, M, N], which holds every number exactly unless its scale is extreme.
 """
 
@@ -46,11 +46,11 @@ _NUMBERS = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
 
 
 class Mxfp4Files(TensorFiles):
-  """The tensors of a folder, those in MXFP4 as decoded ones.
+  """The tensors of a folder; tensors in MXFP4 appear decoded.
 
   Raises:
-    ValueError: As `TensorFiles`, or blocks and scales do not fit; all problems
-      are listed.
+    ValueError: See `TensorFiles`; or blocks and scales do not fit, and all
+      problems are listed.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -71,7 +71,7 @@ class Mxfp4Files(TensorFiles):
       raise InputError(problem_text(f'{folder} cannot be read', problems))
 
   def _problem(self, name: str) -> str:
-    """A text if a tensor cannot be decoded, else ''."""
+    """The reason why a tensor in MXFP4 cannot be decoded, or ''."""
     blocks = self.specs[name + _BLOCKS]
     scales = self.specs.get(name + _SCALES)
     if name in self.specs:
@@ -89,7 +89,7 @@ class Mxfp4Files(TensorFiles):
     return ''
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """Only the needed blocks of MXFP4 are read."""
+    """Reads a slice as `TensorFiles` does, and only the needed MXFP4 blocks."""
     if name not in self._packed:
       return super().read(name, index)
     if index is None:

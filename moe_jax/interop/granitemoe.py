@@ -2,8 +2,9 @@
 
 Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 
-- Four numbers multiply embeddings, scores of attention (in place of one over
-  the root of a head's width), outputs of layers, and divide logits.
+- Four constants of the config scale the model: one multiplies embeddings, one
+  multiplies attention's scores (in place of one over the root of a head's
+  width), one multiplies layers' outputs, and one divides logits.
 - Gates are the softmax of the chosen logits, which is the same as probabilities
   among all experts divided by their sum.
 - Experts are stacked in files, gate and up in one tensor.

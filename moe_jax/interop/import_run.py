@@ -62,7 +62,7 @@ def import_run(
     Lines about the import, for printing.
 
   Raises:
-    ValueError: As `load`; the folder is not empty; the tokenizer cannot be
+    ValueError: See `load`; or the folder is not empty; the tokenizer cannot be
       read, or has tokens for which the model has no embedding; or a small file
       of the checkpoint is a link.
   """
@@ -101,8 +101,8 @@ def _tokenizer(
 ) -> tuple[Tokenizer | None, list[str]]:
   """The tokenizer.json of a folder, or else the tokenizer of the config.
 
-  A SentencePiece model in the folder is not guessed to be the tokenizer: that
-  of transformers may have other ids.
+  A SentencePiece model in the folder is not taken as the tokenizer, since
+  transformers may give its pieces other ids.
 
   Returns:
     The tokenizer, and a line if the config names one that is not used.
@@ -122,7 +122,7 @@ def _tokenizer(
 
 
 def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
-  """The checkpoint's model, computed and trained by a run's options.
+  """The checkpoint's model options, with a run's options on computation.
 
   The checkpoint's own dropout, losses and dtypes take precedence.
   """
@@ -137,15 +137,16 @@ def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
 
 
 def _computed_as(imported: O, configured: Options, how: bool = False) -> O:
-  """The imported options, with configured values of those on computation.
+  """The imported options, with the run's values of options on computation.
 
-  Options on computation only say how something is computed; see `Option`.
-  Those that have another value than the default in `imported` are kept.
+  Options on computation only say how something is computed; see `Option`. If
+  such an option has another value than its default in `imported`, that value
+  is kept.
 
   Args:
     imported: The options of the checkpoint.
     configured: The options of the run, of which some may have the same names.
-    how: Whether all options of `imported` are on computation.
+    how: Whether all options of `imported` are options on computation.
   """
   changes = {}
   for name, field in fields_of(type(imported)).items():
@@ -167,9 +168,9 @@ def _fitting_data(
 ) -> DataOptions:
   """The data with the checkpoint's tokenizer, and a task that fits its model.
 
-  If the task has no inputs and targets, an encoder-decoder gets another one:
-  span corruption if it was trained on that, or else pairs of texts that come
-  with Python.
+  If the task has no inputs and targets, an encoder-decoder gets another task:
+  span corruption if the model was trained on it, or else pairs of texts that
+  come with Python.
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:

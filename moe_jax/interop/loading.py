@@ -44,8 +44,8 @@ from moe_jax.models.trees import abstract_router_state
 from moe_jax.models.trees import variables as as_variables
 from moe_jax.partitioning import Rules
 
-# A model that is this many times larger than the files is not compared name by
-# name with them.
+# If a model is this many times larger than the files, names of tensors are not
+# compared one by one.
 _MAX_RATIO = 4
 _LOG = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class Loaded(NamedTuple):
   Attributes:
     options: The options of the model, from which it is built and exported.
     model: The model.
-    variables: Its parameters, under 'params', and 'router_state' where the
-      model keeps a balancing bias.
+    variables: The model's parameters, under 'params', and 'router_state' if
+      the model keeps a balancing bias.
   """
 
   options: ModelOptions
@@ -84,16 +84,16 @@ def load(
     mesh: The devices of the parameters; None is the first local device.
     rules: The sharding table, such as `ShardingOptions().rules`.
     dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
-      that of config.json, or of the files where it names none, and float32 for
-      float16. Routers and norms stay float32.
+      the dtype that config.json names, or the files' dtype if it names none,
+      with float32 for float16. Routers and norms stay float32.
     revision: A branch, tag or commit of a repository; '' is its main branch.
     allow_nonfinite: Whether weights may be infinite or no numbers. The check
       takes about 0.06 s per GB.
 
   Raises:
     ValueError: The architecture, a key of its config or a tensor is not
-      supported; tensors are missing, unknown or of another shape; or they have
-      values that are not finite. All problems are listed.
+      supported; tensors are missing, unknown or of another shape; or tensors
+      have values that are not finite. All problems are listed.
   """
   checkpoint = fetch(source, dtype=dtype, revision=revision)
   for note in checkpoint.notes:
@@ -137,7 +137,7 @@ def load_variables(
 ) -> dict[str, Any]:
   """The sharded parameters, and the state of routers, by collection.
 
-  Every device holds the whole state of routers. See `load`.
+  Every device holds the whole state of routers. For arguments see `load`.
   """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)
@@ -177,7 +177,7 @@ def load_variables(
 
 
 def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
-  """Refuses a size that the files do not have, before a model is built."""
+  """Refuses, before a model is built, a size above the number of all values."""
   num_values = files.num_values
   problems = [
     f'{name}={checkpoint.config[name]}'
@@ -254,7 +254,8 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
     (start, piece[(None,) * len(start)].astype(dtype, copy=False))
     for start, piece in _pieces(leaf, files, index)
   )
-  # Without waiting, several copies would be in host memory at once.
+  # Each copy to a device is waited for: otherwise several tensors would be in
+  # host memory at once.
   if math.prod(shape[: leaf.num_stacked]) == 1:
     ((_, shard),) = arrays
     return jax.block_until_ready(jax.device_put(shard, device))
@@ -285,8 +286,8 @@ def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(shard: jax.Array, piece: jax.Array, start) -> jax.Array:
-  # XLA's CPU compiler computes bfloat16 in float32: unless they are mere bits,
-  # every number of `shard` would be converted and written for each piece.
+  # Arrays are viewed as integers, since XLA's CPU compiler computes bfloat16 in
+  # float32: every number of `shard` would be converted for each piece.
   bits = jax.numpy.dtype(f'uint{8 * shard.itemsize}')
   starts = (*start, *[0] * (shard.ndim - len(start)))
   new = jax.lax.dynamic_update_slice(shard.view(bits), piece.view(bits), starts)

@@ -1,8 +1,9 @@
 """Mapping between the tensors of a checkpoint and our variables.
 
-Our variables are parameters and the state of routers. They stack all layers and
-experts; a checkpoint has a tensor for each. An architecture has a table from
-the path of our variable in a layer to names of tensors.
+Our variables are parameters and the state of routers. A variable stacks all
+layers and experts; a checkpoint has a tensor for each layer and expert. An
+architecture has a table from the path of our variable in a layer to names of
+tensors.
 
 Layouts are written in letters. `'(H D) M -> M H D'` is a linear layer in
 PyTorch's layout, [out, in], whose output has H heads of width D, and our layout
@@ -59,7 +60,7 @@ class Form:
     return cls(tuple(groups), our_letters)
 
   def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of their tensor if ours has `shape`."""
+    """The shape of the checkpoint's tensor if our tensor has `shape`."""
     sizes = self._sizes(shape)
     return tuple(
       int(np.prod([sizes[part] for part in group])) for group in self.theirs
@@ -71,10 +72,10 @@ class Form:
     shape: Sequence[int],
     index: Index,
   ) -> np.ndarray:
-    """Reads a slice of our tensor, and only the necessary slice of theirs.
+    """Reads a slice of our tensor from the needed slice of the checkpoint's.
 
     Args:
-      read_slice: Returns a copy of a slice of their tensor.
+      read_slice: Returns a copy of a slice of the checkpoint's tensor.
       shape: The shape of our whole tensor.
       index: The slice of each dimension of our tensor, with plain bounds.
     """
@@ -101,12 +102,12 @@ class Form:
 
   @property
   def num_blocks(self) -> int:
-    """The number of our tensors that are blocks of theirs."""
+    """The number of our tensors that a checkpoint's tensor has as blocks."""
     parts = [part for group in self.theirs for part in group if '/' in part]
     return math.prod(int(part.split('/')[1]) for part in parts)
 
   def write(self, tensor: np.ndarray, array: np.ndarray) -> None:
-    """Writes our whole tensor into its block of their contiguous one."""
+    """Writes our whole tensor into its block of a contiguous `tensor`."""
     sizes = self._sizes(array.shape)
     parts = [part for group in self.theirs for part in group]
     blocks = tensor.reshape([sizes[part] for part in parts])
@@ -135,8 +136,8 @@ class Name(NamedTuple):
   """A tensor of a checkpoint.
 
   Attributes:
-    template: The name of the tensor, with {layer} and {expert} if there is one
-      for each.
+    template: The name of the tensor, with {layer} and {expert} in place of
+      indices if each layer and expert has its own tensor.
     form: The layout in the checkpoint and here; see `Form`.
   """
 
@@ -155,11 +156,11 @@ class Leaf:
   """One of our variables, and the tensors that it consists of.
 
   Attributes:
-    path: The path of the variable, 'layers/layer_1/moe/experts/w_in'; no two
-      collections have the same.
+    path: The path of the variable, 'layers/layer_1/moe/experts/w_in', without
+      its collection; no two collections have a path in common.
     shape: The shape of the variable.
-    tensors: The name of each tensor, by the leading indices (of layers and
-      experts) of its part of the variable.
+    tensors: The name of each tensor, by the leading indices (of a layer and an
+      expert) of the part of the variable that the tensor holds.
     form: The layout of each tensor.
   """
 
@@ -190,7 +191,7 @@ def leaves(
   Args:
     names: The architecture's table.
     model: The model.
-    variables: Its variables by collection, or their shapes.
+    variables: The model's variables by collection, or their shapes.
     tensors: The names of the checkpoint's tensors, which decide among
       alternative names.
 
@@ -244,7 +245,7 @@ def _tensor_names(name, shape, layers) -> dict[tuple[int, ...], str]:
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
-  """The names of tensors in a checkpoint of the model without its head."""
+  """The table of names for a checkpoint without head: they lack `prefix`."""
   return {
     path: tuple(
       name._replace(template=name.template.removeprefix(prefix))
@@ -279,8 +280,8 @@ def with_encoder_table(names: Names) -> Names:
 def has_encoder_table(names: Names, files: TensorFiles) -> bool:
   """Whether encoder and decoder of a checkpoint have different embeddings.
 
-  This is for embeddings that are not tied to logits: transformers then reads
-  those of encoder and decoder, and not the shared one.
+  The function is for embeddings that are not tied to logits: transformers then
+  reads the encoder's and the decoder's table, and not the shared one.
   """
   tables = [name.template for name in names['embedding']]
   first, *rest = [name for name in tables if name in files.specs] or tables
@@ -288,7 +289,7 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
 
 
 def copies(names: Names, our_leaves: Sequence[Leaf]) -> dict[str, str]:
-  """Tensors that may repeat the embedding, each with the one that is read.
+  """Tensors that may repeat the embedding, each with the tensor that is read.
 
   The copies are the alternatives of the embedding and, if it is tied to logits,
   the logits kernel.
@@ -316,8 +317,8 @@ def check(
   Args:
     our_leaves: Our variables.
     files: The files of the checkpoint.
-    copies: For tensors that may repeat another, the tensor that they have to
-      equal; see `copies`.
+    copies: For each tensor that may repeat another one, the tensor that it has
+      to equal; see `copies`.
     unread_patterns: Patterns of the names of tensors that need not be read.
   """
   problems, used_names = [], set()
@@ -345,7 +346,7 @@ def check(
 
 
 def equal(files: TensorFiles, a: str, b: str) -> bool:
-  """Whether two tensors are equal; a few rows are read at a time."""
+  """Whether two tensors of the files are equal; reads a few rows at a time."""
   if files.specs[a].shape != files.specs[b].shape:
     return False
   rows, *rest = files.specs[a].shape

@@ -10,8 +10,8 @@ Unlike the paper, and as transformers 5.24 computes it:
 - Padding is routed if `router_ignore_padding_tokens` is set, contrary to its
   name (`quirks.RoutedPadding`).
 - Positions are counted by token ids, not by the mask: a token with the id of
-  padding has no sinusoid and no number (the offset of `Sinusoidal` is that
-  id + 1).
+  padding has no sinusoid and is not counted (the offset of `Sinusoidal` is the
+  id of padding + 1).
 - If `tie_word_embeddings` is false, encoder and decoder each have an embedding,
   and the shared one is not read (`encoder_table`).
 - Whatever experts a token chose, its first choice is served by expert 1 and its

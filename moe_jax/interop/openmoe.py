@@ -3,7 +3,7 @@
 transformers has no class for it; its checkpoints bring their own code, in which
 it has LLaMA's `model_type`. As that code computes it:
 
-- Scores of attention are not scaled, and pairs turn by a base of 10000.
+- Scores of attention are not scaled, and rotary positions have the base 10000.
 - Every `moe_layer_interval`-th layer is sparse, and a dense feed-forward with a
   norm and a residual of its own follows its experts.
 - Feed-forwards multiply a SwiGLU, both of whose products are one tensor, by a
@@ -13,9 +13,9 @@ it has LLaMA's `model_type`. As that code computes it:
   `router_capacity_factor_eval` times an even share of slots in evaluation
   (`quirks.EvenSlots`); here it has as many in training, too.
 
-Unlike there, padding takes no slots, and no token attends to padding at the
-beginning of its row. The code turns a token that is generated with a cache by
-one position too many; here it turns as in a whole row.
+Unlike in that code, padding takes no slots, and no token attends to padding at
+the beginning of its row. The code rotates a token that is generated with a
+cache by one position too many; here it rotates as in a whole row.
 """
 
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ KEYS = decoders.keys(
     'mlp_gated': (True,),
     # The published code cannot split its wider products.
     'pretraining_tp': (1,),
-    # It drops tokens of one process even if this is false.
+    # The code drops tokens in a single process even if this key is false.
     'router_drop_tks': (True,),
   },
   ignored={
@@ -157,7 +157,7 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _ffn(path: str, module: str) -> Names:
-  """A feed-forward whose SwiGLU has one tensor, the linear product first."""
+  """The tensors of a feed-forward whose SwiGLU is one tensor, linear first."""
   gate = f'{module}.gate_proj'
   return {
     **weight(f'{path}/w_gate', gate, '(1/2 F) M -> M F'),

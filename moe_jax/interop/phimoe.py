@@ -5,9 +5,10 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 - SparseMixer chooses two experts, one after the other; each gate is a
   probability among the experts near the best that is left.
 - Norms are LayerNorms with a bias, and logits may have one.
-- In texts longer than the first training's, LongRoPE's factor of queries and
-  keys changes, but not the turns of pairs, which stay those of short texts.
-  Unlike there, each text of a batch is long or short by itself.
+- In texts longer than those of the first training, LongRoPE's factor of queries
+  and keys changes, but not the frequencies of rotation, which stay those of
+  short texts. Unlike in transformers, each text of a batch is long or short by
+  itself.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def _options(c: Values) -> dict[str, Any]:
 
 
 def _as(kind: type[LongRope], positions: Positions) -> Positions:
-  """The positions with another kind of LongRoPE, if they have any."""
+  """The positions, with `kind` in place of their LongRoPE if they have one."""
   scaling = getattr(positions, 'scaling', None)
   if not isinstance(positions, Rotary) or not isinstance(scaling, LongRope):
     return positions

@@ -1,7 +1,8 @@
-"""Peculiarities of transformers' models, as kinds for a config.
+"""Peculiarities of transformers' models, as classes that a config can name.
 
-The config of an imported run names them, 'moe_jax.interop.quirks:ServedByRank',
-so they also apply to its training, generation and export.
+The config of an imported run names a class, such as
+'moe_jax.interop.quirks:ServedByRank', so that the peculiarity also applies to
+the run's training, generation and export.
 """
 
 import dataclasses
@@ -31,17 +32,18 @@ class ServedByRank(TokenChoice):
   transformers' NLLB-MoE (in versions 5.0 to 5.24) chooses experts as published,
   https://arxiv.org/abs/2207.04672, but takes the first choice's one-hot mask
   for a list of experts. So every token's first choice is computed by expert 1
-  and its second by expert 0, whichever were chosen; gates, drops, losses and
-  statistics are those of the choices.
+  and its second by expert 0, whichever were chosen; the chosen experts decide
+  gates, drops, losses and statistics.
   """
 
-  # Choices by rank are experts, not columns that could lead to others.
+  # The router's columns do not decide the serving experts, so that no column
+  # can be pruned or lead to another expert.
   has_columns: ClassVar[bool] = False
   # The experts that serve a token are not those that it chose.
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
-    """A token must have a first and a second choice."""
+    """A text unless a token has exactly two choices."""
     yield from super().problems_with(sizes)
     if sizes.num_selected != 2:
       yield (
@@ -54,7 +56,7 @@ class ServedByRank(TokenChoice):
 
 
 class ServedByRankRouter(TokenChoiceRouter):
-  """A linear layer, then token choice, then `by_rank`."""
+  """A router of a linear layer, then token choice, then `by_rank`."""
 
   options: ServedByRank
 
@@ -64,9 +66,10 @@ class ServedByRankRouter(TokenChoiceRouter):
 
 
 def by_rank(routing: Routing) -> Routing:
-  """The same gates and drops with first choices in expert 1, second in 0.
+  """The routing with first choices served by expert 1 and second ones by 0.
 
-  Every token has a slot in both, so no further token is dropped.
+  Gates and drops stay the same. Every token has a slot in both experts, so no
+  further token is dropped.
   """
   G, S, K = routing.expert_index.shape
   expert_index = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (G, S, K))
@@ -83,8 +86,8 @@ def by_rank(routing: Routing) -> Routing:
 class EvenSlots(Capacity):
   """A capacity of factor * K * S / E, rounded down and then up to even numbers.
 
-  The PyTorch code of OpenMoE has it, in evaluation and generation too. The
-  product is computed in floating point, as there.
+  The PyTorch code of OpenMoE has this capacity, in evaluation and generation
+  too. As in that code, the product is computed in floating point.
   """
 
   factor: float = option(
@@ -111,14 +114,14 @@ class EvenSlots(Capacity):
 
 @dataclasses.dataclass(frozen=True)
 class ShortTurns(LongRope):
-  """LongRoPE whose pairs turn in long rows as they do in short ones.
+  """LongRoPE whose frequencies in long rows are those of short rows.
 
-  transformers' Phi-3.5-MoE (in version 5.24) computes the turns anew without
+  transformers' Phi-3.5-MoE (in version 5.24) recomputes the frequencies without
   the length of the rows, so that `long_factor` is never used; `long_mscale` is.
   """
 
   def turns(self, theta, width, long=False):
-    """The turns of short rows, with the factor of long ones in these."""
+    """The frequencies of short rows; long rows have their own factor."""
     short = super().turns(theta, width)
     if not long:
       return short
@@ -140,7 +143,7 @@ class RoutedPadding(Padding):
     )
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
-    """True for all tokens."""
+    """True for all tokens: routers see padding, too."""
     return jnp.ones(segment_ids.shape, bool)
 
 
@@ -167,11 +170,11 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @property
   def padding(self) -> Padding:
-    """The treatment of padding in blocks and routers."""
+    """How blocks and routers treat padding."""
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:
-    """With tied logits there can be only one table."""
+    """A text if the encoder has a table of its own but logits are tied."""
     yield from super().problems()
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'

@@ -1,8 +1,8 @@
 """transformers' Qwen2-MoE and Qwen3-MoE as decoders.
 
 No token is dropped. Gates are probabilities among all experts, divided by their
-sum with `norm_topk_prob`, which the published checkpoints of Qwen3 have and
-those of Qwen2 have not. As transformers 5.24 computes Qwen2-MoE
+sum with `norm_topk_prob`, which the published checkpoints of Qwen3 set and
+those of Qwen2 do not. As transformers 5.24 computes Qwen2-MoE
 (arXiv:2407.10671):
 
 - Queries, keys and values have biases, the output projection has none.
@@ -11,7 +11,7 @@ those of Qwen2 have not. As transformers 5.24 computes Qwen2-MoE
 - With `use_sliding_window` every second layer below `max_window_layers`, from
   the first on, attends to a window, unless `layer_types` says which layers do.
 
-And Qwen3-MoE (arXiv:2505.09388):
+As transformers 5.24 computes Qwen3-MoE (arXiv:2505.09388):
 
 - Queries and keys are normed in each head, before they rotate. Heads may be
   wider than their share of the width.
@@ -102,7 +102,7 @@ def _problems(c: Values) -> Iterator[str]:
 
 
 def _layers(c: Values) -> str:
-  """The option `moe.layers`."""
+  """The value of `moe.layers`: which layers are sparse."""
   flags = sparse_flags(c.num_hidden_layers, c.decoder_sparse_step, 0)
   dense = c.mlp_only_layers or ()
   return layers([flag and i not in dense for i, flag in enumerate(flags)])

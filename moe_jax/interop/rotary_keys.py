@@ -1,8 +1,8 @@
 """The keys of config.json on rotary positions, read and written.
 
 transformers 5 has one object, `rope_parameters`; version 4 had `rope_scaling`,
-`rope_theta` and `partial_rotary_factor`. All are read, the object's values
-first, and the object is written.
+`rope_theta` and `partial_rotary_factor`. All four keys are read, and the values
+of `rope_parameters` take precedence; `rope_parameters` is written.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,9 +23,10 @@ from moe_jax.layers.rotary import SCALINGS
 
 _ORIGINAL = 'original_max_position_embeddings'
 _FRACTION = 'partial_rotary_factor'
-# The parameters of most decoders where the config has none.
+# The parameters of rotary positions that most decoders have if the config has
+# none.
 ROPE: Mapping[str, Any] = {'rope_theta': 10_000.0}
-# Honoured keys beside `max_position_embeddings`; see `config_keys.Keys`.
+# Honoured keys in addition to `max_position_embeddings`; see `Keys`.
 KEYS: Mapping[str, tuple[Any, Any]] = {
   'rope_parameters': (dict | None, None),
   'rope_scaling': (dict | None, None),
@@ -35,8 +36,8 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-# The kind of each parameter of a rope type. A type's name is that of our
-# scaling, but for 'default', and a parameter's that of our option.
+# By rope type, the parameters and the types of their values. A rope type has
+# the name of our scaling, except 'default', and a parameter that of our option.
 _TYPES: Mapping[str, Mapping[str, Any]] = {
   'default': {},
   'yarn': {
@@ -58,7 +59,7 @@ _TYPES: Mapping[str, Mapping[str, Any]] = {
     'long_mscale': POSITIVE,
   },
 }
-# The parameters that every config with the rope type must have.
+# By rope type, the parameters that config.json must have.
 _REQUIRED: Mapping[str, set[str]] = {
   'default': set(),
   'yarn': {'factor'},
@@ -67,7 +68,7 @@ _REQUIRED: Mapping[str, set[str]] = {
 
 
 def _option(key: str) -> str:
-  """The name of our option for a parameter."""
+  """The name of our option for a parameter of config.json."""
   return 'original_len' if key == _ORIGINAL else key
 
 
@@ -80,7 +81,7 @@ def problems(
     c: The values of config.json.
     rope: The architecture's parameters where the config has none, with the
       `partial_rotary_factor` only if heads need not rotate as a whole.
-    types: The rope types that the architecture has, of those known here.
+    types: The rope types that the architecture has, of those in `_TYPES`.
   """
   rope_type, parameters = parameters_of(c, rope)
   if rope_type not in types:
@@ -112,7 +113,7 @@ def problems(
 def rotary(
   c: Values, rope: Mapping[str, Any] = ROPE, *, interleaved: bool = False
 ) -> Rotary:
-  """The positions for values without problems.
+  """Our rotary positions for values of config.json without problems.
 
   Args:
     c: The values of config.json.
@@ -125,7 +126,7 @@ def rotary(
     if isinstance(value := parameters.get(name), list):
       scaling[_option(name)] = tuple(map(float, value))
     elif value is not None:
-      # JSON may have an integer for these.
+      # JSON may have an integer for a float.
       is_float = kind in (AMOUNT, POSITIVE)
       scaling[_option(name)] = float(value) if is_float else value
   name = 'none' if rope_type == 'default' else rope_type
@@ -138,7 +139,7 @@ def rotary(
 
 
 def rope_parameters(positions: Positions) -> dict[str, Any]:
-  """The value of `rope_parameters` for positions; the default's for others."""
+  """The value of `rope_parameters`; the default for positions not rotary."""
   if not isinstance(positions, Rotary):
     positions = Rotary()
   name = SCALINGS.name_of(positions.scaling)
@@ -151,7 +152,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
     parameters[_FRACTION] = positions.fraction
   for key in _TYPES[rope_type]:
     value = getattr(positions.scaling, _option(key))
-    # 0 stands for a value that follows from others.
+    # 0 stands for a value that follows from other parameters.
     if value or isinstance(value, bool):
       parameters[key] = list(value) if isinstance(value, tuple) else value
   return parameters
@@ -160,7 +161,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
 def parameters_of(
   c: Values, rope: Mapping[str, Any] = ROPE
 ) -> tuple[str, dict[str, Any]]:
-  """The rope type, and its parameters that are not null; see `rotary`."""
+  """The rope type, and those of its parameters that are not null."""
   theta, fraction = rope['rope_theta'], rope.get(_FRACTION)
   parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   if c.rope_parameters is None and c.rope_scaling is None:
@@ -179,7 +180,8 @@ def parameters_of(
       parameters.setdefault(name, value)
   if rope_type not in _TYPES or _ORIGINAL not in _TYPES[rope_type]:
     return rope_type, parameters
-  # A key beside the object comes first, as in Phi's checkpoints.
+  # `original_max_position_embeddings` outside of `rope_parameters` takes
+  # precedence, as in Phi's checkpoints.
   longest = c.max_position_embeddings
   original = getattr(c, _ORIGINAL) or parameters.get(_ORIGINAL) or longest
   if original is not None:

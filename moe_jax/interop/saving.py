@@ -34,13 +34,14 @@ def save(
 ) -> None:
   """Writes config.json and safetensors that `from_pretrained` reads.
 
-  Every variable keeps its own dtype. The host holds one file's tensors. Where
-  columns of routers lead to the same expert, it is written once for each.
+  Every variable keeps its own dtype. The host holds the tensors of one file at
+  a time. A merged expert is written once for each column of its router that
+  leads to it.
 
   Args:
     options: The options of a decoder or an encoder-decoder.
-    variables: Its parameters, as `{'params': ...}`, and 'router_state' where
-      the model keeps a balancing bias.
+    variables: The model's parameters, as `{'params': ...}`, and 'router_state'
+      if the model keeps a balancing bias.
     path: A folder that is new or empty.
     config: Further keys of config.json, such as special ids, or an imported
       checkpoint's whole config.json. Keys that the model decides override them.
@@ -48,8 +49,8 @@ def save(
       larger tensor.
 
   Raises:
-    ValueError: transformers has no such model, in which case everything that it
-      cannot express is listed; the state of routers is missing; or the folder
+    ValueError: transformers has no such model (everything that transformers
+      cannot express is listed); the state of routers is missing; or the folder
       is not empty.
   """
   folder = pathlib.Path(path).expanduser()
@@ -71,7 +72,7 @@ def save(
   tensors = _tensors(our_leaves, architecture, exported)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, tensors, shard_bytes)
-  # Last, as without config.json a folder is not read.
+  # config.json is written last, since a folder without it is not read.
   text = json.dumps(config_json, indent=2, sort_keys=True)
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
 
@@ -90,7 +91,7 @@ class _Part(NamedTuple):
   index: tuple[int, ...]
 
   def fetch(self) -> np.ndarray:
-    """The part on the host."""
+    """Copies the part to the host."""
     part = _take(self.array, self.index) if self.index else self.array
     return np.asarray(part)
 
@@ -123,11 +124,11 @@ def _tensors(
 def _table_names(
   names: Names, arrays: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-  """The tensors of each embedding that is not tied to the logits, by name.
+  """The names of tensors that each embedding table is written to, by table.
 
-  transformers then has one embedding for the encoder and one for the decoder. A
-  third, the shared one, exists but is not read; it is written like the
-  decoder's.
+  The result is {} if logits are tied. Otherwise transformers has a table for
+  the encoder and a table for the decoder. A third table, the shared one, exists
+  but is not read; it is written as a copy of the decoder's.
   """
   if 'w_logits' not in arrays:
     return {}
@@ -144,7 +145,7 @@ def _dtype(parts: Sequence[_Part]) -> np.dtype:
 
 
 def _assemble(parts: Sequence[_Part]) -> np.ndarray:
-  """The tensor whose blocks are the parts."""
+  """The tensor that is made of the parts, each of which is a block of it."""
   tensor = np.empty(parts[0].leaf.tensor_shape, _dtype(parts))
   for part in parts:
     part.leaf.form.write(tensor, part.fetch())
@@ -153,7 +154,7 @@ def _assemble(parts: Sequence[_Part]) -> np.ndarray:
 
 @jax.jit
 def _take(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
-  """The part array[where], by one compiled program for all indices."""
+  """array[index], computed by one compiled program for all indices."""
   for i in index:
     array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
   return array

@@ -1,7 +1,7 @@
 """Reading of a checkpoint's tensors by name, a slice at a time.
 
-Files are safetensors, or PyTorch's older files, which are read by its
-weights-only loader, so that no code is unpickled.
+Files are safetensors, or PyTorch's older files, which PyTorch's weights-only
+loader reads, so that no code is unpickled.
 """
 
 import functools
@@ -26,7 +26,7 @@ _EXPONENTS = {
   'float16': np.uint16(0x7C00),
   'float32': np.uint32(0x7F800000),
 }
-_CHUNK = 2**16  # values that stay in a processor's cache
+_CHUNK = 2**16  # the number of values that fit into a processor's cache
 _SHOWN = 8
 _LISTED = 100
 
@@ -54,12 +54,12 @@ class TensorFiles:
   Attributes:
     folder: The folder of the files.
     specs: The shape and dtype of every tensor, by its name.
-    nonfinite: The number of values that are not finite of each tensor that has
-      any, as far as they were noted.
+    nonfinite: For each tensor with values that are not finite, their number, as
+      far as `note_nonfinite` was called.
 
   Raises:
-    ValueError: There are no weights, a file in the index is missing or damaged,
-      or index and files disagree; all problems are listed.
+    ValueError: The folder has no weights, a file in the index is missing or
+      damaged, or index and files disagree; all problems are listed.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -93,12 +93,12 @@ class TensorFiles:
 
   @functools.cached_property
   def num_values(self) -> int:
-    """The number of all tensors' values."""
+    """The number of values of all tensors together."""
     return sum(math.prod(spec.shape) for spec in self.specs.values())
 
   @functools.cached_property
   def dtype(self) -> str:
-    """The dtype of `FLOATS` that most bytes have; if none has, the first."""
+    """The dtype of `FLOATS` that most bytes have; without any, the first."""
     sizes = dict.fromkeys(FLOATS, 0)
     for spec in self.specs.values():
       if spec.dtype in sizes:
@@ -117,7 +117,7 @@ class TensorFiles:
     return self._reader(self._file_of[name]).read(name, index)
 
   def note_nonfinite(self, name: str, part: np.ndarray) -> None:
-    """Adds a part's values that are not finite to those of its tensor."""
+    """Adds the number of a part's non-finite values to that of its tensor."""
     if count := count_nonfinite(part):
       self.nonfinite[name] = self.nonfinite.get(name, 0) + count
 
@@ -178,7 +178,7 @@ class _Torch:
     try:
       self._tensors = torch.load(path, mmap=not self.in_memory, **load)
     except Exception as error:  # of pickle, zip or PyTorch
-      # The library's own text says how to unpickle it nevertheless.
+      # PyTorch's own message would say how to unpickle the file nevertheless.
       raise InputError(
         'no file of PyTorch weights: it is damaged, or holds other objects than'
         f' tensors, which are never unpickled ({type(error).__name__})'
@@ -205,8 +205,8 @@ class _Torch:
 def count_nonfinite(array: np.ndarray) -> int:
   """The number of values of one of `FLOATS` that are not finite.
 
-  Their exponent has all bits set, which is read off the bits, as numpy knows
-  bfloat16 only by a slow loop.
+  Such a value has all bits of its exponent set. The bits are compared, since
+  NumPy's operations on bfloat16 are slow.
   """
   exponent = _EXPONENTS[array.dtype.name]
   bits = array.view(exponent.dtype).ravel(order='K')  # often no copy
@@ -217,7 +217,7 @@ def count_nonfinite(array: np.ndarray) -> int:
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
-  """The names of the files of weights, and an index's file of each tensor."""
+  """The names of the files of weights; the file of each tensor in an index."""
   for name in (SAFETENSORS, TORCH):
     if plain(folder, name) is not None:
       return [name], {}
@@ -248,7 +248,7 @@ def _read_index(path: pathlib.Path, ending: str) -> dict[str, str]:
 
 
 def problem_text(headline: str, problems: list[str]) -> str:
-  """A text with a line for each problem; of very many, the first ones."""
+  """A text with a line for each problem, or for the first of very many."""
   lines = [f'{headline}:', *(f'  {problem}' for problem in problems[:_LISTED])]
   if len(problems) > _LISTED:
     lines.append(f'  and {len(problems) - _LISTED} more')

@@ -1,7 +1,7 @@
 """Comparison of a checkpoint's outputs with those of transformers.
 
-Expected outputs are read from a file, so that making them needs no JAX, and
-checking them no PyTorch.
+Expected outputs are read from a file, so that PyTorch is needed only where the
+file is made, and JAX only where it is checked.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from moe_jax.models import Model
 from moe_jax.models.decoding import check_change
 
 BOUND = 1e-4  # largest difference of float32 logits that counts as equal
-# Options of generation that change greedy tokens, with their neutral values.
+# The options of generation that change greedy tokens, with neutral values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'num_beams': (None, 1),
   'repetition_penalty': (None, 1.0),
@@ -52,7 +52,7 @@ class Verdict:
   Attributes:
     largest_difference: The largest difference of a logit outside of padding.
     num_positions: The number of positions that were compared.
-    num_equal_tokens: The number of greedy tokens before the first that differs.
+    num_equal_tokens: The number of greedy tokens before the first difference.
     first_difference: The first greedy token that differs, (row, position, ours,
       theirs); None if all agree.
   """
@@ -102,8 +102,8 @@ def verify(
 
   Raises:
     ValueError: An array is missing or of another shape; the checkpoint's
-      generation config has options that change greedy tokens; or `greedy` has
-      a length at which the keys of its prompt would turn otherwise.
+      generation config has options that change greedy tokens; or `greedy` is so
+      long that the keys of its prompt would rotate differently.
   """
   arrays = read_npz(pathlib.Path(expected).expanduser())
   checkpoint = loading.fetch(source, dtype='float32', revision=revision)
@@ -209,9 +209,10 @@ def logits(
 
   Args:
     model: The model.
-    variables: Its variables.
+    variables: The variables of the model.
     arrays: The inputs that `verify` reads.
-    pad_id: The id of tokens without a position of their own, or None.
+    pad_id: The id of tokens without a position of their own; None if all
+      tokens have one.
 
   Returns:
     The logits, float32 [B, T, V], and the mask, bool [B, T].
@@ -248,7 +249,7 @@ def _prompt(greedy, arrays) -> np.ndarray:
 
 
 def _start(greedy, generation) -> np.ndarray:
-  """The id that begins the decoder's rows, [B, 1]."""
+  """The start id of each row of the decoder, [B, 1]; checks `greedy` for it."""
   first_ids = greedy[:, :1]
   start_id = generation.get('decoder_start_token_id')
   start_id = generation.get('bos_token_id') if start_id is None else start_id
@@ -287,7 +288,7 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 def _compare(ours, theirs, start):
   """The first token that differs, and the number of tokens before it.
 
-  Tokens are in the order of positions, and then of rows.
+  Tokens are compared position by position, and row by row at each position.
   """
   for position in range(start, theirs.shape[1]):
     for row in np.flatnonzero(ours[:, position] != theirs[:, position]):
