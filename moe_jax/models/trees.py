@@ -168,7 +168,7 @@ def move_router_state(
   moved = {}
   for path, layers in numbers.items():
     if state := subtree(router_state, path):
-      router = stacks.moe_of(np.ravel(layers)[0]).router
+      router = stacks.moe_of(int(np.ravel(layers)[0])).router
       new_state = move(router, state, load[jnp.array(layers)])
       moved |= {(*path, *p): leaf for p, leaf in flatten(new_state).items()}
   return unflatten(moved)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,10 +12,12 @@ from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
 from moe_jax.devices import Placing
 from moe_jax.evaluation import ChoiceEvaluation, choice
+from moe_jax.evaluation.prompts import EncodedQuestion
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
 from moe_jax.training.evaluate import (
+  Setting,
   make_evaluations,
 )
 from tests.models import tiny
@@ -24,6 +26,7 @@ from tests.training.test_evaluate import stopped_before
 
 ALL = dict(capacity=All())
 START = 3
+ITEM = data.Item('question', ('answer', 'other'), 0)
 
 
 def make_examples():
@@ -43,8 +46,8 @@ def placing(batch_size):
 
 def likelihoods_of(model, examples, layout, tasks=()):
   """The likelihoods of examples, each of which is a question's one answer."""
-  setting = types.SimpleNamespace(model=model, batch_size=2, put=placing(2))
-  questions = [types.SimpleNamespace(examples=[e]) for e in examples]
+  setting = mock.Mock(spec=Setting, model=model, batch_size=2, put=placing(2))
+  questions = [EncodedQuestion([e], 0, False, ITEM) for e in examples]
   variables = {'params': tiny.params_of(model)}
   return np.concatenate(
     choice.log_likelihoods(setting, variables, questions, layout, tasks)

@@ -44,7 +44,7 @@ def layer_of(options, x=None):
   """A layer and its variables."""
   layer = MoE(options)
   x = draw(G, S, M) if x is None else x
-  ids = jnp.zeros(x.shape[:2], jnp.uint32)
+  ids = jnp.zeros(x.shape[:2], jnp.int32)
   init = functools.partial(layer.init, token_info=info_of(ids))
   shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), x))
   leaves, tree = jax.tree.flatten(shapes)
@@ -56,7 +56,7 @@ def layer_of(options, x=None):
 @functools.cache
 def compiled(options, train):
   layer, variables = layer_of(options)
-  ids = jnp.zeros((G, S), jnp.uint32)
+  ids = jnp.zeros((G, S), jnp.int32)
 
   @jax.jit
   def apply(x, mask, key):

@@ -96,7 +96,7 @@ def routers():
 
 def id_arguments(router):
   """The ids that a router that hashes needs."""
-  ids = np.arange(B * T, dtype=np.uint32).reshape(B, T)
+  ids = np.arange(B * T, dtype=np.int32).reshape(B, T)
   return {'token_info': info_of(jnp.asarray(ids))} if router.reads else {}
 
 

@@ -18,7 +18,7 @@ from tests.layers.test_moe import B, E, K, M, T, draw, draw_params
 from tests.models import tiny
 from tests.models.tiny import assert_trees_close
 
-IDS = jnp.asarray(np.random.default_rng(5).integers(0, 9, (B, T)), 'uint32')
+IDS = jnp.asarray(np.random.default_rng(5).integers(0, 9, (B, T)), 'int32')
 
 
 TIGHT = PerAssignment(0.5)

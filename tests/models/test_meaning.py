@@ -43,4 +43,6 @@ def test_the_rate_of_a_balancing_bias_is_one_of_training():
     return options_of(TokenChoice(gates=gates, balance_bias_rate=rate))
 
   assert not difference(options(0.1), options(0.01))
-  assert 'moe.router.balance_bias_rate' in difference(options(0.1), options(0))
+  assert 'moe.router.balance_bias_rate' in difference(
+    options(0.1), options(0.0)
+  )

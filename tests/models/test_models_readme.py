@@ -30,7 +30,7 @@ def test_a_kind_of_ones_own_is_a_language_model():
   logits, aux = run(tokens)
   swapped_logits = run(tokens[:, [1, 0, *range(2, tiny.T)]])[0]
   np.testing.assert_allclose(swapped_logits[:, 1:], logits[:, 1:], atol=1e-6)
-  batch = {'targets': jnp.asarray(tokens), 'segment_ids': jnp.ones((2, 3))}
+  batch = {'targets': jnp.asarray(tokens), 'segment_ids': jnp.ones((2, 3), int)}
   assert model.loss(logits, batch).nats.shape == tokens.shape
   assert aux.stats.tokens.shape == (model.stacks.num_layers,) == (1,)
   assert model.stacks.routed_tokens(batch).shape == (1,)

@@ -79,7 +79,7 @@ def ids_of(skew):
     'zipf': 1 / np.arange(1, E + 1) ** 1.5,
     'one': np.eye(E)[5],
   }[skew]
-  return rng.choice(E, (G, S), p=p / p.sum()).astype(np.uint32)
+  return rng.choice(E, (G, S), p=p / p.sum()).astype(np.int32)
 
 
 SLOTS = dict(

@@ -12,7 +12,7 @@ from moe_jax.layers.routers import Sizes, TokenInfo
 from tests.models import tiny
 
 G, S, E, K, M = 3, 8, 5, 2, 6
-IDS = np.random.default_rng(3).integers(0, 9, (G, S)).astype(np.uint32)
+IDS = np.random.default_rng(3).integers(0, 9, (G, S)).astype(np.int32)
 
 
 def draw(*shape, seed=0, dtype='float32'):
@@ -94,5 +94,5 @@ def start(options, sizes, x=None, mask=None):
   """Initial variables of a router, without boxes."""
   x = draw(G, S, M) if x is None else x
   mask = np.ones(x.shape[:2], bool) if mask is None else mask
-  ids = np.zeros(mask.shape, np.uint32)
+  ids = np.zeros(mask.shape, np.int32)
   return nn.meta.unbox(_initial(options, sizes)(tiny.key(0), x, mask, ids))

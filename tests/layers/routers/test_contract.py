@@ -104,7 +104,7 @@ def name(value):
 def inputs(seed=0, groups=G):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(groups, S, M)).astype(np.float32)
-  return x, rng.integers(0, 9, (groups, S)).astype(np.uint32)
+  return x, rng.integers(0, 9, (groups, S)).astype(np.int32)
 
 
 def info_of(ids):

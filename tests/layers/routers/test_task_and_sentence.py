@@ -21,7 +21,7 @@ E, K, M = 3, 2, run.M
 # Three tasks: the first likes expert 0, then 1; the others 2, then 0.
 TABLE = np.log([[6.0, 3.0, 1.0], [2.0, 1.0, 7.0], [3.0, 2.0, 5.0]])
 TABLE = np.asarray(np.pad(TABLE, ((0, 6), (0, 0))), np.float32)  # nine tasks
-TASKS = np.array([[0, 0, 1], [2, 2, 2]], np.uint32)
+TASKS = np.array([[0, 0, 1], [2, 2, 2]], np.int32)
 X = run.draw(2, 3, M)
 
 
@@ -88,7 +88,7 @@ def test_noise_is_of_the_task_not_of_its_tokens():
 
 def test_a_sentences_tokens_share_the_mean_of_its_real_ones():
   x = np.arange(7.0, dtype=np.float32)[None, :, None] ** 2  # 0 1 4 9 16 25 36
-  ids = np.array([[5, 5, 5, 6, 6, 5, 5]], np.uint32)
+  ids = np.array([[5, 5, 5, 6, 6, 5, 5]], np.int32)
   mask = np.array([[True, True, True, True, True, False, True]])
   mean_of_each = jax.jit(lambda *args: spread(*sentence_means(*args)))
   means = mean_of_each(x, ids, mask)
@@ -112,7 +112,7 @@ def test_sentences_of_neighbouring_rows_are_apart():
 
 def test_a_sentence_is_routed_as_one_token_that_is_its_mean():
   x, mask = run.draw(2, 4, M, seed=3), np.ones((2, 4), bool)
-  ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.uint32)
+  ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.int32)
   sizes = Sizes(E, K, All())
   params = run.start(Sentence(), sizes, x, mask)['params']
   means = np.stack(
@@ -135,7 +135,7 @@ def test_a_sentence_is_routed_as_one_token_that_is_its_mean():
 
 def test_noise_is_of_the_sentence_not_of_its_tokens():
   x = run.draw(2, 4, M)
-  ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.uint32)
+  ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.int32)
   params = run.start(Sentence(), Sizes(E, K, All()), x)['params']
   kwargs = dict(num_experts=E, num_selected=K, ids=ids)
   chosen, _ = run.route(
