@@ -88,7 +88,7 @@ def test_noise_is_of_the_task_not_of_its_tokens():
 
 def test_a_sentences_tokens_share_the_mean_of_its_real_ones():
   x = np.arange(7.0, dtype=np.float32)[None, :, None] ** 2  # 0 1 4 9 16 25 36
-  ids = np.array([[5, 5, 5, 6, 6, 5, 5]], np.int32)
+  ids = np.array([[5, 5, 5, 6, 6, 5, 5]], np.uint32)
   mask = np.array([[True, True, True, True, True, False, True]])
   mean_of_each = jax.jit(lambda *args: spread(*sentence_means(*args)))
   means = mean_of_each(x, ids, mask)
