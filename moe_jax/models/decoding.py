@@ -131,7 +131,7 @@ def stacks_for_decoding(
 
 
 def _config_for_decoding(stack, window: int) -> StackConfig:
-  """The configuration of a stack that decodes, whose layers are stacked yet."""
+  """The configuration of a stack for decoding, with layers still stacked."""
   block = stack.block
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')

@@ -140,11 +140,11 @@ class LstmCache(flax.struct.PyTreeNode):
 
 
 class LstmLm(Model):
-  """A model from tokens to logits of the next token.
+  """An LSTM language model, from tokens to logits of the next token.
 
   Attributes:
-    embedding: The embeddings of tokens, and the logits.
-    between: The layers between them.
+    embedding: The configuration of embeddings and logits.
+    between: The configuration of the LSTM and mixture layers between them.
   """
 
   embedding: EmbeddingConfig

@@ -16,10 +16,10 @@ MAX_PERIOD = 8
 def sparse_pattern(
   layers: str, num_layers: int, name: str = 'moe.layers'
 ) -> tuple[bool, ...]:
-  """A flag for each of L layers, whether it is sparse, from one string.
+  """Whether each of L layers is sparse, read from a string.
 
-  'all', 'none', 'every N' (layers N-1, 2N-1, ... counted from 0), 'last N',
-  or the indices themselves: '1,3'.
+  The string is 'all', 'none', 'every N' (layers N-1, 2N-1, ... counted from 0),
+  'last N', or the indices themselves: '1,3'.
 
   Args:
     layers: The string.

@@ -16,18 +16,19 @@ class LayerChoices(NamedTuple):
   """The choices of one sparse layer in one batch.
 
   Attributes:
-    expert: int [B, T, N], the number of the expert; -1 where there is no
-      choice: in padding, and where experts choose and this one did not. N is K;
-      where experts choose it is E, but in records of traces the most choices of
-      any token, and the one with the largest gate comes first.
+    expert: int [B, T, N], the index of the expert; -1 where there is no
+      choice: in padding, and where experts choose and this expert did not. N is
+      K where tokens choose, and E where experts do; in records of traces it is
+      then the most experts of any token, the largest gate first.
     gate: float [B, T, N], the weight of the expert's output before output
       masking, float16 or float32; 0 where the choice is not kept.
     kept: bool [B, T, N], whether the router's queues served the choice. Rows
-      for which an exchange had no room count as served; choices that a policy
-      for second choices did not send do not.
+      that were lost because an exchange between devices was full count as
+      served; choices that `second_policy` withheld do not.
     logits: float [B, T, E], the logits that the router's losses are computed
       from, without noise, of the same type; None where they are not asked for
-      or the router has none. E counts columns, where experts share them.
+      or the router has none. Where merged experts share
+      router columns, E is the number of columns.
   """
 
   expert: Leaf
@@ -92,5 +93,5 @@ def recording(
 
 
 def expert_type(num_experts: int) -> type[np.integer]:
-  """The type in which numbers of experts, and -1 for none, are kept."""
+  """The integer type of recorded expert indices; -1 means no expert."""
   return np.int8 if num_experts <= 128 else np.int16

@@ -255,9 +255,9 @@ class Checkpointer(contextlib.AbstractContextManager):
     manifest: manifest_lib.Manifest,
     before: concurrent.futures.Future | None,
   ) -> None:
-    """Changes the values beside the arrays of a checkpoint, and prunes.
+    """Changes `extra` and `metrics` of a manifest, and deletes old checkpoints.
 
-    This runs on the thread of this object, after its pending save.
+    This runs on the checkpointer's thread, after its pending save.
     """
     if before is not None:
       before.result()

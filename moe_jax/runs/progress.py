@@ -101,8 +101,8 @@ class Progress:
   def evaluating(self, step: int, name: str) -> Iterator[None]:
     """Shows the name of an evaluation while the body runs.
 
-    On a bar it stands in place of the facts; elsewhere it is a line, if the
-    evaluation takes long.
+    On a progress bar the name stands in place of loss, speed and time left.
+    Without a bar a line names the evaluation, if it takes long.
     """
     text = f'evaluating {name}'
     if self._bar is None:

@@ -425,9 +425,9 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _forget(section: dict[str, Any], path: list[str], usual: Any) -> None:
-  """Removes an option that is gone, and a section that has no other.
+  """Removes a retired option of its usual value, and a section left empty.
 
-  One with another value stays, and is refused by its name where it is read.
+  An option of another value stays, and reading the config refuses its name.
   """
   name, *rest = path
   value = section.get(name)

@@ -202,9 +202,9 @@ def _evaluate(
 ) -> bool:
   """Runs the evaluations that are due; returns whether a signal stopped them.
 
-  Rows are recorded before anybody judges them. If they end the run early, so
-  does this, with all other evaluations; where less patience ends a run that
-  goes on, those are all that is still to come.
+  Rows are recorded before early stopping judges them. If it ends the run, all
+  other evaluations run here, too. A run that goes on with less patience, and so
+  ends at once, runs only those.
   """
   early, measured, step = run.early_stopping, set[str](), at.step
   try:
@@ -247,12 +247,12 @@ def _evaluate(
 def _save(
   run: Run, hooks: Sequence[Hook], at: _Position, best: float | None = None
 ) -> None:
-  """Saves the state, or adds to what stands beside a state that is saved.
+  """Saves a checkpoint, or updates the manifest of one of the same step.
 
   Args:
     run: The run.
     hooks: Its hooks.
-    at: Where it is.
+    at: The step, the state and the evaluations that are still due.
     best: The number that decides which checkpoint is the best; None where it is
       not measured.
   """
