@@ -79,7 +79,7 @@ CASES = [
     token_info=info_of(X[..., 0]),
     phrases=('token_info.tokens', 'float32', 'int'),
   ),
-  case('moe-no ids', hashed(), X, phrases=('TokenInfo(tokens=...)',)),
+  case('moe-no ids', hashed(), X, phrases=('TokenInfo(tokens=..., ',)),
   case('moe-layer', MOE, X, layer=1.5, phrases=('layer=1.5',)),
   case(
     'moe-group size',

@@ -199,7 +199,7 @@ def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
   run = setup.set_up(
     run_config.read(config), tmp_path / 'run', resume=True, **one_device
   )
-  assert int(begin.begin(run).state.step) == 0
+  assert int(begin.begin(run)[1].step) == 0
   assert len(run.evaluations) == 3
 
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   run = setup.set_up(
     run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
   )
-  assert int(begin.begin(run).state.step) == 0
+  assert int(begin.begin(run)[1].step) == 0
   # A tokenizer that is given to the import makes the run readable at once.
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}
   import_run(source, tmp_path / 'second', tokenizer=file)

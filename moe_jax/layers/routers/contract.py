@@ -282,9 +282,8 @@ class Router(nn.Module):
     x = without_nan(mask, x)
     for name in self.options.reads:
       if getattr(token_info, name) is None:
-        hint = 'others pass TokenInfo with all of ' + ', '.join(
-          self.options.reads
-        )
+        arrays = ', '.join(f'{name}=...' for name in self.options.reads)
+        hint = f'others pass TokenInfo({arrays})'
         if name == 'task_ids':
           hint = (
             'batches have them where the data is a mixture, and callers of '
