@@ -172,9 +172,9 @@ def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
     run = trained.read(workdir)
     model = run.model.build(run.sharding.rules)
     stored = trained.restore_variables(workdir, model, run.sharding.rules).state
-    state = begin.begin(
+    _, state, _ = begin.begin(
       setup.set_up(run_options(workdir), workdir, resume=True, **one_device)
-    ).state
+    )
     jax.tree.map(np.testing.assert_array_equal, stored['params'], state.params)
     variables = {'router_state': state.router_state}
     np.testing.assert_array_equal(biases(stored), biases(variables))
