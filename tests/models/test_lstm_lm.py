@@ -57,7 +57,7 @@ def test_it_is_its_layers_in_a_row():
       if name == 'lstm':
         y = Lstm(MODEL.between.lstm).apply(variables, x, jnp.asarray(IDS))[0]
       else:
-        layer = MoE(MODEL.moe)
+        layer = MoE(MODEL.stacks.moe)
         y, moe_aux = layer.apply(variables, x, jnp.asarray(IDS) > 0)
         y = jax.nn.sigmoid(y)
       x = x + y
