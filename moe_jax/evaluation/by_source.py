@@ -137,7 +137,7 @@ class SourceScores(AskingEvaluation):
       for q in asked
       if not q.choices
     ]
-    metrics = {name: asked[0].metric for name, asked in questions.items()}
+    metrics = {name: qs[0].metric for name, qs in questions.items() if qs}
     measurement = None
     if pairs:
       measurement = generator(setting, {}, pairs, self.num_tokens)
