@@ -8,6 +8,7 @@ weight, and a short run's mean is not theirs. It is kept in float32, for the
 parameters that train.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,8 @@ def averaging(
   def step(state, batch):
     new, metrics = train_step(state, batch)
     steps = state.averages.steps + 1
-    share = (1 - decay) / (1 - decay**steps)
+    # 1 - decay**steps would cancel in float32 where decay is near 1.
+    share = (1 - decay) / -jnp.expm1(steps * math.log(decay))
     mean = jax.tree.map(
       lambda mean, p: mean + share * (p - mean),
       state.averages.mean,

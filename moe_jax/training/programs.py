@@ -79,7 +79,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
   trees, router_state = adapters.trees, init_router_state(model)
 
   def model_variables(state):
-    params = averages.averaged(state.params, getattr(state, 'averages', None))
+    params = averages.params_of(state)
     params = adapters.merged_on_devices(params)
     return variables(params, state.router_state)
 
