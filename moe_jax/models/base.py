@@ -25,8 +25,9 @@ from moe_jax.shapes import Array, Float32
 
 Batch = Mapping[str, Array]
 _KEYS = ('tokens', 'segment_ids', 'positions')
-# The keys of a batch that hold the choices which are imposed on its routers:
-# experts and whether they serve, [B, T, L, K] of the L sparse layers.
+# The keys of a batch that hold the choices which are imposed on the routers of
+# the L sparse layers: the indices of the experts, and whether each choice is
+# served; both are [B, T, L, K].
 REPLAYED = ('replayed_experts', 'replayed_kept')
 
 
@@ -49,13 +50,14 @@ class Model(nn.Module):
 
   A model takes what `inputs` picks from a batch and returns outputs and the
   layers' `MoeAux`, every leaf of which is [L, ...]; flax gives it `init` and
-  `apply`. What this class defines is that of a model of text, from tokens to
-  logits of the next one, which has the field `embedding: EmbeddingConfig`.
+  `apply`. The methods that this class defines are those of a model of text,
+  which takes tokens to logits of the next token and has the field
+  `embedding: EmbeddingConfig`.
 
   A model that generates also has `for_decoding`, `make_cache(batch_size,
   max_len)`, whose cache has `take`, and `decode(tokens, token_mask, cache)`,
   which returns logits and the next cache; with an encoder `encode` makes the
-  cache. `Decoder` tells what they take.
+  cache. `Decoder` describes the arguments of these methods.
   """
 
   if TYPE_CHECKING:  # type checkers do not see that flax defines it
@@ -64,7 +66,7 @@ class Model(nn.Module):
 
   @property
   def stacks(self) -> Stacks:
-    """The description of the layers; without any, layers have no experts."""
+    """The description of the layers; the default describes no experts."""
     return Stacks([LayerStack()])
 
   @property
@@ -126,8 +128,8 @@ class Model(nn.Module):
   def loss(self, outputs: Any, batch: Batch) -> TokenLosses:
     """The loss of the outputs, for each token of a batch.
 
-    It is the cross-entropy of the targets, and the squared logsumexp of logits.
-    Logits of tokens of loss weight 0 count as zeros, whatever they are.
+    `nats` is the cross-entropy of the targets, `logits_z` the squared logsumexp
+    of the logits. At tokens of loss weight 0 the logits count as zeros.
     """
     # Imported here, as optax takes a tenth of the time of `import moe_jax`.
     import optax
@@ -151,14 +153,16 @@ class Model(nn.Module):
   ) -> tuple['Model', dict[str, Any]]:
     """The model that decodes, and its variables, which are copies.
 
-    Nothing is dropped, unless a capacity is part of an imported checkpoint. A
-    model that decodes already is returned as it is.
+    No choice of an expert is dropped, unless the capacity is part of an
+    imported checkpoint. A model that is the result of an earlier call is
+    returned as it is.
 
     Args:
       variables: Parameters and `router_state`, as trained or imported.
       batch_size: The number of rows that take a step together, which only the
         speed depends on.
-      platform: The platform on which it decodes; '': JAX's default backend.
+      platform: The platform on which the model decodes; '': JAX's default
+        backend.
       window: The most tokens that a decoder's token sees, itself included; 0:
         as in the model.
 
@@ -169,9 +173,9 @@ class Model(nn.Module):
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
-  """Outputs with zeros where the loss weight is 0, whatever was there.
+  """Outputs with zeros in place of those at tokens whose loss weight is 0.
 
-  A NaN there would be 0 * NaN in the loss and in the gradient.
+  A NaN at such a token would be 0 * NaN in the loss and in the gradient.
   """
   weights = batch.get('loss_weights')
   if weights is None:
@@ -181,7 +185,7 @@ def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(LayerOptions):
-  """The contract of a model's options, and those of all models of text.
+  """The contract of a model's options, with those that all models of text have.
 
   Attributes:
     has_encoder: Whether the model reads two sequences, inputs and targets.
@@ -235,7 +239,7 @@ class ModelOptions(LayerOptions):
   def halves(self) -> tuple[LayerOptions, ...]:
     """The options of the layers of each stack, an encoder's first.
 
-    Those of blocks are `StackOptions`.
+    In a model of Transformer blocks they are `StackOptions`.
     """
     return (self,)
 
@@ -287,10 +291,10 @@ class ModelOptions(LayerOptions):
       )
 
   def least_parameters(self) -> int:
-    """The least number of parameters' values, by arithmetic on the options.
+    """A lower bound on the number of parameters, computed from the options.
 
-    It takes no time however many there are. The tables alone are counted here;
-    a kind adds what else may be large.
+    The time does not depend on the number. This class counts the tables of
+    embeddings, logits and positions alone; a kind of model adds its layers.
     """
     tables = 1 if self.embedding.tie else 2
     rows = tables * self.vocab_size + self.positions.table_len
@@ -304,7 +308,8 @@ class ModelOptions(LayerOptions):
     """The reasons why the model cannot be trained in a run of these sizes."""
     names = 'encoder.overrides.moe.expert.format', 'moe.expert.format'
     formats = [half.moe.expert.format for half in self.halves]
-    # Where both have the same format, the decoder's option stands for both.
+    # Where encoder and decoder have the same format, the problem is reported
+    # once, under the name of the decoder's option.
     for format, name in dict(zip(formats, names[-len(formats) :])).items():
       if format:
         yield (
@@ -322,11 +327,11 @@ class ModelOptions(LayerOptions):
       yield from half.group_problems(run, name, length)
 
   def shared(self, num_layers: int, rules: Rules) -> Shared:
-    """The settings that all layers of a stack of that depth share."""
+    """The settings that all layers of a stack of `num_layers` layers share."""
     return Shared(self.numerics, self.use_bias, num_layers, rules)
 
   def embedding_config(self, rules: Rules) -> EmbeddingConfig:
-    """The configuration of the tables of the model."""
+    """The configuration of the model's embedding tables and logits."""
     return EmbeddingConfig(
       self.embedding,
       self.shared(self.num_layers, rules),

@@ -1,4 +1,7 @@
-"""Models whose experts are in codes of few bits, and the same as numbers."""
+"""Models whose experts are quantised, and the same models dequantised.
+
+A quantised kernel is stored in codes, integers of few bits.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,11 +20,15 @@ from moe_jax.models.layer_options import LayerOptions
 def with_formats(
   options: ModelOptions, experts: KernelFormat | None = None
 ) -> ModelOptions:
-  """The same model with another format of experts; None: without codes.
+  """The options of the same model with its experts in another format.
+
+  Args:
+    options: The options of the model.
+    experts: The format of quantised experts; None: experts are not quantised.
 
   Raises:
     ValueError: The model is no Transformer, or its experts are of a kind that
-      is not stored in codes.
+      cannot be quantised.
   """
   if not options.has_blocks:
     raise InputError(
@@ -50,14 +57,14 @@ def with_formats(
 
 
 def has_codes(options: ModelOptions) -> bool:
-  """Whether some kernels of a model are stored in codes."""
+  """Whether some kernels of a model are quantised."""
   return options.has_blocks and any(
     half.moe.expert.format for half in options.halves
   )
 
 
 def check_plain(options: ModelOptions, name: object) -> None:
-  """Raises ValueError where some kernels of the model `name` are in codes."""
+  """Raises ValueError where some kernels of the model `name` are quantised."""
   if has_codes(options):
     raise InputError(
       f'{name} has kernels in codes of few bits, which this cannot read; give '
@@ -68,15 +75,15 @@ def check_plain(options: ModelOptions, name: object) -> None:
 def decoded(
   options: ModelOptions, params: Mapping[str, Any]
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """A model with experts in codes, as one with kernels as numbers.
+  """Dequantises the experts of a model.
 
   Args:
     options: The options of the model.
-    params: Its parameters, unboxed, whose experts are all in one format.
+    params: Its parameters, unboxed, whose quantised experts have one format.
 
   Returns:
-    The options of the model without codes, and its parameters, of the type
-    param_dtype.
+    The options of the model without quantisation, and its parameters; those of
+    the dequantised experts have the type `param_dtype`.
   """
   formats = {half.moe.expert.format for half in options.halves}
   (format,) = filter(None, formats)

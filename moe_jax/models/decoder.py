@@ -54,10 +54,11 @@ class DecoderOptions(ModelOptions, StackOptions):
     """The configuration of the stack of an encoder or decoder.
 
     Args:
-      half: The options of its layers.
+      half: The options of the stack's layers.
       rules: The mesh axes of each logical axis.
-      causal: Whether a token sees tokens up to itself, as in a decoder, whose
-        blocks also attend to an encoder, or its whole segment.
+      causal: Whether a token sees only tokens up to itself, as in a decoder,
+        whose blocks also attend to an encoder if the model has one; if not, it
+        sees its whole segment.
     """
     sparse, attention = half.sparse, half.attention.within(self.width)
     return StackConfig(
@@ -90,7 +91,7 @@ class DecoderOptions(ModelOptions, StackOptions):
 
   @property
   def padding(self) -> Padding:
-    """The rule that hides padding; a subclass may return one that shows it."""
+    """The rule that hides padding; a subclass may return another rule."""
     return Padding()
 
   def shared(self, num_layers, rules):
@@ -118,7 +119,7 @@ class DecoderOptions(ModelOptions, StackOptions):
       )
 
   def problems(self) -> Iterator[str]:
-    """The problems of the decoder's layers, and of a number of tasks."""
+    """The problems of the decoder's layers, and of the option `num_tasks`."""
     yield from self.decoder_problems()
     yield from self.task_problems()
 
@@ -128,7 +129,7 @@ class DecoderOptions(ModelOptions, StackOptions):
     yield from self.half_problems(self, causal=True)
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
-    """The problems of the layers of an encoder or decoder of this width."""
+    """The problems of attention and positions in an encoder or decoder."""
     try:
       attention = half.attention.within(self.width)
     except OptionError as error:
@@ -160,8 +161,8 @@ class Decoder(Model):
   """A model from tokens to logits of the next token.
 
   Attributes:
-    embedding: The embeddings of tokens, and the logits.
-    blocks: The blocks between them.
+    embedding: The configuration of embeddings and logits.
+    blocks: The configuration of the blocks between embeddings and logits.
   """
 
   embedding: EmbeddingConfig
@@ -180,7 +181,7 @@ class Decoder(Model):
 
   @nn.nowrap
   def with_stacks(self, *stacks: StackConfig) -> Self:
-    """The same model with these stacks of blocks in the place of its own."""
+    """The same model with other stacks of blocks, an encoder's first."""
     (blocks,) = stacks
     return self.clone(blocks=blocks)
 
@@ -198,10 +199,10 @@ class Decoder(Model):
 
     Args:
       tokens: Token ids.
-      segment_ids: The document of each token in its row, from 1; 0 is
+      segment_ids: The index, from 1, of each token's document in its row; 0 is
         padding, which no router sees. Default: one document a row.
-      positions: The position of each token in its document. Default: that in
-        the row.
+      positions: The position of each token in its document. Default: the
+        position in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
       task_ids: The task of each token, which a router by task needs.
       given: Choices that are imposed on the routers of the L sparse layers,
@@ -256,10 +257,11 @@ class Decoder(Model):
     token_mask: Bool[Array, 'B T'],
     cache: KVCache,
   ) -> tuple[Float32[Array, 'B T V'], KVCache]:
-    """Logits of the tokens that follow those of the cache, which they join.
+    """Returns the logits at further tokens, and the cache with them added.
 
     Args:
-      tokens: Token ids; a row's first ones may be padding.
+      tokens: Token ids that follow those in the cache; a row may begin with
+        padding.
       token_mask: False at padding.
       cache: The cache from `make_cache`, from `encode` or from an earlier call;
         the caller checks that the tokens fit into it, and puts `task_ids` into
@@ -298,7 +300,8 @@ def make_context(
   Args:
     c: The configuration of the stack.
     tokens, segment_ids, positions, task_ids, given: See `Decoder`.
-    previous: The token before each one, when decoding; None: that in its row.
+    previous: The token before each token, when decoding; None: the token before
+      it in its row.
 
   Raises:
     ValueError: The choices that are imposed are not those of the stack's sparse

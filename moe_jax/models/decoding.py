@@ -1,8 +1,9 @@
-"""What only decoding asks of a model, and the layout in which stacks decode.
+"""Whether a model can decode, and the layout in which its stacks decode.
 
-The layout changes no number. In training parameters are stacked for one loop
-over layers, each a slice. A decoding step reads all of them for each token, and
-XLA's CPU compiler would copy each slice first (`kernels/cpu.py`).
+The layout changes no result. In training the parameters of layers are stacked,
+and one loop over layers takes a slice for each. A decoding step reads all
+parameters for each token, and XLA's CPU compiler would copy every slice first
+(`kernels/cpu.py`), so that in decoding each layer has arrays of its own.
 """
 
 import dataclasses
@@ -53,15 +54,18 @@ def longest(model: Model) -> int | None:
 def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
   """Checks that no keys in a cache would have to change.
 
-  The positions say where a row's earlier keys change, too. A cache does not
-  change, so that no generation may cross that.
+  Some rotary positions turn all keys of a row otherwise once it is longer than
+  `original_len`. The keys in a cache stay as they are, so no generation may
+  begin within that length and end beyond it.
 
   Args:
     model: The model.
-    read: The tokens that each row reads at once, and in all.
+    read: For each row, the number of tokens that it reads at once (a prompt
+      without its last token), and the number that it reads in all.
 
   Raises:
-    ValueError: A row reads no more than that position at once, and more in all.
+    ValueError: A row reads at most `original_len` tokens at once, and more in
+      all.
   """
   border = model.embedding.positions.changes_at
   for i, (first, total) in enumerate(read):
@@ -78,15 +82,16 @@ def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
 def window_beyond(model: Model, seq_len: int) -> int:
   """The window for text that is longer than the rows of training.
 
-  Where positions are distances, or there are none, text may be of any length:
-  a token then sees as many tokens as the last one of a row did.
+  Where positions are distances, or there are none, text may be of any length: a
+  token then sees as many tokens as the last token of a row in training.
 
   Args:
     model: The model.
     seq_len: The length of the rows of training.
 
   Returns:
-    A number of tokens; 0 where there is no bound, or a window is no use.
+    A number of tokens; 0, for no window, in a model whose positions are added
+    to embedded tokens, and in one that is no decoder of blocks.
   """
   is_decoder = len(model.stacks) == len(model.stacks.blocks) == 1
   return seq_len if is_decoder and not model.embedding.positions.added else 0
@@ -99,15 +104,16 @@ def stacks_for_decoding(
   platform: str,
   window: int,
 ) -> tuple[list[StackConfig], dict[str, Any]]:
-  """Stacks of blocks with arrays of their own for every layer, and variables.
+  """Stacks of blocks whose layers have arrays of their own, and the variables.
 
-  On a CPU, each expert of a stack has its own, too, if there are few and a step
-  chooses few of them; see `layers/experts/few_tokens.py`. An encoder's experts
-  that choose tokens do so as in training. A router whose draws depend on the
-  shape of its input draws other experts step by step than for whole rows.
+  On a CPU, each expert has arrays of its own, too, if a stack has few experts
+  and a step chooses few of them; see `layers/experts/few_tokens.py`. An
+  encoder's experts that choose tokens do so as in training. A router whose
+  draws depend on the shape of its input draws other experts step by step than
+  for whole rows.
 
   Args:
-    stacks: The stacks as trained or imported; others are those of
+    stacks: The stacks as trained or imported; the other arguments are those of
       `Model.for_decoding`.
 
   Raises:
@@ -169,9 +175,10 @@ def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
 def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   """The options of a sparse layer with room for all tokens.
 
-  They stay as they are where the capacity is part of an imported checkpoint and
-  can bind, and where experts choose tokens. No such checkpoint has groups of a
-  number of tokens, into which a prompt need not divide.
+  The options stay as they are where the capacity is part of an imported
+  checkpoint and can bind, and where experts choose tokens. No imported
+  checkpoint routes in groups of a fixed number of tokens, which need not divide
+  a prompt; such groups are removed.
 
   Args:
     moe: The options of the layer.
@@ -191,7 +198,7 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
 
 def _for_few_tokens(stack, params, rows):
-  """A stack whose experts are laid out for steps of that many tokens."""
+  """A stack and its parameters, laid out for steps of `rows` tokens."""
   moe = stack.experts
   plain = type(moe.expert).experts is FeedForwardExpert.experts
   if not (plain and isinstance(moe.dispatch, Dropless)):

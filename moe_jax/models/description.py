@@ -42,9 +42,10 @@ class LayerPlace(NamedTuple):
   Attributes:
     stack: The path of the stack; () in a model with a single stack.
     name: The parameter's path within a layer.
-    layers: The numbers of the layers in their stack, in the order in which
+    layers: The indices of the layers in their stack, in the order in which
       they are stacked.
-    numbers: The numbers of the same layers in the model, an encoder's first.
+    numbers: The indices of the same layers in the model, where an encoder's
+      layers come first.
   """
 
   stack: Path
@@ -61,10 +62,10 @@ class LayerStack:
     layers: The layers, in order.
     path: The path of the stack's variables in those of the model.
     prefix: The prefix of the batch keys that hold the stack's tokens.
-    causal: Whether a token sees no later ones, as in a decoder.
+    causal: Whether a token sees no later tokens, as in a decoder.
     padding: The rule for whether routers see padding.
-    blocks: The configuration of the blocks that the layers are; None in a model
-      of other layers.
+    blocks: The configuration of the layers if they are Transformer blocks; None
+      if they are not.
   """
 
   layers: tuple[Layer, ...] = ()
@@ -78,7 +79,7 @@ class LayerStack:
   def of_blocks(
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
-    """The description of a stack of blocks, in the loops that they become."""
+    """The description of a stack of blocks, in the loops that it becomes."""
     layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):
@@ -102,7 +103,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def blocks(self) -> tuple[StackConfig, ...]:
-    """The configuration of each stack of blocks; () in a model of others."""
+    """The configuration of each stack of blocks; () in a model without any."""
     return tuple(stack.blocks for stack in self if stack.blocks is not None)
 
   @property
@@ -122,7 +123,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def sparse_layers(self) -> tuple[int, ...]:
-    """The numbers of the layers that have experts."""
+    """The indices of the layers that have experts."""
     return tuple(i for i, moe in enumerate(self.moes) if moe is not None)
 
   @property
@@ -139,7 +140,7 @@ class Stacks(tuple[LayerStack, ...]):
     """The mixture of a layer.
 
     Raises:
-      ValueError: The layer has none.
+      ValueError: The layer has no experts.
     """
     moe = self.moes[layer] if 0 <= layer < self.num_layers else None
     if moe is None:
@@ -170,7 +171,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def num_tasks(self) -> int:
-    """The number of tasks that routers by task tell apart; 0 without any."""
+    """The number of tasks that routers by task tell apart; 0 without such."""
     return max((c.block.shared.num_tasks for c in self.blocks), default=0)
 
   @property
@@ -189,7 +190,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def forced_balance(self) -> str:
-    """The warning on choices that no router made; '' if none are.
+    """The warning that choices are forced and no router's; '' if none are.
 
     See `layers.imposed.ImposedOptions.forced`.
     """
@@ -210,7 +211,8 @@ class Stacks(tuple[LayerStack, ...]):
   def routed_tokens(self, batch: Mapping[str, Array]) -> Float32[Array, ' L']:
     """The number of a batch's tokens that each layer's router sees, at least 1.
 
-    The routers' losses are divided by it. Padding counts if routers see it.
+    The routers' losses are divided by this number. Padding counts if routers
+    see it.
     """
     counts = []
     for stack in self:
@@ -220,7 +222,7 @@ class Stacks(tuple[LayerStack, ...]):
     return jnp.concatenate(counts)
 
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The variables of each layer in a collection; {} for a layer without."""
+    """Each layer's variables in a collection; {} for a layer that has none."""
     trees = []
     for layer in self.layers:
       tree = subtree(collection, layer.path)

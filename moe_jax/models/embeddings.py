@@ -20,7 +20,13 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions(Options):
-  """The options of embeddings and of logits."""
+  """The options of embeddings and of logits.
+
+  Embedded tokens are multiplied by `scale` and by `multiplier`. The last
+  layer's output is multiplied by `logits_scale` before the product that makes
+  the logits, to which `logits_bias` is added; then they are divided by
+  `logits_divisor`.
+  """
 
   tie: bool = option(
     True,
@@ -67,10 +73,11 @@ class EmbeddingConfig:
     width: M, the width of the residual stream.
     positions: The kind of positions, which may add vectors to embedded tokens.
     encoder_table: Whether an encoder has an embedding table of its own, as in
-      transformers 5.24 where embeddings are not tied. No config has it:
-      imports alone set it.
-    dropout: The rate at which embedded tokens are dropped in training.
-    encoder_dropout: The rate for those of an encoder; None: `dropout`.
+      transformers 5.24 where embeddings are not tied. No config has this
+      option: imports alone set it.
+    dropout: The rate of dropout on embedded tokens in training.
+    encoder_dropout: The rate of dropout on an encoder's embedded tokens; None:
+      `dropout`.
   """
 
   options: EmbeddingOptions
@@ -84,7 +91,10 @@ class EmbeddingConfig:
 
 
 class Embeddings(nn.Module):
-  """A module of the tables, whose parameters are in the scope of the model."""
+  """The module of the embedding tables and the logits.
+
+  A model puts its parameters into the model's own scope.
+  """
 
   config: EmbeddingConfig
 
@@ -144,7 +154,7 @@ class Embeddings(nn.Module):
 
   @jax.named_scope('logits')
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:
-    """The float32 logits of the last block's output."""
+    """The float32 logits, from the output x of the last block."""
     c = self.config
     table = self.embedding if c.options.tie else self.w_logits.T
     table = by_token(table, c.shared.mesh_axes('vocab'))

@@ -76,16 +76,17 @@ class EncoderDecoderOptions(DecoderOptions):
   def encoder_half(self) -> StackOptions:
     """The options of the encoder's layers, cached, as each build reads them.
 
-    They are the decoder's with `encoder.overrides`. Without those, the encoder
-    has as many heads of keys and values as of queries, as fewer ones are for
-    the decoder's cache; no window; and, as its layers are counted anew, tables
-    of its own where its router draws or hashes, and no layer with fewer experts
-    than the others.
+    They are the decoder's options with `encoder.overrides`. Before overrides,
+    the encoder has as many heads of keys and values as of queries, since fewer
+    heads only make the decoder's cache smaller; it has no window; and, as its
+    layers are counted anew, a router that draws or hashes has another seed, and
+    no layer has fewer experts than the others.
 
     Raises:
       OptionError: An override is unknown, bad or without effect.
     """
-    # Both change at once: moe.layers may fit the new number of layers alone.
+    # The number of layers and the overrides change at once, as an overridden
+    # moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
     changes = {'num_layers': L, **self.encoder.overrides}
     decoder = StackOptions(**self.stack_values)
@@ -96,7 +97,7 @@ class EncoderDecoderOptions(DecoderOptions):
     return self.encoder_half, *super().halves
 
   def with_halves(self, *halves):
-    """The overrides of the encoder become those that make it of the decoder."""
+    """The same model with other layers; `encoder.overrides` is made of them."""
     encoder, decoder = halves
     L = encoder.num_layers
     base, changed = (
@@ -155,7 +156,7 @@ class EncoderDecoderOptions(DecoderOptions):
 
 
 def _plain_encoder(decoder: StackOptions) -> StackOptions:
-  """The encoder's layers without overrides, as many as the decoder's."""
+  """The options of an encoder's layers before overrides; see `encoder_half`."""
   moe = decoder.moe
   router: Any = moe.router
   if 'seed' in fields_of(type(router)):
@@ -168,7 +169,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """The problems of options of which a model has one for all its layers."""
+  """The problems of options that must be equal in encoder and decoder."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:
@@ -187,9 +188,9 @@ def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
 
 
 class EncoderDecoder(Decoder):
-  """A model from two sequences to logits of the second one's next token.
+  """A model from two sequences to logits of the second sequence's next token.
 
-  The embeddings serve both halves.
+  Encoder and decoder use the same `Embeddings`.
 
   Attributes:
     blocks: The decoder's blocks, which are causal and also attend to the
@@ -241,13 +242,14 @@ class EncoderDecoder(Decoder):
 
     Args:
       encoder_tokens: Token ids that the encoder reads.
-      tokens: Token ids that the decoder is given: the targets, one later.
-      encoder_segment_ids: The example of each token in its row, from 1; 0 is
-        padding. A decoder's token sees the encoder's tokens of its own example.
-        Default: one example a row.
+      tokens: Token ids that the decoder reads: the targets, shifted right by
+        one.
+      encoder_segment_ids: The index, from 1, of each token's example in its
+        row; 0 is padding. A decoder's token sees the encoder's tokens of its
+        own example. Default: one example a row.
       segment_ids: The same for the decoder's tokens.
       encoder_positions: The position of each token in its example. Default:
-        that in the row.
+        the position in the row.
       positions: The same for the decoder's tokens.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
       encoder_task_ids: The task of each of the encoder's tokens, which an
@@ -255,7 +257,7 @@ class EncoderDecoder(Decoder):
       task_ids: The same for the decoder's tokens and router.
       encoder_given: Choices that are imposed on the routers of the encoder's L
         sparse layers, [B, S, L, K].
-      given: The same for the decoder's, [B, T, L, K].
+      given: The same for the decoder's sparse layers, [B, T, L, K].
 
     Raises:
       ValueError: Only one of the two sequences has segments, or a router lacks
@@ -297,7 +299,8 @@ class EncoderDecoder(Decoder):
       encoder_tokens: Token ids.
       encoder_mask: False at padding.
       max_len: The most tokens that a decoder's row may have.
-      encoder_positions: The position of each token. Default: that in the row.
+      encoder_positions: The position of each token in its example. Default: the
+        position in the row.
       task_ids: The task of each row, which routers by task need.
     """
     encoder_task_ids = None
@@ -332,7 +335,7 @@ class EncoderDecoder(Decoder):
   def _project(self, encoded):
     """The keys and the values of the decoder's layers, [B, N, S, D] each.
 
-    They are stacked if the layers are.
+    Keys and values are stacked if the parameters of the layers are.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
@@ -353,7 +356,7 @@ class EncoderDecoder(Decoder):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The aux of both stacks, with zeros for what one of them lacks."""
+  """The aux of both stacks, with zeros where one lacks losses or experts."""
   losses = encoder_aux.losses | aux.losses
 
   def filled(aux):

@@ -1,8 +1,8 @@
 """The arrays of single sparse layers, and models that have other arrays there.
 
-Merging, pruning and exports read a model layer by layer and build one with
-fewer experts, or with copies. Arrays are told apart by roles and axes, never by
-names.
+Merging, pruning and exports read a model layer by layer and build a model with
+fewer experts, or with copies of experts. Arrays are told apart by their roles
+and logical axes, never by their names.
 """
 
 import dataclasses
@@ -35,14 +35,15 @@ class SparseLayer(NamedTuple):
   """The arrays of one sparse layer, by their paths in the layer.
 
   Attributes:
-    number: The number of the layer in the model, an encoder's counted first.
-    in_stack: The number of the layer in its encoder or decoder.
+    number: The index of the layer in the model, where an encoder's layers come
+      first.
+    in_stack: The index of the layer in its encoder or decoder.
     moe: The options of its mixture.
     shared: The settings that all layers of the model share.
     experts: The parameters of experts, with the experts in front: [E, ...].
-    columns: The parameters and the state of the router that have a column for
-      each expert.
-    axes: The logical axes of both.
+    columns: The parameters and the state of the router that have an axis for
+      the experts that it chooses from, such as the columns of its kernel.
+    axes: The logical axes of the arrays in `experts` and `columns`.
   """
 
   number: int
@@ -57,7 +58,7 @@ class SparseLayer(NamedTuple):
 def sparse_layers(
   model: Model, variables: Mapping[str, Any]
 ) -> dict[int, SparseLayer]:
-  """The sparse layers of a model of blocks, by number.
+  """The sparse layers of a model of blocks, by index.
 
   Raises:
     ValueError: The model has no blocks, or no sparse layer.
@@ -120,8 +121,8 @@ def assembled(
     model: The model of the variables.
     variables: The parameters, and the state of routers if they keep one.
     new: The new model, whose layers may be stacked in other loops.
-    changes: The new arrays of layers, by number and by path in the layer; all
-      others are the same bits as before.
+    changes: The new arrays, by the index of the layer and the path in the
+      layer; all other arrays keep their bits.
 
   Raises:
     ValueError: An array has not the shape of the new model's variable.
@@ -160,8 +161,9 @@ def with_moes(
 
   Args:
     options: The options.
-    change: The function change(first, half) that returns the mixture of the
-      layers of an encoder or decoder, whose first layer has that number.
+    change: The function change(first, half) that returns the mixture of an
+      encoder or decoder, from the index of its first layer in the model and the
+      options of its layers.
   """
   halves, first = [], 0
   for half in options.halves:
@@ -172,14 +174,17 @@ def with_moes(
 
 
 def has_merged(model: Model) -> bool:
-  """Whether columns of some router lead to the same expert."""
+  """Whether some router has several columns for one expert, a merged one."""
   return any(moe.retained.rows for moe in model.stacks.mixtures)
 
 
 def with_copies(
   options: ModelOptions, variables: Mapping[str, Any]
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """The same model with a copy of a merged expert for each of its columns."""
+  """The same model with a merged expert copied for each of its router columns.
+
+  The result has as many experts as router columns, and no merged expert.
+  """
 
   def without_rows(first: int, half: LayerOptions) -> MoeOptions:
     del first

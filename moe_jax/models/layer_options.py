@@ -62,7 +62,7 @@ class LayerOptions(Options):
 
   @property
   def sparse(self) -> tuple[bool, ...]:
-    """A flag for each layer: whether it is one of the sparse ones."""
+    """A flag for each layer: whether it is a sparse layer."""
     return sparse_pattern(self.moe.layers, self.num_layers)
 
   @property
@@ -73,7 +73,7 @@ class LayerOptions(Options):
   def feed_forward_parameters(
     self, width: int, dense: int | None = None
   ) -> int:
-    """The number of values of the kernels of feed-forwards, or fewer.
+    """A lower bound on the number of values in kernels of feed-forwards.
 
     Args:
       width: The width M of the model.
@@ -96,7 +96,7 @@ class LayerOptions(Options):
   def has_experts(self) -> bool:
     """Whether some layer has experts, rather than their dense twin.
 
-    No layer has, where `problems` names a wrong `moe.layers`.
+    It is False where `problems` reports a wrong `moe.layers`.
     """
     try:
       return self.num_sparse > 0 and self.moe.num_experts > 0
@@ -109,7 +109,7 @@ class LayerOptions(Options):
     return self.has_experts and 'task_ids' in self.moe.router.reads
 
   def problems(self) -> Iterator[str]:
-    """The problem of sparse layers that are not among the layers."""
+    """The problem of options that name a layer which is no sparse layer."""
     yield from super().problems()
     try:
       self.num_sparse  # noqa: B018
@@ -152,7 +152,7 @@ class LayerOptions(Options):
       length: The length of rows in tokens.
     """
     S, rows = self.moe.group_size, run.rows
-    # A run without a length of targets is refused for that.
+    # A run whose targets have no length is refused for that reason elsewhere.
     if not (self.moe.num_experts and length):
       return
     if S > 0 and S % length and 'segment_ids' in self.moe.router.reads:
@@ -254,7 +254,7 @@ class StackOptions(LayerOptions):
 
   @property
   def full(self) -> tuple[bool, ...]:
-    """A flag for each layer: whether its tokens see all up to themselves."""
+    """A flag for each layer: whether its attention has no window."""
     if not self.attention.window:
       return (True,) * self.num_layers
     return sparse_pattern(
@@ -268,13 +268,13 @@ class StackOptions(LayerOptions):
     return tuple(0 if flag else window for flag in self.full)
 
   def problems(self) -> Iterator[str]:
-    """The problem of full layers that are not among the layers."""
+    """The problem of full layers that the stack does not have."""
     yield from super().problems()
     attention = self.attention
     if not attention.window:
       return
     try:
-      # This makes no list, which of billions of layers would take minutes.
+      # Counting makes no list of layers; one of billions would take minutes.
       count_sparse(
         attention.full_layers, self.num_layers, 'attention.full_layers'
       )

@@ -2,13 +2,14 @@
 
     kernel + (alpha / rank) A B
 
-LoRA, https://arxiv.org/abs/2106.09685. The factors are parameters of their own
-beside a model's, in the tree `lora`; a kernel that is stacked by layer or by
-expert has a pair for each. The model is computed with the sums, which are made
-before it from the factors, so no layer knows of them. The gradient of a whole
-adapted kernel is therefore computed on the way to that of its factors: adapters
-save the state of the optimizer, and the gradients of kernels without adapters,
-but not the products and the memory of adapted kernels' gradients.
+LoRA, https://arxiv.org/abs/2106.09685. The factors A and B are parameters of
+their own, in the tree `lora`; a kernel that is stacked by layer or by expert
+has a pair for each layer or expert. The sums are computed from the factors
+before the model is applied to them, so no layer knows of adapters. The gradient
+of a whole adapted kernel is therefore computed on the way to the gradients of
+its factors: adapters save the state of the optimizer, and the gradients of
+kernels without adapters, but not the products and the memory of the gradients
+of adapted kernels.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ class _Kernel(NamedTuple):
   inputs: int
 
   def factors(self, values: tuple[Any, ...], rank: Any) -> dict[str, Any]:
-    """Splits a value for each dimension of the kernel between its factors."""
+    """Splits values, one for each dimension of the kernel, between A and B."""
     stack, rest = values[: self.stacked], values[self.stacked :]
     return {
       'a': (*stack, *rest[: self.inputs], rank),
@@ -134,10 +135,10 @@ class Adapters:
 
   @property
   def matrix_axes(self) -> dict[str, Any]:
-    """The axes of all parameters, with `RANK` for that of factors.
+    """The axes of all parameters, with `RANK` for the rank of factors.
 
-    They tell an optimizer a factor's inputs from its outputs; no sharding table
-    splits the rank.
+    An optimizer tells a factor's inputs from its outputs by these axes; no
+    sharding table splits the rank.
     """
     axes = flatten(self.trees.axes)
     for path, kernel in self.kernels.items():
@@ -158,7 +159,7 @@ class Adapters:
 
     Args:
       params: The model's parameters, without factors.
-      key: A key from which each factor's own is made.
+      key: A key from which the key of each factor is made.
     """
     if not self.kernels:
       return dict(params)
@@ -176,7 +177,7 @@ class Adapters:
   ) -> dict[str, Any]:
     """The parameters that the model computes with: adapters are added.
 
-    Sums are made in float32 and have the dtype of the kernel.
+    Sums are computed in float32 and rounded to the dtype of the kernel.
 
     Args:
       params: The parameters with factors.
@@ -190,7 +191,7 @@ class Adapters:
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
   ) -> dict[Path, Array]:
-    """The kernels that have adapters, with these added; see `merged`."""
+    """The kernels that have adapters, with the adapters added; see `merged`."""
     flat = flatten(params)
     sums = {}
     for path, kernel in self.kernels.items():
@@ -233,8 +234,8 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
     trees: Shapes, axes and roles of the model's parameters.
 
   Raises:
-    ValueError: `options.parts` names a part that the model lacks, or one
-      without a kernel, or a kernel whose inputs cannot be told from outputs.
+    ValueError: `options.parts` names a part that the model lacks, selects no
+      kernel, or selects a kernel whose inputs cannot be told from its outputs.
   """
   if not options.rank:
     return Adapters(options, {}, trees)
@@ -259,7 +260,12 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
 
 
 def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
-  """The dimensions of a kernel: those of the residual stream are one side."""
+  """A kernel's dimensions as stacked ones, inputs and outputs, by its axes.
+
+  Of two dimensions that are not stacked the first is the input. Of more, a
+  first 'embed' or 'latent' is the only input, or a last 'embed' the only
+  output.
+  """
   stacked = 0
   while axes[stacked] in _STACKED:
     stacked += 1

@@ -38,14 +38,14 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Leaf, checked
 
 @dataclasses.dataclass(frozen=True)
 class LstmLmOptions(ModelOptions):
-  """The options of a language model of LSTMs, with mixtures as `moe.layers`."""
+  """The options of a language model of LSTMs, with mixtures at `moe.layers`."""
 
   lstm: LstmOptions = option(
     LstmOptions(), 'LSTM layers, which are all layers but those of moe.layers.'
   )
 
   def problems(self) -> Iterator[str]:
-    """The problems of options of other models of text, which LSTMs lack."""
+    """The problems of options that have no meaning in a model of LSTMs."""
     yield from super().problems()
     router = self.moe.router
     if router.reads or router.keeps_state:
@@ -85,7 +85,8 @@ class LstmLmOptions(ModelOptions):
     self.check_filled()
     moe = self.moe.within(self.ffn, self.dropout)
     depth = self.lstm.twin_depth
-    # A single hidden layer is as wide as K experts, each of several as one.
+    # A dense twin's single hidden layer is as wide as K experts; each of
+    # several hidden layers is as wide as one expert.
     twin = moe.twin() if depth == 1 else moe.expert.twin(1)
     return LstmLm(
       self.embedding_config(rules),
@@ -179,10 +180,11 @@ class LstmLm(Model):
 
     Args:
       tokens: Token ids.
-      segment_ids: The document of each token in its row, from 1, where states
-        begin anew; 0 is padding, which no router sees. Default: one document.
+      segment_ids: The index, from 1, of each token's document in its row, with
+        which states begin anew; 0 is padding, which no router sees. Default:
+        one document.
       positions: The position of each token in its document, for embeddings with
-        positions. Default: that in the row.
+        positions. Default: the position in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
       given: Choices that are imposed on the routers of the L sparse layers,
         [B, T, L, K].
@@ -220,10 +222,11 @@ class LstmLm(Model):
     token_mask: Bool[Array, 'B T'],
     cache: LstmCache,
   ) -> tuple[Float32[Array, 'B T V'], LstmCache]:
-    """Logits of the tokens that follow those of the cache, which they join.
+    """Returns the logits at further tokens, and the cache after them.
 
     Args:
-      tokens: Token ids; a row's first ones may be padding.
+      tokens: Token ids that follow those in the cache; a row may begin with
+        padding.
       token_mask: False at padding.
       cache: The cache from `make_cache` or an earlier call.
     """
@@ -254,7 +257,7 @@ class LstmLm(Model):
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
-    """The parameters stay as they are."""
+    """The model with room for all tokens, and its variables as they are."""
     del batch_size, platform, window
     moe = self.between.moe
     check_decodes(moe)

@@ -21,9 +21,9 @@ _ENCODER = 'encoder.'
 def meaning(options: ModelOptions) -> dict[str, Any]:
   """The options that decide what a model computes, by their dotted names.
 
-  Sizes that options leave to others are filled in, and those of an encoder
-  stand below 'encoder.'. Left out are options that only say how something is
-  computed or trained. The name of a chosen kind has the key 'kind'.
+  Sizes that one option leaves to another are filled in. Names of an encoder's
+  options begin with 'encoder.', and the name of a chosen kind ends with 'kind'.
+  Options that only say how something is computed or trained are left out.
   """
   values = _values(options)
   if not options.has_blocks:
@@ -52,7 +52,7 @@ def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
 
 
 def _layers(half: Any, width: int) -> dict[str, Any]:
-  """The meaning of the layers of an encoder or decoder of that width."""
+  """The meaning of the layers of an encoder or decoder of width M, `width`."""
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0
   if experts:
@@ -73,10 +73,11 @@ def _layers(half: Any, width: int) -> dict[str, Any]:
 
 
 def _router(router: Any, sizes: Sizes) -> RouterOptions:
-  """A router with defaults for options that make no other choices.
+  """A router with defaults for the options that change none of its choices.
 
-  With room for all the order of slots has no effect, and with K = 1 there is no
-  second choice. The rate of a balancing bias has one only in training.
+  The order of slots has no effect with room for all tokens, or with K = 1, as
+  there is no second choice. The rate of a balancing bias has an effect only in
+  training.
   """
   names, changes = fields_of(type(router)), {}
   if 'slot_priority' in names:

@@ -1,4 +1,4 @@
-"""Patterns of sparse layers, and the loops that a stack becomes by them.
+"""Patterns of sparse layers, and the loops that a stack is compiled to.
 
 A loop's body is compiled once, so compile time follows the number of distinct
 layers, not L.
@@ -44,7 +44,7 @@ def count_sparse(layers: str, num_layers: int, name: str = 'moe.layers') -> int:
 def _sparse_numbers(
   layers: str, L: int, name: str = 'moe.layers'
 ) -> Collection[int]:
-  """The numbers of the sparse layers, in a range or a set."""
+  """The indices of the sparse layers, in a range or a set."""
   if L < 1:
     raise InputError(f'num_layers={L} must be at least 1')
   word, _, number = layers.strip().partition(' ')
@@ -67,10 +67,10 @@ def _sparse_numbers(
 
 
 def shrunk_pattern(layers: str, num_layers: int) -> tuple[str, int]:
-  """A pattern of its kind for few layers, and their number, at least 2.
+  """The same kind of pattern for few layers, and how many, at least 2.
 
-  'every 6' needs 6 layers and '1,3' needs 4; of 'last 26' of 27 the last two
-  stay, after one dense layer.
+  'every 6' takes 6 layers and '1,3' takes 4; 'last 26' of 27 layers becomes
+  'last 2' of 3, after one dense layer.
   """
   word, _, number = layers.strip().partition(' ')
   if word == 'last':
@@ -86,8 +86,8 @@ class Segment(NamedTuple):
   """Consecutive layers that repeat a pattern.
 
   Attributes:
-    name: The name of its parameters: 'layers', or 'layers_0', 'layers_1', ...
-      if there are several segments.
+    name: The name of the segment's parameters: 'layers', or 'layers_0',
+      'layers_1', ... if there are several segments.
     pattern: The kind of each layer of one period.
     repeats: The number of periods.
   """
@@ -98,18 +98,18 @@ class Segment(NamedTuple):
 
   @property
   def num_layers(self) -> int:
-    """The number of layers in all of its periods."""
+    """The number of layers in all periods of the segment."""
     return len(self.pattern) * self.repeats
 
 
 def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
   """Cuts the L layers into loops, in order.
 
-  The kinds of layers are anything that is equal for layers of one kind, such
-  as flags whether they are sparse. Layers with a period of up to `MAX_PERIOD`
-  are one loop. Others ('last 2' of 24, a first dense layer) are cut from the
-  front, each time where the most layers repeat a pattern, the shortest one if
-  several do.
+  A kind is any value that is equal for layers of one kind, such as a flag
+  whether the layer is sparse. If the whole stack has a period of up to
+  `MAX_PERIOD` layers, it is one loop. Other stacks ('last 2' of 24, a first
+  dense layer) are cut from the front: each time the pattern is taken that
+  repeats over the most layers, and the shortest if several do.
   """
   period = shortest_period(kinds)
   if period <= MAX_PERIOD:

@@ -1,4 +1,4 @@
-"""Choices of experts that a model returns beside its outputs."""
+"""Choices of experts that a model returns in addition to its outputs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class LayerChoices(NamedTuple):
   logits: Leaf | None = None
 
 
-# The choices of each sparse layer, by its number; None where none are recorded.
+# The choices of each sparse layer, by the layer's index; None: none recorded.
 Choices = dict[int, LayerChoices] | None
 # (model, variables, arguments of `apply`) -> (its result, choices)
 Apply = Callable[..., tuple[Any, Choices]]

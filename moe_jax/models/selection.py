@@ -14,8 +14,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import path_name
 
-# The parts of a model that an expression names: roles of parameters, of which
-# those that can be counted are in the plural.
+# The parts of a model that an expression names: roles of parameters, where the
+# name of a role that can be counted is in the plural.
 _ROLES = 'attention embeddings experts ffn gate head lstm norms router'
 NAMES = ('all', 'non_experts', *_ROLES.split(), 'shared_experts')
 _PATTERN = 're:'
@@ -62,8 +62,8 @@ def names_of(
   """The names of the parameters that an expression selects.
 
   Args:
-    expression: Terms that are added or taken away from left to right; one that
-      begins with '-' takes away from all.
+    expression: Terms that are added or taken away from left to right; an
+      expression that begins with '-' takes away from all parameters.
     roles: A tree like the parameters with the `Role` of each.
     option: The name of the option that holds the expression, for messages.
 

@@ -1,6 +1,7 @@
-"""A stack of blocks: the middle of a decoder, and each half of a T5.
+"""A stack of blocks, as a decoder has one and an encoder-decoder has two.
 
-Layers with the same pattern are one loop, so compile time does not follow L.
+Layers that repeat a pattern are compiled as one loop, so that compile time does
+not grow with L.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class Padding:
   """Padding that takes no slot, is not counted and that no token attends to."""
 
   def context(self, context: Context) -> Context:
-    """The context of the blocks, from the one that hides padding."""
+    """The context of the blocks, from one that hides padding; here the same."""
     return context
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
@@ -79,7 +80,7 @@ class StackConfig:
 
   @property
   def kinds(self) -> tuple['LayerKind', ...]:
-    """The kind of each layer; those of one kind are the same function."""
+    """The kind of each layer; layers of one kind have the same options."""
     moe = self.block.moe
     return tuple(
       LayerKind(moe.in_layer(i) if flag and moe is not None else None, window)
@@ -91,7 +92,7 @@ class StackConfig:
   def cache_lengths(self, max_len: int) -> tuple[int, ...]:
     """The number of slots that each layer's cache keeps, of `max_len` in all.
 
-    Layers that are stacked have the longest of them.
+    Layers whose parameters are stacked all keep as many as the longest cache.
     """
     lengths = tuple(min(w or max_len, max_len) for w in self.windows)
     return (max(lengths),) * len(lengths) if self.stacked else lengths
@@ -104,12 +105,12 @@ class StackConfig:
 
 
 class LayerKind(NamedTuple):
-  """The kind of a layer, by which it differs from others of its stack.
+  """The options in which a layer may differ from other layers of its stack.
 
   Attributes:
-    moe: The options of its mixture, or of that whose twin it has; None if its
-      feed-forward is dense.
-    window: The window of its attention; 0 for none.
+    moe: The options of the layer's mixture, or of the mixture whose dense twin
+      it has; None if its feed-forward is dense.
+    window: The window of the layer's attention; 0 for none.
   """
 
   moe: MoeOptions | None
@@ -133,11 +134,11 @@ class Stack(nn.Module):
 
     Args:
       x: Embedded tokens.
-      context: The arrays that blocks read, without the bias, which is made
-        here.
+      context: The arrays that blocks read, without the bias of attention, which
+        is computed here.
       train: Turns on dropout and router noise.
-      cache: The cache of the tokens before x after `KVCache.begin`, when
-        decoding; that which is returned has x's keys and values, too.
+      cache: When decoding, the cache of the tokens before x, after
+        `KVCache.begin`; the returned cache has x's keys and values, too.
     """
     c, T, block = self.config, x.shape[1], self.config.block
     bias = block.positions.bias(

@@ -27,8 +27,8 @@ from moe_jax.shapes import Array, Float32, Leaf, PRNGKey
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
   """The leaves of a tree of dicts, by path.
 
-  The function of flax is typed for trees of arrays alone, while ours also hold
-  shapes, axes and roles.
+  The function of flax is typed for trees of arrays alone, while the trees here
+  also hold shapes, axes and roles.
   """
   return traverse_util.flatten_dict(tree)
 
@@ -59,8 +59,8 @@ def init_params(model: Model, key: PRNGKey) -> Any:
   """Initial parameters from a key, in boxes that carry axes and roles.
 
   Raises:
-    ValueError: They are larger than the memory of all devices of the kind that
-      holds the key.
+    ValueError: The variables are larger than the memory of all devices of the
+      platform that holds the key.
   """
   init = _initializer(model)
   try:
@@ -146,10 +146,10 @@ def move_router_state(
   Args:
     stacks: The description of the model.
     router_state: The collection before the step.
-    load: The choices of each expert in each layer, before drops, of the whole
-      batch.
-    rate: The amount by which a step changes it; None: that of the routers'
-      options.
+    load: The number of tokens of the whole batch that chose each expert in each
+      layer, before drops.
+    rate: The amount by which a step changes a balancing bias; None: the rate in
+      the routers' options.
   """
 
   def move(router, state, rows):
@@ -158,7 +158,7 @@ def move_router_state(
       return router.move_state(state, rows, rate)
     return {name: move(router, part, rows) for name, part in state.items()}
 
-  # The number of each layer by its path, or those of layers that are stacked.
+  # The index of each layer by its path; a list for layers that are stacked.
   numbers: dict[Path, Any] = {}
   for number, layer in enumerate(stacks.layers):
     if layer.index is None:

@@ -96,18 +96,18 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> bool:
     """Starts saving `state`; its arrays are copied out before this returns.
 
-    The save before is waited for. The arrays of `last_step` are not saved
-    again, and nothing is waited for: `extra` and `metrics` are added to those
-    that it has, or replace those of the same name. Checkpoints in the directory
-    at or after `step`, or after the restored step, are set aside. Every process
-    has to call this.
+    This waits for the save before. If `step` is `last_step`, the arrays are not
+    saved again, and nothing is waited for: `extra` and `metrics` are added to
+    those of its checkpoint, or replace those of the same name. Checkpoints in
+    the directory at or after `step`, or after the restored step, are set aside.
+    Every process has to call this.
 
     Args:
       step: The optimizer step, not negative.
       state: Any pytree of jax arrays.
       extra: Values that JSON can hold (tuples come back as lists); those of
         process 0 are saved.
-      metrics: Scalars; one that is not finite is never the best.
+      metrics: Scalars by name; a scalar that is not finite is never the best.
 
     Returns:
       Whether arrays are saved.
@@ -116,7 +116,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` lack
         the `best_metric`.
       CheckpointError: A value of `state` is not finite, this save could not
-        start, or the one before failed.
+        start, or the save before failed.
     """
     manifest = manifest_lib.make(step, state, extra or {}, metrics or {})
     if metrics and self._needed_metric not in (None, *metrics):
@@ -162,7 +162,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     self._pending, self._last_step = None, step
 
   def settle(self, seconds: float) -> None:
-    """Waits at most so long for a pending save, on any thread; never raises."""
+    """Waits up to `seconds` for a pending save, on any thread; never raises."""
     if (pending := self._pending) is not None:
       concurrent.futures.wait([pending[1]], seconds)
 
@@ -196,7 +196,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     return self._directory.best_step()
 
   def newest_good(self) -> int | None:
-    """The newest step of which all files verify, or None."""
+    """The newest step whose checkpoint has all files as written, or None."""
     return self._directory.newest_good()[0]
 
   def restore(
@@ -210,8 +210,9 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> Restored | None:
     """Reads the newest good checkpoint; None if none was ever finished.
 
-    One with a value that is not finite is not good. As the run goes on from it,
-    a later save sets newer ones aside; to only read, use another object.
+    A checkpoint with a value that is not finite is not good. As the run goes on
+    from the checkpoint that is read, a later save of this checkpointer sets
+    newer checkpoints aside; to only read, use another checkpointer.
 
     Args:
       abstract_state: A pytree of `jax.ShapeDtypeStruct` (or arrays). Leaves
@@ -224,8 +225,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         were saved; leaves are converted as they are read.
       first: The collections to use instead of `abstract_state` for a checkpoint
         of step 0, which holds the parameters of an imported model, say, and
-        perhaps the state of its routers. Those of which it holds nothing are
-        left out, except for the first.
+        perhaps the state of its routers. A collection of which the checkpoint
+        holds nothing is left out, unless it is the first.
 
     Raises:
       ValueError: `step` does not exist, or the trees differ in their paths,
@@ -266,10 +267,11 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._directory.prune()
 
   def _host_copy(self, state: Any) -> Any:
-    """A copy on the host for other tries; None if there are no other tries."""
+    """A copy on the host for further tries; None if only one try is made."""
     if self._retry.tries == 1 or jax.process_count() > 1:
       return None
-    # On a CPU these are views, which keep the arrays' memory from being reused.
+    # On a CPU the copies are views, which keep the arrays' memory from being
+    # reused.
     return jax.device_get(state)
 
   def _write_retry(self, copy: Any) -> Retry:
@@ -290,7 +292,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   def _finish(self, folder, manifest: manifest_lib.Manifest, copy) -> None:
     """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
 
-    This runs on the thread of this object.
+    This runs on the checkpointer's thread.
     """
     folders: list[epath.Path] = [folder]
     # With a host copy another try repeats all steps, so no step is repeated.
@@ -383,7 +385,7 @@ def _restore_args(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
 
   Args:
     abstract_state: A tree of shapes with dtypes; see `Checkpointer.restore`.
-    partial: Whether the checkpoint may hold more than these.
+    partial: Whether the checkpoint may hold more arrays than `abstract_state`.
   """
   target = jax.tree.map(_with_sharding, abstract_state)
   array_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -391,7 +393,7 @@ def _restore_args(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-  """`leaf` with a sharding; without it Orbax uses the saving run's devices."""
+  """`leaf` with a sharding; without one Orbax uses the saving run's devices."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -400,7 +402,7 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions(Options):
-  """Options of a run's checkpoints: the section 'checkpoint' of a config."""
+  """Options of a run's checkpoints: the section `checkpoint` of the config."""
 
   directory: str = option(
     '',
@@ -468,7 +470,7 @@ class CheckpointOptions(Options):
       rows: The rows of evaluations, by name.
 
     Returns:
-      The number; None if its evaluation is not among them.
+      The number; None if the evaluation that measures it is not in `rows`.
 
     Raises:
       ValueError: The evaluation's row lacks the number.

@@ -1,4 +1,4 @@
-"""What is not finite among the arrays of a state.
+"""The arrays of a state that have a value which is not finite.
 
 Integers and booleans are always finite. No optimizer or router of this project
 keeps an infinity on purpose, so no array is excepted (a test takes a step with
@@ -28,13 +28,13 @@ def flags(tree: Any) -> Bool[Array, ' N']:
 
 
 def without_opt_state(state: Any) -> Any:
-  """The train state without that of the optimizer, for the `flags` of a step.
+  """The train state without the optimizer's state, for the `flags` of a step.
 
   Running means of finite gradients and their squares, or of finite updates, are
-  finite where they were before. A step whose gradient has a finite norm and
-  whose new parameters are finite thus has a finite optimizer state, and to read
-  it would be two passes more over the memory of all experts. A state that is
-  restored or saved is checked whole (`not_finite`).
+  finite where they were before the step. A step whose gradient has a finite
+  norm and whose new parameters are finite thus has a finite optimizer state,
+  and to read that state would be two passes more over the memory of all
+  experts. A state that is restored or saved is checked whole (`not_finite`).
   """
   return state.replace(opt_state=())
 
@@ -46,7 +46,7 @@ def names(tree: Any, finite: Bool[np.ndarray, ' N']) -> list[str]:
   """The paths of the leaves whose flag is False.
 
   Args:
-    tree: A tree like that whose `flags` are given; shapes are enough.
+    tree: A tree like the one that `flags` took; shapes are enough.
     finite: The flags on the host.
   """
   return [name for name, good in zip(_floating(tree), finite) if not good]
@@ -69,7 +69,7 @@ def not_finite(tree: Any) -> list[str]:
 
 
 def listed(paths: list[str]) -> str:
-  """The first paths as text, with the number of the others."""
+  """The first few paths as text, with the number of further paths."""
   more = len(paths) - _MOST_LISTED
   rest = f' and {more} more' if more > 0 else ''
   return ', '.join(paths[:_MOST_LISTED]) + rest

@@ -41,8 +41,8 @@ class Manifest:
     tree: Every array of the state, `{'params/w': 'float32[3,4]'}`.
     extra: The caller's own JSON values.
     metrics: Metrics of this step, by which the best checkpoint is chosen.
-    files: Size in bytes and sha256 in hex of each file, by its path within the
-      folder.
+    files: Size in bytes and sha256 in hex of each file, by the file's path
+      within the folder.
   """
 
   step: int
@@ -83,7 +83,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 
   Args:
     folder: The checkpoint, whose other files are complete.
-    manifest: Its manifest; `files` are filled in if it has none.
+    manifest: The checkpoint's manifest; `files` is filled in if it is empty.
   """
   files = manifest.files or _file_facts(folder)
   body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
@@ -213,7 +213,7 @@ def describe(state: Any) -> dict[str, str]:
 
 
 def part_in(manifest: Manifest, target: Mapping[str, Any]) -> dict[str, Any]:
-  """The first collection that is wanted, and others that a checkpoint has."""
+  """The first collection of `target`, and all others that a checkpoint has."""
   stored = {path.split('/')[0] for path in manifest.tree}
   first = next(iter(target), None)
   return {k: v for k, v in target.items() if k == first or k in stored}
@@ -228,7 +228,7 @@ def check_tree(
     manifest: The checkpoint's manifest.
     target: The tree that is to be restored.
     folder: The checkpoint's folder, for the message.
-    partial: Whether the checkpoint may hold more.
+    partial: Whether the checkpoint may hold more arrays.
     cast: Whether all floating-point types count as equal.
 
   Raises:

@@ -36,8 +36,9 @@ class MetricsWriter:
   """Appends rows to the metrics of a workdir, in one process of a run.
 
   The operating system has the whole row when `write` returns, so killing the
-  process loses none. A full disk leaves no half row: rows that do not fit stay
-  in memory and are written with the next; TensorBoard gets no more of them.
+  process loses no row. A full disk leaves no half row: rows that do not fit
+  stay in memory and are written with the next row, and TensorBoard gets no more
+  rows.
   """
 
   def __init__(
@@ -85,7 +86,8 @@ class MetricsWriter:
         arrays of rank 0 or 1.
 
     Raises:
-      ValueError: A value is neither, or is named 'step'.
+      ValueError: A value is neither a number nor such a list, or is named
+        'step'.
     """
     if 'step' in values:
       raise InputError("'step' is the row's own key; values cannot set it")
@@ -99,7 +101,7 @@ class MetricsWriter:
       self._events.append(step, scalars)
 
   def close(self) -> None:
-    """Tries once more to write rows that did not fit; closes the files."""
+    """Tries once more to write the rows in memory, and closes the files."""
     self._rows.close()
     self._events.close()
 
@@ -131,7 +133,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(
   path: pathlib.Path,
 ) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-  """Yields (number from 1, line, row); the row is None for any other line."""
+  """Yields (number from 1, line, row); row is None if the line holds no row."""
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
       try:
@@ -222,7 +224,9 @@ class _AppendOnly:
 
 
 class _Events:
-  """Scalars in a new file for TensorBoard, which drops older ones of its steps.
+  """A new file of scalars for TensorBoard, which then drops older scalars.
+
+  TensorBoard drops those of `first_step` and of later steps.
 
   tensorboardX's summary writer is not used: on a full disk its thread dies, and
   its full queue then blocks the training loop for ever.
@@ -270,7 +274,7 @@ def python_numbers(key: str, value: Any) -> Any:
   """A metric as a Python number or a list of them; `key` is for messages.
 
   Raises:
-    ValueError: The value is neither.
+    ValueError: The value is neither a number nor a flat list of numbers.
   """
   try:
     array = np.asarray(value)

@@ -1,14 +1,16 @@
 """One job owns a folder: its workdir, and its directory of checkpoints.
 
 The owner writes `owner.json` once, with a random id, its machine and process,
-and a growing number into `owner.beat` every few seconds. An owner of the same
-machine is dead as soon as its process is gone, and any other once its beat has
-stood still for three periods, by the clock of the job that waits. A restart
-after a kill is thus never blocked. The file is also the trial whether the
-folder can be written. Readers of a run ignore both files.
+and a growing number, its beat, into `owner.beat` every few seconds. An owner on
+the same machine is dead as soon as its process has ended, and an owner on
+another machine once its beat has not changed for three periods, by the clock of
+the job that waits. A restart after a kill is thus never blocked. Writing
+`owner.json` also shows whether the folder can be written. Readers of a run
+ignore both files.
 
 Two jobs that start at once take turns by `flock`, where the file system has it.
-A bucket has not: there the last of two writers wins, and the other notices it.
+A bucket has no `flock`: there the last of two writers wins, and the other
+notices that it has lost.
 """
 
 import contextlib
@@ -37,9 +39,9 @@ _MOST_BYTES = 10_000  # no owner's file is longer
 
 PERIOD_SECONDS = 10.0
 _MISSED_BEATS = 3
-# Seconds after which two jobs that wrote at once see which of them was last.
+# Seconds after which two jobs that wrote at once see which of them wrote last.
 _SETTLE_SECONDS = 1.0
-# Seconds of waiting for another's turn, which takes milliseconds.
+# Seconds to wait for a job that holds the lock, which takes milliseconds.
 _TURN_SECONDS = 5.0
 
 
@@ -49,10 +51,10 @@ class Owner(NamedTuple):
   Attributes:
     id: A random text.
     host: The machine's name.
-    boot: Text that is the same for all processes that see the same process
-      numbers: of the machine's start, and of the namespace; without /proc it is
-      the machine's hardware address.
-    pid: The number of the process.
+    boot: Text that is the same for all processes among which process ids mean
+      the same: the ids of the machine's start and of the namespace of
+      processes; without /proc the machine's hardware address.
+    pid: The id of the process.
     started: The start of the process in ticks of the machine; '' if unknown.
     since: The time at which the process took the folder, for messages.
   """
@@ -90,7 +92,7 @@ class Owner(NamedTuple):
 
 
 def read(folder: epath.Path) -> Owner | None:
-  """The owner by the folder's file; None if there is none or it is damaged."""
+  """The owner in a folder's file; None if the file is missing or damaged."""
   try:
     with (folder / OWNER).open('rb') as file:
       owner = Owner(**json.loads(file.read(_MOST_BYTES)))
@@ -102,7 +104,7 @@ def read(folder: epath.Path) -> Owner | None:
 
 
 def beat(folder: epath.Path) -> bytes:
-  """The last beat, which is only compared; b'' if there is none."""
+  """The owner's last beat, which is only compared; b'' if there is none."""
   # File systems of buckets have errors of their own.
   with contextlib.suppress(Exception), (folder / BEAT).open('rb') as file:
     return file.read(_MOST_BYTES)
@@ -110,16 +112,16 @@ def beat(folder: epath.Path) -> bytes:
 
 
 def _boot_id() -> str:
-  """Text of this machine, and of its namespace of processes; see `Owner`."""
+  """Text that names this machine and namespace of processes; see `Owner`."""
   try:
     boot = (_PROC / 'sys/kernel/random/boot_id').read_text()
     return f'{boot.strip()} {os.readlink(_PROC / "self/ns/pid")}'
   except OSError:
-    return f'{uuid.getnode():012x}'  # a random one, if it has none
+    return f'{uuid.getnode():012x}'  # a random address, if there is none
 
 
 def process_start(pid: int) -> str | None:
-  """The start of a process; '' if it is gone, None if it cannot be seen."""
+  """The start of a process; '' if it has ended, None if it cannot be seen."""
   try:
     stat = (_PROC / f'{pid}/stat').read_text(errors='replace')
   except OSError:
@@ -130,7 +132,8 @@ def process_start(pid: int) -> str | None:
     except OSError:
       pass
     return None  # another user's process, or there is no /proc
-  # The name before may hold anything; the state is the first field after it.
+  # The process' name in parentheses may hold anything; the state is the first
+  # field after it.
   state, *fields = stat.rpartition(')')[2].split()
   return '' if state in 'ZX' else fields[18]
 
@@ -140,11 +143,11 @@ class OwnedError(InputError):
 
 
 class Ownership:
-  """The folders that a job owns while it runs; process 0 has them for all.
+  """The folders that a job owns while it runs; process 0 owns them for all.
 
   Args:
     folders: The folders.
-    message: Prints a line, before a wait.
+    message: Prints a line before this waits for another owner's beat.
     period: Seconds between two beats.
   """
 
@@ -175,7 +178,7 @@ class Ownership:
     """Checks that the folders are still this job's.
 
     Raises:
-      OwnedError: Another job has taken one, or its owner's file is gone.
+      OwnedError: Another job has taken a folder, or `owner.json` is missing.
     """
     for folder in self._folders:
       try:
@@ -190,7 +193,7 @@ class Ownership:
         )
 
   def release(self) -> None:
-    """Gives the folders back, and removes those that are still empty."""
+    """Gives the folders back, and removes new folders that are still empty."""
     self._end.set()
     for folder in self._folders:
       with self._beat_lock, contextlib.suppress(Exception):
@@ -202,7 +205,7 @@ class Ownership:
         os.rmdir(folder)
 
   def _take(self, folder: epath.Path) -> None:
-    """Takes a folder; waits for an owner of whom nothing is known."""
+    """Takes a folder; waits for the beat of an owner that may be alive."""
     self._make_folder(folder)
     stale: tuple[Owner, bytes] | None = None
     while True:
@@ -278,8 +281,8 @@ def owned(folders: Iterable[str | os.PathLike[str]]) -> Iterator[Ownership]:
       nothing was written to them.
 
   Raises:
-    OwnedError: Another job has one.
-    ValueError: One cannot be made or written.
+    OwnedError: Another job owns a folder.
+    ValueError: A folder cannot be made or written.
   """
   paths = {storage_path(folder): None for folder in folders}
   ownership = Ownership(paths)
@@ -291,7 +294,7 @@ def owned(folders: Iterable[str | os.PathLike[str]]) -> Iterator[Ownership]:
 
 @contextlib.contextmanager
 def _turn(folder: epath.Path) -> Iterator[bool]:
-  """Waits for this process' turn; gives False where there are no turns."""
+  """Holds the lock of a folder; gives False where the folder has no lock."""
   if '://' in os.fspath(folder):
     yield False
     return

@@ -15,18 +15,20 @@ from rich import console, progress, table
 
 from moe_jax.cli import print_line
 
-# Number of last updates whose speed predicts the time left: enough to even out
-# a pause for an evaluation, few enough to follow a machine that slows down.
+# The number of last updates whose speed predicts the time left. They are enough
+# to even out a pause for an evaluation, and few enough to follow a machine that
+# slows down.
 _WINDOW = 20
-# Seconds after which a line says which evaluation runs, where there is no bar.
+# Seconds after which a line names the evaluation that runs, if there is no bar.
 _LONG_SECONDS = 30.0
 
 
 class Progress:
   """Display of a run's step, loss, speed and time left.
 
-  On a terminal it is one bar, redrawn at each update and not by a thread. In a
-  file, a pipe or a notebook each update is a line, such as (without drops)
+  On a terminal the display is one bar, which is redrawn at each update and not
+  by a thread. In a file, a pipe or a notebook each update prints a line, such
+  as (where no choices of experts are dropped)
 
     step 1,200/3,000  loss 1.3580 nats/token  10,250 tokens/s  0:02:41 left
   """
@@ -78,7 +80,7 @@ class Progress:
       step_seconds: Mean seconds of the last steps, which predict the time left
         at the first update.
     """
-    # Units are short on a bar, which has to fit into 80 columns with them.
+    # On a bar units are short, so that the bar fits into 80 columns.
     unit, counted = ('', 'tok') if self._bar else (' nats/token', 'tokens')
     facts = [f'loss {loss:.4f}{unit}']
     if tokens_per_second is not None:
@@ -135,9 +137,9 @@ class Progress:
       )
 
   def _seconds_left(self, step: int) -> float | None:
-    """Predicted time left; None at the first update.
+    """Predicted seconds until the run's end; None at the first update.
 
-    The time before the first update is mostly that of compiling.
+    The time before the first update is mostly spent on compiling.
     """
     self._updates.append((step, self._clock()))
     (first_step, first_time), (_, now) = self._updates[0], self._updates[-1]

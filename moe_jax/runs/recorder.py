@@ -1,10 +1,10 @@
 """Recording of training metrics: averages, progress, and steps not finite.
 
-Metrics of step n - 1 are read after step n was dispatched, so that reading
+The metrics of step n - 1 are read after step n was dispatched, so that reading
 them never makes the device wait.
 
-`workdir/nonfinite/<step>.npz` has the arrays of a step's global batch by name,
-whose loss, gradient or new state was not finite.
+If the loss, the gradient or the new state of a step is not finite, the arrays
+of its global batch are kept, by name, in `workdir/nonfinite/<step>.npz`.
 """
 
 import contextlib
@@ -32,9 +32,10 @@ _NONFINITE = 'nonfinite'  # the folder of batches of steps that were not finite
 
 
 class NonFiniteError(ReportedError, RuntimeError):
-  """A step is not finite, and may not be skipped.
+  """A step is not finite, and no further step may be skipped.
 
-  Its loss, its gradient or the state after it has a value that is not finite.
+  The step's loss, its gradient or the state after it has a value that is not
+  finite.
   """
 
 
@@ -42,7 +43,7 @@ class NonFiniteError(ReportedError, RuntimeError):
 class Recorder:
   """Averages the metrics of steps, writes them as rows and shows progress.
 
-  Every process has one, with the same numbers, but only that of process 0
+  Every process has a recorder with the same numbers, but only that of process 0
   writes and prints.
 
   Attributes:
@@ -54,7 +55,7 @@ class Recorder:
     moes: The mixture of each layer; see `summary.summarize`.
     state: The shapes of the train state.
     checkpoints: The run's checkpoints, which an error names.
-    tell: Says the row of an evaluation that measures no loss.
+    tell: Makes a text of the row of an evaluation that measures no loss.
     confirm: Raises ValueError if another job has taken the folder.
   """
 
@@ -86,7 +87,7 @@ class Recorder:
 
     Args:
       start: The number of steps that are taken already.
-      due: Names of the evaluations that are still to be made after them.
+      due: Names of the evaluations of that state that are still to be made.
     """
     self._kept_steps = kept_steps(self.workdir)
     self._skipped = sum(n <= start for n in self._kept_steps)
@@ -112,8 +113,8 @@ class Recorder:
     """Stores the metrics of a step, and reads those of the step before it.
 
     If the loss, the gradient norm or the new state of the step before is not
-    finite, its batch is kept in the workdir, and it is left out of the
-    averages.
+    finite, its batch is kept in the workdir, and the averages leave that step
+    out.
 
     Raises:
       NonFiniteError: More than `max_nonfinite_steps` steps were not
@@ -256,7 +257,7 @@ class Recorder:
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps whose batches are kept, also those from before a restart."""
+  """The steps whose batches are kept, also by the run before a restart."""
   numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 

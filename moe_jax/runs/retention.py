@@ -5,8 +5,8 @@ name `<step>.saving1` and renamed once it has a manifest, and is renamed to
 `<step>.deleting` before it is removed. So at whatever moment a process dies, a
 folder whose name is a number is complete or does not match its manifest. A
 checkpoint that a run does not go on from becomes `<step>.aside` (`.aside2`,
-...) and is never deleted. Only a saving run changes the directory, so others
-may read it meanwhile.
+...) and is never deleted. Only a saving run changes the directory, so other
+processes may read it meanwhile.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Directory:
     self.path = storage_path(self.directory)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
-    """The folder of `step`, or with a suffix the one for saving or deleting."""
+    """The folder of a step, or, with a suffix, for saving or deleting it."""
     return self.path / f'{step}{suffix}'
 
   def folders(self) -> list[int]:
@@ -88,7 +88,7 @@ class Directory:
     """The manifest of `step`.
 
     Raises:
-      BadCheckpoint: There is none, or it is damaged or of another step.
+      BadCheckpoint: There is no manifest, or it is damaged or of another step.
     """
     manifest = manifest_lib.read(self.folder(step), self.retry)
     if manifest.step != step:
@@ -96,7 +96,7 @@ class Directory:
     return manifest
 
   def amend(self, additions: Manifest) -> None:
-    """Adds values to the manifest of a step, or replaces those of their name.
+    """Adds values to a step's manifest, or replaces values of the same name.
 
     Args:
       additions: The step, with the `extra` and the `metrics` to add.
@@ -120,11 +120,12 @@ class Directory:
 
     Args:
       step: The only step to verify; None verifies all.
-      refused: (step, reason) of bad ones that are known, newest first; only
-        older ones are verified.
+      refused: (step, reason) of known bad checkpoints, newest first; only older
+        checkpoints are verified.
 
     Returns:
-      The step of the good one, or None; and (step, reason) of each bad one.
+      The step of the good checkpoint, or None; and (step, reason) of each bad
+      checkpoint.
     """
     candidates = self.folders() if step is None else [step]
     refused = list(refused)
@@ -144,7 +145,8 @@ class Directory:
   ) -> tuple[int | None, list[tuple[int, str]]]:
     """The step to restore, as `newest_good` gives it; every process calls this.
 
-    Process 0 verifies for all processes, and only it gets the list of bad ones.
+    Process 0 verifies for all processes, and only process 0 gets the list of
+    bad checkpoints.
 
     Raises:
       ValueError: `step` does not exist.
@@ -161,7 +163,7 @@ class Directory:
       good, refused = self.newest_good(step, refused)
     if jax.process_count() > 1:
       pair = np.array([-1 if good is None else good, bool(folders)], np.int32)
-      # Others may see a folder later than process 0 does.
+      # Other processes may see a folder later than process 0 does.
       good, folders = multihost_utils.broadcast_one_to_all(pair).tolist()
       good = None if good < 0 else good
     if good is not None or not folders:
@@ -195,7 +197,7 @@ class Directory:
     """Removes half written and half deleted folders; returns their names.
 
     Threads of a save that just failed may still be writing, which makes
-    removal fail: it is tried for a second, and again at the next save.
+    removal fail. So removal is tried for a second, and again at the next save.
     """
     removed = set()
     for _ in range(_TRIES):

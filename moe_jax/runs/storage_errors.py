@@ -1,4 +1,4 @@
-"""Paths of storage, a line on its errors, and another try after some."""
+"""Paths of storage, a line on each error, and another try after some errors."""
 
 import errno
 import itertools
@@ -15,8 +15,8 @@ from moe_jax.errors import InputError
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_CAUSE = 120
-# Errors of a network, a server or a busy device, which may pass. A full disk, a
-# missing permission and a missing path are not among them.
+# Errors of a network, a server or a busy device, which may pass. The errors of
+# a full disk, a missing permission and a missing path do not pass.
 _TRANSIENT = {
   getattr(errno, name)
   for name in (

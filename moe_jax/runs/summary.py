@@ -1,4 +1,4 @@
-"""The sums over tokens of a step, and the numbers that a row makes of them."""
+"""The sums over the tokens of a step, and the row of metrics made of them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ Batch = dict[str, Array]
 
 
 class LossSums(NamedTuple):
-  """Sums over the tokens of a batch; `add` merges those of two.
+  """Sums over the tokens of a batch; `add` merges the sums of two batches.
 
   Attributes:
     cross_entropy: float32 [], sum of nats times loss weights.
     weight: float32 [], sum of loss weights.
     logits_z: float32 [], sum of squared logsumexps of logits times weights.
     aux: Losses and statistics of the layers' routers, every leaf [L, ...].
-    choices: The choices of the batch's tokens where the step records them, no
-      sums; see `moe_jax.models.recorded.Choices`.
+    choices: The choices of experts, one by one and not summed, where the step
+      records them; see `moe_jax.models.recorded.Choices`.
   """
 
   cross_entropy: Array
@@ -42,7 +42,8 @@ class StepMetrics(NamedTuple):
     loss: float32 [], the loss that was minimised.
     sums: Sums over the batch.
     grad_norm: float32 [], the norm of the gradient before clipping.
-    learning_rate: float32 [], the learning rate before factors by name.
+    learning_rate: float32 [], the learning rate before the factors by parameter
+      of `optimizer.rate_rules`.
     finite: bool [N], whether each floating-point leaf of the state after the
       step is finite, in the order of `moe_jax.runs.finite.names`.
   """
@@ -59,7 +60,7 @@ def add(a: LossSums, b: LossSums) -> LossSums:
   return jax.tree.map(lambda x, y: x + y, a, b)
 
 
-# The losses that every row has; it has others where they are not 0.
+# The losses that every row has; a row has other losses where they are not 0.
 _ALWAYS_WRITTEN = ('balance_loss', 'z_loss', 'importance_loss', 'load_loss')
 
 
@@ -79,9 +80,10 @@ def sparse_layers(sums: LossSums) -> list[int]:
 def of_layer(
   stats: RoutingStats, layer: int, moes: Sequence[MoeOptions | None]
 ) -> RoutingStats:
-  """A layer's statistics without the zeros that fill them up to E and K.
+  """A layer's statistics without the zeros after its own E and K.
 
-  Layers of an encoder and a decoder may differ in both.
+  Layers of an encoder and a decoder may differ in E and K, and zeros fill the
+  statistics of all layers up to the largest.
   """
   moe = moes[layer] if moes else None
   if moe is None:
@@ -107,9 +109,8 @@ def summarize(
 
   Args:
     sums: Sums as `host` gives them.
-    moes: The mixture of each layer, as in `Stacks.moes`, whose loads end
-      with its own experts, and whose drops with its own choices. Default: all
-      have equally many.
+    moes: The mixture of each layer, as in `Stacks.moes`, which says how many
+      experts and choices the layer has. Default: all layers have equally many.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}
@@ -129,7 +130,7 @@ def layer_summary(
   """The metrics of one layer's router; see `summarize`.
 
   Raises:
-    ValueError: A router, of a user's, names experts that the layer lacks.
+    ValueError: A user's own router chose experts that the layer lacks.
   """
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   stats = of_layer(aux.stats, layer, moes)
@@ -167,13 +168,14 @@ def layer_summary(
 
 
 def exchange_summary(aux: MoeAux) -> dict[str, float]:
-  """The metrics of a layer's rows between devices; none on one device.
+  """The metrics of a layer's exchange between devices; {} on one device.
 
-  Shares are of the choices that were served: `away_share` of rows whose expert
-  is on another device; `sent_share` of rows that were sent there, which are
-  fewer where experts are sent instead; `exchange_overflow` of rows for which
-  the exchange had no room. `shadowed_experts` is the mean number of experts
-  that were sent to all devices.
+  Three metrics are shares of the choices that were served: `away_share`, those
+  whose expert is on another device; `sent_share`, those whose row was sent to
+  that device, which are fewer where experts are sent instead; and
+  `exchange_overflow`, those for whose row the exchange had no room.
+  `shadowed_experts` is the mean number of experts that were sent to all
+  devices.
 
   Args:
     aux: The sums of one layer, as `host` gives them.

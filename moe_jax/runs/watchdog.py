@@ -1,13 +1,13 @@
 """Ends all processes of a run when one of them is lost, and says which.
 
 A process that waits for another in a collective operation waits for ever. So
-each process has a thread that reports its current stage to process 0 over TCP
-and is told when to end. A process is lost if it died (its connection closes),
-failed (it reports the error), does not answer, or has not begun a new stage for
-so long that all others wait for it.
+each process has a thread that reports the process' current stage to process 0
+over TCP, and that process 0 tells when to end. A process is lost if it died
+(its connection closes), failed (it reports the error), does not answer, or has
+not begun a new stage for so long that all others wait for it.
 
-JAX's own heartbeats stay on. They notice a death later, and notice neither an
-error nor an endless loop.
+JAX's own heartbeats stay on. They notice the death of a process later than this
+watchdog, and notice neither an error nor an endless loop.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ from moe_jax.devices import Timeouts
 from moe_jax.errors import InputError
 
 TICK_SECONDS = 0.5
-# Seconds within which a process that ended is noticed, a message arrives, and a
+# Seconds within which the end of a process is noticed, a message arrives, and a
 # process that was told to end has ended.
 MOMENT_SECONDS = 5.0
 
-# Most seconds that an ending process waits for a pending save.
+# The most seconds that an ending process waits for a pending save.
 _SAVE_SECONDS = 10.0
 _HELLO_BYTES = 1024
-# Seconds between two rounds of process 0, so that it reads from many processes
-# in one round.
+# Seconds that process 0 sleeps after each round of reading messages, so that
+# one round reads the messages of many processes.
 _PAUSE_SECONDS = 0.05
 
 
 class Line:
-  """A connection for JSON objects, one a line; nothing is unpickled."""
+  """A connection for JSON objects, each on a line; nothing is unpickled."""
 
   def __init__(self, connection: socket.socket):
     connection.settimeout(MOMENT_SECONDS)
@@ -55,7 +55,7 @@ class Line:
   def send(self, message: dict[str, Any]) -> None:
     """Sends a message, unless the other end has too much left to read.
 
-    Nothing is raised for a lost connection; `receive` reports that.
+    A lost connection raises nothing here; `receive` reports it.
     """
     with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
       writable = select.poll()
@@ -84,7 +84,7 @@ def addresses() -> list[str]:
   names = [socket.getfqdn(), socket.gethostname()]
   probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
   with probe, contextlib.suppress(OSError):
-    # No packet is sent; the kernel gives the address that one would come from.
+    # No packet is sent; the kernel gives the address that a packet would have.
     probe.connect(('192.0.2.1', 9))
     names.insert(0, probe.getsockname()[0])
   return list(dict.fromkeys([*names, '127.0.0.1']))
@@ -97,7 +97,7 @@ def reach(
 
   Args:
     hosts: Addresses and names of process 0, tried in turn.
-    port: The port on which it listens.
+    port: The port on which process 0 listens.
     hello: The first message, with the key 'token'.
     seconds: Time after which to give up.
 
@@ -114,7 +114,7 @@ def reach(
         answer = line.receive()
         if answer and answer[0].get('token') == hello['token']:
           return line
-        line.socket.close()  # another machine has that name or address
+        line.socket.close()  # another program answers at this address
     time.sleep(TICK_SECONDS)
   raise InputError(
     f'process 0 is reached at none of {hosts}, port {port}; ports between the '
@@ -124,13 +124,14 @@ def reach(
 
 @dataclasses.dataclass
 class Peer:
-  """State of a process.
+  """The state of one process of a run.
 
   Attributes:
     num_stages: Number of stages that the process has begun.
-    stage: Name of the last stage: 'step 3'.
-    last_heard: Time of its last message, in seconds of the monotonic clock.
-    is_done: Whether it has reached the end and waits for the others.
+    stage: Name of the last stage, such as 'step 3'.
+    last_heard: Time of the process' last message, in seconds of the monotonic
+      clock.
+    is_done: Whether the process has reached the end and waits for the others.
   """
 
   num_stages: int = 0
@@ -140,7 +141,7 @@ class Peer:
 
 
 class Peers:
-  """States of all processes of a run, by number."""
+  """The states of all processes of a run, by the index of the process."""
 
   def __init__(self, size: int, timeouts: Timeouts):
     """Begins with `size` processes that have just started."""
@@ -161,7 +162,8 @@ class Peers:
   def end_reason(self) -> str | None:
     """The reason for which all processes have to end; None if there is none.
 
-    Either a process is silent, or none has begun a new stage for too long.
+    Either a process is silent, or no process has begun a new stage for too
+    long.
     """
     now = time.monotonic()
     awake = {i: p for i, p in self._peers.items() if not p.is_done}
@@ -179,7 +181,7 @@ class Peers:
     return f'nothing moved for {self._stall} s; {self._behind(awake)}'
 
   def _behind(self, awake: dict[int, Peer]) -> str:
-    """Text that names the processes with the fewest stages, and their stage."""
+    """Text that names the processes that are behind, and their last stage."""
     least = min(peer.num_stages for peer in awake.values())
     behind = [i for i, peer in awake.items() if peer.num_stages == least]
     if len(behind) == len(self._peers):
@@ -204,8 +206,8 @@ class Alone:
 def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
   """Watches the processes while the body runs; every process enters this.
 
-  An error in the body of one process ends the others with its message. Without
-  an error, each waits at the end of the body for all others.
+  An error in the body of one process ends all others, which print the error.
+  Without an error, each process waits at the end of the body for all others.
   """
   if jax.process_count() == 1:
     yield Alone()
@@ -215,7 +217,8 @@ def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
     yield watchdog
   except BaseException as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      # Probably another process died; if so, the thread ends this one now.
+      # Probably another process died; if so, the watchdog's thread ends this
+      # process now.
       time.sleep(MOMENT_SECONDS)
     watchdog.fail(f'{type(error).__name__}: {error}')
     raise
@@ -226,8 +229,8 @@ class Watchdog:
   """The watchdog of one process; see `watching`.
 
   Attributes:
-    before_end: Function that is called before this process is ended because of
-      another; it gets the number of seconds after which it must have returned.
+    before_end: Function that is called before this process ends because of
+      another process; its argument is the seconds within which it must return.
   """
 
   before_end: Callable[[float], None] | None = None
@@ -248,8 +251,8 @@ class Watchdog:
   def mark(self, stage: str) -> None:
     """Reports that this process begins a stage, such as `step 3`.
 
-    All processes have the same stages in the same order, so the process with
-    the fewest is behind.
+    All processes have the same stages in the same order, so the process that
+    has begun the fewest stages is behind.
     """
     self._this_peer.stage = stage
     self._this_peer.num_stages += 1
@@ -266,7 +269,7 @@ class Watchdog:
     self._over.wait()
 
   def _connect(self, seconds: float) -> None:
-    """Connects this process to process 0; process 0 begins to listen."""
+    """Connects this process to process 0; in process 0, begins to listen."""
     packet = np.zeros(_HELLO_BYTES, np.uint8)
     if self._index == 0:
       dual = socket.has_dualstack_ipv6()
@@ -287,7 +290,7 @@ class Watchdog:
     self._strangers: list[Line] = []
 
   def _watch(self) -> None:
-    """Runs on the thread; if that fails, the process ends, too."""
+    """Runs on the watchdog's thread; if it fails, the process ends, too."""
     try:
       if self._index == 0:
         self._lead()
@@ -300,7 +303,8 @@ class Watchdog:
 
   def _lead(self) -> None:
     next_send = time.monotonic()
-    deadline = next_send + MOMENT_SECONDS  # one who connects is told, too
+    # Until then process 0 waits for others to connect, so that all are told.
+    deadline = next_send + MOMENT_SECONDS
     while not self._over.is_set():
       lines = [*self._lines.values(), *self._strangers]
       ready = wait(
@@ -330,7 +334,7 @@ class Watchdog:
     self._server.close()
 
   def _greet(self, line: 'Line') -> None:
-    """Accepts a connection if it knows the token, as anybody can connect."""
+    """Accepts a connection that sends the token, as any program can connect."""
     messages = line.receive()
     if messages == []:
       return
@@ -372,8 +376,8 @@ class Watchdog:
   def _tell_all(self, message: dict[str, Any]) -> None:
     for line in self._lines.values():
       line.send(message)
-    # Closing a socket with unread data may discard what was sent, so all is
-    # read until the other ends are closed.
+    # Closing a socket with unread data may discard the message that was sent,
+    # so all data is read until the other processes have closed their ends.
     deadline = time.monotonic() + MOMENT_SECONDS
     lines: dict[Any, Any] = {w.socket: w for w in self._lines.values()}
     while lines and time.monotonic() < deadline:
@@ -420,8 +424,7 @@ class Watchdog:
 
     Args:
       reason: Text that is printed.
-      settle: Whether a pending save may be completed first, which takes
-        process 0.
+      settle: Whether to wait first for a pending save, which needs process 0.
     """
     self._over.set()
     if self._failure:
@@ -431,7 +434,7 @@ class Watchdog:
     if self._index:
       self._hub.socket.close()
     if settle and self.before_end is not None:
-      # The main thread cannot: it waits in a collective operation.
+      # The main thread cannot call it: it waits in a collective operation.
       with contextlib.suppress(Exception):
         self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()

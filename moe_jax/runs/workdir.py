@@ -30,9 +30,10 @@ _PACKAGE = 'moe_jax'
 # The last commit that reads folders whose config has the keys from before
 # options were dataclasses.
 _LAST_OF_EARLIER = '7875f9b'
-# Options that are gone, with the value at which they meant nothing; None is for
-# an option that changed no number, and for the section of a kind that is gone,
-# which means nothing unless it was chosen.
+# Options that were removed and that configs of earlier runs may have, with the
+# value at which the option had no effect. None is for an option that never
+# changed a result, and for the section of a removed kind, which had no effect
+# unless the kind was chosen.
 _GONE: dict[str, Any] = {
   'aux_losses.num_steps': 1000,
   'data.source.cipher': None,
@@ -70,7 +71,7 @@ _GONE: dict[str, Any] = {
   'trace.num_steps': 0,
   'trace.start_step': 1,
 }
-# Values that are gone, with one that gives the same numbers.
+# Values of options that were removed, with a value that gives the same results.
 _SAME: dict[str, dict[str, str]] = {
   f'model.moe.dispatch.{kind}.{name}': same
   for kinds, name, same in (
@@ -111,9 +112,11 @@ class Workdir(NamedTuple):
   Attributes:
     folder: The folder, which need not exist.
     checkpoints: The directory of its checkpoints.
-    changes: Lines on the keys whose values in the folder differ.
+    changes: A line for each key of the config whose value in the folder is
+      another.
     class_digests: The sha256 of each file with a user's own class.
-    class_changes: Lines on those files that have changed since the run began.
+    class_changes: A line for each file in `class_digests` that has changed
+      since the run began.
   """
 
   folder: pathlib.Path
@@ -167,7 +170,7 @@ def check(
 def _changes(
   folder: pathlib.Path, config: Section, defaults: Section
 ) -> list[str]:
-  """Lines on the keys whose values in a folder differ, old before new."""
+  """A line for each key whose value in a folder is another, old before new."""
   if not (folder / CONFIG).exists():
     return []
   stored, usual_values = flatten(kept_config(folder)), flatten(defaults)
@@ -181,9 +184,10 @@ def _changes(
 def _directory_problem(
   folder: pathlib.Path, directory: str, new: epath.Path, resume: bool
 ) -> str | None:
-  """The problem of a directory of checkpoints that does not fit.
+  """The problem of a directory of checkpoints that is not the run's own.
 
-  Otherwise the run would begin anew, or go on from another run's checkpoints.
+  In such a directory the run would begin anew, or go on from another run's
+  checkpoints.
   """
   is_used = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
   old = checkpoints_of(folder)
@@ -219,9 +223,9 @@ def checkpoints_of(
 
 
 def claim(folder: pathlib.Path, config: Section) -> None:
-  """Writes the config into a folder that `check` allowed, and makes it.
+  """Makes a folder that `check` allowed, and writes the config into it.
 
-  Another config in it is kept as `config.0.json`, `config.1.json`, ...
+  Another config in the folder is kept as `config.0.json`, `config.1.json`, ...
 
   Raises:
     OSError: The folder cannot be made or written.
@@ -236,7 +240,7 @@ def claim(folder: pathlib.Path, config: Section) -> None:
       number += 1
     path.rename(aside)
   text = _text(values)
-  # Before the config, so that a kill between leaves no config of another sum.
+  # The sum is written first, so that a kill leaves no config of another sum.
   write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
   write_text(path, text)
 
@@ -244,8 +248,8 @@ def claim(folder: pathlib.Path, config: Section) -> None:
 def check_unedited(folder: pathlib.Path) -> None:
   """Raises ValueError where the config is not as the run wrote it.
 
-  Parameters may fit a model that computes something else. Runs of earlier
-  versions, which wrote no sum, are taken as they are.
+  Parameters may fit a model that computes something else. Folders of earlier
+  versions, which wrote no sha256 of the config, are taken as they are.
   """
   path = folder / CONFIG_SHA256
   found = _sha256(_text(_json(folder / CONFIG)))
@@ -258,7 +262,7 @@ def check_unedited(folder: pathlib.Path) -> None:
 
 
 def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-  """Checks that ids mean what they mean to the parameters in a run's folder.
+  """Checks that token ids mean the same as in the run that a folder holds.
 
   The task of the data may add ids after those of the tokenizer in the folder.
   A file that cannot be read, as a kill of older code left one, says nothing.
@@ -268,7 +272,7 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     tokenizer: The tokenizer of the data.
 
   Raises:
-    ValueError: The folder has a tokenizer whose ids are others.
+    ValueError: The folder has a tokenizer whose ids mean other tokens.
   """
   path = folder / TOKENIZER
   try:

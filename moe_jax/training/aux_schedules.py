@@ -69,7 +69,7 @@ class AuxSchedule(Options):
     return dataclasses.replace(weights, routers=routers, logits_z=logits_z)
 
   def check(self, weights: LossWeights) -> None:
-    """Raises ValueError for a loss that neither the model nor a router has."""
+    """Raises ValueError for a loss that the model and built-in routers lack."""
     names = {_LOGITS, *_BUILTIN, *map(_name_of, weights.routers)}
     for name in self.losses:
       if name not in names:
@@ -90,7 +90,7 @@ def _name_of(loss: str) -> str:
 
 
 def _product(a: Leaf, b: Leaf) -> Leaf:
-  """The product of two numbers, which is the number 0 if one of them is."""
+  """The product of two numbers; the Python number 0 if one of them is that."""
   if any(not isinstance(x, jax.Array) and x == 0 for x in (a, b)):
     return 0.0
   return a * b
@@ -98,7 +98,7 @@ def _product(a: Leaf, b: Leaf) -> Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Constant(AuxSchedule):
-  """The same factor at every step: 1 keeps the weights, 0 switches off."""
+  """The same factor at every step: 1 keeps the weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
     """Returns the factor."""
@@ -107,7 +107,7 @@ class Constant(AuxSchedule):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(AuxSchedule):
-  """The factor, then a straight line to another factor, which then stays."""
+  """A first factor, then a straight line to a final factor, which stays."""
 
   final_factor: float = option(
     0.0,

@@ -17,9 +17,11 @@ from moe_jax.training.step import TrainState
 
 # The name under which a checkpoint has the sha256 of the choice of experts.
 EXPERTS = 'trained_experts'
-# The name under which it has the number of the first row that no step has seen.
+# The name under which a checkpoint has the index of the first row of data that
+# no step has seen.
 NEXT_ROW = 'next_row'
-# The name under which it has the names of evaluations that are still to come.
+# The name under which a checkpoint has the names of the evaluations of its step
+# that are still to be made.
 DUE = 'due_evaluations'
 # A function that gives the variables with which a run begins (parameters, and
 # `router_state` and `opt_state` unless they begin anew), sharded, and a line
@@ -112,7 +114,7 @@ def begin(
 
 
 def end_problem(run: Run, step: int) -> str | None:
-  """The problem of a checkpoint of a step that the run does not have."""
+  """The problem of a checkpoint of a step beyond the run's `total_steps`."""
   total = run.options.total_steps
   if step <= total:
     return None

@@ -46,14 +46,15 @@ class _State:
   """State between two measurements; every checkpoint keeps it.
 
   Attributes:
-    metric: The name of the number.
-    best_is_highest: Whether a higher number is better.
-    min_change: The number by which a better one has to differ.
+    metric: The name of the metric that is measured.
+    best_is_highest: Whether a higher value is better.
+    min_change: The amount by which a value has to be better than `reference`.
     last_step: The step of the last measurement; 0 before the first.
-    best: The best number so far; None before the first.
-    best_step: The step of the best.
-    reference: The number that the next has to be better than by `min_change`.
-    count: The measurements since the reference.
+    best: The best value so far; None before the first.
+    best_step: The step of the best value.
+    reference: The last value that was better than the reference before it by
+      more than `min_change`; None before the first.
+    count: The number of measurements since the reference.
     ended: Whether the run had ended when the state was saved.
   """
 
@@ -71,7 +72,7 @@ class _State:
 class EarlyStopping:
   """The measurements of a run that decide whether it ends.
 
-  Every process has one, and follows the numbers of process 0.
+  Every process has such an object, and follows the values of process 0.
   """
 
   def __init__(
@@ -90,9 +91,9 @@ class EarlyStopping:
 
   @property
   def ends_now(self) -> bool:
-    """Whether the run ends where its checkpoint says that it goes on.
+    """Whether the run ends at a checkpoint at which it had not ended.
 
-    It does so with less patience than it had when the checkpoint was saved.
+    It does so if it has less patience than when the checkpoint was saved.
     """
     return self.ended and not self._state.ended
 
@@ -107,8 +108,8 @@ class EarlyStopping:
   def restore(self, extra: Mapping[str, Any]) -> None:
     """Goes on with the state of a checkpoint, or counts anew.
 
-    It counts anew where another number decides, or another rule says which one
-    is better: the counts would be of other comparisons.
+    It counts anew where another metric decides, or another rule says which
+    value is better, since the stored counts are of other comparisons.
     """
     stored = extra.get(EXTRA, {})
     rule = ('metric', 'best_is_highest', 'min_change')
@@ -118,10 +119,10 @@ class EarlyStopping:
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
     """Takes the rows of the evaluations after a step, given by name.
 
-    A number that is not finite is not better. Every process calls this.
+    A value that is not finite is not better. Every process calls this.
 
     Raises:
-      ValueError: The row that decides lacks the number.
+      ValueError: The row of `checkpoint.best_eval` lacks the metric.
     """
     value = self._checkpoint.best_of(rows)
     if value is None or not self._options.patience:
@@ -136,7 +137,7 @@ class EarlyStopping:
       state.count += 1
 
   def is_best(self, step: int) -> bool:
-    """Whether the step has the best number, so that its state is saved."""
+    """Whether the step has the best value so far, and its state is saved."""
     return self._state.best is not None and self._state.best_step == step
 
   def _better(self, value: float, before: float | None, change: float) -> bool:

@@ -1,6 +1,7 @@
-"""The contract of kinds of evaluation, the kind 'loss', and a run's entries.
+"""The contract of kinds of evaluation, the kind 'loss', and evaluations to run.
 
-An evaluation has a name, a period and its own overrides of the model.
+Each entry of `config.evals` is an evaluation, with a name, a period and its own
+overrides of the model.
 """
 
 import collections
@@ -33,7 +34,7 @@ Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
 Record = Callable[[int, dict[str, jax.Array], Choices], None]
 R = TypeVar('R')
 _IN_FLIGHT = 2  # batches that the devices compute while sums are read
-# The function that says whether a signal stops the evaluation that runs.
+# The function that says whether a signal stops the evaluation in progress.
 _SHOULD_STOP: contextvars.ContextVar[Callable[[], bool]] = (
   contextvars.ContextVar('should_stop', default=lambda: False)
 )
@@ -117,7 +118,7 @@ class EvaluationOptions(Options):
     """Returns the function that measures a row from variables and a step.
 
     The row has a number, or a flat list of numbers, for each name. Where two
-    entries return equal functions, one measurement serves both.
+    evaluations return equal functions, one measurement serves both.
 
     Raises:
       ValueError: The run lacks what the evaluation needs.
@@ -127,8 +128,8 @@ class EvaluationOptions(Options):
   def row_names(self, data: DataOptions) -> Collection[str]:
     """Patterns, as of a shell, of all names that rows of `measure` can have.
 
-    With none, or where a subclass measures otherwise, a row has to be measured
-    before they are known.
+    Without any pattern, or where a subclass overrides `measure`, the names are
+    known only once a row is measured.
     """
     return ()
 
@@ -184,7 +185,7 @@ class Evaluation:
   measure: Measure
 
   def due(self, step: int) -> bool:
-    """Whether it runs after `step` steps, if that is not the last step."""
+    """Whether the evaluation runs after `step` steps, if the run goes on."""
     return self.every_steps > 0 and step % self.every_steps == 0
 
 
@@ -212,18 +213,18 @@ def evaluation_rows(
     [str], contextlib.AbstractContextManager
   ] = contextlib.nullcontext,
 ) -> dict[str, Row]:
-  """The row of each evaluation, by name; equal ones are measured once.
+  """The row of each evaluation, by name; equal evaluations are measured once.
 
   Args:
     evaluations: The evaluations.
     variables: The variables of the model.
     step: The number of optimizer steps taken.
-    should_stop: Whether to stop; it is asked before each batch.
+    should_stop: Returns whether to stop; it is called before each batch.
     showing: Shows the name of the evaluation that runs.
 
   Raises:
     ValueError: An evaluation returns no row of numbers.
-    Stopped: `should_stop` said so.
+    Stopped: `should_stop` returned True.
   """
   measured: dict[Any, Row] = {}
   rows: dict[str, Row] = {}
@@ -264,7 +265,7 @@ def _check_row(name: str, row: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OverBatches:
-  """A measurement over batches; equal ones give equal rows.
+  """A measurement over batches; equal measurements give equal rows.
 
   Attributes:
     model: The model that is evaluated.
@@ -317,7 +318,7 @@ class Losses(OverBatches):
     Args:
       variables: The variables of the model.
       apply: Applies the model, and may return the choices of experts.
-      record: Called with the number, the batch and the choices of each batch.
+      record: Called for each batch with its index, the batch and its choices.
     """
     compiled_step = compiled_eval_step(self.model, self.put, apply)
 
@@ -335,7 +336,7 @@ class Losses(OverBatches):
 
 
 def behind(results: Iterator[R]) -> Iterator[R]:
-  """The results, each once a few more are made, so that devices do not wait."""
+  """Yields each result after the next few are begun: devices need not wait."""
   pending = collections.deque[R]()
   for result in results:
     pending.append(result)
@@ -346,7 +347,7 @@ def behind(results: Iterator[R]) -> Iterator[R]:
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
-  """`eval_step` of batches that `put` has moved; equal models share it."""
+  """The compiled `eval_step` of batches from `put`; equal models share it."""
   rest: Any = None  # the compiler decides
   return jax.jit(
     functools.partial(
@@ -362,7 +363,7 @@ _MOST_LISTED = 10
 def override_problems(
   model: ModelOptions, entries: Mapping[str, EvaluationOptions]
 ) -> Iterator[str]:
-  """The problems of the overrides of all entries, a text for each."""
+  """The problems of the overrides of all evaluations, a text for each."""
   for name, entry in entries.items():
     try:
       entry.overridden(model)
@@ -377,7 +378,7 @@ def changed_models(
   entries: Mapping[str, EvaluationOptions],
   rules: Rules,
 ) -> dict[str, Model]:
-  """The model of each entry, by name.
+  """The model of each evaluation, by the evaluation's name.
 
   Args:
     options: The options of the training model, after `filled`.
@@ -409,12 +410,12 @@ def make_evaluations(
   rules: Rules,
   **parts: Any,
 ) -> list[Evaluation]:
-  """All entries, ready to run.
+  """All evaluations of a run, ready to run.
 
   Args:
     options: The options of the training model, after `filled`.
     model: The training model.
-    entries: The options of each entry, by name.
+    entries: The options of each evaluation, by name.
     rules: The sharding table.
     **parts: The other fields of `Setting`.
 

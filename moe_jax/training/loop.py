@@ -1,8 +1,9 @@
 """The training loop: step, metrics, checkpoint, evaluations, each when due.
 
 The checkpoint of a step is written before the evaluations after that step, and
-what they decide is added to its manifest. So an evaluation that a signal or a
-kill cuts short costs no step, and is made up where the run goes on.
+their results that decide on the best checkpoint and on early stopping are added
+to its manifest later. So if a signal or a kill cuts an evaluation short, no
+step is lost, and the evaluation is made when the run goes on.
 """
 
 import contextlib
@@ -136,13 +137,12 @@ def train_and_evaluate(
 
 @dataclasses.dataclass
 class _Position:
-  """Where a run is.
+  """The step at which a run is, and what is left to do there.
 
   Attributes:
     step: The number of steps taken.
-    state: The state after them.
-    due: Names of the evaluations after them that the rows and the checkpoint do
-      not have yet.
+    state: The train state after these steps.
+    due: Names of the evaluations of this state that are still to be made.
   """
 
   step: int
@@ -189,7 +189,7 @@ def _train(
 
 
 def _has_ended(run: Run, at: _Position) -> bool:
-  """Whether the run ends where it is: at its last step, or at an early one."""
+  """Whether the run is at its end, the last step or early, with nothing due."""
   is_last = at.step == run.options.total_steps or run.early_stopping.ended
   return is_last and not at.due
 
@@ -276,21 +276,21 @@ def _save(
       run.recorder.saved(at.step)
 
 
-# Numbers of calls, by which JAX agrees on the step after which to stop. It
-# stops at a number above all that it has got, and 0 counts as one: the numbers
-# of a resumed run's steps would begin beyond it.
+# Numbers of calls from 1, by which JAX agrees on the call at which all stop: it
+# is the first above all that JAX has been given, where 0 counts as given. The
+# numbers of a resumed run's steps would begin beyond that.
 _CALLS = itertools.count(1)
 _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 
 
 @contextlib.contextmanager
 def catching_sigterm() -> Iterator[Callable[[], bool]]:
-  """Catches SIGTERM; gives a function that says whether to stop now.
+  """Catches SIGTERM; gives a function that returns whether to stop now.
 
   The function is called once after each step, and before each batch of an
-  evaluation, until it says so. With several processes JAX catches the signal,
-  and all stop at the same call, which none had made when the first of them got
-  the signal.
+  evaluation, until it returns True. With several processes JAX catches the
+  signal, and all processes stop at the same call, which none of them had made
+  when the first of them got the signal.
   """
   if jax.process_count() > 1:
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
@@ -311,8 +311,9 @@ def catching_sigterm() -> Iterator[Callable[[], bool]]:
 def catching_interrupt() -> Iterator[list[int]]:
   """Makes the first Ctrl-C a SIGTERM; gives the list of signals caught.
 
-  The second stops at once: in a notebook the cell, elsewhere the process.
-  A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
+  The second Ctrl-C stops the cell of a notebook at once, and elsewhere the
+  process. A caller's own handler stays, and so does that of a job that ignores
+  Ctrl-C.
   """
   old_handler, received = signal.getsignal(signal.SIGINT), []
 

@@ -1,4 +1,4 @@
-"""The loss that is minimised: a model's own, and weighted losses of routers.
+"""The loss that is minimised: a model's own loss, and weighted router losses.
 
 Sums are divided by normalisers of the whole batch, taken before it is split
 into microbatches, so that accumulation changes nothing.
@@ -51,7 +51,7 @@ class LossWeights:
 
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
-  """The coefficients that a model's routers have, and that of its logits."""
+  """The coefficients of a model's routers, with `logits_z` for its logits."""
   stacks, moe = model.stacks, model.stacks.moe
   mean = moe is not None and moe.layer_reduce == 'mean'
   num_averaged = len(stacks.mixtures) if mean else 1
@@ -80,7 +80,7 @@ def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
 def aux_loss(
   aux: MoeAux, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The weighted sum of the routers' losses; those of weight 0 are left out."""
+  """The weighted sum of the routers' losses, without losses of weight 0."""
   total = jnp.zeros((), jnp.float32)
   for loss, weight in weights.routers.items():
     if _counts(weight):

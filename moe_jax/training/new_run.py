@@ -27,7 +27,8 @@ from moe_jax.runs.checkpointer import Checkpointer
 FILES = workdir_lib.IMPORTED
 CONFIG_PY, VALUES = 'config.py', 'first_config.json'
 _UNFINISHED = '.unfinished'
-# The entries of a new folder, in the order in which they appear there.
+# The files and folders of a new run's folder, in the order in which they are
+# moved there.
 _ENTRIES = (
   FILES,
   workdir_lib.TOKENIZER,
@@ -57,7 +58,7 @@ def get_config():
 def check_free(folder: pathlib.Path) -> None:
   """Raises ValueError for a folder that is neither new nor empty.
 
-  Entries that a killed command has left in it do not count.
+  Files and folders that a killed command has left there do not count.
   """
   if folder.exists() and not folder.is_dir():
     raise InputError(f'{folder} is a file; it must be a folder')
@@ -77,7 +78,7 @@ def check_free(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder in which a run is built; then its entries move to `folder`.
+  """A folder in which a run is built; then its contents move to `folder`.
 
   The config moves last, so that a killed command leaves no run, and is simply
   started again.
@@ -131,7 +132,7 @@ def write(
     folder: The folder that `building` gave.
     config: The config of the run.
     variables: 'params' of its model, and 'router_state' where it keeps one.
-    extra: Entries of the manifest of the checkpoint, beside the usual ones.
+    extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
   """
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
     saver.save(0, dict(variables), extra=extra)
@@ -156,17 +157,17 @@ def derive(
 ) -> pathlib.Path:
   """Makes a run's folder from another run's, with parameters of its own.
 
-  Its config is that of the base, without adapters and without a run that it
-  begins with or learns from. Tokenizer and imported files are copied; where the
-  base took its tokenizer from the run that it began with, the config names the
-  copy.
+  The new config is that of the base, without the sections `lora`, `init_from`
+  and `distill`. Tokenizer and imported files are copied; where the base took
+  its tokenizer from the run of `init_from`, the new config names the copy.
 
   Args:
     base: Folder of a run.
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
     changes: Sections of the config that replace those of the base, by name.
-    router_state: The state of its routers; None or empty where they keep none.
+    router_state: The state of the model's routers; None or empty where they
+      keep none.
 
   Returns:
     The new folder, whole.
@@ -196,10 +197,10 @@ def derive(
 def _with_kept_tokenizer(
   config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
 ) -> dict[str, Any]:
-  """The config with a tokenizer of another run that the base has kept.
+  """The config with the tokenizer that the base took from another run.
 
-  The base has it in place of `data.tokenizer`, and its copy in `output` is all
-  that is left of it once the config names no run to begin with.
+  The base uses that tokenizer in place of its `data.tokenizer`. Without
+  `init_from` only its copy in `output` is left, which the config then names.
   """
   init_from, path = config.get('init_from', {}), base / workdir_lib.TOKENIZER
   is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)

@@ -92,7 +92,7 @@ class Optimizer(Options):
     Args:
       axes: A tree like the parameters that train with a tuple of logical axes
         for each.
-      roles: A tree like these with the `Role` of each.
+      roles: A tree like `axes` with the `Role` of each parameter.
     """
     raise NotImplementedError
 
@@ -101,8 +101,8 @@ class Optimizer(Options):
 
     Args:
       shapes: A tree like the parameters that train with the shape of each.
-      axes: A tree like these with a tuple of logical axes for each.
-      roles: A tree like these with the `Role` of each.
+      axes: A tree like `shapes` with a tuple of logical axes for each.
+      roles: A tree like `shapes` with the `Role` of each.
     """
     return iter(())
 
@@ -262,10 +262,10 @@ def clipped(largest: float) -> Transform:
 
 
 def _in_float32(inner: Transform) -> Transform:
-  """The transformation of float32 copies of gradients and parameters.
+  """Wraps a transformation, which gets float32 gradients and parameters.
 
-  Its state would else have the type of the parameters: in bfloat16, rounded to
-  the nearest, a running mean stands still where it changes by little.
+  Its state would else have the type of the parameters. In bfloat16, rounded to
+  the nearest, a running mean does not move where it changes by little.
   """
 
   def copied(tree):
@@ -439,7 +439,7 @@ class Muon(Optimizer):
     )
 
   def _scale(self, inputs: int, outputs: int) -> float:
-    """The factor of an orthogonalized matrix."""
+    """The number by which an orthogonalized matrix is multiplied."""
     if self.rms:
       return self.rms * math.sqrt(max(inputs, outputs))
     return math.sqrt(max(1.0, outputs / inputs))
@@ -467,7 +467,7 @@ class Muon(Optimizer):
 
 
 def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
-  """Whether a parameter is a kernel between hidden values, as Muon's are.
+  """Whether a parameter is a kernel between hidden values, which Muon trains.
 
   A kernel from the residual stream to one number, a gate, is no matrix, and
   neither is the factor of an adapter that leads to such a number.

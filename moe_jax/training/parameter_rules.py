@@ -1,8 +1,9 @@
 """Factors of weight decay and learning rate for each parameter.
 
-A user's rules come first, then the default of a parameter's form. A rule is a
-factor with a regular expression of names, or with 'part:' and an expression
-over the parts of a model: 'part:attention - router'.
+The first of the user's rules that selects a parameter gives its factor; if none
+does, the parameter's role gives a default. A rule is a factor with a regular
+expression of names, or with 'part:' and an expression over the parts of a
+model, such as 'part:attention - router'.
 """
 
 import re
@@ -22,14 +23,14 @@ _PART = 'part:'
 
 
 def _parts_expression(pattern: str) -> str | None:
-  """The expression over parts of a rule; None if it is one of names."""
+  """A rule's expression over parts; None for a rule by a regular expression."""
   if not pattern.startswith(_PART):
     return None
   return pattern.removeprefix(_PART).strip()
 
 
 def rule_problems(option: str, rules: Sequence[Pattern]) -> Iterator[str]:
-  """The problems of rules by themselves, a text for each.
+  """The problems of rules that need no model to be seen, a text for each.
 
   Args:
     option: The name of the option, for messages.

@@ -1,9 +1,9 @@
 """Adam whose moments are kept in bfloat16, rounded up or down at random.
 
-They take half the bytes of float32 moments. Rounded to the nearest, a moment
-would not move at all where its change is less than half a unit in its last
-place, as that of the second is at b2 = 0.999; rounded at random it is right on
-average.
+Such moments take half the bytes of float32 moments. Rounded to the nearest, a
+moment would not move at all where its change is less than half a unit in its
+last place, as the change of the second moment is at b2 = 0.999; rounded at
+random a moment is right on average.
 """
 
 import zlib
@@ -22,7 +22,7 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
   """Adam's transformation; its state is optax's, with moments in bfloat16.
 
-  The update is that of the rounded moments, so that it reads half the bytes.
+  The update is computed from the rounded moments, so it reads half the bytes.
   The noise is a function of the number of the step, of the parameter's name and
   of the element's index: a resumed run repeats it, and so does another mesh.
 

@@ -168,7 +168,7 @@ class InitFromOptions(Options):
     """
     if not (self.workdir and self.keep_tokenizer):
       return data
-    # A run that has none is refused when it is read.
+    # A run without a tokenizer is refused when it is read.
     return data.with_tokenizer_of(*run_folder, self.workdir)
 
   def problems(self) -> Iterator[str]:
@@ -179,7 +179,7 @@ class InitFromOptions(Options):
       yield f'best=True with step={self.step}: give one of them'
 
 
-# Names of the records that are not those of an evaluation.
+# Names of the records of choices that are not made by an evaluation.
 _OTHER_RECORDS = ('train', 'generate')
 
 
@@ -528,10 +528,10 @@ class RunOptions(Options):
     return dataclasses.replace(self, model=model)
 
   def least_bytes(self) -> Iterator[tuple[str, int]]:
-    """The arrays that may be large, each with its least bytes.
+    """The arrays that may be large: the name of each, with its least bytes.
 
-    They are counted by arithmetic before a model is built, since with ten
-    million layers even that takes minutes. The options have to be those that
+    Bytes are computed from the options before a model is built, since to build
+    one with ten million layers takes minutes. The options have to be those that
     `filled` returns.
     """
     model, data, rows = self.model, self.data, self.batch_size

@@ -29,18 +29,18 @@ from moe_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The parts of a run, which hooks are given, too; nobody changes one.
+  """The parts of a run, which hooks get, too; it is not changed in place.
 
   Attributes:
     options: The options, with the sizes of the model that the data decides.
-    config: The config of the options as they were given, which the workdir
-      keeps.
+    config: The config that `options` were made from, as the workdir keeps it,
+      without the sizes that the data decides.
     workdir: The run's folder.
     dataset: The run's data.
     model: The model that is trained.
     mesh: The mesh of devices.
     programs: The programs that the devices execute.
-    train_step: The step of `programs`, unless a hook gives another.
+    train_step: The step of `programs`, unless a hook gives another step.
     evaluations: The run's evaluations.
     checkpoints: The run's checkpoints.
     early_stopping: The measurements that may end the run before its last step.
@@ -88,8 +88,8 @@ class Hook:
   """Behaviour that a caller adds to a run; by default methods do nothing.
 
   Attributes:
-    serves: Name of the section of the config that the hook gives its effect; ''
-      for none.
+    serves: Name of the section of the config that has an effect only through
+      this hook; '' for none.
   """
 
   serves: ClassVar[str] = ''
@@ -112,8 +112,8 @@ class Hook:
   def paused(self) -> None:
     """Called when training pauses.
 
-    That is after evaluations, whose numbers are then among the metrics, and
-    before a checkpoint, or what its evaluations add, is saved.
+    Training pauses after evaluations, whose rows are then among the metrics,
+    and before a checkpoint is saved or values are added to its manifest.
     """
 
   def end(self, run: Run, state: TrainState) -> None:
@@ -124,7 +124,7 @@ class Hook:
 
 
 class Ended(Hook):
-  """Notes whether a run has ended: it is at its last step, or ended early.
+  """A hook that notes whether a run has ended, at its last step or early.
 
   Attributes:
     ended: Whether nothing of the run is left to do.

@@ -24,7 +24,7 @@ from moe_jax.training import losses
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The state of training; the next batch of data is that of number `step`.
+  """The state of training, which decides the next batch of data by `step`.
 
   Attributes:
     step: int32 [], number of optimizer steps taken.
@@ -120,10 +120,10 @@ def _changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
 
 
 def _exchanged_once(grad_fn: GradFn, axes: tuple[str, ...]) -> GradFn:
-  """`grad_fn` of each device's own rows, whose sums are exchanged at its end.
+  """`grad_fn` of each device's own rows; devices add up its results at the end.
 
-  The rows that devices share along other axes stay global arrays. A compiler
-  would exchange the gradient of each microbatch.
+  Rows that devices share along other axes stay global arrays. Without this the
+  compiler would exchange the gradient of each microbatch.
   """
 
   def on_device(batch, params, divisors, key, router_state, step):
@@ -177,9 +177,9 @@ def over_slices(
   """The sums and the rows of all slices of a batch, one after another.
 
   Args:
-    function: Returns, from the number of a slice and the slice, a tree of sums,
-      which are added, and a tree of arrays with its rows in front, which are
-      joined in order.
+    function: Returns, from the index of a slice and the slice, a tree of sums,
+      which are added, and a tree of arrays with the slice's rows in front,
+      which are joined in order.
     batch: The batch.
     n: The number of slices.
   """
@@ -218,7 +218,7 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
   """Takes one optimizer step.
 
-  Its random key depends on `state.seed` and `state.step` alone.
+  The random key of the step depends on `state.seed` and `state.step` alone.
 
   Args:
     state: The state before the step.
@@ -255,8 +255,9 @@ def skipping_nonfinite(train_step):
 
   A step is finite if its loss, its gradient and the state after it are.
 
-  The number of the step goes on, and with it data and randomness. Counts within
-  the optimizer's state (the schedule's and Adam's step) do not.
+  `step` is counted all the same, so that the next step has other data and
+  another key. Counts within the optimizer's state (the schedule's and Adam's
+  step) do not go on.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

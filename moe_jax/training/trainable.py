@@ -110,8 +110,8 @@ class Trained:
   def moved(self, state: Any, new: Any) -> Any:
     """The new state of routers, or the old where their modules do not train.
 
-    A module trains if one of its parameters does, or an adapter of one; one
-    without parameters trains where all do.
+    A module trains if one of its parameters or an adapter of one trains; a
+    module without parameters trains if all parameters of the model train.
 
     Args:
       state: The routers' state before a step.
@@ -139,7 +139,7 @@ _EXPERT, _LAYERS = 'expert', 'layers'
 
 @dataclasses.dataclass(frozen=True)
 class ChosenExperts:
-  """The experts that alone train among the experts, by layer.
+  """The experts that train, by layer, while all other experts do not.
 
   Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906. Experts are
   stacked in one array, so a mask tells them apart: gradient and update of the
@@ -148,8 +148,9 @@ class ChosenExperts:
 
   Attributes:
     num_experts: E, the number of experts of a layer.
-    layers: The numbers of the experts of each sparse layer, by its number.
-    about: Other facts of the file, such as the rule and the run by which the
+    layers: The indices of the chosen experts of each sparse layer, by the index
+      of the layer.
+    about: Other values of the file, such as the rule and the run by which the
       experts were chosen.
   """
 
@@ -167,7 +168,7 @@ class ChosenExperts:
     path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
 
   def describe(self) -> str:
-    """A line with the counts."""
+    """A line with the number of chosen experts, in all and by layer."""
     count = sum(len(experts) for experts in self.layers.values())
     total = self.num_experts * len(self.layers)
     by_layer = ', '.join(f'layer {i}: {len(e)}' for i, e in self.layers.items())

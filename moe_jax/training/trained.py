@@ -82,10 +82,10 @@ class Described(NamedTuple):
       )
 
   def task_problems(self, data: DataOptions) -> Iterator[str]:
-    """The problem of other data in which a task has another number.
+    """The problem of other data in which a task has another index.
 
-    Only a model that routes by task has it: task i of a batch is source i of
-    `data.mixture`, by name.
+    Task i of a batch is source i of `data.mixture`. Only a model that routes by
+    task can have this problem.
     """
     if self.model.routes_by_task and self.data.tasks != data.tasks:
       yield (
@@ -100,14 +100,14 @@ class Described(NamedTuple):
     """Loads data whose tokens and tasks are those that the run knows.
 
     The tokenizers are compared as the data has them, since a task may add an
-    EOS; a run that has none is of any tokens.
+    EOS. A run without a tokenizer fits data of any tokens.
 
     Args:
       workdir: The run's folder, for messages.
       options: The options of the data; None takes those of the run.
 
     Raises:
-      ValueError: They are not.
+      ValueError: The tokens or tasks are others.
     """
 
     def refuse(problems):
@@ -218,7 +218,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
 
 
 def checkpoint_digest(workdir: str | os.PathLike[str], step: int) -> str:
-  """The sha256, in hex, of a checkpoint's manifest, which has its files'.
+  """The sha256, in hex, of a checkpoint's manifest, which covers all its files.
 
   Raises:
     ValueError: There is no such checkpoint.
@@ -261,16 +261,17 @@ def restore_variables(
 ) -> Restored:
   """Reads the variables of a run, as a model's `apply` takes them.
 
-  They are 'params', which are means if the run keeps them, with the run's
-  adapters merged into the kernels, and 'router_state' where the model has it;
-  the optimizer's state is not read. The checkpoint's files are verified first.
+  The variables are 'params', which are the running means if the run keeps them,
+  with the run's adapters merged into the kernels, and 'router_state' where the
+  model has it. The optimizer's state is not read. The checkpoint's files are
+  verified first.
 
   Args:
     workdir: The run's folder.
     model: A model with these parameters, which decides their dtypes.
     rules: The table by which arrays are split.
-    adapters: The adapters of the run, whose factors then stay by themselves; a
-      checkpoint of step 0 has none. None merges them.
+    adapters: The adapters of the run, if their factors shall not be merged into
+      the kernels; None merges them. A checkpoint of step 0 has no factors.
     mesh: Any mesh; a dimension that its axes do not divide is whole. None means
       the first local device.
     step: The step of the checkpoint; None is the newest good one.
@@ -323,7 +324,7 @@ def restore_variables(
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
-  """The sharding by the table, with dimensions that do not divide whole."""
+  """The sharding by the table; a dimension that does not divide stays whole."""
 
   def num_shards(axis):
     return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
