@@ -9,6 +9,7 @@ scopes name.
 
 import argparse
 import collections
+import dataclasses
 import glob
 import pathlib
 import re
@@ -72,7 +73,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   """Compiles, times and profiles the training step of a run.
 
   Args:
-    options: Options of the run.
+    options: Options of the run, whose evaluations are left out.
     num_steps: Number of steps that are timed; as many again are profiled.
 
   Returns:
@@ -82,6 +83,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   Raises:
     ValueError: The options or the data are bad.
   """
+  options = without_evaluations(options)
   with tempfile.TemporaryDirectory() as folder:
     run = set_up(options, pathlib.Path(folder) / 'run')
     state, batches = run.programs.init_state(), run.batches(0)
@@ -117,6 +119,23 @@ def explain(options: RunOptions, num_steps: int) -> Table:
       f'{both / median:.1%}',
     )
   return table
+
+
+def without_evaluations(options: RunOptions) -> RunOptions:
+  """The options of a run with the same steps, and nothing beside them."""
+  trace = options.trace
+  if trace.every_steps:
+    trace = dataclasses.replace(trace, evaluations='')
+  else:
+    trace = type(trace)()
+  return dataclasses.replace(
+    options,
+    evals={},
+    # The best checkpoint, and an early end, are those of an evaluation.
+    checkpoint=type(options.checkpoint)(keep_best=False),
+    early_stopping=type(options.early_stopping)(),
+    trace=trace,
+  )
 
 
 def _take_steps(

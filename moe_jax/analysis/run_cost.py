@@ -78,12 +78,13 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
   trained_part = flatten(trained.part(shapes))
   leaves = {path: x for path, x in trained_part.items() if x is not None}
   grad_leaves = {path: x for path, x in leaves.items() if path[0] != lora.TREE}
+  means = 4 * sum(x.size for x in leaves.values())  # float32
   flat_shapes = flatten(shapes)
   grad_leaves |= {path: flat_shapes[path] for path in adapters.kernels}
   factors = sum(math.prod(x.shape) for x in adapters.kernels.values())
   return TrainingCost(
     trained_params=trained.count(trained.part(shapes)),
-    optimizer_bytes=_bytes(state),
+    optimizer_bytes=_bytes(state) + means * bool(options.optimizer.ema),
     gradient_bytes=_bytes({**leaves, **grad_leaves}),
     backward_flops=_backward_flops(options, model, grad_leaves, adapters),
     # A B, and the gradients of A and of B.

@@ -30,6 +30,7 @@ from moe_jax.data.sources import PythonStdlibSource as PythonStdlibSource
 from moe_jax.data.sources import TfdsSource as TfdsSource
 from moe_jax.data.sources import instructions as instructions
 from moe_jax.data.sources.contract import SPLITS as SPLITS
+from moe_jax.data.sources.contract import Pairs as Pairs
 from moe_jax.data.sources.contract import Question as Question
 from moe_jax.data.sources.contract import Selection as Selection
 from moe_jax.data.sources.contract import SourceOptions as SourceOptions

@@ -146,7 +146,9 @@ class GenerateEvaluation(EvaluationOptions):
       ids = asker.inputs(inputs, self.num_tokens)
       return Pair(ids, inputs, target, tasks[i] if tasks else '')
 
-    return [pair_of(i) for i in data.spread(total, self.num_examples)]
+    return [
+      pair_of(i) for i in data.spread(min(total, len(pairs)), self.num_examples)
+    ]
 
   def shrunk(self) -> Self:
     """The same evaluation of three short outputs."""

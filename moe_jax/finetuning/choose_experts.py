@@ -126,6 +126,8 @@ def choose(
       tokenizer or the tasks of the data are not the run's.
     CheckpointError: No checkpoint is good.
   """
+  if problem := SHARE.problem('share', share):
+    raise InputError(problem)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)

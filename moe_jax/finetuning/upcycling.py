@@ -73,7 +73,8 @@ class InitFrom(InitFromOptions):
     0.0,
     "Standard deviation of the noise that is added to the router's columns for "
     'all copies of an expert except the first, as a fraction of the '
-    "router's root mean square; with 0 the copies have equal logits.",
+    "router's root mean square; with 0 the copies tie, and the expert of the "
+    'lowest index is chosen.',
     minimum=0,
   )
 

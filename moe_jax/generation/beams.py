@@ -71,7 +71,7 @@ def beam_search(
     length_penalty: The exponent of a sequence's length; above 0 favours long
       sequences, below 0 short ones.
     **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
-      `task_ids`, see `Ends`.
+      `task_ids`, which mean what they mean in `generate`.
 
   Raises:
     ValueError: A number is out of range, a logit is not finite, or as in

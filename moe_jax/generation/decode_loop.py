@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,11 @@ def generate(
   variables: Variables,
   prompt: Sequence[Ids] | Ids,
   *,
+  num_tokens: int = 64,
+  start_id: int | None = None,
+  forced_ids: Sequence[int] = (),
+  stop_ids: Sequence[int] = (),
+  pad_id: int = 0,
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -58,7 +63,7 @@ def generate(
   num_beams: int = 1,
   length_penalty: float = 1.0,
   on_token: OnToken | None = None,
-  **ends: Unpack[Ends],
+  task_ids: Ids | None = None,
 ) -> Generation:
   """Continues prompts, or answers prompts with an encoder-decoder.
 
@@ -77,16 +82,28 @@ def generate(
     variables: The variables of the model, its parameters under 'params'.
     prompt: Token ids, one sequence for each row, of any lengths; or the ids of
       a single row. An encoder-decoder's encoder reads the prompts.
-    temperature: See `Sampler.make`, also for `top_k` and `top_p`.
-    seed: See `row_keys`; with a seed for each row, each row has the tokens that
-      it has alone.
+    num_tokens: N, the number of new tokens at which every row ends. Each N
+      compiles a program of its own.
+    start_id: The first id of the input of an encoder-decoder's decoder.
+    forced_ids: The ids that every row emits first, such as that of a target
+      language, whatever their probabilities.
+    stop_ids: The ids each of which ends a row.
+    pad_id: The id that fills up a row after its end.
+    temperature: The divisor of logits before a token is drawn; 0.0 takes the
+      likeliest token.
+    top_k: The number of likeliest tokens among which is drawn; 0 is all.
+    top_p: The summed probability of the likeliest tokens among which is drawn;
+      1.0 is all.
+    seed: The seed of the draws. With a sequence of one seed for each row, each
+      row has the tokens that it has alone with its own seed.
     num_beams: The number of beams; above 1 the best sequence of `beam_search`
-      is returned, scored with `length_penalty`.
+      is returned.
+    length_penalty: The exponent of a beam's length, by which its summed log
+      probability is divided; only with several beams.
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
       -1 for rows that have ended; a true result ends the generation. Without
       it nothing leaves the device before the end.
-    **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
-      `task_ids`, see `Ends`.
+    task_ids: The task of each row, for a model that routes by task.
 
   Raises:
     ValueError: An option is out of range or contradicts another; a prompt is
@@ -94,6 +111,14 @@ def generate(
       position at which keys change, or has an unknown id; a task is missing;
       or a logit is not finite.
   """
+  ends: Ends = {
+    'num_tokens': num_tokens,
+    'start_id': start_id,
+    'forced_ids': forced_ids,
+    'stop_ids': stop_ids,
+    'pad_id': pad_id,
+    'task_ids': task_ids,
+  }
   sampler = Sampler.make(temperature, top_k, top_p)
   _check_beams(num_beams, length_penalty, temperature, on_token)
   if num_beams != 1:

@@ -5,7 +5,7 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 - Positions count padding, too; only differences of positions matter.
 - `sliding_window` includes the token itself.
 - `head_dim` may differ from the width over the number of heads; gates are the
-  chosen experts' probabilities, divided by their sum.
+  chosen experts' probabilities, divided by their sum (`gates='renormalized'`).
 - In memory, experts are fused (`gate_up_proj`); in files each expert has its
   own tensors. The names of both are read, and an export has those of files.
 """

@@ -165,7 +165,7 @@ def move_router_state(
       numbers[layer.path] = number
     else:
       numbers[layer.path] = [*numbers.get(layer.path, ()), number]
-  moved = {}
+  moved = flatten(router_state)
   for path, layers in numbers.items():
     if state := subtree(router_state, path):
       router = stacks.moe_of(int(np.ravel(layers)[0])).router

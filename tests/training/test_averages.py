@@ -51,6 +51,11 @@ def test_small_changes_of_bfloat16_parameters_are_not_lost():
   np.testing.assert_allclose(state.averages.mean['w'], 1 + 0.5 / 128, atol=1e-5)
 
 
+def test_a_decay_near_one_leaves_no_weight_to_the_first_values():
+  ((mean, _),) = means_after(jnp.array(10.0), [-1.0], 0.999999)
+  np.testing.assert_allclose(mean, 9, rtol=1e-6)
+
+
 def options_of(**overrides):
   return run_config.read(
     tiny.config(
