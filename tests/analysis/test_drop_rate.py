@@ -63,7 +63,8 @@ def rates(options, folder):
   keys = [
     'drop_rate', 'drop_rate_choice_1', 'drop_rate_choice_2'
   ]  # fmt: skip
-  report_rates = [row[1:4] for row in layers.rows]
+  names = 'dropped', 'choice 1', 'choice 2'
+  report_rates = [[row[name] for name in names] for row in layers.rows]
   metric_rates = [
     [[metrics[f'layer_{i}/{key}'] for key in keys] for i in range(2)]
     for metrics in (eval_metrics, train_metrics)
