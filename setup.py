@@ -112,7 +112,9 @@ setup(
     'absl-py>=2.1',
     'array_record>=0.5',
     'etils[epath]>=1.5',
+    'filelock>=3.16',
     'flax>=0.12',
+    'fsspec>=2024.6',
     'grain>=0.2.12',
     'huggingface_hub>=1.0',
     'importlib_resources>=6.0',
@@ -129,6 +131,7 @@ setup(
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.7',
     'tokenizers>=0.20',
+    'universal_pathlib>=0.3',
     *PLOTS,
   ],
   extras_require={
@@ -147,6 +150,7 @@ setup(
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
     'data': [PARQUET],
+    'beam': ['apache-beam>=2.65'],
     'colab': [*NOTEBOOK, DIGITS],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', TORCH, TRANSFORMERS],
   },

@@ -28,7 +28,7 @@ from experiments.benchmarks import random_reads, timing
 from experiments.benchmarks.random_reads import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import cli, data
-from moe_jax.data.tokens_folder import FolderReport, Share, make
+from moe_jax.data.pieces import Engine, Report, make
 
 NAME = 'bench_prepare'
 _BPE_TOKENS = 8192
@@ -44,12 +44,12 @@ def train_bpe(corpus: Corpus) -> data.TokenizerOptions:
 
 def prepare_once(
   pattern: str, tokenizer: data.TokenizerOptions, folder: pathlib.Path, n: int
-) -> FolderReport:
+) -> Report:
   """Tokenizes the files into an empty cache by `n` processes."""
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
   options = options_of(pattern, tokenizer, folder)
   corpus = options.source.texts(options.selection)
-  return make(corpus, tokenizer, options.selection, Share(processes=n))
+  return make(corpus, tokenizer, options.selection, Engine(processes=n))
 
 
 def options_of(
@@ -131,7 +131,7 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
 
 
 def _size(folder: pathlib.Path) -> int:
-  return sum(path.stat().st_size for path in folder.iterdir())
+  return sum(path.stat().st_size for path in folder.rglob('*'))
 
 
 def report(

@@ -14,9 +14,7 @@ from moe_jax import data
 from moe_jax.data import (
   SPLITS,
   PythonStdlibSource,
-  piece_workers,
-  store,
-  tokens_folder,
+  pieces,
 )
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.tokenizers import Tokenizer
@@ -142,7 +140,7 @@ def _read(
     checked=documents - wrong,
     wrong=wrong,
     open_seconds=opened,
-    peak_bytes=piece_workers.peak_memory(),
+    peak_bytes=pieces.peak_memory(),
     mapped_bytes=_mapped(),
   )
 
@@ -156,10 +154,8 @@ def _wrong(
 ) -> int:
   """The number of `count` documents that differ from the source's."""
   texts = options.source.texts(options.selection)
-  folder = tokens_folder.tokens_folder(
-    texts, options.tokenizer, options.selection
-  )
-  tokens, starts = store.read_tokens(folder, 'train')
+  folder = pieces.make(texts, options.tokenizer, options.selection).folder
+  tokens, starts = texts.read(folder, 'train')
   numbers = np.flatnonzero(training)
   assert len(numbers) == len(starts), (len(numbers), len(starts))
   ends = np.append(starts[1:], len(tokens))

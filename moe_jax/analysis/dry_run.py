@@ -22,7 +22,7 @@ from moe_jax import data, partitioning
 from moe_jax.analysis import hooks, run_cost
 from moe_jax.config import section_of
 from moe_jax.data.cache_folders import NotPreparedError, reading_only
-from moe_jax.devices import cache_root, in_bytes, memory_of
+from moe_jax.devices import in_bytes, memory_of
 from moe_jax.errors import InputError
 from moe_jax.evaluation import EVALUATIONS, LossEvaluation, SourceLosses
 from moe_jax.models import Model
@@ -76,7 +76,7 @@ class DryRun:
       options, notes, dataset = run.options, run.notes, run.dataset
     else:
       options, notes, dataset = self._filled(mesh)
-    folder = cache_root(self.options.data.cache_dir)
+    folder = self.options.data.selection.cache
     not_prepared = (
       'data: not prepared yet; a run first reads all texts once and keeps '
       f'their tokens in {folder}'

@@ -11,12 +11,12 @@ by which git notices changes, too, are the same. A digest is remembered only if
 the file was at rest for some seconds when it was read. A damaged folder is
 named in an error and not made anew: damage tells of a failing disk or of a
 program that wrote there, other processes may be reading the folder, and only
-its user knows. `whole_folder` makes a folder outside the cache.
+its user knows. Where the cache has a URL, too, the folder is copied from there,
+or to there once it is made. `whole_folder` makes a folder outside the cache.
 """
 
 import contextlib
 import contextvars
-import fcntl
 import hashlib
 import json
 import os
@@ -24,18 +24,22 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import filelock
+
+from moe_jax.data import urls
 from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.urls import LIST, stamp_of
 from moe_jax.errors import InputError, writing
 
-LIST = 'files.json'
-FORMAT = 2  # version of folders, a part of their names; 1 had no list
+FORMAT = 3  # version of folders, a part of their names
 SMALL = 2**20
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
 _REST_SECONDS = 2
 _Facts = dict[str, list]  # [size, sha256] of a file by its path
+_CHANGED = ' has changed since it was written (sha256)'
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
 
@@ -64,6 +68,7 @@ def prepared(
   write: Callable[[pathlib.Path], None],
   *,
   digests: bool = True,
+  url: str = '',
 ) -> pathlib.Path:
   """Fills `folder` by `write` unless it exists, and returns it.
 
@@ -71,7 +76,13 @@ def prepared(
   `folder`, so that `folder` is complete once it exists. If several processes
   need it at once, one process writes and the others wait; where the file system
   has no locks, several write and all take the folder that is renamed first.
-  Digests of large files are checked only with `digests`.
+
+  Args:
+    folder: The folder.
+    write: The function that fills the folder that it is given.
+    digests: Whether digests of large files of a folder that exists are checked.
+    url: Folder at a URL that is copied if it is whole, and else written, too;
+      '' is for none.
 
   Raises:
     ValueError: A file of the folder is damaged or missing.
@@ -85,8 +96,12 @@ def prepared(
   with locked(folder):
     if not folder.is_dir():
       with new_folder(folder.parent, folder.name) as unfinished:
-        write(unfinished)
-        publish(unfinished, folder, {})
+        if url and urls.fetch(url, unfinished):
+          verify(unfinished, digests=True, where=url)
+          unfinished.rename(folder)
+        else:
+          write(unfinished)
+          publish(unfinished, folder, url)
   return folder
 
 
@@ -111,16 +126,20 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def publish(
-  unfinished: pathlib.Path, folder: pathlib.Path, old_facts: _Facts
+  unfinished: pathlib.Path, folder: pathlib.Path, url: str = ''
 ) -> None:
   """Writes the list of a folder's files and renames it, unless `folder` exists.
 
-  Files in `old_facts`, which gives their sizes and sha256, are not read again.
-  `unfinished` and `folder` are on one file system.
+  `unfinished` and `folder` are on one file system. The files are copied to
+  `url`, if there is one, before.
   """
-  new_facts = _facts(unfinished, digests=True, skipped_names=old_facts)
-  facts = {**old_facts, **new_facts}
+  facts = {
+    name: [path.stat().st_size, sha256(path)]
+    for name, path in _files(unfinished).items()
+  }
   (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
+  if url:
+    urls.upload(unfinished, url)
   try:
     unfinished.rename(folder)
   except OSError:
@@ -137,12 +156,11 @@ def locked(path: pathlib.Path) -> Iterator[None]:
   file that is then removed. The lock ends with the process that holds it,
   however that process ends.
   """
-  lock = path.parent / f'.{path.name}.lock'
+  lock = filelock.FileLock(path.parent / f'.{path.name}.lock')
   with contextlib.ExitStack() as stack:
-    with contextlib.suppress(OSError):
-      file = stack.enter_context(lock.open('a'))
-      fcntl.lockf(file, fcntl.LOCK_EX)
-      stack.callback(lock.unlink, missing_ok=True)
+    with contextlib.suppress(OSError, NotImplementedError):
+      stack.enter_context(lock)
+      stack.callback(pathlib.Path(lock.lock_file).unlink, missing_ok=True)
     yield
 
 
@@ -173,10 +191,11 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       raise
 
 
-def verify(folder: pathlib.Path, *, digests: bool) -> None:
+def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
   """Raises ValueError, with advice, unless the files are as they were written.
 
-  Digests of large files are checked only with `digests`.
+  Digests of large files are checked only with `digests`. The message calls the
+  folder `where`, if that is given.
   """
   try:
     text = read_text(folder / LIST)
@@ -184,16 +203,24 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
     # Texts are compared, as a changed space or key would be overlooked.
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise InputError(f'{LIST} is not as it was written')
-    actual_facts = _facts(folder, digests=digests)
+    paths, large = _files(folder), []
     # Files that are not listed harm nobody.
-    for path, listed in sorted(listed_facts.items()):
-      actual = actual_facts.get(path)
-      if actual is None or not listed or not isinstance(listed, list):
-        raise InputError(f'{path} is missing')
-      if listed[0] != actual[0]:
-        raise InputError(f'{path} has {actual[0]} bytes, not {listed[0]}')
-      if actual[1] and listed != actual:
-        raise InputError(f'{path} has changed since it was written (sha256)')
+    for name, listed in sorted(listed_facts.items()):
+      if name not in paths or not listed or not isinstance(listed, list):
+        raise InputError(f'{name} is missing')
+      size = paths[name].stat().st_size
+      if listed[0] != size:
+        raise InputError(f'{name} has {size} bytes, not {listed[0]}')
+      if size > SMALL:
+        large.append(name)
+      elif listed != [size, sha256(paths[name])]:
+        raise InputError(f'{name}{_CHANGED}')
+    memory = folder.parent / f'.{folder.name}.digests'
+    if digests and large:
+      by_path = sha256s([paths[name] for name in large], memory)
+      for name in large:
+        if listed_facts[name][1:] != [by_path[paths[name]]]:
+          raise InputError(f'{name}{_CHANGED}')
   except FileNotFoundError:
     reason = f'{LIST} is missing'
   except InputError as error:
@@ -201,37 +228,19 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
   else:
     return
   raise InputError(
-    f'{folder} is damaged: {reason}; delete the folder, and it is made anew'
+    f'{where or folder} is damaged: {reason}; delete the folder, and it is '
+    'made anew'
   )
 
 
-def _facts(
-  folder: pathlib.Path,
-  *,
-  digests: bool,
-  skipped_names: Container[str] = (),
-) -> _Facts:
-  """The size and sha256 of each file; '' for a large file without `digests`.
-
-  Digests of large files are remembered in a file in the folder's parent. Files
-  in `skipped_names` are left out.
-  """
-  facts, large = {}, {}
-  for path in sorted(folder.rglob('*')):
-    name = path.relative_to(folder).as_posix()
-    if path.is_dir() or path.name.startswith('.nfs'):
-      continue
-    if name == LIST or name in skipped_names:
-      continue
-    size = path.stat().st_size
-    facts[name] = [size, '' if size > SMALL else sha256(path)]
-    if size > SMALL:
-      large[path] = name
-  if digests and large:
-    memory = folder.parent / f'.{folder.name}.digests'
-    for path, digest in sha256s(large, memory).items():
-      facts[large[path]][1] = digest
-  return facts
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The files of a folder by name, without the list of them."""
+  paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*')}
+  return {
+    name: path
+    for name, path in sorted(paths.items())
+    if path.is_file() and name != LIST and not path.name.startswith('.nfs')
+  }
 
 
 def _text(facts: _Facts) -> str:
@@ -264,12 +273,6 @@ def sha256(path: pathlib.Path) -> str:
   """The sha256 of a file in hexadecimal digits, read now."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def stamp_of(path: pathlib.Path) -> list[int]:
-  """The size, the times of changes in nanoseconds, and the inode of a file."""
-  stat = path.stat()
-  return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _read_entries(memory: pathlib.Path) -> dict[str, list]:

@@ -11,8 +11,8 @@ from moe_jax.config import Kinds, Options, option
 from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources import tfds
 from moe_jax.data.sources.contract import Selection
-from moe_jax.data.sources.files import matching
 from moe_jax.data.sources.python_stdlib import DocstringsSource
+from moe_jax.data.urls import matching
 from moe_jax.errors import InputError
 
 NUM_ANSWERS = 4  # of a question about a docstring

@@ -1,7 +1,7 @@
 """Documents in files: plain text, JSON lines and parquet, one at a time.
 
     for span in spans(path):
-      for text, bytes_read in read(span): ...
+      for text in read(span): ...
 
 The name of a file says how it is read: `.jsonl` and `.ndjson` are JSON lines,
 `.parquet` is parquet, and everything else is text in UTF-8. Text and lines may
@@ -17,14 +17,16 @@ import importlib
 import io
 import itertools
 import lzma
-import pathlib
 import re
 import types
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from upath import UPath
+
 from moe_jax.data.plain_files import first_line, parse_json
+from moe_jax.data.urls import Path
 from moe_jax.errors import InputError
 
 # Bytes of a file up to which text is one document, if it is not compressed.
@@ -56,18 +58,11 @@ class Span(NamedTuple):
     whole: Whether the part is a single document.
   """
 
-  path: pathlib.Path
+  path: Path
   begin: int
   end: int
   size: int
   whole: bool = False
-
-
-class Document(NamedTuple):
-  """A document, and how many bytes of its span have been read by then."""
-
-  text: str
-  read: int
 
 
 class PartBytes:
@@ -75,20 +70,19 @@ class PartBytes:
 
   Attributes:
     path: The file.
-    read: Number of bytes that have been taken.
     lines: Number of lines that the caller has counted.
   """
 
   def __init__(
     self,
-    path: pathlib.Path,
+    path: Path,
     stream: io.BufferedIOBase,
     begin: int,
     end: int | None,
   ):
     """Takes a stream that is at `begin`; `end` None is the end of the file."""
     self.path, self._stream, self._begin, self._end = path, stream, begin, end
-    self.read = self.lines = 0
+    self._read = self.lines = 0
 
   def take(self, method: str, most: int) -> bytes:
     """The next bytes; b'' at the end.
@@ -101,7 +95,7 @@ class PartBytes:
       ValueError: The file is damaged.
     """
     if self._end is not None:
-      bytes_left = self._end - self._begin - self.read
+      bytes_left = self._end - self._begin - self._read
       # A line is not cut by the end of its span, which is the end of a line.
       most = min(most, bytes_left)
     try:
@@ -110,7 +104,7 @@ class PartBytes:
       raise InputError(
         f'{self.path} is damaged after line {self.line() - 1}: {error}'
       ) from None
-    self.read += len(block)
+    self._read += len(block)
     return block
 
   def line(self) -> int:
@@ -122,18 +116,18 @@ class PartBytes:
     return lines_before + self.lines + 1
 
 
-def is_text(path: pathlib.Path) -> bool:
+def is_text(path: Path) -> bool:
   """Whether the name of a file says that it is text, compressed or not."""
   return _suffix(path) not in (*_LINES, PARQUET)
 
 
-def is_compressed(path: pathlib.Path) -> bool:
+def is_compressed(path: Path) -> bool:
   """Whether the name of a file says that it is compressed as a whole."""
   return path.suffix.lower() in CODECS
 
 
 def spans(
-  path: pathlib.Path, most: int = 0, extra_cuts: Iterable[int] = ()
+  path: Path, most: int = 0, extra_cuts: Iterable[int] = ()
 ) -> list[Span]:
   """The parts of a file that can be read independently, in order.
 
@@ -157,7 +151,7 @@ def spans(
   return [Span(path, b, e, e - b) for b, e in itertools.pairwise(cuts)]
 
 
-def read(span: Span, field: str = 'text') -> Iterator[Document]:
+def read(span: Span, field: str = 'text') -> Iterator[str]:
   """The documents of a part of a file, in order.
 
   Args:
@@ -168,31 +162,23 @@ def read(span: Span, field: str = 'text') -> Iterator[Document]:
     ValueError: The file is damaged, or a document is no text; the message
       names file and line or row.
   """
-  if _suffix(span.path) == PARQUET:
-    for text, share in _parquet_texts(*span[:3], field):
-      yield Document(text, int(span.size * share))
+  path, begin, end = span[:3]
+  if _suffix(path) == PARQUET:
+    yield from _parquet_texts(path, begin, end, field)
   elif span.whole:
-    raw = span.path.read_bytes()
-    yield Document(_decoded(raw, span.path, lambda: 1), len(raw))
+    yield _decoded(path.read_bytes(), path, lambda: 1)
   else:
-    with span.path.open('rb') as raw:
-      yield from _of_bytes(raw, span, field)
-
-
-def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
-  """The documents of a span of text or of JSON lines."""
-  path, begin, end = span.path, span.begin, None
-  if is_compressed(path):
-    stream = cast(io.BufferedIOBase, _opened(raw, path))
-  else:
-    begin, end = (_boundary(raw, at, span) for at in (span.begin, span.end))
-    raw.seek(begin)
-    stream = cast(io.BufferedIOBase, raw)
-  source = PartBytes(path, stream, begin, end)
-  texts = _cut_text(source) if is_text(path) else _json_texts(source, field)
-  for text in texts:
-    # The bytes that were read of a compressed file count, not its text.
-    yield Document(text, raw.tell() - begin if end is None else source.read)
+    with path.open('rb') as raw:
+      if is_compressed(path):
+        source = PartBytes(path, _opened(raw, path), begin, None)
+      else:
+        begin, end = (_boundary(raw, at, span) for at in (begin, end))
+        raw.seek(begin)
+        stream = cast(io.BufferedIOBase, raw)
+        source = PartBytes(path, stream, begin, end)
+      yield from (
+        _cut_text(source) if is_text(path) else _json_texts(source, field)
+      )
 
 
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
@@ -294,7 +280,7 @@ def _json_text(value: Any, field: str) -> str:
   return text
 
 
-def json_lines(paths: list[pathlib.Path]) -> Iterator[tuple[str, bytes, Any]]:
+def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
   """Yields (name for messages, stripped bytes, value) of lines with content.
 
   Raises:
@@ -320,7 +306,7 @@ def check_text(text: Any, where: str) -> None:
     raise InputError(f'{where}={text!r:.80} has a half of a character')
 
 
-def _suffix(path: pathlib.Path) -> str:
+def _suffix(path: Path) -> str:
   """The suffix that says what a file holds: '.jsonl' of 'a.jsonl.gz'."""
   inner = path.with_suffix('') if is_compressed(path) else path
   return inner.suffix.lower()
@@ -360,13 +346,11 @@ CODECS = {
 }
 
 
-def _opened(raw: BinaryIO, path: pathlib.Path) -> io.BufferedReader:
+def _opened(raw: BinaryIO, path: Path) -> io.BufferedReader:
   return io.BufferedReader(CODECS[path.suffix.lower()](raw), _BLOCK)
 
 
-def _parquet_groups(
-  path: pathlib.Path, most: int
-) -> list[tuple[int, int, int]]:
+def _parquet_groups(path: Path, most: int) -> list[tuple[int, int, int]]:
   """The begin and end of stretches of row groups, and their bytes in the file.
 
   A stretch ends with the row group by which it reaches `most` bytes.
@@ -387,9 +371,9 @@ def _parquet_groups(
 
 
 def _parquet_texts(
-  path: pathlib.Path, begin: int, end: int, column: str
-) -> Iterator[tuple[str, float]]:
-  """The texts of a column in row groups, each with the share of rows read.
+  path: Path, begin: int, end: int, column: str
+) -> Iterator[str]:
+  """The texts of a column in row groups.
 
   Raises:
     ValueError: The file is damaged, there is no such column of texts, or a row
@@ -403,8 +387,8 @@ def _parquet_texts(
   kind = str(schema.field(column).type)
   if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
     raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
-  sizes = [file.metadata.row_group(i).num_rows for i in range(end)]
-  skipped, total, count = sum(sizes[:begin]), sum(sizes[begin:]), 0
+  sizes = [file.metadata.row_group(i).num_rows for i in range(begin)]
+  count = sum(sizes)
   try:
     for batch in file.iter_batches(
       _ROWS, row_groups=range(begin, end), columns=[column], use_threads=False
@@ -413,23 +397,24 @@ def _parquet_texts(
         count += 1
         if text is None:
           raise InputError(
-            f'{path}, row {skipped + count} has no text in column {column!r}'
+            f'{path}, row {count} has no text in column {column!r}'
           )
-        yield text, count / total
+        yield text
   except InputError:
     raise
   except (OSError, ValueError) as error:
     raise InputError(
-      f'{path} is damaged after row {skipped + count}: {first_line(error)}'
+      f'{path} is damaged after row {count}: {first_line(error)}'
     ) from None
 
 
-def _parquet(path: pathlib.Path):
+def _parquet(path: Path):
   parquet = _library('pyarrow.parquet', 'parquet files')
   try:
+    file = path.open('rb') if isinstance(path, UPath) else path
     # With `buffer_size` only a block of a column is read at a time; without it,
     # the whole column is.
-    return parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
+    return parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
   except (OSError, ValueError) as error:
     reason = first_line(error)
     raise InputError(f'{path} is no parquet file: {reason}') from None

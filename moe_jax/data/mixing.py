@@ -170,7 +170,10 @@ def joined(source: Numbers, draw: Callable[[int, Numbers], Batch]) -> Batch:
     The arrays, [R, ...] each.
   """
   batch: Batch = {}
-  for p in np.unique(source).tolist():
+  sources = np.unique(source).tolist()
+  if len(sources) == 1:
+    return draw(sources[0], np.arange(len(source)))
+  for p in sources:
     chosen = np.flatnonzero(source == p)
     for name, values in draw(p, chosen).items():
       if name not in batch:

@@ -40,7 +40,6 @@ from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import Fitted, TokenizerOptions
 from moe_jax.data.tokenizers import load as load_tokenizer
-from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
 
 _ENTRY = re.compile(
@@ -377,8 +376,9 @@ def shared_tokenizer(
   identities = [corpus.identity for corpus in corpora]
   key = f'{FORMAT} {identities} {tokenizer.identity()}'
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  folder = cache_root(selection.cache_dir) / 'tokenizers' / name
-  return Fitted(load_tokenizer(prepared(folder, write) / 'tokenizer.json'))
+  folder = selection.cache / 'tokenizers' / name
+  path = prepared(folder, write, url=selection.url('tokenizers', name))
+  return Fitted(load_tokenizer(path / 'tokenizer.json'))
 
 
 def load(

@@ -16,7 +16,7 @@ from moe_jax.errors import InputError, ReportedError
 
 _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 
-# grain's endless repeat overflows; no run ever draws so many rows.
+# No run ever draws so many rows.
 _ENDLESS_ROWS = 2**52
 
 # Number of batches assembled in advance. One batch would do if all steps took
@@ -82,8 +82,8 @@ def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
   name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
   sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
   stream_seed = int(sequence.generate_state(1)[0])
+  # An index beyond the rows is one of the epoch that it belongs to.
   order = grain.MapDataset.range(len(rows)).shuffle(stream_seed)
-  order = order.repeat(_ENDLESS_ROWS // len(rows))
 
   def draw(row: Numbers) -> Batch:
     indices = np.array([order[position] for position in row.tolist()], np.int64)

@@ -1,24 +1,27 @@
-"""Tokenizes the data of a config in advance, by many processes.
+"""Tokenizes the data of a config in advance, by many processes or machines.
 
     python -m moe_jax.data.prepare --config=moe_jax:tiny_switch \
       --config.data.source.kind=files \
       --config.data.source.files.pattern='books/*.jsonl.gz' --processes=8
 
 A run with the same `data` section then finds the tokens in the cache, the same
-that it would have made by itself. On several hosts that share `cache_dir`, each
-is started with its number, and whichever ends last joins the pieces:
+that it would have made by itself. On several machines a runner of Apache Beam
+(`pip install 'moe_jax[beam]'`) does it, whose own flags follow after `--`; the
+tokens are kept at a URL, from where runs copy them:
 
-      --host=0 --num_hosts=4
+      --config.data.cache_dir=gs://bucket/cache --runner=DataflowRunner \
+      -- --project=project --region=europe-west1
 
 What is killed goes on with the same command, or with another number of
-processes or hosts. Sources that are small or made on the spot are tokenized by
-one process.
+processes or another runner. Sources that are small or made on the spot are
+tokenized by one process.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,18 +32,18 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from moe_jax import cli
 from moe_jax.data.dataset import DataOptions, load
 from moe_jax.data.mixtures import shared_tokenizer
-from moe_jax.data.tokens_folder import FolderReport, Share, make
+from moe_jax.data.pieces import POOL, Engine, Report, make
 from moe_jax.errors import InputError
 
 
 def prepare(
-  options: DataOptions, share: Share = Share(), *, console: Console
-) -> dict[str, FolderReport]:
-  """Makes this host's share of the tokens of every source.
+  options: DataOptions, engine: Engine = Engine(), *, console: Console
+) -> dict[str, Report]:
+  """Makes the tokens of every source.
 
   Args:
     options: The options under `data` of a config.
-    share: The processes of this host, and its part of the pieces.
+    engine: The processes or the runner that tokenize.
     console: Console that shows the progress.
 
   Returns:
@@ -58,8 +61,8 @@ def prepare(
     try:
       corpus = task.open(source, selection)
       with _bar(corpus.name, console) as on_progress:
-        own_share = share._replace(on_progress=on_progress)
-        reports[name] = make(corpus, tokenizer, selection, own_share)
+        own = engine._replace(on_progress=on_progress)
+        reports[name] = make(corpus, tokenizer, selection, own)
     except InputError as error:
       where = f'mixture.sources.{name}: ' * bool(name)
       raise InputError(f'{where}{error}') from error
@@ -76,18 +79,18 @@ def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
     console=console,
   ) as progress:
 
-    def on_progress(bytes_read: int, total_bytes: int) -> None:
-      if not progress.tasks:  # bytes read before have no part in the speed
-        progress.add_task(name, completed=bytes_read, total=total_bytes)
-      progress.update(progress.tasks[0].id, completed=bytes_read)
+    def on_progress(done: int, total: int) -> None:
+      if not progress.tasks:  # pieces made before have no part in the speed
+        progress.add_task(name, completed=done, total=total)
+      progress.update(progress.tasks[0].id, completed=done)
 
     yield on_progress
 
 
 def _lines(
   options: DataOptions,
-  reports: Mapping[str, FolderReport],
-  share: Share,
+  reports: Mapping[str, Report],
+  engine: Engine,
   seconds: float,
 ) -> Iterator[str]:
   """Yields lines on what was done, and on the data if it is complete."""
@@ -96,19 +99,15 @@ def _lines(
   peak = max(report.peak_bytes for report in reports.values())
   if read:
     rate = read / seconds / 1e6
+    by = f'{engine.processes} processes'
+    by = by if engine.runner == POOL else engine.runner
     yield (
       f'read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {rate:.2f} MB/s by '
-      f'{share.processes} processes; at most {peak / 2**20:,.0f} MiB of memory '
+      f'{by}; at most {peak / 2**20:,.0f} MiB of memory '
       f'in one of them'
     )
   if existing:
     yield f'{existing} pieces were there already'
-  if missing := sum(len(report.missing) for report in reports.values()):
-    yield (
-      f'host {share.host} of {share.num_hosts} is done; other hosts have yet '
-      f'to make {missing} pieces, and the last one joins all'
-    )
-    return
   # The first run that uses the folder reads it through, to check its digests.
   yield load(dataclasses.replace(options, cache_digests=False)).describe()
   folders = sorted({str(report.folder) for report in reports.values()})
@@ -118,7 +117,12 @@ def _lines(
 def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+  """Parses the command line; returns overrides of the config separately.
+
+  What follows '--' are flags of the runner.
+  """
+  argv = sys.argv[1:] if argv is None else [*argv]
+  end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)
   add, count = parser.add_argument, cli.POSITIVE
   cli.add_config(parser)
@@ -129,37 +133,30 @@ def parse(
     help='number of processes on this host; by default one for each core',
   )
   add(
-    '--host',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help='number of this host, from 0',
+    '--runner',
+    default=POOL,
+    help=f"'{POOL}' for processes of this machine, or the name of a runner of "
+    "Apache Beam, such as 'DataflowRunner', whose flags follow after --",
   )
-  add(
-    '--num_hosts',
-    type=count,
-    default=1,
-    help='number of hosts that share the folder of the cache',
-  )
-  parser.set_defaults(run=_run)
-  return cli.parse_command(parser, argv)
+  parser.set_defaults(run=_run, arguments=argv[end + 1 :])
+  return cli.parse_command(parser, argv[:end])
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
-  if options.host >= options.num_hosts:
-    raise InputError(
-      f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
-    )
+  if options.arguments and options.runner == POOL:
+    raise InputError(f'--runner={POOL} has no flags {options.arguments}')
   data = cli.said_options(DataOptions, options.config, overrides, 'data')
   # A run that begins with another's parameters has its tokenizer, too.
   config = cli.config_of(options.config, overrides)
   begin: Any = config.get('init_from', {})
   if begin.get('workdir') and begin.get('keep_tokenizer', True):
     data = data.with_tokenizer_of(begin.get('workdir'))
-  share = Share(options.processes, options.host, options.num_hosts)
+  flags = tuple(options.arguments)
+  engine = Engine(options.processes, options.runner, flags)
   start = time.perf_counter()
-  reports = prepare(data, share, console=Console())
+  reports = prepare(data, engine, console=Console())
   seconds = time.perf_counter() - start
-  cli.say(_lines(data, reports, share, seconds))
+  cli.say(_lines(data, reports, engine, seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,13 +1,26 @@
-"""Token streams on disk: written text by text, read as memory maps.
+"""Token streams on disk: written piece by piece, read as memory maps.
 
-A split of documents is one stream; a split of pairs is two.
+A folder of tokens has a folder for each piece of a source, `00000`, `00001`,
+..., and beside them what all pieces have in common:
+
+    00000/train.documents.tokens    tokens of the piece, one text after another
+    00000/train.documents.lengths   the number of tokens of each text, uint32
+    00000/piece.json                counts, and the sha256 of the texts
+    train.documents.starts          where each text of all pieces begins, int64
+    about.json                      counts of all pieces, type of the tokens
+    tokenizer/tokenizer.json        the tokenizer
+
+Texts have one stream for each split, `documents`; pairs have two, `inputs` and
+`targets`.
 """
 
+import collections
+import contextlib
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,84 +29,136 @@ from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 
+SPLITS: tuple[str, str] = ('train', 'validation')
+DOCUMENTS, PAIRS = ('documents',), ('inputs', 'targets')  # names of streams
+TOKENIZER = 'tokenizer/tokenizer.json'
+# Name of the number of tokens of a stream among the counts of a split.
+_TOKENS = {
+  'documents': 'tokens',
+  'inputs': 'input_tokens',
+  'targets': 'target_tokens',
+}
 # Memory maps that a process holds open, each with a file descriptor.
 _MOST_OPEN = 256
 
 
-def write_tokens(
-  folder: pathlib.Path,
-  splits: Mapping[str, Iterable[Any]],
-  tokenizer: Tokenizer,
-) -> None:
-  """Tokenizes the texts of `splits`, one at a time, into `folder`.
+def piece_name(number: int) -> str:
+  """The name of the folder of the piece with this index."""
+  return f'{number:05}'
 
-  Documents without a token are left out. All others end in the EOS, if the
-  tokenizer has one.
+
+def write_piece(
+  folder: pathlib.Path,
+  texts: Iterable[tuple[str, Sequence[Any]]],
+  tokenizer: Tokenizer,
+  streams: Sequence[str],
+) -> None:
+  """Tokenizes the texts of a piece, one at a time, into `folder`.
+
+  Documents without a token, and pairs with a side without tokens, are left out,
+  but belong to the digest. Documents end in the EOS, if the tokenizer has one;
+  sides of pairs do not, so that they can be cut first.
+
+  Args:
+    folder: An empty folder.
+    texts: The split of each document or pair, and its texts.
+    tokenizer: The tokenizer.
+    streams: DOCUMENTS or PAIRS, the stream of each of the texts.
 
   Raises:
-    ValueError: A split has fewer than the two tokens of one prediction.
+    ValueError: A text is no text, or an id is not in the vocabulary.
   """
-  digest, about = Digest(), {'dtype': dtype_of(tokenizer), 'splits': {}}
-  for name, texts in splits.items():
-    digest.split(name)
-    with DocumentWriter(folder / name, tokenizer, digest) as stream:
-      for text in texts:
-        stream.write(text)
-      about['splits'][name] = stream.counts()
-    check_tokens(name, about['splits'][name])
-  finish(folder, about, digest, tokenizer)
+  eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  dtype, digest = dtype_of(tokenizer), Digest()
+  counts = {split: collections.Counter() for split in SPLITS}
+  split_before = ''
+  with contextlib.ExitStack() as stack:
 
+    def opened(name: str):
+      return stack.enter_context((folder / name).open('wb'))
 
-def check_tokens(split: str, counts: Mapping[str, int]) -> None:
-  """Raises ValueError where a split of documents has less than two tokens."""
-  if counts['tokens'] < 2:
-    raise InputError(
-      f'split {split!r} has {counts["tokens"]} tokens in '
-      f'{counts["documents"]} documents; training needs at least 2'
-    )
-
-
-def write_pairs(
-  folder: pathlib.Path,
-  splits: Mapping[str, Iterable[Any]],
-  tokenizer: Tokenizer,
-) -> None:
-  """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.
-
-  Pairs with a side without tokens are left out. No EOS is added here, so that a
-  text can be cut first.
-
-  Raises:
-    ValueError: A split has no pair.
-  """
-  digest, about = Digest(), {'dtype': dtype_of(tokenizer), 'splits': {}}
-  for name, pairs in splits.items():
-    digest.split(name)
-    num_bytes = 0
-    with (
-      StreamWriter(folder / f'{name}.inputs', tokenizer) as inputs,
-      StreamWriter(folder / f'{name}.targets', tokenizer) as targets,
-    ):
-      for pair in pairs:
-        for text in pair:
-          encoded = utf8(text)
-          digest.text(encoded)
-          num_bytes += len(encoded)
-        ids = [tokenizer.encode(text) for text in pair]
-        if all(side.size for side in ids):
-          inputs.add(ids[0])
-          targets.add(ids[1])
-    if not inputs.texts:
-      raise InputError(
-        f'split {name!r} has no pair of which both sides have a token'
-      )
-    about['splits'][name] = {
-      'pairs': inputs.texts,
-      'bytes': num_bytes,
-      'input_tokens': inputs.tokens,
-      'target_tokens': targets.tokens,
+    files = {
+      (split, stream): [
+        opened(f'{split}.{stream}.tokens'),
+        opened(f'{split}.{stream}.lengths'),
+      ]
+      for split in SPLITS
+      for stream in streams
     }
-  finish(folder, about, digest, tokenizer)
+    for split, sides in texts:
+      if split != split_before:
+        digest.split(split)
+        split_before = split
+      for text in sides:
+        encoded = utf8(text)
+        digest.text(encoded)
+        counts[split]['bytes'] += len(encoded)
+      ids = [_checked(tokenizer.encode(text), tokenizer) for text in sides]
+      if not all(side.size for side in ids):
+        continue
+      counts[split]['texts'] += 1
+      for stream, side in zip(streams, ids):
+        if streams == DOCUMENTS:
+          side = np.append(side, np.array(eos, side.dtype))
+        tokens, lengths = files[split, stream]
+        tokens.write(side.astype(dtype).tobytes())
+        lengths.write(np.uint32(side.size).tobytes())
+        counts[split][stream] += side.size
+  piece = {'splits': counts, 'sha256': digest.hexdigest()}
+  (folder / 'piece.json').write_text(json.dumps(piece), encoding='utf-8')
+
+
+def join(
+  folder: pathlib.Path,
+  num_pieces: int,
+  tokenizer: Tokenizer,
+  streams: Sequence[str],
+) -> None:
+  """Writes what the pieces in a folder have in common.
+
+  Raises:
+    ValueError: A split has fewer than the two tokens of one prediction, or no
+      pair.
+  """
+  folders = [folder / piece_name(number) for number in range(num_pieces)]
+  pieces = [_read_json(path / 'piece.json') for path in folders]
+  splits, sizes = {}, {}
+  for split in SPLITS:
+    total = collections.Counter()
+    for piece in pieces:
+      total.update(piece['splits'][split])
+    entry = 'documents' if streams == DOCUMENTS else 'pairs'
+    splits[split] = {entry: total['texts'], 'bytes': total['bytes']}
+    for stream in streams:
+      name = f'{split}.{stream}'
+      splits[split][_TOKENS[stream]] = total[stream]
+      sizes[name] = [piece['splits'][split].get(stream, 0) for piece in pieces]
+      with (folder / f'{name}.starts').open('wb') as out:
+        begins = np.cumsum([0, *sizes[name]])
+        for path, begin in zip(folders, begins):
+          lengths = np.fromfile(path / f'{name}.lengths', np.uint32)
+          ends = begin + np.cumsum(lengths, dtype=np.int64)
+          out.write((ends - lengths).tobytes())
+    if streams == DOCUMENTS and total['documents'] < 2:
+      raise InputError(
+        f'split {split!r} has {total["documents"]} tokens in '
+        f'{total["texts"]} documents; training needs at least 2'
+      )
+    if not total['texts']:
+      raise InputError(
+        f'split {split!r} has no pair of which both sides have a token'
+      )
+  digest = pieces[0]['sha256']
+  if num_pieces > 1:
+    lines = ''.join(f'{piece["sha256"]}\n' for piece in pieces)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+  about = {
+    'dtype': dtype_of(tokenizer),
+    'splits': splits,
+    'tokens_of_pieces': sizes,
+    'sha256': digest,
+  }
+  (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')
 
 
 class Shards:
@@ -129,7 +194,7 @@ class Shards:
       begin, end, step = index.indices(len(self))
       if step != 1:
         raise IndexError(f'tokens are read in order, not by step {step}')
-      return self._stretch(begin, end)
+      index = np.arange(begin, end)
     index = np.asarray(index, np.int64)
     if index.size and not 0 <= index.min() <= index.max() < len(self):
       raise IndexError(
@@ -146,17 +211,6 @@ class Shards:
       tokens[chosen] = self._file(i)[flat[chosen] - self._begins[i]]
     return tokens.reshape(index.shape)
 
-  def _stretch(self, begin: int, end: int) -> np.ndarray:
-    """The tokens of [begin, end)."""
-    if begin >= end:
-      return np.zeros(0, self.dtype)
-    first, last = np.searchsorted(self._ends, [begin, end - 1], side='right')
-    parts = []
-    for i in range(first, last + 1):
-      start = int(self._begins[i])
-      parts.append(self._file(i)[max(begin - start, 0) : end - start])
-    return np.concatenate(parts)
-
   def _map(self, number: int) -> np.ndarray:
     count = int(self._ends[number] - self._begins[number])
     return _read(self._paths[number], self.dtype.name, count)
@@ -166,69 +220,38 @@ Tokens = np.ndarray | Shards
 Stream = tuple[Tokens, np.ndarray]  # tokens, and where each text begins
 
 
-def shard_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
-  """The file with a split's tokens of one piece of the documents."""
-  return folder / f'{split}.{number:05}.tokens'
+def read_stream(folder: pathlib.Path, split: str, stream: str) -> Stream:
+  """The tokens [N] of a stream and the starts int64 [D] of its texts, mapped.
 
-
-def read_tokens(folder: pathlib.Path, split: str) -> Stream:
-  """The split's tokens [N] and document starts int64 [D], memory-mapped.
-
-  Tokens of documents that were written in pieces are `Shards`.
+  The tokens of several pieces are `Shards`.
 
   Raises:
     ValueError: A file has another size than was written.
   """
-  about = read_about(folder)
+  about, name = read_about(folder), f'{split}.{stream}'
+  sizes = about['tokens_of_pieces'][name]
+  paths = {
+    folder / piece_name(number) / f'{name}.tokens': size
+    for number, size in enumerate(sizes)
+    if size
+  }
+  if len(paths) == 1:
+    ((path, size),) = paths.items()
+    tokens = _read(path, about['dtype'], size)
+  else:
+    tokens = Shards([*paths], about['dtype'], [*paths.values()])
   counts = about['splits'][split]
-  if 'shards' in about:
-    sizes = {i: n for i, n in enumerate(about['shards'][split]) if n}
-    paths = [shard_path(folder, split, i) for i in sizes]
-    starts = _read(folder / f'{split}.starts', 'int64', counts['documents'])
-    return Shards(paths, about['dtype'], [*sizes.values()]), starts
-  return _read_stream(
-    folder / split, about['dtype'], counts['tokens'], counts['documents']
-  )
-
-
-def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
-  """The streams of inputs and of targets, memory-mapped.
-
-  Each stream is tokens [N] and the starts of P texts, int64 [P].
-
-  Raises:
-    ValueError: A file has another size than was written.
-  """
-  about = read_about(folder)
-  counts = about['splits'][split]
-  dtype, texts = about['dtype'], counts['pairs']
-  inputs, targets = folder / f'{split}.inputs', folder / f'{split}.targets'
-  return (
-    _read_stream(inputs, dtype, counts['input_tokens'], texts),
-    _read_stream(targets, dtype, counts['target_tokens'], texts),
-  )
+  texts = counts.get('documents', counts.get('pairs'))
+  return tokens, _read(folder / f'{name}.starts', 'int64', texts)
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
   """The dtype, the sha256, and the counts of each split, from `about.json`."""
-  path = folder / 'about.json'
+  return _read_json(folder / 'about.json')
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return parse_json(read_text(path), path)
-
-
-def finish(
-  folder: pathlib.Path, about: dict[str, Any], digest: Any, tokenizer: Tokenizer
-) -> None:
-  """Writes the tokenizer, and `about` with the digest to `about.json`."""
-  about['sha256'] = digest.hexdigest()
-  tokenizer.save(folder / 'tokenizer.json')
-  (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')
-
-
-def _read_stream(path, dtype, tokens, texts) -> Stream:
-  return (
-    _read(pathlib.Path(f'{path}.tokens'), dtype, tokens),
-    _read(pathlib.Path(f'{path}.starts'), 'int64', texts),
-  )
 
 
 def _read(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:
@@ -262,78 +285,17 @@ class Digest:
     return self._sha256.hexdigest()
 
 
-class StreamWriter:
-  """Writes the two files of a stream, tokens and starts, text by text.
-
-  Attributes:
-    texts: Number of texts so far.
-    tokens: Number of tokens so far.
-  """
-
-  def __init__(self, path: pathlib.Path | str, tokenizer: Tokenizer):
-    self._dtype = dtype_of(tokenizer)
-    self._vocab_size = tokenizer.vocab_size
-    self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
-    self._out_starts = open(f'{path}.starts', 'wb')  # noqa: SIM115
-    self.tokens = self.texts = 0
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._out.close()
-    self._out_starts.close()
-
-  def add(self, ids: np.ndarray) -> None:
-    """Adds the ids of a text.
-
-    Raises:
-      ValueError: An id is not in the vocabulary.
-    """
-    # Values that the file's type cannot hold would become ids of other tokens.
-    size = self._vocab_size
-    if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < size:
-      raise InputError(
-        f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
-        f'{ids.dtype}, not integers in [0, vocab_size={size})'
-      )
-    self._out_starts.write(np.int64(self.tokens).tobytes())
-    self.texts += 1
-    self.tokens += ids.size
-    self._out.write(ids.astype(self._dtype).tobytes())
-
-
-class DocumentWriter(StreamWriter):
-  """Writes the files of a stream of documents, each with an EOS at its end.
-
-  No EOS is added if the tokenizer has none. Documents without a token are left
-  out, but belong to the digest. The path has no suffix.
-  """
-
-  def __init__(
-    self, path: pathlib.Path | str, tokenizer: Tokenizer, digest: Digest
+def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """The ids of a text, unless the file's type would make others of them."""
+  size = tokenizer.vocab_size
+  if ids.size and (
+    ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < size
   ):
-    super().__init__(path, tokenizer)
-    self._tokenizer, self._digest, self._bytes = tokenizer, digest, 0
-    self._eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-
-  def write(self, text: Any) -> None:
-    """Adds a document.
-
-    Raises:
-      ValueError: `text` is no text, or an id is not in the vocabulary.
-    """
-    encoded = utf8(text)
-    self._digest.text(encoded)
-    self._bytes += len(encoded)
-    ids = self._tokenizer.encode(text)
-    if ids.size:
-      self.add(np.append(ids, np.array(self._eos, ids.dtype)))
-
-  def counts(self) -> dict[str, int]:
-    """The numbers of documents, of bytes of UTF-8 and of tokens so far."""
-    numbers = self.texts, self._bytes, self.tokens
-    return dict(zip(('documents', 'bytes', 'tokens'), numbers))
+    raise InputError(
+      f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
+      f'{ids.dtype}, not integers in [0, vocab_size={size})'
+    )
+  return ids
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:

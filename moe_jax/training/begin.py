@@ -20,6 +20,8 @@ EXPERTS = 'trained_experts'
 # The name under which a checkpoint has the index of the first row of data that
 # no step has seen.
 NEXT_ROW = 'next_row'
+# The name under which a checkpoint has the number of rows of an epoch.
+NUM_ROWS = 'num_rows'
 # The name under which a checkpoint has the names of the evaluations of its step
 # that are still to be made.
 DUE = 'due_evaluations'
@@ -105,6 +107,16 @@ def begin(
   run.early_stopping.restore(restored.extra)
   earlier_rows = restored.step * run.options.batch_size
   next_row = restored.extra.get(NEXT_ROW, earlier_rows)
+  num_rows = len(run.dataset.splits['train'])
+  earlier_num_rows = restored.extra.get(NUM_ROWS, num_rows)
+  if num_rows != earlier_num_rows:  # data.seq_len has changed, or the task
+    next_row = next_row * num_rows // earlier_num_rows
+    run.message(
+      f'the data has {num_rows:,} rows, {earlier_num_rows:,} before: the run '
+      f'goes on with row {next_row:,}, at the same share of the data; as rows '
+      f'are shuffled, {next_row % num_rows / num_rows:.0%} of the rest of this '
+      'epoch was read before'
+    )
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   # The seed is the config's: with another the order of the data changes, too.

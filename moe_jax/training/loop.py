@@ -25,7 +25,14 @@ from moe_jax.errors import InputError
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
-from moe_jax.training.begin import DUE, EXPERTS, NEXT_ROW, Initial, begin
+from moe_jax.training.begin import (
+  DUE,
+  EXPERTS,
+  NEXT_ROW,
+  NUM_ROWS,
+  Initial,
+  begin,
+)
 from moe_jax.training.evaluate import Stopped, evaluation_rows
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
@@ -265,6 +272,7 @@ def _save(
       at.state,
       extra={
         'data_digest': run.dataset.digest,
+        NUM_ROWS: len(run.dataset.splits['train']),
         NEXT_ROW: run.row_offset + at.step * run.options.batch_size,
         EXPERTS: run.programs.trained.masks_digest,
         DUE: at.due,

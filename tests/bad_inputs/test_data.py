@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from moe_jax.data import (
   FilesSource,
   cache_folders,
   load,
-  store,
   tokenizers,
 )
 from moe_jax.data.plain_files import read_npz
 from tests.bad_inputs.cases import Case, check, frozen
+from tests.data import stored
 
 NAN, INFINITY = float('nan'), float('inf')
 
@@ -71,12 +72,12 @@ class Ids(tokenizers.Bytes, kind='ids of a test'):
 
 def token_stream(name, texts, tokenizer, *phrases, pairs=False):
   def call(folder):
-    write = store.write_pairs if pairs else store.write_tokens
+    write = stored.write_pairs if pairs else stored.write_tokens
     try:
       write(folder, {'train': texts, 'validation': texts}, tokenizer)
     finally:
-      for path in folder.iterdir():  # begun files are those of `prepared`
-        path.unlink()
+      shutil.rmtree(folder)  # begun files are those of `prepared`
+      folder.mkdir()
 
   return Case(f'stored: {name}', call, phrases)
 
@@ -184,6 +185,8 @@ def test_refused(case, tmp_path):
 
 # The cache of token streams follows.
 
+TOKENS = '00000/train.documents.tokens'
+
 
 def cached(folder: pathlib.Path) -> tuple[DataOptions, pathlib.Path]:
   """Options whose tokens are in a cache, and the folder of the tokens."""
@@ -198,7 +201,7 @@ def cached(folder: pathlib.Path) -> tuple[DataOptions, pathlib.Path]:
 
 def flips(tokens: pathlib.Path, step: int):
   """Flips a bit of each file at every `step`th byte, one after another."""
-  for path in sorted(tokens.iterdir()):
+  for path in sorted(filter(pathlib.Path.is_file, tokens.rglob('*'))):
     good = path.read_bytes()
     assert good or path.suffix == '.lock'
     for index in range(0, len(good), step):
@@ -240,9 +243,15 @@ def test_every_byte_of_the_cache_counts(tmp_path):
     (lambda t: (t / 'files.json').write_text('3\n'), 'delete the folder'),
     (lambda t: (t / 'about.json').unlink(), 'about.json is missing'),
     (lambda t: (t / 'about.json').write_text('{}'), 'about.json has 2 bytes'),
-    (lambda t: (t / 'tokenizer.json').unlink(), 'tokenizer.json is missing'),
-    (lambda t: (t / 'train.starts').write_bytes(b''), 'has 0 bytes, not 8'),
-    (lambda t: os.truncate(t / 'train.tokens', 4), 'train.tokens has 4 bytes'),
+    (
+      lambda t: (t / 'tokenizer/tokenizer.json').unlink(),
+      'tokenizer.json is missing',
+    ),
+    (
+      lambda t: (t / 'train.documents.starts').write_bytes(b''),
+      'has 0 bytes, not 8',
+    ),
+    (lambda t: os.truncate(t / TOKENS, 4), f'{TOKENS} has 4 bytes'),
   ],
 )
 def test_a_damaged_cache_is_named(damage, phrase, tmp_path):
@@ -251,9 +260,7 @@ def test_a_damaged_cache_is_named(damage, phrase, tmp_path):
   with pytest.raises(ValueError, match='delete the folder') as error:
     load(options)
   assert phrase in str(error.value)
-  for path in tokens.iterdir():
-    path.unlink()
-  tokens.rmdir()
+  shutil.rmtree(tokens)
   load(options)  # as the message advises
 
 
@@ -262,15 +269,15 @@ def test_digests_of_large_files_can_be_left_out(tmp_path, monkeypatch):
   fast = DataOptions(
     source=options.source, cache_dir=options.cache_dir, cache_digests=False
   )
-  flipped = bytearray((tokens / 'train.tokens').read_bytes())
+  flipped = bytearray((tokens / TOKENS).read_bytes())
   flipped[0] ^= 1
-  (tokens / 'train.tokens').write_bytes(flipped)
-  with pytest.raises(ValueError, match=r'train\.tokens has changed since'):
+  (tokens / TOKENS).write_bytes(flipped)
+  with pytest.raises(ValueError, match=r'train.*tokens has changed since'):
     load(fast)  # as the file is small
   monkeypatch.setattr(cache_folders, 'SMALL', 100)
   load(fast)
-  with pytest.raises(ValueError, match=r'train\.tokens has changed since'):
+  with pytest.raises(ValueError, match=r'train.*tokens has changed since'):
     load(options)
-  os.truncate(tokens / 'train.tokens', 4)
+  os.truncate(tokens / TOKENS, 4)
   with pytest.raises(ValueError, match='has 4 bytes'):
     load(fast)

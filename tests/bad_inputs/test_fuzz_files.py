@@ -19,7 +19,6 @@ from moe_jax import interop
 from moe_jax.data import (
   ChoiceFilesSource,
   cache_folders,
-  store,
   tokenizers,
 )
 from moe_jax.data.plain_files import read_npz
@@ -27,6 +26,7 @@ from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import REPORTED, assert_message
+from tests.data import stored
 
 pytestmark = pytest.mark.slow
 FUZZ = settings(
@@ -94,6 +94,7 @@ def survives(files: dict[str, bytes], read) -> None:
     folder.mkdir()
     (folder.parent / 'secret').write_bytes(SECRET)
     for name, content in files.items():
+      (folder / name).parent.mkdir(exist_ok=True)
       (folder / name).write_bytes(content)
     try:
       read(folder)
@@ -235,21 +236,28 @@ def test_questions(content):
   )
 
 
-@pytest.mark.parametrize('name', ['files.json', 'about.json', 'train.tokens'])
+def files_of(folder):
+  """Returns the content of each file of a folder."""
+  files = filter(pathlib.Path.is_file, folder.rglob('*'))
+  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.mark.parametrize(
+  'name', ['files.json', 'about.json', '00000/train.documents.tokens']
+)
 def test_the_cache(name, tmp_path):
   texts = {'train': ['abc', 'de'], 'validation': ['fg']}
 
   def write(folder):
-    store.write_tokens(folder, texts, tokenizers.Bytes())
+    stored.write_tokens(folder, texts, tokenizers.Bytes())
 
   folder = cache_folders.prepared(tmp_path / 'good', write)
-  good = {path.name: path.read_bytes() for path in folder.iterdir()}
+  good = files_of(folder)
   shutil.rmtree(folder)
 
   def read(folder):
     cache_folders.prepared(folder, lambda _: pytest.fail('made anew'))
-    read_again = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert read_again == good  # what is not refused is what was written
+    assert files_of(folder) == good  # what is not refused is what was written
 
   @FUZZ
   @given(damaged(good[name]))

@@ -1,6 +1,5 @@
 """The command that tokenizes the data of a config in advance."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +12,8 @@ import time
 import pytest
 
 from moe_jax import data
-from moe_jax.data import prepare, tokenizers
+from moe_jax.data import prepare, store, tokenizers
+from moe_jax.data.cache_folders import sha256
 from moe_jax.data.sources import files
 
 CONFIG = '--config=configs/tiny_switch.py'
@@ -59,7 +59,7 @@ def test_a_run_that_begins_with_another_has_its_tokenizer(
   init_flag = f'--config.init_from.workdir={tmp_path}'
   assert 'tokenizer: chars' in run(capsys, tmp_path, init_flag, *flags)
   (folder,) = (tmp_path / 'cache' / 'tokens').iterdir()
-  assert tokenizers.load(folder / 'tokenizer.json').vocab_size == 13
+  assert tokenizers.load(folder / store.TOKENIZER).vocab_size == 13
 
 
 def test_every_source_of_a_mixture_is_prepared(pattern, tmp_path, capsys):
@@ -70,15 +70,14 @@ def test_every_source_of_a_mixture_is_prepared(pattern, tmp_path, capsys):
     '--config.data.seq_len=16',
     '--processes=1',
   ]
-  first = run(capsys, tmp_path, *flags, '--host=0', '--num_hosts=2')
-  assert 'host 0 of 2 is done; other hosts have yet to make 4 pieces' in first
-  output = run(capsys, tmp_path, *flags, '--host=1', '--num_hosts=2')
+  output = run(capsys, tmp_path, *flags)
   assert 'mixture of 2 sources' in output and 'one' in output
 
 
 def test_mistakes_are_told_in_a_line(pattern, tmp_path, capsys):
   for flags, phrase in (
-    (['--host=2', '--num_hosts=2'], '--host=2 not in [0, num_hosts=2)'),
+    (['--', '--region=x'], '--runner=pool has no flags'),
+    ([KIND, f'{PATTERN}={pattern}', '--runner=FnApiRunner'], 'moe_jax[beam]'),
     (['--processes=0'], 'must be at least 1'),
     (['--config.data.source.kind=file'], "unknown source 'file'"),
     (['--config.data.task.kind=classes'], 'data.'),
@@ -137,13 +136,14 @@ def output_of(process):
 def digests_of(cache):
   (folder,) = (cache / 'tokens').iterdir()
   return {
-    path.name: hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()
-    for path in folder.iterdir()
+    path.relative_to(folder): sha256(path)
+    for path in folder.rglob('*')
+    if path.is_file()
   }
 
 
 def whole_pieces(cache):
-  return list(cache.glob('tokens/*.parts/0*/piece.json'))
+  return list(cache.glob('tokens/*.parts/0*/files.json'))
 
 
 @pytest.mark.slow

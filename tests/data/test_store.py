@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 
 from moe_jax.data import store, tokenizers
+from tests.data.stored import (
+  read_pairs,
+  read_tokens,
+  write_pairs,
+  write_tokens,
+)
 
 
 def test_documents_end_in_eos_and_empty_ones_go(tmp_path):
   texts = {'train': ['ab', '', 'c'], 'validation': ['é']}
-  store.write_tokens(tmp_path, texts, tokenizers.Bytes())
-  tokens, starts = store.read_tokens(tmp_path, 'train')
+  write_tokens(tmp_path, texts, tokenizers.Bytes())
+  tokens, starts = read_tokens(tmp_path, 'train')
   assert tokens.tolist() == [97, 98, 256, 99, 256]
   assert starts.tolist() == [0, 3]
   assert tokens.dtype == np.uint16  # the smallest type that holds 256
@@ -24,8 +30,8 @@ def test_documents_end_in_eos_and_empty_ones_go(tmp_path):
 
 def test_without_eos_and_in_one_byte(tmp_path):
   texts = {'train': ['ab', 'ca'], 'validation': ['bb']}
-  store.write_tokens(tmp_path, texts, tokenizers.Chars('abc'))
-  tokens, starts = store.read_tokens(tmp_path, 'train')
+  write_tokens(tmp_path, texts, tokenizers.Chars('abc'))
+  tokens, starts = read_tokens(tmp_path, 'train')
   assert tokens.tolist() == [0, 1, 2, 0]
   assert starts.tolist() == [0, 2]
   assert tokens.dtype == np.uint8
@@ -42,7 +48,7 @@ def digest_of(**splits):
 
 def test_digest_tells_boundaries_apart(tmp_path):
   texts = {'train': ['ab', 'c'], 'validation': ['dd']}
-  store.write_tokens(tmp_path, texts, tokenizers.Bytes())
+  write_tokens(tmp_path, texts, tokenizers.Bytes())
   stored_digest = store.read_about(tmp_path)['sha256']
   assert stored_digest == digest_of(**texts)
   other_digests = [
@@ -58,21 +64,21 @@ def test_digest_tells_boundaries_apart(tmp_path):
 def test_an_empty_split_is_refused(texts, tmp_path):
   splits = {'train': ['ab'], 'validation': texts}
   with pytest.raises(ValueError, match="'validation' has 0 tokens"):
-    store.write_tokens(tmp_path, splits, tokenizers.Bytes())
+    write_tokens(tmp_path, splits, tokenizers.Bytes())
 
 
 def test_one_token_is_too_few(tmp_path):
   splits = {'train': ['a'], 'validation': ['ab']}
   with pytest.raises(ValueError, match="'train' has 1 tokens"):
-    store.write_tokens(tmp_path, splits, tokenizers.Chars('ab'))
+    write_tokens(tmp_path, splits, tokenizers.Chars('ab'))
 
 
 def test_a_truncated_file_is_refused(tmp_path):
   splits = {'train': ['abc'], 'validation': ['ab']}
-  store.write_tokens(tmp_path, splits, tokenizers.Bytes())
-  os.truncate(tmp_path / 'train.tokens', 5)
-  with pytest.raises(ValueError, match=r'train.tokens.* not of its 8 bytes'):
-    store.read_tokens(tmp_path, 'train')
+  write_tokens(tmp_path, splits, tokenizers.Bytes())
+  os.truncate(tmp_path / '00000' / 'train.documents.tokens', 5)
+  with pytest.raises(ValueError, match=r'train.*tokens.* not of its 8 bytes'):
+    read_tokens(tmp_path, 'train')
 
 
 # Streams of pairs follow.
@@ -83,8 +89,8 @@ def test_pairs_have_two_streams_and_no_eos(tmp_path):
     'train': [('ab', 'c'), ('', 'gone'), ('gone', ''), ('d', 'éf')],
     'validation': [('x', 'y')],
   }
-  store.write_pairs(tmp_path, pairs, tokenizers.Bytes())
-  inputs, targets = store.read_pairs(tmp_path, 'train')
+  write_pairs(tmp_path, pairs, tokenizers.Bytes())
+  inputs, targets = read_pairs(tmp_path, 'train')
   assert [side.tolist() for side in inputs] == [[97, 98, 100], [0, 2]]
   assert [side.tolist() for side in targets] == [[99, 195, 169, 102], [0, 1]]
   assert inputs[0].dtype == np.uint16
@@ -104,7 +110,7 @@ def test_the_digest_tells_sides_apart(tmp_path):
     folder = tmp_path / str(i)
     folder.mkdir()
     splits = {'train': [pair], 'validation': [pair]}
-    store.write_pairs(folder, splits, tokenizers.Bytes())
+    write_pairs(folder, splits, tokenizers.Bytes())
     digests.add(store.read_about(folder)['sha256'])
   assert len(digests) == 3
 
@@ -112,12 +118,12 @@ def test_the_digest_tells_sides_apart(tmp_path):
 def test_a_split_without_pairs_is_refused(tmp_path):
   pairs = {'train': [('ab', 'c')], 'validation': [('', 'c')]}
   with pytest.raises(ValueError, match="'validation' has no pair"):
-    store.write_pairs(tmp_path, pairs, tokenizers.Bytes())
+    write_pairs(tmp_path, pairs, tokenizers.Bytes())
 
 
 def test_a_cut_stream_of_pairs_is_named(tmp_path):
   splits = {'train': [('ab', 'c')], 'validation': [('d', 'e')]}
-  store.write_pairs(tmp_path, splits, tokenizers.Bytes())
+  write_pairs(tmp_path, splits, tokenizers.Bytes())
   (tmp_path / 'train.targets.starts').write_bytes(b'')
   with pytest.raises(ValueError, match=r'train\.targets\.starts is missing'):
-    store.read_pairs(tmp_path, 'train')
+    read_pairs(tmp_path, 'train')

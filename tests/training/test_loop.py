@@ -347,24 +347,25 @@ def test_resume_goes_on_with_another_config(tmp_path):
   assert steps == [2, 3]
 
 
+class Reads(Hook):
+  """Keeps the tokens of steps, which change nothing but their number."""
+
+  def __init__(self, metrics):
+    self.tokens, self.metrics = [], metrics
+
+  def start(self, run):
+    def step(state, batch):
+      self.tokens.extend(np.asarray(batch['tokens']))
+      signal.raise_signal(signal.SIGTERM)  # one step, which is saved
+      return state.replace(step=state.step + 1), self.metrics
+
+    return dataclasses.replace(run, train_step=step)
+
+
 def test_another_batch_size_neither_skips_rows_nor_has_them_again(
   watched, tmp_path
 ):
-  class Reads(Hook):
-    """Keeps the tokens of steps, which change nothing but their number."""
-
-    def __init__(self):
-      self.tokens = []
-
-    def start(self, run):
-      def step(state, batch):
-        self.tokens.extend(np.asarray(batch['tokens']))
-        signal.raise_signal(signal.SIGTERM)  # one step, which is saved
-        return state.replace(step=state.step + 1), watched[2][0]
-
-      return dataclasses.replace(run, train_step=step)
-
-  hook, size = Reads(), OPTIONS.batch_size
+  hook, size = Reads(watched[2][0]), OPTIONS.batch_size
   for batch_size in (size, 2 * size, size // 2, size):
     options = tiny.options(model=DROPOUT, batch_size=batch_size)
     train_and_evaluate(options, tmp_path, hooks=[hook], resume=True)
@@ -373,6 +374,29 @@ def test_another_batch_size_neither_skips_rows_nor_has_them_again(
     rows, batch_size=len(hook.tokens), seed=OPTIONS.seed
   )
   np.testing.assert_array_equal(hook.tokens, batches[0]['tokens'])
+
+
+def test_another_seq_len_goes_on_at_the_same_share_of_the_data(
+  watched, tmp_path, capsys
+):
+  hook, T = Reads(watched[2][0]), OPTIONS.data.seq_len
+  train_and_evaluate(OPTIONS, tmp_path, hooks=[hook])
+  hook.tokens.clear()
+  shorter = tiny.options(model=DROPOUT, data={'seq_len': T // 2})
+  train_and_evaluate(shorter, tmp_path, hooks=[hook], resume=True)
+  before, after = (
+    setup.data.load(options.data).splits['train']
+    for options in (OPTIONS, shorter)
+  )
+  size = OPTIONS.batch_size
+  batches = setup.data.pipeline.batch_dataset(
+    after,
+    batch_size=size,
+    seed=OPTIONS.seed,
+    offset=size * len(after) // len(before),
+  )
+  np.testing.assert_array_equal(hook.tokens, batches[0]['tokens'])
+  assert f'the data has {len(after):,} rows' in capsys.readouterr().out
 
 
 def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(

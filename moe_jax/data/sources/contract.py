@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
 from moe_jax.config import Options, unknown
-from moe_jax.data import store
-from moe_jax.data.tokenizers.contract import Tokenizer
+from moe_jax.data import store, urls
+from moe_jax.data.store import DOCUMENTS, PAIRS, SPLITS
+from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
 
-SPLITS: tuple[str, str] = ('train', 'validation')
 Pair = tuple[str, str]
 
 
@@ -29,7 +29,8 @@ class Selection:
       'validation'. TFDS sources, as well as python_stdlib and its docstrings,
       take any split expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
-      `moe_jax.devices.cache_root` names.
+      `moe_jax.devices.cache_root` names. What lies in a folder at a URL is
+      copied there first.
     cache_digests: Whether large files of prepared data are read through before
       use, to check their digests.
   """
@@ -42,6 +43,16 @@ class Selection:
     """The source's own name of the split 'train' or 'validation'."""
     return self.splits[SPLITS.index(split)]
 
+  @property
+  def cache(self) -> pathlib.Path:
+    """The folder of this machine that has prepared data."""
+    return cache_root('' if urls.is_url(self.cache_dir) else self.cache_dir)
+
+  def url(self, *names: str) -> str:
+    """The URL of a folder within `cache_dir`; '' where it is no URL."""
+    is_url = urls.is_url(self.cache_dir)
+    return '/'.join([self.cache_dir.rstrip('/'), *names]) if is_url else ''
+
   def check_splits(self, source: str) -> None:
     """Raises ValueError unless both splits are 'train' or 'validation'."""
     for split in self.splits:
@@ -49,22 +60,8 @@ class Selection:
         raise unknown(f'split of {source}', split, SPLITS)
 
 
-class Located(NamedTuple):
-  """A document of a piece of a source.
-
-  Attributes:
-    split: 'train' or 'validation'.
-    text: The document.
-    read: Number of bytes of the piece that have been read so far.
-  """
-
-  split: str
-  text: str
-  read: int
-
-
 class Pieces(abc.ABC):
-  """Documents in pieces that processes read independently; can be pickled.
+  """Texts in pieces that processes read independently; can be pickled.
 
   Attributes:
     sizes: Number of bytes of each piece in the files that it is read from.
@@ -73,8 +70,28 @@ class Pieces(abc.ABC):
   sizes: tuple[int, ...]
 
   @abc.abstractmethod
-  def read(self, number: int) -> Iterator[Located]:
-    """The documents of piece `number`, of both splits; always the same."""
+  def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The split and the text, or the pair of texts, of all that a piece has.
+
+    They are the same, in the same order, at every call.
+    """
+
+
+class OnePiece(Pieces):
+  """Texts in a single piece, which has one split after the other."""
+
+  sizes = (0,)
+
+  def __init__(self, entries: Callable[[str], Iterator[tuple[str, ...]]]):
+    """Takes a function from a split to its texts or pairs."""
+    self._entries = entries
+
+  def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The texts of both splits."""
+    del number
+    return (
+      (split, entry) for split in SPLITS for entry in self._entries(split)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +108,22 @@ class Texts:
       process tokenizes them all.
   """
 
+  streams: ClassVar[tuple[str, ...]] = DOCUMENTS
+
   name: str
   identity: str
   texts: Callable[[str], Iterator[str]]
   pieces: Pieces | None = None
 
-  def write(self, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokens of both splits; see `store.write_tokens`."""
-    splits = {split: self.texts(split) for split in SPLITS}
-    store.write_tokens(folder, splits, tokenizer)
+  def in_pieces(self) -> Pieces:
+    """The documents in pieces, at least one."""
+    return self.pieces or OnePiece(
+      lambda split: ((text,) for text in self.texts(split))
+    )
 
   def read(self, folder: pathlib.Path, split: str) -> store.Stream:
-    """The tokens that `write` wrote; see `store.read_tokens`."""
-    return store.read_tokens(folder, split)
+    """The stream of tokens in a folder of this source's tokens."""
+    return store.read_stream(folder, split, *self.streams)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +138,8 @@ class Pairs:
       targets), which begins anew at each call and has the same order.
   """
 
+  streams: ClassVar[tuple[str, ...]] = PAIRS
+
   name: str
   identity: str
   pairs: Callable[[str], Iterator[Pair]]
@@ -126,16 +148,22 @@ class Pairs:
     """Every text of a split, for tokenizers that are fitted to them."""
     return (text for pair in self.pairs(split) for text in pair)
 
-  def write(self, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokens of both splits; see `store.write_pairs`."""
-    splits = {split: self.pairs(split) for split in SPLITS}
-    store.write_pairs(folder, splits, tokenizer)
+  def in_pieces(self) -> Pieces:
+    """The pairs in a single piece."""
+    return OnePiece(self.pairs)
 
   def read(
     self, folder: pathlib.Path, split: str
   ) -> tuple[store.Stream, store.Stream]:
-    """The tokens that `write` wrote; see `store.read_pairs`."""
-    return store.read_pairs(folder, split)
+    """The streams of inputs and of targets in a folder of this source's tokens.
+
+    Each has as many texts as the other.
+    """
+    inputs, targets = self.streams
+    return (
+      store.read_stream(folder, split, inputs),
+      store.read_stream(folder, split, targets),
+    )
 
   def with_prefix(self, prefix: str) -> 'Pairs':
     """The same pairs with `prefix` before all inputs."""

@@ -1,7 +1,6 @@
 """Text files of a user, given by a pattern."""
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 import os
@@ -9,19 +8,20 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from upath import UPath
+
 from moe_jax.config import option
-from moe_jax.data import cache_folders, document_files
+from moe_jax.data import cache_folders, document_files, urls
 from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
   SPLITS,
-  Located,
   Pieces,
   Selection,
   SourceOptions,
   Texts,
 )
 from moe_jax.data.sources.python_stdlib import split_of
-from moe_jax.devices import cache_root
+from moe_jax.data.urls import Path, matching, stamp_of
 from moe_jax.errors import InputError
 
 # Bytes of files in a piece, which one process tokenizes at a time.
@@ -33,7 +33,10 @@ _FORMAT = 2  # how documents are cut and split, a part of the identity
 
 @dataclasses.dataclass(frozen=True)
 class FilesSource(SourceOptions):
-  """Files of text, JSON lines or parquet; see `document_files`."""
+  """Files of text, JSON lines or parquet; see `document_files`.
+
+  The pattern may be a URL that fsspec reads, such as 'gs://bucket/*.jsonl.gz'.
+  """
 
   pattern: str = option(
     dataclasses.MISSING,
@@ -68,10 +71,14 @@ class FilesSource(SourceOptions):
     paths = matching(self.pattern)
     # Sizes and times are taken first, so that a change of a file while others
     # are read is noticed.
-    stamps = {path: cache_folders.stamp_of(path) for path in paths}
+    stamps = {path: stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
-    folder = cache_root(selection.cache_dir) / 'digests'
-    digests = cache_folders.sha256s(paths, folder / f'{memory}.json')
+    memory_file = selection.cache / 'digests' / f'{memory}.json'
+    local = [path for path in paths if isinstance(path, pathlib.Path)]
+    digests: dict[Path, str] = {
+      **{path: str(stamps[path]) for path in paths},  # of files at a URL
+      **cache_folders.sha256s(local, memory_file),
+    }
     splits = _file_splits(paths, pattern)
     pieces = FilePieces(_parts(splits, stamps), self.field, selection)
     files = [
@@ -99,7 +106,7 @@ class Part(NamedTuple):
 
   span: document_files.Span
   split: str
-  stamp: list[int]
+  stamp: list
 
 
 class FilePieces(Pieces):
@@ -118,65 +125,48 @@ class FilePieces(Pieces):
       sizes[-1] += part.span.size
     self.sizes = tuple(sizes)
 
-  def read(self, number: int) -> Iterator[Located]:
+  def read(self, number: int) -> Iterator[tuple[str, tuple[str]]]:
     """The documents of all parts of a piece, in order."""
-    bytes_before = 0
     for part in self._pieces[number]:
-      for name, text, bytes_read in self._documents(part, SPLITS):
+      for name, text in self._documents(part, SPLITS):
         for split in SPLITS:
           if self._selection.name_of(split) == name:
-            yield Located(split, text, bytes_before + bytes_read)
-      bytes_before += part.span.size
+            yield split, (text,)
 
   def documents(self, split: str) -> Iterator[str]:
     """The documents of 'train' or of 'validation', of all pieces."""
     name = self._selection.name_of(split)
     for part in itertools.chain.from_iterable(self._pieces):
-      for _, text, _ in self._documents(part, (name,)):
+      for _, text in self._documents(part, (name,)):
         yield text
 
-  def _documents(self, part: Part, splits: Sequence[str]) -> Iterator[Located]:
+  def _documents(
+    self, part: Part, splits: Sequence[str]
+  ) -> Iterator[tuple[str, str]]:
     """The documents of a part that are in `splits`, the source's own names."""
     if part.split in SPLITS and part.split not in splits:
       return
     _check_stamp(part)
-    for text, bytes_read in document_files.read(part.span, self._field):
+    for text in document_files.read(part.span, self._field):
       if part.split == _LAST_TENTH:
         cut = int(len(text) * 0.9)
         texts = {'train': text[:cut], 'validation': text[cut:]}
       else:
         by_hash = part.split == _BY_HASH
         texts = {split_of(text) if by_hash else part.split: text}
-      for split, split_text in texts.items():
-        if split in splits:
-          yield Located(split, split_text, bytes_read)
+      yield from ((s, t) for s, t in texts.items() if s in splits)
     _check_stamp(part)
 
 
 def _check_stamp(part: Part) -> None:
-  if cache_folders.stamp_of(part.span.path) != part.stamp:
+  if stamp_of(part.span.path) != part.stamp:
     raise InputError(
       f'{part.span.path} was changed while it was read; start again'
     )
 
 
-def matching(pattern: str) -> list[pathlib.Path]:
-  """The files that match a pattern, each once, sorted; '~' is the home folder.
-
-  Raises:
-    ValueError: No file matches.
-  """
-  pattern = os.path.expanduser(pattern)
-  # Where a pattern fits a path in several ways, glob finds it several times.
-  names = sorted(set(glob.glob(pattern, recursive=True)))
-  paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
-  if not paths:
-    raise InputError(f'no file matches {pattern!r} in {os.getcwd()}')
-  return paths
-
-
 def _parts(
-  splits: Mapping[pathlib.Path, str], stamps: Mapping[pathlib.Path, list[int]]
+  splits: Mapping[Path, str], stamps: Mapping[Path, list]
 ) -> Iterator[Part]:
   """The parts of all files with their splits, in the order of `stamps`."""
   for path, stamp in stamps.items():
@@ -189,9 +179,7 @@ def _parts(
       yield Part(span, part_split, stamp)
 
 
-def _file_splits(
-  paths: list[pathlib.Path], pattern: str
-) -> dict[pathlib.Path, str]:
+def _file_splits(paths: Sequence[Path], pattern: str) -> dict[Path, str]:
   """The split of each file, or the rule that splits its documents."""
   if not all(map(is_text, paths)):
     return dict.fromkeys(paths, _BY_HASH)
@@ -200,11 +188,13 @@ def _file_splits(
     return {paths[0]: _BY_HASH if compressed else _LAST_TENTH}
   # Names are relative to the pattern's fixed part, so that files keep their
   # split when the folder is moved.
+  pattern = urls.without_protocol(pattern)
   fixed = pathlib.Path(pattern.split('*')[0].split('?')[0].split('[')[0])
   base = fixed if pattern.startswith(f'{fixed}{os.sep}') else fixed.parent
 
   def rank(path):
-    name = os.path.relpath(path, base).replace(os.sep, '/')
+    name = path.path if isinstance(path, UPath) else path
+    name = os.path.relpath(name, base).replace(os.sep, '/')
     return hashlib.sha256(name.encode()).digest()
 
   # The lowest rank is always held out and the highest never, so no split is

@@ -18,9 +18,9 @@ from moe_jax.data.sources.contract import (
   Selection,
   SourceOptions,
 )
-from moe_jax.data.sources.files import matching
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
+from moe_jax.data.urls import matching
 from moe_jax.errors import InputError
 
 ROLES = ('system', 'user', 'assistant')

@@ -33,7 +33,6 @@ from moe_jax.data.sources.contract import (
 )
 from moe_jax.data.sources.tfds import feature_texts
 from moe_jax.data.store import Digest
-from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
 
 # Pure-Python modules and packages of CPython 3.11 to 3.13; 8.2 MB in all.
@@ -190,7 +189,7 @@ def reader(
   The builder prepares the examples in the cache when a split is first read.
   """
   name = f'{builder.name}-{cache_folders.FORMAT}-{digest[:16]}'
-  folder = cache_root(selection.cache_dir) / 'tfds' / name
+  folder = selection.cache / 'tfds' / name
 
   make = functools.partial(builder, modules=modules, file_format='array_record')
 

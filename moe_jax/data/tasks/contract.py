@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moe_jax.config import Options, required
-from moe_jax.data import store
+from moe_jax.data import pieces, store
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
 from moe_jax.data.sources.contract import (
@@ -16,7 +16,6 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
-from moe_jax.data.tokens_folder import tokens_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +147,9 @@ class TaskOptions(Options):
         short for the task.
     """
     corpus = self.open(source, selection)
-    folder = tokens_folder(corpus, tokenizer, selection)
+    folder = pieces.make(corpus, tokenizer, selection).folder
     about = store.read_about(folder)
-    vocabulary = self.vocabulary(load(folder / 'tokenizer.json'), shape)
+    vocabulary = self.vocabulary(load(folder / store.TOKENIZER), shape)
     splits = {
       split: self.rows(corpus.read(folder, split), vocabulary, shape)
       for split in SPLITS

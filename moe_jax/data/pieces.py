@@ -1,0 +1,315 @@
+"""The tokens of a source, made once, in pieces, by a pool or by Apache Beam.
+
+`make_piece` is a pure function of the index of a piece: it writes a folder and
+renames it, with the same bytes always, and takes a piece that is there. So
+whoever calls it, in any order and how often, the work that was killed goes on
+where it ended. `make` has all pieces made and joins them; a run calls it when
+it starts, and so does the command of `prepare.py`, with more processes.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import NamedTuple
+
+from moe_jax.data import store
+from moe_jax.data.cache_folders import (
+  FORMAT,
+  check_may_prepare,
+  locked,
+  prepared,
+  publish,
+  verify,
+)
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  Pairs,
+  Pieces,
+  Selection,
+  Texts,
+)
+from moe_jax.data.tokenizers import (
+  Fitted,
+  Tokenizer,
+  TokenizerOptions,
+  load,
+)
+from moe_jax.errors import InputError
+
+POOL = 'pool'  # runner of a pool of processes
+# Threads of the tokenizers library would take cores from the other processes.
+_ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
+_KIBIBYTE = 1 if sys.platform == 'darwin' else 1024  # the unit of ru_maxrss
+_WORKER: dict[str, 'Work'] = {}  # of a worker process
+
+
+class Work(NamedTuple):
+  """What is tokenized, and where to; it can be pickled.
+
+  Attributes:
+    folder: Folder of finished pieces.
+    pieces: The texts.
+    streams: The streams of tokens; see `store.write_piece`.
+    tokenizer: The tokenizer.
+    url: Folder of the same pieces at a URL, whence they are copied and whither;
+      '' is for none.
+  """
+
+  folder: pathlib.Path
+  pieces: Pieces
+  streams: tuple[str, ...]
+  tokenizer: Tokenizer
+  url: str = ''
+
+
+class Engine(NamedTuple):
+  """Who makes the pieces.
+
+  Attributes:
+    processes: Number of processes of the pool; 1 is this process.
+    runner: POOL, or the name of a runner of Apache Beam.
+    arguments: Beam's own flags, such as '--region=europe-west1'.
+    on_progress: Called with the number of bytes whose tokens are there by now,
+      and with the number of all bytes.
+  """
+
+  processes: int = 1
+  runner: str = POOL
+  arguments: tuple[str, ...] = ()
+  on_progress: Callable[[int, int], None] = lambda done, total: None
+
+
+class Report(NamedTuple):
+  """The report of `make` on the folder of a source's tokens.
+
+  Attributes:
+    folder: The folder of the tokens.
+    num_existing: Number of pieces that were there already.
+    bytes_read: Number of bytes of files that were read.
+    peak_bytes: The most bytes of memory that one process of this host held.
+  """
+
+  folder: pathlib.Path
+  num_existing: int = 0
+  bytes_read: int = 0
+  peak_bytes: int = 0
+
+
+def make_piece(work: Work, number: int) -> None:
+  """Writes the tokens of a piece, unless they are there and whole.
+
+  Raises:
+    ValueError: The source is damaged, or the tokenizer lacks a character.
+  """
+  path = work.folder / store.piece_name(number)
+
+  def write(folder: pathlib.Path) -> None:
+    texts = work.pieces.read(number)
+    store.write_piece(folder, texts, work.tokenizer, work.streams)
+
+  if not _is_whole(path):
+    prepared(path, write, url=work.url and f'{work.url}/{path.name}')
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+  """Whether a piece is there as it was written; what is damaged is removed."""
+  try:
+    verify(path, digests=True)
+  except InputError:
+    shutil.rmtree(path, ignore_errors=True)
+  return path.is_dir()
+
+
+def make(
+  corpus: Texts | Pairs,
+  tokenizer: TokenizerOptions,
+  selection: Selection,
+  engine: Engine = Engine(),
+) -> Report:
+  """Makes the folder of a source's tokens, or verifies the one that is there.
+
+  Raises:
+    ValueError: The data is missing or bad, a process was killed, or the folder
+      is damaged.
+    NotPreparedError: The folder is missing within `reading_only`.
+  """
+  folder = _folder_of(corpus, tokenizer, selection)
+  if folder.is_dir():
+    verify(folder, digests=selection.cache_digests)
+    return Report(folder)
+  check_may_prepare(os.fspath(folder))
+  parts = folder.with_name(f'{folder.name}.parts')
+  parts.mkdir(parents=True, exist_ok=True)
+  url = selection.url('tokens', folder.name)
+
+  def fit(unfinished: pathlib.Path) -> None:
+    texts = (text for split in SPLITS for text in corpus.texts(split))
+    tokenizer.fit(texts).save(unfinished / 'tokenizer.json')
+
+  with locked(folder):
+    try:
+      its_url = url and f'{url}/tokenizer'
+      path = prepared(parts / 'tokenizer', fit, url=its_url) / 'tokenizer.json'
+      fitted = load(path)
+      work = Work(parts, corpus.in_pieces(), corpus.streams, fitted, url)
+      report = _make_pieces(work, engine)
+      try:
+        store.join(parts, len(work.pieces.sizes), fitted, corpus.streams)
+      except InputError:  # a split is empty, and nobody needs the pieces
+        shutil.rmtree(parts)
+        raise
+      for path in parts.glob('.*'):  # killed processes have left it
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+      publish(parts, folder)
+    except (OSError, InputError):
+      # Another process may have renamed the folder, where there are no locks.
+      if not folder.is_dir():
+        raise
+      return Report(folder)
+  return report._replace(folder=folder)
+
+
+def _folder_of(
+  corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
+) -> pathlib.Path:
+  """The folder where the tokens are, or will be.
+
+  The tokens of a tokenizer that was fitted to the same texts may be in the
+  folder of the options by which it was fitted; that folder is then taken.
+  """
+
+  def folder_for(options: TokenizerOptions) -> pathlib.Path:
+    key = f'{FORMAT} {corpus.identity} {options.identity()}'
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return selection.cache / 'tokens' / name
+
+  folder = folder_for(tokenizer)
+  if folder.is_dir() or not isinstance(tokenizer, Fitted):
+    return folder
+  try:
+    other = folder_for(tokenizer.replaced) if tokenizer.replaced else folder
+    equal = load(other / store.TOKENIZER).identity == tokenizer.identity()
+  except (InputError, OSError):  # the replaced file or its tokens are missing
+    return folder
+  return other if equal else folder
+
+
+def _make_pieces(work: Work, engine: Engine) -> Report:
+  """Has the engine make the pieces that are missing."""
+  sizes, paths = work.pieces.sizes, {}
+  for number in range(len(sizes)):
+    paths[number] = work.folder / store.piece_name(number)
+  todo = [number for number, path in paths.items() if not _is_whole(path)]
+  total = sum(sizes)
+  done = skipped = total - sum(sizes[number] for number in todo)
+
+  def finished(number: int) -> None:
+    nonlocal done
+    done += sizes[number]
+    engine.on_progress(done, total)
+
+  engine.on_progress(done, total)
+  if engine.runner == POOL or len(todo) < 2:
+    run_pool(work, todo, engine.processes, finished)
+  else:
+    run_beam(work, todo, engine)
+    for number in todo:
+      if not work.url and not paths[number].is_dir():
+        raise InputError(
+          f'{engine.runner} has written {paths[number]} on another machine: '
+          'set data.cache_dir to a folder at a URL'
+        )
+      make_piece(work, number)  # copies it from the URL
+      finished(number)
+  existing = len(sizes) - len(todo)
+  return Report(work.folder, existing, total - skipped, peak_memory())
+
+
+def peak_memory() -> int:
+  """The most bytes of memory that this process or a child of it has held."""
+  processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+  return _KIBIBYTE * max(resource.getrusage(p).ru_maxrss for p in processes)
+
+
+def run_pool(
+  work: Work,
+  numbers: Sequence[int],
+  processes: int,
+  finished: Callable[[int], None],
+) -> None:
+  """Makes pieces in several processes, or in this one if `processes` is 1."""
+  if processes == 1 or len(numbers) < 2:
+    for number in numbers:
+      make_piece(work, number)
+      finished(number)
+    return
+  context = multiprocessing.get_context('spawn')
+  pool = futures.ProcessPoolExecutor(
+    min(processes, len(numbers)), context, _begin_worker, (work,)
+  )
+  try:
+    jobs = {pool.submit(_work, number): number for number in numbers}
+    for job in futures.as_completed(jobs):
+      job.result()
+      finished(jobs[job])
+  except futures.BrokenExecutor:
+    raise InputError(
+      'a process was killed while it tokenized, maybe for lack of memory: take '
+      'fewer processes. Finished pieces are kept: the same command goes on'
+    ) from None
+  finally:
+    pool.shutdown(cancel_futures=True)  # pieces in work are finished
+
+
+def _begin_worker(work: Work) -> None:
+  """Prepares a worker process, which ends with its parent, to tokenize."""
+  os.environ |= _ONE_THREAD
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a text
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  _WORKER['work'] = work
+
+
+def _work(number: int) -> None:
+  """Makes a piece in a worker process.
+
+  A defect of a user's class is sent to the parent as text: an error that cannot
+  be sent would end the pool, as a kill does.
+  """
+  try:
+    make_piece(_WORKER['work'], number)
+  except (InputError, MemoryError, OSError):
+    raise
+  except Exception:
+    raise RuntimeError(traceback.format_exc()) from None
+
+
+def _end_with_parent() -> None:
+  """Ends this process when its parent has ended, in whatever way."""
+  if (parent := multiprocessing.parent_process()) is not None:
+    parent.join()
+  os._exit(1)
+
+
+def run_beam(work: Work, numbers: Sequence[int], engine: Engine) -> None:
+  """Makes pieces by a runner of Apache Beam."""
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError:
+    raise InputError(
+      f'--runner={engine.runner} is one of Apache Beam, which is not installed:'
+      " pip install 'moe_jax[beam]'"
+    ) from None
+  flags = [f'--runner={engine.runner}', *engine.arguments]
+  with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+    indices = pipeline | beam.Create(numbers) | beam.Reshuffle()
+    _ = indices | beam.Map(lambda number: make_piece(work, number))

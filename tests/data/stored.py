@@ -1,0 +1,33 @@
+"""Streams of tokens that tests write and read, in a single piece."""
+
+from moe_jax.data import store
+from moe_jax.data.sources.contract import Pairs, Texts
+
+
+def write(folder, corpus, tokenizer):
+  """Writes the only piece of a corpus, and what pieces have in common."""
+  piece = folder / store.piece_name(0)
+  piece.mkdir()
+  texts = corpus.in_pieces().read(0)
+  store.write_piece(piece, texts, tokenizer, corpus.streams)
+  store.join(folder, 1, tokenizer, corpus.streams)
+
+
+def write_tokens(folder, texts, tokenizer):
+  """Writes the documents of each split."""
+  write(folder, Texts('', '', lambda split: iter(texts[split])), tokenizer)
+
+
+def write_pairs(folder, pairs, tokenizer):
+  """Writes the pairs of each split."""
+  write(folder, Pairs('', '', lambda split: iter(pairs[split])), tokenizer)
+
+
+def read_tokens(folder, split):
+  """Returns the stream of a split's documents."""
+  return store.read_stream(folder, split, 'documents')
+
+
+def read_pairs(folder, split):
+  """Returns the streams of a split's inputs and of its targets."""
+  return [store.read_stream(folder, split, side) for side in store.PAIRS]

@@ -1,0 +1,234 @@
+"""Pieces of documents become one folder, whoever makes them and how often."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+from upath import UPath
+
+from moe_jax import data
+from moe_jax.data import pieces, store, tokenizers
+from moe_jax.data.pieces import Engine, make
+from moe_jax.data.sources import files
+from moe_jax.data.sources.contract import Pieces
+
+
+@pytest.fixture
+def small_pieces(tmp_path, monkeypatch):
+  """A function from a cache's name to options, for lines in six pieces."""
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**12)
+  for name in 'ab':
+    lines = [json.dumps({'text': f'{name}{i} ' * (i % 37)}) for i in range(120)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+
+  def options(cache):
+    return data.DataOptions(
+      source=data.FilesSource(f'{tmp_path}/*.jsonl'),
+      seq_len=16,
+      cache_dir=str(tmp_path / cache),
+    )
+
+  return options
+
+
+def made(options, engine=Engine()):
+  """Makes the tokens; returns the report."""
+  corpus = options.source.texts(options.selection)
+  return make(corpus, options.tokenizer, options.selection, engine)
+
+
+def digests_of(folder):
+  """Returns the sha256 of every file of a folder, by name."""
+  return {
+    path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
+
+
+def folder_in(cache):
+  """Returns the only folder of tokens in a cache, which is alone there."""
+  (folder,) = (pathlib.Path(cache) / 'tokens').iterdir()
+  return folder
+
+
+def test_the_command_makes_what_a_run_makes_by_itself(small_pieces):
+  dataset = data.load(small_pieces('run'))
+  folder = folder_in(small_pieces('run').cache_dir)
+  options, progress = small_pieces('theirs'), []
+  engine = Engine(on_progress=lambda *done: progress.append(done))
+  report = made(options, engine)
+  assert progress[0][0] == 0 and progress[-1][0] == progress[-1][1]
+  assert report.folder == folder_in(options.cache_dir)
+  assert report.folder.name == folder.name
+  assert digests_of(report.folder) == digests_of(folder)
+  # A run that finds the folder learns from the same rows.
+  loaded = data.load(options)
+  assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
+  assert len([p for p in folder.iterdir() if p.match('0*')]) >= 6
+
+
+def test_a_folder_at_a_url_is_written_and_read(
+  small_pieces, tmp_path, monkeypatch
+):
+  url = f'memory://{tmp_path.name}/cache'
+  dataset = data.load(small_pieces('here'))
+  here = folder_in(small_pieces('here').cache_dir)
+  options = dataclasses.replace(small_pieces(''), cache_dir=url)
+  for cache in ('a', 'b'):
+    monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / cache))
+    if cache == 'b':  # all pieces are copied, and none is made
+      monkeypatch.setattr(store, 'write_piece', None)
+    loaded = data.load(options)
+    assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
+    assert digests_of(folder_in(tmp_path / cache)) == digests_of(here)
+
+
+def test_a_damaged_copy_of_a_piece_is_refused(
+  small_pieces, tmp_path, monkeypatch
+):
+  url = f'memory://{tmp_path.name}/cache'
+  options = dataclasses.replace(small_pieces(''), cache_dir=url)
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'a'))
+  data.load(options)
+  (piece,) = UPath(url).glob('tokens/*/00001/train.documents.tokens')
+  piece.write_bytes(piece.read_bytes()[::-1])
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'b'))
+  with pytest.raises(ValueError, match=r'00001 is damaged.*has changed'):
+    data.load(options)
+
+
+def test_rows_are_those_of_one_piece(small_pieces, monkeypatch):
+  many = data.load(small_pieces('many'))
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**30)
+  whole = data.load(small_pieces('one'))
+  assert many.counts == whole.counts
+  for split in data.SPLITS:
+    piece_rows, whole_rows = many.splits[split], whole.splits[split]
+    assert len(piece_rows) == len(whole_rows)
+    rows = np.random.default_rng(0).integers(0, len(piece_rows), 200)
+    for name, values in piece_rows.take(rows).items():
+      np.testing.assert_array_equal(values, whole_rows.take(rows)[name])
+
+
+def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
+  small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+
+  def stop(tokenizer, text):
+    if text.startswith('b30 '):
+      raise ValueError('stopped')
+    return encode(tokenizer, text)
+
+  encode = tokenizers.Bytes.encode
+  with monkeypatch.context() as stopping:
+    stopping.setattr(tokenizers.Bytes, 'encode', stop)
+    with pytest.raises(ValueError, match='stopped'):
+      made(options)
+  folder = folder_in(options.cache_dir)
+  assert folder.suffix == '.parts'
+  finished = sorted(path.name for path in folder.glob('0*'))
+  assert (
+    finished == [f'{i:05}' for i in range(len(finished))]
+    and 3 <= len(finished) < 6
+  )
+  name = 'train.documents.tokens'
+  written_ns = (folder / '00000' / name).stat().st_mtime_ns
+  damaged_file = folder / '00001' / name
+  damaged_file.write_bytes(damaged_file.read_bytes()[::-1])
+  (folder / '00002' / 'files.json').write_text('{')
+  (folder / '.00003-1').mkdir()  # a process was killed
+  report = made(options)
+  assert report.num_existing == len(finished) - 2
+  assert (report.folder / '00000' / name).stat().st_mtime_ns == written_ns
+  assert digests_of(report.folder) == digests_of(
+    made(small_pieces('fresh')).folder
+  )
+
+
+def test_the_folder_that_another_process_made_meanwhile_is_taken(
+  small_pieces, monkeypatch
+):
+  options, join = small_pieces('cache'), store.join
+
+  def finish_other_first(*args):
+    # As where the file system has no locks.
+    monkeypatch.setattr(pieces, 'locked', contextlib.nullcontext)
+    monkeypatch.setattr(store, 'join', join)
+    made(options)
+    return join(*args)
+
+  monkeypatch.setattr(store, 'join', finish_other_first)
+  assert made(options).folder == folder_in(options.cache_dir)
+  assert len(data.load(options).splits['train'])
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  with (tmp_path / 'b.jsonl').open('a') as file:
+    file.write('\n')
+  with pytest.raises(ValueError, match=r'b\.jsonl was changed while'):
+    make(corpus, options.tokenizer, options.selection)
+
+
+@pytest.mark.parametrize(
+  'options', [data.CharsOptions(), data.TrainedOptions(vocab_size=280)]
+)
+def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
+  options, small_pieces, tmp_path
+):
+  data_options = dataclasses.replace(small_pieces('cache'), tokenizer=options)
+  dataset = data.load(data_options)
+  folder = folder_in(data_options.cache_dir)
+  fitted_options = data_options.with_tokenizer(dataset.tokenizer)
+  assert data.load(fitted_options).digest == dataset.digest
+  assert folder_in(data_options.cache_dir) == folder
+  # Other texts have other characters, and keep the tokenizer of the run.
+  (tmp_path / 'b.jsonl').write_text('{"text": "b0 b1"}\n' * 99)
+  changed = data.load(fitted_options)
+  assert changed.tokenizer.identity == dataset.tokenizer.identity
+  assert changed.digest != dataset.digest
+
+
+class Broken(Pieces):
+  """Pieces of which a library cannot read one, and kills its process."""
+
+  sizes = (10, 20, 30)
+
+  def read(self, number):
+    if number == 1:
+      raise RuntimeError('row 3 is broken')
+    if number == 2:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return ((split, ('1 2',)) for split in data.SPLITS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('number', 'error', 'message'),
+  [
+    (1, RuntimeError, 'row 3 is broken'),
+    (2, ValueError, 'was killed .* lack of memory'),
+  ],
+)
+def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
+  work = pieces.Work(tmp_path, Broken(), store.DOCUMENTS, tokenizers.Bytes())
+  with pytest.raises(error, match=message):
+    pieces.run_pool(work, [0, number], 2, lambda number: None)
+
+
+def test_pairs_have_their_folder(small_pieces):
+  options = small_pieces('cache')
+  pairs = data.InstructionSource(num_train=16).pairs(options.selection)
+  report = make(
+    pairs, options.tokenizer, options.selection, Engine(processes=2)
+  )
+  assert (report.folder / '00000' / 'train.inputs.tokens').exists()
