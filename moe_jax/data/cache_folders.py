@@ -93,15 +93,27 @@ def prepared(
     return folder
   check_may_prepare(os.fspath(folder))
   folder.parent.mkdir(parents=True, exist_ok=True)
-  with locked(folder):
+  with locked(folder) as alone:
     if not folder.is_dir():
+      for left in folder.parent.glob(f'.{folder.name}-*') if alone else ():
+        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
       with new_folder(folder.parent, folder.name) as unfinished:
         if url and urls.fetch(url, unfinished):
           verify(unfinished, digests=True, where=url)
-          unfinished.rename(folder)
         else:
           write(unfinished)
-          publish(unfinished, folder, url)
+          facts = {
+            name: [path.stat().st_size, sha256(path)]
+            for name, path in _files(unfinished).items()
+          }
+          (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
+          if url:
+            urls.upload(unfinished, url)
+        try:
+          unfinished.rename(folder)
+        except OSError:  # another process was faster, where there are no locks
+          if not folder.is_dir():
+            raise
   return folder
 
 
@@ -125,31 +137,11 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     yield folder
 
 
-def publish(
-  unfinished: pathlib.Path, folder: pathlib.Path, url: str = ''
-) -> None:
-  """Writes the list of a folder's files and renames it, unless `folder` exists.
-
-  `unfinished` and `folder` are on one file system. The files are copied to
-  `url`, if there is one, before.
-  """
-  facts = {
-    name: [path.stat().st_size, sha256(path)]
-    for name, path in _files(unfinished).items()
-  }
-  (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
-  if url:
-    urls.upload(unfinished, url)
-  try:
-    unfinished.rename(folder)
-  except OSError:
-    if not folder.is_dir():
-      raise
-
-
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[bool]:
   """Holds a lock on `path` while the body runs, by a file in the same folder.
+
+  Yields whether the lock is held.
 
   The lock saves work but is no guarantee: other processes are not kept out
   where the folder cannot be written or has no locks, or if they wait for a lock
@@ -161,7 +153,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     with contextlib.suppress(OSError, NotImplementedError):
       stack.enter_context(lock)
       stack.callback(pathlib.Path(lock.lock_file).unlink, missing_ok=True)
-    yield
+    yield lock.is_locked
 
 
 @contextlib.contextmanager

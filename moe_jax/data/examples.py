@@ -9,7 +9,6 @@ from jaxtyping import Integer
 
 from moe_jax.data.layouts import Counts, Example, Layout, Lengths, Window
 from moe_jax.data.packing import Batch, Numbers, Rows
-from moe_jax.data.store import Shards
 from moe_jax.shapes import Int
 
 # Number of rows that may still take an example. With 8, docstrings fill a fifth
@@ -129,7 +128,7 @@ class DenoisedRows(ExampleRows):
 
   def __init__(
     self,
-    tokens: Integer[np.ndarray, ' N'] | Shards,
+    tokens: Integer[np.ndarray, ' N'],
     starts: Integer[np.ndarray, ' D'],
     task: WindowTask,
     *,

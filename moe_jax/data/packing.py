@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.data.layouts import Layout
-from moe_jax.data.store import Tokens
 from moe_jax.shapes import Int
 
 Batch = dict[str, np.ndarray]
@@ -92,7 +91,7 @@ class PackedRows(Rows):
   Only the last row can hold padding.
   """
 
-  def __init__(self, tokens: Tokens, starts: np.ndarray, seq_len: int):
+  def __init__(self, tokens: np.ndarray, starts: np.ndarray, seq_len: int):
     """Wraps a stream, which may be memory-mapped, without copying it.
 
     Args:

@@ -24,10 +24,7 @@ from typing import NamedTuple
 from moe_jax.data import store
 from moe_jax.data.cache_folders import (
   FORMAT,
-  check_may_prepare,
-  locked,
   prepared,
-  publish,
   verify,
 )
 from moe_jax.data.sources.contract import (
@@ -70,6 +67,10 @@ class Work(NamedTuple):
   tokenizer: Tokenizer
   url: str = ''
 
+  def path(self, number: int) -> pathlib.Path:
+    """The folder of the piece with this index."""
+    return self.folder / f'{number:05}'
+
 
 class Engine(NamedTuple):
   """Who makes the pieces.
@@ -110,7 +111,7 @@ def make_piece(work: Work, number: int) -> None:
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
   """
-  path = work.folder / store.piece_name(number)
+  path = work.path(number)
 
   def write(folder: pathlib.Path) -> None:
     texts = work.pieces.read(number)
@@ -143,39 +144,34 @@ def make(
     NotPreparedError: The folder is missing within `reading_only`.
   """
   folder = _folder_of(corpus, tokenizer, selection)
-  if folder.is_dir():
-    verify(folder, digests=selection.cache_digests)
-    return Report(folder)
-  check_may_prepare(os.fspath(folder))
   parts = folder.with_name(f'{folder.name}.parts')
-  parts.mkdir(parents=True, exist_ok=True)
-  url = selection.url('tokens', folder.name)
+  url, report = selection.url('tokens', folder.name), Report(folder)
 
   def fit(unfinished: pathlib.Path) -> None:
     texts = (text for split in SPLITS for text in corpus.texts(split))
     tokenizer.fit(texts).save(unfinished / 'tokenizer.json')
 
-  with locked(folder):
+  def write(unfinished: pathlib.Path) -> None:
+    nonlocal report
+    path = prepared(parts / 'tokenizer', fit, url=url and f'{url}/tokenizer')
+    fitted = load(path / 'tokenizer.json')
+    work = Work(parts, corpus.in_pieces(), corpus.streams, fitted, url)
+    report = _make_pieces(work, engine)._replace(folder=folder)
+    pieces = [work.path(number) for number in range(len(work.pieces.sizes))]
     try:
-      its_url = url and f'{url}/tokenizer'
-      path = prepared(parts / 'tokenizer', fit, url=its_url) / 'tokenizer.json'
-      fitted = load(path)
-      work = Work(parts, corpus.in_pieces(), corpus.streams, fitted, url)
-      report = _make_pieces(work, engine)
-      try:
-        store.join(parts, len(work.pieces.sizes), fitted, corpus.streams)
-      except InputError:  # a split is empty, and nobody needs the pieces
-        shutil.rmtree(parts)
-        raise
-      for path in parts.glob('.*'):  # killed processes have left it
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-      publish(parts, folder)
-    except (OSError, InputError):
-      # Another process may have renamed the folder, where there are no locks.
-      if not folder.is_dir():
-        raise
-      return Report(folder)
-  return report._replace(folder=folder)
+      store.join(pieces, unfinished, fitted, corpus.streams)
+    except InputError:  # a split is empty, and nobody needs the pieces
+      shutil.rmtree(parts)
+      raise
+
+  try:
+    prepared(folder, write, digests=selection.cache_digests)
+  except OSError:
+    # Another process may have joined the pieces, where there are no locks.
+    if not folder.is_dir():
+      raise
+  shutil.rmtree(parts, ignore_errors=True)
+  return report
 
 
 def _folder_of(
@@ -197,7 +193,7 @@ def _folder_of(
     return folder
   try:
     other = folder_for(tokenizer.replaced) if tokenizer.replaced else folder
-    equal = load(other / store.TOKENIZER).identity == tokenizer.identity()
+    equal = load(other / 'tokenizer.json').identity == tokenizer.identity()
   except (InputError, OSError):  # the replaced file or its tokens are missing
     return folder
   return other if equal else folder
@@ -205,10 +201,8 @@ def _folder_of(
 
 def _make_pieces(work: Work, engine: Engine) -> Report:
   """Has the engine make the pieces that are missing."""
-  sizes, paths = work.pieces.sizes, {}
-  for number in range(len(sizes)):
-    paths[number] = work.folder / store.piece_name(number)
-  todo = [number for number, path in paths.items() if not _is_whole(path)]
+  sizes = work.pieces.sizes
+  todo = [i for i in range(len(sizes)) if not _is_whole(work.path(i))]
   total = sum(sizes)
   done = skipped = total - sum(sizes[number] for number in todo)
 
@@ -223,10 +217,10 @@ def _make_pieces(work: Work, engine: Engine) -> Report:
   else:
     run_beam(work, todo, engine)
     for number in todo:
-      if not work.url and not paths[number].is_dir():
+      if not work.url and not work.path(number).is_dir():
         raise InputError(
-          f'{engine.runner} has written {paths[number]} on another machine: '
-          'set data.cache_dir to a folder at a URL'
+          f'{work.path(number)} is not here, as {engine.runner} writes on '
+          'other machines: set data.cache_dir to a folder at a URL'
         )
       make_piece(work, number)  # copies it from the URL
       finished(number)

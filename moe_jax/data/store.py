@@ -1,14 +1,13 @@
-"""Token streams on disk: written piece by piece, read as memory maps.
+"""Token streams on disk: written in pieces, joined, read as memory maps.
 
-A folder of tokens has a folder for each piece of a source, `00000`, `00001`,
-..., and beside them what all pieces have in common:
-
-    00000/train.documents.tokens    tokens of the piece, one text after another
+    00000/train.documents.tokens    a piece: its tokens, one text after another
     00000/train.documents.lengths   the number of tokens of each text, uint32
     00000/piece.json                counts, and the sha256 of the texts
-    train.documents.starts          where each text of all pieces begins, int64
-    about.json                      counts of all pieces, type of the tokens
-    tokenizer/tokenizer.json        the tokenizer
+
+    train.documents.tokens          all pieces: their tokens
+    train.documents.starts          where each text begins, int64
+    about.json                      counts, type of the tokens, sha256
+    tokenizer.json
 
 Texts have one stream for each split, `documents`; pairs have two, `inputs` and
 `targets`.
@@ -16,10 +15,10 @@ Texts have one stream for each split, `documents`; pairs have two, `inputs` and
 
 import collections
 import contextlib
-import functools
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,20 +30,13 @@ from moe_jax.errors import InputError
 
 SPLITS: tuple[str, str] = ('train', 'validation')
 DOCUMENTS, PAIRS = ('documents',), ('inputs', 'targets')  # names of streams
-TOKENIZER = 'tokenizer/tokenizer.json'
 # Name of the number of tokens of a stream among the counts of a split.
 _TOKENS = {
   'documents': 'tokens',
   'inputs': 'input_tokens',
   'targets': 'target_tokens',
 }
-# Memory maps that a process holds open, each with a file descriptor.
-_MOST_OPEN = 256
-
-
-def piece_name(number: int) -> str:
-  """The name of the folder of the piece with this index."""
-  return f'{number:05}'
+Stream = tuple[np.ndarray, np.ndarray]  # tokens, and where each text begins
 
 
 def write_piece(
@@ -69,7 +61,7 @@ def write_piece(
     ValueError: A text is no text, or an id is not in the vocabulary.
   """
   eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  dtype, digest = dtype_of(tokenizer), Digest()
+  dtype, digest = _dtype(tokenizer), Digest()
   counts = {split: collections.Counter() for split in SPLITS}
   split_before = ''
   with contextlib.ExitStack() as stack:
@@ -109,36 +101,27 @@ def write_piece(
 
 
 def join(
+  pieces: Sequence[pathlib.Path],
   folder: pathlib.Path,
-  num_pieces: int,
   tokenizer: Tokenizer,
   streams: Sequence[str],
 ) -> None:
-  """Writes what the pieces in a folder have in common.
+  """Writes the tokens of all pieces, in order, into `folder`.
 
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction, or no
       pair.
   """
-  folders = [folder / piece_name(number) for number in range(num_pieces)]
-  pieces = [_read_json(path / 'piece.json') for path in folders]
-  splits, sizes = {}, {}
+  facts, splits = [_read_json(piece / 'piece.json') for piece in pieces], {}
   for split in SPLITS:
     total = collections.Counter()
-    for piece in pieces:
-      total.update(piece['splits'][split])
+    for fact in facts:
+      total.update(fact['splits'][split])
     entry = 'documents' if streams == DOCUMENTS else 'pairs'
     splits[split] = {entry: total['texts'], 'bytes': total['bytes']}
     for stream in streams:
-      name = f'{split}.{stream}'
       splits[split][_TOKENS[stream]] = total[stream]
-      sizes[name] = [piece['splits'][split].get(stream, 0) for piece in pieces]
-      with (folder / f'{name}.starts').open('wb') as out:
-        begins = np.cumsum([0, *sizes[name]])
-        for path, begin in zip(folders, begins):
-          lengths = np.fromfile(path / f'{name}.lengths', np.uint32)
-          ends = begin + np.cumsum(lengths, dtype=np.int64)
-          out.write((ends - lengths).tobytes())
+      _join_stream(pieces, folder, f'{split}.{stream}')
     if streams == DOCUMENTS and total['documents'] < 2:
       raise InputError(
         f'split {split!r} has {total["documents"]} tokens in '
@@ -148,101 +131,43 @@ def join(
       raise InputError(
         f'split {split!r} has no pair of which both sides have a token'
       )
-  digest = pieces[0]['sha256']
-  if num_pieces > 1:
-    lines = ''.join(f'{piece["sha256"]}\n' for piece in pieces)
+  digest = facts[0]['sha256']
+  if len(facts) > 1:
+    lines = ''.join(f'{fact["sha256"]}\n' for fact in facts)
     digest = hashlib.sha256(lines.encode()).hexdigest()
-  about = {
-    'dtype': dtype_of(tokenizer),
-    'splits': splits,
-    'tokens_of_pieces': sizes,
-    'sha256': digest,
-  }
+  about = {'dtype': _dtype(tokenizer), 'splits': splits, 'sha256': digest}
   (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')
+  tokenizer.save(folder / 'tokenizer.json')
 
 
-class Shards:
-  """A stream of tokens in several files, each mapped when it is first read.
-
-  The stream has what rows need of an array [N]: `len`, `shape`, `dtype`, slices
-  without a step, and indexing by integers from 0 to N - 1 and by arrays of such
-  integers.
-
-  Attributes:
-    dtype: Type of the tokens.
-    shape: (N,).
-  """
-
-  def __init__(
-    self, paths: Sequence[pathlib.Path], dtype: str, counts: Sequence[int]
+def _join_stream(pieces, folder, name) -> None:
+  begin = 0
+  with (
+    (folder / f'{name}.tokens').open('wb') as tokens,
+    (folder / f'{name}.starts').open('wb') as starts,
   ):
-    """Takes the files, in order, and the number of tokens in each."""
-    self.dtype = np.dtype(dtype)
-    self._paths = list(paths)
-    self._ends = np.cumsum(counts)
-    self._begins = self._ends - np.asarray(counts)
-    self.shape = (int(self._ends[-1]),)
-    self._file = functools.lru_cache(maxsize=_MOST_OPEN)(self._map)
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(
-    self, index: int | np.integer | slice | np.ndarray
-  ) -> np.ndarray:
-    if isinstance(index, slice):
-      begin, end, step = index.indices(len(self))
-      if step != 1:
-        raise IndexError(f'tokens are read in order, not by step {step}')
-      index = np.arange(begin, end)
-    index = np.asarray(index, np.int64)
-    if index.size and not 0 <= index.min() <= index.max() < len(self):
-      raise IndexError(
-        f'{index.min()} to {index.max()} of {len(self)} tokens, from 0'
-      )
-    flat = index.reshape(-1)
-    file = np.searchsorted(self._ends, flat, side='right')
-    tokens = np.empty(flat.size, self.dtype)
-    # Sorting small integers takes a fraction of a pass for each file.
-    small = file.astype(np.uint16 if len(self._paths) < 2**16 else np.int64)
-    order = np.argsort(small, kind='stable')
-    files, cuts = np.unique(file[order], return_index=True)
-    for i, chosen in zip(files.tolist(), np.split(order, cuts[1:])):
-      tokens[chosen] = self._file(i)[flat[chosen] - self._begins[i]]
-    return tokens.reshape(index.shape)
-
-  def _map(self, number: int) -> np.ndarray:
-    count = int(self._ends[number] - self._begins[number])
-    return _read(self._paths[number], self.dtype.name, count)
-
-
-Tokens = np.ndarray | Shards
-Stream = tuple[Tokens, np.ndarray]  # tokens, and where each text begins
+    for piece in pieces:
+      with (piece / f'{name}.tokens').open('rb') as part:
+        shutil.copyfileobj(part, tokens, 2**20)
+      lengths = np.fromfile(piece / f'{name}.lengths', np.uint32)
+      ends = begin + np.cumsum(lengths, dtype=np.int64)
+      starts.write((ends - lengths).tobytes())
+      begin = ends[-1] if ends.size else begin
 
 
 def read_stream(folder: pathlib.Path, split: str, stream: str) -> Stream:
   """The tokens [N] of a stream and the starts int64 [D] of its texts, mapped.
 
-  The tokens of several pieces are `Shards`.
-
   Raises:
     ValueError: A file has another size than was written.
   """
-  about, name = read_about(folder), f'{split}.{stream}'
-  sizes = about['tokens_of_pieces'][name]
-  paths = {
-    folder / piece_name(number) / f'{name}.tokens': size
-    for number, size in enumerate(sizes)
-    if size
-  }
-  if len(paths) == 1:
-    ((path, size),) = paths.items()
-    tokens = _read(path, about['dtype'], size)
-  else:
-    tokens = Shards([*paths], about['dtype'], [*paths.values()])
+  about, path = read_about(folder), f'{folder}/{split}.{stream}'
   counts = about['splits'][split]
-  texts = counts.get('documents', counts.get('pairs'))
-  return tokens, _read(folder / f'{name}.starts', 'int64', texts)
+  texts = counts['documents' if stream in DOCUMENTS else 'pairs']
+  return (
+    _read(f'{path}.tokens', about['dtype'], counts[_TOKENS[stream]]),
+    _read(f'{path}.starts', 'int64', texts),
+  )
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
@@ -254,8 +179,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return parse_json(read_text(path), path)
 
 
-def _read(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:
-  size = np.dtype(dtype).itemsize * count
+def _read(name: str, dtype: str, count: int) -> np.ndarray:
+  path, size = pathlib.Path(name), np.dtype(dtype).itemsize * count
   if not path.is_file() or path.stat().st_size != size:
     raise InputError(
       f'{path} is missing or not of its {size} bytes; delete {path.parent}, '
@@ -298,7 +223,7 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   return ids
 
 
-def dtype_of(tokenizer: Tokenizer) -> str:
+def _dtype(tokenizer: Tokenizer) -> str:
   """The name of the smallest numpy type that holds all ids."""
   return np.min_scalar_type(tokenizer.vocab_size - 1).name
 

@@ -1,16 +1,18 @@
 """Streams of tokens that tests write and read, in a single piece."""
 
+import pathlib
+import tempfile
+
 from moe_jax.data import store
 from moe_jax.data.sources.contract import Pairs, Texts
 
 
 def write(folder, corpus, tokenizer):
   """Writes the only piece of a corpus, and what pieces have in common."""
-  piece = folder / store.piece_name(0)
-  piece.mkdir()
-  texts = corpus.in_pieces().read(0)
-  store.write_piece(piece, texts, tokenizer, corpus.streams)
-  store.join(folder, 1, tokenizer, corpus.streams)
+  with tempfile.TemporaryDirectory() as name:
+    piece, texts = pathlib.Path(name), corpus.in_pieces().read(0)
+    store.write_piece(piece, texts, tokenizer, corpus.streams)
+    store.join([piece], folder, tokenizer, corpus.streams)
 
 
 def write_tokens(folder, texts, tokenizer):

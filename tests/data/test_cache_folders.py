@@ -36,7 +36,8 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
 
 def test_the_loser_of_a_race_takes_the_winners(tmp_path, monkeypatch):
   # As where the file system has no locks.
-  monkeypatch.setattr(cache_folders, 'locked', contextlib.nullcontext)
+  unlocked = contextlib.nullcontext(False)
+  monkeypatch.setattr(cache_folders, 'locked', lambda path: unlocked)
 
   def write_late(folder):
     (folder / 'a').write_text('late')

@@ -13,7 +13,7 @@ import pytest
 from upath import UPath
 
 from moe_jax import data
-from moe_jax.data import pieces, store, tokenizers
+from moe_jax.data import cache_folders, pieces, store, tokenizers
 from moe_jax.data.pieces import Engine, make
 from moe_jax.data.sources import files
 from moe_jax.data.sources.contract import Pieces
@@ -71,7 +71,7 @@ def test_the_command_makes_what_a_run_makes_by_itself(small_pieces):
   # A run that finds the folder learns from the same rows.
   loaded = data.load(options)
   assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
-  assert len([p for p in folder.iterdir() if p.match('0*')]) >= 6
+  assert len(options.source.texts().pieces.sizes) >= 6
 
 
 def test_a_folder_at_a_url_is_written_and_read(
@@ -140,14 +140,12 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
     and 3 <= len(finished) < 6
   )
   name = 'train.documents.tokens'
-  written_ns = (folder / '00000' / name).stat().st_mtime_ns
   damaged_file = folder / '00001' / name
   damaged_file.write_bytes(damaged_file.read_bytes()[::-1])
   (folder / '00002' / 'files.json').write_text('{')
   (folder / '.00003-1').mkdir()  # a process was killed
   report = made(options)
   assert report.num_existing == len(finished) - 2
-  assert (report.folder / '00000' / name).stat().st_mtime_ns == written_ns
   assert digests_of(report.folder) == digests_of(
     made(small_pieces('fresh')).folder
   )
@@ -160,7 +158,8 @@ def test_the_folder_that_another_process_made_meanwhile_is_taken(
 
   def finish_other_first(*args):
     # As where the file system has no locks.
-    monkeypatch.setattr(pieces, 'locked', contextlib.nullcontext)
+    unlocked = contextlib.nullcontext(False)
+    monkeypatch.setattr(cache_folders, 'locked', lambda path: unlocked)
     monkeypatch.setattr(store, 'join', join)
     made(options)
     return join(*args)
@@ -231,4 +230,4 @@ def test_pairs_have_their_folder(small_pieces):
   report = make(
     pairs, options.tokenizer, options.selection, Engine(processes=2)
   )
-  assert (report.folder / '00000' / 'train.inputs.tokens').exists()
+  assert (report.folder / 'train.inputs.tokens').exists()

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from moe_jax import data
-from moe_jax.data import prepare, store, tokenizers
+from moe_jax.data import prepare, tokenizers
 from moe_jax.data.cache_folders import sha256
 from moe_jax.data.sources import files
 
@@ -59,7 +59,7 @@ def test_a_run_that_begins_with_another_has_its_tokenizer(
   init_flag = f'--config.init_from.workdir={tmp_path}'
   assert 'tokenizer: chars' in run(capsys, tmp_path, init_flag, *flags)
   (folder,) = (tmp_path / 'cache' / 'tokens').iterdir()
-  assert tokenizers.load(folder / store.TOKENIZER).vocab_size == 13
+  assert tokenizers.load(folder / 'tokenizer.json').vocab_size == 13
 
 
 def test_every_source_of_a_mixture_is_prepared(pattern, tmp_path, capsys):

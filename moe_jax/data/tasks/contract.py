@@ -149,7 +149,7 @@ class TaskOptions(Options):
     corpus = self.open(source, selection)
     folder = pieces.make(corpus, tokenizer, selection).folder
     about = store.read_about(folder)
-    vocabulary = self.vocabulary(load(folder / store.TOKENIZER), shape)
+    vocabulary = self.vocabulary(load(folder / 'tokenizer.json'), shape)
     splits = {
       split: self.rows(corpus.read(folder, split), vocabulary, shape)
       for split in SPLITS
