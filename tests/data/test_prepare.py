@@ -112,14 +112,14 @@ def large(tmp_path_factory):
   return folder
 
 
-def command(large, cache, *flags):
+def command(large, cache, *flags, python=sys.executable):
   """Starts a process of the command on the data in `large`."""
   flags = [
-    CONFIG, KIND, f'{PATTERN}={large}/*', *flags,
-    f'--config.data.cache_dir={cache}',
+    CONFIG, KIND, f'{PATTERN}={large}/*', f'--config.data.cache_dir={cache}',
+    *flags,
   ]  # fmt: skip
   return subprocess.Popen(
-    [sys.executable, '-m', 'moe_jax.data.prepare', *flags],
+    [python, '-m', 'moe_jax.data.prepare', *flags],
     env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     start_new_session=True,
