@@ -4,16 +4,20 @@
     python -m experiments.bench_prepare --large_gb=5 --rounds=0
 
 Lines of JSON, pieces of the standard library's text, are tokenized by 1, 2, ...
-processes, as bytes and by a BPE of 8,192 tokens that is trained on them. The
-cases are interleaved; the start of the processes is a part of their time. With
-`--large_gb` data of that size is prepared once, and then read at random by two
-processes, which compare documents with the source. Writes `table.md`,
-`rows.csv` and `results.json` to `results/bench_prepare/<device>`.
+processes, as bytes and by a BPE of 8,192 tokens that is trained on them; where
+they are installed, also by Apache Beam's FnApiRunner and by `datasets.map` of
+Hugging Face, each with one process. The cases are interleaved; the start of the
+processes is a part of their time. With `--large_gb` data of that size is
+prepared once by the processes, by Beam, too, whose files have to be the same,
+and then read at random by two processes, which compare documents with the
+source. Writes `table.md`, `rows.csv` and `results.json` to
+`results/bench_prepare/<device>`.
 """
 
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -28,9 +32,10 @@ from experiments.benchmarks import random_reads, timing
 from experiments.benchmarks.random_reads import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import cli, data
+from moe_jax.data import cache_folders
 from moe_jax.data.pieces import Engine, Report, make
 
-NAME = 'bench_prepare'
+NAME, BEAM = 'bench_prepare', 'FnApiRunner'
 _BPE_TOKENS = 8192
 _BPE_DOCUMENTS = 2000
 
@@ -43,13 +48,44 @@ def train_bpe(corpus: Corpus) -> data.TokenizerOptions:
 
 
 def prepare_once(
-  pattern: str, tokenizer: data.TokenizerOptions, folder: pathlib.Path, n: int
+  pattern: str,
+  tokenizer: data.TokenizerOptions,
+  folder: pathlib.Path,
+  engine: Engine,
 ) -> Report:
-  """Tokenizes the files into an empty cache by `n` processes."""
+  """Tokenizes the files into an empty cache."""
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
   options = options_of(pattern, tokenizer, folder)
   corpus = options.source.texts(options.selection)
-  return make(corpus, tokenizer, options.selection, Engine(processes=n))
+  return make(corpus, tokenizer, options.selection, engine)
+
+
+def map_once(
+  pattern: str, tokenizer: data.TokenizerOptions, folder: pathlib.Path
+) -> None:
+  """Tokenizes the files by `datasets.map` into an empty cache."""
+  import datasets
+
+  shutil.rmtree(folder / 'datasets', ignore_errors=True)
+  datasets.disable_progress_bars()
+  lines = datasets.load_dataset(
+    'json', data_files=pattern, split='train', cache_dir=f'{folder}/datasets'
+  )
+  fitted = tokenizer.fit(())
+  lines.map(
+    lambda batch: {'ids': [fitted.encode(text) for text in batch['text']]},
+    batched=True,
+    remove_columns=lines.column_names,
+  )
+
+
+def engines(processes: Sequence[int]) -> dict[str, Engine]:
+  """The engines that are installed, by name."""
+  by_name = {f'pool of {n}': Engine(processes=n) for n in processes}
+  if importlib.util.find_spec('apache_beam'):
+    flags = ('--direct_num_workers=1',)
+    by_name[BEAM] = Engine(runner=BEAM, arguments=flags)
+  return by_name
 
 
 def options_of(
@@ -73,18 +109,26 @@ def measure(
   total = sum(p.stat().st_size for p in (folder / 'lines').iterdir())
   kinds = {'bytes': data.BytesOptions(), 'BPE': train_bpe(corpus)}
   pattern, rows = f'{folder}/lines/*.jsonl', []
+  by_name = engines(processes)
   for name, tokenizer in kinds.items():
     cases = {
-      n: functools.partial(prepare_once, pattern, tokenizer, folder, n)
-      for n in processes
+      engine: functools.partial(
+        prepare_once, pattern, tokenizer, folder, by_name[engine]
+      )
+      for engine in by_name
     }
+    if importlib.util.find_spec('datasets'):
+      case = functools.partial(map_once, pattern, tokenizer, folder)
+      cases['datasets.map'] = case
     times = timing.interleave(cases, seconds=0, least=rounds, most=rounds)
-    for n, durations in times.items():
+    for engine, durations in times.items():
       speed = timing.Spread.of([total / t / 1e6 for t in durations])
-      speed_up = timing.ratio(times[processes[0]], durations)
+      speed_up = timing.ratio(next(iter(times.values())), durations)
+      n = by_name[engine].processes if engine in by_name else 1
       rows.append(
         {
           'tokenizer': name,
+          'engine': engine,
           'processes': n,
           'megabytes': total / 1e6,
           'rounds': rounds,
@@ -106,12 +150,12 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   training = corpus.write(folder / 'large', int(gigabytes * 1e9))
   tokenizer = data.BytesOptions()
   begin = time.perf_counter()
-  preparation = prepare_once(
-    f'{folder}/large/*.jsonl', tokenizer, folder / 'cache', processes
-  )
+  pattern = f'{folder}/large/*.jsonl'
+  pool = Engine(processes=processes)
+  preparation = prepare_once(pattern, tokenizer, folder / 'cache', pool)
   seconds = time.perf_counter() - begin
   read = _size(folder / 'large')
-  options = options_of(f'{folder}/large/*.jsonl', tokenizer, folder / 'cache')
+  options = options_of(pattern, tokenizer, folder / 'cache')
   facts = {
     'gigabytes': read / 1e9,
     'documents': len(training),
@@ -122,6 +166,13 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
     'peak_mib': preparation.peak_bytes / 2**20,
     'load': os.getloadavg()[0],
   }
+  if beam := engines(()).get(BEAM):
+    begin = time.perf_counter()
+    theirs = prepare_once(pattern, tokenizer, folder / 'beam', beam)
+    facts['beam_seconds'] = time.perf_counter() - begin
+    lists = [r.folder / cache_folders.LIST for r in (preparation, theirs)]
+    facts['same_bytes'] = lists[0].read_bytes() == lists[1].read_bytes()
+    shutil.rmtree(folder / 'beam')
   print(f'prepared: {facts}', flush=True)
   for name, digests in (('first', True), ('unchecked', False)):
     case_options = dataclasses.replace(options, cache_digests=digests)
@@ -142,7 +193,7 @@ def report(
   lines = [
     {
       'tokenizer': row['tokenizer'],
-      'processes': str(row['processes']),
+      'engine': row['engine'],
       'MB/s': _spread(row, 'mb_per_second', '.1f'),
       'MB/s a process': f'{row["mb_per_second"] / row["processes"]:.1f}',
       'speed-up': _spread(row, 'speed_up', '.2f'),
@@ -171,6 +222,10 @@ def _spread(row: Mapping[str, Any], name: str, form: str) -> str:
 def _large_text(run: Mapping[str, Any]) -> str:
   reads = [*run['first'], *run['unchecked']]
   rates = [f'{read["rows_per_second"]:,.0f}' for read in run['unchecked']]
+  beam = ''
+  if 'beam_seconds' in run:
+    same = 'the same' if run['same_bytes'] else 'OTHER'
+    beam = f' By {BEAM} in {run["beam_seconds"]:.0f} s: {same} bytes.'
   return (
     f'\n{run["gigabytes"]:.2f} GB, {run["documents"]:,} documents, by '
     f'{run["processes"]} processes in {run["seconds"]:.0f} s: '
@@ -181,7 +236,7 @@ def _large_text(run: Mapping[str, Any]) -> str:
     f'{_most(run["first"], "open_seconds"):.1f} s where digests are checked, '
     f'in {_most(run["unchecked"], "open_seconds"):.1f} s where not; '
     f'{sum(read["checked"] for read in reads):,} documents were those of the '
-    f'source, {sum(read["wrong"] for read in reads)} were not.\n'
+    f'source, {sum(read["wrong"] for read in reads)} were not.{beam}\n'
   )
 
 
