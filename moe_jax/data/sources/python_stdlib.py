@@ -152,23 +152,20 @@ def _reader(
   Args:
     files: Name and text of each file; the name decides the file's split.
     examples: Function from name and text to the examples of a file, each with
-      a key; a hash of the keys orders the examples of a split, as in TFDS.
+      key of its own; a hash of keys orders the examples of a split, as in TFDS.
     selection: The splits.
   """
 
   @functools.cache
   def whole(split: str) -> list[T]:
     """All examples of 'train' or of 'validation'."""
-    keyed_examples = [
-      keyed_example
+    by_hash = {
+      hashlib.md5(f'{split}{key}'.encode()).digest(): example
       for name, text in files
       if split_of(name) == split
-      for keyed_example in examples(name, text)
-    ]
-    keyed_examples.sort(
-      key=lambda keyed: hashlib.md5(f'{split}{keyed[0]}'.encode()).digest()
-    )
-    return [example for _, example in keyed_examples]
+      for key, example in examples(name, text)
+    }
+    return [example for _, example in sorted(by_hash.items())]
 
   def read(split: str) -> Iterator[T]:
     name = selection.name_of(split)
