@@ -246,13 +246,12 @@ def functions() -> tuple[Function, ...]:
 
 
 @functools.cache
-def shorter(source: int, **parts: int) -> tuple[Function, ...]:
+def shorter(**most: int) -> tuple[Function, ...]:
   """The functions with at most so many characters in each of these parts."""
-  parts['source'] = source
   return tuple(
     f
     for f in functions()
-    if all(len(getattr(f, part)) <= most for part, most in parts.items())
+    if all(len(getattr(f, part)) <= n for part, n in most.items())
   )
 
 
@@ -363,7 +362,7 @@ def _parses(dice: Dice) -> Drawn:
   "In Python's library, f has another name. Which one?\n{}",
 )
 def _name_function(dice: Dice) -> Drawn:
-  candidates = shorter(110, name=16)
+  candidates = shorter(source=110, name=16)
   function = dice.one(candidates)
   choices = answers(dice, function.name, [f.name for f in candidates], 4)
   unnamed = re.sub(rf'\b{function.name}\b', 'f', function.source)
@@ -391,7 +390,7 @@ def _write_docstring(dice: Dice) -> Drawn:
   'Choose the description of this function.\n{}',
 )
 def _choose_docstring(dice: Dice) -> Drawn:
-  candidates = shorter(100, summary=32)
+  candidates = shorter(source=100, summary=32)
   function = dice.one(candidates)
   choices = answers(dice, function.summary, [f.summary for f in candidates], 3)
   return Drawn(function.source, function.summary, choices)
@@ -404,7 +403,7 @@ def _choose_docstring(dice: Dice) -> Drawn:
 )
 def _repair_indentation(dice: Dice) -> Drawn:
   # A row has the function twice, so it has to be shorter than for other tasks.
-  function = dice.one(shorter(90))
+  function = dice.one(shorter(source=90))
   lines = function.source.split('\n')
   broken = [line.strip() for line in lines]
   return Drawn('\n'.join(broken), function.source, key=function.source)
