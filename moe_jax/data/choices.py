@@ -5,7 +5,9 @@ To add a source, write its `ChoiceSourceOptions` here and list it at the end.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
+
+import grain
 
 from moe_jax.config import Kinds, Options, option
 from moe_jax.data.document_files import check_text, json_lines
@@ -32,8 +34,7 @@ class Item(NamedTuple):
   label: int
 
 
-@dataclasses.dataclass(frozen=True)
-class ItemSource:
+class ItemSource(NamedTuple):
   """The questions of a source in its two splits.
 
   Attributes:
@@ -157,42 +158,30 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
     Raises:
       ValueError: The dataset, a feature or a split is missing.
     """
-    answers = self.answers_feature.split(',')
-    features = (self.prompt_feature, self.label_feature, *answers)
-    options = ('prompt_feature', 'label_feature')
-    options += ('answers_feature',) * len(answers)
-    named = zip(features, options)
-    builder = tfds.checked_builder(self.name, named, selection)
-    return ItemSource(
-      f'tfds:{builder.info.full_name}',
-      lambda split: _TfdsItems(builder, selection.name_of(split), features),
-    )
+    answer_features = self.answers_feature.split(',')
+    options = {
+      self.prompt_feature: 'prompt_feature',
+      self.label_feature: 'label_feature',
+      **dict.fromkeys(answer_features, 'answers_feature'),
+    }
+    builder = tfds.checked_builder(self.name, options, selection)
 
+    def item(index: int, example: Any) -> Item:
+      where = f'example {index} of {builder.name!r}'
+      answers = [tfds.value_of(example, name) for name in answer_features]
+      if len(answers) == 1:
+        answers = answers[0]
+      prompt = tfds.value_of(example, self.prompt_feature)
+      texts = [tfds.as_text(text, where) for text in (prompt, *answers)]
+      label = int(tfds.value_of(example, self.label_feature))
+      return check_item(texts[0], texts[1:], label, where)
 
-class _TfdsItems(Sequence):
-  """A sequence of items, each read when it is accessed."""
+    def items(split: str) -> Sequence[Item]:
+      examples = tfds.open_split(builder, selection.name_of(split))
+      # Each item is read when it is accessed.
+      return cast(Any, grain.MapDataset.source(examples).map_with_index(item))
 
-  def __init__(self, builder, split: str, features: Sequence[str]):
-    self._builder, self._features = builder, features
-    self._examples = tfds.open_split(builder, split)
-
-  def __len__(self) -> int:
-    return len(self._examples)
-
-  def __getitem__(self, index: int) -> Item:
-    if not 0 <= index < len(self):  # iteration ends at an IndexError
-      raise IndexError(f'item {index} of {len(self)}')
-    where = f'example {index} of {self._builder.name!r}'
-    example = self._examples[index]
-    prompt, label, *answers = (
-      tfds.value_of(example, feature) for feature in self._features
-    )
-    if len(answers) == 1:
-      answers = list(answers[0])
-    prompt, *answers = [
-      tfds.as_text(text, where) for text in (prompt, *answers)
-    ]
-    return check_item(prompt, answers, int(label), where)
+    return ItemSource(f'tfds:{builder.info.full_name}', items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,12 +203,12 @@ class DocstringChoiceSource(ChoiceSourceOptions):
     """
     source = DocstringsSource(self.modules).pairs(selection)
 
-    def items(split):
-      pairs = [
+    def items(split: str) -> Sequence[Item]:
+      pairs = (
         (function, docstring.split('\n')[0].strip())
         for function, docstring in source.pairs(split)
-      ]
-      return with_distractors([pair for pair in pairs if all(pair)])
+      )
+      return with_distractors(list(filter(all, pairs)))
 
     return ItemSource(f'first lines of {source.name}', items)
 

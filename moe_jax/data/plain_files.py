@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, cast
 
-import numpy as np
-
 from moe_jax.errors import InputError
 
 # Larger than any config, index or tokenizer in use; JSON of this size takes
@@ -75,17 +73,6 @@ def matching(
       yield cast(pathlib.Path, plain(folder, path.name))
 
 
-def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a plain file to a new path.
-
-  Raises:
-    FileExistsError: `target` exists already.
-  """
-  with open(source, 'rb') as source_file, open(target, 'xb') as target_file:
-    while block := source_file.read(2**20):
-      target_file.write(block)
-
-
 def read_bytes(path: pathlib.Path) -> bytes:
   """The content of a file.
 
@@ -142,35 +129,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise InputError(f'{path} holds a {type(value).__name__}, not an object')
   return value
-
-
-def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a numpy `.npz` file; objects are never unpickled.
-
-  Raises:
-    ValueError: The file is missing, damaged or no npz file, or an array holds
-      objects.
-  """
-  if not path.is_file():
-    raise InputError(f'{path} is no npz file of arrays: it is no file')
-  name = ''
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {}
-      for name in file.files:
-        arrays[name] = file[name]
-      return arrays
-  except (MemoryError, PermissionError):
-    raise
-  except Exception as error:  # zip, zlib and numpy raise any
-    part = f'its array {name!r}' if name else 'it'
-    if 'pickle' in str(error):  # numpy's own text advises to unpickle it
-      reason = f'{part} holds objects, or no array; objects are never unpickled'
-    elif isinstance(error, AttributeError | TypeError):  # for one bare array
-      reason = 'it holds a single array; numpy.savez writes several by name'
-    else:
-      reason = f'{part} is damaged: {type(error).__name__}: {first_line(error)}'
-    raise InputError(f'{path} is no npz file of arrays: {reason}') from None
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 from typing import Any, cast
 
 import jax
@@ -224,7 +225,7 @@ def _export_tokenizer(
   Returns a line about what was written, for printing.
   """
   for path in imported:
-    plain_files.copy(path, output / path.name)
+    shutil.copyfile(path, output / path.name)
   if imported:
     names = ', '.join(path.name for path in imported)
     line = f"the imported checkpoint's other files are there too: {names}"

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.data.plain_files import read_json, read_npz
+from moe_jax.data.plain_files import first_line, read_json
 from moe_jax.errors import InputError
 from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import problem_text
@@ -143,6 +143,35 @@ def verify(
   # A difference that is not finite counts as infinite.
   largest = float(error.max()) if np.isfinite(error).all() else float('inf')
   return Verdict(largest, int(is_real.sum()), count, first_difference)
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a numpy `.npz` file; objects are never unpickled.
+
+  Raises:
+    ValueError: The file is missing, damaged or no npz file, or an array holds
+      objects.
+  """
+  if not path.is_file():
+    raise InputError(f'{path} is no npz file of arrays: it is no file')
+  name = ''
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {}
+      for name in file.files:
+        arrays[name] = file[name]
+      return arrays
+  except (MemoryError, PermissionError):
+    raise
+  except Exception as error:  # zip, zlib and numpy raise any
+    part = f'its array {name!r}' if name else 'it'
+    if 'pickle' in str(error):  # numpy's own text advises to unpickle it
+      reason = f'{part} holds objects, or no array; objects are never unpickled'
+    elif isinstance(error, AttributeError | TypeError):  # for one bare array
+      reason = 'it holds a single array; numpy.savez writes several by name'
+    else:
+      reason = f'{part} is damaged: {type(error).__name__}: {first_line(error)}'
+    raise InputError(f'{path} is no npz file of arrays: {reason}') from None
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'method', 'max_len'))

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_jax.config import Section, plain, section_of
-from moe_jax.data import plain_files, tokenizers
+from moe_jax.data import tokenizers
 from moe_jax.data.cache_folders import locked
 from moe_jax.errors import InputError, writing
 from moe_jax.models.trees import variables as as_variables
@@ -117,7 +117,7 @@ def copy_files(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
   """Copies the small files of a checkpoint into a new folder."""
   folder.mkdir(parents=True)
   for path in files:
-    plain_files.copy(path, folder / path.name)
+    shutil.copyfile(path, folder / path.name)
 
 
 def write(
@@ -187,7 +187,7 @@ def derive(
   with building(output) as unfinished:
     for name in (workdir_lib.TOKENIZER, workdir_lib.PLUGINS):
       if (base / name).exists():
-        plain_files.copy(base / name, unfinished / name)
+        shutil.copyfile(base / name, unfinished / name)
     if (base / FILES).is_dir():
       copy_files(sorted((base / FILES).iterdir()), unfinished / FILES)
     write(unfinished, config, as_variables(params, router_state))

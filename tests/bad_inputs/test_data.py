@@ -16,7 +16,7 @@ from moe_jax.data import (
   load,
   tokenizers,
 )
-from moe_jax.data.plain_files import read_npz
+from moe_jax.interop.verifying import read_npz
 from tests.bad_inputs.cases import Case, check, frozen
 from tests.data import stored
 

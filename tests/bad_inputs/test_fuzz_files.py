@@ -21,9 +21,9 @@ from moe_jax.data import (
   cache_folders,
   tokenizers,
 )
-from moe_jax.data.plain_files import read_npz
 from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
+from moe_jax.interop.verifying import read_npz
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import REPORTED, assert_message
 from tests.data import stored

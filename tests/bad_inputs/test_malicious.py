@@ -19,9 +19,9 @@ import pytest
 from moe_jax import interop
 from moe_jax.config import section_of
 from moe_jax.data import tokenizers
-from moe_jax.data.plain_files import read_npz
 from moe_jax.interop import checkpoint_folder, export_run, import_run
 from moe_jax.interop.checkpoint_folder import open_checkpoint
+from moe_jax.interop.verifying import read_npz
 from moe_jax.training import trained
 from moe_jax.training.run_options import RunOptions
 from tests.bad_inputs import checkpoints

@@ -52,9 +52,10 @@ class GettextSource(SourceOptions):
       digest.text(pair.inputs.encode())
       digest.text(pair.translation.encode())
 
-    def of_split(split):
-      name = selection.name_of(split)
-      return ((p.inputs, p.translation) for p in messages if p.split == name)
+    def of_split(split: str) -> Iterator[tuple[str, str]]:
+      for pair in messages:
+        if split_of(pair.message) == selection.name_of(split):
+          yield pair.inputs, pair.translation
 
     version = importlib.metadata.version('django')
     part = f':{self.languages}' * bool(self.languages)
@@ -84,11 +85,6 @@ class Pair(NamedTuple):
   def inputs(self) -> str:
     """The inputs of a model of several languages: `de: Save`."""
     return f'{self.language}: {self.message}'
-
-  @property
-  def split(self) -> str:
-    """The split, by a hash of the message: the same in every language."""
-    return split_of(self.message)
 
 
 def locate() -> pathlib.Path:
@@ -151,8 +147,7 @@ def _merged(paths: Sequence[pathlib.Path]) -> dict[str, str]:
   for path in paths:
     for key, translation in read_catalogue(path.read_bytes()):
       _, separator, message = key.rpartition('\x04')
-      messages = in_context if separator else plain
-      messages.setdefault(message, translation)
+      (in_context if separator else plain).setdefault(message, translation)
   return in_context | plain
 
 

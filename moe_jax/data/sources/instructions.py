@@ -23,8 +23,6 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from moe_jax.config import option
 from moe_jax.data.sources.contract import (
-  SPLITS,
-  Pair,
   Pairs,
   Question,
   Selection,
@@ -147,26 +145,22 @@ class InstructionTask:
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
-    # No example has the subject of the question, as it might give the answer.
-    texts, subjects = [], {drawn.subject}
-    for _ in range(num_shots):
-      shot = self._other(dice, subjects)
-      subjects.add(shot.subject)
-      texts.append(f'{_question_text(template, shot)}\n{shot.answer}')
-    texts.append(_question_text(template, drawn))
-    inputs = '\n\n'.join(texts)
-    return Question(inputs, drawn.answer, drawn.choices, self.metric)
-
-  def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
-    """A training example whose subject is none of `subjects`."""
+    # No two examples have one subject, as it might give the answer.
+    examples = {drawn.subject: drawn}
     for _ in range(_MOST_DRAWS):
+      if len(examples) > num_shots:
+        break
       shot, _ = self.drawn('train', dice.below(2**31))
-      if shot.subject not in subjects:
-        return shot
-    raise InputError(
-      f'task {self.name!r} has no training example besides {len(subjects)} '
-      f'others in {_MOST_DRAWS} draws; take fewer shots'
-    )
+      examples.setdefault(shot.subject, shot)
+    else:
+      raise InputError(
+        f'task {self.name!r} has no training example besides {len(examples)} '
+        f'others in {_MOST_DRAWS} draws; take fewer shots'
+      )
+    _, *shots = examples.values()
+    texts = [f'{_question_text(template, s)}\n{s.answer}' for s in shots]
+    inputs = '\n\n'.join([*texts, _question_text(template, drawn)])
+    return Question(inputs, drawn.answer, drawn.choices, self.metric)
 
 
 def _question_text(template: str, drawn: Drawn) -> str:
@@ -244,23 +238,20 @@ def functions() -> tuple[Function, ...]:
       summary = docstring.strip().split('\n')[0].strip()
       fits = len(source) <= _LONGEST and len(summary) <= _LONGEST_SUMMARY
       # A symbol or a lone word, as some docstrings are, describes nothing.
-      fits = fits and len(summary.split()) > 1
-      if fits and (function := function_of(source, summary)):
-        by_source.setdefault(function.source, function)
+      if fits and ' ' in summary and (f := function_of(source, summary)):
+        by_source.setdefault(f.source, f)
   # A hash orders the functions, which does not depend on the modules' names.
   order = sorted(by_source, key=lambda s: hashlib.sha256(s.encode()).digest())
   return tuple(by_source[source] for source in order)
 
 
 @functools.cache
-def shorter(source: int, name: int, summary: int) -> tuple[Function, ...]:
+def shorter(**most: int) -> tuple[Function, ...]:
   """The functions with at most so many characters in each of these parts."""
   return tuple(
     f
     for f in functions()
-    if len(f.source) <= source
-    and len(f.name) <= name
-    and len(f.summary) <= summary
+    if all(len(getattr(f, part)) <= n for part, n in most.items())
   )
 
 
@@ -285,17 +276,17 @@ def function_of(source: str, summary: str) -> Function | None:
     return None
   if not isinstance(node, ast.FunctionDef):
     return None
-  arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-  counted = [arg for arg in arguments if arg.arg not in ('self', 'cls')]
-  starred = [arg for arg in (node.args.vararg, node.args.kwarg) if arg]
   nodes = list(_own_nodes(node))
   if any(isinstance(below, ast.Yield | ast.YieldFrom) for below in nodes):
     return None
+  arguments = [
+    below.arg
+    for below in ast.iter_child_nodes(node.args)
+    if isinstance(below, ast.arg) and below.arg not in ('self', 'cls')
+  ]
   returned = [below.value for below in nodes if isinstance(below, ast.Return)]
   returns = any(v and ast.unparse(v) != 'None' for v in returned)
-  return Function(
-    source, node.name, len(counted) + len(starred), returns, summary
-  )
+  return Function(source, node.name, len(arguments), returns, summary)
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -371,7 +362,7 @@ def _parses(dice: Dice) -> Drawn:
   "In Python's library, f has another name. Which one?\n{}",
 )
 def _name_function(dice: Dice) -> Drawn:
-  candidates = shorter(110, 16, 72)
+  candidates = shorter(source=110, name=16)
   function = dice.one(candidates)
   choices = answers(dice, function.name, [f.name for f in candidates], 4)
   unnamed = re.sub(rf'\b{function.name}\b', 'f', function.source)
@@ -399,7 +390,7 @@ def _write_docstring(dice: Dice) -> Drawn:
   'Choose the description of this function.\n{}',
 )
 def _choose_docstring(dice: Dice) -> Drawn:
-  candidates = shorter(100, 40, 32)
+  candidates = shorter(source=100, summary=32)
   function = dice.one(candidates)
   choices = answers(dice, function.summary, [f.summary for f in candidates], 3)
   return Drawn(function.source, function.summary, choices)
@@ -412,7 +403,7 @@ def _choose_docstring(dice: Dice) -> Drawn:
 )
 def _repair_indentation(dice: Dice) -> Drawn:
   # A row has the function twice, so it has to be shorter than for other tasks.
-  function = dice.one(shorter(90, 40, 72))
+  function = dice.one(shorter(source=90))
   lines = function.source.split('\n')
   broken = [line.strip() for line in lines]
   return Drawn('\n'.join(broken), function.source, key=function.source)
@@ -499,11 +490,7 @@ def _same(dice: Dice) -> Drawn:
 # The cluster arithmetic: small sums, and which number is larger.
 _arithmetic = functools.partial(_task, 'arithmetic')
 
-_SUMS = (
-  '{} =',
-  'What is {}?',
-  'Calculate {} and give the number.',
-)
+_SUMS = '{} =', 'What is {}?', 'Calculate {} and give the number.'
 
 
 @_arithmetic(*_SUMS)
@@ -797,16 +784,11 @@ class InstructionSource(SourceOptions):
     """
     selection.check_splits('instructions')
     sizes = self.num_train, self.num_validation
-
-    def of_split(split: str) -> Iterator[Pair]:
-      examples = self._examples(selection.name_of(split))
-      return ((question.inputs, question.target) for question in examples)
-
     shots = f', {self.num_shots} shots' * bool(self.num_shots)
     return Pairs(
       f'instructions:{self.task}{shots} (embedded)',
       f'{identity(self.task)} {sizes} {self.num_shots} {selection.splits}',
-      of_split,
+      lambda split: (q[:2] for q in self._examples(selection.name_of(split))),
     )
 
   def shrunk(self) -> 'InstructionSource':
@@ -819,7 +801,7 @@ class InstructionSource(SourceOptions):
 
   def _examples(self, split: str) -> Iterator[Question]:
     task = TASKS[self.task]
-    count = dict(zip(SPLITS, (self.num_train, self.num_validation)))[split]
+    count = self.num_train if split == 'train' else self.num_validation
     return (task(split, i, self.num_shots) for i in range(count))
 
 
@@ -827,8 +809,8 @@ def lines() -> Iterator[str]:
   """Lines on every task: its cluster, name and score, and one example."""
   for name, task in TASKS.items():
     question = task('validation', 0)
-    score = f'choice of {len(question.choices)}'
-    score = score if question.choices else task.metric
+    count = len(question.choices)
+    score = f'choice of {count}' if count else task.metric
     yield f'{task.cluster}: {name} ({score})'
     yield from (f'    {line}' for line in question.inputs.split('\n'))
     yield from (f'  > {line}' for line in question.target.split('\n'))

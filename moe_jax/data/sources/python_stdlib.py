@@ -1,64 +1,37 @@
 """The corpus from Python: source files of the running Python's own library.
 
-Its functions and their docstrings are pairs. TFDS prepares both in the cache,
-once for each Python. Tests and installed packages are left out; so are, unless
-they are named, packages that distributions leave out (tkinter, idlelib,
-ensurepip) and code tables (encodings). Different Pythons give different
-corpora: compare results only if the digest is the same.
+Its functions and their docstrings are pairs. Tests and installed packages are
+left out; so are, unless they are named, packages that distributions leave out
+(tkinter, idlelib, ensurepip) and code tables (encodings). Different Pythons
+give different corpora: compare results only if the digest is the same.
 """
 
-import abc
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import pathlib
 import platform
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import tensorflow_datasets as tfds
 
 from moe_jax.config import option, unknown
-from moe_jax.data import cache_folders
 from moe_jax.data.sources.contract import (
   SPLITS,
+  Pair,
   Pairs,
   Selection,
   SourceOptions,
   Texts,
 )
-from moe_jax.data.sources.tfds import feature_texts
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 
-# Pure-Python modules and packages of CPython 3.11 to 3.13; 8.2 MB in all.
-MODULES = tuple(
-  """
-  __future__ _collections_abc _compat_pickle _compression _markupbase _py_abc
-  _pydatetime _pydecimal _pyio _pylong _pyrepl _sitebuiltins _strptime
-  _threading_local _weakrefset abc argparse ast asyncio base64 bdb bisect bz2
-  cProfile calendar cmd code codecs codeop collections colorsys compileall
-  concurrent configparser contextlib contextvars copy copyreg csv ctypes curses
-  dataclasses datetime dbm decimal difflib dis doctest email enum filecmp
-  fileinput fnmatch fractions ftplib functools genericpath getopt getpass
-  gettext glob graphlib gzip hashlib heapq hmac html http imaplib importlib
-  inspect io ipaddress json keyword linecache locale logging lzma mailbox
-  mimetypes modulefinder multiprocessing netrc ntpath nturl2path numbers opcode
-  operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib
-  poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc pydoc_data
-  queue quopri random re reprlib rlcompleter runpy sched secrets selectors
-  shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl stat
-  statistics string stringprep struct subprocess symtable sysconfig tabnanny
-  tarfile tempfile textwrap threading timeit token tokenize tomllib trace
-  traceback tracemalloc tty turtle types typing unittest urllib uuid venv
-  warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport
-  zoneinfo
-  """.split()  # noqa: SIM905 - 150 quoted lines say no more
-)
+T = TypeVar('T')
 # Modules that some distributions or later Pythons leave out; they are in the
 # corpus only where they are named.
 OPTIONAL_MODULES = tuple(
@@ -67,6 +40,18 @@ OPTIONAL_MODULES = tuple(
   encodings ensurepip idlelib imghdr imp lib2to3 mailcap nntplib pipes site
   smtpd sndhdr sunau telnetlib this tkinter turtledemo uu xdrlib
   """.split()  # noqa: SIM905
+)
+# Modules that are in no corpus, nearly all of one platform or two Pythons.
+_NO_MODULES = set(
+  """
+  _android_support _apple_support _bootsubprocess _colorize _ios_support
+  _opcode_metadata aifc antigravity sre_compile sre_constants sre_parse
+  """.split()  # noqa: SIM905
+)
+# Modules and packages of the running Python; those that are written in C have
+# no source files. On CPython 3.11 to 3.13 they give 8.2 MB in all.
+MODULES = tuple(
+  sorted(sys.stdlib_module_names - _NO_MODULES - set(OPTIONAL_MODULES))
 )
 ALL_MODULES = MODULES + OPTIONAL_MODULES
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
@@ -108,102 +93,93 @@ class PythonStdlibSource(SourceOptions):
         f'the {len(files)} files of {label} give no split {sorted(missing)} '
         '(one file in 20 is for validation); name more modules'
       )
-    digest = content_digest(files)
-    read = reader(PythonStdlib, modules, digest, selection, ['text'])
+    read = _reader(files, lambda name, text: [(name, text)], selection)
     part = f', {self.train_bytes} bytes' * bool(self.train_bytes)
 
-    def documents(split):
-      texts = (text for (text,) in read(split))
-      return texts if split != 'train' else first_bytes(texts, self.train_bytes)
+    def documents(split: str) -> Iterator[str]:
+      num_bytes = self.train_bytes if split == 'train' else 0
+      return first_bytes(read(split), num_bytes)
 
     return Texts(
       f'{label} of Python {platform.python_version()}{part}',
-      f'{digest} texts {selection.splits}{part}',
+      f'{content_digest(files)} texts {selection.splits}{part}',
       documents,
     )
 
 
-class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
-  """Base of TFDS builders whose examples come from the library's source files.
+@dataclasses.dataclass(frozen=True)
+class DocstringsSource(SourceOptions):
+  """Pairs: functions of the standard library, and docstrings as targets."""
 
-  An example is in the split of its file, which is found by a hash of the file's
-  name and is the same on every machine. A subclass defines `FEATURES`, and
-  `_examples`, which makes the examples from a file's name and text.
-  """
+  modules: str = option(
+    '',
+    'Names of the top-level modules and packages whose functions are read, '
+    "separated by commas: 'json,email'; '' is all of the standard library.",
+  )
 
-  FEATURES: tuple[str, ...]
-  VERSION = tfds.core.Version('1.0.0')
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """Sources of functions without docstring as inputs, docstrings as targets.
 
-  def __init__(
-    self,
-    *,
-    modules: Sequence[str] = MODULES,
-    root: pathlib.Path | None = None,
-    **kwargs: Any,
-  ):
-    """Takes the arguments of `source_files` and of every TFDS builder."""
-    self._sources = modules, root
-    super().__init__(**kwargs)
+    The functions of a file are in the split of the file.
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="The running Python's standard library.",
-      features=tfds.features.FeaturesDict(
-        dict.fromkeys(self.FEATURES, tfds.features.Text())
-      ),
+    Raises:
+      ValueError: A module is not of the standard library.
+    """
+    modules = self.modules.split(',') if self.modules else ALL_MODULES
+    files = list(source_files(modules))
+    label = f'python_stdlib_docstrings{":" * bool(self.modules)}{self.modules}'
+
+    def examples(name: str, text: str) -> Iterator[tuple[str, Pair]]:
+      for line, source, docstring in documented_functions(text):
+        yield f'{name}:{line}', (source, docstring)
+
+    return Pairs(
+      f'{label} of Python {platform.python_version()}',
+      f'docstrings 1.0.0 {content_digest(files)} {selection.splits}',
+      _reader(files, examples, selection),
     )
 
-  @abc.abstractmethod
-  def _examples(self, name: str, text: str) -> Iterator[tuple[str, Any]]:
-    """The examples of a file, each with its key."""
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing is downloaded
-    return {split: self._generate_examples(split) for split in SPLITS}
-
-  def _generate_examples(self, split):
-    for name, text in source_files(*self._sources):
-      if split == split_of(name):
-        yield from self._examples(name, text)
-
-
-class PythonStdlib(StdlibBuilder):
-  """TFDS builder with an example for each source file."""
-
-  FEATURES = 'text', 'name'
-
-  def _examples(self, name, text):
-    yield name, {'text': text, 'name': name}
-
-
-def reader(
-  builder: type[StdlibBuilder],
-  modules: Sequence[str],
-  digest: str,
+def _reader(
+  files: Sequence[tuple[str, str]],
+  examples: Callable[[str, str], Iterable[tuple[str, T]]],
   selection: Selection,
-  features: Sequence[str],
-) -> Callable[[str], Iterator[tuple[str, ...]]]:
-  """A function from a split to the texts of its examples' features.
+) -> Callable[[str], Iterator[T]]:
+  """A function from 'train' or 'validation' to the examples of the split.
 
-  The builder prepares the examples in the cache when a split is first read.
+  The selection may name any split expression of TFDS, such as 'train[90%:]'.
+
+  Args:
+    files: Name and text of each file; the name decides the file's split.
+    examples: Function from name and text to the examples of a file, each with
+      key of its own; a hash of keys orders the examples of a split, as in TFDS.
+    selection: The splits.
   """
-  name = f'{builder.name}-{cache_folders.FORMAT}-{digest[:16]}'
-  folder = selection.cache / 'tfds' / name
 
-  make = functools.partial(builder, modules=modules, file_format='array_record')
+  @functools.cache
+  def whole(split: str) -> list[T]:
+    """All examples of 'train' or of 'validation'."""
+    by_hash = {
+      hashlib.md5(f'{split}{key}'.encode()).digest(): example
+      for name, text in files
+      if split_of(name) == split
+      for key, example in examples(name, text)
+    }
+    return [example for _, example in sorted(by_hash.items())]
 
-  def write(unfinished):
-    # TFDS would print the name of this temporary folder, and fill a log with
-    # progress bars for half a second's work.
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-      make(data_dir=unfinished).download_and_prepare()
-
-  def read(split):
-    cache_folders.prepared(folder, write, digests=selection.cache_digests)
-    made = make(data_dir=folder)
-    return feature_texts(made, selection.name_of(split), features)
+  def read(split: str) -> Iterator[T]:
+    name = selection.name_of(split)
+    if name in SPLITS:  # the other split need not be made
+      return iter(whole(name))
+    infos = {s: tfds.core.SplitInfo(s, [len(whole(s))], 0) for s in SPLITS}
+    try:
+      parts = tfds.core.ReadInstruction.from_spec(name).to_absolute(infos)
+    except ValueError as error:
+      raise InputError(
+        f'unknown split {name!r} of the standard library; have {[*SPLITS]} and '
+        f'parts of them ({error})'
+      ) from error
+    return (e for p in parts for e in whole(p.splitname)[p.from_ : p.to])
 
   return read
 
@@ -271,46 +247,9 @@ def content_digest(files: Iterable[tuple[str, str]]) -> str:
   return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class DocstringsSource(SourceOptions):
-  """Pairs: functions of the standard library, and docstrings as targets."""
-
-  modules: str = option(
-    '',
-    'Names of the top-level modules and packages whose functions are read, '
-    "separated by commas: 'json,email'; '' is all of the standard library.",
-  )
-
-  def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """Sources of functions without docstring as inputs, docstrings as targets.
-
-    Raises:
-      ValueError: A module is not of the standard library.
-    """
-    modules = self.modules.split(',') if self.modules else ALL_MODULES
-    digest = content_digest(source_files(modules))
-    builder, features = PythonStdlibDocstrings, ['inputs', 'targets']
-    label = f'python_stdlib_docstrings{":" * bool(self.modules)}{self.modules}'
-    return Pairs(
-      f'{label} of Python {platform.python_version()}',
-      f'docstrings {builder.VERSION} {digest} {selection.splits}',
-      cast(Any, reader(builder, modules, digest, selection, features)),
-    )
-
-
-class PythonStdlibDocstrings(StdlibBuilder):
-  """TFDS builder with an example for each documented function."""
-
-  FEATURES = 'inputs', 'targets', 'name'
-
-  def _examples(self, name, text):
-    for line, inputs, targets in documented_functions(text):
-      key = f'{name}:{line}'
-      yield key, {'inputs': inputs, 'targets': targets, 'name': key}
-
-
-def documented_functions(text: str) -> Iterator[tuple[int, str, str]]:
-  """Yields (line, source without docstring, docstring) for each function.
+@functools.cache  # as parsing all of the library takes seconds
+def documented_functions(text: str) -> list[tuple[int, str, str]]:
+  """The (line, source without docstring, docstring) of each function.
 
   Methods and inner functions are included. Sources keep decorators and comments
   and lose the indentation of their first line; docstrings are cleaned as by
@@ -321,14 +260,16 @@ def documented_functions(text: str) -> Iterator[tuple[int, str, str]]:
   try:
     tree = ast.parse(text)
   except (SyntaxError, ValueError):
-    return
-  lines = text.split('\n')
+    return []
+  functions, lines = [], text.split('\n')
   for node in ast.walk(tree):
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       continue
     docstring = ast.get_docstring(node)
     if docstring and len(node.body) > 1:
-      yield node.lineno, _without_docstring(lines, node), docstring
+      source = _without_docstring(lines, node)
+      functions.append((node.lineno, source, docstring))
+  return functions
 
 
 def _without_docstring(

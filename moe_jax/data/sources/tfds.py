@@ -7,7 +7,7 @@ import operator
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import requests
@@ -100,13 +100,13 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
 
 
 def checked_builder(
-  name: str, features: Iterable[tuple[str, str]], selection: Selection
+  name: str, options: Mapping[str, str], selection: Selection
 ) -> Builder:
   """The prepared builder of a dataset that has these features and splits.
 
   Args:
     name: Name of the dataset.
-    features: Each feature with the name of its option, for messages;
+    options: For each feature the name of its option, for messages;
       'translation/de' is the feature 'de' within 'translation'.
     selection: The splits.
 
@@ -115,27 +115,12 @@ def checked_builder(
   """
   builder = prepared_builder(name)
   names = list(_names_of(builder.info.features))
-  for feature, option_name in features:
+  for feature, option_name in options.items():
     if feature not in names:
       raise unknown(f'{option_name} of {builder.name!r}', feature, names)
   for split in selection.splits:
     open_split(builder, split)
   return builder
-
-
-def feature_texts(
-  builder: Builder, split: str, features: Sequence[str]
-) -> Iterator[tuple[str, ...]]:
-  """Yields the texts of the named features of every example, in order.
-
-  Raises:
-    ValueError: A feature's value is no text, or not UTF-8.
-  """
-  for i, example in enumerate(open_split(builder, split)):
-    yield tuple(
-      as_text(value_of(example, f), f'{f!r} {i} of {builder.name!r}')
-      for f in features
-    )
 
 
 def value_of(example: Any, feature: str) -> Any:
@@ -246,8 +231,16 @@ class TfdsSource(SourceOptions):
     are checked to exist.
     """
     features = [getattr(self, name) for name in options]
-    named = zip(features, options)
-    builder = checked_builder(self.name, named, selection)
-    return builder, lambda split: feature_texts(
-      builder, selection.name_of(split), features
+    builder = checked_builder(
+      self.name, dict(zip(features, options)), selection
     )
+
+    def read(split: str) -> Iterator[tuple[str, ...]]:
+      examples = open_split(builder, selection.name_of(split))
+      for i, example in enumerate(examples):
+        yield tuple(
+          as_text(value_of(example, f), f'{f!r} {i} of {builder.name!r}')
+          for f in features
+        )
+
+    return builder, read

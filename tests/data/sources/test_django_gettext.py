@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.data.sources import django_gettext
 from moe_jax.data.sources.django_gettext import Pair, read_catalogue
+from moe_jax.data.sources.python_stdlib import split_of
 
 
 def catalogue(entries, order='<'):
@@ -94,8 +95,8 @@ def test_djangos_own():
   messages = collections.defaultdict(set)
   splits = collections.Counter()
   for pair in pairs:
-    messages[pair.split].add(pair.message)
-    splits[pair.split] += 1
+    messages[split_of(pair.message)].add(pair.message)
+    splits[split_of(pair.message)] += 1
   assert not messages['train'] & messages['validation']
   assert 0.03 < splits['validation'] / len(pairs) < 0.08
   # Neighbouring rows differ in language, as the order is shuffled.

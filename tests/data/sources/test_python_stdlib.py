@@ -3,8 +3,9 @@
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
 
-from moe_jax.data import PythonStdlibSource
+from moe_jax.data import PythonStdlibSource, Selection
 from moe_jax.data.sources import python_stdlib
 
 
@@ -39,29 +40,6 @@ def test_listed_modules_alone_without_tests_and_what_is_not_utf8(fake_stdlib):
   assert files['json/a.py'] == '# json/a.py é'
 
 
-def test_the_builder_splits_by_name(fake_stdlib, tmp_path):
-  for i in range(40):
-    (fake_stdlib / 'json' / f'm{i}.py').write_text(str(i))
-  builder = python_stdlib.PythonStdlib(
-    modules=['json'],
-    root=fake_stdlib,
-    data_dir=tmp_path / 'tfds',
-    file_format='array_record',
-  )
-  builder.download_and_prepare()
-  names = {
-    split: [e['name'].decode() for e in builder.as_data_source(split)]
-    for split in ('train', 'validation')
-  }
-  expected = [
-    name for name, _ in python_stdlib.source_files(['json'], fake_stdlib)
-  ]
-  assert sorted(names['train'] + names['validation']) == expected
-  assert names['validation']
-  for split, split_names in names.items():
-    assert {python_stdlib.split_of(name) for name in split_names} == {split}
-
-
 def test_the_digest_follows_names_and_text(fake_stdlib):
   def digest():
     files = python_stdlib.source_files(['json'], fake_stdlib)
@@ -87,6 +65,48 @@ def test_a_part_of_the_standard_library():
     # An empty file of a package is a document without tokens.
     assert sorted(texts(source, split)) == sorted(expected)
   assert 'tensorflow' not in sys.modules
+
+
+class Library(tfds.core.GeneratorBasedBuilder):
+  """A dataset of the files of two packages."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
+    )
+
+  def _split_generators(self, dl_manager):
+    splits = ('train', 'validation')
+    return {split: self._generate_examples(split) for split in splits}
+
+  def _generate_examples(self, split):
+    for name, text in python_stdlib.source_files(['email', 'json']):
+      if python_stdlib.split_of(name) == split:
+        yield name, {'text': text}
+
+
+def test_the_order_and_the_parts_are_those_of_tfds(tmp_path):
+  builder = Library(data_dir=tmp_path, file_format='array_record')
+  builder.download_and_prepare()
+  for splits in [
+    ('train', 'validation'),
+    ('train[:90%]', 'train[90%:]+validation'),
+    ('train[3:7]', 'all'),
+  ]:
+    source = PythonStdlibSource('email,json').texts(Selection(splits))
+    for name, split in zip(splits, ('train', 'validation')):
+      expected = [e['text'].decode() for e in builder.as_data_source(name)]
+      assert texts(source, split) == expected
+
+
+@pytest.mark.parametrize('split', ['test', 'train[5'])
+def test_an_unknown_split_names_those_that_exist(split):
+  source = PythonStdlibSource('email,json').texts(Selection(('train', split)))
+  with pytest.raises(ValueError, match=r"unknown split .*have \['train', 'val"):
+    texts(source, 'validation')
 
 
 def test_only_the_first_bytes_are_trained_on():

@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+from moe_jax.data import DocstringsSource
 from moe_jax.data.sources import python_stdlib
 from moe_jax.data.sources.python_stdlib import documented_functions
 
@@ -109,29 +110,14 @@ def test_what_is_left_is_python_without_the_docstring(functions):
     assert docstring == docstring.strip('\n')
 
 
-def test_the_builder_keeps_a_file_in_one_split(tmp_path):
-  root = tmp_path / 'stdlib'
-  (root / 'json').mkdir(parents=True)
-  for i in range(40):
-    (root / 'json' / f'm{i}.py').write_text(
-      f'def f():\n  """D{i}."""\n  return {i}\n'
-      f'def g():\n  """E{i}."""\n  return {i}\n'
-    )
-  builder = python_stdlib.PythonStdlibDocstrings(
-    modules=['json'],
-    root=root,
-    data_dir=tmp_path / 'tfds',
-    file_format='array_record',
-  )
-  builder.download_and_prepare()
-  split_of = {}
+def test_the_functions_of_a_file_are_in_its_split():
+  source = DocstringsSource('email,json').pairs()
   for split in ('train', 'validation'):
-    for example in builder.as_data_source(split):
-      name, _, line = example['name'].decode().partition(':')
-      assert python_stdlib.split_of(name) == split
-      i = name[len('json/m') : -len('.py')]
-      letters = {'1': ('f', 'D'), '4': ('g', 'E')}[line]
-      assert example['inputs'].decode() == f'def {letters[0]}():\n  return {i}'
-      assert example['targets'].decode() == f'{letters[1]}{i}.'
-      split_of[name, line] = split
-  assert len(split_of) == 80 and len(set(split_of.values())) == 2
+    expected = [
+      (function, docstring)
+      for name, text in python_stdlib.source_files(['email', 'json'])
+      for _, function, docstring in documented_functions(text)
+      if python_stdlib.split_of(name) == split
+    ]
+    assert expected
+    assert sorted(source.pairs(split)) == sorted(expected)
