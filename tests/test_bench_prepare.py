@@ -7,7 +7,8 @@ from experiments.benchmarks.random_reads import Corpus
 from moe_jax import data
 
 ROW = {
-  'tokenizer': 'bytes', 'engine': 'pool of 2', 'processes': 2, 'megabytes': 200.0, 'rounds': 5,
+  'tokenizer': 'bytes', 'engine': 'pool of 2', 'processes': 2,
+  'megabytes': 200.0, 'rounds': 5,
   'mb_per_second': 90.0, 'mb_per_second_low': 80.0,
   'mb_per_second_high': 100.0, 'speed_up': 1.9, 'speed_up_low': 1.8,
   'speed_up_high': 2.0, 'load': 0.5,
