@@ -107,7 +107,7 @@ def begin(
   next_row = restored.extra.get(NEXT_ROW, earlier_rows)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
-  # The seed is the config's: with another the order of the data changes, too.
+  # The seed is the config's: another seed changes the order of the data, too.
   seed = jnp.full_like(restored.state.seed, run.options.seed)
   run = dataclasses.replace(run, row_offset=next_row - earlier_rows)
   return run, restored.state.replace(seed=seed), restored.extra.get(DUE, [])

@@ -1,8 +1,9 @@
 """Schedules of the learning rate: a linear warm-up, then one of several curves.
 
 A new schedule is one class with its options and the curve after the warm-up.
-The end of a curve is the end of the run, as in optax: a step after the last
-would have its value, so that the last step of a curve to 0 still learns.
+The end of a curve is the end of the run, as in optax: only a step after the
+last would have the curve's last value, so that the last step of a curve to 0
+still learns.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Schedule(Options):
   )
 
   def warmup_in(self, total_steps: int) -> int:
-    """The number of steps of the warm-up in a run, at most half of them."""
+    """The number of warm-up steps in a run, at most half of the run's steps."""
     return min(self.warmup_steps, total_steps // 2)
 
   @required
