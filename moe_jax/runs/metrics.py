@@ -224,9 +224,9 @@ class _AppendOnly:
 
 
 class _Events:
-  """A new file of scalars for TensorBoard, which then drops older scalars.
+  """A new file of scalars for TensorBoard, which goes on at `first_step`.
 
-  TensorBoard drops those of `first_step` and of later steps.
+  TensorBoard drops the scalars of this and later steps from earlier files.
 
   tensorboardX's summary writer is not used: on a full disk its thread dies, and
   its full queue then blocks the training loop for ever.

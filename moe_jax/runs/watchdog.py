@@ -299,7 +299,7 @@ class Watchdog:
     except Exception as error:
       self._end(f'its watchdog failed: {type(error).__name__}: {error}')
 
-  # Process 0.
+  # The thread of process 0.
 
   def _lead(self) -> None:
     next_send = time.monotonic()
@@ -386,7 +386,7 @@ class Watchdog:
           del lines[ready]
     self._over.set()
 
-  # All other processes.
+  # The thread of every other process.
 
   def _follow(self) -> None:
     last_heard = next_send = time.monotonic()
@@ -417,7 +417,7 @@ class Watchdog:
         reason = f'process 0 does not answer, for {self._silence:.0f} s'
         self._end(reason, settle=False)
 
-  # All processes.
+  # The end of any process.
 
   def _end(self, reason: str, settle: bool = True) -> None:
     """Ends this process, unless it ends by itself with an error of its own.
