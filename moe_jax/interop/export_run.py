@@ -85,7 +85,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The tokenizer in the library `tokenizers`; None if it has no equal one."""
+  """The equal tokenizer of the library `tokenizers`; None if it has none."""
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model_json())
   if isinstance(tokenizer, tokenizers.Bytes):

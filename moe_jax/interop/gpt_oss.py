@@ -40,7 +40,7 @@ from moe_jax.models import DecoderOptions
 
 _BLOCK = 32
 _BLOCKS, _SCALES = '_blocks', '_scales'
-_BIAS = 127  # of the exponents
+_BIAS = 127  # added to the exponents of two
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
 
