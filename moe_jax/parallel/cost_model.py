@@ -38,8 +38,8 @@ class Sizes(NamedTuple):
     F: Hidden width of an expert.
     bytes_per_element: Bytes of an element of a row that travels.
     kernels: Number of an expert's kernels: 2, 3 with a gate, or 4 with two.
-    bytes_per_parameter: Bytes of a parameter that travels; 0: as many as of an
-      element of a row.
+    bytes_per_parameter: Bytes of a parameter that travels; 0 stands for
+      `bytes_per_element`.
   """
 
   M: int
@@ -212,7 +212,7 @@ def step(
   if shadowed is None:
     shadowed = np.zeros((N, E), bool)
   shadow_counts = np.where(shadowed[..., None], counts, 0)
-  # Rows that each device gets from each, of its own too, by step.
+  # The rows that each device gets from each device, itself included, by step.
   received = (counts - shadow_counts).reshape(N, W, E // W, W).sum(-2)
   step_rows = received[:, None] * _masks(W, g)  # [N, g, W, W]
   row_seconds = sizes.row_flops / topology.flops_per_second
@@ -229,7 +229,7 @@ def step(
 
 
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
-  """Whether rows of a device (columns) for another (rows) are of step j."""
+  """1 where step j sends rows from device i (axis 2) to device k (axis 1)."""
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
   return (step == np.arange(g)[:, None, None]).astype(int)
@@ -238,7 +238,12 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The ends of the last S, of the last C by device, and of each C for all."""
+  """The times at which operations of the forward pass end.
+
+  Returns:
+    The end of the last S_j; of the last C_j on each device; and of each C_j on
+    all devices.
+  """
   arrived = np.cumsum(send, -1)
   ready = []
   for j in range(arrived.shape[-1]):
@@ -250,7 +255,7 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R ends; all R follow `sent` in the stream."""
+  """The time at which the last R_j ends, where no R_j starts before `sent`."""
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent

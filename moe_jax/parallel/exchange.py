@@ -24,7 +24,7 @@ from moe_jax.shapes import Array, Float, Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Exchange(Options):
-  """The contract of exchanges of rows in slots.
+  """The contract of exchanges between devices, of the rows in experts' slots.
 
   Rows travel in pieces; by default, all rows are one piece. All exchanges are
   equal in value and gradient, except for experts' dropout, which is drawn by
@@ -139,7 +139,7 @@ class InRing(Exchange):
   """
 
   def cut(self, layout, rows):
-    """A piece for each step, the rows for one device's experts, own first."""
+    """A piece for each step: the rows for one device, the own device first."""
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
     return [blocks[target] for target in _targets(layout)]
 

@@ -108,7 +108,7 @@ def _from_sorted(
 # The readable reference, as GShard prints it (https://arxiv.org/abs/2006.16668,
 # section 3.2).
 einsum = Dispatcher(_by_masks, _back_by_masks)
-# The default.
+# The default dispatcher.
 gather = Dispatcher(_to_slots, _from_slots)
 # No more rows than are needed, as in MegaBlocks
 # (https://arxiv.org/abs/2211.15841).
