@@ -143,7 +143,7 @@ def options_of(
     base: A config, or its path or name.
     overrides: Flags such as '--config.seed=1'. Flags that have no effect are
       refused.
-    part: Name of the section that is read; '' is the whole.
+    part: Name of the section of the config that is read; '' is all of it.
 
   Returns:
     The options, and a line for each value of the file that is ignored since it

@@ -44,7 +44,7 @@ NORMALIZES = ('none', 'tokens', 'bytes')
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceEvaluation(AskingEvaluation):
-  """Options of the evaluation 'choice': how often the likeliest is right."""
+  """Options of the evaluation 'choice': its questions and its score."""
 
   source: ChoiceSourceOptions = choice(
     data.CHOICE_SOURCES,
@@ -170,7 +170,7 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `accuracy_row`, and what did not fit.
+    """The row of `accuracy_row`, and counts of what did not fit.
 
     The row also has `cut_items`, the number of questions that had to be cut to
     fit a row of tokens and, if there are examples before the questions,
