@@ -163,7 +163,7 @@ class Twin(NamedTuple):
   dropout: float
 
   def of_width(self, hidden: int) -> 'Twin':
-    """The same layer with another hidden width."""
+    """The same dense layer with another hidden width."""
     return self._replace(ffn=dataclasses.replace(self.ffn, hidden=hidden))
 
 
@@ -184,7 +184,7 @@ class ExpertOptions(Options):
   format: ClassVar[KernelFormat | None] = None
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
-    """These options with defaults filled in from the model's options.
+    """The expert's options, with defaults filled in from the model's options.
 
     Args:
       ffn: The dense feed-forward layers of the model.
@@ -269,7 +269,7 @@ class FeedForwardExpert(ExpertOptions):
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """None: any dispatch serves feed-forward layers."""
+    """Yields no reason, as any dispatch serves feed-forward layers."""
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
@@ -328,7 +328,7 @@ class ModuleExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Moves tokens to the copies, applies the copies, and sums outputs."""
+    """Moves tokens to the E experts, applies these, and sums their outputs."""
     module = self.options.module(self.shared, name='expert')
 
     @functools.partial(

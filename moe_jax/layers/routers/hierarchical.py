@@ -109,7 +109,7 @@ class Hierarchical(contract.RouterOptions):
 
 
 class LevelSizes(NamedTuple):
-  """How many branches or experts the gate of one level chooses among.
+  """The number of branches or experts that one level's gate chooses among.
 
   Attributes:
     num_experts: The number of branches, or of experts in a branch.

@@ -229,7 +229,7 @@ def choice_losses(
   """The balance loss, the z-loss and the importance loss of tokens' choices.
 
   Args:
-    logits: The logits without noise, from which the first two are computed.
+    logits: The logits without noise, of which balance loss and z-loss are made.
     expert_index: The chosen experts.
     gate: The gates of the choices, as if all were served.
     mask: False for padding.
