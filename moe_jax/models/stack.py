@@ -30,7 +30,7 @@ class Padding:
   """Padding that takes no slot, is not counted and that no token attends to."""
 
   def context(self, context: Context) -> Context:
-    """The context of the blocks, from one that hides padding; here the same."""
+    """The blocks' context, made of a context that hides padding: the same."""
     return context
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
