@@ -57,7 +57,7 @@ def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
 
 
 def unknown_text(noun: str, value: Any, names: Iterable[Any]) -> str:
-  """The message of `unknown`."""
+  """The message for an unknown name: the nearest name, and all names."""
   names = sorted(str(name) for name in names)
   near = difflib.get_close_matches(str(value), names, n=1)
   hint = f'did you mean {near[0]!r}? ' if near else ''
@@ -755,7 +755,7 @@ class _Reader:
     self._only_keys = only_keys
 
   def read(self, root: Any, section: Section, path: str) -> Any:
-    """The options; None where there is a problem."""
+    """The options of a section; None where there is a problem."""
     if isinstance(section, ConfigDict):  # whose keys are slow to read
       section = section.to_dict()
     if isinstance(root, Kinds):

@@ -116,7 +116,7 @@ class ChoiceEvaluation(AskingEvaluation):
   def _items(
     self, cache_dir: str
   ) -> tuple[list[data.Item], list[list[data.Item]]]:
-    """The questions, and the examples that stand before each."""
+    """The questions, and the examples that stand before each question."""
     splits = (self.train_split, self.validation_split)
     selection = data.Selection(splits, cache_dir)
     source = self.source.items(selection)

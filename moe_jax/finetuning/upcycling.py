@@ -87,7 +87,7 @@ class InitFrom(InitFromOptions):
 
   @property
   def sources(self) -> tuple[int, ...]:
-    """The indices in `experts`; () if the other run's experts go in turn."""
+    """The indices in `experts`; () takes the other run's experts in turn."""
     return tuple(map(int, self.experts.split(','))) if self.experts else ()
 
 

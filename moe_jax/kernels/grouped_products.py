@@ -30,7 +30,7 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 # The name of the results in a remat policy.
 PRODUCT = 'grouped_matmul'
 BACKENDS: dict[str, ModuleType] = {
-  'blocks': blocks,  # any platform; chosen on all but those below
+  'blocks': blocks,  # any platform; the default where none below is
   'megablox': megablox,  # TPUs
   'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
 }

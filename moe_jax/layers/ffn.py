@@ -144,7 +144,7 @@ class FfnLayer:
 
   @property
   def activation(self) -> Activation:
-    """The function between the two products."""
+    """The activation between the two products."""
     return activation(self.options.activation)
 
   @property

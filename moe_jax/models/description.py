@@ -108,7 +108,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def layers(self) -> tuple[Layer, ...]:
-    """All layers."""
+    """The layers of all stacks, in order."""
     return tuple(layer for stack in self for layer in stack.layers)
 
   @property

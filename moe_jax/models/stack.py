@@ -74,7 +74,7 @@ class StackConfig:
 
   @property
   def experts(self) -> MoeOptions | None:
-    """The mixture of the sparse layers; None where no layer has experts."""
+    """The mixture of experts of the sparse layers; None if there are none."""
     moe = self.block.moe
     return moe if moe is not None and moe.num_experts else None
 
@@ -99,7 +99,7 @@ class StackConfig:
 
   @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
-    """The mixture of each layer; None for a layer without experts."""
+    """The mixture of experts of each layer; None for a dense layer."""
     experts = self.experts
     return tuple(kind.moe if experts else None for kind in self.kinds)
 

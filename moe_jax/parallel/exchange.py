@@ -58,13 +58,13 @@ class Exchange(Options):
   def joined(
     self, layout: Layout, pieces: Sequence[Float[Array, '_ _ M']]
   ) -> Float[Array, 'E R M']:
-    """Undoes `cut`, under `shard_map`."""
+    """The rows that `cut` cut into pieces; called under `shard_map`."""
     del layout
     (rows,) = pieces
     return rows
 
   def pieces_spec(self, layout: Layout) -> PartitionSpec:
-    """The spec of pieces, of which `cut` makes each device's part."""
+    """The partition spec of pieces, of which `cut` makes each device's part."""
     return layout.spec((), layout.groups)
 
   @required
@@ -144,13 +144,13 @@ class InRing(Exchange):
     return [blocks[target] for target in _targets(layout)]
 
   def joined(self, layout, pieces):
-    """Undoes `cut`."""
+    """The rows that `cut` cut into pieces, one for each step."""
     rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the steps
     blocks = jnp.zeros_like(rows).at[jnp.stack(_targets(layout))].set(rows)
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
-    """The spec of pieces, which `cut` makes of a device's part of experts."""
+    """The partition spec of pieces of rows for each device's experts."""
     return layout.spec(layout.expert_only, layout.groups)
 
   def move(self, layout, rows, to_experts, number=0):

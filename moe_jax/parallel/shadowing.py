@@ -167,7 +167,7 @@ class Shadowing(Options):
   def choose(
     self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes | None
   ) -> Int32[Array, ' R']:
-    """The indices of shadowed experts, then E; called under `shard_map`.
+    """The indices of shadowed experts, padded with E, under `shard_map`.
 
     Where rows do not travel no expert is shadowed, and R = 0.
 

@@ -56,7 +56,7 @@ class StepMetrics(NamedTuple):
 
 
 def add(a: LossSums, b: LossSums) -> LossSums:
-  """Merges two sums."""
+  """Merges the sums of two batches."""
   return jax.tree.map(lambda x, y: x + y, a, b)
 
 

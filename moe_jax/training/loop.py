@@ -247,7 +247,7 @@ def _evaluate(
 def _save(
   run: Run, hooks: Sequence[Hook], at: _Position, best: float | None = None
 ) -> None:
-  """Saves a checkpoint, or updates the manifest of one of the same step.
+  """Saves a checkpoint, or updates the manifest of the step's checkpoint.
 
   Args:
     run: The run.

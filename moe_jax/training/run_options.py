@@ -212,7 +212,7 @@ class TraceOptions(Options):
 
   @property
   def is_on(self) -> bool:
-    """Whether steps or evaluations are recorded."""
+    """Whether the choices of any steps or evaluations are recorded."""
     return bool(self.every_steps or self.evaluations)
 
   @property

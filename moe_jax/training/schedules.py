@@ -92,7 +92,7 @@ class Cosine(Schedule):
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the cosine."""
+    """Returns the learning rate on the cosine."""
     return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
 
 
@@ -101,23 +101,23 @@ class InverseSqrt(Schedule):
   """The peak times the square root of warm-up steps over steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the curve; without a warm-up it starts at step 1."""
+    """Returns the learning rate on the curve; without a warm-up from step 1."""
     start = max(self.warmup_steps, 1)
     return lambda step: peak * (start / (step + start)) ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-  """The peak until the end of the run."""
+  """The learning rate stays at its peak until the end of the run."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the peak at every step."""
+    """Returns the peak learning rate at every step."""
     return optax.constant_schedule(peak)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trapezoid(Schedule):
-  """The peak for most of the run, then a straight line down to 0 at its end.
+  """The peak rate for most of the run, then a straight line to 0 at its end.
 
   Runs of several lengths, with warm-ups of as many steps, are equal until the
   shortest begins to decay, so that one of them can be the start of the next.
@@ -137,7 +137,7 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the line, which begins after the warm-up at the earliest."""
+    """Returns the rate: the peak, then the line, which no warm-up overlaps."""
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)

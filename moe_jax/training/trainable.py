@@ -159,7 +159,7 @@ class ChosenExperts:
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def write(self, path: pathlib.Path) -> None:
-    """Writes the file."""
+    """Writes the chosen experts to a file."""
     values = {
       **self.about,
       'num_experts': self.num_experts,

@@ -324,7 +324,7 @@ def restore_variables(
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
-  """The sharding by the table; a dimension that does not divide stays whole."""
+  """An array's sharding by the table; what does not divide stays whole."""
 
   def num_shards(axis):
     return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))

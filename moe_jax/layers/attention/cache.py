@@ -54,7 +54,7 @@ class Slots(NamedTuple):
 
 
 class KVCache(flax.struct.PyTreeNode):
-  """Keys and values by slot.
+  """The cache of a decoder: keys and values by slot.
 
   Attributes:
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
@@ -215,7 +215,7 @@ class KVCache(flax.struct.PyTreeNode):
     return self.replace(key=fill(self.key, key), value=fill(self.value, value))
 
   def advance(self, num_tokens: int) -> 'KVCache':
-    """Ends a step of T tokens."""
+    """The cache after a step of T tokens, all of whose layers are written."""
     return self.replace(length=self.length + num_tokens)
 
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':

@@ -145,7 +145,7 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The layout on a mesh; None on one device, and during initialisation."""
+  """The `Layout` on a mesh; None on one device, and during initialisation."""
   if module.is_initializing():
     return None
   return layout_of(shared.rules, x, num_experts=num_experts, hidden=hidden)
