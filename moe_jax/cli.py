@@ -204,7 +204,7 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
       f'unknown config key {name!r}: it is a section, whose keys are set, '
       f'--config.{name}.KEY=...; have {sorted(section)}'
     )
-  # The keys that exist in place of the first part of the name that does not.
+  # The keys that exist in place of the first part of the name that is unknown.
   depth = len(path)
   beside = {
     '.'.join(key.split('.')[: depth + 1])

@@ -91,7 +91,7 @@ class OptionError(InputError):
   """
 
   def __init__(self, problems: Iterable[str]):
-    # Both halves of a model may have the same problem.
+    # Encoder and decoder may have the same problem.
     self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
@@ -380,7 +380,7 @@ class Options:
         texts.append(problem)
       elif isinstance(value, int) and field.type is float:
         object.__setattr__(self, name, float(value))
-    # Rules for several fields assume that each is valid by itself.
+    # Rules for several fields assume that each field is valid by itself.
     if texts := texts or list(self.problems()):
       raise OptionError(texts)
 

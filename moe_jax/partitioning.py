@@ -131,7 +131,8 @@ def make_mesh(
 
 def _grid_in_slice(shape, devices) -> np.ndarray:
   try:
-    # An axis may be a side of the torus and a part of another: 8 of 4 x 4 x 4.
+    # An axis may take one side of the torus and a part of another side: 8
+    # devices of 4 x 4 x 4.
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )

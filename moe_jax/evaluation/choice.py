@@ -134,7 +134,7 @@ class ChoiceEvaluation(AskingEvaluation):
     P = len(pool)
     if P < K:
       raise InputError(f'num_shots={K} of {P} train items of {source.name}')
-    # N K indices spread over the pool, so that a question's examples differ.
+    # N K indices spread over the P examples, so that a question's K differ.
     indices = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
     return items, [[pool[index] for index in row] for row in indices]
 

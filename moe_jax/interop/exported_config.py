@@ -1,7 +1,7 @@
 """The config.json of a model that is written for transformers.
 
-An architecture is found that computes the same function as the model. If there
-is none, the error says how the nearest architecture differs.
+An architecture of transformers is found that computes the same function as the
+model. If there is none, the error says how the nearest architecture differs.
 """
 
 import dataclasses

@@ -75,11 +75,11 @@ ACTIVATIONS = {
   'gelu_tanh': Activation(_gelu_tanh, saved_arrays=6),
   'geglu': Activation(_gelu_tanh, _GATED, saved_arrays=8),  # arXiv:2002.05202
   'swiglu': Activation(jax.nn.silu, _GATED, saved_arrays=6),
-  # gpt-oss has it, with swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
+  # The activation of gpt-oss: swiglu_alpha 1.702, swiglu_limit 7, x W_in + 1.
   'clamped_swiglu': Activation(
     _quick_gelu, _GATED, saved_arrays=9, limit=7.0, shift=1.0
   ),
-  # OpenMoE has it: a third product multiplies a SwiGLU.
+  # The activation of OpenMoE: a third product multiplies a SwiGLU.
   'doubly_gated_swiglu': Activation(
     jax.nn.silu, (*_GATED, 'w_factor'), saved_arrays=8
   ),

@@ -197,7 +197,7 @@ class Adapters:
     for path, kernel in self.kernels.items():
       a, b = (flat[TREE, *path, factor] for factor in 'ab')
       if key is not None and self.options.dropout:
-        # The factor of each direction is 0 where it is dropped.
+        # A dropped direction of the rank is multiplied by 0.
         keep_prob = 1 - self.options.dropout
         stack = kernel.shape[: kernel.stacked]
         shape = (*stack, *(1,) * kernel.inputs, self.options.rank)

@@ -30,7 +30,10 @@ class Padding:
   """Padding that takes no slot, is not counted and that no token attends to."""
 
   def context(self, context: Context) -> Context:
-    """The blocks' context, made of a context that hides padding: the same."""
+    """The context that blocks read, from a context that hides padding.
+
+    The two are the same, unless a subclass lets padding be seen.
+    """
     return context
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:

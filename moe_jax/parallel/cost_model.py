@@ -166,7 +166,8 @@ class Step(NamedTuple):
     sent, _, ready = _send_and_compute(
       self.send, 2 * self.compute, shadow_compute
     )
-    # No device sums gradients before all have theirs, if there are any.
+    # Gradients of shadowed experts, if any, are summed once all devices have
+    # theirs.
     slowest = shadow_compute.max(-1)
     summed = np.maximum(sent, slowest) + self.shadow_send
     sent = np.where(self.shadow_send > 0, summed, sent)
@@ -264,15 +265,21 @@ def _give_back(
 def ideal(
   flops_per_second: float, ratio: Float[np.ndarray, ' N']
 ) -> Float[np.ndarray, ' N']:
-  """The FLOPs per second of a device if all overlaps, by `Step.ratio`."""
+  """A device's FLOPs per second if sending and products overlap in full.
+
+  Args:
+    flops_per_second: The FLOPs that a device computes in a second.
+    ratio: Computation over communication, as in `Step.ratio`.
+  """
   return flops_per_second * np.minimum(1.0, ratio)
 
 
 def semi_ideal(
   flops_per_second: float, ratio: Float[np.ndarray, ' N']
 ) -> Float[np.ndarray, ' N']:
-  """The FLOPs per second of a device if nothing overlaps, by `Step.ratio`.
+  """A device's FLOPs per second if sending and products do not overlap.
 
-  The layer is one whose devices have equally many rows.
+  Arguments are those of `ideal`. All devices of the layer have equally many
+  rows.
   """
   return flops_per_second / (1.0 + 1.0 / ratio)

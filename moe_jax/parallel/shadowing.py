@@ -194,7 +194,7 @@ class Shadowing(Options):
     speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
     most = min(self.experts, E)
     chosen = choose(counts, sizes, speeds, most=most)
-    # Computed once, so that the backward pass cannot choose otherwise.
+    # The choice is saved, so that the backward pass cannot choose otherwise.
     return decided(chosen.astype(jnp.int32))
 
 

@@ -277,7 +277,7 @@ def choice_gates(
     normalizer = jax.nn.logsumexp(gate, axis=-1, keepdims=True)
     gate = jnp.exp(gate - jnp.logaddexp(normalizer, math.log(_EPSILON)))
   else:
-    # A row with nothing kept would be all -inf, and its softmax NaN.
+    # A token without a kept choice would have only -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)
     masked = jnp.where(kept, chosen_logits, -jnp.inf)
     gate = jax.nn.softmax(jnp.where(any_kept, masked, 0.0))

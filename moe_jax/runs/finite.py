@@ -57,7 +57,7 @@ def not_finite(tree: Any) -> list[str]:
 
   Every process has to call this, as arrays may be split among them.
   """
-  # A program takes arrays of one set of devices.
+  # A compiled program takes arrays of one set of devices.
   groups: dict[frozenset[jax.Device], dict[str, Any]] = {}
   for name, leaf in _floating(tree).items():
     groups.setdefault(frozenset(leaf.sharding.device_set), {})[name] = leaf

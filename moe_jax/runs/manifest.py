@@ -185,7 +185,8 @@ def verify(
   def check(entry):
     path, (size, digest) = entry
     try:
-      # Sizes first: a truncated file need not be read to be refused.
+      # Sizes are compared first: a truncated file is refused without being
+      # read.
       stored_size = retry((folder / path).stat).length
       if stored_size != size:
         return f'{path} has {stored_size} bytes, not {size}'

@@ -191,7 +191,7 @@ class _AppendOnly:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    # Unbuffered, so that a record is not lost with the process.
+    # The file is unbuffered, so that no record is lost with the process.
     self._file = path.open('ab', buffering=0)
     self._size = path.stat().st_size
     self._unwritten: list[bytes] = []

@@ -434,7 +434,7 @@ class Watchdog:
     if self._index:
       self._hub.socket.close()
     if settle and self.before_end is not None:
-      # The main thread cannot call it: it waits in a collective operation.
+      # The main thread cannot call `before_end`, as it waits in a collective.
       with contextlib.suppress(Exception):
         self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()

@@ -101,7 +101,7 @@ class Constant(AuxSchedule):
   """The same factor at every step: 1 keeps the weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor, a Python number, whatever the step."""
+    """Returns the factor of the weights, a Python number, for any step."""
     return self.factor
 
 
@@ -129,7 +129,7 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor after `step` steps: first, on the line, or final."""
+    """Returns the weights' factor, which moves on a line after `start_step`."""
     if self.factor == self.final_factor:
       return self.factor
     fraction = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)

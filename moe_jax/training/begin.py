@@ -15,7 +15,8 @@ from moe_jax.training import averages
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# The name under which a checkpoint has the sha256 of the choice of experts.
+# The name under which a checkpoint has the sha256 of the masks of the experts
+# that train.
 EXPERTS = 'trained_experts'
 # The name under which a checkpoint has the index of the first row of data that
 # no step has seen.

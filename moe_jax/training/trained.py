@@ -329,7 +329,7 @@ def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
   def num_shards(axis):
     return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
 
-  # `sharding` takes a vocabulary that does not divide.
+  # A vocabulary that does not divide is handled by `partitioning.sharding`.
   axes = [
     a if a == 'vocab' or n % num_shards(a) == 0 else None
     for a, n in zip(axes, shape)

@@ -163,7 +163,7 @@ class AttentionBase(Options):
 
   @property
   def projected_values(self) -> int:
-    """Values of a token that the backward pass needs of queries and keys."""
+    """The number of a token's projected values that the backward pass needs."""
     return self.num_heads * self.head_widths[0] + self.cached_values
 
   def kernel_values(self, width: int) -> int:

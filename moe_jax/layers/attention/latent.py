@@ -89,7 +89,10 @@ class LatentOptions(AttentionBase):
 
   @property
   def projected_values(self) -> int:
-    """Values that the backward pass needs, with expanded keys and values."""
+    """The number of a token's projected values that the backward pass needs.
+
+    Expanded keys and values count among them.
+    """
     expanded = self.num_heads * sum(self.head_widths)
     return super().projected_values + expanded + self.query_rank
 

@@ -134,7 +134,7 @@ class FeedForwardExperts(nn.Module):
       ]
     else:
       params = ffn.parameters(self, (E,), M)
-    # The keys for rows in slots are those of a submodule.
+    # The dropout of rows in slots draws its keys in a submodule.
     module = ffn.dropout_module(self, train) if dispatch.by_slot else self
 
     def next_key():
