@@ -168,7 +168,8 @@ def _slices(devices) -> list[list]:
   """The devices of each slice: of a TPU slice, or else of a process."""
   slices = collections.defaultdict(list)
   for device in devices:
-    # libtpu names no slice where there is one, of however many hosts.
+    # libtpu names no slice where there is a single slice, of any number of
+    # hosts.
     only = 0 if device.platform == 'tpu' else device.process_index
     slices[getattr(device, 'slice_index', only)].append(device)
   return [slices[key] for key in sorted(slices)]

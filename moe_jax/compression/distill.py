@@ -228,7 +228,7 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's `config.distill`; its step is that of stored logits, if any."""
+  """The run's `config.distill`, with the step that stored logits are of."""
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options

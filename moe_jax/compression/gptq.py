@@ -161,7 +161,7 @@ class Outcome(NamedTuple):
 def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
   """Rounds to the nearest value; errors are squares of weights, as with H = I.
 
-  With H = I both methods round alike, so both errors are equal.
+  With H = I GPTQ rounds to the nearest value, too, so both errors are equal.
   """
   grid = format.grid(w)
   codes = format.codes(w, grid)

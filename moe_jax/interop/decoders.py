@@ -147,7 +147,7 @@ def experts(
   return table
 
 
-# The keys of config.json.
+# Functions and tables for the keys of config.json.
 
 # Our activations by the names that config.json has for them.
 ACTIVATIONS = {

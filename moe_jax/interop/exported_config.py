@@ -133,8 +133,8 @@ def _config_json(
 ) -> dict[str, Any]:
   """The keys that a model decides, together with other keys of the config."""
   replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
-  # Keys that act only in training, with the values that have no effect, since
-  # our models lack the effect.
+  # Keys that act only in training get values without an effect, since our
+  # models do not have their effects.
   neutral_values = {
     name: decided[neutral] if isinstance(neutral, str) else neutral
     for name, (_, _, neutral, _) in architecture.keys.training.items()

@@ -308,7 +308,7 @@ class FeedForward(nn.Module):
     return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
-    """The product that hidden layer i computes from the one before it."""
+    """The product that hidden layer i computes from the layer before it."""
     shared, F = self.shared, self.options.hidden
     init = parameters.kernel(shared, ('mlp', None), role=self.role)
     w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)

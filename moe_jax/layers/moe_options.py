@@ -205,7 +205,9 @@ class MoeOptions(ImposedOptions):
     return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
 
   def twin(self) -> Twin:
-    """The dense feed-forward layer of the dense twin, after `within`.
+    """The dense feed-forward layer of the dense twin.
+
+    It needs the defaults that `within` fills in.
 
     The layer is as wide as K experts and the shared expert together.
     """
@@ -214,7 +216,10 @@ class MoeOptions(ImposedOptions):
 
   @property
   def shared_twin(self) -> Twin | None:
-    """The feed-forward that the shared expert is, after `within`, or None."""
+    """The feed-forward that the shared expert is, or None.
+
+    It needs the defaults that `within` fills in.
+    """
     width = self.shared_expert.hidden
     return self.expert.twin(1).of_width(width) if width else None
 

@@ -48,7 +48,7 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position that makes a document long; None if none does."""
+    """The position from which on a document is long; None if there is none."""
 
   @property
   def latent_factor(self) -> float:

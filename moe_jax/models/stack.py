@@ -160,7 +160,7 @@ class Stack(nn.Module):
       if c.stacked:
         loop = _scanned(c, segment, train)
         (x, cache), aux = loop((x, cache), cast(Array, numbers), context)
-        # every leaf [repeats, period, ...]
+        # Every leaf is [repeats, period, ...].
         auxes.append(
           jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
         )

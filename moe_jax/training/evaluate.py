@@ -381,7 +381,7 @@ def changed_models(
   """The model of each evaluation, by the evaluation's name.
 
   Args:
-    options: The options of the training model, after `filled`.
+    options: The training model's options, with the sizes that the data decides.
     model: The training model.
     entries: The evaluations.
     rules: The sharding table.
@@ -413,7 +413,7 @@ def make_evaluations(
   """All evaluations of a run, ready to run.
 
   Args:
-    options: The options of the training model, after `filled`.
+    options: The training model's options, with the sizes that the data decides.
     model: The training model.
     entries: The options of each evaluation, by name.
     rules: The sharding table.

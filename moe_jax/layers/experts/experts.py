@@ -273,7 +273,7 @@ class FeedForwardExpert(ExpertOptions):
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
-    """The computation of one expert, after `within`."""
+    """The computation of one expert; needs the defaults that `within` fills."""
     return FfnLayer(self.twin(1).ffn, shared, self.dropout, ROLE)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:

@@ -41,7 +41,7 @@ EXPERTS_CHOOSE = (
 )
 
 
-# Logits.
+# Functions that compute logits.
 
 
 def jittered(
@@ -100,7 +100,7 @@ def product(
   return logits.reshape(G, S, -1)
 
 
-# Choices and slots.
+# Functions that choose experts and serve choices.
 
 
 def largest(
@@ -181,7 +181,7 @@ def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
     )
 
 
-# Losses and statistics, which are sums over real tokens.
+# Functions that compute losses and statistics, sums over real tokens.
 
 
 def choice_aux(
