@@ -143,7 +143,7 @@ def options_of(
     base: A config, or its path or name.
     overrides: Flags such as '--config.seed=1'. Flags that have no effect are
       refused.
-    part: Name of the section that is read; '' is the whole.
+    part: Name of the section of the config that is read; '' is all of it.
 
   Returns:
     The options, and a line for each value of the file that is ignored since it
@@ -204,7 +204,7 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
       f'unknown config key {name!r}: it is a section, whose keys are set, '
       f'--config.{name}.KEY=...; have {sorted(section)}'
     )
-  # The keys that exist in place of the first part of the name that does not.
+  # The keys that exist in place of the first part of the name that is unknown.
   depth = len(path)
   beside = {
     '.'.join(key.split('.')[: depth + 1])

@@ -47,7 +47,7 @@ _BOUNDS = {
   'maximum': (operator.le, 'at most', ']'),
   'below': (operator.lt, 'below', ')'),
 }
-_LARGEST = 3.4028235e38  # in float32
+_LARGEST = 3.4028235e38  # the largest number of float32
 _FEW = 8  # names that are listed even where one of them is near
 
 
@@ -57,7 +57,7 @@ def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
 
 
 def unknown_text(noun: str, value: Any, names: Iterable[Any]) -> str:
-  """The message of `unknown`."""
+  """The message for an unknown name: the nearest name, and all names."""
   names = sorted(str(name) for name in names)
   near = difflib.get_close_matches(str(value), names, n=1)
   hint = f'did you mean {near[0]!r}? ' if near else ''
@@ -91,7 +91,7 @@ class OptionError(InputError):
   """
 
   def __init__(self, problems: Iterable[str]):
-    # Both halves of a model may have the same problem.
+    # Encoder and decoder may have the same problem.
     self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
@@ -380,7 +380,7 @@ class Options:
         texts.append(problem)
       elif isinstance(value, int) and field.type is float:
         object.__setattr__(self, name, float(value))
-    # Rules for several fields assume that each is valid by itself.
+    # Rules for several fields assume that each field is valid by itself.
     if texts := texts or list(self.problems()):
       raise OptionError(texts)
 
@@ -402,7 +402,7 @@ class Options:
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section with its short notations as the options that they stand for.
+    """A section of a config, with the options that short notations stand for.
 
     Raises:
       OptionError: A notation is wrong.
@@ -478,10 +478,10 @@ def of_type(value: Any, hint: Any) -> bool:
 def _number_problem(
   value: Any, whole: bool = True, signed: bool = True
 ) -> str | None:
-  """Why an array cannot hold a number, or a number of a tuple; None if it can.
+  """The reason why an array cannot hold a value's numbers; None if it can.
 
   Args:
-    value: The value.
+    value: The value, a number or a tuple of numbers.
     whole: Whether an integer is stored as an integer, not as a float.
     signed: Whether an integer is stored with a sign, which takes one bit.
   """
@@ -503,7 +503,7 @@ def _number_problem(
 def section_of(
   options: type[Options] | Options, kinds: Kinds | None = None
 ) -> ConfigDict:
-  """The section of a class at its defaults, or with an instance's values.
+  """The config's section of a class of options, or of an instance's values.
 
   The section is locked against new keys, except where it is open: entries by
   name, mappings, and `custom`.
@@ -518,14 +518,14 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """The same section, locked except where it is open; see `section_of`."""
+  """A config's section, locked except where it is open; see `section_of`."""
   config.lock()
   _unlock_open(root, config)
   return config
 
 
 def entry_section(kinds: Kinds, chosen: Options) -> ConfigDict:
-  """The section of one of several named choices: its kind and its options."""
+  """The config's section of an entry: its `kind`, and that kind's options."""
   return ConfigDict({KIND: kinds.name_of(chosen), **_section(chosen)})
 
 
@@ -569,7 +569,7 @@ def _choice(kinds: Kinds, chosen: Any) -> dict[str, Any]:
 
 
 def _unlock_open(root: type | Kinds, config: Any) -> None:
-  """Unlocks what is open in a locked section of a class, or of a choice."""
+  """Unlocks the open parts of a locked section of a class, or of a choice."""
   if isinstance(root, Kinds):
     config[CUSTOM].unlock()
     for kind, cls in root.builtin.items():
@@ -611,7 +611,7 @@ class Key(NamedTuple):
 
 
 def read_options(root: Any, section: Section, path: str = '') -> Any:
-  """The options of a section, checked.
+  """The options that a section of a config gives, checked.
 
   Args:
     root: The class of the options, or the kinds that the section chooses from.
@@ -638,7 +638,7 @@ def read_options(root: Any, section: Section, path: str = '') -> Any:
 def keys_of(
   root: type[Options] | Kinds, section: Section, path: str = ''
 ) -> list[Key]:
-  """Every key of a section, in the order of the dataclasses."""
+  """Every key of a section of a config, in the order of the dataclasses."""
   reader = _Reader(only_keys=True)
   reader.read(root, section, path)
   return reader.keys
@@ -650,7 +650,7 @@ def settle(
   given: Collection[str],
   path: str = '',
 ) -> tuple[ConfigDict, dict[str, Any]]:
-  """A copy of a config without options that its last layer leaves no effect.
+  """A copy of a config without the options that have lost their effect.
 
   A config is made in layers: a file, and over it flags, an evaluation's
   overrides or a study's arm. The last layer may choose another kind than the
@@ -747,7 +747,7 @@ def overridden(
 
 
 class _Reader:
-  """Reads a section into options, and lists its keys and its problems."""
+  """Reads a config's section into options; lists its keys and its problems."""
 
   def __init__(self, only_keys: bool = False):
     self.problems: list[str] = []
@@ -755,7 +755,7 @@ class _Reader:
     self._only_keys = only_keys
 
   def read(self, root: Any, section: Section, path: str) -> Any:
-    """The options; None where there is a problem."""
+    """The options of a section; None where there is a problem."""
     if isinstance(section, ConfigDict):  # whose keys are slow to read
       section = section.to_dict()
     if isinstance(root, Kinds):
@@ -1020,7 +1020,7 @@ _JSON_TYPES = {
 
 
 def json_schema(root: type[Options] | Options | Kinds) -> dict[str, Any]:
-  """The JSON schema of a section, by which an editor completes and checks it.
+  """The JSON schema by which an editor completes and checks a section.
 
   Args:
     root: The class of the options, an instance with other defaults, or the

@@ -120,7 +120,8 @@ def connect(
     jax.distributed.initialize(
       **flags or {},
       initialization_timeout=2 * seconds,
-      # Ours, which says more, is first; JAX may act half of its own earlier.
+      # JAX may act after half of its timeout. The run's own watchdog, which
+      # says more about the cause, is to act before that.
       heartbeat_timeout_seconds=3 * timeouts.heartbeat_timeout_seconds,
       shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
@@ -155,7 +156,7 @@ def connected(*args: Any) -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # JAX's service ends with process 0, and others that are still about to say
+    # JAX's service ends with process 0, and processes that have yet to report
     # their error would abort with a stack trace.
     if is_first():
       time.sleep(2.0)
@@ -228,7 +229,7 @@ def claim_process(coordinator: str, process_id: int) -> None:
   port = int(coordinator.rpartition(':')[2])
   flags = f'--coordinator={coordinator} --process_id={process_id}'
   name = f'\0moe_jax {coordinator} {process_id}'
-  # On Linux the name is no file's, and ends with the process.
+  # On Linux the socket's name is that of no file, and ends with the process.
   if sys.platform == 'linux' and name not in _claims:
     name_socket = socket.socket(socket.AF_UNIX)
     try:
@@ -508,7 +509,8 @@ def keep_freed_memory() -> bool:
   except (AttributeError, OSError):
     return False
   # Numbers from glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, and
-  # M_ARENA_MAX, one arena for all threads: a thread's own holds at most 64 MiB.
+  # M_ARENA_MAX, one arena for all threads: an arena of one thread alone would
+  # hold at most 64 MiB.
   settings = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-8, 1))
   return all([mallopt(name, value) for name, value in settings])
 

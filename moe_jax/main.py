@@ -105,7 +105,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
     cli.fail('--workdir is missing: the folder that the run goes to')
   with (
     connected(options.distributed, *processes),
-    # Once more, as a process of several ends within `connected`.
+    # Errors are also reported here, as `connected` ends a process of several.
     cli.reported(flags.traceback),
   ):
     return _train(flags, options, lines)

@@ -131,7 +131,8 @@ def make_mesh(
 
 def _grid_in_slice(shape, devices) -> np.ndarray:
   try:
-    # An axis may be a side of the torus and a part of another: 8 of 4 x 4 x 4.
+    # An axis may take one side of the torus and a part of another side: 8
+    # devices of 4 x 4 x 4.
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
@@ -167,7 +168,8 @@ def _slices(devices) -> list[list]:
   """The devices of each slice: of a TPU slice, or else of a process."""
   slices = collections.defaultdict(list)
   for device in devices:
-    # libtpu names no slice where there is one, of however many hosts.
+    # libtpu names no slice where there is a single slice, of any number of
+    # hosts.
     only = 0 if device.platform == 'tpu' else device.process_index
     slices[getattr(device, 'slice_index', only)].append(device)
   return [slices[key] for key in sorted(slices)]

@@ -49,12 +49,12 @@ class RunConfig(RunOptions):
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
-    """Names of the sections that need a hook, the teacher's among them."""
+    """Names of the sections in use that need a hook, the teacher's included."""
     distill_section = ('distill',) if self.distill.teacher else ()
     return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
-    """The problems of all runs, and of the teacher with other sections."""
+    """The problems of any run's options, and of the teacher's with others."""
     yield from super().problems()
     o = self.distill
     if o.teacher and self.model.moe.replay:

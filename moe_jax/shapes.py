@@ -212,7 +212,7 @@ def _allows(hint: Any, value: Any) -> bool:
 
 
 def _is_array(hint: Any) -> bool:
-  # Keys are left to jax.random, which takes two kinds of them.
+  # Random keys are left to jax.random, which takes two kinds of keys.
   has_dims = isinstance(hint, type) and hasattr(hint, 'dim_str')
   return has_dims and hint.dtype is not jaxtyping.Key
 

@@ -130,7 +130,7 @@ def concatenated(
 
 
 def _num_experts(model: Model, source: Model, layer: int) -> int:
-  """The number of experts that are as wide as a dense layer's feed-forward.
+  """The number of experts that together are as wide as a dense feed-forward.
 
   Raises:
     ValueError: No number of experts has that width, a layer has a shared

@@ -115,13 +115,15 @@ class Teacher:
 
   @property
   def step(self) -> int:
-    """The step of the checkpoint, which is read if the options name no step."""
+    """The step of the teacher's checkpoint, read if the options name none."""
     pinned = self._pinned_step
     return self.restored.step if pinned is None else pinned
 
   @property
   def digest(self) -> str:
-    """The sha256 of the checkpoint's manifest, which has the files' own sha256.
+    """The sha256 of the manifest of the teacher's checkpoint.
+
+    The manifest has the sha256 of every other file.
 
     Raises:
       ValueError: The teacher has no such checkpoint.
@@ -226,7 +228,7 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's `config.distill`; its step is that of stored logits, if any."""
+  """The run's `config.distill`, with the step that stored logits are of."""
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options

@@ -11,7 +11,7 @@ NONE, NON_EXPERTS, CONCATENATED = 'none', 'non_experts', 'concatenated'
 
 @dataclasses.dataclass(frozen=True)
 class DistillOptions(Options):
-  """Another run whose model teaches this one."""
+  """Another run whose model teaches this run's model."""
 
   teacher: str = option(
     '',
@@ -74,7 +74,7 @@ class DistillOptions(Options):
     return bool(self.teacher) and self.start != NONE
 
   def problems(self) -> Iterator[str]:
-    """A text for each option without effect, and one if nothing is learned."""
+    """A text for each option without effect, or if nothing is left to learn."""
     if not self.teacher:
       yield from self.in_vain('unless teacher is given')
       return

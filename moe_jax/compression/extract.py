@@ -56,7 +56,7 @@ class Extracted(NamedTuple):
 def extract(
   options: ModelOptions, params: Mapping[str, Any], task: int
 ) -> Extracted:
-  """The model of one task: layers that route by task keep only its experts.
+  """The model of one task: layers that route by task keep its experts alone.
 
   Without noise and without dropped tokens, the logits of the task's tokens are
   those of the whole model, but for rounding.
@@ -195,7 +195,7 @@ def as_one(
 
 
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
-  """The options of a stack's mixtures; of dense twins if it routes by task."""
+  """The options of a stack's MoE layers; of dense twins if routed by task."""
   moe = half.moe
   if not half.routes_by_task:
     return moe

@@ -160,7 +160,7 @@ def numbers_by_share(
   """The number of experts that stay in each layer, by one threshold for all.
 
   Scores are divided by the largest of their layer, as in M-SMoE; the experts of
-  the highest scores stay, whatever their layer, and at least K of each.
+  the highest scores stay, whatever their layer, and at least K of each layer.
 
   Args:
     share: The share of all experts that stay, in (0, 1].

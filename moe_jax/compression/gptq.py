@@ -17,10 +17,10 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import Grid, KernelFormat
 from moe_jax.shapes import Array, Bool, Float, Float32, Int8, UInt8, checked
 
-# This share of the mean of the Hessian's diagonal is added to the diagonal, but
-# at least this number.
+# The share of the mean of the Hessian's diagonal that is added to the diagonal,
+# and the least number that is added.
 DAMPING, LEAST_DAMPING = 0.1, 1e-6
-# The number of inputs whose errors are passed on to all later ones together.
+# The number of inputs whose errors are passed on to later inputs together.
 BLOCK = 128
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -60,7 +60,7 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
   diagonal = jnp.diagonal(h, axis1=-2, axis2=-1).mean(-1)[..., None, None]
   damped = h + identity * jnp.maximum(DAMPING * diagonal, LEAST_DAMPING)
   # With rows and columns in reverse order, the lower factor of H is an upper
-  # one, and its inverse is the factor of the inverse.
+  # factor, and its inverse is the factor of the inverse.
   lower = jnp.linalg.cholesky(damped[..., ::-1, ::-1])
   upper = jax.scipy.linalg.solve_triangular(lower[..., ::-1, ::-1], identity)
   fails = ~jnp.isfinite(upper).all((-2, -1))
@@ -161,7 +161,7 @@ class Outcome(NamedTuple):
 def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
   """Rounds to the nearest value; errors are squares of weights, as with H = I.
 
-  With H = I both methods round alike, so both errors are equal.
+  With H = I GPTQ rounds to the nearest value, too, so both errors are equal.
   """
   grid = format.grid(w)
   codes = format.codes(w, grid)

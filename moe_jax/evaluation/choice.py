@@ -44,7 +44,7 @@ NORMALIZES = ('none', 'tokens', 'bytes')
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceEvaluation(AskingEvaluation):
-  """Options of the evaluation 'choice': how often the likeliest is right."""
+  """Options of the evaluation 'choice': its questions and its score."""
 
   source: ChoiceSourceOptions = choice(
     data.CHOICE_SOURCES,
@@ -116,7 +116,7 @@ class ChoiceEvaluation(AskingEvaluation):
   def _items(
     self, cache_dir: str
   ) -> tuple[list[data.Item], list[list[data.Item]]]:
-    """The questions, and the examples that stand before each."""
+    """The questions, and the examples that stand before each question."""
     splits = (self.train_split, self.validation_split)
     selection = data.Selection(splits, cache_dir)
     source = self.source.items(selection)
@@ -134,7 +134,7 @@ class ChoiceEvaluation(AskingEvaluation):
     P = len(pool)
     if P < K:
       raise InputError(f'num_shots={K} of {P} train items of {source.name}')
-    # N K indices spread over the pool, so that a question's examples differ.
+    # N K indices spread over the P examples, so that a question's K differ.
     indices = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
     return items, [[pool[index] for index in row] for row in indices]
 
@@ -170,7 +170,7 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `accuracy_row`, and what did not fit.
+    """The row of `accuracy_row`, and counts of what did not fit.
 
     The row also has `cut_items`, the number of questions that had to be cut to
     fit a row of tokens and, if there are examples before the questions,

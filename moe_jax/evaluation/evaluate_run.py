@@ -78,7 +78,7 @@ def evaluate_all(
 
 
 def _placing(run: Loaded, mesh: Mesh) -> Placing:
-  """How batches are placed on a mesh, with as many microbatches as fit it.
+  """The placing of batches on a mesh, with as many microbatches as fit it.
 
   The number of microbatches may be lower than in training.
   """

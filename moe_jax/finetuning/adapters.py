@@ -1,4 +1,4 @@
-"""The adapter of a run in a small folder of its own, for the same base.
+"""The adapter of a run in a small folder, for the same base parameters.
 
 The folder has `adapter.safetensors`, the low-rank factors by name, and
 `adapter.json`, with the options of the adapter and the sha256 of the base

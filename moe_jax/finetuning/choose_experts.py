@@ -153,7 +153,7 @@ def choose(
 
 
 def _use(model: Model, score: str, variables, batch) -> list[Array]:
-  """The use of the experts of each sparse layer, [E], over a batch."""
+  """The use of each expert in a batch, summed as `score` says: [E] by layer."""
   measure = SCORES[score]
 
   def sow_use(call, args, kwargs, context):

@@ -99,7 +99,7 @@ def _finder(
 
   The piece is the old parameter of the same name. For an expert in a layer that
   was dense, it is the dense feed-forward's parameter whose name has the same
-  last part. Otherwise there is none, and the parameter is new.
+  last part. Otherwise there is no piece, and the parameter is new.
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}

@@ -42,7 +42,7 @@ def initial(
     have such a state; the optimizer's state, 'opt_state', if the run keeps it.
 
   Raises:
-    ValueError: The folder holds no run, its tokenizer is another, or the models
+    ValueError: The folder holds no run, it has another tokenizer, or the models
       or the optimizer that is kept do not fit: all differences are listed.
     CheckpointError: No checkpoint of the folder is good.
   """

@@ -42,7 +42,7 @@ EXPERT_AXES = ('expert', 'expert_choice')
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom(InitFromOptions):
-  """Another run whose parameters this run begins with, and how."""
+  """The run whose parameters this run begins with, and how they are taken."""
 
   keep_optimizer: bool = option(
     False,
@@ -87,7 +87,7 @@ class InitFrom(InitFromOptions):
 
   @property
   def sources(self) -> tuple[int, ...]:
-    """The indices in `experts`; () if the other run's are taken in turn."""
+    """The indices in `experts`; () takes the other run's experts in turn."""
     return tuple(map(int, self.experts.split(','))) if self.experts else ()
 
 

@@ -259,7 +259,7 @@ def advance(
 
   running_tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
   best, worst = running_scores[:, 0], ended.scores[:, -1]
-  # With fewer than W results the worst is -inf, and any beam is better.
+  # With fewer than W results the worst score is -inf: any beam is better.
   is_open = search.open & (best / penalty > worst)
   next_search = Search(
     length, Running(running_tokens, running_scores, pick(token)), ended, is_open

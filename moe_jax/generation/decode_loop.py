@@ -147,7 +147,7 @@ def generate(
 def _check_beams(
   num_beams: int, length_penalty: float, temperature: float, on_token: Any
 ) -> None:
-  """Raises ValueError where options of beams contradict others."""
+  """Raises ValueError where options of beams contradict other options."""
   check_whole('num_beams', num_beams, 1)
   check_number('length_penalty', length_penalty)
   if num_beams != 1 and temperature:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_jax.config import unknown_text
 
-_LARGEST = 3.4e38  # of float32
+_LARGEST = 3.4e38  # the largest number of float32
 _INTEGERS = 2**31  # int32 is below this
 # The limit is low, as layers are counted one by one before tensors are known.
 _LAYERS = 2**16

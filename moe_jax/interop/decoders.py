@@ -1,4 +1,4 @@
-"""What transformers' decoders share: keys of config.json, names of tensors.
+"""Keys of config.json and names of tensors that transformers' decoders share.
 
 These decoders have pre-norm blocks with root mean square norms, rotary
 positions, grouped keys and gated feed-forwards, and drop no token, unless the
@@ -147,7 +147,7 @@ def experts(
   return table
 
 
-# The keys of config.json.
+# Functions and tables for the keys of config.json.
 
 # Our activations by the names that config.json has for them.
 ACTIVATIONS = {
@@ -459,7 +459,7 @@ def _describe(
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
-  """The options of attention; an error if it is latent: `plain_attention`."""
+  """The options of attention, from `plain_attention`, at the model's width."""
   return plain_attention(o, o.width)
 
 

@@ -1,7 +1,7 @@
 """DeepSeekMoE-16B, and transformers' DeepSeek-V2 and V3, as decoders.
 
-No token is dropped, shared experts are one of their widths together, and the
-first layers are dense.
+No token is dropped, the shared experts of a layer are one feed-forward of their
+summed width, and the first layers are dense.
 
 DeepSeekMoE (arXiv:2401.06066): transformers has no class for it; its
 checkpoints bring their own code. As that code computes it:
@@ -13,7 +13,7 @@ checkpoints bring their own code. As that code computes it:
   published checkpoints do not set, a token's gates are divided by their sum if
   there are several.
 - In training each sequence has its own balance loss; with `seq_aux` false the
-  whole batch has a single one.
+  whole batch has a single loss.
 
 DeepSeek-V2 (arXiv:2405.04434), as transformers 5.24 computes it:
 
@@ -22,7 +22,7 @@ DeepSeek-V2 (arXiv:2405.04434), as transformers 5.24 computes it:
 - Gates are probabilities among all experts times `routed_scaling_factor`.
   transformers does not read `norm_topk_prob`, so the value true is refused.
 - With `topk_method` 'group_limited_greedy' a token chooses groups of experts by
-  their best probability; experts outside of them have a probability of 0.
+  their best probability; experts of other groups have a probability of 0.
 
 DeepSeek-V3 (arXiv:2412.19437), and so Moonlight and Kimi-K2, as transformers
 5.24 computes it:
@@ -278,8 +278,8 @@ def _router(c: Values, score: str, outside: str, **options: Any) -> TokenChoice:
 
   Args:
     c: The values of config.json.
-    score: How a group is scored, such as 'best'.
-    outside: What experts outside of the chosen groups get as scores.
+    score: The rule by which a group is scored, such as 'best'.
+    outside: The rule for the scores of experts outside of the chosen groups.
     **options: Other options of the router.
   """
   if c.n_group > 1:

@@ -86,7 +86,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The tokenizer in the library `tokenizers`; None if it has no equal one."""
+  """The equal tokenizer of the library `tokenizers`; None if it has none."""
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model_json())
   if isinstance(tokenizer, tokenizers.Bytes):
@@ -99,8 +99,8 @@ def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
 def _byte_model() -> library.Tokenizer:
   """A byte-level model without merges; the id of a token is its byte."""
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-  # Printable bytes stand for themselves; the others, in order, for the
-  # characters from U+0100 on.
+  # Printable bytes are the characters that they encode; all other bytes, in
+  # order, are the characters from U+0100 on.
   other_characters = iter(
     character for character in alphabet if ord(character) > 0xFF
   )

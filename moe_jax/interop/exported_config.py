@@ -1,7 +1,7 @@
 """The config.json of a model that is written for transformers.
 
-An architecture is found that computes the same function as the model. If there
-is none, the error says how the nearest architecture differs.
+An architecture of transformers is found that computes the same function as the
+model. If there is none, the error says how the nearest architecture differs.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _REPLACED_KEYS = (
   'original_max_position_embeddings',
   'quantization_config',
 )
-# The texts that messages have for some options: what the option decides.
+# By option, the text of messages that names it and says what it decides.
 _OPTION_TEXTS = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'
   for half in ('', 'encoder.')
@@ -133,7 +133,8 @@ def _config_json(
 ) -> dict[str, Any]:
   """The keys that a model decides, together with other keys of the config."""
   replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
-  # What these keys do in training our models do not have.
+  # Keys that act only in training get values without an effect, since our
+  # models do not have their effects.
   neutral_values = {
     name: decided[neutral] if isinstance(neutral, str) else neutral
     for name, (_, _, neutral, _) in architecture.keys.training.items()

@@ -40,7 +40,7 @@ from moe_jax.models import DecoderOptions
 
 _BLOCK = 32
 _BLOCKS, _SCALES = '_blocks', '_scales'
-_BIAS = 127  # of the exponents
+_BIAS = 127  # added to the exponents of two
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
 
@@ -104,7 +104,8 @@ class Mxfp4Files(TensorFiles):
     stop = start + inputs.stop - inputs.start
     sizes = (part.stop - part.start for part in (experts, inputs, outputs))
     numbers = np.empty(tuple(sizes), ml_dtypes.bfloat16)
-    # One expert at a time, as decoding takes some five times its bytes.
+    # Experts are decoded one at a time, which takes five times an expert's
+    # bytes or so.
     for i, expert in enumerate(range(experts.start, experts.stop)):
       index = slice(expert, expert + 1), outputs, rows
       scales = super().read(name + _SCALES, index)

@@ -177,7 +177,10 @@ def load_variables(
 
 
 def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
-  """Refuses, before a model is built, a size above the number of all values."""
+  """Refuses a size in config.json above the number of all tensors' values.
+
+  The check comes before a model is built.
+  """
   num_values = files.num_values
   problems = [
     f'{name}={checkpoint.config[name]}'

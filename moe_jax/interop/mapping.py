@@ -245,7 +245,7 @@ def _tensor_names(name, shape, layers) -> dict[tuple[int, ...], str]:
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
-  """The table of names for a checkpoint without head: they lack `prefix`."""
+  """The table for a checkpoint without a head, whose names lack `prefix`."""
   return {
     path: tuple(
       name._replace(template=name.template.removeprefix(prefix))

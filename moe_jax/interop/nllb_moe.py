@@ -131,7 +131,7 @@ def problems(c: Values) -> list[str]:
 
 
 def options(c: Values) -> TransformersEncoderDecoder:
-  """The options of the model."""
+  """The options of the model that a config.json describes."""
   sparse = _sparse(c.encoder_layers, c.encoder_sparse_step)
   encoder = {
     'attention': {'num_heads': c.encoder_attention_heads},

@@ -112,7 +112,7 @@ ARCHITECTURES = (
     problems=_problems,
     rope=_ROPE,
     rope_types=('default', 'longrope'),
-    # The publisher's own code spells the first name like the last one.
+    # The publisher's own code spells the first name like the last name.
     classes=('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM'),
   ),
 )

@@ -170,7 +170,7 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @property
   def padding(self) -> Padding:
-    """How blocks and routers treat padding."""
+    """The treatment of padding by blocks and routers."""
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:

@@ -77,7 +77,7 @@ KEYS_3 = decoders.keys(
     num_experts_per_tok=8,
   ),
   honoured=_HONOURED,
-  # The published Qwen3-Coder has these; transformers does not read them.
+  # The published Qwen3-Coder has these keys; transformers does not read them.
   fixed={
     'qkv_bias': (False,),
     'shared_expert_intermediate_size': (0, None),

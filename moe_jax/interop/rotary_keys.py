@@ -26,7 +26,8 @@ _FRACTION = 'partial_rotary_factor'
 # The parameters of rotary positions that most decoders have if the config has
 # none.
 ROPE: Mapping[str, Any] = {'rope_theta': 10_000.0}
-# Honoured keys in addition to `max_position_embeddings`; see `Keys`.
+# The keys on rotary positions, besides `max_position_embeddings`: for each the
+# type and the default, as in `Keys.honoured`.
 KEYS: Mapping[str, tuple[Any, Any]] = {
   'rope_parameters': (dict | None, None),
   'rope_scaling': (dict | None, None),
@@ -36,8 +37,8 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-# By rope type, the parameters and the types of their values. A rope type has
-# the name of our scaling, except 'default', and a parameter that of our option.
+# By rope type, the parameters and the types of their values. A rope type is the
+# name of our scaling, except 'default'; a parameter is the name of our option.
 _TYPES: Mapping[str, Mapping[str, Any]] = {
   'default': {},
   'yarn': {
@@ -139,7 +140,7 @@ def rotary(
 
 
 def rope_parameters(positions: Positions) -> dict[str, Any]:
-  """The value of `rope_parameters`; the default for positions not rotary."""
+  """The value of `rope_parameters`, the default if positions are not rotary."""
   if not isinstance(positions, Rotary):
     positions = Rotary()
   name = SCALINGS.name_of(positions.scaling)

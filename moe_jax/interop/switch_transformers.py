@@ -117,7 +117,7 @@ def problems(c: Values) -> list[str]:
 
 
 def options(c: Values) -> TransformersEncoderDecoder:
-  """The options of the model."""
+  """The options of the model that a config.json describes."""
   decoder = c.num_decoder_layers
   decoder = c.num_layers if decoder is None else decoder
   encoder_sparse = _sparse(

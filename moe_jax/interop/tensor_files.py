@@ -98,7 +98,7 @@ class TensorFiles:
 
   @functools.cached_property
   def dtype(self) -> str:
-    """The dtype of `FLOATS` that most bytes have; without any, the first."""
+    """The dtype of `FLOATS` with most bytes; the first if no tensor has one."""
     sizes = dict.fromkeys(FLOATS, 0)
     for spec in self.specs.values():
       if spec.dtype in sizes:
@@ -203,7 +203,7 @@ class _Torch:
 
 
 def count_nonfinite(array: np.ndarray) -> int:
-  """The number of values of one of `FLOATS` that are not finite.
+  """The number of values that are not finite, for a dtype of `FLOATS`.
 
   Such a value has all bits of its exponent set. The bits are compared, since
   NumPy's operations on bfloat16 are slow.

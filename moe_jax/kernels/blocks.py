@@ -188,7 +188,8 @@ def outer(
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
 
   def body(block, _, dw):
-    # Both are masked, as rows past the last group may hold NaN: 0 * NaN is NaN.
+    # Both operands are masked, as rows past the last group may hold NaN, and
+    # 0 * NaN is NaN.
     product = dot_over_rows(block.own_rows(x), block.own_rows(dy))
     return block.add(dw, product)
 
@@ -243,8 +244,8 @@ def ffn_gradients(
     dx, dw_ins, dw_out = carry
     rows, d_rows = block.own_rows(x), block.own_rows(dy)
     h, pull = jax.vjp(hidden, *(block.rows(z) for z in firsts))
-    # In the rows of other experts this is zero, as d_rows is; the values that
-    # `ffn` left there in `firsts` are finite.
+    # In the rows of other experts `d_firsts` is zero, as d_rows is; the values
+    # that `ffn` left there in `firsts` are finite.
     d_firsts = pull(dot(d_rows, out, (1, 1)))
     d_rows_in = [dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
     dw_ins = tuple(

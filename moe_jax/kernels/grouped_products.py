@@ -27,18 +27,18 @@ from moe_jax.errors import InputError
 from moe_jax.kernels import blocks, megablox, pallas_gpu
 from moe_jax.shapes import Array, Float, Float32, Int32
 
-# The name of the results in a remat policy.
+# The name under which a remat policy finds the results of products.
 PRODUCT = 'grouped_matmul'
 BACKENDS: dict[str, ModuleType] = {
-  'blocks': blocks,  # any platform; chosen on all but those below
+  'blocks': blocks,  # any platform; the default where none below is
   'megablox': megablox,  # TPUs
   'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
 }
 AUTO = 'auto'
-# The backend that 'auto' stands for on each platform, and on all others. XLA's
-# own `ragged_dot` is none of them: on CPUs it multiplies every row by every
-# expert, and jax 0.10.2 compiles its outer product for a TPU to E times the
-# FLOPs.
+# The backend that 'auto' stands for on each platform, and on all other
+# platforms. XLA's own `ragged_dot` is no backend: on CPUs it multiplies every
+# row by every expert, and jax 0.10.2 compiles its outer product for a TPU to E
+# times the FLOPs.
 BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'
 
 
@@ -153,8 +153,8 @@ def _choose(run: Callable[[str], Callable], backend: str, *args):
   return jax.lax.platform_dependent(*args, default=run(DEFAULT), **by_platform)
 
 
-# Layers have few shapes of products: `jit` traces those of all platforms once
-# for each.
+# Layers have few shapes of products. For each shape, `jit` traces the products
+# of all platforms once.
 @functools.partial(jax.jit, static_argnames=('transposed', 'backend'))
 def _matmul(
   x: Float[Array, 'N _'],

@@ -82,8 +82,8 @@ def outer(
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
   tiles = tiling(N, E, (M, F), _OUTER_BYTES // x.dtype.itemsize)
   rows, tile_m, tile_f = tiles
-  # The kernel selects a group's rows in both its tiles, so that nothing of
-  # the others, NaN included, is multiplied.
+  # The kernel selects a group's rows in both its tiles, so that no value of
+  # other groups, NaN included, is multiplied.
   dw = _by_platform(
     functools.partial(tgmm, preferred_element_type=jnp.float32, tiling=tiles),
     _padded(x, (rows, tile_m)).T,

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.kernels import cpu
 from moe_jax.shapes import Array, Float, checked
 
-# The name of the results in a remat policy.
+# The name under which a remat policy finds the results of products.
 PRODUCT = 'rows_matmul'
 
 

@@ -63,12 +63,12 @@ def dictionary(p0: float = P0) -> Dictionary:
   """
   zero, other = math.log(p0), math.log((1 - p0) / 2)
   classes = sorted(
-    # Rounded, so that equal probabilities are equal in floating point too.
+    # Logarithms are rounded, so that equal probabilities have equal numbers.
     (-round((weights - n) * zero + n * other, 9), weights, n)
     for weights in range(2, MOST_WEIGHTS + 1, 2)
     for n in range(weights + 1)
   )
-  # The low 2 bits of each weight, behind a leading 1.
+  # A key is the low 2 bits of each weight of a sequence, behind a leading 1.
   keys = np.concatenate(
     [(1 << 2 * weights) + _sequences(weights, n) for _, weights, n in classes]
   )[:NUM_CODES]

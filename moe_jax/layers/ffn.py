@@ -75,11 +75,11 @@ ACTIVATIONS = {
   'gelu_tanh': Activation(_gelu_tanh, saved_arrays=6),
   'geglu': Activation(_gelu_tanh, _GATED, saved_arrays=8),  # arXiv:2002.05202
   'swiglu': Activation(jax.nn.silu, _GATED, saved_arrays=6),
-  # gpt-oss has it, with swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
+  # The activation of gpt-oss: swiglu_alpha 1.702, swiglu_limit 7, x W_in + 1.
   'clamped_swiglu': Activation(
     _quick_gelu, _GATED, saved_arrays=9, limit=7.0, shift=1.0
   ),
-  # OpenMoE has it: a third product multiplies a SwiGLU.
+  # The activation of OpenMoE: a third product multiplies a SwiGLU.
   'doubly_gated_swiglu': Activation(
     jax.nn.silu, (*_GATED, 'w_factor'), saved_arrays=8
   ),
@@ -144,7 +144,7 @@ class FfnLayer:
 
   @property
   def activation(self) -> Activation:
-    """The function between the two products."""
+    """The activation between the two products."""
     return activation(self.options.activation)
 
   @property
@@ -308,7 +308,7 @@ class FeedForward(nn.Module):
     return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
-    """The product that hidden layer i computes from the one before it."""
+    """The product that hidden layer i computes from the layer before it."""
     shared, F = self.shared, self.options.hidden
     init = parameters.kernel(shared, ('mlp', None), role=self.role)
     w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)

@@ -158,7 +158,7 @@ class KernelFormat(Options):
     return first * (codes.astype(jnp.float32) - second)
 
   def _bounds(self, grid: Grid) -> list[Array]:
-    """The low and high values of a ternary grid, or scale and zero."""
+    """The low and high values of a ternary grid; else the scale and zero."""
     names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
     return [grid[name].astype(jnp.float32) for name in names]
 
@@ -194,9 +194,10 @@ class KernelFormat(Options):
     """The parameters of feed-forward experts with their kernels decoded.
 
     Args:
-      p: The parameters; a kernel is a mapping of arrays, as `stored_arrays`.
+      p: The parameters; each kernel is a mapping of arrays, named as in
+        `stored_arrays`.
     """
-    # A kernel has as many inputs as the one before it has output units.
+    # A kernel has as many inputs as the kernel before it has output units.
     bound = 'low' if self.name == TERNARY else 'scale'
     inputs = {
       name: p['w_in' if name == 'w_out' else 'w_out'][bound].shape[-1]

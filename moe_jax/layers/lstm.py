@@ -169,7 +169,7 @@ def start(
 
 
 def _step(w_state, w_out, state, inputs):
-  """One step of all rows."""
+  """One step of an LSTM for all rows: the next state, and its output."""
   x, segment = inputs
   real = (segment > 0)[:, None]
   same = (segment == state.segment)[:, None]

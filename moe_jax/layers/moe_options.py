@@ -108,7 +108,7 @@ class MoeOptions(ImposedOptions):
 
   @property
   def causality(self) -> Causality:
-    """What the router's choices depend on under the layer's capacity."""
+    """The causality of the router's choices under the layer's capacity."""
     return self.router.causality(self.sizes)
 
   @property
@@ -196,16 +196,18 @@ class MoeOptions(ImposedOptions):
       )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
-    """These options with defaults of experts filled in from the model's.
+    """The layer's options, with experts' defaults filled in from the model's.
 
     Args:
-      ffn: The dense feed-forward layers of the model.
+      ffn: The model's options of dense feed-forward layers.
       dropout: The model's rate of dropout.
     """
     return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
 
   def twin(self) -> Twin:
-    """The dense feed-forward layer of the dense twin, after `within`.
+    """The dense feed-forward layer of the dense twin.
+
+    It needs the defaults that `within` fills in.
 
     The layer is as wide as K experts and the shared expert together.
     """
@@ -214,7 +216,10 @@ class MoeOptions(ImposedOptions):
 
   @property
   def shared_twin(self) -> Twin | None:
-    """The feed-forward that the shared expert is, after `within`, or None."""
+    """The feed-forward that the shared expert is, or None.
+
+    It needs the defaults that `within` fills in.
+    """
     width = self.shared_expert.hidden
     return self.expert.twin(1).of_width(width) if width else None
 
@@ -226,7 +231,7 @@ class MoeOptions(ImposedOptions):
     return empty_aux(self.num_experts, self.num_selected, losses)
 
   def shrunk(self) -> Self:
-    """These options at a small size; the small router allows their E and K."""
+    """The options of a small layer; its router allows their E and K."""
     fields = {name: getattr(self, name) for name in fields_of(type(self))}
     parts = {n: v.shrunk() for n, v in fields.items() if isinstance(v, Options)}
     router, capacity = self.router.shrunk(), self.capacity.shrunk()

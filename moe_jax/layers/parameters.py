@@ -38,7 +38,7 @@ class Role(NamedTuple):
 
 
 class Parameter(nn.LogicallyPartitioned):
-  """The box of a parameter.
+  """The box of a parameter, with its logical axes, its role and its use.
 
   Lifted transformations add an axis to its names and keep role and form.
 
@@ -127,18 +127,19 @@ def table(
 
 
 def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
-  """The same tree with a role for each parameter that has none.
+  """A tree of parameters in boxes, with a role for each that has none.
 
   Args:
-    variables: A tree of parameters of a module that knows no roles.
+    variables: The parameters of a module that sets no roles, with or without
+      boxes.
     role: The role that the parameters get.
     stacked: The logical names of the leading dimensions, which stack copies of
       the module.
 
   Returns:
-    Boxes whose form goes by rank: without the stacked dimensions, a parameter
-    of one dimension is a bias, any other a kernel. A parameter that has a role
-    keeps it.
+    The tree of boxes. The rank of a parameter, without the stacked dimensions,
+    decides its form: up to 1 it is a bias, else a kernel. A parameter that has
+    a role keeps it.
   """
 
   def box(leaf):

@@ -30,7 +30,7 @@ class Positions(Options):
   added: ClassVar[bool] = False
 
   def within(self, max_len: int) -> 'Positions':
-    """These options with a length of 0 replaced by the model's longest row."""
+    """The options, with the longest row `max_len` in place of a length of 0."""
     return self
 
   def problems_with(
@@ -351,7 +351,7 @@ def distance_bucket(
 ) -> Int32[np.ndarray, ' N']:
   """The bucket of each distance; half of the buckets are for one distance each.
 
-  The ranges of the others grow logarithmically, and distances from
+  The ranges of all other buckets grow logarithmically, and distances from
   `max_distance` on share the last bucket. Buckets are computed in float32, as
   in the training of public checkpoints: an edge can be a distance off.
   """

@@ -3,10 +3,10 @@
     retained.experts = '1:4, 3:6'
     retained.expert_of = '1: 0 1 1 2; 3: 0 1 0 2'
 
-The first says that layer 1 has 4 experts and layer 3 has 6; the second, that
-the router of layer 1 has 4 columns (one for each logit), which lead to 3 merged
-experts. Pruning and merging (`moe_jax.compression`) write these options. Where
-all layers have the same number of experts, and a router column for each,
+The first option says that layer 1 has 4 experts and layer 3 has 6; the second,
+that the router of layer 1 has 4 columns (one for each logit), which lead to 3
+merged experts. Pruning and merging (`moe_jax.compression`) write these options.
+Where all layers have the same number of experts, and a router column for each,
 `moe.num_experts` is that number, and these options are not needed.
 """
 

@@ -17,7 +17,7 @@ from moe_jax.config import Kinds, Options, option
 
 
 class Turns(NamedTuple):
-  """How much the P pairs of dimensions of a head turn at each position.
+  """The rotation of the P pairs of dimensions of a head at each position.
 
   Attributes:
     frequency: float32 [P], radians by which each pair turns at a position.
@@ -48,7 +48,7 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position that makes a document long; None if none does."""
+    """The position from which on a document is long; None if there is none."""
 
   @property
   def latent_factor(self) -> float:
@@ -58,7 +58,7 @@ class RotaryScaling(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Unscaled(RotaryScaling):
-  """All texts turn by the angles of the first training."""
+  """No scaling: pairs turn by the angles of the first training in all texts."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The settings that all layers of a model share.
 
-They are numerics, biases, depth and sharding; one object of them is passed to
-every module.
+The settings are numerics, biases, depth and sharding; every module of a model
+is given the same object of them.
 """
 
 import dataclasses

@@ -244,7 +244,7 @@ class ModelOptions(LayerOptions):
     return (self,)
 
   def with_halves(self, *halves: Any) -> Any:
-    """The same model with other options of layers; see `halves`."""
+    """The same model with other options for each of its `halves`."""
     (options,) = halves
     return options
 

@@ -24,8 +24,8 @@ class Layer(NamedTuple):
   """One layer of a stack.
 
   Attributes:
-    moe: The mixture of the layer; None for a dense layer. Sizes that a config
-      leaves at 0 are filled in.
+    moe: The mixture of experts of the layer; None for a dense layer. Sizes that
+      a config leaves at 0 are filled in.
     path: The path of the layer's variables in those of the model.
     index: The index of the layer in arrays that several layers share, stacked;
       None if it has arrays of its own.
@@ -108,12 +108,12 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def layers(self) -> tuple[Layer, ...]:
-    """All layers."""
+    """The layers of all stacks, in order."""
     return tuple(layer for stack in self for layer in stack.layers)
 
   @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
-    """The mixture of each layer; None for a dense layer."""
+    """The mixture of experts of each layer; None for a dense layer."""
     return tuple(layer.moe for layer in self.layers)
 
   @property
@@ -128,16 +128,16 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def mixtures(self) -> tuple[MoeOptions, ...]:
-    """The mixtures of the layers that have one; () in a dense model."""
+    """The mixtures of experts of the sparse layers; () in a dense model."""
     return tuple(moe for moe in self.moes if moe is not None)
 
   @property
   def moe(self) -> MoeOptions | None:
-    """The mixture of the last layer that has one; None in a dense model."""
+    """The mixture of the last layer that has experts; None in a dense model."""
     return self.mixtures[-1] if self.mixtures else None
 
   def moe_of(self, layer: int) -> MoeOptions:
-    """The mixture of a layer.
+    """The mixture of experts of a layer.
 
     Raises:
       ValueError: The layer has no experts.

@@ -356,7 +356,7 @@ class EncoderDecoder(Decoder):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The aux of both stacks, with zeros where one lacks losses or experts."""
+  """The aux of both stacks; zeros where a stack lacks losses or experts."""
   losses = encoder_aux.losses | aux.losses
 
   def filled(aux):

@@ -79,7 +79,7 @@ def sparse_layers(
   all_roles = flatten(descriptions.roles)
   for path, names in flatten(descriptions.axes).items():
     if (place := stacks.place_of(path)) is not None:
-      axes[place.name] = names[1:]  # the first is that of layers
+      axes[place.name] = names[1:]  # without the axis of layers
       roles[place.name] = all_roles[path].role
   layers, (params, states) = {}, _layers(model, variables)
   for number in stacks.sparse_layers:

@@ -274,7 +274,7 @@ class StackOptions(LayerOptions):
     if not attention.window:
       return
     try:
-      # Counting makes no list of layers; one of billions would take minutes.
+      # The layers are counted without a list: billions would take minutes.
       count_sparse(
         attention.full_layers, self.num_layers, 'attention.full_layers'
       )

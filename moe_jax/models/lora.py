@@ -197,7 +197,7 @@ class Adapters:
     for path, kernel in self.kernels.items():
       a, b = (flat[TREE, *path, factor] for factor in 'ab')
       if key is not None and self.options.dropout:
-        # The factor of each direction is 0 where it is dropped.
+        # A dropped direction of the rank is multiplied by 0.
         keep_prob = 1 - self.options.dropout
         stack = kernel.shape[: kernel.stacked]
         shape = (*stack, *(1,) * kernel.inputs, self.options.rank)
@@ -210,7 +210,10 @@ class Adapters:
     return sums
 
   def merged_on_devices(self, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`merged` of arrays on any mesh; kernels keep their shardings."""
+    """The parameters of `merged`, from arrays that any mesh may hold.
+
+    The sums keep the shardings of their kernels.
+    """
     if not self.kernels:
       return dict(params)
     flat = flatten(self.base(params))
@@ -221,7 +224,7 @@ class Adapters:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_merge(adapters: Adapters, shardings: tuple[Any, ...]):
-  """`merged_kernels`, whose results have these shardings."""
+  """The compiled `merged_kernels`, whose results have these shardings."""
   out_shardings = dict(zip(adapters.kernels, shardings, strict=True))
   return jax.jit(adapters.merged_kernels, out_shardings=out_shardings)
 

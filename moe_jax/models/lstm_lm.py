@@ -136,7 +136,7 @@ class LstmCache(flax.struct.PyTreeNode):
   memory: None = None
 
   def take(self, rows: Int[Array, ' R']) -> 'LstmCache':
-    """The cache whose row r is row `rows[r]` of this one."""
+    """The cache whose row r is row `rows[r]` of this cache."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, 0), self)
 
 

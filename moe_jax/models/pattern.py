@@ -67,7 +67,7 @@ def _sparse_numbers(
 
 
 def shrunk_pattern(layers: str, num_layers: int) -> tuple[str, int]:
-  """The same kind of pattern for few layers, and how many, at least 2.
+  """The same kind of pattern for few layers, and their number, at least 2.
 
   'every 6' takes 6 layers and '1,3' takes 4; 'last 26' of 27 layers becomes
   'last 2' of 3, after one dense layer.

@@ -80,7 +80,7 @@ def recording(
     choices, router_logits = sown_values[CHOICES], None
     if logits and LOGITS in sown_values:
       router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])
-      # No logit becomes infinite.
+      # Clipped logits do not become infinite in a narrower type.
       router_logits = jnp.clip(router_logits, -largest, largest).astype(dtype)
     index_type = expert_type(model.stacks.moe_of(i).num_retained)
     recorded[i] = LayerChoices(

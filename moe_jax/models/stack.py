@@ -30,7 +30,10 @@ class Padding:
   """Padding that takes no slot, is not counted and that no token attends to."""
 
   def context(self, context: Context) -> Context:
-    """The context of the blocks, from one that hides padding; here the same."""
+    """The context that blocks read, from a context that hides padding.
+
+    The two are the same, unless a subclass lets padding be seen.
+    """
     return context
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
@@ -74,7 +77,7 @@ class StackConfig:
 
   @property
   def experts(self) -> MoeOptions | None:
-    """The mixture of the sparse layers; None where no layer has experts."""
+    """The mixture of experts of the sparse layers; None if there are none."""
     moe = self.block.moe
     return moe if moe is not None and moe.num_experts else None
 
@@ -99,7 +102,7 @@ class StackConfig:
 
   @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
-    """The mixture of each layer; None for a layer without experts."""
+    """The mixture of experts of each layer; None for a dense layer."""
     experts = self.experts
     return tuple(kind.moe if experts else None for kind in self.kinds)
 
@@ -157,7 +160,7 @@ class Stack(nn.Module):
       if c.stacked:
         loop = _scanned(c, segment, train)
         (x, cache), aux = loop((x, cache), cast(Array, numbers), context)
-        # every leaf [repeats, period, ...]
+        # Every leaf is [repeats, period, ...].
         auxes.append(
           jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
         )

@@ -108,7 +108,7 @@ def _cached_initializer(model: Any):
 
 
 def _init(model, key):
-  # No length of a row changes the shapes, and one token is traced fastest.
+  # The shapes do not depend on a row's length; one token is traced fastest.
   batch = {
     name: jnp.zeros(x.shape, x.dtype)
     for name, x in model.batch_shapes(1, 1, 1).items()

@@ -38,8 +38,8 @@ class Sizes(NamedTuple):
     F: Hidden width of an expert.
     bytes_per_element: Bytes of an element of a row that travels.
     kernels: Number of an expert's kernels: 2, 3 with a gate, or 4 with two.
-    bytes_per_parameter: Bytes of a parameter that travels; 0: as many as of an
-      element of a row.
+    bytes_per_parameter: Bytes of a parameter that travels; 0 stands for
+      `bytes_per_element`.
   """
 
   M: int
@@ -166,7 +166,8 @@ class Step(NamedTuple):
     sent, _, ready = _send_and_compute(
       self.send, 2 * self.compute, shadow_compute
     )
-    # No device sums gradients before all have theirs, if there are any.
+    # Gradients of shadowed experts, if any, are summed once all devices have
+    # theirs.
     slowest = shadow_compute.max(-1)
     summed = np.maximum(sent, slowest) + self.shadow_send
     sent = np.where(self.shadow_send > 0, summed, sent)
@@ -212,7 +213,7 @@ def step(
   if shadowed is None:
     shadowed = np.zeros((N, E), bool)
   shadow_counts = np.where(shadowed[..., None], counts, 0)
-  # Rows that each device gets from each, of its own too, by step.
+  # The rows that each device gets from each device, itself included, by step.
   received = (counts - shadow_counts).reshape(N, W, E // W, W).sum(-2)
   step_rows = received[:, None] * _masks(W, g)  # [N, g, W, W]
   row_seconds = sizes.row_flops / topology.flops_per_second
@@ -229,7 +230,7 @@ def step(
 
 
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
-  """Whether rows of a device (columns) for another (rows) are of step j."""
+  """1 where step j sends rows from device i (axis 2) to device k (axis 1)."""
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
   return (step == np.arange(g)[:, None, None]).astype(int)
@@ -238,7 +239,12 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The ends of the last S, of the last C by device, and of each C for all."""
+  """The times at which operations of the forward pass end.
+
+  Returns:
+    The end of the last S_j; of the last C_j on each device; and of each C_j on
+    all devices.
+  """
   arrived = np.cumsum(send, -1)
   ready = []
   for j in range(arrived.shape[-1]):
@@ -250,7 +256,7 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R ends; all R follow `sent` in the stream."""
+  """The time at which the last R_j ends, where no R_j starts before `sent`."""
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent
@@ -259,15 +265,21 @@ def _give_back(
 def ideal(
   flops_per_second: float, ratio: Float[np.ndarray, ' N']
 ) -> Float[np.ndarray, ' N']:
-  """The FLOPs per second of a device if all overlaps, by `Step.ratio`."""
+  """A device's FLOPs per second if sending and products overlap in full.
+
+  Args:
+    flops_per_second: The FLOPs that a device computes in a second.
+    ratio: Computation over communication, as in `Step.ratio`.
+  """
   return flops_per_second * np.minimum(1.0, ratio)
 
 
 def semi_ideal(
   flops_per_second: float, ratio: Float[np.ndarray, ' N']
 ) -> Float[np.ndarray, ' N']:
-  """The FLOPs per second of a device if nothing overlaps, by `Step.ratio`.
+  """A device's FLOPs per second if sending and products do not overlap.
 
-  The layer is one whose devices have equally many rows.
+  Arguments are those of `ideal`. All devices of the layer have equally many
+  rows.
   """
   return flops_per_second / (1.0 + 1.0 / ratio)

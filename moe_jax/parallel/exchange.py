@@ -24,7 +24,7 @@ from moe_jax.shapes import Array, Float, Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Exchange(Options):
-  """The contract of exchanges of rows in slots.
+  """The contract of exchanges between devices, of the rows in experts' slots.
 
   Rows travel in pieces; by default, all rows are one piece. All exchanges are
   equal in value and gradient, except for experts' dropout, which is drawn by
@@ -58,13 +58,13 @@ class Exchange(Options):
   def joined(
     self, layout: Layout, pieces: Sequence[Float[Array, '_ _ M']]
   ) -> Float[Array, 'E R M']:
-    """Undoes `cut`, under `shard_map`."""
+    """The rows that `cut` cut into pieces; called under `shard_map`."""
     del layout
     (rows,) = pieces
     return rows
 
   def pieces_spec(self, layout: Layout) -> PartitionSpec:
-    """The spec of pieces, of which `cut` makes each device's part."""
+    """The partition spec of pieces, of which `cut` makes each device's part."""
     return layout.spec((), layout.groups)
 
   @required
@@ -139,18 +139,18 @@ class InRing(Exchange):
   """
 
   def cut(self, layout, rows):
-    """A piece for each step, the rows for one device's experts, own first."""
+    """A piece for each step: the rows for one device, the own device first."""
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
     return [blocks[target] for target in _targets(layout)]
 
   def joined(self, layout, pieces):
-    """Undoes `cut`."""
+    """The rows that `cut` cut into pieces, one for each step."""
     rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the steps
     blocks = jnp.zeros_like(rows).at[jnp.stack(_targets(layout))].set(rows)
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
-    """The spec of pieces, which `cut` makes of a device's part of experts."""
+    """The partition spec of pieces of rows for each device's experts."""
     return layout.spec(layout.expert_only, layout.groups)
 
   def move(self, layout, rows, to_experts, number=0):

@@ -28,7 +28,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class RaggedExchange(Options):
-  """The exchange of sorted rows, all at once."""
+  """The exchange of rows sorted by expert, all at once."""
 
   capacity_fraction: float = option(
     1.0,
@@ -57,7 +57,7 @@ class RaggedExchange(Options):
 
     Returns:
       The outputs, zero for rows that found no room or whose expert is on a
-      device along an axis of experts alone, and the number of those without
+      device along an axis of experts alone, and the number of rows without
       room.
     """
     axes, N = layout.exchanged, len(rows)
@@ -81,7 +81,7 @@ class RaggedExchange(Options):
       return travel(outputs, False), plan.overflow
 
   def bound(self, num_rows: int) -> int:
-    """The rows that a buffer has room for, if all rows would be `num_rows`."""
+    """The number of rows in a buffer that would need `num_rows` at worst."""
     return PerToken(self.capacity_fraction).per_expert(num_rows, 1, 1)
 
 

@@ -167,7 +167,7 @@ class Shadowing(Options):
   def choose(
     self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes | None
   ) -> Int32[Array, ' R']:
-    """The indices of shadowed experts, then E; called under `shard_map`.
+    """The indices of shadowed experts, padded with E, under `shard_map`.
 
     Where rows do not travel no expert is shadowed, and R = 0.
 
@@ -194,7 +194,7 @@ class Shadowing(Options):
     speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
     most = min(self.experts, E)
     chosen = choose(counts, sizes, speeds, most=most)
-    # Computed once, so that the backward pass cannot choose otherwise.
+    # The choice is saved, so that the backward pass cannot choose otherwise.
     return decided(chosen.astype(jnp.int32))
 
 

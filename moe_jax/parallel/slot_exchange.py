@@ -84,7 +84,7 @@ def exchange_slots(
     return dispatcher.combine(rows, routing).reshape(-1, *x.shape[1:])
 
   def depart(x, routing):
-    """Fills a device's rows that travel and that stay, and counts them."""
+    """Fills the rows that travel and the rows that stay, and counts both."""
     counts = routing.rows_per_expert()
     shadowed = shadowing.choose(layout, counts, experts.sizes)
     sent, staying = split(routing, shadowed)
@@ -99,7 +99,7 @@ def exchange_slots(
     return pieces, staying_rows, shadowed[None], (sent, staying), stats
 
   def arrive(pieces, staying_rows, choices):
-    """The sums of one device's tokens."""
+    """The gated sum of outputs for each token of one device."""
     sent, staying = choices
     y = sums_of(exchange.joined(layout, pieces), sent)
     return y if staying is None else y + sums_of(staying_rows[0], staying)

@@ -158,7 +158,7 @@ class Routing:
     return self._spread(self.gate)
 
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
-    """The choices of real tokens, for which the mask is True; others have none.
+    """The choices of real tokens, where the mask is True; padding has none.
 
     A token has its K choices. Where experts choose, it has E, one for each
     expert, with -1 for an expert that did not take the token.

@@ -147,7 +147,7 @@ def importance_loss(
   """
   gate = jnp.where(mask[..., None], gate, 0.0)
   chosen = jax.nn.one_hot(expert_index, num_experts)  # [G, S, K, E]
-  # A product and a sum: accelerators round a float32 einsum's factors.
+  # An einsum is avoided, as accelerators would round its float32 factors.
   return cv_squared((gate[..., None] * chosen).sum((1, 2)))
 
 

@@ -105,12 +105,12 @@ def _from_sorted(
   return _give_back(rows, rows_by_expert(routing), routing)
 
 
-# The readable reference, as GShard prints it (https://arxiv.org/abs/2006.16668,
-# section 3.2).
+# The readable reference dispatcher, as GShard prints it
+# (https://arxiv.org/abs/2006.16668, section 3.2).
 einsum = Dispatcher(_by_masks, _back_by_masks)
-# The default.
+# The default dispatcher.
 gather = Dispatcher(_to_slots, _from_slots)
-# No more rows than are needed, as in MegaBlocks
+# The dispatcher without empty slots, as in MegaBlocks
 # (https://arxiv.org/abs/2211.15841).
 sorted_rows = Dispatcher(_to_sorted, _from_sorted)
 
@@ -191,7 +191,7 @@ def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
 
 
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
-  """The token in each row; zero in an empty one."""
+  """The token in each row; zero in an empty row."""
   x = x.reshape(-1, x.shape[-1])
   return take_tokens(x, rows.token, rows.row, len(x))
 
@@ -290,7 +290,7 @@ _sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
   """x[index], zero where index is N."""
-  # A zero row behind the others: cheaper than mode='fill', which selects.
+  # A row of zeros behind x is cheaper than mode='fill', which selects.
   x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
   return jnp.take(x, index, axis=0, mode='clip')
 

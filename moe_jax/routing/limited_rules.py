@@ -82,7 +82,7 @@ def limited_scores(
 def group_problems(
   num_experts: int, num_groups: int, group_score: str
 ) -> Iterator[str]:
-  """The reasons why E experts cannot form such groups, a text for each."""
+  """The reasons why E experts cannot form `num_groups` groups, as texts."""
   size, remainder = divmod(num_experts, num_groups)
   if remainder:
     yield f'num_experts={num_experts} does not divide by {num_groups} groups'

@@ -55,6 +55,6 @@ def stable_argsort(
   N = key.shape[0]
   number = jnp.arange(N, dtype=jnp.int32)
   if num_keys * N <= np.iinfo(np.int32).max:
-    # One array sorts several times as fast as a pair.
+    # One array is sorted several times as fast as a pair of arrays.
     return jnp.sort(key * N + number) % N
   return jax.lax.sort((key, number), num_keys=1, is_stable=True)[1]

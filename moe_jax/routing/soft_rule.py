@@ -17,7 +17,8 @@ from moe_jax.routing.assignments import Routing, TokenChoices
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
 
-# A finite logit whose softmax is 0 beside any other; -inf alone would be NaN.
+# A finite logit, whose softmax is 0 next to any other logit; -inf alone would
+# give NaN.
 _NEVER = -1e30
 
 

@@ -54,7 +54,8 @@ def sparse_mixer(
   for k in range(K):
     largest = open_logits.max(-1, keepdims=True)
     scale = jnp.maximum(jnp.abs(router_logits), largest)
-    # If both are zero, the quotient is NaN, and the expert takes part.
+    # If numerator and scale are zero, the quotient is NaN: the expert takes
+    # part.
     is_far = (largest - router_logits) / scale > threshold
     near_logits = jnp.where(
       jax.lax.stop_gradient(is_far), -jnp.inf, open_logits

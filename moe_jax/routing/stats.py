@@ -233,7 +233,7 @@ def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
 
 
 def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
-  """How even the load of the experts is, whatever unit the load has.
+  """Measures of how even the load of the experts is, in whatever unit.
 
   Returns:
     `load_cv`: standard deviation (population's) over mean, 0 when even,

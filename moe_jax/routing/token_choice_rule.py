@@ -27,7 +27,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey, checked
 
 
 class Gate(NamedTuple):
-  """How a kind of gates is computed from a token's logits.
+  """The computation of gates from a token's logits, for a kind of gates.
 
   Attributes:
     scores: The scores that gates are computed from; one of
@@ -174,7 +174,8 @@ def choice_slots(
     first = jnp.arange(K) == 0
     sent = decided(first[None, None] | (scale * share > draw))
   if slot_priority == 'batch_priority':
-    # By the largest probability, chosen or not; its logarithm orders as well.
+    # Tokens queue by their largest probability, chosen or not. Its logarithm,
+    # which is computed here, gives the same order.
     logits = jax.lax.stop_gradient(router_logits)
     order = jnp.argsort(jax.nn.logsumexp(logits, axis=-1) - logits.max(-1))
   return queue_choices(
@@ -194,7 +195,10 @@ def choice_slots(
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:
-  """The experts of the K largest scores; ties go to the lower; no gradient."""
+  """The experts of the K largest scores, without a gradient.
+
+  Ties go to the expert of the lower index.
+  """
   check_selected(num_selected, scores.shape[-1])
   scores = jax.lax.stop_gradient(scores)
   # A top-K puts 0. before -0., which are equal and so tie.
@@ -273,7 +277,7 @@ def choice_gates(
     normalizer = jax.nn.logsumexp(gate, axis=-1, keepdims=True)
     gate = jnp.exp(gate - jnp.logaddexp(normalizer, math.log(_EPSILON)))
   else:
-    # A row with nothing kept would be all -inf, and its softmax NaN.
+    # A token without a kept choice would have only -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)
     masked = jnp.where(kept, chosen_logits, -jnp.inf)
     gate = jax.nn.softmax(jnp.where(any_kept, masked, 0.0))

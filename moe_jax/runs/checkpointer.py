@@ -1,6 +1,6 @@
 """Checkpoints of a train state, and their options.
 
-They are asynchronous, verified, and bit for bit.
+Checkpoints are written asynchronously, verified, and restored bit for bit.
 """
 
 import concurrent.futures
@@ -31,8 +31,8 @@ class Restored(NamedTuple):
 
   Attributes:
     state: The saved state, in the dtypes and shardings that were asked for.
-    extra: The JSON values that were saved with it.
-    step: The optimizer step after which it was saved.
+    extra: The JSON values that were saved with the state.
+    step: The optimizer step after which the state was saved.
     skipped: Newer checkpoints that are not good, as (step, reason), newest
       first; only process 0 has them.
   """
@@ -53,7 +53,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     keep_newest: Number of the newest checkpoints that are kept, at least 1.
     keep_best: Whether the checkpoint with the best `best_metric` is kept, too.
     best_metric: A key of the `metrics` given to `save`; the lowest is the best.
-    best_is_highest: Whether the highest is the best instead.
+    best_is_highest: Whether the highest `best_metric` is the best instead.
     retry: The rule by which storage is tried again after a transient error; see
       `CheckpointOptions.tries`. Several processes try only once to write
       arrays, as they would have to agree on another try.
@@ -96,11 +96,11 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> bool:
     """Starts saving `state`; its arrays are copied out before this returns.
 
-    This waits for the save before. If `step` is `last_step`, the arrays are not
-    saved again, and nothing is waited for: `extra` and `metrics` are added to
-    those of its checkpoint, or replace those of the same name. Checkpoints in
-    the directory at or after `step`, or after the restored step, are set aside.
-    Every process has to call this.
+    This waits for the previous save. If `step` is `last_step`, the arrays are
+    not saved again, and nothing is waited for: `extra` and `metrics` are added
+    to the values of its checkpoint, or replace values of the same name.
+    Checkpoints in the directory at or after `step`, or after the restored step,
+    are set aside. Every process has to call this.
 
     Args:
       step: The optimizer step, not negative.
@@ -116,7 +116,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` lack
         the `best_metric`.
       CheckpointError: A value of `state` is not finite, this save could not
-        start, or the save before failed.
+        start, or the previous save failed.
     """
     manifest = manifest_lib.make(step, state, extra or {}, metrics or {})
     if metrics and self._needed_metric not in (None, *metrics):
@@ -373,7 +373,7 @@ def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
       use_compression=False, type_handler_registry=handlers
     ),
     # If Orbax's thread cannot make a folder, its other threads wait for the
-    # folder, and the interpreter's exit for those, for five minutes.
+    # folder, and the interpreter's exit for these threads, for five minutes.
     async_options=ocp.options.AsyncOptions(
       create_directories_asynchronously=False
     ),

@@ -21,9 +21,9 @@ _MOST_LISTED = 4
 def flags(tree: Any) -> Bool[Array, ' N']:
   """Whether each floating-point leaf is finite, in the order of `names`."""
   leaves = _floating(tree).values()
-  # A finite number minus itself is 0, any other NaN. XLA's CPU compiler reads a
-  # leaf once for this sum, and writes an array of booleans for `isfinite`; its
-  # maximum ignores NaN.
+  # A finite number minus itself is 0, any other number NaN. XLA's CPU compiler
+  # reads a leaf once for this sum, and writes an array of booleans for
+  # `isfinite`; its maximum ignores NaN.
   return jnp.stack([jnp.isfinite((x - x).sum()) for x in leaves] or [True])
 
 
@@ -57,7 +57,7 @@ def not_finite(tree: Any) -> list[str]:
 
   Every process has to call this, as arrays may be split among them.
   """
-  # A program takes arrays of one set of devices.
+  # A compiled program takes arrays of one set of devices.
   groups: dict[frozenset[jax.Device], dict[str, Any]] = {}
   for name, leaf in _floating(tree).items():
     groups.setdefault(frozenset(leaf.sharding.device_set), {})[name] = leaf

@@ -185,7 +185,8 @@ def verify(
   def check(entry):
     path, (size, digest) = entry
     try:
-      # Sizes first: a truncated file need not be read to be refused.
+      # Sizes are compared first: a truncated file is refused without being
+      # read.
       stored_size = retry((folder / path).stat).length
       if stored_size != size:
         return f'{path} has {stored_size} bytes, not {size}'
@@ -213,7 +214,7 @@ def describe(state: Any) -> dict[str, str]:
 
 
 def part_in(manifest: Manifest, target: Mapping[str, Any]) -> dict[str, Any]:
-  """The first collection of `target`, and all others that a checkpoint has."""
+  """The collections of `target` that a checkpoint has, and always the first."""
   stored = {path.split('/')[0] for path in manifest.tree}
   first = next(iter(target), None)
   return {k: v for k, v in target.items() if k == first or k in stored}

@@ -191,7 +191,7 @@ class _AppendOnly:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    # Unbuffered, so that a record is not lost with the process.
+    # The file is unbuffered, so that no record is lost with the process.
     self._file = path.open('ab', buffering=0)
     self._size = path.stat().st_size
     self._unwritten: list[bytes] = []
@@ -224,9 +224,9 @@ class _AppendOnly:
 
 
 class _Events:
-  """A new file of scalars for TensorBoard, which then drops older scalars.
+  """A new file of scalars for TensorBoard, which goes on at `first_step`.
 
-  TensorBoard drops those of `first_step` and of later steps.
+  TensorBoard drops the scalars of this and later steps from earlier files.
 
   tensorboardX's summary writer is not used: on a full disk its thread dies, and
   its full queue then blocks the training loop for ever.

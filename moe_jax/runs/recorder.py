@@ -52,7 +52,7 @@ class Recorder:
     log_every_steps: The number of steps between two rows.
     max_nonfinite_steps: The number of steps that may be skipped.
     batch_tokens: The number of tokens of a batch.
-    moes: The mixture of each layer; see `summary.summarize`.
+    moes: The mixture of experts of each layer, as in `Stacks.moes`.
     state: The shapes of the train state.
     checkpoints: The run's checkpoints, which an error names.
     tell: Makes a text of the row of an evaluation that measures no loss.
@@ -87,7 +87,8 @@ class Recorder:
 
     Args:
       start: The number of steps that are taken already.
-      due: Names of the evaluations of that state that are still to be made.
+      due: Names of the evaluations after step `start` that are still to be
+        made.
     """
     self._kept_steps = kept_steps(self.workdir)
     self._skipped = sum(n <= start for n in self._kept_steps)

@@ -34,7 +34,7 @@ _TRIES = 20
 
 
 class CheckpointError(ReportedError, RuntimeError):
-  """A checkpoint could not be written or read; the others are untouched."""
+  """A checkpoint could not be written or read; all others are untouched."""
 
 
 @dataclasses.dataclass
@@ -102,7 +102,8 @@ class Directory:
       additions: The step, with the `extra` and the `metrics` to add.
 
     Raises:
-      BadCheckpoint: As `manifest`.
+      BadCheckpoint: The manifest is missing, or it is damaged or of another
+        step.
     """
     old = self.manifest(additions.step)
     new = dataclasses.replace(

@@ -15,8 +15,8 @@ from moe_jax.errors import InputError
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_CAUSE = 120
-# Errors of a network, a server or a busy device, which may pass. The errors of
-# a full disk, a missing permission and a missing path do not pass.
+# Errors of a network, a server or a busy device, after which another try may
+# succeed; after a full disk, a missing permission or path none would.
 _TRANSIENT = {
   getattr(errno, name)
   for name in (
@@ -60,7 +60,7 @@ class Retry(NamedTuple):
 
 
 def is_transient(error: BaseException | None) -> bool:
-  """Whether an error, or the error that caused it, may pass."""
+  """Whether another try may succeed after an error, or after its cause."""
   while error is not None:
     if _of_connection(error):
       return True

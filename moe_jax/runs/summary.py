@@ -56,7 +56,7 @@ class StepMetrics(NamedTuple):
 
 
 def add(a: LossSums, b: LossSums) -> LossSums:
-  """Merges two sums."""
+  """Merges the sums of two batches."""
   return jax.tree.map(lambda x, y: x + y, a, b)
 
 
@@ -109,8 +109,9 @@ def summarize(
 
   Args:
     sums: Sums as `host` gives them.
-    moes: The mixture of each layer, as in `Stacks.moes`, which says how many
-      experts and choices the layer has. Default: all layers have equally many.
+    moes: The mixture of experts of each layer, as in `Stacks.moes`, which says
+      how many experts and choices the layer has. Default: all layers have
+      equally many.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}

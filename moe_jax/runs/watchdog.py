@@ -299,7 +299,7 @@ class Watchdog:
     except Exception as error:
       self._end(f'its watchdog failed: {type(error).__name__}: {error}')
 
-  # Process 0.
+  # The thread of process 0.
 
   def _lead(self) -> None:
     next_send = time.monotonic()
@@ -386,7 +386,7 @@ class Watchdog:
           del lines[ready]
     self._over.set()
 
-  # All other processes.
+  # The thread of every other process.
 
   def _follow(self) -> None:
     last_heard = next_send = time.monotonic()
@@ -417,7 +417,7 @@ class Watchdog:
         reason = f'process 0 does not answer, for {self._silence:.0f} s'
         self._end(reason, settle=False)
 
-  # All processes.
+  # The end of any process.
 
   def _end(self, reason: str, settle: bool = True) -> None:
     """Ends this process, unless it ends by itself with an error of its own.
@@ -434,7 +434,7 @@ class Watchdog:
     if self._index:
       self._hub.socket.close()
     if settle and self.before_end is not None:
-      # The main thread cannot call it: it waits in a collective operation.
+      # The main thread cannot call `before_end`, as it waits in a collective.
       with contextlib.suppress(Exception):
         self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()

@@ -19,11 +19,11 @@ from moe_jax.runs.ownership import FILE_PREFIX
 from moe_jax.runs.storage_errors import storage_path
 
 CONFIG = 'config.json'
-CONFIG_SHA256 = 'config.sha256'  # of the config as the run wrote it
-CONFIG_PY = 'this_config.py'  # the same, for commands that take config files
+CONFIG_SHA256 = 'config.sha256'  # sha256 of the config as the run wrote it
+CONFIG_PY = 'this_config.py'  # the config, for commands that take config files
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = tokenizers.RUN_FILE
-IMPORTED = 'huggingface'  # files of the Hugging Face checkpoint it began with
+IMPORTED = 'huggingface'  # files of the checkpoint that the run began with
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
 _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 _PACKAGE = 'moe_jax'
@@ -84,7 +84,7 @@ _SAME: dict[str, dict[str, str]] = {
 
 
 def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """The folder of that name, which need not exist.
+  """The folder that `workdir` names, which need not exist.
 
   Raises:
     ValueError: The name is empty, a URL, or that of a file.
@@ -112,8 +112,8 @@ class Workdir(NamedTuple):
   Attributes:
     folder: The folder, which need not exist.
     checkpoints: The directory of its checkpoints.
-    changes: A line for each key of the config whose value in the folder is
-      another.
+    changes: A line for each key of the config whose value in the folder's
+      config differs.
     class_digests: The sha256 of each file with a user's own class.
     class_changes: A line for each file in `class_digests` that has changed
       since the run began.
@@ -170,7 +170,7 @@ def check(
 def _changes(
   folder: pathlib.Path, config: Section, defaults: Section
 ) -> list[str]:
-  """A line for each key whose value in a folder is another, old before new."""
+  """A line for each key whose value in the folder differs, old before new."""
   if not (folder / CONFIG).exists():
     return []
   stored, usual_values = flatten(kept_config(folder)), flatten(defaults)
@@ -240,7 +240,7 @@ def claim(folder: pathlib.Path, config: Section) -> None:
       number += 1
     path.rename(aside)
   text = _text(values)
-  # The sum is written first, so that a kill leaves no config of another sum.
+  # The sha256 is written first: a kill leaves no config with another's sha256.
   write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
   write_text(path, text)
 
@@ -396,7 +396,7 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   """The config in a run's folder; {} if there is none.
 
   Raises:
-    ValueError: It is damaged, or of an earlier version.
+    ValueError: The config is damaged, or of an earlier version.
   """
   path = folder / CONFIG
   config = _json(path)

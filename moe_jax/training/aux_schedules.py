@@ -90,7 +90,7 @@ def _name_of(loss: str) -> str:
 
 
 def _product(a: Leaf, b: Leaf) -> Leaf:
-  """The product of two numbers; the Python number 0 if one of them is that."""
+  """The product of two numbers; the Python number 0 if one of them is it."""
   if any(not isinstance(x, jax.Array) and x == 0 for x in (a, b)):
     return 0.0
   return a * b
@@ -101,7 +101,7 @@ class Constant(AuxSchedule):
   """The same factor at every step: 1 keeps the weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor."""
+    """Returns the factor of the weights, a Python number, for any step."""
     return self.factor
 
 
@@ -129,7 +129,7 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor on the line."""
+    """Returns the weights' factor, which moves on a line after `start_step`."""
     if self.factor == self.final_factor:
       return self.factor
     fraction = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)

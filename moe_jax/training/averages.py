@@ -2,10 +2,10 @@
 
     config.optimizer.ema = 0.999
 
-After t optimizer steps it is the mean of the parameters after each of them, of
-weight ema^(t - i) for step i. So the values before the first step have no
-weight, and a short run's mean is not theirs. It is kept in float32, for the
-parameters that train.
+After t optimizer steps it is the mean of the parameters after each step i from
+1 to t, with weight ema^(t - i). The values before the first step have no
+weight, so that the mean of a short run is not close to these values. The mean
+is kept in float32, for the parameters that train.
 """
 
 import math
@@ -24,11 +24,11 @@ from moe_jax.training.trainable import Trained
 
 
 class Averages(NamedTuple):
-  """The running mean.
+  """The running mean of the parameters.
 
   Attributes:
-    steps: int32 [], the number of optimizer steps that it is the mean of; steps
-      that were skipped do not count.
+    steps: int32 [], the number of optimizer steps in the mean; steps that were
+      skipped do not count.
     mean: A tree like the parameters, float32, with None for those that do not
       train. Before the first step it holds the parameters.
   """
@@ -48,7 +48,7 @@ class AveragedState(TrainState):
 
 
 def with_averages(state: TrainState, averages: Averages) -> AveragedState:
-  """A state of training with the running mean beside it."""
+  """The state of training together with the running mean."""
   return AveragedState(
     state.step,
     state.seed,
@@ -60,7 +60,10 @@ def with_averages(state: TrainState, averages: Averages) -> AveragedState:
 
 
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
-  """A first state with the mean of no step; as it is where decay is 0."""
+  """The first state of a run, to which a mean of no step is added.
+
+  Where decay is 0, the state is returned as it is, without a mean.
+  """
   if not decay:
     return state
   part = trained.part(state.params)
@@ -71,12 +74,12 @@ def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
 def averaging(
   train_step: Callable[..., Any], decay: float, trained: Trained
 ) -> Callable[..., Any]:
-  """Wraps a step: it moves the mean, too.
+  """Wraps a training step so that it updates the running mean, too.
 
   Args:
     train_step: The step, (state, batch) -> (state, metrics).
-    decay: The factor of the weight of a step at each later one; 0 keeps no
-      mean.
+    decay: The factor by which each later step multiplies a step's weight; 0
+      keeps no mean.
     trained: The parameters that train.
   """
   if not decay:
@@ -100,7 +103,7 @@ def averaging(
 
 
 def averaged(params: Any, averages: Averages | None) -> Any:
-  """The parameters with means in place of those that have one."""
+  """The parameters, each replaced by its running mean where it has one."""
   if averages is None:
     return params
   return jax.tree.map(
@@ -112,14 +115,14 @@ def averaged(params: Any, averages: Averages | None) -> Any:
 
 
 def params_of(state: TrainState) -> Any:
-  """The parameters by which a state is evaluated."""
+  """The parameters by which a state is evaluated: the means if it has them."""
   if isinstance(state, AveragedState):
     return averaged(state.params, state.averages)
   return state.params
 
 
 def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
-  """The problem of a run that would go on with a mean that it has not kept.
+  """The problem of going on with a mean that was not kept, or without one.
 
   Args:
     config: The config with which the run began.

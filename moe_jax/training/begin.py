@@ -15,7 +15,8 @@ from moe_jax.training import averages
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# The name under which a checkpoint has the sha256 of the choice of experts.
+# The name under which a checkpoint has the sha256 of the masks of the experts
+# that train.
 EXPERTS = 'trained_experts'
 # The name under which a checkpoint has the index of the first row of data that
 # no step has seen.
@@ -119,7 +120,7 @@ def begin(
     )
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
-  # The seed is the config's: with another the order of the data changes, too.
+  # The seed is the config's: another seed changes the order of the data, too.
   seed = jnp.full_like(restored.state.seed, run.options.seed)
   run = dataclasses.replace(run, row_offset=next_row - earlier_rows)
   return run, restored.state.replace(seed=seed), restored.extra.get(DUE, [])

@@ -14,13 +14,13 @@ from moe_jax.devices import from_first
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.runs.metrics import Row
 
-# The name under which a checkpoint has the state.
+# The name under which a checkpoint has the state of early stopping.
 EXTRA = 'early_stopping'
 
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStoppingOptions(Options):
-  """Options of when a run ends before its last step."""
+  """Options that say when a run ends before its last step."""
 
   patience: int = option(
     0,
@@ -43,7 +43,7 @@ class EarlyStoppingOptions(Options):
 
 @dataclasses.dataclass
 class _State:
-  """State between two measurements; every checkpoint keeps it.
+  """State of early stopping between two measurements, kept in checkpoints.
 
   Attributes:
     metric: The name of the metric that is measured.
@@ -91,7 +91,7 @@ class EarlyStopping:
 
   @property
   def ends_now(self) -> bool:
-    """Whether the run ends at a checkpoint at which it had not ended.
+    """Whether a run that had not ended when it was saved ends when restored.
 
     It does so if it has less patience than when the checkpoint was saved.
     """
@@ -99,14 +99,14 @@ class EarlyStopping:
 
   @property
   def extra(self) -> dict[str, Any]:
-    """The state, for a checkpoint; {} if no run ends early."""
+    """The state as a checkpoint keeps it; {} if there is no early stopping."""
     if not self._options.patience:
       return {}
     state = dataclasses.replace(self._state, ended=self.ended)
     return {EXTRA: dataclasses.asdict(state)}
 
   def restore(self, extra: Mapping[str, Any]) -> None:
-    """Goes on with the state of a checkpoint, or counts anew.
+    """Goes on with the state in a checkpoint's extra values, or counts anew.
 
     It counts anew where another metric decides, or another rule says which
     value is better, since the stored counts are of other comparisons.

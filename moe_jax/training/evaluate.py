@@ -30,7 +30,7 @@ from moe_jax.training.step import eval_step
 
 Variables = dict[str, Any]  # 'params', and 'router_state' if the model has it
 Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
-# (number of the batch, batch, choices) -> nothing
+# (index of the batch, batch, choices of experts) -> nothing
 Record = Callable[[int, dict[str, jax.Array], Choices], None]
 R = TypeVar('R')
 _IN_FLIGHT = 2  # batches that the devices compute while sums are read
@@ -290,7 +290,7 @@ class OverBatches:
     return cls(s.model, num_batches, s.batch_size, rows, s.put)
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
-    """The batches, on the devices."""
+    """Yields the batches of the measured rows, moved to the devices."""
     batches = eval_batches(
       self.rows,
       batch_size=self.batch_size,
@@ -304,7 +304,7 @@ class Losses(OverBatches):
   """Measures the loss, and statistics of the routers."""
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row; see `summary.summarize`."""
+    """The row that `summary.summarize` makes from the sums of all batches."""
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(
@@ -336,7 +336,7 @@ class Losses(OverBatches):
 
 
 def behind(results: Iterator[R]) -> Iterator[R]:
-  """Yields each result after the next few are begun: devices need not wait."""
+  """Yields each result once the next few are begun, so that no device waits."""
   pending = collections.deque[R]()
   for result in results:
     pending.append(result)
@@ -381,7 +381,7 @@ def changed_models(
   """The model of each evaluation, by the evaluation's name.
 
   Args:
-    options: The options of the training model, after `filled`.
+    options: The training model's options, with the sizes that the data decides.
     model: The training model.
     entries: The evaluations.
     rules: The sharding table.
@@ -413,7 +413,7 @@ def make_evaluations(
   """All evaluations of a run, ready to run.
 
   Args:
-    options: The options of the training model, after `filled`.
+    options: The training model's options, with the sizes that the data decides.
     model: The training model.
     entries: The options of each evaluation, by name.
     rules: The sharding table.

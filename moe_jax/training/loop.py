@@ -196,7 +196,7 @@ def _train(
 
 
 def _has_ended(run: Run, at: _Position) -> bool:
-  """Whether the run is at its end, the last step or early, with nothing due."""
+  """Whether a run has ended, in full or early, with no evaluation due."""
   is_last = at.step == run.options.total_steps or run.early_stopping.ended
   return is_last and not at.due
 
@@ -209,9 +209,9 @@ def _evaluate(
 ) -> bool:
   """Runs the evaluations that are due; returns whether a signal stopped them.
 
-  Rows are recorded before early stopping judges them. If it ends the run, all
-  other evaluations run here, too. A run that goes on with less patience, and so
-  ends at once, runs only those.
+  Rows are recorded before early stopping judges them. If it ends the run, the
+  evaluations that are not due at this step run here, too; a run that goes on
+  with less patience, and so ends at once, runs only these.
   """
   early, measured, step = run.early_stopping, set[str](), at.step
   try:
@@ -254,7 +254,7 @@ def _evaluate(
 def _save(
   run: Run, hooks: Sequence[Hook], at: _Position, best: float | None = None
 ) -> None:
-  """Saves a checkpoint, or updates the manifest of one of the same step.
+  """Saves a checkpoint, or updates the manifest of the step's checkpoint.
 
   Args:
     run: The run.
@@ -284,9 +284,9 @@ def _save(
       run.recorder.saved(at.step)
 
 
-# Numbers of calls from 1, by which JAX agrees on the call at which all stop: it
-# is the first above all that JAX has been given, where 0 counts as given. The
-# numbers of a resumed run's steps would begin beyond that.
+# Numbers of the calls by which processes agree where to stop: at the first
+# number above all that any of them has passed to JAX. They start at 1, since
+# JAX acts as if 0 had been passed; the steps of a resumed run start higher.
 _CALLS = itertools.count(1)
 _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 

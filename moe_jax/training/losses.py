@@ -65,7 +65,7 @@ def normalizers(model: Model, batch: Batch) -> Normalizers:
 
 
 def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
-  """The sums of one batch, or of one microbatch."""
+  """The sums of losses and statistics over one batch or microbatch."""
   weights = batch['loss_weights']
 
   def weighted(nats):

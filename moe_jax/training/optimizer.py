@@ -32,7 +32,7 @@ STACKED_AXES = ('layers', 'expert')
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Options):
-  """The contract of optimizers: clip, precondition, decay, scale.
+  """The contract of optimizers, which clip, precondition, decay and scale.
 
   A subclass overrides `preconditioner`.
   """
@@ -97,7 +97,7 @@ class Optimizer(Options):
     raise NotImplementedError
 
   def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
-    """Facts about the optimizer of a model, as lines for the start of a run.
+    """Lines about the optimizer of a model, printed at the start of a run.
 
     Args:
       shapes: A tree like the parameters that train with the shape of each.
@@ -124,15 +124,15 @@ class Optimizer(Options):
     roles: Any,
     part: Callable[..., Any] = lambda tree, is_leaf=None: tree,
   ) -> Transform:
-    """Returns the whole optimizer.
+    """Returns the whole optimizer as one optax transformation.
 
     Args:
       total_steps: Number of optimizer steps of the run, for the schedule.
       axes: A tree like the parameters that train with a tuple of logical axes
         for each.
       roles: A tree like all parameters with the `Role` of each.
-      part: Returns a tree like all parameters with None for those that do not
-        train.
+      part: Returns a tree like all parameters with None in place of each that
+        does not train.
 
     Raises:
       ValueError: A rule names a part that the model lacks.
@@ -141,7 +141,7 @@ class Optimizer(Options):
       'optimizer.decay_rules',
       self.decay_rules,
       roles,
-      lambda role: float(role.form == 'kernel'),  # others do not decay
+      lambda role: float(role.form == 'kernel'),  # only kernels decay
     )
     rates = parameter_rules.factors(
       'optimizer.rate_rules', self.rate_rules, roles, lambda role: 1.0
@@ -250,7 +250,7 @@ def clipped(largest: float) -> Transform:
 
   Each gradient is multiplied by one number, where optax divides all by the norm
   first: a compiler repeats the product where gradients are read, and writes the
-  quotients to memory. The two differ by rounding, only where it clips.
+  quotients to memory. The two results differ by rounding, only where it clips.
   """
 
   def update(updates, params):
@@ -410,7 +410,7 @@ class Muon(Optimizer):
   )
 
   def preconditioner(self, axes: Any, roles: Any) -> Transform:
-    """Returns Muon's transformation of hidden matrices, Adam's of others."""
+    """Muon's transformation of hidden matrices, and Adam's of all others."""
     adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
     adam = optax.chain(adam, optax.scale(self.adam_rate))
 
@@ -479,9 +479,9 @@ def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
 def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
   """The inputs and the outputs of a kernel, by its logical axes.
 
-  A kernel whose last axis is 'embed' leads from all others to the residual
-  stream, and one whose last axis is the rank of an adapter to its other factor;
-  any other has its first axis as input.
+  A kernel whose last axis is 'embed' leads from its other axes to the residual
+  stream, and one whose last axis is the rank of an adapter, to the adapter's
+  other factor; any other kernel has its first axis as input.
 
   Raises:
     ValueError: There are fewer than two axes.

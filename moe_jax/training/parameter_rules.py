@@ -17,7 +17,8 @@ from moe_jax.layers.parameters import Role
 from moe_jax.models.selection import expression_problems, names_of
 from moe_jax.partitioning import path_name
 
-# A regular expression, or 'part:' and an expression over parts; and a factor.
+# A rule: a regular expression, or 'part:' and an expression over parts; and the
+# factor of the parameters that it selects.
 Pattern = tuple[str, float]
 _PART = 'part:'
 

@@ -68,10 +68,10 @@ class Programs:
 
 
 def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
-  """The programs of a run; none is compiled yet.
+  """The programs of a run, of which none is compiled yet.
 
   Args:
-    options: The run's options, after `filled`.
+    options: The run's options, as `RunOptions.filled` returns them.
     model: Its model.
     mesh: The devices.
   """
@@ -211,7 +211,7 @@ def make_step(
       merged,
       options.aux_losses.weights,
       loss,
-      # A replayed run executes the program of a recorded one.
+      # A replayed run executes the same program as a recorded run.
       options.trace.recording
       if options.model.moe.replay
       else options.trace.in_training,
@@ -282,7 +282,7 @@ def like_params(mesh: Mesh, state, params, param_shardings):
 
 
 def _spec_of_subset(shape, full_shape, spec) -> PartitionSpec:
-  """The spec of an array that has some dimensions of `full_shape`."""
+  """The sharding of an array whose dimensions are some of `full_shape`'s."""
   choices = [
     [spec[i] for i in dims]
     for dims in itertools.combinations(range(len(full_shape)), len(shape))

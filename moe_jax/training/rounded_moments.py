@@ -76,7 +76,8 @@ def rounded(
     noise: Random numbers, of which 16 bits count.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  # A carry from the bits that are cut off is the next number away from zero.
+  # A carry from the bits that are cut off gives the next number in bfloat16,
+  # away from zero.
   high = (bits + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
   near = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
   return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))

@@ -1,4 +1,4 @@
-"""The options of a run, and the rules that concern several sections."""
+"""The options of a run, and the rules between sections of its config."""
 
 import dataclasses
 import fnmatch
@@ -53,7 +53,7 @@ _EVALUATIONS = Kinds(
 
 @dataclasses.dataclass(frozen=True)
 class ProfileOptions(Options):
-  """Options of the trace: the section 'profile' of a config."""
+  """Options of the profiler's trace: the section 'profile' of a config."""
 
   start_step: int = option(
     10,
@@ -153,7 +153,7 @@ class InitFromOptions(Options):
   def with_tokenizer(
     self, data: DataOptions, *run_folder: pathlib.Path
   ) -> DataOptions:
-    """The data with the tokenizer of the other run, if it is kept.
+    """The options of the data, with the other run's tokenizer if it is kept.
 
     A run that has begun has the tokenizer in its own folder, and does not need
     the other run.
@@ -179,13 +179,13 @@ class InitFromOptions(Options):
       yield f'best=True with step={self.step}: give one of them'
 
 
-# Names of the records of choices that are not made by an evaluation.
+# Names of the records of experts' choices that no evaluation makes.
 _OTHER_RECORDS = ('train', 'generate')
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceOptions(Options):
-  """The choices that are recorded: the section `trace` of a config."""
+  """Options of the record of experts' choices: a config's section `trace`."""
 
   every_steps: int = option(
     0,
@@ -212,12 +212,12 @@ class TraceOptions(Options):
 
   @property
   def is_on(self) -> bool:
-    """Whether steps or evaluations are recorded."""
+    """Whether the choices of any steps or evaluations are recorded."""
     return bool(self.every_steps or self.evaluations)
 
   @property
   def recording(self) -> Apply:
-    """The function that applies a model and returns its choices."""
+    """The function that applies a model and returns its choices of experts."""
     return functools.partial(recording, logits=self.logits, dtype=self.dtype)
 
   @property
@@ -226,11 +226,11 @@ class TraceOptions(Options):
     return self.recording if self.every_steps else plainly
 
   def has_step(self, step: int) -> bool:
-    """Whether an optimizer step, counted from 1, is recorded."""
+    """Whether the choices of a step, counted from 1, are recorded."""
     return self.every_steps > 0 and (step - 1) % self.every_steps == 0
 
   def names(self, evals: Collection[str]) -> tuple[str, ...]:
-    """The names of the evaluations that are recorded.
+    """The names of the evaluations whose choices of experts are recorded.
 
     Args:
       evals: The names of all evaluations that can be recorded.
@@ -244,7 +244,7 @@ class TraceOptions(Options):
       yield from self.in_vain('where nothing is recorded', 'logits', 'dtype')
 
   def problems_in(self, evals: Collection[str]) -> Iterator[str]:
-    """The problems of the names of evaluations, a text for each.
+    """The problems of the names in `evaluations`, a text for each.
 
     Args:
       evals: The names of all evaluations that can be recorded.
@@ -386,12 +386,12 @@ class RunOptions(Options):
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
-    """Names of the sections that have no effect but through `Hook.serves`."""
+    """Names of the config's sections in use that need a hook to serve them."""
     switches = {'trace': self.trace.is_on, REPLAY: bool(self.model.moe.replay)}
     return tuple(name for name, is_on in switches.items() if is_on)
 
   def problems(self) -> Iterator[str]:
-    """The problems between several sections, a text for each."""
+    """The contradictions between sections of the config, a text for each."""
     if self.batch_size % self.microbatches:
       yield (
         f'batch_size={self.batch_size} does not divide by microbatches='
@@ -418,7 +418,7 @@ class RunOptions(Options):
     yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
-    """The problems of the data's task, and of routers and samples by task."""
+    """The problems of the data's task, routers by task and `sample.task`."""
     model, data = self.model, self.data
     tasks, by_task = data.tasks, model.routes_by_task
     if model.has_encoder != data.encoder_decoder:
@@ -473,7 +473,7 @@ class RunOptions(Options):
   def _metric_problems(self) -> Iterator[str]:
     metric = self.checkpoint.best_metric
     entry = self.evals[self.checkpoint.best_eval]
-    # A subclass with a `measure` of its own has rows of its own.
+    # The names of a subclass that overrides `measure` alone are not known.
     kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
     names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
     if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
@@ -502,7 +502,7 @@ class RunOptions(Options):
       row_parts: Number of devices that the rows of a microbatch are split over.
 
     Raises:
-      ValueError: Rows or groups do not divide by them.
+      ValueError: Rows or groups do not divide by the devices.
     """
     rows = self.shape().rows
     if rows % row_parts:
@@ -538,7 +538,8 @@ class RunOptions(Options):
     count, V = model.least_parameters(), model.vocab_size
     name = f'the parameters of {type(model).__name__}, {count:,}'
     yield name, jnp.dtype(model.numerics.param_dtype).itemsize * count
-    # Tokens, segments and positions; targets and weights of the last sequence.
+    # Each token has an id, a segment and a position. Targets and weights, which
+    # the last sequence alone has, are not counted.
     name = f'batch_size={rows} of {data.row_tokens} tokens'
     yield name, 3 * _ITEM_BYTES * rows * data.row_tokens
     tokens = self.shape().rows * (data.target_len or data.seq_len)

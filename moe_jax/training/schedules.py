@@ -1,8 +1,9 @@
 """Schedules of the learning rate: a linear warm-up, then one of several curves.
 
 A new schedule is one class with its options and the curve after the warm-up.
-The end of a curve is the end of the run, as in optax: a step after the last
-would have its value, so that the last step of a curve to 0 still learns.
+The end of a curve is the end of the run, as in optax: only a step after the
+last would have the curve's last value, so that the last step of a curve to 0
+still learns.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Schedule(Options):
   )
 
   def warmup_in(self, total_steps: int) -> int:
-    """The number of steps of the warm-up in a run, at most half of them."""
+    """The number of warm-up steps in a run, at most half of the run's steps."""
     return min(self.warmup_steps, total_steps // 2)
 
   @required
@@ -91,7 +92,7 @@ class Cosine(Schedule):
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the cosine."""
+    """Returns the learning rate on the cosine."""
     return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
 
 
@@ -100,23 +101,23 @@ class InverseSqrt(Schedule):
   """The peak times the square root of warm-up steps over steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the curve; without a warm-up it starts at step 1."""
+    """Returns the learning rate on the curve; without a warm-up from step 1."""
     start = max(self.warmup_steps, 1)
     return lambda step: peak * (start / (step + start)) ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-  """The peak until the end of the run."""
+  """The learning rate stays at its peak until the end of the run."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the peak at every step."""
+    """Returns the peak learning rate at every step."""
     return optax.constant_schedule(peak)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trapezoid(Schedule):
-  """The peak for most of the run, then a straight line down to 0 at its end.
+  """The peak rate for most of the run, then a straight line to 0 at its end.
 
   Runs of several lengths, with warm-ups of as many steps, are equal until the
   shortest begins to decay, so that one of them can be the start of the next.
@@ -136,7 +137,7 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the line, which begins after the warm-up at the earliest."""
+    """Returns the rate: the peak, then the line, which no warm-up overlaps."""
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)

@@ -48,7 +48,7 @@ class Run:
     message: Prints a line in process 0, above the bar of progress.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
-    row_offset: Number of the row of data that step 1 would begin with at this
+    row_offset: Index of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
   """
 
@@ -69,7 +69,7 @@ class Run:
   row_offset: int = 0
 
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
-    """The batches after step `start`, on the devices."""
+    """Yields the batches after step `start`, moved to the devices."""
     put = self.programs.put
     return map(
       put.local,
@@ -133,7 +133,7 @@ class Ended(Hook):
   ended: bool = False
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Notes the end."""
+    """Notes that the run has ended."""
     self.ended = True
 
 
@@ -256,16 +256,16 @@ def with_tokenizer(
 ) -> tuple[R, list[str]]:
   """The options with the tokenizer that a run takes in place of the config's.
 
-  It is the tokenizer of the run that this one begins with, or the one in this
-  run's folder where that of the config cannot be read any more.
+  It is the tokenizer of the run whose parameters this run begins with, or the
+  tokenizer in this run's folder where the config's cannot be read any more.
 
   Args:
     options: The options of the run.
-    config: Their section.
+    config: The config that the options were made from.
     folder: The folder of the run, which need not exist.
 
   Returns:
-    The options, and a line about the tokenizer where it is another one.
+    The options, and a line about the tokenizer where it is not the config's.
 
   Raises:
     ValueError: The tokenizer cannot be read.

@@ -71,8 +71,8 @@ def make_grad_fn(
     model: The model.
     weights: The weights of the losses.
     microbatches: The number of slices of the batch.
-    part: Returns the parameters that train; the gradient is None for others,
-      and is not computed.
+    part: Returns the parameters that train; no gradient of any other parameter
+      is computed, and None stands in its place.
     merged: Returns the parameters that the model computes with, such as
       kernels with their adapters, from those of the train state and a key for
       dropout.
@@ -110,7 +110,7 @@ def make_grad_fn(
 
 
 def _changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
-  """The parameters, with `change` of a leaf of `part` where it is not None."""
+  """The parameters, with `change(leaf, param)` where `part` has a leaf."""
   return jax.tree.map(
     lambda leaf, param: param if leaf is None else change(leaf, param),
     part,
@@ -120,10 +120,10 @@ def _changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
 
 
 def _exchanged_once(grad_fn: GradFn, axes: tuple[str, ...]) -> GradFn:
-  """`grad_fn` of each device's own rows; devices add up its results at the end.
+  """Wraps `grad_fn`: devices apply it to their own rows and sum its results.
 
-  Rows that devices share along other axes stay global arrays. Without this the
-  compiler would exchange the gradient of each microbatch.
+  Only the mesh axes `axes` are handled by device: along all other axes arrays
+  stay global. Else the compiler would exchange each microbatch's gradient.
   """
 
   def on_device(batch, params, divisors, key, router_state, step):

@@ -32,7 +32,7 @@ class Trained:
   """The parameters that train.
 
   Attributes:
-    expression: The expression that selects them.
+    expression: The expression that selects the parameters.
     names: The names of the parameters that train, such as 'layers/layer_0/w'.
     masks: Booleans that say which experts train, by the name of the parameter,
       for parameters of which only some experts train; dimensions other than
@@ -55,7 +55,7 @@ class Trained:
 
   @property
   def masks_digest(self) -> str:
-    """The sha256 of the masks; '' if there is none."""
+    """The sha256 of the masks of experts; '' if there is no mask."""
     sha = hashlib.sha256()
     for name, mask in sorted(self.masks.items()):
       sha.update(f'{name} {mask.shape}'.encode() + mask.tobytes())
@@ -91,7 +91,7 @@ class Trained:
   def optimizer(
     self, inner: optax.GradientTransformation
   ) -> optax.GradientTransformation:
-    """An optimizer of all parameters, which keeps state for this part alone.
+    """An optimizer of all parameters, with state only for those that train.
 
     Args:
       inner: The optimizer of trees with None for parameters that do not train.
@@ -143,8 +143,8 @@ class ChosenExperts:
 
   Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906. Experts are
   stacked in one array, so a mask tells them apart: gradient and update of the
-  others are exactly zero and their bits stay. Their gradient is computed all
-  the same, and the optimizer holds state for all experts of an array.
+  masked experts are exactly zero and their bits stay. The gradient of an array
+  is computed all the same, and the optimizer has state for all of its experts.
 
   Attributes:
     num_experts: E, the number of experts of a layer.
@@ -159,7 +159,7 @@ class ChosenExperts:
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def write(self, path: pathlib.Path) -> None:
-    """Writes the file."""
+    """Writes the chosen experts to a file."""
     values = {
       **self.about,
       'num_experts': self.num_experts,

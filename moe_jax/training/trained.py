@@ -107,7 +107,7 @@ class Described(NamedTuple):
       options: The options of the data; None takes those of the run.
 
     Raises:
-      ValueError: The tokens or tasks are others.
+      ValueError: The data has other tokens or tasks than the run.
     """
 
     def refuse(problems):
@@ -203,7 +203,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   """The step of a run's best checkpoint, by its own `checkpoint.best_eval`.
 
   Raises:
-    ValueError: There is none, or the config cannot be read.
+    ValueError: There is no best checkpoint, or the config cannot be read.
   """
   folder = folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
@@ -324,12 +324,12 @@ def restore_variables(
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
-  """The sharding by the table; a dimension that does not divide stays whole."""
+  """An array's sharding by the table; what does not divide stays whole."""
 
   def num_shards(axis):
     return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
 
-  # `sharding` takes a vocabulary that does not divide.
+  # A vocabulary that does not divide is handled by `partitioning.sharding`.
   axes = [
     a if a == 'vocab' or n % num_shards(a) == 0 else None
     for a, n in zip(axes, shape)

@@ -1,4 +1,4 @@
-"""Multi-head and grouped-query attention, of a sequence to itself or others.
+"""Multi-head and grouped-query attention, of a sequence to itself or another.
 
 `AttentionBase` is the contract of the kinds of attention; the other kind,
 multi-head latent attention, is in `latent.py`.
@@ -114,11 +114,11 @@ class AttentionBase(Options):
     raise NotImplementedError
 
   def within(self, width: int) -> Self:
-    """These options in a model of this width, with no size left at 0."""
+    """The options of attention in a model of this width, no size left at 0."""
     return self
 
   def for_encoder(self) -> Self:
-    """The options of an encoder's layers, where these are a decoder's."""
+    """The options of attention in an encoder, made from those in a decoder."""
     return dataclasses.replace(self, window=0, full_layers='none')
 
   @property
@@ -128,7 +128,7 @@ class AttentionBase(Options):
 
   @property
   def score_scale(self) -> float:
-    """The factor of scores; 0.0: one over the root of the width of a key."""
+    """The factor of scores; 0.0 stands for 1 / sqrt(width of a key)."""
     return 0.0
 
   def keys(self, *, causal: bool, cross: bool = False) -> Keys:
@@ -163,7 +163,7 @@ class AttentionBase(Options):
 
   @property
   def projected_values(self) -> int:
-    """Values of a token that the backward pass needs of queries and keys."""
+    """The number of a token's projected values that the backward pass needs."""
     return self.num_heads * self.head_widths[0] + self.cached_values
 
   def kernel_values(self, width: int) -> int:
@@ -304,8 +304,8 @@ class Attention(nn.Module):
 
     Args:
       x: Tokens, which are projected to queries.
-      source: Tokens, which are projected to what a cache keeps; None: nothing
-        is projected to it.
+      source: Tokens, which are projected to what a cache keeps; None where
+        the cache has everything already.
       position_args: The positions of tokens, and their segments.
       attend: A function of queries [B, T, H, D] and what a cache keeps.
     """
@@ -332,7 +332,7 @@ class Attention(nn.Module):
     return query if self.cross else self.positions.rotate(query, *position_args)
 
   def _cached(self, x, position_args):
-    """What a cache keeps of tokens: keys and values, [B, S, N, D]."""
+    """The keys and values [B, S, N, D] that a cache keeps of tokens."""
     shapes = self.options.within(x.shape[-1]).cached_shapes
     key = self._heads(x, 'key', 'kv_heads', shapes[0])
     value = self._heads(x, 'value', 'kv_heads', shapes[1])
@@ -483,7 +483,10 @@ class AttentionOptions(AttentionBase):
     )
 
   def for_encoder(self) -> Self:
-    """Without fewer key heads, which only make a decoder's cache smaller."""
+    """The options of attention in an encoder, made from those in a decoder.
+
+    Every query head has a key head, as sharing only shrinks a decoder's cache.
+    """
     return dataclasses.replace(super().for_encoder(), num_kv_heads=0)
 
   @property

@@ -82,7 +82,7 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 
 
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
-  """The output, and what the backward pass reads.
+  """The output, and the arrays that the backward pass reads.
 
   For each query of a block the backward pass reads two numbers [B, N, R, 1],
   from which it computes the softmax again: the largest score, and the sum of
@@ -135,8 +135,9 @@ def _backward(keys, query_blocks, saved, dy):
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
     d_query.append(by_token(_product(d_scores, k, (3, 2)), H))
-    # As [B, N, D, S]: the compiler transposes the queries in the product, which
-    # are fewer numbers than the weights, and multiplies faster.
+    # The gradients of keys and values are [B, N, D, S], as the compiler then
+    # transposes the queries in the product, which are fewer numbers than the
+    # weights, and multiplies faster.
     padding = (0, 0), (0, 0), (0, 0), (block.first_key, S - block.stop_key)
     d_key += jnp.pad(_product(keys.scaled(q), d_scores, (2, 2)), padding)
     d_value += jnp.pad(_product(d_y, weights, (2, 2)), padding)

@@ -54,7 +54,7 @@ class Slots(NamedTuple):
 
 
 class KVCache(flax.struct.PyTreeNode):
-  """Keys and values by slot.
+  """The cache of a decoder: keys and values by slot.
 
   Attributes:
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
@@ -140,7 +140,7 @@ class KVCache(flax.struct.PyTreeNode):
   def follow(
     self, tokens: Int[Array, 'B T'], token_mask: Bool[Array, 'B T']
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
-    """Keeps the newest tokens; also returns the token before each, -1: none.
+    """Keeps the newest tokens; also returns the token before each, or -1.
 
     Padding may stand only in front of the new tokens.
     """
@@ -215,11 +215,11 @@ class KVCache(flax.struct.PyTreeNode):
     return self.replace(key=fill(self.key, key), value=fill(self.value, value))
 
   def advance(self, num_tokens: int) -> 'KVCache':
-    """Ends a step of T tokens."""
+    """The cache after a step of T tokens, all of whose layers are written."""
     return self.replace(length=self.length + num_tokens)
 
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':
-    """The cache whose row r is row `rows[r]` of this one.
+    """The cache whose row r is row `rows[r]` of this cache.
 
     Beam search calls this method: its beams move between rows, and begin with
     the row of their prompt.

@@ -197,7 +197,7 @@ def cached(
   sinks: Float32[Array, ' H'] | None = None,
   slot_numbers: Int[Array, ' S'] | None = None,
 ) -> Float[Array, 'B T H U']:
-  """`attend` to a cache [B, N, S, D]; the first query is at slot `start`.
+  """Attends to a cache [B, N, S, D], with the first query at slot `start`.
 
   A causal query sees no slots behind its own, filled or not. With
   `slot_numbers`, key s is in slot slot_numbers[s], and the bias has a column

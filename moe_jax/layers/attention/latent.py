@@ -89,7 +89,10 @@ class LatentOptions(AttentionBase):
 
   @property
   def projected_values(self) -> int:
-    """Values that the backward pass needs, with expanded keys and values."""
+    """The number of a token's projected values that the backward pass needs.
+
+    Expanded keys and values count among them.
+    """
     expanded = self.num_heads * sum(self.head_widths)
     return super().projected_values + expanded + self.query_rank
 
@@ -169,7 +172,7 @@ class LatentAttention(Attention):
     return rms_normed(x, scale, self.options.norm_epsilon)
 
   def _up_kernel(self, dtype):
-    """The kernel [R, H, D] from vectors to a key, then a value, of heads."""
+    """The kernel [R, H, D] that expands short vectors to keys, then values."""
     c, axes = self.options, ('latent', 'heads', 'kv')
     shape = c.num_heads, c.plain_width + c.value_width
     w = self._kernel('kv_up', axes, (c.kv_rank,), shape)

@@ -42,7 +42,7 @@ DISPATCHES = Kinds(
 def describe(
   dispatch: Dispatch, platform: str, devices: Mapping[str, int]
 ) -> str:
-  """Names what moves and multiplies rows, for the line at a run's start.
+  """A text for a run's start: the dispatch, its products and its exchange.
 
   Args:
     dispatch: The dispatch of sparse layers.

@@ -134,7 +134,7 @@ class FeedForwardExperts(nn.Module):
       ]
     else:
       params = ffn.parameters(self, (E,), M)
-    # The keys for rows in slots are those of a submodule.
+    # The dropout of rows in slots draws its keys in a submodule.
     module = ffn.dropout_module(self, train) if dispatch.by_slot else self
 
     def next_key():
@@ -145,7 +145,7 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The layout on a mesh; None on one device, and during initialisation."""
+  """The `Layout` on a mesh; None on one device, and during initialisation."""
   if module.is_initializing():
     return None
   return layout_of(shared.rules, x, num_experts=num_experts, hidden=hidden)
@@ -163,7 +163,7 @@ class Twin(NamedTuple):
   dropout: float
 
   def of_width(self, hidden: int) -> 'Twin':
-    """The same layer with another hidden width."""
+    """The same dense layer with another hidden width."""
     return self._replace(ffn=dataclasses.replace(self.ffn, hidden=hidden))
 
 
@@ -184,7 +184,7 @@ class ExpertOptions(Options):
   format: ClassVar[KernelFormat | None] = None
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
-    """These options with defaults filled in from the model's options.
+    """The expert's options, with defaults filled in from the model's options.
 
     Args:
       ffn: The dense feed-forward layers of the model.
@@ -269,11 +269,11 @@ class FeedForwardExpert(ExpertOptions):
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """None: any dispatch serves feed-forward layers."""
+    """Yields no reason, as any dispatch serves feed-forward layers."""
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
-    """The computation of one expert, after `within`."""
+    """The computation of one expert; needs the defaults that `within` fills."""
     return FfnLayer(self.twin(1).ffn, shared, self.dropout, ROLE)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
@@ -328,7 +328,7 @@ class ModuleExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Moves tokens to the copies, applies the copies, and sums outputs."""
+    """Moves tokens to the E experts, applies these, and sums their outputs."""
     module = self.options.module(self.shared, name='expert')
 
     @functools.partial(

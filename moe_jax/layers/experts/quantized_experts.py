@@ -35,7 +35,7 @@ class QuantizedExpert(FeedForwardExpert):
   )
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
-    """The module, which is the same for every dispatch."""
+    """The module of quantised experts, which is the same for every dispatch."""
     return QuantizedExperts(self.ffn(shared), self.format, name=SCOPE)
 
 

@@ -70,7 +70,7 @@ class SharedExpert(nn.Module):
   def __call__(
     self, x: Float[Array, 'B T M'], train: bool = False
   ) -> Float[Array, 'B T M']:
-    """Returns the output for every token; dropout only if `train`."""
+    """Returns the expert's output for every token; dropout only if `train`."""
     ffn, dropout = self.twin
     dtype = self.shared.dtype
     layer = FeedForward(ffn, self.shared, dropout, SHARED_EXPERT, name='ffn')

@@ -1,4 +1,4 @@
-"""The contract of a router: what its options answer, and what its module does.
+"""The contract of a router: the questions to its options, and its module.
 
 Each other file of this folder is a router: options, which extend
 `RouterOptions`, and a module, which extends `Router`. Layers and models use the
@@ -101,7 +101,7 @@ class TokenInfo(NamedTuple):
 
 
 class Causality(NamedTuple):
-  """What a router's choices for a token depend on under a capacity.
+  """How a router's choices for a token depend on other tokens and a capacity.
 
   Attributes:
     leak: The reason why later tokens change earlier outputs, a clause that ends
@@ -175,7 +175,7 @@ class RouterOptions(Options):
 
   @required
   def causality(self, sizes: Sizes) -> Causality:
-    """What choices depend on: whether they leak, drop, and can be decoded."""
+    """Whether choices leak the future, can be dropped, and can be decoded."""
     raise NotImplementedError
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:

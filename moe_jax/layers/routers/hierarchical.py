@@ -89,7 +89,7 @@ class Hierarchical(contract.RouterOptions):
     return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def shrunk(self):
-    """These options with at most two branches, all of which a token chooses."""
+    """The options with at most two branches, all of which a token chooses."""
     a = min(self.branches_selected, 2)
     return dataclasses.replace(self, branching=a, branches_selected=a)
 
@@ -109,7 +109,7 @@ class Hierarchical(contract.RouterOptions):
 
 
 class LevelSizes(NamedTuple):
-  """How many branches or experts the gate of one level chooses among.
+  """The number of branches or experts that one level's gate chooses among.
 
   Attributes:
     num_experts: The number of branches, or of experts in a branch.
@@ -166,7 +166,7 @@ class HierarchicalRouter(contract.Router):
     return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """The logits [G, S * K1, b] in tokens' branches, without noise and with."""
+    """The logits [G, S * K1, b] in tokens' branches, without and with noise."""
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)

@@ -23,7 +23,7 @@ def loss_weight(default: float, loss: str) -> Any:
   )
 
 
-# Logits.
+# Options on logits.
 
 JITTER = option(
   0.0,
@@ -40,7 +40,7 @@ USE_BIAS = option(
   'logits.',
 )
 
-# Gates and slots.
+# Options on gates and slots.
 
 GATES = option(
   'raw',
@@ -91,7 +91,7 @@ SECOND_THRESHOLD = option(
   same_function=True,
 )
 
-# Losses.
+# Options on losses.
 
 Z_WEIGHT = loss_weight(
   0.001,

@@ -41,7 +41,7 @@ EXPERTS_CHOOSE = (
 )
 
 
-# Logits.
+# Functions that compute logits.
 
 
 def jittered(
@@ -100,7 +100,7 @@ def product(
   return logits.reshape(G, S, -1)
 
 
-# Choices and slots.
+# Functions that choose experts and serve choices.
 
 
 def largest(
@@ -181,7 +181,7 @@ def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
     )
 
 
-# Losses and statistics, which are sums over real tokens.
+# Functions that compute losses and statistics, sums over real tokens.
 
 
 def choice_aux(
@@ -229,7 +229,7 @@ def choice_losses(
   """The balance loss, the z-loss and the importance loss of tokens' choices.
 
   Args:
-    logits: The logits without noise, from which the first two are computed.
+    logits: The logits without noise, of which balance loss and z-loss are made.
     expert_index: The chosen experts.
     gate: The gates of the choices, as if all were served.
     mask: False for padding.

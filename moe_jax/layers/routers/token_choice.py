@@ -204,7 +204,7 @@ class TokenChoice(contract.RouterOptions):
     return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
 
   def shrunk(self):
-    """These options with two groups of experts; a token chooses one of them."""
+    """The options with two groups of experts; a token chooses one of these."""
     if self.expert_groups == 1:
       return self
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)

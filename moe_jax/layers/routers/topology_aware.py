@@ -154,7 +154,7 @@ class TopologyAware(contract.RouterOptions):
     return queues._replace(leak=leak)
 
   def shrunk(self):
-    """These options with two nodes of one device each, or with one node."""
+    """The options with two nodes of one device each, or with one node."""
     small = min(self.num_nodes, 2)
     return dataclasses.replace(self, devices=small, per_node=1)
 
