@@ -63,7 +63,11 @@ def make_options(
   # Seconds that processes wait for one that was killed while it started.
   config.distributed.initialization_timeout_seconds = 45
   config.distributed.stall_timeout_seconds = 120
-  corpus = {'modules': 'email,json,asyncio,unittest'}
+  sources = {
+    name: {'kind': 'python_stdlib', 'modules': modules}
+    for name, modules in {'a': 'email,json', 'b': 'asyncio,unittest'}.items()
+  }
+  mixture = dict(sources=sources, rule='given', weights={'a': 2.0}, period=3)
   router = dict(gates='renormalized', jitter=0.01, balance_bias_rate=1e-3)
   moe = dict(num_experts=4, num_selected=2)
   moe['router'] = {'token_choice': {**router, 'balance_bias_scores': 'softmax'}}
@@ -76,7 +80,7 @@ def make_options(
     total_steps=total_steps,
     batch_size=8,
     log_every_steps=SAVE_EVERY,
-    data=dict(seq_len=32, source=dict(python_stdlib=corpus)),
+    data=dict(seq_len=32, mixture=mixture),
     model=model | dict(moe=moe),
     optimizer=dict(learning_rate=3e-3, schedule=dict(warmup_steps=10)),
     mesh=dict(mesh),
