@@ -1,10 +1,13 @@
 """Text files as documents of two splits."""
 
+import gzip
 import hashlib
+import json
 
 import pytest
+from upath import UPath
 
-from moe_jax.data import FilesSource, Selection, cache_folders
+from moe_jax.data import SPLITS, FilesSource, Selection, cache_folders
 
 
 def texts(source, split):
@@ -135,3 +138,31 @@ def test_a_file_that_changes_while_others_are_read_is_noticed(
   source = FilesSource(f'{tmp_path}/*/*').texts()
   with pytest.raises(ValueError, match=r'0\.txt was changed while'):
     [texts(source, split) for split in ('train', 'validation')]
+
+
+def test_files_at_a_url_are_those_of_a_folder(tmp_path):
+  url = UPath(f'memory://{tmp_path.name}')
+  url.mkdir()
+  lines = '\n'.join(json.dumps({'text': f'{i} ' * i}) for i in range(99))
+  for name, content in (
+    ('a.jsonl.gz', gzip.compress(lines.encode())),
+    ('b.jsonl', lines.encode()),
+    ('c.txt', b'to be or not to be'),
+  ):
+    (tmp_path / name).write_bytes(content)
+    (url / name).write_bytes(content)
+  for pattern in ('*', '*.jsonl', 'c.txt'):
+    here = FilesSource(f'{tmp_path}/{pattern}').texts()
+    there = FilesSource(f'{url}/{pattern}').texts()
+    for split in SPLITS:
+      assert texts(there, split) == texts(here, split)
+  all_files = FilesSource(f'{url}/*').texts()
+  (url / 'b.jsonl').write_bytes(b'{"text": "other"}')
+  assert FilesSource(f'{url}/*').texts().identity != all_files.identity
+  with pytest.raises(ValueError, match=r'b\.jsonl was changed while it was'):
+    texts(all_files, 'train')
+
+
+def test_a_url_that_nobody_reads_is_told():
+  with pytest.raises(ValueError, match=r'nobody://x/\*\.txt cannot be read'):
+    FilesSource('nobody://x/*.txt').texts()
