@@ -5,10 +5,13 @@ To add a task, write a file with its `TaskOptions` and list them here.
 
 from moe_jax.config import Kinds
 from moe_jax.data.tasks.contract import TaskOptions
-from moe_jax.data.tasks.prefix_lm import LmTask, PrefixLmTask
 from moe_jax.data.tasks.seq2seq import Seq2SeqTask
-from moe_jax.data.tasks.span_corruption import SpanCorruptionTask
-from moe_jax.data.tasks.ul2 import Ul2Task
+from moe_jax.data.tasks.texts import (
+  LmTask,
+  PrefixLmTask,
+  SpanCorruptionTask,
+  Ul2Task,
+)
 
 TASKS = Kinds(
   'task',

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,6 @@ class Bytes(Tokenizer, kind='bytes'):
     """An empty dict, as all tokenizers of bytes are equal."""
     return {}
 
-  @classmethod
-  def from_state(cls, state: Mapping[str, Any]) -> 'Bytes':
-    """The tokenizer of bytes, whatever the state is."""
-    del state
-    return cls()
-
 
 @dataclasses.dataclass(frozen=True)
 class BytesOptions(GivenOptions):
@@ -89,19 +83,16 @@ class Chars(Tokenizer, kind='chars'):
     ids = np.searchsorted(self._points, points)
     ids = np.minimum(ids, self.vocab_size - 1)
     unseen = np.flatnonzero(self._points[ids] != points)
-    if unseen.size:
-      counts = collections.Counter(text[i] for i in unseen)
-      raise InputError(self._unseen_message(counts))
-    return ids.astype(np.int32)
-
-  def _unseen_message(self, counts: collections.Counter[str]) -> str:
+    if not unseen.size:
+      return ids.astype(np.int32)
+    counts = collections.Counter(text[i] for i in unseen)
     examples = ', '.join(
       f'{character!r} ({count} times)' if count > 1 else repr(character)
       for character, count in counts.most_common(_NAMED)
     )
     more = f' and {len(counts) - _NAMED} more' * (len(counts) > _NAMED)
     noun = 'character' if len(counts) == 1 else f'{len(counts)} characters'
-    return (
+    raise InputError(
       f'{noun} {examples}{more} not in the vocabulary of {self.vocab_size} '
       'characters, those of the corpus that it was made of; replace them in '
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
@@ -118,11 +109,6 @@ class Chars(Tokenizer, kind='chars'):
   def state(self) -> dict[str, Any]:
     """The characters."""
     return {'characters': self.characters}
-
-  @classmethod
-  def from_state(cls, state: Mapping[str, Any]) -> 'Chars':
-    """The tokenizer of the characters in `state`."""
-    return cls(state['characters'])
 
 
 @dataclasses.dataclass(frozen=True)

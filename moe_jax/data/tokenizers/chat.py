@@ -80,7 +80,7 @@ def render(
   folder = str(pathlib.Path(spec.origin).parents[1])
   try:
     child = subprocess.run(
-      [sys.executable, '-I', str(PROGRAM), folder],
+      [sys.executable, '-IB', str(PROGRAM), folder],
       input=request.encode(),
       capture_output=True,
       timeout=limits.wall_seconds,

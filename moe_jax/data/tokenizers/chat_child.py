@@ -1,6 +1,6 @@
 """The program that renders one chat template, in a process of its own.
 
-`chat.py` starts it as `python -I chat_child.py FOLDER`, with the folder in
+`chat.py` starts it as `python -IB chat_child.py FOLDER`, with the folder in
 which Jinja is installed. It imports nothing of this package. It reads a list of
 template, variables and limits as JSON, and prints an object with 'text' or
 'error'.
@@ -16,7 +16,6 @@ import sys
 def main() -> None:
   """Renders the template that is read, and prints the answer."""
   sys.path.append(sys.argv[1])  # last, so that it hides no standard module
-  sys.dont_write_bytecode = True
   import jinja2
   from jinja2 import sandbox
 

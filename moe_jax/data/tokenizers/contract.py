@@ -94,22 +94,15 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without an EOS."""
 
-  def encode_inputs(self, text: str) -> np.ndarray:
+  def encode_inputs(self, text: str, *, added: bool = True) -> np.ndarray:
     """The ids of a model's input, int32 [N].
 
     Unlike the ids of a document, these ids include special tokens that the
-    tokenizer adds, and special tokens that the text spells.
+    tokenizer adds, and special tokens that the text spells. Without `added`,
+    they do not include the former, as a part of an input needs it.
     """
+    del added
     return self.encode(text)
-
-  def encode_spelled(self, text: str) -> np.ndarray:
-    """The ids of a part of a model's input, int32 [N].
-
-    The ids include special tokens that the text spells, and no special tokens
-    that the tokenizer adds to inputs. By default they are the ids of
-    `encode_inputs`.
-    """
-    return self.encode_inputs(text)
 
   @abc.abstractmethod
   def decode(self, ids: Ids) -> str:
@@ -128,9 +121,12 @@ class Tokenizer(abc.ABC):
     """A JSON object from which `from_state` makes an equal tokenizer."""
 
   @classmethod
-  @abc.abstractmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Tokenizer':
-    """The tokenizer whose method `state` gave `state`."""
+    """The tokenizer whose method `state` gave `state`.
+
+    By default the state has the arguments of the class by name.
+    """
+    return cls(**state)
 
   def to_json(self) -> dict[str, Any]:
     """The state with the name of the class, for `from_json`."""
@@ -254,10 +250,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 def from_json(saved: Mapping[str, Any]) -> Tokenizer:
   """The tokenizer whose `to_json` is `saved`."""
-  kind = saved['kind']
+  state = dict(saved)
+  kind = state.pop('kind')
   if not isinstance(kind, str) or kind not in _SAVED:
     raise unknown('tokenizer kind', kind, _SAVED)
-  return _SAVED[kind].from_state(saved)
+  return _SAVED[kind].from_state(state)
 
 
 def digest(text: str) -> str:

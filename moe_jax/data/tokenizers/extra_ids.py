@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -109,23 +109,14 @@ class Extended(Tokenizer, kind='extended'):
   def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
     """The ids of an input, int32 [N], with an EOS if `end_inputs`.
 
-    An added name in the text becomes its id.
+    An added name in the text becomes its id. With `added=False` the ids are
+    those of rows of training: they have no special token that `base` adds to
+    inputs, such as a BOS, but the EOS if `end_inputs`.
+
+    Args:
+      text: Text of the input.
+      **options: Arguments of the method of `base`.
     """
-    return self._inputs(
-      text, lambda piece: self.base.encode_inputs(piece, **options)
-    )
-
-  def encode_spelled(self, text: str) -> np.ndarray:
-    """The ids of an input as rows of training have it, int32 [N].
-
-    Unlike the ids of `encode_inputs`, these ids have no special token that
-    `base` adds to inputs, such as a BOS; an EOS ends them if `end_inputs`.
-    """
-    return self._inputs(text, self.base.encode_spelled)
-
-  def _inputs(
-    self, text: str, encode: Callable[[str], np.ndarray]
-  ) -> np.ndarray:
     name_pattern = '|'.join(map(re.escape, self.names))
     pieces = re.split(f'({name_pattern})', text) if name_pattern else [text]
     ids: list[Any] = []
@@ -133,7 +124,7 @@ class Extended(Tokenizer, kind='extended'):
       if piece in self.names:
         ids.append([self.token_id(piece)])
       else:
-        own = encode(piece)
+        own = self.base.encode_inputs(piece, **options)
         ids.append(own[:-1] if own.size and own[-1] == self.eos_id else own)
     ends: Any = [self.eos_id] if self.end_inputs else []
     return np.concatenate([*ids, ends]).astype(np.int32)

@@ -105,21 +105,19 @@ class Json(Tokenizer, kind='json'):
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
-    self._model = _read_model(text)
+    self._model, self._vocabulary = _read(text)
     self._model.encode_special_tokens = True
     # Prompts need a copy, as the flag above is a setting of the model.
-    self._prompts = _read_model(text)
-    self._vocabulary = _vocabulary_of(self._model)
-    self.vocab_size = max(self._vocabulary.values()) + 1
+    self._prompts, _ = _read(text)
+    self.num_tokens = max(self._vocabulary.values()) + 1
     self._saved_special = special
     if special is None:
       ids = [self._vocabulary.get(name) for name in EOS_NAMES]
       special = SpecialTokens(eos=tuple(i for i in ids if i is not None)[:1])
-    if problems := list(special.problems(self.vocab_size)):
+    if problems := list(special.problems(self.num_tokens)):
       raise InputError('special tokens: ' + '; '.join(problems))
     self.special = special
-    self.num_tokens = self.vocab_size
-    self.vocab_size = max(self.vocab_size, special.vocab_size)
+    self.vocab_size = max(self.num_tokens, special.vocab_size)
     self.eos_id = special.eos[0] if special.eos else None
     self.bos_id, self.pad_id = special.bos, special.pad
     self.forced_bos_id = special.forced_bos
@@ -155,7 +153,7 @@ class Json(Tokenizer, kind='json'):
       )
     try:
       text = read_text(path)
-      vocabulary = _vocabulary_of(_read_model(text))
+      _, vocabulary = _read(text)
       return cls(text, _special_tokens(folder, vocabulary))
     except InputError as error:
       if str(folder) in str(error):
@@ -177,45 +175,35 @@ class Json(Tokenizer, kind='json'):
     encoding = _encoded(self._model, text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
-  def encode_inputs(self, text: str, language: str = '') -> np.ndarray:
+  def encode_inputs(
+    self, text: str, language: str = '', *, added: bool = True
+  ) -> np.ndarray:
     """The ids of a prompt, int32 [N], as in `transformers`.
 
-    The post-processor adds its tokens (T5 an EOS, NLLB a language and an EOS),
-    and names of special tokens in the text become those tokens.
+    Names of special tokens in the text become those tokens.
 
     Args:
       text: Text of the prompt.
       language: Language code that replaces the code that the post-processor
         adds; '' keeps the added code.
+      added: Whether the post-processor adds its tokens (T5 an EOS, NLLB a
+        language and an EOS), as a whole prompt has them.
 
     Raises:
       ValueError: The language is no token, or the post-processor adds no
         language code.
     """
-    encoding = _encoded(self._prompts, text)
+    encoding = _encoded(self._prompts, text, add_special_tokens=added)
     ids = np.asarray(encoding.ids, np.int32)
-    if not language:
-      return ids
-    tokens = zip(encoding.tokens, encoding.sequence_ids)
-    added = [
-      i
-      for i, (token, source) in enumerate(tokens)
-      if source is None and _LANGUAGE.fullmatch(token)
-    ]
-    if not added:
-      raise InputError(
-        f'language={language!r}: the tokenizer adds no language code'
-      )
-    ids[added] = self.token_id(language)
+    if language:
+      tokens = zip(encoding.tokens, encoding.sequence_ids)
+      is_added = [s is None and bool(_LANGUAGE.fullmatch(t)) for t, s in tokens]
+      if not any(is_added):
+        raise InputError(
+          f'language={language!r}: the tokenizer adds no language code'
+        )
+      ids[is_added] = self.token_id(language)
     return ids
-
-  def encode_spelled(self, text: str) -> np.ndarray:
-    """The ids of a part of a prompt, int32 [N]; the post-processor adds none.
-
-    Names of special tokens in the text become those tokens.
-    """
-    encoding = _encoded(self._prompts, text, add_special_tokens=False)
-    return np.asarray(encoding.ids, np.int32)
 
   def encode_chat(
     self, messages: Sequence[chat.Message], **variables: Any
@@ -229,7 +217,7 @@ class Json(Tokenizer, kind='json'):
       raise InputError('the tokenizer came without a chat template')
     template, names = self.special.chat_template, self.special.names
     text = chat.render(template, messages, names=names, **variables)
-    return self.encode_spelled(text)
+    return self.encode_inputs(text, added=False)
 
   def token_id(self, token: str) -> int:
     """The id of a token by its name in the vocabulary: 'fra_Latn'.
@@ -299,20 +287,14 @@ def _special_tokens(
     name = _content(tokens_config.get(key)) or _content(tokens_map.get(key))
     if name:
       names[role] = name
-
-  def token_id(role):
-    config_id = ids.get(f'{role}_token_id')
-    if config_id is not None:
-      return config_id
-    name = names.get(role)
-    return vocabulary.get(name) if isinstance(name, str) else None
-
-  eos = token_id('eos')
+      if ids.get(f'{key}_id') is None and isinstance(name, str):
+        ids[f'{key}_id'] = vocabulary.get(name)
+  eos = ids.get('eos_token_id')
   eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
   return SpecialTokens(
-    bos=token_id('bos'),
+    bos=ids.get('bos_token_id'),
     eos=eos,
-    pad=token_id('pad'),
+    pad=ids.get('pad_token_id'),
     start=ids.get('decoder_start_token_id'),
     forced_bos=ids.get('forced_bos_token_id'),
     vocab_size=config.get('vocab_size', 0),
@@ -342,36 +324,34 @@ def _chat_template(folder: pathlib.Path, template: Any) -> Any:
   return template or ''
 
 
-def _read_model(text: str) -> tokenizers.Tokenizer:
-  """The model of a `tokenizer.json`, which neither truncates nor pads."""
+def _read(text: str) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+  """The model of a `tokenizer.json`, and the ids of its tokens, each an int32.
+
+  The model neither truncates nor pads.
+  """
   try:
     model = tokenizers.Tokenizer.from_str(text)
     model.no_truncation()
     model.no_padding()
   except BaseException as error:
     raise _value_error('not a tokenizers JSON file', error) from None
-  return model
-
-
-def _vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
-  """The ids of a model's tokens, by token; each is an int32."""
   vocabulary = model.get_vocab(with_added_tokens=True)
   if not vocabulary:
     raise InputError('the tokenizer has no tokens')
-  if max(vocabulary.values()) > _LARGEST_ID:
-    largest = max(vocabulary, key=lambda name: vocabulary[name])
+  largest = max(vocabulary, key=lambda name: vocabulary[name])
+  if vocabulary[largest] > _LARGEST_ID:
     raise InputError(
       f'token {largest!r:.80} has the id {vocabulary[largest]}, above the '
       f'largest int32, {_LARGEST_ID}'
     )
-  return vocabulary
+  return model, vocabulary
 
 
 def _encoded(
-  model: tokenizers.Tokenizer, text: str, **options: bool
+  model: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
 ) -> tokenizers.Encoding:
   try:
-    return model.encode(text, **options)
+    return model.encode(text, add_special_tokens=add_special_tokens)
   except BaseException as error:
     problem = f'the tokenizer cannot encode {text!r:.80}'
     raise _value_error(problem, error) from None
