@@ -87,7 +87,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
   """The tokenizer in the library `tokenizers`; None if it has no equal one."""
   if isinstance(tokenizer, tokenizers.Json):
-    return library.Tokenizer.from_str(tokenizer.model_json())
+    return library.Tokenizer.from_str(tokenizer.model.to_str())
   if isinstance(tokenizer, tokenizers.Bytes):
     return _byte_model()
   if isinstance(tokenizer, tokenizers.Chars):

@@ -9,7 +9,6 @@ from jaxtyping import Integer
 from moe_jax.config import option
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
-from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
@@ -32,10 +31,6 @@ class Seq2SeqTask(TaskOptions):
     'Whether inputs that are too long for a row lose their beginning instead '
     'of their end, as a conversation needs, whose end is what is asked.',
   )
-
-  def open(self, source: SourceOptions, selection: Selection) -> Pairs:
-    """The pairs, with the prefix before their inputs."""
-    return source.pairs(selection).with_prefix(self.input_prefix)
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer with an EOS."""

@@ -18,13 +18,7 @@ from moe_jax.data.tokenizers.contract import (
 )
 from moe_jax.data.tokenizers.contract import load as load
 from moe_jax.data.tokenizers.extra_ids import Extended as Extended
-from moe_jax.data.tokenizers.json_tokenizer import (
-  SENTENCEPIECE as SENTENCEPIECE,
-)
 from moe_jax.data.tokenizers.json_tokenizer import Json as Json
-from moe_jax.data.tokenizers.json_tokenizer import (
-  SpecialTokens as SpecialTokens,
-)
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import (
   SentencePiece as SentencePiece,
 )

@@ -70,7 +70,7 @@ class Chars(Tokenizer, kind='chars'):
       raise InputError("tokenizer 'chars' needs at least one character")
     self.vocab_size = len(self.characters)
     self.identity = f'chars:{digest(self.characters)}'
-    self._points = _code_points(self.characters)
+    self._ids = {c: i for i, c in enumerate(self.characters)}
 
   def encode(self, text: str) -> np.ndarray:
     """The index of each character, int32 [N].
@@ -79,13 +79,10 @@ class Chars(Tokenizer, kind='chars'):
       ValueError: Some characters were not given at construction; the message
         names them and counts them.
     """
-    points = _code_points(text)
-    ids = np.searchsorted(self._points, points)
-    ids = np.minimum(ids, self.vocab_size - 1)
-    unseen = np.flatnonzero(self._points[ids] != points)
-    if not unseen.size:
-      return ids.astype(np.int32)
-    counts = collections.Counter(text[i] for i in unseen)
+    try:
+      return np.fromiter(map(self._ids.__getitem__, text), np.int32, len(text))
+    except KeyError:
+      counts = collections.Counter(c for c in text if c not in self._ids)
     examples = ', '.join(
       f'{character!r} ({count} times)' if count > 1 else repr(character)
       for character, count in counts.most_common(_NAMED)
@@ -125,7 +122,3 @@ class CharsOptions(TokenizerOptions):
     for text in texts:  # one at a time, as they may not fit into memory
       characters.update(text)
     return Chars(characters)
-
-
-def _code_points(text: str) -> np.ndarray:
-  return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)

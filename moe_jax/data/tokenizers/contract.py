@@ -5,6 +5,7 @@ A tokenizer is kept in a run's folder as JSON, with the name of its class.
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -66,17 +67,19 @@ class Tokenizer(abc.ABC):
     cls.kind = kind or f'{cls.__module__}:{cls.__qualname__}'
     _SAVED[cls.kind] = cls
 
-  @property
+  # A class may set these properties, too.
+
+  @functools.cached_property
   def start_id(self) -> int | None:
     """The first id of a decoder's input; None if there is none."""
     return self.eos_id
 
-  @property
+  @functools.cached_property
   def eos_ids(self) -> tuple[int, ...]:
     """All ids that end generation, `eos_id` first."""
     return () if self.eos_id is None else (self.eos_id,)
 
-  @property
+  @functools.cached_property
   def ids_identity(self) -> str:
     """Text that is equal for two tokenizers exactly if their ids mean the same.
 
@@ -85,7 +88,7 @@ class Tokenizer(abc.ABC):
     """
     return self.identity
 
-  @property
+  @functools.cached_property
   def label(self) -> str:
     """Text about the tokenizer for the lines at the start of a run."""
     return self.identity

@@ -47,36 +47,20 @@ class Extended(Tokenizer, kind='extended'):
     self.eos_id = base.eos_id
     if self.eos_id is None and EOS in self.names:
       self.eos_id = self.token_id(EOS)
+    self.eos_ids = base.eos_ids or self.eos_ids
+    self.start_id = self.eos_id if base.start_id is None else base.start_id
     self.bos_id, self.pad_id = base.bos_id, base.pad_id
     self.forced_bos_id = base.forced_bos_id
     appended = [n for n in self.names if n.startswith(_SENTINEL)]
     self.sentinel_ids = base.sentinel_ids + tuple(map(self.token_id, appended))
     added = digest(repr((self.names, end_inputs)))
     self.identity = f'{base.identity} and {added}'
-
-  @property
-  def ids_identity(self) -> str:
-    """The identity of the ids of `base`, and of the names of added ids."""
-    names = f' and {digest(repr(self.names))}' * bool(self.names)
-    return f'{self.base.ids_identity}{names}'
-
-  @property
-  def label(self) -> str:
-    """The label of `base`, and what is added to it."""
-    added = f', {len(self.names):,} ids added' * bool(self.names)
-    end = ', inputs end in an EOS' * self.end_inputs
-    return f'{self.base.label}{added}{end}'
-
-  @property
-  def start_id(self) -> int | None:
-    """The start id of `base`, or else the EOS."""
-    base_start = self.base.start_id
-    return self.eos_id if base_start is None else base_start
-
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """The EOS ids of `base`, or else the EOS that was added."""
-    return self.base.eos_ids or super().eos_ids
+    self.ids_identity, self.label = base.ids_identity, base.label
+    if self.names:
+      self.ids_identity += f' and {digest(repr(self.names))}'
+      self.label += f', {len(self.names):,} ids added'
+    if end_inputs:
+      self.label += ', inputs end in an EOS'
 
   def token_id(self, name: str) -> int:
     """The id of an added name, or else of a token of `base`.

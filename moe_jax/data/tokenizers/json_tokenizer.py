@@ -22,7 +22,11 @@ from moe_jax.data.tokenizers.contract import (
 from moe_jax.errors import InputError
 
 # Files of tokenizers that have to be converted before they can be read.
-SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+SENTENCEPIECE_FILES = (
+  'spiece.model',
+  'tokenizer.model',
+  'sentencepiece.bpe.model',
+)
 _NAMES = ('bos', 'eos', 'pad', 'unk')
 # Fields of `SpecialTokens` that are a single id; files name them with
 # '_token_id' at the end.
@@ -66,14 +70,14 @@ class SpecialTokens:
     Args:
       num_tokens: The number of ids of the tokenizer; a model may have more.
     """
-    if not _is_count(self.vocab_size):
+    if type(self.vocab_size) is not int or self.vocab_size < 0:
       yield f'vocab_size={self.vocab_size!r} is no number of tokens'
       return
     size = max(num_tokens, self.vocab_size)
     ids = [(role, getattr(self, role)) for role in _ROLES]
     ids = [(role, i) for role, i in ids if i is not None]
     for role, i in [*ids, *(('eos', i) for i in self.eos)]:
-      if not _is_count(i) or i >= size:
+      if type(i) is not int or not 0 <= i < size:
         yield f'{role}_token_id={i!r} is no token id: an integer in [0, {size})'
     for name in ('chat_template', *self.names):
       value = self.names.get(name, self.chat_template)
@@ -96,6 +100,7 @@ class Json(Tokenizer, kind='json'):
       are no other special tokens.
 
   Attributes:
+    model: The model in the library; its text is a `tokenizer.json`.
     num_tokens: One more than the largest id that has a token; `vocab_size` is
       the size of the model's vocabulary, which may be larger.
 
@@ -105,8 +110,8 @@ class Json(Tokenizer, kind='json'):
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
-    self._model, self._vocabulary = _read(text)
-    self._model.encode_special_tokens = True
+    self.model, self._vocabulary = _read(text)
+    self.model.encode_special_tokens = True
     # Prompts need a copy, as the flag above is a setting of the model.
     self._prompts, _ = _read(text)
     self.num_tokens = max(self._vocabulary.values()) + 1
@@ -118,13 +123,15 @@ class Json(Tokenizer, kind='json'):
       raise InputError('special tokens: ' + '; '.join(problems))
     self.special = special
     self.vocab_size = max(self.num_tokens, special.vocab_size)
+    self.eos_ids = special.eos
     self.eos_id = special.eos[0] if special.eos else None
+    self.start_id = self.eos_id if special.start is None else special.start
     self.bos_id, self.pad_id = special.bos, special.pad
     self.forced_bos_id = special.forced_bos
     matches = map(_SENTINEL.fullmatch, self._vocabulary)
     by_number = {int(m[1]): self._vocabulary[m[0]] for m in matches if m}
     self.sentinel_ids = tuple(by_number[n] for n in sorted(by_number))
-    content = self._model.to_str()
+    content = self.model.to_str()
     if self._saved_special is not None:
       roles = dataclasses.replace(special, chat_template='', names={})
       content += json.dumps(dataclasses.asdict(roles), sort_keys=True)
@@ -140,7 +147,9 @@ class Json(Tokenizer, kind='json'):
     path = plain(folder, 'tokenizer.json')
     if path is None:
       note = advice = ''
-      if models := [name for name in SENTENCEPIECE if plain(folder, name)]:
+      if models := [
+        name for name in SENTENCEPIECE_FILES if plain(folder, name)
+      ]:
         note = f', only {models[0]}'
         advice = (
           '; or name it, --config.data.tokenizer.kind=file '
@@ -160,19 +169,9 @@ class Json(Tokenizer, kind='json'):
         raise
       raise InputError(f'{folder}: {error}') from None
 
-  @property
-  def start_id(self) -> int | None:
-    """The start id of the decoder, or else the EOS."""
-    return self.eos_id if self.special.start is None else self.special.start
-
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """The ids that end generation."""
-    return self.special.eos
-
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without special tokens."""
-    encoding = _encoded(self._model, text, add_special_tokens=False)
+    encoding = _encoded(self.model, text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
   def encode_inputs(
@@ -226,27 +225,27 @@ class Json(Tokenizer, kind='json'):
       ValueError: There is no such token.
     """
     if token not in self._vocabulary:
-      special = self._model.get_added_tokens_decoder().values()
+      special = self.model.get_added_tokens_decoder().values()
       raise unknown('token', token, [added.content for added in special])
     return self._vocabulary[token]
 
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; special tokens are left out."""
-    return self._model.decode(self._in_vocabulary(ids).tolist())
+    return self.model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
     """The token's quoted text, or its name if it is a part of a character."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
-    text = self._model.decode([int(token)])
+    text = self.model.decode([int(token)])
     if text and '\ufffd' not in text:
       return repr(text)
-    return self._model.id_to_token(int(token)) or f'<{token}>'
+    return self.model.id_to_token(int(token)) or f'<{token}>'
 
   def state(self) -> dict[str, Any]:
     """The whole model and, where they were given, the special tokens."""
-    saved = {'model': json.loads(self._model.to_str())}
+    saved = {'model': json.loads(self.model.to_str())}
     if self._saved_special is not None:
       saved['special'] = dataclasses.asdict(self._saved_special)
     return saved
@@ -261,11 +260,7 @@ class Json(Tokenizer, kind='json'):
 
   def vocabulary_name(self, token: Token) -> str:
     """The name of a token in the vocabulary; '' if no token has the id."""
-    return self._model.id_to_token(int(token)) or ''
-
-  def model_json(self) -> str:
-    """This tokenizer as the text of a `tokenizer.json`."""
-    return self._model.to_str(pretty=True)
+    return self.model.id_to_token(int(token)) or ''
 
 
 def _special_tokens(
@@ -301,10 +296,6 @@ def _special_tokens(
     names=names,
     chat_template=_chat_template(folder, tokens_config.get('chat_template')),
   )
-
-
-def _is_count(value: Any) -> bool:
-  return type(value) is int and value >= 0
 
 
 def _content(token: Any) -> Any:

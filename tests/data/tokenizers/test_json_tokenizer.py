@@ -8,6 +8,7 @@ import tokenizers as hf
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers.json_tokenizer import SpecialTokens
 
 SPECIAL = ['<pad>', '</s>', '<unk>', '<s>', 'eng_Latn', 'fra_Latn']
 SENTINELS = ['<extra_id_2>', '<extra_id_1>', '<extra_id_0>']  # as in T5
@@ -175,7 +176,7 @@ def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
     '{% for m in messages %}',
   ):
     bad = tokenizers.Json(
-      model().to_str(), tokenizers.SpecialTokens(chat_template=template)
+      model().to_str(), SpecialTokens(chat_template=template)
     )
     with pytest.raises(ValueError, match='chat template'):
       bad.encode_chat(CHAT)
