@@ -97,8 +97,7 @@ def render(
   elif child.returncode:
     reason = f'its process ended with status {child.returncode}'
   else:
-    answer = json.loads(child.stdout)
-    if 'text' in answer:
-      return answer['text']
-    reason = answer['error']
+    text, reason = json.loads(child.stdout)
+    if not reason:
+      return text
   raise InputError(f'chat template: {reason}')

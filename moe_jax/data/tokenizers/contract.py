@@ -246,8 +246,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   try:
     return from_json(saved)
   except _DAMAGED as error:
-    is_told = isinstance(error, InputError)
-    reason = str(error) if is_told else f'{error!r:.200}'
+    reason = error if isinstance(error, InputError) else f'{error!r:.200}'
     raise InputError(f'{path} holds no saved tokenizer: {reason}') from None
 
 
