@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Integer
@@ -44,6 +44,14 @@ DENOISERS: tuple[Denoiser, ...] = (
   ('X', 8.0, 0.5, 1.0),
   ('X', 64.0, 0.15, 1.0),
   ('X', 64.0, 0.5, 1.0),
+)
+# The option is the same in two tasks.
+_NUM_SENTINELS: Any = option(
+  100,
+  'Number of sentinels, the ids that stand for cut-out spans; those that the '
+  'tokenizer lacks are added after its last id. With 0 there are only those '
+  'that the tokenizer has.',
+  minimum=0,
 )
 
 
@@ -227,13 +235,7 @@ class SpanCorruptionTask(TaskOptions):
     'Mean number of tokens of a span that is cut out of a window of text.',
     minimum=1,
   )
-  num_sentinels: int = option(
-    100,
-    'Number of sentinels, the ids that stand for cut-out spans; those that the '
-    'tokenizer lacks are added after its last id. With 0 there are only those '
-    'that the tokenizer has.',
-    minimum=0,
-  )
+  num_sentinels: int = _NUM_SENTINELS
   final_sentinel: bool = option(
     True,
     'Whether the targets end in one more sentinel before the EOS, as in figure '
@@ -402,13 +404,7 @@ class Ul2Task(TaskOptions):
     'the share of a window that is predicted; the weight is the relative '
     'frequency of the denoiser, 0 for never.',
   )
-  num_sentinels: int = option(
-    100,
-    'Number of sentinels, the ids that stand for cut-out spans; those that the '
-    'tokenizer lacks are added after its last id. With 0 there are only those '
-    'that the tokenizer has.',
-    minimum=0,
-  )
+  num_sentinels: int = _NUM_SENTINELS
   final_sentinel: bool = option(
     True,
     'Whether the targets of cut-out spans end in one more sentinel before the '
