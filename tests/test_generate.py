@@ -8,6 +8,7 @@ import tokenizers as hf
 
 from moe_jax import generate, generation
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers.json_tokenizer import SpecialTokens
 from tests.generation import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -125,7 +126,7 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
   model.post_processor = hf.processors.TemplateProcessing(
     single='eng_Latn $A', special_tokens=[('eng_Latn', 2)]
   )
-  special = tokenizers.SpecialTokens(
+  special = SpecialTokens(
     start=0,
     chat_template='you {{ messages[0].content }}',
   )

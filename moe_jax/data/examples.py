@@ -5,9 +5,8 @@ import collections
 import operator
 
 import numpy as np
-from jaxtyping import Integer
 
-from moe_jax.data.layouts import Counts, Example, Layout, Lengths, Window
+from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.shapes import Int
 
@@ -16,6 +15,7 @@ from moe_jax.shapes import Int
 _OPEN_ROWS = 8
 # Number of rows that are read to estimate the padding, to about one percent.
 _ROWS_SAMPLED = 256
+_SIDES = {'encoder': 'encoder_segment_ids', 'decoder': 'segment_ids'}
 
 
 class ExampleRows(Rows):
@@ -57,19 +57,15 @@ class ExampleRows(Rows):
 
   def describe(self) -> str:
     """The number and shape of the rows, and their share of padding."""
+    count = min(len(self), _ROWS_SAMPLED)
+    batch = self.take(np.arange(count) * len(self) // max(count, 1))
     padding = ' and '.join(
-      f'{share:.1%} of the {side}' for side, share in self.padding().items()
+      f'{np.mean(batch[name] == 0):.1%} of the {side}'
+      for side, name in _SIDES.items()
+      if name in batch
     )
     shape = self.layout.describe()
     return f'{len(self):,} rows of {shape}, padding {padding}'
-
-  def padding(self) -> dict[str, float]:
-    """The share of padding on each side, 'encoder' or 'decoder'."""
-    count = min(len(self), _ROWS_SAMPLED)
-    batch = self.take(np.arange(count) * len(self) // max(count, 1))
-    sides = {'encoder': 'encoder_segment_ids', 'decoder': 'segment_ids'}
-    found = [side for side, name in sides.items() if name in batch]
-    return {side: float(np.mean(batch[sides[side]] == 0)) for side in found}
 
 
 def packed(
@@ -95,72 +91,3 @@ def packed(
     row.append(i)
     room[:] = [left - n for n, left in zip(size, room)]
   return rows
-
-
-class WindowTask(abc.ABC):
-  """Turns a window of text into inputs and targets.
-
-  Attributes:
-    layout: Layout of the rows.
-    window: Largest number of tokens of a window whose example always fits in a
-      row.
-  """
-
-  layout: Layout
-  window: int
-
-  @abc.abstractmethod
-  def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of examples of windows of `n` tokens."""
-
-  @abc.abstractmethod
-  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
-    """One example of a window of 2 to `self.window` tokens."""
-
-
-class DenoisedRows(ExampleRows):
-  """Random access to rows of examples, one example of each window of a text.
-
-  A window never spans documents: a document is cut into as few windows as the
-  task allows, whose lengths differ by one token at most. Windows of one token
-  are left out, since one side would be empty.
-  """
-
-  def __init__(
-    self,
-    tokens: Integer[np.ndarray, ' N'],
-    starts: Integer[np.ndarray, ' D'],
-    task: WindowTask,
-    *,
-    pack: bool = True,
-  ):
-    """Wraps a stream of tokens, as `PackedRows` does, without copying it.
-
-    Without `pack`, windows of short documents have rows of their own.
-    """
-    self._tokens, self._task = tokens, task
-    self._bounds = windows(starts, len(tokens), task.window)
-    lengths = task.lengths(self._bounds[:, 1] - self._bounds[:, 0])
-    super().__init__(lengths, task.layout, pack=pack)
-
-  def example(self, index: int, generator: np.random.Generator) -> Example:
-    """The example of window `index`."""
-    begin, end = self._bounds[index]
-    return self._task(self._tokens[begin:end], generator)
-
-
-def windows(
-  starts: Integer[np.ndarray, ' D'], total: int, longest: int
-) -> Int[np.ndarray, 'P 2']:
-  """The begin and end of each window of 2 to `longest` tokens.
-
-  Documents begin at `starts` and have `total` tokens in all.
-  """
-  length = np.diff(starts, append=total)
-  count = -(-length // longest)
-  document = np.repeat(np.arange(len(starts)), count)
-  k = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
-  length, count = length[document], count[document]
-  bounds = np.stack([k, k + 1], axis=1) * length[:, None] // count[:, None]
-  bounds = bounds + np.asarray(starts)[document][:, None]
-  return bounds[bounds[:, 1] - bounds[:, 0] > 1]

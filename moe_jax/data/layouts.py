@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -80,8 +80,7 @@ class Layout(abc.ABC):
 
   def fits(self, lengths: Lengths) -> Bool[np.ndarray, ' P']:
     """Whether each example fits a row of its own."""
-    fits = self.sizes(lengths) <= np.array([self.capacity])
-    return np.asarray(fits.all(1))
+    return np.all(self.sizes(lengths) <= np.array([self.capacity]), axis=1)
 
 
 class EncoderDecoderLayout(Layout):
@@ -111,16 +110,14 @@ class EncoderDecoderLayout(Layout):
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The batch with the arrays that the docstring of the class lists."""
-    encoder = _zeros(_ENCODER_KEYS, len(rows), self.max_inputs)
-    decoder = _zeros(_DECODER_KEYS, len(rows), self.max_targets)
-    for b, row in enumerate(rows):
-      encoder_end = decoder_end = 0
-      for segment, (inputs, targets) in enumerate(row, 1):
-        tokens = np.append(self.start_id, targets[:-1])
-        encoder_end = _write(encoder, b, encoder_end, segment, inputs)
-        decoder_end = _write(
-          decoder, b, decoder_end, segment, tokens, targets, 1.0
-        )
+
+    def decoder_segment(targets):
+      return np.append(self.start_id, targets[:-1]), targets, 1.0
+
+    inputs = [[(example.inputs,) for example in row] for row in rows]
+    targets = [[decoder_segment(e.targets) for e in row] for row in rows]
+    encoder = _batch(inputs, self.max_inputs, _ENCODER)
+    decoder = _batch(targets, self.max_targets, _DECODER)
     return decoder | {f'encoder_{name}': v for name, v in encoder.items()}
 
   def describe(self) -> str:
@@ -155,47 +152,43 @@ class DecoderLayout(Layout):
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The batch with the arrays that the docstring of the class lists."""
-    batch = _zeros(_DECODER_KEYS, len(rows), self.seq_len)
-    for b, row in enumerate(rows):
-      end = 0
-      for segment, (inputs, targets) in enumerate(row, 1):
-        text = np.concatenate([inputs, targets])
-        learned = np.arange(1, len(text)) >= len(inputs)
-        end = _write(batch, b, end, segment, text[:-1], text[1:], learned)
-    return batch
+
+    def segment(inputs, targets):
+      text = np.concatenate([inputs, targets])
+      learned = np.arange(1, len(text)) >= len(inputs)
+      return text[:-1], text[1:], learned
+
+    segments = [[segment(*example) for example in row] for row in rows]
+    return _batch(segments, self.seq_len, _DECODER)
 
   def describe(self) -> str:
     """The length of a row: `T=8`."""
     return f'T={self.seq_len}'
 
 
-_ENCODER_KEYS = ('tokens', 'segment_ids', 'positions')
-_DECODER_KEYS = (*_ENCODER_KEYS, 'targets', 'loss_weights')
+_ENCODER = dict.fromkeys(('tokens', 'segment_ids', 'positions'), np.int32)
+_DECODER = {**_ENCODER, 'targets': np.int32, 'loss_weights': np.float32}
 
 
-def _zeros(names, B, T) -> dict[str, np.ndarray]:
-  return {
-    name: np.zeros((B, T), np.float32 if name == 'loss_weights' else np.int32)
-    for name in names
-  }
+def _batch(rows, T: int, dtypes: Mapping) -> dict[str, np.ndarray]:
+  """Arrays [B, T] of rows of segments, by name.
 
-
-def _write(batch, b, begin, segment, tokens, *learned) -> int:
-  """Writes a segment into row `b` from `begin` on; returns where it ends.
-
-  `learned` are the targets and the loss weights of a decoder's segment.
+  A segment is a tuple of its tokens and, for a decoder, of its targets and loss
+  weights.
   """
-  end = begin + len(tokens)
-  if end > (T := batch['tokens'].shape[1]):  # numpy would drop a lone token
-    raise InputError(
-      f'{len(tokens)} tokens do not fit from {begin} on in a row of {T}'
-    )
-  batch['tokens'][b, begin:end] = tokens
-  batch['segment_ids'][b, begin:end] = segment
-  batch['positions'][b, begin:end] = np.arange(len(tokens))
-  for name, values in zip(('targets', 'loss_weights'), learned):
-    batch[name][b, begin:end] = values
-  return end
+  batch = {k: np.zeros((len(rows), T), dtype) for k, dtype in dtypes.items()}
+  for b, row in enumerate(rows):
+    end = 0
+    for number, (tokens, *learned) in enumerate(row, 1):
+      begin, end = end, end + len(tokens)
+      if end > T:  # numpy would drop a lone token
+        raise InputError(
+          f'{len(tokens)} tokens do not fit from {begin} on in a row of {T}'
+        )
+      values = tokens, number, np.arange(len(tokens)), *learned
+      for array, segment_values in zip(batch.values(), values):
+        array[b, begin:end] = segment_values
+  return batch
 
 
 @dataclasses.dataclass(frozen=True)

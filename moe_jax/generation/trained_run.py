@@ -130,9 +130,9 @@ def encode(
   """
   if not task.makes_examples and not imported:
     return tokenizer.encode(text)
-  if imported or arguments or not isinstance(tokenizer, Extended):
-    return tokenizer.encode_inputs(text, **arguments)
-  return tokenizer.encode_spelled(text)
+  if isinstance(tokenizer, Extended) and not imported and not arguments:
+    return tokenizer.encode_inputs(text, added=False)
+  return tokenizer.encode_inputs(text, **arguments)
 
 
 def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:

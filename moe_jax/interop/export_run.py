@@ -88,7 +88,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
   """The equal tokenizer of the library `tokenizers`; None if it has none."""
   if isinstance(tokenizer, tokenizers.Json):
-    return library.Tokenizer.from_str(tokenizer.model_json())
+    return library.Tokenizer.from_str(tokenizer.model.to_str())
   if isinstance(tokenizer, tokenizers.Bytes):
     return _byte_model()
   if isinstance(tokenizer, tokenizers.Chars):

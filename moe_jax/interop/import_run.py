@@ -23,6 +23,7 @@ from moe_jax.data import (
   tokenizers,
 )
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers.json_tokenizer import SENTENCEPIECE_FILES
 from moe_jax.errors import InputError
 from moe_jax.interop import loading
 from moe_jax.interop.checkpoint_folder import (
@@ -115,7 +116,7 @@ def _tokenizer(
     'the tokenizer is the tokenizer.json of the checkpoint; data.tokenizer.kind'
     f'={TOKENIZERS.name_of(data.tokenizer)!r} is not used'
   )
-  names = tokenizers.SENTENCEPIECE
+  names = SENTENCEPIECE_FILES
   if not has_json and not any(plain_files.plain(folder, n) for n in names):
     return None, []
   return tokenizers.Json.from_folder(folder), [line] * names_file

@@ -101,6 +101,5 @@ def test_unpacked_rows_have_one_example():
 def test_padding_is_counted():
   rows = Noisy(pack=False)
   # Examples have 1 to 5 of 8 inputs, and 1 of 4 targets.
-  assert rows.padding() == {'encoder': 1 - 3 / 8, 'decoder': 3 / 4}
   assert '40 rows of T_enc=8 and T_dec=4' in rows.describe()
   assert '62.5% of the encoder and 75.0% of the decoder' in rows.describe()

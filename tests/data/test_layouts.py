@@ -51,14 +51,6 @@ def test_a_decoder_only_row():
   }
 
 
-@pytest.mark.parametrize('layout', [EncoderDecoderLayout(5, 7, 99)])
-def test_dtypes(layout):
-  batch = layout.assemble([ROW])
-  dtypes = {name: values.dtype.name for name, values in batch.items()}
-  assert dtypes.pop('loss_weights') == 'float32'
-  assert set(dtypes.values()) == {'int32'}
-
-
 @pytest.mark.parametrize(
   'layout',
   [EncoderDecoderLayout(3, 7, 99), EncoderDecoderLayout(5, 4, 99),

@@ -7,6 +7,7 @@ import transformers
 
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
+from moe_jax.data.tokenizers.json_tokenizer import SpecialTokens
 from moe_jax.interop import export_run
 from tests.data.tokenizers import models
 
@@ -63,7 +64,7 @@ def test_characters_by_hand(tmp_path):
 def test_ids_that_are_not_the_next_are_left_out(tmp_path):
   # A model may have more rows than tokens; a task's ids come after the rows.
   padded = tokenizers.Json(
-    MERGED.model_json(), tokenizers.SpecialTokens(eos=(0,), vocab_size=512)
+    MERGED.model.to_str(), SpecialTokens(eos=(0,), vocab_size=512)
   )
   line = export_run.write_tokenizer(with_eos(padded, num_sentinels=1), tmp_path)
   assert line.endswith('without the ids that the task added')
@@ -92,8 +93,8 @@ def test_what_a_task_adds_to_sentencepiece_is_said(tmp_path):
 
 
 def test_an_eos_that_is_left_out_has_no_name(tmp_path):
-  model = tokenizers.TrainedOptions('bpe', 300).fit(models.WORDS).model_json()
-  padded = tokenizers.Json(model, tokenizers.SpecialTokens(vocab_size=512))
+  model = tokenizers.TrainedOptions('bpe', 300).fit(models.WORDS).model.to_str()
+  padded = tokenizers.Json(model, SpecialTokens(vocab_size=512))
   tokenizer = with_eos(padded)
   assert tokenizer.eos_id == 512
   export_run.write_tokenizer(tokenizer, tmp_path)

@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 
-from moe_jax.data import DataOptions
-from moe_jax.data.tasks import SpanCorruptionTask
+from moe_jax.data import DataOptions, SpanCorruptionTask
 from moe_jax.routing import empty_aux
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import Recorder

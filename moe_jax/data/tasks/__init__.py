@@ -4,20 +4,18 @@ To add a task, write a file with its `TaskOptions` and list them here.
 """
 
 from moe_jax.config import Kinds
+from moe_jax.data.tasks import texts
 from moe_jax.data.tasks.contract import TaskOptions
-from moe_jax.data.tasks.prefix_lm import LmTask, PrefixLmTask
 from moe_jax.data.tasks.seq2seq import Seq2SeqTask
-from moe_jax.data.tasks.span_corruption import SpanCorruptionTask
-from moe_jax.data.tasks.ul2 import Ul2Task
 
 TASKS = Kinds(
   'task',
   TaskOptions,
   {
-    'lm': LmTask,
-    'prefix_lm': PrefixLmTask,
-    'span_corruption': SpanCorruptionTask,
-    'ul2': Ul2Task,
+    'lm': texts.LmTask,
+    'prefix_lm': texts.PrefixLmTask,
+    'span_corruption': texts.SpanCorruptionTask,
+    'ul2': texts.Ul2Task,
     'seq2seq': Seq2SeqTask,
   },
 )

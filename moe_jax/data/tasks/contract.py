@@ -108,9 +108,10 @@ class TaskOptions(Options):
   keep_end: ClassVar[bool] = False
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
-    """The source's texts or its pairs, whichever the task reads."""
-    texts = self.reads == 'texts'
-    return source.texts(selection) if texts else source.pairs(selection)
+    """The source's texts, or its pairs after the prefix of their inputs."""
+    if self.reads == 'texts':
+      return source.texts(selection)
+    return source.pairs(selection).with_prefix(self.input_prefix)
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer with the ids that the task adds; by default none."""

@@ -9,12 +9,10 @@ from jaxtyping import Integer
 from moe_jax.config import option
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
-from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
-from moe_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +32,18 @@ class Seq2SeqTask(TaskOptions):
     'of their end, as a conversation needs, whose end is what is asked.',
   )
 
-  def open(self, source: SourceOptions, selection: Selection) -> Pairs:
-    """The pairs, with the prefix before their inputs."""
-    return source.pairs(selection).with_prefix(self.input_prefix)
-
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer with an EOS."""
     del shape
     return extend(base, end_inputs=True)
 
   def rows(
-    self,
-    stream: tuple[Stream, Stream],
-    tokenizer: Tokenizer,
-    shape: RowShape,
+    self, stream: tuple[Stream, Stream], tokenizer: Tokenizer, shape: RowShape
   ) -> 'PairRows':
     """Rows of examples, one example of each pair."""
     layout, eos_id = shape.layout(tokenizer.start_id), tokenizer.eos_id
-    return PairRows(
-      *stream,
-      layout,
-      cast(int, eos_id),
-      pack=shape.pack,
-      keep_end=self.keep_end,
-    )
+    how = {'pack': shape.pack, 'keep_end': self.keep_end}
+    return PairRows(*stream, layout, cast(int, eos_id), **how)
 
 
 class PairRows(ExampleRows):
@@ -91,15 +77,7 @@ class PairRows(ExampleRows):
       eos_id: Id that ends both sides.
       pack: Whether short pairs share a row.
       keep_end: Whether inputs that are too long lose their beginning.
-
-    Raises:
-      ValueError: There are not as many inputs as targets.
     """
-    if len(inputs[1]) != len(targets[1]):
-      raise InputError(
-        f'{len(inputs[1])} inputs and {len(targets[1])} targets; each pair has '
-        'one of both'
-      )
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
     self._keep_end = keep_end
     # The lengths that pairs with their EOS would have, if none were cut.
@@ -120,11 +98,9 @@ class PairRows(ExampleRows):
     n_targets = int(self._lengths.targets[index])
     inputs = _text(self._inputs, index)
     inputs = cut_inputs(inputs, n_inputs - 1, keep_end=self._keep_end)
-    targets = _text(self._targets, index)[:n_targets]
-    return Example(
-      np.append(inputs, self._eos_id).astype(np.int32),
-      np.append(targets, self._eos_id)[:n_targets].astype(np.int32),
-    )
+    inputs = np.append(inputs, self._eos_id)
+    targets = np.append(_text(self._targets, index), self._eos_id)[:n_targets]
+    return Example(inputs.astype(np.int32), targets.astype(np.int32))
 
 
 def cut_inputs(

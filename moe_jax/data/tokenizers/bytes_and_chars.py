@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,6 @@ class Bytes(Tokenizer, kind='bytes'):
     """An empty dict, as all tokenizers of bytes are equal."""
     return {}
 
-  @classmethod
-  def from_state(cls, state: Mapping[str, Any]) -> 'Bytes':
-    """The tokenizer of bytes, whatever the state is."""
-    del state
-    return cls()
-
 
 @dataclasses.dataclass(frozen=True)
 class BytesOptions(GivenOptions):
@@ -76,7 +70,7 @@ class Chars(Tokenizer, kind='chars'):
       raise InputError("tokenizer 'chars' needs at least one character")
     self.vocab_size = len(self.characters)
     self.identity = f'chars:{digest(self.characters)}'
-    self._points = _code_points(self.characters)
+    self._ids = {c: i for i, c in enumerate(self.characters)}
 
   def encode(self, text: str) -> np.ndarray:
     """The index of each character, int32 [N].
@@ -85,23 +79,17 @@ class Chars(Tokenizer, kind='chars'):
       ValueError: Some characters were not given at construction; the message
         names them and counts them.
     """
-    points = _code_points(text)
-    ids = np.searchsorted(self._points, points)
-    ids = np.minimum(ids, self.vocab_size - 1)
-    unseen = np.flatnonzero(self._points[ids] != points)
-    if unseen.size:
-      counts = collections.Counter(text[i] for i in unseen)
-      raise InputError(self._unseen_message(counts))
-    return ids.astype(np.int32)
-
-  def _unseen_message(self, counts: collections.Counter[str]) -> str:
+    try:
+      return np.fromiter(map(self._ids.__getitem__, text), np.int32, len(text))
+    except KeyError:
+      counts = collections.Counter(c for c in text if c not in self._ids)
     examples = ', '.join(
       f'{character!r} ({count} times)' if count > 1 else repr(character)
       for character, count in counts.most_common(_NAMED)
     )
     more = f' and {len(counts) - _NAMED} more' * (len(counts) > _NAMED)
     noun = 'character' if len(counts) == 1 else f'{len(counts)} characters'
-    return (
+    raise InputError(
       f'{noun} {examples}{more} not in the vocabulary of {self.vocab_size} '
       'characters, those of the corpus that it was made of; replace them in '
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
@@ -119,11 +107,6 @@ class Chars(Tokenizer, kind='chars'):
     """The characters."""
     return {'characters': self.characters}
 
-  @classmethod
-  def from_state(cls, state: Mapping[str, Any]) -> 'Chars':
-    """The tokenizer of the characters in `state`."""
-    return cls(state['characters'])
-
 
 @dataclasses.dataclass(frozen=True)
 class CharsOptions(TokenizerOptions):
@@ -139,7 +122,3 @@ class CharsOptions(TokenizerOptions):
     for text in texts:  # one at a time, as they may not fit into memory
       characters.update(text)
     return Chars(characters)
-
-
-def _code_points(text: str) -> np.ndarray:
-  return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)

@@ -80,7 +80,7 @@ def render(
   folder = str(pathlib.Path(spec.origin).parents[1])
   try:
     child = subprocess.run(
-      [sys.executable, '-I', str(PROGRAM), folder],
+      [sys.executable, '-IB', str(PROGRAM), folder],
       input=request.encode(),
       capture_output=True,
       timeout=limits.wall_seconds,
@@ -97,8 +97,7 @@ def render(
   elif child.returncode:
     reason = f'its process ended with status {child.returncode}'
   else:
-    answer = json.loads(child.stdout)
-    if 'text' in answer:
-      return answer['text']
-    reason = answer['error']
+    text, reason = json.loads(child.stdout)
+    if not reason:
+      return text
   raise InputError(f'chat template: {reason}')

@@ -1,9 +1,9 @@
 """The program that renders one chat template, in a process of its own.
 
-`chat.py` starts it as `python -I chat_child.py FOLDER`, with the folder in
+`chat.py` starts it as `python -IB chat_child.py FOLDER`, with the folder in
 which Jinja is installed. It imports nothing of this package. It reads a list of
-template, variables and limits as JSON, and prints an object with 'text' or
-'error'.
+template, variables and limits as JSON, and prints a list of the text and of the
+reason for which there is none, '' if there is one.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import sys
 def main() -> None:
   """Renders the template that is read, and prints the answer."""
   sys.path.append(sys.argv[1])  # last, so that it hides no standard module
-  sys.dont_write_bytecode = True
   import jinja2
   from jinja2 import sandbox
 
@@ -40,21 +39,21 @@ def main() -> None:
   _limit(resource.RLIMIT_CORE, 0)
   _limit(resource.RLIMIT_AS, limits['memory_bytes'])
   _limit(resource.RLIMIT_CPU, 1 + limits['cpu_seconds'])
+  text = reason = ''
   try:
     text = environment.from_string(template).render(**variables)
-    answer = {'text': text}
     if len(text) > limits['text_length']:
-      answer = {'error': f'it gives a text of {len(text)} characters'}
+      text, reason = '', f'it gives a text of {len(text)} characters'
   except MemoryError:
     most = limits['memory_bytes'] // 2**20
-    answer = {'error': f'it needs more than {most} MiB of memory'}
+    reason = f'it needs more than {most} MiB of memory'
   except RecursionError:
-    answer = {'error': 'it is nested too deeply, or calls itself'}
+    reason = 'it is nested too deeply, or calls itself'
   except Exception as error:  # Jinja, or a call in the template, raises any
     message = ' '.join(str(error)[:300].split())
-    shown = ''.join(c if c.isprintable() else '?' for c in message)
-    answer = {'error': shown or type(error).__name__}
-  print(json.dumps(answer))
+    reason = ''.join(c if c.isprintable() else '?' for c in message)
+    reason = reason or type(error).__name__
+  print(json.dumps([text, reason]))
 
 
 def _limit(resource_id: int, most: int) -> None:

@@ -5,6 +5,7 @@ A tokenizer is kept in a run's folder as JSON, with the name of its class.
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -66,17 +67,19 @@ class Tokenizer(abc.ABC):
     cls.kind = kind or f'{cls.__module__}:{cls.__qualname__}'
     _SAVED[cls.kind] = cls
 
-  @property
+  # A class may set these properties, too.
+
+  @functools.cached_property
   def start_id(self) -> int | None:
     """The first id of a decoder's input; None if there is none."""
     return self.eos_id
 
-  @property
+  @functools.cached_property
   def eos_ids(self) -> tuple[int, ...]:
     """All ids that end generation, `eos_id` first."""
     return () if self.eos_id is None else (self.eos_id,)
 
-  @property
+  @functools.cached_property
   def ids_identity(self) -> str:
     """Text that is equal for two tokenizers exactly if their ids mean the same.
 
@@ -85,7 +88,7 @@ class Tokenizer(abc.ABC):
     """
     return self.identity
 
-  @property
+  @functools.cached_property
   def label(self) -> str:
     """Text about the tokenizer for the lines at the start of a run."""
     return self.identity
@@ -94,22 +97,15 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without an EOS."""
 
-  def encode_inputs(self, text: str) -> np.ndarray:
+  def encode_inputs(self, text: str, *, added: bool = True) -> np.ndarray:
     """The ids of a model's input, int32 [N].
 
     Unlike the ids of a document, these ids include special tokens that the
-    tokenizer adds, and special tokens that the text spells.
+    tokenizer adds, and special tokens that the text spells. Without `added`,
+    they do not include the former, as a part of an input needs it.
     """
+    del added
     return self.encode(text)
-
-  def encode_spelled(self, text: str) -> np.ndarray:
-    """The ids of a part of a model's input, int32 [N].
-
-    The ids include special tokens that the text spells, and no special tokens
-    that the tokenizer adds to inputs. By default they are the ids of
-    `encode_inputs`.
-    """
-    return self.encode_inputs(text)
 
   @abc.abstractmethod
   def decode(self, ids: Ids) -> str:
@@ -128,9 +124,12 @@ class Tokenizer(abc.ABC):
     """A JSON object from which `from_state` makes an equal tokenizer."""
 
   @classmethod
-  @abc.abstractmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Tokenizer':
-    """The tokenizer whose method `state` gave `state`."""
+    """The tokenizer whose method `state` gave `state`.
+
+    By default the state has the arguments of the class by name.
+    """
+    return cls(**state)
 
   def to_json(self) -> dict[str, Any]:
     """The state with the name of the class, for `from_json`."""
@@ -247,17 +246,17 @@ def load(path: str | os.PathLike) -> Tokenizer:
   try:
     return from_json(saved)
   except _DAMAGED as error:
-    is_told = isinstance(error, InputError)
-    reason = str(error) if is_told else f'{error!r:.200}'
+    reason = error if isinstance(error, InputError) else f'{error!r:.200}'
     raise InputError(f'{path} holds no saved tokenizer: {reason}') from None
 
 
 def from_json(saved: Mapping[str, Any]) -> Tokenizer:
   """The tokenizer whose `to_json` is `saved`."""
-  kind = saved['kind']
+  state = dict(saved)
+  kind = state.pop('kind')
   if not isinstance(kind, str) or kind not in _SAVED:
     raise unknown('tokenizer kind', kind, _SAVED)
-  return _SAVED[kind].from_state(saved)
+  return _SAVED[kind].from_state(state)
 
 
 def digest(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -47,36 +47,20 @@ class Extended(Tokenizer, kind='extended'):
     self.eos_id = base.eos_id
     if self.eos_id is None and EOS in self.names:
       self.eos_id = self.token_id(EOS)
+    self.eos_ids = base.eos_ids or self.eos_ids
+    self.start_id = self.eos_id if base.start_id is None else base.start_id
     self.bos_id, self.pad_id = base.bos_id, base.pad_id
     self.forced_bos_id = base.forced_bos_id
     appended = [n for n in self.names if n.startswith(_SENTINEL)]
     self.sentinel_ids = base.sentinel_ids + tuple(map(self.token_id, appended))
     added = digest(repr((self.names, end_inputs)))
     self.identity = f'{base.identity} and {added}'
-
-  @property
-  def ids_identity(self) -> str:
-    """The identity of the ids of `base`, and of the names of added ids."""
-    names = f' and {digest(repr(self.names))}' * bool(self.names)
-    return f'{self.base.ids_identity}{names}'
-
-  @property
-  def label(self) -> str:
-    """The label of `base`, and what is added to it."""
-    added = f', {len(self.names):,} ids added' * bool(self.names)
-    end = ', inputs end in an EOS' * self.end_inputs
-    return f'{self.base.label}{added}{end}'
-
-  @property
-  def start_id(self) -> int | None:
-    """The start id of `base`, or else the EOS."""
-    base_start = self.base.start_id
-    return self.eos_id if base_start is None else base_start
-
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """The EOS ids of `base`, or else the EOS that was added."""
-    return self.base.eos_ids or super().eos_ids
+    self.ids_identity, self.label = base.ids_identity, base.label
+    if self.names:
+      self.ids_identity += f' and {digest(repr(self.names))}'
+      self.label += f', {len(self.names):,} ids added'
+    if end_inputs:
+      self.label += ', inputs end in an EOS'
 
   def token_id(self, name: str) -> int:
     """The id of an added name, or else of a token of `base`.
@@ -109,23 +93,14 @@ class Extended(Tokenizer, kind='extended'):
   def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
     """The ids of an input, int32 [N], with an EOS if `end_inputs`.
 
-    An added name in the text becomes its id.
+    An added name in the text becomes its id. With `added=False` the ids are
+    those of rows of training: they have no special token that `base` adds to
+    inputs, such as a BOS, but the EOS if `end_inputs`.
+
+    Args:
+      text: Text of the input.
+      **options: Arguments of the method of `base`.
     """
-    return self._inputs(
-      text, lambda piece: self.base.encode_inputs(piece, **options)
-    )
-
-  def encode_spelled(self, text: str) -> np.ndarray:
-    """The ids of an input as rows of training have it, int32 [N].
-
-    Unlike the ids of `encode_inputs`, these ids have no special token that
-    `base` adds to inputs, such as a BOS; an EOS ends them if `end_inputs`.
-    """
-    return self._inputs(text, self.base.encode_spelled)
-
-  def _inputs(
-    self, text: str, encode: Callable[[str], np.ndarray]
-  ) -> np.ndarray:
     name_pattern = '|'.join(map(re.escape, self.names))
     pieces = re.split(f'({name_pattern})', text) if name_pattern else [text]
     ids: list[Any] = []
@@ -133,7 +108,7 @@ class Extended(Tokenizer, kind='extended'):
       if piece in self.names:
         ids.append([self.token_id(piece)])
       else:
-        own = encode(piece)
+        own = self.base.encode_inputs(piece, **options)
         ids.append(own[:-1] if own.size and own[-1] == self.eos_id else own)
     ends: Any = [self.eos_id] if self.end_inputs else []
     return np.concatenate([*ids, ends]).astype(np.int32)

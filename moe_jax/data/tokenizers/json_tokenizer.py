@@ -22,7 +22,11 @@ from moe_jax.data.tokenizers.contract import (
 from moe_jax.errors import InputError
 
 # Files of tokenizers that have to be converted before they can be read.
-SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+SENTENCEPIECE_FILES = (
+  'spiece.model',
+  'tokenizer.model',
+  'sentencepiece.bpe.model',
+)
 _NAMES = ('bos', 'eos', 'pad', 'unk')
 # Fields of `SpecialTokens` that are a single id; files name them with
 # '_token_id' at the end.
@@ -66,14 +70,14 @@ class SpecialTokens:
     Args:
       num_tokens: The number of ids of the tokenizer; a model may have more.
     """
-    if not _is_count(self.vocab_size):
+    if type(self.vocab_size) is not int or self.vocab_size < 0:
       yield f'vocab_size={self.vocab_size!r} is no number of tokens'
       return
     size = max(num_tokens, self.vocab_size)
     ids = [(role, getattr(self, role)) for role in _ROLES]
     ids = [(role, i) for role, i in ids if i is not None]
     for role, i in [*ids, *(('eos', i) for i in self.eos)]:
-      if not _is_count(i) or i >= size:
+      if type(i) is not int or not 0 <= i < size:
         yield f'{role}_token_id={i!r} is no token id: an integer in [0, {size})'
     for name in ('chat_template', *self.names):
       value = self.names.get(name, self.chat_template)
@@ -96,6 +100,7 @@ class Json(Tokenizer, kind='json'):
       are no other special tokens.
 
   Attributes:
+    model: The model in the library; its text is a `tokenizer.json`.
     num_tokens: One more than the largest id that has a token; `vocab_size` is
       the size of the model's vocabulary, which may be larger.
 
@@ -105,28 +110,28 @@ class Json(Tokenizer, kind='json'):
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
-    self._model = _read_model(text)
-    self._model.encode_special_tokens = True
+    self.model, self._vocabulary = _read(text)
+    self.model.encode_special_tokens = True
     # Prompts need a copy, as the flag above is a setting of the model.
-    self._prompts = _read_model(text)
-    self._vocabulary = _vocabulary_of(self._model)
-    self.vocab_size = max(self._vocabulary.values()) + 1
+    self._prompts, _ = _read(text)
+    self.num_tokens = max(self._vocabulary.values()) + 1
     self._saved_special = special
     if special is None:
       ids = [self._vocabulary.get(name) for name in EOS_NAMES]
       special = SpecialTokens(eos=tuple(i for i in ids if i is not None)[:1])
-    if problems := list(special.problems(self.vocab_size)):
+    if problems := list(special.problems(self.num_tokens)):
       raise InputError('special tokens: ' + '; '.join(problems))
     self.special = special
-    self.num_tokens = self.vocab_size
-    self.vocab_size = max(self.vocab_size, special.vocab_size)
+    self.vocab_size = max(self.num_tokens, special.vocab_size)
+    self.eos_ids = special.eos
     self.eos_id = special.eos[0] if special.eos else None
+    self.start_id = self.eos_id if special.start is None else special.start
     self.bos_id, self.pad_id = special.bos, special.pad
     self.forced_bos_id = special.forced_bos
     matches = map(_SENTINEL.fullmatch, self._vocabulary)
     by_number = {int(m[1]): self._vocabulary[m[0]] for m in matches if m}
     self.sentinel_ids = tuple(by_number[n] for n in sorted(by_number))
-    content = self._model.to_str()
+    content = self.model.to_str()
     if self._saved_special is not None:
       roles = dataclasses.replace(special, chat_template='', names={})
       content += json.dumps(dataclasses.asdict(roles), sort_keys=True)
@@ -142,7 +147,9 @@ class Json(Tokenizer, kind='json'):
     path = plain(folder, 'tokenizer.json')
     if path is None:
       note = advice = ''
-      if models := [name for name in SENTENCEPIECE if plain(folder, name)]:
+      if models := [
+        name for name in SENTENCEPIECE_FILES if plain(folder, name)
+      ]:
         note = f', only {models[0]}'
         advice = (
           '; or name it, --config.data.tokenizer.kind=file '
@@ -155,67 +162,47 @@ class Json(Tokenizer, kind='json'):
       )
     try:
       text = read_text(path)
-      vocabulary = _vocabulary_of(_read_model(text))
+      _, vocabulary = _read(text)
       return cls(text, _special_tokens(folder, vocabulary))
     except InputError as error:
       if str(folder) in str(error):
         raise
       raise InputError(f'{folder}: {error}') from None
 
-  @property
-  def start_id(self) -> int | None:
-    """The start id of the decoder, or else the EOS."""
-    return self.eos_id if self.special.start is None else self.special.start
-
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """The ids that end generation."""
-    return self.special.eos
-
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without special tokens."""
-    encoding = _encoded(self._model, text, add_special_tokens=False)
+    encoding = _encoded(self.model, text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
-  def encode_inputs(self, text: str, language: str = '') -> np.ndarray:
+  def encode_inputs(
+    self, text: str, language: str = '', *, added: bool = True
+  ) -> np.ndarray:
     """The ids of a prompt, int32 [N], as in `transformers`.
 
-    The post-processor adds its tokens (T5 an EOS, NLLB a language and an EOS),
-    and names of special tokens in the text become those tokens.
+    Names of special tokens in the text become those tokens.
 
     Args:
       text: Text of the prompt.
       language: Language code that replaces the code that the post-processor
         adds; '' keeps the added code.
+      added: Whether the post-processor adds its tokens (T5 an EOS, NLLB a
+        language and an EOS), as a whole prompt has them.
 
     Raises:
       ValueError: The language is no token, or the post-processor adds no
         language code.
     """
-    encoding = _encoded(self._prompts, text)
+    encoding = _encoded(self._prompts, text, add_special_tokens=added)
     ids = np.asarray(encoding.ids, np.int32)
-    if not language:
-      return ids
-    tokens = zip(encoding.tokens, encoding.sequence_ids)
-    added = [
-      i
-      for i, (token, source) in enumerate(tokens)
-      if source is None and _LANGUAGE.fullmatch(token)
-    ]
-    if not added:
-      raise InputError(
-        f'language={language!r}: the tokenizer adds no language code'
-      )
-    ids[added] = self.token_id(language)
+    if language:
+      tokens = zip(encoding.tokens, encoding.sequence_ids)
+      is_added = [s is None and bool(_LANGUAGE.fullmatch(t)) for t, s in tokens]
+      if not any(is_added):
+        raise InputError(
+          f'language={language!r}: the tokenizer adds no language code'
+        )
+      ids[is_added] = self.token_id(language)
     return ids
-
-  def encode_spelled(self, text: str) -> np.ndarray:
-    """The ids of a part of a prompt, int32 [N]; the post-processor adds none.
-
-    Names of special tokens in the text become those tokens.
-    """
-    encoding = _encoded(self._prompts, text, add_special_tokens=False)
-    return np.asarray(encoding.ids, np.int32)
 
   def encode_chat(
     self, messages: Sequence[chat.Message], **variables: Any
@@ -229,7 +216,7 @@ class Json(Tokenizer, kind='json'):
       raise InputError('the tokenizer came without a chat template')
     template, names = self.special.chat_template, self.special.names
     text = chat.render(template, messages, names=names, **variables)
-    return self.encode_spelled(text)
+    return self.encode_inputs(text, added=False)
 
   def token_id(self, token: str) -> int:
     """The id of a token by its name in the vocabulary: 'fra_Latn'.
@@ -238,27 +225,27 @@ class Json(Tokenizer, kind='json'):
       ValueError: There is no such token.
     """
     if token not in self._vocabulary:
-      special = self._model.get_added_tokens_decoder().values()
+      special = self.model.get_added_tokens_decoder().values()
       raise unknown('token', token, [added.content for added in special])
     return self._vocabulary[token]
 
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; special tokens are left out."""
-    return self._model.decode(self._in_vocabulary(ids).tolist())
+    return self.model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
     """The token's quoted text, or its name if it is a part of a character."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
-    text = self._model.decode([int(token)])
+    text = self.model.decode([int(token)])
     if text and '\ufffd' not in text:
       return repr(text)
-    return self._model.id_to_token(int(token)) or f'<{token}>'
+    return self.model.id_to_token(int(token)) or f'<{token}>'
 
   def state(self) -> dict[str, Any]:
     """The whole model and, where they were given, the special tokens."""
-    saved = {'model': json.loads(self._model.to_str())}
+    saved = {'model': json.loads(self.model.to_str())}
     if self._saved_special is not None:
       saved['special'] = dataclasses.asdict(self._saved_special)
     return saved
@@ -273,11 +260,7 @@ class Json(Tokenizer, kind='json'):
 
   def vocabulary_name(self, token: Token) -> str:
     """The name of a token in the vocabulary; '' if no token has the id."""
-    return self._model.id_to_token(int(token)) or ''
-
-  def model_json(self) -> str:
-    """This tokenizer as the text of a `tokenizer.json`."""
-    return self._model.to_str(pretty=True)
+    return self.model.id_to_token(int(token)) or ''
 
 
 def _special_tokens(
@@ -299,30 +282,20 @@ def _special_tokens(
     name = _content(tokens_config.get(key)) or _content(tokens_map.get(key))
     if name:
       names[role] = name
-
-  def token_id(role):
-    config_id = ids.get(f'{role}_token_id')
-    if config_id is not None:
-      return config_id
-    name = names.get(role)
-    return vocabulary.get(name) if isinstance(name, str) else None
-
-  eos = token_id('eos')
+      if ids.get(f'{key}_id') is None and isinstance(name, str):
+        ids[f'{key}_id'] = vocabulary.get(name)
+  eos = ids.get('eos_token_id')
   eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
   return SpecialTokens(
-    bos=token_id('bos'),
+    bos=ids.get('bos_token_id'),
     eos=eos,
-    pad=token_id('pad'),
+    pad=ids.get('pad_token_id'),
     start=ids.get('decoder_start_token_id'),
     forced_bos=ids.get('forced_bos_token_id'),
     vocab_size=config.get('vocab_size', 0),
     names=names,
     chat_template=_chat_template(folder, tokens_config.get('chat_template')),
   )
-
-
-def _is_count(value: Any) -> bool:
-  return type(value) is int and value >= 0
 
 
 def _content(token: Any) -> Any:
@@ -342,36 +315,34 @@ def _chat_template(folder: pathlib.Path, template: Any) -> Any:
   return template or ''
 
 
-def _read_model(text: str) -> tokenizers.Tokenizer:
-  """The model of a `tokenizer.json`, which neither truncates nor pads."""
+def _read(text: str) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+  """The model of a `tokenizer.json`, and the ids of its tokens, each an int32.
+
+  The model neither truncates nor pads.
+  """
   try:
     model = tokenizers.Tokenizer.from_str(text)
     model.no_truncation()
     model.no_padding()
   except BaseException as error:
     raise _value_error('not a tokenizers JSON file', error) from None
-  return model
-
-
-def _vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
-  """The ids of a model's tokens, by token; each is an int32."""
   vocabulary = model.get_vocab(with_added_tokens=True)
   if not vocabulary:
     raise InputError('the tokenizer has no tokens')
-  if max(vocabulary.values()) > _LARGEST_ID:
-    largest = max(vocabulary, key=lambda name: vocabulary[name])
+  largest = max(vocabulary, key=lambda name: vocabulary[name])
+  if vocabulary[largest] > _LARGEST_ID:
     raise InputError(
       f'token {largest!r:.80} has the id {vocabulary[largest]}, above the '
       f'largest int32, {_LARGEST_ID}'
     )
-  return vocabulary
+  return model, vocabulary
 
 
 def _encoded(
-  model: tokenizers.Tokenizer, text: str, **options: bool
+  model: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
 ) -> tokenizers.Encoding:
   try:
-    return model.encode(text, **options)
+    return model.encode(text, add_special_tokens=add_special_tokens)
   except BaseException as error:
     problem = f'the tokenizer cannot encode {text!r:.80}'
     raise _value_error(problem, error) from None

@@ -37,8 +37,16 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   def __init__(self, model: bytes):
     self.content = model
-    self._model = _opened(model)
-    self.vocab_size = self._model.get_piece_size()
+    self._model = sentencepiece.SentencePieceProcessor()
+    try:
+      self._model.LoadFromSerializedProto(model)
+      self.vocab_size = self._model.get_piece_size()
+      for token in range(self.vocab_size):  # a piece may not be UTF-8
+        self._model.id_to_piece(token)
+    except Exception as error:  # RuntimeError, UnicodeDecodeError, ...
+      raise InputError(f'no SentencePiece model: {first_line(error)}') from None
+    if not self.vocab_size:
+      raise InputError('no SentencePiece model: it has no pieces')
     ids = self._model.eos_id(), self._model.bos_id(), self._model.pad_id()
     self.eos_id, self.bos_id, self.pad_id = (i if i >= 0 else None for i in ids)
     digest = hashlib.sha256(model).hexdigest()[:16]
@@ -77,17 +85,3 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
   def from_state(cls, state: Mapping[str, Any]) -> 'SentencePiece':
     """The tokenizer of the file's content in `state`."""
     return cls(base64.b64decode(state['model'], validate=True))
-
-
-def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:
-  """Loads a model and reads every piece, to find a piece that is not UTF-8."""
-  opened = sentencepiece.SentencePieceProcessor()
-  try:
-    opened.LoadFromSerializedProto(model)
-    for token in range(opened.get_piece_size()):
-      opened.id_to_piece(token)
-  except Exception as error:  # RuntimeError, UnicodeDecodeError, ...
-    raise InputError(f'no SentencePiece model: {first_line(error)}') from None
-  if not opened.get_piece_size():
-    raise InputError('no SentencePiece model: it has no pieces')
-  return opened

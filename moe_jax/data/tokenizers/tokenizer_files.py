@@ -13,18 +13,12 @@ from moe_jax.data.plain_files import (
   read_bytes,
   read_text,
 )
-from moe_jax.data.tokenizers.contract import (
-  GivenOptions,
-  Tokenizer,
-  load,
-)
+from moe_jax.data.tokenizers.contract import GivenOptions, Tokenizer, load
 from moe_jax.data.tokenizers.extra_ids import without_endings
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.errors import InputError
 
-_JSON = 'tokenizer.json'
-_MODELS = ('*.model',)
 _READS = (
   'a folder of a run or of a Hugging Face model, a tokenizer.json, or a '
   'SentencePiece model'
@@ -43,33 +37,13 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
       a link in a folder.
   """
   path = pathlib.Path(path).expanduser()
-  if path.is_dir():
-    return _of_folder(path)
-  if not path.is_file():
+  folder = path if path.is_dir() else None
+  if folder is not None:
+    path = _file_of(folder)
+  elif not path.is_file():
     raise InputError(
       f'no file {path} in {os.getcwd()}; give the path of {_READS}'
     )
-  return _of_file(path, None)
-
-
-def _of_folder(folder: pathlib.Path) -> Tokenizer:
-  if path := plain(folder, _JSON):
-    return _of_file(path, folder)
-  models = list(matching(folder, _MODELS))
-  if len(models) == 1:
-    return _of_file(models[0], folder)
-  if models:
-    names = ', '.join(model.name for model in models)
-    raise InputError(f'{folder} has several models, {names}; give one of them')
-  names = sorted(path.name for path in folder.iterdir())
-  raise InputError(
-    f'{folder} has no {_JSON} and no {_MODELS[0]}, only {names!s:.200}; give '
-    f'the path of {_READS}'
-  )
-
-
-def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
-  """The tokenizer of a file, with special tokens of its folder, if given."""
   content = read_bytes(path)
   if path.suffix != '.json' and content[:1] != b'{':
     try:
@@ -87,6 +61,22 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
     return Json(text)
   except InputError as error:
     raise InputError(f'{path}: {first_line(error)}') from None
+
+
+def _file_of(folder: pathlib.Path) -> pathlib.Path:
+  if path := plain(folder, 'tokenizer.json'):
+    return path
+  models = list(matching(folder, ['*.model']))
+  if len(models) == 1:
+    return models[0]
+  if models:
+    names = ', '.join(model.name for model in models)
+    raise InputError(f'{folder} has several models, {names}; give one of them')
+  names = sorted(path.name for path in folder.iterdir())
+  raise InputError(
+    f'{folder} has no tokenizer.json and no *.model, only {names!s:.200}; give '
+    f'the path of {_READS}'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

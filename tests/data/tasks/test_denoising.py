@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import batch_dataset, eval_batches
-from moe_jax.data.examples import DenoisedRows, windows
 from moe_jax.data.layouts import EncoderDecoderLayout
-from moe_jax.data.tasks.prefix_lm import PrefixLM
-from moe_jax.data.tasks.span_corruption import SpanCorruption
+from moe_jax.data.tasks.texts import (
+  DenoisedRows,
+  PrefixLM,
+  SpanCorruption,
+  windows,
+)
 
 EOS = 9
 SENTINELS = tuple(range(1000, 1100))
@@ -56,7 +59,7 @@ def span_rows(pack=True, T_enc=32, T_dec=18):
   tokens, starts, _ = corpus()
   layout = EncoderDecoderLayout(T_enc, T_dec, start_id=EOS)
   task = SpanCorruption(layout, SENTINELS, EOS)
-  return DenoisedRows(tokens, starts, task, pack=pack)
+  return DenoisedRows((tokens, starts), task, pack=pack)
 
 
 def texts_of(batch):
@@ -126,7 +129,8 @@ def test_noise_is_as_dense_as_asked():
 def test_a_document_ends_in_the_targets_of_a_prefix_lm():
   tokens, starts, texts = corpus()
   layout = EncoderDecoderLayout(24, 20, start_id=EOS)
-  rows = DenoisedRows(tokens, starts, PrefixLM(layout, eos_id=EOS), pack=False)
+  task = PrefixLM(layout, eos_id=EOS)
+  rows = DenoisedRows((tokens, starts), task, pack=False)
   batch = rows.take(np.arange(len(rows)))
   ends = (batch['targets'] == EOS).sum(1)
   assert ends.sum() == len(texts) and ends.max() == 1

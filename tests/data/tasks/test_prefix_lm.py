@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
-from moe_jax.data.tasks.prefix_lm import PrefixLM
+from moe_jax.data.tasks.texts import PrefixLM
 
 
 def target_lengths(task, n, count=400):

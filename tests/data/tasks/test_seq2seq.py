@@ -1,7 +1,6 @@
 """Rows of pairs: the tokens that are kept, those cut, and their counts."""
 
 import numpy as np
-import pytest
 
 from moe_jax.data import batch_dataset
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
@@ -99,8 +98,3 @@ def test_an_epoch_has_every_pair_once():
       pairs[inputs[0]] = inputs, targets
   assert [pairs[i + 1][0] for i in range(50)] == texts[0]
   assert [pairs[i + 1][1] for i in range(50)] == texts[1]
-
-
-def test_sides_must_match():
-  with pytest.raises(ValueError, match='3 inputs and 2 targets'):
-    PairRows(INPUTS, stream([1], [2]), DecoderLayout(6), EOS)

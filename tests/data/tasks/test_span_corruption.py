@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
-from moe_jax.data.tasks.span_corruption import (
+from moe_jax.data.tasks.texts import (
   SpanCorruption,
   corrupt,
   noise_counts,

@@ -6,31 +6,31 @@ import numpy as np
 import pytest
 
 from moe_jax.data.layouts import RowShape
-from moe_jax.data.tasks import ul2
+from moe_jax.data.tasks import texts
 from moe_jax.data.tokenizers import Bytes
 
 EOS = Bytes.eos_id
 
 
-def make_task(denoisers=ul2.DENOISERS, shape=RowShape(120, 110)):
-  task = ul2.Ul2Task(denoisers=tuple(denoisers))
+def make_task(denoisers=texts.DENOISERS, shape=RowShape(120, 110)):
+  task = texts.Ul2Task(denoisers=tuple(denoisers))
   return task.windows(task.vocabulary(Bytes(), shape), shape)
 
 
 MODES = {
-  mode: ul2.Ul2Task()
+  mode: texts.Ul2Task()
   .vocabulary(Bytes(), RowShape(120))
-  .token_id(ul2.mode_name(mode))
-  for mode in ul2.MODES
+  .token_id(texts.mode_name(mode))
+  for mode in texts.MODES
 }
 
 
 def test_the_papers_seven():
   # Table 1 of the paper has two regular, one sequential and four extreme
   # denoisers.
-  modes = collections.Counter(mode for mode, *_ in ul2.DENOISERS)
+  modes = collections.Counter(mode for mode, *_ in texts.DENOISERS)
   assert modes == {'R': 2, 'S': 1, 'X': 4}
-  assert {d[1:3] for d in ul2.DENOISERS if d[0] == 'X'} == {
+  assert {d[1:3] for d in texts.DENOISERS if d[0] == 'X'} == {
     (3, 0.5),
     (8, 0.5),
     (64, 0.15),
@@ -100,4 +100,4 @@ def test_no_window_overflows_whatever_is_drawn(shape):
 )
 def test_wrong_mixtures_are_refused(denoisers, message):
   with pytest.raises(ValueError, match=message):
-    ul2.Ul2Task(denoisers=denoisers)
+    texts.Ul2Task(denoisers=denoisers)

@@ -165,20 +165,9 @@ def test_conversations_are_those_of_transformers(folder, theirs, add_prompt):
     assert token_ids.tolist() == expected
 
 
-def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
-  tokenizer = open_tokenizer(folder)
-  with pytest.raises(ValueError, match='no role system'):
-    tokenizer.encode_chat([{'role': 'system', 'content': 'x'}])
-  for template in (
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    '{{ messages.append(1) }}',
-    '{% for m in messages %}',
-  ):
-    bad = tokenizers.Json(
-      model().to_str(), tokenizers.SpecialTokens(chat_template=template)
-    )
-    with pytest.raises(ValueError, match='chat template'):
-      bad.encode_chat(CHAT)
+def test_a_template_refuses_a_role(folder):
+  with pytest.raises(ValueError, match='chat template: no role system'):
+    open_tokenizer(folder).encode_chat([{'role': 'system', 'content': 'x'}])
 
 
 def test_languages(folder, theirs):

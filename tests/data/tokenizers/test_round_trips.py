@@ -1,6 +1,5 @@
 """Round trips, token names and refusals of each tokenizer."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -149,18 +148,3 @@ def test_a_missing_file_is_named():
   for function in (options.identity, lambda: options.fit([])):
     with pytest.raises(ValueError, match=r'no file missing\.json'):
       function()
-
-
-@pytest.mark.parametrize(
-  ('saved', 'message'),
-  [
-    ({'kind': 'words'}, "unknown tokenizer kind 'words'"),
-    ({'kind': 'chars'}, 'no saved tokenizer'),
-    ([], 'no saved tokenizer'),
-    ({'kind': 'json', 'model': {}}, 'not a tokenizers JSON file'),
-  ],
-)
-def test_bad_saved_files(saved, message, tmp_path):
-  (tmp_path / 't.json').write_text(json.dumps(saved))
-  with pytest.raises(ValueError, match=message):
-    tokenizers.load(tmp_path / 't.json')
