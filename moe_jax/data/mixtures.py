@@ -5,6 +5,7 @@ The rules of weights are those of T5 (https://arxiv.org/abs/1910.10683, section
 """
 
 import ast
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -223,7 +224,12 @@ def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
     key, value = pair.groups() if pair else (unnamed, text)
     if key not in fields:
       raise InputError(unknown_text(f'option of {kind}', key, fields))
-    values[key] = _value(value, fields[key].type)
+    value = value.strip()
+    if fields[key].type is not str or value[:1] in ('"', "'"):
+      # A text that is no value is refused by the option.
+      with contextlib.suppress(SyntaxError, ValueError):
+        value = ast.literal_eval(value)
+    values[key] = value
   for key in required:
     if key not in values:
       raise InputError(f'option {key!r} of {kind} is missing')
@@ -253,14 +259,3 @@ def _split(text: str, separators: str) -> list[str]:
     where = f'lines: {part.strip()!r:.80}'
     raise OptionError([f'{where} has an open bracket or quote'])
   return [part for part in parts if part and part not in separators]
-
-
-def _value(text: str, hint: Any) -> Any:
-  """The value that a text gives to an option whose type is `hint`."""
-  text = text.strip()
-  if hint is str and text[:1] not in ('"', "'"):
-    return text
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text  # refused where the options are read

@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,20 +39,16 @@ def evaluate_all(
   workdir: str | os.PathLike[str],
   entries: Mapping[str, EvaluationOptions],
   *,
-  step: int | None = None,
-  dtype: str = '',
   mesh: Mesh | None = None,
-  allow: Iterable[str] = (),
+  **arguments: Any,
 ) -> dict[str, Row]:
   """The rows that several evaluations measure for a run's folder, by name.
 
   Args:
     workdir: The run's folder.
     entries: The options of each evaluation, by name; `every_steps` is ignored.
-    step: Optimizer step of the checkpoint; None is the newest good one.
-    dtype: Another dtype of parameters and products; see `generation.load`.
     mesh: The devices of the parameters; None is the first local device.
-    allow: Modules of the user's own classes; see `generation.load`.
+    **arguments: `step`, `dtype` and `allow`, as `generation.load` takes them.
 
   Raises:
     ValueError: As `generation.load`, or the run lacks what the evaluation
@@ -61,7 +57,7 @@ def evaluate_all(
   """
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  run = generation.load(workdir, step, dtype=dtype, mesh=mesh, allow=allow)
+  run = generation.load(workdir, mesh=mesh, **arguments)
   size, rules = run.batch_size, run.sharding.rules
   shape = size, run.data.seq_len
   sharding = partitioning.sharding(

@@ -99,32 +99,25 @@ def beam_search(
   return Beams(*(leaf[:, :num_return] for leaf in (tokens, lengths, scores)))
 
 
-class Running(NamedTuple):
-  """Sequences that have not ended, the best first.
-
-  Attributes:
-    tokens: int32 [B, W, N], the new tokens.
-    scores: float32 [B, W], log probabilities; -inf where there is no sequence.
-    last: int32 [B, W], the last token, which is not in the cache.
-  """
-
-  tokens: Int32[Leaf, 'B W N']
-  scores: Float32[Leaf, 'B W']
-  last: Int32[Leaf, 'B W']
-
-
 class Search(NamedTuple):
   """The state of a search between two steps, apart from the cache.
 
+  A beam is a sequence that has not ended.
+
   Attributes:
-    step: int32 [], the number of new tokens of a running sequence.
-    running: The beams.
+    step: int32 [], the number of new tokens of a beam.
+    tokens: int32 [B, W, N], the new tokens of the beams, the best first.
+    scores: float32 [B, W], the log probabilities of the beams; -inf where there
+      is no sequence.
+    last: int32 [B, W], the last token of each beam, which is not in the cache.
     ended: The best W sequences so far that have ended.
     open: bool [B], whether a row's search goes on.
   """
 
   step: Int[Leaf, '']
-  running: Running
+  tokens: Int32[Leaf, 'B W N']
+  scores: Float32[Leaf, 'B W']
+  last: Int32[Leaf, 'B W']
   ended: Beams
   open: Bool[Leaf, ' B']
 
@@ -142,9 +135,9 @@ def first_search(last, tokens, num_forced: int, width: int) -> Search:
   tokens = np.repeat(tokens[:, None], W, axis=1)
   scores = np.full((B, W), -np.inf, np.float32)
   first_scores = np.where(np.arange(W)[None] == 0, np.float32(0), scores)
-  running = Running(tokens, first_scores, np.repeat(last[:, None], W, axis=1))
+  beams = tokens, first_scores, np.repeat(last[:, None], W, axis=1)
   ended = Beams(np.zeros_like(tokens), np.zeros((B, W), np.int32), scores)
-  return Search(np.int32(num_forced), running, ended, np.ones(B, bool))
+  return Search(np.int32(num_forced), *beams, ended, np.ones(B, bool))
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -157,7 +150,7 @@ def _search(
   stop_ids: Int32[Array, ' n'],
   length_penalty: Float32[Array, ''],
 ) -> tuple[Search, Bool[Array, '']]:
-  B, W, N = search.running.tokens.shape
+  B, W, N = search.tokens.shape
   first_row = W * jnp.arange(B, dtype=jnp.int32)[:, None]  # [B, 1]
   cache = cache.take(jnp.repeat(jnp.arange(B, dtype=jnp.int32), W))
 
@@ -167,7 +160,7 @@ def _search(
 
   def step(carry):
     search, cache, _ = carry
-    last = search.running.last.reshape(B * W, 1)
+    last = search.last.reshape(B * W, 1)
     logits, cache = model.apply(
       variables, last, jnp.ones_like(last, bool), cache, method='decode'
     )
@@ -215,13 +208,13 @@ def advance(
     The next state, and the index of the beam that each new beam continues.
   """
   B, W, V = log_probs.shape
-  running, N = search.running, search.running.tokens.shape[2]
+  N = search.tokens.shape[2]
   count = min(max(2, 1 + stop_ids.shape[0]) * W, W * V)
-  scores = (running.scores[..., None] + log_probs).reshape(B, W * V)
+  scores = (search.scores[..., None] + log_probs).reshape(B, W * V)
   scores, index = jax.lax.top_k(scores, count)  # [B, C]
   beam, token = index // V, index % V
   length = search.step + 1
-  tokens = _pick(running.tokens, beam)
+  tokens = _pick(search.tokens, beam)
   place = (0, 0, search.step)
   tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], place)
   ends = jnp.isin(token, stop_ids) | (length == N)
@@ -236,10 +229,10 @@ def advance(
   lengths = jnp.where(jnp.isneginf(best), 0, _pick(merged.lengths, chosen))
   ended = Beams(_pick(merged.tokens, chosen), lengths, best)
   scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
-  beams = Running(_pick(tokens, chosen), scores, _pick(token, chosen))
+  beams = _pick(tokens, chosen), scores, _pick(token, chosen)
   # With fewer than W results the worst is -inf, and any beam is better.
   is_open = search.open & (scores[:, 0] / penalty > ended.scores[:, -1])
-  return Search(length, beams, ended, is_open), _pick(beam, chosen)
+  return Search(length, *beams, ended, is_open), _pick(beam, chosen)
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
