@@ -35,7 +35,7 @@ NORMALIZES = ('none', 'tokens', 'bytes')
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceEvaluation(prompts.AskingEvaluation):
-  """Options of the evaluation 'choice': how often the likeliest is right."""
+  """Options of the evaluation 'choice': its questions and its score."""
 
   source: ChoiceSourceOptions = choice(
     data.CHOICE_SOURCES,
@@ -110,7 +110,7 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
       N, K, P = len(items), self.num_shots, len(pool)
       if P < K:
         raise InputError(f'num_shots={K} of {P} train items of {source.name}')
-      # N K indices spread over the pool, so that a question's examples differ.
+      # N K indices spread over the P examples, so that a question's K differ.
       shots = [
         [pool[(k * N + i) * P // (N * K)] for k in range(K)] for i in range(N)
       ]
@@ -154,7 +154,7 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: evaluate.Variables, step: int) -> Row:
-    """The row of `accuracy_row`, and what did not fit.
+    """The row of `accuracy_row`, and counts of what did not fit.
 
     The row also has `cut_items`, the number of questions that had to be cut to
     fit a row of tokens and, if there are examples before the questions,

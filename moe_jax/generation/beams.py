@@ -230,7 +230,7 @@ def advance(
   ended = Beams(_pick(merged.tokens, chosen), lengths, best)
   scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
   beams = _pick(tokens, chosen), scores, _pick(token, chosen)
-  # With fewer than W results the worst is -inf, and any beam is better.
+  # With fewer than W results the worst score is -inf: any beam is better.
   is_open = search.open & (scores[:, 0] / penalty > ended.scores[:, -1])
   return Search(length, *beams, ended, is_open), _pick(beam, chosen)
 

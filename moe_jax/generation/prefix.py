@@ -327,7 +327,7 @@ class Ends(TypedDict, total=False):
 
 
 class Start(NamedTuple):
-  """What a generation begins with.
+  """The checked arguments of a generation, and the cache of its prompts.
 
   Attributes:
     model: The prepared model.
