@@ -10,6 +10,7 @@ from moe_jax import data, generation
 from moe_jax.config import option, unknown_text
 from moe_jax.data import DataOptions
 from moe_jax.data.mixing import TaskRows
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import asker_of
@@ -111,11 +112,11 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
         f'which {type(task).__name__} does not have'
       )
     texts = data.read_pairs(setting.data, 'validation')
+    asker, tokenizer = asker_of(setting), setting.dataset.tokenizer
     if texts is None:
       rows = setting.dataset.splits['validation']
       indices = data.spread(len(rows), self.num_examples)
-      return [_window_pair(setting, rows, i) for i in indices]
-    asker, tokenizer = asker_of(setting), setting.dataset.tokenizer
+      return [_window_pair(tokenizer, rows, i) for i in indices]
     total = setting.dataset.counts['validation']['pairs']
     pairs = list(texts)
     if len(pairs) != total:  # encoding a whole split would take long
@@ -176,11 +177,9 @@ def generator(
   return Generate(setting, scores, pairs, arguments)
 
 
-def _window_pair(
-  setting: evaluate.Setting, all_rows: data.Rows, row: int
-) -> Pair:
+def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split at the same token in every evaluation."""
-  tokenizer, parts = setting.dataset.tokenizer, iter(all_rows.parts.items())
+  parts = iter(all_rows.parts.items())
   task, rows = next(parts)
   while row >= len(rows):
     row -= len(rows)
@@ -237,13 +236,12 @@ class Generate:
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
       names = [p.task for p in padded_batch if model.stacks.task_sequences]
-      rows = generation.generate(
-        model,
-        variables,
-        [pair.ids for pair in padded_batch],
-        task_ids=trained_run.task_ids(model, setting.data, names, 'of pairs'),
-        **self.arguments,
-      ).rows[: len(batch)]
+      ids = [pair.ids for pair in padded_batch]
+      tasks = trained_run.task_ids(model, setting.data, names, 'of pairs')
+      output = generation.generate(
+        model, variables, ids, task_ids=tasks, **self.arguments
+      )
+      rows = output.rows[: len(batch)]
       texts += [trained_run.decode(tokenizer, row) for row in rows]
     return texts
 

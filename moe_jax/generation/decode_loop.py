@@ -100,22 +100,7 @@ def generate(
       or a logit is not finite.
   """
   sampler = Sampler.make(temperature, top_k, top_p)
-  check_whole('num_beams', num_beams, 1)
-  check_number('length_penalty', length_penalty)
-  if num_beams == 1 and length_penalty != 1.0:
-    raise InputError(
-      f'length_penalty={length_penalty} with num_beams=1: a length penalty '
-      'compares beams; give more than one'
-    )
-  if num_beams != 1 and temperature:
-    raise InputError(
-      f'num_beams={num_beams} with temperature={temperature}: beams are not '
-      'drawn; give one of the two'
-    )
-  if num_beams != 1 and on_token is not None:
-    raise InputError(
-      f'num_beams={num_beams} with on_token: no beam is settled before the end'
-    )
+  _check_beams(num_beams, length_penalty, temperature, on_token)
   if num_beams != 1:
     beams: Any = dict(num_beams=num_beams, length_penalty=length_penalty)
     found = beam_search(model, variables, prompt, **beams, **ends)
@@ -146,6 +131,28 @@ def generate(
   )
   check_finite(finite, step)
   return Generation(tokens, lengths)
+
+
+def _check_beams(
+  num_beams: int, length_penalty: float, temperature: float, on_token: Any
+) -> None:
+  """Raises ValueError where options of beams contradict other options."""
+  check_whole('num_beams', num_beams, 1)
+  check_number('length_penalty', length_penalty)
+  if num_beams != 1 and temperature:
+    raise InputError(
+      f'num_beams={num_beams} with temperature={temperature}: beams are not '
+      'drawn; give one of the two'
+    )
+  if num_beams != 1 and on_token is not None:
+    raise InputError(
+      f'num_beams={num_beams} with on_token: no beam is settled before the end'
+    )
+  if num_beams == 1 and length_penalty != 1.0:
+    raise InputError(
+      f'length_penalty={length_penalty} with num_beams=1: a length penalty '
+      'compares beams; give more than one'
+    )
 
 
 class State(NamedTuple):
