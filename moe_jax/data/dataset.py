@@ -1,31 +1,26 @@
 """The options of a run's data, and the dataset that they describe."""
 
 import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from moe_jax.config import CUSTOM, Options, choice, fields_of, no_effect, option
-from moe_jax.data import mixtures, tokenizers
+from moe_jax.data import tokenizers
+from moe_jax.data.cache_folders import FORMAT, NotPreparedError, prepared
 from moe_jax.data.layouts import RowShape
+from moe_jax.data.mixing import MixedRows, Schedule, TaskRows, whole_counts
 from moe_jax.data.mixtures import MixtureOptions
-from moe_jax.data.sources import (
-  SOURCES,
-  DocstringsSource,
-  PythonStdlibSource,
-)
-from moe_jax.data.sources.contract import Pair, Pairs, Selection, SourceOptions
+from moe_jax.data.sources import SOURCES, DocstringsSource, PythonStdlibSource
+from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks import TASKS
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
-from moe_jax.data.tokenizers import (
-  TOKENIZERS,
-  BytesOptions,
-  Extended,
-  Fitted,
-  Tokenizer,
-  TokenizerOptions,
-)
+from moe_jax.data.tokenizers import TOKENIZERS, Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import without_endings
+from moe_jax.errors import InputError
 
 # A source from Python's own library, for small runs, by what a task reads.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
@@ -79,9 +74,9 @@ class DataOptions(Options):
   )
   cache_dir: str = option(
     '',
-    'Folder for token streams and the corpus from Python; an empty string is '
-    '$MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay in '
-    '$TFDS_DATA_DIR.',
+    'Folder for token streams; an empty string is $MOE_JAX_CACHE or '
+    '~/.cache/moe_jax. A folder at a URL, such as gs://bucket/tokens, is '
+    'copied there. TFDS datasets stay in $TFDS_DATA_DIR.',
   )
   cache_digests: bool = option(
     True,
@@ -104,11 +99,6 @@ class DataOptions(Options):
     return RowShape(self.seq_len, self.target_len, self.pack)
 
   @property
-  def encoder_decoder(self) -> bool:
-    """Whether the batches have an encoder's side."""
-    return self.shape.encoder_decoder
-
-  @property
   def row_tokens(self) -> int:
     """The number of tokens of a row, on the encoder's and decoder's sides."""
     return self.seq_len + self.target_len
@@ -128,11 +118,11 @@ class DataOptions(Options):
     that another task added stay.
     """
     run_tokenizer = without_endings(tokenizer)
-    if isinstance(run_tokenizer, Extended):
+    if isinstance(run_tokenizer, tokenizers.Extended):
       task_vocabulary = self.task.vocabulary(run_tokenizer.base, self.shape)
       if task_vocabulary.ids_identity == run_tokenizer.ids_identity:
         run_tokenizer = run_tokenizer.base
-    fitted = Fitted(run_tokenizer, self.tokenizer)
+    fitted = tokenizers.Fitted(run_tokenizer, self.tokenizer)
     return dataclasses.replace(self, tokenizer=fitted)
 
   def with_tokenizer_of(self, *folders: str | pathlib.Path) -> 'DataOptions':
@@ -153,45 +143,37 @@ class DataOptions(Options):
     if not self.task.makes_examples:
       reason = 'unless the task makes examples of inputs and targets'
       yield from self.in_vain(reason, 'target_len', 'pack')
-    if not self.mixture.sources:
-      yield from self._problems_of(self.source, 'source.', nested=True)
-      return
-    if self.source != fields_of(DataOptions)['source'].default:
+    sources = self.mixture.sources
+    if sources and self.source != fields_of(DataOptions)['source'].default:
       kind = SOURCES.name_of(self.source)
       yield no_effect('source.kind', kind, 'with sources in data.mixture')
-    for name, source in self.mixture.sources.items():
-      path = f'mixture.sources.{name}.'
-      yield from self._problems_of(source, path, nested=False)
-
-  def _problems_of(
-    self, source: SourceOptions, path: str, *, nested: bool
-  ) -> Iterator[str]:
-    form, kind = self.task.reads, SOURCES.name_of(source)
-    if form not in source.gives():
-      kinds = sorted(k for k, s in SOURCES.builtin.items() if form in s.gives())
-      forms = source.gives()
-      tasks = sorted(k for k, t in TASKS.builtin.items() if t.reads in forms)
-      yield (
-        f'{path}kind={kind!r} gives {" and ".join(forms)}, '
-        f'task.kind={TASKS.name_of(self.task)!r} reads {form}; sources that '
-        f'give {form}: {kinds}; values of task.kind that read '
-        f'{" or ".join(forms)}: {tasks}'
-      )
-    section = kind if kind in SOURCES.builtin else CUSTOM
-    path = f'{path}{section}.' if nested else path
-    names = [name for name, only in source.only_in.items() if only != form]
-    if names:
-      for text in source.in_vain(f'where {form} are read', *names):
-        yield f'{path}{text}'
+    paths = {f'mixture.sources.{name}.': sources[name] for name in sources}
+    form = self.task.reads
+    for path, source in (paths or {'source.': self.source}).items():
+      kind, forms = SOURCES.name_of(source), source.gives()
+      if form not in forms:
+        kinds = [k for k, s in SOURCES.builtin.items() if form in s.gives()]
+        tasks = [k for k, t in TASKS.builtin.items() if t.reads in forms]
+        yield (
+          f'{path}kind={kind!r} gives {" and ".join(forms)}, '
+          f'task.kind={TASKS.name_of(self.task)!r} reads {form}; sources that '
+          f'give {form}: {sorted(kinds)}; values of task.kind that read '
+          f'{" or ".join(forms)}: {sorted(tasks)}'
+        )
+      if not sources:
+        path += f'{kind if kind in SOURCES.builtin else CUSTOM}.'
+      names = [name for name, only in source.only_in.items() if only != form]
+      if names:
+        for text in source.in_vain(f'where {form} are read', *names):
+          yield f'{path}{text}'
 
   def shrunk(self) -> 'DataOptions':
     """The same task in short rows, on the corpus from Python as bytes."""
     embedded = _EMBEDDED[self.task.reads]
-    mixed = bool(self.mixture.sources)
     return DataOptions(
-      source=PythonStdlibSource() if mixed else embedded,
+      source=PythonStdlibSource() if self.mixture.sources else embedded,
       mixture=self.mixture.shrunk_with(embedded),
-      tokenizer=BytesOptions(),
+      tokenizer=tokenizers.BytesOptions(),
       task=self.task,
       seq_len=32,
       target_len=24 if self.target_len else 0,
@@ -201,21 +183,130 @@ class DataOptions(Options):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class MixedDataset(Dataset):
+  """The dataset of a mixture.
+
+  Attributes:
+    mixture: The options of the mixture.
+    per_period: The number of rows in a period of each source that is learned
+      from.
+  """
+
+  mixture: MixtureOptions = MixtureOptions()
+  per_period: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def describe(self) -> str:
+    """The lines that describe any dataset, and a line for each source."""
+    width, period = max(map(len, self.parts)), sum(self.per_period.values())
+    lines = [f'mixture, by rows in each period of {period:,}:']
+    for name, part in self.parts.items():
+      cluster, counts = self.mixture.cluster(name), part.counts['train']
+      count = self.per_period.get(name)
+      rate = '  held out' if count is None else f'{count:>10,}'
+      keys = ('documents', 'pairs', 'examples', 'truncated')
+      numbers = [f'{counts[key]:,} {key}' for key in keys if key in counts]
+      numbers.append(part.splits['train'].describe())
+      note = f' ({cluster})' * (cluster != name)
+      lines.append(f'  {name:{width}}{rate}: {", ".join(numbers)}{note}')
+    return '\n'.join([super().describe(), *lines])
+
+  def tell(self, row: Mapping[str, float]) -> str:
+    """The text of an evaluation: a line for each cluster, then the means."""
+    means, groups, text_of = dict(row), {}, super().tell
+    for name in sorted(self.parts.keys() & row.keys()):
+      held_out = ' (held out)' * (name not in self.per_period)
+      keys = [k for k in means if k == name or k.startswith(f'{name}.')]
+      label = f'{self.mixture.cluster(name)}{held_out}'
+      groups.setdefault(label, {}).update({k: means.pop(k) for k in keys})
+    lines = [f'{label}: {text_of(values)}' for label, values in groups.items()]
+    last = [text_of(means)] if means else []
+    return '\n  '.join(['', *sorted(lines), *last] if lines else last)
+
+
 def load(options: DataOptions) -> Dataset:
   """The dataset of `options`, tokenized now unless it is in the cache.
+
+  One tokenizer serves all sources of a mixture; if it depends on texts, it is
+  fitted to the texts of all sources.
 
   Raises:
     ValueError: The data is missing or bad; a text has a character that the
       tokenizer lacks; a split is empty; a row is too short for the task, or
-      there are too few sentinels.
+      there are too few sentinels; the period of a mixture is too short for a
+      weight. The message names the source of a mixture.
+    NotPreparedError: A source is missing in the cache within `reading_only`.
   """
-  rest = options.tokenizer, options.selection, options.shape
-  if options.mixture.sources:
-    return mixtures.load(options.mixture, options.task, *rest)
-  return options.task.load(options.source, *rest)
+  task, selection, shape = options.task, options.selection, options.shape
+  mixture, parts = options.mixture, {}
+  if not mixture.sources:
+    return task.load(options.source, options.tokenizer, selection, shape)
+  tokenizer = shared_tokenizer(options)
+  # A config keeps no order, and a run must be the same when it is read again.
+  for number, (name, source) in enumerate(sorted(mixture.sources.items())):
+    try:
+      part = task.load(source, tokenizer, selection, shape)
+    except NotPreparedError:
+      raise
+    except InputError as error:
+      raise InputError(f'mixture.sources.{name}: {error}') from error
+    splits = {s: TaskRows(rows, number) for s, rows in part.splits.items()}
+    parts[name] = dataclasses.replace(part, splits=splits)
+  sizes = {name: len(parts[name].splits['train']) for name in mixture.learned()}
+  per_period = whole_counts(mixture.shares(sizes), mixture.period)
+  schedule = Schedule(np.array([*per_period.values()]))
+  splits, counts = {}, {}
+  for split in SPLITS:
+    rows = {name: parts[name].splits[split] for name in per_period}
+    splits[split] = MixedRows(rows, schedule)
+    learned = [parts[name].counts[split] for name in per_period]
+    counts[split] = {k: sum(part[k] for part in learned) for k in learned[0]}
+  digests = ''.join(f'{name} {part.digest}\n' for name, part in parts.items())
+  return MixedDataset(
+    source=f'mixture of {len(per_period)} sources',
+    tokenizer=next(iter(parts.values())).tokenizer,
+    splits=splits,
+    digest=hashlib.sha256(digests.encode()).hexdigest(),
+    counts=counts,
+    task=task,
+    parts=parts,
+    mixture=mixture,
+    per_period=per_period,
+  )
 
 
-def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
+def shared_tokenizer(options: DataOptions) -> TokenizerOptions:
+  """The tokenizer of a mixture, fitted to all texts if it depends on them.
+
+  A tokenizer that is fitted is kept in the cache, and is found there by its
+  options and the identities of the texts.
+
+  Raises:
+    ValueError: The data of a source is missing or bad.
+    NotPreparedError: The texts would have to be read within `reading_only`.
+  """
+  tokenizer, selection = options.tokenizer, options.selection
+  if tokenizer.known_vocab_size() is not None:
+    return tokenizer
+  sources = sorted(options.mixture.sources.items())
+  corpora = [options.task.open(source, selection) for _, source in sources]
+
+  def write(folder: pathlib.Path) -> None:
+    texts = (t for c in corpora for split in SPLITS for t in c.texts(split))
+    tokenizer.fit(texts).save(folder / 'tokenizer.json')
+
+  identities = [corpus.identity for corpus in corpora]
+  key = f'{FORMAT} {identities} {tokenizer.identity()}'
+  name = hashlib.sha256(key.encode()).hexdigest()[:32]
+  folder = selection.cache / 'tokenizers' / name
+  url = selection.url('tokenizers', name)
+  path = prepared(folder, write, url=url) / 'tokenizer.json'
+  return tokenizers.Fitted(tokenizers.load(path))
+
+
+def read_pairs(
+  options: DataOptions, split: str
+) -> Iterator[tuple[str, str]] | None:
   """The pairs of texts from which the rows of a split are made, in order.
 
   A mixture gives the pairs of every source that is learned from, in turn. Pairs
@@ -227,8 +318,8 @@ def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
     return None
   mixture = options.mixture
   sources = [mixture.sources[name] for name in mixture.learned()]
-  corpora = [
-    cast(Pairs, options.task.open(source, options.selection))
+  corpora: Any = [
+    options.task.open(source, options.selection)
     for source in sources or [options.source]
   ]
   return (pair for c in corpora for pair in c.pairs(split) if all(pair))

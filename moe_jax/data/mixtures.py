@@ -1,45 +1,27 @@
-"""Mixtures of sources: their weights, and the dataset that they make.
+"""Mixtures of sources: their options, and the text form of their sources.
 
-The rules are those of T5 (https://arxiv.org/abs/1910.10683, section 3.5.2).
+The rules of weights are those of T5 (https://arxiv.org/abs/1910.10683, section
+3.5.2).
 """
 
 import ast
+import contextlib
 import dataclasses
-import hashlib
-import itertools
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from moe_jax.config import (
-  KIND,
   OptionError,
   Options,
   entries,
   fields_of,
+  of_type,
   option,
-  unknown,
-)
-from moe_jax.data.cache_folders import (
-  FORMAT,
-  NotPreparedError,
-  prepared,
-)
-from moe_jax.data.layouts import RowShape
-from moe_jax.data.mixing import (
-  MixedRows,
-  Schedule,
-  TaskRows,
-  whole_counts,
+  unknown_text,
 )
 from moe_jax.data.sources import SOURCES
-from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
-from moe_jax.data.tasks.contract import Dataset, TaskOptions
-from moe_jax.data.tokenizers import Fitted, TokenizerOptions
-from moe_jax.data.tokenizers import load as load_tokenizer
+from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.errors import InputError
 
 _ENTRY = re.compile(
@@ -53,6 +35,8 @@ _ENTRY = re.compile(
 # its own is quoted; a line that begins with '#' is a comment.
 _FORM = 'name:kind(option, option=value)*weight'
 _PAIR = re.compile(r'\s*([A-Za-z_]\w*)\s*=(.*)', re.DOTALL)
+_COMMENT = re.compile(r'^\s*#.*$', re.MULTILINE)
+_QUOTED = re.compile('"[^"]*"|\'[^\']*\'')
 # Names that evaluations of every source give to means over sources.
 _MEANS = ('mean', 'cluster_mean', 'held_out_mean', 'held_out_cluster_mean')
 
@@ -111,13 +95,7 @@ class MixtureOptions(Options):
 
   def __post_init__(self):
     """Turns `lines` into sources and weights, and checks all options."""
-    names = 'sources', 'lines', 'rule', 'weights'
-    section = self.spelled_out({name: getattr(self, name) for name in names})
-    sources = {
-      name: source if isinstance(source, Options) else _options(source)
-      for name, source in section['sources'].items()
-    }
-    for name, value in {**section, 'sources': sources}.items():
+    for name, value in self.spelled_out(vars(self)).items():
       object.__setattr__(self, name, value)
     super().__post_init__()
 
@@ -163,28 +141,25 @@ class MixtureOptions(Options):
       yield from self.in_vain("unless rule is 'given'", 'weights')
     if self.rule != 'temperature':
       yield from self.in_vain("unless rule is 'temperature'", 'temperature')
-    for name in self.sources:
-      if name in _MEANS:
-        yield (
-          f'sources.{name}: {list(_MEANS)} are names of means over sources in '
-          'evaluations; give the source another name'
-        )
+    for name in sorted({*_MEANS} & self.sources.keys()):
+      yield (
+        f'sources.{name}: {list(_MEANS)} are names of means over sources in '
+        'evaluations; give the source another name'
+      )
     for name, weight in self.weights.items():
       if name not in self.sources:
-        yield f'weights: {unknown("source", name, self.sources)}'
+        yield f'weights: {unknown_text("source", name, self.sources)}'
       elif self.is_held_out(name) and weight not in (0, 1):
         yield (
           f'weights.{name}={weight!r} has no effect, since '
           f'held_out={self.held_out!r} holds the source out'
         )
-      number = isinstance(weight, int | float) and not isinstance(weight, bool)
-      if not number or not 0 <= weight < float('inf'):
+      if not of_type(weight, float) or not 0 <= weight < float('inf'):
         yield f'weights.{name}={weight!r} is no number of at least 0'
-    clusters = set(map(self.cluster, self.sources))
+    names = {*self.sources, *map(self.cluster, self.sources)}
     for name in self._held_out():
-      if name not in {*self.sources, *clusters}:
-        names = sorted({*self.sources, *clusters})
-        yield f'held_out: {unknown("source or cluster", name, names)}'
+      if name not in names:
+        yield f'held_out: {unknown_text("source or cluster", name, names)}'
     if not self.learned():
       weights = f' with weights={dict(self.weights)}' * bool(self.weights)
       yield (
@@ -229,39 +204,40 @@ class MixtureOptions(Options):
     return [name.strip() for name in self.held_out.split(',') if name.strip()]
 
 
-def _options(section: Mapping[str, Any]) -> Options:
-  options = {key: value for key, value in section.items() if key != KIND}
-  return SOURCES.get(section[KIND])(**options)
-
-
-def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
+def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
   """Reads the text of a source in `lines`: its name, options and weight.
 
-  The options are a section of a config; the weight is None if none is given.
+  The weight is None if none is given.
   """
   match = _ENTRY.fullmatch(entry)
   if match is None:
     raise InputError(f'it is not of the form {_FORM}')
-  cls, source = SOURCES.get(match['kind']), {KIND: match['kind']}
+  name, kind, options, weight = match.groups()
+  cls, values = SOURCES.get(kind), {}
   fields = fields_of(cls)
   required = [n for n in fields if fields[n].default is dataclasses.MISSING]
   unnamed = next(iter([*required, *fields]), '')
-  for number, text in enumerate(_split(match['options'] or '', ',')):
+  for number, text in enumerate(_split(options or '', ',')):
     pair = _PAIR.fullmatch(text)
     if pair is None and number:
       raise InputError(f'option {text!r} has no name; {_FORM}')
-    name, value = pair.groups() if pair else (unnamed, text)
-    if name not in fields:
-      raise unknown(f'option of {match["kind"]}', name, fields)
-    source[name] = _value(value, fields[name].type)
-  missing = [name for name in required if name not in source]
-  if missing and cls in SOURCES.builtin.values():
-    raise InputError(f'option {missing[0]!r} of {match["kind"]} is missing')
-  weight = match['weight']
+    key, value = pair.groups() if pair else (unnamed, text)
+    if key not in fields:
+      raise InputError(unknown_text(f'option of {kind}', key, fields))
+    value = value.strip()
+    if fields[key].type is not str or value[:1] in ('"', "'"):
+      # A text that is no value is refused by the option.
+      with contextlib.suppress(SyntaxError, ValueError):
+        value = ast.literal_eval(value)
+    values[key] = value
+  for key in required:
+    if key not in values:
+      raise InputError(f'option {key!r} of {kind} is missing')
   try:
-    return match['name'], source, None if weight is None else float(weight)
+    number = None if weight is None else float(weight)
   except ValueError:
     raise InputError(f'weight {weight!r} is no number') from None
+  return name, cls(**values), number
 
 
 def _split(text: str, separators: str) -> list[str]:
@@ -272,168 +248,14 @@ def _split(text: str, separators: str) -> list[str]:
   Raises:
     OptionError: A bracket or quote is not closed.
   """
-  text = re.sub(r'^\s*#.*$', '', text, flags=re.MULTILINE)
-  parts, depth, quote = [''], 0, ''
-  for letter in text:
-    if quote:
-      quote = '' if letter == quote else quote
-    elif letter in '\'"':
-      quote = letter
-    elif letter in '()':
-      depth += 1 if letter == '(' else -1
-    if letter in separators and not depth and not quote:
-      parts.append('')
-    else:
-      parts[-1] += letter
-  parts = [part.strip() for part in parts if part.strip()]
-  if depth or quote:
-    where = f'lines: {parts[-1]!r:.80}'
+  parts, part = [], ''
+  for piece in re.split(f'([{separators}])', _COMMENT.sub('', text)):
+    part += piece
+    bare = _QUOTED.sub('', part)
+    if bare.count('(') == bare.count(')') and not set(bare) & {'"', "'"}:
+      parts.append(part.strip())
+      part = ''
+  if part:
+    where = f'lines: {part.strip()!r:.80}'
     raise OptionError([f'{where} has an open bracket or quote'])
-  return parts
-
-
-def _value(text: str, hint: Any) -> Any:
-  """The value that a text gives to an option whose type is `hint`."""
-  text = text.strip()
-  if hint is str and text[:1] not in ('"', "'"):
-    return text
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text  # refused where the options are read
-
-
-@dataclasses.dataclass(frozen=True)
-class MixedDataset(Dataset):
-  """The dataset of a mixture.
-
-  Attributes:
-    clusters: The cluster of each source.
-    per_period: The number of rows in a period of each source that is learned
-      from.
-  """
-
-  clusters: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  per_period: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-  def describe(self) -> str:
-    """The lines that describe any dataset, and a line for each source."""
-    width = max(map(len, self.parts))
-    period = sum(self.per_period.values())
-    lines = [f'mixture, by rows in each period of {period:,}:']
-    for name, part in self.parts.items():
-      cluster = self.clusters[name]
-      count = self.per_period.get(name)
-      rate = '  held out' if count is None else f'{count:>10,}'
-      numbers = [
-        f'{part.counts["train"][key]:,} {key}'
-        for key in ('documents', 'pairs', 'examples', 'truncated')
-        if key in part.counts['train']
-      ]
-      numbers.append(part.splits['train'].describe())
-      note = f' ({cluster})' * (cluster != name)
-      lines.append(f'  {name:{width}}{rate}: {", ".join(numbers)}{note}')
-    return '\n'.join([super().describe(), *lines])
-
-  def tell(self, row: Mapping[str, float]) -> str:
-    """The text of an evaluation: a line for each cluster, then the means."""
-    means, groups, text_of = dict(row), {}, super().tell
-    for name in sorted(self.parts.keys() & row.keys()):
-      held_out = ' (held out)' * (name not in self.per_period)
-      keys = [k for k in means if k == name or k.startswith(f'{name}.')]
-      group = groups.setdefault(f'{self.clusters[name]}{held_out}', {})
-      group.update({key: means.pop(key) for key in keys})
-    lines = [f'{label}: {text_of(values)}' for label, values in groups.items()]
-    last = [text_of(means)] if means else []
-    return '\n  '.join(['', *sorted(lines), *last] if lines else last)
-
-
-def shared_tokenizer(
-  sources: Mapping[str, SourceOptions],
-  task: TaskOptions,
-  tokenizer: TokenizerOptions,
-  selection: Selection,
-) -> TokenizerOptions:
-  """The tokenizer of all sources, fitted to their texts if it depends on them.
-
-  A tokenizer that is fitted is kept in the cache, and is found there by its
-  options and the identities of the texts.
-
-  Raises:
-    ValueError: The data of a source is missing or bad.
-    NotPreparedError: The texts would have to be read within `reading_only`.
-  """
-  if tokenizer.known_vocab_size() is not None:
-    return tokenizer
-  corpora = [task.open(sources[name], selection) for name in sorted(sources)]
-
-  def write(folder: pathlib.Path) -> None:
-    texts = itertools.chain.from_iterable(
-      corpus.texts(split) for corpus in corpora for split in SPLITS
-    )
-    tokenizer.fit(texts).save(folder / 'tokenizer.json')
-
-  identities = [corpus.identity for corpus in corpora]
-  key = f'{FORMAT} {identities} {tokenizer.identity()}'
-  name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  folder = selection.cache / 'tokenizers' / name
-  path = prepared(folder, write, url=selection.url('tokenizers', name))
-  return Fitted(load_tokenizer(path / 'tokenizer.json'))
-
-
-def load(
-  mixture: MixtureOptions,
-  task: TaskOptions,
-  tokenizer: TokenizerOptions,
-  selection: Selection,
-  shape: RowShape,
-) -> MixedDataset:
-  """The dataset of a mixture, each source tokenized unless it is in the cache.
-
-  One tokenizer serves all sources; if it depends on texts, it is fitted to the
-  texts of all sources.
-
-  Raises:
-    ValueError: As `TaskOptions.load`, with the name of the source; or the
-      period is too short for a weight.
-    NotPreparedError: A source is missing in the cache within `reading_only`.
-  """
-  tokenizer = shared_tokenizer(mixture.sources, task, tokenizer, selection)
-  parts = {}
-  # A config keeps no order, and a run must be the same when it is read again.
-  for number, (name, source) in enumerate(sorted(mixture.sources.items())):
-    try:
-      part = task.load(source, tokenizer, selection, shape)
-    except NotPreparedError:
-      raise
-    except InputError as error:
-      raise InputError(f'mixture.sources.{name}: {error}') from error
-    splits = {s: TaskRows(rows, number) for s, rows in part.splits.items()}
-    parts[name] = dataclasses.replace(part, splits=splits)
-  sizes = {name: len(parts[name].splits['train']) for name in mixture.learned()}
-  per_period = whole_counts(mixture.shares(sizes), mixture.period)
-  learned = [parts[name] for name in per_period]
-  schedule = Schedule(np.array([*per_period.values()]))
-  digests = ''.join(f'{name} {part.digest}\n' for name, part in parts.items())
-  return MixedDataset(
-    source=f'mixture of {len(learned)} sources',
-    tokenizer=learned[0].tokenizer,
-    splits={
-      split: MixedRows(
-        {n: parts[n].splits[split] for n in per_period}, schedule
-      )
-      for split in SPLITS
-    },
-    digest=hashlib.sha256(digests.encode()).hexdigest(),
-    counts={
-      split: {
-        key: sum(part.counts[split][key] for part in learned)
-        for key in learned[0].counts[split]
-      }
-      for split in SPLITS
-    },
-    task=task,
-    parts=parts,
-    clusters={name: mixture.cluster(name) for name in parts},
-    per_period=per_period,
-  )
+  return [part for part in parts if part and part not in separators]

@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from moe_jax import cli
-from moe_jax.data.dataset import DataOptions, load
-from moe_jax.data.mixtures import shared_tokenizer
+from moe_jax.data.dataset import DataOptions, load, shared_tokenizer
 from moe_jax.data.pieces import POOL, Engine, Report, make
 from moe_jax.errors import InputError
 
@@ -56,7 +55,7 @@ def prepare(
   task, selection, mixed = options.task, options.selection, options.mixture
   tokenizer, reports = options.tokenizer, {}
   if mixed.sources:
-    tokenizer = shared_tokenizer(mixed.sources, task, tokenizer, selection)
+    tokenizer = shared_tokenizer(options)
   for name, source in sorted(mixed.sources.items()) or [('', options.source)]:
     try:
       corpus = task.open(source, selection)

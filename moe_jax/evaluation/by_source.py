@@ -13,44 +13,30 @@ import numpy as np
 
 from moe_jax import data
 from moe_jax.config import option
-from moe_jax.data import DataOptions, Question
+from moe_jax.data import DataOptions
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
+from moe_jax.evaluation import prompts
 from moe_jax.evaluation.choice import accuracy_row, log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
-from moe_jax.evaluation.prompts import (
-  AskingEvaluation,
-  EncodedQuestion,
-  asker_of,
-)
 from moe_jax.evaluation.scores import make_scores
 from moe_jax.runs.metrics import Row
-from moe_jax.training.evaluate import (
-  EvaluationOptions,
-  Losses,
-  Measure,
-  Setting,
-  Variables,
-  every_steps_option,
-  num_batches_option,
-)
-
-Questions = dict[str, list[Question]]
+from moe_jax.training import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceLosses(EvaluationOptions):
+class SourceLosses(evaluate.EvaluationOptions):
   """Options of the evaluation 'source_losses': the loss of each source."""
 
-  every_steps: int = every_steps_option(500)
-  num_batches: int = num_batches_option()
+  every_steps: int = evaluate.every_steps_option(500)
+  num_batches: int = evaluate.num_batches_option()
   split: str = option(
     'validation',
     "Split whose loss is measured; 'train' shows how far each is overfitted.",
     choices=data.SPLITS,
   )
 
-  def measure(self, setting: Setting) -> Measure:
+  def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
     """Returns the function that measures the loss of each source.
 
     Raises:
@@ -63,14 +49,14 @@ class SourceLosses(EvaluationOptions):
         "single source, kind 'loss' measures the loss"
       )
     loss_functions = {
-      name: Losses.of(
+      name: evaluate.Losses.of(
         dataclasses.replace(setting, dataset=part), self.num_batches, self.split
       )
       for name, part in datasets.items()
     }
     mixture = setting.data.mixture
 
-    def losses_row(variables: Variables, step: int) -> Row:
+    def losses_row(variables: evaluate.Variables, step: int) -> Row:
       values = {
         name: float(loss_of(variables, step)['loss'])
         for name, loss_of in loss_functions.items()
@@ -90,7 +76,7 @@ class SourceLosses(EvaluationOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceScores(AskingEvaluation):
+class SourceScores(prompts.AskingEvaluation):
   """Options of the evaluation 'source_scores': the score of each source."""
 
   num_questions: int = option(
@@ -105,7 +91,7 @@ class SourceScores(AskingEvaluation):
     minimum=0,
   )
 
-  def measure(self, setting: Setting) -> Measure:
+  def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
     """Returns the function that measures the scores; encodes all questions now.
 
     The function returns a `summary_row` of scores in percent. Where a source
@@ -124,32 +110,25 @@ class SourceScores(AskingEvaluation):
         f'{type(task).__name__} reads {task.reads}'
       )
     questions = self._questions(setting)
-    if not any(questions.values()):
+    if not questions:
       raise InputError('no source has a validation question that is asked')
-    asker = asker_of(setting, self.answer_prefix)
-    choices = {
-      name: [asker(_item(q), ()) for q in asked if q.choices]
-      for name, asked in questions.items()
-    }
+    asker = prompts.asker_of(setting, self.answer_prefix)
+    choices = [(n, asker(_item(q), ())) for n, q in questions if q.choices]
     pairs = [
       Pair(asker.inputs(q.inputs, self.num_tokens), q.inputs, q.target, name)
-      for name, asked in questions.items()
-      for q in asked
+      for name, q in questions
       if not q.choices
     ]
-    metrics = {name: qs[0].metric for name, qs in questions.items() if qs}
-    measurement = None
-    if pairs:
-      measurement = generator(setting, {}, pairs, self.num_tokens)
+    metrics = {name: q.metric for name, q in questions}
+    texts = generator(setting, {}, pairs, self.num_tokens) if pairs else None
 
-    def scores_row(variables: Variables, step: int) -> Row:
+    def scores_row(variables: evaluate.Variables, step: int) -> Row:
       scores, details = _choice_scores(
         setting, variables, choices, asker.layout
       )
-      if measurement is not None:
-        outputs = measurement.outputs(variables)
-        scores |= text_scores(pairs, outputs, metrics)
-      in_order = {name: scores[name] for name in questions if name in scores}
+      outputs = texts.outputs(variables) if texts is not None else []
+      scores |= text_scores(pairs, outputs, metrics)
+      in_order = {name: scores[name] for name in metrics}
       return {**summary_row(in_order, setting.data.mixture), **details}
 
     return scores_row
@@ -161,14 +140,15 @@ class SourceScores(AskingEvaluation):
     details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]
     return [*summary_row(dict.fromkeys(sources, 0.0), mixture), *details]
 
-  def _questions(self, setting: Setting) -> Questions:
-    """The questions of every source, spread over its validation split.
+  def _questions(
+    self, setting: evaluate.Setting
+  ) -> list[tuple[str, data.Question]]:
+    """Pairs of a source and a question, spread over its validation split.
 
     If `num_tokens` is 0, questions without choices are left out.
     """
-    options = setting.data
+    options, questions = setting.data, []
     sources = options.mixture.sources or {'source': options.source}
-    prefix, questions = options.task.input_prefix, {}
     for name, source in sorted(sources.items()):
       all_questions = source.questions(options.selection)
       metrics = {'choice' if q.choices else q.metric for q in all_questions}
@@ -177,12 +157,11 @@ class SourceScores(AskingEvaluation):
           f'the questions of source {name!r} are judged by {sorted(metrics)}; '
           'make one source for each of these'
         )
-      indices = data.spread(len(all_questions), self.num_questions)
-      questions[name] = [
-        all_questions[i]._replace(inputs=prefix + all_questions[i].inputs)
-        for i in indices
-        if self.num_tokens or all_questions[i].choices
-      ]
+      for i in data.spread(len(all_questions), self.num_questions):
+        question = all_questions[i]
+        if self.num_tokens or question.choices:
+          inputs = options.task.input_prefix + question.inputs
+          questions.append((name, question._replace(inputs=inputs)))
     return questions
 
   def shrunk(self) -> Self:
@@ -192,41 +171,32 @@ class SourceScores(AskingEvaluation):
     )
 
 
-def _item(question: Question) -> data.Item:
+def _item(question: data.Question) -> data.Item:
   """A question with choices as an item of `ChoiceEvaluation`."""
   label = question.choices.index(question.target)
   return data.Item(question.inputs, question.choices, label)
 
 
 def _choice_scores(
-  setting: Setting,
-  variables: Variables,
-  choices: Mapping[str, list[EncodedQuestion]],
+  setting: evaluate.Setting,
+  variables: evaluate.Variables,
+  asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
   """The score of each source that has choices, and details of the score."""
-  tasks = setting.data.tasks
-  asked = [(name, q) for name, questions in choices.items() for q in questions]
+  scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
-    return {}, {}
-  log_probs = log_likelihoods(
-    setting,
-    variables,
-    [question for _, question in asked],
-    layout,
-    [tasks.index(name) for name, _ in asked if tasks],
-  )
-  scores, details = {}, {}
-  for name in [name for name, questions in choices.items() if questions]:
-    answers, labels, nats = [], [], []
-    for (source, question), log_prob in zip(asked, log_probs):
-      if source == name:
-        # As in `ChoiceEvaluation`, no answer is worse for being longer.
-        answers.append(log_prob / question.lengths('tokens'))
-        labels.append(question.item.label)
-        nats.append(-log_prob[question.item.label])
-    row = accuracy_row(answers, labels)
+    return scores, details
+  task_ids = [tasks.index(name) for name, _ in asked if tasks]
+  encoded = [question for _, question in asked]
+  log_probs = log_likelihoods(setting, variables, encoded, layout, task_ids)
+  for name in dict.fromkeys(name for name, _ in asked):
+    own = [(q, x) for (source, q), x in zip(asked, log_probs) if source == name]
+    # As in `ChoiceEvaluation`, no answer is worse for being longer.
+    answers = [log_prob / q.lengths('tokens') for q, log_prob in own]
+    row = accuracy_row(answers, [q.item.label for q, _ in own])
     scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']
+    nats = [-log_prob[q.item.label] for q, log_prob in own]
     details[f'{name}.nats'] = float(np.mean(nats))
   return scores, details
 

@@ -23,27 +23,18 @@ from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Layout, Lengths
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
-from moe_jax.evaluation.prompts import (
-  AskingEvaluation,
-  EncodedQuestion,
-  asker_of,
-)
+from moe_jax.evaluation import prompts
 from moe_jax.models import Model
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import (
-  Setting,
-  Variables,
-  behind,
-  between_batches,
-)
+from moe_jax.training import evaluate
 from moe_jax.training.step import over_slices
 
 NORMALIZES = ('none', 'tokens', 'bytes')
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceEvaluation(AskingEvaluation):
+class ChoiceEvaluation(prompts.AskingEvaluation):
   """Options of the evaluation 'choice': its questions and its score."""
 
   source: ChoiceSourceOptions = choice(
@@ -92,7 +83,7 @@ class ChoiceEvaluation(AskingEvaluation):
     if not self.num_shots:
       yield from self.in_vain('unless num_shots is at least 1', 'shots_source')
 
-  def measure(self, setting: Setting) -> 'Choice':
+  def measure(self, setting: evaluate.Setting) -> 'Choice':
     """Returns the function that measures accuracy; encodes all questions now.
 
     Raises:
@@ -104,39 +95,32 @@ class ChoiceEvaluation(AskingEvaluation):
         f"evals.{setting.name} of kind 'choice': the model routes by task, and "
         "its questions are of none of the data's tasks"
       )
-    items, shots = self._items(setting.data.cache_dir)
-    asker = asker_of(setting, self.answer_prefix)
+    splits = self.train_split, self.validation_split
+    selection = data.Selection(splits, setting.data.cache_dir)
+    source = self.source.items(selection)
+    asked = source.items('validation')
+    if not len(asked):
+      raise InputError(f'{source.name} has no items')
+    items = [asked[i] for i in data.spread(len(asked), self.num_items)]
+    shots: list[list[data.Item]] = [[] for _ in items]
+    if self.num_shots:
+      if not isinstance(self.shots_source, SameSource):
+        source = self.shots_source.items(selection)
+      pool = source.items('train')
+      N, K, P = len(items), self.num_shots, len(pool)
+      if P < K:
+        raise InputError(f'num_shots={K} of {P} train items of {source.name}')
+      # N K indices spread over the P examples, so that a question's K differ.
+      shots = [
+        [pool[(k * N + i) * P // (N * K)] for k in range(K)] for i in range(N)
+      ]
+    asker = prompts.asker_of(setting, self.answer_prefix)
     return Choice(setting, self, [*map(asker, items, shots)], asker.layout)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in the row that `Choice` returns."""
     names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
     return [*names, 'shots'] if self.num_shots else names
-
-  def _items(
-    self, cache_dir: str
-  ) -> tuple[list[data.Item], list[list[data.Item]]]:
-    """The questions, and the examples that stand before each question."""
-    splits = (self.train_split, self.validation_split)
-    selection = data.Selection(splits, cache_dir)
-    source = self.source.items(selection)
-    judged_items = source.items('validation')
-    if not len(judged_items):
-      raise InputError(f'{source.name} has no items')
-    item_indices = data.spread(len(judged_items), self.num_items)
-    items = [judged_items[i] for i in item_indices]
-    N, K = len(items), self.num_shots
-    if not K:
-      return items, [[] for _ in items]
-    if not isinstance(self.shots_source, SameSource):
-      source = self.shots_source.items(selection)
-    pool = source.items('train')
-    P = len(pool)
-    if P < K:
-      raise InputError(f'num_shots={K} of {P} train items of {source.name}')
-    # N K indices spread over the P examples, so that a question's K differ.
-    indices = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
-    return items, [[pool[index] for index in row] for row in indices]
 
   def shrunk(self) -> Self:
     """The same evaluation of three questions about the embedded corpus."""
@@ -164,12 +148,12 @@ class Choice:
     layout: The layout of rows.
   """
 
-  setting: Setting
+  setting: evaluate.Setting
   options: ChoiceEvaluation
-  questions: list[EncodedQuestion]
+  questions: list[prompts.EncodedQuestion]
   layout: Layout
 
-  def __call__(self, variables: Variables, step: int) -> Row:
+  def __call__(self, variables: evaluate.Variables, step: int) -> Row:
     """The row of `accuracy_row`, and counts of what did not fit.
 
     The row also has `cut_items`, the number of questions that had to be cut to
@@ -183,7 +167,9 @@ class Choice:
       row['shots'] = float(np.mean([q.num_shots for q in self.questions]))
     return row
 
-  def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
+  def scores(
+    self, variables: evaluate.Variables
+  ) -> list[Float[np.ndarray, ' A']]:
     """The normalised log-likelihoods of each question's answers."""
     asked, unit = self.questions, self.options.normalize
     log_probs = log_likelihoods(self.setting, variables, asked, self.layout)
@@ -213,9 +199,9 @@ def accuracy_row(
 
 
 def log_likelihoods(
-  setting: Setting,
-  variables: Variables,
-  questions: Sequence[EncodedQuestion],
+  setting: evaluate.Setting,
+  variables: evaluate.Variables,
+  questions: Sequence[prompts.EncodedQuestion],
   layout: Layout,
   task_ids: Sequence[int] = (),
 ) -> list[Float[np.ndarray, ' A']]:
@@ -237,38 +223,27 @@ def log_likelihoods(
   compiled = dict(model=setting.model, microbatches=put.microbatches)
 
   def scored(begin):
-    between_batches()
+    evaluate.between_batches()
     batch_rows = rows[begin : begin + batch_size]
     padded_rows = batch_rows + [[]] * (batch_size - len(batch_rows))
     batch = layout.assemble([[examples[i] for i in row] for row in padded_rows])
-    if tasks:
-      batch |= _tasks(batch, [[tasks[i] for i in row] for row in padded_rows])
+    for name in [n for n in batch if tasks and n.endswith('segment_ids')]:
+      task_of = [[0, *(tasks[i] for i in row)] for row in padded_rows]
+      pairs = zip(task_of, batch[name])
+      task_ids = np.stack([np.array(of, np.int32)[ids] for of, ids in pairs])
+      batch[name.replace('segment', 'task')] = task_ids
     log_probs = _log_probs(variables, put(batch), **compiled)
     return batch_rows, batch['segment_ids'], log_probs
 
   totals = np.zeros(len(examples), np.float64)
   batches = map(scored, range(0, len(rows), batch_size))
-  for batch_rows, segment_ids, log_probs in behind(batches):
+  for batch_rows, segment_ids, log_probs in evaluate.behind(batches):
     log_probs = fetch(log_probs).astype(np.float64)
     for b, row in enumerate(batch_rows):
       for segment, i in enumerate(row, 1):
         totals[i] = log_probs[b, segment_ids[b] == segment].sum()
   ends = np.cumsum([len(question.examples) for question in questions])
   return np.split(totals, ends[:-1])
-
-
-def _tasks(
-  batch: dict[str, np.ndarray], rows: Sequence[Sequence[int]]
-) -> dict[str, np.ndarray]:
-  """The arrays of each token's task, from the tasks of each row's examples."""
-  task_of_segment = np.zeros((len(rows), 1 + max(map(len, rows))), np.int32)
-  for b, row in enumerate(rows):
-    task_of_segment[b, 1 : 1 + len(row)] = row
-  return {
-    name.replace('segment', 'task'): np.take_along_axis(task_of_segment, ids, 1)
-    for name, ids in batch.items()
-    if name.endswith('segment_ids')
-  }
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'microbatches'))

@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from moe_jax import data, generation, partitioning
 from moe_jax.devices import Placing
-from moe_jax.generation.trained_run import Loaded
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
   EvaluationOptions,
@@ -40,20 +39,16 @@ def evaluate_all(
   workdir: str | os.PathLike[str],
   entries: Mapping[str, EvaluationOptions],
   *,
-  step: int | None = None,
-  dtype: str = '',
   mesh: Mesh | None = None,
-  allow: Iterable[str] = (),
+  **arguments: Any,
 ) -> dict[str, Row]:
   """The rows that several evaluations measure for a run's folder, by name.
 
   Args:
     workdir: The run's folder.
     entries: The options of each evaluation, by name; `every_steps` is ignored.
-    step: Optimizer step of the checkpoint; None is the newest good one.
-    dtype: Another dtype of parameters and products; see `generation.load`.
     mesh: The devices of the parameters; None is the first local device.
-    allow: Modules of the user's own classes; see `generation.load`.
+    **arguments: `step`, `dtype` and `allow`, as `generation.load` takes them.
 
   Raises:
     ValueError: As `generation.load`, or the run lacks what the evaluation
@@ -62,29 +57,24 @@ def evaluate_all(
   """
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  run = generation.load(workdir, step, dtype=dtype, mesh=mesh, allow=allow)
+  run = generation.load(workdir, mesh=mesh, **arguments)
+  size, rules = run.batch_size, run.sharding.rules
+  shape = size, run.data.seq_len
+  sharding = partitioning.sharding(
+    mesh, rules, ('batch', None), shape, 'a batch'
+  )
+  # As many microbatches as fit the mesh, which may be fewer than in training.
+  rows = size // partitioning.row_parts(mesh, rules)
+  microbatches = math.gcd(run.microbatches, rows)
   evaluations = make_evaluations(
     run.options,
     run.model,
     entries,
-    run.sharding.rules,
+    rules,
     dataset=data.load(run.data),
     data=run.data,
-    batch_size=run.batch_size,
+    batch_size=size,
     workdir=pathlib.Path(workdir).expanduser(),
-    put=_placing(run, mesh),
+    put=Placing(sharding, size, microbatches),
   )
   return evaluation_rows(evaluations, run.variables, run.step)
-
-
-def _placing(run: Loaded, mesh: Mesh) -> Placing:
-  """The placing of batches on a mesh, with as many microbatches as fit it.
-
-  The number of microbatches may be lower than in training.
-  """
-  size, rules = run.batch_size, run.sharding.rules
-  sharding = partitioning.sharding(
-    mesh, rules, ('batch', None), (size, run.data.seq_len), 'a batch'
-  )
-  rows = size // partitioning.row_parts(mesh, rules)
-  return Placing(sharding, size, math.gcd(run.microbatches, rows))

@@ -10,6 +10,7 @@ from moe_jax import data, generation
 from moe_jax.config import option, unknown_text
 from moe_jax.data import DataOptions
 from moe_jax.data.mixing import TaskRows
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import asker_of
@@ -19,12 +20,7 @@ from moe_jax.models import check_generates
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Int
-from moe_jax.training.evaluate import (
-  EvaluationOptions,
-  Setting,
-  Variables,
-  between_batches,
-)
+from moe_jax.training import evaluate
 
 
 class Pair(NamedTuple):
@@ -45,7 +41,7 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateEvaluation(EvaluationOptions):
+class GenerateEvaluation(evaluate.EvaluationOptions):
   """Options of the evaluation 'generate': scores of generated outputs."""
 
   num_examples: int = option(
@@ -87,27 +83,23 @@ class GenerateEvaluation(EvaluationOptions):
         problem = unknown_text('metric', name, METRICS)
         yield f'metrics={self.metrics!r}: {problem}'
 
-  def measure(self, setting: Setting) -> 'Generate':
+  def measure(self, setting: evaluate.Setting) -> 'Generate':
     """Returns the function that measures the scores; reads all examples now.
 
     Raises:
       ValueError: The data has no inputs and targets, there is no room for new
         tokens, or the model does not generate.
     """
-    return generator(
-      setting,
-      make_scores(self.metrics, self.bleu_tokenizer),
-      self.pairs(setting),
-      self.num_tokens,
-      num_beams=self.num_beams,
-      length_penalty=self.length_penalty,
-    )
+    scores = make_scores(self.metrics, self.bleu_tokenizer)
+    search = dict(num_beams=self.num_beams, length_penalty=self.length_penalty)
+    pairs = self.pairs(setting)
+    return generator(setting, scores, pairs, self.num_tokens, **search)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in the row that `Generate` returns."""
     return (*names_of(self.metrics), 'examples')
 
-  def pairs(self, setting: Setting) -> list[Pair]:
+  def pairs(self, setting: evaluate.Setting) -> list[Pair]:
     """The examples: pairs of texts from the source, or windows split in two.
 
     Raises:
@@ -120,16 +112,11 @@ class GenerateEvaluation(EvaluationOptions):
         f'which {type(task).__name__} does not have'
       )
     texts = data.read_pairs(setting.data, 'validation')
-    if texts is not None:
-      return self._text_pairs(setting, texts)
-    rows = setting.dataset.splits['validation']
-    indices = data.spread(len(rows), self.num_examples)
-    return [_window_pair(setting, rows, i) for i in indices]
-
-  def _text_pairs(
-    self, setting: Setting, texts: Iterator[tuple[str, str]]
-  ) -> list[Pair]:
     asker, tokenizer = asker_of(setting), setting.dataset.tokenizer
+    if texts is None:
+      rows = setting.dataset.splits['validation']
+      indices = data.spread(len(rows), self.num_examples)
+      return [_window_pair(tokenizer, rows, i) for i in indices]
     total = setting.dataset.counts['validation']['pairs']
     pairs = list(texts)
     if len(pairs) != total:  # encoding a whole split would take long
@@ -140,15 +127,12 @@ class GenerateEvaluation(EvaluationOptions):
     for name in setting.data.mixture.learned():
       part = setting.dataset.parts[name]
       tasks += [name] * part.counts['validation']['pairs']
-
-    def pair_of(i):
-      inputs, target = pairs[i]
-      ids = asker.inputs(inputs, self.num_tokens)
-      return Pair(ids, inputs, target, tasks[i] if tasks else '')
-
-    return [
-      pair_of(i) for i in data.spread(min(total, len(pairs)), self.num_examples)
-    ]
+    examples = []
+    for i in data.spread(min(total, len(pairs)), self.num_examples):
+      ids = asker.inputs(pairs[i][0], self.num_tokens)
+      # A single source has no tasks.
+      examples.append(Pair(ids, *pairs[i], *tasks[i : i + 1]))
+    return examples
 
   def shrunk(self) -> Self:
     """The same evaluation of three short outputs."""
@@ -158,7 +142,7 @@ class GenerateEvaluation(EvaluationOptions):
 
 
 def generator(
-  setting: Setting,
+  setting: evaluate.Setting,
   scores: Mapping[str, Score],
   pairs: list[Pair],
   num_tokens: int,
@@ -193,9 +177,9 @@ def generator(
   return Generate(setting, scores, pairs, arguments)
 
 
-def _window_pair(setting: Setting, all_rows: data.Rows, row: int) -> Pair:
+def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split at the same token in every evaluation."""
-  tokenizer, parts = setting.dataset.tokenizer, iter(all_rows.parts.items())
+  parts = iter(all_rows.parts.items())
   task, rows = next(parts)
   while row >= len(rows):
     row -= len(rows)
@@ -218,12 +202,12 @@ class Generate:
     arguments: Arguments of `generation.generate`.
   """
 
-  setting: Setting
+  setting: evaluate.Setting
   scores: Mapping[str, Score]
   pairs: list[Pair]
   arguments: dict[str, Any]
 
-  def __call__(self, variables: Variables, step: int) -> Row:
+  def __call__(self, variables: evaluate.Variables, step: int) -> Row:
     """The scores in percent, and the number of `examples`.
 
     Inputs, outputs and targets are written to `<name>_examples.txt`.
@@ -236,7 +220,7 @@ class Generate:
       self._write(step, row, outputs)
     return {**row, 'examples': len(outputs)}
 
-  def outputs(self, variables: Variables) -> list[str]:
+  def outputs(self, variables: evaluate.Variables) -> list[str]:
     """The generated text for each example."""
     setting, tokenizer = self.setting, self.setting.dataset.tokenizer
     imported = trained_run.is_imported(setting.workdir)
@@ -247,18 +231,17 @@ class Generate:
     size = min(setting.batch_size, len(self.pairs))
     texts = []
     for start in range(0, len(self.pairs), size):
-      between_batches()
+      evaluate.between_batches()
       # The last batch is filled up, as another size would compile again.
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
       names = [p.task for p in padded_batch if model.stacks.task_sequences]
-      rows = generation.generate(
-        model,
-        variables,
-        [pair.ids for pair in padded_batch],
-        task_ids=trained_run.task_ids(model, setting.data, names, 'of pairs'),
-        **self.arguments,
-      ).rows[: len(batch)]
+      ids = [pair.ids for pair in padded_batch]
+      tasks = trained_run.task_ids(model, setting.data, names, 'of pairs')
+      output = generation.generate(
+        model, variables, ids, task_ids=tasks, **self.arguments
+      )
+      rows = output.rows[: len(batch)]
       texts += [trained_run.decode(tokenizer, row) for row in rows]
     return texts
 

@@ -101,10 +101,21 @@ class Asker:
   def inputs(self, prompt: str, num_tokens: int) -> Int[np.ndarray, ' N']:
     """The ids of a prompt, cut so that `num_tokens` of an answer fit a row."""
     ids = self._encode(prompt)
-    lengths = self.layout.cut(np.array([len(ids)]), np.array([num_tokens]))
-    return cut_as_trained(
-      self.task, ids, int(lengths.inputs[0]), self.tokenizer.eos_id
-    )
+    return self.cut_inputs(ids, self._lengths(len(ids), num_tokens)[0])
+
+  def cut_inputs(
+    self, ids: Int[np.ndarray, ' N'], length: int
+  ) -> Int[np.ndarray, ' n']:
+    """At most `length` ids of inputs, cut as the task cuts its inputs.
+
+    An EOS at the end is kept.
+    """
+    if len(ids) <= length:
+      return ids
+    ends = int(len(ids) and ids[-1] == self.tokenizer.eos_id)
+    body, end = np.split(ids, [len(ids) - ends])
+    body = cut_inputs(body, length - ends, keep_end=self.task.keep_end)
+    return np.append(body, end)
 
   def _example(self, prompt: str, answer: str) -> Example:
     if self.goes_on:
@@ -130,19 +141,21 @@ class Asker:
 
   def _has_room(self, example: Example, cut_example: Example) -> bool:
     """Whether all inputs are left, and as many targets as a row ever takes."""
-    alone = self.layout.cut(np.array([1]), np.array([len(example.targets)]))
-    whole = len(example.inputs), int(alone.targets[0])
-    return (len(cut_example.inputs), len(cut_example.targets)) == whole
+    _, room = self._lengths(1, len(example.targets))
+    lengths = len(cut_example.inputs), len(cut_example.targets)
+    return lengths == (len(example.inputs), room)
 
   def _cut(self, example: Example) -> Example:
-    lengths = self.layout.cut(*(np.array([len(side)]) for side in example))
-    n, m = int(lengths.inputs[0]), int(lengths.targets[0])
-    inputs = example.inputs
+    inputs, targets = example
+    n, m = self._lengths(len(inputs), len(targets))
     if self.goes_on:
-      inputs = inputs[len(inputs) - n :]
-    else:
-      inputs = cut_as_trained(self.task, inputs, n, self.tokenizer.eos_id)
-    return Example(inputs, example.targets[:m])
+      return Example(inputs[len(inputs) - n :], targets[:m])
+    return Example(self.cut_inputs(inputs, n), targets[:m])
+
+  def _lengths(self, inputs: int, targets: int) -> tuple[int, int]:
+    """The lengths to which an example of these lengths is cut for its row."""
+    lengths = self.layout.cut(np.array([inputs]), np.array([targets]))
+    return int(lengths.inputs[0]), int(lengths.targets[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,21 +186,3 @@ def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
     answer_prefix,
     imported=trained_run.is_imported(setting.workdir),
   )
-
-
-def cut_as_trained(
-  task: data.TaskOptions,
-  ids: Int[np.ndarray, ' N'],
-  length: int,
-  eos_id: int | None,
-) -> Int[np.ndarray, ' n']:
-  """At most `length` ids of inputs, cut as the task cuts its inputs.
-
-  An EOS at the end is kept.
-  """
-  if len(ids) <= length:
-    return ids
-  ends = int(len(ids) and ids[-1] == eos_id)
-  body, end = np.split(ids, [len(ids) - ends])
-  body = cut_inputs(body, length - ends, keep_end=task.keep_end)
-  return np.append(body, end)

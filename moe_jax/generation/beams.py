@@ -23,11 +23,11 @@ from moe_jax.generation.prefix import (
   start,
 )
 from moe_jax.models import Cache, Model
-from moe_jax.shapes import Array, Bool, Float32, Int, Int32
+from moe_jax.shapes import Array, Bool, Float32, Int, Int32, Leaf
 
 
 class Beams(NamedTuple):
-  """The best sequences of each row, the best first.
+  """The best sequences of each row that have ended, the best first.
 
   Attributes:
     tokens: int32 [B, R, N], the new tokens; padding from each length on.
@@ -36,9 +36,9 @@ class Beams(NamedTuple):
     scores: float32 [B, R], see `beam_search`; -inf where there is no sequence.
   """
 
-  tokens: Int32[np.ndarray, 'B R N']
-  lengths: Int32[np.ndarray, 'B R']
-  scores: Float32[np.ndarray, 'B R']
+  tokens: Int32[Leaf, 'B R N']
+  lengths: Int32[Leaf, 'B R']
+  scores: Float32[Leaf, 'B R']
 
 
 def beam_search(
@@ -71,20 +71,16 @@ def beam_search(
     length_penalty: The exponent of a sequence's length; above 0 favours long
       sequences, below 0 short ones.
     **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
-      `task_ids`, which mean what they mean in `generate`.
+      `task_ids`; see `Ends`.
 
   Raises:
     ValueError: A number is out of range, a logit is not finite, or as in
       `generate`.
   """
-  check_whole('num_beams', num_beams, 0)
-  check_whole('num_return', num_return, 0)
+  check_whole('num_beams', num_beams, 1)
+  given = f'num_beams={num_beams} and num_return'
+  check_whole(given, num_return, 1, num_beams)  # more are not followed
   check_number('length_penalty', length_penalty)
-  if not 1 <= num_return <= num_beams:
-    raise InputError(
-      f'num_beams={num_beams} and num_return={num_return}: both are at least '
-      '1, and no more are returned than are followed'
-    )
   begun = start(model, variables, prompt, num_beams, **ends)
   search, finite = _search(
     begun.model,
@@ -103,49 +99,27 @@ def beam_search(
   return Beams(*(leaf[:, :num_return] for leaf in (tokens, lengths, scores)))
 
 
-class Running(NamedTuple):
-  """Sequences that have not ended, the best first.
-
-  Attributes:
-    tokens: int32 [B, W, N], the new tokens.
-    scores: float32 [B, W], log probabilities; -inf where there is no sequence.
-    last: int32 [B, W], the last token, which is not in the cache.
-  """
-
-  tokens: Int32[Array, 'B W N']
-  scores: Float32[Array, 'B W']
-  last: Int32[Array, 'B W']
-
-
-class Ended(NamedTuple):
-  """Sequences that have ended, the best first.
-
-  Attributes:
-    tokens: int32 [B, W, N], the new tokens.
-    lengths: int32 [B, W], the number of new tokens.
-    scores: float32 [B, W], log probabilities divided by length^length_penalty;
-      -inf where there is no sequence.
-  """
-
-  tokens: Int32[Array, 'B W N']
-  lengths: Int32[Array, 'B W']
-  scores: Float32[Array, 'B W']
-
-
 class Search(NamedTuple):
   """The state of a search between two steps, apart from the cache.
 
+  A beam is a sequence that has not ended.
+
   Attributes:
-    step: int32 [], the number of new tokens of a running sequence.
-    running: The beams.
-    ended: The best ended sequences so far.
+    step: int32 [], the number of new tokens of a beam.
+    tokens: int32 [B, W, N], the new tokens of the beams, the best first.
+    scores: float32 [B, W], the log probabilities of the beams; -inf where there
+      is no sequence.
+    last: int32 [B, W], the last token of each beam, which is not in the cache.
+    ended: The best W sequences so far that have ended.
     open: bool [B], whether a row's search goes on.
   """
 
-  step: Int[Array, '']
-  running: Running
-  ended: Ended
-  open: Bool[Array, ' B']
+  step: Int[Leaf, '']
+  tokens: Int32[Leaf, 'B W N']
+  scores: Float32[Leaf, 'B W']
+  last: Int32[Leaf, 'B W']
+  ended: Beams
+  open: Bool[Leaf, ' B']
 
 
 def first_search(last, tokens, num_forced: int, width: int) -> Search:
@@ -161,11 +135,9 @@ def first_search(last, tokens, num_forced: int, width: int) -> Search:
   tokens = np.repeat(tokens[:, None], W, axis=1)
   scores = np.full((B, W), -np.inf, np.float32)
   first_scores = np.where(np.arange(W)[None] == 0, np.float32(0), scores)
-  beams: Any = tokens, first_scores, np.repeat(last[:, None], W, axis=1)
-  empty: Any = np.zeros_like(tokens), np.zeros((B, W), np.int32), scores
-  running, ended = Running(*beams), Ended(*empty)
-  state: Any = np.int32(num_forced), running, ended, np.ones(B, bool)
-  return Search(*state)
+  beams = tokens, first_scores, np.repeat(last[:, None], W, axis=1)
+  ended = Beams(np.zeros_like(tokens), np.zeros((B, W), np.int32), scores)
+  return Search(np.int32(num_forced), *beams, ended, np.ones(B, bool))
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -178,7 +150,7 @@ def _search(
   stop_ids: Int32[Array, ' n'],
   length_penalty: Float32[Array, ''],
 ) -> tuple[Search, Bool[Array, '']]:
-  B, W, N = search.running.tokens.shape
+  B, W, N = search.tokens.shape
   first_row = W * jnp.arange(B, dtype=jnp.int32)[:, None]  # [B, 1]
   cache = cache.take(jnp.repeat(jnp.arange(B, dtype=jnp.int32), W))
 
@@ -188,7 +160,7 @@ def _search(
 
   def step(carry):
     search, cache, _ = carry
-    last = search.running.last.reshape(B * W, 1)
+    last = search.last.reshape(B * W, 1)
     logits, cache = model.apply(
       variables, last, jnp.ones_like(last, bool), cache, method='decode'
     )
@@ -236,13 +208,13 @@ def advance(
     The next state, and the index of the beam that each new beam continues.
   """
   B, W, V = log_probs.shape
-  running, N = search.running, search.running.tokens.shape[2]
+  N = search.tokens.shape[2]
   count = min(max(2, 1 + stop_ids.shape[0]) * W, W * V)
-  scores = (running.scores[..., None] + log_probs).reshape(B, W * V)
+  scores = (search.scores[..., None] + log_probs).reshape(B, W * V)
   scores, index = jax.lax.top_k(scores, count)  # [B, C]
   beam, token = index // V, index % V
   length = search.step + 1
-  tokens = jnp.take_along_axis(running.tokens, beam[..., None], axis=1)
+  tokens = _pick(search.tokens, beam)
   place = (0, 0, search.step)
   tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], place)
   ends = jnp.isin(token, stop_ids) | (length == N)
@@ -251,28 +223,19 @@ def advance(
   penalty = length.astype(jnp.float32) ** length_penalty
   lengths = jnp.full((B, count), length, jnp.int32)
   results = jnp.where(is_result, scores / penalty, -jnp.inf)
-  ended = _best_ended(search.ended, Ended(tokens, lengths, results))
-  running_scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
-
-  def pick(leaf):
-    return jnp.take_along_axis(leaf, chosen, axis=1)
-
-  running_tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
-  best, worst = running_scores[:, 0], ended.scores[:, -1]
+  pairs = zip(search.ended, (tokens, lengths, results))
+  merged = Beams(*(jnp.concatenate(pair, axis=1) for pair in pairs))
+  best, chosen = jax.lax.top_k(merged.scores, W)
+  lengths = jnp.where(jnp.isneginf(best), 0, _pick(merged.lengths, chosen))
+  ended = Beams(_pick(merged.tokens, chosen), lengths, best)
+  scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
+  beams = _pick(tokens, chosen), scores, _pick(token, chosen)
   # With fewer than W results the worst score is -inf: any beam is better.
-  is_open = search.open & (best / penalty > worst)
-  next_search = Search(
-    length, Running(running_tokens, running_scores, pick(token)), ended, is_open
-  )
-  return next_search, pick(beam)
+  is_open = search.open & (scores[:, 0] / penalty > ended.scores[:, -1])
+  return Search(length, *beams, ended, is_open), _pick(beam, chosen)
 
 
-def _best_ended(old: Ended, new: Ended) -> Ended:
-  W = old.scores.shape[1]
-  merged = [jnp.concatenate(pair, axis=1) for pair in zip(old, new)]
-  tokens, lengths, scores = merged
-  scores, chosen = jax.lax.top_k(scores, W)
-  lengths = jnp.take_along_axis(lengths, chosen, axis=1)
-  lengths = jnp.where(jnp.isneginf(scores), 0, lengths)
-  tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
-  return Ended(tokens, lengths, scores)
+def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
+  """What belongs to the chosen of each row's sequences, [B, C] or [B, C, N]."""
+  index = chosen if leaf.ndim == 2 else chosen[..., None]
+  return jnp.take_along_axis(leaf, index, axis=1)

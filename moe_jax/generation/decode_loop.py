@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from moe_jax.generation.beams import beam_search, check_finite
 from moe_jax.generation.prefix import (
   Ends,
   Ids,
-  Start,
   Variables,
   check_number,
   check_whole,
@@ -51,11 +50,6 @@ def generate(
   variables: Variables,
   prompt: Sequence[Ids] | Ids,
   *,
-  num_tokens: int = 64,
-  start_id: int | None = None,
-  forced_ids: Sequence[int] = (),
-  stop_ids: Sequence[int] = (),
-  pad_id: int = 0,
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -63,7 +57,7 @@ def generate(
   num_beams: int = 1,
   length_penalty: float = 1.0,
   on_token: OnToken | None = None,
-  task_ids: Ids | None = None,
+  **ends: Unpack[Ends],
 ) -> Generation:
   """Continues prompts, or answers prompts with an encoder-decoder.
 
@@ -82,13 +76,6 @@ def generate(
     variables: The variables of the model, its parameters under 'params'.
     prompt: Token ids, one sequence for each row, of any lengths; or the ids of
       a single row. An encoder-decoder's encoder reads the prompts.
-    num_tokens: N, the number of new tokens at which every row ends. Each N
-      compiles a program of its own.
-    start_id: The first id of the input of an encoder-decoder's decoder.
-    forced_ids: The ids that every row emits first, such as that of a target
-      language, whatever their probabilities.
-    stop_ids: The ids each of which ends a row.
-    pad_id: The id that fills up a row after its end.
     temperature: The divisor of logits before a token is drawn; 0.0 takes the
       likeliest token.
     top_k: The number of likeliest tokens among which is drawn; 0 is all.
@@ -103,7 +90,8 @@ def generate(
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
       -1 for rows that have ended; a true result ends the generation. Without
       it nothing leaves the device before the end.
-    task_ids: The task of each row, for a model that routes by task.
+    **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
+      `task_ids`; see `Ends`.
 
   Raises:
     ValueError: An option is out of range or contradicts another; a prompt is
@@ -111,14 +99,6 @@ def generate(
       position at which keys change, or has an unknown id; a task is missing;
       or a logit is not finite.
   """
-  ends: Ends = {
-    'num_tokens': num_tokens,
-    'start_id': start_id,
-    'forced_ids': forced_ids,
-    'stop_ids': stop_ids,
-    'pad_id': pad_id,
-    'task_ids': task_ids,
-  }
   sampler = Sampler.make(temperature, top_k, top_p)
   _check_beams(num_beams, length_penalty, temperature, on_token)
   if num_beams != 1:
@@ -126,17 +106,26 @@ def generate(
     found = beam_search(model, variables, prompt, **beams, **ends)
     return Generation(found.tokens[:, 0], found.lengths[:, 0])
   begun = start(model, variables, prompt, **ends)
+  (B, N), n = begun.tokens.shape, begun.num_forced
   run = functools.partial(
     _advance,
     begun.model,
     begun.variables,
-    keys=row_keys(seed, len(begun.tokens)),
+    keys=row_keys(seed, B),
     stop_ids=begun.stop_ids,
     sampler=sampler,
     pad_id=jnp.int32(begun.pad_id),
   )
-  state = _first_state(begun)
-  state = _stream(run, state, on_token) if on_token else run(state, state.end)
+  state = State(
+    step=jnp.int32(n),
+    token=jnp.asarray(begun.last),
+    ended=jnp.zeros(B, bool),
+    tokens=jnp.asarray(begun.tokens),
+    lengths=jnp.full(B, n, jnp.int32),
+    finite=jnp.bool_(True),
+    cache=begun.cache,
+  )
+  state = _stream(run, state, on_token) if on_token else run(state, N)
   tokens, lengths, step, finite = fetch(
     (state.tokens, state.lengths, state.step, state.finite)
   )
@@ -188,24 +177,6 @@ class State(NamedTuple):
   finite: Bool[Array, '']
   cache: Cache
 
-  @property
-  def end(self) -> int:
-    """N, the number of new tokens at which rows end."""
-    return self.tokens.shape[1]
-
-
-def _first_state(begun: Start) -> State:
-  B, n = len(begun.tokens), begun.num_forced
-  return State(
-    step=jnp.int32(n),
-    token=jnp.asarray(begun.last),
-    ended=jnp.zeros(B, bool),
-    tokens=jnp.asarray(begun.tokens),
-    lengths=jnp.full(B, n, jnp.int32),
-    finite=jnp.bool_(True),
-    cache=begun.cache,
-  )
-
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
 def _advance(
@@ -253,7 +224,7 @@ def _stream(
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):
     if on_token(n, forced):
       return state._replace(lengths=jnp.full_like(state.lengths, n + 1))
-  for n in range(int(state.step), state.end):
+  for n in range(int(state.step), state.tokens.shape[1]):
     state = run(state, n + 1)
     token, now_ended, finite = fetch((state.token, state.ended, state.finite))
     check_finite(finite, n + 1)

@@ -5,7 +5,6 @@ slot of the cache; rows of an encoder are padded at the end. Lengths are rounded
 up to a few values, so that not every prompt compiles a program of its own.
 """
 
-import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -70,9 +69,7 @@ def _as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
     row = np.empty((0, 0))
   if row.ndim != 1:
     raise InputError(f'{name} has shape {row.shape}; it must be a list of ids')
-  if not row.size:
-    return row.astype(np.int64)
-  if row.dtype.kind not in 'iu':
+  if row.size and row.dtype.kind not in 'iu':
     raise InputError(
       f'{name} has the value {row.tolist()[0]!r} of type {row.dtype}; '
       f'{noun} ids are integers'
@@ -108,10 +105,9 @@ class Prefix(NamedTuple):
 def make_prefix(
   model: Model,
   prompt: Sequence[Ids] | Ids,
-  *,
-  start_id: int | None,
-  forced_ids: Sequence[int],
   num_tokens: int,
+  start_id: int | None = None,
+  forced_ids: Sequence[int] = (),
   task_ids: Ids | None = None,
 ) -> Prefix:
   """Checks prompts and pads them.
@@ -119,9 +115,9 @@ def make_prefix(
   Args:
     model: A prepared model.
     prompt: Token ids, one sequence for each row, or the ids of a single row.
+    num_tokens: N, the number of new tokens, including `forced_ids`.
     start_id: The first id of the input of an encoder-decoder's decoder.
     forced_ids: The ids that every row emits first.
-    num_tokens: N, the number of new tokens, including `forced_ids`.
     task_ids: The task of each row.
 
   Raises:
@@ -149,37 +145,38 @@ def make_prefix(
       f'num_tokens={num_tokens} leaves none to choose after '
       f'{len(forced)} forced_ids'
     )
-  steps = num_tokens - len(forced)
-  if not model.has_encoder:
-    if start_id is not None:
-      raise InputError(
-        f'start_id={start_id} for a decoder-only model, which begins with its '
-        'prompt'
-      )
-    rows = [np.append(row, forced) for row in rows]
-    _check_length(model, 'prompt', max(map(len, rows)) + steps - 1)
-    # All but the last token are read at once.
-    decoding.check_change(
-      model, [(len(row) - 1, len(row) + steps - 1) for row in rows]
+  B, steps = len(rows), num_tokens - len(forced)
+  check_room([(f'num_tokens={num_tokens} of {B} rows', 4 * B * num_tokens)])
+  if model.has_encoder:
+    if start_id is None:
+      raise InputError('an encoder-decoder needs a start_id')
+    longest = max(map(len, rows))
+    _check_length(model, 'prompt', longest)
+    _check_length(model, 'output', num_tokens)
+    decoding.check_change(model, [(0, num_tokens)])
+    starts = [np.array([start_id, *forced])] * B
+    return Prefix(
+      *padded(starts, 1 + len(forced), front=True),
+      *padded(rows, _padded_length(model, longest), front=False),
+      task_ids=tasks,
     )
-    # The last token is a step of its own.
-    length = _padded_length(model, max(map(len, rows)) - 1) + 1
-    _check_room(model, len(rows), length + steps, num_tokens)
-    return Prefix(*padded(rows, length, front=True), task_ids=tasks)
-  if start_id is None:
-    raise InputError('an encoder-decoder needs a start_id')
-  _check_length(model, 'prompt', max(map(len, rows)))
-  _check_length(model, 'output', num_tokens)
-  decoding.check_change(model, [(0, num_tokens)])
-  starts = [np.array([start_id, *forced])] * len(rows)
-  length = max(map(len, rows))
-  length = _padded_length(model, length, _encoder_group(model))
-  _check_room(model, len(rows), num_tokens, num_tokens)
-  return Prefix(
-    *padded(starts, 1 + len(forced), front=True),
-    *padded(rows, length, front=False),
-    task_ids=tasks,
-  )
+  if start_id is not None:
+    raise InputError(
+      f'start_id={start_id} for a decoder-only model, which begins with its '
+      'prompt'
+    )
+  rows = [np.append(row, forced) for row in rows]
+  longest = max(map(len, rows))
+  _check_length(model, 'prompt', longest + steps - 1)
+  # All but the last token are read at once, and the last is a step of its own.
+  read = [(len(row) - 1, len(row) + steps - 1) for row in rows]
+  decoding.check_change(model, read)
+  length = _padded_length(model, longest - 1) + 1
+  slots = length + steps
+  cache = jax.eval_shape(lambda: model.make_cache(B, slots))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  check_room([(f'the cache of {B} rows of {slots} tokens', size)])
+  return Prefix(*padded(rows, length, front=True), task_ids=tasks)
 
 
 def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
@@ -218,16 +215,6 @@ def _tasks(
   return tasks.astype(np.int32)
 
 
-def _check_room(model: Model, rows: int, slots: int, num_tokens: int) -> None:
-  """Raises ValueError where tokens or cache are larger than the memory."""
-  sizes = [(f'num_tokens={num_tokens} of {rows} rows', 4 * rows * num_tokens)]
-  if not model.has_encoder:
-    cache = jax.eval_shape(lambda: model.make_cache(rows, slots))
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    sizes.append((f'the cache of {rows} rows of {slots} tokens', size))
-  check_room(sizes)
-
-
 def _check_length(model: Model, noun: str, num_positions: int) -> None:
   longest = decoding.longest(model)
   if longest is not None and num_positions > longest:
@@ -237,36 +224,27 @@ def _check_length(model: Model, noun: str, num_positions: int) -> None:
     )
 
 
-def _padded_length(model: Model, num_tokens: int, group: int = 1) -> int:
+def _padded_length(model: Model, num_tokens: int) -> int:
   """The length of padded rows: rounded up, unless padding changes results.
 
-  The length is then made a multiple of `group`, if learned positions suffice.
+  If learned positions suffice, an encoder's rows then become a multiple of the
+  group sizes of its layers, so that all groups are whole. A prepared model has
+  groups only where experts choose or mix tokens; padding in such groups is as
+  in training.
   """
-  longest, length = decoding.longest(model) or _MAX, num_tokens
-  if not model.stacks.capacity_binds:
+  longest, length, stacks = decoding.longest(model), num_tokens, model.stacks
+  longest = longest or _MAX
+  if not stacks.capacity_binds:
     length = max(min(round_up(num_tokens), longest), num_tokens)
+  moes = [m for i, m in enumerate(stacks.moes) if stacks.sequence_of(i)]
+  group = math.lcm(*(m.group_size for m in moes if m and m.group_size > 0))
   whole = -(-length // group) * group
   return whole if whole <= longest else length
 
 
-def _encoder_group(model: Model) -> int:
-  """The number of tokens of which an encoder's padded rows are a multiple.
-
-  It is the least common multiple of the group sizes of the encoder's layers, so
-  that all groups are whole. A prepared model has groups only where experts
-  choose or mix tokens; padding in such groups is as in training.
-  """
-  moes, sequence_of = enumerate(model.stacks.moes), model.stacks.sequence_of
-  encoder_moes = [m for i, m in moes if m is not None and sequence_of(i)]
-  return math.lcm(*(m.group_size for m in encoder_moes if m.group_size > 0))
-
-
-_LEAST_LENGTH = 8
-
-
 def round_up(length: int) -> int:
   """Rounds up to a multiple of 8, above 64 to 4 lengths per power of two."""
-  step = max(_LEAST_LENGTH, 2 ** max((length - 1).bit_length() - 3, 0))
+  step = max(8, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
 
@@ -402,26 +380,15 @@ def start(
   _as_ids('stop_ids', stop_ids, model.vocab_size)
   check_whole('pad_id', pad_id)
   prefix = make_prefix(
-    model,
-    prompt,
-    start_id=start_id,
-    forced_ids=forced_ids,
-    num_tokens=num_tokens,
-    task_ids=task_ids,
+    model, prompt, num_tokens, start_id, forced_ids, task_ids
   )
   (B, P), n = prefix.tokens.shape, len(forced_ids)
   tokens = np.full((B, num_tokens), pad_id, np.int32)
   tokens[:, :n] = forced_ids
-  cache = _read_prefix(model, variables, prefix, P - 1 + num_tokens - n)
+  slots = P - 1 + num_tokens - n
+  cache, _ = _read_prefix(plainly, model, variables, prefix, slots)
   last, stops = prefix.tokens[:, -1], jnp.asarray(stop_ids, jnp.int32)
   return Start(model, variables, cache, last, tokens, n, stops, pad_id)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
-def _read_prefix(
-  model: Model, variables: Variables, prefix: Prefix, num_slots: int
-) -> Cache:
-  return begin_with(plainly, model, variables, prefix, num_slots)[0]
 
 
 def begin_with(
@@ -467,3 +434,8 @@ def begin_with(
     )
     choices.append(recorded)
   return cache, choices
+
+
+_read_prefix = jax.jit(
+  begin_with, static_argnames=('apply', 'model', 'num_slots')
+)

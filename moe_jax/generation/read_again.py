@@ -56,14 +56,7 @@ def choices(
     choices by the index of the layer.
   """
   N = max(map(len, rows))
-  prefix = make_prefix(
-    model,
-    prompt,
-    start_id=start_id,
-    forced_ids=(),
-    num_tokens=N,
-    task_ids=task_ids,
-  )
+  prefix = make_prefix(model, prompt, N, start_id, task_ids=task_ids)
   tokens, mask = padded(rows, N, front=False)
   read_tokens = np.concatenate([prefix.tokens, tokens[:, :-1]], 1)
   # The step that makes a row's new token reads the token before it.

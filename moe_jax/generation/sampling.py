@@ -77,9 +77,7 @@ class Sampler(flax.struct.PyTreeNode):
     check_number('temperature', temperature)
     if temperature < 0:
       raise InputError(f'temperature={temperature} is negative')
-    check_whole('top_k', top_k)
-    if top_k < 0:
-      raise InputError(f'top_k={top_k} is negative; 0 keeps all tokens')
+    check_whole('top_k', top_k, 0)  # 0 keeps all tokens
     check_number('top_p', top_p)
     if not 0 < top_p <= 1:
       raise InputError(f'top_p={top_p} not in (0, 1]')

@@ -81,10 +81,10 @@ def load(
   if dtype:
     changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
     options = overridden(models.MODELS, options, changes, 'model.')
-  model = options.build(run.sharding.rules)
-  rules, cast_types = run.sharding.rules, bool(dtype)
+  rules = run.sharding.rules
+  model = options.build(rules)
   restored = trained.restore_variables(
-    workdir, model, rules, mesh=mesh, step=step, cast=cast_types
+    workdir, model, rules, mesh=mesh, step=step, cast=bool(dtype)
   )
   return Loaded(
     options=options,

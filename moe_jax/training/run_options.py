@@ -421,7 +421,7 @@ class RunOptions(Options):
     """The problems of the data's task, routers by task and `sample.task`."""
     model, data = self.model, self.data
     tasks, by_task = data.tasks, model.routes_by_task
-    if model.has_encoder != data.encoder_decoder:
+    if model.has_encoder != data.shape.encoder_decoder:
       needs = 'data.target_len=0'
       if model.has_encoder:
         needs = 'a task with inputs and targets, and data.target_len above 0'

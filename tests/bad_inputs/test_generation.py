@@ -64,7 +64,7 @@ CASES = [
       'top_k',
       {'temperature': 1.0},
       {
-        -3: ('top_k=-3', 'negative'),
+        -3: ('top_k=-3', 'at least 0'),
         1.5: ('top_k=1.5', 'integer'),
         NAN: ('top_k=nan', 'integer'),
         True: ('top_k=True', 'integer'),

@@ -139,7 +139,8 @@ def test_a_section_is_read_and_written_again():
   )
   assert read_options(DataOptions, config) == options
   assert read_options(DataOptions, section_of(options)) == options
-  assert options.encoder_decoder and not DataOptions().encoder_decoder
+  assert options.shape.encoder_decoder
+  assert not DataOptions().shape.encoder_decoder
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import tokenizers as hf
 from moe_jax.data import Item, LmTask, Seq2SeqTask, tokenizers
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
 from moe_jax.data.tokenizers.extra_ids import extend
-from moe_jax.evaluation.prompts import Asker, cut_as_trained
+from moe_jax.evaluation.prompts import Asker
 
 EOS = 256
 SUM = Item('1+1', ('1', '2', '33'), 1)
@@ -92,12 +92,12 @@ def test_a_prompt_that_is_too_long_keeps_what_matters():
 
 
 def test_inputs_are_cut_as_in_training():
-  ids = np.array([1, 2, 3, EOS])
+  ids, tokenizer = np.array([1, 2, 3, EOS]), pairs_asker(None).tokenizer
   for keep_end, expected in ((False, [1, 2, EOS]), (True, [2, 3, EOS])):
-    task = Seq2SeqTask(keep_end=keep_end)
-    assert cut_as_trained(task, ids, 3, EOS).tolist() == expected
-    assert cut_as_trained(task, ids, 4, EOS).tolist() == ids.tolist()
-  assert cut_as_trained(LmTask(), ids[:3], 2, EOS).tolist() == [1, 2]
+    ask = Asker(Seq2SeqTask(keep_end=keep_end), tokenizer, None, '')
+    assert ask.cut_inputs(ids, 3).tolist() == expected
+    assert ask.cut_inputs(ids, 4).tolist() == ids.tolist()
+  assert asker(9).cut_inputs(ids[:3], 2).tolist() == [1, 2]
 
 
 def test_words_that_begin_with_a_space_are_the_answers():

@@ -38,20 +38,16 @@ def test_two_steps_told():
   # At first both beams are the prompt, so that only one counts; its two best
   # tokens are 2 (0.6) and 1 (0.3).
   search, beam = step(start(2, 3), [[[0.1, 0.3, 0.6]] * 2], stops=[0])
-  np.testing.assert_array_equal(search.running.last, [[2, 1]])
+  np.testing.assert_array_equal(search.last, [[2, 1]])
   np.testing.assert_array_equal(beam, [[0, 0]])
   assert np.isneginf(search.ended.scores).all() and search.open.all()
   # The best are then 2 0 (0.6 * 0.5), which ends, 1 2 (0.3 * 0.9) and 2 2 (0.6
   # * 0.4). The first is a result, and the others continue beams 1 and 0.
   probs = [[[0.5, 0.1, 0.4], [0.05, 0.05, 0.9]]]
   search, beam = step(search, probs, stops=[0])
-  np.testing.assert_array_equal(
-    search.running.tokens[0, :, :2], [[1, 2], [2, 2]]
-  )
+  np.testing.assert_array_equal(search.tokens[0, :, :2], [[1, 2], [2, 2]])
   np.testing.assert_array_equal(beam, [[1, 0]])
-  np.testing.assert_allclose(
-    np.exp(search.running.scores), [[0.27, 0.24]], rtol=1e-5
-  )
+  np.testing.assert_allclose(np.exp(search.scores), [[0.27, 0.24]], rtol=1e-5)
   np.testing.assert_array_equal(search.ended.tokens[0, 0, :2], [2, 0])
   np.testing.assert_array_equal(search.ended.lengths, [[2, 0]])
   np.testing.assert_allclose(
@@ -65,7 +61,7 @@ def test_what_ends_outside_of_the_best_does_not_count():
   # a result.
   search, _ = step(start(2, 3), [[[0.2, 0.3, 0.5]] * 2], stops=[0])
   assert np.isneginf(search.ended.scores).all()
-  np.testing.assert_array_equal(search.running.last, [[2, 1]])
+  np.testing.assert_array_equal(search.last, [[2, 1]])
 
 
 def test_a_search_ends_when_no_beam_can_reach_the_results():

@@ -29,8 +29,7 @@ def halves():
 
 
 def make(model, prompt, **changes):
-  options = dict(start_id=None, forced_ids=(), num_tokens=5)
-  return make_prefix(model, prompt, **{**options, **changes})
+  return make_prefix(model, prompt, **{'num_tokens': 5, **changes})
 
 
 def test_a_decoders_rows_end_together(decoder):

@@ -116,7 +116,7 @@ def test_a_rows_key_depends_on_no_other_row():
   ('options', 'message'),
   [
     (dict(temperature=-0.5), 'temperature=-0.5 is negative'),
-    (dict(temperature=1.0, top_k=-1), 'top_k=-1 is negative'),
+    (dict(temperature=1.0, top_k=-1), 'top_k=-1 must be at least 0'),
     (dict(temperature=1.0, top_p=0.0), r'top_p=0.0 not in \(0, 1\]'),
     (dict(temperature=1.0, top_p=1.5), r'top_p=1.5 not in \(0, 1\]'),
     (dict(top_k=5), 'top_k=5 and top_p=1.0 need a temperature'),
