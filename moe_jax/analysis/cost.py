@@ -145,7 +145,7 @@ def memory_table(model: Model, work: Workload) -> Table:
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
     rows[name] = memory.dispatch_bytes(half, B)
     if sent := memory.all_to_all_bytes(half, B, work.num_parts):
-      n, devices = 4 * half.num_sparse, f'each of {work.num_parts} devices'
+      n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
       rows[f'{stack}one all-to-all, as {devices} sends it'] = sent
       rows[f'{stack}the {n} all-to-alls of a training step'] = n * sent
   for name, num_bytes in rows.items():
@@ -161,13 +161,16 @@ def training_table(options: RunOptions, model: Model) -> Table:
     model: The run's model, of one stack of blocks.
   """
   forward = count(model, options.data.seq_len).forward_flops
-  columns = 'parameters', 'optimizer', 'gradients', 'FLOPs\na token'
+  forms = {
+    'parameters': short,
+    'optimizer': in_bytes,
+    'gradients': in_bytes,
+    'FLOPs\na token': short,
+    'FLOPs\na step': short,
+  }
   table = Table(
     'Trains',
-    *(
-      Column(heading, justify='right', no_wrap=True)
-      for heading in (*columns, 'FLOPs\na step')
-    ),
+    *(Column(heading, justify='right', no_wrap=True) for heading in forms),
     title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
     'per token',
     caption='Bytes are those of the state of the optimizer and of the '
@@ -177,15 +180,8 @@ def training_table(options: RunOptions, model: Model) -> Table:
     'last column, do not grow with the batch.',
   )
   for name, variant in variants(options, model):
-    c = training_cost(variant, model)
-    table.add_row(
-      name,
-      short(c.trained_params),
-      in_bytes(c.optimizer_bytes),
-      in_bytes(c.gradient_bytes),
-      short(c.backward_flops),
-      short(c.step_flops),
-    )
+    costs = training_cost(variant, model)
+    table.add_row(name, *(form(n) for form, n in zip(forms.values(), costs)))
   return table
 
 
@@ -240,9 +236,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
     ValueError: The size of the vocabulary depends on the data and the options
       do not give it.
   """
-  model = options.model
   tokenizer = options.init_from.with_tokenizer(options.data).tokenizer
-  size = model.vocab_size or tokenizer.known_vocab_size()
+  size = options.model.vocab_size or tokenizer.known_vocab_size()
   if not size:
     raise InputError(
       f'data.tokenizer={type(options.data.tokenizer).__name__} has a '

@@ -18,8 +18,7 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import traces
-from moe_jax.analysis.counts import group_size
-from moe_jax.analysis.router_shapes import training_slots
+from moe_jax.analysis.counts import group_size, training_slots
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer

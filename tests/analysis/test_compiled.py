@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.analysis import compiled
+from moe_jax.analysis import sharded
 
 # A program with a loop whose body runs a fusion and a copy without a name, a
 # small loop inside a called computation, and a product at the top level.
@@ -41,7 +41,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   ROOT %dot.1 = f32[4]{0} dot(%x, %x), metadata={op_name="jit(step)/dot_general"}
 }
 """  # noqa: E501
-PROGRAM = compiled.parse(TEXT)
+PROGRAM = sharded.parse(TEXT)
 
 
 def test_instructions_have_names_operands_and_computations():
@@ -59,13 +59,13 @@ def test_branches_are_calls():
     '  %c = f32[] conditional(%i, %a, %b), branch_computations={%one, %two}, '
     'metadata={op_name="cond"}'
   )
-  program = compiled.parse(f'ENTRY %main (i: s32[]) -> f32[] {{\n{line}\n}}')
+  program = sharded.parse(f'ENTRY %main (i: s32[]) -> f32[] {{\n{line}\n}}')
   assert program['c'].calls == ('one', 'two')
   assert program['c'].operands == ('i', 'a', 'b')
 
 
 def test_scopes_come_from_what_is_called_then_read():
-  names = compiled.op_name_of(PROGRAM)
+  names = sharded.op_name_of(PROGRAM)
   # A fusion has the name of what it calls.
   assert names['fusion.1'] == 'jit(step)/experts/add'
   # A copy has the name of the instruction that reads it.
@@ -75,23 +75,24 @@ def test_scopes_come_from_what_is_called_then_read():
 
 
 def test_a_loop_that_ran_its_body_is_no_leaf():
-  assert compiled.leaves(PROGRAM, {'while.1', 'fusion.1', 'copy.1'}) == {
+  assert sharded.leaves(PROGRAM, {'while.1', 'fusion.1', 'copy.1'}) == {
     'fusion.1',
     'copy.1',
   }
 
 
 def test_a_call_without_a_profile_of_its_inside_is_a_leaf():
-  assert compiled.leaves(PROGRAM, {'call.1', 'dot.1'}) == {'call.1', 'dot.1'}
+  assert sharded.leaves(PROGRAM, {'call.1', 'dot.1'}) == {'call.1', 'dot.1'}
 
 
 def test_a_call_that_runs_a_loop_that_ran_is_no_leaf():
   executed = {'call.1', 'while.2', 'fusion.1'}
-  assert compiled.leaves(PROGRAM, executed) == {'fusion.1'}
+  assert sharded.leaves(PROGRAM, executed) == {'fusion.1'}
 
 
-def test_what_the_program_does_not_have_is_left_to_the_caller():
-  assert compiled.leaves(PROGRAM, {'unknown', 'dot.1'}) == {'dot.1'}
+def test_what_the_program_does_not_have_is_a_leaf():
+  executed = {'unknown', 'dot.1'}
+  assert sharded.leaves(PROGRAM, executed) == executed
 
 
 @pytest.fixture(scope='module')
@@ -109,9 +110,9 @@ def looped():
 
 def test_a_real_program_is_read_whole(looped):
   text = looped.as_text()
-  program = compiled.parse(text)
+  program = sharded.parse(text)
   assert len(program) == sum(' = ' in line for line in text.splitlines())
-  names = compiled.op_name_of(program)
+  names = sharded.op_name_of(program)
   loops = [i for i in program.values() if 'body' in i.op_name or i.calls]
   assert loops
   assert any('router' in name for name in names.values())

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moe_jax import run_config
-from moe_jax.analysis import explain_cost
+from moe_jax.analysis import explain_cost, sharded
 from tests.analysis.test_compiled import PROGRAM
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -87,8 +87,17 @@ def test_part_of(op_name, part):
 
 
 def test_backward_is_what_is_transposed():
-  assert explain_cost.is_backward('jit(f)/transpose(jvp(Decoder))/mul')
-  assert not explain_cost.is_backward('jit(f)/jvp(Decoder)/mul')
+  lines = ['  %x = f32[] parameter(0)']
+  lines += [
+    f'  %{name} = f32[] add(%x, %x), metadata={{op_name="{op_name}/mul"}}'
+    for name, op_name in (
+      ('forward', 'jit(f)/jvp(experts)'),
+      ('backward', 'jit(f)/transpose(jvp(experts))'),
+    )
+  ]
+  program = sharded.parse('\n'.join(lines))
+  times, _ = explain_cost.by_part(program, {'forward': 1.0, 'backward': 2.0})
+  assert times == {('experts', False): 1.0, ('experts', True): 2.0}
 
 
 def test_a_loop_is_not_counted_beside_its_body():
