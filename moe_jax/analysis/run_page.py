@@ -134,7 +134,7 @@ def write(
   rows = metrics.read_metrics(path) if path.exists() else []
   step = max((row['step'] for row in rows), default=0)
   # Imported here, as a run's first step would wait for matplotlib.
-  from moe_jax.analysis import plots
+  from moe_jax.analysis import plot_style
 
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -145,8 +145,8 @@ def write(
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
     facts={**_facts(run, rows), **environment},
-    curves=_picture(folder / CURVES, plots.curves_figure(rows)),
-    load=_picture(folder / LOAD, plots.load_figure(rows)),
+    curves=_picture(folder / CURVES, plot_style.curves_figure(rows)),
+    load=_picture(folder / LOAD, plot_style.load_figure(rows)),
     sample=sample.read_text(encoding='utf-8') if sample.exists() else '',
     changed=[key for key in keys_of(RunConfig, run.config) if key.changed],
     required=dataclasses.MISSING,

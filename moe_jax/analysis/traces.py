@@ -318,16 +318,13 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
   types = np.int32, np.float32, bool, np.float32
-  layers = {}
-  for name in arrays:
-    if name.startswith('expert_'):
-      number = int(name.removeprefix('expert_'))
-      layers[number] = LayerChoices(
-        *(
-          arrays[f'{field}_{number}'].astype(dtype)
-          for field, dtype in zip(LayerChoices._fields, types)
-          if f'{field}_{number}' in arrays
+  fields: dict[int, list[np.ndarray]] = {}
+  for field, dtype in zip(LayerChoices._fields, types):
+    for name in arrays:
+      if name.startswith(f'{field}_'):
+        values = arrays[name].astype(dtype)
+        fields.setdefault(int(name.removeprefix(f'{field}_')), []).append(
+          values
         )
-      )
-  ids = {name: arrays.get(name) for name in _IDS}
-  return {**ids, 'layers': dict(sorted(layers.items()))}
+  layers = {number: LayerChoices(*fields[number]) for number in sorted(fields)}
+  return {**{name: arrays.get(name) for name in _IDS}, 'layers': layers}

@@ -4,10 +4,10 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 
-from moe_jax.analysis.plot_style import picture
-from moe_jax.analysis.plots import (
+from moe_jax.analysis.plot_style import (
   curves_figure,
   load_figure,
+  picture,
   smooth,
 )
 
