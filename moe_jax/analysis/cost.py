@@ -498,19 +498,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   cli.add_config(parser)
   parser.set_defaults(run=run)
   add = parser.add_argument
-  add(
-    '--batch',
-    type=cli.POSITIVE,
-    help="number of rows in the batch; by default the config's batch_size in "
-    'training (a microbatch of it), and one row in generation',
+  text = (
+    "number of rows in the batch; by default the config's batch_size in "
+    'training (a microbatch of it), and one row in generation'
   )
-  add(
-    '--expert_parallel',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help="devices that the experts are split over; 0 takes the mesh's",
-  )
-  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
+  add('--batch', type=cli.POSITIVE, help=text)
+  text = "devices that the experts are split over; 0 takes the mesh's"
+  add('--expert_parallel', type=cli.NOT_NEGATIVE, default=0, help=text)
+  cli.run_command(*cli.parse_command(parser, argv))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:

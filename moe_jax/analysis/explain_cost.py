@@ -95,7 +95,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
       lambda: _take_steps(step, state, batches, num_steps),
       module=re.findall(r'HloModule ([\w.\-]+)', text)[0],
     )
-  part_times, busy = by_part(sharded.parse(text), seconds)
+  part_times = by_part(sharded.parse(text), seconds)
   low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
   wait = float(np.median(waits))
   headings = 'forward, ms', 'backward, ms', 'both, ms', 'share'
@@ -105,11 +105,11 @@ def explain(options: RunOptions, num_steps: int) -> Table:
     title=f'A training step takes {1e3 * median:.1f} ms (quartiles '
     f'{1e3 * low:.1f} and {1e3 * high:.1f} ms)',
     caption='The time of a step is a median. The instructions of a step take '
-    f'{1e3 * busy / num_steps:.1f} ms in all, some of them at once on several '
-    'threads; the step is split over its parts in the shares that they have in '
-    'that.',
+    f'{1e3 * sum(part_times.values()) / num_steps:.1f} ms in all, some of them '
+    'at once on several threads; the step is split over its parts in the '
+    'shares that they have in that.',
   )
-  for part, forward, backward in shares_of_step(part_times, busy, median, wait):
+  for part, forward, backward in shares_of_step(part_times, median, wait):
     both = forward + backward
     table.add_row(
       part,
@@ -169,10 +169,8 @@ def part_of(op_name: str) -> str:
   return AROUND if 'jvp(' in op_name else OTHER
 
 
-def by_part(
-  program: sharded.Program, seconds: Mapping[str, float]
-) -> tuple[Times, float]:
-  """The executed time of each part, and the sum of all parts.
+def by_part(program: sharded.Program, seconds: Mapping[str, float]) -> Times:
+  """The executed time of each part.
 
   What is computed again for the backward pass belongs to the backward pass.
 
@@ -186,24 +184,24 @@ def by_part(
   for name in sharded.leaves(program, set(seconds)):
     op_name = op_names.get(name, '')
     times[part_of(op_name), 'transpose(' in op_name] += seconds[name]
-  return dict(times), sum(times.values())
+  return dict(times)
 
 
 def shares_of_step(
-  times: Times, busy: float, step_seconds: float, wait: float
+  times: Times, step_seconds: float, wait: float
 ) -> list[tuple[str, float, float]]:
   """Splits the time of a step over its parts, in the order of `ROWS`.
 
   Args:
-    times: Executed time of each part.
-    busy: The sum of `times`, which is longer than the step where several
-      threads work at once.
+    times: Executed time of each part. The sum is longer than the step where
+      several threads work at once.
     step_seconds: Seconds of the step, from asking for the batch to the end.
     wait: Seconds of the step in which it waits for the batch.
 
   Returns:
     Each part, and its seconds in the forward and in the backward pass.
   """
+  busy = sum(times.values())
   scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
   rows = []
   for part in ROWS[:-1]:
@@ -257,13 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = cli.parser('moe_jax.analysis.explain_cost', __doc__)
   cli.add_config(parser)
   parser.set_defaults(run=run)
-  parser.add_argument(
-    '--steps',
-    type=cli.POSITIVE,
-    default=10,
-    help='number of steps that are timed; as many are then profiled',
-  )
-  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
+  text = 'number of steps that are timed; as many are then profiled'
+  parser.add_argument('--steps', type=cli.POSITIVE, default=10, help=text)
+  cli.run_command(*cli.parse_command(parser, argv))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:

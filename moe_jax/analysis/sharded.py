@@ -348,14 +348,16 @@ def read_collectives(text: str) -> Collectives:
     text: The program, as `compiled.as_text()` writes it.
   """
   program = parse(text)
-  runs = _executions(program)
   partitions = _PARTITIONS.search(text)
   num_devices = int(partitions[1]) if partitions else 1
+  rounds = {
+    name: _trips(program, instruction)
+    for name, instruction in program.items()
+    if instruction.opcode == 'while'
+  }
+  runs = _executions(program, rounds)
   by_kind: dict[str, Traffic] = collections.defaultdict(Traffic)
-  unknown_loops = 0
   for instruction in program.values():
-    is_loop = instruction.opcode == 'while'
-    unknown_loops += is_loop and _trips(program, instruction) is None
     kind = instruction.opcode.removesuffix('-start')
     if kind not in KINDS:
       continue
@@ -364,21 +366,24 @@ def read_collectives(text: str) -> Collectives:
     sent = _sent_bytes(program, instruction, kind, num_devices)
     n, so_far = runs[instruction.computation], by_kind[kind]
     by_kind[kind] = Traffic(so_far.count + n, so_far.num_bytes + n * sent)
-  return Collectives(dict(by_kind), unknown_loops)
+  return Collectives(dict(by_kind), list(rounds.values()).count(None))
 
 
-def _executions(program: Program) -> dict[str, int]:
-  """The number of times that each computation of a program runs in a step."""
+def _executions(
+  program: Program, rounds: Mapping[str, int | None]
+) -> dict[str, int]:
+  """The number of times that each computation of a program runs in a step.
+
+  `rounds` has the number of rounds of each loop; None counts as one.
+  """
   callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-  for instruction in program.values():
+  for name, instruction in program.items():
     if instruction.opcode.endswith(('-done', '-update')):
       continue  # The computation that it names was run by its '-start'.
-    times = 1
-    if instruction.opcode == 'while':
-      rounds = _trips(program, instruction)
-      times = 1 if rounds is None else rounds
+    times = rounds.get(name)
     for callee in instruction.calls:
-      callers[callee].append((instruction.computation, times))
+      site = instruction.computation, 1 if times is None else times
+      callers[callee].append(site)
 
   @functools.cache
   def runs(computation: str) -> int:
@@ -398,12 +403,9 @@ def _trips(program: Program, loop: Instruction) -> int | None:
   """
   if rounds := _TRIPS.search(loop.text):
     return int(rounds[1])
-  condition = re.search(r'condition=%([\w.\-]+)', loop.text)
-  roots = [
-    i
-    for i in program.values()
-    if condition and i.computation == condition[1] and i.opcode == 'compare'
-  ]
+  condition = ''.join(re.findall(r'condition=%([\w.\-]+)', loop.text))
+  inside = (i for i in program.values() if i.computation == condition)
+  roots = [i for i in inside if i.opcode == 'compare']
   if len(roots) != 1 or 'direction=LT' not in roots[0].text:
     return None
   counter, limit = _operands(program, roots[0])
