@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import data, generation, models
+from moe_jax import generation, models
 from moe_jax.analysis import cost, roofline, routing_report, sharded
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.routing_report import ValueTable
 from moe_jax.analysis.run_page import Page
+from moe_jax.data import Rows
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
@@ -153,22 +154,22 @@ class Sample(Hook):
     try:
       models.check_generates(run.model)
     except InputError as error:
-      run.message(f'no sample: {error}')
-      return
+      return run.message(f'no sample: {error}')
+    data, tokenizer = run.options.data, run.dataset.tokenizer
     imported = trained_run.is_imported(run.workdir)
-    window = trained_run.window(run.options.data, run.model, imported=imported)
+    window = trained_run.window(data, run.model, imported=imported)
     variables = run.programs.variables(state)
     model, variables = generation.prepare(run.model, variables, window=window)
-    tokenizer = run.dataset.tokenizer
     prompt = trained_run.encode(
-      run.options.data.task, tokenizer, c.prompt, imported=imported
+      data.task, tokenizer, c.prompt, imported=imported
     )
     prompt, num_tokens = trained_run.fit(model, prompt, c.num_tokens)
-    pairs, names, tasks = [], [], run.options.data.tasks
+    pairs, names = [], []
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
     if model.stacks.task_sequences:
-      names = [c.task or tasks[0], *(tasks[task] for *_, task in pairs)]
+      tasks = (data.tasks[task] for *_, task in pairs)
+      names = [c.task or data.tasks[0], *tasks]
     generated = generation.generate(
       model,
       variables,
@@ -176,14 +177,12 @@ class Sample(Hook):
       num_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
-      task_ids=trained_run.task_ids(
-        model, run.options.data, names, 'sample.task'
-      ),
+      task_ids=trained_run.task_ids(model, data, names, 'sample.task'),
       **trained_run.special_ids(model, tokenizer),
     )
     answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
-    if model.has_encoder or run.options.data.task.reads == 'pairs':
+    if model.has_encoder or data.task.reads == 'pairs':
       inputs = [c.prompt, *(tokenizer.decode(inputs) for inputs, *_ in pairs)]
       targets = ['', *(tokenizer.decode(targets) for _, targets, _ in pairs)]
       text = '\n\n'.join(
@@ -197,7 +196,7 @@ class Sample(Hook):
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
-def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
+def first_pairs(rows: Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
   An example is a triple: the token ids of its inputs and of its targets, and
@@ -207,12 +206,8 @@ def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
   targets = zip(batch['targets'], batch['segment_ids'] == 1)
   tasks = batch.get('task_ids', np.zeros_like(batch['targets']))[:, 0]
-  return [
-    (ids[is_input], target_ids[is_target], int(task))
-    for (ids, is_input), (target_ids, is_target), task in zip(
-      inputs, targets, tasks
-    )
-  ]
+  pairs = zip(inputs, targets, tasks)
+  return [(x[of_x], y[of_y], int(task)) for (x, of_x), (y, of_y), task in pairs]
 
 
 class RoutingReport(Hook):
@@ -316,8 +311,8 @@ def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
     return
   count = trained.count(trained.part(params))
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  subset, lora = f'trainable={options.trainable!r}', options.lora
-  if lora.rank:
+  subset = f'trainable={options.trainable!r}'
+  if (lora := options.lora).rank:
     subset = f'adapters of rank {lora.rank} on {lora.parts!r}'
   if file := options.trained_experts:
     subset += f', {trainable.read_chosen(file).describe()}'

@@ -262,19 +262,18 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   visible_losses = []
   if losses.size:
     window = 2 * (len(losses) // 50) + 1
-    smoothed = smooth(losses, window)
-    style: dict[str, Any] = _thin(steps) | {'alpha': 0.35 if window > 1 else 1}
+    smoothed, alpha = smooth(losses, window), 0.35 if window > 1 else 1
     label = _label('train', losses)
-    axes.plot(steps, losses, **style, label=label)
+    style: dict[str, Any] = _thin(steps) | {'alpha': alpha, 'label': label}
+    axes.plot(steps, losses, **style)
     if window > 1:
       label = f'train, mean of {window} rows'
       axes.plot(steps, smoothed, color=BLUE, label=label)
     visible_losses.append(smoothed[len(losses) // 20 :])
   for i, name in enumerate(evals):
     steps, losses = _series(rows, f'eval/{name}/loss')
-    label = _label(name, losses)
     style = series(i + 1) | {'markevery': max(1, len(steps) // 30)}
-    axes.plot(steps, losses, **style, label=label)
+    axes.plot(steps, losses, **style, label=_label(name, losses))
     visible_losses.append(losses[len(losses) // 20 :])
   # The losses of the first steps would press all others into a flat line.
   room_around(axes, np.concatenate(visible_losses))

@@ -64,12 +64,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _steps(text: str) -> range:
   ends = re.fullmatch(r'(\d*):(\d*)', text)
-  steps = ends and range(int(ends[1] or 0), int(ends[2] or 2**62))
-  if not steps:
-    raise argparse.ArgumentTypeError(
-      f'{text!r} is not FIRST:LAST with 0 <= FIRST < LAST'
-    )
-  return steps
+  if steps := ends and range(int(ends[1] or 0), int(ends[2] or 2**62)):
+    return steps
+  problem = f'{text!r} is not FIRST:LAST with 0 <= FIRST < LAST'
+  raise argparse.ArgumentTypeError(problem)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -90,8 +88,6 @@ def run(options: argparse.Namespace) -> None:
   if kind in trace.kinds and not steps:
     raise InputError(f'no records of {kind!r} at steps {options.steps}')
   layers = measures.layers_of(trace.header, records)
-  loads = [_load_row(n, layer) for n, layer in layers.items()]
-  drops = [_drop_row(n, layer) for n, layer in layers.items()]
   by_label = measures.specialisation(layers)
   if following := measures.transitions(layers):
     by_label['expert before'] = following
@@ -107,11 +103,12 @@ def run(options: argparse.Namespace) -> None:
   )
   if trace.header.note:
     print(f'Note: {trace.header.note}')
-  console = wide_console()
-  for table in tables(layers, loads, drops, by_label, churn):
+  console, shown = wide_console(), [*tables(layers, by_label, churn)]
+  for table in shown:
     if table.rows:
       console.print(table.terminal())
       console.print(f'{table.note}\n', highlight=False)
+  loads, drops, *_ = (table.rows for table in shown)
   output = pathlib.Path(options.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   for name, figure in pictures(layers, by_label, loads, drops):
@@ -120,17 +117,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tables(
-  layers: Layers,
-  loads: Sequence[Row],
-  drops: Sequence[Row],
-  by_label: ByLabel,
-  churn: Mapping[str, Mapping[int, float]],
+  layers: Layers, by_label: ByLabel, churn: Mapping[str, Mapping[int, float]]
 ) -> Iterator[ValueTable]:
-  """The tables of a trace, some of which may have no rows.
+  """The tables of a trace, loads and drops first; some may have no rows.
 
   Args:
     layers: The choices in the trace.
-    loads, drops: The rows of the tables of loads and of dropped choices.
     by_label: The information of labels on experts, by layer.
     churn: The shares of first choices that changed, by layer.
   """
@@ -141,14 +133,14 @@ def tables(
     'over the mean. The entropy of the load over ln E is 1 if all experts are '
     'chosen equally often; that of the router is a mean over tokens, and needs '
     'logits.',
-    loads,
+    [_load_row(n, layer) for n, layer in layers.items()],
   )
   yield ValueTable(
     'Choices that are not served',
     'An unserved token has no expert at all, because its choices were dropped '
     'or no expert took it. Quarters are places in the row. Choices that a '
     'policy for second choices did not send count as not served.',
-    drops,
+    [_drop_row(n, layer) for n, layer in layers.items()],
   )
   yield ValueTable(
     'What a label says about the expert of the first choice',
@@ -238,10 +230,7 @@ def _pair_row(number: int, layer: Layer) -> Row:
 
 
 def pictures(
-  layers: Layers,
-  by_label: ByLabel,
-  load_rows: Sequence[Row],
-  drop_rows: Sequence[Row],
+  layers: Layers, by_label: ByLabel, loads: Sequence[Row], drops: Sequence[Row]
 ) -> Iterator[tuple[str, Figure]]:
   """The pictures by name.
 
@@ -253,15 +242,15 @@ def pictures(
   Args:
     layers: The choices in a trace.
     by_label: The information of labels on experts, by layer.
-    load_rows: The rows of the table of loads, one for each layer.
-    drop_rows: The rows of the table of drops.
+    loads: The rows of the table of loads, one for each layer.
+    drops: The rows of the table of drops.
   """
   n = max(len(layer.load) for layer in layers.values())
-  loads = np.full((len(layers), n), math.nan)
-  for row, layer in zip(loads, layers.values(), strict=True):
+  relative = np.full((len(layers), n), math.nan)
+  for row, layer in zip(relative, layers.values(), strict=True):
     row[: len(layer.load)] = layer.load / max(layer.load.mean(), 1e-300)
   figure, (axes,), _ = plot_style.heat_maps(
-    {'': (np.arange(n + 1) - 0.5, loads)},
+    {'': (np.arange(n + 1) - 0.5, relative)},
     ('Load of each expert / mean load of the layer', 'expert', 'layer'),
     1,
     (_WIDTH, 1.6 + 0.28 * len(layers)),
@@ -269,8 +258,8 @@ def pictures(
   )
   axes.set_yticks(range(len(layers)), labels=map(str, layers))
   yield 'load', figure
-  yield 'drops', drop_figure(drop_rows)
-  entropies = {'Entropy / ln E': _columns(load_rows, '.*entropy / ln E')}
+  yield 'drops', drop_figure(drops)
+  entropies = {'Entropy / ln E': _columns(loads, '.*entropy / ln E')}
   yield 'entropy', _lines(layers, entropies)
 
   def of_labels(field: str) -> dict[str, list[float]]:
@@ -282,10 +271,10 @@ def pictures(
   # The ids of tokens, which come first, are known in every layer.
   ids = next(iter(by_label.values()))
   base_rate = {'base rate': [info.base_rate for info in ids.values()]}
+  guesses = of_labels('accuracy') | base_rate
   panels = {
     'Information, less that of shuffled labels': of_labels('adjusted'),
-    'Best guess of the expert from the label': of_labels('accuracy')
-    | base_rate,
+    'Best guess of the expert from the label': guesses,
   }
   yield 'information', _lines(layers, panels)
   pairs = {
