@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import run_config
 from moe_jax.analysis import explain_cost, sharded
-from tests.analysis.test_compiled import PROGRAM
+from tests.analysis.test_sharded import PROGRAM
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYER = 'closed_call/layers/layer_1'
