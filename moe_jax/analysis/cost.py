@@ -1,4 +1,4 @@
-"""The cost of a model: parameters, FLOPs, bytes, devices, a run, its parts.
+"""The cost of a model: parameters, FLOPs, bytes, devices with room for it.
 
     python -m moe_jax.analysis.cost --config=moe_jax:mixtral_8x7b
     python -m moe_jax.analysis.cost --config=moe_jax:switch_base:e8 --batch=4

@@ -77,13 +77,11 @@ class DryRun:
     else:
       options, notes, dataset = self._filled(mesh)
     data_line = (
-      dataset.describe()
-      if dataset
-      else (
-        'data: not prepared yet; a run first reads all texts once and keeps '
-        f'their tokens in {cache_root(self.options.data.cache_dir)}'
-      )
+      'data: not prepared yet; a run first reads all texts once and keeps '
+      f'their tokens in {cache_root(self.options.data.cache_dir)}'
     )
+    if dataset:
+      data_line = dataset.describe()
     if options is None:
       yield data_line
       yield (

@@ -109,9 +109,8 @@ class Profile(Hook):
         return run.train_step(state, batch)
       if not self._is_tracing:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = (
-          0  # Python's calls would hide the device's
-        )
+        # Python's calls would hide the device's.
+        options.python_tracer_level = 0
         jax.profiler.start_trace(self._folder, profiler_options=options)
         self._is_tracing = True
       with jax.profiler.StepTraceAnnotation('train', step_num=self._step):
@@ -154,7 +153,8 @@ class Sample(Hook):
     try:
       models.check_generates(run.model)
     except InputError as error:
-      return run.message(f'no sample: {error}')
+      run.message(f'no sample: {error}')
+      return
     data, tokenizer = run.options.data, run.dataset.tokenizer
     imported = trained_run.is_imported(run.workdir)
     window = trained_run.window(data, run.model, imported=imported)
@@ -251,16 +251,9 @@ def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
 
 def default_hooks() -> list[Hook]:
   """The hooks of `moe_jax.main`."""
-  return [
-    Replaying(),
-    Facts(),  # before the summary, which compiles
-    MeshSummary(),
-    Profile(),
-    Traces(),
-    RoutingReport(),
-    Sample(),
-    Page(),
-  ]
+  # Facts are printed before the summary, which compiles.
+  hooks = Replaying(), Facts(), MeshSummary(), Profile(), Traces()
+  return [*hooks, RoutingReport(), Sample(), Page()]
 
 
 LEAK = (

@@ -42,6 +42,7 @@ HOW_TO_READ = (
   'Grey is a ratio of 1, darker and bluer is more, paler and more orange is '
   'less, and white is nothing at all.'
 )
+Floats = Float[np.ndarray, '...']
 Rows = Sequence[Mapping[str, Any]]
 
 # Curves below the losses: keys of `train/`, title, unit and factor.
@@ -80,9 +81,7 @@ def shades(count: int) -> Float[np.ndarray, 'n 4']:
 
 
 def heat_maps(
-  panels: Mapping[
-    str, tuple[Float[np.ndarray, ' X'], Float[np.ndarray, '...']]
-  ],
+  panels: Mapping[str, tuple[Float[np.ndarray, ' X'], Floats]],
   labels: tuple[str, str, str],
   columns: int,
   size: tuple[float | int, float | int],
@@ -130,9 +129,8 @@ def heat_maps(
   figure.supxlabel(labels[1], fontsize='medium')
   figure.supylabel(labels[2], fontsize='medium')
   axes = [*all_axes[: len(panels)]]
-  bar = figure.colorbar(
-    mesh, ax=axes, extend='both', pad=0.01, aspect=bar_aspect
-  )
+  look: Any = {'extend': 'both', 'pad': 0.01, 'aspect': bar_aspect}
+  bar = figure.colorbar(mesh, ax=axes, **look)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
   bar.minorticks_off()
   return figure, axes, bar.ax
@@ -141,24 +139,12 @@ def heat_maps(
 def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
   """Gives axes over steps from 0 to `last` a title, a unit and a grid."""
   axes.set_title(title, loc='left')
-  axes.set_xlabel('step')
-  axes.set_ylabel(unit)
+  axes.set(xlabel='step', ylabel=unit, xlim=(0, 1.03 * max(last, 1)))
   axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
   axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   axes.grid(alpha=0.25)
   axes.spines[['top', 'right']].set_visible(False)
-  axes.set_xlim(0, 1.03 * max(last, 1))
-
-
-def room_around(axes: Axes, values: Float[np.ndarray, 'n']) -> None:
-  """Sets limits of the y axis that also show a single value in the middle."""
-  values = values[np.isfinite(values)]
-  if not values.size:
-    return
-  low, high = values.min(), values.max()
-  space = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-  axes.set_ylim(low - space, high + space)
 
 
 def picture(figure: Figure) -> bytes:
@@ -226,10 +212,8 @@ def load_figure(rows: Rows) -> Figure | None:
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   title = 'Load: share of all choices that each expert gets, before drops'
-  size = _WIDTH, 0.9 + 1.7 * lines
-  figure, axes, bar = heat_maps(
-    panels, (title, 'step', 'expert'), columns, size, 12 * lines
-  )
+  labels, size = (title, 'step', 'expert'), (_WIDTH, 0.9 + 1.7 * lines)
+  figure, axes, bar = heat_maps(panels, labels, columns, size, 12 * lines)
   for one in axes:
     one.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   bar.set_ylabel('share / uniform share')
@@ -275,12 +259,17 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     style = series(i + 1) | {'markevery': max(1, len(steps) // 30)}
     axes.plot(steps, losses, **style, label=_label(name, losses))
     visible_losses.append(losses[len(losses) // 20 :])
-  # The losses of the first steps would press all others into a flat line.
-  room_around(axes, np.concatenate(visible_losses))
+  # The losses of the first steps would press all others into a flat line; a
+  # single value stands in the middle.
+  values = np.concatenate(visible_losses)
+  if (values := values[np.isfinite(values)]).size:
+    low, high = values.min(), values.max()
+    space = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - space, high + space)
   last_losses = [values[-1] for values in visible_losses if values.size]
   falls = max(last_losses, default=0) <= np.mean(axes.get_ylim())
-  legend_place = 'upper right' if falls else 'lower right'
-  axes.legend(loc=legend_place, fontsize='small', edgecolor='none')
+  place = 'upper right' if falls else 'lower right'
+  axes.legend(loc=place, fontsize='small', edgecolor='none')
 
 
 def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:

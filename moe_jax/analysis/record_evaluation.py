@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--num_batches', type=cli.NOT_NEGATIVE, default=0, help=text)
   add('--room_for_all', action='store_true', help='drop no token')
   add('--logits', action='store_true', help="record the routers' logits, too")
-  text = 'record gates and logits unrounded'
+  text = 'record gates and logits unrounded (default: float16)'
   add('--float32', action='store_true', help=text)
   add('--allow_module', action='append', default=[])
   add('--traceback', action='store_true')

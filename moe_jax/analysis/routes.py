@@ -249,12 +249,11 @@ def pictures(
   relative = np.full((len(layers), n), math.nan)
   for row, layer in zip(relative, layers.values(), strict=True):
     row[: len(layer.load)] = layer.load / max(layer.load.mean(), 1e-300)
+  cells = {'': (np.arange(n + 1) - 0.5, relative)}
+  size = _WIDTH, 1.6 + 0.28 * len(layers)
+  title = 'Load of each expert / mean load of the layer'
   figure, (axes,), _ = plot_style.heat_maps(
-    {'': (np.arange(n + 1) - 0.5, relative)},
-    ('Load of each expert / mean load of the layer', 'expert', 'layer'),
-    1,
-    (_WIDTH, 1.6 + 0.28 * len(layers)),
-    20,
+    cells, (title, 'expert', 'layer'), 1, size, 20
   )
   axes.set_yticks(range(len(layers)), labels=map(str, layers))
   yield 'load', figure
@@ -334,9 +333,8 @@ def _lines(
     lowest, highest = np.nanmin(values), np.nanmax(values)
     room = 0.3 * (highest - lowest) or 1  # for the legend
     axes.set_title(title, loc='left', fontsize='medium')
-    axes.set_xlabel('layer')
     axes.set_xticks(range(len(labels)), labels=labels)
-    axes.set_xlim(-0.6, len(labels) - 0.4)
+    axes.set(xlabel='layer', xlim=(-0.6, len(labels) - 0.4))
     axes.set_ylim(lowest - room * (lowest < 0), highest + room)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.grid(alpha=0.25)
@@ -394,12 +392,10 @@ def _panels(
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
+  cells = {k: (np.arange(x.shape[1] + 1) - 0.5, x) for k, x in panels.items()}
+  size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
   figure, all_axes, _ = plot_style.heat_maps(
-    {k: (np.arange(x.shape[1] + 1) - 0.5, x) for k, x in panels.items()},
-    labels,
-    columns,
-    (max(columns * side, 6.5), 1 + lines * (side * 0.95)),
-    15 * lines,
+    cells, labels, columns, size, 15 * lines
   )
   for axes in all_axes:
     axes.set_aspect('equal')
