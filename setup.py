@@ -102,7 +102,7 @@ setup(
     'Typing :: Typed',
   ],
   packages=find_packages(include=['moe_jax', 'moe_jax.*']),
-  package_data={'moe_jax': ['py.typed']},
+  package_data={'moe_jax': ['py.typed', 'analysis/run_page.html']},
   cmdclass={'build_py': BuildWithConfigs},
   entry_points={
     'console_scripts': [f'{name} = {at}' for name, at in COMMANDS.items()]

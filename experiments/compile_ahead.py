@@ -39,7 +39,6 @@ from experiments.benchmarks.compile_ahead_tables import (
 )
 from moe_jax import cli, run_config
 from moe_jax.analysis import cost, roofline, sharded
-from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.trees import variables
@@ -152,7 +151,7 @@ def largest_evaluation(options: RunOptions, programs: Programs) -> Evaluation:
     model = changed.build(options.sharding.rules)
     if model not in needed:
       step = compiled_eval_step(model, programs.put)
-      memory = memory_of(_compiled(step.lower(*arguments)))
+      memory = sharded.memory_of(_compiled(step.lower(*arguments)))
       num_bytes = (
         held
         + sharded.device_bytes(batch)

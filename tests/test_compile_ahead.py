@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -80,7 +81,14 @@ def test_the_largest_evaluation_decides_what_fits():
   # The state stays beside the tokens, and the masks of all slots.
   state = sharded.device_bytes(programs.abstract_state)
   assert evaluation.needed_bytes > state + 4 * 2 * 24 * 32 * 24
-  step = sharded.Sharded(0, 0, state, state, state, 9, 0, NOTHING_SENT)
+  memory = types.SimpleNamespace(
+    argument_size_in_bytes=state,
+    output_size_in_bytes=state,
+    alias_size_in_bytes=state,
+    temp_size_in_bytes=9,
+    generated_code_size_in_bytes=0,
+  )
+  step = sharded.Sharded(0, 0, memory, NOTHING_SENT)
   report = tables.Report(step, evaluation, 1.0, 1)
   assert step.needed_bytes < report.needed_bytes == evaluation.needed_bytes
 

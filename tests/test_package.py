@@ -300,7 +300,8 @@ def test_distributions_hold_all_modules_and_configs(distributions):
   names = set(zipfile.ZipFile(wheel).namelist())
   members = {name for name in names if not name.startswith('moe_jax-')}
   configs -= {'moe_jax/configs/README.md'}
-  assert members == modules | configs | {'moe_jax/py.typed'}
+  other = {'moe_jax/py.typed', 'moe_jax/analysis/run_page.html'}
+  assert members == modules | configs | other
   assert 'moe_jax-0.1.0.dist-info/licenses/LICENSE' in names
   with tarfile.open(archive) as files:
     archived = {name.partition('/')[2] for name in files.getnames()}

@@ -40,14 +40,21 @@ class Report:
 def table(report: Report, formula: float) -> Table:
   """Table of the step's numbers on one device, a row for each."""
   step, (name, num_bytes) = report.step, report.evaluation
+  memory = step.memory
   rows = [
     ('parameters', cost.in_bytes(step.param_bytes)),
     ('optimizer state', cost.in_bytes(step.optimizer_bytes)),
-    ('arguments (state and batch)', cost.in_bytes(step.argument_bytes)),
-    ('results', cost.in_bytes(step.output_bytes)),
-    ('of them in the place of arguments', cost.in_bytes(step.alias_bytes)),
-    ('temporaries', cost.in_bytes(step.temp_bytes)),
-    ('program', cost.in_bytes(step.code_bytes)),
+    (
+      'arguments (state and batch)',
+      cost.in_bytes(memory.argument_size_in_bytes),
+    ),
+    ('results', cost.in_bytes(memory.output_size_in_bytes)),
+    (
+      'of them in the place of arguments',
+      cost.in_bytes(memory.alias_size_in_bytes),
+    ),
+    ('temporaries', cost.in_bytes(memory.temp_size_in_bytes)),
+    ('program', cost.in_bytes(memory.generated_code_size_in_bytes)),
     ('needed in all', cost.in_bytes(step.needed_bytes)),
     (f'needed in the largest evaluation, {name}', cost.in_bytes(num_bytes)),
     ('FLOPs by formula, nothing twice', f'{formula:.3g}'),

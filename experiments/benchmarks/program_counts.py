@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from jax.stages import Compiled
 
-from moe_jax.analysis.compiled import memory_of
+from moe_jax.analysis.sharded import memory_of
 from moe_jax.errors import InputError
 from moe_jax.layers.shared import RULES
 from moe_jax.models import MODELS, DecoderOptions

@@ -8,7 +8,7 @@ import ml_collections
 from experiments.study.jobs import layered
 from experiments.study.parts import Column
 from moe_jax import run_config
-from moe_jax.analysis import cost, counts, memory, run_cost
+from moe_jax.analysis import cost, counts, memory
 from moe_jax.run_config import RunConfig
 from moe_jax.training.setup import Run
 
@@ -52,7 +52,7 @@ def costs(run: Run) -> dict[str, float]:
   options, model = run.options, run.model
   B, T = options.batch_size, options.data.seq_len
   count = counts.count(model, T)
-  trained = run_cost.training_cost(options, model)
+  trained = cost.training_cost(options, model)
   state = trained.optimizer_bytes + trained.gradient_bytes
   return {
     'cost/params': count.total_params,

@@ -9,22 +9,33 @@ feed-forward, so not for LSTMs.
 """
 
 import argparse
+import dataclasses
+import datetime
+import math
 import operator
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
-from moe_jax import cli, run_config
-from moe_jax.analysis import memory, roofline
+from moe_jax import cli, partitioning, run_config
+from moe_jax.analysis import memory, roofline, sharded
 from moe_jax.analysis.counts import count, halves, short, sized_parameters
-from moe_jax.analysis.run_cost import training_cost, variants
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
+from moe_jax.layers.parameters import Role
+from moe_jax.layers.shared import Numerics
 from moe_jax.models import Model
+from moe_jax.models.description import Path
+from moe_jax.models.lora import LoraOptions
+from moe_jax.models.trees import flatten
+from moe_jax.training.averages import kept_by_optimizer
+from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
 
 _PIPE_WIDTH = 120  # characters
@@ -145,7 +156,7 @@ def memory_table(model: Model, work: Workload) -> Table:
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
     rows[name] = memory.dispatch_bytes(half, B)
     if sent := memory.all_to_all_bytes(half, B, work.num_parts):
-      n, devices = 4 * half.num_sparse, f'each of {work.num_parts} devices'
+      n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
       rows[f'{stack}one all-to-all, as {devices} sends it'] = sent
       rows[f'{stack}the {n} all-to-alls of a training step'] = n * sent
   for name, num_bytes in rows.items():
@@ -161,13 +172,16 @@ def training_table(options: RunOptions, model: Model) -> Table:
     model: The run's model, of one stack of blocks.
   """
   forward = count(model, options.data.seq_len).forward_flops
-  columns = 'parameters', 'optimizer', 'gradients', 'FLOPs\na token'
+  forms = {
+    'parameters': short,
+    'optimizer': in_bytes,
+    'gradients': in_bytes,
+    'FLOPs\na token': short,
+    'FLOPs\na step': short,
+  }
   table = Table(
     'Trains',
-    *(
-      Column(heading, justify='right', no_wrap=True)
-      for heading in (*columns, 'FLOPs\na step')
-    ),
+    *(Column(heading, justify='right', no_wrap=True) for heading in forms),
     title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
     'per token',
     caption='Bytes are those of the state of the optimizer and of the '
@@ -177,15 +191,8 @@ def training_table(options: RunOptions, model: Model) -> Table:
     'last column, do not grow with the batch.',
   )
   for name, variant in variants(options, model):
-    c = training_cost(variant, model)
-    table.add_row(
-      name,
-      short(c.trained_params),
-      in_bytes(c.optimizer_bytes),
-      in_bytes(c.gradient_bytes),
-      short(c.backward_flops),
-      short(c.step_flops),
-    )
+    costs = training_cost(variant, model)
+    table.add_row(name, *(form(n) for form, n in zip(forms.values(), costs)))
   return table
 
 
@@ -240,9 +247,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
     ValueError: The size of the vocabulary depends on the data and the options
       do not give it.
   """
-  model = options.model
   tokenizer = options.init_from.with_tokenizer(options.data).tokenizer
-  size = model.vocab_size or tokenizer.known_vocab_size()
+  size = options.model.vocab_size or tokenizer.known_vocab_size()
   if not size:
     raise InputError(
       f'data.tokenizer={type(options.data.tokenizer).__name__} has a '
@@ -252,25 +258,254 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
   return options.filled(size)
 
 
+class TrainingCost(NamedTuple):
+  """The cost of training some parameters.
+
+  Attributes:
+    trained_params: Number of the parameters that train.
+    optimizer_bytes: Bytes of the state of the optimizer.
+    gradient_bytes: Bytes of the gradients that are computed; with adapters,
+      these include the gradients of the adapted kernels.
+    backward_flops: FLOPs of the backward pass for a token. Elementwise
+      operations, the optimizer's, and what `remat` computes again are not
+      counted.
+    step_flops: FLOPs of a step that do not grow with its tokens: the products
+      of adapters' factors, and the gradients of these products.
+  """
+
+  trained_params: int
+  optimizer_bytes: int
+  gradient_bytes: int
+  backward_flops: int
+  step_flops: int
+
+
+def training_cost(options: RunOptions, model: Model) -> TrainingCost:
+  """Counts the cost of training what a run's options select.
+
+  For each token the backward pass has two kinds of products with the gradients
+  of kernels' outputs: with every kernel, which gives the gradients of inputs
+  (also below the lowest layer that trains, as layers are scanned), and with the
+  inputs of every kernel whose own gradient is needed.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model, of one stack of blocks.
+
+  Raises:
+    ValueError: The model has two stacks or none, or the options select a part
+      that it lacks.
+  """
+  if (num_stacks := len(model.stacks.blocks)) != 1:
+    raise InputError(
+      f'{type(model).__name__} has {num_stacks} stacks of blocks; the backward '
+      'pass is counted of models with one'
+    )
+  adapters, trained, optimizer = make_optimizer(options, model)
+  shapes = adapters.trees.shapes
+  state = jax.eval_shape(optimizer.init, shapes)
+  trained_part, flat_shapes = flatten(trained.part(shapes)), flatten(shapes)
+  leaves = {path: x for path, x in trained_part.items() if x is not None}
+  means = 4 * sum(x.size for x in leaves.values())  # float32
+  # Gradients of whole kernels are computed, and from them those of adapters.
+  leaves |= {path: flat_shapes[path] for path in adapters.kernels}
+  factors = sum(math.prod(x.shape) for x in adapters.kernels.values())
+  return TrainingCost(
+    trained_params=trained.count(trained.part(shapes)),
+    optimizer_bytes=_bytes(state) + means * bool(options.optimizer.ema),
+    gradient_bytes=_bytes(leaves),
+    backward_flops=_backward_flops(model, options.data.seq_len, leaves),
+    # A B, and the gradients of A and of B.
+    step_flops=3 * 2 * adapters.options.rank * factors,
+  )
+
+
+def variants(options: RunOptions, model: Model):
+  """The options of a run for each usual choice of what trains, by name."""
+  sparse = bool(model.stacks.sparse_layers)
+  plain = dataclasses.replace(
+    options, trainable='all', trained_experts='', lora=LoraOptions()
+  )
+  for name in ('all', *(('experts', 'non_experts') if sparse else ())):
+    yield name, dataclasses.replace(plain, trainable=name)
+  for roles in ('attention', 'attention + ' + ('experts' if sparse else 'ffn')):
+    lora_options = LoraOptions(rank=16, parts=roles)
+    name = f'LoRA of rank 16, {roles}'
+    yield name, dataclasses.replace(plain, lora=lora_options)
+
+
+def _backward_flops(model: Model, seq_len: int, paths: Container[Path]) -> int:
+  """FLOPs of the backward pass for a token, with gradients of some parameters.
+
+  `paths` has the paths of the parameters whose gradients are computed.
+  """
+  flops, parameters = count(model, seq_len).decoder, sized_parameters(model)
+  trained, moe = [p for p in parameters if p.path in paths], model.stacks.moe
+  total = 0
+  for p in trained:
+    if p.role.form == 'kernel':
+      share = moe.num_selected / p.num_experts if p.of_expert and moe else 1.0
+      total += round(2 * p.size * share)
+  has_tables = any(p.role.role == 'embedding' for p in trained)
+  is_tied = not any(p.role == Role('head', 'kernel') for p in parameters)
+  if has_tables and is_tied:  # the table is the kernel of the logits, too
+    total += 2 * model.vocab_size * model.embedding.width
+  if has_tables or not all(p.outside_layers for p in trained):
+    total += flops.total + flops.attention
+  return total
+
+
+def run_flops(options: RunOptions, model: Model) -> int:
+  """FLOPs of all steps of a run, forward and backward; 0 if not counted.
+
+  The FLOPs of `remat`, the optimizer, evaluations and a teacher are left out.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+  """
+  steps, rows = options.total_steps, options.total_steps * options.batch_size
+  T, target_len = options.data.seq_len, options.data.target_len
+  forward = count(model, T, target_len, options.batch_size).example_flops
+  if len(model.stacks.blocks) != 1:
+    return 3 * rows * forward
+  training = training_cost(options, model)
+  row_flops = forward + T * training.backward_flops
+  return rows * row_flops + steps * training.step_flops
+
+
+def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
+  """A line on a run's size and least time; times a device's matrix products.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+    mesh: Its devices.
+  """
+  steps, row_tokens = options.total_steps, options.data.row_tokens
+  noun = 'tokens' if row_tokens else 'examples'
+  per_step = options.batch_size * (row_tokens or 1)
+  cost = count(model, options.data.seq_len, options.data.target_len)
+  line = (
+    f'run: {steps:,} steps of {per_step:,} {noun}, {short(steps * per_step)} '
+    f'in all, with {short(cost.total_params)} parameters'
+  )
+  if cost.active_params < cost.total_params:
+    line += f', {short(cost.active_params)} active per token'
+  if not (flops := run_flops(options, model)):
+    return line
+  dtype = getattr(options.model, 'numerics', Numerics()).dtype
+  rate, _ = roofline.product_rate(dtype)
+  rate *= roofline.num_processors(list(mesh.devices.flat))
+  delta = datetime.timedelta(seconds=math.ceil(flops / rate))
+  return (
+    f'{line}; {_metric(flops)}FLOP take {delta} at the speed of a large matrix '
+    f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
+    'several times that, and compiling and evaluations come on top'
+  )
+
+
+class RunBytes(NamedTuple):
+  """Bytes that a run takes on each device, and the bytes of a checkpoint.
+
+  Attributes:
+    parameters: Bytes of the parameters on a device.
+    optimizer: Bytes of the optimizer's state on a device.
+    gradients: Bytes of the gradients of trained parameters, on a device.
+    activations: Bytes that the forward pass of a microbatch leaves for the
+      backward pass, by formula; 0 where they are not counted.
+    evaluation: Bytes on a device in the evaluation that needs most: parameters,
+      the optimizer's state, and activations of a microbatch, by formula.
+    checkpoint: Bytes of a checkpoint, of all devices together.
+  """
+
+  parameters: int
+  optimizer: int
+  gradients: int
+  activations: int
+  evaluation: int
+  checkpoint: int
+
+  @property
+  def step(self) -> int:
+    """Bytes on a device in a step."""
+    return sum(self[:4])
+
+  @property
+  def total(self) -> int:
+    """Bytes on a device in a step or an evaluation, whichever needs more."""
+    return max(self.step, self.evaluation)
+
+  def describe(self) -> str:
+    """The bytes on a device in a line."""
+    names = ('parameters', 'optimizer state', 'gradients', 'activations')
+    phrases = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
+    line = f'{", ".join(phrases)}: about {in_bytes(self.step)} on each device'
+    if self.evaluation:
+      line += f', {in_bytes(self.evaluation)} in the largest evaluation'
+    return line
+
+
+def run_bytes(
+  options: RunOptions, model: Model, programs: Programs, mesh: Mesh
+) -> RunBytes:
+  """Counts the bytes of a run.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+    programs: Its programs.
+    mesh: The devices.
+  """
+  state = programs.abstract_state
+  activations = evaluation = 0
+  if model.stacks.blocks:
+    num_parts = partitioning.row_parts(mesh, options.sharding.rules)
+    rows = -(-options.shape().rows // num_parts)
+    lengths = options.data.seq_len, options.data.target_len
+    activations = sum(memory.activations(model, rows, *lengths))
+    entry_models = {
+      entry.overridden(options.model).build(options.sharding.rules)
+      for entry in options.evals.values()
+    }
+    if entry_models:
+      evaluation = sharded.held_by_evaluations(programs) + max(
+        memory.evaluation(changed, rows, *lengths) for changed in entry_models
+      )
+  return RunBytes(
+    parameters=sharded.device_bytes(state.params),
+    optimizer=sharded.device_bytes(kept_by_optimizer(state)),
+    gradients=sharded.device_bytes(programs.trained.part(state.params)),
+    activations=activations,
+    evaluation=evaluation,
+    checkpoint=_bytes(state),
+  )
+
+
+def _bytes(tree: Any) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _metric(n: float) -> str:
+  """A number of operations with its prefix: 15.8e9 is '15.8 G'."""
+  text = short(n).replace('B', 'G')
+  return f'{text[:-1]} {text[-1]}' if text[-1].isalpha() else f'{text} '
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   parser = cli.parser('moe_jax.analysis.cost', __doc__)
   cli.add_config(parser)
   parser.set_defaults(run=run)
   add = parser.add_argument
-  add(
-    '--batch',
-    type=cli.POSITIVE,
-    help="number of rows in the batch; by default the config's batch_size in "
-    'training (a microbatch of it), and one row in generation',
+  text = (
+    "number of rows in the batch; by default the config's batch_size in "
+    'training (a microbatch of it), and one row in generation'
   )
-  add(
-    '--expert_parallel',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help="devices that the experts are split over; 0 takes the mesh's",
-  )
-  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
+  add('--batch', type=cli.POSITIVE, help=text)
+  text = "devices that the experts are split over; 0 takes the mesh's"
+  add('--expert_parallel', type=cli.NOT_NEGATIVE, default=0, help=text)
+  cli.run_command(*cli.parse_command(parser, argv))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -5,21 +5,25 @@ told apart by their roles, never by their names.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable
-from typing import NamedTuple
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.analysis.router_shapes import router_multiply_adds, training_slots
 from moe_jax.errors import InputError
+from moe_jax.layers import parameters
 from moe_jax.layers.attention import AttentionBase
 from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
+from moe_jax.layers.routers import Hierarchical, RouterOptions, Sizes, TokenInfo
+from moe_jax.layers.routers.steps import AXES, ROLE
+from moe_jax.layers.shared import Shared
 from moe_jax.models import Model
 from moe_jax.models.stack import StackConfig
-from moe_jax.models.trees import describe
+from moe_jax.models.trees import describe, flatten
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
@@ -64,11 +68,6 @@ class Half(NamedTuple):
   def moes(self) -> list[MoeOptions]:
     """The options of each sparse layer, in order."""
     return [moe for moe in self.stack.moes if moe is not None]
-
-  @property
-  def num_sparse(self) -> int:
-    """The number of layers that have experts."""
-    return len(self.moes)
 
 
 def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
@@ -126,27 +125,22 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
     ValueError: Kernels are quantised: the number of their stored values is not
       that of the parameters.
   """
-  for stack in model.stacks.blocks:
-    formats = [moe.expert.format for moe in stack.moes if moe is not None]
-    for format in filter(None, formats):
+  for moe in model.stacks.mixtures:
+    if format := moe.expert.format:
       raise InputError(
         f'the model has kernels in codes of {format.name!r}, whose number is '
         'not that of its parameters; count the model that they were made of'
       )
   trees = describe(model)
-  roles = jax.tree.leaves(
-    trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)
-  )
-  axes = jax.tree.leaves(trees.axes, is_leaf=lambda x: isinstance(x, tuple))
-  shapes = jax.tree_util.tree_leaves_with_path(trees.shapes)
+  roles, axes = flatten(trees.roles), flatten(trees.axes)
   return [
     SizedParameter(
-      tuple(key.key for key in path),
-      math.prod(leaf.shape),
-      role,
-      leaf.shape[names.index('expert')] if 'expert' in names else 1,
+      path,
+      leaf.size,
+      roles[path],
+      leaf.shape[axes[path].index(EXPERT)] if EXPERT in axes[path] else 1,
     )
-    for (path, leaf), role, names in zip(shapes, roles, axes, strict=True)
+    for path, leaf in flatten(trees.shapes).items()
   ]
 
 
@@ -155,6 +149,46 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
+
+
+def training_slots(moe: MoeOptions, group_size: int) -> int:
+  """The slots of an expert in training, in a group of `group_size` tokens."""
+  (routing, _), _ = _in_training(moe.router, moe.sizes, group_size, 1)
+  return group_size if routing.capacity is None else routing.capacity
+
+
+def router_multiply_adds(moe: MoeOptions, width: int) -> int:
+  """The number of multiplications in the router's products for one token.
+
+  This is the size of the router's kernels. The kernels of a hierarchical
+  router's branches are stacked, and only the chosen branches' count.
+  """
+  _, variables = _in_training(moe.router, moe.sizes, 1, width)
+  boxes = parameters.with_role(variables.get('params', {}), ROLE)
+  total = 0
+  for box in flatten(boxes).values():
+    size = box.value.size if box.form == 'kernel' else 0
+    if isinstance(moe.router, Hierarchical) and box.names[0] != AXES[0]:
+      size = size * moe.router.branches_selected // moe.router.branching
+    total += size
+  return total
+
+
+@functools.lru_cache
+def _in_training(
+  router: RouterOptions, sizes: Sizes, group_size: int, width: int
+) -> Any:
+  """The shapes of a router's result and variables, for one group of tokens."""
+  module = router.module(sizes, Shared(num_tasks=1), 'router')
+
+  def run():
+    key, ids = jax.random.key(0), jnp.zeros((1, group_size), jnp.int32)
+    info = TokenInfo(ids, ids, ids, ids, ids).only(router.reads)
+    x, mask = jnp.zeros((1, group_size, width)), jnp.ones(ids.shape, bool)
+    rngs = {'params': key, 'router': key}
+    return module.init_with_output(rngs, x, mask, True, info)
+
+  return jax.eval_shape(run)
 
 
 def group_rows(moe: MoeOptions, S: int) -> int:
@@ -300,14 +334,14 @@ def count(
     batch_size: Number of rows in a batch, which matters where a whole batch is
       one routing group.
   """
-  parameters, width = sized_parameters(model), model.embedding.width
-  layers = [p for p in parameters if not p.outside_layers]
+  sized, width = sized_parameters(model), model.embedding.width
+  layers = [p for p in sized if not p.outside_layers]
   stacks = halves(model, seq_len, target_len)
   parts = [
     ([p for p in layers if p.path[: len(half.path)] == half.path], half.moes)
     for half in stacks
   ]
-  parts = parts or [(layers, [moe for moe in model.stacks.mixtures])]
+  parts = parts or [(layers, [*model.stacks.mixtures])]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
   flops[-1].products += 2 * model.vocab_size * width
   decoder_len, memory_len, step_attention = seq_len, 0, 0
@@ -323,17 +357,19 @@ def count(
       cross_flops = 2 * num_layers * width * a.cached_values
       part.products -= cross_flops
       flops[0].products += cross_flops
-  experts, total = _size(p for p in layers if p.of_expert), _size(parameters)
+  lengths = [(moe, half.length) for half in stacks for moe in half.moes]
+  lengths = lengths or [(moe, seq_len) for moe in model.stacks.mixtures]
+  experts, total = _size(p for p in layers if p.of_expert), _size(sized)
   return Cost(
     total_params=total,
     active_params=total - experts + sum(_chosen(*part) for part in parts),
     expert_params=experts,
-    embedding_params=_size(p for p in parameters if p.role.role == 'embedding'),
+    embedding_params=_size(p for p in sized if p.role.role == 'embedding'),
     decoder=flops[-1],
     encoder=flops[0] if memory_len else None,
     decoder_len=decoder_len,
     encoder_len=memory_len,
-    capacity_slack=_slack(model, stacks, batch_size, seq_len),
+    capacity_slack=_slack(lengths, batch_size),
     step_attention=step_attention,
   )
 
@@ -346,8 +382,8 @@ def short(n: float | int) -> str:
   return f'{n:.0f}'
 
 
-def _size(parameters: Iterable[SizedParameter]) -> int:
-  return sum(p.size for p in parameters)
+def _size(sized: Iterable[SizedParameter]) -> int:
+  return sum(p.size for p in sized)
 
 
 def _products(
@@ -366,25 +402,19 @@ def _products(
 
 def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
   """How many of the parameters of layers belong to a token's K experts."""
-  if not moes:
-    return 0
   expert_size = sum(p.size // p.num_experts for p in layers if p.of_expert)
-  return expert_size * moes[0].num_selected
+  return expert_size * moes[0].num_selected if moes else 0
 
 
-def _slack(
-  model: Model, stacks: list[Half], batch_size: int, seq_len: int
-) -> float:
+def _slack(lengths: Sequence[tuple[MoeOptions, int]], batch_size: int) -> float:
   """Rows that experts multiply, divided by the number of choices.
 
-  Both are sums over the sparse layers; see `Cost.capacity_slack`.
+  Both are sums over the sparse layers, each with the length T of its sequence;
+  see `Cost.capacity_slack`.
   """
-  if not model.stacks.mixtures:
-    return 1.0
-  layers = [(moe, half.length) for half in stacks for moe in half.moes]
   rows = choices = 0.0
-  for moe, T in layers or [(model.stacks.mixtures[-1], seq_len)]:
+  for moe, T in lengths:
     S = group_size(moe, batch_size, T)
     rows += T * group_rows(moe, S) / S
     choices += T * moe.num_selected
-  return rows / choices
+  return rows / choices if choices else 1.0

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import data, partitioning
-from moe_jax.analysis import hooks, run_cost
+from moe_jax.analysis import cost, hooks
 from moe_jax.config import section_of
 from moe_jax.data.cache_folders import NotPreparedError, reading_only
 from moe_jax.devices import in_bytes, memory_of
@@ -76,13 +76,14 @@ class DryRun:
       options, notes, dataset = run.options, run.notes, run.dataset
     else:
       options, notes, dataset = self._filled(mesh)
-    folder = self.options.data.selection.cache
-    not_prepared = (
+    data_line = (
       'data: not prepared yet; a run first reads all texts once and keeps '
-      f'their tokens in {folder}'
+      f'their tokens in {self.options.data.selection.cache}'
     )
+    if dataset:
+      data_line = dataset.describe()
     if options is None:
-      yield not_prepared
+      yield data_line
       yield (
         'model: its size depends on the vocabulary, which is known once the '
         'data is prepared; --config.model.vocab_size=... gives it'
@@ -91,8 +92,8 @@ class DryRun:
       model = options.build()
       programs = run.programs if run else make_programs(options, model, mesh)
       yield from notes
-      yield run_cost.run_line(options, model, mesh)
-      yield dataset.describe() if dataset else not_prepared
+      yield cost.run_line(options, model, mesh)
+      yield data_line
       yield from hooks.facts(options, model, programs, mesh)
       if dataset:
         rows = options.total_steps * options.batch_size
@@ -125,17 +126,16 @@ class DryRun:
 
     The hooks check the run, without printing anything.
     """
-    run = None
     with self._noting_problems():
       folder = self.workdir or _NOWHERE
       run = set_up(self.options, folder, resume=self.resume)
-    if run is not None:
       silent_run = dataclasses.replace(run, message=lambda text: None)
       for hook in self.hooks:
         with self._noting_problems():
           hook.check(silent_run)
       run.checkpoints.close()
-    return run
+      return run
+    return None
 
   def _filled(
     self, mesh: Mesh
@@ -170,7 +170,7 @@ class DryRun:
     self, options: RunOptions, model: Model, programs: Programs, mesh: Mesh
   ) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
-    needs = run_cost.run_bytes(options, model, programs, mesh)
+    needs = cost.run_bytes(options, model, programs, mesh)
     room = memory_of(list(mesh.devices.flat))
     line = f'memory: {needs.describe()}'
     if room:
@@ -182,11 +182,9 @@ class DryRun:
         'WARNING: that does not fit; a smaller batch_size / microbatches, '
         "model.remat='full', or more devices (mesh.fsdp) need less on each"
       )
-    yield from self._disk_lines(needs.checkpoint)
-
-  def _disk_lines(self, size: int) -> Iterator[str]:
-    c, total = self.options.checkpoint, self.options.total_steps
-    num_written = 1 + (total - 1) // c.every_steps if c.every_steps else 1
+    c, size = options.checkpoint, needs.checkpoint
+    last = options.total_steps - 1
+    num_written = 1 + last // c.every_steps if c.every_steps else 1
     # One is being written while the older ones are still there.
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
     folder = storage_path(c.directory or self.workdir or _NOWHERE)
@@ -208,9 +206,9 @@ class DryRun:
       )
 
   def _evaluation_lines(self) -> Iterator[str]:
-    total = self.options.total_steps
     for name, entry in self.options.evals.items():
-      times = 1 + (total - 1) // entry.every_steps if entry.every_steps else 1
+      last = self.options.total_steps - 1
+      times = 1 + last // entry.every_steps if entry.every_steps else 1
       line = f'evaluation {name}: {EVALUATIONS.name_of(entry)!r}'
       if entry.every_steps:
         line += f' every {entry.every_steps:,} steps and'

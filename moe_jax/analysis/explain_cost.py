@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moe_jax import cli, run_config
-from moe_jax.analysis import compiled
+from moe_jax.analysis import sharded
 from moe_jax.devices import keep_freed_memory
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
@@ -90,26 +90,26 @@ def explain(options: RunOptions, num_steps: int) -> Table:
     step = run.programs.train_step.lower(state, next(batches)).compile()
     state, _, _ = _take_steps(step, state, batches, _WARM_UP)
     state, waits, times = _take_steps(step, state, batches, num_steps)
-    text = compiled.text_of(step)
+    text = sharded.text_of(step)
     seconds = _instruction_seconds(
       lambda: _take_steps(step, state, batches, num_steps),
       module=re.findall(r'HloModule ([\w.\-]+)', text)[0],
     )
-  part_times, busy = by_part(compiled.parse(text), seconds)
+  part_times = by_part(sharded.parse(text), seconds)
   low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
   wait = float(np.median(waits))
+  headings = 'forward, ms', 'backward, ms', 'both, ms', 'share'
   table = Table(
+    'part of the step',
+    *(Column(heading, justify='right') for heading in headings),
     title=f'A training step takes {1e3 * median:.1f} ms (quartiles '
     f'{1e3 * low:.1f} and {1e3 * high:.1f} ms)',
     caption='The time of a step is a median. The instructions of a step take '
-    f'{1e3 * busy / num_steps:.1f} ms in all, some of them at once on several '
-    'threads; the step is split over its parts in the shares that they have in '
-    'that.',
+    f'{1e3 * sum(part_times.values()) / num_steps:.1f} ms in all, some of them '
+    'at once on several threads; the step is split over its parts in the '
+    'shares that they have in that.',
   )
-  table.add_column('part of the step')
-  for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
-    table.add_column(heading, justify='right')
-  for part, forward, backward in shares_of_step(part_times, busy, median, wait):
+  for part, forward, backward in shares_of_step(part_times, median, wait):
     both = forward + backward
     table.add_row(
       part,
@@ -169,46 +169,39 @@ def part_of(op_name: str) -> str:
   return AROUND if 'jvp(' in op_name else OTHER
 
 
-def is_backward(op_name: str) -> bool:
-  """Whether an instruction is in the backward pass; recomputed ones are."""
-  return 'transpose(' in op_name
+def by_part(program: sharded.Program, seconds: Mapping[str, float]) -> Times:
+  """The executed time of each part.
 
-
-def by_part(
-  program: compiled.Program, seconds: Mapping[str, float]
-) -> tuple[Times, float]:
-  """The executed time of each part, and the sum of all parts.
+  What is computed again for the backward pass belongs to the backward pass.
 
   Args:
     program: The compiled program.
     seconds: Time of each instruction as profiled; the time of a loop includes
       its body's. Instructions that the program lacks belong to `OTHER`.
   """
-  op_names = compiled.op_name_of(program)
-  leaf_names = compiled.leaves(program, set(seconds))
-  leaf_names |= {name for name in seconds if name not in program}
-  times: dict[tuple[str, bool], float] = collections.defaultdict(float)
-  for name in leaf_names:
+  op_names = sharded.op_name_of(program)
+  times: Times = collections.defaultdict(float)
+  for name in sharded.leaves(program, set(seconds)):
     op_name = op_names.get(name, '')
-    times[part_of(op_name), is_backward(op_name)] += seconds[name]
-  return dict(times), sum(times.values())
+    times[part_of(op_name), 'transpose(' in op_name] += seconds[name]
+  return dict(times)
 
 
 def shares_of_step(
-  times: Times, busy: float, step_seconds: float, wait: float
+  times: Times, step_seconds: float, wait: float
 ) -> list[tuple[str, float, float]]:
   """Splits the time of a step over its parts, in the order of `ROWS`.
 
   Args:
-    times: Executed time of each part.
-    busy: The sum of `times`, which is longer than the step where several
-      threads work at once.
+    times: Executed time of each part. The sum is longer than the step where
+      several threads work at once.
     step_seconds: Seconds of the step, from asking for the batch to the end.
     wait: Seconds of the step in which it waits for the batch.
 
   Returns:
     Each part, and its seconds in the forward and in the backward pass.
   """
+  busy = sum(times.values())
   scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
   rows = []
   for part in ROWS[:-1]:
@@ -262,13 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = cli.parser('moe_jax.analysis.explain_cost', __doc__)
   cli.add_config(parser)
   parser.set_defaults(run=run)
-  parser.add_argument(
-    '--steps',
-    type=cli.POSITIVE,
-    default=10,
-    help='number of steps that are timed; as many are then profiled',
-  )
-  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
+  text = 'number of steps that are timed; as many are then profiled'
+  parser.add_argument('--steps', type=cli.POSITIVE, default=10, help=text)
+  cli.run_command(*cli.parse_command(parser, argv))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:

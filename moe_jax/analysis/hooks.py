@@ -11,20 +11,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import data, generation, models
-from moe_jax.analysis import cost, roofline, routing_report, run_cost, sharded
+from moe_jax import generation, models
+from moe_jax.analysis import cost, roofline, routing_report, sharded
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
+from moe_jax.analysis.routing_report import ValueTable
 from moe_jax.analysis.run_page import Page
+from moe_jax.data import Rows
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.layers import experts
-from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models.recorded import recording
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.runs.summary import Batch, StepMetrics
 from moe_jax.training import trainable
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.optimizer import is_names
@@ -44,7 +44,7 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: its steps, its least time, its folder."""
     if is_first():
-      line = run_cost.run_line(run.options, run.model, run.mesh)
+      line = cost.run_line(run.options, run.model, run.mesh)
       run.message(f'{line}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
@@ -90,7 +90,6 @@ class Profile(Hook):
   """
 
   _is_tracing = False
-  _step: int | None = None
 
   def start(self, run: Run) -> Run | None:
     """Wraps the training step, if the config names steps to profile."""
@@ -100,29 +99,28 @@ class Profile(Hook):
     self._folder = run.workdir / 'profile'
     if c.all_processes:  # processes of one host would overwrite each other's
       self._folder /= f'process_{jax.process_index()}'
-    self._message, self._train_step = run.message, run.train_step
-    self._steps = range(c.start_step, c.start_step + c.num_steps)
-    return dataclasses.replace(run, train_step=self._traced_step)
+    self._message, self._step = run.message, None
+    steps = range(c.start_step, c.start_step + c.num_steps)
 
-  def _traced_step(
-    self, state: TrainState, batch: Batch
-  ) -> tuple[TrainState, StepMetrics]:
-    """Takes one step; waits for the end of the last step that is traced."""
-    # Reading `state.step` waits for the device, so it is read only once.
-    self._step = (int(state.step) if self._step is None else self._step) + 1
-    if self._step not in self._steps:
-      return self._train_step(state, batch)
-    if not self._is_tracing:
-      options = jax.profiler.ProfileOptions()
-      options.python_tracer_level = 0  # Python's calls would hide the device's
-      jax.profiler.start_trace(self._folder, profiler_options=options)
-      self._is_tracing = True
-    with jax.profiler.StepTraceAnnotation('train', step_num=self._step):
-      state, metrics = self._train_step(state, batch)
-    if self._step == self._steps[-1]:
-      jax.block_until_ready(metrics)
-      self.close()
-    return state, metrics
+    def traced_step(state, batch):
+      # Reading `state.step` waits for the device, so it is read only once.
+      self._step = (int(state.step) if self._step is None else self._step) + 1
+      if self._step not in steps:
+        return run.train_step(state, batch)
+      if not self._is_tracing:
+        options = jax.profiler.ProfileOptions()
+        # Python's calls would hide the device's.
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(self._folder, profiler_options=options)
+        self._is_tracing = True
+      with jax.profiler.StepTraceAnnotation('train', step_num=self._step):
+        state, metrics = run.train_step(state, batch)
+      if self._step == steps[-1]:
+        jax.block_until_ready(metrics)
+        self.close()
+      return state, metrics
+
+    return dataclasses.replace(run, train_step=traced_step)
 
   def end(self, run: Run, state: TrainState) -> None:
     """Writes the trace, if the run ends before its last traced step."""
@@ -157,21 +155,21 @@ class Sample(Hook):
     except InputError as error:
       run.message(f'no sample: {error}')
       return
+    data, tokenizer = run.options.data, run.dataset.tokenizer
     imported = trained_run.is_imported(run.workdir)
-    window = trained_run.window(run.options.data, run.model, imported=imported)
+    window = trained_run.window(data, run.model, imported=imported)
     variables = run.programs.variables(state)
     model, variables = generation.prepare(run.model, variables, window=window)
-    tokenizer = run.dataset.tokenizer
     prompt = trained_run.encode(
-      run.options.data.task, tokenizer, c.prompt, imported=imported
+      data.task, tokenizer, c.prompt, imported=imported
     )
     prompt, num_tokens = trained_run.fit(model, prompt, c.num_tokens)
-    pairs, tasks = [], run.options.data.tasks
+    pairs, names = [], []
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
-    names = []
     if model.stacks.task_sequences:
-      names = [c.task or tasks[0], *(tasks[task] for *_, task in pairs)]
+      tasks = (data.tasks[task] for *_, task in pairs)
+      names = [c.task or data.tasks[0], *tasks]
     generated = generation.generate(
       model,
       variables,
@@ -179,14 +177,12 @@ class Sample(Hook):
       num_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
-      task_ids=trained_run.task_ids(
-        model, run.options.data, names, 'sample.task'
-      ),
+      task_ids=trained_run.task_ids(model, data, names, 'sample.task'),
       **trained_run.special_ids(model, tokenizer),
     )
     answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
-    if model.has_encoder or run.options.data.task.reads == 'pairs':
+    if model.has_encoder or data.task.reads == 'pairs':
       inputs = [c.prompt, *(tokenizer.decode(inputs) for inputs, *_ in pairs)]
       targets = ['', *(tokenizer.decode(targets) for _, targets, _ in pairs)]
       text = '\n\n'.join(
@@ -200,7 +196,7 @@ class Sample(Hook):
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
-def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
+def first_pairs(rows: Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
   An example is a triple: the token ids of its inputs and of its targets, and
@@ -210,12 +206,8 @@ def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
   targets = zip(batch['targets'], batch['segment_ids'] == 1)
   tasks = batch.get('task_ids', np.zeros_like(batch['targets']))[:, 0]
-  return [
-    (ids[is_input], target_ids[is_target], int(task))
-    for (ids, is_input), (target_ids, is_target), task in zip(
-      inputs, targets, tasks
-    )
-  ]
+  pairs = zip(inputs, targets, tasks)
+  return [(x[of_x], y[of_y], int(task)) for (x, of_x), (y, of_y), task in pairs]
 
 
 class RoutingReport(Hook):
@@ -229,18 +221,14 @@ class RoutingReport(Hook):
     if not run.model.stacks.sparse_layers:
       return
     tables = routing_tables(run, state)
-    if not is_first():
-      return
-    warning = '; '.join(model_warnings(run.model))
-    routing_report.write_report(run.workdir, tables, warning)
-    console = routing_report.wide_console()
-    for table in tables:
-      console.print(table.terminal())
+    if is_first():
+      warning = '; '.join(model_warnings(run.model))
+      routing_report.write_report(run.workdir, tables, warning)
+      for table in tables:
+        routing_report.wide_console().print(table.terminal())
 
 
-def routing_tables(
-  run: Run, state: TrainState
-) -> list[routing_report.ValueTable]:
+def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
   """The tables of the routing report, of some validation batches."""
   counts: routing_report.Counts = {}
   losses = Losses(
@@ -257,23 +245,15 @@ def routing_tables(
       counts, run.model, batch, choices or {}
     ),
   )
-  return routing_report.tables(
-    sums, run.model, counts, run.dataset.tokenizer.token_name
-  )
+  token_name = run.dataset.tokenizer.token_name
+  return routing_report.tables(sums, run.model, counts, token_name)
 
 
 def default_hooks() -> list[Hook]:
   """The hooks of `moe_jax.main`."""
-  return [
-    Replaying(),
-    Facts(),  # before the summary, which compiles
-    MeshSummary(),
-    Profile(),
-    Traces(),
-    RoutingReport(),
-    Sample(),
-    Page(),
-  ]
+  # Facts are printed before the summary, which compiles.
+  hooks = Replaying(), Facts(), MeshSummary(), Profile(), Traces()
+  return [*hooks, RoutingReport(), Sample(), Page()]
 
 
 LEAK = (
@@ -295,10 +275,23 @@ def facts(
   """Lines on the model and the devices of a run."""
   lengths = options.data.seq_len, options.data.target_len
   yield cost.count(model, *lengths).describe()
-  if model.stacks.moe is not None:
-    yield _experts_line(options, model, model.stacks.moe, mesh)
-    for text in model_warnings(model):
-      yield f'WARNING: {text}'
+  stacks, platform = model.stacks, mesh.devices.flat[0].platform
+  if (moe := stacks.moe) is not None:
+    counts = [stacks.moe_of(i).num_retained for i in stacks.sparse_layers]
+    axes = dict(options.sharding.rules)['expert']
+    dispatch = experts.describe(
+      moe.dispatch,
+      'cuda' if platform == 'gpu' else platform,
+      {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1},
+    )
+    yield (
+      f'sparse layers {list(stacks.sparse_layers)}: '
+      f'{counts[0] if len(set(counts)) == 1 else counts} experts, '
+      f'{moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
+      f'dispatch {dispatch}'
+    )
+  for text in model_warnings(model):
+    yield f'WARNING: {text}'
   yield from _trained_lines(options, programs)
   yield from optimizer_lines(options, programs)
   yield f'devices: {roofline.describe_mesh(mesh)}'
@@ -311,8 +304,8 @@ def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
     return
   count = trained.count(trained.part(params))
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  subset, lora = f'trainable={options.trainable!r}', options.lora
-  if lora.rank:
+  subset = f'trainable={options.trainable!r}'
+  if (lora := options.lora).rank:
     subset = f'adapters of rank {lora.rank} on {lora.parts!r}'
   if file := options.trained_experts:
     subset += f', {trainable.read_chosen(file).describe()}'
@@ -329,23 +322,4 @@ def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
     trained.part(trees.shapes),
     trained.part(programs.adapters.matrix_axes, is_leaf=is_names),
     trained.part(trees.roles, is_leaf=is_role),
-  )
-
-
-def _experts_line(
-  options: RunOptions, model: models.Model, moe: MoeOptions, mesh: Mesh
-) -> str:
-  platform = mesh.devices.flat[0].platform
-  stacks = model.stacks
-  counts = [stacks.moe_of(i).num_retained for i in stacks.sparse_layers]
-  count = counts[0] if len(set(counts)) == 1 else counts
-  axes = dict(options.sharding.rules)['expert']
-  devices = {a: mesh.shape[a] for a in axes if mesh.shape[a] > 1}
-  dispatch = experts.describe(
-    moe.dispatch, 'cuda' if platform == 'gpu' else platform, devices
-  )
-  return (
-    f'sparse layers {list(stacks.sparse_layers)}: {count} experts, '
-    f'{moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
-    f'dispatch {dispatch}'
   )

@@ -124,7 +124,7 @@ def evaluation(
     stack, scores = half.stack, _kept_scores(half, batch_size)
     half = half._replace(stack=dataclasses.replace(stack, remat='dots'))
     kept = _kept_by_layers(half, batch_size) + scores
-    layer = max(layer, kept // (half.num_sparse or len(stack.sparse)))
+    layer = max(layer, kept // (len(half.moes) or len(stack.sparse)))
   return 4 * batch_size * stacks[-1].length * model.vocab_size + layer
 
 
@@ -157,7 +157,7 @@ def _kept_by_layers(half: Half, B: int) -> int:
     total += rows * (hidden + M * b) + n * 4 * columns
     if (shared := moe.shared_twin) is not None:
       hidden = _kept_hidden(block, shared.ffn, keeps_all)
-      total += half.num_sparse * n * hidden
+      total += len(half.moes) * n * hidden
   if keeps_all:
     # Three float32 arrays of each norm, and its output twice, once as what
     # the next product multiplies; the output of attention; an expert's input.

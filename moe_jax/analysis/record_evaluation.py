@@ -9,6 +9,7 @@ record's kind is 'loss'.
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,14 +17,14 @@ from absl import logging
 
 from moe_jax import cli
 from moe_jax.analysis import traces
-from moe_jax.analysis.recording import Recorder, make_header, recorded_losses
+from moe_jax.analysis.recording import Recorder, make_header
 from moe_jax.data import SPLITS
 from moe_jax.data import load as load_data
 from moe_jax.devices import Placing, keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
+from moe_jax.models.recorded import recording
 from moe_jax.training import trained
 from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
-from moe_jax.training.run_options import TraceOptions
 
 KIND = 'loss'
 
@@ -36,14 +37,11 @@ def record(options: argparse.Namespace) -> None:
       cannot be read.
     CheckpointError: No checkpoint is good.
   """
-  workdir = options.workdir
+  workdir, dtype = options.workdir, 'float32' if options.float32 else 'float16'
   traces.check_new(options.trace)
-  recorded = TraceOptions(logits=options.logits, dtype=options.dtype)
-  entry = LossEvaluation(
-    num_batches=options.num_batches,
-    split=options.split,
-    model_overrides=ROOM_FOR_ALL if options.room_for_all else {},
-  )
+  overrides = ROOM_FOR_ALL if options.room_for_all else {}
+  sizes = {'num_batches': options.num_batches, 'split': options.split}
+  entry = LossEvaluation(**sizes, model_overrides=overrides)
   run = trained.read(workdir, options.allow_module)
   model_options = entry.overridden(run.model)
   model = model_options.build(run.sharding.rules)
@@ -61,10 +59,11 @@ def record(options: argparse.Namespace) -> None:
     batch_size=run.batch_size,
     microbatches=run.microbatches,
     data_digest=dataset.digest,
-    has_logits=recorded.logits,
-    dtype=recorded.dtype,
+    has_logits=options.logits,
+    dtype=dtype,
     note=f'{entry}, step {checkpoint.step} of {workdir}',
   )
+  apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   losses = Losses(
     model=model,
@@ -74,7 +73,7 @@ def record(options: argparse.Namespace) -> None:
     put=Placing(device, run.batch_size, run.microbatches),
   )
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
-    measure = recorded_losses(KIND, losses, recorded.recording, recorder)
+    measure = recorder.measure(KIND, losses, apply)
     row = measure(checkpoint.state, checkpoint.step)
   summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
   cli.say([summary, header.note])
@@ -88,22 +87,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--trace', required=True, help='new folder of the trace')
   add('--step', type=cli.NOT_NEGATIVE, help='else the newest good')
   add('--split', choices=SPLITS, default='validation')
-  add(
-    '--num_batches',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help='batches, spread over the split; 0: all of it',
-  )
+  text = 'batches, spread over the split; 0: all of it'
+  add('--num_batches', type=cli.NOT_NEGATIVE, default=0, help=text)
   add('--room_for_all', action='store_true', help='drop no token')
   add('--logits', action='store_true', help="record the routers' logits, too")
-  add(
-    '--float32',
-    dest='dtype',
-    action='store_const',
-    const='float32',
-    default='float16',
-    help='record gates and logits unrounded',
-  )
+  text = 'record gates and logits unrounded (default: float16)'
+  add('--float32', action='store_true', help=text)
   add('--allow_module', action='append', default=[])
   add('--traceback', action='store_true')
   return parser.parse_args(argv)

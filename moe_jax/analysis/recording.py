@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -18,8 +17,7 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import traces
-from moe_jax.analysis.counts import group_size
-from moe_jax.analysis.router_shapes import training_slots
+from moe_jax.analysis.counts import group_size, training_slots
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
@@ -70,14 +68,12 @@ def make_header(
       says so is added.
     **fields: Further fields of the header.
   """
-  stacks = model.stacks
-  lengths = dict.fromkeys(stacks.sequences, data.seq_len)
-  if model.has_encoder:
-    lengths[''] = data.target_len
-  layers = {}
-  for layer in model.stacks.sparse_layers:
-    moe, sequence = model.stacks.moe_of(layer), model.stacks.sequence_of(layer)
-    S = group_size(moe, batch_size // microbatches, lengths[sequence])
+  stacks, layers = model.stacks, {}
+  seq_len = data.target_len if model.has_encoder else data.seq_len
+  for layer in stacks.sparse_layers:
+    moe, sequence = stacks.moe_of(layer), stacks.sequence_of(layer)
+    length = data.seq_len if sequence else seq_len
+    S = group_size(moe, batch_size // microbatches, length)
     is_bounded = moe.router.by_expert or moe.causality.drops
     layers[layer] = LayerInfo(
       num_experts=moe.num_retained,
@@ -90,7 +86,7 @@ def make_header(
   return Header(
     layers=layers,
     batch_size=batch_size,
-    seq_len=lengths[''],
+    seq_len=seq_len,
     vocab_size=model.vocab_size,
     model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
     sources=tuple(data.tasks),
@@ -103,11 +99,9 @@ def make_header(
 def header_of(run: Run) -> Header:
   """The header of a run's trace."""
   o = run.options
+  described = run.model, o.model, o.data, run.dataset.tokenizer
   return make_header(
-    run.model,
-    o.model,
-    o.data,
-    run.dataset.tokenizer,
+    *described,
     batch_size=o.batch_size,
     microbatches=o.microbatches,
     data_digest=run.dataset.digest,
@@ -141,12 +135,9 @@ def records_of(
       if stacks.sequence_of(i) == prefix
     }
     if layers:
-      ids: dict[str, Any] = {
-        name: batch.get(f'{prefix}{key}') for name, key in _KEYS.items()
-      }
-      yield Record(
-        kind, step, number, **ids, layers=layers, sequence=prefix.rstrip('_')
-      )
+      ids: Any = {k: batch.get(f'{prefix}{key}') for k, key in _KEYS.items()}
+      sequence = prefix.rstrip('_')
+      yield Record(kind, step, number, **ids, layers=layers, sequence=sequence)
 
 
 def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
@@ -182,7 +173,7 @@ class Recorder:
 
   def __init__(
     self,
-    folder: str | os.PathLike[str],
+    folder: traces.Folder,
     header: Header,
     model: Model,
     message: Callable[[str], None] = print,
@@ -231,6 +222,22 @@ class Recorder:
     if not self._has_failed:
       call = self._write, kind, step, number, *arrays
       self._waiting.append(self._thread.submit(*call))
+
+  def measure(self, name: str, losses: Losses, apply: Apply) -> Measure:
+    """The measurement of an evaluation's losses that also records all choices.
+
+    Args:
+      name: The name of the evaluation.
+      losses: The measurement without recording.
+      apply: Applies the model, and returns its choices too.
+    """
+
+    def measure(variables, step):
+      record = functools.partial(self.add, name, step)
+      sums = losses.sums(variables, apply, record)
+      return summary.summarize(sums, losses.model.stacks.moes)
+
+    return measure
 
   def flush(self, most_waiting: int = 0) -> None:
     """Waits until at most `most_waiting` of the added batches lack a file."""
@@ -284,13 +291,10 @@ class Traces(Hook):
     step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:
       step = _recorded_step(step, o, self._recorder)
-    names = o.names(run.options.loss_evals)
     for i, entry in enumerate(evaluations):
-      if entry.name in names:
+      if entry.name in o.names(run.options.loss_evals):
         losses = cast(Losses, entry.measure)
-        measure = recorded_losses(
-          entry.name, losses, o.recording, self._recorder
-        )
+        measure = self._recorder.measure(entry.name, losses, o.recording)
         evaluations[i] = dataclasses.replace(entry, measure=measure)
     folder = run.workdir / FOLDER
     run.message(f'trace: choices of experts are recorded in {folder}')
@@ -307,9 +311,7 @@ class Traces(Hook):
       self._recorder.close()
 
 
-def _recorded_step(
-  step: Step, options: TraceOptions, recorder: Recorder
-) -> Step:
+def _recorded_step(step: Step, o: TraceOptions, recorder: Recorder) -> Step:
   """The step, with its choices given to a recorder, and not to the metrics."""
   num_steps: int | None = None
 
@@ -318,29 +320,9 @@ def _recorded_step(
     if num_steps is None:  # reading `state.step` waits for the device
       num_steps = int(state.step)
     state, metrics = step(state, batch)
-    if options.has_step(num_steps + 1):
+    if o.has_step(num_steps + 1):
       recorder.add('train', num_steps, 0, batch, metrics.sums.choices)
     num_steps += 1
     return state, metrics._replace(sums=metrics.sums._replace(choices=None))
 
   return recorded
-
-
-def recorded_losses(
-  name: str, losses: Losses, apply: Apply, recorder: Recorder
-) -> Measure:
-  """The measurement of an evaluation's losses that also records all choices.
-
-  Args:
-    name: The name of the evaluation.
-    losses: The measurement without recording.
-    apply: Applies the model, and returns its choices too.
-    recorder: The recorder of the choices.
-  """
-
-  def measure(variables, step):
-    record = functools.partial(recorder.add, name, step)
-    sums = losses.sums(variables, apply, record)
-    return summary.summarize(sums, losses.model.stacks.moes)
-
-  return measure

@@ -15,7 +15,6 @@ equal to the last bit.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,10 +99,8 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
         f'{sorted(record.layers)}; the sparse layers of the model are '
         f'{[*lengths]}'
       )
-    per_key = zip(
-      *(_choices(model.stacks, n, K, record) for n, K in lengths.items())
-    )
-    for key, values in zip(REPLAYED, per_key):
+    pairs = [_choices(model.stacks, n, K, record) for n, K in lengths.items()]
+    for key, values in zip(REPLAYED, zip(*pairs)):
       choices[f'{prefix}{key}'] = np.stack(values, axis=2)
   if missing := [*itertools.chain(*layers.values())]:
     raise InputError(f'no record has the layers {missing}')
@@ -112,22 +109,18 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key."""
-  choices = {}
-  for prefix, lengths in _layers(model.stacks).items():
-    ends = len(lengths), max(lengths.values())
-    shape = (*batch[f'{prefix}tokens'].shape, *ends)
-    values = (
-      np.full(shape, OPEN, _expert_type(model.stacks)),
-      np.zeros(shape, bool),
-    )
-    choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
+  choices, (expert, kept) = {}, REPLAYED
+  for prefix, most in _layers(model.stacks).items():
+    shape = (*batch[f'{prefix}tokens'].shape, len(most), max(most.values()))
+    dtype = _expert_type(model.stacks)
+    choices[f'{prefix}{expert}'] = np.full(shape, OPEN, dtype)
+    choices[f'{prefix}{kept}'] = np.zeros(shape, bool)
   return choices
 
 
 def _expert_type(stacks: Stacks) -> type[np.integer]:
   """The integer type of experts' indices and of the values for no choice."""
-  sizes = (moe.num_experts for moe in stacks.mixtures)
-  return expert_type(max(sizes))
+  return expert_type(max(moe.num_experts for moe in stacks.mixtures))
 
 
 def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
@@ -155,12 +148,10 @@ def _choices(
       f'layer {layer}: the record has {expert.shape[-1]} choices of a token '
       f'and expert {largest}; the model has {K} choices among {E} experts'
     )
-  padding = [(0, 0)] * (expert.ndim - 1) + [(0, missing)]
+  padding = [(0, 0), (0, 0), (0, missing)]
   expert = expert.astype(_expert_type(stacks))
-  return (
-    np.pad(expert, padding, constant_values=NO_CHOICE),
-    np.pad(kept, padding),
-  )
+  expert = np.pad(expert, padding, constant_values=NO_CHOICE)
+  return expert, np.pad(kept, padding)
 
 
 def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
@@ -168,12 +159,10 @@ def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
   in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
   yield from traces.differences(in_trace, in_run, names)
-  if in_trace.layers.keys() != in_run.layers.keys():
-    yield (
-      f'sparse layers: {sorted(in_trace.layers)} there, '
-      f'{sorted(in_run.layers)} here'
-    )
-  for layer in sorted(in_trace.layers.keys() & in_run.layers.keys()):
+  own, others = sorted(in_run.layers), sorted(in_trace.layers)
+  if own != others:
+    yield f'sparse layers: {others} there, {own} here'
+  for layer in sorted({*own} & {*others}):
     there, here = in_trace.layers[layer], in_run.layers[layer]
     names = ['num_experts', 'by_expert', 'sequence']
     names += [] if there.by_expert else ['num_selected']
@@ -182,12 +171,9 @@ def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
       yield f'layer {layer}: {line}'
     most, room = there.capacity, here.capacity
     if room is not None and (most is None or most > room):
-      yield (
-        f'layer {layer}: capacity: {most} there, {room} here, which must not '
-        'be less'
-      )
-  missing = set(range(steps)) - {*trace.steps_of(TRAIN)}
-  if missing:
+      line = f'layer {layer}: capacity: {most} there, {room} here'
+      yield f'{line}, which must not be less'
+  if missing := {*range(steps)} - {*trace.steps_of(TRAIN)}:
     yield (
       f'{len(missing)} of {steps} steps have no record, the first after '
       f'{min(missing)} steps; record with trace.every_steps=1'
@@ -209,8 +195,7 @@ class Replaying(Hook):
     if folder := run.options.model.moe.replay:
       self._trace = traces.read(folder)
       steps = run.options.total_steps
-      lines = [*_differences(self._trace, header_of(run), steps)]
-      if lines:
+      if lines := [*_differences(self._trace, header_of(run), steps)]:
         name = f'model.moe.replay={folder!r} does not fit:'
         raise InputError('\n'.join([name, *lines]))
 
@@ -288,8 +273,8 @@ def _replayed_step(run: Run, trace: Trace) -> Step:
 
 
 def _equal(in_batch: Batch, in_record: Batch) -> jax.Array:
-  equal = [jnp.all(in_batch[name] == in_record[name]) for name in in_batch]
-  return functools.reduce(jnp.logical_and, equal)
+  pairs = ((in_batch[name], in_record[name]) for name in in_batch)
+  return jnp.array([jnp.array_equal(*pair) for pair in pairs]).all()
 
 
 def _by_step(trace: Trace, start: int) -> Iterator[list[Record]]:

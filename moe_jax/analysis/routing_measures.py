@@ -33,6 +33,7 @@ Experts = Int[np.ndarray, 'N K']
 Kept = Bool[np.ndarray, 'N K']
 Numbers = Int[np.ndarray, 'N']
 Square = Int[np.ndarray, 'E E']
+Counts = np.number | Num[np.ndarray, '*n']
 Table = Int[np.ndarray, 'labels E']
 Rates = Float[np.ndarray, 'n']
 
@@ -79,8 +80,8 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
   after = 1 + np.flatnonzero(is_same & (column[1:] == column[:-1] + 1))
   sources: list[Any] = [record.sources for record in records]
   source = None
-  if not any(x is None for x in sources):
-    source = np.concatenate(sources).reshape(-1)[flat_index[is_start]]
+  if all(x is not None for x in sources):
+    source = np.concatenate(sources).flat[flat_index[is_start]]
   sizes = np.array([np.sum(record.documents > 0) for record in records])
   starts = np.cumsum(sizes) - sizes
   batch = np.searchsorted(starts + sizes, after, 'right')
@@ -181,9 +182,10 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
   """The choices of all tokens; batches with fewer choices are filled up."""
   K = max(x.shape[-1] for x in batches)
   rows = [x.reshape(-1, x.shape[-1]) for x in batches]
-  more = [((0, 0), (0, K - x.shape[1])) for x in rows]
-  padded = [np.pad(x, n, constant_values=filler) for x, n in zip(rows, more)]
-  return np.concatenate(padded)
+  widths = [((0, 0), (0, K - x.shape[1])) for x in rows]
+  return np.concatenate(
+    [np.pad(x, width, constant_values=filler) for x, width in zip(rows, widths)]
+  )
 
 
 def joint_counts(
@@ -237,10 +239,8 @@ def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
   return expected
 
 
-def repeats(
-  one: Int[np.ndarray, 'P K'], other: Int[np.ndarray, 'P K']
-) -> Int[np.ndarray, '3']:
-  """Compares the choices of P pairs of tokens.
+def repeats(one: Experts, other: Experts) -> Int[np.ndarray, '3']:
+  """Compares the choices of N pairs of tokens.
 
   Returns:
     The number of pairs in which both tokens made a choice; how many of these
@@ -306,10 +306,7 @@ def drop_rates_by_rank(expert: Experts, kept: Kept) -> Rates:
   return shares((chosen & ~kept).sum(0), chosen.sum(0))
 
 
-def shares(
-  part: np.number | Num[np.ndarray, '*n'],
-  whole: np.number | Num[np.ndarray, '*n'],
-) -> Float[np.ndarray, '*n']:
+def shares(part: Counts, whole: Counts) -> Float[np.ndarray, '*n']:
   """The quotients part / whole; NaN where the whole is 0."""
   undefined = np.full(np.shape(whole), math.nan)
   return np.divide(part, whole, out=undefined, where=whole > 0)
@@ -415,14 +412,13 @@ def information(table: Table, rng: np.random.Generator) -> Information:
   """
   table = table[table.sum(1) > 0]
   table = table[:, table.sum(0) > 0]
-  shuffles: Iterable[np.ndarray] = [table]
-  if min(table.shape, default=0) > 1:
-    rows, columns = table.sum(1), table.sum(0)
-    shuffles = (
-      random_table.rvs(rows, columns, random_state=rng)
-      for _ in range(NUM_SHUFFLES)
-    )
-  return information_of(table, shuffles)
+  if min(table.shape) < 2:
+    return information_of(table, [table])
+  sums = table.sum(1), table.sum(0)
+  draws = range(NUM_SHUFFLES)
+  return information_of(
+    table, (random_table.rvs(*sums, random_state=rng) for _ in draws)
+  )
 
 
 def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
@@ -448,9 +444,7 @@ def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
 
 
 def document_information(
-  label: Int[np.ndarray, 'documents'],
-  counts: Int[np.ndarray, 'documents E'],
-  num_labels: int,
+  label: Numbers, counts: Int[np.ndarray, 'N E'], num_labels: int
 ) -> Information:
   """The information of labels of documents, such as sources, on experts.
 
@@ -458,12 +452,12 @@ def document_information(
   exchange their labels, by the same permutations in all layers.
 
   Args:
-    label: The label of each document.
+    label: The label of each of N documents.
     counts: Number of choices of each expert in each document.
     num_labels: Number of labels.
   """
 
-  def table(label: Int[np.ndarray, 'documents']) -> Table:
+  def table(label: Numbers) -> Table:
     by_label = np.zeros((num_labels, counts.shape[1]), np.int64)
     np.add.at(by_label, label, counts)
     return by_label
@@ -495,8 +489,8 @@ def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
     source, num_sources = tokens.source, len(layer.header.sources)
     if source is not None and num_sources > 1 and (layer.first >= 0).any():
       counts = layer.first_counts(tokens.document, len(source))
-      found = document_information(source, counts, num_sources)
-      by_label[SOURCE][number] = found
+      of_source = document_information(source, counts, num_sources)
+      by_label[SOURCE][number] = of_source
   return {name: found for name, found in by_label.items() if found}
 
 
@@ -512,12 +506,11 @@ def flows(layers: Layers) -> dict[tuple[int, int], Table]:
   for number, layer in layers.items():
     sequence = layer.info.sequence
     if (before := last.get(sequence)) is not None:
-      num_experts = layers[before].info.num_experts
-      table = layer.first_counts(layers[before].first, num_experts)
-      if table.any():
-        tables[before, number] = table
+      earlier = layers[before]
+      table = layer.first_counts(earlier.first, earlier.info.num_experts)
+      tables[before, number] = table
     last[sequence] = number
-  return tables
+  return {numbers: table for numbers, table in tables.items() if table.any()}
 
 
 def transitions(layers: Layers) -> dict[int, Information]:

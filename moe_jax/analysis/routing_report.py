@@ -68,40 +68,38 @@ class ValueTable(NamedTuple):
       for name, value in row.items()
     }
 
-  @property
-  def headings(self) -> list[str]:
-    """The names of the columns as they are printed."""
-    return [name.replace('_', ' ') for name in self.columns]
-
   def cells(self) -> list[list[str]]:
-    """The text of each cell, row by row."""
-    cells = [
-      [(row.get(name), form) for name, form in self.columns.items()]
-      for row in self.rows
-    ]
-    return [
-      ['-' if x is None or x != x else format(x, form) for x, form in row]
-      for row in cells
-    ]
+    """The texts of each row, after the names of columns as they are printed."""
+    columns = self.columns
+    cells = [[name.replace('_', ' ') for name in columns]]
+    for row in self.rows:
+      values = [(row.get(name), form) for name, form in columns.items()]
+      cells.append(
+        ['-' if x is None or x != x else format(x, form) for x, form in values]
+      )
+    return cells
 
   def markdown(self) -> str:
     """The title, the note and the table in GitHub's Markdown."""
     rules = ['---:' if form else ':---' for form in self.columns.values()]
-    cells = [[c.replace('|', r'\|') for c in row] for row in self.cells()]
-    lines = [f'| {" | ".join(c)} |' for c in [self.headings, rules, *cells]]
+    headings, *rows = self.cells()
+    rows = [[text.replace('|', r'\|') for text in row] for row in rows]
+    lines = [f'| {" | ".join(row)} |' for row in [headings, rules, *rows]]
     return '\n'.join([f'## {self.title}', '', self.note, '', *lines]) + '\n'
 
   def terminal(self) -> Table:
     """The table for a terminal."""
+    headings, *rows = self.cells()
     table = Table(
+      *headings,
       title=self.title,
       title_justify='left',
       box=box.SIMPLE_HEAD,
       padding=(0, 1, 0, 0),
     )
-    for heading, form in zip(self.headings, self.columns.values()):
-      table.add_column(heading, justify='right' if form else 'left')
-    for cells in self.cells():
+    for column, form in zip(table.columns, self.columns.values()):
+      column.justify = 'right' if form else 'left'
+    for cells in rows:
       # Cells are Text, since rich would read markup in a token's name.
       table.add_row(*map(Text, cells))
     return table
@@ -132,14 +130,13 @@ def count_tokens(
   this function.
   """
   for layer, recorded in choices.items():
-    if layer not in counts:
-      shape = model.vocab_size, model.stacks.moe_of(layer).num_experts
-      counts[layer] = np.zeros(shape, int)
     ids = fetch(batch[f'{model.stacks.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0
     token = np.broadcast_to(ids[..., None], expert.shape)
-    np.add.at(counts[layer], (token[is_choice], expert[is_choice]), 1)
+    shape = model.vocab_size, model.stacks.moe_of(layer).num_experts
+    table = counts.setdefault(layer, np.zeros(shape, int))
+    np.add.at(table, (token[is_choice], expert[is_choice]), 1)
 
 
 def tables(
@@ -162,19 +159,18 @@ def tables(
     most, unused = math.log(len(load)), values['unused_experts']
     rates = [x for name, x in values.items() if name.startswith(_BY_CHOICE)]
     rates = [*(rates or [values['drop_rate']]), *[None] * K][:K]
-    layers.append(
-      {
-        'layer': layer,
-        'dropped': values['drop_rate'],
-        **{f'choice {k}': rate for k, rate in enumerate(rates, 1)},
-        'load max / mean': values['load_max_over_mean'],
-        'load CV': values['load_cv'],
-        'entropy (nats)': values['entropy'],
-        'entropy / ln E': values['entropy'] / most if most else math.nan,
-        'logit RMS': values['router_logit_rms'],
-        'unused experts': f'{unused} of {len(load)}',
-      }
-    )
+    row = {
+      'layer': layer,
+      'dropped': values['drop_rate'],
+      **{f'choice {k}': rate for k, rate in enumerate(rates, 1)},
+      'load max / mean': values['load_max_over_mean'],
+      'load CV': values['load_cv'],
+      'entropy (nats)': values['entropy'],
+      'entropy / ln E': values['entropy'] / most if most else math.nan,
+      'logit RMS': values['router_logit_rms'],
+      'unused experts': f'{unused} of {len(load)}',
+    }
+    layers.append(row)
     for expert in _largest(load, _NUM_BUSIEST):
       count = counts[layer][:, expert]
       ids = _largest(count, _NUM_TOKENS)
@@ -218,10 +214,8 @@ def write_report(
   warning: str = '',
 ) -> None:
   """Writes `routing_report.md` into a folder; a warning stands on top."""
-  parts = [
-    '# Routing report\n',
-    *[f'**Warning:** {warning}.\n'] * bool(warning),
-  ]
+  parts = ['# Routing report\n']
+  parts += [f'**Warning:** {warning}.\n'] if warning else []
   parts += [table.markdown() for table in report]
   path = pathlib.Path(workdir) / 'routing_report.md'
   path.write_text('\n'.join(parts), encoding='utf-8')

@@ -17,7 +17,7 @@ import jinja2
 
 from moe_jax import models
 from moe_jax.analysis import counts, roofline
-from moe_jax.config import Key, keys_of
+from moe_jax.config import keys_of
 from moe_jax.devices import is_first
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
@@ -42,56 +42,7 @@ def get_config():
   return run_config.from_file(pathlib.Path(__file__).with_name('config.json'))
 '''
 # Whatever text the page shows is escaped, and browsers refuse every script.
-_TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px;
-  margin: 2em auto; padding: 0 1em; overflow-wrap: break-word; }
-h2 { border-bottom: 2px solid #56b4e9; margin-top: 2em; }
-img { max-width: 100%; background: #fff; }
-pre { border: 1px solid #888; padding: .6em; font-size: 13px;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-dl { display: grid; gap: .6em 1.5em;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 11em), 1fr)); }
-dt, .note { color: #808080; font-size: 13px; }
-dd { margin: 0; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: .2em .7em; text-align: left; vertical-align: top; }
-tr:nth-child(even) { background: #8882; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p><strong>{{ state }}</strong></p>
-{% if message %}<pre>{{ message }}</pre>{% endif %}
-<dl>{% for name, value in facts.items() if value %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
-{% if curves %}<img alt="Curves over steps" src="{{ curves }}">
-{% else %}<p>Nothing has been logged yet.</p>{% endif %}
-{% if load %}<img alt="Load of experts over steps" src="{{ load }}">{% endif %}
-{% if sample %}<h2>Sample</h2><pre>{{ sample }}</pre>{% endif %}
-<h2>Config: what differs from the defaults</h2>
-<table><tr><th>key</th><th>value</th><th>default</th><th>meaning</th></tr>
-{% for leaf in changed %}<tr><td>{{ leaf.path }}</td><td>{{ leaf.value }}</td>
-<td>{{ leaf.default if leaf.default != required else 'required' }}</td>
-<td>{{ leaf.option.sentence }}</td></tr>{% endfor %}</table>
-<h2>How to go on</h2>
-<p class="note">Commands are for the folder in which <code>{{ run }}</code> is.
-</p>
-{% for name, command in commands.items() %}<h4>{{ name }}</h4>
-<pre>{{ command }}</pre>{% endfor %}
-<p class="note">Written {{ now }}.</p>
-</body>
-</html>
-"""
+_TEMPLATE = pathlib.Path(__file__).with_name('run_page.html')
 
 
 class Page(Hook):
@@ -114,7 +65,13 @@ class Page(Hook):
     self._run, self._outer_error = run, sys.exception()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
     workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
-    self._environment = _environment(run)
+    self._environment = {
+      'devices': roofline.describe_mesh(run.mesh),
+      'started': _now(),
+      'Python': f'{platform.python_version()}, {platform.system()} '
+      f'{platform.machine()}',
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
     self.paused()
 
   def paused(self) -> None:
@@ -173,26 +130,25 @@ def write(
     environment: Devices, versions and times.
   """
   folder = run.workdir
-  path = folder / metrics.FILE_NAME
+  path, sample = folder / metrics.FILE_NAME, folder / SAMPLE
   rows = metrics.read_metrics(path) if path.exists() else []
   step = max((row['step'] for row in rows), default=0)
   # Imported here, as a run's first step would wait for matplotlib.
-  from moe_jax.analysis import plots
+  from moe_jax.analysis import plot_style
 
-  sample = folder / SAMPLE
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  ).from_string(_TEMPLATE)
+  ).from_string(_TEMPLATE.read_text(encoding='utf-8'))
   name = name_of(folder)
   page = template.render(
     title=folder.resolve().name,
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
     facts={**_facts(run, rows), **environment},
-    curves=_picture(folder / CURVES, plots.curves_figure(rows)),
-    load=_picture(folder / LOAD, plots.load_figure(rows)),
+    curves=_picture(folder / CURVES, plot_style.curves_figure(rows)),
+    load=_picture(folder / LOAD, plot_style.load_figure(rows)),
     sample=sample.read_text(encoding='utf-8') if sample.exists() else '',
-    changed=_changed_leaves(run),
+    changed=[key for key in keys_of(RunConfig, run.config) if key.changed],
     required=dataclasses.MISSING,
     run=name,
     commands=commands(run, name),
@@ -208,21 +164,21 @@ def commands(run: Run, name: str) -> dict[str, str]:
     run: The run.
     name: The run's folder, as commands name it.
   """
-  steps, prompt = run.options.total_steps, run.options.sample.prompt
-  quote = shlex.quote
+  options, quote = run.options, shlex.quote
   workdir, quoted = f'--workdir={quote(name)}', quote(name)
   train = f'moe_jax.main --config={quote(f"{name}/{workdir_lib.CONFIG_PY}")}'
   # The options by which this run itself began with another run get their
   # defaults: this run's own parameters are to be taken as they are.
   start = ' '.join(
     quote(f'--config.{leaf.path}={leaf.default}')
-    for leaf in _changed_leaves(run)
-    if leaf.path.startswith(('init_from.', 'distill.'))
+    for leaf in keys_of(RunConfig, run.config)
+    if leaf.changed
+    and leaf.path.startswith(('init_from.', 'distill.'))
     and leaf.path != 'init_from.workdir'
   )
   lines = {
     'Go on, or train longer': f'{train} {workdir} '
-    f'--config.total_steps={2 * steps} --resume',
+    f'--config.total_steps={2 * options.total_steps} --resume',
     'Train a variant': f'{train} --workdir={quote(f"{name}_variant")} '
     '--config.seed=1',
     'Fine-tune': f'{train} --workdir={quote(f"{name}_finetuned")} '
@@ -235,7 +191,7 @@ def commands(run: Run, name: str) -> dict[str, str]:
   else:
     lines |= {
       'Generate text': f'moe_jax.generate {workdir} '
-      f'--prompt={quote(prompt or "Once ")}',
+      f'--prompt={quote(options.sample.prompt or "Once ")}',
       'Export for Hugging Face transformers': 'moe_jax.interop export '
       f'{workdir} --output={quote(f"{name}_exported")}',
       'Quantise to 4 bits': 'moe_jax.compression quantize '
@@ -267,39 +223,24 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
 
 def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
   """The numbers of the page by name; '' for a number that is not known."""
+
+  def values(key: str) -> list[float]:
+    return [row[key] for row in rows if isinstance(row.get(key), int | float)]
+
   cost = counts.count(run.model, run.options.data.seq_len)
-  speeds = sorted(_values(rows, 'train/tokens_per_second'))
-  losses, drops = _values(rows, 'train/loss'), _values(rows, 'train/drop_rate')
+  speeds = sorted(values('train/tokens_per_second'))
+  losses, drops = values('train/loss'), values('train/drop_rate')
   sparse_layers = run.model.stacks.sparse_layers
-  active = f'{int(cost.active_params):,}' if sparse_layers else ''
-  speed = f'{speeds[len(speeds) // 2]:,.0f} tokens/s' if speeds else ''
   return {
     'model': type(run.options.model).__name__,
     'sparse layers': ', '.join(map(str, sparse_layers)),
-    'parameters': f'{int(cost.total_params):,}',
-    'active per token': active,
+    'parameters': f'{cost.total_params:,}',
+    'active per token': f'{cost.active_params:,}' if sparse_layers else '',
     'last training loss (nats/token)': f'{losses[-1]:.4f}' if losses else '',
     'dropped choices': f'{drops[-1]:.1%}' if drops else '',
-    'median speed': speed,
-  }
-
-
-def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-  return [row[key] for row in rows if isinstance(row.get(key), int | float)]
-
-
-def _changed_leaves(run: Run) -> list[Key]:
-  """The keys of the config that differ from the defaults."""
-  return [key for key in keys_of(RunConfig, run.config) if key.changed]
-
-
-def _environment(run: Run) -> dict[str, str]:
-  machine = f'{platform.system()} {platform.machine()}'
-  return {
-    'devices': roofline.describe_mesh(run.mesh),
-    'started': _now(),
-    'Python': f'{platform.python_version()}, {machine}',
-    **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    'median speed': f'{speeds[len(speeds) // 2]:,.0f} tokens/s'
+    if speeds
+    else '',
   }
 
 

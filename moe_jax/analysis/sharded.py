@@ -1,15 +1,15 @@
-"""The bytes that one device of a mesh holds and sends in a training step.
+"""What a compiled step runs, and what one device of a mesh holds and sends.
 
-The bytes are read from the compiled step. The collectives in the body of a loop
-count as often as the loop runs, which the compiler notes at each loop whose
-length it knows.
+The text of the program is read. The collectives in the body of a loop count as
+often as the loop runs, which the compiler notes at each loop whose length it
+knows.
 """
 
+import collections
 import dataclasses
 import functools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,14 +18,8 @@ import numpy as np
 from jax.stages import Compiled
 from jaxtyping import Bool
 
-from moe_jax.analysis.compiled import (
-  Instruction,
-  Program,
-  memory_of,
-  parse,
-  text_of,
-)
 from moe_jax.devices import in_bytes
+from moe_jax.errors import InputError
 from moe_jax.models.trees import flatten
 from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs
@@ -39,6 +33,17 @@ KINDS = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
+_COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
+# '%both = (f32[4], f32[8]) all-gather(%x, %y), dimensions={0}': name, type,
+# opcode, the text behind it, and the operands in that text.
+_INSTRUCTION = re.compile(
+  r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)(\((.*?)\)(?:, .*)?)$'
+)
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLS = re.compile(
+  r'(?:calls|to_apply|body|condition|\w+_computations?)='
+  r'(\{[^}]*\}|[%\w.\-]+)'
+)
 # The computation of TPUs in which each device keeps its slice of an all-reduce.
 _FUSED_SCATTER = 'all-reduce-scatter'
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -49,6 +54,154 @@ _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
 _AXES = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
+
+
+def text_of(compiled: Compiled) -> str:
+  """The text of a program.
+
+  Raises:
+    ValueError: The platform does not give the text.
+  """
+  text = compiled.as_text()
+  if text is None:
+    raise InputError('this platform does not give the text of a program')
+  return text
+
+
+def memory_of(compiled: Compiled) -> Any:
+  """The sizes of a program's arrays in bytes, as XLA counts them.
+
+  Raises:
+    ValueError: The platform does not count the bytes.
+  """
+  memory = compiled.memory_analysis()
+  if memory is None:
+    raise InputError('this platform does not say what memory a program needs')
+  return memory
+
+
+class Instruction(NamedTuple):
+  """One instruction of a compiled program.
+
+  Attributes:
+    name: Name of the instruction, unique in the program, by which profiles
+      name it too.
+    computation: Name of the computation that the instruction stands in.
+    type: Text of the type of its result, which may be a tuple in parentheses.
+    opcode: Name of the operation, such as 'all-gather'.
+    op_name: The scopes and the primitive that the instruction was traced from;
+      '' for instructions that the compiler made.
+    operands: Names of the instructions whose results it reads, in order.
+    calls: Names of the computations that the instruction runs, such as the body
+      of a loop.
+    text: Text of the instruction behind its opcode: operands and attributes.
+  """
+
+  name: str
+  computation: str
+  type: str
+  opcode: str
+  op_name: str
+  operands: tuple[str, ...]
+  calls: tuple[str, ...]
+  text: str
+
+
+Program = Mapping[str, Instruction]
+
+
+def parse(text: str) -> Program:
+  """The instructions of a program, by name.
+
+  Args:
+    text: The program, as `compiled.as_text()` writes it.
+  """
+  program, computation = {}, ''
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      computation = header[1]
+    elif parts := _INSTRUCTION.match(line):
+      name, type_, opcode, rest, operands = parts.groups()
+      op_name = _OP_NAME.search(rest)
+      callees = re.findall(r'[\w.\-]+', ' '.join(_CALLS.findall(rest)))
+      program[name] = Instruction(
+        name,
+        computation,
+        type_,
+        opcode,
+        op_name[1] if op_name else '',
+        tuple(re.findall(r'%([\w.\-]+)', operands)),
+        tuple(dict.fromkeys(callees)),
+        rest,
+      )
+  return program
+
+
+def op_name_of(program: Program) -> dict[str, str]:
+  """The `op_name` of each instruction, also of those that the compiler made.
+
+  An instruction without an `op_name` takes the most frequent one of the
+  instructions in the computations that it calls; else of those that read its
+  result; else of those whose results it reads; else of the loops or calls that
+  run its computation; else ''. Each rule is repeated until it names nothing.
+  """
+  bodies = _by_computation(program)
+  readers, callers = (collections.defaultdict(list) for _ in range(2))
+  for name, instruction in program.items():
+    for operand in instruction.operands:
+      readers[operand].append(name)
+    for computation in instruction.calls:
+      callers[computation].append(name)
+  op_names = {name: i.op_name for name, i in program.items()}
+  for neighbours in (
+    lambda i: [other for c in i.calls for other in bodies[c]],
+    lambda i: readers[i.name],
+    lambda i: i.operands,
+    lambda i: callers[i.computation],
+  ):
+    found = {'': ''}
+    while found:
+      found = {}
+      for name, instruction in program.items():
+        names = [op_names[n] for n in neighbours(instruction) if op_names[n]]
+        if names and not op_names[name]:
+          found[name] = max(names, key=names.count)
+      op_names |= found
+  return op_names
+
+
+def leaves(program: Program, executed: set[str]) -> set[str]:
+  """The executed instructions whose times may be summed.
+
+  A loop, a call or a conditional lasts as long as the instructions that it
+  runs, so it is left out where the profile lists any of these instructions.
+
+  Args:
+    program: The program.
+    executed: Names of the instructions that a profile lists. Those that the
+      program lacks are leaves.
+  """
+  busy = {program[name].computation for name in executed if name in program}
+  bodies = _by_computation(program)
+
+  @functools.cache
+  def runs_executed(computation: str) -> bool:
+    callees = (c for name in bodies[computation] for c in program[name].calls)
+    return computation in busy or any(map(runs_executed, callees))
+
+  return {
+    name
+    for name in executed
+    if name not in program or not any(map(runs_executed, program[name].calls))
+  }
+
+
+def _by_computation(program: Program) -> dict[str, list[str]]:
+  """The names of the instructions that stand in each computation."""
+  bodies = collections.defaultdict(list)
+  for name, instruction in program.items():
+    bodies[instruction.computation].append(name)
+  return bodies
 
 
 class Traffic(NamedTuple):
@@ -88,45 +241,42 @@ class Collectives:
     return ', '.join(phrases) or 'nothing'
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharded:
+class Sharded(NamedTuple):
   """The bytes of one device, and the collectives of a step.
 
   Attributes:
     param_bytes: Bytes of the parameters.
     optimizer_bytes: Bytes of the state of the optimizer.
-    argument_bytes: Bytes of the arguments: train state and batch.
-    output_bytes: Bytes of the results: new train state and metrics.
-    alias_bytes: Bytes of the results that take the place of an argument.
-    temp_bytes: Bytes that are allocated while a step runs: activations,
-      gradients, gathered parameters, rows that are exchanged.
-    code_bytes: Bytes of the program; 0 where it is not in the device's memory.
+    memory: Sizes in bytes of the step's arrays, as XLA counts them: arguments
+      (train state and batch), outputs (new train state and metrics), outputs
+      that take the place of an argument (alias), arrays that are allocated
+      while a step runs (temp: activations, gradients, gathered parameters, rows
+      that are exchanged), and generated code, 0 where it is not in the device's
+      memory.
     collectives: The collectives of a step in which the device sends to other
       devices.
   """
 
   param_bytes: int
   optimizer_bytes: int
-  argument_bytes: int
-  output_bytes: int
-  alias_bytes: int
-  temp_bytes: int
-  code_bytes: int
+  memory: Any
   collectives: Collectives
 
   @property
   def needed_bytes(self) -> int:
     """Bytes that a device must have free for a step."""
-    live_bytes = self.argument_bytes + self.output_bytes - self.alias_bytes
-    return live_bytes + self.temp_bytes + self.code_bytes
+    m = self.memory
+    live_bytes = m.argument_size_in_bytes + m.output_size_in_bytes
+    own_bytes = m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    return live_bytes - m.alias_size_in_bytes + own_bytes
 
   def describe(self) -> str:
     """The two lines that a run on several devices prints at its start."""
     return (
       f'each device holds {in_bytes(self.param_bytes)} of parameters and '
       f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
-      f'{in_bytes(self.temp_bytes)} more for activations, gradients and rows '
-      'that are exchanged\n'
+      f'{in_bytes(self.memory.temp_size_in_bytes)} more for activations, '
+      'gradients and rows that are exchanged\n'
       f'each device sends in a step: {self.collectives.describe()}'
     )
 
@@ -138,16 +288,11 @@ def read(compiled: Compiled, state: Any) -> Sharded:
     compiled: The step.
     state: The train state that it takes, as arrays or as shapes with shardings.
   """
-  memory = memory_of(compiled)
   return Sharded(
-    param_bytes=device_bytes(state.params),
-    optimizer_bytes=device_bytes(kept_by_optimizer(state)),
-    argument_bytes=memory.argument_size_in_bytes,
-    output_bytes=memory.output_size_in_bytes,
-    alias_bytes=memory.alias_size_in_bytes,
-    temp_bytes=memory.temp_size_in_bytes,
-    code_bytes=memory.generated_code_size_in_bytes,
-    collectives=read_collectives(text_of(compiled)),
+    device_bytes(state.params),
+    device_bytes(kept_by_optimizer(state)),
+    memory_of(compiled),
+    read_collectives(text_of(compiled)),
   )
 
 
@@ -203,14 +348,16 @@ def read_collectives(text: str) -> Collectives:
     text: The program, as `compiled.as_text()` writes it.
   """
   program = parse(text)
-  runs = _executions(program)
   partitions = _PARTITIONS.search(text)
   num_devices = int(partitions[1]) if partitions else 1
-  by_kind: dict[str, Traffic] = defaultdict(Traffic)
-  unknown_loops = 0
+  rounds = {
+    name: _trips(program, instruction)
+    for name, instruction in program.items()
+    if instruction.opcode == 'while'
+  }
+  runs = _executions(program, rounds)
+  by_kind: dict[str, Traffic] = collections.defaultdict(Traffic)
   for instruction in program.values():
-    is_loop = instruction.opcode == 'while'
-    unknown_loops += is_loop and _trips(program, instruction) is None
     kind = instruction.opcode.removesuffix('-start')
     if kind not in KINDS:
       continue
@@ -219,21 +366,24 @@ def read_collectives(text: str) -> Collectives:
     sent = _sent_bytes(program, instruction, kind, num_devices)
     n, so_far = runs[instruction.computation], by_kind[kind]
     by_kind[kind] = Traffic(so_far.count + n, so_far.num_bytes + n * sent)
-  return Collectives(dict(by_kind), unknown_loops)
+  return Collectives(dict(by_kind), list(rounds.values()).count(None))
 
 
-def _executions(program: Program) -> dict[str, int]:
-  """The number of times that each computation of a program runs in a step."""
-  callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
-  for instruction in program.values():
+def _executions(
+  program: Program, rounds: Mapping[str, int | None]
+) -> dict[str, int]:
+  """The number of times that each computation of a program runs in a step.
+
+  `rounds` has the number of rounds of each loop; None counts as one.
+  """
+  callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+  for name, instruction in program.items():
     if instruction.opcode.endswith(('-done', '-update')):
       continue  # The computation that it names was run by its '-start'.
-    times = 1
-    if instruction.opcode == 'while':
-      rounds = _trips(program, instruction)
-      times = 1 if rounds is None else rounds
+    times = rounds.get(name)
     for callee in instruction.calls:
-      callers[callee].append((instruction.computation, times))
+      site = instruction.computation, 1 if times is None else times
+      callers[callee].append(site)
 
   @functools.cache
   def runs(computation: str) -> int:
@@ -253,12 +403,9 @@ def _trips(program: Program, loop: Instruction) -> int | None:
   """
   if rounds := _TRIPS.search(loop.text):
     return int(rounds[1])
-  condition = re.search(r'condition=%([\w.\-]+)', loop.text)
-  roots = [
-    i
-    for i in program.values()
-    if condition and i.computation == condition[1] and i.opcode == 'compare'
-  ]
+  condition = ''.join(re.findall(r'condition=%([\w.\-]+)', loop.text))
+  inside = (i for i in program.values() if i.computation == condition)
+  roots = [i for i in inside if i.opcode == 'compare']
   if len(roots) != 1 or 'direction=LT' not in roots[0].text:
     return None
   counter, limit = _operands(program, roots[0])

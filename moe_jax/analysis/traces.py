@@ -229,18 +229,18 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
     ValueError: The record does not fit the header.
     OSError: The file cannot be written.
   """
-  arrays = {}
-  for name in _IDS:
-    if (values := getattr(record, name)) is not None:
-      arrays[name] = np.asarray(values, np.int32)
+  given = {name: getattr(record, name) for name in _IDS}
+  arrays = {
+    k: np.asarray(x, np.int32) for k, x in given.items() if x is not None
+  }
   for number, choices in record.layers.items():
     if (layer := header.layers.get(number)) is None:
       raise InputError(f'layer {number} not in {sorted(header.layers)}')
     largest = int(np.max(choices.expert, initial=-1))
     if largest >= layer.num_experts:
       raise InputError(f'expert {largest} not below {layer.num_experts}')
-    index_type = expert_type(layer.num_experts)
-    types = index_type, header.dtype, bool, header.dtype
+    dtype = header.dtype
+    types = expert_type(layer.num_experts), dtype, bool, dtype
     for name, values, dtype in zip(LayerChoices._fields, choices, types):
       if values is not None:
         arrays[f'{name}_{number}'] = np.asarray(values, dtype)
@@ -318,16 +318,13 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
   types = np.int32, np.float32, bool, np.float32
-  layers = {}
-  for name in arrays:
-    if name.startswith('expert_'):
-      number = int(name.removeprefix('expert_'))
-      layers[number] = LayerChoices(
-        *(
-          arrays[f'{field}_{number}'].astype(dtype)
-          for field, dtype in zip(LayerChoices._fields, types)
-          if f'{field}_{number}' in arrays
+  fields: dict[int, list[np.ndarray]] = {}
+  for field, dtype in zip(LayerChoices._fields, types):
+    for name in arrays:
+      if name.startswith(f'{field}_'):
+        values = arrays[name].astype(dtype)
+        fields.setdefault(int(name.removeprefix(f'{field}_')), []).append(
+          values
         )
-      )
-  ids = {name: arrays.get(name) for name in _IDS}
-  return {**ids, 'layers': dict(sorted(layers.items()))}
+  layers = {number: LayerChoices(*fields[number]) for number in sorted(fields)}
+  return {**{name: arrays.get(name) for name in _IDS}, 'layers': layers}

@@ -7,7 +7,7 @@ or infinity; they are written as the strings 'NaN', 'Infinity' and '-Infinity',
 which `read_metrics` turns back into floats.
 
 `workdir/tensorboard` has the same numbers, but not the lists: a chart for every
-expert of every layer would bury the others. `analysis.plots` draws the lists.
+expert of every layer would bury the others. `analysis.plot_style` draws them.
 """
 
 import contextlib

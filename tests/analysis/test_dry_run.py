@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from moe_jax import data, devices
-from moe_jax.analysis import cost, run_cost
+from moe_jax.analysis import cost
 from moe_jax.analysis.dry_run import DryRun
 from moe_jax.compression.distill import Distilling
 from moe_jax.config import section_of
@@ -200,7 +200,7 @@ def test_an_evaluation_that_does_not_fit_is_said(tmp_path, monkeypatch):
   filled = options.filled(257)
   model, mesh = filled.build(), filled.mesh.make(jax.devices())
   programs = make_programs(filled, model, mesh)
-  needs = run_cost.run_bytes(filled, model, programs, mesh)
+  needs = cost.run_bytes(filled, model, programs, mesh)
   assert needs.step < needs.evaluation == needs.total
   monkeypatch.setattr(devices, 'host_bytes', lambda: needs.step)
   text, _ = report(options, tmp_path)
@@ -213,14 +213,14 @@ def test_flops_and_bytes_by_formula():
   model = options.build()
   model_cost = cost.count(model, 24)
   # Seven steps of four rows; the backward pass is twice the forward pass.
-  flops = run_cost.run_flops(options, model)
+  flops = cost.run_flops(options, model)
   assert flops == 3 * 7 * 4 * model_cost.example_flops
   frozen = tiny.options(total_steps=7, trainable='norms').filled(257)
-  frozen_flops = run_cost.run_flops(frozen, model)
+  frozen_flops = cost.run_flops(frozen, model)
   # Kernels get no gradients, which still pass through all of them.
   assert 0.6 * flops < frozen_flops < 0.8 * flops
   mesh = options.mesh.make(jax.devices())
-  needs = run_cost.run_bytes(
+  needs = cost.run_bytes(
     options, model, make_programs(options, model, mesh), mesh
   )
   assert needs.parameters == needs.gradients == 4 * model_cost.total_params

@@ -209,11 +209,14 @@ def _check_finished_run(workdir, trace, folder):
   for a, b in zip(new_trace.records('loss'), final_records, strict=True):
     for x, y in zip(a.layers[1], b.layers[1], strict=True):
       np.testing.assert_array_equal(x, y)
-  argv += ['--room_for_all', '--trace', str(folder / 'room')]
-  record_evaluation.main(argv)
-  for record in traces.read(folder / 'room').records():
+  argv += ['--room_for_all', '--logits', '--float32']
+  record_evaluation.main([*argv, '--trace', str(folder / 'room')])
+  room_trace = traces.read(folder / 'room')
+  assert room_trace.header.has_logits and room_trace.header.dtype == 'float32'
+  for record in room_trace.records():
     layer = record.layers[1]
     np.testing.assert_array_equal(layer.kept, layer.expert >= 0)
+    assert layer.logits is not None
   generate.main(
     f'--workdir {workdir} --prompt hello --num_tokens 6 --trace '
     f'{folder / "text"}'.split()

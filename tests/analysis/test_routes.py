@@ -8,7 +8,6 @@ import pytest
 
 from moe_jax.analysis import (
   routes,
-  routing_plots,
   routing_report,
   traces,
 )
@@ -139,7 +138,7 @@ def test_pictures_show_the_numbers_of_the_tables():
     {'layer': 1, 'choice 1': 0.5, 'tokens unserved': 0.25, 'quarter 1': 0.75},
     {'layer': 4, 'choice 1': 0.0, 'choice 2': 0.125, 'quarter 1': 1.0},
   ]
-  drops, places = routing_plots.drop_figure(rows).axes
+  drops, places = routes.drop_figure(rows).axes
   lasts = {line.get_label(): line.get_ydata()[-1] for line in drops.lines}
   assert [*lasts] == ['choice 1', 'tokens unserved', 'choice 2']
   assert lasts['choice 2'] == 0.125 and math.isnan(lasts['tokens unserved'])
@@ -156,9 +155,9 @@ def test_a_text_has_the_colours_and_numbers_of_its_experts():
   expert = np.array([[-1] * 6, [-1, 0, 9, 2, -1, 0]], np.int32)[..., None]
   choices = LayerChoices(expert, 0.5 * np.ones(expert.shape), expert >= 0)
   record = Record('valid', 0, 0, ids, ids, documents, {1: choices})
-  html = routing_plots.coloured_text(record, 1, tokenizer, 1)
+  html = routes.coloured_text(record, 1, tokenizer, 1)
   colours = re.findall(r'background:(#\w+)', html)
-  one, two, three, *_ = routing_plots.COLOURS
+  one, two, three, *_ = routes.COLOURS
   assert colours == [one, two, three, '#FFFFFF', one]
   texts = re.findall(r'black">(.*?)</span>', html, re.DOTALL)
   # The first byte of a character has no text yet, and is not expert 2's alone.
@@ -166,7 +165,7 @@ def test_a_text_has_the_colours_and_numbers_of_its_experts():
     'a<sub>0</sub>', '&lt;<sub>9</sub>', '\u00b7<sub>2</sub>', '\u00e9',
     '\u21b5\n<sub>0</sub>',
   ]  # fmt: skip
-  assert f'>{ids[1, 1]} <sub>0' in routing_plots.coloured_text(record, 1, row=1)
+  assert f'>{ids[1, 1]} <sub>0' in routes.coloured_text(record, 1, row=1)
 
 
 def test_tables_are_whole_in_a_pipe(capsys, monkeypatch):

@@ -1,10 +1,13 @@
-"""The parts of an array that each device holds."""
+"""What a device holds, runs and sends, and the names of what it runs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.analysis import sharded
+from moe_jax.analysis.sharded import Traffic
 from moe_jax.partitioning import MeshOptions
 
 
@@ -23,3 +26,285 @@ def test_one_device_holds_all():
   devices, holds = sharded.holders(jax.numpy.zeros((2, 6)), 1)
   assert devices == jax.devices()[:1]
   np.testing.assert_array_equal(holds, np.ones((1, 6), bool))
+
+
+# A program with a loop whose body runs a fusion and a copy without a name, a
+# small loop inside a called computation, and a product at the top level.
+TEXT = """HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %add.1 = f32[4]{0} add(%p, %p), metadata={op_name="jit(step)/experts/add"}
+}
+
+%body (arg: (f32[4])) -> (f32[4]) {
+  %arg = (f32[4]{0}) parameter(0)
+  %item = f32[4]{0} get-tuple-element(%arg), index=0
+  %copy.1 = f32[4]{0} copy(%item)
+  %fusion.1 = f32[4]{0} fusion(%copy.1), kind=kLoop, calls=%fused
+  ROOT %tuple.1 = (f32[4]{0}) tuple(%fusion.1)
+}
+
+%cond (arg.2: (f32[4])) -> pred[] {
+  %arg.2 = (f32[4]{0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+%small (arg.3: (f32[4])) -> (f32[4]) {
+  %arg.3 = (f32[4]{0}) parameter(0)
+  ROOT %while.2 = (f32[4]{0}) while(%arg.3), condition=%cond, body=%body
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %tuple.2 = (f32[4]{0}) tuple(%x)
+  %while.1 = (f32[4]{0}) while(%tuple.2), condition=%cond, body=%body, metadata={op_name="jit(step)/moe/while"}
+  %call.1 = (f32[4]{0}) call(%tuple.2), to_apply=%small, metadata={op_name="jit(step)/router/while"}
+  ROOT %dot.1 = f32[4]{0} dot(%x, %x), metadata={op_name="jit(step)/dot_general"}
+}
+"""  # noqa: E501
+PROGRAM = sharded.parse(TEXT)
+
+
+def test_instructions_have_names_operands_and_computations():
+  assert len(PROGRAM) == 16
+  fusion = PROGRAM['fusion.1']
+  assert fusion.computation == 'body'
+  assert fusion.operands == ('copy.1',)
+  assert fusion.calls == ('fused',)
+  assert PROGRAM['while.1'].calls == ('cond', 'body')
+  assert PROGRAM['add.1'].op_name == 'jit(step)/experts/add'
+
+
+def test_branches_are_calls():
+  line = (
+    '  %c = f32[] conditional(%i, %a, %b), branch_computations={%one, %two}, '
+    'metadata={op_name="cond"}'
+  )
+  program = sharded.parse(f'ENTRY %main (i: s32[]) -> f32[] {{\n{line}\n}}')
+  assert program['c'].calls == ('one', 'two')
+  assert program['c'].operands == ('i', 'a', 'b')
+
+
+def test_scopes_come_from_what_is_called_then_read():
+  names = sharded.op_name_of(PROGRAM)
+  # A fusion has the name of what it calls.
+  assert names['fusion.1'] == 'jit(step)/experts/add'
+  # A copy has the name of the instruction that reads it.
+  assert names['copy.1'] == 'jit(step)/experts/add'
+  assert names['arg'] == 'jit(step)/experts/add'
+  assert names['tuple.2'] in ('jit(step)/moe/while', 'jit(step)/router/while')
+
+
+def test_a_loop_that_ran_its_body_is_no_leaf():
+  assert sharded.leaves(PROGRAM, {'while.1', 'fusion.1', 'copy.1'}) == {
+    'fusion.1',
+    'copy.1',
+  }
+
+
+def test_a_call_without_a_profile_of_its_inside_is_a_leaf():
+  assert sharded.leaves(PROGRAM, {'call.1', 'dot.1'}) == {'call.1', 'dot.1'}
+
+
+def test_a_call_that_runs_a_loop_that_ran_is_no_leaf():
+  executed = {'call.1', 'while.2', 'fusion.1'}
+  assert sharded.leaves(PROGRAM, executed) == {'fusion.1'}
+
+
+def test_what_the_program_does_not_have_is_a_leaf():
+  executed = {'unknown', 'dot.1'}
+  assert sharded.leaves(PROGRAM, executed) == executed
+
+
+@pytest.fixture(scope='module')
+def looped():
+  @jax.jit
+  def function(x, w):
+    with jax.named_scope('router'):
+      x = jnp.sin(x @ w)
+    with jax.named_scope('experts'):
+      return jax.lax.fori_loop(0, x.shape[0], lambda i, y: y @ w + i, x)
+
+  x, w = jnp.ones((6, 5)), jnp.ones((5, 5))
+  return function.lower(x, w).compile()
+
+
+def test_a_real_program_is_read_whole(looped):
+  text = looped.as_text()
+  program = sharded.parse(text)
+  assert len(program) == sum(' = ' in line for line in text.splitlines())
+  names = sharded.op_name_of(program)
+  loops = [i for i in program.values() if 'body' in i.op_name or i.calls]
+  assert loops
+  assert any('router' in name for name in names.values())
+  assert any('experts' in name for name in names.values())
+
+
+# A program of four devices. It has a loop of 5 rounds whose trip count the
+# compiler annotates, and in it a loop of 3 rounds whose end only its condition
+# tells, as TPUs write it.
+LOOPS = """HloModule jit_step, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0:T(256)} get-tuple-element(%p), index=1
+  %moved = (f32[8]{0:T(256)}, f32[8]{0:T(256)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %done = f32[8]{0:T(256)} collective-permute-done(%moved)
+  ROOT %out = (s32[], f32[8]) tuple(%i, %done)
+}
+
+%inner_cond (q: (s32[], f32[8])) -> pred[] {
+  %q = (s32[], f32[8]) parameter(0)
+  %end = s32[] constant(4)
+  %j = s32[] get-tuple-element(%q), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %end), direction=LT
+}
+
+%all-reduce-scatter.1 (r: f32[8]) -> f32[4] {
+  %r = f32[8] parameter(0)
+  %whole = f32[8] all-reduce(%r), replica_groups=mesh['x'=2,'y'=2] {'y'}, to_apply=%add
+  ROOT %part = f32[4] dynamic-slice(%whole), dynamic_slice_sizes={4}
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]) parameter(0)
+  %one = s32[] constant(1)
+  %start = s32[] copy(%one)
+  %y = f32[8] get-tuple-element(%s), index=1
+  %both = f32[8] all-reduce(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %given = (s32[], f32[8]) tuple(%start, %both)
+  ROOT %loop = (s32[], f32[8]) while(%given), condition=%inner_cond, body=%inner_body
+}
+
+%cond (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (u: f32[8], k: s32[]) -> f32[32] {
+  %u = f32[8] parameter(0)
+  %k = s32[] parameter(1)
+  %first = (s32[], f32[8]) tuple(%k, %u)
+  %outer = (s32[], f32[8]) while(%first), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %free = (s32[], f32[8]) while(%first), condition=%inner_cond, body=%body
+  %v = f32[8] get-tuple-element(%outer), index=1
+  %scattered = f32[4] fusion(%v), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %all = f32[32] all-gather(%v), replica_groups=[1,4]<=[4], dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_loops_count_as_often_as_they_run():
+  traffic = sharded.read_collectives(LOOPS)
+  # The trip count of %free depends on an argument: its body is counted once,
+  # and the loop is reported.
+  assert traffic.unknown_loops == 1
+  assert {kind: t.count for kind, t in traffic.by_kind.items()} == {
+    'all-gather': 1,
+    'all-reduce': 5 + 1,
+    'collective-permute': (5 + 1) * 3,
+    'reduce-scatter': 1,
+  }
+
+
+def test_bytes_are_those_of_a_ring():
+  by_kind = sharded.read_collectives(LOOPS).by_kind
+  assert by_kind['all-gather'] == Traffic(1, 3 * 32)
+  # An all-reduce makes two passes, each of half the bytes.
+  assert by_kind['all-reduce'].num_bytes == 6 * 32
+  assert by_kind['collective-permute'].num_bytes == 18 * 32
+  assert by_kind['reduce-scatter'].num_bytes == 16
+
+
+def test_a_ragged_exchange_sends_at_most_what_all_devices_have():
+  # Each of four devices has six rows and a buffer for those of all, to experts
+  # and back. The four send 24 rows at most, six each on average.
+  text = """HloModule m, num_partitions=4
+
+ENTRY %main (x: f32[6,8], y: f32[24,8], n: s32[4]) -> f32[6,8] {
+  %x = f32[6,8] parameter(0)
+  %y = f32[24,8] parameter(1)
+  %n = s32[4] parameter(2)
+  %there = f32[24,8] ragged-all-to-all(%x, %y, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+  ROOT %back = f32[6,8] ragged-all-to-all(%there, %x, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+}
+"""  # noqa: E501
+  by_kind = sharded.read_collectives(text).by_kind
+  assert by_kind == {'ragged-all-to-all': Traffic(2, 2 * 6 * 8 * 4)}
+
+
+@pytest.mark.parametrize(
+  ('groups', 'size'),
+  [
+    ('{{0,2,4},{1,3,5}}', 3),
+    ('[2,4]<=[4,2]T(1,0)', 4),
+    ("mesh['a'=2,'b'=3,'c'=5] {'a','c'}", 10),
+    ("mesh['a'=2,'b'=8], device_ids=([2,8]T(1,0)) {'b':(2)4}", 4),
+    ('{}', 7),
+  ],
+)
+def test_every_way_to_write_groups(groups, size):
+  line = (
+    f'  %r = f32[] parameter(0)\n'
+    f'  %g = f32[9] all-gather(%r), replica_groups={groups}, dimensions={{0}}'
+  )
+  text = (
+    f'HloModule m, num_partitions=7\n\nENTRY %main () -> f32[] {{\n{line}\n}}'
+  )
+  assert sharded.read_collectives(text).by_kind['all-gather'].num_bytes == 4 * (
+    size - 1
+  )
+
+
+@pytest.mark.parametrize(
+  ('type_', 'num_bytes'),
+  [
+    ('bf16[3,5]{1,0:T(8,128)(2,1)}', 30),
+    ('(pred[7], /*index=1*/s4[6]{0})', 10),
+    ('f8e4m3fn[2,3]', 6),
+    ('(f32[], token[])', 4),
+    ('s64[<=4]', 32),
+  ],
+)
+def test_bytes_of_a_type(type_, num_bytes):
+  text = (
+    f'ENTRY %main () -> f32[] {{\n  %p = {type_} parameter(0)\n'
+    '  %c = f32[] collective-permute(%p), source_target_pairs={{0,1}}\n}'
+  )
+  permute_traffic = sharded.read_collectives(text).by_kind['collective-permute']
+  assert permute_traffic.num_bytes == num_bytes
+
+
+@pytest.mark.parametrize('unroll', [1, 3])
+def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, PartitionSpec('x'))
+
+  def body(x, w):
+    # Both the rows and the dimension that is summed are split over devices.
+    y = jax.lax.with_sharding_constraint(x @ w, split)
+    return jnp.tanh(y - y.mean(0, keepdims=True)), None
+
+  def f(x, w):
+    return jax.lax.scan(body, x, w, unroll=unroll)[0]
+
+  x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+  w = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  compiled = (
+    jax.jit(f, in_shardings=(split, replicated), out_shardings=split)
+    .lower(x, w)
+    .compile()
+  )
+  traffic = sharded.read_collectives(compiled.as_text())
+  # Every round of the loop sums eight columns over the rows.
+  assert traffic.by_kind['all-reduce'] == Traffic(3, 3 * 2 * 32 * 7 // 8)
+  assert traffic.unknown_loops == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax import finetuning, generation, run_config
-from moe_jax.analysis import run_cost
+from moe_jax.analysis import cost
 from moe_jax.runs import metrics
 from moe_jax.runs.summary import StepMetrics
 from moe_jax.training import averages, loop
@@ -143,7 +143,7 @@ def test_the_bytes_of_means_are_counted():
     options = run_config.read(tiny.config(optimizer=ema)).filled(257)
     mesh = options.mesh.make(jax.devices()[:1])
     programs = make_programs(options, options.build(), mesh)
-    return run_cost.run_bytes(options, options.build(), programs, mesh)
+    return cost.run_bytes(options, options.build(), programs, mesh)
 
   plain, averaged = optimizer_bytes(), optimizer_bytes(ema=0.9)
   means = averaged.optimizer - plain.optimizer

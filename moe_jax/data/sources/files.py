@@ -41,8 +41,8 @@ class FilesSource(SourceOptions):
   pattern: str = option(
     dataclasses.MISSING,
     "Path or URL of the files, with '*' for any name and '**' for folders of "
-    'any depth. Names that end in .jsonl or .ndjson are JSON lines, .parquet is '
-    'parquet, all others are text; .gz, .bz2, .xz or .zst may follow.',
+    'any depth. Names that end in .jsonl or .ndjson are JSON lines, .parquet '
+    'is parquet, all others are text; .gz, .bz2, .xz or .zst may follow.',
     required=True,
   )
   field: str = option(

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import All, Einsum, PerToken, Shared
-from moe_jax.analysis.router_shapes import router_multiply_adds
+from moe_jax.analysis.counts import router_multiply_adds
 from moe_jax.config import OptionError, fields_of
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role, roles_of

@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 
-from moe_jax.analysis import run_cost
+from moe_jax.analysis import cost
 from moe_jax.partitioning import make_mesh
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
@@ -39,7 +39,7 @@ def options_of(trainable='all', lora=(), tie=False):
 
 def cost_of(*args, **kwargs):
   options = options_of(*args, **kwargs)
-  return run_cost.training_cost(options, options.build())
+  return cost.training_cost(options, options.build())
 
 
 @functools.cache
@@ -105,14 +105,14 @@ def test_each_usual_choice_costs_less_than_all():
   options = options_of()
   model = options.build()
   costs = {
-    name: run_cost.training_cost(variant, model)
-    for name, variant in run_cost.variants(options, model)
+    name: cost.training_cost(variant, model)
+    for name, variant in cost.variants(options, model)
   }
   assert len(costs) == 5
   all_cost = costs.pop('all')
-  for name, cost in costs.items():
-    assert cost.optimizer_bytes < all_cost.optimizer_bytes, name
-    assert cost.backward_flops < all_cost.backward_flops, name
+  for name, part_cost in costs.items():
+    assert part_cost.optimizer_bytes < all_cost.optimizer_bytes, name
+    assert part_cost.backward_flops < all_cost.backward_flops, name
 
 
 def test_a_model_of_two_stacks_is_refused():
@@ -125,4 +125,4 @@ def test_a_model_of_two_stacks_is_refused():
     ),
   ).filled(V)
   with pytest.raises(ValueError, match='has 2 stacks of blocks'):
-    run_cost.training_cost(options, options.build())
+    cost.training_cost(options, options.build())
