@@ -289,11 +289,7 @@ class _Layer(nn.Module):
     else:
       twin = cast(Twin, c.twin)
       ffn = FeedForward(
-        twin.ffn,
-        c.shared,
-        twin.dropout,
-        depth=c.lstm.twin_depth,
-        name='ffn',
+        twin.ffn, c.shared, twin.dropout, depth=c.lstm.twin_depth, name='ffn'
       )
       y = jax.nn.sigmoid(ffn(x, train))
     y = nn.Dropout(c.dropout, deterministic=not train)(y)

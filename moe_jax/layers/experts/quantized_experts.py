@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import option
-from moe_jax.layers import parameters
 from moe_jax.layers.experts.dispatch_options import SCOPE, Dispatch
 from moe_jax.layers.experts.experts import FeedForwardExpert
 from moe_jax.layers.experts.few_tokens import apply_one_by_one
@@ -81,7 +80,7 @@ class QuantizedExperts(nn.Module):
     has the whole arrays. They begin as zeros, since codes are not trained.
     """
 
-    def zeros(key, shape):
+    def zeros(key, shape, dtype):
       return {
         name: Parameter(
           jnp.zeros(array.shape, array.dtype),
@@ -92,12 +91,4 @@ class QuantizedExperts(nn.Module):
         for name, array in self.format.stored_arrays(shape).items()
       }
 
-    ffn, p = self.ffn, {}
-    specs = ffn.specs((num_experts,), width)
-    for name, (shape, axes, form) in specs.items():
-      if form == 'bias':
-        init = parameters.bias(axes, role=ffn.role)
-        p[name] = self.param(name, init, shape, ffn.shared.param_dtype)
-      else:
-        p[name] = self.param(name, zeros, shape)
-    return p
+    return self.ffn.parameters(self, (num_experts,), width, zeros)
