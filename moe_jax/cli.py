@@ -97,7 +97,6 @@ def applied(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """A config with the overrides that fit it, and the problems of all others.
 
-
   Arguments are those of `config_of`.
 
   Raises:
