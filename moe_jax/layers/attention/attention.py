@@ -528,7 +528,8 @@ def project_memory(
 
   def project(name):
     w = p[f'w_{name}'].astype(shared.dtype)
-    y = jnp.einsum('BSM,MND->BSND', memory.astype(shared.dtype), w)
+    y = jnp.einsum('BSM,MND->NDBS', memory.astype(shared.dtype), w)
+    y = y.transpose(2, 3, 0, 1)  # [B, S, N, D]
     if (b := p.get(f'b_{name}')) is not None:
       y = y + b.astype(shared.dtype)[None, None]
     return options.finished(y, p.get(f'{name}_norm')).swapaxes(1, 2)

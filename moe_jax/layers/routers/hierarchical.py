@@ -137,10 +137,10 @@ class HierarchicalRouter(contract.Router):
   def route(self, x, mask, train, token_info, layer):
     x = x.astype(jnp.float32)
     primary, secondary = self.options.levels(self.sizes)
-    logits = self._primary_logits(x, primary.num_experts)
-    branch = self._level(primary, *logits, train)
-    logits = self._branch_logits(x, branch.index, secondary.num_experts)
-    expert = self._level(secondary, *logits, train)
+    logits, noise = self._primary_logits(x, primary, train)
+    branch = _level(primary, logits, noise)
+    logits, noise = self._branch_logits(x, branch.index, secondary, train)
+    expert = _level(secondary, logits, noise)
     shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
     experts, gates = expert.index.reshape(shape), expert.gate.reshape(shape)
     index, gate = shazeer_rules.flat_choices(
@@ -156,17 +156,18 @@ class HierarchicalRouter(contract.Router):
     )
     return chosen, _aux(chosen, gate, branch, expert, mask)
 
-  def _primary_logits(self, x, a):
-    """The logits of the primary gate, and those of its noise's size or None."""
-    init = self._init(('embed', None))
-    clean = steps.product(self, 'w', init, x, a)
+  def _primary_logits(self, x, level, train):
+    """The logits of the primary gate, without noise and with it."""
+    axes, size = ('embed', None), level.num_experts
+    clean = steps.product(self, 'w', self._init(axes), x, size)
     if not self.options.noisy:
       return clean, None
-    return clean, steps.product(self, 'w_noise', init, x, a)
+    std = steps.product(self, 'w_noise', self._init(axes), x, size)
+    return clean, self._noisy(clean, std, train)
 
-  def _branch_logits(self, x, branch_index, b):
-    """The same [G, S * K1, b] of the gates in the branches of each token."""
-    a = self.options.branching
+  def _branch_logits(self, x, branch_index, level, train):
+    """The logits [G, S * K1, b] in tokens' branches, without noise and with."""
+    a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
     init = self._init(axes, batch_axis=(0,))
@@ -179,7 +180,8 @@ class HierarchicalRouter(contract.Router):
     )
     if not self.options.noisy:
       return products, None
-    return products[..., :b], products[..., b:]
+    noise = self._noisy(products[..., :b], products[..., b:], train)
+    return products[..., :b], noise
 
   def _init(self, axes, batch_axis=()):
     if self.options.noisy:
@@ -188,18 +190,9 @@ class HierarchicalRouter(contract.Router):
       self.shared, axes, role=steps.ROLE, batch_axis=batch_axis
     )
 
-  def _level(self, sizes, clean, std, train) -> '_Level':
-    (E, K, gates), logits, noise = sizes, clean, None
-    if std is not None:
-      key = self.make_rng(contract.NOISE) if train else None
-      noise = routing.noisy_logits(clean, std, key)
-      logits = noise.noisy
-    best = steps.largest(logits, min(K + 1, E))
-    index, probability = best[..., :K], None
-    if noise is not None:
-      probability = routing.load_probability(noise, K, best)
-    gate = routing.choice_gates(logits, index, gates)
-    return _Level(clean, index, gate, probability)
+  def _noisy(self, clean, std, train):
+    key = self.make_rng(contract.NOISE) if train else None
+    return routing.noisy_logits(clean, std, key)
 
 
 class _Level(NamedTuple):
@@ -216,6 +209,17 @@ class _Level(NamedTuple):
   index: Array
   gate: Array
   probability: Array | None
+
+
+def _level(sizes, clean, noise) -> _Level:
+  E, K, gates = sizes
+  logits = clean if noise is None else noise.noisy
+  best = steps.largest(logits, min(K + 1, E))
+  index, probability = best[..., :K], None
+  if noise is not None:
+    probability = routing.load_probability(noise, K, best)
+  gate = routing.choice_gates(logits, index, gates)
+  return _Level(clean, index, gate, probability)
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
