@@ -29,7 +29,8 @@ class Positions(Options):
   """
 
   added: ClassVar[bool] = False
-  scaling: ClassVar[RotaryScaling] = Unscaled()
+  # Without an annotation, by which the option of `Rotary` would be its first.
+  scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
     """These options with a length of 0 replaced by the model's longest row."""

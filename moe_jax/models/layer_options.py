@@ -116,18 +116,15 @@ class LayerOptions(Options):
     """The problem of options that name a layer which is no sparse layer."""
     yield from super().problems()
     try:
-      self.num_sparse  # noqa: B018
+      sparse = sparse_numbers(self.moe.layers, self.num_layers)
     except InputError as error:
       yield str(error)
       return
     retained = self.moe.retained.layers
-    if not retained:
-      return
-    sparse = [i for i, flag in enumerate(self.sparse) if flag]
-    if invalid := sorted(retained - set(sparse)):
+    if invalid := sorted(i for i in retained if i not in sparse):
       yield (
         f'moe.retained names layers {invalid}, which are not among the sparse '
-        f'layers {sparse}'
+        f'layers {sorted(sparse)}'
       )
 
   def leak(self) -> Iterator[str]:

@@ -7,7 +7,6 @@ experts.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +40,10 @@ class QuantizedExpert(FeedForwardExpert):
 class QuantizedExperts(nn.Module):
   """Quantised experts on sorted rows; those without tokens are not decoded.
 
-  The module takes any routing, whatever the dispatch is. On a mesh the compiler
-  decides how rows travel.
+  The module takes any routing, whatever the dispatch is. The arrays of a kernel
+  are the parts of one parameter, and begin as zeros, since codes are not
+  trained. On a mesh each device has the whole arrays, and the compiler decides
+  how rows travel.
 
   Attributes:
     ffn: The computation of one expert.
@@ -58,7 +59,20 @@ class QuantizedExperts(nn.Module):
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], None]:
     """Returns the gated sums of outputs; `train` changes nothing."""
-    stored = self._parameters(routing.num_experts, x.shape[-1])
+
+    def zeros(key, shape, dtype):
+      return {
+        name: Parameter(
+          jnp.zeros(array.shape, array.dtype),
+          (None,) * len(array.shape),
+          role=self.ffn.role,
+          form=array.form,
+        )
+        for name, array in self.format.stored_arrays(shape).items()
+      }
+
+    E, M = routing.num_experts, x.shape[-1]
+    stored = self.ffn.parameters(self, (E,), M, zeros)
 
     def decoded(e):
       index = jax.lax.dynamic_index_in_dim
@@ -72,23 +86,3 @@ class QuantizedExperts(nn.Module):
       )
 
     return apply_one_by_one(self.ffn, fold, x, routing), None
-
-  def _parameters(self, num_experts: int, width: int) -> dict[str, Any]:
-    """Makes the parameters of experts, each [E, ...].
-
-    The arrays of a kernel are the parts of one parameter. On a mesh each device
-    has the whole arrays. They begin as zeros, since codes are not trained.
-    """
-
-    def zeros(key, shape, dtype):
-      return {
-        name: Parameter(
-          jnp.zeros(array.shape, array.dtype),
-          (None,) * len(array.shape),
-          role=self.ffn.role,
-          form=array.form,
-        )
-        for name, array in self.format.stored_arrays(shape).items()
-      }
-
-    return self.ffn.parameters(self, (num_experts,), width, zeros)

@@ -181,16 +181,14 @@ def with_equal_gates(
   module: contract.Router,
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
-  slot_priority: str,
   given: GivenChoices | None = None,
 ) -> tuple[routing.Routing, routing.MoeAux]:
   """The routing of choices without logits: gates of 1/K, and no losses.
 
   Args:
-    module: The router.
+    module: The router, whose options have `slot_priority`.
     expert_index: The choices.
     mask: False for padding.
-    slot_priority: The order in which experts serve the choices.
     given: Choices that are imposed instead of `expert_index`.
   """
   if given is not None:
@@ -200,7 +198,7 @@ def with_equal_gates(
     num_experts=module.sizes.num_experts,
     capacity=module.sizes.slots(mask.shape[1]),
     mask=mask,
-    slot_priority=slot_priority,
+    slot_priority=module.options.slot_priority,
     given=given,
   )
   return chosen, choice_aux(module, {}, chosen, None, mask)
