@@ -97,7 +97,6 @@ def applied(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """A config with the overrides that fit it, and the problems of all others.
 
-
   Arguments are those of `config_of`.
 
   Raises:
@@ -205,12 +204,9 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
       f'--config.{name}.KEY=...; have {sorted(section)}'
     )
   # The keys that exist in place of the first part of the name that is unknown.
-  depth = len(path)
-  beside = {
-    '.'.join(key.split('.')[: depth + 1])
-    for key in keys
-    if key.split('.')[:depth] == path
-  }
+  beside = [
+    '.'.join([*path, key]) for key in section if flatten({key: section[key]})
+  ]
   text = unknown_key_text(name, beside)
   if is_open and rest[0] not in section:
     value = '...'

@@ -320,7 +320,8 @@ def load_class(name: str, noun: str, base: type) -> type:
     raise InputError(
       f'{noun} {name!r} cannot be imported: {"".join(lines[:1])}{kind}{error}'
     ) from error
-  cls, contract = getattr(module, attribute, None), _full_name(base)
+  cls = getattr(module, attribute, None)
+  contract = f'{base.__module__}.{base.__name__}'
   if cls is None:
     raise InputError(f'{noun} {name!r}: {module_name} has no {attribute!r}')
   if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -342,10 +343,6 @@ def load_class(name: str, noun: str, base: type) -> type:
       'asks of it'
     )
   return cls
-
-
-def _full_name(cls: type) -> str:
-  return f'{cls.__module__}.{cls.__name__}'
 
 
 class Options:
@@ -1011,12 +1008,7 @@ def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
   return merged
 
 
-_JSON_TYPES = {
-  bool: 'boolean',
-  int: 'integer',
-  float: 'number',
-  str: 'string',
-}
+_JSON_TYPES = {bool: 'boolean', int: 'integer', float: 'number', str: 'string'}
 
 
 def json_schema(root: type[Options] | Options | Kinds) -> dict[str, Any]:

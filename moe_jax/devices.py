@@ -432,8 +432,7 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def check_room(
-  needs: Iterable[tuple[str, int]],
-  devices: Sequence[jax.Device] | None = None,
+  needs: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | None = None
 ) -> None:
   """Raises ValueError where bytes are more than the devices have together.
 

@@ -59,22 +59,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ('num_tokens', cli.POSITIVE, 256, 'most new tokens a row'),
     ('temperature', number(float, minimum=0), 0.0, '0: the likeliest token'),
     ('top_k', cli.NOT_NEGATIVE, 0, f'{likeliest} k; 0: all'),
-    (
-      'top_p',
-      number(float, above=0, maximum=1),
-      1.0,
-      f'{likeliest} that sum to p',
-    ),
+    ('top_p', cli.SHARE, 1.0, f'{likeliest} that sum to p'),
     ('num_beams', cli.POSITIVE, 1, 'above 1: beam search'),
     ('length_penalty', number(float), 1.0, "beam search's exponent"),
-    (
-      'seed',
-      number(int, minimum=0, below=SEEDS),
-      None,
-      'seed of the drawn tokens (default: 0)',
-    ),
   ):
     add(f'--{name}', type=kind, default=default, help=text)
+  seed, text = number(int, minimum=0, below=SEEDS), 'seed of the drawn tokens'
+  add('--seed', type=seed, help=f'{text} (default: 0)')
   for name, text in (
     ('stop', 'token that ends a row, besides the end of text; repeatable'),
     ('allow_module', 'module or package that the run may import; repeatable'),

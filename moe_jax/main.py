@@ -44,9 +44,7 @@ from moe_jax.training.loop import Interrupted, train_and_evaluate
 from moe_jax.training.setup import Ended
 
 
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = cli.parser('moe_jax.main', __doc__)
   cli.add_config(parser)

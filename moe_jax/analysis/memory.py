@@ -18,7 +18,7 @@ from moe_jax.analysis.counts import (
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
-from moe_jax.layers.ffn import FfnOptions, activation
+from moe_jax.layers.ffn import ACTIVATIONS, FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
@@ -175,7 +175,7 @@ def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
     ffn: The width and the activation of the feed-forward.
     keeps_all: Whether arrays between products are kept too.
   """
-  b, act = jnp.dtype(block.shared.dtype).itemsize, activation(ffn.activation)
+  b, act = jnp.dtype(block.shared.dtype).itemsize, ACTIVATIONS[ffn.activation]
   if not keeps_all:
     return len(act.kernels) * ffn.hidden * b
   signs = ffn.hidden if act.cheap else 0

@@ -47,6 +47,8 @@ def parse(
   add = command('export', _export, 'writes a run for transformers')
   add('--workdir', required=True, help='folder of the run')
   add('--output', required=True, help='new folder')
+  text = 'module or package that the run may import; repeatable'
+  add('--allow_module', action='append', default=[], help=text)
   add = command('verify', _verify, 'compares outputs with those expected')
   add('source', metavar='SOURCE', help=source)
   add('--expected', required=True, help='npz file of outputs of transformers')
@@ -69,7 +71,10 @@ def _import(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> int:
-  print('\n'.join(export_run.export_run(options.workdir, options.output)))
+  lines = export_run.export_run(
+    options.workdir, options.output, allow=options.allow_module
+  )
+  print('\n'.join(lines))
   return 0
 
 

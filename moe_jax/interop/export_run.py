@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -129,11 +130,19 @@ def _character_model(characters: str) -> library.Tokenizer:
 
 
 def export_run(
-  workdir: str | os.PathLike[str], output: str | os.PathLike[str]
+  workdir: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  *,
+  allow: Iterable[str] = (),
 ) -> list[str]:
   """Writes a run's newest good checkpoint for transformers to read.
 
   Quantised kernels are written as the numbers that their codes stand for.
+
+  Args:
+    workdir: The run's folder.
+    output: A new or empty folder.
+    allow: Modules whose classes may be imported where the run names them.
 
   Returns:
     Lines about the export, for printing.
@@ -143,7 +152,7 @@ def export_run(
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
-  run = trained.read(folder, tokenizer_needed=False)
+  run = trained.read(folder, allow, tokenizer_needed=False)
   rules = run.sharding.rules
   restored = trained.restore_variables(
     folder, run.model.build(rules), rules, mesh=_mesh(folder)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import Options, option, unknown
+from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.kernels import cpu
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
-from moe_jax.layers.parameters import Names
+from moe_jax.layers.parameters import Initializer, Names
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.shapes import Array, Float, PRNGKey, checked
@@ -86,13 +86,6 @@ ACTIVATIONS = {
 }
 
 
-def activation(name: str) -> Activation:
-  """The activation of this name; raises ValueError for an unknown name."""
-  if name not in ACTIVATIONS:
-    raise unknown('activation', name, ACTIVATIONS)
-  return ACTIVATIONS[name]
-
-
 @dataclasses.dataclass(frozen=True)
 class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
@@ -119,7 +112,7 @@ class FfnOptions(Options):
 
   def kernel_values(self, width: int) -> int:
     """The number of values of the kernels in a model of width M = `width`."""
-    kernels = len(activation(self.activation).kernels) + 1
+    kernels = len(ACTIVATIONS[self.activation].kernels) + 1
     return kernels * width * self.hidden
 
   def shrunk(self) -> 'FfnOptions':
@@ -144,8 +137,8 @@ class FfnLayer:
 
   @property
   def activation(self) -> Activation:
-    """The activation between the two products."""
-    return activation(self.options.activation)
+    """The function between the two products."""
+    return ACTIVATIONS[self.options.activation]
 
   @property
   def use_bias(self) -> bool:
@@ -159,20 +152,32 @@ class FfnLayer:
     return self.activation.gated and self.options.bias == 'all'
 
   def parameters(
-    self, module: nn.Module, stack: tuple[int, ...], width: int
+    self,
+    module: nn.Module,
+    stack: tuple[int, ...],
+    width: int,
+    kernel: Initializer | None = None,
   ) -> dict[str, Any]:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
     The parameters are w_in, w_out, w_gate and w_factor if the activation has
     them, b_in and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
+
+    Args:
+      module: The module.
+      stack: The sizes of the leading dimensions; () for a single layer.
+      width: M, the width of the rows.
+      kernel: The initialiser of kernels. Default: the model's.
     """
-    shared, role = self.shared, self.role
-    p = {}
+    shared, role, p = self.shared, self.role, {}
     for name, (shape, axes, form) in self.specs(stack, width).items():
-      init = parameters.bias(axes, role=role)
-      if form != 'bias':
+      if form == 'bias':
+        init = parameters.bias(axes, role=role)
+      else:
         is_last = form == 'residual'
-        init = parameters.kernel(shared, axes, role=role, residual=is_last)
+        init = kernel or parameters.kernel(
+          shared, axes, role=role, residual=is_last
+        )
       p[name] = module.param(name, init, shape, shared.param_dtype)
     return p
 

@@ -130,7 +130,10 @@ def given_to_layer(
   sparse: Sequence[bool],
   layer: int | Int32[Array, ''],
 ) -> GivenChoices | None:
-  """The choices [B, T, K] of one sparse layer, whose index may be traced."""
+  """The choices [B, T, K] of one layer, whose index may be traced.
+
+  Those of a layer that is not sparse are another layer's, which it ignores.
+  """
   if given is None:
     return None
   index = jnp.asarray(np.cumsum(sparse, dtype=np.int32) - 1)[layer]

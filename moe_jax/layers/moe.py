@@ -30,15 +30,7 @@ from moe_jax.routing import (
   to_experts,
 )
 from moe_jax.routing.rows import without_nan
-from moe_jax.shapes import (
-  Array,
-  Bool,
-  Float,
-  Int,
-  Shaped,
-  checked,
-  type_text,
-)
+from moe_jax.shapes import Array, Bool, Float, Int, Shaped, checked, type_text
 
 
 class MoE(nn.Module):

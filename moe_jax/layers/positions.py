@@ -15,7 +15,7 @@ from flax import linen as nn
 from moe_jax.config import Kinds, Options, choice, option
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters
-from moe_jax.layers.rotary import SCALINGS, RotaryScaling
+from moe_jax.layers.rotary import SCALINGS, RotaryScaling, Unscaled
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, checked
 
 
@@ -25,9 +25,12 @@ class Positions(Options):
 
   Attributes:
     added: Whether a vector is added to embedded tokens.
+    scaling: The change of rotations for long texts, in kinds that rotate.
   """
 
   added: ClassVar[bool] = False
+  # Without an annotation, by which the option of `Rotary` would be its first.
+  scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
     """The options, with the longest row `max_len` in place of a length of 0."""
@@ -60,18 +63,6 @@ class Positions(Options):
         each row is one document.
     """
     return x
-
-  @property
-  def latent_factor(self) -> float:
-    """The factor of the scores of multi-head latent attention."""
-    return 1.0
-
-  @property
-  def changes_at(self) -> int | None:
-    """The position from which on a document is long and rotates otherwise.
-
-    It is None where long documents rotate like short ones.
-    """
 
   @property
   def table_len(self) -> int:
@@ -130,7 +121,7 @@ class Rotary(Positions):
     above=0,
     maximum=1,
   )
-  scaling: RotaryScaling = choice(
+  scaling: RotaryScaling = choice(  # pyright: ignore[reportIncompatibleVariableOverride]
     SCALINGS, 'none', 'Change of the rotation for long texts.'
   )
 
@@ -148,14 +139,6 @@ class Rotary(Positions):
     for problem in self.scaling.problems_with(self.theta, width):
       yield f'scaling: {problem}'
 
-  @property
-  def changes_at(self) -> int | None:
-    return self.scaling.changes_at
-
-  @property
-  def latent_factor(self) -> float:
-    return self.scaling.latent_factor
-
   def rotate(self, x, positions, segment_ids=None):
     """Rotates the P pairs of each head by their angles, in float32.
 
@@ -166,7 +149,7 @@ class Rotary(Positions):
     turns = self.scaling.turns(self.theta, width)
     frequency = jnp.asarray(turns.frequency)[None, None]
     factor = jnp.full((1, 1), turns.factor, jnp.float32)
-    if (start := self.changes_at) is not None:
+    if (start := self.scaling.changes_at) is not None:
       long = self.scaling.turns(self.theta, width, long=True)
       is_long = _last_positions(positions, segment_ids) >= start  # [B, t]
       long_frequency = jnp.asarray(long.frequency)[None, None]

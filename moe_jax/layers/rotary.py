@@ -48,7 +48,10 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position from which on a document is long; None if there is none."""
+    """The position from which on a document is long and turns otherwise.
+
+    It is None where long documents turn like short ones.
+    """
 
   @property
   def latent_factor(self) -> float:

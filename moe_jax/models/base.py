@@ -201,9 +201,7 @@ class ModelOptions(LayerOptions):
     minimum=0,
   )
   width: int = option(
-    128,
-    'Width M of the residual stream, in numbers for each token.',
-    minimum=1,
+    128, 'Width M of the residual stream, in numbers for each token.', minimum=1
   )
   use_bias: bool = option(
     False,
@@ -248,12 +246,7 @@ class ModelOptions(LayerOptions):
     (options,) = halves
     return options
 
-  def filled(
-    self,
-    vocab_size: int,
-    seq_len: int,
-    num_tasks: int = 0,
-  ) -> Self:
+  def filled(self, vocab_size: int, seq_len: int, num_tasks: int = 0) -> Self:
     """The options with sizes that the data decides in place of zeros.
 
     Args:

@@ -135,9 +135,9 @@ class DecoderOptions(ModelOptions, StackOptions):
     except OptionError as error:
       yield from error.below('attention.').problems
       return
-    for problem in self.positions.problems_with(
-      attention.rotated_width, causal, attention.ROTATED
-    ):
+    name = attention.ROTATED
+    width = getattr(attention, name)
+    for problem in self.positions.problems_with(width, causal, name):
       yield f'positions: {problem}'
 
   def task_problems(self) -> Iterator[str]:
@@ -270,15 +270,13 @@ class Decoder(Model):
     cache, positions = cache.begin(token_mask)
     x = self.embeddings.embed(tokens, token_mask, positions, train=False)
     cache, previous = cache.follow(tokens, token_mask)
-    task_ids = cache.task_ids
-    if task_ids is not None:
-      task_ids = jnp.broadcast_to(task_ids[:, None], tokens.shape)
+    segment_ids = token_mask.astype(jnp.int32)
     context = make_context(
       self.blocks,
       tokens,
-      token_mask.astype(jnp.int32),
+      segment_ids,
       positions,
-      task_ids,
+      cache.task_ids,
       previous=previous,
     )
     x, _, new_cache = self.decoder(x, context, False, cache)
@@ -291,7 +289,7 @@ def make_context(
   tokens: Int[Array, 'B T'],
   segment_ids: Int[Array, 'B T'] | None,
   positions: Int[Array, 'B T'] | None,
-  task_ids: Int[Array, 'B T'] | None = None,
+  task_ids: Int[Array, 'B T'] | Int[Array, ' B'] | None = None,
   given: GivenChoices | None = None,
   previous: Array | None = None,
 ) -> Context:
@@ -299,7 +297,8 @@ def make_context(
 
   Args:
     c: The configuration of the stack.
-    tokens, segment_ids, positions, task_ids, given: See `Decoder`.
+    tokens, segment_ids, positions, given: See `Decoder`.
+    task_ids: The task of each token, or of each row, [B].
     previous: The token before each token, when decoding; None: the token before
       it in its row.
 
@@ -313,6 +312,8 @@ def make_context(
   if positions is None:
     T = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
+  if task_ids is not None:
+    task_ids = jnp.broadcast_to(task_ids.reshape(len(tokens), -1), tokens.shape)
   check_given(given, c.sparse if c.experts else ())
   if previous is None:
     previous = rules_without_logits.previous_tokens(tokens, segment_ids)

@@ -67,7 +67,7 @@ def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
     ValueError: A row reads at most `original_len` tokens at once, and more in
       all.
   """
-  border = model.embedding.positions.changes_at
+  border = model.embedding.positions.scaling.changes_at
   for i, (first, total) in enumerate(read):
     if border is not None and first <= border < total:
       raise InputError(

@@ -161,13 +161,11 @@ class Stacks(tuple[LayerStack, ...]):
   @property
   def task_sequences(self) -> tuple[str, ...]:
     """The prefixes in `sequences` whose layers route by the tokens' tasks."""
-    by_task = (
+    return tuple(
       stack.prefix
       for stack in self
-      for layer in stack.layers
-      if layer.moe is not None and 'task_ids' in layer.moe.router.reads
+      if any('task_ids' in m.router.reads for m in Stacks([stack]).mixtures)
     )
-    return tuple(dict.fromkeys(by_task))
 
   @property
   def num_tasks(self) -> int:

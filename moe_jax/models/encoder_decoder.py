@@ -18,16 +18,17 @@ from moe_jax.config import OptionError, Options, fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.attention import ATTENTIONS, AttentionOptions
 from moe_jax.layers.attention.attention import project_memory
-from moe_jax.layers.attention.cache import KVCache, Memory
+from moe_jax.layers.attention.cache import KVCache, Slots
 from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.shared import RULES
 from moe_jax.models.decoder import Decoder, DecoderOptions, make_context
-from moe_jax.models.description import LayerStack, Stacks, subtree
+from moe_jax.models.description import LayerStack, Stacks
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_options import StackOptions
 from moe_jax.models.stack import Stack, StackConfig
+from moe_jax.models.trees import unflatten
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux
 from moe_jax.shapes import Array, Bool, Float32, Int, checked
@@ -38,9 +39,7 @@ class EncoderOptions(Options):
   """The options in which an encoder differs from the decoder."""
 
   num_layers: int = option(
-    0,
-    'Number of layers of the encoder; 0: model.num_layers.',
-    minimum=0,
+    0, 'Number of layers of the encoder; 0: model.num_layers.', minimum=0
   )
   overrides: Mapping[str, Any] = option(
     {},
@@ -105,15 +104,13 @@ class EncoderDecoderOptions(DecoderOptions):
       for layers in (_plain_encoder(decoder), encoder)
     )
     base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
-    overrides: dict[str, Any] = {}
-    for leaf in changed:
-      if leaf.unchosen or base_values.get(leaf.path) == leaf.value:
-        continue
-      *parents, key = leaf.path.split('.')
-      section = overrides
-      for name in parents:
-        section = section.setdefault(name, {})
-      section[key] = leaf.value
+    overrides = unflatten(
+      {
+        tuple(leaf.path.split('.')): leaf.value
+        for leaf in changed
+        if not leaf.unchosen and base_values.get(leaf.path) != leaf.value
+      }
+    )
     num_layers = 0 if decoder.num_layers == L else L
     return dataclasses.replace(
       self,
@@ -303,20 +300,13 @@ class EncoderDecoder(Decoder):
         position in the row.
       task_ids: The task of each row, which routers by task need.
     """
-    encoder_task_ids = None
-    if task_ids is not None:
-      encoder_task_ids = jnp.broadcast_to(
-        task_ids[:, None], encoder_tokens.shape
-      )
+    segment_ids = encoder_mask.astype(jnp.int32)
     encoded, _ = self._encode(
-      encoder_tokens,
-      encoder_mask.astype(jnp.int32),
-      encoder_positions,
-      encoder_task_ids,
+      encoder_tokens, segment_ids, encoder_positions, task_ids
     )
     keys, values = self._project(encoded)
     cache = self.make_cache(len(encoder_tokens), max_len)
-    memory = Memory(keys, values, encoder_mask)
+    memory = Slots(keys, values, encoder_mask)
     return cache.replace(memory=memory, task_ids=task_ids)
 
   def _encode(
@@ -340,19 +330,15 @@ class EncoderDecoder(Decoder):
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
     params = nn.meta.unbox(self.variables['params'])
-    _, decoder = self.stacks
-    keys, values = [], []
-    for layer in decoder.layers:
-      p = subtree(params, (*layer.path, CROSS_ATTENTION))
-      i = layer.index
-      as_one = None if i is None else slice(i, i + 1)
-      p = jax.tree.map(lambda x, as_one=as_one: x[as_one], p)  # [1, ...]
-      key, value = project_memory(block.shared, options, p, encoded)
-      keys.append(key[0])
-      values.append(value[0])
+    keys, values = zip(
+      *(
+        project_memory(block.shared, options, layer[CROSS_ATTENTION], encoded)
+        for layer in Stacks(self.stacks[1:]).layer_trees(params)
+      )
+    )
     if self.blocks.stacked:
       return jnp.stack(keys), jnp.stack(values)
-    return tuple(keys), tuple(values)
+    return keys, values
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:

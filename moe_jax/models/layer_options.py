@@ -11,7 +11,11 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
+from moe_jax.models.pattern import (
+  shrunk_pattern,
+  sparse_numbers,
+  sparse_pattern,
+)
 from moe_jax.models.stack import REMATS
 
 
@@ -68,7 +72,7 @@ class LayerOptions(Options):
   @property
   def num_sparse(self) -> int:
     """The number of sparse layers, counted without a list of them."""
-    return count_sparse(self.moe.layers, self.num_layers)
+    return len(sparse_numbers(self.moe.layers, self.num_layers))
 
   def feed_forward_parameters(
     self, width: int, dense: int | None = None
@@ -112,18 +116,15 @@ class LayerOptions(Options):
     """The problem of options that name a layer which is no sparse layer."""
     yield from super().problems()
     try:
-      self.num_sparse  # noqa: B018
+      sparse = sparse_numbers(self.moe.layers, self.num_layers)
     except InputError as error:
       yield str(error)
       return
     retained = self.moe.retained.layers
-    if not retained:
-      return
-    sparse = [i for i, flag in enumerate(self.sparse) if flag]
-    if invalid := sorted(retained - set(sparse)):
+    if invalid := sorted(i for i in retained if i not in sparse):
       yield (
         f'moe.retained names layers {invalid}, which are not among the sparse '
-        f'layers {sparse}'
+        f'layers {sorted(sparse)}'
       )
 
   def leak(self) -> Iterator[str]:
@@ -208,7 +209,6 @@ class LayerOptions(Options):
     return dataclasses.replace(
       small,
       num_layers=number,
-      ffn=dataclasses.replace(small.ffn, hidden=48),
       moe=dataclasses.replace(small.moe, layers=layers),
     )
 
@@ -270,14 +270,12 @@ class StackOptions(LayerOptions):
   def problems(self) -> Iterator[str]:
     """The problem of full layers that the stack does not have."""
     yield from super().problems()
-    attention = self.attention
-    if not attention.window:
+    layers, option_name = self.attention.full_layers, 'attention.full_layers'
+    if not self.attention.window:
       return
     try:
       # The layers are counted without a list: billions would take minutes.
-      count_sparse(
-        attention.full_layers, self.num_layers, 'attention.full_layers'
-      )
+      sparse_numbers(layers, self.num_layers, option_name)
     except InputError as error:
       yield str(error)
 

@@ -148,8 +148,6 @@ class Adapters:
 
   def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own parameters, without the factors."""
-    if not self.kernels:
-      return dict(params)
     return {key: value for key, value in params.items() if key != TREE}
 
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class LstmLm(Model):
     x = without_nan(segment_ids > 0, x)
     auxes, new_states = [], []
     for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-      layer_choices = given_to_layer(given, sparse, i) if sparse[i] else None
+      layer_choices = given_to_layer(given, sparse, i)
       x, aux, state = layer(x, segment_ids, train, state, layer_choices)
       auxes.append(aux)
       new_states.append(state)
@@ -289,11 +289,7 @@ class _Layer(nn.Module):
     else:
       twin = cast(Twin, c.twin)
       ffn = FeedForward(
-        twin.ffn,
-        c.shared,
-        twin.dropout,
-        depth=c.lstm.twin_depth,
-        name='ffn',
+        twin.ffn, c.shared, twin.dropout, depth=c.lstm.twin_depth, name='ffn'
       )
       y = jax.nn.sigmoid(ffn(x, train))
     y = nn.Dropout(c.dropout, deterministic=not train)(y)

@@ -9,6 +9,7 @@ the same function outside of training, except for rounding.
 import dataclasses
 from typing import Any
 
+from moe_jax import config
 from moe_jax.config import KIND, Options, fields_of
 from moe_jax.layers.routers.contract import Causality, RouterOptions, Sizes
 from moe_jax.layers.routers.token_choice import PUBLISHED_RATE
@@ -43,12 +44,7 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
 
 def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
   """The options whose values differ, as (old, new); None for an absent one."""
-  a, b = meaning(old), meaning(new)
-  return {
-    name: (a.get(name), b.get(name))
-    for name in sorted(a.keys() | b.keys())
-    if a.get(name) != b.get(name)
-  }
+  return config.difference(meaning(old), meaning(new))
 
 
 def _layers(half: Any, width: int) -> dict[str, Any]:

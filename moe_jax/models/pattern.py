@@ -29,23 +29,19 @@ def sparse_pattern(
   Raises:
     ValueError: The string is none of these, or names a layer not in [0, L).
   """
-  L, numbers = num_layers, set(_sparse_numbers(layers, num_layers, name))
-  return tuple(i in numbers for i in range(L))
+  numbers = set(sparse_numbers(layers, num_layers, name))
+  return tuple(i in numbers for i in range(num_layers))
 
 
-def count_sparse(layers: str, num_layers: int, name: str = 'moe.layers') -> int:
-  """The number of sparse layers, by arithmetic for any number of layers.
-
-  Arguments and errors are those of `sparse_pattern`.
-  """
-  return len(_sparse_numbers(layers, num_layers, name))
-
-
-def _sparse_numbers(
-  layers: str, L: int, name: str = 'moe.layers'
+def sparse_numbers(
+  layers: str, num_layers: int, name: str = 'moe.layers'
 ) -> Collection[int]:
-  """The indices of the sparse layers, in a range or a set."""
-  if L < 1:
+  """The indices of the sparse layers, in a range or a set.
+
+  A range takes no time for any number of layers. Arguments and errors are those
+  of `sparse_pattern`.
+  """
+  if (L := num_layers) < 1:
     raise InputError(f'num_layers={L} must be at least 1')
   word, _, number = layers.strip().partition(' ')
   if layers in ('all', 'none'):

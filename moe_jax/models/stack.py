@@ -231,9 +231,7 @@ class Period(nn.Module):
         c.block, moe=moe or c.block.moe, attention=attention
       )
       layer = block(config, moe is not None, self.train, name=layer_name(i))
-      layer_choices = None
-      if moe is not None:
-        layer_choices = given_to_layer(context.given, c.sparse, numbers[i])
+      layer_choices = given_to_layer(context.given, c.sparse, numbers[i])
       layer_context = context._replace(given=layer_choices)
       x, cache, aux = layer(x, layer_context, cache, numbers[i])
       if c.experts is not None:

@@ -179,9 +179,9 @@ class Users(moe_jax.TokenChoice):
     return UsersRouter(self, sizes, shared, name=name)
 
 
-def users(change):
-  """A layer whose router's result is changed; options are not checked."""
-  router = object.__new__(Users)
+def users(change, router_class=Users):
+  """A layer whose router is changed; its options are not checked."""
+  router = object.__new__(router_class)
   for field in dataclasses.fields(moe_jax.TokenChoice):
     value = getattr(moe_jax.TokenChoice(), field.name)
     object.__setattr__(router, field.name, value)
@@ -237,6 +237,36 @@ CASES += [
     users(replaced(capacity=2.5)),
     X,
     phrases=('capacity=2.5',),
+  )
+]
+
+
+class UsersGates(TokenChoiceRouter):
+  """A user's router with gates of a wrong shape."""
+
+  def gates(self, logits, expert_index, kept=None):
+    return self.options.change(super().gates(logits, expert_index, kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class UsersGateOptions(Users):
+  """The options of `UsersGates`."""
+
+  def module(self, sizes, shared, name=None):
+    return UsersGates(self, sizes, shared, name=name)
+
+
+CASES += [
+  case(
+    f'gates-{name}',
+    users(change, UsersGateOptions),
+    X,
+    phrases=(f'gate has shape {shape}', 'expert_index has shape (2, 6, 1)'),
+  )
+  for name, change, shape in (
+    ('all experts', lambda gate: jnp.repeat(gate, E, -1), '(2, 6, 4)'),
+    ('tokens', lambda gate: gate[..., 0], '(2, 6)'),
+    ('groups', lambda gate: gate[:1], '(1, 6, 1)'),
   )
 ]
 

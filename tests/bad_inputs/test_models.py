@@ -9,7 +9,7 @@ import pytest
 from moe_jax import models
 from moe_jax.data import DataOptions
 from moe_jax.devices import check_room
-from moe_jax.models.pattern import count_sparse, sparse_pattern
+from moe_jax.models.pattern import sparse_numbers, sparse_pattern
 from moe_jax.training.run_options import RunOptions
 from tests.bad_inputs.cases import Case, check
 
@@ -74,7 +74,7 @@ def pattern_cases(layers, num_layers, *phrases):
       lambda folder, f=f: f(layers, num_layers),
       phrases,
     )
-    for f in (sparse_pattern, count_sparse)
+    for f in (sparse_pattern, sparse_numbers)
   ]
 
 

@@ -13,6 +13,7 @@ from moe_jax import cli, generate, interop, run_config
 from moe_jax.config import merge, section_of
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
+from moe_jax.interop import __main__ as interop_command
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
 from moe_jax.models import meaning
@@ -332,6 +333,21 @@ def test_weights_of_other_libraries_stay_behind(tmp_path):
     'chat_template.jinja', 'config.json', 'generation_config.json',
     'tokenizer.json', 'tokenizer_config.json',
   }  # fmt: skip
+
+
+def test_out_of_a_run_with_a_users_class_by_leave(tmp_path, capsys):
+  source = dict(kind='tests.own_kinds:Counting')
+  run_folders.write(tmp_path / 'run', data=dict(source=source), model=MIXTRAL)
+  command = ['export', '--workdir', str(tmp_path / 'run')]
+  command += ['--output', str(tmp_path / 'out')]
+  leave = '--allow_module=tests.own_kinds'
+  for options, status in (([], 1), ([leave], 0)):
+    with pytest.raises(SystemExit) as ended:
+      interop_command.main([*command, *options])
+    assert ended.value.code == status
+  printed = capsys.readouterr()
+  assert f'if you trust it, pass {leave}' in printed.err
+  assert 'step 3 written to' in printed.out
 
 
 def test_out_of_a_run_that_began_here(tmp_path):

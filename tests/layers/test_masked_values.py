@@ -117,10 +117,7 @@ def test_every_other_kind_of_routing(name):
 # `test_moving_tokens` covers how the other dispatchers move tokens.
 @pytest.mark.parametrize(
   'dispatch',
-  [
-    moe_jax.Gather(),
-    pytest.param(moe_jax.Dropless(), marks=pytest.mark.slow),
-  ],
+  [moe_jax.Gather(), pytest.param(moe_jax.Dropless(), marks=pytest.mark.slow)],
 )
 def test_every_dispatch(dispatch):
   # A shared expert takes tokens past the router, which has no say in them.

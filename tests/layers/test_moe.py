@@ -202,8 +202,7 @@ def test_dropless_needs_no_room_for_what_it_does_not_have():
 
 
 @pytest.mark.parametrize(
-  ('gates', 'num_selected'),
-  [('raw', 1), ('renormalized', 2)],
+  ('gates', 'num_selected'), [('raw', 1), ('renormalized', 2)]
 )
 def test_router_gradient_is_the_slope_of_the_output(gates, num_selected):
   router = TokenChoice(gates=gates)

@@ -10,11 +10,7 @@ import pytest
 
 from moe_jax import generation, models
 from moe_jax.layers.attention import LatentOptions
-from moe_jax.layers.experts import (
-  Dropless,
-  SharedExpertOptions,
-  few_tokens,
-)
+from moe_jax.layers.experts import Dropless, SharedExpertOptions, few_tokens
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import (
   Learned,

@@ -172,10 +172,7 @@ def test_routers_without_parameters_differ_by_layer():
 
 
 def test_what_it_does_not_do_is_refused():
-  for router in (
-    Hash(),
-    TokenChoice(gates='sigmoid', balance_bias_rate=0.1),
-  ):
+  for router in (Hash(), TokenChoice(gates='sigmoid', balance_bias_rate=0.1)):
     with pytest.raises(ValueError, match='knows neither routers that hash'):
       build(SPARSE | dict(router=router))
   with pytest.raises(ValueError, match='twin_depth=0 must be at least 1'):

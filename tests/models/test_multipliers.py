@@ -34,10 +34,7 @@ def test_multipliers_are_those_of_kernels():
   logits = tiny.apply(scaled)(params, tokens)[0]
   assert np.std(logits) > 0.1
   np.testing.assert_allclose(
-    logits,
-    tiny.apply(plain)(new_params, tokens)[0],
-    rtol=1e-4,
-    atol=1e-4,
+    logits, tiny.apply(plain)(new_params, tokens)[0], rtol=1e-4, atol=1e-4
   )
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar, cast
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -18,7 +17,7 @@ from moe_jax.config import OptionError, Options, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
-from moe_jax.layers.attention.cache import KVCache, Memory
+from moe_jax.layers.attention.cache import KVCache, Slots
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.layers.norms import rms_normed
 from moe_jax.layers.positions import NoPositions, Positions
@@ -130,21 +129,6 @@ class AttentionBase(Options):
   def score_scale(self) -> float:
     """The factor of scores; 0.0 stands for 1 / sqrt(width of a key)."""
     return 0.0
-
-  def keys(self, *, causal: bool, cross: bool = False) -> Keys:
-    """The rules for the keys that a token sees.
-
-    Args:
-      causal: Whether the layer is causal; only causal layers have the window.
-      cross: Whether the keys are those of another sequence.
-    """
-    window = self.window if causal else 0
-    return Keys(causal, window, self.score_scale, cross)
-
-  @property
-  def rotated_width(self) -> int:
-    """The width of the part of queries and keys that has positions."""
-    return getattr(self, self.ROTATED)
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -276,7 +260,7 @@ class Attention(nn.Module):
 
     def attend(query, *new):
       if self.cross:
-        slots = cast(Memory, cache.memory).at(layer)
+        slots = cast(Slots, cache.memory).at(layer)
       else:
         cache_holder[0], slots = cache.append(layer, *new)
       attention = functools.partial(
@@ -318,8 +302,12 @@ class Attention(nn.Module):
 
   @property
   def _keys(self) -> Keys:
-    """The rules for the keys that a token sees, and the scale of scores."""
-    return self.options.keys(causal=self.causal, cross=self.cross)
+    """The rules for the keys that a token sees, and the scale of scores.
+
+    Only causal layers have the window.
+    """
+    c, causal = self.options, self.causal
+    return Keys(causal, c.window if causal else 0, c.score_scale, self.cross)
 
   def _queries(self, x, position_args):
     """The queries [B, T, H, D], which positions have rotated."""
@@ -531,25 +519,22 @@ def project_memory(
   options: AttentionOptions,
   p: Mapping[str, Any],
   memory: Float[Array, 'B S M'],
-) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
-  """Keys and values of R cross-attention layers, for a decoder's cache.
+) -> tuple[Float[Array, 'B N S D'], Float[Array, 'B N S D']]:
+  """Keys and values of a layer of cross-attention, for a decoder's cache.
 
   Args:
     shared: The settings that all layers of the model share.
     options: The options of attention, with no size left at 0.
-    p: The parameters of the layers, each [R, ...].
+    p: The parameters of the layer.
     memory: The encoder's output.
   """
 
   def project(name):
     w = p[f'w_{name}'].astype(shared.dtype)
-    y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
+    y = jnp.einsum('BSM,MND->NDBS', memory.astype(shared.dtype), w)
+    y = y.transpose(2, 3, 0, 1)  # [B, S, N, D]
     if (b := p.get(f'b_{name}')) is not None:
-      y = y + b.astype(shared.dtype)[:, None, :, None]
-    return y
+      y = y + b.astype(shared.dtype)[None, None]
+    return options.finished(y, p.get(f'{name}_norm')).swapaxes(1, 2)
 
-  def finish(y, scale):
-    return options.finished(y.swapaxes(-2, -3), scale).swapaxes(-2, -3)
-
-  key = jax.vmap(finish)(project('key'), p.get('key_norm'))
-  return key, jax.vmap(lambda y: finish(y, None))(project('value'))
+  return project('key'), project('value')

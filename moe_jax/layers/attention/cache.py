@@ -16,41 +16,31 @@ import jax.numpy as jnp
 from moe_jax.shapes import Array, Bool, Float, Int, Int32, Leaf
 
 
-class Memory(flax.struct.PyTreeNode):
-  """Keys and values of a decoder's cross-attention, the same at every step.
+class Slots(NamedTuple):
+  """Keys and values of the slots of a cache, and of the newest tokens.
+
+  They are those of one layer, or of all L layers of a decoder's attention to an
+  encoder, whose output they are projections of.
 
   Attributes:
-    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]: projections of the
-      encoder's output.
-    value: The values, of the same shapes.
-    filled: bool [B, S], False at the encoder's padding.
+    key: The keys, [B, N, S, D]; those of all layers are [L, B, N, S, D], or L
+      arrays.
+    value: The values, [B, N, S, U], or those of all layers.
+    filled: bool [B, S], whether the slot holds a token of the row; False at the
+      encoder's padding.
+    numbers: int32 [S], the index of each slot among all slots of a row; None
+      for 0, 1, 2, ...
   """
 
   key: Leaf
   value: Leaf
   filled: Leaf
+  numbers: Leaf | None = None
 
   def at(self, layer: int | Int[Array, '']) -> 'Slots':
-    """The keys and values that a layer attends to."""
+    """The keys and values of one layer."""
     key, value = at_layer(self.key, layer), at_layer(self.value, layer)
-    return Slots(key, value, self.filled)
-
-
-class Slots(NamedTuple):
-  """Keys and values of the slots of a cache, and of the newest tokens.
-
-  Attributes:
-    key: The keys, [B, N, S, D].
-    value: The values, [B, N, S, U].
-    filled: bool [B, S], whether the slot holds a token of the row.
-    numbers: int32 [S], the index of each slot among all slots of a row; None
-      for 0, 1, 2, ...
-  """
-
-  key: Array
-  value: Array
-  filled: Array
-  numbers: Array | None = None
+    return self._replace(key=key, value=value)
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -65,7 +55,8 @@ class KVCache(flax.struct.PyTreeNode):
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
     last_token: int32 [B], the id of each row's newest token; -1: none yet.
-    memory: The keys and values of an encoder; None in a decoder-only model.
+    memory: The keys and values of an encoder, the same at every step; None in a
+      decoder-only model.
     task_ids: int32 [B], the task of each row; None where no router reads it.
   """
 
@@ -75,7 +66,7 @@ class KVCache(flax.struct.PyTreeNode):
   length: Leaf
   next_position: Leaf
   last_token: Leaf
-  memory: Memory | None = None
+  memory: Slots | None = None
   task_ids: Leaf = None
 
   @classmethod

@@ -141,8 +141,8 @@ class LatentAttention(Attention):
   def _keys(self) -> Keys:
     """The rules for keys, with a scale of scores that YaRN multiplies, too."""
     scored, _ = self.options.head_widths
-    scale = scored**-0.5 * self.positions.latent_factor
-    return self.options.keys(causal=self.causal)._replace(scale=scale)
+    scale = scored**-0.5 * self.positions.scaling.latent_factor
+    return super()._keys._replace(scale=scale)
 
   def _queries(self, x, position_args):
     c, inputs, name = self.options, 'embed', 'query'

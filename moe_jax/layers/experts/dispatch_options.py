@@ -18,6 +18,9 @@ from moe_jax.routing.dispatch import Dispatcher, einsum, gather
 
 # The name of the experts' module in a sparse layer.
 SCOPE = 'experts'
+_SHADOWING = option(
+  Shadowing(), 'Experts that are sent to all devices, while their tokens stay.'
+)
 
 
 class Dispatch(Options):
@@ -57,10 +60,7 @@ class Gather(Dispatch):
     'Exchange by which expert rows travel between devices where experts are '
     'split over several; it has no effect on one device.',
   )
-  shadowing: Shadowing = option(
-    Shadowing(),
-    'Experts that are sent to all devices, while their tokens stay.',
-  )
+  shadowing: Shadowing = _SHADOWING
 
   def leak(self):
     """A leak where rows drop, as all tokens choose the shadowed experts."""
@@ -106,10 +106,7 @@ class Dropless(Dispatch):
     'Exchange by which rows travel between devices where experts are split '
     'over several; it has no effect on one device.',
   )
-  shadowing: Shadowing = option(
-    Shadowing(),
-    'Experts that are sent to all devices, while their tokens stay.',
-  )
+  shadowing: Shadowing = _SHADOWING
 
   def leak(self):
     """A leak where buffers are small: rows of a device's last experts drop."""

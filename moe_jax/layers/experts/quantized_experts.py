@@ -7,14 +7,12 @@ experts.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import option
-from moe_jax.layers import parameters
 from moe_jax.layers.experts.dispatch_options import SCOPE, Dispatch
 from moe_jax.layers.experts.experts import FeedForwardExpert
 from moe_jax.layers.experts.few_tokens import apply_one_by_one
@@ -42,8 +40,10 @@ class QuantizedExpert(FeedForwardExpert):
 class QuantizedExperts(nn.Module):
   """Quantised experts on sorted rows; those without tokens are not decoded.
 
-  The module takes any routing, whatever the dispatch is. On a mesh the compiler
-  decides how rows travel.
+  The module takes any routing, whatever the dispatch is. The arrays of a kernel
+  are the parts of one parameter, and begin as zeros, since codes are not
+  trained. On a mesh each device has the whole arrays, and the compiler decides
+  how rows travel.
 
   Attributes:
     ffn: The computation of one expert.
@@ -59,7 +59,20 @@ class QuantizedExperts(nn.Module):
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], None]:
     """Returns the gated sums of outputs; `train` changes nothing."""
-    stored = self._parameters(routing.num_experts, x.shape[-1])
+
+    def zeros(key, shape, dtype):
+      return {
+        name: Parameter(
+          jnp.zeros(array.shape, array.dtype),
+          (None,) * len(array.shape),
+          role=self.ffn.role,
+          form=array.form,
+        )
+        for name, array in self.format.stored_arrays(shape).items()
+      }
+
+    E, M = routing.num_experts, x.shape[-1]
+    stored = self.ffn.parameters(self, (E,), M, zeros)
 
     def decoded(e):
       index = jax.lax.dynamic_index_in_dim
@@ -73,31 +86,3 @@ class QuantizedExperts(nn.Module):
       )
 
     return apply_one_by_one(self.ffn, fold, x, routing), None
-
-  def _parameters(self, num_experts: int, width: int) -> dict[str, Any]:
-    """Makes the parameters of experts, each [E, ...].
-
-    The arrays of a kernel are the parts of one parameter. On a mesh each device
-    has the whole arrays. They begin as zeros, since codes are not trained.
-    """
-
-    def zeros(key, shape):
-      return {
-        name: Parameter(
-          jnp.zeros(array.shape, array.dtype),
-          (None,) * len(array.shape),
-          role=self.ffn.role,
-          form=array.form,
-        )
-        for name, array in self.format.stored_arrays(shape).items()
-      }
-
-    ffn, p = self.ffn, {}
-    specs = ffn.specs((num_experts,), width)
-    for name, (shape, axes, form) in specs.items():
-      if form == 'bias':
-        init = parameters.bias(axes, role=ffn.role)
-        p[name] = self.param(name, init, shape, ffn.shared.param_dtype)
-      else:
-        p[name] = self.param(name, zeros, shape)
-    return p

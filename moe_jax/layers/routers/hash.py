@@ -55,4 +55,4 @@ class HashRouter(contract.Router):
       seed=o.seed,
       layer=layer,
     )
-    return steps.with_equal_gates(self, index, mask, o.slot_priority, given)
+    return steps.with_equal_gates(self, index, mask, given)

@@ -43,9 +43,7 @@ class NoisyTopK(contract.RouterOptions):
   )
 
   def problems(self):
-    if self.second_policy != 'threshold':
-      reason = "unless second_policy is 'threshold'"
-      yield from self.in_vain(reason, 'second_threshold')
+    return steps.threshold_problems(self)
 
   def problems_with(self, sizes):
     return steps.gate_problems(sizes, self.gates, self.second_policy)
@@ -73,27 +71,13 @@ class NoisyTopKRouter(contract.Router):
     logits = routing.noisy_logits(clean, std, key)
     # The load of an expert also depends on the best expert that is not chosen.
     best = steps.largest(logits.noisy, min(K + 1, E))
-    index = best[..., :K]
-    if given is not None:
-      index = given.in_place_of(index)
-    chosen = routing.token_choice(
-      logits.noisy,
-      num_selected=K,
-      capacity=sizes.slots(mask.shape[1]),
-      mask=mask,
-      gates=o.gates,
-      slot_priority=o.slot_priority,
-      second_policy=o.second_policy,
-      second_threshold=o.second_threshold,
-      key=steps.policy_key(self, o.second_policy, train),
-      expert_index=index,
-      given=given,
+    queue = steps.queue_options(self, train)
+    chosen, aux = steps.with_linear_gates(
+      self, logits.noisy, best[..., :K], mask, given, clean, **queue
     )
-    gate = routing.choice_gates(logits.noisy, index, o.gates)
-    losses = steps.choice_losses(clean, index, gate, mask, o.balance_choices)
     probability = routing.load_probability(logits, K, best)
     load = routing.load_loss(probability, mask)
-    losses['load_loss'] = over_groups(load, mask)
+    aux.losses['load_loss'] = over_groups(load, mask)
     load = jnp.where(mask[..., None], probability, 0.0).sum(1)  # [G, E]
     self.sow(contract.SOWN, LOAD, load)  # for analysis alone
-    return chosen, steps.choice_aux(self, losses, chosen, clean, mask)
+    return chosen, aux

@@ -59,4 +59,4 @@ class RandomRouter(contract.Router):
       num_experts=self.sizes.num_experts,
       num_selected=self.sizes.num_selected,
     )
-    return steps.with_equal_gates(self, index, mask, o.slot_priority, given)
+    return steps.with_equal_gates(self, index, mask, given)

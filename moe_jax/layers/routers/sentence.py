@@ -10,7 +10,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax import routing
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
 from moe_jax.shapes import Array, Bool, Float32, Int, Int32, UInt32, checked
@@ -61,7 +60,7 @@ class SentenceRouter(contract.Router):
   options: Sentence
 
   def route(self, x, mask, train, token_info, layer, given=None):
-    o, K = self.options, self.sizes.num_selected
+    o = self.options
     ids = sentence_ids(token_info.segment_ids, self.sizes.row_length)
     means, sentence = on_each_device(
       sentence_means, (x.astype(jnp.float32), ids, mask)
@@ -71,19 +70,8 @@ class SentenceRouter(contract.Router):
     noisy_means = steps.jittered(self, means, o.jitter, train)
     means = on_each_device(spread, (noisy_means, sentence))
     logits = steps.linear_logits(self, means, o.use_bias)
-    index = steps.chosen_experts(logits, K, given)
-    chosen = routing.token_choice(
-      logits,
-      num_selected=K,
-      capacity=self.sizes.slots(mask.shape[1]),
-      mask=mask,
-      gates=o.gates,
-      expert_index=index,
-      given=given,
-    )
-    gate = routing.choice_gates(logits, index, o.gates)
-    losses = steps.choice_losses(logits, index, gate, mask, o.balance_choices)
-    return chosen, steps.choice_aux(self, losses, chosen, logits, mask)
+    index = steps.largest(logits, self.sizes.num_selected)
+    return steps.with_linear_gates(self, logits, index, mask, given)
 
 
 def sentence_ids(

@@ -129,8 +129,7 @@ SEQUENCE_BALANCE_WEIGHT = loss_weight(
   'K best experts without bias and groups of experts (Eq. 18 there)',
 )
 BATCH_BALANCE_WEIGHT = loss_weight(
-  0.0,
-  'balance loss of each batch_balance_rows rows, such as those of a device',
+  0.0, 'balance loss of each batch_balance_rows rows, such as those of a device'
 )
 BATCH_BALANCE_ROWS = option(
   8,

@@ -11,11 +11,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from moe_jax import routing
 from moe_jax.config import option
 from moe_jax.layers import parameters
-from moe_jax.layers.routers import contract
-from moe_jax.layers.routers.steps import AXES, ROLE
+from moe_jax.layers.routers import contract, steps
 from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.soft_rule import soft_routing
 from moe_jax.shapes import Array, Float32
@@ -69,20 +67,22 @@ class SoftRouter(contract.Router):
   options: Soft
 
   def route(self, x, mask, train, token_info, layer):
-    E, K = self.sizes.num_experts, self.sizes.num_selected
-    p, M = self.options.slots_per_expert, x.shape[-1]
+    E, M, p = self.sizes.num_experts, x.shape[-1], self.options.slots_per_expert
     kernel = parameters.kernel(
-      self.shared, (*AXES, None), role=ROLE, in_axis=0, out_axis=(1, 2)
+      self.shared,
+      (*steps.AXES, None),
+      role=steps.ROLE,
+      in_axis=0,
+      out_axis=(1, 2),
     )
     w = self.param('w', kernel, (M, E, p), jnp.float32)
-    init = parameters.scale((None,), role=ROLE)
+    init = parameters.scale((None,), role=steps.ROLE)
     scale = self.param('scale', init, (1,), jnp.float32)[:, None, None]
     x = of_unit_length(x.astype(jnp.float32), -1)
     w = scale * of_unit_length(w, 0)
     logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
     chosen = soft_routing(logits, mask)
-    stats = routing.routing_stats(chosen, None, mask, K)
-    return chosen, routing.MoeAux({}, stats, routing.no_exchange())
+    return chosen, steps.choice_aux(self, {}, chosen, None, mask)
 
 
 def of_unit_length(x: Float32[Array, '*N'], axis: int) -> Float32[Array, '*N']:

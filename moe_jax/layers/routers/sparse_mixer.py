@@ -42,9 +42,7 @@ class SparseMixer(contract.RouterOptions):
 
   def problems_with(self, sizes):
     yield from super().problems_with(sizes)
-    yield from steps.scope_problems(
-      sizes, self.loss_weights(), self.batch_balance_rows
-    )
+    yield from steps.scope_problems(self, sizes)
 
   def module(self, sizes, shared, name=None):
     return SparseMixerRouter(self, sizes, shared, name=name)
@@ -81,14 +79,5 @@ class SparseMixerRouter(contract.Router):
     losses = steps.choice_losses(
       logits, index, gate, mask, o.balance_choices, o.balance_scores
     )
-    losses |= steps.scope_losses(
-      logits,
-      index,
-      mask,
-      sizes.row_length,
-      weights=o.loss_weights(),
-      batch_rows=o.batch_balance_rows,
-      choices=o.balance_choices,
-      scores=o.balance_scores,
-    )
+    losses |= steps.scope_losses(self, logits, index, mask)
     return chosen, steps.choice_aux(self, losses, chosen, logits, mask)

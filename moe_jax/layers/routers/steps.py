@@ -7,6 +7,7 @@ whatever the model's dtype (Table 2 of arXiv:2101.03961).
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from moe_jax.routing.aux_losses import over_groups
 from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.token_choice_rule import choice_problems
-from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, checked
 
 # Functions that round float32 numbers to the precision of a type, by the type's
 # name. The rounded numbers, and all that is computed of them, stay float32.
@@ -121,29 +122,73 @@ def chosen_experts(
   return index if given is None else given.in_place_of(index)
 
 
-def policy_key(
-  module: contract.Router, second_policy: str, train: bool
-) -> PRNGKey | None:
-  """The key from which a second policy draws; None where it draws nothing."""
-  if not train or second_policy == 'all' or module.sizes.num_selected == 1:
-    return None
-  return module.make_rng(contract.NOISE)
+def queue_options(module: contract.Router, train: bool) -> dict[str, Any]:
+  """The arguments of `routing.choice_slots` that a router's options decide.
+
+  They are the order of slots, and the second policy with its threshold and the
+  key from which it draws; None where it draws nothing.
+  """
+  o, key = module.options, None
+  if train and o.second_policy != 'all' and module.sizes.num_selected > 1:
+    key = module.make_rng(contract.NOISE)
+  return dict(
+    slot_priority=o.slot_priority,
+    second_policy=o.second_policy,
+    second_threshold=o.second_threshold,
+    key=key,
+  )
+
+
+def with_linear_gates(
+  module: contract.Router,
+  logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  given: GivenChoices | None,
+  clean: Float32[Array, 'G S E'] | None = None,
+  **queue: Any,
+) -> tuple[routing.Routing, routing.MoeAux]:
+  """The routing of choices by logits, with the losses of `choice_losses`.
+
+  Args:
+    module: The router, whose options have `gates` and `balance_choices`.
+    logits: The logits, with their noise if they have any.
+    expert_index: The choices.
+    mask: False for padding.
+    given: Choices that are imposed instead of `expert_index`.
+    clean: The logits without noise. Default: `logits`.
+    **queue: Arguments of `routing.token_choice`, such as `queue_options`.
+  """
+  o, clean = module.options, logits if clean is None else clean
+  if given is not None:
+    expert_index = given.in_place_of(expert_index)
+  chosen = routing.token_choice(
+    logits,
+    num_selected=module.sizes.num_selected,
+    capacity=module.sizes.slots(mask.shape[1]),
+    mask=mask,
+    gates=o.gates,
+    expert_index=expert_index,
+    given=given,
+    **queue,
+  )
+  gate = routing.choice_gates(logits, expert_index, o.gates)
+  losses = choice_losses(clean, expert_index, gate, mask, o.balance_choices)
+  return chosen, choice_aux(module, losses, chosen, clean, mask)
 
 
 def with_equal_gates(
   module: contract.Router,
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
-  slot_priority: str,
   given: GivenChoices | None = None,
 ) -> tuple[routing.Routing, routing.MoeAux]:
   """The routing of choices without logits: gates of 1/K, and no losses.
 
   Args:
-    module: The router.
+    module: The router, whose options have `slot_priority`.
     expert_index: The choices.
     mask: False for padding.
-    slot_priority: The order in which experts serve the choices.
     given: Choices that are imposed instead of `expert_index`.
   """
   if given is not None:
@@ -153,7 +198,7 @@ def with_equal_gates(
     num_experts=module.sizes.num_experts,
     capacity=module.sizes.slots(mask.shape[1]),
     mask=mask,
-    slot_priority=slot_priority,
+    slot_priority=module.options.slot_priority,
     given=given,
   )
   return chosen, choice_aux(module, {}, chosen, None, mask)
@@ -169,6 +214,13 @@ def gate_problems(
     gates=gates,
     second_policy=second_policy,
   )
+
+
+def threshold_problems(options: Any) -> Iterator[str]:
+  """The problem of a `second_threshold` that the second policy ignores."""
+  if options.second_policy != 'threshold':
+    reason = "unless second_policy is 'threshold'"
+    yield from options.in_vain(reason, 'second_threshold')
 
 
 def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
@@ -187,17 +239,17 @@ def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
 def choice_aux(
   module: contract.Router,
   losses: dict[str, Array],
-  chosen: routing.Routing,
+  chosen: routing.AnyRouting,
   logits: Float32[Array, 'G S E'] | None,
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses, and the statistics of tokens' choices and of logits if any.
+  """The losses, and the statistics of a routing and of its logits if any.
 
   The logits are those without noise, and are also kept for analysis.
   """
   if logits is not None:
     module.sow(contract.SOWN, contract.LOGITS, logits)
-  stats = routing.routing_stats(chosen, logits, mask)
+  stats = routing.routing_stats(chosen, logits, mask, module.sizes.num_selected)
   return routing.MoeAux(losses, stats, routing.no_exchange())
 
 
@@ -208,16 +260,15 @@ def slot_aux(
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
   """The losses and statistics of a router whose experts choose tokens."""
-  module.sow(contract.SOWN, contract.LOGITS, logits)
   importance = aux_losses.cv_squared(chosen.gate.sum(-1))
   losses = {
     'z_loss': over_groups(routing.z_loss(logits, mask), mask),
     'importance_loss': over_groups(importance, mask),
   }
-  stats = routing.routing_stats(chosen, logits, mask, module.sizes.num_selected)
-  return routing.MoeAux(losses, stats, routing.no_exchange())
+  return choice_aux(module, losses, chosen, logits, mask)
 
 
+@checked
 def choice_losses(
   logits: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'],
@@ -262,53 +313,45 @@ def balance_probs(
 
 
 def scope_losses(
+  module: contract.Router,
   logits: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
-  row_length: int,
-  *,
-  weights: dict[str, float],
-  batch_rows: int,
-  choices: str,
-  scores: str,
 ) -> dict[str, Float32[Array, '']]:
   """The balance losses of each row, of sets of rows, and of the whole batch.
 
   Args:
+    module: The router, whose options weigh the losses; a loss whose weight is 0
+      is 0.
     logits: The logits without noise.
     expert_index: The experts that the losses count.
     mask: False for padding.
-    row_length: The number of tokens of a row; 0: a row is as long as a group.
-    weights: The weights of losses by name; a loss whose weight is 0 is 0.
-    batch_rows: The number of rows that 'batch_balance_loss' counts together.
-    choices, scores: As in `choice_losses`.
   """
-  G, S = mask.shape
-  T = row_length or S
+  o, (G, S) = module.options, mask.shape
+  T = module.sizes.row_length or S
   rows_of = {
     'sequence_balance_loss': 1,
-    'batch_balance_loss': batch_rows,
+    'batch_balance_loss': o.batch_balance_rows,
     'global_balance_loss': -(-G * S // T),
   }
-  losses = dict.fromkeys(rows_of, jnp.zeros((), jnp.float32))
+  losses, weights = dict.fromkeys(rows_of, jnp.float32(0)), o.loss_weights()
   rows_of = {name: rows for name, rows in rows_of.items() if weights[name]}
   if not rows_of:
     return losses
   # Tokens are cut into parts, each of which lies in one row and in one group.
-  unit = math.gcd(S, T)
-  probs = balance_probs(logits, scores)
-  sums = aux_losses.balance_sums(probs, expert_index, mask, unit, choices)
+  unit, probs = math.gcd(S, T), balance_probs(logits, o.balance_scores)
+  sums = aux_losses.balance_sums(
+    probs, expert_index, mask, unit, o.balance_choices
+  )
   return losses | {
     name: aux_losses.balance_of_parts(sums, rows * T // unit)
     for name, rows in rows_of.items()
   }
 
 
-def scope_problems(
-  sizes: contract.Sizes, weights: dict[str, float], batch_rows: int
-) -> Iterator[str]:
+def scope_problems(options: Any, sizes: contract.Sizes) -> Iterator[str]:
   """The reasons why a microbatch lacks rows that a loss counts, as texts."""
-  weight = weights['global_balance_loss']
+  weight, batch_rows = options.global_balance_weight, options.batch_balance_rows
   if weight and sizes.microbatches > 1:
     yield (
       f'router: global_balance_weight={weight} with '
@@ -316,7 +359,7 @@ def scope_problems(
       'loads of the batch; use batch_balance_weight with batch_balance_rows, '
       'or microbatches=1'
     )
-  elif weights['batch_balance_loss'] and sizes.rows % batch_rows:
+  elif options.batch_balance_weight and sizes.rows % batch_rows:
     yield (
       f'router: batch_balance_rows={batch_rows} does not divide the '
       f'{sizes.rows} rows of a microbatch'

@@ -143,12 +143,7 @@ class TokenChoice(contract.RouterOptions):
     return self.balance_bias_rate > 0
 
   def problems(self):
-    if self.second_policy != 'threshold':
-      reason = "unless second_policy is 'threshold'"
-      yield from self.in_vain(reason, 'second_threshold')
-    no_bias = 'unless balance_bias_rate is above 0'
-    if not self.keeps_state:
-      yield from self.in_vain(no_bias, 'balance_bias_rule')
+    yield from steps.threshold_problems(self)
     chosen, groups = self.chosen_expert_groups, self.expert_groups
     if chosen > groups:
       yield f'chosen_expert_groups={chosen} is more than expert_groups={groups}'
@@ -163,7 +158,8 @@ class TokenChoice(contract.RouterOptions):
         f"expert_groups={groups}; use choice_policy='largest' with these"
       )
     if not self.keeps_state:
-      yield from self.in_vain(no_bias, 'balance_bias_scores')
+      names = 'balance_bias_rule', 'balance_bias_scores'
+      yield from self.in_vain('unless balance_bias_rate is above 0', *names)
     elif self.balance_bias_scores != self.gate_scores:
       yield (
         f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
@@ -173,9 +169,7 @@ class TokenChoice(contract.RouterOptions):
 
   def problems_with(self, sizes):
     yield from steps.gate_problems(sizes, self.gates, self.second_policy)
-    yield from steps.scope_problems(
-      sizes, self.loss_weights(), self.batch_balance_rows
-    )
+    yield from steps.scope_problems(self, sizes)
     E, K, groups = sizes.num_experts, sizes.num_selected, self.expert_groups
     if groups == 1:
       return
@@ -229,26 +223,15 @@ class TokenChoiceRouter(contract.Router):
       index,
       mask,
       capacity=capacity,
-      slot_priority=o.slot_priority,
-      second_policy=o.second_policy,
-      second_threshold=o.second_threshold,
-      key=steps.policy_key(self, o.second_policy, train),
       given=given,
+      **steps.queue_options(self, train),
     )
     gate = self.gates(logits, index)
     losses = steps.choice_losses(
       logits, index, gate, mask, o.balance_choices, o.balance_scores
     )
-    losses |= steps.scope_losses(
-      logits,
-      steps.largest(logits, K) if o.keeps_state else index,
-      mask,
-      sizes.row_length,
-      weights=o.loss_weights(),
-      batch_rows=o.batch_balance_rows,
-      choices=o.balance_choices,
-      scores=o.balance_scores,
-    )
+    counted = steps.largest(logits, K) if o.keeps_state else index
+    losses |= steps.scope_losses(self, logits, counted, mask)
     if o.gates == 'renormalized_after_drop':
       gate = self.gates(logits, index, kept)
     rounded = steps.ROUNDINGS[o.logits_dtype]

@@ -18,7 +18,6 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from moe_jax import routing
 from moe_jax.config import option
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
@@ -72,9 +71,7 @@ class TopologyAware(contract.RouterOptions):
   )
 
   def problems(self):
-    if self.second_policy != 'threshold':
-      reason = "unless second_policy is 'threshold'"
-      yield from self.in_vain(reason, 'second_threshold')
+    yield from steps.threshold_problems(self)
     devices, m = self.devices, self.per_node
     if devices % m:
       yield f'devices={devices} is not divisible by per_node={m}'
@@ -105,7 +102,6 @@ class TopologyAware(contract.RouterOptions):
 
   def limit(self, group_size: int) -> int:
     """L, the number of tokens of a group of this size that may leave its node.
-
 
     Padding counts among the tokens of a group, as it does in capacities.
     """
@@ -177,21 +173,5 @@ class TopologyAwareRouter(contract.Router):
       index = on_each_device(rule, (logits, o.nodes(len(mask)), mask))
     else:
       index = steps.largest(logits, K)
-    if given is not None:
-      index = given.in_place_of(index)
-    chosen = routing.token_choice(
-      logits,
-      num_selected=K,
-      capacity=sizes.slots(S),
-      mask=mask,
-      gates=o.gates,
-      slot_priority=o.slot_priority,
-      second_policy=o.second_policy,
-      second_threshold=o.second_threshold,
-      key=steps.policy_key(self, o.second_policy, train),
-      expert_index=index,
-      given=given,
-    )
-    gate = routing.choice_gates(logits, index, o.gates)
-    losses = steps.choice_losses(logits, index, gate, mask, o.balance_choices)
-    return chosen, steps.choice_aux(self, losses, chosen, logits, mask)
+    queue = steps.queue_options(self, train)
+    return steps.with_linear_gates(self, logits, index, mask, given, **queue)

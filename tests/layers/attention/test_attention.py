@@ -231,10 +231,22 @@ def test_sizes_that_are_zero_are_those_of_the_model():
 
 
 def test_an_encoder_and_its_memory_have_no_window():
-  options = AttentionOptions(window=3)
-  assert options.keys(causal=True).window == 3
-  assert options.keys(causal=False).window == 0
-  assert options.keys(causal=False, cross=True).window == 0
+  x, segment_ids, positions = inputs()
+  for causal, cross in ((True, False), (False, False), (False, True)):
+    outputs = [
+      Attention(
+        AttentionOptions(H, N, D, window=window), causal=causal, cross=cross
+      ).apply(
+        {'params': kernels()},
+        x,
+        segment_ids,
+        positions,
+        memory=x,
+        key_segment_ids=segment_ids,
+      )
+      for window in (0, 2)
+    ]
+    assert np.array_equal(*outputs) == (not causal)
 
 
 @pytest.mark.parametrize(

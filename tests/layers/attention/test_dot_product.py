@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.layers import (
-  Attention,
-  AttentionOptions,
-  Numerics,
-  Rotary,
-  Shared,
-)
+from moe_jax.layers import Attention, AttentionOptions, Numerics, Rotary, Shared
 from moe_jax.layers.attention.dot_product import attend
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import make_mesh

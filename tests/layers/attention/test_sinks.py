@@ -85,8 +85,7 @@ def test_implementations_agree_in_value_and_gradient(
 
 
 @pytest.mark.parametrize(
-  'implementation',
-  ['blocks', pytest.param('splash', marks=pytest.mark.slow)],
+  'implementation', ['blocks', pytest.param('splash', marks=pytest.mark.slow)]
 )
 def test_heads_on_several_devices_change_nothing(implementation):
   arguments, segment_ids = arrays(128)

@@ -40,10 +40,7 @@ def run(dispatch, layer, params, x, routing):
     # Prompts in `tests/generation` have more tokens than are few.
     *(
       pytest.param(*case, marks=pytest.mark.slow)
-      for case in (
-        (FEW_TOKENS, True),
-        (300, False),
-      )
+      for case in ((FEW_TOKENS, True), (300, False))
     ),
   ],
 )

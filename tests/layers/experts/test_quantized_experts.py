@@ -22,12 +22,7 @@ from moe_jax.layers import (
   Shared,
 )
 from moe_jax.layers.experts import QuantizedExpert
-from moe_jax.layers.kernel_format import (
-  FORMATS,
-  TERNARY,
-  KernelFormat,
-  fill_up,
-)
+from moe_jax.layers.kernel_format import FORMATS, TERNARY, KernelFormat, fill_up
 from moe_jax.layers.routers import Soft
 from moe_jax.routing.capacity import All, PerAssignment
 

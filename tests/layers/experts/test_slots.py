@@ -237,11 +237,7 @@ class Noisy(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NoisyExpert(ExpertOptions):
-  power: int = option(
-    3,
-    'Power that rows are raised to.',
-    minimum=1,
-  )
+  power: int = option(3, 'Power that rows are raised to.', minimum=1)
 
   def module(self, shared, name):
     return Noisy(self.power, name=name)
@@ -275,10 +271,7 @@ SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 
 @pytest.mark.parametrize(
   ('activation', 'use_bias', 'backend'),
-  [
-    ('gelu', False, 'megablox'),
-    ('swiglu', True, 'blocks'),
-  ],
+  [('gelu', False, 'megablox'), ('swiglu', True, 'blocks')],
 )
 def test_sorted_rows_meet_the_expert_of_their_group(
   activation, use_bias, backend

@@ -18,12 +18,7 @@ from moe_jax.analysis.counts import router_multiply_adds
 from moe_jax.config import OptionError, fields_of
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role, roles_of
-from moe_jax.layers.routers import (
-  ROUTERS,
-  RouterOptions,
-  Sizes,
-  TokenInfo,
-)
+from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes, TokenInfo
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.dispatch import einsum, gather
 from tests.models import tiny
@@ -250,9 +245,7 @@ def test_padding_takes_no_slot_and_changes_nothing(kind, train):
   results = [run(x, ids, mask)]
   results.append(
     run(
-      np.where(mask[..., None], x, other),
-      np.where(mask, ids, other_ids),
-      mask,
+      np.where(mask[..., None], x, other), np.where(mask, ids, other_ids), mask
     )
   )
   for routing, aux, y in results:

@@ -8,11 +8,7 @@ import pytest
 from moe_jax import All, PerToken
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
-from moe_jax.layers.routers.sentence import (
-  sentence_ids,
-  sentence_means,
-  spread,
-)
+from moe_jax.layers.routers.sentence import sentence_ids, sentence_means, spread
 from moe_jax.models.base import RunShape
 from tests.layers.routers import run
 from tests.models import tiny
@@ -191,9 +187,7 @@ def test_tasks_must_be_known():
   model = options.build()
   with pytest.raises(ValueError, match='no task_ids are given'):
     jax.eval_shape(
-      model.apply,
-      {'params': tiny.params_of(model)},
-      jnp.asarray(tiny.tokens()),
+      model.apply, {'params': tiny.params_of(model)}, jnp.asarray(tiny.tokens())
     )
 
 
