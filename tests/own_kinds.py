@@ -9,9 +9,8 @@ from flax import linen as nn
 
 from moe_jax import routing
 from moe_jax.config import option
+from moe_jax.data.contracts import Selection, SourceOptions, TaskOptions, Texts
 from moe_jax.data.packing import PackedRows
-from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
-from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Causality, Router, RouterOptions

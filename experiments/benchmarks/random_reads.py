@@ -15,6 +15,7 @@ from moe_jax.data import (
   SPLITS,
   PythonStdlibSource,
   pieces,
+  store,
 )
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.tokenizers import Tokenizer
@@ -155,7 +156,7 @@ def _wrong(
   """The number of `count` documents that differ from the source's."""
   texts = options.source.texts(options.selection)
   folder = pieces.make(texts, options.tokenizer, options.selection).folder
-  tokens, starts = texts.read(folder, 'train')
+  tokens, starts = store.read(folder, 'train', texts.streams)
   numbers = np.flatnonzero(training)
   assert len(numbers) == len(starts), (len(numbers), len(starts))
   ends = np.append(starts[1:], len(tokens))

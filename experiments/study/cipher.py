@@ -16,7 +16,7 @@ import string
 from collections.abc import Iterable, Iterator
 
 from moe_jax.config import option
-from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
+from moe_jax.data.contracts import Selection, SourceOptions, Texts
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
 
 # The printable characters of ASCII; line ends are not enciphered.

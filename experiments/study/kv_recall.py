@@ -15,12 +15,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from moe_jax.config import option
-from moe_jax.data.sources.contract import (
-  Pair,
-  Pairs,
-  Selection,
-  SourceOptions,
-)
+from moe_jax.data.contracts import Pair, Pairs, Selection, SourceOptions
 
 LETTERS = 'abcdefghijklmnop'
 KEY_LETTERS = 6

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import grain
 
 from moe_jax.config import Kinds, Options, option
+from moe_jax.data.contracts import Selection
 from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources import tfds
-from moe_jax.data.sources.contract import Selection
 from moe_jax.data.sources.python_stdlib import DocstringsSource
 from moe_jax.data.urls import matching
 from moe_jax.errors import InputError

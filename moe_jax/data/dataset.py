@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import CUSTOM, Options, choice, fields_of, no_effect, option
-from moe_jax.data import tokenizers
+from moe_jax.data import pieces, store, tokenizers
 from moe_jax.data.cache_folders import FORMAT, NotPreparedError, prepared
+from moe_jax.data.contracts import (
+  SPLITS,
+  Dataset,
+  Selection,
+  SourceOptions,
+  TaskOptions,
+)
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.mixing import MixedRows, Schedule, TaskRows, whole_counts
 from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.sources import SOURCES, DocstringsSource, PythonStdlibSource
-from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks import TASKS
-from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import TOKENIZERS, Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import without_endings
 from moe_jax.errors import InputError
@@ -237,15 +242,14 @@ def load(options: DataOptions) -> Dataset:
       weight. The message names the source of a mixture.
     NotPreparedError: A source is missing in the cache within `reading_only`.
   """
-  task, selection, shape = options.task, options.selection, options.shape
   mixture, parts = options.mixture, {}
   if not mixture.sources:
-    return task.load(options.source, options.tokenizer, selection, shape)
+    return _load(options, options.source, options.tokenizer)
   tokenizer = shared_tokenizer(options)
   # A config keeps no order, and a run must be the same when it is read again.
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):
     try:
-      part = task.load(source, tokenizer, selection, shape)
+      part = _load(options, source, tokenizer)
     except NotPreparedError:
       raise
     except InputError as error:
@@ -268,10 +272,34 @@ def load(options: DataOptions) -> Dataset:
     splits=splits,
     digest=hashlib.sha256(digests.encode()).hexdigest(),
     counts=counts,
-    task=task,
+    task=options.task,
     parts=parts,
     mixture=mixture,
     per_period=per_period,
+  )
+
+
+def _load(
+  options: DataOptions, source: SourceOptions, tokenizer: TokenizerOptions
+) -> Dataset:
+  """The dataset of a source alone; its tokens are memory-mapped."""
+  task, shape = options.task, options.shape
+  corpus = task.open(source, options.selection)
+  folder = pieces.make(corpus, tokenizer, options.selection).folder
+  about = store.read_about(folder)
+  fitted = tokenizers.load(folder / 'tokenizer.json')
+  vocabulary, splits, counts = task.vocabulary(fitted, shape), {}, {}
+  for split in SPLITS:
+    stream = store.read(folder, split, corpus.streams)
+    splits[split] = rows = task.rows(stream, vocabulary, shape)
+    counts[split] = {**about['splits'][split], **rows.counts()}
+  return Dataset(
+    source=corpus.name,
+    tokenizer=vocabulary,
+    splits=splits,
+    digest=about['sha256'],
+    counts=counts,
+    task=task,
   )
 
 

@@ -20,8 +20,8 @@ from moe_jax.config import (
   option,
   unknown_text,
 )
+from moe_jax.data.contracts import SourceOptions
 from moe_jax.data.sources import SOURCES
-from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.errors import InputError
 
 _ENTRY = re.compile(

@@ -27,13 +27,7 @@ from moe_jax.data.cache_folders import (
   prepared,
   verify,
 )
-from moe_jax.data.sources.contract import (
-  SPLITS,
-  Pairs,
-  Pieces,
-  Selection,
-  Texts,
-)
+from moe_jax.data.contracts import SPLITS, Pairs, Pieces, Selection, Texts
 from moe_jax.data.tokenizers import (
   Fitted,
   Tokenizer,

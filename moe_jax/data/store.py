@@ -24,12 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.contracts import DOCUMENTS, SPLITS, Tokenizer
 from moe_jax.data.plain_files import parse_json, read_text
-from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 
-SPLITS: tuple[str, str] = ('train', 'validation')
-DOCUMENTS, PAIRS = ('documents',), ('inputs', 'targets')  # names of streams
 # Name of the number of tokens of a stream among the counts of a split.
 _TOKENS = {
   'documents': 'tokens',
@@ -155,19 +153,22 @@ def _join_stream(pieces, folder, name) -> None:
       begin = ends[-1] if ends.size else begin
 
 
-def read_stream(folder: pathlib.Path, split: str, stream: str) -> Stream:
-  """The tokens [N] of a stream and the starts int64 [D] of its texts, mapped.
+def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
+  """The tokens [N] of a split and the starts int64 [D] of its texts, mapped.
+
+  Pairs have a tuple of two such streams, of inputs and of targets.
 
   Raises:
     ValueError: A file has another size than was written.
   """
-  about, path = read_about(folder), f'{folder}/{split}.{stream}'
-  counts = about['splits'][split]
-  texts = counts['documents' if stream in DOCUMENTS else 'pairs']
-  return (
-    _read(f'{path}.tokens', about['dtype'], counts[_TOKENS[stream]]),
-    _read(f'{path}.starts', 'int64', texts),
-  )
+  about = read_about(folder)
+  counts, read_streams = about['splits'][split], []
+  for stream in streams:
+    path = f'{folder}/{split}.{stream}'
+    texts = counts['documents' if streams == DOCUMENTS else 'pairs']
+    tokens = _read(f'{path}.tokens', about['dtype'], counts[_TOKENS[stream]])
+    read_streams.append((tokens, _read(f'{path}.starts', 'int64', texts)))
+  return read_streams[0] if streams == DOCUMENTS else tuple(read_streams)
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:

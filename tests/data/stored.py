@@ -4,7 +4,7 @@ import pathlib
 import tempfile
 
 from moe_jax.data import store
-from moe_jax.data.sources.contract import Pairs, Texts
+from moe_jax.data.contracts import DOCUMENTS, PAIRS, Pairs, Texts
 
 
 def write(folder, corpus, tokenizer):
@@ -27,9 +27,9 @@ def write_pairs(folder, pairs, tokenizer):
 
 def read_tokens(folder, split):
   """Returns the stream of a split's documents."""
-  return store.read_stream(folder, split, 'documents')
+  return store.read(folder, split, DOCUMENTS)
 
 
 def read_pairs(folder, split):
   """Returns the streams of a split's inputs and of its targets."""
-  return [store.read_stream(folder, split, side) for side in store.PAIRS]
+  return store.read(folder, split, PAIRS)

@@ -14,9 +14,9 @@ from upath import UPath
 
 from moe_jax import data
 from moe_jax.data import cache_folders, pieces, store, tokenizers
+from moe_jax.data.contracts import DOCUMENTS, Pieces
 from moe_jax.data.pieces import Engine, make
 from moe_jax.data.sources import files
-from moe_jax.data.sources.contract import Pieces
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ class Broken(Pieces):
   ],
 )
 def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
-  work = pieces.Work(tmp_path, Broken(), store.DOCUMENTS, tokenizers.Bytes())
+  work = pieces.Work(tmp_path, Broken(), DOCUMENTS, tokenizers.Bytes())
   with pytest.raises(error, match=message):
     pieces.run_pool(work, [0, number], 2, lambda number: None)
 

@@ -4,7 +4,7 @@ To add a source, write a file with its `SourceOptions` and list them here.
 """
 
 from moe_jax.config import Kinds
-from moe_jax.data.sources.contract import SourceOptions
+from moe_jax.data.contracts import SourceOptions
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
 from moe_jax.data.sources.instructions import InstructionSource

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 from moe_jax.config import option, unknown
-from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
+from moe_jax.data.contracts import Pairs, Selection, SourceOptions
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError

@@ -12,14 +12,14 @@ from upath import UPath
 
 from moe_jax.config import option
 from moe_jax.data import cache_folders, document_files, urls
-from moe_jax.data.document_files import is_text
-from moe_jax.data.sources.contract import (
+from moe_jax.data.contracts import (
   SPLITS,
   Pieces,
   Selection,
   SourceOptions,
   Texts,
 )
+from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.urls import Path, matching, stamp_of
 from moe_jax.errors import InputError

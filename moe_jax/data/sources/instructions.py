@@ -22,12 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
 from moe_jax.config import option
-from moe_jax.data.sources.contract import (
-  Pairs,
-  Question,
-  Selection,
-  SourceOptions,
-)
+from moe_jax.data.contracts import Pairs, Question, Selection, SourceOptions
 from moe_jax.data.sources.python_stdlib import (
   content_digest,
   documented_functions,

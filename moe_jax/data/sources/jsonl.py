@@ -10,14 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_jax.config import option, unknown
+from moe_jax.data.contracts import SPLITS, Pair, Pairs, Selection, SourceOptions
 from moe_jax.data.document_files import check_text, json_lines
-from moe_jax.data.sources.contract import (
-  SPLITS,
-  Pair,
-  Pairs,
-  Selection,
-  SourceOptions,
-)
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
 from moe_jax.data.urls import matching

@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 import tensorflow_datasets as tfds
 
 from moe_jax.config import option, unknown
-from moe_jax.data.sources.contract import (
+from moe_jax.data.contracts import (
   SPLITS,
   Pair,
   Pairs,

@@ -19,12 +19,7 @@ from moe_jax.data.cache_folders import (
   check_may_prepare,
   locked,
 )
-from moe_jax.data.sources.contract import (
-  Pairs,
-  Selection,
-  SourceOptions,
-  Texts,
-)
+from moe_jax.data.contracts import Pairs, Selection, SourceOptions, Texts
 from moe_jax.errors import InputError
 
 Builder = tfds.core.DatasetBuilder

@@ -4,8 +4,8 @@ To add a task, write a file with its `TaskOptions` and list them here.
 """
 
 from moe_jax.config import Kinds
+from moe_jax.data.contracts import TaskOptions
 from moe_jax.data.tasks import texts
-from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.seq2seq import Seq2SeqTask
 
 TASKS = Kinds(

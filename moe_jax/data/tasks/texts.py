@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from moe_jax.config import option, unknown_text
+from moe_jax.data.contracts import TaskOptions
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import (
   Counts,
@@ -27,7 +28,6 @@ from moe_jax.data.layouts import (
 )
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.store import Stream
-from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend, mode_name
 from moe_jax.errors import InputError

@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.tokenizers.contract import (
-  GivenOptions,
-  Ids,
-  Token,
-  Tokenizer,
-  TokenizerOptions,
-  digest,
-)
+from moe_jax.data.contracts import Ids, Token, Tokenizer, TokenizerOptions
+from moe_jax.data.tokenizers.given import GivenOptions, digest
 from moe_jax.errors import InputError
 
 _NAMED = 8  # characters that a message names

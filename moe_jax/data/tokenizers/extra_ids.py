@@ -7,13 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from moe_jax.data.tokenizers.contract import (
-  Ids,
-  Token,
-  Tokenizer,
-  digest,
-  from_json,
-)
+from moe_jax.data.contracts import Ids, Token, Tokenizer, from_json
+from moe_jax.data.tokenizers.given import digest
 from moe_jax.errors import InputError
 
 EOS = '<eos>'

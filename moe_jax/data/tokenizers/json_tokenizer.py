@@ -11,14 +11,10 @@ import numpy as np
 import tokenizers
 
 from moe_jax.config import unknown
+from moe_jax.data.contracts import Ids, Token, Tokenizer
 from moe_jax.data.plain_files import first_line, plain, read_json, read_text
 from moe_jax.data.tokenizers import chat
-from moe_jax.data.tokenizers.contract import (
-  Ids,
-  Token,
-  Tokenizer,
-  digest,
-)
+from moe_jax.data.tokenizers.given import digest
 from moe_jax.errors import InputError
 
 # Files of tokenizers that have to be converted before they can be read.

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from moe_jax.data.contracts import Ids, Token, Tokenizer
 from moe_jax.data.plain_files import first_line
-from moe_jax.data.tokenizers.contract import Ids, Token, Tokenizer
 from moe_jax.errors import InputError
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 
 from moe_jax.config import option
+from moe_jax.data.contracts import Tokenizer, load
 from moe_jax.data.plain_files import (
   first_line,
   matching,
@@ -13,8 +14,8 @@ from moe_jax.data.plain_files import (
   read_bytes,
   read_text,
 )
-from moe_jax.data.tokenizers.contract import GivenOptions, Tokenizer, load
 from moe_jax.data.tokenizers.extra_ids import without_endings
+from moe_jax.data.tokenizers.given import GivenOptions
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.errors import InputError

@@ -14,8 +14,8 @@ import sentencepiece
 import tokenizers
 
 from moe_jax.config import option
+from moe_jax.data.contracts import Tokenizer, TokenizerOptions
 from moe_jax.data.plain_files import first_line
-from moe_jax.data.tokenizers.contract import Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import EOS
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece

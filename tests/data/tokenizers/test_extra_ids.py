@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+from moe_jax.data.contracts import from_json
 from moe_jax.data.tokenizers import Bytes, Chars, Json
-from moe_jax.data.tokenizers.contract import from_json
 from moe_jax.data.tokenizers.extra_ids import Extended, extend
 
 
