@@ -225,8 +225,7 @@ class TokenFlops:
     return sum(dataclasses.astuple(self))
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
   """The parameters and the FLOPs of one model.
 
   Attributes:

@@ -241,9 +241,7 @@ def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
   sums = losses.sums(
     run.programs.variables(state),
     recording,
-    lambda _, batch, choices: routing_report.count_tokens(
-      counts, run.model, batch, choices or {}
-    ),
+    lambda _, *made: routing_report.count_tokens(counts, run.model, *made),
   )
   token_name = run.dataset.tokenizer.token_name
   return routing_report.tables(sums, run.model, counts, token_name)

@@ -25,8 +25,7 @@ from moe_jax.devices import fetch, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices
-from moe_jax.runs import summary
-from moe_jax.shapes import Leaf
+from moe_jax.runs.summary import Batch, summarize
 from moe_jax.training.evaluate import Losses, Measure
 from moe_jax.training.programs import Step
 from moe_jax.training.run_options import TraceOptions
@@ -190,12 +189,7 @@ class Recorder:
       raise InputError(text) from None
 
   def add(
-    self,
-    kind: str,
-    step: int,
-    number: int,
-    batch: Mapping[str, Leaf],
-    choices: Choices,
+    self, kind: str, step: int, number: int, batch: Batch, choices: Choices
   ) -> None:
     """Records a batch; waits only if several batches wait to be written.
 
@@ -235,7 +229,7 @@ class Recorder:
     def measure(variables, step):
       record = functools.partial(self.add, name, step)
       sums = losses.sums(variables, apply, record)
-      return summary.summarize(sums, losses.model.stacks.moes)
+      return summarize(sums, losses.model.stacks.moes)
 
     return measure
 

@@ -1,6 +1,5 @@
 """Memory and peak FLOPs of devices, as vendors print them or as measured."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -14,8 +13,6 @@ from moe_jax.devices import memory_of
 
 # Numbers of rows of the matmuls of which the fastest is the measured peak.
 SIZES = tuple(1 << n for n in range(9, 15))
-_ROWS = {'cpu': 1024}  # rows of the only matmul, by platform
-_DEFAULT_ROWS = 8192
 _MAX_SECONDS = 0.05  # seconds of a product, after which no larger one is tried
 _REPEATS = 7
 
@@ -32,7 +29,7 @@ def product_rate(
       enough for this platform, and takes less than a second in all.
   """
   if not sizes:
-    sizes = (_ROWS.get(jax.local_devices()[0].platform, _DEFAULT_ROWS),)
+    sizes = (1024 if jax.local_devices()[0].platform == 'cpu' else 8192,)
   rate, num_rows = 0.0, 0
   for n in sizes:
     seconds = least_seconds(matmul(n, dtype))
@@ -69,8 +66,7 @@ def least_seconds(run: Callable[[], jax.Array]) -> float:
 HERE = 'here'
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
   """A kind of device that a model might run on.
 
   Attributes:
@@ -84,7 +80,7 @@ class Device:
 
   name: str
   num_bytes: int
-  peaks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  peaks: Mapping[str, float] = {}
 
 
 # Memory and FLOPs per second as vendors print them, in powers of ten, without

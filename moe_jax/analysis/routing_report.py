@@ -19,7 +19,7 @@ from rich.text import Text
 
 from moe_jax.devices import fetch
 from moe_jax.models import Model
-from moe_jax.models.recorded import LayerChoices
+from moe_jax.models.recorded import Choices
 from moe_jax.runs import summary
 from moe_jax.runs.summary import LossSums
 
@@ -118,10 +118,7 @@ def wide_console() -> Console:
 
 
 def count_tokens(
-  counts: Counts,
-  model: Model,
-  batch: Mapping[str, Any],
-  choices: Mapping[int, LayerChoices],
+  counts: Counts, model: Model, batch: Mapping[str, Any], choices: Choices
 ) -> None:
   """Adds how often each token id of a batch chose each expert, before drops.
 
@@ -129,7 +126,7 @@ def count_tokens(
   experts mix tokens, every expert takes every token. Every process has to call
   this function.
   """
-  for layer, recorded in choices.items():
+  for layer, recorded in (choices or {}).items():
     ids = fetch(batch[f'{model.stacks.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0
@@ -209,13 +206,11 @@ def _shown(name: str) -> str:
 
 
 def write_report(
-  workdir: str | os.PathLike[str],
-  report: Sequence[ValueTable],
-  warning: str = '',
+  workdir: pathlib.Path, report: Sequence[ValueTable], warning: str = ''
 ) -> None:
   """Writes `routing_report.md` into a folder; a warning stands on top."""
   parts = ['# Routing report\n']
   parts += [f'**Warning:** {warning}.\n'] if warning else []
   parts += [table.markdown() for table in report]
-  path = pathlib.Path(workdir) / 'routing_report.md'
+  path = workdir / 'routing_report.md'
   path.write_text('\n'.join(parts), encoding='utf-8')

@@ -6,7 +6,6 @@ knows.
 """
 
 import collections
-import dataclasses
 import functools
 import math
 import re
@@ -219,8 +218,7 @@ class Traffic(NamedTuple):
   num_bytes: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Collectives:
+class Collectives(NamedTuple):
   """The collectives of a program.
 
   Attributes:
