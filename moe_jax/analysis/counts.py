@@ -347,11 +347,9 @@ def count(
   for part, half in zip(flops, stacks):
     decoder_len, memory_len = half.length, half.memory_len
     num_layers = len(half.stack.sparse)
-    a = half.attention
-    part.attention = (
-      2 * num_layers * half.keys * a.num_heads * sum(a.head_widths)
-    )
-    step_attention = 2 * num_layers * half.keys * a.decoding_products
+    a, per_width = half.attention, 2 * num_layers * half.keys
+    part.attention = per_width * a.num_heads * sum(a.head_widths)
+    step_attention = per_width * a.decoding_products
     if half.stack.block.cross:  # keys and values of the encoder's tokens
       cross_flops = 2 * num_layers * width * a.cached_values
       part.products -= cross_flops

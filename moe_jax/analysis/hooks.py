@@ -52,8 +52,8 @@ class Facts(Hook):
 
     The last line says why nothing is printed for a while before the first step.
     """
-    run.message(run.dataset.describe())
-    for line in facts(run.options, run.model, run.programs, run.mesh):
+    lines = facts(run.options, run.model, run.programs, run.mesh)
+    for line in (run.dataset.describe(), *lines):
       run.message(line)
     if max(run.checkpoints.steps(), default=0) < run.options.total_steps:
       run.message(

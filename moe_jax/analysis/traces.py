@@ -322,9 +322,7 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
   for field, dtype in zip(LayerChoices._fields, types):
     for name in arrays:
       if name.startswith(f'{field}_'):
-        values = arrays[name].astype(dtype)
-        fields.setdefault(int(name.removeprefix(f'{field}_')), []).append(
-          values
-        )
+        number = int(name.removeprefix(f'{field}_'))
+        fields.setdefault(number, []).append(arrays[name].astype(dtype))
   layers = {number: LayerChoices(*fields[number]) for number in sorted(fields)}
   return {**{name: arrays.get(name) for name in _IDS}, 'layers': layers}
