@@ -67,9 +67,9 @@ class Schedule:
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
     source, rank = np.zeros((2, length), np.int64)
     rows_so_far = np.zeros_like(counts)
-    # Next is the source that must come soonest, among the sources whose share
-    # has come up; of equally urgent sources, the first. Equal ratios are equal
-    # floats, so that every machine has the same order.
+    # The next row is of the source that must come soonest, among the sources
+    # whose share has come up; of equally urgent sources the first is taken.
+    # Equal ratios are equal floats, so that every machine has the same order.
     for row in range(length):
       due = slack * (counts * (row + 1) - length * rows_so_far) >= length
       last = (slack * (rows_so_far + 1) - 1) / np.maximum(counts, 1)

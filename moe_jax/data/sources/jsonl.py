@@ -73,7 +73,7 @@ class JsonlSource(SourceOptions):
 
     return Pairs(
       f'jsonl:{self.pattern} ({len(paths)} files, {total} lines)',
-      # The second version leaves out answers of weight 0.
+      # The 2 is a version: since version 2, answers of weight 0 are left out.
       f'jsonl 2 {digest.hexdigest()} {selection.splits}',
       of_split,
     )
