@@ -186,7 +186,7 @@ def name_of(override: str) -> str:
 
 
 def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
-  """The message for a key that does not exist; None for one that may be set."""
+  """The message for a key that does not exist; None if it may be set."""
   keys: dict[str, Any] = flatten(config)
   section: Any = config
   path, rest = list[str](), name.split('.')

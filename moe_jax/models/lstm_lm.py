@@ -152,7 +152,7 @@ class LstmLm(Model):
   between: LstmLayersConfig
 
   def setup(self) -> None:
-    """Makes the submodules; tables are in the model's own scope."""
+    """Makes the submodules; embedding tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     c = self.between

@@ -1,9 +1,8 @@
 """The options that decide what a model's parameters compute.
 
-They serve to compare two models.
-
-Two models whose parameters have equal shapes and whose meanings are equal are
-the same function outside of training, except for rounding.
+Models are compared by these options. Two models whose parameters have equal
+shapes and whose meanings are equal are the same function outside of training,
+except for rounding.
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ from moe_jax.shapes import Array, Bool, Float, Int, Int32
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-  """Padding that takes no slot, is not counted and that no token attends to."""
+  """The rule that padding takes no slot, is not counted and not attended to."""
 
   def context(self, context: Context) -> Context:
     """The context that blocks read, from a context that hides padding.

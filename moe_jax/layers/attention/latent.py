@@ -156,7 +156,10 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1)
 
   def _cached(self, x, position_args):
-    """Short vectors [B, S, 1, R + r], r of them a rotated key; no values."""
+    """The short vectors with a rotated key of width r, [B, S, 1, R + r].
+
+    The values have width 0.
+    """
     c, axes = self.options, ('embed', 'latent')
     short = self._project(x, 'kv_down', axes, (c.cached_width,))[:, :, None]
     vector, key = jnp.split(short, [c.kv_rank], axis=-1)
