@@ -440,7 +440,7 @@ class Parser(argparse.ArgumentParser):
     fail(message)
 
   def unknown(self, words: Sequence[str]) -> NoReturn:
-    """Says that arguments do not exist, with the nearest that does."""
+    """Ends the program with a message on unknown words and the nearest flag."""
     name, flags = words[0].partition('=')[0], [*self._option_string_actions]
     near = difflib.get_close_matches(name, flags, n=1)
     hint = f'; did you mean {near[0]}?' if near else ''

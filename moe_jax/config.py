@@ -899,7 +899,8 @@ class _Reader:
       cls = self._class(kinds, kind, prefix)
       if cls is None:
         continue
-      # An earlier layer may have set options of another kind.
+      # The entry may still have options of another kind, which were set before
+      # its kind was overridden.
       others = {k: v for k, v in kinds.others(cls).items() if k in entry}
       names = KIND, *others
       chosen[name] = self._options(cls, None, entry, prefix, None, names)

@@ -46,7 +46,7 @@ class Tokenizer(abc.ABC):
   """A fixed mapping between text and ids in [0, vocab_size).
 
   Attributes:
-    kind: Name of the class in files; that of a user's class is 'module:name'.
+    kind: Name of the class in files; a user's class has the name 'module:name'.
     vocab_size: V, one more than the largest id.
     eos_id: Id that ends a document; None if there is none.
     bos_id: Id that begins a document; None if there is none.
@@ -277,7 +277,7 @@ class Pieces(abc.ABC):
 
 
 class OnePiece(Pieces):
-  """Texts in a single piece, which has one split after the other."""
+  """Texts in a single piece, all of 'train' before all of 'validation'."""
 
   sizes = (0,)
 
@@ -521,7 +521,7 @@ class TaskOptions(Options):
   keep_end: ClassVar[bool] = False
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
-    """The source's texts, or its pairs after the prefix of their inputs."""
+    """The source's texts, or its pairs, their inputs after `input_prefix`."""
     if self.reads == 'texts':
       return source.texts(selection)
     return source.pairs(selection).with_prefix(self.input_prefix)

@@ -47,7 +47,7 @@ DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
 
 class Span(NamedTuple):
-  """A part of a file that is read by itself.
+  """A part of a file that is read independently of the other parts.
 
   Attributes:
     path: The file.
@@ -96,7 +96,7 @@ class PartBytes:
     """
     if self._end is not None:
       bytes_left = self._end - self._begin - self._read
-      # A line is not cut by the end of its span, which is the end of a line.
+      # A span ends where a line ends, so that no line is cut at its end.
       most = min(most, bytes_left)
     try:
       block = getattr(self._stream, method)(most) if most else b''

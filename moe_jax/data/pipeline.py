@@ -148,7 +148,10 @@ def eval_batches(
 
 
 def spread(total: int, count: int) -> list[int]:
-  """`count` indices below `total`, spread evenly; a 0 or too high takes all."""
+  """`count` indices below `total`, spread evenly.
+
+  If `count` is 0 or above `total`, the result is all indices.
+  """
   num_taken = min(count, total) or total
   return [i * total // num_taken for i in range(num_taken)]
 

@@ -155,7 +155,7 @@ def _join_stream(pieces, folder, name) -> None:
 
 
 def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
-  """The tokens [N] of a split and the starts int64 [D] of its texts, mapped.
+  """Memory maps of a split's tokens [N] and of its texts' starts, int64 [D].
 
   Pairs have a tuple of two such streams, of inputs and of targets.
 

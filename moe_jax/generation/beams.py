@@ -69,7 +69,7 @@ def beam_search(
     num_return: R, the number of sequences returned for each row, at most
       `num_beams`.
     length_penalty: The exponent of a sequence's length; above 0 favours long
-      sequences, below 0 short ones.
+      sequences, below 0 short sequences.
     **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
       `task_ids`; see `Ends`.
 

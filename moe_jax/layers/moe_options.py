@@ -151,9 +151,10 @@ class MoeOptions(ImposedOptions):
     return self.causality.leak or self.dispatch.leak()
 
   def in_layer(self, layer: int) -> 'MoeOptions':
-    """The options of one layer, and of all layers with as many experts.
+    """The options of one layer, where layers may have lost experts.
 
-    The result is `self` unless layers have lost experts.
+    Layers with equally many experts have equal options. The result is `self`
+    if no layer has lost experts.
     """
     if not self.retained.layers:
       return self

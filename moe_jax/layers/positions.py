@@ -258,7 +258,7 @@ class Relative(Positions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of more buckets for single distances than distances."""
+    """The problem of a `max_distance` that is at most half of `buckets`."""
     if self.buckets // 2 >= self.max_distance:
       most, N = self.max_distance, self.buckets
       yield f'max_distance={most} must be above half of buckets={N}'

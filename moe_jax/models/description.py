@@ -26,7 +26,7 @@ class Layer(NamedTuple):
   Attributes:
     moe: The mixture of experts of the layer; None for a dense layer. Sizes that
       a config leaves at 0 are filled in.
-    path: The path of the layer's variables in those of the model.
+    path: The path of the layer's variables in the variables of the model.
     index: The index of the layer in arrays that several layers share, stacked;
       None if it has arrays of its own.
   """
@@ -60,7 +60,7 @@ class LayerStack:
 
   Attributes:
     layers: The layers, in order.
-    path: The path of the stack's variables in those of the model.
+    path: The path of the stack's variables in the variables of the model.
     prefix: The prefix of the batch keys that hold the stack's tokens.
     causal: Whether a token sees no later tokens, as in a decoder.
     padding: The rule for whether routers see padding.

@@ -101,7 +101,7 @@ def sparse_layers(
 def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-  """Each layer's parameters and state, by one program for all slices."""
+  """The parameters and state of each layer, all sliced by one program."""
   return [
     model.stacks.layer_trees(variables.get(name, {}))
     for name in ('params', ROUTER_STATE)

@@ -263,7 +263,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
 
 
 def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
-  """A kernel's dimensions as stacked ones, inputs and outputs, by its axes.
+  """The `_Kernel` at a path, whose inputs and outputs follow from its axes.
 
   Of two dimensions that are not stacked the first is the input. Of more, a
   first 'embed' or 'latent' is the only input, or a last 'embed' the only

@@ -73,8 +73,8 @@ class Pair(NamedTuple):
   Attributes:
     language: django's name of the language, such as 'pt_BR'.
     message: The English message.
-    translation: The translation; for a message with plurals, that of the
-      singular.
+    translation: The translation; for a message with plurals, the translation
+      of the singular.
   """
 
   language: str

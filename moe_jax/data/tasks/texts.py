@@ -373,7 +373,7 @@ def corrupt(
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
-  # For every token a sentinel and the token itself, from which masks choose.
+  # The masks choose from pairs of a sentinel and a token, one for each token.
   pairs = np.stack([marks, window], axis=1)
   inputs = pairs[np.stack([begins, ~mask], axis=1)]
   targets = pairs[np.stack([begins, mask], axis=1)]
