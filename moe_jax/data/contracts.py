@@ -521,7 +521,7 @@ class TaskOptions(Options):
   keep_end: ClassVar[bool] = False
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
-    """The source's texts, or its pairs, their inputs after `input_prefix`."""
+    """The source's texts, or its pairs; `input_prefix` is put before inputs."""
     if self.reads == 'texts':
       return source.texts(selection)
     return source.pairs(selection).with_prefix(self.input_prefix)

@@ -134,7 +134,7 @@ class DataOptions(Options):
   def with_tokenizer_of(self, *folders: str | pathlib.Path) -> 'DataOptions':
     """The options with the tokenizer of the first run that has a tokenizer.
 
-    Without a tokenizer in any of the folders of runs, the options stay.
+    If no folder of a run has a tokenizer, the options are returned unchanged.
 
     Raises:
       ValueError: The tokenizer cannot be read.

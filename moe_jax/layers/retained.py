@@ -86,7 +86,7 @@ class Retained(Options):
     )
 
   def problems(self) -> Iterator[str]:
-    """The problems of texts that cannot be read, or that cannot be followed."""
+    """The problems of options that cannot be read, or contradict each other."""
     try:
       counts, rows = self.counts, self.rows
     except InputError as error:

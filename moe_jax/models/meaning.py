@@ -42,7 +42,7 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
 
 
 def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
-  """The options that differ, as (old, new); None for a model without one."""
+  """The options that differ, as (old, new); None where a model lacks them."""
   return config.difference(meaning(old), meaning(new))
 
 

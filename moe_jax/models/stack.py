@@ -218,8 +218,8 @@ class Period(nn.Module):
     c = self.config
     block = Block
     if c.remat != 'none':
-      # A loop's body is never merged with its recomputation; straight code,
-      # unrolled or of one period, is.
+      # The compiler never merges the body of a loop with its recomputation, but
+      # would merge straight code, which is unrolled or has one period.
       block = nn.remat(
         Block, policy=REMATS[c.remat], prevent_cse=not self.loops
       )

@@ -35,7 +35,8 @@ from moe_jax.shapes import Bool, Int
 
 MODES = ('R', 'S', 'X')
 Denoiser = tuple[str, float, float, float]
-# The denoisers of table 1 of the paper, as `Ul2Task.denoisers` has them.
+# The denoisers of table 1 of UL2 (arXiv:2205.05131): the mode, the mean span
+# (0: a prefix), the density and the weight, as in `Ul2Task.denoisers`.
 DENOISERS: tuple[Denoiser, ...] = (
   ('R', 3.0, 0.15, 1.0),
   ('R', 8.0, 0.15, 1.0),

@@ -206,6 +206,7 @@ class LatentAttention(Attention):
     plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
     plain = jnp.einsum('BTHn,RHn->BTHR', plain, up_key)
     query = jnp.concatenate([plain, rotary], axis=-1)
-    # The sums of rotated keys are dropped: a slice would copy the cache.
+    # The values include the rotated keys, as a slice without them would be a
+    # copy of the cache; the sums of the rotated keys are dropped afterwards.
     sums = attention(query, key, key)[..., : c.kv_rank]
     return jnp.einsum('BTHR,RHv->BTHv', sums, up_value)
