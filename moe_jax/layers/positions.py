@@ -177,7 +177,7 @@ def _last_positions(positions, segment_ids) -> Int[Array, 'B t']:
   """The last position in the segment of each token, or in each row."""
   if segment_ids is None:
     return positions.max(axis=1, keepdims=True)
-  # The compiler fuses this, so that nothing of [B, T, T] is stored.
+  # The compiler fuses the comparison, so that no array [B, T, T] is stored.
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
   return jnp.where(same, positions[:, None, :], 0).max(axis=2)
 

@@ -170,8 +170,9 @@ class Yarn(RotaryScaling):
 class LongRope(RotaryScaling):
   """Each pair turns slower by a factor of its own, which has two values.
 
-  `long_factor` lists those of long documents, segments of a row with a token at
-  a position of `original_len` or more, and `short_factor` those of others.
+  `long_factor` lists the factors in long documents, segments of a row with a
+  token at a position of `original_len` or more, and `short_factor` the factors
+  in other documents.
   Source: arXiv:2402.13753. Unlike transformers 5.24, which lets the longest row
   of a batch decide, no document here depends on another. transformers'
   Phi-3.5-MoE never uses the list for long documents; see

@@ -78,7 +78,7 @@ class Gpt2(Init):
   """
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser, whose deviation is over the root of `shrink`."""
+    """Returns the initialiser; the root of `shrink` divides the deviation."""
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
 

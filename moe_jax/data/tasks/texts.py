@@ -307,7 +307,10 @@ class SpanCorruption(WindowTask):
     return window
 
   def lengths(self, n: Counts) -> Lengths:
-    """The lengths of examples of windows of `n` tokens; none falls with `n`."""
+    """The lengths of examples of windows of `n` tokens.
+
+    None of the lengths falls as `n` rises.
+    """
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
