@@ -14,7 +14,7 @@
 `models` are linen modules, `training` drives them from a config.
 """
 
-# The alias says that a name is public.
+# `import X as X` marks the name X as public.
 from moe_jax import layers as layers
 from moe_jax import models as models
 from moe_jax import routing as routing

@@ -186,7 +186,7 @@ def name_of(override: str) -> str:
 
 
 def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
-  """The message for a key that does not exist; None for one that may be set."""
+  """The message for a key that does not exist; None if it may be set."""
   keys: dict[str, Any] = flatten(config)
   section: Any = config
   path, rest = list[str](), name.split('.')
@@ -440,7 +440,7 @@ class Parser(argparse.ArgumentParser):
     fail(message)
 
   def unknown(self, words: Sequence[str]) -> NoReturn:
-    """Says that arguments do not exist, with the nearest that does."""
+    """Ends the program with a message on unknown words and the nearest flag."""
     name, flags = words[0].partition('=')[0], [*self._option_string_actions]
     near = difflib.get_close_matches(name, flags, n=1)
     hint = f'; did you mean {near[0]}?' if near else ''

@@ -167,7 +167,7 @@ def option(default: Any = MISSING, sentence: str = '', **bounds: Any) -> Any:
 
   Args:
     default: The default value; without it, a value is required. If it is an
-      instance of `Options`, the field is a section within the section.
+      instance of `Options`, the config has a nested section for the field.
     sentence: A sentence on the option, with its unit and the meaning of zero.
     **bounds: The bounds of allowed values, and other attributes of `Option`.
   """
@@ -193,7 +193,7 @@ def choice(
 def entries(
   kinds: 'Kinds', default: Mapping[str, 'Options'], sentence: str
 ) -> Any:
-  """A field that holds any number of choices, each by a name of the user's.
+  """A field that holds any number of choices, each under a name the user gives.
 
   The field's section is open: a config adds entries, such as evaluations, each
   with a key `kind` and the options of this kind beside it.
@@ -899,7 +899,8 @@ class _Reader:
       cls = self._class(kinds, kind, prefix)
       if cls is None:
         continue
-      # An earlier layer may have set options of another kind.
+      # The entry may still have options of another kind, which were set before
+      # its kind was overridden.
       others = {k: v for k, v in kinds.others(cls).items() if k in entry}
       names = KIND, *others
       chosen[name] = self._options(cls, None, entry, prefix, None, names)
@@ -915,7 +916,7 @@ def _tuples(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-  """A value, for comparisons, with lists in place of its tuples."""
+  """The value, for comparisons, as lists and dicts: no tuple, no ConfigDict."""
   if isinstance(value, tuple | list):
     return [plain(item) for item in value]
   return plain(value.to_dict()) if isinstance(value, ConfigDict) else value

@@ -79,8 +79,9 @@ def connect(
   """Connects to the other processes; to be called before a device is used.
 
   Without arguments the environment decides (`launcher`); where it names no
-  launcher, there is one process, and nothing to connect to. If the others have
-  not started in time, this process prints so and ends with status 1.
+  launcher, there is one process, and nothing to connect to. If the other
+  processes have not started in time, this process prints so and ends with
+  status 1.
 
   Args:
     timeouts: The timeouts of the run.
@@ -357,7 +358,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """A tree of whole numpy arrays; every process has to call this."""
+  """The tree with whole numpy arrays; every process has to call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (
@@ -392,7 +393,7 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 
 def from_first(number: float) -> float:
-  """The number of process 0, to the last bit; every process calls this."""
+  """The `number` of process 0, to the last bit; every process calls this."""
   if jax.process_count() == 1:
     return number
   number_bytes = np.frombuffer(np.float64(number).tobytes(), np.uint8)

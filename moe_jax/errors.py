@@ -10,8 +10,8 @@ import errno
 import os
 from collections.abc import Iterator
 
-# Texts on a full disk, a user's quota, and a limit on a file's size. Libraries
-# that write have errors of their own with these texts.
+# The system's messages for a full disk, a user's quota, and a limit on a file's
+# size. Libraries that write have errors of their own with these messages.
 _FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))]
 
 
@@ -20,7 +20,7 @@ class ReportedError(Exception):
 
 
 class InputError(ReportedError, ValueError):
-  """A value is refused: the message has the value, the rule and what exists."""
+  """The error of a refused value: it says the value, the rule, what exists."""
 
 
 @contextlib.contextmanager

@@ -103,7 +103,8 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
     cli.fail('--workdir is missing: the folder that the run goes to')
   with (
     connected(options.distributed, *processes),
-    # Errors are also reported here, as `connected` ends a process of several.
+    # Errors are also reported here, as `connected` ends the process if the run
+    # has several.
     cli.reported(flags.traceback),
   ):
     return _train(flags, options, lines)

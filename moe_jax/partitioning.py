@@ -55,7 +55,7 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """At most one axis may have the size -1, and none 0."""
+    """The problems of axes of size 0, and of a second axis of size -1."""
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'
@@ -155,7 +155,8 @@ def _grid_over_slices(spans, shape, devices) -> np.ndarray:
       f'{math.prod(spans)}, and the devices are in {len(by_slice)} slices'
     )
   slice_grids = [_grid_in_slice(shape, list(part)) for part in by_slice]
-  # [spans..., shape...] -> each axis' slices before its own devices.
+  # The dimensions [spans..., shape...] are reordered, so that the slices of
+  # each axis come right before its devices.
   grid = np.stack(slice_grids).reshape(*spans, *shape)
   n = len(shape)
   grid = grid.transpose(
@@ -210,7 +211,7 @@ class ShardingOptions(Options):
   buckets: str = _mesh_axes('the table of relative positions', '')
 
   def problems(self):
-    """Every name must be that of a mesh axis, and stand once."""
+    """The problems of names that are no mesh axis, or that stand twice."""
     for logical, axes in dataclasses.asdict(self).items():
       for name in _axis_names(axes):
         if name not in MESH_AXES:
@@ -284,13 +285,15 @@ def stated(
 def by_token(table: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """A table [V, M] with its tokens split over mesh axes, and its rows whole.
 
-  Tokens that do not divide are padded to a multiple, here alone: stored tables
-  are unpadded, and have their rows split over these axes (`sharding`).
+  If the axes do not divide the number of tokens, this function alone pads it to
+  a multiple: stored tables are unpadded, and have their rows split over these
+  axes (`sharding`).
   """
   sizes = spread(table)
   if table.shape[0] % math.prod(sizes.get(name, 1) for name in axes):
-    # The compiler makes an all-to-all of this step and the next; of one step
-    # from `fsdp` as well, it would gather the table on every device first.
+    # The compiler turns this step and the next into an all-to-all. Without this
+    # step, it would first gather a table that is split over `fsdp`, too, on
+    # every device.
     table = stated(table, (), axes)
   return stated(table, axes, padded=True)
 
@@ -301,7 +304,7 @@ def on_each_device(
   whole: tuple[Any, ...] = (),
   whole_specs: tuple[Any, ...] = (),
 ) -> Any:
-  """f(*split, *whole) where each device computes its own rows of `split`.
+  """The result of f(*split, *whole), each device computing its rows of `split`.
 
   This is for what no compiler can split: kernels, sorts, loops over the load.
   The result has the rows of `split`; if the devices do not divide them, each
@@ -405,7 +408,7 @@ def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
     name = path_name(path)
     return sharding(mesh, rules, names, shape.shape, name)
 
-  # `shapes` leads, so that each tuple of names arrives whole.
+  # `shapes` is the first tree, so that each tuple of names is passed whole.
   return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, axes)
 
 

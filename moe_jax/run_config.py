@@ -54,7 +54,7 @@ class RunConfig(RunOptions):
     return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
-    """The problems of any run's options, and of the teacher's with others."""
+    """The problems of a run's options, and of a teacher with other options."""
     yield from super().problems()
     o = self.distill
     if o.teacher and self.model.moe.replay:

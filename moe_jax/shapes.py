@@ -68,7 +68,7 @@ class HasShapes(Protocol):
     ...
 
   def static_sizes(self) -> dict[str, int]:
-    """The sizes of the letters that no array tells, by letter."""
+    """The sizes, by letter, that follow from no array's shape."""
     ...
 
 

@@ -4,7 +4,7 @@
 integer.
 """
 
-# The alias says that a name is public.
+# `import X as X` marks the name X as public.
 from moe_jax.data.choices import CHOICE_SOURCES as CHOICE_SOURCES
 from moe_jax.data.choices import SHOTS_SOURCES as SHOTS_SOURCES
 from moe_jax.data.choices import ChoiceFilesSource as ChoiceFilesSource

@@ -6,13 +6,14 @@ A folder has a list of its files with their sizes and sha256. Whenever a folder
 is opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
 the digests of larger files take about 0.5 s per GB and need not be checked. So
 that gigabytes are not read whenever a run starts, digests of large files are
-remembered: a remembered digest is taken while the file's size, times and inode,
-by which git notices changes, too, are the same. A digest is remembered only if
+remembered: a remembered digest is taken while the file has the same size, times
+and inode, by which git notices changes, too. A digest is remembered only if
 the file was at rest for some seconds when it was read. A damaged folder is
 named in an error and not made anew: damage tells of a failing disk or of a
 program that wrote there, other processes may be reading the folder, and only
-its user knows. Where the cache has a URL, too, the folder is copied from there,
-or to there once it is made. `whole_folder` makes a folder outside the cache.
+its user knows. Where the cache also has a URL, a folder that is there is copied
+from there, and any other folder is copied there once it is made. `whole_folder`
+makes a folder outside the cache.
 """
 
 import contextlib
@@ -81,8 +82,9 @@ def prepared(
     folder: The folder.
     write: The function that fills the folder that it is given.
     digests: Whether digests of large files of a folder that exists are checked.
-    url: Folder at a URL that is copied if it is whole, and else written, too;
-      '' is for none.
+    url: URL of a folder with the same files. If the folder there is whole, it
+      is copied from there, else `folder` is written and copied there. '' stands
+      for no URL.
 
   Raises:
     ValueError: A file of the folder is damaged or missing.
@@ -158,11 +160,11 @@ def locked(path: pathlib.Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a folder for files of a user, which is renamed after the body.
+  """Yields a new folder for a user's files; it becomes `folder` after the body.
 
-  So `folder` is whole once it exists, and of two commands that write it at once
-  the second fails. The unfinished folder that a killed command has left in the
-  same parent is replaced.
+  The new folder is renamed, so that `folder` is whole once it exists. Of two
+  commands that write it at once the second fails. The unfinished folder that a
+  killed command has left in the same parent is replaced.
 
   Raises:
     ValueError: `folder` is neither new nor empty.
@@ -192,11 +194,12 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
   try:
     text = read_text(folder / LIST)
     listed_facts = parse_json(text, LIST)
-    # Texts are compared, as a changed space or key would be overlooked.
+    # The texts are compared, as a comparison of parsed values would overlook
+    # a changed space.
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise InputError(f'{LIST} is not as it was written')
     paths, large = _files(folder), []
-    # Files that are not listed harm nobody.
+    # Only listed files are checked; other files in the folder do no harm.
     for name, listed in sorted(listed_facts.items()):
       if name not in paths or not listed or not isinstance(listed, list):
         raise InputError(f'{name} is missing')

@@ -46,7 +46,7 @@ class Tokenizer(abc.ABC):
   """A fixed mapping between text and ids in [0, vocab_size).
 
   Attributes:
-    kind: Name of the class in files; that of a user's class is 'module:name'.
+    kind: Name of the class in files; a user's class has the name 'module:name'.
     vocab_size: V, one more than the largest id.
     eos_id: Id that ends a document; None if there is none.
     bos_id: Id that begins a document; None if there is none.
@@ -73,7 +73,7 @@ class Tokenizer(abc.ABC):
     cls.kind = kind or f'{cls.__module__}:{cls.__qualname__}'
     _SAVED[cls.kind] = cls
 
-  # A class may set these properties, too.
+  # A subclass may set these attributes itself, in place of the properties.
 
   @functools.cached_property
   def start_id(self) -> int | None:
@@ -107,8 +107,8 @@ class Tokenizer(abc.ABC):
     """The ids of a model's input, int32 [N].
 
     Unlike the ids of a document, these ids include special tokens that the
-    tokenizer adds, and special tokens that the text spells. Without `added`,
-    they do not include the former, as a part of an input needs it.
+    tokenizer adds, and special tokens that the text spells. For a part of an
+    input `added` is False, and the tokenizer adds no special tokens.
     """
     del added
     return self.encode(text)
@@ -228,8 +228,8 @@ class Selection:
       'validation'. TFDS sources, as well as python_stdlib and its docstrings,
       take any split expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
-      `moe_jax.devices.cache_root` names. What lies in a folder at a URL is
-      copied there first.
+      `moe_jax.devices.cache_root` names. If it is a URL, data that lies there
+      is first copied to the folder that '' stands for.
     cache_digests: Whether large files of prepared data are read through before
       use, to check their digests.
   """
@@ -270,14 +270,14 @@ class Pieces(abc.ABC):
 
   @abc.abstractmethod
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The split and the text, or the pair of texts, of all that a piece has.
+    """The documents or pairs of piece `number`, each as (split, its texts).
 
     They are the same, in the same order, at every call.
     """
 
 
 class OnePiece(Pieces):
-  """Texts in a single piece, which has one split after the other."""
+  """Texts in a single piece, all of 'train' before all of 'validation'."""
 
   sizes = (0,)
 
@@ -286,7 +286,7 @@ class OnePiece(Pieces):
     self._entries = entries
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The texts of both splits."""
+    """The texts of both splits, each as (split, its texts)."""
     del number
     return (
       (split, entry) for split in SPLITS for entry in self._entries(split)
@@ -380,8 +380,9 @@ class SourceOptions(Options):
   A source overrides `texts`, `pairs`, or both, by what it gives.
 
   Attributes:
-    only_in: 'texts' or 'pairs' for the name of each option that has an effect
-      only where these are read; all other options always have an effect.
+    only_in: 'texts' or 'pairs', by the name of each option that has an effect
+      only where texts or only where pairs are read. All other options always
+      have an effect.
     is_embedded: Whether the source needs no file. With ':runlocal', such a
       source stays in a mixture, and all other sources are replaced.
     metric: Name of the score of `moe_jax.evaluation.scores` by which answers to
@@ -422,7 +423,7 @@ class SourceOptions(Options):
 
   @classmethod
   def gives(cls) -> tuple[str, ...]:
-    """What the source gives: 'texts', 'pairs', or both."""
+    """The forms of data that the source gives: 'texts', 'pairs', or both."""
     given = {
       'texts': cls.texts is not SourceOptions.texts,
       'pairs': cls.pairs is not SourceOptions.pairs,
@@ -520,7 +521,7 @@ class TaskOptions(Options):
   keep_end: ClassVar[bool] = False
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
-    """The source's texts, or its pairs after the prefix of their inputs."""
+    """The source's texts, or its pairs; `input_prefix` is put before inputs."""
     if self.reads == 'texts':
       return source.texts(selection)
     return source.pairs(selection).with_prefix(self.input_prefix)

@@ -27,7 +27,8 @@ from moe_jax.data.tokenizers import TOKENIZERS, Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import without_endings
 from moe_jax.errors import InputError
 
-# A source from Python's own library, for small runs, by what a task reads.
+# The source of small runs, made from Python's own library, for tasks that read
+# texts and for tasks that read pairs.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
 
 
@@ -118,9 +119,9 @@ class DataOptions(Options):
     """The options with the tokenizer of a run in place of their own.
 
     The tokenizer may have ids that the run's task added. Where the task of
-    these options would add the same ids, these ids are taken off, as the task
-    adds them anyway, so that the data of the same run stays what it was. Ids
-    that another task added stay.
+    these options would add the same ids, they are first removed from the
+    tokenizer, since the task adds them anyway; so the data of the same run
+    stays what it was. Ids that another task added stay.
     """
     run_tokenizer = without_endings(tokenizer)
     if isinstance(run_tokenizer, tokenizers.Extended):
@@ -133,7 +134,8 @@ class DataOptions(Options):
   def with_tokenizer_of(self, *folders: str | pathlib.Path) -> 'DataOptions':
     """The options with the tokenizer of the first run that has a tokenizer.
 
-    Without a tokenizer in any of the folders of runs, the options stay.
+    If no folder of a run has a tokenizer, the options are returned unchanged.
+
     Raises:
       ValueError: The tokenizer cannot be read.
     """
@@ -173,7 +175,7 @@ class DataOptions(Options):
           yield f'{path}{text}'
 
   def shrunk(self) -> 'DataOptions':
-    """The same task in short rows, on the corpus from Python as bytes."""
+    """The same task in short rows, on bytes of Python's standard library."""
     embedded = _EMBEDDED[self.task.reads]
     return DataOptions(
       source=PythonStdlibSource() if self.mixture.sources else embedded,
@@ -194,8 +196,8 @@ class MixedDataset(Dataset):
 
   Attributes:
     mixture: The options of the mixture.
-    per_period: The number of rows in a period of each source that is learned
-      from.
+    per_period: For each source that is learned from, its number of rows in a
+      period of the mixture.
   """
 
   mixture: MixtureOptions = MixtureOptions()

@@ -29,10 +29,10 @@ from moe_jax.data.plain_files import first_line, parse_json
 from moe_jax.data.urls import Path
 from moe_jax.errors import InputError
 
-# Bytes of a file up to which text is one document, if it is not compressed.
+# Largest size in bytes of an uncompressed text file that is one document.
 WHOLE_BYTES = 2**24
-# Longer text is cut at the first empty line after so many bytes; without one
-# before twice as many, at the next end of a line; at `MOST_BYTES` anywhere.
+# Longer text is cut at the first empty line after `LEAST_BYTES` bytes, or at
+# the first end of a line after twice as many, or anywhere at `MOST_BYTES`.
 LEAST_BYTES = 2**16
 MOST_BYTES = 2**20
 # A longer line of JSON is refused, as it would have to be held in memory.
@@ -47,7 +47,7 @@ DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
 
 class Span(NamedTuple):
-  """A part of a file that is read by itself.
+  """A part of a file that is read independently of the other parts.
 
   Attributes:
     path: The file.
@@ -96,7 +96,7 @@ class PartBytes:
     """
     if self._end is not None:
       bytes_left = self._end - self._begin - self._read
-      # A line is not cut by the end of its span, which is the end of a line.
+      # A span ends where a line ends, so that no line is cut at its end.
       most = min(most, bytes_left)
     try:
       block = getattr(self._stream, method)(most) if most else b''
@@ -131,7 +131,7 @@ def spans(
 ) -> list[Span]:
   """The parts of a file that can be read independently, in order.
 
-  A compressed file is one part, as it can be read only from its begin.
+  A compressed file is one part, as it can be read only from its beginning.
 
   Args:
     path: The file.
@@ -351,7 +351,7 @@ def _opened(raw: BinaryIO, path: Path) -> io.BufferedReader:
 
 
 def _parquet_groups(path: Path, most: int) -> list[tuple[int, int, int]]:
-  """The begin and end of stretches of row groups, and their bytes in the file.
+  """(begin, end, bytes in the file) of each stretch of row groups.
 
   A stretch ends with the row group by which it reaches `most` bytes.
 

@@ -10,8 +10,8 @@ from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.shapes import Int
 
-# Number of rows that may still take an example. With 8, docstrings fill a fifth
-# fewer rows than with 1; 64 would save another 3 %.
+# Number of unfinished rows that may still take an example. With 8, docstrings
+# fill a fifth fewer rows than with 1; 64 would save another 3 %.
 _OPEN_ROWS = 8
 # Number of rows that are read to estimate the padding, to about one percent.
 _ROWS_SAMPLED = 256
@@ -19,7 +19,7 @@ _SIDES = {'encoder': 'encoder_segment_ids', 'decoder': 'segment_ids'}
 
 
 class ExampleRows(Rows):
-  """Random access to rows of whole examples, each in one row."""
+  """Random access to rows of whole examples; no example spans two rows."""
 
   def __init__(self, lengths: Lengths, layout: Layout, *, pack: bool = True):
     """Decides which examples each row has: one, or with `pack` several.

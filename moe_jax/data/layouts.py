@@ -214,7 +214,7 @@ class RowShape:
   def layout(self, start_id: int | None) -> Layout:
     """The layout of examples; a decoder's inputs start with `start_id`."""
     if self.encoder_decoder:
-      # The task's tokenizer has a start id, as the task has asked for one.
+      # The tokenizer has a start id, as a task of examples gives it an EOS.
       start = cast(int, start_id)
       return EncoderDecoderLayout(self.seq_len, self.target_len, start)
     return DecoderLayout(self.seq_len)

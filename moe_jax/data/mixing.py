@@ -20,7 +20,7 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
 
   Raises:
     ValueError: A weight is below 0, or all are 0; or the period is so short
-      that a source with a weight has no row in it.
+      that a source whose weight is above 0 has no row in it.
   """
   weight_array = np.array([*weights.values()], np.float64)
   if not len(weight_array) or weight_array.min() < 0 or not weight_array.sum():
@@ -67,9 +67,9 @@ class Schedule:
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
     source, rank = np.zeros((2, length), np.int64)
     rows_so_far = np.zeros_like(counts)
-    # Next is the source that must come soonest, among the sources whose share
-    # has come up; of equally urgent sources, the first. Equal ratios are equal
-    # floats, so that every machine has the same order.
+    # The next row is of the source that must come soonest, among the sources
+    # whose share has come up; of equally urgent sources the first is taken.
+    # Equal ratios are equal floats, so that every machine has the same order.
     for row in range(length):
       due = slack * (counts * (row + 1) - length * rows_so_far) >= length
       last = (slack * (rows_so_far + 1) - 1) / np.maximum(counts, 1)
@@ -117,10 +117,11 @@ class TaskRows(Rows):
 
 
 class MixedRows(Rows):
-  """The rows of several sources: one after another, or mixed in training.
+  """The rows of several sources, which are mixed in training.
 
-  By index, the rows are those of all sources, source after source and each row
-  once, as an evaluation needs; the stream of training follows the schedule.
+  The rows by index, which evaluations read, are all rows of the first source,
+  then all rows of the second, and so on. The stream of training follows the
+  schedule.
   """
 
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):

@@ -137,7 +137,7 @@ class PackedRows(Rows):
 
     Args:
       indices: Indices of rows, from 0.
-      offsets: Numbers of tokens in [0, T), [B] or one for all rows, by which a
+      offsets: Numbers of tokens in [0, T), [B] or a single number, by which a
         row begins later in the stream. The tokens before the offset then follow
         the stream's end, as documents of their own.
     """

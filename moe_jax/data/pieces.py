@@ -1,10 +1,11 @@
 """The tokens of a source, made once, in pieces, by a pool or by Apache Beam.
 
-`make_piece` is a pure function of the index of a piece: it writes a folder and
-renames it, with the same bytes always, and takes a piece that is there. So
-whoever calls it, in any order and how often, the work that was killed goes on
-where it ended. `make` has all pieces made and joins them; a run calls it when
-it starts, and so does the command of `prepare.py`, with more processes.
+`make_piece` is a pure function of the index of a piece: it writes a folder,
+always with the same bytes, renames it when it is whole, and leaves a piece that
+exists as it is. So any process may make any piece, in any order and repeatedly,
+and work that was killed goes on where it ended. `make` has all pieces made and
+joins them. A run calls `make` when it starts, and so does the command of
+`prepare.py`, with more processes.
 """
 
 import hashlib
@@ -44,15 +45,15 @@ _WORKER: dict[str, 'Work'] = {}  # of a worker process
 
 
 class Work(NamedTuple):
-  """What is tokenized, and where to; it can be pickled.
+  """The texts to tokenize and the folder for their tokens; can be pickled.
 
   Attributes:
     folder: Folder of finished pieces.
     pieces: The texts.
     streams: The streams of tokens; see `store.write_piece`.
     tokenizer: The tokenizer.
-    url: Folder of the same pieces at a URL, whence they are copied and whither;
-      '' is for none.
+    url: URL of a folder of the same pieces. Pieces that are there are copied
+      from there, and others are copied there; '' stands for no URL.
   """
 
   folder: pathlib.Path
@@ -67,14 +68,14 @@ class Work(NamedTuple):
 
 
 class Engine(NamedTuple):
-  """Who makes the pieces.
+  """The processes, or the runner of Apache Beam, that make the pieces.
 
   Attributes:
     processes: Number of processes of the pool; 1 is this process.
     runner: POOL, or the name of a runner of Apache Beam.
     arguments: Beam's own flags, such as '--region=europe-west1'.
-    on_progress: Called with the number of bytes whose tokens are there by now,
-      and with the number of all bytes.
+    on_progress: Function that is called with the number of bytes of the source
+      that are tokenized by now, and with the number of all its bytes.
   """
 
   processes: int = 1
@@ -88,7 +89,7 @@ class Report(NamedTuple):
 
   Attributes:
     folder: The folder of the tokens.
-    num_existing: Number of pieces that were there already.
+    num_existing: Number of pieces that existed already.
     bytes_read: Number of bytes of files that were read.
     peak_bytes: The most bytes of memory that one process of this host held.
   """
@@ -100,7 +101,7 @@ class Report(NamedTuple):
 
 
 def make_piece(work: Work, number: int) -> None:
-  """Writes the tokens of a piece, unless they are there and whole.
+  """Writes the tokens of a piece, unless they exist already and are whole.
 
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
@@ -116,7 +117,7 @@ def make_piece(work: Work, number: int) -> None:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-  """Whether a piece is there as it was written; what is damaged is removed."""
+  """Whether a piece exists as it was written; a damaged piece is removed."""
   try:
     verify(path, digests=True)
   except InputError:
@@ -130,7 +131,7 @@ def make(
   selection: Selection,
   engine: Engine = Engine(),
 ) -> Report:
-  """Makes the folder of a source's tokens, or verifies the one that is there.
+  """Makes the folder of a source's tokens, or verifies the folder if it exists.
 
   Raises:
     ValueError: The data is missing or bad, a process was killed, or the folder
@@ -161,7 +162,7 @@ def make(
   try:
     prepared(folder, write, digests=selection.cache_digests)
   except OSError:
-    # Another process may have joined the pieces, where there are no locks.
+    # On a file system without locks another process may have joined the pieces.
     if not folder.is_dir():
       raise
   shutil.rmtree(parts, ignore_errors=True)

@@ -19,8 +19,8 @@ _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 # No run ever draws so many rows.
 _ENDLESS_ROWS = 2**52
 
-# Number of batches assembled in advance. One batch would do if all steps took
-# equally long.
+# Number of batches that are assembled in advance. One batch would be enough if
+# all steps took equally long.
 _PREFETCHED = 4
 # Seconds between checks whether the thread, while it is waited for, is alive.
 _LOOK_SECONDS = 1.0
@@ -82,7 +82,7 @@ def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
   name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
   sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
   stream_seed = int(sequence.generate_state(1)[0])
-  # An index beyond the rows is one of the epoch that it belongs to.
+  # grain takes indices beyond the number of rows: they are of later epochs.
   order = grain.MapDataset.range(len(rows)).shuffle(stream_seed)
 
   def draw(row: Numbers) -> Batch:
@@ -148,7 +148,10 @@ def eval_batches(
 
 
 def spread(total: int, count: int) -> list[int]:
-  """`count` indices below `total`, spread evenly; 0 or too high takes all."""
+  """`count` indices below `total`, spread evenly.
+
+  If `count` is 0 or above `total`, the result is all indices.
+  """
   num_taken = min(count, total) or total
   return [i * total // num_taken for i in range(num_taken)]
 

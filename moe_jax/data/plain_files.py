@@ -12,8 +12,8 @@ from typing import Any, NoReturn, cast
 
 from moe_jax.errors import InputError
 
-# Larger than any config, index or tokenizer in use; JSON of this size takes
-# about ten times as much memory.
+# The largest size of a file that is read. No config, index or tokenizer in use
+# is as large; JSON of this size takes about ten times as much memory.
 MOST_BYTES = 2**28
 _SHOWN = 200  # characters of another library's message
 

@@ -145,7 +145,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   if options.arguments and options.runner == POOL:
     raise InputError(f'--runner={POOL} has no flags {options.arguments}')
   data = cli.said_options(DataOptions, options.config, overrides, 'data')
-  # A run that begins with another's parameters has its tokenizer, too.
+  # A run that begins with another run's parameters has that run's tokenizer,
+  # too.
   config = cli.config_of(options.config, overrides)
   begin: Any = config.get('init_from', {})
   if begin.get('workdir') and begin.get('keep_tokenizer', True):

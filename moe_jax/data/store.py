@@ -28,7 +28,7 @@ from moe_jax.data.contracts import DOCUMENTS, SPLITS, Tokenizer
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.errors import InputError
 
-# Name of the number of tokens of a stream among the counts of a split.
+# The key of each stream's number of tokens among the counts of a split.
 _TOKENS = {
   'documents': 'tokens',
   'inputs': 'input_tokens',
@@ -53,7 +53,8 @@ def write_piece(
     folder: An empty folder.
     texts: The split of each document or pair, and its texts.
     tokenizer: The tokenizer.
-    streams: DOCUMENTS or PAIRS, the stream of each of the texts.
+    streams: The names DOCUMENTS or PAIRS: the stream of the text of a document,
+      or of each of the two texts of a pair.
 
   Raises:
     ValueError: A text is no text, or an id is not in the vocabulary.
@@ -154,7 +155,7 @@ def _join_stream(pieces, folder, name) -> None:
 
 
 def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
-  """The tokens [N] of a split and the starts int64 [D] of its texts, mapped.
+  """Memory maps of a split's tokens [N] and of its texts' starts, int64 [D].
 
   Pairs have a tuple of two such streams, of inputs and of targets.
 
@@ -187,7 +188,8 @@ def _read(name: str, dtype: str, count: int) -> np.ndarray:
       f'{path} is missing or not of its {size} bytes; delete {path.parent}, '
       'and it is made anew'
     )
-  # A plain array over the map, as indexing a np.memmap gives memmaps.
+  # The result is a plain array over the mapped file, as indexing a np.memmap
+  # gives memmaps.
   return np.asarray(np.memmap(path, dtype, mode='r', shape=(count,)))
 
 
@@ -212,7 +214,11 @@ class Digest:
 
 
 def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """The ids of a text, unless the file's type would make others of them."""
+  """The ids of a text, as they are; ids that the file's type lacks are refused.
+
+  Raises:
+    ValueError: The ids are not integers in [0, vocab_size).
+  """
   size = tokenizer.vocab_size
   if ids.size and (
     ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < size
@@ -233,7 +239,7 @@ def utf8(text: Any) -> bytes:
   """The text in UTF-8.
 
   Raises:
-    ValueError: `text` is no text, or has a half of a character.
+    ValueError: `text` is no text, or has half of a surrogate pair.
   """
   if not isinstance(text, str):
     raise InputError(f'the source gave {text!r:.80}, which is no text')

@@ -24,7 +24,7 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def without_protocol(path: str) -> str:
-  """The path that a URL has within its file system; other paths stay."""
+  """The path that a URL has within its file system; any other path as it is."""
   return fsspec.core.url_to_fs(path)[1] if is_url(path) else path
 
 
@@ -51,9 +51,9 @@ def matching(pattern: str) -> Sequence[Path]:
 
 
 def stamp_of(path: Path) -> list:
-  """What changes with a file: its size first, then times and the inode.
+  """A list that changes with a file: its size, its times and its inode.
 
-  Of a file at a URL it is the size and fsspec's own key of the file's version.
+  For a file at a URL it has the size and fsspec's own key of the version.
   """
   if not isinstance(path, pathlib.Path):
     return [path.stat().st_size, path.fs.ukey(path.path)]

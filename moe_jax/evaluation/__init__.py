@@ -15,7 +15,7 @@ from moe_jax.config import Kinds
 from moe_jax.evaluation.by_source import SourceLosses, SourceScores
 from moe_jax.evaluation.choice import ChoiceEvaluation
 
-# The alias says that a name is public.
+# `import X as X` marks the name X as public.
 from moe_jax.evaluation.evaluate_run import evaluate as evaluate
 from moe_jax.evaluation.evaluate_run import evaluate_all as evaluate_all
 from moe_jax.evaluation.generated_text import GenerateEvaluation

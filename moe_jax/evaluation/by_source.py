@@ -192,7 +192,8 @@ def _choice_scores(
   log_probs = log_likelihoods(setting, variables, encoded, layout, task_ids)
   for name in dict.fromkeys(name for name, _ in asked):
     own = [(q, x) for (source, q), x in zip(asked, log_probs) if source == name]
-    # As in `ChoiceEvaluation`, no answer is worse for being longer.
+    # Scores are divided by length, as in `ChoiceEvaluation`, so that a longer
+    # answer is not worse for its length.
     answers = [log_prob / q.lengths('tokens') for q, log_prob in own]
     row = accuracy_row(answers, [q.item.label for q, _ in own])
     scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']

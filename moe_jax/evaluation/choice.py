@@ -110,7 +110,8 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
       N, K, P = len(items), self.num_shots, len(pool)
       if P < K:
         raise InputError(f'num_shots={K} of {P} train items of {source.name}')
-      # N K indices spread over the P examples, so that a question's K differ.
+      # The N * K indices are spread over the P examples, so that the K examples
+      # of a question differ.
       shots = [
         [pool[(k * N + i) * P // (N * K)] for k in range(K)] for i in range(N)
       ]
@@ -123,7 +124,7 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
     return [*names, 'shots'] if self.num_shots else names
 
   def shrunk(self) -> Self:
-    """The same evaluation of three questions about the embedded corpus."""
+    """The same evaluation, of three questions about Python's own library."""
     return dataclasses.replace(
       super().shrunk(),
       source=data.CHOICE_SOURCES.builtin['docstring_choice'](),

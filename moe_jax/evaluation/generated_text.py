@@ -148,7 +148,7 @@ def generator(
   num_tokens: int,
   **arguments: Any,
 ) -> 'Generate':
-  """The measurement of outputs for pairs, whose inputs are cut to their room.
+  """The measurement of outputs for pairs, whose inputs are cut if too long.
 
   Inputs and outputs have room for as many tokens as the model has positions.
 

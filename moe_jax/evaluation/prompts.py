@@ -140,7 +140,7 @@ class Asker:
     )
 
   def _has_room(self, example: Example, cut_example: Example) -> bool:
-    """Whether all inputs are left, and as many targets as a row ever takes."""
+    """Whether the cut leaves all inputs, and as many targets as fit any row."""
     _, room = self._lengths(1, len(example.targets))
     lengths = len(cut_example.inputs), len(cut_example.targets)
     return lengths == (len(example.inputs), room)

@@ -69,7 +69,7 @@ def beam_search(
     num_return: R, the number of sequences returned for each row, at most
       `num_beams`.
     length_penalty: The exponent of a sequence's length; above 0 favours long
-      sequences, below 0 short ones.
+      sequences, below 0 short sequences.
     **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
       `task_ids`; see `Ends`.
 
@@ -201,8 +201,8 @@ def advance(
 ) -> tuple[Search, Int32[Array, 'B W']]:
   """Takes one step of the search.
 
-  The candidates are so many of the best continuations that at least W of the
-  candidates do not end.
+  The candidates are the best continuations, as many as it takes for at least W
+  of them not to end.
 
   Returns:
     The next state, and the index of the beam that each new beam continues.
@@ -236,6 +236,6 @@ def advance(
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
-  """What belongs to the chosen of each row's sequences, [B, C] or [B, C, N]."""
+  """The part of `leaf`, [B, C] or [B, C, N], of the W chosen of C sequences."""
   index = chosen if leaf.ndim == 2 else chosen[..., None]
   return jnp.take_along_axis(leaf, index, axis=1)

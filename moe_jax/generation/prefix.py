@@ -370,7 +370,7 @@ def start(
     variables: The variables of the model.
     prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_beams: The number of beams of each row.
-    num_tokens: See `Ends`, also for the other arguments.
+    num_tokens: This and all further arguments are as in `Ends`.
 
   Raises:
     ValueError: As `prepare` and `make_prefix`, or an id is unknown.

@@ -1,7 +1,7 @@
 """The choices of experts for text that a model has generated.
 
-The model reads prompt and new tokens once more in the same steps, so that its
-choices are those of the generation.
+The model reads the prompt and the new tokens once more, in the same steps as
+when it generated them, so that its choices are the same.
 """
 
 import functools

@@ -169,7 +169,7 @@ class Block(nn.Module):
     return attention(h, ids, positions, bias, self.train, **keys), None
 
   def _residual_sum(self, x, y):
-    """The residual stream x with the output y of one of the block's layers."""
+    """The residual stream x plus the output y of attention or feed-forward."""
     c = self.config
     y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
     if c.residual_multiplier != 1:

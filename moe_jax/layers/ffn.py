@@ -88,7 +88,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class FfnOptions(Options):
-  """A feed-forward layer M -> F -> M."""
+  """The options of a feed-forward layer, from width M to F and back to M."""
 
   hidden: int = option(
     512, 'Width F of the hidden layer of a feed-forward.', minimum=1
@@ -142,7 +142,7 @@ class FfnLayer:
 
   @property
   def use_bias(self) -> bool:
-    """Whether products add a bias; the gate's needs `gate_bias`, too."""
+    """Whether products add a bias; the gate's product only if `gate_bias`."""
     bias = self.options.bias
     return self.shared.use_bias if not bias else bias == 'all'
 

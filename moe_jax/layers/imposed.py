@@ -132,7 +132,8 @@ def given_to_layer(
 ) -> GivenChoices | None:
   """The choices [B, T, K] of one layer, whose index may be traced.
 
-  Those of a layer that is not sparse are another layer's, which it ignores.
+  For a layer that is not sparse these are the choices of another layer, and the
+  layer has to ignore them.
   """
   if given is None:
     return None

@@ -208,7 +208,7 @@ class KernelFormat(Options):
 
 
 def fill_up(stored: Iterable[dict[str, Any]]) -> int:
-  """Pads ternary kernels in place to as many codes as the longest one has.
+  """Pads ternary kernels in place to the number of codes of the longest kernel.
 
   Returns this number, which is the option `KernelFormat.num_codes`.
   """

@@ -30,7 +30,7 @@ _ROLE = 'lstm'
 
 @dataclasses.dataclass(frozen=True)
 class LstmOptions(Options):
-  """The LSTM layers of a language model, M -> M."""
+  """The options of an LSTM layer, whose input and output have the width M."""
 
   hidden: int = option(
     0,

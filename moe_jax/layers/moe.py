@@ -109,7 +109,8 @@ class MoE(nn.Module):
       expert = SharedExpert(
         o.shared_expert, twin, self.shared, name=SHARED_EXPERT
       )
-      # With biases its output is not zero for tokens that no router sees.
+      # With biases a shared expert's output is not zero for tokens that no
+      # router sees.
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
     return y, aux
 

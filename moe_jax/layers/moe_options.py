@@ -151,9 +151,10 @@ class MoeOptions(ImposedOptions):
     return self.causality.leak or self.dispatch.leak()
 
   def in_layer(self, layer: int) -> 'MoeOptions':
-    """The options of one layer, and of all layers with as many experts.
+    """The options of one layer, where layers may have lost experts.
 
-    The result is `self` unless layers have lost experts.
+    Layers with equally many experts have equal options. The result is `self`
+    if no layer has lost experts.
     """
     if not self.retained.layers:
       return self
@@ -216,7 +217,7 @@ class MoeOptions(ImposedOptions):
 
   @property
   def shared_twin(self) -> Twin | None:
-    """The feed-forward that the shared expert is, or None.
+    """The feed-forward layer of the shared expert; None if there is none.
 
     It needs the defaults that `within` fills in.
     """
@@ -241,7 +242,7 @@ class MoeOptions(ImposedOptions):
       tried = (preferred, *(Sizes(4, k, capacity) for k in (2, 4, 1)))
       fitting = (s for s in tried if not any(router.problems_with(s)))
       sizes = next(fitting, preferred)
-    # All parts change at once, as a small router may not have the old sizes.
+    # All parts change at once, as the small router may not allow the old sizes.
     return dataclasses.replace(
       self,
       **parts,

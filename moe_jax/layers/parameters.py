@@ -16,8 +16,8 @@ from moe_jax.layers.shared import Shared
 
 Names = tuple[str | None, ...]
 
-# A function of a key, a shape and a dtype. Its result may be in a box, out of
-# which flax takes it.
+# A function of a key, a shape and a dtype. Its result, an array, may be in a
+# box, from which flax takes the array.
 Initializer = Callable[..., Any]
 
 
@@ -58,7 +58,7 @@ def boxed(
 
   Args:
     init: The initialiser.
-    axes: The logical name of each dimension; None for one without a name.
+    axes: The logical name of each dimension; None for a dimension without one.
     role: The part of the model, as in `Role`.
     form: The use of the parameter, as in `Role`.
   """
@@ -85,7 +85,7 @@ def kernel(
 
   Args:
     shared: The settings that all layers of the model share.
-    axes: The logical name of each dimension; None for one without a name.
+    axes: The logical name of each dimension; None for a dimension without one.
     role: The part of the model, as in `Role`.
     in_axis: The dimensions that are contracted with activations.
     out_axis: The dimensions of the result.

@@ -29,7 +29,8 @@ class Positions(Options):
   """
 
   added: ClassVar[bool] = False
-  # Without an annotation, by which the option of `Rotary` would be its first.
+  # An annotation would make this attribute the first field of `Rotary`, which
+  # has an option of this name.
   scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
@@ -176,7 +177,7 @@ def _last_positions(positions, segment_ids) -> Int[Array, 'B t']:
   """The last position in the segment of each token, or in each row."""
   if segment_ids is None:
     return positions.max(axis=1, keepdims=True)
-  # The compiler fuses this, so that nothing of [B, T, T] is stored.
+  # The compiler fuses the comparison, so that no array [B, T, T] is stored.
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
   return jnp.where(same, positions[:, None, :], 0).max(axis=2)
 
@@ -207,7 +208,8 @@ class Learned(Positions):
 
   def add(self, x, tokens, token_mask, positions, table=None):
     """Raises ValueError if a row exceeds the table."""
-    # A decoding step is short; its cache is as long as the positions go.
+    # A decoding step is short, and its cache has no more slots than there are
+    # positions.
     if positions.shape[1] > self.max_len:
       raise InputError(
         f'seq_len={positions.shape[1]} > max_len={self.max_len} of the learned '
@@ -256,7 +258,7 @@ class Relative(Positions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of more buckets for single distances than distances."""
+    """The problem of a `max_distance` that is at most half of `buckets`."""
     if self.buckets // 2 >= self.max_distance:
       most, N = self.max_distance, self.buckets
       yield f'max_distance={most} must be above half of buckets={N}'
@@ -317,10 +319,11 @@ class RelativePositionBias(nn.Module):
 
 
 def _toeplitz(values, query_len, key_len) -> Float[Array, 'H T S']:
-  """values[:, s - t + T - 1] at [:, t, s]: no gather, in value or gradient.
+  """The array whose element [:, t, s] is values[:, s - t + T - 1].
 
-  The values and one number more are repeated in a line, so that each row that
-  is cut from the line begins one value later than the one before.
+  Neither it nor its gradient needs a gather: the values, and a zero after them,
+  are repeated in a line and cut into rows of the values' length, each of which
+  begins one value earlier than the row before.
   """
   T, S = query_len, key_len
   H, n = values.shape

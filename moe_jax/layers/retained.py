@@ -47,7 +47,7 @@ class Retained(Options):
   def of(
     cls, counts: Mapping[int, int], rows: Mapping[int, tuple[int, ...]]
   ) -> 'Retained':
-    """The options with these `counts` and `rows`, which are by layer."""
+    """The options whose properties `counts` and `rows` have these values."""
     texts = (f'{i}: {" ".join(map(str, row))}' for i, row in rows.items())
     counts_text = ', '.join(f'{i}:{count}' for i, count in counts.items())
     return cls(counts_text, '; '.join(texts))
@@ -86,7 +86,7 @@ class Retained(Options):
     )
 
   def problems(self) -> Iterator[str]:
-    """The problems of texts that cannot be read, or that cannot be followed."""
+    """The problems of options that cannot be read, or contradict each other."""
     try:
       counts, rows = self.counts, self.rows
     except InputError as error:

@@ -17,10 +17,11 @@ from moe_jax.config import Kinds, Options, option
 
 
 class Turns(NamedTuple):
-  """The rotation of the P pairs of dimensions of a head at each position.
+  """The rotations of the P pairs of dimensions of a head.
 
   Attributes:
-    frequency: float32 [P], radians by which each pair turns at a position.
+    frequency: float32 [P], the radians by which each pair turns from one
+      position to the next.
     factor: The number that a pair is multiplied by as it turns.
   """
 
@@ -37,7 +38,7 @@ class RotaryScaling(Options):
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:
-    """The turns of the pairs of the first `width` dimensions of each head.
+    """The rotations of the pairs in the first `width` dimensions of each head.
 
     Args:
       theta: The base of the wavelengths.
@@ -48,9 +49,9 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position from which on a document is long and turns otherwise.
+    """The first position that only long documents have; None: none is long.
 
-    It is None where long documents turn like short ones.
+    In long documents the pairs turn by other angles.
     """
 
   @property
@@ -169,8 +170,9 @@ class Yarn(RotaryScaling):
 class LongRope(RotaryScaling):
   """Each pair turns slower by a factor of its own, which has two values.
 
-  `long_factor` lists those of long documents, segments of a row with a token at
-  a position of `original_len` or more, and `short_factor` those of others.
+  `long_factor` lists the factors in long documents, segments of a row with a
+  token at a position of `original_len` or more, and `short_factor` the factors
+  in other documents.
   Source: arXiv:2402.13753. Unlike transformers 5.24, which lets the longest row
   of a batch decide, no document here depends on another. transformers'
   Phi-3.5-MoE never uses the list for long documents; see
@@ -222,7 +224,7 @@ class LongRope(RotaryScaling):
         yield f'{name} has {count} numbers for the {pairs} pairs of a head'
 
   def shrunk(self) -> RotaryScaling:
-    """No scaling, as small heads have fewer pairs than the lists factors."""
+    """No scaling, as the lists have a factor for each pair of larger heads."""
     return Unscaled()
 
   def turns(self, theta, width, long=False):
@@ -243,5 +245,5 @@ SCALINGS = Kinds(
 
 
 def frequencies(theta: float, width: int) -> np.ndarray:
-  """Radians by which each of width / 2 pairs turns at a position, float32."""
+  """Radians, float32, by which each of width / 2 pairs turns per position."""
   return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)

@@ -39,8 +39,8 @@ class Init(Options):
       residual: Whether the product is added to the residual stream.
       shrink: The number that the usual variance is divided by.
       num_layers: L, the depth of the model.
-      **axes: The dimensions that are contracted (`in_axis`), those that they
-        are contracted into (`out_axis`), and those along which independent
+      **axes: The dimensions that are contracted (`in_axis`), the dimensions of
+        the result (`out_axis`), and the dimensions along which independent
         kernels are stacked (`batch_axis`).
     """
     raise NotImplementedError
@@ -78,7 +78,7 @@ class Gpt2(Init):
   """
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser, whose deviation is over the root of `shrink`."""
+    """Returns the initialiser; the root of `shrink` divides the deviation."""
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
 

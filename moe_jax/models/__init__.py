@@ -3,7 +3,7 @@
 from moe_jax.config import Kinds
 from moe_jax.layers.attention.cache import KVCache
 
-# The alias says that a name is public.
+# `import X as X` marks the name X as public.
 from moe_jax.models.base import Model as Model
 from moe_jax.models.base import ModelOptions as ModelOptions
 from moe_jax.models.decoder import DecoderOptions as DecoderOptions

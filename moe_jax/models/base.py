@@ -173,7 +173,7 @@ class Model(nn.Module):
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
-  """Outputs with zeros in place of those at tokens whose loss weight is 0.
+  """The outputs, with zeros at tokens whose loss weight is 0.
 
   A NaN at such a token would be 0 * NaN in the loss and in the gradient.
   """

@@ -54,9 +54,9 @@ def longest(model: Model) -> int | None:
 def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
   """Checks that no keys in a cache would have to change.
 
-  Some rotary positions turn all keys of a row otherwise once it is longer than
-  `original_len`. The keys in a cache stay as they are, so no generation may
-  begin within that length and end beyond it.
+  Some rotary positions turn all keys of a row by other angles once the row is
+  longer than `original_len`. The keys in a cache stay as they are, so no
+  generation may begin within that length and end beyond it.
 
   Args:
     model: The model.

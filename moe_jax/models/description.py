@@ -1,7 +1,7 @@
 """The description of a model's layers, which the model gives once.
 
 Losses, the state of routers, generation, replay, analysis and changes of
-parameters derive all else that they ask of layers from it.
+parameters derive from this description all that they need to know of layers.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Layer(NamedTuple):
   Attributes:
     moe: The mixture of experts of the layer; None for a dense layer. Sizes that
       a config leaves at 0 are filled in.
-    path: The path of the layer's variables in those of the model.
+    path: The path of the layer's variables in the variables of the model.
     index: The index of the layer in arrays that several layers share, stacked;
       None if it has arrays of its own.
   """
@@ -60,7 +60,7 @@ class LayerStack:
 
   Attributes:
     layers: The layers, in order.
-    path: The path of the stack's variables in those of the model.
+    path: The path of the stack's variables in the variables of the model.
     prefix: The prefix of the batch keys that hold the stack's tokens.
     causal: Whether a token sees no later tokens, as in a decoder.
     padding: The rule for whether routers see padding.
@@ -169,7 +169,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def num_tasks(self) -> int:
-    """The number of tasks that routers by task tell apart; 0 without such."""
+    """The number of tasks that routers tell apart; 0 if none routes by task."""
     return max((c.block.shared.num_tasks for c in self.blocks), default=0)
 
   @property
@@ -188,7 +188,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def forced_balance(self) -> str:
-    """The warning that choices are forced and no router's; '' if none are.
+    """The warning that experts are forced, not chosen by routers; '' if not so.
 
     See `layers.imposed.ImposedOptions.forced`.
     """

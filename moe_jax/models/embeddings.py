@@ -99,7 +99,7 @@ class Embeddings(nn.Module):
   config: EmbeddingConfig
 
   def setup(self) -> None:
-    """Makes the tables."""
+    """Makes the tables, the kernel and bias of logits, and dropout."""
     c, dtype = self.config, self.config.shared.param_dtype
     shape = (c.vocab_size, c.width)
     init = parameters.table(c.shared, ('vocab', 'embed'))

@@ -198,7 +198,7 @@ class EncoderDecoder(Decoder):
   encoder_blocks: StackConfig
 
   def setup(self) -> None:
-    """Makes the submodules; tables are in the model's own scope."""
+    """Makes the submodules; embedding tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     self.encoder = Stack(self.encoder_blocks)

@@ -1,4 +1,4 @@
-"""The arrays of single sparse layers, and models that have other arrays there.
+"""The arrays of single sparse layers, and models with other arrays in them.
 
 Merging, pruning and exports read a model layer by layer and build a model with
 fewer experts, or with copies of experts. Arrays are told apart by their roles
@@ -101,7 +101,7 @@ def sparse_layers(
 def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-  """Each layer's parameters and state, by one program for all slices."""
+  """The parameters and state of each layer, all sliced by one program."""
   return [
     model.stacks.layer_trees(variables.get(name, {}))
     for name in ('params', ROUTER_STATE)

@@ -249,7 +249,7 @@ class StackOptions(LayerOptions):
 
   @property
   def stack_values(self) -> dict[str, Any]:
-    """The values of the options of a stack by itself."""
+    """The values of the options that `StackOptions` has, by name."""
     return {name: getattr(self, name) for name in fields_of(StackOptions)}
 
   @property

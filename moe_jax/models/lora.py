@@ -77,7 +77,9 @@ class LoraOptions(Options):
 
 
 class _Kernel(NamedTuple):
-  """A kernel with an adapter: its dimensions are stacked, inputs, outputs.
+  """A kernel with an adapter.
+
+  Its dimensions are, in order, those that stack kernels, inputs and outputs.
 
   Attributes:
     shape: The shape of the kernel.
@@ -102,7 +104,7 @@ class _Kernel(NamedTuple):
     }
 
   def product(self, a: Array, b: Array) -> Array:
-    """A B, of the shape of the kernel."""
+    """The product A B of the two factors, in the shape of the kernel."""
     dims = tuple(string.ascii_lowercase[: len(self.shape)])
     names = self.factors(dims, 'z')
     equation = f'{"".join(names["a"])},{"".join(names["b"])}->{"".join(dims)}'
@@ -261,7 +263,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
 
 
 def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
-  """A kernel's dimensions as stacked ones, inputs and outputs, by its axes.
+  """The `_Kernel` at a path, whose inputs and outputs follow from its axes.
 
   Of two dimensions that are not stacked the first is the input. Of more, a
   first 'embed' or 'latent' is the only input, or a last 'embed' the only

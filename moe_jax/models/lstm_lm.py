@@ -152,7 +152,7 @@ class LstmLm(Model):
   between: LstmLayersConfig
 
   def setup(self) -> None:
-    """Makes the submodules; tables are in the model's own scope."""
+    """Makes the submodules; embedding tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     c = self.between
@@ -257,7 +257,10 @@ class LstmLm(Model):
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
-    """The model with room for all tokens, and its variables as they are."""
+    """The model whose experts have room for all tokens, and its variables.
+
+    The arrays are the same, without boxes.
+    """
     del batch_size, platform, window
     moe = self.between.moe
     check_decodes(moe)

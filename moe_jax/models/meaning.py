@@ -1,9 +1,8 @@
 """The options that decide what a model's parameters compute.
 
-They serve to compare two models.
-
-Two models whose parameters have equal shapes and whose meanings are equal are
-the same function outside of training, except for rounding.
+Models are compared by these options. Two models whose parameters have equal
+shapes and whose meanings are equal are the same function outside of training,
+except for rounding.
 """
 
 import dataclasses
@@ -43,7 +42,7 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
 
 
 def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
-  """The options whose values differ, as (old, new); None for an absent one."""
+  """The options that differ, as (old, new); None where a model lacks them."""
   return config.difference(meaning(old), meaning(new))
 
 

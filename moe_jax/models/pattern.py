@@ -115,7 +115,7 @@ def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
     rest = kinds[start:]
     pattern, repeats = max(
       ((rest[:p], _count_repeats(rest, p)) for p in range(1, MAX_PERIOD + 1)),
-      # A loop of one period is no loop, and covers a single layer.
+      # A pattern that does not repeat is no loop, and covers a single layer.
       key=lambda cut: (
         len(cut[0]) * cut[1] if cut[1] > 1 else min(cut[1], 1),
         -len(cut[0]),

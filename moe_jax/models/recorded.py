@@ -26,9 +26,9 @@ class LayerChoices(NamedTuple):
       that were lost because an exchange between devices was full count as
       served; choices that `second_policy` withheld do not.
     logits: float [B, T, E], the logits that the router's losses are computed
-      from, without noise, of the same type; None where they are not asked for
-      or the router has none. Where merged experts share
-      router columns, E is the number of columns.
+      from, without noise, of the same type as `gate`; None where they are not
+      asked for or the router has none. Where merged experts share router
+      columns, E is the number of columns.
   """
 
   expert: Leaf
@@ -39,7 +39,8 @@ class LayerChoices(NamedTuple):
 
 # The choices of each sparse layer, by the layer's index; None: none recorded.
 Choices = dict[int, LayerChoices] | None
-# (model, variables, arguments of `apply`) -> (its result, choices)
+# A function (model, variables, arguments of `apply`) -> (result of `apply`,
+# choices).
 Apply = Callable[..., tuple[Any, Choices]]
 
 

@@ -1,6 +1,7 @@
 """Parts of a model by name: expressions over the roles of its parameters.
 
-names_of('all - embeddings', roles)
+For example, `names_of('all - embeddings', roles)` gives the names of all
+parameters except the embeddings.
 """
 
 import re

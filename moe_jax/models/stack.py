@@ -27,7 +27,7 @@ from moe_jax.shapes import Array, Bool, Float, Int, Int32
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-  """Padding that takes no slot, is not counted and that no token attends to."""
+  """The rule that padding takes no slot, is not counted and not attended to."""
 
   def context(self, context: Context) -> Context:
     """The context that blocks read, from a context that hides padding.
@@ -218,8 +218,8 @@ class Period(nn.Module):
     c = self.config
     block = Block
     if c.remat != 'none':
-      # A loop's body is never merged with its recomputation; straight code,
-      # unrolled or of one period, is.
+      # The compiler never merges the body of a loop with its recomputation, but
+      # would merge straight code, which is unrolled or has one period.
       block = nn.remat(
         Block, policy=REMATS[c.remat], prevent_cse=not self.loops
       )

@@ -41,7 +41,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 class ParameterTrees(NamedTuple):
   """The shapes, axes and roles of parameters, known without their values.
 
-  Each is a tree with the structure of the parameters, without boxes.
+  Each attribute is a tree with the structure of the parameters, without boxes.
 
   Attributes:
     shapes: The `jax.ShapeDtypeStruct` of each parameter.
@@ -153,7 +153,7 @@ def move_router_state(
   """
 
   def move(router, state, rows):
-    """Moves a router's state, the highest level of the tree with arrays."""
+    """Updates a router's state, the highest level of the tree with arrays."""
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)
     return {name: move(router, part, rows) for name, part in state.items()}

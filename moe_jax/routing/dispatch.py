@@ -145,7 +145,9 @@ class Rows(NamedTuple):
 
 @jax.named_scope('index')
 def slot_rows(routing: Routing) -> Rows:
-  """The rows [E, R] of slots, R = G * C: group after group for each expert.
+  """The contents of the rows [E, R] of experts that are slots, R = G * C.
+
+  The rows of an expert are its slots, group after group.
 
   Raises:
     ValueError: The routing has no capacity.

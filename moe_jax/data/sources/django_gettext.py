@@ -73,8 +73,8 @@ class Pair(NamedTuple):
   Attributes:
     language: django's name of the language, such as 'pt_BR'.
     message: The English message.
-    translation: The translation; for a message with plurals, that of the
-      singular.
+    translation: The translation; for a message with plurals, the translation
+      of the singular.
   """
 
   language: str
@@ -105,7 +105,7 @@ def locate() -> pathlib.Path:
 
 @functools.cache
 def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """The catalogues of each language, searched once in thousands of folders."""
+  """The catalogues by language; cached, as the search takes many folders."""
   by_language = {}
   for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
     by_language.setdefault(path.parts[-3], []).append(path)
@@ -159,7 +159,7 @@ def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
   """
   catalogue = gettext.GNUTranslations(io.BytesIO(content))
   order = '<' if content[:4] == _LITTLE_ENDIAN else '>'
-  # The library looks messages up but does not list them.
+  # The module gettext can look up a message, but does not list all messages.
   count, table = struct.unpack(f'{order}2I', content[8:16])
   for i in range(count):
     length, offset = struct.unpack_from(f'{order}2I', content, table + 8 * i)

@@ -24,7 +24,7 @@ from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.urls import Path, matching, stamp_of
 from moe_jax.errors import InputError
 
-# Bytes of files in a piece, which one process tokenizes at a time.
+# Number of bytes of files in a piece, which one process tokenizes at a time.
 PIECE_BYTES = 2**25
 # Rules in place of a split, for a part whose documents are in both splits.
 _BY_HASH, _LAST_TENTH = 'by hash', 'last tenth'
@@ -113,7 +113,7 @@ class FilePieces(Pieces):
   """Parts of files, in pieces of about `PIECE_BYTES`."""
 
   def __init__(self, parts: Iterable[Part], field: str, selection: Selection):
-    """Groups the parts, in order."""
+    """Groups the parts, in their order, into pieces."""
     self._field, self._selection = field, selection
     self._pieces: list[list[Part]] = [[]]
     sizes = [0]

@@ -73,7 +73,7 @@ class JsonlSource(SourceOptions):
 
     return Pairs(
       f'jsonl:{self.pattern} ({len(paths)} files, {total} lines)',
-      # The second version leaves out answers of weight 0.
+      # The 2 is a version: since version 2, answers of weight 0 are left out.
       f'jsonl 2 {digest.hexdigest()} {selection.splits}',
       of_split,
     )
@@ -103,7 +103,7 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
 
 
 def conversation(messages: Any, where: str) -> list[Pair]:
-  """The pairs of a conversation: what precedes an answer, and the answer.
+  """The pairs of a conversation: all messages before an answer, and the answer.
 
   Each message before an answer is written in lines of its own, as
   `user: Hello`. An answer whose `weight` is 0 makes no pair.

@@ -41,7 +41,8 @@ OPTIONAL_MODULES = tuple(
   smtpd sndhdr sunau telnetlib this tkinter turtledemo uu xdrlib
   """.split()  # noqa: SIM905
 )
-# Modules that are in no corpus, nearly all of one platform or two Pythons.
+# Modules that are never in the corpus; nearly all of them exist on one platform
+# or in two versions of Python only.
 _NO_MODULES = set(
   """
   _android_support _apple_support _bootsubprocess _colorize _ios_support
@@ -152,7 +153,8 @@ def _reader(
   Args:
     files: Name and text of each file; the name decides the file's split.
     examples: Function from name and text to the examples of a file, each with
-      key of its own; a hash of keys orders the examples of a split, as in TFDS.
+      a key of its own; a hash of keys orders the examples of a split, as in
+      TFDS.
     selection: The splits.
   """
 
@@ -279,7 +281,7 @@ def _without_docstring(
   first = min(d.lineno for d in [node, *node.decorator_list])
   before = lines[first - 1 : docstring.lineno - 1]
   after = lines[docstring.end_lineno : node.end_lineno]
-  # Columns are in bytes of UTF-8.
+  # Python's parser counts columns in bytes of UTF-8.
   head = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
   last = cast(int, docstring.end_lineno) - 1
   tail = lines[last].encode()[docstring.end_col_offset :]

@@ -221,9 +221,9 @@ class TfdsSource(SourceOptions):
   ) -> tuple[Builder, Callable[[str], Iterator[tuple[str, ...]]]]:
     """The builder, and a function from a split to texts of its examples.
 
-    The function takes 'train' or 'validation'. The texts are those of the
-    features that the options with the given names have; features and splits
-    are checked to exist.
+    The function takes 'train' or 'validation'. The values of the named options
+    are the features that give the texts. Features and splits are checked to
+    exist.
     """
     features = [getattr(self, name) for name in options]
     builder = checked_builder(

@@ -35,7 +35,8 @@ from moe_jax.shapes import Bool, Int
 
 MODES = ('R', 'S', 'X')
 Denoiser = tuple[str, float, float, float]
-# The denoisers of table 1 of the paper, as `Ul2Task.denoisers` has them.
+# The denoisers of table 1 of UL2 (arXiv:2205.05131): the mode, the mean span
+# (0: a prefix), the density and the weight, as in `Ul2Task.denoisers`.
 DENOISERS: tuple[Denoiser, ...] = (
   ('R', 3.0, 0.15, 1.0),
   ('R', 8.0, 0.15, 1.0),
@@ -306,7 +307,10 @@ class SpanCorruption(WindowTask):
     return window
 
   def lengths(self, n: Counts) -> Lengths:
-    """The lengths of examples of windows of `n` tokens; none falls with `n`."""
+    """The lengths of examples of windows of `n` tokens.
+
+    None of the lengths falls as `n` rises.
+    """
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
@@ -373,7 +377,7 @@ def corrupt(
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
-  # For every token a sentinel and the token itself, from which masks choose.
+  # The masks choose from pairs of a sentinel and a token, one for each token.
   pairs = np.stack([marks, window], axis=1)
   inputs = pairs[np.stack([begins, ~mask], axis=1)]
   targets = pairs[np.stack([begins, mask], axis=1)]

@@ -4,7 +4,7 @@ To add a tokenizer, write a file with a `Tokenizer` and its `TokenizerOptions`
 and list the options here.
 """
 
-# An alias says that a name is public that is not used here.
+# `import X as X` marks the name X, which is not used here, as public.
 from moe_jax.config import Kinds
 from moe_jax.data.contracts import Tokenizer as Tokenizer
 from moe_jax.data.contracts import TokenizerOptions

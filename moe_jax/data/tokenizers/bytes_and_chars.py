@@ -98,7 +98,7 @@ class Chars(Tokenizer, kind='chars'):
     return repr(self.decode([token]))
 
   def state(self) -> dict[str, Any]:
-    """The characters."""
+    """A dict with the characters, joined in one text."""
     return {'characters': self.characters}
 
 

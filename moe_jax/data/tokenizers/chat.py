@@ -21,7 +21,7 @@ from moe_jax.errors import InputError
 
 Message = Mapping[str, Any]
 PROGRAM = pathlib.Path(__file__).with_name('chat_child.py')
-# No other variable of the environment is seen by a template's process.
+# The only environment variables that a template's process can see.
 _ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers that depend on no texts, in place of options that fit one."""
+"""Options of tokenizers that depend on no texts, so that none are fitted."""
 
 import dataclasses
 import hashlib

@@ -17,7 +17,7 @@ from moe_jax.errors import InputError
 
 
 class SentencePiece(Tokenizer, kind='sentencepiece'):
-  """A SentencePiece model, whose ids are those of the library.
+  """A SentencePiece model, with the ids of the library `sentencepiece`.
 
   Normalisation, the space before a text, user-defined symbols and bytes for
   unknown characters are as the model says. Names of control symbols in a text,

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from moe_jax.data.contracts import Token, Tokenizer
 
-# The character that stands for bytes that are no character, or not yet a whole
-# character.
+# The character U+FFFD, which stands for bytes that are no character, or that
+# are the beginning of a character.
 _UNKNOWN = '\ufffd'
-# The most bytes of a UTF-8 character that lacks its last byte.
+# The largest number of bytes of a UTF-8 character that lacks its last byte.
 _MOST_BYTES = 3
 # The number of known tokens that are decoded before the first new token.
 _CONTEXT = 16

@@ -1,4 +1,4 @@
-"""Tokenizers that exist: of a run, or in files of other libraries."""
+"""Reads tokenizers that exist: those of runs, and files of other libraries."""
 
 import dataclasses
 import os

@@ -21,12 +21,13 @@ from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.errors import InputError
 
-# The 256 bytes and the EOS, and for unigram models an unknown id, a tab and a
-# newline: every text can be encoded, and decoded again.
+# The least size of a vocabulary, which has the 256 bytes and the EOS, and for
+# unigram models an unknown id, a tab and a newline. With these ids every text
+# can be encoded, and decoded again.
 _FEWEST = 260
 _LINE = 2000  # characters of a line that a unigram model is trained on
-# Characters that are trained on at most. A unigram model takes about 2.5 s and
-# 21 MiB for each million, BPE a quarter of a second.
+# Largest number of characters that a tokenizer is trained on. A unigram model
+# takes about 2.5 s and 21 MiB for each million, BPE a quarter of a second.
 MOST = 2**26
 
 
@@ -53,7 +54,7 @@ class TrainedOptions(TokenizerOptions):
   )
 
   def identity(self) -> str:
-    """The model and its size; the texts belong to the data's identity."""
+    """The kind of model and its size; the texts are in the data's identity."""
     return f'trained {self.model} {self.vocab_size}'
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
@@ -115,7 +116,7 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
       hard_vocab_limit=False,
       num_threads=1,  # for a fixed order of sums
       minloglevel=2,
-      # Nothing of a text is lost: no character, no space, no line.
+      # With the next options a text loses no character, space or line.
       byte_fallback=True,
       normalization_rule_name='identity',
       add_dummy_prefix=False,

@@ -333,7 +333,7 @@ class Attention(nn.Module):
     return key, value
 
   def _attend_slots(self, attention, query, key, value):
-    """attention(query, key, value), for the keys and values of a cache."""
+    """The result of attention(query, key, value) for what a cache keeps."""
     return attention(query, key, value)
 
   def _heads(self, x, name, heads, shape, **init):
@@ -348,7 +348,9 @@ class Attention(nn.Module):
     return options.finished(y, scale)
 
   def _project(self, x, name, axes, outputs, **init):
-    """Tokens [B, S, *M] by the kernel w_<name>, [*M, *N], with its bias if any.
+    """The products of tokens [B, S, *M] with the kernel w_<name>, [*M, *N].
+
+    The bias b_<name> is added if the options say so.
 
     Args:
       x: The tokens that are projected.

@@ -108,8 +108,8 @@ def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
 
 
 def _backward(keys, query_blocks, saved, dy):
-  # The barrier keeps the compiler from finding the scores of the forward pass
-  # again where layers are no loop, and from keeping them until here.
+  # Where layers are no loop, the compiler would find the same scores in the
+  # forward pass, and keep them until here; the barrier prevents this.
   saved = jax.lax.optimization_barrier(saved)
   query, key, value, bias, sinks, ids, y, statistics = saved
   H, S = query.shape[2], key.shape[1]

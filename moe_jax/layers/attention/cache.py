@@ -19,8 +19,8 @@ from moe_jax.shapes import Array, Bool, Float, Int, Int32, Leaf
 class Slots(NamedTuple):
   """Keys and values of the slots of a cache, and of the newest tokens.
 
-  They are those of one layer, or of all L layers of a decoder's attention to an
-  encoder, whose output they are projections of.
+  The keys and values are those of one layer, or of all L layers of a decoder's
+  attention to an encoder, where they are projections of the encoder's output.
 
   Attributes:
     key: The keys, [B, N, S, D]; those of all layers are [L, B, N, S, D], or L

@@ -19,8 +19,8 @@ from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
-# The smallest side of a block of splash, and the sides that are tried in this
-# order, as larger blocks make fewer steps.
+# The smallest side of a block of the kernel splash, and the sides that are
+# tried in this order, as larger blocks make fewer steps.
 _LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 
@@ -50,8 +50,8 @@ def attend(
     value: The value of every token.
     segment_ids: The segment of each query. A token sees its own segment alone,
       padding (0) included; None: each row is one segment.
-    key_segment_ids: The segment of each key; None: those of the queries, or
-      one for each row of another sequence.
+    key_segment_ids: The segment of each key; None: the segments of the queries
+      or, in another sequence, one segment for each row.
     keys: The rules for which of the segment's keys a token sees.
     implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
     bias: The bias that is added to the scaled scores.
@@ -288,10 +288,10 @@ def _splash_kernel(T, H, keys, interpret):
 
 
 def _on_each_device(f, query, key, value, segment_ids, sinks):
-  """f on every device's own rows and heads, as compilers cannot split kernels.
+  """The result of f, each device computing its own rows and heads.
 
-  Rows or heads that do not divide by their mesh axes are computed whole on each
-  device.
+  A compiler could not split a kernel itself. Rows or heads that do not divide
+  by their mesh axes are computed whole on each device.
   """
   axis_sizes = spread(query)
   if not axis_sizes:

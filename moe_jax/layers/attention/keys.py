@@ -77,7 +77,7 @@ def masked_softmax(
 def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:
   """The numbers that hide keys from scores: 0 if visible, else the least.
 
-  A selection would keep the mask, as large as the scores, for a gradient that
-  is zero there anyway.
+  A selection (`where`) would keep the mask, as large as the scores, for the
+  backward pass, although the gradient of hidden scores is zero anyway.
   """
   return jnp.where(mask, 0, jnp.finfo(jnp.float32).min).astype(jnp.float32)

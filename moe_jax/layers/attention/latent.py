@@ -156,7 +156,10 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1)
 
   def _cached(self, x, position_args):
-    """Short vectors [B, S, 1, R + r], r of them a rotated key; no values."""
+    """The short vectors with a rotated key of width r, [B, S, 1, R + r].
+
+    The values have width 0.
+    """
     c, axes = self.options, ('embed', 'latent')
     short = self._project(x, 'kv_down', axes, (c.cached_width,))[:, :, None]
     vector, key = jnp.split(short, [c.kv_rank], axis=-1)
@@ -203,6 +206,7 @@ class LatentAttention(Attention):
     plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
     plain = jnp.einsum('BTHn,RHn->BTHR', plain, up_key)
     query = jnp.concatenate([plain, rotary], axis=-1)
-    # The sums of rotated keys are dropped: a slice would copy the cache.
+    # The values include the rotated keys, as a slice without them would be a
+    # copy of the cache; the sums of the rotated keys are dropped afterwards.
     sums = attention(query, key, key)[..., : c.kv_rank]
     return jnp.einsum('BTHR,RHv->BTHv', sums, up_value)

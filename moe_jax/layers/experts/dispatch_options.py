@@ -63,7 +63,11 @@ class Gather(Dispatch):
   shadowing: Shadowing = _SHADOWING
 
   def leak(self):
-    """A leak where rows drop, as all tokens choose the shadowed experts."""
+    """The leak of an exchange that drops rows, where experts are shadowed.
+
+    The choices of all tokens decide which experts are shadowed, and so which
+    rows may drop.
+    """
     fraction = self.exchange.capacity_fraction
     if fraction == 1.0 or not self.shadowing.experts:
       return None
@@ -109,7 +113,10 @@ class Dropless(Dispatch):
   shadowing: Shadowing = _SHADOWING
 
   def leak(self):
-    """A leak where buffers are small: rows of a device's last experts drop."""
+    """The leak of an exchange whose buffers are too small for all rows.
+
+    The rows of a device's last experts drop first.
+    """
     fraction = self.exchange.capacity_fraction
     if fraction == 1.0:
       return None

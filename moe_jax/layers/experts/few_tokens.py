@@ -115,7 +115,7 @@ def apply_one_by_one(
 def _tokens_and_gates(x, routing):
   """All tokens [N, M], and the gates of all experts [N, E]; 0 if not chosen."""
   gate = routing.token_gates().reshape(-1, routing.num_experts)
-  # A NaN of a token that no expert serves would stay: 0 * NaN.
+  # A NaN of a token that no expert serves would stay, as 0 * NaN is NaN.
   return without_nan((gate != 0).any(1), x.reshape(-1, x.shape[-1])), gate
 
 

@@ -96,7 +96,7 @@ class TokenInfo(NamedTuple):
     return dict.fromkeys(given, Int[Array, 'B T'])
 
   def static_sizes(self) -> dict[str, int]:
-    """No sizes, as the arrays tell all of them."""
+    """No sizes, as all sizes follow from the arrays' shapes."""
     return {}
 
 

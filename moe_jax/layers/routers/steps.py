@@ -26,7 +26,7 @@ from moe_jax.routing.token_choice_rule import choice_problems
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, checked
 
 # Functions that round float32 numbers to the precision of a type, by the type's
-# name. The rounded numbers, and all that is computed of them, stay float32.
+# name. The rounded numbers, and all that is computed from them, stay float32.
 ROUNDINGS = {
   'float32': lambda x: x,
   'bfloat16': lambda x: jax.lax.reduce_precision(x, 8, 7),

@@ -39,7 +39,7 @@ class StrictlyBalanced(contract.RouterOptions):
     return StrictlyBalancedRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak in training alone, as a threshold judges a token by itself."""
+    """A leak in training alone; in inference a threshold judges each token."""
     return contract.Causality(steps.EXPERTS_CHOOSE)
 
 

@@ -105,7 +105,8 @@ class TopologyAware(contract.RouterOptions):
 
     Padding counts among the tokens of a group, as it does in capacities.
     """
-    # Exact: 0.29 * 100 in floating point is below 29, a token too few.
+    # The product is computed exactly, since in floating point 0.29 * 100 is
+    # below 29, so that one token too few would be allowed to leave.
     return int(fractions.Fraction(str(self.outgoing_fraction)) * group_size)
 
   @property
