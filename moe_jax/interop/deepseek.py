@@ -60,8 +60,6 @@ from moe_jax.models import DecoderOptions
 # transformers' epsilon in the norms of latent attention's compressed vectors,
 # whatever rms_norm_eps is.
 _EPSILON = 1e-6
-_REMOTE = "only the model's own remote code reads it"
-_DERIVED = 'it follows from the widths of the parts'
 _GREEDY, _GROUPED = 'greedy', 'group_limited_greedy'
 # transformers leaves layer 61 out of every checkpoint, as DeepSeek-V3's own has
 # it behind its 61 layers.
@@ -110,14 +108,15 @@ _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
     'and balance_weight of the router',
   ),
 }
-_LATENT_IGNORED = {
-  'auto_map': _REMOTE,
-  'seq_aux': _REMOTE,
-  'ep_size': _REMOTE,
-  'pretraining_tp': _REMOTE,
-  'head_dim': _DERIVED,
-  'qk_head_dim': _DERIVED,
-}
+# Only the models' own remote code reads the first three; the last two follow
+# from the widths of the parts.
+_LATENT_IGNORED = (
+  'seq_aux',
+  'ep_size',
+  'pretraining_tp',
+  'head_dim',
+  'qk_head_dim',
+)
 KEYS_V2 = decoders.keys(
   dict(
     _LATENT_DEFAULTS,
@@ -293,29 +292,22 @@ def _router(c: Values, score: str, outside: str, **options: Any) -> TokenChoice:
 
 
 def _options_v2(c: Values) -> dict[str, Any]:
-  ungrouped = Values(**{**vars(c), 'n_group': 1})
-  grouped = c if c.topk_method == _GROUPED else ungrouped
+  if c.topk_method != _GROUPED:
+    c = Values(**{**vars(c), 'n_group': 1})
   return dict(
-    router=_router(grouped, 'best', 'zero', gates='raw'),
+    router=_router(c, 'best', 'zero', gates='raw'),
     attention=_latent(c),
     positions=rotary_keys.rotary(c, interleaved=True),
   )
 
 
-def balanced_router(c: Values) -> TokenChoice:
-  """The router of DeepSeek-V3, with a balancing bias."""
-  return _router(
-    c,
-    'two_best',
-    'minus_infinity',
-    gates='sigmoid_renormalized' if c.norm_topk_prob else 'sigmoid',
-    balance_bias_rate=PUBLISHED_RATE,
-  )
-
-
 def _options_v3(c: Values) -> dict[str, Any]:
+  gates = 'sigmoid_renormalized' if c.norm_topk_prob else 'sigmoid'
+  bias_rate = PUBLISHED_RATE
   return dict(
-    router=balanced_router(c),
+    router=_router(
+      c, 'two_best', 'minus_infinity', gates=gates, balance_bias_rate=bias_rate
+    ),
     attention=_latent(c),
     positions=rotary_keys.rotary(c, interleaved=c.rope_interleave),
   )
@@ -386,13 +378,10 @@ FFNS = {
   **decoders.router('mlp.gate'),
   **decoders.experts(),
 }
-BALANCE_BIAS = layer(
-  'moe/router/balance_bias', ('mlp.gate.e_score_correction_bias', 'E')
-)
 _KV_DOWN = 'self_attn.kv_a_proj_with_mqa'
+_BIAS = 'mlp.gate.e_score_correction_bias'
 _LATENT = {
-  **decoders.ENDS,
-  **decoders.NORMS,
+  **decoders.COMMON,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
   **weight('attention/w_query_down', 'self_attn.q_a_proj', 'R M -> M R'),
   **weight('attention/query_norm', 'self_attn.q_a_layernorm', 'R'),
@@ -411,7 +400,7 @@ ARCHITECTURES = (
     'deepseek',
     'Deepseek',
     KEYS_V1,
-    {**decoders.ENDS, **decoders.BLOCK, **FFNS},
+    {**decoders.DECODER, **FFNS},
     options=_options_v1,
     describe=_describe_v1,
     problems=_problems_v1,
@@ -431,7 +420,7 @@ ARCHITECTURES = (
     'deepseek_v3',
     'DeepseekV3',
     KEYS_V3,
-    {**_LATENT, **BALANCE_BIAS},
+    {**_LATENT, **layer('moe/router/balance_bias', (_BIAS, 'E'))},
     options=_options_v3,
     describe=_describe_v3,
     problems=_problems_v3,

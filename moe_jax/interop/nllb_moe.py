@@ -102,13 +102,13 @@ KEYS = Keys(
     # All other policies draw second experts at random, also in evaluation.
     'second_expert_policy': ('all',),
   },
-  ignored={
-    **COMMON_IGNORED,
-    'init_std': 'the parameters are there',
-    'max_position_embeddings': 'sinusoids have no table',
-    'num_hidden_layers': 'it is encoder_layers under another name',
-    'router_type': 'transformers does nothing with it',
-  },
+  ignored=(
+    *COMMON_IGNORED,
+    'init_std',  # the parameters are there
+    'max_position_embeddings',  # sinusoids have no table
+    'num_hidden_layers',  # it is encoder_layers under another name
+    'router_type',  # transformers does nothing with it
+  ),
 )
 
 

@@ -83,7 +83,7 @@ KEYS_3 = decoders.keys(
     'shared_expert_intermediate_size': (0, None),
     'use_qk_norm': (True,),
   },
-  ignored={'max_window_layers': 'transformers does not read it'},
+  ignored=['max_window_layers'],  # transformers does not read it
 )
 
 
@@ -148,8 +148,7 @@ def _describe_2(o: DecoderOptions) -> dict[str, Any]:
 
 
 _NAMES = {
-  **decoders.ENDS,
-  **decoders.BLOCK,
+  **decoders.DECODER,
   **gated_ffn('ffn', 'mlp'),
   **decoders.router('mlp.gate'),
   **decoders.experts(),

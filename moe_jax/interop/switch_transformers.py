@@ -92,14 +92,14 @@ KEYS = Keys(
     'router_type': ('tokens_masked',),
     'batch_prioritized_routing': (False,),
   },
-  ignored={
-    **COMMON_IGNORED,
-    'add_router_probs': 'transformers does nothing with it',
-    'initializer_factor': 'the parameters are there',
-    'n_positions': 'relative positions have no table of places',
-    'pad_token_id': 'masks say what padding is',
-    'router_ignore_padding_tokens': 'transformers does nothing with it',
-  },
+  ignored=(
+    *COMMON_IGNORED,
+    'add_router_probs',  # transformers does nothing with it
+    'initializer_factor',  # the parameters are there
+    'n_positions',  # relative positions have no table of places
+    'pad_token_id',  # masks say what padding is
+    'router_ignore_padding_tokens',  # transformers does nothing with it
+  ),
 )
 
 
