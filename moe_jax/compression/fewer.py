@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.compression import calibration
-from moe_jax.compression.usage import SCORES, Usage, measure
+from moe_jax.compression.calibration import SCORES, Usage, measure
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import Option
 from moe_jax.data import DataOptions
@@ -216,7 +216,7 @@ def prune(
   Args:
     original: The run with the statistics of its experts.
     counts: The number of experts that stay in each sparse layer.
-    score: One of `usage.SCORES`.
+    score: One of `calibration.SCORES`.
 
   Raises:
     ValueError: Groups of experts would differ in their size.

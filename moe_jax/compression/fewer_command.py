@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.compression import fewer, merge, whole_run
-from moe_jax.compression.usage import SCORES
+from moe_jax.compression.calibration import SCORES
 from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.data import DataOptions
 from moe_jax.layers.routers.contract import ROUTER_STATE
