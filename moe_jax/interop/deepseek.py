@@ -42,15 +42,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.errors import InputError
-from moe_jax.interop import decoders, rotary_keys
+from moe_jax.interop import config_keys, decoders, rotary_keys
 from moe_jax.interop.architecture import layers
-from moe_jax.interop.config_keys import (
-  AMOUNT,
-  COUNT,
-  OPTIONAL_SIZE,
-  SIZE,
-  Values,
-)
+from moe_jax.interop.config_keys import Values
 from moe_jax.interop.decoders import gated_ffn, layer, weight
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.routers import TokenChoice
@@ -79,8 +73,8 @@ KEYS_V1 = decoders.keys(
     first_k_dense_replace=0,
   ),
   honoured={
-    'n_shared_experts': (OPTIONAL_SIZE, None),
-    'moe_layer_freq': (SIZE, 1),
+    'n_shared_experts': (config_keys.OPTIONAL_SIZE, None),
+    'moe_layer_freq': (config_keys.SIZE, 1),
   },
   training={'seq_aux': (bool, True, ..., '')},
   # The published code cannot split the products of experts.
@@ -92,16 +86,16 @@ _LATENT_DEFAULTS: Mapping[str, Any] = dict(
   attention_bias=False, router_aux_loss_coef=0.0
 )
 _LATENT_HONOURED: Mapping[str, tuple[Any, Any]] = {
-  'q_lora_rank': (OPTIONAL_SIZE, 1536),
-  'kv_lora_rank': (SIZE, 512),
-  'qk_nope_head_dim': (SIZE, 128),
-  'qk_rope_head_dim': (SIZE, 64),
-  'v_head_dim': (SIZE, 128),
+  'q_lora_rank': (config_keys.OPTIONAL_SIZE, 1536),
+  'kv_lora_rank': (config_keys.SIZE, 512),
+  'qk_nope_head_dim': (config_keys.SIZE, 128),
+  'qk_rope_head_dim': (config_keys.SIZE, 64),
+  'v_head_dim': (config_keys.SIZE, 128),
   'quantization_config': (dict | None, None),
 }
 _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
   'aux_loss_alpha': (
-    AMOUNT,
+    config_keys.AMOUNT,
     0.0,
     0.0,
     'transformers has no balance loss here; see sequence_balance_weight '
@@ -165,7 +159,7 @@ KEYS_V3 = decoders.keys(
   training={
     **_LATENT_TRAINING,
     'num_nextn_predict_layers': (
-      COUNT,
+      config_keys.COUNT,
       1,
       0,
       'the layers that predict further tokens are left out',

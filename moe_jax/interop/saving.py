@@ -288,23 +288,6 @@ def describe(
     decided = architecture.describe(options)
   except InputError as error:
     raise InputError(f'{refusal}: {error}') from error
-  config_json = _config_json(options, architecture, config, decided)
-  theirs, problems = _read_back(config_json)
-  if theirs is None:
-    raise InputError(f'{refusal}: {"; ".join(problems)}')
-  differences = _differences(options, theirs)
-  if differences or problems:
-    raise _DiffersError(architecture.model_type, differences, problems)
-  return config_json
-
-
-def _config_json(
-  options: ModelOptions,
-  architecture: Architecture,
-  config: Mapping[str, Any],
-  decided: Mapping[str, Any],
-) -> dict[str, Any]:
-  """The keys that a model decides, together with other keys of the config."""
   replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
   # Keys that act only in training get values without an effect, since our
   # models do not have their effects.
@@ -314,7 +297,7 @@ def _config_json(
     if neutral is not ...
   }
   other_keys = {key: v for key, v in config.items() if key not in replaced_keys}
-  return {
+  config_json = {
     **neutral_values,
     **other_keys,
     **decided,
@@ -322,6 +305,13 @@ def _config_json(
     'architectures': [architecture.classes[0]],
     'dtype': cast(Any, options).numerics.param_dtype,
   }
+  theirs, problems = _read_back(config_json)
+  if theirs is None:
+    raise InputError(f'{refusal}: {"; ".join(problems)}')
+  differences = _differences(options, theirs)
+  if differences or problems:
+    raise _DiffersError(architecture.model_type, differences, problems)
+  return config_json
 
 
 def _read_back(
