@@ -44,8 +44,8 @@ class SmallerLayer(NamedTuple):
   """A sparse layer with fewer experts.
 
   Attributes:
-    groups: For each of the E' new experts the indices of the old experts that it
-      is made of. An old expert in no group is pruned, with its column of the
+    groups: For each of the E' new experts the indices of the old experts that
+      it is made of. An old expert in no group is pruned, with its column of the
       router's kernel. If none is pruned, the router keeps all columns, and a
       column leads to the new expert that its old expert became part of.
     arrays: The arrays of the layer that change, by path.
