@@ -39,6 +39,8 @@ from moe_jax.training.run_options import InitFromOptions
 # The logical names of dimensions that are indexed by expert: in the parameters
 # of the experts, and in those of routers.
 EXPERT_AXES = ('expert', 'expert_choice')
+# The roles of the parameters that sparse layers alone have.
+_SPARSE = ('expert', 'router', 'shared_expert')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +240,6 @@ def _noisy(
 def expert_axis(axes: Sequence[str | None]) -> int | None:
   """The index of the dimension that is indexed by expert; None without one."""
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)
-
-
-_SPARSE = ('expert', 'router', 'shared_expert')
 
 
 class _Parameter(NamedTuple):

@@ -118,11 +118,6 @@ class _Part(NamedTuple):
   leaf: Leaf
   index: tuple[int, ...]
 
-  def fetch(self) -> np.ndarray:
-    """Copies the part to the host."""
-    part = _take(self.array, self.index) if self.index else self.array
-    return np.asarray(part)
-
 
 def _tensors(
   our_leaves: Sequence[Leaf], architecture: Architecture, variables: Any
@@ -176,7 +171,8 @@ def _assemble(parts: Sequence[_Part]) -> np.ndarray:
   """The tensor that is made of the parts, each of which is a block of it."""
   tensor = np.empty(parts[0].leaf.tensor_shape, _dtype(parts))
   for part in parts:
-    part.leaf.form.write(tensor, part.fetch())
+    array = _take(part.array, part.index) if part.index else part.array
+    part.leaf.form.write(tensor, np.asarray(array))
   return tensor
 
 
