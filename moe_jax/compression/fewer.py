@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.compression import calibration
-from moe_jax.compression.usage import SCORES, Usage, measure
+from moe_jax.compression.calibration import SCORES, Usage, measure
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import Option
 from moe_jax.data import DataOptions
@@ -44,20 +44,15 @@ class SmallerLayer(NamedTuple):
   """A sparse layer with fewer experts.
 
   Attributes:
-    groups: For each new expert the indices of the old experts that it is made
-      of. An old expert in no group is pruned, with its column of the router's
-      kernel. If none is pruned, the router keeps all columns, and a column
-      leads to the new expert that its old expert became part of.
+    groups: For each of the E' new experts the indices of the old experts that
+      it is made of. An old expert in no group is pruned, with its column of the
+      router's kernel. If none is pruned, the router keeps all columns, and a
+      column leads to the new expert that its old expert became part of.
     arrays: The arrays of the layer that change, by path.
   """
 
   groups: Groups
   arrays: expert_arrays.Arrays
-
-  @property
-  def num_experts(self) -> int:
-    """E', the number of experts of the smaller layer."""
-    return len(self.groups)
 
   @property
   def row(self) -> tuple[int, ...]:
@@ -216,7 +211,7 @@ def prune(
   Args:
     original: The run with the statistics of its experts.
     counts: The number of experts that stay in each sparse layer.
-    score: One of `usage.SCORES`.
+    score: One of `calibration.SCORES`.
 
   Raises:
     ValueError: Groups of experts would differ in their size.
@@ -284,12 +279,12 @@ def smaller(
       if not first <= n < first + half.num_layers:
         continue
       counts[layer.in_stack] = E = layer.moe.num_experts
-      if (new := new_layers.get(n)) is None or new.num_experts == E:
+      if (new := new_layers.get(n)) is None or len(new.groups) == E:
         continue
       if len(new.row) == E:
         rows[layer.in_stack] = new.row
       else:
-        counts[layer.in_stack] = new.num_experts
+        counts[layer.in_stack] = len(new.groups)
     if not counts:
       return half.moe
     most = max(counts.values())
@@ -301,7 +296,7 @@ def smaller(
   changes = {
     n: new.arrays
     for n, new in new_layers.items()
-    if new.num_experts < layers[n].moe.num_experts
+    if len(new.groups) < layers[n].moe.num_experts
   }
   new_model = options.build(run.options.sharding.rules)
   variables = expert_arrays.assembled(model, run.variables, new_model, changes)

@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.compression import fewer, merge, whole_run
-from moe_jax.compression.usage import SCORES
+from moe_jax.compression.calibration import SCORES
 from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.data import DataOptions
 from moe_jax.layers.routers.contract import ROUTER_STATE
@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   for n, layer in new_layers.items():
     groups = ' '.join('+'.join(map(str, group)) for group in layer.groups)
     E, unused = layers[n].moe.num_experts, original.usage[n].unused
-    lines.append(f'layer {n}: {layer.num_experts} of {E} experts: {groups}')
+    lines.append(f'layer {n}: {len(layer.groups)} of {E} experts: {groups}')
     if unused:
       lines.append(f'layer {n}: no calibration token reached experts {unused}')
   old_bytes = bytes_in_memory(run.variables['params'])

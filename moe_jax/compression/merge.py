@@ -20,8 +20,8 @@ from scipy.cluster import hierarchy
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist, squareform
 
+from moe_jax.compression.calibration import SCORES, Usage
 from moe_jax.compression.fewer import Calibrated, Groups, SmallerLayer
-from moe_jax.compression.usage import SCORES, Usage
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names

@@ -35,11 +35,6 @@ class Bits(NamedTuple):
   codes: float
   metadata: float
 
-  @property
-  def total(self) -> float:
-    """The mean of all bits that are stored for a weight."""
-    return self.codes + self.metadata
-
 
 def measured(width: int, zeros: float, seed: int = 0) -> Bits:
   """The bits per weight of one random matrix of about two million weights."""
@@ -127,6 +122,6 @@ def _run(options: argparse.Namespace, _: list[str]) -> str:
       by_formula = predicted(width, zeros)
       lines.append(
         f'{width:>6} {zeros:>6g} {bits.codes:>7.3f} {by_formula:>10.3f} '
-        f'{bits.metadata:>9.3f} {bits.total:>7.3f}'
+        f'{bits.metadata:>9.3f} {sum(bits):>7.3f}'
       )
   return '\n'.join(lines)

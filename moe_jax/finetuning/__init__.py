@@ -9,9 +9,9 @@ optimizer begins anew, at step 0.
 """
 
 # `as` with the same name marks a name as public.
-from moe_jax.finetuning.matching import plan as plan
 from moe_jax.finetuning.start import check as check
 from moe_jax.finetuning.start import initial as initial
 from moe_jax.finetuning.upcycling import InitFrom as InitFrom
 from moe_jax.finetuning.upcycling import Plan as Plan
+from moe_jax.finetuning.upcycling import plan as plan
 from moe_jax.finetuning.upcycling import sources_of as sources_of

@@ -22,7 +22,7 @@ from moe_jax import data
 from moe_jax.config import Option
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
-from moe_jax.finetuning.matching import equal_experts
+from moe_jax.finetuning.upcycling import equal_experts
 from moe_jax.layers.routers.contract import Router, sown
 from moe_jax.models import Model
 from moe_jax.shapes import Array, Leaf
@@ -126,8 +126,6 @@ def choose(
       tokenizer or the tasks of the data are not the run's.
     CheckpointError: No checkpoint is good.
   """
-  if problem := SHARE.problem('share', share):
-    raise InputError(problem)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)

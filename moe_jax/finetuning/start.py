@@ -11,13 +11,11 @@ import jax
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
 from moe_jax.finetuning import optimizer_state
-from moe_jax.finetuning.matching import plan
-from moe_jax.finetuning.upcycling import InitFrom, Plan
+from moe_jax.finetuning.upcycling import InitFrom, Plan, plan
 from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.models.meaning import difference
 from moe_jax.models.trees import abstract_router_state
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import PRNGKey
 from moe_jax.training import new_run, trained
 from moe_jax.training.setup import Run
@@ -50,9 +48,21 @@ def initial(
   if not options.workdir:
     return None
   folder, source_run, source, copy_plan = _read(run, allow)
-  restored = _restore(run, source, copy_plan, folder)
+  step = None if options.step < 0 else options.step
+  # What is only copied is read into this run's dtypes and shardings.
+  as_is = copy_plan.copies_all
+  has_state = all(abstract_router_state(m) for m in (source, run.model))
+  restored = trained.restore_variables(
+    folder,
+    run.model if as_is else source,
+    run.options.sharding.rules,
+    mesh=run.mesh,
+    step=trained.best_step(folder) if options.best else step,
+    cast=as_is,
+    router_state=as_is and has_state,
+  )
   variables, optimizer = restored.state, 'the optimizer is new'
-  if not copy_plan.copies_all:
+  if not as_is:
     variables = {'params': convert(run, copy_plan.apply, variables['params'])}
   if options.keep_optimizer:
     state, optimizer = optimizer_state.restore(run, folder, restored.step)
@@ -132,27 +142,6 @@ def _own_model(folder: pathlib.Path) -> str:
         f'--config.init_from.workdir={shlex.quote(str(folder))}'
       )
   return ''
-
-
-def _restore(
-  run: Run, source: Model, copy_plan: Plan, folder: pathlib.Path
-) -> Restored:
-  """Reads the other run's variables from the checkpoint that the options name.
-
-  Variables that are only copied are read into this run's dtypes and shardings.
-  """
-  options, as_is = run.options.init_from, copy_plan.copies_all
-  step = None if options.step < 0 else options.step
-  has_state = all(abstract_router_state(m) for m in (source, run.model))
-  return trained.restore_variables(
-    folder,
-    run.model if as_is else source,
-    run.options.sharding.rules,
-    mesh=run.mesh,
-    step=trained.best_step(folder) if options.best else step,
-    cast=as_is,
-    router_state=as_is and has_state,
-  )
 
 
 def convert(

@@ -14,15 +14,8 @@ from moe_jax.config import unknown
 from moe_jax.data import plain_files
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.errors import InputError
-from moe_jax.interop import config_keys
+from moe_jax.interop import config_keys, tensor_files
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.tensor_files import (
-  FLOATS,
-  SAFETENSORS,
-  TORCH,
-  TensorFiles,
-  problem_text,
-)
 from moe_jax.models import ModelOptions
 
 # Files besides weights: configs, tokenizer, chat template.
@@ -54,7 +47,7 @@ def fetch_folder(
     raise InputError(f'{name} is no folder, and no id of a hub repository')
   if not weights:
     return _download(name, revision, [])
-  for file in (SAFETENSORS, TORCH):
+  for file in (tensor_files.SAFETENSORS, tensor_files.TORCH):
     stem, _, ending = file.partition('.')
     patterns = [file, f'{stem}-*.{ending}']  # one file, or shards
     folder = _download(name, revision, patterns)
@@ -107,18 +100,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-class UnsupportedError(InputError):
-  """A config.json whose values our models cannot express.
-
-  Attributes:
-    problems: A text for each value that cannot be expressed.
-  """
-
-  def __init__(self, headline: str, problems: list[str]):
-    self.problems = problems
-    super().__init__(problem_text(headline, problems))
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """A checkpoint whose config.json has been read.
@@ -140,7 +121,7 @@ class Checkpoint:
   notes: tuple[str, ...]
   skipped_tensors: tuple[str, ...] = ()
 
-  def open_files(self) -> TensorFiles:
+  def open_files(self) -> tensor_files.TensorFiles:
     """The tensors in the folder's files."""
     return self.architecture.files(self.folder)
 
@@ -196,7 +177,9 @@ def _read_checkpoint(
   problems += config_keys.bad_ids(config, values.vocab_size)
   problems += architecture.problems(values)
   if problems:
-    raise UnsupportedError(f'{path}: {subject} is not supported', problems)
+    raise tensor_files.ProblemsError(
+      f'{path}: {subject} is not supported', problems
+    )
   try:
     return Checkpoint(
       path.parent,
@@ -252,6 +235,6 @@ def named_dtype(config: Mapping[str, Any]) -> Any:
 def _dtype(config: Mapping[str, Any], path: pathlib.Path) -> str:
   dtype = named_dtype(config) or 'float32'
   name = str(dtype).removeprefix('torch.')
-  if name not in FLOATS:
-    raise unknown(f'dtype in {path}', dtype, FLOATS)
+  if name not in tensor_files.FLOATS:
+    raise unknown(f'dtype in {path}', dtype, tensor_files.FLOATS)
   return name

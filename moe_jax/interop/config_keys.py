@@ -6,7 +6,7 @@ treatment; an unknown key is an error.
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moe_jax.config import unknown_text
@@ -66,7 +66,6 @@ AMOUNT = Number('finite number of at least 0', 0)
 POSITIVE = Number('finite number above 0', 0, above=True)
 OPTIONAL_POSITIVE = _or_null(POSITIVE)
 RATE = Number('number in [0, 1)', 0, 1)
-_LIBRARY = 'transformers 5.24'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +81,14 @@ class Keys:
       carried over.
     fixed: For each key of which only some values are supported, these values,
       the default first.
-    ignored: For each other key, the reason why it changes neither inference nor
-      training.
+    ignored: The other keys, which change neither inference nor training.
     spellings: Other spellings of keys, each with the key that it stands for.
   """
 
   honoured: Mapping[str, tuple[Any, Any]]
   training: Mapping[str, tuple[Any, Any, Any, str]]
   fixed: Mapping[str, tuple[Any, ...]]
-  ignored: Mapping[str, str]
+  ignored: Collection[str]
   spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -112,8 +110,13 @@ def read(
     carried over.
   """
   values, notes = Values(), []
-  config, problems = _one_spelling(keys, config)
-  known_keys = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
+  problems = [
+    f'{name}={config[name]!r:.80} differs from {key}={config[key]!r:.80}'
+    for name, key in keys.spellings.items()
+    if {name, key} <= config.keys() and config[name] != config[key]
+  ]
+  config = {keys.spellings.get(name, name): v for name, v in config.items()}
+  known_keys = {*keys.honoured, *keys.training, *keys.fixed, *keys.ignored}
   for name in config:
     if name not in known_keys:
       message = unknown_text('key', name, known_keys)
@@ -136,21 +139,6 @@ def read(
     if neutral is not ... and value != neutral:
       notes.append(f'{name}={value!r} is not carried over: {reason}')
   return values, problems, notes
-
-
-def _one_spelling(
-  keys: Keys, config: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-  """The config with keys in one spelling, and a text for each conflict."""
-  unified_config = {
-    keys.spellings.get(name, name): v for name, v in config.items()
-  }
-  problems = [
-    f'{name}={config[name]!r:.80} differs from {key}={config[key]!r:.80}'
-    for name, key in keys.spellings.items()
-    if {name, key} <= config.keys() and config[name] != config[key]
-  ]
-  return unified_config, problems
 
 
 def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
@@ -182,8 +170,6 @@ def kind_name(kind: Any) -> str:
   return getattr(kind, '__name__', str(kind))
 
 
-_GENERATION = f'generation reads it, as {_LIBRARY} does'
-_NO_NUMBER = 'no number of the model depends on it'
 # Keys that every architecture may have.
 COMMON_FIXED = {
   'per_layer_config': (None,),
@@ -194,84 +180,38 @@ COMMON_FIXED = {
   'add_cross_attention': (False,),
   'is_decoder': (False,),
 }
-COMMON_IGNORED = {
-  'model_type': 'it chose the architecture',
-  'architectures': 'read before the other keys',
-  'auto_map': 'it names code of the repository, none of which is run',
-  'dtype': 'read before the other keys',
-  'torch_dtype': 'read before the other keys',
-  **dict.fromkeys(
-    (
-      'bos_token_id',
-      'eos_token_id',
-      'decoder_start_token_id',
-      'forced_bos_token_id',
-      'forced_eos_token_id',
-      'sep_token_id',
-      'max_length',
-      'min_length',
-      'do_sample',
-      'early_stopping',
-      'num_beams',
-      'temperature',
-      'top_k',
-      'top_p',
-      'typical_p',
-      'repetition_penalty',
-      'length_penalty',
-      'no_repeat_ngram_size',
-      'encoder_no_repeat_ngram_size',
-      'bad_words_ids',
-      'num_return_sequences',
-      'output_scores',
-      'return_dict_in_generate',
-      'remove_invalid_values',
-      'exponential_decay_length_penalty',
-      'suppress_tokens',
-      'begin_suppress_tokens',
-      'epsilon_cutoff',
-      'eta_cutoff',
-      'encoder_repetition_penalty',
-      'num_assistant_tokens',
-      'num_assistant_tokens_schedule',
-      'assistant_confidence_threshold',
-      'assistant_lookbehind',
-      'target_lookbehind',
-      'num_beam_groups',
-      'diversity_penalty',
-    ),
-    _GENERATION,
-  ),
-  **dict.fromkeys(
-    (
-      '_commit_hash',
-      '_name_or_path',
-      'attn_implementation',
-      '_attn_implementation',
-      '_attn_implementation_autoset',
-      'chunk_size_feed_forward',
-      'experts_implementation',
-      'gradient_checkpointing',
-      'name_or_path',
-      'output_attentions',
-      'output_hidden_states',
-      'output_past',
-      'output_router_logits',
-      'return_dict',
-      'tie_last_hidden_states',
-      'torchscript',
-      'transformers_version',
-      'use_bfloat16',
-      'use_cache',
-    ),
-    _NO_NUMBER,
-  ),
-  **dict.fromkeys(
-    ('finetuning_task', 'id2label', 'label2id', 'num_labels', 'problem_type'),
-    'it is of classification heads, and those are refused',
-  ),
-  **dict.fromkeys(
-    ('prefix', 'task_specific_params', 'tf_legacy_loss', 'tokenizer_class'),
-    f'{_LIBRARY} does nothing with it in a model',
-  ),
-}
+# Keys of generation, which reads them as transformers does.
+_GENERATION = """
+  bos_token_id eos_token_id decoder_start_token_id forced_bos_token_id
+  forced_eos_token_id sep_token_id max_length min_length do_sample
+  early_stopping num_beams temperature top_k top_p typical_p repetition_penalty
+  length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+  num_return_sequences output_scores return_dict_in_generate
+  remove_invalid_values exponential_decay_length_penalty suppress_tokens
+  begin_suppress_tokens epsilon_cutoff eta_cutoff encoder_repetition_penalty
+  num_assistant_tokens num_assistant_tokens_schedule
+  assistant_confidence_threshold assistant_lookbehind target_lookbehind
+  num_beam_groups diversity_penalty
+"""
+# Keys on which no number of the model depends.
+_NO_NUMBER = """
+  _commit_hash _name_or_path attn_implementation _attn_implementation
+  _attn_implementation_autoset chunk_size_feed_forward experts_implementation
+  gradient_checkpointing name_or_path output_attentions output_hidden_states
+  output_past output_router_logits return_dict tie_last_hidden_states
+  torchscript transformers_version use_bfloat16 use_cache
+"""
+# Keys of classification heads, and those are refused.
+_CLASSIFICATION = 'finetuning_task id2label label2id num_labels problem_type'
+# Keys with which transformers 5.24 does nothing in a model.
+_UNUSED = 'prefix task_specific_params tf_legacy_loss tokenizer_class'
+# Keys that are read before all others, as they choose the architecture or the
+# dtype. `auto_map` names code of the repository, none of which is run.
+_READ_BEFORE = 'model_type architectures auto_map dtype torch_dtype'
+COMMON_IGNORED = (
+  *_READ_BEFORE.split(),
+  *_GENERATION.split(),
+  *_NO_NUMBER.split(),
+  *_CLASSIFICATION.split(),
+  *_UNUSED.split(),
+)

@@ -49,13 +49,6 @@ from moe_jax.routing.capacity import All
 
 # Tables of the names of tensors.
 
-# The tensors outside of layers: the embedding, the final norm and the head.
-ENDS: Names = {
-  'embedding': (Name('model.embed_tokens.weight', 'V M'),),
-  'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
-  'final_norm/scale': (Name('model.norm.weight', 'M'),),
-}
-
 
 def layer(path: str, *names: tuple[str, str]) -> Names:
   """The table entry of a layer's parameter, from (name, layout) pairs.
@@ -74,14 +67,18 @@ def weight(path: str, module: str, form: str) -> Names:
   return layer(path, (f'{module}.weight', form))
 
 
-# The tensors of the norms before attention and before feed-forwards.
-NORMS: Names = {
+# The tensors that all decoders have: the embedding, the final norm, the head,
+# and in layers the norms before attention and before feed-forwards.
+COMMON: Names = {
+  'embedding': (Name('model.embed_tokens.weight', 'V M'),),
+  'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
+  'final_norm/scale': (Name('model.norm.weight', 'M'),),
   **weight('attention_norm/scale', 'input_layernorm', 'M'),
   **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
 }
-# The tensors of the two norms and of attention's projections.
-BLOCK: Names = {
-  **NORMS,
+# The tensors that all decoders have, and those of attention's projections.
+DECODER: Names = {
+  **COMMON,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
   **weight('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
   **weight('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),
@@ -235,12 +232,21 @@ _DEFAULTS: Mapping[str, Any] = dict(
 )
 
 
+# Jitter, a training key of some decoders; see `Keys`.
+JITTER = (
+  RATE,
+  0.0,
+  0.0,
+  'it multiplies what the experts see too; see moe.jitter for the router',
+)
+
+
 def keys(
   defaults: Mapping[str, Any],
   honoured: Mapping[str, tuple[Any, Any]] | None = None,
   training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
   fixed: Mapping[str, tuple[Any, ...]] | None = None,
-  ignored: Mapping[str, str] | None = None,
+  ignored: Iterable[str] = (),
   spellings: Mapping[str, str] | None = None,
 ) -> Keys:
   """The keys of an architecture: those that decoders share, and its own.
@@ -251,7 +257,7 @@ def keys(
     honoured: The own keys that shape the model; see `Keys`.
     training: The own keys that act only in training.
     fixed: The own keys of which only some values are supported.
-    ignored: The own keys that change nothing, with the reason.
+    ignored: The own keys that change nothing.
     spellings: Other spellings of keys.
   """
   values = {**_DEFAULTS, **defaults}
@@ -264,7 +270,7 @@ def keys(
     **rotary_keys.KEYS,
     **(honoured or {}),
   }
-  replaced_keys = {*all_honoured, *(fixed or {}), *(ignored or {})}
+  replaced_keys = {*all_honoured, *(fixed or {}), *ignored}
   common = {k: v for k, v in COMMON_FIXED.items() if k not in replaced_keys}
   number = next(name for name in _NUM_EXPERTS if name in all_honoured)
   other_numbers = [name for name in _NUM_EXPERTS if name != number]
@@ -281,12 +287,8 @@ def keys(
       **(training or {}),
     },
     fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
-    ignored={
-      **COMMON_IGNORED,
-      'initializer_range': 'the parameters are there',
-      'pad_token_id': 'masks say what padding is',
-      **(ignored or {}),
-    },
+    # The parameters are there, and masks say what padding is.
+    ignored=(*COMMON_IGNORED, 'initializer_range', 'pad_token_id', *ignored),
     spellings={**dict.fromkeys(other_numbers, number), **(spellings or {})},
   )
 

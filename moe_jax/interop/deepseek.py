@@ -42,15 +42,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.errors import InputError
-from moe_jax.interop import decoders, rotary_keys
+from moe_jax.interop import config_keys, decoders, rotary_keys
 from moe_jax.interop.architecture import layers
-from moe_jax.interop.config_keys import (
-  AMOUNT,
-  COUNT,
-  OPTIONAL_SIZE,
-  SIZE,
-  Values,
-)
+from moe_jax.interop.config_keys import Values
 from moe_jax.interop.decoders import gated_ffn, layer, weight
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.routers import TokenChoice
@@ -60,8 +54,6 @@ from moe_jax.models import DecoderOptions
 # transformers' epsilon in the norms of latent attention's compressed vectors,
 # whatever rms_norm_eps is.
 _EPSILON = 1e-6
-_REMOTE = "only the model's own remote code reads it"
-_DERIVED = 'it follows from the widths of the parts'
 _GREEDY, _GROUPED = 'greedy', 'group_limited_greedy'
 # transformers leaves layer 61 out of every checkpoint, as DeepSeek-V3's own has
 # it behind its 61 layers.
@@ -81,8 +73,8 @@ KEYS_V1 = decoders.keys(
     first_k_dense_replace=0,
   ),
   honoured={
-    'n_shared_experts': (OPTIONAL_SIZE, None),
-    'moe_layer_freq': (SIZE, 1),
+    'n_shared_experts': (config_keys.OPTIONAL_SIZE, None),
+    'moe_layer_freq': (config_keys.SIZE, 1),
   },
   training={'seq_aux': (bool, True, ..., '')},
   # The published code cannot split the products of experts.
@@ -94,30 +86,31 @@ _LATENT_DEFAULTS: Mapping[str, Any] = dict(
   attention_bias=False, router_aux_loss_coef=0.0
 )
 _LATENT_HONOURED: Mapping[str, tuple[Any, Any]] = {
-  'q_lora_rank': (OPTIONAL_SIZE, 1536),
-  'kv_lora_rank': (SIZE, 512),
-  'qk_nope_head_dim': (SIZE, 128),
-  'qk_rope_head_dim': (SIZE, 64),
-  'v_head_dim': (SIZE, 128),
+  'q_lora_rank': (config_keys.OPTIONAL_SIZE, 1536),
+  'kv_lora_rank': (config_keys.SIZE, 512),
+  'qk_nope_head_dim': (config_keys.SIZE, 128),
+  'qk_rope_head_dim': (config_keys.SIZE, 64),
+  'v_head_dim': (config_keys.SIZE, 128),
   'quantization_config': (dict | None, None),
 }
 _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
   'aux_loss_alpha': (
-    AMOUNT,
+    config_keys.AMOUNT,
     0.0,
     0.0,
     'transformers has no balance loss here; see sequence_balance_weight '
     'and balance_weight of the router',
   ),
 }
-_LATENT_IGNORED = {
-  'auto_map': _REMOTE,
-  'seq_aux': _REMOTE,
-  'ep_size': _REMOTE,
-  'pretraining_tp': _REMOTE,
-  'head_dim': _DERIVED,
-  'qk_head_dim': _DERIVED,
-}
+# Only the models' own remote code reads the first three; the last two follow
+# from the widths of the parts.
+_LATENT_IGNORED = (
+  'seq_aux',
+  'ep_size',
+  'pretraining_tp',
+  'head_dim',
+  'qk_head_dim',
+)
 KEYS_V2 = decoders.keys(
   dict(
     _LATENT_DEFAULTS,
@@ -166,7 +159,7 @@ KEYS_V3 = decoders.keys(
   training={
     **_LATENT_TRAINING,
     'num_nextn_predict_layers': (
-      COUNT,
+      config_keys.COUNT,
       1,
       0,
       'the layers that predict further tokens are left out',
@@ -293,29 +286,22 @@ def _router(c: Values, score: str, outside: str, **options: Any) -> TokenChoice:
 
 
 def _options_v2(c: Values) -> dict[str, Any]:
-  ungrouped = Values(**{**vars(c), 'n_group': 1})
-  grouped = c if c.topk_method == _GROUPED else ungrouped
+  if c.topk_method != _GROUPED:
+    c = Values(**{**vars(c), 'n_group': 1})
   return dict(
-    router=_router(grouped, 'best', 'zero', gates='raw'),
+    router=_router(c, 'best', 'zero', gates='raw'),
     attention=_latent(c),
     positions=rotary_keys.rotary(c, interleaved=True),
   )
 
 
-def balanced_router(c: Values) -> TokenChoice:
-  """The router of DeepSeek-V3, with a balancing bias."""
-  return _router(
-    c,
-    'two_best',
-    'minus_infinity',
-    gates='sigmoid_renormalized' if c.norm_topk_prob else 'sigmoid',
-    balance_bias_rate=PUBLISHED_RATE,
-  )
-
-
 def _options_v3(c: Values) -> dict[str, Any]:
+  gates = 'sigmoid_renormalized' if c.norm_topk_prob else 'sigmoid'
+  bias_rate = PUBLISHED_RATE
   return dict(
-    router=balanced_router(c),
+    router=_router(
+      c, 'two_best', 'minus_infinity', gates=gates, balance_bias_rate=bias_rate
+    ),
     attention=_latent(c),
     positions=rotary_keys.rotary(c, interleaved=c.rope_interleave),
   )
@@ -386,13 +372,10 @@ FFNS = {
   **decoders.router('mlp.gate'),
   **decoders.experts(),
 }
-BALANCE_BIAS = layer(
-  'moe/router/balance_bias', ('mlp.gate.e_score_correction_bias', 'E')
-)
 _KV_DOWN = 'self_attn.kv_a_proj_with_mqa'
+_BIAS = 'mlp.gate.e_score_correction_bias'
 _LATENT = {
-  **decoders.ENDS,
-  **decoders.NORMS,
+  **decoders.COMMON,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
   **weight('attention/w_query_down', 'self_attn.q_a_proj', 'R M -> M R'),
   **weight('attention/query_norm', 'self_attn.q_a_layernorm', 'R'),
@@ -411,7 +394,7 @@ ARCHITECTURES = (
     'deepseek',
     'Deepseek',
     KEYS_V1,
-    {**decoders.ENDS, **decoders.BLOCK, **FFNS},
+    {**decoders.DECODER, **FFNS},
     options=_options_v1,
     describe=_describe_v1,
     problems=_problems_v1,
@@ -431,7 +414,7 @@ ARCHITECTURES = (
     'deepseek_v3',
     'DeepseekV3',
     KEYS_V3,
-    {**_LATENT, **BALANCE_BIAS},
+    {**_LATENT, **layer('moe/router/balance_bias', (_BIAS, 'E'))},
     options=_options_v3,
     describe=_describe_v3,
     problems=_problems_v3,

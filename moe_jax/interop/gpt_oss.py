@@ -24,15 +24,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_jax.errors import InputError
 from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import LENGTH, Values
 from moe_jax.interop.decoders import layer
 from moe_jax.interop.tensor_files import (
   Index,
+  ProblemsError,
   TensorFiles,
   TensorSpec,
-  problem_text,
 )
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.routers import TokenChoice
@@ -68,7 +67,7 @@ class Mxfp4Files(TensorFiles):
       self.specs[name] = TensorSpec((E, count * _BLOCK, N), 'bfloat16')
       self._packed.add(name)
     if problems:
-      raise InputError(problem_text(f'{folder} cannot be read', problems))
+      raise ProblemsError(f'{folder} cannot be read', problems)
 
   def _problem(self, name: str) -> str:
     """The reason why a tensor in MXFP4 cannot be decoded, or ''."""
@@ -164,10 +163,8 @@ KEYS = decoders.keys(
     'quantization_config': (dict | None, None),
   },
   fixed={'swiglu_alpha': (1.702,), 'swiglu_limit': (7.0,)},
-  ignored={
-    'initial_context_length': 'rope_scaling has it',
-    'experts_per_token': 'it repeats num_experts_per_tok',
-  },
+  # The first is in rope_scaling, too; the second repeats num_experts_per_tok.
+  ignored=('initial_context_length', 'experts_per_token'),
 )
 
 
@@ -202,8 +199,7 @@ ARCHITECTURES = (
     'GptOss',
     KEYS,
     {
-      **decoders.ENDS,
-      **decoders.BLOCK,
+      **decoders.DECODER,
       **layer('attention/sinks', ('self_attn.sinks', 'H')),
       **decoders.router('mlp.router'),
       **layer('moe/router/b', ('mlp.router.bias', 'E')),

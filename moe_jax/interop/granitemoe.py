@@ -15,6 +15,7 @@ from typing import Any
 from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import POSITIVE, Values
 from moe_jax.interop.decoders import layer
+from moe_jax.interop.mapping import Names
 from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 
@@ -53,31 +54,26 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 
 
 _MOE = 'block_sparse_moe'
-_GATE, _UP = 'E (0/2 F) M -> E M F', 'E (1/2 F) M -> E M F'
+
+
+def _experts(path: str, stored: str, fused: str, form: str) -> Names:
+  """The table entry of a kernel, by its names in files and in memory."""
+  names = f'{stored}.weight', f'experts.{fused}'
+  return layer(f'moe/experts/{path}', *((f'{_MOE}.{n}', form) for n in names))
+
+
+_GATE_UP = 'input_linear', 'gate_up_proj'
 ARCHITECTURES = (
   decoders.decoder(
     'granitemoe',
     'GraniteMoe',
     KEYS,
     {
-      **decoders.ENDS,
-      **decoders.BLOCK,
+      **decoders.DECODER,
       **decoders.router(f'{_MOE}.router.layer', f'{_MOE}.router'),
-      **layer(
-        'moe/experts/w_gate',
-        (f'{_MOE}.input_linear.weight', _GATE),
-        (f'{_MOE}.experts.gate_up_proj', _GATE),
-      ),
-      **layer(
-        'moe/experts/w_in',
-        (f'{_MOE}.input_linear.weight', _UP),
-        (f'{_MOE}.experts.gate_up_proj', _UP),
-      ),
-      **layer(
-        'moe/experts/w_out',
-        (f'{_MOE}.output_linear.weight', 'E M F -> E F M'),
-        (f'{_MOE}.experts.down_proj', 'E M F -> E F M'),
-      ),
+      **_experts('w_gate', *_GATE_UP, 'E (0/2 F) M -> E M F'),
+      **_experts('w_in', *_GATE_UP, 'E (1/2 F) M -> E M F'),
+      **_experts('w_out', 'output_linear', 'down_proj', 'E M F -> E F M'),
     },
     options=_options,
     describe=_describe,

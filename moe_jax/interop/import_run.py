@@ -92,9 +92,15 @@ def import_run(
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}
     new_run.write(unfinished, section_of(options), variables, metadata)
-  size_line = _size_line(variables['params'], mesh)
-  advice = _advice(folder, tokenizer)
-  return [size_line, *checkpoint.notes, *notes, *advice]
+  leaves = jax.tree.leaves(variables['params'])
+  count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
+  return [
+    f'{count:,} parameters, {size / 2**20:,.1f} MiB, on {mesh.size} x '
+    f'{mesh.devices.flat[0].device_kind}',
+    *checkpoint.notes,
+    *notes,
+    *_advice(folder, tokenizer),
+  ]
 
 
 def _tokenizer(
@@ -208,15 +214,6 @@ def _check_vocabulary(
       f'({name!r} is the first of the last {num_tokens - size}), the model has '
       f'embeddings for vocab_size={size} only'
     )
-
-
-def _size_line(params, mesh) -> str:
-  leaves = jax.tree.leaves(params)
-  count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
-  return (
-    f'{count:,} parameters, {size / 2**20:,.1f} MiB, on {mesh.size} x '
-    f'{mesh.devices.flat[0].device_kind}'
-  )
 
 
 def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:

@@ -37,7 +37,7 @@ from moe_jax.interop.mapping import (
   with_encoder_table,
   without_prefix,
 )
-from moe_jax.interop.tensor_files import Index, TensorFiles, problem_text
+from moe_jax.interop.tensor_files import Index, ProblemsError, TensorFiles
 from moe_jax.layers.shared import RULES
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.trees import abstract_router_state
@@ -166,12 +166,10 @@ def load_variables(
 
   variables = jax.tree_util.tree_map_with_path(load_one, shapes, shardings)
   if files.nonfinite and not allow_nonfinite:
-    raise InputError(
-      problem_text(
-        f'{checkpoint.folder} has weights that are not finite, with which no '
-        'run can begin (interop.load reads them with allow_nonfinite=True)',
-        [f'{name}: {n} values' for name, n in sorted(files.nonfinite.items())],
-      )
+    raise ProblemsError(
+      f'{checkpoint.folder} has weights that are not finite, with which no run '
+      'can begin (interop.load reads them with allow_nonfinite=True)',
+      [f'{name}: {n} values' for name, n in sorted(files.nonfinite.items())],
     )
   return variables
 
@@ -215,12 +213,10 @@ def _checked_leaves(
   our_leaves = leaves(names, model, shapes, list(files.specs))
   problems = check(our_leaves, files, copies(names, our_leaves), patterns)
   if problems:
-    raise InputError(
-      problem_text(
-        f'{checkpoint.folder} does not hold the {architecture.model_type} model'
-        ' that its config.json describes',
-        problems,
-      )
+    raise ProblemsError(
+      f'{checkpoint.folder} does not hold the {architecture.model_type} model '
+      'that its config.json describes',
+      problems,
     )
   return {leaf.path: leaf for leaf in our_leaves}
 

@@ -11,7 +11,6 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 """
 
 from moe_jax.interop import decoders
-from moe_jax.interop.config_keys import RATE
 
 KEYS = decoders.keys(
   dict(
@@ -23,14 +22,7 @@ KEYS = decoders.keys(
     max_position_embeddings=131072,
     sliding_window=None,
   ),
-  training={
-    'router_jitter_noise': (
-      RATE,
-      0.0,
-      0.0,
-      'it multiplies what the experts see too; see moe.jitter for the router',
-    ),
-  },
+  training={'router_jitter_noise': decoders.JITTER},
 )
 ARCHITECTURES = (
   decoders.decoder(
@@ -38,8 +30,7 @@ ARCHITECTURES = (
     'Mixtral',
     KEYS,
     {
-      **decoders.ENDS,
-      **decoders.BLOCK,
+      **decoders.DECODER,
       **decoders.router('block_sparse_moe.gate', 'mlp.gate'),
       **decoders.experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
     },

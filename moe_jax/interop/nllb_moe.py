@@ -22,6 +22,7 @@ Unlike the paper, and as transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.errors import InputError
+from moe_jax.interop import config_keys
 from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
@@ -32,18 +33,7 @@ from moe_jax.interop.architecture import (
   sparse_flags,
   their_activation,
 )
-from moe_jax.interop.config_keys import (
-  AMOUNT,
-  COMMON_FIXED,
-  COMMON_IGNORED,
-  COUNT,
-  FINITE,
-  LAYERS,
-  RATE,
-  SIZE,
-  Keys,
-  Values,
-)
+from moe_jax.interop.config_keys import Keys, Values
 from moe_jax.interop.mapping import Name, embedding_tables
 from moe_jax.interop.quirks import ServedByRank, TransformersEncoderDecoder
 from moe_jax.layers.attention import AttentionOptions
@@ -63,52 +53,52 @@ _ONE_RATE = 'our rates of dropout are one, model.dropout'
 _WHOLE = 'whole layers are never dropped here'
 KEYS = Keys(
   honoured={
-    'vocab_size': (SIZE, 128112),
-    'encoder_layers': (LAYERS, 12),
-    'encoder_ffn_dim': (SIZE, 4096),
-    'encoder_attention_heads': (SIZE, 16),
-    'decoder_layers': (LAYERS, 12),
-    'decoder_ffn_dim': (SIZE, 4096),
-    'decoder_attention_heads': (SIZE, 16),
+    'vocab_size': (config_keys.SIZE, 128112),
+    'encoder_layers': (config_keys.LAYERS, 12),
+    'encoder_ffn_dim': (config_keys.SIZE, 4096),
+    'encoder_attention_heads': (config_keys.SIZE, 16),
+    'decoder_layers': (config_keys.LAYERS, 12),
+    'decoder_ffn_dim': (config_keys.SIZE, 4096),
+    'decoder_attention_heads': (config_keys.SIZE, 16),
     'activation_function': (str, 'relu'),
-    'd_model': (SIZE, 1024),
+    'd_model': (config_keys.SIZE, 1024),
     'scale_embedding': (bool, True),
     'router_bias': (bool, False),
     'router_ignore_padding_tokens': (bool, False),
-    'num_experts': (SIZE, 128),
-    'expert_capacity': (COUNT, 64),
-    'encoder_sparse_step': (COUNT, 4),
-    'decoder_sparse_step': (COUNT, 4),
+    'num_experts': (config_keys.SIZE, 128),
+    'expert_capacity': (config_keys.COUNT, 64),
+    'encoder_sparse_step': (config_keys.COUNT, 4),
+    'decoder_sparse_step': (config_keys.COUNT, 4),
     'normalize_router_prob_before_dropping': (bool, False),
     'batch_prioritized_routing': (bool, False),
-    'moe_eval_capacity_token_fraction': (FINITE, 1.0),
-    'moe_token_dropout': (RATE, 0.2),
-    'pad_token_id': (COUNT, 1),
+    'moe_eval_capacity_token_fraction': (config_keys.FINITE, 1.0),
+    'moe_token_dropout': (config_keys.RATE, 0.2),
+    'pad_token_id': (config_keys.COUNT, 1),
     'tie_word_embeddings': (bool, True),
   },
   training={
-    'dropout': (RATE, 0.1, ..., ''),
-    'attention_dropout': (RATE, 0.1, 'dropout', _ONE_RATE),
-    'activation_dropout': (RATE, 0.0, 'dropout', _ONE_RATE),
-    'encoder_layerdrop': (RATE, 0.05, 0.0, _WHOLE),
-    'decoder_layerdrop': (RATE, 0.05, 0.0, _WHOLE),
-    'router_z_loss_coef': (AMOUNT, 0.001, ..., ''),
-    'router_aux_loss_coef': (AMOUNT, 0.001, ..., ''),
+    'dropout': (config_keys.RATE, 0.1, ..., ''),
+    'attention_dropout': (config_keys.RATE, 0.1, 'dropout', _ONE_RATE),
+    'activation_dropout': (config_keys.RATE, 0.0, 'dropout', _ONE_RATE),
+    'encoder_layerdrop': (config_keys.RATE, 0.05, 0.0, _WHOLE),
+    'decoder_layerdrop': (config_keys.RATE, 0.05, 0.0, _WHOLE),
+    'router_z_loss_coef': (config_keys.AMOUNT, 0.001, ..., ''),
+    'router_aux_loss_coef': (config_keys.AMOUNT, 0.001, ..., ''),
   },
   fixed={
-    **COMMON_FIXED,
+    **config_keys.COMMON_FIXED,
     'is_encoder_decoder': (True,),
     'router_dtype': ('float32',),
     # All other policies draw second experts at random, also in evaluation.
     'second_expert_policy': ('all',),
   },
-  ignored={
-    **COMMON_IGNORED,
-    'init_std': 'the parameters are there',
-    'max_position_embeddings': 'sinusoids have no table',
-    'num_hidden_layers': 'it is encoder_layers under another name',
-    'router_type': 'transformers does nothing with it',
-  },
+  ignored=(
+    *config_keys.COMMON_IGNORED,
+    'init_std',  # the parameters are there
+    'max_position_embeddings',  # sinusoids have no table
+    'num_hidden_layers',  # it is encoder_layers under another name
+    'router_type',  # transformers does nothing with it
+  ),
 )
 
 

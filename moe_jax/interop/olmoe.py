@@ -44,8 +44,7 @@ ARCHITECTURES = (
     'Olmoe',
     KEYS,
     {
-      **decoders.ENDS,
-      **decoders.BLOCK,
+      **decoders.DECODER,
       **weight('attention/query_norm', 'self_attn.q_norm', '(H D) -> H D'),
       **weight('attention/key_norm', 'self_attn.k_norm', '(N D) -> N D'),
       **decoders.router('mlp.gate'),

@@ -44,15 +44,8 @@ KEYS = decoders.keys(
     'router_jitter_noise': (RATE, 0.01),
     'lm_head_bias': (bool, False),
   },
-  training={
-    'input_jitter_noise': (
-      RATE,
-      0.0,
-      0.0,
-      'it multiplies what the experts see too; see moe.jitter for the router',
-    ),
-  },
-  ignored={'hidden_dropout': 'transformers 5.24 does nothing with it'},
+  training={'input_jitter_noise': decoders.JITTER},
+  ignored=['hidden_dropout'],  # transformers 5.24 does nothing with it
 )
 
 
@@ -98,8 +91,7 @@ ARCHITECTURES = (
     'Phimoe',
     KEYS,
     {
-      **decoders.ENDS,
-      **decoders.BLOCK,
+      **decoders.DECODER,
       'b_logits': (Name('lm_head.bias', 'V'),),
       'final_norm/bias': (Name('model.norm.bias', 'M'),),
       **layer('attention_norm/bias', ('input_layernorm.bias', 'M')),

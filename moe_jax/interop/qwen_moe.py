@@ -21,14 +21,9 @@ As transformers 5.24 computes Qwen3-MoE (arXiv:2505.09388):
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import decoders
+from moe_jax.interop import config_keys, decoders
 from moe_jax.interop.architecture import layers, sparse_flags
-from moe_jax.interop.config_keys import (
-  COUNT,
-  OPTIONAL_COUNT,
-  SIZE,
-  Values,
-)
+from moe_jax.interop.config_keys import Values
 from moe_jax.interop.decoders import gated_ffn, weight
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.models import DecoderOptions
@@ -42,9 +37,9 @@ _DEFAULTS = dict(
   use_sliding_window=False,
 )
 _HONOURED = {
-  'decoder_sparse_step': (SIZE, 1),
+  'decoder_sparse_step': (config_keys.SIZE, 1),
   'mlp_only_layers': (list | None, None),
-  'sliding_window': (OPTIONAL_COUNT, 4096),
+  'sliding_window': (config_keys.OPTIONAL_COUNT, 4096),
 }
 KEYS_2 = decoders.keys(
   dict(
@@ -59,9 +54,9 @@ KEYS_2 = decoders.keys(
   ),
   honoured={
     **_HONOURED,
-    'shared_expert_intermediate_size': (SIZE, 5632),
+    'shared_expert_intermediate_size': (config_keys.SIZE, 5632),
     'qkv_bias': (bool, True),
-    'max_window_layers': (COUNT, 28),
+    'max_window_layers': (config_keys.COUNT, 28),
   },
 )
 KEYS_3 = decoders.keys(
@@ -83,7 +78,7 @@ KEYS_3 = decoders.keys(
     'shared_expert_intermediate_size': (0, None),
     'use_qk_norm': (True,),
   },
-  ignored={'max_window_layers': 'transformers does not read it'},
+  ignored=['max_window_layers'],  # transformers does not read it
 )
 
 
@@ -92,7 +87,7 @@ def _problems(c: Values) -> Iterator[str]:
   if c.use_sliding_window and c.sliding_window == 0:
     yield 'sliding_window=0 must be at least 1 with use_sliding_window=True'
   for layer in c.mlp_only_layers or ():
-    if not COUNT.holds(layer):
+    if not config_keys.COUNT.holds(layer):
       yield f'mlp_only_layers has {layer!r:.80}, which is no layer'
   if _layers(c) == 'none':
     yield (
@@ -148,8 +143,7 @@ def _describe_2(o: DecoderOptions) -> dict[str, Any]:
 
 
 _NAMES = {
-  **decoders.ENDS,
-  **decoders.BLOCK,
+  **decoders.DECODER,
   **gated_ffn('ffn', 'mlp'),
   **decoders.router('mlp.gate'),
   **decoders.experts(),

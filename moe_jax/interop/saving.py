@@ -1,26 +1,54 @@
-"""Writing of a model and its variables as a folder for transformers."""
+"""Writing of a model and its variables as a folder for transformers.
 
+For its config.json an architecture of transformers is found that computes the
+same function as the model. If there is none, the error says how the nearest
+architecture differs.
+"""
+
+import dataclasses
 import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from moe_jax.errors import InputError
+from moe_jax.interop import checkpoint_folder
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.exported_config import choose
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
-from moe_jax.interop.tensor_files import SAFETENSORS
+from moe_jax.interop.quirks import TransformersEncoderDecoder
+from moe_jax.interop.tensor_files import SAFETENSORS, ProblemsError
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import has_merged, with_copies
+from moe_jax.models.meaning import difference
 from moe_jax.models.trees import variables as as_variables
 
+# Keys that are not carried over: keys of older versions of transformers, which
+# newer keys replace, and the key of quantized tensors.
+_REPLACED_KEYS = (
+  'torch_dtype',
+  'rope_theta',
+  'rope_scaling',
+  'partial_rotary_factor',
+  'original_max_position_embeddings',
+  'quantization_config',
+)
+# By option, the text of messages that names it and says what it decides.
+_OPTION_TEXTS = {
+  f'{half}sparse': f'{half}moe.layers, which layers are sparse'
+  for half in ('', 'encoder.')
+}
+_HINT = (
+  "'What can be exported' in moe_jax/interop/README.md has the flags of one "
+  'that can be'
+)
 _SHARD_BYTES = 2**31
 
 
@@ -90,11 +118,6 @@ class _Part(NamedTuple):
   leaf: Leaf
   index: tuple[int, ...]
 
-  def fetch(self) -> np.ndarray:
-    """Copies the part to the host."""
-    part = _take(self.array, self.index) if self.index else self.array
-    return np.asarray(part)
-
 
 def _tensors(
   our_leaves: Sequence[Leaf], architecture: Architecture, variables: Any
@@ -148,7 +171,8 @@ def _assemble(parts: Sequence[_Part]) -> np.ndarray:
   """The tensor that is made of the parts, each of which is a block of it."""
   tensor = np.empty(parts[0].leaf.tensor_shape, _dtype(parts))
   for part in parts:
-    part.leaf.form.write(tensor, part.fetch())
+    array = _take(part.array, part.index) if part.index else part.array
+    part.leaf.form.write(tensor, np.asarray(array))
   return tensor
 
 
@@ -166,28 +190,163 @@ def _write(
   shard_bytes: int,
 ) -> None:
   """Writes one file of tensors, or several files and an index."""
-  shards: list[list[str]] = [[]]
-  size = total_size = 0
-  for name, parts in sorted(tensors.items()):
-    num_bytes = math.prod(parts[0].leaf.tensor_shape) * _dtype(parts).itemsize
-    if shards[-1] and size + num_bytes > shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(name)
-    size, total_size = size + num_bytes, total_size + num_bytes
-  stem, _, ending = SAFETENSORS.partition('.')
-  weight_map = {}
-  for i, shard in enumerate(shards, start=1):
-    file = SAFETENSORS
-    if len(shards) > 1:
-      file = f'{stem}-{i:05}-of-{len(shards):05}.{ending}'
-    arrays = {name: _assemble(tensors[name]) for name in shard}
+
+  def num_bytes(parts: Sequence[_Part]) -> int:
+    return math.prod(parts[0].leaf.tensor_shape) * _dtype(parts).itemsize
+
+  split = split_state_dict_into_shards_factory(
+    dict(sorted(tensors.items())),
+    get_storage_size=num_bytes,
+    filename_pattern=SAFETENSORS.replace('.', '{suffix}.'),
+    max_shard_size=shard_bytes,
+  )
+  for file, names in split.filename_to_tensors.items():
+    arrays = {name: _assemble(tensors[name]) for name in names}
     save_file(arrays, folder / file, metadata={'format': 'pt'})
-    weight_map |= dict.fromkeys(arrays, file)
-  if len(shards) > 1:
+  if split.is_sharded:
     index = {
-      'metadata': {'total_size': total_size},
-      'weight_map': weight_map,
+      'metadata': split.metadata,
+      'weight_map': split.tensor_to_filename,
     }
     text = json.dumps(index, indent=2, sort_keys=True)
     (folder / f'{SAFETENSORS}.index.json').write_text(text + '\n')
+
+
+def choose(
+  options: ModelOptions, config: Mapping[str, Any]
+) -> tuple[Architecture, dict[str, Any]]:
+  """The architecture of a model, and the content of its config.json.
+
+  The architecture is the one that the config names, or else the first that
+  computes the same function; architectures without a class in transformers come
+  last.
+
+  Raises:
+    ValueError: No architecture computes the same function. The message lists
+      how the architecture with the fewest differences differs, or, if none can
+      be compared, what the first one lacks.
+  """
+  if config.get('model_type') is not None:
+    architecture = checkpoint_folder.architecture_of(config)
+    return architecture, describe(options, architecture, config)
+  errors = []
+  for architecture in sorted(
+    checkpoint_folder.ARCHITECTURES.values(), key=lambda a: a.needs_code
+  ):
+    if architecture.suits(options):
+      try:
+        return architecture, describe(options, architecture, config)
+      except InputError as error:
+        count = getattr(error, 'num_differences', math.inf)
+        errors.append((architecture.needs_code, count, error))
+  raise InputError(f'{min(errors, key=lambda e: e[:2])[2]}\n{_HINT}')
+
+
+class _DiffersError(ProblemsError):
+  """The nearest model of an architecture computes another function than ours.
+
+  Attributes:
+    num_differences: The number of options that differ. Options that ours lacks
+      are not counted, since they follow from another choice that differs.
+  """
+
+  def __init__(
+    self, model_type: str, differences: list[str], problems: list[str]
+  ):
+    absent = [line for line in differences if ': absent, not ' in line]
+    self.num_differences = len(differences) - len(absent)
+    super().__init__(
+      f'transformers cannot compute this model as {model_type}; the model has',
+      [*differences, *problems],
+    )
+
+
+def describe(
+  options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The content of config.json for a model as one of an architecture.
+
+  Raises:
+    ValueError: No model of the architecture computes the same function.
+  """
+  refusal = f'the model is no {architecture.model_type} model of transformers'
+  counts = [moe.num_experts for moe in options.build().stacks.mixtures]
+  if not counts:
+    raise InputError(
+      f'{refusal}: it is dense; {architecture.model_type} has experts'
+    )
+  if len(set(counts)) > 1:
+    raise InputError(
+      f'{refusal}: its sparse layers have {counts} experts, where transformers '
+      'has one number for all; merge or prune with one number, --experts=N'
+    )
+  try:
+    decided = architecture.describe(options)
+  except InputError as error:
+    raise InputError(f'{refusal}: {error}') from error
+  replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
+  # Keys that act only in training get values without an effect, since our
+  # models do not have their effects.
+  neutral_values = {
+    name: decided[neutral] if isinstance(neutral, str) else neutral
+    for name, (_, _, neutral, _) in architecture.keys.training.items()
+    if neutral is not ...
+  }
+  other_keys = {key: v for key, v in config.items() if key not in replaced_keys}
+  config_json = {
+    **neutral_values,
+    **other_keys,
+    **decided,
+    'model_type': architecture.borrowed_type or architecture.model_type,
+    'architectures': [architecture.classes[0]],
+    'dtype': cast(Any, options).numerics.param_dtype,
+  }
+  theirs, problems = _read_back(config_json)
+  if theirs is None:
+    raise InputError(f'{refusal}: {"; ".join(problems)}')
+  differences = _differences(options, theirs)
+  if differences or problems:
+    raise _DiffersError(architecture.model_type, differences, problems)
+  return config_json
+
+
+def _read_back(
+  config_json: Mapping[str, Any],
+) -> tuple[ModelOptions | None, list[str]]:
+  """The options of a config.json, with defaults for unsupported values.
+
+  Returns:
+    The options, or None if config.json cannot be read with defaults either; and
+    a text for each value that is not supported.
+  """
+  problems = []
+  try:
+    try:
+      return checkpoint_folder.from_config(config_json), []
+    except ProblemsError as error:
+      problems = error.problems
+      bad_keys = {problem.partition('=')[0] for problem in problems}
+      kept = {k: v for k, v in config_json.items() if k not in bad_keys}
+      return checkpoint_folder.from_config(kept), problems
+  except InputError as error:
+    return None, problems or [str(error)]
+
+
+def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
+  """A line for each option by which the models compute different functions."""
+  if ours.has_encoder:
+    ours = TransformersEncoderDecoder.of(cast(Any, ours))
+    # config.json does not say if the encoder has a table; the tensors do.
+    theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
+    if not ours.build().stacks.capacity_binds:
+      # If all tokens have slots, the slots that padding takes do not matter.
+      theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
+  pairs = difference(ours, theirs)
+  # An option that their model lacks follows from another choice that differs,
+  # which is listed instead.
+  causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
+  return [
+    f'{_OPTION_TEXTS.get(name, name)}: '
+    f'{"absent" if old is None else repr(old)}, not {new!r}'
+    for name, (old, new) in (causes or pairs).items()
+  ]

@@ -17,6 +17,7 @@ Jitter, dropout and weights of losses act only in training, there and here.
 from typing import Any
 
 from moe_jax.errors import InputError
+from moe_jax.interop import config_keys
 from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
@@ -27,20 +28,7 @@ from moe_jax.interop.architecture import (
   sparse_flags,
   their_activation,
 )
-from moe_jax.interop.config_keys import (
-  AMOUNT,
-  COMMON_FIXED,
-  COMMON_IGNORED,
-  COUNT,
-  LAYERS,
-  OPTIONAL_COUNT,
-  OPTIONAL_LAYERS,
-  POSITIVE,
-  RATE,
-  SIZE,
-  Keys,
-  Values,
-)
+from moe_jax.interop.config_keys import Keys, Values
 from moe_jax.interop.mapping import Name, embedding_tables
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.layers.attention import AttentionOptions
@@ -57,49 +45,49 @@ from moe_jax.routing.capacity import Fixed
 _PAPER = 1  # the sparse layer of a period is the second
 KEYS = Keys(
   honoured={
-    'vocab_size': (SIZE, 32128),
-    'd_model': (SIZE, 768),
-    'd_kv': (SIZE, 64),
-    'd_ff': (SIZE, 2048),
-    'expert_capacity': (COUNT, 64),
-    'num_layers': (LAYERS, 12),
-    'num_sparse_encoder_layers': (COUNT, 3),
-    'num_decoder_layers': (OPTIONAL_LAYERS, 12),
-    'num_sparse_decoder_layers': (COUNT, 3),
-    'encoder_sparse_step': (OPTIONAL_COUNT, None),
-    'decoder_sparse_step': (OPTIONAL_COUNT, None),
-    'num_heads': (SIZE, 12),
-    'num_experts': (COUNT, 8),
+    'vocab_size': (config_keys.SIZE, 32128),
+    'd_model': (config_keys.SIZE, 768),
+    'd_kv': (config_keys.SIZE, 64),
+    'd_ff': (config_keys.SIZE, 2048),
+    'expert_capacity': (config_keys.COUNT, 64),
+    'num_layers': (config_keys.LAYERS, 12),
+    'num_sparse_encoder_layers': (config_keys.COUNT, 3),
+    'num_decoder_layers': (config_keys.OPTIONAL_LAYERS, 12),
+    'num_sparse_decoder_layers': (config_keys.COUNT, 3),
+    'encoder_sparse_step': (config_keys.OPTIONAL_COUNT, None),
+    'decoder_sparse_step': (config_keys.OPTIONAL_COUNT, None),
+    'num_heads': (config_keys.SIZE, 12),
+    'num_experts': (config_keys.COUNT, 8),
     'router_bias': (bool, False),
-    'relative_attention_num_buckets': (SIZE, 32),
-    'relative_attention_max_distance': (COUNT, 128),
-    'layer_norm_epsilon': (POSITIVE, 1e-6),
+    'relative_attention_num_buckets': (config_keys.SIZE, 32),
+    'relative_attention_max_distance': (config_keys.COUNT, 128),
+    'layer_norm_epsilon': (config_keys.POSITIVE, 1e-6),
     'dense_act_fn': (str, 'relu'),
     'feed_forward_proj': (str | None, None),
     'tie_word_embeddings': (bool, True),
   },
   training={
-    'dropout_rate': (RATE, 0.1, ..., ''),
-    'router_jitter_noise': (RATE, 0.01, ..., ''),
-    'router_z_loss_coef': (AMOUNT, 0.001, ..., ''),
-    'router_aux_loss_coef': (AMOUNT, 0.001, ..., ''),
+    'dropout_rate': (config_keys.RATE, 0.1, ..., ''),
+    'router_jitter_noise': (config_keys.RATE, 0.01, ..., ''),
+    'router_z_loss_coef': (config_keys.AMOUNT, 0.001, ..., ''),
+    'router_aux_loss_coef': (config_keys.AMOUNT, 0.001, ..., ''),
   },
   fixed={
-    **COMMON_FIXED,
+    **config_keys.COMMON_FIXED,
     'is_encoder_decoder': (True,),
     'is_gated_act': (False,),
     'router_dtype': ('float32',),
     'router_type': ('tokens_masked',),
     'batch_prioritized_routing': (False,),
   },
-  ignored={
-    **COMMON_IGNORED,
-    'add_router_probs': 'transformers does nothing with it',
-    'initializer_factor': 'the parameters are there',
-    'n_positions': 'relative positions have no table of places',
-    'pad_token_id': 'masks say what padding is',
-    'router_ignore_padding_tokens': 'transformers does nothing with it',
-  },
+  ignored=(
+    *config_keys.COMMON_IGNORED,
+    'add_router_probs',  # transformers does nothing with it
+    'initializer_factor',  # the parameters are there
+    'n_positions',  # relative positions have no table of places
+    'pad_token_id',  # masks say what padding is
+    'router_ignore_padding_tokens',  # transformers does nothing with it
+  ),
 )
 
 

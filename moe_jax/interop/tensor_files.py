@@ -89,7 +89,7 @@ class TensorFiles:
       if tensor not in self.specs and name not in unread
     ]
     if problems:
-      raise InputError(problem_text(f'{folder} cannot be read', problems))
+      raise ProblemsError(f'{folder} cannot be read', problems)
 
   @functools.cached_property
   def num_values(self) -> int:
@@ -247,9 +247,16 @@ def _read_index(path: pathlib.Path, ending: str) -> dict[str, str]:
   return index
 
 
-def problem_text(headline: str, problems: list[str]) -> str:
-  """A text with a line for each problem, or for the first of very many."""
-  lines = [f'{headline}:', *(f'  {problem}' for problem in problems[:_LISTED])]
-  if len(problems) > _LISTED:
-    lines.append(f'  and {len(problems) - _LISTED} more')
-  return '\n'.join(lines)
+class ProblemsError(InputError):
+  """An error with a line for each problem, or for the first of very many.
+
+  Attributes:
+    problems: A text for each problem.
+  """
+
+  def __init__(self, headline: str, problems: list[str]):
+    self.problems = problems
+    lines = [f'{headline}:', *(f'  {line}' for line in problems[:_LISTED])]
+    if len(problems) > _LISTED:
+      lines.append(f'  and {len(problems) - _LISTED} more')
+    super().__init__('\n'.join(lines))

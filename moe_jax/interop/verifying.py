@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.data.plain_files import first_line, read_json
 from moe_jax.errors import InputError
 from moe_jax.interop import loading
-from moe_jax.interop.tensor_files import problem_text
+from moe_jax.interop.tensor_files import ProblemsError
 from moe_jax.models import Model
 from moe_jax.models.decoding import check_change
 
@@ -187,12 +187,10 @@ def _check_generation(folder, generation) -> None:
     if generation.get(name) not in neutral
   ]
   if problems:
-    raise InputError(
-      problem_text(
-        f"{folder}: 'greedy' of transformers depends on generation options "
-        'that are not reproduced here',
-        problems,
-      )
+    raise ProblemsError(
+      f"{folder}: 'greedy' of transformers depends on generation options that "
+      'are not reproduced here',
+      problems,
     )
 
 
@@ -214,7 +212,7 @@ def _check_arrays(arrays, has_encoder: bool, vocab_size: int) -> None:
     if name in arrays and arrays[name].shape != shape
   ]
   if shape_errors:
-    raise InputError(problem_text('expected arrays do not fit', shape_errors))
+    raise ProblemsError('expected arrays do not fit', shape_errors)
   if arrays['greedy'].ndim == 1:
     arrays['greedy'] = arrays['greedy'][None]
 

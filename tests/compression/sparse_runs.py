@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from moe_jax import layers
+from moe_jax.compression.calibration import measure
 from moe_jax.compression.fewer import Calibrated, smaller
-from moe_jax.compression.usage import measure
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.layers.ffn import FfnOptions

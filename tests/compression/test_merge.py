@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import merge
-from moe_jax.compression.usage import Usage
+from moe_jax.compression.calibration import Usage
 from moe_jax.models.expert_arrays import assembled, sparse_layers
 from tests.compression import sparse_runs
 from tests.compression.sparse_runs import E, F, outputs, run_of

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.compression import usage
+from moe_jax.compression import calibration
 from moe_jax.compression.calibration import capture
 from moe_jax.layers.routers import ExpertChoice
 from tests.compression import sparse_runs
@@ -58,14 +58,14 @@ def test_statistics_are_those_of_a_loop_over_tokens():
 
 
 def test_scores_are_of_all_tokens_or_of_those_of_an_expert():
-  sums = usage.Usage(
+  sums = calibration.Usage(
     tokens=np.float64(10),
     choices=np.array([8.0, 2, 0]),
     gate=np.array([4.0, 1.5, 0]),
     gated_norm=np.array([16.0, 12, 0]),
     output=np.ones((3, 2)),
   )
-  scores = {name: list(score(sums)) for name, score in usage.SCORES.items()}
+  scores = {n: list(score(sums)) for n, score in calibration.SCORES.items()}
   assert scores == {
     'usage': [0.8, 0.2, 0],
     'gate': [0.4, 0.15, 0],
@@ -78,10 +78,10 @@ def test_scores_are_of_all_tokens_or_of_those_of_an_expert():
 def test_no_batches_are_refused():
   run, _ = measured()
   with pytest.raises(ValueError, match='there are no batches'):
-    usage.measure(run.model, run.variables, [])
+    calibration.measure(run.model, run.variables, [])
 
 
 def test_experts_that_choose_tokens_are_refused():
   run = sparse_runs.run_of(router=ExpertChoice())
   with pytest.raises(ValueError, match='experts of layer 1 choose tokens'):
-    usage.measure(run.model, run.variables, [])
+    calibration.measure(run.model, run.variables, [])

@@ -21,10 +21,10 @@ def open_config(folder, **config):
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_key_of_transformers_is_sorted(kind):
   keys = checkpoint_folder.ARCHITECTURES[kind].keys
-  sorted_keys = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
-  sorted_keys |= keys.spellings
+  sorted_keys = {*keys.honoured, *keys.training, *keys.fixed, *keys.ignored}
+  sorted_keys |= {*keys.spellings}
   config = oracle.CLASSES[kind].config_class()
-  assert not set(config.to_dict()) - set(sorted_keys)
+  assert not set(config.to_dict()) - sorted_keys
 
 
 @pytest.mark.parametrize('kind', KINDS)

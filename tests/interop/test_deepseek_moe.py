@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import cli, interop, run_config
-from moe_jax.interop import checkpoint_folder, exported_config
+from moe_jax.interop import checkpoint_folder, saving
 from moe_jax.models.meaning import difference
 from tests.interop import plain_decoder as plain
 
@@ -231,4 +231,4 @@ def test_sparse_layers_that_no_number_divides_are_not_written(tmp_path):
   moe = dataclasses.replace(options.moe, layers='1,2,4')
   odd = dataclasses.replace(options, moe=moe)
   with pytest.raises(ValueError, match=r"'1,2,4' are not those that one"):
-    exported_config.describe(odd, interop.ARCHITECTURES['deepseek'], {})
+    saving.describe(odd, interop.ARCHITECTURES['deepseek'], {})

@@ -11,7 +11,7 @@ import pytest
 from moe_jax import cli, generation, interop, run_config
 from moe_jax.configs import openmoe_8b
 from moe_jax.data.plain_files import read_json
-from moe_jax.interop import checkpoint_folder, exported_config
+from moe_jax.interop import checkpoint_folder, saving
 from moe_jax.interop.quirks import EvenSlots
 from moe_jax.models.meaning import difference
 from moe_jax.routing.capacity import All
@@ -309,7 +309,7 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
     assert f'{term} ({PUBLISHED[key]} there' in described
   # The exported config has the keys of the import, but for those that
   # transformers has renamed.
-  written = exported_config.describe(
+  written = saving.describe(
     imported, checkpoint.architecture, checkpoint.config
   )
   renamed = {'rope_scaling', 'rope_theta', 'torch_dtype'}
@@ -379,4 +379,4 @@ def test_other_models_are_not_written(change, message):
   moe = dataclasses.replace(options.moe, **change)
   other = dataclasses.replace(options, moe=moe)
   with pytest.raises(ValueError, match=re.escape(message)):
-    exported_config.describe(other, interop.ARCHITECTURES['openmoe'], {})
+    saving.describe(other, interop.ARCHITECTURES['openmoe'], {})
