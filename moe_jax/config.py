@@ -406,12 +406,14 @@ class Options:
     """
     return section
 
-  def shrunk(self) -> Self:
+  def shrunk(self, **changes: Any) -> Self:
     """The same options at a laptop's size, for a config with ':runlocal'.
 
     A class with sizes overrides this; by default nested options are shrunk.
+
+    Args:
+      **changes: The fields with sizes that an overriding method gives, by name.
     """
-    changes = {}
     for name in fields_of(type(self)):
       value = getattr(self, name)
       if isinstance(value, Options):

@@ -1,7 +1,5 @@
 """Measures translations of a trained run, and the models extracted from it."""
 
-import dataclasses
-
 import numpy as np
 
 from experiments.benchmarks import timing
@@ -41,7 +39,6 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     model=run.model,
     dataset=run.dataset,
     data=run.options.data,
-    batch_size=run.options.batch_size,
     workdir=run.workdir,
     put=run.programs.put,
   )
@@ -60,11 +57,10 @@ def _extraction(setting: Setting, options, variables) -> dict[str, float]:
   for number, language in enumerate(options.data.tasks):
     small = extract.extract(options.model, variables['params'], number)
     model = model or small.options.build(options.sharding.rules)
-    part = dataclasses.replace(
-      setting, model=model, dataset=setting.dataset.parts[language]
-    )
+    rows = setting.dataset.parts[language].splits['validation']
     small_variables = {'params': small.params}
-    losses.append(float(Losses.of(part, 0)(small_variables, 0)['loss']))
+    losses_of = Losses(model, 0, rows, setting.put)
+    losses.append(float(losses_of(small_variables, 0)['loss']))
     sizes.append(bytes_in_memory(small.params['decoder']))
   return {
     'extracted/loss': float(np.mean(losses)),

@@ -22,7 +22,7 @@ from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, recording
 from moe_jax.shapes import Leaf
 from moe_jax.training import trained
-from moe_jax.training.evaluate import OverBatches, Variables
+from moe_jax.training.evaluate import Losses, Variables
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -85,14 +85,14 @@ def in_turn(batches: Sequence[Batch], num_sources: int) -> list[Batch]:
   ]
 
 
-def evaluation_of(run: Run, name: str) -> OverBatches:
+def evaluation_of(run: Run, name: str) -> Losses:
   """An entry of `config.evals`, which may have another capacity than training.
 
   Raises:
     ValueError: The entry is not one over batches.
   """
   measure = {e.name: e.measure for e in run.evaluations}[name]
-  if not isinstance(measure, OverBatches):
+  if not isinstance(measure, Losses):
     raise InputError(f'evals.{name} is not an evaluation over batches')
   return measure
 

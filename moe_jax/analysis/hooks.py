@@ -27,8 +27,7 @@ from moe_jax.models.recorded import recording
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import trainable
 from moe_jax.training.evaluate import Losses
-from moe_jax.training.optimizer import is_names
-from moe_jax.training.parameter_rules import is_role
+from moe_jax.training.optimizer import is_names, is_role
 from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run
@@ -234,7 +233,6 @@ def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
   losses = Losses(
     model=run.model,
     num_batches=_REPORT_BATCHES,
-    batch_size=run.options.batch_size,
     rows=run.dataset.splits['validation'],
     put=run.programs.put,
   )

@@ -68,7 +68,6 @@ def record(options: argparse.Namespace) -> None:
   losses = Losses(
     model=model,
     num_batches=options.num_batches,
-    batch_size=run.batch_size,
     rows=dataset.splits[options.split],
     put=Placing(device, run.batch_size, run.microbatches),
   )

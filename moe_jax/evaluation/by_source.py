@@ -48,10 +48,9 @@ class SourceLosses(evaluate.EvaluationOptions):
         "kind 'source_losses' needs a mixture, data.mixture.sources; of a "
         "single source, kind 'loss' measures the loss"
       )
+    s, n = setting, self.num_batches
     loss_functions = {
-      name: evaluate.Losses.of(
-        dataclasses.replace(setting, dataset=part), self.num_batches, self.split
-      )
+      name: evaluate.Losses(s.model, n, part.splits[self.split], s.put)
       for name, part in datasets.items()
     }
     mixture = setting.data.mixture

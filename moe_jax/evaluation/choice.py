@@ -217,7 +217,7 @@ def log_likelihoods(
   """
   examples = [e for question in questions for e in question.examples]
   tasks = [t for t, q in zip(task_ids, questions) for _ in q.examples]
-  put, batch_size = setting.put, setting.batch_size
+  put, batch_size = setting.put, setting.put.batch_size
   a, b = (np.array([len(e[side]) for e in examples]) for side in (0, 1))
   lengths = Lengths(a, b, a + b)
   rows = packed(layout.sizes(lengths), layout.capacity)

@@ -73,7 +73,6 @@ def evaluate_all(
     rules,
     dataset=data.load(run.data),
     data=run.data,
-    batch_size=size,
     workdir=pathlib.Path(workdir).expanduser(),
     put=Placing(sharding, size, microbatches),
   )

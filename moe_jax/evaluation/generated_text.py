@@ -228,7 +228,7 @@ class Generate:
     model, variables = generation.prepare(
       setting.model, variables, window=window
     )
-    size = min(setting.batch_size, len(self.pairs))
+    size = min(setting.put.batch_size, len(self.pairs))
     texts = []
     for start in range(0, len(self.pairs), size):
       evaluate.between_batches()

@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models.lora import TREE, Adapters
 from moe_jax.runs import finite
 from moe_jax.shapes import Leaf
-from moe_jax.training import trainable
-from moe_jax.training.step import TrainState
+from moe_jax.training.step import TrainState, changed
 from moe_jax.training.trainable import Trained
 
 
@@ -47,18 +45,6 @@ class AveragedState(TrainState):
   averages: Any = None
 
 
-def with_averages(state: TrainState, averages: Averages) -> AveragedState:
-  """The state of training together with the running mean."""
-  return AveragedState(
-    state.step,
-    state.seed,
-    state.params,
-    state.opt_state,
-    state.router_state,
-    averages,
-  )
-
-
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
   """The first state of a run, to which a mean of no step is added.
 
@@ -68,7 +54,8 @@ def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
     return state
   part = trained.part(state.params)
   mean = jax.tree.map(lambda p: jnp.array(p, jnp.float32), part)
-  return with_averages(state, Averages(jnp.zeros((), jnp.int32), mean))
+  averages = Averages(jnp.zeros((), jnp.int32), mean)
+  return AveragedState(**vars(state), averages=averages)
 
 
 def averaging(
@@ -95,7 +82,8 @@ def averaging(
       state.averages.mean,
       trained.part(new.params),
     )
-    new = with_averages(new, Averages(steps, mean))
+    averages = Averages(steps, mean)
+    new = AveragedState(**vars(new) | {'averages': averages})
     flags = finite.flags(finite.without_opt_state(new))
     return new, metrics._replace(finite=flags)
 
@@ -106,19 +94,7 @@ def averaged(params: Any, averages: Averages | None) -> Any:
   """The parameters, each replaced by its running mean where it has one."""
   if averages is None:
     return params
-  return jax.tree.map(
-    lambda mean, p: p if mean is None else mean.astype(p.dtype),
-    averages.mean,
-    params,
-    is_leaf=lambda leaf: leaf is None,
-  )
-
-
-def params_of(state: TrainState) -> Any:
-  """The parameters by which a state is evaluated: the means if it has them."""
-  if isinstance(state, AveragedState):
-    return averaged(state.params, state.averages)
-  return state.params
+  return changed(averages.mean, params, lambda mean, p: mean.astype(p.dtype))
 
 
 def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
@@ -144,30 +120,3 @@ def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
 def kept_by_optimizer(state: TrainState) -> Any:
   """The optimizer's state, and the means if the run keeps them."""
   return state.opt_state, getattr(state, 'averages', None)
-
-
-def saved_with(
-  config: Mapping[str, Any], adapters: Adapters, params: Any
-) -> dict[str, Averages]:
-  """The shapes of the averages in a run's checkpoints; {} where it keeps none.
-
-  Args:
-    config: The config in the run's folder.
-    adapters: The run's adapters.
-    params: The shapes of the run's parameters, with their shardings.
-  """
-  if not config.get('optimizer', {}).get('ema', 0):
-    return {}
-  mean = jax.tree.map(
-    lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding),
-    trained_by(adapters, config['trainable']).part(params),
-  )
-  steps = jax.ShapeDtypeStruct((), jnp.int32)
-  return {'averages': Averages(steps, mean)}
-
-
-def trained_by(adapters: Adapters, expression: str) -> Trained:
-  """The parameters that train: the adapters, or what an expression selects."""
-  if adapters.kernels:
-    return Trained(TREE, adapters.names)
-  return trainable.select(expression, adapters.trees.roles)

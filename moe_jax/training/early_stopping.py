@@ -102,8 +102,7 @@ class EarlyStopping:
     """The state as a checkpoint keeps it; {} if there is no early stopping."""
     if not self._options.patience:
       return {}
-    state = dataclasses.replace(self._state, ended=self.ended)
-    return {EXTRA: dataclasses.asdict(state)}
+    return {EXTRA: dataclasses.asdict(self._state) | {'ended': self.ended}}
 
   def restore(self, extra: Mapping[str, Any]) -> None:
     """Goes on with the state in a checkpoint's extra values, or counts anew.

@@ -25,8 +25,8 @@ from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.partitioning import Rules
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row, python_numbers
-from moe_jax.runs.summary import LossSums, add
-from moe_jax.training.step import eval_step
+from moe_jax.training.losses import loss_sums
+from moe_jax.training.step import over_slices
 
 Variables = dict[str, Any]  # 'params', and 'router_state' if the model has it
 Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
@@ -60,16 +60,15 @@ class Setting:
     model: The training model with the entry's overrides.
     dataset: The run's data.
     data: The options of the dataset.
-    batch_size: Number of rows in a global batch.
     workdir: The run's folder, which need not exist yet.
-    put: Moves batches of numpy arrays of `batch_size` rows to the devices.
+    put: Moves batches of numpy arrays to the devices, and has their number of
+      rows.
   """
 
   name: str
   model: Model
   dataset: Dataset
   data: DataOptions
-  batch_size: int
   workdir: pathlib.Path
   put: Placing
 
@@ -152,7 +151,9 @@ class LossEvaluation(EvaluationOptions):
 
   def measure(self, setting: Setting) -> 'Losses':
     """Returns the function that measures the loss on the split."""
-    return Losses.of(setting, self.num_batches, self.split)
+    s = setting
+    rows = s.dataset.splits[self.split]
+    return Losses(s.model, self.num_batches, rows, s.put)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """Patterns of the names in a row of `summary.summarize`."""
@@ -264,44 +265,32 @@ def _check_row(name: str, row: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class OverBatches:
-  """A measurement over batches; equal measurements give equal rows.
+class Losses:
+  """Measures the loss, and statistics of the routers.
+
+  Equal measurements give equal rows of metrics.
 
   Attributes:
     model: The model that is evaluated.
     num_batches: Number of batches; 0 takes all rows.
-    batch_size: Number of rows in a global batch.
     rows: The rows of the split.
     put: Moves batches of numpy arrays to the devices.
   """
 
   model: Model
   num_batches: int
-  batch_size: int
   rows: Rows
   put: Placing
-
-  @classmethod
-  def of(
-    cls, setting: Setting, num_batches: int, split: str = 'validation'
-  ) -> Self:
-    """The measurement over a split of a run's data."""
-    s, rows = setting, setting.dataset.splits[split]
-    return cls(s.model, num_batches, s.batch_size, rows, s.put)
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of the measured rows, moved to the devices."""
     batches = eval_batches(
       self.rows,
-      batch_size=self.batch_size,
+      batch_size=self.put.batch_size,
       num_batches=self.num_batches,
       share=self.put.rows,
     )
     return map(self.put.local, batches)
-
-
-class Losses(OverBatches):
-  """Measures the loss, and statistics of the routers."""
 
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row that `summary.summarize` makes from the sums of all batches."""
@@ -312,7 +301,7 @@ class Losses(OverBatches):
     variables: Variables,
     apply: Apply = plainly,
     record: Record = lambda number, batch, choices: None,
-  ) -> LossSums:
+  ) -> summary.LossSums:
     """The sums over all batches, as float64 numpy.
 
     Args:
@@ -332,7 +321,7 @@ class Losses(OverBatches):
     # Sums are added on the host in float64, as a split may have more tokens
     # than float32 can count.
     sums = map(sums_of, enumerate(self.batches()))
-    return functools.reduce(add, map(summary.host, behind(sums)))
+    return functools.reduce(summary.add, map(summary.host, behind(sums)))
 
 
 def behind(results: Iterator[R]) -> Iterator[R]:
@@ -347,60 +336,25 @@ def behind(results: Iterator[R]) -> Iterator[R]:
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
-  """The compiled `eval_step` of batches from `put`; equal models share it."""
+  """The compiled function from variables and a batch from `put` to its sums.
+
+  The model has neither noise nor dropout. Equal models share the function.
+  """
+
+  def eval_step(variables, batch):
+    def of_slice(index, batch):
+      (outputs, aux), choices = apply(model, variables, **model.inputs(batch))
+      return loss_sums(model.loss(outputs, batch), batch, aux), choices
+
+    sums, choices = over_slices(of_slice, batch, put.microbatches)
+    return sums._replace(choices=choices)
+
   rest: Any = None  # the compiler decides
-  return jax.jit(
-    functools.partial(
-      eval_step, model=model, apply=apply, microbatches=put.microbatches
-    ),
-    out_shardings=LossSums(rest, rest, rest, rest, put.sharding),
-  )
+  sums = summary.LossSums(rest, rest, rest, rest, put.sharding)
+  return jax.jit(eval_step, out_shardings=sums)
 
 
 _MOST_LISTED = 10
-
-
-def override_problems(
-  model: ModelOptions, entries: Mapping[str, EvaluationOptions]
-) -> Iterator[str]:
-  """The problems of the overrides of all evaluations, a text for each."""
-  for name, entry in entries.items():
-    try:
-      entry.overridden(model)
-    except OptionError as error:
-      for text in error.problems:
-        yield f'evals.{name}.model_overrides: {text}'
-
-
-def changed_models(
-  options: ModelOptions,
-  model: Model,
-  entries: Mapping[str, EvaluationOptions],
-  rules: Rules,
-) -> dict[str, Model]:
-  """The model of each evaluation, by the evaluation's name.
-
-  Args:
-    options: The training model's options, with the sizes that the data decides.
-    model: The training model.
-    entries: The evaluations.
-    rules: The sharding table.
-
-  Raises:
-    OptionError: Parameters of some models differ from those of the training
-      model; they are listed.
-  """
-  entry_models, problems = {}, []
-  for name, entry in entries.items():
-    entry_models[name] = entry.overridden(options).build(rules)
-    if differing := _differing_parameters(model, entry_models[name]):
-      problems.append(
-        f'evals.{name}.model_overrides changes parameters:\n'
-        + '\n'.join(differing[:_MOST_LISTED])
-      )
-  if problems:
-    raise OptionError(problems)
-  return entry_models
 
 
 def make_evaluations(
@@ -423,28 +377,34 @@ def make_evaluations(
     OptionError: Parameters of some models differ from those of the training
       model, or the run lacks what some evaluations need; all are named.
   """
-  entry_models = changed_models(options, model, entries, rules)
   evaluations, problems = [], []
   for name, entry in entries.items():
+    entry_model = entry.overridden(options).build(rules)
+    if lines := differing_parameters(model, entry_model):
+      text = f'evals.{name}.model_overrides changes parameters:'
+      problems.append('\n'.join([text, *lines]))
+      continue
     try:
-      measure = entry.measure(Setting(name, entry_models[name], **parts))
+      measure = entry.measure(Setting(name, entry_model, **parts))
+      if not callable(measure):
+        raise InputError(
+          f'`measure` of {type(entry).__name__} returned {measure!r:.80}; it '
+          'must return a function of variables and a step'
+        )
     except InputError as error:
       problems.append(f'evals.{name}: {error}')
-      continue
-    if not callable(measure):
-      problems.append(
-        f'evals.{name}: `measure` of {type(entry).__name__} returned '
-        f'{measure!r:.80}; it must return a function of variables and a step'
-      )
-      continue
-    evaluations.append(Evaluation(name, entry.every_steps, measure))
+    else:
+      evaluations.append(Evaluation(name, entry.every_steps, measure))
   if problems:
     raise OptionError(problems)
   return evaluations
 
 
-def _differing_parameters(model: Model, changed: Model) -> list[str]:
-  """A line for each parameter whose shape differs between two models."""
+def differing_parameters(model: Model, changed: Model) -> list[str]:
+  """A line for each parameter whose shape differs between two models.
+
+  At most `_MOST_LISTED` parameters are listed.
+  """
   if changed == model:
     return []
 
@@ -458,4 +418,4 @@ def _differing_parameters(model: Model, changed: Model) -> list[str]:
     f'  {key}: {old.get(key)} -> {new.get(key)}'
     for key in sorted(old.keys() | new.keys())
     if old.get(key) != new.get(key)
-  ]
+  ][:_MOST_LISTED]

@@ -1,12 +1,15 @@
 """Optimizers: their options, which make an optax transformation.
 
+The first of the user's rules that selects a parameter gives its factor of
+weight decay or learning rate; if none does, the parameter's role gives it.
+
 A new optimizer is one class with its options and its preconditioner.
 """
 
-import collections
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +23,17 @@ from moe_jax.config import Kinds, Options, choice, option, required
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.models.lora import RANK
+from moe_jax.models.selection import expression_problems, names_of
+from moe_jax.partitioning import path_name
 from moe_jax.shapes import Leaf
-from moe_jax.training import parameter_rules, rounded_moments
-from moe_jax.training.parameter_rules import Pattern, is_role
+from moe_jax.training import rounded_moments
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
 Transform = optax.GradientTransformation
+# A rule: a regular expression, or 'part:' and an expression over parts; and the
+# factor of the parameters that it selects.
+Pattern = tuple[str, float]
+_PART = 'part:'
 # Axes along which matrices are stacked; no statistic is shared along them.
 STACKED_AXES = ('layers', 'expert')
 
@@ -83,7 +91,18 @@ class Optimizer(Options):
 
   def problems(self) -> Iterator[str]:
     for name in ('decay_rules', 'rate_rules'):
-      yield from parameter_rules.rule_problems(name, getattr(self, name))
+      rules = getattr(self, name)
+      for pattern, factor in rules:
+        if pattern.startswith(_PART):
+          yield from expression_problems(name, _in_parts(pattern))
+        else:
+          try:
+            re.compile(pattern)
+          except re.error as error:
+            text = f'{pattern!r} is no regular expression: {error}'
+            yield f'{name}={rules!r}: {text}'
+        if factor < 0:
+          yield f'{name}={rules!r}: the factor {factor} must be at least 0'
 
   @required
   def preconditioner(self, axes: Any, roles: Any) -> Transform:
@@ -110,12 +129,13 @@ class Optimizer(Options):
     """Returns the learning rate by the number of optimizer steps taken."""
     return self.schedule.rate(self.learning_rate, total_steps)
 
-  def next_rate(self, state: Any, total_steps: int) -> Leaf:
-    """The learning rate of the update that follows a state of the optimizer.
+  def next_rate(self, total_steps: int) -> Callable[[Any], Leaf]:
+    """Returns the learning rate of the update by the optimizer's state before.
 
     A step that is skipped is no update, and the schedule does not count it.
     """
-    return self.rate(total_steps)(state[-1].count)
+    rate = self.rate(total_steps)
+    return lambda state: rate(state[-1].count)
 
   def transformation(
     self,
@@ -137,22 +157,39 @@ class Optimizer(Options):
     Raises:
       ValueError: A rule names a part that the model lacks.
     """
-    decay = parameter_rules.factors(
-      'optimizer.decay_rules',
-      self.decay_rules,
-      roles,
-      lambda role: float(role.form == 'kernel'),  # only kernels decay
-    )
-    rates = parameter_rules.factors(
-      'optimizer.rate_rules', self.rate_rules, roles, lambda role: 1.0
-    )
+
+    def factors(name, default):
+      rules = [
+        (_selects(f'optimizer.{name}', pattern, roles), float(factor))
+        for pattern, factor in getattr(self, name)
+      ]
+
+      def factor_of(path, role):
+        parameter = path_name(path)
+        chosen = (factor for selects, factor in rules if selects(parameter))
+        return next(chosen, default(role))
+
+      with_path = jax.tree_util.tree_map_with_path
+      return part(with_path(factor_of, roles, is_leaf=is_role))
+
+    decay = factors('decay_rules', lambda role: float(role.form == 'kernel'))
+    rates = factors('rate_rules', lambda role: 1.0)
+
+    def decayed(updates, params):
+      def decayed_leaf(u, p, f):
+        return u + (self.weight_decay * f * p if f else 0)
+
+      return jax.tree.map(decayed_leaf, updates, params, decay)
+
+    def scaled(updates, params):
+      return jax.tree.map(lambda u, f: u if f == 1 else f * u, updates, rates)
+
     directions = self.preconditioner(axes, part(roles, is_leaf=is_role))
-    decayed = _decayed(self.weight_decay, part(decay))
     return optax.chain(
       *([clipped(self.clip_norm)] if self.clip_norm else []),
       _in_float32(directions),
-      *([decayed] if self.weight_decay else []),
-      _scaled(part(rates)),
+      *([optax.stateless(decayed)] if self.weight_decay else []),
+      optax.stateless(scaled),
       optax.scale_by_learning_rate(self.rate(total_steps)),
     )
 
@@ -245,6 +282,31 @@ class Adafactor(Optimizer):
     return per_matrix(transforms, axes)
 
 
+def is_role(leaf: Any) -> bool:
+  """Whether a node of a tree is a `Role`, which is a leaf of it."""
+  return isinstance(leaf, Role)
+
+
+def _in_parts(pattern: str) -> str:
+  """The expression over the parts of a model of a rule that has one."""
+  return pattern.removeprefix(_PART).strip()
+
+
+def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
+  """The function that says whether a rule selects the parameter of a name."""
+  if pattern.startswith(_PART):
+    return names_of(_in_parts(pattern), roles, option).__contains__
+  regex = re.compile(pattern)
+  leaves = jax.tree_util.tree_leaves_with_path(roles, is_leaf=is_role)
+  names = [path_name(path) for path, _ in leaves]
+  if not any(map(regex.search, names)):
+    raise InputError(
+      f'{option}: {pattern!r} is found in the name of no parameter; '
+      f'{names[0]!r} is one'
+    )
+  return lambda name: regex.search(name) is not None
+
+
 def clipped(largest: float) -> Transform:
   """Clips by the global norm, as `optax.clip_by_global_norm` does.
 
@@ -267,34 +329,16 @@ def _in_float32(inner: Transform) -> Transform:
   Its state would else have the type of the parameters. In bfloat16, rounded to
   the nearest, a running mean does not move where it changes by little.
   """
-
-  def copied(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  cast: Any = optax.tree_utils.tree_cast
 
   def init(params):
-    return inner.init(copied(params))
+    return inner.init(cast(params, jnp.float32))
 
   def update(updates, state, params=None):
-    return inner.update(copied(updates), state, copied(params))
+    updates, params = cast((updates, params), jnp.float32)
+    return inner.update(updates, state, params)
 
   return Transform(init, update)
-
-
-def _decayed(weight_decay: float, factors: Any) -> Transform:
-  def update(updates, params):
-    def decayed(u, p, f):
-      return u + (weight_decay * f * p if f else 0)
-
-    return jax.tree.map(decayed, updates, params, factors)
-
-  return optax.stateless(update)
-
-
-def _scaled(factors: Any) -> Transform:
-  def update(updates, params):
-    return jax.tree.map(lambda u, f: u if f == 1 else f * u, updates, factors)
-
-  return optax.stateless(update)
 
 
 def is_names(leaf: Any) -> bool:
@@ -326,13 +370,12 @@ def per_matrix(transforms: Any, axes: Any) -> Transform:
     )
 
   def update(updates, state, params=None):
-    leaves, tree = jax.tree.flatten(updates)
-    others = map(tree.flatten_up_to, (state, params, axes, transforms))
-    pairs = [
-      lifted(transform.update, names)(u, s, p)
-      for u, s, p, names, transform in zip(leaves, *others, strict=True)
-    ]
-    updates, state = zip(*pairs, strict=True)
+    def update_leaf(u, s, p, names, transform):
+      return lifted(transform.update, names)(u, s, p)
+
+    tree = jax.tree.structure(updates)
+    pairs = jax.tree.map(update_leaf, updates, state, params, axes, transforms)
+    updates, state = zip(*tree.flatten_up_to(pairs), strict=True)
     return tree.unflatten(updates), tree.unflatten(state)
 
   return Transform(init, update)
@@ -425,8 +468,10 @@ class Muon(Optimizer):
     sides = dimensions(names[len(stacked(names)) :])
 
     def scaled(matrix: Any, params: Any) -> Any:
-      inputs, outputs = (math.prod(np.take(matrix.shape, s)) for s in sides)
-      return self._scale(int(inputs), int(outputs)) * matrix
+      inputs, outputs = (int(np.take(matrix.shape, s).prod()) for s in sides)
+      if self.rms:
+        return self.rms * math.sqrt(max(inputs, outputs)) * matrix
+      return math.sqrt(max(1.0, outputs / inputs)) * matrix
 
     return optax.chain(
       contrib.scale_by_muon(
@@ -438,31 +483,21 @@ class Muon(Optimizer):
       optax.stateless(scaled),
     )
 
-  def _scale(self, inputs: int, outputs: int) -> float:
-    """The number by which an orthogonalized matrix is multiplied."""
-    if self.rms:
-      return self.rms * math.sqrt(max(inputs, outputs))
-    return math.sqrt(max(1.0, outputs / inputs))
-
   def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
     """A line on the number of parameters that Muon and Adam train."""
-    counts: collections.Counter[str] = collections.Counter()
-    adam_parts: dict[str, None] = {}
-    for role, names, leaf in zip(
-      jax.tree.leaves(roles, is_leaf=is_role),
-      jax.tree.leaves(axes, is_leaf=is_names),
-      jax.tree.leaves(shapes),
-      strict=True,
-    ):
-      hidden = is_hidden(role, names)
-      counts['Muon' if hidden else 'Adam'] += leaf.size
-      if not hidden:
-        part = ' '.join(filter(None, role)) or 'parameters without a role'
-        adam_parts[part] = None
+    leaves = jax.tree.leaves(shapes)
+    roles = jax.tree.leaves(roles, is_leaf=is_role)
+    names = jax.tree.leaves(axes, is_leaf=is_names)
+    total, by_adam, parts = sum(leaf.size for leaf in leaves), 0, []
+    for leaf, *place in zip(leaves, roles, names, strict=True):
+      if not is_hidden(*place):
+        by_adam += leaf.size
+        role = ' '.join(filter(None, place[0]))
+        parts.append(role or 'parameters without a role')
     yield (
-      f'optimizer: Muon trains {counts["Muon"]:,} parameters; Adam trains '
-      f'{counts["Adam"]:,}, at {self.adam_rate:g} of the rate'
-      + (f': {", ".join(adam_parts)}' if adam_parts else '')
+      f'optimizer: Muon trains {total - by_adam:,} parameters; Adam trains '
+      f'{by_adam:,}, at {self.adam_rate:g} of the rate'
+      + (f': {", ".join(dict.fromkeys(parts))}' if parts else '')
     )
 
 

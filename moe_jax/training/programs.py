@@ -12,26 +12,17 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax import models, partitioning
+from moe_jax import partitioning
 from moe_jax.devices import Placing
-from moe_jax.models import Model, lora
-from moe_jax.models.lora import Adapters
-from moe_jax.models.trees import (
-  init_params,
-  init_router_state,
-  move_router_state,
-  variables,
-)
+from moe_jax.models import Model, lora, trees
+from moe_jax.models.recorded import plainly
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Leaf
 from moe_jax.training import averages, losses, trainable
 from moe_jax.training import step as step_lib
-from moe_jax.training.averages import Averages
-from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer import is_names
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
-from moe_jax.training.trainable import Trained
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
@@ -62,8 +53,8 @@ class Programs:
   train_step: Step
   put: Placing
   optimizer: optax.GradientTransformation
-  trained: Trained
-  adapters: Adapters
+  trained: trainable.Trained
+  adapters: lora.Adapters
   variables: Callable[[TrainState], dict[str, Any]]
 
 
@@ -76,28 +67,30 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     mesh: The devices.
   """
   adapters, trained, optimizer = make_optimizer(options, model)
-  trees, router_state = adapters.trees, init_router_state(model)
+  router_state = trees.init_router_state(model)
 
   def model_variables(state):
-    params = averages.params_of(state)
+    means = getattr(state, 'averages', None)
+    params = averages.averaged(state.params, means)
     params = adapters.merged_on_devices(params)
-    return variables(params, state.router_state)
+    return trees.variables(params, state.router_state)
 
   rules = options.sharding.rules
   whole = partitioning.sharding(mesh, rules, ())
   rows = partitioning.sharding(mesh, rules, ('batch', None))
-  params = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
-  opt_state = jax.eval_shape(optimizer.init, trees.shapes)
+  shapes, axes, _ = adapters.trees
+  params = partitioning.tree_shardings(mesh, rules, axes, shapes)
+  opt_state = jax.eval_shape(optimizer.init, shapes)
   shardings = TrainState(
     step=whole,
     seed=whole,
     params=params,
-    opt_state=like_params(mesh, opt_state, trees.shapes, params),
+    opt_state=like_params(mesh, opt_state, shapes, params),
     router_state=jax.tree.map(lambda _: whole, router_state),
   )
   if ema := options.optimizer.ema:
-    mean = Averages(whole, trained.part(params))
-    shardings = averages.with_averages(shardings, mean)
+    mean = averages.Averages(whole, trained.part(params))
+    shardings = averages.AveragedState(**vars(shardings), averages=mean)
 
   def state_of(seed, params):
     params = adapters.extend(params, jax.random.key(seed))
@@ -106,7 +99,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     return averages.begun(state, ema, trained)
 
   def init_state(seed):
-    params = nn.meta.unbox(init_params(model, jax.random.key(seed)))
+    params = nn.meta.unbox(trees.init_params(model, jax.random.key(seed)))
     return state_of(seed, params)
 
   init = jax.jit(init_state, out_shardings=shardings)
@@ -119,13 +112,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     variables=model_variables,
     init_state=lambda: init(seed),
     state_of=functools.partial(begin, seed),
-    abstract_state=jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      jax.eval_shape(init, seed),
-      shardings,
-    ),
+    abstract_state=init.eval_shape(seed),
     train_step=jax.jit(
       make_step(options, model, adapters, trained, optimizer),
       in_shardings=(shardings, rows),
@@ -138,7 +125,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
 
 def make_optimizer(
   options: RunOptions, model: Model
-) -> tuple[Adapters, Trained, optax.GradientTransformation]:
+) -> tuple[lora.Adapters, trainable.Trained, optax.GradientTransformation]:
   """The adapters of a model, the parameters that train, and their optimizer.
 
   Args:
@@ -150,17 +137,16 @@ def make_optimizer(
       names a part that the model lacks, or selects nothing; or the file of
       `trained_experts` does not fit.
   """
-  adapters = lora.adapt(options.lora, models.describe(model))
-  trees = adapters.trees
-  trained = averages.trained_by(adapters, options.trainable)
+  adapters = lora.adapt(options.lora, trees.describe(model))
+  trained = trainable.trained_by(adapters, options.trainable)
   if options.trained_experts:
     chosen = trainable.read_chosen(options.trained_experts)
-    masks = trainable.chosen_masks(chosen, model, trees, trained.names)
+    masks = trainable.chosen_masks(chosen, model, adapters.trees, trained.names)
     trained = dataclasses.replace(trained, masks=masks)
   transformation = options.optimizer.transformation(
     options.total_steps,
     trained.part(adapters.matrix_axes, is_leaf=is_names),
-    trees.roles,
+    adapters.trees.roles,
     trained.part,
   )
   return adapters, trained, trained.optimizer(transformation)
@@ -169,11 +155,11 @@ def make_optimizer(
 def make_step(
   options: RunOptions,
   model: Model,
-  adapters: Adapters,
-  trained: Trained,
+  adapters: lora.Adapters,
+  trained: trainable.Trained,
   optimizer: optax.GradientTransformation,
   *,
-  change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
+  change: Callable[..., losses.LossWeights] = lambda weights: weights,
   balance_bias_rate: Leaf | None = None,
   loss: step_lib.Loss | None = None,
 ) -> Step:
@@ -192,7 +178,7 @@ def make_step(
   """
 
   def moved(state, load):
-    new = move_router_state(model.stacks, state, load, balance_bias_rate)
+    new = trees.move_router_state(model.stacks, state, load, balance_bias_rate)
     return trained.moved(state, new)
 
   weights = change(losses.loss_weights(model, options.logits_z_weight))
@@ -201,6 +187,8 @@ def make_step(
   def merged(params, key):
     return adapters.merged(trained.stop_gradients(params), key)
 
+  # A replayed run executes the same program as a recorded run.
+  is_recorded = options.trace.every_steps or options.model.moe.replay
   step = functools.partial(
     step_lib.train_step,
     grad_fn=step_lib.make_grad_fn(
@@ -211,17 +199,12 @@ def make_step(
       merged,
       options.aux_losses.weights,
       loss,
-      # A replayed run executes the same program as a recorded run.
-      options.trace.recording
-      if options.model.moe.replay
-      else options.trace.in_training,
+      options.trace.recording if is_recorded else plainly,
       options.local_axes,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,
-    rate=functools.partial(
-      options.optimizer.next_rate, total_steps=options.total_steps
-    ),
+    rate=options.optimizer.next_rate(options.total_steps),
     move_router_state=moved,
   )
   step = averages.averaging(step, options.optimizer.ema, trained)
@@ -271,11 +254,9 @@ def like_params(mesh: Mesh, state, params, param_shardings):
 
   def sharding_of(path, leaf):
     path = tuple(map(str, path))
-    for start in range(len(path)):
-      for end in range(len(path), start, -1):
-        if path[start:end] in shapes_and_specs:
-          spec = _spec_of_subset(leaf.shape, *shapes_and_specs[path[start:end]])
-          return NamedSharding(mesh, spec)
+    for start, end in itertools.combinations(range(len(path) + 1), 2):
+      if found := shapes_and_specs.get(path[start:end]):
+        return NamedSharding(mesh, _spec_of_subset(leaf.shape, *found))
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(sharding_of, state)

@@ -34,10 +34,9 @@ def scale_by_adam(
 
   def init(params):
     # The two trees share no array, as both are donated to a step.
-    mu, nu = (
-      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
-      for _ in range(2)
-    )
+    zeros_like = optax.tree_utils.tree_zeros_like
+    mu = zeros_like(params, jnp.bfloat16)
+    nu = zeros_like(params, jnp.bfloat16)
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
   def update(updates, state, params=None):

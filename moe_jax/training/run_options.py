@@ -5,7 +5,7 @@ import fnmatch
 import functools
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +28,19 @@ from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.base import RunShape
 from moe_jax.models.lora import LoraOptions
-from moe_jax.models.recorded import Apply, plainly, recording
+from moe_jax.models.recorded import Apply, recording
 from moe_jax.models.selection import expression_problems
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpointer import CheckpointOptions
-from moe_jax.training.aux_schedules import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.early_stopping import EarlyStoppingOptions
 from moe_jax.training.evaluate import (
   DEFAULT_EVALS,
   EvaluationOptions,
   LossEvaluation,
-  override_problems,
 )
+from moe_jax.training.losses import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
-R = TypeVar('R', bound='RunOptions')
 # The name of the option `MoeOptions.replay` in a config.
 REPLAY = 'model.moe.replay'
 _ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
@@ -56,9 +54,7 @@ class ProfileOptions(Options):
   """Options of the profiler's trace: the section 'profile' of a config."""
 
   start_step: int = option(
-    10,
-    'First optimizer step that is traced, counted from 1.',
-    minimum=1,
+    10, 'First optimizer step that is traced, counted from 1.', minimum=1
   )
   num_steps: int = option(
     0,
@@ -103,10 +99,7 @@ class SampleOptions(Options):
     'that routes by task; an empty string is the first task.',
   )
   seed: int = option(
-    0,
-    'Seed for drawing the tokens of the sample.',
-    minimum=0,
-    below=SEEDS,
+    0, 'Seed for drawing the tokens of the sample.', minimum=0, below=SEEDS
   )
 
   def check_prompt(self, tokenizer: Tokenizer) -> None:
@@ -220,11 +213,6 @@ class TraceOptions(Options):
     """The function that applies a model and returns its choices of experts."""
     return functools.partial(recording, logits=self.logits, dtype=self.dtype)
 
-  @property
-  def in_training(self) -> Apply:
-    """The function by which the training step applies the model."""
-    return self.recording if self.every_steps else plainly
-
   def has_step(self, step: int) -> bool:
     """Whether the choices of a step, counted from 1, are recorded."""
     return self.every_steps > 0 and (step - 1) % self.every_steps == 0
@@ -271,9 +259,7 @@ class RunOptions(Options):
     below=SEEDS,
   )
   total_steps: int = option(
-    1000,
-    'Number of optimizer steps of the whole run.',
-    minimum=1,
+    1000, 'Number of optimizer steps of the whole run.', minimum=1
   )
   batch_size: int = option(
     32,
@@ -414,7 +400,12 @@ class RunOptions(Options):
       )
     yield from self._task_problems()
     yield from self._best_problems()
-    yield from override_problems(self.model, self.evals)
+    for name, entry in self.evals.items():
+      try:
+        entry.overridden(self.model)
+      except OptionError as error:
+        for text in error.problems:
+          yield f'evals.{name}.model_overrides: {text}'
     yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
@@ -514,7 +505,7 @@ class RunOptions(Options):
     if problems := list(self.model.problems_in(self.shape(row_parts))):
       raise OptionError(problems)
 
-  def filled(self: R, vocab_size: int) -> R:
+  def filled(self, vocab_size: int) -> Self:
     """The options, completed by the sizes of the model that the data decides.
 
     Args:
@@ -560,20 +551,11 @@ class RunOptions(Options):
         shapes[f'{prefix}task_ids'] = shapes[f'{prefix}segment_ids']
     return shapes
 
-  def shrunk(self: R) -> R:
+  def shrunk(self) -> Self:
     """The same run with two steps, small sizes and one device."""
-    changes: dict[str, Any] = {
-      name: getattr(self, name).shrunk()
-      for name in (
-        'data', 'model', 'optimizer', 'checkpoint', 'mesh', 'sample'
-      )
-    }  # fmt: skip
-    return dataclasses.replace(
-      self,
+    return super().shrunk(
       total_steps=2,
       batch_size=4,
       microbatches=min(self.microbatches, 2),
       log_every_steps=1,
-      evals={name: entry.shrunk() for name, entry in self.evals.items()},
-      **changes,
     )

@@ -8,7 +8,7 @@ still learns.
 
 import dataclasses
 import numbers
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,9 @@ class Schedule(Options):
     curve = schedule.after_warmup(peak, max(total_steps - warmup, 1))
     start = jnp.zeros((), jnp.int32)
     first = curve(start) if callable(curve) else curve
-    if not callable(curve) or not _is_number(first):
+    is_array = isinstance(first, np.ndarray | jax.Array) and first.ndim == 0
+    is_number = is_array or isinstance(first, numbers.Real)
+    if not callable(curve) or not is_number:
       raise InputError(
         f'{type(self).__name__}.after_warmup gives {first!r:.60}; it returns a '
         'function from a number of steps to a learning rate, a number'
@@ -71,12 +73,6 @@ class Schedule(Options):
   def shrunk(self) -> Self:
     """The same schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
-
-
-def _is_number(value: Any) -> bool:
-  if isinstance(value, np.ndarray | jax.Array):
-    return value.ndim == 0
-  return isinstance(value, numbers.Real)
 
 
 @dataclasses.dataclass(frozen=True)

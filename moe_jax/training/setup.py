@@ -175,11 +175,9 @@ def set_up(
     options.sharding.rules,
     dataset=dataset,
     data=options.data,
-    batch_size=options.batch_size,
     workdir=checked.folder,
     put=programs.put,
   )
-  early_stopping = EarlyStopping(options.early_stopping, options.checkpoint)
   checkpoints = options.checkpoint.checkpointer(checked.checkpoints)
   recorder = Recorder(
     checked.folder,
@@ -212,7 +210,7 @@ def set_up(
     train_step=programs.train_step,
     evaluations=evaluations,
     checkpoints=checkpoints,
-    early_stopping=early_stopping,
+    early_stopping=EarlyStopping(options.early_stopping, options.checkpoint),
     recorder=recorder,
     message=recorder.message,
     notes=notes,

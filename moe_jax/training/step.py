@@ -85,7 +85,7 @@ def make_grad_fn(
   loss = loss or model.loss
 
   def loss_fn(part, params, batch, divisors, key, router_state, step):
-    params = _changed(part, params, lambda trained_leaf, _: trained_leaf)
+    params = changed(part, params, lambda trained_leaf, _: trained_leaf)
     router_key, dropout_key = jax.random.split(key)
     (outputs, aux), choices = apply(
       model,
@@ -104,60 +104,12 @@ def make_grad_fn(
       part(params), params, batch, divisors, key, router_state, step
     )
 
-  if microbatches == 1:
-    return grad_fn
-  return _exchanged_once(_accumulated(grad_fn, microbatches), local_axes)
-
-
-def _changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
-  """The parameters, with `change(leaf, param)` where `part` has a leaf."""
-  return jax.tree.map(
-    lambda leaf, param: param if leaf is None else change(leaf, param),
-    part,
-    params,
-    is_leaf=lambda leaf: leaf is None,
-  )
-
-
-def _exchanged_once(grad_fn: GradFn, axes: tuple[str, ...]) -> GradFn:
-  """Wraps `grad_fn`: devices apply it to their own rows and sum its results.
-
-  Only the mesh axes `axes` are handled by device: along all other axes arrays
-  stay global. Else the compiler would exchange each microbatch's gradient.
-  """
-
-  def on_device(batch, params, divisors, key, router_state, step):
-    for axis in axes:
+  # Every slice's loss is divided by the whole batch's normalisers, so that the
+  # sum is the whole batch's loss, auxiliary losses included.
+  def accumulated(batch, params, divisors, key, router_state, step):
+    for axis in local_axes:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    (loss, sums), grads = grad_fn(
-      params, batch, divisors, key, router_state, step
-    )
-    whole = (loss, sums._replace(choices=None)), grads
-    return jax.lax.psum(whole, axes), sums.choices
 
-  def exchanged(params, batch, divisors, key, router_state=None, step=0):
-    rows = PartitionSpec(axes)
-    ((loss, sums), grads), choices = jax.shard_map(
-      on_device,
-      mesh=jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh,
-      in_specs=(rows, *[PartitionSpec()] * 5),
-      out_specs=(PartitionSpec(), rows),
-      axis_names=set(axes),
-      check_vma=False,
-    )(batch, params, divisors, key, router_state, step)
-    return (loss, sums._replace(choices=choices)), grads
-
-  return exchanged if axes else grad_fn
-
-
-def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
-  """The sum of `grad_fn` over n slices of the batch, one after another.
-
-  Every slice's loss is divided by the whole batch's normalisers, so the sum
-  is the whole batch's loss, auxiliary losses included.
-  """
-
-  def accumulated(params, batch, divisors, key, router_state=None, step=0):
     def of_slice(index, batch_slice):
       slice_key = jax.random.fold_in(key, index)
       (loss, sums), grads = grad_fn(
@@ -165,10 +117,40 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
       )
       return ((loss, sums._replace(choices=None)), grads), sums.choices
 
-    ((loss, sums), grads), choices = over_slices(of_slice, batch, n)
+    total, choices = over_slices(of_slice, batch, microbatches)
+    return jax.lax.psum(total, local_axes) if local_axes else total, choices
+
+  def whole_grad_fn(params, batch, divisors, key, router_state=None, step=0):
+    function = accumulated
+    if local_axes:
+      # Devices apply the function to their own rows. Only these mesh axes are
+      # handled by device: along all other axes arrays stay global. Else the
+      # compiler would exchange each microbatch's gradient.
+      rows = PartitionSpec(local_axes)
+      function = jax.shard_map(
+        accumulated,
+        mesh=jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh,
+        in_specs=(rows, *[PartitionSpec()] * 5),
+        out_specs=(PartitionSpec(), rows),
+        axis_names=set(local_axes),
+        check_vma=False,
+      )
+    ((loss, sums), grads), choices = function(
+      batch, params, divisors, key, router_state, step
+    )
     return (loss, sums._replace(choices=choices)), grads
 
-  return accumulated
+  return whole_grad_fn if microbatches > 1 else grad_fn
+
+
+def changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
+  """The parameters, with `change(leaf, param)` where `part` has a leaf."""
+  return jax.tree.map(
+    lambda leaf, param: param if leaf is None else change(leaf, param),
+    part,
+    params,
+    is_leaf=lambda leaf: leaf is None,
+  )
 
 
 def over_slices(
@@ -238,7 +220,7 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = _changed(
+    params = changed(
       updates, state.params, lambda update, x: optax.apply_updates(x, update)
     )
   load = sums.aux.stats.load  # [L, E], of all groups and microbatches
@@ -268,21 +250,3 @@ def skipping_nonfinite(train_step):
     return next_state.replace(step=new.step), metrics
 
   return step
-
-
-def eval_step(
-  variables: dict[str, Any],
-  batch: Batch,
-  *,
-  model: Model,
-  apply: Apply = plainly,
-  microbatches: int = 1,
-) -> LossSums:
-  """The sums over one batch, without noise or dropout."""
-
-  def of_slice(index, batch):
-    (outputs, aux), choices = apply(model, variables, **model.inputs(batch))
-    return losses.loss_sums(model.loss(outputs, batch), batch, aux), choices
-
-  sums, choices = over_slices(of_slice, batch, microbatches)
-  return sums._replace(choices=choices)

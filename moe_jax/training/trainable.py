@@ -21,7 +21,7 @@ import optax
 
 from moe_jax.errors import InputError
 from moe_jax.models import Model
-from moe_jax.models.lora import TREE
+from moe_jax.models.lora import TREE, Adapters
 from moe_jax.models.selection import names_of
 from moe_jax.models.trees import ParameterTrees, flatten
 from moe_jax.partitioning import path_name
@@ -129,9 +129,15 @@ class Trained:
     return jax.tree_util.tree_map_with_path(one, state, new)
 
 
-def select(expression: str, roles: Any) -> Trained:
-  """The parameters that an expression selects; see `selection.names_of`."""
-  return Trained(expression, names_of(expression, roles))
+def trained_by(adapters: Adapters, expression: str) -> Trained:
+  """The parameters that train: the adapters, or what an expression selects.
+
+  Raises:
+    ValueError: The expression selects nothing, or a part that the model lacks.
+  """
+  if adapters.kernels:
+    return Trained(TREE, adapters.names)
+  return Trained(expression, names_of(expression, adapters.trees.roles))
 
 
 _EXPERT, _LAYERS = 'expert', 'layers'

@@ -5,44 +5,29 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.config import Options, read_options
+from moe_jax.config import read_options
 from moe_jax.data import DataOptions, Dataset, load, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
-from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models import MODELS, Model, ModelOptions, trees
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
-from moe_jax.models.trees import (
-  abstract_router_state,
-  describe,
-  init_router_state,
-  variables,
-)
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs import manifest
+from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
 from moe_jax.runs.retention import Directory
 from moe_jax.runs.storage_errors import describe as describe_error
-from moe_jax.runs.workdir import (
-  CONFIG,
-  IMPORTED,
-  TOKENIZER,
-  check_allowed,
-  check_unedited,
-  checkpoints_of,
-  classes_in,
-  folder_of,
-  kept_config,
-)
-from moe_jax.training import averages
+from moe_jax.runs.workdir import CONFIG, IMPORTED, TOKENIZER, kept_config
+from moe_jax.training import averages, trainable
 
-T = TypeVar('T', bound=Options)
 _FIRST_SAVE = (
   'a run writes the first one after checkpoint.every_steps steps, when it is '
   'stopped, and at its end'
@@ -138,7 +123,7 @@ def read(
     ValueError: The folder holds no run, something in it cannot be read, its
       config was edited, or it names a class of a module that is not allowed.
   """
-  folder = folder_of(workdir)
+  folder = workdir_lib.folder_of(workdir)
   for name in (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,):
     if not (folder / name).exists():
       reason = f'it has no {name}'
@@ -152,7 +137,7 @@ def read(
       elif name == CONFIG:
         reason += _where_runs_are(folder)
       raise InputError(f'{folder} holds no trained run: {reason}')
-  checkpoints = checkpoints_of(folder)
+  checkpoints = workdir_lib.checkpoints_of(folder)
   try:
     has_checkpoints = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
@@ -169,17 +154,17 @@ def read(
     )
   config = kept_config(folder)
   stored = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
-  check_allowed(classes_in(stored), allow)
-  try:
-    data = read_options(DataOptions, stored['data'], 'data.')
-    model: Any = read_options(MODELS, stored['model'], 'model.')
-    sharding = read_options(ShardingOptions, stored['sharding'], 'sharding.')
-    batch_size = config.get('batch_size')
-    if type(batch_size) is not int or batch_size < 1:
-      raise InputError(f'batch_size={batch_size!r:.60} is not a number of rows')
-  except (InputError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
-  check_unedited(folder)
+  workdir_lib.check_allowed(workdir_lib.classes_in(stored), allow)
+  data = _section_of(folder, 'data', DataOptions)
+  model = _section_of(folder, 'model', MODELS)
+  sharding = _section_of(folder, 'sharding', ShardingOptions)
+  batch_size = config.get('batch_size')
+  if type(batch_size) is not int or batch_size < 1:
+    raise InputError(
+      f'{folder / CONFIG} cannot be read: batch_size={batch_size!r:.60} is not '
+      'a number of rows'
+    )
+  workdir_lib.check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size = None, 0
   if (folder / TOKENIZER).exists():
@@ -205,10 +190,12 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   Raises:
     ValueError: There is no best checkpoint, or the config cannot be read.
   """
-  folder = folder_of(workdir)
+  folder = workdir_lib.folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
   name, is_highest = options.best_name, options.best_is_highest
-  directory = Directory(checkpoints_of(folder), 1, True, name, is_highest)
+  directory = Directory(
+    workdir_lib.checkpoints_of(folder), 1, True, name, is_highest
+  )
   if (step := directory.best_step()) is None:
     raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
@@ -223,7 +210,7 @@ def checkpoint_digest(workdir: str | os.PathLike[str], step: int) -> str:
   Raises:
     ValueError: There is no such checkpoint.
   """
-  checkpoints = checkpoints_of(folder_of(workdir))
+  checkpoints = workdir_lib.checkpoints_of(workdir_lib.folder_of(workdir))
   path = checkpoints / str(step) / manifest.NAME
   if not path.exists():
     raise InputError(f'{checkpoints} has no checkpoint of step {step}')
@@ -237,13 +224,12 @@ def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
     ValueError: The config cannot be read, or does not fit the model.
   """
   options = _section_of(pathlib.Path(workdir).expanduser(), 'lora', LoraOptions)
-  return adapt(options, describe(model))
+  return adapt(options, trees.describe(model))
 
 
-def _section_of(folder: pathlib.Path, name: str, cls: type[T]) -> T:
-  values = kept_config(folder).get(name, {})
+def _section_of(folder: pathlib.Path, name: str, root: Any) -> Any:
   try:
-    return read_options(cls, values, f'{name}.')
+    return read_options(root, kept_config(folder).get(name, {}), f'{name}.')
   except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
 
@@ -282,34 +268,43 @@ def restore_variables(
     ValueError: There is no checkpoint, or it is of another model.
     CheckpointError: No checkpoint is good.
   """
-  folder = pathlib.Path(workdir).expanduser()
-  merges = adapters is None
-  if adapters is None:
-    adapters = adapters_of(workdir, model)
+  folder, merges = pathlib.Path(workdir).expanduser(), adapters is None
+  adapters = adapters or adapters_of(workdir, model)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  trees = adapters.trees
 
-  def placed(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  def placed(leaf, axes):
+    # A vocabulary that does not divide is handled by `partitioning.sharding`.
+    fitting_axes = [
+      axis if axis == 'vocab' or size % num_shards(axis) == 0 else None
+      for axis, size in zip(axes, leaf.shape)
+    ]
+    return leaf.update(
+      sharding=partitioning.sharding(mesh, rules, fitting_axes, leaf.shape)
+    )
 
-  abstract = jax.tree.map(
-    lambda leaf, axes: placed(leaf, _fitting(mesh, rules, axes, leaf.shape)),
-    trees.shapes,
-    trees.axes,
-  )
+  def num_shards(axis):
+    return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
+
+  shapes, axes, _ = adapters.trees
+  abstract = jax.tree.map(placed, shapes, axes)
   whole = partitioning.sharding(mesh, rules, ())
-  states = abstract_router_state(model) if router_state else {}
-  routers = jax.tree.map(lambda leaf: placed(leaf, whole), states)
-  means = averages.saved_with(kept_config(folder), adapters, abstract)
-  directory = checkpoints_of(folder)
+  states = trees.abstract_router_state(model) if router_state else {}
+  routers = jax.tree.map(lambda leaf: leaf.update(sharding=whole), states)
+  config, means = kept_config(folder), {}
+  if config.get('optimizer', {}).get('ema', 0):
+    part = trainable.trained_by(adapters, config['trainable']).part(abstract)
+    mean = jax.tree.map(lambda p: p.update(dtype=jnp.float32), part)
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    means = {'averages': averages.Averages(steps, mean)}
+  directory = workdir_lib.checkpoints_of(folder)
   with Checkpointer(directory, keep_best=False) as checkpoints:
     restored = checkpoints.restore(
-      variables(abstract, routers) | means,
+      trees.variables(abstract, routers) | means,
       step=step,
       partial=True,
       cast=cast,
-      first=variables(adapters.base(abstract), routers),
+      first=trees.variables(adapters.base(abstract), routers),
     )
   if restored is None:
     raise InputError(f'{directory} has no finished checkpoint; {_FIRST_SAVE}')
@@ -319,19 +314,5 @@ def restore_variables(
     params = adapters.merged_on_devices(params)
   # A run may begin without the state of its routers.
   if routers:
-    routers = saved.get(ROUTER_STATE) or init_router_state(model)
-  return restored._replace(state=variables(params, routers))
-
-
-def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
-  """An array's sharding by the table; what does not divide stays whole."""
-
-  def num_shards(axis):
-    return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
-
-  # A vocabulary that does not divide is handled by `partitioning.sharding`.
-  axes = [
-    a if a == 'vocab' or n % num_shards(a) == 0 else None
-    for a, n in zip(axes, shape)
-  ]
-  return partitioning.sharding(mesh, rules, axes, shape)
+    routers = saved.get(ROUTER_STATE) or trees.init_router_state(model)
+  return restored._replace(state=trees.variables(params, routers))

@@ -46,7 +46,6 @@ def rates(options, folder):
   eval_metrics = Losses(
     model=run.model,
     num_batches=BATCHES,
-    batch_size=options.batch_size,
     rows=rows,
     put=run.programs.put,
   )(run.programs.variables(state), 0)

@@ -65,7 +65,6 @@ def measure(folder, entry, names=tuple('abcd'), **changes):
     rules,
     dataset=data.load(run.data),
     data=run.data,
-    batch_size=run.batch_size,
     workdir=folder,
     put=Placing(sharding, run.batch_size),
   )

@@ -46,7 +46,7 @@ def placing(batch_size):
 
 def likelihoods_of(model, examples, layout, tasks=()):
   """The likelihoods of examples, each of which is a question's one answer."""
-  setting = mock.Mock(spec=Setting, model=model, batch_size=2, put=placing(2))
+  setting = mock.Mock(spec=Setting, model=model, put=placing(2))
   questions = [EncodedQuestion([e], 0, False, ITEM) for e in examples]
   variables = {'params': tiny.params_of(model)}
   return np.concatenate(
@@ -156,7 +156,6 @@ class Bench:
       run.sharding.rules,
       dataset=data.load(run.data),
       data=run.data,
-      batch_size=run.batch_size,
       workdir=self.folder,
       put=placing(run.batch_size),
     )

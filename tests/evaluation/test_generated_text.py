@@ -165,7 +165,6 @@ def setting(tmp_path, **overrides):
     model=options.build(),
     dataset=data.load(options.data),
     data=options.data,
-    batch_size=options.batch_size,
     workdir=tmp_path,
     put=Placing(sharding, options.batch_size),
   )

@@ -11,7 +11,7 @@ from experiments.study import shared_steps
 from moe_jax.config import OptionError
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses, programs, setup
-from moe_jax.training.aux_schedules import Constant, Linear
+from moe_jax.training.losses import Constant, Linear
 from tests.training import tiny
 
 # One layer with losses 2 (balance) and 8 (z) over 4 tokens: means 0.5 and 2.

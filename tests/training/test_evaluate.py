@@ -49,7 +49,7 @@ def test_the_loss_of_a_split_by_hand(num_batches, tokens):
   rows, batch_size = PackedRows(np.arange(1, 24), np.array([0, 7]), 4), 4
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   put = Placing(sharding, batch_size)
-  measure = Losses(TokenNumbers(), num_batches, batch_size, rows, put)
+  measure = Losses(TokenNumbers(), num_batches, rows, put)
   assert measure({}, 0) == {'loss': pytest.approx(np.mean(tokens))}
 
 
@@ -69,7 +69,7 @@ def stopped_before(batch, measure, variables):
 def test_a_signal_stops_a_measurement_between_two_batches():
   rows = PackedRows(np.arange(1, 24), np.array([0, 7]), 4)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  measure = Losses(TokenNumbers(), 0, 4, rows, Placing(sharding, 4))
+  measure = Losses(TokenNumbers(), 0, rows, Placing(sharding, 4))
   stopped_before(1, measure, {})
 
 

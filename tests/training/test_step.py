@@ -211,7 +211,7 @@ def test_the_rate_in_the_metrics_is_the_applied_one():
     grad_fn=lambda *args: ((0.0, sums), {'b': jnp.ones(1)}),
     normalize=lambda batch: None,
     optimizer=optimizer,
-    rate=lambda state: options.next_rate(state, 8),
+    rate=options.next_rate(8),
   )
   assert new.params['b'] == -0.5
   assert metrics.learning_rate == 0.5

@@ -50,6 +50,10 @@ def roles():
   return models.describe(options.build()).roles
 
 
+def select(expression):
+  return trainable.trained_by(programs('all')[1].adapters, expression)
+
+
 def batch_of(options):
   rows = tiny.batch(options, vocab_size=V)
   return jax.tree.map(np.asarray, rows)
@@ -84,12 +88,12 @@ def two_steps(expression, **kwargs):
 
 @pytest.mark.parametrize('expression', PARTS)
 def test_an_expression_selects_by_role(expression):
-  trained = trainable.select(expression, roles())
+  trained = select(expression)
   assert trained.names == role_names(PARTS[expression])
 
 
 def test_a_pattern_selects_by_name():
-  trained = trainable.select(r're:experts/w_in + router', roles())
+  trained = select('re:experts/w_in + router')
   assert {name.rpartition('/')[2] for name in trained.names} == {'w_in', 'w'}
 
 
@@ -122,7 +126,7 @@ def test_what_is_no_expression_is_refused_with_the_options(expression, message):
 )
 def test_what_the_model_lacks_is_refused_by_name(expression, message):
   with pytest.raises(ValueError, match=message):
-    trainable.select(expression, roles())
+    select(expression)
 
 
 def test_what_does_not_train_keeps_its_bits_and_has_no_state():
@@ -149,15 +153,15 @@ def test_the_state_of_a_router_moves_where_its_parameters_train():
     return jax.tree.leaves(moved) == [1]
 
   for expression in ('all', 'router', 'non_experts', 're:router/w'):
-    assert is_moved(trainable.select(expression, roles()))
+    assert is_moved(select(expression))
   for expression in ('experts', 'attention', 'all - router'):
-    assert not is_moved(trainable.select(expression, roles()))
+    assert not is_moved(select(expression))
   for part, moves in (('router/w', True), ('experts/w_in', False)):
     name = f'lora/layers/layer_1/moe/{part}/a'
     assert is_moved(Trained('lora', frozenset([name]))) == moves
   # A router without parameters is one of those that train with all alone.
-  assert is_moved(trainable.select('all', roles()), 'layers/none')
-  assert not is_moved(trainable.select('non_experts', roles()), 'layers/none')
+  assert is_moved(select('all'), 'layers/none')
+  assert not is_moved(select('non_experts'), 'layers/none')
 
 
 @pytest.mark.slow
