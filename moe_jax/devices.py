@@ -400,6 +400,15 @@ def from_first(number: float) -> float:
   return float(np.frombuffer(number_bytes, np.float64)[0])
 
 
+def text_from_first(text: str) -> str:
+  """The text of process 0, up to 4,096 bytes; every process calls this."""
+  if jax.process_count() == 1:
+    return text
+  text_bytes = np.frombuffer(text.encode()[:4096].ljust(4096, b'\0'), np.uint8)
+  text_bytes = multihost_utils.broadcast_one_to_all(text_bytes).tobytes()
+  return text_bytes.rstrip(b'\0').decode(errors='replace')
+
+
 def check_shared(folder: pathlib.Path) -> None:
   """Checks that all processes see the same folder; every process calls this.
 

@@ -90,11 +90,10 @@ def train_and_evaluate(
   folders = [folder_of(workdir), *filter(None, [options.checkpoint.directory])]
   with (
     watching(options.distributed) as watchdog,
-    owned(folders if is_first() else []) as ownership,
+    owned(folders) as confirm,
     contextlib.ExitStack() as stack,
   ):
     watchdog.mark('the set-up')
-    confirm = ownership.confirm
     run = set_up(
       options, workdir, resume=resume, devices=devices, confirm=confirm
     )
