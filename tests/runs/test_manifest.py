@@ -22,7 +22,7 @@ def folder(tmp_path):
   (tmp_path / 'meta').write_text('{"w": 3}')
   manifest.write(
     epath.Path(tmp_path),
-    Manifest(7, TREE, {'next_batch': 123}, {'loss': 0.1}),
+    Manifest(7, TREE, {'next_batch': 123}, {'loss': 0.1}, {}),
   )
   return epath.Path(tmp_path)
 
