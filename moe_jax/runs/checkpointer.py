@@ -246,23 +246,26 @@ class Checkpointer(Directory):
       raise
     return folder
 
-  def _finish(self, folder, manifest: manifest_lib.Manifest, copy) -> None:
+  def _finish(
+    self, folder: epath.Path | None, manifest: manifest_lib.Manifest, copy: Any
+  ) -> None:
     """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
 
     This runs on the checkpointer's thread.
     """
-    folders: list[epath.Path] = [folder]
     # With a host copy another try repeats all steps, so no step is repeated.
     retry = self.retry if copy is None else Retry()
 
     def finish():
-      folder = folders.pop() if folders else self._write(manifest.step, copy)
+      nonlocal folder
+      folder = folder or self._write(manifest.step, copy)
       try:
         self._orbax.wait_until_finished()
         if is_first():
           retry(manifest_lib.write, folder, manifest)
           retry(folder.rename, self.folder(manifest.step))
       except Exception:
+        folder = None
         self._clear_away()
         raise
 

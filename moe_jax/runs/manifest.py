@@ -17,11 +17,11 @@ from etils import epath
 
 from moe_jax.errors import InputError
 from moe_jax.partitioning import path_name
+from moe_jax.runs import finite
 
 NAME = 'manifest.json'
 _FORMAT = 1
 MOST_STEPS = 2**31  # steps are counted in int32
-_MOST_LISTED = 4
 _FLOAT = re.compile(r'^b?float\d+')
 
 
@@ -220,13 +220,11 @@ def difference(
       if path in saved and compared(saved[path]) != compared(wanted[path])
     ],
   }
-  lines = []
-  for kind, paths in paths_by_kind.items():
-    more = len(paths) - _MOST_LISTED
-    rest = f', and {more} more' if more > 0 else ''
-    if paths:
-      lines.append(f'{kind}: {", ".join(sorted(paths)[:_MOST_LISTED])}{rest}')
-  return '\n'.join(lines)
+  return '\n'.join(
+    f'{kind}: {finite.listed(sorted(paths))}'
+    for kind, paths in paths_by_kind.items()
+    if paths
+  )
 
 
 def _size_and_digest(path: epath.Path) -> tuple[int, str]:

@@ -26,7 +26,7 @@ from multiprocessing.connection import wait
 
 import jax
 
-from moe_jax.devices import Timeouts, text_from_first
+from moe_jax.devices import Timeouts, is_first, text_from_first
 from moe_jax.errors import InputError
 
 FOLDER = 'processes'
@@ -90,6 +90,8 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
     ValueError: The processes do not share the folder.
   """
   watchdog = Watchdog(timeouts, workdir / FOLDER)
+  if is_first():
+    shutil.rmtree(workdir / FOLDER, ignore_errors=True)  # of a killed run
   if jax.process_count() == 1:
     yield watchdog
     return
@@ -115,6 +117,8 @@ class Watchdog:
   def __init__(self, timeouts: Timeouts, folder: pathlib.Path):
     self._index, self._size = jax.process_index(), jax.process_count()
     self._silence = timeouts.heartbeat_timeout_seconds
+    # A bucket that is mounted takes about one write of a file in a second.
+    self._tick = max(TICK_SECONDS, self._silence / 50)
     self._stall = timeouts.stall_timeout_seconds
     self._folder, self._over = folder, threading.Event()
     self._others = [0] if self._index else list(range(1, self._size))
@@ -130,8 +134,6 @@ class Watchdog:
     Raises:
       ValueError: They are not seen.
     """
-    if self._index == 0:
-      shutil.rmtree(self._folder, ignore_errors=True)  # of a killed run
     self._token = text_from_first(os.urandom(8).hex())
     self._folder.mkdir(parents=True, exist_ok=True)
     self._file(self._index).touch()
@@ -147,7 +149,8 @@ class Watchdog:
           'share'
         )
       time.sleep(0.1)
-      next(self._folder.iterdir(), None)  # has a network file system look again
+      with contextlib.suppress(OSError):
+        next(self._folder.iterdir(), None)  # network file systems look again
       self._exchange()
     threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
 
@@ -200,7 +203,7 @@ class Watchdog:
   def _watch(self) -> None:
     """Runs on the watchdog's thread; if it fails, the process ends, too."""
     try:
-      while not self._over.wait(TICK_SECONDS):
+      while not self._over.wait(self._tick):
         self._exchange()
         if self._index == 0:
           self._lead()
