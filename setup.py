@@ -112,7 +112,7 @@ setup(
     'absl-py>=2.1',
     'array_record>=0.5',
     'etils[epath]>=1.5',
-    'filelock>=3.16',
+    'filelock>=4',
     'flax>=0.12',
     'fsspec>=2024.6',
     'grain>=0.2.12',

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import pathlib
 import re
-import secrets
 import socket
 import sys
 import tempfile
@@ -39,9 +38,6 @@ PROGRAMS_HELP = (
   f'{OFF!r}: no program is kept.'
 )
 _NOT_KEPT = 'compiled programs are not kept'
-# Seconds in which a new file must be seen by all processes: a few times as long
-# as network file systems keep a directory's listing.
-SHARED_SECONDS = 30.0
 _claims: dict[str, socket.socket] = {}  # held until the process ends
 
 
@@ -401,35 +397,13 @@ def from_first(number: float) -> float:
   return float(np.frombuffer(number_bytes, np.float64)[0])
 
 
-def check_shared(folder: pathlib.Path) -> None:
-  """Checks that all processes see the same folder; every process calls this.
-
-  Args:
-    folder: A folder that exists.
-
-  Raises:
-    ValueError: This process does not see what process 0 writes there.
-  """
+def text_from_first(text: str) -> str:
+  """The text of process 0, up to 4,096 bytes; every process calls this."""
   if jax.process_count() == 1:
-    return
-  token = np.frombuffer(secrets.token_bytes(16), np.uint8)
-  token = multihost_utils.broadcast_one_to_all(token).tobytes().hex()
-  path = folder / f'.shared-{token}'
-  if is_first():
-    path.touch()
-  start_time = time.monotonic()
-  while not path.exists():
-    if time.monotonic() - start_time > SHARED_SECONDS:
-      raise InputError(
-        f'process {jax.process_index()} does not see what process 0 writes to '
-        f'{folder}: --workdir must be on storage that all processes share'
-      )
-    time.sleep(0.1)
-    with contextlib.suppress(OSError):
-      next(folder.iterdir(), None)  # has a network file system look again
-  multihost_utils.sync_global_devices(f'shared {folder}')
-  if is_first():
-    path.unlink(missing_ok=True)
+    return text
+  text_bytes = np.frombuffer(text.encode()[:4096].ljust(4096, b'\0'), np.uint8)
+  text_bytes = multihost_utils.broadcast_one_to_all(text_bytes).tobytes()
+  return text_bytes.rstrip(b'\0').decode(errors='replace')
 
 
 def check_room(

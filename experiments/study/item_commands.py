@@ -75,7 +75,7 @@ def note_finished(item: Item) -> bool:
   """
   folder, options = pathlib.Path(item.workdir), _options(item)
   # A `Checkpointer` would open the devices, which the items' processes need.
-  directory = retention.Directory(_checkpoints(item, options), 1, False, '')
+  directory = retention.Directory(_checkpoints(item, options))
   steps = directory.steps()
   extra = directory.manifest(steps[-1]).extra if steps else {}
   is_last = options.total_steps in steps or early_stopping.has_ended(extra)

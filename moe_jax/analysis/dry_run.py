@@ -226,8 +226,7 @@ class DryRun:
     folder = workdir_lib.folder_of(self.workdir)
     if not _writable(folder):
       self._refuse(f'{folder} cannot be made or written; choose another folder')
-    holder = ownership.read(storage_path(folder)) if folder.exists() else None
-    if holder is not None and holder.alive:
+    if holder := ownership.holder(storage_path(folder)):
       self._refuse(f'{folder} is in use by {holder}; wait for its end')
     if run is None or not run.checkpoints.steps():
       yield from self._start_lines()

@@ -41,7 +41,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
     CheckpointError: The checkpoint is not good.
   """
   directory = checkpoints_of(folder)
-  saved = Directory(directory, 1, False, '').manifest(step).tree
+  saved = Directory(directory).manifest(step).tree
   abstract = run.programs.abstract_state
   opt_state = abstract.opt_state
   try:

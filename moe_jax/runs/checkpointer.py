@@ -18,6 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.config import Options, option, unknown
+from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
@@ -43,37 +44,16 @@ class Restored(NamedTuple):
   skipped: list[tuple[int, str]]
 
 
-class Checkpointer(contextlib.AbstractContextManager):
+class Checkpointer(Directory):
   """The checkpoints of one run in one directory; a context manager.
 
   If it is not closed, a pending save is lost when the interpreter exits.
-
-  Args:
-    directory: The directory, which the first save makes; for one run at a time.
-    keep_newest: Number of the newest checkpoints that are kept, at least 1.
-    keep_best: Whether the checkpoint with the best `best_metric` is kept, too.
-    best_metric: A key of the `metrics` given to `save`; the lowest is the best.
-    best_is_highest: Whether the highest `best_metric` is the best instead.
-    retry: The rule by which storage is tried again after a transient error; see
-      `CheckpointOptions.tries`. Several processes try only once to write
-      arrays, as they would have to agree on another try.
   """
 
-  def __init__(
-    self,
-    directory: str | os.PathLike,
-    *,
-    keep_newest: int = 2,
-    keep_best: bool = True,
-    best_metric: str = 'loss',
-    best_is_highest: bool = False,
-    retry: Retry = Retry(),
-  ):
-    self._retry = retry
-    self._directory = Directory(
-      directory, keep_newest, keep_best, best_metric, best_is_highest, retry
-    )
-    self._needed_metric = best_metric if keep_best else None
+  def __post_init__(self):
+    super().__post_init__()
+    # Several processes would have to agree on another try to write arrays.
+    self._array_retry = self.retry if jax.process_count() == 1 else Retry()
     self._orbax = _orbax_checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
@@ -119,30 +99,31 @@ class Checkpointer(contextlib.AbstractContextManager):
         start, or the previous save failed.
     """
     manifest = manifest_lib.make(step, state, extra or {}, metrics or {})
-    if metrics and self._needed_metric not in (None, *metrics):
+    if metrics and self.keep_best and self.best_metric not in metrics:
       raise InputError(
-        f'no best_metric {self._needed_metric!r} in metrics; have '
+        f'no best_metric {self.best_metric!r} in metrics; have '
         f'{sorted(metrics)}'
       )
     if step == self.last_step:
       before = self._pending[1] if self._pending else None
-      amended = self._thread.submit(self._amend, manifest, before)
-      self._pending = step, amended
+      self._pending = step, self._thread.submit(self._amend, manifest, before)
       return False
     self.wait()
     if bad := finite.not_finite(state):
       raise self._failure(step, f'not finite: {finite.listed(bad)}')
     try:
-      if jax.process_index() == 0:
-        self._retry(self._directory.make_room, step, self._last_step)
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f'checkpoint {step}')
-      copy = self._host_copy(state)
-      folder = self._write_retry(copy)(self._write, step, state)
+      if is_first():
+        self.retry(self.make_room, step, self._last_step)
+      multihost_utils.sync_global_devices(f'checkpoint {step}')
+      # The arrays for further tries. On a CPU they are views, which keep the
+      # memory of `state` from being reused.
+      tries = self._array_retry.tries
+      copy = jax.device_get(state) if tries > 1 else None
+      folder = self._array_retry(self._write, step, state)
     except Exception as error:
       raise self._failure(step, describe(error)) from None
-    finished = self._thread.submit(self._finish, folder, manifest, copy)
-    self._pending = step, finished
+    future = self._thread.submit(self._finish, folder, manifest, copy)
+    self._pending = step, future
     return True
 
   def wait(self) -> None:
@@ -166,16 +147,6 @@ class Checkpointer(contextlib.AbstractContextManager):
     if (pending := self._pending) is not None:
       concurrent.futures.wait([pending[1]], seconds)
 
-  def close(self) -> None:
-    """Does what `wait` does and ends the threads."""
-    try:
-      self.wait()
-    finally:
-      self._thread.shutdown()
-      self._orbax.close()
-      for logger in self._filtered:
-        logger.removeFilter(_not_from_orbax)
-
   def __enter__(self) -> Self:
     # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
     for logger in map(logging.getLogger, ('absl', 'asyncio')):
@@ -187,17 +158,15 @@ class Checkpointer(contextlib.AbstractContextManager):
   def __exit__(self, *exc_info) -> None:
     self.close()
 
-  def steps(self) -> list[int]:
-    """Steps of finished checkpoints, ascending; none is verified."""
-    return self._directory.steps()
-
-  def best_step(self) -> int | None:
-    """The step with the best finite `best_metric`, the earliest of equals."""
-    return self._directory.best_step()
-
-  def newest_good(self) -> int | None:
-    """The newest step whose checkpoint has all files as written, or None."""
-    return self._directory.newest_good()[0]
+  def close(self) -> None:
+    """Does what `wait` does and ends the threads."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+      for logger in self._filtered:
+        logger.removeFilter(_not_from_orbax)
 
   def restore(
     self,
@@ -237,13 +206,13 @@ class Checkpointer(contextlib.AbstractContextManager):
     self.wait()
     skipped: list[tuple[int, str]] = []
     while True:
-      found_step, skipped = self._directory.find(step, skipped)
+      found_step, skipped = self.find(step, skipped)
       if found_step is None:
         return None
-      manifest, target = self._directory.manifest(found_step), abstract_state
+      manifest, target = self.manifest(found_step), abstract_state
       if found_step == 0 and first is not None:
         target = manifest_lib.part_in(manifest, first)
-      folder = self._directory.folder(found_step)
+      folder = self.folder(found_step)
       manifest_lib.check_tree(manifest, target, folder, partial, cast)
       state = self._load(found_step, target, partial)
       if not (bad := finite.not_finite(state)):
@@ -262,26 +231,14 @@ class Checkpointer(contextlib.AbstractContextManager):
     """
     if before is not None:
       before.result()
-    if jax.process_index() == 0:
-      self._directory.amend(manifest)
-      self._directory.prune()
-
-  def _host_copy(self, state: Any) -> Any:
-    """A copy on the host for further tries; None if only one try is made."""
-    if self._retry.tries == 1 or jax.process_count() > 1:
-      return None
-    # On a CPU the copies are views, which keep the arrays' memory from being
-    # reused.
-    return jax.device_get(state)
-
-  def _write_retry(self, copy: Any) -> Retry:
-    """The rule of further tries to write arrays: none without a host copy."""
-    return self._retry if copy is not None else Retry()
+    if is_first():
+      self.amend(manifest)
+      self.prune()
 
   def _write(self, step: int, state: Any) -> epath.Path:
     """Lets Orbax begin to write, and returns the folder it writes to."""
     self._save_count += 1  # a new folder, as a failed save may still be writing
-    folder = self._directory.folder(step, f'.saving{self._save_count}')
+    folder = self.folder(step, f'.saving{self._save_count}')
     try:
       self._orbax.save(folder, ocp.args.PyTreeSave(state))
     except Exception:
@@ -289,51 +246,63 @@ class Checkpointer(contextlib.AbstractContextManager):
       raise
     return folder
 
-  def _finish(self, folder, manifest: manifest_lib.Manifest, copy) -> None:
+  def _finish(
+    self, folder: epath.Path | None, manifest: manifest_lib.Manifest, copy: Any
+  ) -> None:
     """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
 
     This runs on the checkpointer's thread.
     """
-    folders: list[epath.Path] = [folder]
     # With a host copy another try repeats all steps, so no step is repeated.
-    retry = self._retry if copy is None else Retry()
+    retry = self.retry if copy is None else Retry()
 
     def finish():
-      folder = folders.pop() if folders else self._write(manifest.step, copy)
+      nonlocal folder
+      folder = folder or self._write(manifest.step, copy)
       try:
         self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
+        if is_first():
           retry(manifest_lib.write, folder, manifest)
-          retry(folder.rename, self._directory.folder(manifest.step))
+          retry(folder.rename, self.folder(manifest.step))
       except Exception:
+        folder = None
         self._clear_away()
         raise
 
-    self._write_retry(copy)(finish)
-    if jax.process_index() == 0:
-      self._directory.prune()
+    self._array_retry(finish)
+    if is_first():
+      self.prune()
 
   def _clear_away(self) -> None:
     """Removes a failed save's files, as the disk is probably full."""
     with contextlib.suppress(Exception):
       self._orbax.wait_until_finished()  # else the next save raises its errors
-    if jax.process_index() == 0:
-      self._directory.remove_leftovers()
+    if is_first():
+      self.remove_leftovers()
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
-    args = _restore_args(abstract_state, partial)
-    folder = self._directory.folder(step)
+    """Reads arrays in the given dtypes and shardings."""
+    # Without a sharding Orbax would use the devices of the run that saved.
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(leaf):
+      sharding = getattr(leaf, 'sharding', None) or device
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    target = jax.tree.map(placed, abstract_state)
+    array_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(target, array_args, partial_restore=partial)
     try:
-      return self._retry(self._orbax.restore, folder, args)
+      return self.retry(self._orbax.restore, self.folder(step), args)
     except Exception as error:
       raise CheckpointError(
-        f'checkpoint {step} in {self._directory.path} is as it was saved but '
-        f'cannot be read: {describe(error)}'
+        f'checkpoint {step} in {self.path} is as it was saved but cannot be '
+        f'read: {describe(error)}'
       ) from error
 
   def _failure(self, step: int, reason: str) -> CheckpointError:
     return CheckpointError(
-      f'checkpoint {step} not saved to {self._directory.path}: {reason}\n'
+      f'checkpoint {step} not saved to {self.path}: {reason}\n'
       f'last good step: {self.newest_good()}'
     )
 
@@ -378,26 +347,6 @@ def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
       create_directories_asynchronously=False
     ),
   )
-
-
-def _restore_args(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
-  """Arguments that restore a state with the given dtypes and shardings.
-
-  Args:
-    abstract_state: A tree of shapes with dtypes; see `Checkpointer.restore`.
-    partial: Whether the checkpoint may hold more arrays than `abstract_state`.
-  """
-  target = jax.tree.map(_with_sharding, abstract_state)
-  array_args = ocp.checkpoint_utils.construct_restore_args(target)
-  return ocp.args.PyTreeRestore(target, array_args, partial_restore=partial)
-
-
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-  """`leaf` with a sharding; without one Orbax uses the saving run's devices."""
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -18,13 +17,11 @@ from etils import epath
 
 from moe_jax.errors import InputError
 from moe_jax.partitioning import path_name
-from moe_jax.runs.storage_errors import Retry
+from moe_jax.runs import finite
 
 NAME = 'manifest.json'
 _FORMAT = 1
-_MOST_BYTES = 2**28  # a thousand times what a large model's manifest has
 MOST_STEPS = 2**31  # steps are counted in int32
-_MOST_LISTED = 4
 _FLOAT = re.compile(r'^b?float\d+')
 
 
@@ -49,7 +46,7 @@ class Manifest:
   tree: dict[str, str]
   extra: dict[str, Any]
   metrics: dict[str, float]
-  files: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+  files: dict[str, tuple[int, str]]
 
 
 def make(
@@ -75,7 +72,7 @@ def make(
   except (TypeError, ValueError) as error:
     raise InputError(f'extra={extra!r:.200} is not JSON: {error}') from None
   numbers = {key: float(value) for key, value in metrics.items()}
-  return Manifest(step, describe(state), extra, numbers)
+  return Manifest(step, describe(state), extra, numbers, {})
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
@@ -107,101 +104,56 @@ def _file_facts(folder: epath.Path) -> dict[str, tuple[int, str]]:
     return dict(zip(paths, facts))
 
 
-def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
+def read(folder: epath.Path) -> Manifest:
   """Reads a manifest and checks its digest, but not the files it lists.
-
-  Args:
-    folder: A checkpoint.
-    retry: The rule by which reading is tried again after a storage error.
 
   Raises:
     BadCheckpoint: There is no manifest, or it was changed after writing.
+    OSError: The file cannot be read.
   """
   try:
-    path = folder / NAME
-    if (size := retry(path.stat).length) > _MOST_BYTES:
-      raise BadCheckpoint(f'manifest of {size} bytes')
-    body = json.loads(retry(path.read_text))
-    seal = body.pop('sha256')
-    version = body.pop('format')
-    if seal != _seal({**body, 'format': version}):
+    body = json.loads((folder / NAME).read_text())
+    if body.pop('sha256') != _seal(body):
       raise BadCheckpoint('manifest altered')
-    if version != _FORMAT:
+    if (version := body.pop('format')) != _FORMAT:
       raise BadCheckpoint(f'manifest format {version}, not {_FORMAT}')
-    body['files'] = {path: tuple(pair) for path, pair in body['files'].items()}
-    return _checked(Manifest(**body))
+    return Manifest(**body)
   except FileNotFoundError:
     raise BadCheckpoint('no manifest') from None
   except (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError),
-    *(OverflowError, RecursionError),  # large numbers, deeply nested lists
-  ) as error:
+    ValueError, KeyError, TypeError, AttributeError, RecursionError
+  ) as error:  # fmt: skip
     raise BadCheckpoint(f'manifest unreadable ({error!r:.80})') from None
 
 
-def _checked(manifest: Manifest) -> Manifest:
-  """The manifest, if its values have their types and files are in the folder.
-
-  Raises:
-    ValueError: A value has another type, or a file is not in the folder.
-  """
-  if type(manifest.step) is not int or not 0 <= manifest.step < MOST_STEPS:
-    raise InputError(f'step {manifest.step!r:.20}')
-  if not isinstance(manifest.extra, dict):
-    raise InputError(f'extra {manifest.extra!r:.20}')
-  for path, kind in manifest.tree.items():
-    if type(kind) is not str:
-      raise InputError(f'array {path:.30}: {kind!r:.20}')
-  for key, value in manifest.metrics.items():
-    if type(value) not in (int, float):
-      raise InputError(f'metric {key:.30}: {value!r:.20}')
-    float(value)  # too large an integer is an OverflowError
-  for path, (size, digest) in manifest.files.items():
-    path_parts = pathlib.PurePosixPath(path).parts
-    if not path_parts or '..' in path_parts or path[0] == '/' or '\0' in path:
-      raise InputError(f'file {path!r:.40} is not in the folder')
-    if type(size) is not int or size < 0 or type(digest) is not str:
-      raise InputError(f'file {path!r:.40}: {size!r:.20}, {digest!r:.20}')
-  return manifest
-
-
-def verify(
-  folder: epath.Path, manifest: Manifest, retry: Retry = Retry()
-) -> None:
+def verify(folder: epath.Path, manifest: Manifest) -> None:
   """Checks size and digest of every file that a manifest lists.
 
   Other files (a note, a network file system's `.nfs0001`) do no harm and are
   ignored.
 
-  Args:
-    folder: A checkpoint.
-    manifest: The manifest of the checkpoint.
-    retry: The rule by which reading is tried again after a storage error.
-
   Raises:
     BadCheckpoint: A file is missing, of another size, or altered.
+    OSError: A file cannot be read.
   """
 
-  def check(entry):
+  def problem(entry):
     path, (size, digest) = entry
     try:
       # Sizes are compared first: a truncated file is refused without being
       # read.
-      stored_size = retry((folder / path).stat).length
+      stored_size = (folder / path).stat().length
       if stored_size != size:
         return f'{path} has {stored_size} bytes, not {size}'
-      if retry(_size_and_digest, folder / path)[1] != digest:
+      if _size_and_digest(folder / path)[1] != digest:
         return f'{path} altered'
     except FileNotFoundError:
       return f'{path} missing'
-    except OSError as error:
-      return f'{path} unreadable ({error.strerror})'
     return None
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    for reason in pool.map(check, manifest.files.items()):
-      if reason:
-        raise BadCheckpoint(reason)
+    for reason in filter(None, pool.map(problem, manifest.files.items())):
+      raise BadCheckpoint(reason)
 
 
 def describe(state: Any) -> dict[str, str]:
@@ -268,13 +220,11 @@ def difference(
       if path in saved and compared(saved[path]) != compared(wanted[path])
     ],
   }
-  lines = []
-  for kind, paths in paths_by_kind.items():
-    more = len(paths) - _MOST_LISTED
-    rest = f', and {more} more' if more > 0 else ''
-    if paths:
-      lines.append(f'{kind}: {", ".join(sorted(paths)[:_MOST_LISTED])}{rest}')
-  return '\n'.join(lines)
+  return '\n'.join(
+    f'{kind}: {finite.listed(sorted(paths))}'
+    for kind, paths in paths_by_kind.items()
+    if paths
+  )
 
 
 def _size_and_digest(path: epath.Path) -> tuple[int, str]:

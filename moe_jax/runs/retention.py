@@ -17,11 +17,9 @@ import re
 import time
 from collections.abc import Sequence
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
+from moe_jax.devices import from_first, is_first
 from moe_jax.errors import InputError, ReportedError
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.manifest import MOST_STEPS, BadCheckpoint, Manifest
@@ -39,12 +37,21 @@ class CheckpointError(ReportedError, RuntimeError):
 
 @dataclasses.dataclass
 class Directory:
-  """The checkpoints of a directory, by step; see `Checkpointer`."""
+  """The checkpoints of a directory, by step, to read and to delete.
+
+  Attributes:
+    directory: The directory, which the first save makes; for one run at a time.
+    keep_newest: Number of the newest checkpoints that are kept, at least 1.
+    keep_best: Whether the checkpoint with the best `best_metric` is kept, too.
+    best_metric: Name of a metric of the checkpoints; the lowest is the best.
+    best_is_highest: Whether the highest `best_metric` is the best instead.
+    retry: The rule by which storage is tried again after a transient error.
+  """
 
   directory: str | os.PathLike
-  keep_newest: int
-  keep_best: bool
-  best_metric: str
+  keep_newest: int = 2
+  keep_best: bool = True
+  best_metric: str = 'loss'
   best_is_highest: bool = False
   retry: Retry = Retry()
 
@@ -90,7 +97,10 @@ class Directory:
     Raises:
       BadCheckpoint: There is no manifest, or it is damaged or of another step.
     """
-    manifest = manifest_lib.read(self.folder(step), self.retry)
+    try:
+      manifest = self.retry(manifest_lib.read, self.folder(step))
+    except OSError as error:
+      raise BadCheckpoint(f'manifest unreadable ({error!r:.80})') from None
     if manifest.step != step:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
     return manifest
@@ -114,7 +124,11 @@ class Directory:
     if new != old:
       self.retry(manifest_lib.write, self.folder(additions.step), new)
 
-  def newest_good(
+  def newest_good(self) -> int | None:
+    """The newest step whose checkpoint has all files as written, or None."""
+    return self.verified()[0]
+
+  def verified(
     self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
   ) -> tuple[int | None, list[tuple[int, str]]]:
     """Verifies checkpoints from the newest on, until one is good.
@@ -128,23 +142,25 @@ class Directory:
       The step of the good checkpoint, or None; and (step, reason) of each bad
       checkpoint.
     """
-    candidates = self.folders() if step is None else [step]
     refused = list(refused)
-    if refused:
-      candidates = [n for n in candidates if n < refused[-1][0]]
-    for candidate in reversed(candidates):
+    for candidate in reversed(self.folders() if step is None else [step]):
+      if refused and candidate >= refused[-1][0]:
+        continue
       try:
         manifest = self.manifest(candidate)
-        manifest_lib.verify(self.folder(candidate), manifest, self.retry)
+        self.retry(manifest_lib.verify, self.folder(candidate), manifest)
         return candidate, refused
       except BadCheckpoint as bad:
         refused.append((candidate, str(bad)))
+      except OSError as error:
+        reason = f'{error.filename} unreadable ({error.strerror})'
+        refused.append((candidate, reason))
     return None, refused
 
   def find(
     self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
   ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The step to restore, as `newest_good` gives it; every process calls this.
+    """The step to restore, as `verified` gives it; every process calls this.
 
     Process 0 verifies for all processes, and only process 0 gets the list of
     bad checkpoints.
@@ -154,21 +170,16 @@ class Directory:
       CheckpointError: `step` is not good; or some checkpoints are finished and
         none is good.
     """
-    folders = self.folders()
+    folders, good, refused = self.folders(), None, list(refused)
     if step is not None and step not in folders:
       raise InputError(
         f'no checkpoint {step} in {self.path}; have {self.steps()}'
       )
-    good, refused = None, list(refused)
-    if jax.process_index() == 0:
-      good, refused = self.newest_good(step, refused)
-    if jax.process_count() > 1:
-      pair = np.array([-1 if good is None else good, bool(folders)], np.int32)
-      # Other processes may see a folder later than process 0 does.
-      good, folders = multihost_utils.broadcast_one_to_all(pair).tolist()
-      good = None if good < 0 else good
-    if good is not None or not folders:
-      return good, refused
+    if is_first():
+      good, refused = self.verified(step, refused)
+    good = int(from_first(-1 if good is None else good))
+    if good >= 0 or not folders:
+      return (good if good >= 0 else None), refused
     reasons = '; '.join(f'{number}: {reason}' for number, reason in refused)
     message = f'no good checkpoint in {self.path} ({reasons})'
     if step is not None or self.steps():

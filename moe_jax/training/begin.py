@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
-from moe_jax.devices import check_shared, is_first
+from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.trees import variables as as_variables
@@ -90,7 +91,7 @@ def begin(
     workdir_lib.claim(run.workdir, run.config)
     workdir_lib.record_plugins(run.workdir, run.config)
     run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
-  check_shared(run.workdir)
+  multihost_utils.sync_global_devices('the workdir')
   for step, reason in restored.skipped if restored else ():
     run.message(f'passed over the checkpoint of step {step}: {reason}')
   if first is not None:

@@ -23,7 +23,7 @@ from moe_jax.cli import print_line
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import owned
-from moe_jax.runs.watchdog import Alone, Watchdog, watching
+from moe_jax.runs.watchdog import Watchdog, watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training.begin import (
   DUE,
@@ -87,14 +87,14 @@ def train_and_evaluate(
       f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )
-  folders = [folder_of(workdir), *filter(None, [options.checkpoint.directory])]
+  folder = folder_of(workdir)
+  folders = [folder, *filter(None, [options.checkpoint.directory])]
   with (
-    watching(options.distributed) as watchdog,
-    owned(folders if is_first() else []) as ownership,
+    owned(folders) as confirm,
+    watching(options.distributed, folder) as watchdog,
     contextlib.ExitStack() as stack,
   ):
     watchdog.mark('the set-up')
-    confirm = ownership.confirm
     run = set_up(
       options, workdir, resume=resume, devices=devices, confirm=confirm
     )
@@ -161,7 +161,7 @@ def _train(
   run: Run,
   hooks: Sequence[Hook],
   at: _Position,
-  watchdog: Alone | Watchdog,
+  watchdog: Watchdog,
   should_stop: Callable[[], bool],
 ) -> None:
   """Takes the steps that are left, until the run ends or a signal stops it."""

@@ -194,7 +194,9 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
   name, is_highest = options.best_name, options.best_is_highest
   directory = Directory(
-    workdir_lib.checkpoints_of(folder), 1, True, name, is_highest
+    workdir_lib.checkpoints_of(folder),
+    best_metric=name,
+    best_is_highest=is_highest,
   )
   if (step := directory.best_step()) is None:
     raise InputError(

@@ -27,7 +27,6 @@ GOOD = {
   'files': {'d/arrays': [4, 'aa'], 'meta': [0, 'bb']},
   'format': 1,
 }
-DIGEST = hashlib.sha256(b'').hexdigest()
 
 
 def sealed(body) -> str:
@@ -67,54 +66,19 @@ UNREADABLE = {
   'no_digest': json.dumps(GOOD),
   'a_digest_that_is_a_list': json.dumps({**GOOD, 'sha256': []}),
 }
-WRONG = {
-  'step': [None, -1, 1.5, '7', True, [], 2**31, 10**40, float('nan')],
-  'format': [None, 0, 2, '1', [], float('inf')],
-  'tree': [None, 3, [], {'w': 3}, {'w': None}, {'w': ['float32[3]']}],
-  'extra': [None, 3, [], 'x', float('nan')],
-  'metrics': [None, [], {'loss': None}, {'loss': 'x'}, {'loss': [1]}]
-  + [{'loss': {}}, {'loss': True}, {'loss': 10**400}],
-  'files': [None, 3, [], {'a': 3}, {'a': []}, {'a': [1]}, {'a': [1, 'b', 2]}]
-  + [{'a': [-1, 'b']}, {'a': ['1', 'b']}, {'a': [1.5, 'b']}, {'a': [1, 2]}]
-  + [{'a': [True, 'b']}, {'a': [float('inf'), 'b']}, {'a': [1, None]}],
-}
-OUTSIDE = [
-  '../x', '/etc/passwd', 'd/../../x', '..', '', 'a\0b', '/', '//x', 'd/..',
-]  # fmt: skip
 BAD = (BadCheckpoint,)
 
 
 def manifest_cases():
   for name, content in UNREADABLE.items():
     yield Case(f'manifest_{name}', reading(content), ('manifest',), BAD)
-  for key, values in WRONG.items():
-    for value in values:
-      yield Case(
-        f'manifest_{key}_{value!r:.20}',
-        reading(sealed({**GOOD, key: value})),
-        ('manifest',),
-        BAD,
-      )
-    other_values = {name: value for name, value in GOOD.items() if name != key}
-    yield Case(
-      f'manifest_without_{key}',
-      reading(sealed(other_values)),
-      ('manifest',),
-      BAD,
-    )
-  yield Case(
-    'manifest_unknown_key',
-    reading(sealed({**GOOD, 'x': 1})),
-    ('manifest',),
-    BAD,
-  )
-  for path in OUTSIDE:
-    yield Case(
-      f'manifest_file_{path!r}',
-      reading(sealed({**GOOD, 'files': {path: [0, DIGEST]}})),
-      ('manifest', 'not in the folder'),
-      BAD,
-    )
+  changes = [{'format': value} for value in (None, 0, 2, '1', [])]
+  for change in [*changes, {'x': 1}]:
+    content = sealed({**GOOD, **change})
+    yield Case(f'manifest_{change}', reading(content), ('manifest',), BAD)
+  for key in GOOD:
+    content = sealed({name: GOOD[name] for name in GOOD if name != key})
+    yield Case(f'manifest_without_{key}', reading(content), ('manifest',), BAD)
 
 
 CASES = list(manifest_cases())
@@ -128,13 +92,6 @@ def test_refused(case, tmp_path):
 def test_the_one_that_the_cases_are_made_from_is_read(tmp_path):
   (tmp_path / manifest.NAME).write_text(sealed(GOOD))
   assert manifest.read(epath.Path(tmp_path)).step == 7
-
-
-def test_a_huge_manifest_is_not_read(tmp_path):
-  with (tmp_path / manifest.NAME).open('wb') as file:
-    file.truncate(2**40)  # takes no room on the disk
-  with pytest.raises(BadCheckpoint, match='1099511627776 bytes'):
-    manifest.read(epath.Path(tmp_path))
 
 
 def state(step, value=1.0):
@@ -163,13 +120,9 @@ def folder(saved_folder, tmp_path):
   return tmp_path / 'c'
 
 
-@pytest.mark.parametrize('name', [*UNREADABLE, 'negative', 'outside'])
+@pytest.mark.parametrize('name', [*UNREADABLE, 'negative'])
 def test_a_damaged_newest_is_passed_over(folder, name):
-  sealed_texts = {
-    'negative': sealed({**GOOD, 'step': -2}),
-    'outside': sealed({**GOOD, 'step': 2, 'files': {'../1/x': [0, DIGEST]}}),
-  }
-  content = (UNREADABLE | sealed_texts)[name]
+  content = (UNREADABLE | {'negative': sealed({**GOOD, 'step': -2})})[name]
   raw = content if isinstance(content, bytes) else content.encode()
   (folder / '2' / manifest.NAME).write_bytes(raw)
   with Checkpointer(folder) as checkpoints:
@@ -263,27 +216,3 @@ def test_any_change_of_a_manifest_is_found(tmp_path_factory, data):
   except BadCheckpoint:
     return
   assert (restored.step, restored.tree) == (7, GOOD['tree']), os.fspath(folder)
-
-
-VALUES = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-  lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3),
-  max_leaves=5,
-)
-
-
-@pytest.mark.slow
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(GOOD)), VALUES, st.booleans())
-def test_sealed_manifests_of_any_values_are_read_or_refused(
-  tmp_path_factory, key, value, deeper
-):
-  folder = epath.Path(tmp_path_factory.mktemp('manifest'))
-  if deeper and isinstance(GOOD[key], dict):
-    value = {**GOOD[key], 'x': value}
-  (folder / manifest.NAME).write_text(sealed({**GOOD, key: value}))
-  try:
-    restored = manifest.read(folder)
-    manifest.verify(folder, restored)
-  except BadCheckpoint:
-    pass

@@ -18,7 +18,7 @@ from moe_jax.config import section_of
 from moe_jax.data import prepare
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
-from moe_jax.runs.ownership import OWNER, Owner, owned
+from moe_jax.runs.ownership import OWNER, owned
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import trained
 from tests.bad_inputs.cases import (
@@ -259,48 +259,44 @@ def test_a_full_disk_is_a_line_with_the_path(
   assert not names & {'config.json', 'manifest.json', 'files.json'}, names
 
 
-def owned_by(folder, **fields):
-  """Writes the file of an owner that lives, as it is this process."""
-  values = Owner.of_this_process()._asdict() | fields
-  write(folder / OWNER, json.dumps(values))
-
-
 def owner_cases():
   def twice(folder):
-    owned_by(folder)
-    with owned([frozen(folder)]):
+    with owned([folder]), owned([folder]):
       pass
 
   def checkpoints_too(folder):
-    owned_by(folder / 'bucket')
-    frozen(folder)
-    with owned([folder / 'run', folder / 'bucket']):
+    with owned([folder / 'bucket']), owned([folder / 'run', folder / 'bucket']):
       pass
 
-  def replaced(folder):
-    with owned([folder]) as ownership:
-      owned_by(folder, host='elsewhere', pid=7)
-      frozen(folder)
-      ownership.confirm()
+  def replaced_by(text):
+    def call(folder):
+      try:
+        with owned([folder]) as confirm:
+          write(folder / OWNER, text)
+          confirm()
+      finally:
+        (folder / OWNER).unlink(missing_ok=True)
+
+    return call
 
   def removed(folder):
-    with owned([folder]) as ownership:
+    with owned([folder]) as confirm:
       (folder / OWNER).unlink()
-      ownership.confirm()
-
-  def damaged_owner(folder):
-    with owned([folder]) as ownership:
-      write(folder / OWNER, '[' * 9999)
-      ownership.confirm()
+      confirm()
 
   this_owner = f'process {os.getpid()} on {os.uname().nodename} since '
+  other = json.dumps(dict(id='other', host='elsewhere', pid=7, since='Monday'))
   yield Case('in_use', twice, ('is in use by', this_owner))
   yield Case(
     'checkpoints_in_use', checkpoints_too, ('bucket is in use', this_owner)
   )
-  yield Case('replaced', replaced, ('now belongs to process 7 on elsewhere',))
+  yield Case(
+    'replaced',
+    replaced_by(other),
+    ('now belongs to process 7 on elsewhere since Monday',),
+  )
   yield Case('removed', removed, ('nobody: its owner.json is gone',))
-  yield Case('damaged_owner', damaged_owner, ('owner.json is gone',))
+  yield Case('damaged', replaced_by('[' * 9999), ('owner.json is gone',))
 
 
 def read_metrics_of(content):

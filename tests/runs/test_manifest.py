@@ -22,7 +22,7 @@ def folder(tmp_path):
   (tmp_path / 'meta').write_text('{"w": 3}')
   manifest.write(
     epath.Path(tmp_path),
-    Manifest(7, TREE, {'next_batch': 123}, {'loss': 0.1}),
+    Manifest(7, TREE, {'next_batch': 123}, {'loss': 0.1}, {}),
   )
   return epath.Path(tmp_path)
 
@@ -115,7 +115,7 @@ def test_differences_are_few_lines_however_many_they_are():
   wanted = {f'w{i}': 'float32[2]' for i in range(10)} | {'b': 'float32[3]'}
   saved = {'b': 'bfloat16[3]', 'old': 'int32[]'}
   assert manifest.difference(saved, wanted).splitlines() == [
-    'missing: w0, w1, w2, w3, and 6 more',
+    'missing: w0, w1, w2, w3 and 6 more',
     'unexpected: old',
     'different: b (saved bfloat16[3], wanted float32[3])',
   ]

@@ -1,6 +1,7 @@
 """One job owns a folder; a dead owner never blocks the next."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -10,54 +11,58 @@ import sys
 import threading
 import time
 
+import filelock
 import pytest
 
-from moe_jax.runs import ownership
-from moe_jax.runs.ownership import (
-  BEAT,
-  OWNER,
-  OwnedError,
-  Owner,
-  Ownership,
-  owned,
-)
+from moe_jax.runs.ownership import LOCK, OWNER, OwnedError, holder, owned
 from moe_jax.runs.storage_errors import storage_path
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PERIOD = 0.05
 
 
 def write_owner(folder, **fields):
   """Writes the file of another owner, as one that was killed leaves it."""
-  values = Owner.of_this_process()._asdict() | {'id': 'other'} | fields
-  (folder / OWNER).write_text(json.dumps(values))
+  values = dict(id='other', host=os.uname().nodename, pid=7, since='Monday')
+  (folder / OWNER).write_text(json.dumps(values | fields))
   return values
 
 
-def take(folder, message=print):
-  return Ownership([storage_path(folder)], message, period=PERIOD)
+@pytest.fixture
+def no_locks(monkeypatch):
+  """Stands for a file system that has no locks."""
+
+  def fail(*args):
+    raise OSError('no locks here')
+
+  monkeypatch.setattr(filelock.FileLock, '_acquire', fail)
 
 
 def names(folder):
   return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_is_owned_while_it_is_used_and_free_afterwards(tmp_path):
+def test_it_is_owned_while_it_is_used_and_free_afterwards(tmp_path, capsys):
   folder = tmp_path / 'a' / 'run'
-  with owned([folder]) as claim:
-    claim.confirm()
-    assert OWNER in names(folder)
-    with pytest.raises(
-      OwnedError, match=rf'run is in use by process {os.getpid()} on .* since '
+  assert holder(storage_path(folder)) is None
+  with owned([folder]) as confirm:
+    confirm()
+    assert names(folder) == [OWNER, LOCK]
+    with (
+      pytest.raises(
+        OwnedError, match=rf'run is in use by process {os.getpid()} on .* since'
+      ),
+      owned([folder]),
     ):
-      take(folder)
-    claim.confirm()
+      pass
+    assert holder(storage_path(folder)).pid == str(os.getpid())
+    confirm()
   # A job that wrote nothing leaves no folder.
   assert names(tmp_path) == []
   with pytest.raises(RuntimeError), owned([tmp_path]):
     (tmp_path / 'kept').touch()
     raise RuntimeError
   assert names(tmp_path) == ['kept']
+  assert not capsys.readouterr().err
 
 
 def test_several_folders_are_owned_or_none(tmp_path):
@@ -71,42 +76,20 @@ def test_several_folders_are_owned_or_none(tmp_path):
     pass
 
 
-@pytest.mark.parametrize(
-  'fields',
-  [
-    {'pid': 4_000_000},
-    {'started': '1'},  # the number was given to another process
-    {'pid': 2**62},
-  ],
-)
-def test_an_owner_of_this_machine_is_dead_at_once(tmp_path, fields):
-  write_owner(tmp_path, **fields)
-  lines = []
-  take(tmp_path, lines.append).release()
-  assert not lines and names(tmp_path) == []
-
-
-def test_an_owner_that_is_gone_is_dead_at_once_where_there_is_no_proc(
-  tmp_path, monkeypatch
-):
-  monkeypatch.setattr(ownership, '_PROC', tmp_path / 'no')
-  write_owner(tmp_path, pid=4_000_000)
-  lines = []
-  take(tmp_path, lines.append).release()
-  assert not lines
-  # A process of that number may be the owner, or another.
+def test_what_a_killed_owner_left_holds_nobody_up(tmp_path, capsys):
   write_owner(tmp_path)
-  take(tmp_path, lines.append).release()
-  assert len(lines) == 1
-  assert Owner.of_this_process().alive is None
-
-
-def test_a_process_that_ended_and_was_not_waited_for_is_dead():
-  child = subprocess.Popen([sys.executable, '-c', ''])
-  while ownership.process_start(child.pid):  # a zombie until `wait`
-    time.sleep(0.01)
-  assert ownership.process_start(child.pid) == ''
-  child.wait()
+  (tmp_path / LOCK).touch()
+  assert holder(storage_path(tmp_path)) is None
+  with owned([tmp_path]) as confirm:
+    confirm()
+  assert not capsys.readouterr().err
+  # The lock may be one within a machine, so the other may still run.
+  write_owner(tmp_path, host='elsewhere')
+  with owned([tmp_path]):
+    pass
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f'{tmp_path} was of process 7 on elsewhere since Monday' in line
+  assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -115,99 +98,73 @@ def test_a_process_that_ended_and_was_not_waited_for_is_dead():
 )
 def test_a_damaged_file_blocks_nobody(tmp_path, text):
   (tmp_path / OWNER).write_text(text)
-  take(tmp_path).release()
-  values = write_owner(tmp_path)
-  for name in ('pid', 'id', 'host'):
-    (tmp_path / OWNER).write_text(json.dumps(values | {name: None}))
-    take(tmp_path).release()
-
-
-def test_an_owner_elsewhere_is_waited_for_and_announced_in_one_line(tmp_path):
-  write_owner(tmp_path, host='elsewhere', pid=7)
-  lines, start = [], time.monotonic()
-  claim = take(tmp_path, lines.append)
-  assert time.monotonic() - start >= 3 * PERIOD
-  (line,) = lines
-  assert str(tmp_path) in line and 'process 7 on elsewhere' in line
-  claim.confirm()
-  claim.release()
-
-
-@pytest.mark.parametrize('changes', [BEAT, OWNER])
-def test_an_owner_elsewhere_that_lives_is_not_taken_over(tmp_path, changes):
-  write_owner(tmp_path, host='elsewhere')
-
-  def renew(line):
-    if changes == BEAT:
-      (tmp_path / BEAT).write_text('other 2')
-    else:
-      write_owner(tmp_path, host='elsewhere', id='third')
-
-  with pytest.raises(OwnedError, match='on elsewhere'):
-    take(tmp_path, renew)
-  assert json.loads((tmp_path / OWNER).read_text())['host'] == 'elsewhere'
+  with owned([tmp_path]) as confirm:
+    confirm()
 
 
 def test_an_owner_that_was_replaced_stops(tmp_path):
-  claim = take(tmp_path)
-  write_owner(tmp_path, host='elsewhere', pid=7)
-  with pytest.raises(OwnedError, match='now belongs to process 7 on elsewh'):
-    claim.confirm()
-  claim.release()  # and leaves the file of the new owner
-  assert OWNER in names(tmp_path)
-  claim = take(tmp_path)
-  (tmp_path / OWNER).unlink()
-  with pytest.raises(OwnedError, match=r'nobody: its owner\.json is gone'):
-    claim.confirm()
-  claim.release()
+  with owned([tmp_path]) as confirm:
+    write_owner(tmp_path, host='elsewhere')
+    with pytest.raises(OwnedError, match='now belongs to process 7 on elsewh'):
+      confirm()
+  assert OWNER in names(tmp_path)  # it is the new owner's
+  with owned([tmp_path]) as confirm:
+    (tmp_path / OWNER).unlink()
+    with pytest.raises(OwnedError, match=r'nobody: its owner\.json is gone'):
+      confirm()
 
 
-def test_it_beats(tmp_path):
-  claim, beats = take(tmp_path), set()
-  deadline = time.monotonic() + 20
-  while len(beats) < 3:
-    beats.add(ownership.beat(storage_path(tmp_path)))
-    assert time.monotonic() < deadline
-    time.sleep(PERIOD / 5)
-  claim.release()
+def test_without_locks_the_last_is_warned_and_the_first_ends(
+  tmp_path, no_locks, capsys
+):
+  with owned([tmp_path]) as first:
+    assert not capsys.readouterr().err
+    with owned([tmp_path]) as second:
+      second()
+      line = capsys.readouterr().err
+      assert f'{tmp_path} was of process {os.getpid()} on ' in line
+      assert 'that process ends before its next save if it still runs' in line
+      with pytest.raises(OwnedError, match='now belongs to process'):
+        first()
+      second()
   assert names(tmp_path) == []
 
 
-def no_locks(*args):
-  raise OSError('this file system has no locks')
-
-
-@pytest.mark.parametrize('turns', [True, False])
-def test_of_two_who_start_at_once_one_wins(tmp_path, monkeypatch, turns):
+@pytest.mark.parametrize('locks', [True, False])
+def test_of_two_who_start_at_once_one_wins(tmp_path, request, locks):
   """Without locks the last of those who wrote wins, once all have written."""
-  if not turns:
-    monkeypatch.setattr(ownership.fcntl, 'flock', no_locks)
-    monkeypatch.setattr(ownership, '_SETTLE_SECONDS', 0.3)
-  write_owner(tmp_path, pid=4_000_000)
-  gate = threading.Barrier(8)
+  if not locks:
+    request.getfixturevalue('no_locks')
+  write_owner(tmp_path)
+  gates = [threading.Barrier(8), threading.Barrier(8), threading.Barrier(8)]
 
   def start(_):
-    gate.wait()
-    try:
-      return take(tmp_path)
-    except OwnedError:
-      return None
+    gates[0].wait()
+    with contextlib.ExitStack() as stack:
+      confirm = None
+      with contextlib.suppress(OwnedError):
+        confirm = stack.enter_context(owned([tmp_path]))
+      gates[1].wait()
+      won = False
+      if confirm is not None:
+        with contextlib.suppress(OwnedError):
+          confirm()
+          won = True
+      gates[2].wait()
+      return won
 
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    winners = [claim for claim in pool.map(start, range(8)) if claim]
-  assert len(winners) == 1
-  winners[0].confirm()
-  winners[0].release()
+    assert sum(pool.map(start, range(8))) == 1
   assert names(tmp_path) == []
 
 
 def child(folder, start_time):
   time.sleep(max(0.0, start_time - time.time()))
   try:
-    with owned([folder]) as claim:
+    with owned([folder]) as confirm:
       print('won', flush=True)
       sys.stdin.read()
-      claim.confirm()
+      confirm()
   except OwnedError as error:
     print(error)
 
@@ -236,11 +193,11 @@ def test_processes_that_start_at_once_and_are_killed(tmp_path):
       process.stdout.close()
       process.stdin.close()
   began = time.monotonic()
-  take(tmp_path).release()
-  assert time.monotonic() - began < 1
+  with owned([tmp_path]):
+    assert time.monotonic() - began < 1
 
 
-def test_folders_that_cannot_be_written_are_said(tmp_path, monkeypatch):
+def test_folders_that_cannot_be_written_are_said(tmp_path):
   (tmp_path / 'file').touch()
   for folder, reason in [
     (tmp_path / 'file', 'File exists'),

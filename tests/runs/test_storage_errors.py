@@ -155,8 +155,9 @@ def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
 class OneOfSeveral(Checkpointer):
   """A process of several, which keeps no copy for writing arrays again."""
 
-  def _copied(self, state):
-    del state
+  def __post_init__(self):
+    super().__post_init__()
+    self._array_retry = Retry()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Messages between the threads of several processes, and their number."""
+"""One process of several and its watchdog; the test plays the others."""
 
 import json
 import os
-import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,102 +12,137 @@ import pytest
 
 from moe_jax.devices import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
-from moe_jax.runs.watchdog import Line, Watchdog, reach
+from moe_jax.runs.watchdog import Watchdog, watching
 
-TICK, SECONDS = 0.1, 1.0
-MAX_MESSAGES = SECONDS / TICK + 3
-STATUS = {'count': 1, 'where': 'here', 'done': False, 'failed': ''}
+TICK = 0.05
 
 
 @pytest.fixture
-def process(monkeypatch):
-  """Makes the watchdog of one process; the test plays the others."""
+def play(monkeypatch, tmp_path):
+  """Starts the watchdog of one of two processes; gives its folder."""
   monkeypatch.setattr(watchdog_lib, 'TICK_SECONDS', TICK)
+  monkeypatch.setattr(watchdog_lib, 'MOMENT_SECONDS', 4 * TICK)
+  monkeypatch.setattr(watchdog_lib, 'text_from_first', lambda text: 'token')
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
 
-  def make(index, size, hello=None, **timeouts):
-    sent = []
-
-    def broadcast(array):
-      sent.append(array)
-      return array if hello is None else hello
-
+  def begin(index, **timeouts):
     monkeypatch.setattr(jax, 'process_index', lambda: index)
-    monkeypatch.setattr(jax, 'process_count', lambda: size)
-    monkeypatch.setattr(
-      watchdog_lib.multihost_utils,
-      'broadcast_one_to_all',
-      broadcast,
-    )
-    watchdog = Watchdog(Timeouts(**timeouts))
-    token, port, *_ = json.loads(bytes(sent[0]).rstrip(b'\0') or '["", 0]')
-    return watchdog, token, port
-
-  return make
-
-
-def test_strangers_do_not_end_the_watch(process):
-  watchdog, _, port = process(0, 1)
-  for message in (b'1\n', b'{"token": "\xc3\xa9"}\n', b'{}\n', b'{"a": 1}\n'):
-    with socket.create_connection(('127.0.0.1', port), 5.0) as stranger:
-      stranger.sendall(message)
-      assert stranger.recv(9) == b''
-  assert any(thread.name == 'watchdog' for thread in threading.enumerate())
-  watchdog.finish()
-
-
-def test_process_0_answers_once_a_tick(process):
-  watchdog, token, port = process(0, 2)
-  line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
-  answers, deadline = 0, time.monotonic() + SECONDS
-  while time.monotonic() < deadline:
-    line.send(STATUS)  # without waiting for an answer
-    answers += len(line.receive())
-  assert 2 <= answers <= MAX_MESSAGES
-  line.send({**STATUS, 'done': True})
-  line.socket.shutdown(socket.SHUT_WR)
-  watchdog.finish()
-
-
-def test_others_speak_once_a_tick(process):
-  with socket.create_server(('127.0.0.1', 0)) as server:
-    port = server.getsockname()[1]
-    messages = []
-
-    def answer():
-      line = Line(server.accept()[0])
-      line.send(line.receive()[0])
-      deadline = time.monotonic() + SECONDS
-      while time.monotonic() < deadline:
-        messages.extend(line.receive())
-        line.send({})
-      line.send({'over': True})
-
-    thread = threading.Thread(target=answer, daemon=True)
+    watchdog = Watchdog(Timeouts(**timeouts), tmp_path / 'processes')
+    thread = threading.Thread(target=watchdog.start)
     thread.start()
-    text = f'["secret", {port}, "127.0.0.1"]'.encode()
-    watchdog, _, _ = process(1, 2, hello=text)
-    watchdog.finish()
-    thread.join()
-  assert 2 <= len(messages) <= MAX_MESSAGES
+    return watchdog, thread
+
+  return begin
 
 
-def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
-  statuses = []
-  # The watchdog would end the process of the tests.
-  monkeypatch.setattr(os, '_exit', statuses.append)
-  _, token, port = process(0, 2, stall_timeout_seconds=1)
-  line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
-  answers, deadline = [], time.monotonic() + 20
-  while not any(answers) and time.monotonic() < deadline:
-    line.send({**STATUS, 'count': 0, 'where': 'the start'})
-    answers = line.receive() or []
-    time.sleep(TICK / 4)
-  line.socket.close()
-  reason = (
-    'nothing moved for 1 s; no process is behind: all have got to the start'
-  )
-  assert {'end': reason} in answers
-  while not statuses and time.monotonic() < deadline:
-    time.sleep(TICK)
-  assert statuses == [1]
-  assert f'process 0 of 2 ends: {reason}' in capfd.readouterr().err
+@pytest.fixture
+def statuses(monkeypatch):
+  """The statuses with which the watchdog would end this process."""
+  found = []
+  monkeypatch.setattr(os, '_exit', found.append)
+  return found
+
+
+def say(folder, index, beat, **values):
+  """Writes the file of another process, which is on another machine."""
+  folder.mkdir(exist_ok=True)
+  path = folder / f'token.{index}'
+  path.write_text(json.dumps({'machine': 'other', 'beat': beat, **values}))
+
+
+def wait_for(condition, seconds=20.0):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(TICK / 5)
+
+
+def test_a_stall_before_the_first_mark_is_seen(play, statuses, tmp_path, capfd):
+  folder, beat = tmp_path / 'processes', 1
+  _, thread = play(0, stall_timeout_seconds=1)
+  wait_for((folder / 'token.0').exists)
+  while not statuses:  # the other lives, and reads why it ends
+    if 'nothing moved' in (folder / 'token.0').read_text():
+      (folder / 'token.1').unlink()
+      break
+    say(folder, 1, beat := beat + 1)
+    time.sleep(TICK / 2)
+  wait_for(lambda: statuses == [1])
+  thread.join()
+  assert (
+    'process 0 of 2 ends: nothing moved for 1 s; no process is behind: all '
+    'have got to the start'
+  ) in capfd.readouterr().err
+  assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+  ('index', 'values', 'reason'),
+  [
+    (0, {'failure': 'process 1 failed: OSError: x'}, 'process 1 failed: OSErr'),
+    (0, {}, 'process 1 does not answer, for 1 s; it had got to step 7'),
+    (1, {}, 'process 0 does not answer, for 1 s; it had got to step 7'),
+    (1, {'end': 'process 2 died'}, 'process 2 died'),
+  ],
+)
+def test_who_is_lost_is_named(
+  play, statuses, tmp_path, capfd, index, values, reason
+):
+  folder, settled = tmp_path / 'processes', []
+  watchdog, thread = play(index, heartbeat_timeout_seconds=1)
+  watchdog.before_end = settled.append
+  wait_for((folder / f'token.{index}').exists)
+  say(folder, 1 - index, 1, stage='step 7')
+  thread.join()
+  (folder / f'token.{1 - index}').write_text('{"half": ')  # says nothing
+  if values:
+    say(folder, 1 - index, 2, **values)
+  wait_for(lambda: statuses == [1])
+  assert f'process {index} of 2 ends: {reason}' in capfd.readouterr().err
+  # A pending save needs process 0.
+  assert bool(settled) == (index == 0 or bool(values))
+
+
+def test_all_go_on_when_all_are_done(play, statuses, tmp_path):
+  folder = tmp_path / 'processes'
+  watchdog, thread = play(0)
+  wait_for((folder / 'token.0').exists)
+  say(folder, 1, 1, is_done=True)
+  thread.join()
+  ending = threading.Thread(target=watchdog.finish)
+  ending.start()
+  wait_for(lambda: '"end": "over"' in (folder / 'token.0').read_text())
+  assert ending.is_alive()  # the other has not read it
+  (folder / 'token.1').unlink()
+  ending.join()
+  wait_for(lambda: not folder.exists())
+  assert not statuses
+
+
+def test_a_folder_that_is_not_shared_is_said(play, tmp_path, monkeypatch):
+  monkeypatch.setattr(watchdog_lib, 'SHARED_SECONDS', 0.1)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  with (
+    pytest.raises(ValueError, match='process 1 does not see what process 0 wr'),
+    watching(Timeouts(), tmp_path),
+  ):
+    pass
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_death_on_this_machine_is_seen_at_once(
+  play, statuses, tmp_path, capfd, index
+):
+  child = subprocess.Popen([sys.executable, '-c', ''])  # a zombie until `wait`
+  folder, other = tmp_path / 'processes', 1 - index
+  _, thread = play(index)
+  own = folder / f'token.{index}'
+  wait_for(lambda: own.exists() and own.read_text())
+  machine = json.loads(own.read_text())['machine']
+  say(folder, other, 1, machine=machine, pid=child.pid, stage='step 7')
+  thread.join()
+  wait_for(lambda: statuses == [1])
+  text = f'process {other} died; it had got to step 7'
+  assert text in capfd.readouterr().err
+  child.wait()

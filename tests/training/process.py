@@ -82,7 +82,7 @@ def accident(process, kind, at_step):
       return
     if kind == 'full_disk':
       signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-      resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+      resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
       return
     os.kill(os.getpid(), getattr(signal, kind))
 
@@ -179,13 +179,14 @@ def run(
 
 def main(coordinator, num_processes, process_id, path):
   from moe_jax import devices
+  from moe_jax.runs import watchdog
 
   spec = json.loads(pathlib.Path(path).read_text())
   within = pathlib.Path(path).parent
   configure(spec['devices'])
   timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
   if 'shared_seconds' in spec:
-    devices.SHARED_SECONDS = spec['shared_seconds']
+    watchdog.SHARED_SECONDS = spec['shared_seconds']
   address = coordinator, int(num_processes), int(process_id)
   with devices.connected(devices.Timeouts(**timeouts), *address):
     for job in spec['jobs']:

@@ -162,7 +162,7 @@ def final_steps(workdir):
 
 def extra_of(workdir, step):
   """The extra values of a checkpoint's manifest."""
-  return Directory(workdir / 'checkpoints', 1, False, '').manifest(step).extra
+  return Directory(workdir / 'checkpoints').manifest(step).extra
 
 
 @pytest.fixture(scope='module')

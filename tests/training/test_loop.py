@@ -223,7 +223,7 @@ def test_an_evaluation_that_was_cut_short_costs_no_step(
 
 def best_metrics(workdir, step):
   """The numbers that decide which checkpoint is the best."""
-  directory = retention.Directory(workdir / 'checkpoints', 1, False, '')
+  directory = retention.Directory(workdir / 'checkpoints')
   return directory.manifest(step).metrics
 
 

@@ -287,9 +287,10 @@ def test_a_folder_that_is_not_shared(tmp_path):
   job = {'workdir': ['a', 'b'], 'overrides': SMALL}
   ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
   assert [end.status for end in ends] == [1, 1]
-  assert 'process 1 failed: InputError: process 1 does not see' in (
-    ends[0].errors
-  )
+  for end, other in zip(ends, (1, 0)):
+    assert f'does not see what process {other} writes to' in end.errors
+    assert '--workdir must be on storage that all processes share' in end.errors
+  assert not any((tmp_path / name / 'processes').exists() for name in 'ab')
 
 
 def test_hooks_and_evaluations_of_two_processes(tmp_path):
@@ -310,6 +311,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
   }
   ends, _ = start(tmp_path, 2, [job])
   assert [end.status for end in ends] == [0, 0], ends[0].errors[-2000:]
+  assert not (tmp_path / 'run' / 'processes').exists()
   # Rows of a process need not be neighbours.
   assert ends[1].results[0]['rows'] == [2, 3, 6, 7, 10, 11, 14, 15]
   names = {path.name for path in (tmp_path / 'run').iterdir()}
