@@ -160,7 +160,14 @@ def export_run(
   imported_folder = folder / workdir_lib.IMPORTED
   output = pathlib.Path(output).expanduser()
   imported_config = plain_files.read_json(imported_folder / 'config.json')
-  config = imported_config or _special_ids(run.tokenizer)
+  own_ids = {}
+  if (tokenizer := run.tokenizer) is not None:
+    own_ids = {
+      'bos_token_id': tokenizer.bos_id,
+      'eos_token_id': tokenizer.eos_id,
+      'pad_token_id': tokenizer.pad_id,
+      'decoder_start_token_id': tokenizer.start_id,
+    }
   imported_files = _imported_files(imported_folder)
   model, params, lines = run.model, restored.state['params'], []
   if code_trees.has_codes(model):
@@ -174,11 +181,9 @@ def export_run(
     )
   with whole_folder(output) as unfinished:
     variables = {**restored.state, 'params': params}
-    save(model, variables, unfinished, config=config)
+    save(model, variables, unfinished, config=imported_config or own_ids)
     target = architecture_of(plain_files.read_json(unfinished / 'config.json'))
-    tokenizer_line = _export_tokenizer(
-      imported_files, unfinished, run.tokenizer
-    )
+    tokenizer_line = _export_tokenizer(imported_files, unfinished, tokenizer)
   if target.needs_code:
     lines.append(
       f'it is written as {target.model_type}, for which transformers has no '
@@ -210,18 +215,6 @@ def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
     return read_options(MeshOptions, mesh, 'mesh.').make()
   except InputError:
     return None
-
-
-def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
-  """The keys of config.json that a run's own tokenizer decides."""
-  if tokenizer is None:
-    return {}
-  return {
-    'bos_token_id': tokenizer.bos_id,
-    'eos_token_id': tokenizer.eos_id,
-    'pad_token_id': tokenizer.pad_id,
-    'decoder_start_token_id': tokenizer.start_id,
-  }
 
 
 def _export_tokenizer(

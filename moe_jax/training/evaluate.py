@@ -210,9 +210,7 @@ def evaluation_rows(
   step: int,
   *,
   should_stop: Callable[[], bool] = lambda: False,
-  showing: Callable[
-    [str], contextlib.AbstractContextManager
-  ] = contextlib.nullcontext,
+  showing: Callable[[str], Any] = contextlib.nullcontext,
 ) -> dict[str, Row]:
   """The row of each evaluation, by name; equal evaluations are measured once.
 
@@ -221,7 +219,7 @@ def evaluation_rows(
     variables: The variables of the model.
     step: The number of optimizer steps taken.
     should_stop: Returns whether to stop; it is called before each batch.
-    showing: Shows the name of the evaluation that runs.
+    showing: A context that shows the name of the evaluation that runs.
 
   Raises:
     ValueError: An evaluation returns no row of numbers.

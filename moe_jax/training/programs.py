@@ -243,13 +243,11 @@ def like_params(mesh: Mesh, state, params, param_shardings):
     params: The parameters, or their shapes.
     param_shardings: A tree like `params` of their shardings.
   """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings)]
   shapes_and_specs = {
-    tuple(map(str, path)): (leaf.shape, sharding.spec)
-    for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(params),
-      jax.tree.leaves(param_shardings),
-      strict=True,
-    )
+    tuple(map(str, path)): (leaf.shape, spec)
+    for (path, leaf), spec in zip(leaves, specs, strict=True)
   }
 
   def sharding_of(path, leaf):
