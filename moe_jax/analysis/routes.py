@@ -267,7 +267,7 @@ def pictures(
       for name, infos in by_label.items()
     }
 
-  # The ids of tokens, which come first, are known in every layer.
+  # The first label is the token's id, which every layer has.
   ids = next(iter(by_label.values()))
   base_rate = {'base rate': [info.base_rate for info in ids.values()]}
   guesses = of_labels('accuracy') | base_rate

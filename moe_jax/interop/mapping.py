@@ -245,7 +245,10 @@ def _tensor_names(name, shape, layers) -> dict[tuple[int, ...], str]:
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
-  """The table for a checkpoint without a head, whose names lack `prefix`."""
+  """The same names of tensors without `prefix`.
+
+  A checkpoint that was saved without the head that gives logits has such names.
+  """
   return {
     path: tuple(
       name._replace(template=name.template.removeprefix(prefix))
@@ -289,10 +292,13 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
 
 
 def copies(names: Names, our_leaves: Sequence[Leaf]) -> dict[str, str]:
-  """Tensors that may repeat the embedding, each with the tensor that is read.
+  """Names of tensors that may repeat the embedding's tensor, which is read.
 
-  The copies are the alternatives of the embedding and, if it is tied to logits,
-  the logits kernel.
+  A checkpoint may have the embedding by several names and, if logits are tied
+  to it, as the logits kernel.
+
+  Returns:
+    The name of the embedding's tensor for each name of a copy.
   """
   leaf_by_path = {leaf.path: leaf for leaf in our_leaves}
   alternatives = list(names['embedding'])

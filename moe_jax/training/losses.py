@@ -213,7 +213,10 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the weights' factor, which moves on a line after `start_step`."""
+    """The factor of the weights, linear in the step from `start_step` on.
+
+    It is `factor` before, and `final_factor` where the line has ended.
+    """
     if self.factor == self.final_factor:
       return self.factor
     fraction = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)
