@@ -92,9 +92,10 @@ def test_a_prompt_that_is_too_long_keeps_what_matters():
 
 
 def test_inputs_are_cut_as_in_training():
-  ids, tokenizer = np.array([1, 2, 3, EOS]), pairs_asker(None).tokenizer
+  ids, layout = np.array([1, 2, 3, EOS]), DecoderLayout(9)
+  tokenizer = pairs_asker(layout).tokenizer
   for keep_end, expected in ((False, [1, 2, EOS]), (True, [2, 3, EOS])):
-    ask = Asker(Seq2SeqTask(keep_end=keep_end), tokenizer, None, '')
+    ask = Asker(Seq2SeqTask(keep_end=keep_end), tokenizer, layout, '')
     assert ask.cut_inputs(ids, 3).tolist() == expected
     assert ask.cut_inputs(ids, 4).tolist() == ids.tolist()
   assert asker(9).cut_inputs(ids[:3], 2).tolist() == [1, 2]
