@@ -53,9 +53,8 @@ def prepare(
     ValueError: The data is missing or bad.
   """
   task, selection, mixed = options.task, options.selection, options.mixture
-  tokenizer, reports = options.tokenizer, {}
-  if mixed.sources:
-    tokenizer = shared_tokenizer(options)
+  tokenizer = shared_tokenizer(options) if mixed.sources else options.tokenizer
+  reports = {}
   for name, source in sorted(mixed.sources.items()) or [('', options.source)]:
     try:
       corpus = task.open(source, selection)
