@@ -27,6 +27,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import filelock
 
@@ -252,8 +253,9 @@ def sha256s(
   old_entries, new_entries, digests = _read_entries(memory), {}, {}
   for path in paths:
     name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
-    *old_stamp, digest = old_entries.get(name, [''])
-    digests[path] = digest if old_stamp == stamp else sha256(path)
+    entry = old_entries.get(name, [])
+    is_known = isinstance(entry, list) and entry[:-1] == stamp
+    digests[path] = entry[-1] if is_known else sha256(path)
     if max(stamp[1:3]) + _REST_SECONDS * 10**9 < now:
       new_entries[name] = [*stamp, digests[path]]
   if new_entries != old_entries and not _READ_ONLY.get():
@@ -271,12 +273,9 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _read_entries(memory: pathlib.Path) -> dict[str, list]:
+def _read_entries(memory: pathlib.Path) -> dict[str, Any]:
   try:
     entries = parse_json(read_text(memory), memory)
   except (OSError, InputError):
     return {}
-  is_valid = isinstance(entries, dict) and all(
-    isinstance(entry, list) and len(entry) == 5 for entry in entries.values()
-  )
-  return entries if is_valid else {}
+  return entries if isinstance(entries, dict) else {}
