@@ -18,6 +18,7 @@ makes a folder outside the cache.
 
 import contextlib
 import contextvars
+import glob
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import filelock
 
@@ -39,7 +41,6 @@ SMALL = 2**20
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
 _REST_SECONDS = 2
-_Facts = dict[str, list]  # [size, sha256] of a file by its path
 _CHANGED = ' has changed since it was written (sha256)'
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
@@ -97,9 +98,7 @@ def prepared(
   folder.parent.mkdir(parents=True, exist_ok=True)
   with locked(folder) as alone:
     if not folder.is_dir():
-      for left in folder.parent.glob(f'.{folder.name}-*') if alone else ():
-        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-      with new_folder(folder.parent, folder.name) as unfinished:
+      with _new_folder(folder, alone) as unfinished:
         if url and urls.fetch(url, unfinished):
           verify(unfinished, digests=True, where=url)
         else:
@@ -120,23 +119,27 @@ def prepared(
 
 
 @contextlib.contextmanager
-def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-  """Makes a folder of this process alone, which the body may move elsewhere.
+def _new_folder(folder: pathlib.Path, alone: bool) -> Iterator[pathlib.Path]:
+  """Makes a folder of this process alone, for the body to rename to `folder`.
 
-  The folder lies in a temporary folder in `parent`. If the body has not moved
-  the folder, it is removed with all that it holds.
+  It lies in a temporary folder beside `folder`. If the body has not renamed it,
+  it is removed with all that it holds. Where `alone` says that no other process
+  is writing `folder`, what a killed process has left is removed first.
   """
+  parent, prefix = folder.parent, f'.{folder.name}.unfinished-'
+  for left in parent.glob(f'{glob.escape(prefix)}*') if alone else ():
+    shutil.rmtree(left, ignore_errors=True)
   with (
-    writing(parent / name),
+    writing(folder),
     tempfile.TemporaryDirectory(
-      prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
+      prefix=prefix, dir=parent, ignore_cleanup_errors=True
     ) as private_parent,
   ):
     # The folder lies within the temporary folder, as other users cannot read a
     # temporary folder itself.
-    folder = pathlib.Path(private_parent) / name
-    folder.mkdir()
-    yield folder
+    unfinished = pathlib.Path(private_parent) / folder.name
+    unfinished.mkdir()
+    yield unfinished
 
 
 @contextlib.contextmanager
@@ -163,26 +166,20 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a new folder for a user's files; it becomes `folder` after the body.
 
   The new folder is renamed, so that `folder` is whole once it exists. Of two
-  commands that write it at once the second fails. The unfinished folder that a
-  killed command has left in the same parent is replaced.
+  commands that write it at once the second fails. What a killed command has
+  left in the same parent is removed, where the file system has locks.
 
   Raises:
     ValueError: `folder` is neither new nor empty.
   """
   folder = folder.resolve()
-  unfinished = folder.with_name(f'.{folder.name}.unfinished')
   folder.parent.mkdir(parents=True, exist_ok=True)
-  with locked(folder), writing(folder):
+  with locked(folder) as alone:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise InputError(f'{folder} is there already; give a new or empty folder')
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with _new_folder(folder, alone) as unfinished:
       yield unfinished
       unfinished.rename(folder)
-    except BaseException:
-      shutil.rmtree(unfinished, ignore_errors=True)
-      raise
 
 
 def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
@@ -238,7 +235,8 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   }
 
 
-def _text(facts: _Facts) -> str:
+def _text(facts: dict[str, list]) -> str:
+  """The list of files: [size, sha256] of each by its path."""
   return json.dumps(facts, indent=1, sort_keys=True) + '\n'
 
 
@@ -255,12 +253,17 @@ def sha256s(
   old_entries, new_entries, digests = _read_entries(memory), {}, {}
   for path in paths:
     name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
-    *old_stamp, digest = old_entries.get(name, [''])
-    digests[path] = digest if old_stamp == stamp else sha256(path)
+    entry = old_entries.get(name, [])
+    is_known = isinstance(entry, list) and entry[:-1] == stamp
+    digests[path] = entry[-1] if is_known else sha256(path)
     if max(stamp[1:3]) + _REST_SECONDS * 10**9 < now:
       new_entries[name] = [*stamp, digests[path]]
   if new_entries != old_entries and not _READ_ONLY.get():
-    _write_entries(memory, new_entries)
+    with contextlib.suppress(OSError):
+      memory.parent.mkdir(parents=True, exist_ok=True)
+      unfinished = memory.with_name(f'.{memory.name}.{os.getpid()}')
+      unfinished.write_text(json.dumps(new_entries), encoding='utf-8')
+      unfinished.replace(memory)
   return digests
 
 
@@ -270,20 +273,9 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _read_entries(memory: pathlib.Path) -> dict[str, list]:
+def _read_entries(memory: pathlib.Path) -> dict[str, Any]:
   try:
     entries = parse_json(read_text(memory), memory)
   except (OSError, InputError):
     return {}
-  is_valid = isinstance(entries, dict) and all(
-    isinstance(entry, list) and len(entry) == 5 for entry in entries.values()
-  )
-  return entries if is_valid else {}
-
-
-def _write_entries(memory: pathlib.Path, entries: dict[str, list]) -> None:
-  with contextlib.suppress(OSError):
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = memory.with_name(f'.{memory.name}.{os.getpid()}')
-    unfinished.write_text(json.dumps(entries), encoding='utf-8')
-    unfinished.replace(memory)
+  return entries if isinstance(entries, dict) else {}

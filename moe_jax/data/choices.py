@@ -91,7 +91,7 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
     raise InputError(
       f'{where}: label={label!r} is no index of {len(answers)} answers'
     )
-  return Item(prompt, tuple(answers), int(label))
+  return Item(prompt, tuple(answers), label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +135,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
   """Questions from a TFDS dataset, in the folder that `TfdsSource` names."""
 
   name: str = option(
-    dataclasses.MISSING,
-    'Name of the TFDS dataset of questions.',
-    required=True,
+    dataclasses.MISSING, 'Name of the TFDS dataset of questions.', required=True
   )
   prompt_feature: str = option(
     'prompt', 'Feature with the prompt of a question.'

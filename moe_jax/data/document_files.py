@@ -12,16 +12,18 @@ a document; longer and compressed text is cut (see `_cut_text`). Parquet and
 """
 
 import bz2
+import dataclasses
 import gzip
 import importlib
 import io
 import itertools
 import lzma
 import re
+import sys
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from upath import UPath
 
@@ -65,24 +67,23 @@ class Span(NamedTuple):
   whole: bool = False
 
 
+@dataclasses.dataclass
 class PartBytes:
   """The bytes of a part of a file.
 
   Attributes:
     path: The file.
+    stream: Its bytes, uncompressed; the next ones are those to take.
+    begin: The first byte of the part.
+    left: Number of bytes of the part that are not taken yet, at most.
     lines: Number of lines that the caller has counted.
   """
 
-  def __init__(
-    self,
-    path: Path,
-    stream: io.BufferedIOBase,
-    begin: int,
-    end: int | None,
-  ):
-    """Takes a stream that is at `begin`; `end` None is the end of the file."""
-    self.path, self._stream, self._begin, self._end = path, stream, begin, end
-    self._read = self.lines = 0
+  path: Path
+  stream: io.BufferedIOBase
+  begin: int = 0
+  left: int = sys.maxsize
+  lines: int = 0
 
   def take(self, method: str, most: int) -> bytes:
     """The next bytes; b'' at the end.
@@ -94,24 +95,22 @@ class PartBytes:
     Raises:
       ValueError: The file is damaged.
     """
-    if self._end is not None:
-      bytes_left = self._end - self._begin - self._read
-      # A span ends where a line ends, so that no line is cut at its end.
-      most = min(most, bytes_left)
+    # A span ends where a line ends, so that no line is cut at its end.
+    most = min(most, self.left)
     try:
-      block = getattr(self._stream, method)(most) if most else b''
+      block = getattr(self.stream, method)(most) if most else b''
     except DAMAGED as error:
       raise InputError(
         f'{self.path} is damaged after line {self.line() - 1}: {error}'
       ) from None
-    self._read += len(block)
+    self.left -= len(block)
     return block
 
   def line(self) -> int:
     """The number in the file, from 1, of the line after the `lines` counted."""
     with self.path.open('rb') as file:
       lines_before = 0
-      while block := file.read(min(_BLOCK, self._begin - file.tell())):
+      while block := file.read(min(_BLOCK, self.begin - file.tell())):
         lines_before += block.count(b'\n')
     return lines_before + self.lines + 1
 
@@ -144,7 +143,7 @@ def spans(
   if is_compressed(path):
     return [Span(path, 0, size, size)]
   if _suffix(path) == PARQUET:
-    return [Span(path, *group) for group in _parquet_groups(path, most or size)]
+    return list(_parquet_spans(path, most or size))
   if is_text(path) and size <= WHOLE_BYTES:
     return [Span(path, 0, size, size, whole=True)]
   cuts = sorted({*range(0, size, most or size or 1), *extra_cuts, size})
@@ -169,13 +168,11 @@ def read(span: Span, field: str = 'text') -> Iterator[str]:
     yield _decoded(path.read_bytes(), path, lambda: 1)
   else:
     with path.open('rb') as raw:
-      if is_compressed(path):
-        source = PartBytes(path, _opened(raw, path), begin, None)
-      else:
+      source = PartBytes(path, _opened(raw, path))
+      if not is_compressed(path):
         begin, end = (_boundary(raw, at, span) for at in (begin, end))
+        source.begin, source.left = begin, end - begin
         raw.seek(begin)
-        stream = cast(io.BufferedIOBase, raw)
-        source = PartBytes(path, stream, begin, end)
       yield from (
         _cut_text(source) if is_text(path) else _json_texts(source, field)
       )
@@ -288,9 +285,7 @@ def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
   """
   for path in paths:
     with path.open('rb') as raw:
-      packed = is_compressed(path)
-      stream = _opened(raw, path) if packed else cast(io.BufferedIOBase, raw)
-      source = PartBytes(path, stream, 0, None)
+      source = PartBytes(path, _opened(raw, path))
       while line := source.take('readline', -1):
         source.lines += 1
         if line.strip():
@@ -346,12 +341,15 @@ CODECS = {
 }
 
 
-def _opened(raw: BinaryIO, path: Path) -> io.BufferedReader:
+def _opened(raw: Any, path: Path) -> io.BufferedIOBase:
+  """The bytes of an open file, decompressed if its name asks for it."""
+  if not is_compressed(path):
+    return raw
   return io.BufferedReader(CODECS[path.suffix.lower()](raw), _BLOCK)
 
 
-def _parquet_groups(path: Path, most: int) -> list[tuple[int, int, int]]:
-  """(begin, end, bytes in the file) of each stretch of row groups.
+def _parquet_spans(path: Path, most: int) -> Iterator[Span]:
+  """The stretches of row groups, in order.
 
   A stretch ends with the row group by which it reaches `most` bytes.
 
@@ -359,15 +357,14 @@ def _parquet_groups(path: Path, most: int) -> list[tuple[int, int, int]]:
     ValueError: The file is no parquet file, or pyarrow is not installed.
   """
   metadata = _parquet(path).metadata
-  stretches, begin, size = [], 0, 0
+  begin = size = 0
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
     columns = range(group.num_columns)
     size += sum(group.column(i).total_compressed_size for i in columns)
     if size >= most or number + 1 == metadata.num_row_groups:
-      stretches.append((begin, number + 1, size))
+      yield Span(path, begin, number + 1, size)
       begin, size = number + 1, 0
-  return stretches
 
 
 def _parquet_texts(
@@ -387,8 +384,7 @@ def _parquet_texts(
   kind = str(schema.field(column).type)
   if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
     raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
-  sizes = [file.metadata.row_group(i).num_rows for i in range(begin)]
-  count = sum(sizes)
+  count = sum(file.metadata.row_group(i).num_rows for i in range(begin))
   try:
     for batch in file.iter_batches(
       _ROWS, row_groups=range(begin, end), columns=[column], use_threads=False

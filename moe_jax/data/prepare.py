@@ -53,9 +53,8 @@ def prepare(
     ValueError: The data is missing or bad.
   """
   task, selection, mixed = options.task, options.selection, options.mixture
-  tokenizer, reports = options.tokenizer, {}
-  if mixed.sources:
-    tokenizer = shared_tokenizer(options)
+  tokenizer = shared_tokenizer(options) if mixed.sources else options.tokenizer
+  reports = {}
   for name, source in sorted(mixed.sources.items()) or [('', options.source)]:
     try:
       corpus = task.open(source, selection)
@@ -102,8 +101,7 @@ def _lines(
     by = by if engine.runner == POOL else engine.runner
     yield (
       f'read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {rate:.2f} MB/s by '
-      f'{by}; at most {peak / 2**20:,.0f} MiB of memory '
-      f'in one of them'
+      f'{by}; at most {peak / 2**20:,.0f} MiB of memory in one of them'
     )
   if existing:
     yield f'{existing} pieces were there already'
@@ -113,9 +111,7 @@ def _lines(
   yield f'tokens: {", ".join(folders)}'
 
 
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately.
 
   What follows '--' are flags of the runner.
@@ -123,15 +119,14 @@ def parse(
   argv = sys.argv[1:] if argv is None else [*argv]
   end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)
-  add, count = parser.add_argument, cli.POSITIVE
   cli.add_config(parser)
-  add(
+  parser.add_argument(
     '--processes',
-    type=count,
+    type=cli.POSITIVE,
     default=os.cpu_count() or 1,
     help='number of processes on this host; by default one for each core',
   )
-  add(
+  parser.add_argument(
     '--runner',
     default=POOL,
     help=f"'{POOL}' for processes of this machine, or the name of a runner of "
@@ -151,8 +146,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   begin: Any = config.get('init_from', {})
   if begin.get('workdir') and begin.get('keep_tokenizer', True):
     data = data.with_tokenizer_of(begin.get('workdir'))
-  flags = tuple(options.arguments)
-  engine = Engine(options.processes, options.runner, flags)
+  engine = Engine(options.processes, options.runner, tuple(options.arguments))
   start = time.perf_counter()
   reports = prepare(data, engine, console=Console())
   seconds = time.perf_counter() - start

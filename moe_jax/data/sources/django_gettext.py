@@ -21,8 +21,6 @@ from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 
-_LITTLE_ENDIAN = b'\xde\x12\x04\x95'  # the first bytes of a catalogue
-
 
 @dataclasses.dataclass(frozen=True)
 class GettextSource(SourceOptions):
@@ -129,16 +127,15 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   for language in languages:
     if language not in catalogues:
       raise unknown('language of django_gettext', language, catalogues)
-  every = [
+  every = {
     Pair(language, message, translation)
     for language in languages or catalogues
     for message, translation in _merged(catalogues[language]).items()
     if translation.strip()
-  ]
+  }
   # A hash orders the pairs, so that neighbours in a row have nothing in common.
   return sorted(
-    set(every),
-    key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest(),
+    every, key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest()
   )
 
 
@@ -158,7 +155,8 @@ def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
   the empty message, which describes the catalogue, is left out.
   """
   catalogue = gettext.GNUTranslations(io.BytesIO(content))
-  order = '<' if content[:4] == _LITTLE_ENDIAN else '>'
+  # A catalogue begins with 0x950412de, in the order of its bytes.
+  order = '<' if content[:4] == b'\xde\x12\x04\x95' else '>'
   # The module gettext can look up a message, but does not list all messages.
   count, table = struct.unpack(f'{order}2I', content[8:16])
   for i in range(count):

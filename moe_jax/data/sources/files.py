@@ -199,8 +199,6 @@ def _file_splits(paths: Sequence[Path], pattern: str) -> dict[Path, str]:
 
   # The lowest rank is always held out and the highest never, so no split is
   # empty.
-  lowest, *higher = sorted(paths, key=rank)
-  highest = higher[-1]
-  held_out = {p for p in higher if p != highest and rank(p)[0] < 256 // 10}
-  held_out.add(lowest)
+  lowest, *others, _ = sorted(paths, key=rank)
+  held_out = {lowest, *(p for p in others if rank(p)[0] < 256 // 10)}
   return {p: 'validation' if p in held_out else 'train' for p in paths}

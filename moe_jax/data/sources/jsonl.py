@@ -6,7 +6,7 @@ with a `role` ('system', 'user' or 'assistant') and its `content`; an answer of
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.config import option, unknown
@@ -55,7 +55,7 @@ class JsonlSource(SourceOptions):
     digest, counts = Digest(), dict.fromkeys(SPLITS, 0)
     for where, line, value in json_lines(paths):
       digest.text(line)
-      counts[_split(pairs_of(value, where))] += 1
+      counts[split_of(pairs_of(value, where)[0][0])] += 1
     total = sum(counts.values())
     for split in selection.splits:
       if not counts[split]:
@@ -68,7 +68,8 @@ class JsonlSource(SourceOptions):
     def of_split(split: str) -> Iterator[Pair]:
       name = selection.name_of(split)
       for where, _, value in json_lines(paths):
-        if _split(pairs := pairs_of(value, where)) == name:
+        pairs = pairs_of(value, where)
+        if split_of(pairs[0][0]) == name:
           yield from pairs
 
     return Pairs(
@@ -77,10 +78,6 @@ class JsonlSource(SourceOptions):
       f'jsonl 2 {digest.hexdigest()} {selection.splits}',
       of_split,
     )
-
-
-def _split(pairs: Sequence[Pair]) -> str:
-  return split_of(pairs[0][0])
 
 
 def pairs_of(value: Any, where: str) -> list[Pair]:

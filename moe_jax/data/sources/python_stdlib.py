@@ -56,9 +56,6 @@ MODULES = tuple(
 )
 ALL_MODULES = MODULES + OPTIONAL_MODULES
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
-# Divisor and residue: a file is for validation if the hash of its name has this
-# residue. Such files have 5 % of the bytes, too, on Python 3.11 to 3.13.
-_VALIDATION = 20, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +93,11 @@ class PythonStdlibSource(SourceOptions):
       )
     read = _reader(files, lambda name, text: [(name, text)], selection)
     part = f', {self.train_bytes} bytes' * bool(self.train_bytes)
-
-    def documents(split: str) -> Iterator[str]:
-      num_bytes = self.train_bytes if split == 'train' else 0
-      return first_bytes(read(split), num_bytes)
-
+    num_bytes = {'train': self.train_bytes, 'validation': 0}
     return Texts(
       f'{label} of Python {platform.python_version()}{part}',
       f'{content_digest(files)} texts {selection.splits}{part}',
-      documents,
+      lambda split: first_bytes(read(split), num_bytes[split]),
     )
 
 
@@ -235,9 +228,10 @@ def first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
 
 def split_of(name: str) -> str:
   """The split of a name: 'validation' for about one of 20, else 'train'."""
-  divisor, residue = _VALIDATION
   number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
-  return 'validation' if number % divisor == residue else 'train'
+  # With the residue 6, the validation files of the standard library have 5 % of
+  # its bytes, too, on Python 3.11 to 3.13.
+  return 'validation' if number % 20 == 6 else 'train'
 
 
 def content_digest(files: Iterable[tuple[str, str]]) -> str:

@@ -14,11 +14,7 @@ import requests
 import tensorflow_datasets as tfds
 
 from moe_jax.config import option, unknown
-from moe_jax.data.cache_folders import (
-  NotPreparedError,
-  check_may_prepare,
-  locked,
-)
+from moe_jax.data.cache_folders import check_may_prepare, locked
 from moe_jax.data.contracts import Pairs, Selection, SourceOptions, Texts
 from moe_jax.errors import InputError
 
@@ -46,7 +42,7 @@ def prepared_builder(name: str) -> Builder:
       pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
     with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
       builder.download_and_prepare()
-  except NotPreparedError:
+  except InputError:  # of `check_may_prepare`
     raise
   except tfds.core.DatasetNotFoundError as error:
     raise InputError(
