@@ -205,8 +205,6 @@ class _AppendOnly:
     self._unwritten.clear()
 
   def close(self) -> None:
-    if self._file.closed:
-      return
     if self._unwritten:
       self.append(b'')
     if self._unwritten:
@@ -227,9 +225,9 @@ class _Events:
   def __init__(self, folder: pathlib.Path, first_step: int):
     # Imported where it is used: most users of this module write no metrics.
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
 
-    self._event: Any = Event
+    self._events: Any = event_pb2
     folder.mkdir(exist_ok=True)
     # TensorBoard reads files in the order of their names. The number makes
     # names differ where a run is restarted within the same second.
@@ -244,7 +242,7 @@ class _Events:
   def _write(self, step: int, **what: Any) -> None:
     if self._writer is None:
       return
-    event = self._event(wall_time=time.time(), step=step, **what)
+    event = self._events.Event(wall_time=time.time(), step=step, **what)
     try:
       self._writer.write_event(event)
       self._writer.flush()
