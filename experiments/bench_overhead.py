@@ -117,7 +117,7 @@ class Loop:
       if saves and not i:
         with run.recorder.paused(self._step):
           run.checkpoints.save(self._step, self._state)
-          run.recorder.saved(self._step)
+          run.message(f'step {self._step}: saving a checkpoint')
     with run.recorder.paused(self._step):
       run.checkpoints.wait()
     jax.block_until_ready(self._state)

@@ -11,6 +11,7 @@ expert of every layer would bury the others. `analysis.plot_style` draws them.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from moe_jax.errors import InputError
+from moe_jax.runs.workdir import set_aside
 
 FILE_NAME = 'metrics.jsonl'
 Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers
@@ -70,7 +72,8 @@ class MetricsWriter:
     path = folder / FILE_NAME
     if path.exists() and path.stat().st_size:
       if resume_step is None:
-        _set_aside(path)
+        aside = set_aside(path)
+        _log.warning('a new record begins; the old one is now %s', aside)
       else:
         _drop_after(path, resume_step, due)
     self._rows = _AppendOnly(path)
@@ -146,12 +149,9 @@ def _lines(
 def _is_row(row: Any) -> bool:
   if not isinstance(row, dict) or type(row.get('step')) is not int:
     return False
-  values = (v for value in row.values() for v in _as_list(value))
+  lists = (v if isinstance(v, list) else [v] for v in row.values())
+  values = itertools.chain.from_iterable(lists)
   return all(isinstance(v, int | float) or v in _NON_FINITE for v in values)
-
-
-def _as_list(value: Any) -> list[Any]:
-  return value if isinstance(value, list) else [value]
 
 
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
@@ -176,14 +176,6 @@ def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
   copy.replace(path)
   if unreadable:
     _log.warning('%s: dropped unreadable lines %s', path, unreadable)
-
-
-def _set_aside(path: pathlib.Path) -> None:
-  number = 0
-  while (aside := path.with_name(f'{path.stem}.{number}.jsonl')).exists():
-    number += 1
-  path.replace(aside)
-  _log.warning('a new record begins; the old one is now %s', aside)
 
 
 class _AppendOnly:
@@ -213,8 +205,6 @@ class _AppendOnly:
     self._unwritten.clear()
 
   def close(self) -> None:
-    if self._file.closed:
-      return
     if self._unwritten:
       self.append(b'')
     if self._unwritten:
@@ -235,28 +225,24 @@ class _Events:
   def __init__(self, folder: pathlib.Path, first_step: int):
     # Imported where it is used: most users of this module write no metrics.
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.proto import event_pb2
 
-    self._event: Any = event_pb2
-    self._summary: Any = summary_pb2
+    self._events: Any = event_pb2
     folder.mkdir(exist_ok=True)
     # TensorBoard reads files in the order of their names. The number makes
     # names differ where a run is restarted within the same second.
     number = sum(1 for _ in folder.iterdir())
     self._writer: Any = EventsWriter(str(folder / 'events'), f'.{number:04d}')
-    start = self._event.SessionLog(status=self._event.SessionLog.START)
-    self._write(self._event.Event(step=first_step, session_log=start))
+    self._write(first_step, session_log={'status': 'START'})
 
   def append(self, step: int, values: Mapping[str, float]) -> None:
-    scalar = self._summary.Summary.Value
-    value = [scalar(tag=k, simple_value=v) for k, v in values.items()]
-    summary = self._summary.Summary(value=value)
-    self._write(self._event.Event(step=step, summary=summary))
+    value = [{'tag': k, 'simple_value': v} for k, v in values.items()]
+    self._write(step, summary={'value': value})
 
-  def _write(self, event: Any) -> None:
+  def _write(self, step: int, **what: Any) -> None:
     if self._writer is None:
       return
-    event.wall_time = time.time()
+    event = self._events.Event(wall_time=time.time(), step=step, **what)
     try:
       self._writer.write_event(event)
       self._writer.flush()

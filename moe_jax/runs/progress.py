@@ -3,13 +3,13 @@
 import collections
 import contextlib
 import datetime
-import io
+import functools
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, cast
+from typing import TextIO
 
 from rich import console, progress, table
 
@@ -37,7 +37,7 @@ class Progress:
     self,
     total_steps: int,
     start_step: int = 0,
-    out: io.TextIOBase | None = None,
+    out: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Prepares the display, which shows nothing before the first update.
@@ -54,7 +54,14 @@ class Progress:
     self._updates = collections.deque(maxlen=_WINDOW)
     self._bar = None
     if self._out.isatty() and os.environ.get('TERM') != 'dumb':
-      self._bar = _bar(cast(io.TextIOBase, self._out))
+      self._bar = progress.Progress(
+        progress.MofNCompleteColumn(table_column=table.Column(no_wrap=True)),
+        progress.BarColumn(bar_width=None),
+        progress.TextColumn('{task.fields[facts]}', markup=False),
+        console=console.Console(file=self._out, force_terminal=True),
+        auto_refresh=False,
+        expand=True,
+      )
       self._task = self._bar.add_task(
         '', total=total_steps, completed=start_step, facts=''
       )
@@ -87,17 +94,20 @@ class Progress:
       facts.append(f'{tokens_per_second:,.0f} {counted}/s')
     if drop_rate is not None:
       facts.append(f'dropped {100 * drop_rate:.1f}%')
-    seconds_left = self._seconds_left(step)
-    if seconds_left is None and step_seconds is not None:
-      seconds_left = (self._total_steps - step) * step_seconds
-    if seconds_left is not None:
-      facts.append(f'{datetime.timedelta(seconds=round(seconds_left))} left')
+    self._updates.append((step, self._clock()))
+    (first_step, first_time), (_, now) = self._updates[0], self._updates[-1]
+    # The time before the first update is mostly spent on compiling.
+    if step > first_step:
+      step_seconds = (now - first_time) / (step - first_step)
+    if step_seconds is not None:
+      seconds_left = round((self._total_steps - step) * step_seconds)
+      facts.append(f'{datetime.timedelta(seconds=seconds_left)} left')
     if self._bar is None:
       position = f'step {step:,}/{self._total_steps:,}'
       self.message('  '.join([position, *facts]))
     else:
-      self._bar.update(self._task, completed=step, facts='  '.join(facts))
-      self._bar.refresh()
+      shown = '  '.join(facts)
+      self._bar.update(self._task, completed=step, facts=shown, refresh=True)
 
   @contextlib.contextmanager
   def evaluating(self, step: int, name: str) -> Iterator[None]:
@@ -112,19 +122,16 @@ class Progress:
         _LONG_SECONDS, self.message, [f'step {step}: {text}']
       )
       line.start()
-      try:
-        yield
-      finally:
-        line.cancel()
-      return
-    facts = self._bar.tasks[self._task].fields['facts']
-    self._bar.update(self._task, facts=text)
-    self._bar.refresh()
+      end = line.cancel
+    else:
+      show = functools.partial(self._bar.update, self._task, refresh=True)
+      facts = self._bar.tasks[self._task].fields['facts']
+      end = functools.partial(show, facts=facts)
+      show(facts=text)
     try:
       yield
     finally:
-      self._bar.update(self._task, facts=facts)
-      self._bar.refresh()
+      end()
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""
@@ -136,18 +143,6 @@ class Progress:
         text, markup=False, highlight=False, soft_wrap=True
       )
 
-  def _seconds_left(self, step: int) -> float | None:
-    """Predicted seconds until the run's end; None at the first update.
-
-    The time before the first update is mostly spent on compiling.
-    """
-    self._updates.append((step, self._clock()))
-    (first_step, first_time), (_, now) = self._updates[0], self._updates[-1]
-    if step <= first_step:
-      return None
-    seconds_per_step = (now - first_time) / (step - first_step)
-    return (self._total_steps - step) * seconds_per_step
-
   def __enter__(self) -> 'Progress':
     if self._bar is not None:
       self._bar.start()
@@ -156,18 +151,3 @@ class Progress:
   def __exit__(self, *exc) -> None:
     if self._bar is not None:
       self._bar.stop()
-
-
-def _bar(out: io.TextIOBase) -> progress.Progress:
-  return progress.Progress(
-    progress.MofNCompleteColumn(table_column=table.Column(no_wrap=True)),
-    progress.BarColumn(bar_width=None),
-    progress.TextColumn(
-      '{task.fields[facts]}',
-      markup=False,
-      table_column=table.Column(no_wrap=True),
-    ),
-    console=console.Console(file=cast(IO[str], out), force_terminal=True),
-    auto_refresh=False,
-    expand=True,
-  )

@@ -12,10 +12,9 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from moe_jax.cli import print_line
@@ -77,7 +76,6 @@ class Recorder:
     self._pending: tuple[int, StepMetrics, Batch] | None = None
     self._sums: LossSums | None = None
     self._steps = 0
-    self._tokens = 0.0
     self._clock: float | None = None  # None until the first step is compiled
     self._last_scalars: Row = {}  # of the step that was read last
 
@@ -158,14 +156,26 @@ class Recorder:
       text = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
       self.message(f'step {step}: evaluation, nats/token: {text}')
 
-  def ended(self, step: int) -> None:
-    """Writes the averages since the last row, after the run's last step."""
-    if self._sums is not None:
-      self._write_averages(step)
-
-  def saved(self, step: int) -> None:
-    """Prints that the checkpoint of `step` is being saved."""
-    self.message(f'step {step}: saving a checkpoint')
+  def write_averages(self, step: int) -> None:
+    """Writes the averages since the last row, at `step`, if there are any."""
+    if self._sums is None:
+      return
+    now = time.perf_counter()
+    seconds = max(now - cast(float, self._clock), 1e-9)
+    row = {**summary.summarize(self._sums, self.moes), **self._last_scalars}
+    if self._steps:
+      row['tokens_per_second'] = self._steps * self.batch_tokens / seconds
+      row['step_seconds'] = seconds / self._steps
+    self._write(step, {f'train/{k}': v for k, v in row.items()})
+    if self._progress is not None:
+      self._progress.update(
+        step,
+        loss=row['loss'],
+        tokens_per_second=row.get('tokens_per_second'),
+        drop_rate=row.get('drop_rate'),
+        step_seconds=row.get('step_seconds'),
+      )
+    self._sums, self._steps, self._clock = None, 0, now
 
   def _flush(self) -> None:
     if self._pending is None:
@@ -173,8 +183,7 @@ class Recorder:
     (step, metrics, batch), self._pending = self._pending, None
     sums = summary.host(metrics.sums)
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    flags = np.asarray(metrics.finite)
-    bad = []
+    flags, bad = np.asarray(metrics.finite), []
     if not flags.all():
       bad = finite.names(finite.without_opt_state(self.state), flags)
     if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -190,19 +199,31 @@ class Recorder:
       self._clock = time.perf_counter()
     else:
       self._steps += 1
-      self._tokens += self.batch_tokens
     due = step % self.log_every_steps == 0 or step == self.total_steps
     self._last_scalars = {
       'total_loss': loss,
       'grad_norm': grad_norm,
       'learning_rate': float(metrics.learning_rate),
     }
-    if due and self._sums is not None:
-      self._write_averages(step)
+    if due:
+      self.write_averages(step)
 
   def _skip(self, step: int, text: str, sums: LossSums, batch: Batch) -> None:
-    """Keeps the batch of a step that is not finite; raises if too many are."""
-    path = _keep_batch(self.workdir, step, batch)
+    """Keeps the batch of a step that is not finite; raises if too many are.
+
+    The file is written all or nothing; every process calls this.
+
+    Raises:
+      NonFiniteError: No further step may be skipped.
+      OSError: The file cannot be written.
+    """
+    path, arrays = _batch_file(self.workdir, step), fetch(dict(batch))
+    if is_first():
+      path.parent.mkdir(exist_ok=True)
+      unfinished = path.with_suffix('.tmp')
+      with unfinished.open('wb') as file:
+        np.savez(file, **arrays)
+      unfinished.replace(path)
     if self._skipped >= self.max_nonfinite_steps:
       raise NonFiniteError(self._describe(text, sums, path))
     self._skipped += 1
@@ -210,25 +231,6 @@ class Recorder:
       f'{text}: left out, {self._skipped} of at most '
       f'{self.max_nonfinite_steps}; its batch is {path}'
     )
-
-  def _write_averages(self, step: int) -> None:
-    now = time.perf_counter()
-    seconds = max(now - cast(float, self._clock), 1e-9)
-    sums = cast(LossSums, self._sums)
-    row = {**summary.summarize(sums, self.moes), **self._last_scalars}
-    if self._steps:
-      row['tokens_per_second'] = self._tokens / seconds
-      row['step_seconds'] = seconds / self._steps
-    self._write(step, {f'train/{k}': v for k, v in row.items()})
-    if self._progress is not None:
-      self._progress.update(
-        step,
-        loss=row['loss'],
-        tokens_per_second=row.get('tokens_per_second'),
-        drop_rate=row.get('drop_rate'),
-        step_seconds=row.get('step_seconds'),
-      )
-    self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
 
   def _write(self, step: int, row: Row) -> None:
     if self._writer is not None:
@@ -265,22 +267,3 @@ def kept_steps(workdir: pathlib.Path) -> set[int]:
 
 def _batch_file(workdir: pathlib.Path, step: int) -> pathlib.Path:
   return workdir / _NONFINITE / f'{step}.npz'
-
-
-def _keep_batch(
-  workdir: pathlib.Path, step: int, batch: Mapping[str, jax.Array]
-) -> pathlib.Path:
-  """Writes the batch of `step`, all or nothing; every process calls this.
-
-  Raises:
-    OSError: The file cannot be written.
-  """
-  path = _batch_file(workdir, step)
-  arrays = fetch(dict(batch))
-  if is_first():
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix('.tmp')
-    with unfinished.open('wb') as file:
-      np.savez(file, **arrays)
-    unfinished.replace(path)
-  return path

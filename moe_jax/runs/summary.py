@@ -10,7 +10,7 @@ from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate, load_summary
+from moe_jax.routing.stats import MoeAux, drop_rate, load_summary
 from moe_jax.shapes import Array, Bool
 
 Batch = dict[str, Array]
@@ -77,26 +77,6 @@ def sparse_layers(sums: LossSums) -> list[int]:
   return [int(i) for i in np.flatnonzero(sums.aux.stats.tokens)]
 
 
-def of_layer(
-  stats: RoutingStats, layer: int, moes: Sequence[MoeOptions | None]
-) -> RoutingStats:
-  """A layer's statistics without the zeros after its own E and K.
-
-  Layers of an encoder and a decoder may differ in E and K, and zeros fill the
-  statistics of all layers up to the largest.
-  """
-  moe = moes[layer] if moes else None
-  if moe is None:
-    return stats
-  E, K = moe.num_experts, moe.num_selected
-  return stats._replace(
-    load=stats.load[:E],
-    kept_load=stats.kept_load[:E],
-    overflowed=stats.overflowed[:K],
-    unsent=stats.unsent[:K],
-  )
-
-
 def summarize(
   sums: LossSums, moes: Sequence[MoeOptions | None] = ()
 ) -> dict[str, Any]:
@@ -134,9 +114,18 @@ def layer_summary(
     ValueError: A user's own router chose experts that the layer lacks.
   """
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
-  stats = of_layer(aux.stats, layer, moes)
+  stats, moe = aux.stats, moes[layer] if moes else None
+  if moe is not None:
+    # Layers of an encoder and a decoder may differ in E and K, and zeros fill
+    # the statistics of all layers up to the largest.
+    E, K = moe.num_experts, moe.num_selected
+    stats = stats._replace(
+      load=stats.load[:E],
+      kept_load=stats.kept_load[:E],
+      overflowed=stats.overflowed[:K],
+      unsent=stats.unsent[:K],
+    )
   tokens, K = stats.tokens, len(stats.overflowed)
-  moe = moes[layer] if moes else None
   if moe is not None and not moe.router.by_expert:
     counted = stats.load.sum()
     # In float32 a device adds counts beyond 2^24 with errors.

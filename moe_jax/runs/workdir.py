@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import ml_collections
@@ -73,13 +73,12 @@ _GONE: dict[str, Any] = {
 }
 # Values of options that were removed, with a value that gives the same results.
 _SAME: dict[str, dict[str, str]] = {
-  f'model.moe.dispatch.{kind}.{name}': same
-  for kinds, name, same in (
-    (('einsum', 'gather'), 'exchange.kind', {'all_to_all': 'constraint'}),
-    (('dropless', 'sorted'), 'exchange.kind', {'ring': 'all_to_all'}),
-    (('dropless', 'sorted'), 'backend', {'ragged_dot': 'auto'}),
-  )
-  for kind in kinds
+  'model.moe.dispatch.dropless.backend': {'ragged_dot': 'auto'},
+  'model.moe.dispatch.dropless.exchange.kind': {'ring': 'all_to_all'},
+  'model.moe.dispatch.einsum.exchange.kind': {'all_to_all': 'constraint'},
+  'model.moe.dispatch.gather.exchange.kind': {'all_to_all': 'constraint'},
+  'model.moe.dispatch.sorted.backend': {'ragged_dot': 'auto'},
+  'model.moe.dispatch.sorted.exchange.kind': {'ring': 'all_to_all'},
 }
 
 
@@ -150,61 +149,58 @@ def check(
   """
   folder = folder_of(workdir)
   digests = class_digests(classes_in(config))
-  class_changes = list(_class_changes(folder, digests))
-  directory = cast(Any, config)['checkpoint']['directory']
-  checkpoints = checkpoints_of(folder, directory)
-  problem = _directory_problem(folder, directory, checkpoints, resume)
-  given, usual = _plain(config), _plain(defaults or {})
-  changes = _changes(folder, given, usual)
+  old_digests = _json(folder / PLUGINS)
+  class_changes = [
+    f'WARNING: the file of {name!r} has changed since the run wrote it '
+    f'down: sha256 {old!s:.12} -> {digest:.12}'
+    for name, digest in digests.items()
+    if (old := old_digests.get(name)) not in (None, digest)
+  ]
+  changes = []
+  if (folder / CONFIG).exists():
+    stored = flatten(kept_config(folder))
+    usual = flatten(_plain(defaults or {}))
+    changes = [
+      f'{key}: {old!r} -> {new!r}'
+      for key, (old, new) in difference(stored, _plain(config)).items()
+      if key in stored or key not in usual or new != usual[key]
+    ]
   if changes and not resume:
     raise InputError(
       f'{folder} holds a run whose config differs:\n'
       + '\n'.join(f'  {line}' for line in changes)
       + '\nchoose another --workdir, or go on in it with --resume'
     )
-  if problem:
-    raise InputError(problem)
+  checkpoints = _checked_directory(
+    folder, cast(Any, config)['checkpoint']['directory'], resume
+  )
   return Workdir(folder, checkpoints, changes, digests, class_changes)
 
 
-def _changes(
-  folder: pathlib.Path, config: Section, defaults: Section
-) -> list[str]:
-  """A line for each key whose value in the folder differs, old before new."""
-  if not (folder / CONFIG).exists():
-    return []
-  stored, usual_values = flatten(kept_config(folder)), flatten(defaults)
-  return [
-    f'{key}: {old!r} -> {new!r}'
-    for key, (old, new) in difference(stored, config).items()
-    if key in stored or key not in usual_values or new != usual_values[key]
-  ]
+def _checked_directory(
+  folder: pathlib.Path, directory: str, resume: bool
+) -> epath.Path:
+  """The directory of checkpoints, which has to be the run's own.
 
-
-def _directory_problem(
-  folder: pathlib.Path, directory: str, new: epath.Path, resume: bool
-) -> str | None:
-  """The problem of a directory of checkpoints that is not the run's own.
-
-  In such a directory the run would begin anew, or go on from another run's
+  In another run's directory the run would begin anew, or go on from the other's
   checkpoints.
   """
   is_used = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
-  old = checkpoints_of(folder)
+  old, new = checkpoints_of(folder), checkpoints_of(folder, directory)
   if is_used and old != new:
-    return (
+    raise InputError(
       f'{folder} has its checkpoints in {old}; checkpoint.directory='
       f'{directory!r} says otherwise, and cannot change'
     )
   if is_used or resume or not new.exists():
-    return None
+    return new
   if any(not path.name.startswith(FILE_PREFIX) for path in new.iterdir()):
-    return (
+    raise InputError(
       f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
       'not empty: it may be of another run; choose another, or go on from what '
       'is there with --resume'
     )
-  return None
+  return new
 
 
 def checkpoints_of(
@@ -235,10 +231,7 @@ def claim(folder: pathlib.Path, config: Section) -> None:
   if path.exists():
     if kept_config(folder) == values:
       return
-    number = 0
-    while (aside := folder / f'config.{number}.json').exists():
-      number += 1
-    path.rename(aside)
+    set_aside(path)
   text = _text(values)
   # The sha256 is written first: a kill leaves no config with another's sha256.
   write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
@@ -303,20 +296,6 @@ def record_plugins(folder: pathlib.Path, config: Section) -> None:
     write_text(folder / PLUGINS, _text(digests))
 
 
-def _class_changes(
-  folder: pathlib.Path, digests: Mapping[str, str]
-) -> Iterator[str]:
-  """A line for each file with a user's own class that has changed."""
-  old_digests = _json(folder / PLUGINS)
-  for name, digest in digests.items():
-    old = old_digests.get(name)
-    if old not in (None, digest):
-      yield (
-        f'WARNING: the file of {name!r} has changed since the run wrote it '
-        f'down: sha256 {old!s:.12} -> {digest:.12}'
-      )
-
-
 def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
   """Raises ValueError for a class that a folder names and the user forbids.
 
@@ -330,10 +309,7 @@ def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
   allowed = {_PACKAGE, *allowed}
   for name in names:
     module = name.partition(':')[0]
-    parents = module.split('.')
-    if not any(
-      '.'.join(parents[: i + 1]) in allowed for i in range(len(parents))
-    ):
+    if not any(f'{module}.'.startswith(f'{parent}.') for parent in allowed):
       raise InputError(
         f'{name!r} stands in a folder that was read, and its module is not '
         f'allowed; if you trust it, pass --allow_module={module}'
@@ -416,31 +392,26 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
       f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '
       'or train again in another folder'
     )
-  for name, usual in _GONE.items():
-    _forget(config, name.split('.'), usual)
-  for name, same in _SAME.items():
-    *parents, key = name.split('.')
-    section: Any = config
-    for parent in parents:
-      section = section.get(parent) if isinstance(section, dict) else None
-    if isinstance(section, dict) and key in section:
-      section[key] = same.get(str(section[key]), section[key])
-  return config
+  return _current(config)
 
 
-def _forget(section: dict[str, Any], path: list[str], usual: Any) -> None:
-  """Removes a retired option of its usual value, and a section left empty.
+def _current(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A section without retired options of their usual values.
 
-  An option of another value stays, and reading the config refuses its name.
+  A section that is left empty goes, too. An option of another value stays, and
+  reading the config refuses its name.
   """
-  name, *rest = path
-  value = section.get(name)
-  if rest and isinstance(value, dict):
-    _forget(value, rest, usual)
-    if not value:
-      del section[name]
-  elif not rest and name in section and (usual is None or value == usual):
-    del section[name]
+  current = {}
+  for key, value in section.items():
+    name = f'{prefix}{key}'
+    if name in _GONE and _GONE[name] in (None, value):
+      continue
+    if isinstance(value, dict):
+      value = _current(value, f'{name}.')
+      if not value and any(gone.startswith(f'{name}.') for gone in _GONE):
+        continue
+    current[key] = _SAME.get(name, {}).get(str(value), value)
+  return current
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
@@ -453,6 +424,16 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(values, dict):
     raise InputError(f'{path} is damaged: {values!r:.60} is no JSON object')
   return values
+
+
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+  """Renames a file to the first free name with a number; returns the name."""
+  number = 0
+  while (
+    aside := path.with_name(f'{path.stem}.{number}{path.suffix}')
+  ).exists():
+    number += 1
+  return path.rename(aside)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -232,7 +232,7 @@ def _evaluate(
       best = run.options.checkpoint.best_of(rows)
       at.due = []
       if early.ended:
-        run.recorder.ended(step)
+        run.recorder.write_averages(step)
         others = (e.name for e in run.evaluations if not e.due(step))
         at.due = [name for name in others if name not in measured]
       is_saved = run.checkpoints.last_step == step
@@ -281,7 +281,7 @@ def _save(
       metrics={} if best is None else {run.options.checkpoint.best_name: best},
     )
     if is_new:
-      run.recorder.saved(at.step)
+      run.message(f'step {at.step}: saving a checkpoint')
 
 
 # Numbers of the calls by which processes agree where to stop: at the first
