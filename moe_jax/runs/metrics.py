@@ -185,24 +185,21 @@ class _AppendOnly:
     self._path = path
     # The file is unbuffered, so that no record is lost with the process.
     self._file = path.open('ab', buffering=0)
-    self._size = path.stat().st_size
     self._unwritten: list[bytes] = []
 
   def append(self, record: bytes) -> None:
     self._unwritten.append(record)
     unwritten_bytes = memoryview(b''.join(self._unwritten))
-    size = len(unwritten_bytes)
+    size = self._file.seek(0, os.SEEK_END)
     try:
       while unwritten_bytes:
         unwritten_bytes = unwritten_bytes[self._file.write(unwritten_bytes) :]
+      self._unwritten.clear()
     except OSError as error:
       # A part may have been written; the next record must not follow it.
-      self._file.truncate(self._size)
+      self._file.truncate(size)
       if len(self._unwritten) == 1:
         _log.warning('%s: rows wait in memory: %s', self._path, error)
-      return
-    self._size += size
-    self._unwritten.clear()
 
   def close(self) -> None:
     if self._unwritten:
@@ -227,7 +224,7 @@ class _Events:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
 
-    self._events: Any = event_pb2
+    self._proto: Any = event_pb2
     folder.mkdir(exist_ok=True)
     # TensorBoard reads files in the order of their names. The number makes
     # names differ where a run is restarted within the same second.
@@ -242,7 +239,7 @@ class _Events:
   def _write(self, step: int, **what: Any) -> None:
     if self._writer is None:
       return
-    event = self._events.Event(wall_time=time.time(), step=step, **what)
+    event = self._proto.Event(wall_time=time.time(), step=step, **what)
     try:
       self._writer.write_event(event)
       self._writer.flush()

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
-import ml_collections
 from etils import epath
 
 from moe_jax.config import ConfigDict, Section, difference, flatten
@@ -27,9 +26,6 @@ IMPORTED = 'huggingface'  # files of the checkpoint that the run began with
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
 _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 _PACKAGE = 'moe_jax'
-# The last commit that reads folders whose config has the keys from before
-# options were dataclasses.
-_LAST_OF_EARLIER = '7875f9b'
 # Options that were removed and that configs of earlier runs may have, with the
 # value at which the option had no effect. None is for an option that never
 # changed a result, and for the section of a removed kind, which had no effect
@@ -316,9 +312,7 @@ def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
       )
 
 
-def classes_in(
-  config: Mapping[str, Any] | ml_collections.ConfigDict,
-) -> tuple[str, ...]:
+def classes_in(config: Section) -> tuple[str, ...]:
   """The users' classes that a config names, sorted.
 
   Args:
@@ -326,7 +320,7 @@ def classes_in(
   """
   names = set()
   for key, value in config.items():
-    if isinstance(value, Mapping | ml_collections.ConfigDict):
+    if isinstance(value, Mapping | ConfigDict):
       names.update(classes_in(value))
     elif key == 'kind' and isinstance(value, str) and ':' in value:
       names.add(value)
@@ -386,11 +380,12 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
     raise InputError(
       f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
     )
+  # The keys from before options were dataclasses.
   if isinstance(config.get('data', {}).get('source'), str):
     raise InputError(
       f'{folder} is a run of an earlier version, whose options had other '
-      f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '
-      'or train again in another folder'
+      'names. Commit 7875f9b is the last that reads it: use that, or train '
+      'again in another folder'
     )
   return _current(config)
 
