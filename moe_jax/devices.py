@@ -107,7 +107,7 @@ def connect(
   )
   note = f'{who} waits for the others, at {address}, for {seconds} s at most'
   alarms = (
-    threading.Timer(seconds, _give_up, [late_message]),  # JAX would abort
+    threading.Timer(seconds, _give_up, [late_message]),  # before JAX aborts
     threading.Timer(15.0, _print_note, [note]),
   )
   for alarm in alarms:
@@ -345,7 +345,10 @@ class Placing:
     return self.local(batch)
 
   def local(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Moves a batch of which this process has only `rows`, in their order."""
+    """Moves a batch of which this process has only some rows.
+
+    The rows are those whose indices `rows` has, in the same order.
+    """
     place = jax.make_array_from_process_local_data
     return {
       name: place(self.sharding, values, (self.batch_size, *values.shape[1:]))

@@ -190,8 +190,8 @@ def load_figure(rows: Rows) -> Figure | None:
   """The figure of each expert's load over steps, a panel for each sparse layer.
 
   The colour of a cell is the expert's share of all choices before any is
-  dropped, divided by the uniform share 1/E: `HOW_TO_READ`. The scale
-  is logarithmic, from 1/4 to 4.
+  dropped, divided by the uniform share 1/E. The text `HOW_TO_READ` explains
+  the colours. Their scale is logarithmic, from 1/4 to 4.
 
   Args:
     rows: Rows of metrics, each with its `step`.

@@ -269,7 +269,10 @@ class Sharded(NamedTuple):
     return live_bytes - m.alias_size_in_bytes + own_bytes
 
   def describe(self) -> str:
-    """The two lines that a run on several devices prints at its start."""
+    """Two lines: what each device holds and needs, and what it sends in a step.
+
+    A run on several devices prints them at its start.
+    """
     return (
       f'each device holds {in_bytes(self.param_bytes)} of parameters and '
       f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '

@@ -261,7 +261,7 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
 
 
 def write(folder: Folder, header: Header, records: Iterable[Record]) -> None:
-  """Writes a whole trace, from one process.
+  """Writes a complete trace of routers' choices; only one process calls this.
 
   Raises:
     ValueError: The folder is not empty.

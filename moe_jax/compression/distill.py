@@ -239,10 +239,11 @@ def _options(run: Run) -> DistillOptions:
 def _begin_with(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> tuple[dict[str, Any], str]:
-  """The variables made of the teacher's, and a line about them.
+  """The student's first variables, and a line of text that says how it begins.
 
-  All but experts and routers are copied. Where the teacher's layer is sparse,
-  the run's feed-forward is drawn from the seed, or made of experts.
+  The teacher's parameters are copied, all but those of experts and routers.
+  Where the teacher's layer is sparse, the student's feed-forward is drawn from
+  the seed, or made of the teacher's experts.
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)

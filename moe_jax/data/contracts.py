@@ -248,7 +248,7 @@ class Selection:
     return cache_root('' if urls.is_url(self.cache_dir) else self.cache_dir)
 
   def url(self, *names: str) -> str:
-    """The URL of a folder within `cache_dir`; '' where it is no URL."""
+    """The URL of a folder within `cache_dir`; '' if `cache_dir` is no URL."""
     is_url = urls.is_url(self.cache_dir)
     return '/'.join([self.cache_dir.rstrip('/'), *names]) if is_url else ''
 

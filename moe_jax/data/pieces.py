@@ -235,7 +235,19 @@ def run_pool(
   processes: int,
   finished: Callable[[int], None],
 ) -> None:
-  """Makes pieces in several processes, or in this one if `processes` is 1."""
+  """Tokenizes pieces of a source in a pool of processes.
+
+  Args:
+    work: The texts, and the folder for their tokens.
+    numbers: The indices of the pieces to make.
+    processes: The number of processes; with 1, or fewer than two pieces, this
+      process makes the pieces itself.
+    finished: Function that is called with the index of each finished piece.
+
+  Raises:
+    ValueError: A piece cannot be made, or a process was killed, maybe for lack
+      of memory.
+  """
   if processes == 1 or len(numbers) < 2:
     for number in numbers:
       make_piece(work, number)

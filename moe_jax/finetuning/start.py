@@ -91,7 +91,12 @@ def check(run: Run, allow: Iterable[str] = ()) -> None:
 def _read(
   run: Run, allow: Iterable[str]
 ) -> tuple[pathlib.Path, trained.Described, Model, Plan]:
-  """The other run's folder, options, model, and the plan to copy its model."""
+  """Reads the run that `config.init_from` names.
+
+  Returns:
+    That run's folder, its options and its model, and a plan by which the
+    parameters of `run` are made from that run's parameters.
+  """
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
   source_run = trained.read(folder, allow)
   if code_trees.has_codes(source_run.model):

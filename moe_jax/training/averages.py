@@ -46,7 +46,7 @@ class AveragedState(TrainState):
 
 
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
-  """The first state of a run, to which a mean of no step is added.
+  """The first state of a run, with a running mean that covers no step yet.
 
   Where decay is 0, the state is returned as it is, without a mean.
   """
@@ -98,11 +98,11 @@ def averaged(params: Any, averages: Averages | None) -> Any:
 
 
 def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
-  """The problem of going on with a mean that was not kept, or without one.
+  """The problem of a resumed run that would begin, or stop, to keep the mean.
 
   Args:
     config: The config with which the run began.
-    decay: The option `optimizer.ema` with which it would go on.
+    decay: The option `optimizer.ema` with which the run would go on.
   """
   old = config.get('optimizer', {}).get('ema', 0.0)
   if bool(old) == bool(decay):

@@ -116,9 +116,10 @@ class EarlyStopping:
       self._state = _State(**stored)
 
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
-    """Takes the rows of the evaluations after a step, given by name.
+    """Takes the metrics of the evaluations after a step, by evaluation's name.
 
-    A value that is not finite is not better. Every process calls this.
+    A value that is not finite never counts as better. Every process calls
+    this.
 
     Raises:
       ValueError: The row of `checkpoint.best_eval` lacks the metric.

@@ -171,7 +171,7 @@ class AuxSchedule(Options):
         raise unknown('loss in aux_losses.losses', name, names)
 
   def changes(self, weights: LossWeights) -> bool:
-    """Whether a loss of the schedule has a weight that is a number above 0."""
+    """Whether any loss that the schedule scales has a weight above 0."""
     all_weights = {**weights.routers, _LOGITS: weights.logits_z}
     return any(w for loss, w in all_weights.items() if self._has(loss))
 
