@@ -282,14 +282,14 @@ def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:
-  """The text of the group of `pattern` in each key of rows that matches it."""
+  """The group of `pattern` in each name of a metric that matches it."""
   keys = dict.fromkeys(key for row in rows for key in row)
   matches = (re.fullmatch(pattern, key) for key in keys)
   return [match[1] for match in matches if match]
 
 
 def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps of the rows that have a key, and the values of the key."""
+  """The steps of the rows of metrics that have `key`, and its values there."""
   pairs = [(row['step'], row[key]) for row in rows if key in row]
   steps = np.array([step for step, _ in pairs], np.float64)
   return steps, np.array([value for _, value in pairs], np.float64)

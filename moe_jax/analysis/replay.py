@@ -139,7 +139,7 @@ def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
 def _choices(
   stacks: Stacks, layer: int, K: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The experts and the served choices of a layer, [B, T, K] each."""
+  """A layer's recorded experts, and whether they serve: [B, T, K] each."""
   E = stacks.moe_of(layer).num_experts
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))

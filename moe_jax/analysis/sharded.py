@@ -380,7 +380,7 @@ def _executions(
   callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
   for name, instruction in program.items():
     if instruction.opcode.endswith(('-done', '-update')):
-      continue  # The computation that it names was run by its '-start'.
+      continue  # Its '-start' ran the computation that it names.
     times = rounds.get(name)
     for callee in instruction.calls:
       site = instruction.computation, 1 if times is None else times

@@ -228,7 +228,7 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's `config.distill`, with the step that stored logits are of."""
+  """The run's `config.distill`, with the teacher's step in stored logits."""
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options

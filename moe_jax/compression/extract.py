@@ -195,7 +195,7 @@ def as_one(
 
 
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
-  """The options of a stack's MoE layers; of dense twins if routed by task."""
+  """The options of a stack's sparse layers; of dense ones if routed by task."""
   moe = half.moe
   if not half.routes_by_task:
     return moe

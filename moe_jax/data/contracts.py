@@ -365,7 +365,8 @@ class Question(NamedTuple):
     inputs: Text that a model is given.
     target: The right answer.
     choices: All answers to choose from; empty where an answer is any text.
-    metric: Name of the score of `moe_jax.evaluation.scores` for any text.
+    metric: Name of the score of `moe_jax.evaluation.scores` by which an answer
+      that may be any text is judged.
   """
 
   inputs: str
@@ -485,7 +486,7 @@ class Dataset:
     return '\n'.join(lines)
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """The text of an evaluation's numbers, to be printed after its name."""
+    """The metrics of an evaluation as text, to be printed after its name."""
     return ', '.join(f'{name} {value:.4g}' for name, value in row.items())
 
 

@@ -64,7 +64,7 @@ class Rows(abc.ABC):
     """Text on the number and shape of the rows."""
 
   def counts(self) -> dict[str, int]:
-    """Numbers to report about the rows by name, besides tokens and texts."""
+    """Counts to report about the rows by name, besides tokens and texts."""
     return {}
 
   def __getitem__(self, index: int) -> Batch:

@@ -41,7 +41,7 @@ POOL = 'pool'  # runner of a pool of processes
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _KIBIBYTE = 1 if sys.platform == 'darwin' else 1024  # the unit of ru_maxrss
-_WORKER: dict[str, 'Work'] = {}  # of a worker process
+_WORKER: dict[str, 'Work'] = {}  # what a worker process tokenizes
 
 
 class Work(NamedTuple):
@@ -195,7 +195,7 @@ def _folder_of(
 
 
 def _make_pieces(work: Work, engine: Engine) -> Report:
-  """Has the engine make the pieces that are missing."""
+  """Has the engine tokenize the pieces of `work` that are missing."""
   sizes = work.pieces.sizes
   todo = [i for i in range(len(sizes)) if not _is_whole(work.path(i))]
   total = sum(sizes)
@@ -274,7 +274,8 @@ def run_pool(
 def _begin_worker(work: Work) -> None:
   """Prepares a worker process, which ends with its parent, to tokenize."""
   os.environ |= _ONE_THREAD
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a text
+  # Ctrl-C ends the worker process without a message.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   _WORKER['work'] = work
 
@@ -301,7 +302,7 @@ def _end_with_parent() -> None:
 
 
 def run_beam(work: Work, numbers: Sequence[int], engine: Engine) -> None:
-  """Makes pieces by a runner of Apache Beam."""
+  """Tokenizes the pieces `numbers` of a source by a runner of Apache Beam."""
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions

@@ -172,7 +172,7 @@ def convert(
 
 
 def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
-  """Lines on settings outside of sparse layers that change the function."""
+  """Lines on settings outside of sparse layers that change what is computed."""
   for name, (old_value, new_value) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
       yield f'model.{name} {old_value!r} -> {new_value!r}'

@@ -131,7 +131,7 @@ def owned(
 def _take(
   folder: epath.Path, owner: Owner, stack: contextlib.ExitStack
 ) -> None:
-  """Takes a folder until the stack ends."""
+  """Makes `owner` the owner of a folder until `stack` ends."""
   is_local, is_locked = '://' not in os.fspath(folder), False
   try:
     for path in [*reversed(folder.parents), folder] if is_local else ():

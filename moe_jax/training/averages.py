@@ -36,7 +36,7 @@ class Averages(NamedTuple):
 
 
 class AveragedState(TrainState):
-  """The state of training of a run that keeps the mean.
+  """The state of training of a run that keeps a running mean of parameters.
 
   Attributes:
     averages: The running mean of the parameters, an `Averages`.
@@ -118,5 +118,5 @@ def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
 
 
 def kept_by_optimizer(state: TrainState) -> Any:
-  """The optimizer's state, and the means if the run keeps them."""
+  """The optimizer's state, and the running means if the run keeps them."""
   return state.opt_state, getattr(state, 'averages', None)

@@ -182,7 +182,7 @@ class AuxSchedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(AuxSchedule):
-  """The same factor at every step: 1 keeps the weights, 0 makes them 0."""
+  """The same factor at every step: 1 keeps the losses' weights, 0 drops them."""
 
   def factor_at(self, step: Leaf) -> Leaf:
     """Returns the factor of the weights, a Python number, for any step."""
