@@ -161,7 +161,7 @@ class DryRun:
     return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
-    """The mesh, or one device if the mesh does not fit this machine's devices."""
+    """The run's mesh; one device if this machine's devices do not fit it."""
     with self._noting_problems():
       return self.options.mesh.make()
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])

@@ -191,7 +191,7 @@ class Recorder:
   def add(
     self, kind: str, step: int, number: int, batch: Batch, choices: Choices
   ) -> None:
-    """Records the choices in a batch; waits only if several batches are waiting.
+    """Records the choices in a batch; waits only if several batches still wait.
 
     Every process calls this method, and the first process writes. If there are
     several, each of them waits until the batch is computed, since its rows are

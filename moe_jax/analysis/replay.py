@@ -187,7 +187,7 @@ class Replaying(Hook):
   _trace: Trace | None = None
 
   def check(self, run: Run) -> None:
-    """Reads the trace.
+    """Reads the trace that `moe.replay` names.
 
     Raises:
       ValueError: There is no trace, or the trace does not fit the run.

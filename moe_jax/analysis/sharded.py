@@ -56,7 +56,7 @@ _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
 
 
 def text_of(compiled: Compiled) -> str:
-  """The text of a program.
+  """The text of a compiled program.
 
   Raises:
     ValueError: The platform does not give the text.

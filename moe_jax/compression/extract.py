@@ -241,7 +241,7 @@ def describe(run: WholeRun, extracted: Extracted) -> str:
 
 
 def add(commands: Any) -> None:
-  """Adds the command `extract` to the parser."""
+  """Adds the command `extract` to the commands of a parser."""
   text = 'writes the part of a model with routers by task that one task uses'
   command = commands.add_parser('extract', help=text, **cli.about(__doc__))
   command.set_defaults(run=_command)

@@ -331,7 +331,7 @@ def write(
 
 
 def add(commands: Any) -> None:
-  """Adds the command `keep_logits`."""
+  """Adds the command `keep_logits` to the commands of a parser."""
   text = "writes a teacher's largest logits for the batches of a run"
   command = commands.add_parser('keep_logits', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)

@@ -138,7 +138,7 @@ class Tokenizer(abc.ABC):
     return cls(**state)
 
   def to_json(self) -> dict[str, Any]:
-    """The state with the name of the class, for `from_json`."""
+    """The tokenizer's state with the name of its class, for `from_json`."""
     return {'kind': self.kind, **self.state()}
 
   def save(self, path: str | os.PathLike) -> None:

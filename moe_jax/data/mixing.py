@@ -143,7 +143,7 @@ class MixedRows(Rows):
     return int(self._ends[-1])
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, which count the rows of one source after another."""
+    """The rows at `indices`, which count all rows of the first source first."""
     indices = np.asarray(indices, np.int64)
     # Rows beyond the last are padding, which the last source gives.
     source = np.searchsorted(self._ends[:-1], indices, side='right')

@@ -281,7 +281,7 @@ def _begin_worker(work: Work) -> None:
 
 
 def _work(number: int) -> None:
-  """Makes a piece in a worker process.
+  """Tokenizes piece `number` in a worker process.
 
   A defect of a user's class is sent to the parent as text: an error that cannot
   be sent would end the pool, as a kill does.

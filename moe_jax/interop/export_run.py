@@ -33,9 +33,9 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   """Writes a tokenizer into an exported folder; returns a line about it.
 
   A tokenizer of bytes or characters becomes a `tokenizer.json` with the same
-  ids. As here, the name of a special token within a text is read as plain text;
-  but the names of ids that a task added are read as these ids, as in inputs
-  here.
+  ids. As in this package, the name of a special token within a text is read as
+  plain text; but the names of ids that a task added are read as these ids, as
+  this package reads them in inputs.
   """
   base, names, ends_in_eos = tokenizer, (), False
   if isinstance(tokenizer, tokenizers.Extended):

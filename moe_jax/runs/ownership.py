@@ -52,7 +52,7 @@ class Owner(NamedTuple):
 
 
 class OwnedError(InputError):
-  """Another job has the folder."""
+  """Another job owns the folder."""
 
 
 def read(folder: epath.Path) -> Owner | None:

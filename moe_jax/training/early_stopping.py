@@ -137,7 +137,7 @@ class EarlyStopping:
       state.count += 1
 
   def is_best(self, step: int) -> bool:
-    """Whether the step has the best value so far, and its state is saved."""
+    """Whether a step has the best value so far; then its state is saved."""
     return self._state.best is not None and self._state.best_step == step
 
   def _better(self, value: float, before: float | None, change: float) -> bool:

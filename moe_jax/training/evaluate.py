@@ -301,7 +301,7 @@ class Losses:
     apply: Apply = plainly,
     record: Record = lambda number, batch, choices: None,
   ) -> summary.LossSums:
-    """The sums over all batches, as float64 numpy.
+    """The sums of losses and statistics over all batches, as float64 numpy.
 
     Args:
       variables: The variables of the model.

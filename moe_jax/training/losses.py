@@ -138,7 +138,7 @@ class AuxSchedule(Options):
 
   @required
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor of the weights.
+    """Returns the factor by which a step multiplies the losses' weights.
 
     A factor that never changes is a Python number: where it is 0, losses are
     not computed.
@@ -182,7 +182,7 @@ class AuxSchedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(AuxSchedule):
-  """The same factor at every step: 1 keeps the losses' weights, 0 drops them."""
+  """The same factor at every step: 1 keeps losses' weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
     """Returns the factor of the weights, a Python number, for any step."""

@@ -140,7 +140,7 @@ def write(
 
 
 def write_config(folder: pathlib.Path, config: Section) -> None:
-  """Writes a run's config, and the file that reads its values."""
+  """Writes a run's config, and `config.py`, which reads the config's values."""
   text = json.dumps(plain(config), indent=2, sort_keys=True)
   (folder / VALUES).write_text(text + '\n', encoding='utf-8')
   (folder / CONFIG_PY).write_text(_CONFIG_PY, encoding='utf-8')

@@ -21,7 +21,7 @@ from moe_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Options):
-  """The contract of schedules.
+  """The contract of schedules of the learning rate.
 
   A subclass overrides `after_warmup`.
   """
