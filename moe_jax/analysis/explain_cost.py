@@ -117,7 +117,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
 
 
 def without_evaluations(options: RunOptions) -> RunOptions:
-  """The options of a run with the same steps and without evaluations."""
+  """The options of a run of equal steps, without evaluations or early end."""
   trace = options.trace
   if trace.every_steps:
     trace = dataclasses.replace(trace, evaluations='')

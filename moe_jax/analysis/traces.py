@@ -47,7 +47,7 @@ _IDS = ('tokens', 'positions', 'documents', 'sources')
 
 
 class Record(NamedTuple):
-  """The choices in one batch, or in one sequence of an encoder-decoder's batch.
+  """The choices of experts in a batch, or in a batch's encoder or decoder.
 
   Attributes:
     kind: 'train', the name of an evaluation, or 'generate'.

@@ -363,7 +363,7 @@ class TaughtStep:
 def _taught_step(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> TaughtStep:
-  """The step with soft labels, computed for each (micro)batch or stored.
+  """A training step with soft labels, stored or computed by (micro)batch.
 
   The teacher runs as in its evaluation: dropout and routers' noise are off, and
   tokens beyond the capacity of evaluation are dropped.

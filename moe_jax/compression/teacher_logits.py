@@ -180,7 +180,7 @@ class StoredLogits:
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
-    """Raises ValueError if batch `number` of a run has other targets."""
+    """Raises ValueError if batch `number` has not the targets of the logits."""
     targets = fetch(next(run.batches(number))['targets'])
     first = run.row_offset + number * run.options.batch_size
     rows = self.rows[first:][: len(targets)]

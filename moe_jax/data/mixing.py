@@ -136,7 +136,7 @@ class MixedRows(Rows):
     return self._parts
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The source of training rows and their index in it; see `Schedule`."""
+    """The index of each training row's source, and of the row in its source."""
     return self._schedule(row)
 
   def __len__(self) -> int:

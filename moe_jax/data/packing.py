@@ -32,7 +32,7 @@ class Rows(abc.ABC):
     return {'': self}
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The index of the source of rows in training, and their index in it.
+    """The index of each training row's source, and of the row in its source.
 
     Args:
       row: Indices of rows in the stream of training, from 0.

@@ -313,7 +313,7 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 
 
 def _compare(ours, theirs, start):
-  """The first token that differs, and the number of tokens before it.
+  """The first greedy token that differs, and the number of tokens before it.
 
   Tokens are compared position by position, and row by row at each position.
   """

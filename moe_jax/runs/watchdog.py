@@ -247,7 +247,7 @@ class Watchdog:
     return f'process {index} {how}; it had got to {other.stage}'
 
   def _end_reason(self) -> str | None:
-    """The reason for which all have to end; None if there is none."""
+    """The reason for which all processes have to end; None if there is none."""
     awake = {i: p for i, p in self._processes.items() if not p.is_done}
     failures = [process.failure for process in awake.values()]
     if reason := next(filter(None, [*failures, *map(self._loss, awake)]), ''):

@@ -292,7 +292,7 @@ class Losses:
     return map(self.put.local, batches)
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row that `summary.summarize` makes from the sums of all batches."""
+    """The row of metrics that `summary.summarize` makes from all batches."""
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(

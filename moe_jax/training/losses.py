@@ -163,7 +163,10 @@ class AuxSchedule(Options):
     return dataclasses.replace(weights, routers=routers, logits_z=logits_z)
 
   def check(self, weights: LossWeights) -> None:
-    """Raises ValueError for a loss that the model and built-in routers lack."""
+    """Raises ValueError if the schedule names a loss that does not exist.
+
+    The losses that exist are those of the model and of built-in routers.
+    """
     own_names = (loss.removesuffix('_loss') for loss in weights.routers)
     names = {_LOGITS, *_BUILTIN, *own_names}
     for name in self.losses:
@@ -185,7 +188,7 @@ class Constant(AuxSchedule):
   """The same factor at every step: 1 keeps losses' weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor of the weights, a Python number, for any step."""
+    """Returns the factor of losses' weights, a Python number, for any step."""
     return self.factor
 
 
@@ -213,7 +216,7 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """The factor of the weights, linear in the step from `start_step` on.
+    """The factor of losses' weights, linear in the step from `start_step` on.
 
     It is `factor` before, and `final_factor` where the line has ended.
     """

@@ -126,12 +126,12 @@ def write(
   variables: Mapping[str, Any],
   extra: dict[str, Any] | None = None,
 ) -> None:
-  """Writes a run's folder, where its tokenizer and files are already.
+  """Writes a run's config and checkpoint beside its tokenizer and files.
 
   Args:
     folder: The folder that `building` gave.
     config: The config of the run.
-    variables: 'params' of its model, and 'router_state' where it keeps one.
+    variables: 'params' of the run's model, and 'router_state' if it has one.
     extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
   """
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
