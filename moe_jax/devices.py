@@ -529,8 +529,9 @@ def keep_programs(folder: str = '') -> str:
   is, and $JAX_ENABLE_COMPILATION_CACHE=false is obeyed. The default folder is
   made, and its least recently used files are deleted beyond `MOST_BYTES`; no
   file is deleted elsewhere. Several processes keep programs only in a folder
-  that was given: where each host has a home of its own, some would find what
-  others compile, and wait for them.
+  that was given. Hosts may have homes of their own, and so default folders of
+  their own: some processes would then find a program that others have to
+  compile, and wait for these.
 
   Args:
     folder: A path; OFF, to keep none; '' is the default of `PROGRAMS_HELP`.

@@ -2,8 +2,8 @@
 
 A figure is read by the colour-blind and on grey paper, too: the colours of
 lines are Okabe and Ito's (Color Universal Design, https://jfly.uni-koeln.de/color/),
-each with a line style and a marker of its own, and colours of heat maps are
-lighter the less they stand for.
+each with a line style and a marker of its own. A colour of a heat map is the
+lighter, the smaller the number that it stands for.
 
 Figures are made with matplotlib's objects, never with pyplot, so that a hook
 may draw in any thread, without a display, and leaves a notebook's open figures

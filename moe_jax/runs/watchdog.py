@@ -2,11 +2,11 @@
 
 A process that waits for another in a collective operation waits for ever. So a
 thread of each process writes the process' stage to a small file in the folder
-`processes` of the workdir. Process 0 reads the files of all others, which read
-that of process 0, where it writes for what reason all end. A process is lost if
-it died (on the machine of process 0), failed (its file has the error), does not
-answer (its file does not change), or has not begun a new stage for so long that
-all others wait for it.
+`processes` of the workdir. Process 0 reads the files of all other processes.
+These read the file of process 0, which has the reason for which all processes
+end, if they do. A process is lost if it died (on the machine of process 0),
+failed (its file has the error), does not answer (its file does not change), or
+has not begun a new stage for so long that all others wait for it.
 
 JAX's own heartbeats stay on. They notice the death of a process later than this
 watchdog, and notice neither an error nor an endless loop.

@@ -310,9 +310,10 @@ def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
 def clipped(largest: float) -> Transform:
   """Clips by the global norm, as `optax.clip_by_global_norm` does.
 
-  Each gradient is multiplied by one number, where optax divides all by the norm
-  first: a compiler repeats the product where gradients are read, and writes the
-  quotients to memory. The two results differ by rounding, only where it clips.
+  Each gradient is multiplied by one number, which is the same for all; optax
+  first divides each gradient by the norm. A compiler repeats such a product
+  wherever a gradient is read, but writes the quotients to memory. The two
+  results differ by rounding, and only where gradients are clipped.
   """
 
   def update(updates, params):
