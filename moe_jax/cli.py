@@ -115,7 +115,7 @@ def applied(
       config,
       '',
       flag_values=values,
-      accept_new_attributes=True,  # of open sections
+      accept_new_attributes=True,  # in open sections
       lock_config=False,
       sys_argv=argv,
     )
@@ -372,7 +372,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def with_programs(text: str) -> str:
-  """A text that names programs as the user starts them."""
+  """The text, in which programs are named as the user starts them."""
   return re.sub(r'python -m (moe_jax[\w.]*)', lambda m: program(m[1]), text)
 
 
@@ -534,8 +534,8 @@ def parse_command(
   Args:
     parser: The parser, whose commands set `run`.
     argv: The words of the command; None takes the program's own.
-    has_config: Whether the parsed command has a config to override; None: if
-      it has --config.
+    has_config: Function that says whether the parsed command has a config to
+      override; None asks whether the command has --config.
 
   Returns:
     The options, and the overrides, words that begin with --config.

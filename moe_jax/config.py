@@ -386,11 +386,11 @@ class Options:
     return iter(())
 
   def in_vain(self, reason: str, *names: str) -> Iterator[str]:
-    """A problem for each named field that is set; without names, for any field.
+    """A problem for each named field that is set, as it has no effect.
 
     Args:
       reason: The reason, in words that follow 'has no effect'.
-      *names: The names of fields.
+      *names: The names of fields; without names, all fields are meant.
     """
     for name, field in fields_of(type(self)).items():
       value = getattr(self, name)
@@ -432,7 +432,7 @@ def no_effect(name: str, value: Any, reason: str) -> InVain:
 
 
 def value_problem(name: str, value: Any, field: Field) -> str | None:
-  """The problem of one value by itself; None for a valid one."""
+  """The problem of one value, judged without others; None for a valid value."""
   described, assignment = field.option, f'{name}={value!r}'
   if (kinds := described.kinds) is not None:
     if described.holds_entries:

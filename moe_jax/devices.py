@@ -107,7 +107,7 @@ def connect(
   )
   note = f'{who} waits for the others, at {address}, for {seconds} s at most'
   alarms = (
-    threading.Timer(seconds, _give_up, [late_message]),  # JAX would abort
+    threading.Timer(seconds, _give_up, [late_message]),  # before JAX aborts
     threading.Timer(15.0, _print_note, [note]),
   )
   for alarm in alarms:
@@ -345,7 +345,10 @@ class Placing:
     return self.local(batch)
 
   def local(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Moves a batch of which this process has only `rows`, in their order."""
+    """Moves a batch of which this process has only some rows.
+
+    The rows are those whose indices `rows` has, in the same order.
+    """
     place = jax.make_array_from_process_local_data
     return {
       name: place(self.sharding, values, (self.batch_size, *values.shape[1:]))
@@ -526,8 +529,9 @@ def keep_programs(folder: str = '') -> str:
   is, and $JAX_ENABLE_COMPILATION_CACHE=false is obeyed. The default folder is
   made, and its least recently used files are deleted beyond `MOST_BYTES`; no
   file is deleted elsewhere. Several processes keep programs only in a folder
-  that was given: where each host has a home of its own, some would find what
-  others compile, and wait for them.
+  that was given. Hosts may have homes of their own, and so default folders of
+  their own: some processes would then find a program that others have to
+  compile, and wait for these.
 
   Args:
     folder: A path; OFF, to keep none; '' is the default of `PROGRAMS_HELP`.

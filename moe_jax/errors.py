@@ -25,7 +25,7 @@ class InputError(ReportedError, ValueError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Names the path where a full disk ends the body's writing.
+  """Names `path` in the error that a full disk causes while the body writes.
 
   Raises:
     OSError: The disk is full.

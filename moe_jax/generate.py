@@ -222,7 +222,7 @@ def _arguments(
 
 
 def _trace(folder: str, loaded, model, batch, choices) -> None:
-  """Writes the choices that the model made for prompts and new tokens."""
+  """Writes a trace of the choices of experts for prompts and new tokens."""
   note = 'text that was generated, for which experts have room for all tokens'
   if model.stacks.capacity_binds:
     note = 'text that was generated, with the capacity of the checkpoint'

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
-  """Describes, tries or trains; returns the exit status."""
+  """Describes the config, tries the run or trains; returns the exit status."""
   if flags.describe is not None:
     config = cli.config_of(flags.config, overrides)
     cli.say(run_config.describe(config, flags.describe))

@@ -49,12 +49,12 @@ class RunConfig(RunOptions):
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
-    """Names of the sections in use that need a hook, the teacher's included."""
+    """Names of the sections in use that need a hook, `distill` included."""
     distill_section = ('distill',) if self.distill.teacher else ()
     return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
-    """The problems of a run's options, and of a teacher with other options."""
+    """The problems of a run's options, also of `distill` with other options."""
     yield from super().problems()
     o = self.distill
     if o.teacher and self.model.moe.replay:
@@ -105,13 +105,15 @@ def describe(
 ) -> Iterator[str]:
   """Lines that describe the keys of a config.
 
-  Each key has its value, its default and its sentence. A star marks a value
-  that is not the default, a dash a key in a section that is not chosen.
+  The lines of a key give its value, its default and a sentence on what it does.
+  A star marks a value that is not the default. A dash marks a key without an
+  effect, since its section belongs to a kind that the config does not choose.
 
   Args:
     config: The config.
-    part: Dotted name of a section or key, which alone is described; '' is the
-      whole, and 'json' a JSON schema by which editors complete such a config.
+    part: Dotted name of a section or key, which alone is described. ''
+      describes the whole config, and 'json' gives a JSON schema by which
+      editors complete such a config.
 
   Raises:
     ValueError: There is no such part.

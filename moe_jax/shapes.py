@@ -239,7 +239,7 @@ def _as_struct(shape: Shape) -> Any:
 
 
 def _problem(shape: Shape, array: Any, earlier_shapes: list[Shape]) -> str:
-  """The message for a shape that fits none of its types."""
+  """The message for an argument whose shape fits none of its array types."""
   hint = shape.hints[0]
   any_type = hint.dtype is jaxtyping.Shaped
   if not any_type and str(array.dtype) not in hint.dtypes:

@@ -375,7 +375,10 @@ def run_flops(options: RunOptions, model: Model) -> int:
 
 
 def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
-  """A line on a run's size and least time; times a device's matrix products.
+  """A line on a run's size, and on its time at the speed of matrix products.
+
+  The speed is measured on this machine. The line has no time if the FLOPs of
+  the run are not counted.
 
   Args:
     options: The options of the run, after `filled`.

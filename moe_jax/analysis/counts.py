@@ -192,7 +192,7 @@ def _in_training(
 
 
 def group_rows(moe: MoeOptions, S: int) -> int:
-  """Rows of all experts of a layer for a group of S tokens, empty ones too."""
+  """The number of rows of all experts of a layer in a group, empty rows too."""
   slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained
   is_dropless = not moe.dispatch.by_slot and not moe.router.by_expert

@@ -4,8 +4,8 @@
       --workdir=runs/tiny --dry_run
 
 Data that is not in the cache is not prepared for this, and no parameters are
-read: of another run that it begins with, the folder, the tokens and the model
-are checked, and not the checkpoint.
+read: if the run begins with another run, that run's folder, tokens and model
+are checked, and not its checkpoint.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class DryRun:
   problems: list[str] = dataclasses.field(default_factory=list)
 
   def lines(self) -> Iterator[str]:
-    """The lines, in the order in which they are printed."""
+    """Yields the lines that describe the run, in the order of printing."""
     yield 'dry run: nothing is trained, and nothing is written'
     run, mesh = self._set_up(), self._mesh()
     if run is not None:
@@ -108,7 +108,7 @@ class DryRun:
 
   @contextlib.contextmanager
   def _noting_problems(self) -> Iterator[None]:
-    """Notes the errors that the body raises; the body prepares no data."""
+    """Notes the errors of the body in `problems`; the body prepares no data."""
     try:
       with reading_only():
         yield
@@ -161,7 +161,7 @@ class DryRun:
     return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
-    """The mesh, or one device if the mesh does not fit this machine's."""
+    """The run's mesh; one device if this machine's devices do not fit it."""
     with self._noting_problems():
       return self.options.mesh.make()
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
@@ -185,7 +185,7 @@ class DryRun:
     c, size = options.checkpoint, needs.checkpoint
     last = options.total_steps - 1
     num_written = 1 + last // c.every_steps if c.every_steps else 1
-    # One is being written while the older ones are still there.
+    # One more is being written while the older checkpoints are still there.
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
     folder = storage_path(c.directory or self.workdir or _NOWHERE)
     line = (
@@ -260,7 +260,7 @@ class DryRun:
           step = max(checkpoints.steps(), default=None)
     if step is not None:
       yield f'begins with: the parameters of step {step} of {folder}'
-    elif not self.problems:  # which would say that there is no run
+    elif not self.problems:  # else they say that there is no run
       self._refuse(f'init_from.workdir={folder} has no finished checkpoint')
 
 

@@ -117,7 +117,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
 
 
 def without_evaluations(options: RunOptions) -> RunOptions:
-  """The options of a run with the same steps, and nothing beside them."""
+  """The options of a run of equal steps, without evaluations or early end."""
   trace = options.trace
   if trace.every_steps:
     trace = dataclasses.replace(trace, evaluations='')
@@ -126,7 +126,7 @@ def without_evaluations(options: RunOptions) -> RunOptions:
   return dataclasses.replace(
     options,
     evals={},
-    # The best checkpoint, and an early end, are those of an evaluation.
+    # Evaluations decide which checkpoint is the best, and on an early end.
     checkpoint=type(options.checkpoint)(keep_best=False),
     early_stopping=type(options.early_stopping)(),
     trace=trace,
@@ -136,7 +136,12 @@ def without_evaluations(options: RunOptions) -> RunOptions:
 def _take_steps(
   step: Callable[..., Any], state: Any, batches: Iterator[Any], num_steps: int
 ) -> tuple[Any, list[float], list[float]]:
-  """Takes steps: the new state, seconds of waits for batches, and of steps."""
+  """Takes training steps and times them.
+
+  Returns:
+    The new state; for each step the seconds that it waited for its batch; and
+    for each step all of its seconds, this wait included.
+  """
   waits, times = [], []
   for _ in range(num_steps):
     start = time.perf_counter()
@@ -149,7 +154,7 @@ def _take_steps(
 
 
 def part_of(op_name: str) -> str:
-  """The part that an instruction belongs to.
+  """The part of the training step that an instruction belongs to.
 
   Args:
     op_name: Scopes of the instruction, from the outermost to the innermost, and
@@ -165,7 +170,7 @@ def part_of(op_name: str) -> str:
 
 
 def by_part(program: sharded.Program, seconds: Mapping[str, float]) -> Times:
-  """The executed time of each part.
+  """The executed time of each part of a training step.
 
   What is computed again for the backward pass belongs to the backward pass.
 

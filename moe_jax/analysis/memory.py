@@ -195,7 +195,7 @@ def _kept_scores(half: Half, B: int) -> int:
 
 
 def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """Rows of all experts of a layer together, with a token in them or not.
+  """Number of rows of all experts of a layer, with a token in them or not.
 
   Args:
     moe: The options of the layer.

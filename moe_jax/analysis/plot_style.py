@@ -2,8 +2,8 @@
 
 A figure is read by the colour-blind and on grey paper, too: the colours of
 lines are Okabe and Ito's (Color Universal Design, https://jfly.uni-koeln.de/color/),
-each with a line style and a marker of its own, and colours of heat maps are
-lighter the less they stand for.
+each with a line style and a marker of its own. A colour of a heat map is the
+lighter, the smaller the number that it stands for.
 
 Figures are made with matplotlib's objects, never with pyplot, so that a hook
 may draw in any thread, without a display, and leaves a notebook's open figures
@@ -190,8 +190,8 @@ def load_figure(rows: Rows) -> Figure | None:
   """The figure of each expert's load over steps, a panel for each sparse layer.
 
   The colour of a cell is the expert's share of all choices before any is
-  dropped, divided by the uniform share 1/E: `HOW_TO_READ`. The scale
-  is logarithmic, from 1/4 to 4.
+  dropped, divided by the uniform share 1/E. The text `HOW_TO_READ` explains
+  the colours. Their scale is logarithmic, from 1/4 to 4.
 
   Args:
     rows: Rows of metrics, each with its `step`.
@@ -282,14 +282,14 @@ def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:
-  """The text of the group of `pattern` in each key of rows that matches it."""
+  """The group of `pattern` in each name of a metric that matches it."""
   keys = dict.fromkeys(key for row in rows for key in row)
   matches = (re.fullmatch(pattern, key) for key in keys)
   return [match[1] for match in matches if match]
 
 
 def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps of the rows that have a key, and the values of the key."""
+  """The steps of the rows of metrics that have `key`, and its values there."""
   pairs = [(row['step'], row[key]) for row in rows if key in row]
   steps = np.array([step for step, _ in pairs], np.float64)
   return steps, np.array([value for _, value in pairs], np.float64)

@@ -30,7 +30,7 @@ KIND = 'loss'
 
 
 def record(options: argparse.Namespace) -> None:
-  """Evaluates a run's loss, and writes a trace of the choices.
+  """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
     ValueError: The folder has a trace already; the run has no sparse layers, or

@@ -54,7 +54,7 @@ def make_header(
   note: str = '',
   **fields: Any,
 ) -> Header:
-  """The header of a trace of a model.
+  """The header of a trace of a model's choices of experts.
 
   Args:
     model: The model.
@@ -154,7 +154,7 @@ def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
 
 
 class Recorder:
-  """Writes the choices of batches into a folder, on a thread of its own.
+  """Writes the choices of experts in batches into a folder, on its own thread.
 
   If the trace cannot be written, the run goes on without the trace, and says
   so. An older trace in the folder keeps its records of steps before the first
@@ -191,7 +191,7 @@ class Recorder:
   def add(
     self, kind: str, step: int, number: int, batch: Batch, choices: Choices
   ) -> None:
-    """Records a batch; waits only if several batches wait to be written.
+    """Records the choices in a batch; waits only if several batches still wait.
 
     Every process calls this method, and the first process writes. If there are
     several, each of them waits until the batch is computed, since its rows are
@@ -200,7 +200,7 @@ class Recorder:
     Args:
       kind, step, number: See `Record`.
       batch: The batch.
-      choices: The choices that were made in it.
+      choices: The choices of experts that were made in the batch.
     """
     prefixes, keys = self._model.stacks.sequences, _KEYS.values()
     names = {f'{prefix}{key}' for prefix in prefixes for key in keys}

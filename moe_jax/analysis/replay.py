@@ -139,7 +139,7 @@ def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
 def _choices(
   stacks: Stacks, layer: int, K: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The experts and the served choices of a layer, [B, T, K] each."""
+  """A layer's recorded experts, and whether they serve: [B, T, K] each."""
   E = stacks.moe_of(layer).num_experts
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
@@ -187,7 +187,7 @@ class Replaying(Hook):
   _trace: Trace | None = None
 
   def check(self, run: Run) -> None:
-    """Reads the trace.
+    """Reads the trace that `moe.replay` names.
 
     Raises:
       ValueError: There is no trace, or the trace does not fit the run.

@@ -232,12 +232,12 @@ def _pair_row(number: int, layer: Layer) -> Row:
 def pictures(
   layers: Layers, by_label: ByLabel, loads: Sequence[Row], drops: Sequence[Row]
 ) -> Iterator[tuple[str, Figure]]:
-  """The pictures by name.
+  """Yields the pictures of the choices in a trace, by name.
 
   Pictures of pairs of choices or of layers are drawn only if there are pairs.
   The colour of a cell in a heat map is what was counted over what chance gives,
-  on a logarithmic scale: `plot_style.HOW_TO_READ`. Hatched cells would hold
-  fewer than 5 tokens by chance, too few to tell.
+  on a logarithmic scale, which the text `plot_style.HOW_TO_READ` explains.
+  Hatched cells would hold fewer than 5 tokens by chance, too few to tell.
 
   Args:
     layers: The choices in a trace.

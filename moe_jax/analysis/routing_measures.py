@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The real tokens of the records' batches; `rng` draws their strangers."""
+  """The real tokens of the records' batches; `rng` draws each `stranger`."""
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -555,7 +555,7 @@ class Persistence(NamedTuple):
 
 
 def persistence(layer: Layer) -> Persistence:
-  """How often the tokens of one layer choose the same experts in a row."""
+  """How often consecutive tokens choose the same experts in one layer."""
   info, tokens, expert = layer.info, layer.tokens, layer.expert
   after, before = tokens.after, tokens.after - 1
   differs = tokens.token[after] != tokens.token[before]

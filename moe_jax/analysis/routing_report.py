@@ -27,7 +27,7 @@ Row = dict[str, Any]
 Counts = dict[int, Num[np.ndarray, 'V E']]
 
 _BY_CHOICE = 'drop_rate_choice_'
-_NUM_BUSIEST, _NUM_TOKENS = 3, 6  # the most experts, and tokens for each
+_NUM_BUSIEST, _NUM_TOKENS = 3, 6  # experts of a layer, tokens of each
 _LAYERS_NOTE = (
   'Every token chooses one or more experts; a choice is dropped if its expert '
   'is full. The load of an expert is the number of choices that fall on it, '

@@ -105,7 +105,7 @@ class Page(Hook):
       self._run = None
 
   def _write(self, run: Run, state: str, message: str = '') -> None:
-    """Writes the page; raises no error, and prints the first one."""
+    """Writes the page; raises no error, and prints the first error."""
     start_time = time.monotonic()
     try:
       run.recorder.confirm()

@@ -56,7 +56,7 @@ _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
 
 
 def text_of(compiled: Compiled) -> str:
-  """The text of a program.
+  """The text of a compiled program.
 
   Raises:
     ValueError: The platform does not give the text.
@@ -269,7 +269,10 @@ class Sharded(NamedTuple):
     return live_bytes - m.alias_size_in_bytes + own_bytes
 
   def describe(self) -> str:
-    """The two lines that a run on several devices prints at its start."""
+    """Two lines: what each device holds and needs, and what it sends in a step.
+
+    A run on several devices prints them at its start.
+    """
     return (
       f'each device holds {in_bytes(self.param_bytes)} of parameters and '
       f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
@@ -377,7 +380,7 @@ def _executions(
   callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
   for name, instruction in program.items():
     if instruction.opcode.endswith(('-done', '-update')):
-      continue  # The computation that it names was run by its '-start'.
+      continue  # Its '-start' ran the computation that it names.
     times = rounds.get(name)
     for callee in instruction.calls:
       site = instruction.computation, 1 if times is None else times

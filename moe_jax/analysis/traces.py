@@ -47,7 +47,7 @@ _IDS = ('tokens', 'positions', 'documents', 'sources')
 
 
 class Record(NamedTuple):
-  """The choices in one batch, or in one sequence of an encoder-decoder's batch.
+  """The choices of experts in a batch, or in a batch's encoder or decoder.
 
   Attributes:
     kind: 'train', the name of an evaluation, or 'generate'.
@@ -261,7 +261,7 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
 
 
 def write(folder: Folder, header: Header, records: Iterable[Record]) -> None:
-  """Writes a whole trace, from one process.
+  """Writes a complete trace of routers' choices; only one process calls this.
 
   Raises:
     ValueError: The folder is not empty.

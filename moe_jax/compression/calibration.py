@@ -174,7 +174,7 @@ class ExpertTokens:
     self._num_rows = max(-(-longest // _ROWS_STEP), 1) * _ROWS_STEP
 
   def rows(self, experts: slice) -> Rows:
-    """The inputs of a slice of the experts."""
+    """The inputs of the kernels of a slice of the experts."""
     tokens = self._tokens[experts]
     shape = len(tokens), self._num_rows
     x = np.zeros((*shape, self._x.shape[1]), self._x.dtype)

@@ -166,7 +166,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
 
 
 def _block(model: Model, layer: int) -> tuple[BlockConfig, MoeOptions | None]:
-  """The options of a layer's block and of its mixture, if it has one."""
+  """The options of a layer's block, and of its experts if it is sparse."""
   return [
     (stack.block, kind.moe)
     for stack in model.stacks.blocks

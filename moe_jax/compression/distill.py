@@ -228,7 +228,7 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's `config.distill`, with the step that stored logits are of."""
+  """The run's `config.distill`, with the teacher's step in stored logits."""
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options
@@ -239,10 +239,11 @@ def _options(run: Run) -> DistillOptions:
 def _begin_with(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> tuple[dict[str, Any], str]:
-  """The variables made of the teacher's, and a line about them.
+  """The student's first variables, and a line of text that says how it begins.
 
-  All but experts and routers are copied. Where the teacher's layer is sparse,
-  the run's feed-forward is drawn from the seed, or made of experts.
+  The teacher's parameters are copied, all but those of experts and routers.
+  Where the teacher's layer is sparse, the student's feed-forward is drawn from
+  the seed, or made of the teacher's experts.
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)
@@ -362,7 +363,7 @@ class TaughtStep:
 def _taught_step(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> TaughtStep:
-  """The step with soft labels, computed for each (micro)batch or stored.
+  """A training step with soft labels, stored or computed by (micro)batch.
 
   The teacher runs as in its evaluation: dropout and routers' noise are off, and
   tokens beyond the capacity of evaluation are dropped.

@@ -195,7 +195,7 @@ def as_one(
 
 
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
-  """The options of a stack's MoE layers; of dense twins if routed by task."""
+  """The options of a stack's sparse layers; of dense ones if routed by task."""
   moe = half.moe
   if not half.routes_by_task:
     return moe
@@ -241,7 +241,7 @@ def describe(run: WholeRun, extracted: Extracted) -> str:
 
 
 def add(commands: Any) -> None:
-  """Adds the command `extract` to the parser."""
+  """Adds the command `extract` to the commands of a parser."""
   text = 'writes the part of a model with routers by task that one task uses'
   command = commands.add_parser('extract', help=text, **cli.about(__doc__))
   command.set_defaults(run=_command)

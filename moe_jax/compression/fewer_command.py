@@ -25,7 +25,7 @@ from moe_jax.training import new_run
 
 
 def add(commands: Any) -> None:
-  """Adds both commands to a parser's commands."""
+  """Adds the commands `merge` and `prune` to the commands of a parser."""
   for verb, meaning in (
     ('merge', 'merges similar experts'),
     ('prune', 'removes the least useful experts'),

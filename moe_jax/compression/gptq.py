@@ -176,7 +176,7 @@ def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
 def _compensated(
   w: Float[Array, 'E I O'], h: Float32[Array, 'E I I'], format: KernelFormat
 ) -> Outcome:
-  """Rounds by GPTQ, for the Hessians h."""
+  """Rounds kernels by GPTQ, for the Hessians h of their inputs."""
   grid, inverse = format.grid(w), factor(h)
   codes = gptq(w, format, grid, inverse)
   values = format.values(codes, grid)

@@ -250,7 +250,7 @@ def report(
 
 
 def add(commands: Any) -> None:
-  """Adds the command `quantize`."""
+  """Adds the command `quantize` to the commands of a parser."""
   text = 'stores experts in codes of few bits'
   command = commands.add_parser('quantize', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)

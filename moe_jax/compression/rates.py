@@ -101,7 +101,7 @@ def _ends(weight: np.ndarray) -> np.ndarray:
 
 
 def add(commands: Any) -> None:
-  """Adds the command `rates`."""
+  """Adds the command `rates` to the commands of a parser."""
   text = 'prints the bits of ternary weights'
   command = commands.add_parser('rates', help=text, **cli.about(__doc__))
   share = cli.number(float, minimum=0, maximum=1)

@@ -180,7 +180,7 @@ class StoredLogits:
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
-    """Raises ValueError if batch `number` of a run has other targets."""
+    """Raises ValueError if batch `number` has not the targets of the logits."""
     targets = fetch(next(run.batches(number))['targets'])
     first = run.row_offset + number * run.options.batch_size
     rows = self.rows[first:][: len(targets)]
@@ -331,7 +331,7 @@ def write(
 
 
 def add(commands: Any) -> None:
-  """Adds the command `keep_logits`."""
+  """Adds the command `keep_logits` to the commands of a parser."""
   text = "writes a teacher's largest logits for the batches of a run"
   command = commands.add_parser('keep_logits', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)

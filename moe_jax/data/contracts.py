@@ -138,7 +138,7 @@ class Tokenizer(abc.ABC):
     return cls(**state)
 
   def to_json(self) -> dict[str, Any]:
-    """The state with the name of the class, for `from_json`."""
+    """The tokenizer's state with the name of its class, for `from_json`."""
     return {'kind': self.kind, **self.state()}
 
   def save(self, path: str | os.PathLike) -> None:
@@ -248,7 +248,7 @@ class Selection:
     return cache_root('' if urls.is_url(self.cache_dir) else self.cache_dir)
 
   def url(self, *names: str) -> str:
-    """The URL of a folder within `cache_dir`; '' where it is no URL."""
+    """The URL of a folder within `cache_dir`; '' if `cache_dir` is no URL."""
     is_url = urls.is_url(self.cache_dir)
     return '/'.join([self.cache_dir.rstrip('/'), *names]) if is_url else ''
 
@@ -365,7 +365,8 @@ class Question(NamedTuple):
     inputs: Text that a model is given.
     target: The right answer.
     choices: All answers to choose from; empty where an answer is any text.
-    metric: Name of the score of `moe_jax.evaluation.scores` for any text.
+    metric: Name of the score of `moe_jax.evaluation.scores` by which an answer
+      that may be any text is judged.
   """
 
   inputs: str
@@ -485,7 +486,7 @@ class Dataset:
     return '\n'.join(lines)
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """The text of an evaluation's numbers, to be printed after its name."""
+    """The metrics of an evaluation as text, to be printed after its name."""
     return ', '.join(f'{name} {value:.4g}' for name, value in row.items())
 
 

@@ -219,7 +219,7 @@ class MixedDataset(Dataset):
     return '\n'.join([super().describe(), *lines])
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """The text of an evaluation: a line for each cluster, then the means."""
+    """Metrics of an evaluation as text: a line for each cluster, then means."""
     means, groups, text_of = dict(row), {}, super().tell
     for name in sorted(self.parts.keys() & row.keys()):
       held_out = ' (held out)' * (name not in self.per_period)

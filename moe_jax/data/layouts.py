@@ -139,7 +139,7 @@ class DecoderLayout(Layout):
     self.capacity, self.longest_text = (seq_len,), seq_len + 1
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:
-    """The length without the last token, which is only ever a target."""
+    """Each example's length without its last token, which is only a target."""
     return lengths.total[:, None] - 1
 
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:

@@ -136,14 +136,14 @@ class MixedRows(Rows):
     return self._parts
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The source of training rows and their index in it; see `Schedule`."""
+    """The index of each training row's source, and of the row in its source."""
     return self._schedule(row)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices` of all sources in turn."""
+    """The rows at `indices`, which count all rows of the first source first."""
     indices = np.asarray(indices, np.int64)
     # Rows beyond the last are padding, which the last source gives.
     source = np.searchsorted(self._ends[:-1], indices, side='right')

@@ -131,7 +131,7 @@ class MixtureOptions(Options):
     return {**section, **changes, 'lines': ''}
 
   def problems(self) -> Iterator[str]:
-    """Yields a text for each problem of names and weights."""
+    """Yields a text for each problem of the sources' names and weights."""
     if not self.sources:
       yield from self.in_vain('without sources')
       return

@@ -32,7 +32,7 @@ class Rows(abc.ABC):
     return {'': self}
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The index of the source of rows in training, and their index in it.
+    """The index of each training row's source, and of the row in its source.
 
     Args:
       row: Indices of rows in the stream of training, from 0.
@@ -64,7 +64,7 @@ class Rows(abc.ABC):
     """Text on the number and shape of the rows."""
 
   def counts(self) -> dict[str, int]:
-    """Numbers to report about the rows by name, besides tokens and texts."""
+    """Counts to report about the rows by name, besides tokens and texts."""
     return {}
 
   def __getitem__(self, index: int) -> Batch:

@@ -41,7 +41,7 @@ POOL = 'pool'  # runner of a pool of processes
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _KIBIBYTE = 1 if sys.platform == 'darwin' else 1024  # the unit of ru_maxrss
-_WORKER: dict[str, 'Work'] = {}  # of a worker process
+_WORKER: dict[str, 'Work'] = {}  # what a worker process tokenizes
 
 
 class Work(NamedTuple):
@@ -195,7 +195,7 @@ def _folder_of(
 
 
 def _make_pieces(work: Work, engine: Engine) -> Report:
-  """Has the engine make the pieces that are missing."""
+  """Has the engine tokenize the pieces of `work` that are missing."""
   sizes = work.pieces.sizes
   todo = [i for i in range(len(sizes)) if not _is_whole(work.path(i))]
   total = sum(sizes)
@@ -235,7 +235,19 @@ def run_pool(
   processes: int,
   finished: Callable[[int], None],
 ) -> None:
-  """Makes pieces in several processes, or in this one if `processes` is 1."""
+  """Tokenizes pieces of a source in a pool of processes.
+
+  Args:
+    work: The texts, and the folder for their tokens.
+    numbers: The indices of the pieces to make.
+    processes: The number of processes; with 1, or fewer than two pieces, this
+      process makes the pieces itself.
+    finished: Function that is called with the index of each finished piece.
+
+  Raises:
+    ValueError: A piece cannot be made, or a process was killed, maybe for lack
+      of memory.
+  """
   if processes == 1 or len(numbers) < 2:
     for number in numbers:
       make_piece(work, number)
@@ -262,13 +274,14 @@ def run_pool(
 def _begin_worker(work: Work) -> None:
   """Prepares a worker process, which ends with its parent, to tokenize."""
   os.environ |= _ONE_THREAD
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a text
+  # Ctrl-C ends the worker process without a message.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   _WORKER['work'] = work
 
 
 def _work(number: int) -> None:
-  """Makes a piece in a worker process.
+  """Tokenizes piece `number` in a worker process.
 
   A defect of a user's class is sent to the parent as text: an error that cannot
   be sent would end the pool, as a kill does.
@@ -289,7 +302,7 @@ def _end_with_parent() -> None:
 
 
 def run_beam(work: Work, numbers: Sequence[int], engine: Engine) -> None:
-  """Makes pieces by a runner of Apache Beam."""
+  """Tokenizes the pieces `numbers` of a source by a runner of Apache Beam."""
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions

@@ -106,7 +106,8 @@ def train_batches(
   The batches are assembled in the background.
 
   Raises:
-    ValueError: As `batch_dataset`, or the first row is negative.
+    ValueError: For a reason of `batch_dataset`, or the first row's index is
+      negative.
     DataError: A batch could not be made; `next` raises it, and the iterator
       then ends.
   """
@@ -138,7 +139,8 @@ def eval_batches(
     share: See `batch_dataset`.
 
   Raises:
-    DataError: As `train_batches`.
+    DataError: A batch could not be made; `next` raises it, and the iterator
+      then ends.
   """
   share = np.arange(batch_size) if share is None else share
   total = -(-len(rows) // batch_size)

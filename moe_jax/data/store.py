@@ -200,7 +200,7 @@ class Digest:
     self._sha256 = hashlib.sha256()
 
   def split(self, name: str) -> None:
-    """Begins the split `name`."""
+    """Begins the split `name`, to which the texts that follow belong."""
     self._sha256.update(f'split {name}\n'.encode())
 
   def text(self, encoded: bytes) -> None:

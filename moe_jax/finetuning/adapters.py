@@ -1,4 +1,4 @@
-"""The adapter of a run in a small folder, for the same base parameters.
+"""Keeps the adapter of a run in a small folder, apart from its base parameters.
 
 The folder has `adapter.safetensors`, the low-rank factors by name, and
 `adapter.json`, with the options of the adapter and the sha256 of the base
@@ -148,7 +148,7 @@ def merge(
   """Writes a run's folder with a saved adapter merged into the base's weights.
 
   Like the folder of an imported model, the new folder has a checkpoint of step
-  0 with parameters alone, and is generated from, exported and trained.
+  0 with parameters alone, and serves for generation, export and training.
 
   Args:
     folder: The adapter's folder.

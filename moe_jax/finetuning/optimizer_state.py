@@ -142,7 +142,7 @@ def _listed(links: Mapping[int, tuple[str, ...]]) -> str:
 def _target(
   opt_state: Any, link_pairs: Mapping[int, int], saved: Mapping[str, str]
 ) -> tuple[Any, ...]:
-  """The part of the other run's state that is read, with this run's shapes.
+  """The part of the other run's optimizer state to read, in this run's shapes.
 
   The schedule, the last transformation, is among the parts that Orbax reads.
 

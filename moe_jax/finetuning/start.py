@@ -91,7 +91,12 @@ def check(run: Run, allow: Iterable[str] = ()) -> None:
 def _read(
   run: Run, allow: Iterable[str]
 ) -> tuple[pathlib.Path, trained.Described, Model, Plan]:
-  """The other run's folder, options, model, and the plan to copy its model."""
+  """Reads the run that `config.init_from` names.
+
+  Returns:
+    That run's folder, its options and its model, and a plan by which the
+    parameters of `run` are made from that run's parameters.
+  """
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
   source_run = trained.read(folder, allow)
   if code_trees.has_codes(source_run.model):
@@ -167,7 +172,7 @@ def convert(
 
 
 def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
-  """Lines on settings outside of sparse layers that change the function."""
+  """Lines on settings outside of sparse layers that change what is computed."""
   for name, (old_value, new_value) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
       yield f'model.{name} {old_value!r} -> {new_value!r}'

@@ -82,7 +82,7 @@ class InitFrom(InitFromOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """A text if `experts` is not a list of indices."""
+    """Yields a text if the option `experts` is not a list of indices."""
     yield from super().problems()
     numbers = [part.strip() for part in self.experts.split(',')]
     if self.experts and not all(number.isdigit() for number in numbers):
@@ -98,7 +98,7 @@ class Piece(NamedTuple):
   """The array, or its part, from which a layer's parameter is made.
 
   Attributes:
-    path: The path of the source's array; None where the parameter is new.
+    path: The path of the source model's array; None where the parameter is new.
     period: The index of the layer among the layers that the array stacks; None
       is the whole array.
     stacked: Whether every expert gets a copy of the piece.
@@ -324,9 +324,9 @@ def _finder(
 ) -> Callable[[int, LayerPlace, Role], Piece]:
   """The function that finds the piece a layer's new parameter is made from.
 
-  The piece is the old parameter of the same name. For an expert in a layer that
-  was dense, it is the dense feed-forward's parameter whose name has the same
-  last part. Otherwise there is no piece, and the parameter is new.
+  The piece is the source model's parameter of the same name. For an expert in a
+  layer that was dense, the piece is the dense feed-forward's parameter whose
+  name has the same last part. Otherwise the parameter is new.
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}

@@ -88,7 +88,7 @@ def their_activation(name: str, table: Mapping[str, str]) -> str:
 
 
 def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
-  """The attention of a stack, with defaults for sizes of 0.
+  """The attention of a stack, in which defaults replace sizes of 0.
 
   Raises:
     ValueError: The attention is latent.

@@ -153,7 +153,7 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
 
 def from_config(config: Mapping[str, Any]) -> ModelOptions:
-  """The options of the float32 model that a config.json to be written has.
+  """The options of the float32 model that an unwritten config.json describes.
 
   Raises:
     ValueError: See `open_checkpoint`.

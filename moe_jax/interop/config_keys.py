@@ -99,7 +99,7 @@ class Values(types.SimpleNamespace):
 def read(
   keys: Keys, config: Mapping[str, Any]
 ) -> tuple[Values, list[str], list[str]]:
-  """Reads the values of the keys.
+  """Reads the values of an architecture's keys from a config.json.
 
   Args:
     keys: The keys of the architecture.

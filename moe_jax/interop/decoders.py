@@ -157,7 +157,7 @@ WINDOW, FULL = 'sliding_attention', 'full_attention'
 
 
 def _heads(o: DecoderOptions) -> Any:
-  """The options of attention, with defaults for sizes of 0."""
+  """The options of attention, in which defaults replace sizes of 0."""
   return o.attention.within(o.width)
 
 
@@ -466,7 +466,7 @@ def plain_heads(o: DecoderOptions) -> AttentionOptions:
 
 
 def expert_of(o: DecoderOptions) -> FeedForwardExpert:
-  """The options of the experts, with defaults for sizes of 0.
+  """The options of the experts, in which defaults replace sizes of 0.
 
   Raises:
     ValueError: The experts are no feed-forwards.

@@ -55,8 +55,8 @@ from moe_jax.models import DecoderOptions
 # whatever rms_norm_eps is.
 _EPSILON = 1e-6
 _GREEDY, _GROUPED = 'greedy', 'group_limited_greedy'
-# transformers leaves layer 61 out of every checkpoint, as DeepSeek-V3's own has
-# it behind its 61 layers.
+# transformers reads layer 61 of no checkpoint, since DeepSeek-V3's own has a
+# layer of this index behind the 61 layers, 0 to 60, of its model.
 _PUBLISHED_LAYERS = 61
 
 KEYS_V1 = decoders.keys(
@@ -103,7 +103,7 @@ _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
   ),
 }
 # Only the models' own remote code reads the first three; the last two follow
-# from the widths of the parts.
+# from the widths of the rotated and the other part of a head.
 _LATENT_IGNORED = (
   'seq_aux',
   'ep_size',

@@ -33,9 +33,9 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   """Writes a tokenizer into an exported folder; returns a line about it.
 
   A tokenizer of bytes or characters becomes a `tokenizer.json` with the same
-  ids. As here, the name of a special token within a text is read as plain text;
-  but the names of ids that a task added are read as these ids, as in inputs
-  here.
+  ids. As in this package, the name of a special token within a text is read as
+  plain text; but the names of ids that a task added are read as these ids, as
+  this package reads them in inputs.
   """
   base, names, ends_in_eos = tokenizer, (), False
   if isinstance(tokenizer, tokenizers.Extended):
@@ -87,7 +87,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The equal tokenizer of the library `tokenizers`; None if it has none."""
+  """The equal tokenizer of the library `tokenizers`; None if there is none."""
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model.to_str())
   if isinstance(tokenizer, tokenizers.Bytes):

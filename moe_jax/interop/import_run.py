@@ -217,7 +217,7 @@ def _check_vocabulary(
 
 
 def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
-  """Lines on the command that continues the run."""
+  """Lines on the command that trains the imported run further."""
   command = (
     f'go on: {cli.program("moe_jax.main")} '
     f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '

@@ -103,7 +103,7 @@ KEYS = Keys(
 
 
 def problems(c: Values) -> list[str]:
-  """A text for each value that our models cannot express."""
+  """A text for each value of config.json that our models cannot express."""
   errors = activation_problems(
     'activation_function', c.activation_function, ACTIVATIONS
   )

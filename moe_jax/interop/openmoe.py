@@ -105,7 +105,7 @@ def _options(c: Values) -> dict[str, Any]:
   return dict(
     router=TokenChoice(gates='raw', slot_priority='choice_major'),
     attention=decoders.heads(c, scale='none'),
-    # In the published code an even load of K choices costs K.
+    # In the published code the balance loss of an even load of K choices is K.
     losses=dict(
       balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
       z_weight=float(c.router_z_loss_factor),

@@ -43,7 +43,7 @@ class ServedByRank(TokenChoice):
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
-    """A text unless a token has exactly two choices."""
+    """Yields a text unless each token chooses exactly two experts."""
     yield from super().problems_with(sizes)
     if sizes.num_selected != 2:
       yield (

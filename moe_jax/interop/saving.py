@@ -246,8 +246,8 @@ class _DiffersError(ProblemsError):
   """The nearest model of an architecture computes another function than ours.
 
   Attributes:
-    num_differences: The number of options that differ. Options that ours lacks
-      are not counted, since they follow from another choice that differs.
+    num_differences: The number of options that differ. Options that our model
+      lacks are not counted, since they follow from another choice that differs.
   """
 
   def __init__(
@@ -264,7 +264,7 @@ class _DiffersError(ProblemsError):
 def describe(
   options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The content of config.json for a model as one of an architecture.
+  """The content of config.json for a model, written as one of `architecture`.
 
   Raises:
     ValueError: No model of the architecture computes the same function.
@@ -342,8 +342,8 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
       # If all tokens have slots, the slots that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)
-  # An option that their model lacks follows from another choice that differs,
-  # which is listed instead.
+  # An option that the architecture's model lacks follows from another choice
+  # that differs, which is listed instead.
   causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
   return [
     f'{_OPTION_TEXTS.get(name, name)}: '

@@ -92,7 +92,7 @@ KEYS = Keys(
 
 
 def problems(c: Values) -> list[str]:
-  """A text for each value that our models cannot express."""
+  """A text for each value of config.json that our models cannot express."""
   errors = activation_problems('dense_act_fn', c.dense_act_fn, ACTIVATIONS)
   if c.expert_capacity < 1:
     errors.append(f'expert_capacity={c.expert_capacity} must be at least 1')

@@ -163,7 +163,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       return arrays
   except (MemoryError, PermissionError):
     raise
-  except Exception as error:  # zip, zlib and numpy raise any
+  except Exception as error:  # zip, zlib and numpy raise errors of any class
     part = f'its array {name!r}' if name else 'it'
     if 'pickle' in str(error):  # numpy's own text advises to unpickle it
       reason = f'{part} holds objects, or no array; objects are never unpickled'
@@ -313,7 +313,7 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 
 
 def _compare(ours, theirs, start):
-  """The first token that differs, and the number of tokens before it.
+  """The first greedy token that differs, and the number of tokens before it.
 
   Tokens are compared position by position, and row by row at each position.
   """

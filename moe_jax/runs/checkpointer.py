@@ -115,8 +115,8 @@ class Checkpointer(Directory):
       if is_first():
         self.retry(self.make_room, step, self._last_step)
       multihost_utils.sync_global_devices(f'checkpoint {step}')
-      # The arrays for further tries. On a CPU they are views, which keep the
-      # memory of `state` from being reused.
+      # Further tries write this copy of the arrays. On a CPU it consists of
+      # views, which keep the memory of `state` from being reused.
       tries = self._array_retry.tries
       copy = jax.device_get(state) if tries > 1 else None
       folder = self._array_retry(self._write, step, state)
@@ -253,7 +253,8 @@ class Checkpointer(Directory):
 
     This runs on the checkpointer's thread.
     """
-    # With a host copy another try repeats all steps, so no step is repeated.
+    # With a copy on the host another try repeats the whole save, so that no
+    # single step of it is repeated.
     retry = self.retry if copy is None else Retry()
 
     def finish():

@@ -52,7 +52,7 @@ class Owner(NamedTuple):
 
 
 class OwnedError(InputError):
-  """Another job has the folder."""
+  """Another job owns the folder."""
 
 
 def read(folder: epath.Path) -> Owner | None:
@@ -108,7 +108,7 @@ def owned(
       try:
         now = read(path)
       except Exception:  # file systems of buckets have their own errors
-        continue  # storage that fails tells nothing; a save will say so
+        continue  # failing storage tells no owner; a save will fail too
       if now != owner:
         raise OwnedError(
           f'{path} now belongs to {now or f"nobody: its {OWNER} is gone"}; '
@@ -131,7 +131,7 @@ def owned(
 def _take(
   folder: epath.Path, owner: Owner, stack: contextlib.ExitStack
 ) -> None:
-  """Takes a folder until the stack ends."""
+  """Makes `owner` the owner of a folder until `stack` ends."""
   is_local, is_locked = '://' not in os.fspath(folder), False
   try:
     for path in [*reversed(folder.parents), folder] if is_local else ():
@@ -164,7 +164,7 @@ def _lock(folder: epath.Path) -> filelock.BaseFileLock:
 
 
 def _hold_lock(folder: epath.Path, stack: contextlib.ExitStack) -> bool:
-  """Holds a folder's lock until the stack ends; False if it has no locks."""
+  """Holds a folder's lock until `stack` ends; False if storage has no locks."""
   try:
     stack.enter_context(_lock(folder))
   except filelock.Timeout:
@@ -174,7 +174,8 @@ def _hold_lock(folder: epath.Path, stack: contextlib.ExitStack) -> bool:
     ) from None
   except (OSError, NotImplementedError):
     return False
-  # Who waits for a file that was removed does not get its lock.
+  # Two jobs cannot both get the lock by this removal: a job that waits for the
+  # lock of a removed file does not get it.
   stack.callback(_quietly, (folder / LOCK).unlink)
   return True
 

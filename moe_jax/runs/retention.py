@@ -59,7 +59,7 @@ class Directory:
     self.path = storage_path(self.directory)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
-    """The folder of a step, or, with a suffix, for saving or deleting it."""
+    """The folder of a checkpoint; a suffix marks one being saved or deleted."""
     return self.path / f'{step}{suffix}'
 
   def folders(self) -> list[int]:
@@ -74,7 +74,7 @@ class Directory:
     return [path.name for path in self.path.iterdir()]
 
   def steps(self) -> list[int]:
-    """The steps with a manifest, ascending; none is verified."""
+    """The steps of checkpoints with a manifest, ascending; none is verified."""
     name = manifest_lib.NAME
     return [n for n in self.folders() if (self.folder(n) / name).exists()]
 

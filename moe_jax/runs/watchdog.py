@@ -2,11 +2,11 @@
 
 A process that waits for another in a collective operation waits for ever. So a
 thread of each process writes the process' stage to a small file in the folder
-`processes` of the workdir. Process 0 reads the files of all others, which read
-that of process 0, where it writes for what reason all end. A process is lost if
-it died (on the machine of process 0), failed (its file has the error), does not
-answer (its file does not change), or has not begun a new stage for so long that
-all others wait for it.
+`processes` of the workdir. Process 0 reads the files of all other processes.
+These read the file of process 0, which has the reason for which all processes
+end, if they do. A process is lost if it died (on the machine of process 0),
+failed (its file has the error), does not answer (its file does not change), or
+has not begun a new stage for so long that all others wait for it.
 
 JAX's own heartbeats stay on. They notice the death of a process later than this
 watchdog, and notice neither an error nor an endless loop.
@@ -31,8 +31,9 @@ from moe_jax.errors import InputError
 
 FOLDER = 'processes'
 TICK_SECONDS = 0.5
-# Seconds within which the others have read what process 0 writes, and within
-# which a process whose collective operation failed looks for one that died.
+# Seconds within which all other processes have read what process 0 writes, and
+# within which a process whose collective operation failed looks for a process
+# that died.
 MOMENT_SECONDS = 5.0
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
@@ -91,7 +92,7 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
   """
   watchdog = Watchdog(timeouts, workdir / FOLDER)
   if is_first():
-    shutil.rmtree(workdir / FOLDER, ignore_errors=True)  # of a killed run
+    shutil.rmtree(workdir / FOLDER, ignore_errors=True)  # files of a killed run
   if jax.process_count() == 1:
     yield watchdog
     return
@@ -129,10 +130,10 @@ class Watchdog:
     self._num_stages, self._last_move = 0, time.monotonic()
 
   def start(self) -> None:
-    """Waits until the files of the others are seen, and starts the thread.
+    """Waits until the other processes' files are seen, and starts the thread.
 
     Raises:
-      ValueError: They are not seen.
+      ValueError: The files are not seen, as the processes share no folder.
     """
     self._token = text_from_first(os.urandom(8).hex())
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ class Watchdog:
         )
       time.sleep(0.1)
       with contextlib.suppress(OSError):
-        next(self._folder.iterdir(), None)  # network file systems look again
+        next(self._folder.iterdir(), None)  # makes network file systems refresh
       self._exchange()
     threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
 
@@ -164,10 +165,11 @@ class Watchdog:
     self._this.stages += 1
 
   def fail(self, error: BaseException) -> None:
-    """Makes the other processes end, with this error as the reason.
+    """Makes the other processes end, with this process' `error` as the reason.
 
-    The cause of an error of JAX is probably that another process died, so the
-    thread has a moment to notice that and to end this process.
+    An error that JAX raises is probably due to the death of another process. So
+    this method first waits for the watchdog's thread, which may notice that
+    death and end this process.
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
       self._silence = min(self._silence, MOMENT_SECONDS)
@@ -193,7 +195,7 @@ class Watchdog:
     with contextlib.suppress(OSError), self._file(self._index).open('r+b') as f:
       f.write(text.encode(errors='replace').ljust(_BYTES))
     for index in self._others:
-      # A file that is being written may not be JSON, and says nothing.
+      # A file that is being written may not be JSON; it is read again later.
       with contextlib.suppress(OSError, ValueError):
         values = json.loads(self._file(index).read_bytes())
         if values['beat'] != self._processes[index].beat:
@@ -216,14 +218,14 @@ class Watchdog:
       self._end(f'its watchdog failed: {type(error).__name__}: {error}')
 
   def _lead(self) -> None:
-    """Tells the others in process 0 when and why to end."""
+    """In process 0, tells the other processes when and why to end."""
     processes, seconds = self._processes.values(), MOMENT_SECONDS
     if all(process.is_done for process in processes):
       end, seconds = _OVER, self._silence
     elif not (end := self._end_reason()):
       return
     self._this.end, deadline = end, time.monotonic() + seconds
-    # Who has read this removes its file.
+    # A process that has read the reason removes its own file.
     while time.monotonic() < deadline and any(
       self._file(i).exists() and not self._loss(i) for i in self._others
     ):
@@ -245,7 +247,7 @@ class Watchdog:
     return f'process {index} {how}; it had got to {other.stage}'
 
   def _end_reason(self) -> str | None:
-    """The reason for which all have to end; None if there is none."""
+    """The reason for which all processes have to end; None if there is none."""
     awake = {i: p for i, p in self._processes.items() if not p.is_done}
     failures = [process.failure for process in awake.values()]
     if reason := next(filter(None, [*failures, *map(self._loss, awake)]), ''):

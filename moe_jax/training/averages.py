@@ -36,7 +36,7 @@ class Averages(NamedTuple):
 
 
 class AveragedState(TrainState):
-  """The state of training of a run that keeps the mean.
+  """The state of training of a run that keeps a running mean of parameters.
 
   Attributes:
     averages: The running mean of the parameters, an `Averages`.
@@ -46,7 +46,7 @@ class AveragedState(TrainState):
 
 
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
-  """The first state of a run, to which a mean of no step is added.
+  """The first state of a run, with a running mean that covers no step yet.
 
   Where decay is 0, the state is returned as it is, without a mean.
   """
@@ -98,11 +98,11 @@ def averaged(params: Any, averages: Averages | None) -> Any:
 
 
 def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
-  """The problem of going on with a mean that was not kept, or without one.
+  """The problem of a resumed run that would begin, or stop, to keep the mean.
 
   Args:
     config: The config with which the run began.
-    decay: The option `optimizer.ema` with which it would go on.
+    decay: The option `optimizer.ema` with which the run would go on.
   """
   old = config.get('optimizer', {}).get('ema', 0.0)
   if bool(old) == bool(decay):
@@ -118,5 +118,5 @@ def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
 
 
 def kept_by_optimizer(state: TrainState) -> Any:
-  """The optimizer's state, and the means if the run keeps them."""
+  """The optimizer's state, and the running means if the run keeps them."""
   return state.opt_state, getattr(state, 'averages', None)

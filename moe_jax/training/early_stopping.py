@@ -116,9 +116,10 @@ class EarlyStopping:
       self._state = _State(**stored)
 
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
-    """Takes the rows of the evaluations after a step, given by name.
+    """Takes the metrics of the evaluations after a step, by evaluation's name.
 
-    A value that is not finite is not better. Every process calls this.
+    A value that is not finite never counts as better. Every process calls
+    this.
 
     Raises:
       ValueError: The row of `checkpoint.best_eval` lacks the metric.
@@ -136,7 +137,7 @@ class EarlyStopping:
       state.count += 1
 
   def is_best(self, step: int) -> bool:
-    """Whether the step has the best value so far, and its state is saved."""
+    """Whether a step has the best value so far; then its state is saved."""
     return self._state.best is not None and self._state.best_step == step
 
   def _better(self, value: float, before: float | None, change: float) -> bool:

@@ -114,7 +114,7 @@ class EvaluationOptions(Options):
 
   @required
   def measure(self, setting: Setting) -> Measure:
-    """Returns the function that measures a row from variables and a step.
+    """Returns the function from variables and a step to a row of metrics.
 
     The row has a number, or a flat list of numbers, for each name. Where two
     evaluations return equal functions, one measurement serves both.
@@ -125,10 +125,10 @@ class EvaluationOptions(Options):
     raise NotImplementedError
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """Patterns, as of a shell, of all names that rows of `measure` can have.
+    """Shell patterns of the names of all metrics that `measure` can give.
 
     Without any pattern, or where a subclass overrides `measure`, the names are
-    known only once a row is measured.
+    known only once a row of metrics is measured.
     """
     return ()
 
@@ -156,7 +156,7 @@ class LossEvaluation(EvaluationOptions):
     return Losses(s.model, self.num_batches, rows, s.put)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """Patterns of the names in a row of `summary.summarize`."""
+    """Shell patterns of the names of the metrics of `summary.summarize`."""
     return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
 
   def shrunk(self) -> Self:
@@ -212,7 +212,7 @@ def evaluation_rows(
   should_stop: Callable[[], bool] = lambda: False,
   showing: Callable[[str], Any] = contextlib.nullcontext,
 ) -> dict[str, Row]:
-  """The row of each evaluation, by name; equal evaluations are measured once.
+  """Each evaluation's row of metrics, by name; equal ones are measured once.
 
   Args:
     evaluations: The evaluations.
@@ -266,7 +266,8 @@ def _check_row(name: str, row: Any) -> None:
 class Losses:
   """Measures the loss, and statistics of the routers.
 
-  Equal measurements give equal rows of metrics.
+  Instances with equal attributes are equal and give equal metrics, so one
+  measurement serves all evaluations that have such instances.
 
   Attributes:
     model: The model that is evaluated.
@@ -291,7 +292,7 @@ class Losses:
     return map(self.put.local, batches)
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row that `summary.summarize` makes from the sums of all batches."""
+    """The row of metrics that `summary.summarize` makes from all batches."""
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(
@@ -300,7 +301,7 @@ class Losses:
     apply: Apply = plainly,
     record: Record = lambda number, batch, choices: None,
   ) -> summary.LossSums:
-    """The sums over all batches, as float64 numpy.
+    """The sums of losses and statistics over all batches, as float64 numpy.
 
     Args:
       variables: The variables of the model.
@@ -334,9 +335,11 @@ def behind(results: Iterator[R]) -> Iterator[R]:
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
-  """The compiled function from variables and a batch from `put` to its sums.
+  """The compiled function (variables, batch) to the sums of the batch.
 
-  The model has neither noise nor dropout. Equal models share the function.
+  The batch is one that `put` has moved. The sums are those of the losses and
+  of the routers' statistics. The model has neither noise nor dropout. Equal
+  models share the function.
   """
 
   def eval_step(variables, batch):

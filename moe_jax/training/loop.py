@@ -209,9 +209,10 @@ def _evaluate(
 ) -> bool:
   """Runs the evaluations that are due; returns whether a signal stopped them.
 
-  Rows are recorded before early stopping judges them. If it ends the run, the
-  evaluations that are not due at this step run here, too; a run that goes on
-  with less patience, and so ends at once, runs only these.
+  Metrics are recorded before early stopping judges them. If early stopping
+  ends the run, the evaluations that are not due at this step are run here,
+  too. A run that is resumed with less patience may end at once; then only
+  those other evaluations are run.
   """
   early, measured, step = run.early_stopping, set[str](), at.step
   try:
@@ -258,7 +259,7 @@ def _save(
 
   Args:
     run: The run.
-    hooks: Its hooks.
+    hooks: The run's hooks.
     at: The step, the state and the evaluations that are still due.
     best: The number that decides which checkpoint is the best; None where it is
       not measured.
@@ -284,9 +285,10 @@ def _save(
       run.message(f'step {at.step}: saving a checkpoint')
 
 
-# Numbers of the calls by which processes agree where to stop: at the first
-# number above all that any of them has passed to JAX. They start at 1, since
-# JAX acts as if 0 had been passed; the steps of a resumed run start higher.
+# Processes agree by numbered calls where to stop: at the first number above
+# all that any process has passed to JAX. The numbers start at 1, since JAX acts
+# as if 0 had been passed; so they are not the steps, which start higher in a
+# resumed run.
 _CALLS = itertools.count(1)
 _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 

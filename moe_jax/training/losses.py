@@ -138,7 +138,7 @@ class AuxSchedule(Options):
 
   @required
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor of the weights.
+    """Returns the factor by which a step multiplies the losses' weights.
 
     A factor that never changes is a Python number: where it is 0, losses are
     not computed.
@@ -163,7 +163,10 @@ class AuxSchedule(Options):
     return dataclasses.replace(weights, routers=routers, logits_z=logits_z)
 
   def check(self, weights: LossWeights) -> None:
-    """Raises ValueError for a loss that the model and built-in routers lack."""
+    """Raises ValueError if the schedule names a loss that does not exist.
+
+    The losses that exist are those of the model and of built-in routers.
+    """
     own_names = (loss.removesuffix('_loss') for loss in weights.routers)
     names = {_LOGITS, *_BUILTIN, *own_names}
     for name in self.losses:
@@ -171,7 +174,7 @@ class AuxSchedule(Options):
         raise unknown('loss in aux_losses.losses', name, names)
 
   def changes(self, weights: LossWeights) -> bool:
-    """Whether a loss of the schedule has a weight that is a number above 0."""
+    """Whether any loss that the schedule scales has a weight above 0."""
     all_weights = {**weights.routers, _LOGITS: weights.logits_z}
     return any(w for loss, w in all_weights.items() if self._has(loss))
 
@@ -182,10 +185,10 @@ class AuxSchedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(AuxSchedule):
-  """The same factor at every step: 1 keeps the weights, 0 makes them 0."""
+  """The same factor at every step: 1 keeps losses' weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor of the weights, a Python number, for any step."""
+    """Returns the factor of losses' weights, a Python number, for any step."""
     return self.factor
 
 
@@ -213,7 +216,7 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """The factor of the weights, linear in the step from `start_step` on.
+    """The factor of losses' weights, linear in the step from `start_step` on.
 
     It is `factor` before, and `final_factor` where the line has ended.
     """

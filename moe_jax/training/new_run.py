@@ -126,12 +126,12 @@ def write(
   variables: Mapping[str, Any],
   extra: dict[str, Any] | None = None,
 ) -> None:
-  """Writes a run's folder, where its tokenizer and files are already.
+  """Writes a run's config and checkpoint beside its tokenizer and files.
 
   Args:
     folder: The folder that `building` gave.
     config: The config of the run.
-    variables: 'params' of its model, and 'router_state' where it keeps one.
+    variables: 'params' of the run's model, and 'router_state' if it has one.
     extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
   """
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
@@ -140,7 +140,7 @@ def write(
 
 
 def write_config(folder: pathlib.Path, config: Section) -> None:
-  """Writes a run's config, and the file that reads its values."""
+  """Writes a run's config, and `config.py`, which reads the config's values."""
   text = json.dumps(plain(config), indent=2, sort_keys=True)
   (folder / VALUES).write_text(text + '\n', encoding='utf-8')
   (folder / CONFIG_PY).write_text(_CONFIG_PY, encoding='utf-8')

@@ -130,7 +130,7 @@ class Optimizer(Options):
     return self.schedule.rate(self.learning_rate, total_steps)
 
   def next_rate(self, total_steps: int) -> Callable[[Any], Leaf]:
-    """Returns the learning rate of the update by the optimizer's state before.
+    """Returns the learning rate of the next update, by the optimizer's state.
 
     A step that is skipped is no update, and the schedule does not count it.
     """
@@ -288,12 +288,12 @@ def is_role(leaf: Any) -> bool:
 
 
 def _in_parts(pattern: str) -> str:
-  """The expression over the parts of a model of a rule that has one."""
+  """The expression over a model's parts in a rule that begins with 'part:'."""
   return pattern.removeprefix(_PART).strip()
 
 
 def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
-  """The function that says whether a rule selects the parameter of a name."""
+  """The function that says whether a rule selects a parameter, by its name."""
   if pattern.startswith(_PART):
     return names_of(_in_parts(pattern), roles, option).__contains__
   regex = re.compile(pattern)
@@ -310,9 +310,10 @@ def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
 def clipped(largest: float) -> Transform:
   """Clips by the global norm, as `optax.clip_by_global_norm` does.
 
-  Each gradient is multiplied by one number, where optax divides all by the norm
-  first: a compiler repeats the product where gradients are read, and writes the
-  quotients to memory. The two results differ by rounding, only where it clips.
+  Each gradient is multiplied by one number, which is the same for all; optax
+  first divides each gradient by the norm. A compiler repeats such a product
+  wherever a gradient is read, but writes the quotients to memory. The two
+  results differ by rounding, and only where gradients are clipped.
   """
 
   def update(updates, params):
@@ -326,8 +327,9 @@ def clipped(largest: float) -> Transform:
 def _in_float32(inner: Transform) -> Transform:
   """Wraps a transformation, which gets float32 gradients and parameters.
 
-  Its state would else have the type of the parameters. In bfloat16, rounded to
-  the nearest, a running mean does not move where it changes by little.
+  The transformation's state would else have the type of the parameters. In
+  bfloat16, rounded to the nearest, a running mean does not move where it
+  changes by little.
   """
   cast: Any = optax.tree_utils.tree_cast
 

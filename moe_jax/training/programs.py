@@ -63,7 +63,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
 
   Args:
     options: The run's options, as `RunOptions.filled` returns them.
-    model: Its model.
+    model: The run's model.
     mesh: The devices.
   """
   adapters, trained, optimizer = make_optimizer(options, model)

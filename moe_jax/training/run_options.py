@@ -43,7 +43,7 @@ from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
 # The name of the option `MoeOptions.replay` in a config.
 REPLAY = 'model.moe.replay'
-_ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
+_ITEM_BYTES = 4  # bytes of each number in a batch, a loss or logits
 _EVALUATIONS = Kinds(
   'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
 )
@@ -103,7 +103,7 @@ class SampleOptions(Options):
   )
 
   def check_prompt(self, tokenizer: Tokenizer) -> None:
-    """Raises ValueError for a sample that could not be drawn at the end."""
+    """Raises ValueError for a prompt without tokens, which gives no sample."""
     if self.num_tokens and not len(tokenizer.encode(self.prompt)):
       raise InputError(
         f'sample.prompt={self.prompt!r} has no tokens; give it some text, or '
@@ -165,7 +165,7 @@ class InitFromOptions(Options):
     return data.with_tokenizer_of(*run_folder, self.workdir)
 
   def problems(self) -> Iterator[str]:
-    """The problem of a checkpoint that is named by its step and as the best."""
+    """Yields the problem that both `step` and the best checkpoint are named."""
     if not self.workdir:
       yield from self.in_vain('unless workdir is given')
     if self.best and self.step >= 0:
@@ -232,7 +232,7 @@ class TraceOptions(Options):
       yield from self.in_vain('where nothing is recorded', 'logits', 'dtype')
 
   def problems_in(self, evals: Collection[str]) -> Iterator[str]:
-    """The problems of the names in `evaluations`, a text for each.
+    """The problems of the names in the option `evaluations`, a text for each.
 
     Args:
       evals: The names of all evaluations that can be recorded.
@@ -409,7 +409,7 @@ class RunOptions(Options):
     yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
-    """The problems of the data's task, routers by task and `sample.task`."""
+    """The problems of the data's task, routing by task and `sample.task`."""
     model, data = self.model, self.data
     tasks, by_task = data.tasks, model.routes_by_task
     if model.has_encoder != data.shape.encoder_decoder:
@@ -464,7 +464,7 @@ class RunOptions(Options):
   def _metric_problems(self) -> Iterator[str]:
     metric = self.checkpoint.best_metric
     entry = self.evals[self.checkpoint.best_eval]
-    # The names of a subclass that overrides `measure` alone are not known.
+    # A class that overrides `measure` alone does not tell its metrics' names.
     kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
     names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
     if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):

@@ -21,7 +21,7 @@ from moe_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Options):
-  """The contract of schedules.
+  """The contract of schedules of the learning rate.
 
   A subclass overrides `after_warmup`.
   """
@@ -88,7 +88,7 @@ class Cosine(Schedule):
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate on the cosine."""
+    """Returns the learning rate on the cosine, by steps since the warm-up."""
     return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
 
 
@@ -97,7 +97,10 @@ class InverseSqrt(Schedule):
   """The peak times the square root of warm-up steps over steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate on the curve; without a warm-up from step 1."""
+    """Returns the learning rate on the curve, by steps since the warm-up.
+
+    Without a warm-up the curve begins as after a warm-up of one step.
+    """
     start = max(self.warmup_steps, 1)
     return lambda step: peak * (start / (step + start)) ** 0.5
 
@@ -133,7 +136,7 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the rate: the peak, then the line, which no warm-up overlaps."""
+    """Returns the rate: the peak, then a line to 0 that no warm-up overlaps."""
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)

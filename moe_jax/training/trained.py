@@ -177,7 +177,11 @@ def read(
 
 
 def _where_runs_are(folder: pathlib.Path) -> str:
-  """The end of a message on a folder without a run: the places of runs."""
+  """The end of an error message about a folder that holds no run.
+
+  It says that the folder does not exist, or names folders within it that hold
+  runs; '' if there are none.
+  """
   if not folder.exists():
     return ', as there is no such folder; give a --workdir of a training run'
   run_folders = sorted(str(path.parent) for path in folder.glob(f'*/{CONFIG}'))
