@@ -49,7 +49,7 @@ class Activation(NamedTuple):
     return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:
-    """The hidden values of the products of x with `kernels`."""
+    """The hidden values, from the products of x with each of `kernels`."""
     argument, *factors = products
     if self.limit is not None:
       argument = jnp.minimum(argument, self.limit)

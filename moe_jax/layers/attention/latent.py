@@ -59,7 +59,7 @@ class LatentOptions(AttentionBase):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of a bias for a projection that is left out."""
+    """Yields a text if `biases` names a projection that is left out."""
     yield from super().problems()
     if 'query_down' in self._bias_names and not self.query_rank:
       text = f"biases={self.biases!r} names 'query_down'"
@@ -139,7 +139,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """The rules for keys, with a scale of scores that YaRN multiplies, too."""
+    """The rules for keys, with a scale of scores that YaRN also multiplies."""
     scored, _ = self.options.head_widths
     scale = scored**-0.5 * self.positions.scaling.latent_factor
     return super()._keys._replace(scale=scale)

@@ -315,7 +315,7 @@ class ModuleExperts(nn.Module):
 
   Attributes:
     options: The options of one expert.
-    dispatch: The dispatch, into slots.
+    dispatch: The options of the dispatch, which must be one into slots.
     shared: The settings that all layers of the model share.
   """
 

@@ -151,7 +151,7 @@ class TopologyAware(contract.RouterOptions):
     return queues._replace(leak=leak)
 
   def shrunk(self):
-    """The options with two nodes of one device each, or with one node."""
+    """The options for a small model: two nodes of one device, or one node."""
     small = min(self.num_nodes, 2)
     return dataclasses.replace(self, devices=small, per_node=1)
 
