@@ -104,11 +104,10 @@ def choose(counts: Any, sizes: Sizes, speeds: Speeds, *, most: int) -> Any:
 
   Where two experts have equally many tokens, the lower index comes first. With
   more experts than devices, E = c W, device w has the c experts from c w on; in
-  the paper, and for c = 1, each device has one expert. The function runs inside
-  a compiled step, too, where seconds are float32, so that it may decide between
+  the paper, and for c = 1, each device has one expert. The function also runs
+  inside a compiled step, where seconds are float32. There it may decide between
   two choices whose seconds agree to seven digits otherwise than on counts of
   numpy.
-
 
   Args and errors are those of `seconds_by_number`.
 
@@ -127,9 +126,10 @@ def least_rows(
 ) -> float | Float[np.ndarray, ' N']:
   """The number r F of rows in n_max > r F, the threshold that FasterMoE prints.
 
-  If the busiest device has more rows, the 4 n_max M elements of rows in
-  Lat_imbl are more than the 4 r M F of parameters and gradients in Lat_shadow.
-  (An expert of three kernels has half as many again, and F counts for 3/2.)
+  If n_max, the number of rows of the busiest device, is larger, the 4 n_max M
+  elements of rows in Lat_imbl are more than the 4 r M F of parameters and
+  gradients in Lat_shadow. (An expert of three kernels has half as many
+  parameters again, and F counts for 3/2.)
   Shadowing pays if also no device has more rows than n_max afterwards, whatever
   the speeds are.
 
@@ -261,7 +261,7 @@ def moved_rows(
   Args:
     layout: The layout of groups and experts.
     counts: The number of this device's rows of each expert.
-    sent: The same without the rows of shadowed experts.
+    sent: The same as `counts`, without the rows of shadowed experts.
     shadowed: The experts that are shadowed, then E.
     overflow: The number of this device's rows for which the exchange had no
       room; where experts are split over `expert_only` axes, of the rows for
@@ -271,15 +271,17 @@ def moved_rows(
     return no_exchange()
 
   def away(counts):
-    """The number of rows for other devices than this one."""
+    """The number of rows whose expert is on another device than this one."""
     blocks = own_blocks(layout, counts).sum(1)  # [X]
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 
   values = [away(counts), away(sent), overflow]
-  # Each device along these axes has counted its part of the experts.
+  # Along these axes, each device has counted the rows of its part of the
+  # experts.
   if layout.expert_only:
     values = jax.lax.psum(values, layout.expert_only)
-  # Every device of those that exchange rows has chosen the same experts.
+  # All devices that exchange rows with each other have chosen the same experts,
+  # so that each counts a share of them.
   share = 1.0 / layout.devices(layout.exchanged)
   chosen = share * (shadowed < len(counts)).sum()
   values = (*values[:2], chosen, share, values[2])
