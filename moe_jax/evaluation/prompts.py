@@ -78,10 +78,10 @@ class Asker:
   def __call__(
     self, item: data.Item, shots: Sequence[data.Item]
   ) -> EncodedQuestion:
-    """The question with as many of the last examples as fit into a row.
+    """The question behind as many of the last `shots` as fit into its row.
 
-    Examples never take the room of an answer. A prompt that alone is too long
-    loses its beginning if the answer continues it, or else is cut as in
+    These examples never take the room of an answer. A prompt that alone is too
+    long loses its beginning if the answer continues it, or else is cut as in
     training.
 
     Raises:
@@ -140,7 +140,7 @@ class Asker:
     )
 
   def _has_room(self, example: Example, cut_example: Example) -> bool:
-    """Whether the cut leaves all inputs, and as many targets as fit any row."""
+    """Whether the cut leaves all inputs, and all targets that can fit a row."""
     _, room = self._lengths(1, len(example.targets))
     lengths = len(cut_example.inputs), len(cut_example.targets)
     return lengths == (len(example.inputs), room)

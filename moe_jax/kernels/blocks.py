@@ -65,7 +65,7 @@ class Block(NamedTuple):
   def add(
     self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
   ) -> Float[Array, 'E M F']:
-    """Adds `part` to total[expert]; the first block overwrites it."""
+    """Adds `part` to total[expert], which the first block overwrites."""
     if not self.is_first:
       part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
     return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
@@ -145,7 +145,7 @@ def dot(
   contract: tuple[int, int],
   dtype=None,
 ) -> Float[Array, '_ _']:
-  """One product over the axes `contract`, summed in float32.
+  """The product of x and w over the axes `contract`, summed in float32.
 
   The type of the result is `dtype`, by default that of x.
   """

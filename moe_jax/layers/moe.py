@@ -115,7 +115,7 @@ class MoE(nn.Module):
     return y, aux
 
   def _imposed_choices(self, given, mask, train, layer):
-    """The choices of groups that are imposed on the router, or None."""
+    """The choices imposed on the router, cut into groups; None without any."""
     kind = self.options.force_balance
     if given is not None:
       if self.options.retained.rows:

@@ -19,8 +19,8 @@ from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
-# The smallest side of a block of the kernel splash, and the sides that are
-# tried in this order, as larger blocks make fewer steps.
+# The smallest side of a block of the TPU kernel 'splash', and the sides that
+# are tried, in this order, as larger blocks make fewer steps.
 _LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 

@@ -152,7 +152,7 @@ def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
 
 
 class Twin(NamedTuple):
-  """The dense feed-forward layer that replaces experts, as in a dense twin.
+  """The dense feed-forward layer in place of experts, in a model's dense twin.
 
   Attributes:
     ffn: The width and activation of the layer.

@@ -39,7 +39,10 @@ class StrictlyBalanced(contract.RouterOptions):
     return StrictlyBalancedRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak in training alone; in inference a threshold judges each token."""
+    """Later tokens change earlier outputs in training alone.
+
+    In inference a threshold judges each token by itself.
+    """
     return contract.Causality(steps.EXPERTS_CHOOSE)
 
 

@@ -52,7 +52,7 @@ class Task(contract.RouterOptions):
     return TaskRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """No leak: a token's task is known before the first token."""
+    """Later tokens change no earlier output: a task is known in advance."""
     return contract.Causality.of_queues(sizes)
 
 

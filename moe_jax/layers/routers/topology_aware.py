@@ -127,9 +127,9 @@ class TopologyAware(contract.RouterOptions):
     return TopologyAwareRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak: whether a token may leave depends on the scores of later tokens.
+    """Later tokens change earlier outputs, as they compete to leave the node.
 
-    There is no leak where the option lets no token leave. Groups so small that
+    They do not where the option lets no token leave. Groups so small that
     their limit is 0 are not told apart, as their size is not known here.
     """
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
