@@ -180,7 +180,7 @@ class Choice:
 def accuracy_row(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
-  """The metrics `accuracy`, `standard_error`, `chance` (percent) and `items`.
+  """Returns `accuracy`, `standard_error` and `chance` in percent, and `items`.
 
   Of answers with equal scores the first counts as chosen; `chance` is the
   accuracy of guessing, `items` the number of questions.

@@ -166,7 +166,7 @@ def row_blocks(
 def _matmul_kernel(
   expert_ref, first_ref, stop_ref, x_ref, w_ref, y_ref, *, size, transposed
 ):
-  """Computes a tile of y; a tile of no expert's rows reads none of them."""
+  """Computes a tile of y; rows of no expert skip the sum, and are not read."""
   (E, M), F = (w_ref.shape[0], x_ref.shape[1]), y_ref.shape[1]
   block = pl.program_id(2) * _BAND + pl.program_id(0)
   e, first, stop = expert_ref[block], first_ref[block], stop_ref[block]

@@ -169,7 +169,7 @@ class Decoder(Model):
   blocks: StackConfig
 
   def setup(self) -> None:
-    """Makes the submodules, whose parameters have no scope of their own."""
+    """Makes the submodules, whose parameters are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     self.decoder = Stack(self.blocks)
     nn.share_scope(self, self.embeddings)

@@ -113,7 +113,10 @@ class LayerOptions(Options):
     return self.has_experts and 'task_ids' in self.moe.router.reads
 
   def problems(self) -> Iterator[str]:
-    """Yields a text if `moe.layers` is wrong, or `moe.retained` for it."""
+    """Yields a text if `moe.layers` or `moe.retained` names wrong layers.
+
+    `moe.retained` may name sparse layers alone.
+    """
     yield from super().problems()
     try:
       sparse = sparse_numbers(self.moe.layers, self.num_layers)

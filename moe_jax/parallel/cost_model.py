@@ -258,7 +258,7 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R_j ends, if the first starts after `sent`."""
+  """The time at which the last R_j ends; none starts before the time `sent`."""
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent

@@ -448,7 +448,7 @@ class AttentionOptions(AttentionBase):
   def problems(self) -> Iterator[str]:
     """Yields a text if `num_kv_heads` does not divide `num_heads`.
 
-    Unknown names in `biases` and a `fixed_scale` in vain are problems, too.
+    Unknown names in `biases` and an unused `fixed_scale` are problems, too.
     """
     yield from super().problems()
     if self.num_kv_heads and self.num_heads % self.num_kv_heads:

@@ -119,8 +119,7 @@ class KVCache(flax.struct.PyTreeNode):
     """Reserves the next T slots; also returns the positions of the new tokens.
 
     Then each layer fills the slots by `append` or `write`, and `advance` ends
-    the step.
-    Padding gets the position of the token behind it.
+    the step. Padding gets the position of the token behind it.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
@@ -210,7 +209,7 @@ class KVCache(flax.struct.PyTreeNode):
     return self.replace(key=fill(self.key, key), value=fill(self.value, value))
 
   def advance(self, num_tokens: int) -> 'KVCache':
-    """The cache after a step whose tokens all layers have written."""
+    """The cache after a step of `num_tokens` tokens, written in all layers."""
     return self.replace(length=self.length + num_tokens)
 
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':

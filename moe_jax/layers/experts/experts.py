@@ -152,7 +152,7 @@ def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
 
 
 class Twin(NamedTuple):
-  """The dense feed-forward layer in place of experts, in a model's dense twin.
+  """A dense layer that is equivalent to experts, as in a model's dense twin.
 
   Attributes:
     ffn: The width and activation of the layer.
