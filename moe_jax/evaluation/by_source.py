@@ -182,7 +182,7 @@ def _choice_scores(
   asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """The score of each source with choices, and the chance and `nats` of each."""
+  """The score of each source with choices, and its `chance` and `nats`."""
   scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
     return scores, details

@@ -1,4 +1,4 @@
-"""The grouped products as loops over blocks of rows: the CPU's backend.
+"""Products of rows grouped by expert, in loops over blocks: the CPU backend.
 
 The loop's trip counts are dynamic, so neither unused experts nor padding cost
 anything, and an expert's kernel is sliced out once, however many blocks it

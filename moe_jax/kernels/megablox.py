@@ -1,6 +1,6 @@
-"""The grouped products as JAX's Pallas kernels for TPU, named megablox.
+"""Products of rows grouped by expert, by JAX's TPU kernels named megablox.
 
-The kernels follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
+They are Pallas kernels that follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
 they are interpreted, which is correct but slow.
 """
 

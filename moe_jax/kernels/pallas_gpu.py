@@ -1,4 +1,4 @@
-"""The grouped products as two Triton kernels: the backend of NVIDIA GPUs.
+"""Products of rows grouped by expert, in two Triton kernels for NVIDIA GPUs.
 
 Rows are not padded by group. A block of rows belongs to one expert, and what
 it reads and writes is masked by that expert's rows; blocks that skewed groups

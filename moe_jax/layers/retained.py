@@ -60,7 +60,7 @@ class Retained(Options):
 
   @property
   def rows(self) -> Mapping[int, tuple[int, ...]]:
-    """The index of each router column's expert, for each merged layer."""
+    """For each layer with merged experts, the expert of each router column."""
     return _entries('expert_of', self.expert_of)
 
   @property

@@ -34,7 +34,7 @@ class RotaryScaling(Options):
   """The contract of changes to rotary positions for longer texts."""
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
-    """The reasons why the base theta or the rotated width does not fit."""
+    """The reasons, as texts, why theta or the rotated width does not fit."""
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:
@@ -128,7 +128,7 @@ class Yarn(RotaryScaling):
       yield f'beta_fast={fast} must be above beta_slow={slow}'
 
   def problems_with(self, theta, width):
-    """Yields a text for a `theta` up to 1, where no pair is the slower one."""
+    """Yields a text for a `theta` up to 1, as no pair would turn slower."""
     if theta <= 1:
       yield f'theta={theta} must be above 1 with scaling'
 

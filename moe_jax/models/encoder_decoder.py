@@ -73,7 +73,7 @@ class EncoderDecoderOptions(DecoderOptions):
 
   @functools.cached_property
   def encoder_half(self) -> StackOptions:
-    """The options of the encoder's layers, cached, as they are read often.
+    """The options of the encoder's layers, cached for all builds of the model.
 
     They are the decoder's options with `encoder.overrides`. Before overrides,
     the encoder has as many heads of keys and values as of queries, since fewer

@@ -101,7 +101,7 @@ def sparse_layers(
 def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-  """The parameters and state of each layer, all sliced by one program."""
+  """The parameters and router state of each layer, sliced by one program."""
   return [
     model.stacks.layer_trees(variables.get(name, {}))
     for name in ('params', ROUTER_STATE)

@@ -75,8 +75,8 @@ def apply_one_by_one(
 
   Args:
     ffn: The computation of one expert.
-    fold: The function (used [E], step, y) -> y, the fold y = step(e, p, y) over
-      the experts e that are used, with the parameters p of each.
+    fold: The function (used [E], step, y) -> y that takes y = step(e, p, y) for
+      each used expert e in turn, with the expert's parameters p.
     x: The groups of tokens.
     routing: The routing of the groups.
   """
