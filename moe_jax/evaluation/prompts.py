@@ -153,7 +153,7 @@ class Asker:
     return Example(self.cut_inputs(inputs, n), targets[:m])
 
   def _lengths(self, inputs: int, targets: int) -> tuple[int, int]:
-    """The lengths to which an example of these lengths is cut for its row."""
+    """The lengths to which inputs and targets of these lengths are cut."""
     lengths = self.layout.cut(np.array([inputs]), np.array([targets]))
     return int(lengths.inputs[0]), int(lengths.targets[0])
 

@@ -243,7 +243,7 @@ def _padded_length(model: Model, num_tokens: int) -> int:
 
 
 def round_up(length: int) -> int:
-  """Rounds up to a multiple of 8, above 64 to 4 lengths per power of two."""
+  """Rounds up to a multiple of 8; above 64, to 4 lengths per power of two."""
   step = max(8, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 

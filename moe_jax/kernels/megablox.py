@@ -1,7 +1,8 @@
 """Products of rows grouped by expert, by JAX's TPU kernels named megablox.
 
-They are Pallas kernels that follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
-they are interpreted, which is correct but slow.
+They are Pallas kernels that follow MegaBlocks
+(https://arxiv.org/abs/2211.15841). On a CPU they are interpreted, which is
+correct but slow.
 """
 
 import functools

@@ -130,7 +130,7 @@ class Lstm(nn.Module):
     return y.swapaxes(0, 1), last
 
   def _parameters(self, M):
-    """w_in and w_state [M, 4 * H], the bias, w_out [H, M] or None."""
+    """Makes w_in and w_state [M, 4 * H], the bias, and w_out [H, M] or None."""
     shared, H = self.shared, self.options.cells(M)
     dtype, param_dtype = shared.dtype, shared.param_dtype
     axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
@@ -160,7 +160,7 @@ def start(
   width: int,
   id_dtype: DTypeLike = jnp.int32,
 ) -> LstmState:
-  """The zeros with which `batch_size` rows of width M = `width` begin."""
+  """The state of zeros with which `batch_size` rows of M = `width` begin."""
   return LstmState(
     cell=jnp.zeros((batch_size, options.cells(width)), jnp.float32),
     output=jnp.zeros((batch_size, width), shared.dtype),

@@ -221,7 +221,7 @@ def to_groups(
 def to_rows(
   values: Shaped[Array, 'G S N'], batch_size: int, length: int
 ) -> Shaped[Array, 'B T N']:
-  """The values of tokens in groups as rows again, without the padding."""
+  """Values of tokens in groups as rows of the batch, without the padding."""
   values = values.reshape(-1, values.shape[-1])[: batch_size * length]
   return values.reshape(batch_size, length, -1)
 

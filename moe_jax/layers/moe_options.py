@@ -19,7 +19,7 @@ from moe_jax.routing.capacity import CAPACITIES, Capacity
 
 @dataclasses.dataclass(frozen=True)
 class MoeOptions(ImposedOptions):
-  """The sparse layers of a model: mixtures of experts."""
+  """The options of the sparse layers of a model, mixtures of experts."""
 
   num_experts: int = option(
     8,
@@ -108,7 +108,7 @@ class MoeOptions(ImposedOptions):
 
   @property
   def causality(self) -> Causality:
-    """The causality of the router's choices under the layer's capacity."""
+    """How the router's choices depend on later tokens and on the capacity."""
     return self.router.causality(self.sizes)
 
   @property

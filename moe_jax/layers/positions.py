@@ -207,7 +207,7 @@ class Learned(Positions):
     return self.max_len
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Raises ValueError if a row exceeds the table."""
+    """Adds rows of the table; raises ValueError if it has too few of them."""
     # A decoding step is short, and its cache has no more slots than there are
     # positions.
     if positions.shape[1] > self.max_len:

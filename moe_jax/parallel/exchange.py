@@ -42,7 +42,7 @@ class Exchange(Options):
   )
 
   def capacity(self, slots: int) -> int:
-    """The slots of an expert that travel from a device that has `slots`."""
+    """How many of an expert's `slots` on a device the exchange has room for."""
     return PerToken(self.capacity_fraction).per_expert(slots, 1, 1)
 
   def cut(

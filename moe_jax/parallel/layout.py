@@ -41,7 +41,7 @@ class Layout:
 
   @property
   def expert_only(self) -> tuple[str, ...]:
-    """The axes that split experts and not groups: rows are whole along them."""
+    """The axes that split experts, not groups: rows are whole along them."""
     return tuple(name for name in self.experts if name not in self.groups)
 
   def devices(self, axes: tuple[str, ...]) -> int:

@@ -56,7 +56,7 @@ class Speeds:
   def of_bytes(
     cls, flops: float, bytes_per_second: float, sizes: Sizes
   ) -> 'Speeds':
-    """The speeds of a network whose bandwidth is in bytes per second."""
+    """The speeds of devices whose bandwidth is given in bytes per second."""
     return cls(flops, bytes_per_second / sizes.bytes_per_element)
 
 
@@ -143,7 +143,7 @@ def least_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Shadowing(Options):
-  """The experts that are sent to all devices instead of their tokens."""
+  """Options of how many experts, and which, are sent to all devices."""
 
   experts: int = option(
     0,

@@ -35,7 +35,7 @@ class StackedExperts(NamedTuple):
   sizes: Sizes | None
 
   def __call__(self, rows: Float[Array, 'E R M']) -> Float[Array, 'E R M']:
-    """The outputs of all experts."""
+    """The outputs of all experts for their rows."""
     return self.compute(self.params, rows)
 
 

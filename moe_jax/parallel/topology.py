@@ -69,7 +69,7 @@ class Topology:
 
   @functools.cached_property
   def _pairs(self) -> Float[np.ndarray, 'P L']:
-    """Seconds of each link for a byte of each of the P = W * W pairs."""
+    """Seconds of each link for a byte sent by each of the P = W * W pairs."""
     devices = range(self.num_devices)
     pairs = itertools.product(devices, devices)
     return self._per_byte([self.paths.get(pair, ()) for pair in pairs])

@@ -177,7 +177,7 @@ def rows_by_expert(routing: Routing) -> Rows:
 
 
 def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
-  """The `Rows` with this choice in each row and this row of each choice."""
+  """The `Rows` made of the choice in each row and the row of each choice."""
   G, S, gate = len(routing.gate), routing.group_size, routing.gate
   if routing.token_index is None:
     shape, token = (G * S, -1), choice // gate.shape[-1]

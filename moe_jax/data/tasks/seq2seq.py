@@ -17,7 +17,7 @@ from moe_jax.data.tokenizers.extra_ids import extend
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqTask(TaskOptions):
-  """Pairs of texts; the targets are predicted from the inputs."""
+  """Options of the task on pairs of texts: to predict targets from inputs."""
 
   label = 'seq2seq'
   reads = 'pairs'

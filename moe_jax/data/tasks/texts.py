@@ -192,7 +192,7 @@ class PrefixLM(WindowTask):
     return int(sizes[fits][-1])
 
   def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
-    """The fewest and most targets of windows of `n` > 1 tokens."""
+    """The fewest and the most target tokens of windows of `n` > 1 tokens."""
     room = self.layout.max_inputs - self._marks
     shortest = np.maximum(n - room, 1)
     around_mean = (2 * self.density * n).astype(np.int64) - shortest
@@ -221,7 +221,7 @@ class PrefixLM(WindowTask):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruptionTask(TaskOptions):
-  """Windows of text; spans that are cut out of them are predicted."""
+  """Span corruption: predicts spans that are cut out of windows of text."""
 
   label = 'span_corruption'
 
@@ -391,14 +391,14 @@ def _begins(mask: np.ndarray) -> np.ndarray:
 
 
 def _random_partition(total: int, count: int, generator: np.random.Generator):
-  """`count` positive numbers of sum `total`, every choice equally likely."""
+  """`count` positive numbers that sum to `total`, all lists equally likely."""
   cuts = generator.choice(total - 1, count - 1, replace=False)
   return np.diff(np.sort(cuts) + 1, prepend=0, append=total)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ul2Task(TaskOptions):
-  """Examples of windows of text, each by a denoiser drawn for the window."""
+  """UL2: a window of text becomes an example by a denoiser drawn for it."""
 
   label = 'ul2'
 

@@ -54,7 +54,10 @@ class TrainedOptions(TokenizerOptions):
   )
 
   def identity(self) -> str:
-    """The kind of model and its size; the texts are in the data's identity."""
+    """The kind and size of the tokenizer, not the texts it is trained on.
+
+    The identity of the data covers the texts.
+    """
     return f'trained {self.model} {self.vocab_size}'
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:

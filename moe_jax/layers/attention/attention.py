@@ -134,7 +134,7 @@ class AttentionBase(Options):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The heads and their width, of cached keys and then of cached values."""
+    """The number of heads and their width, for cached keys and for values."""
     raise NotImplementedError
 
   @property

@@ -158,7 +158,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _product(x, y, contract) -> Float32[Array, 'B N _ _']:
-  """The product of each head [B, N] over the axes `contract`, in float32."""
+  """The product of x and y for each head [B, N], over the axes `contract`."""
   axes = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 

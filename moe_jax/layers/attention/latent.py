@@ -169,7 +169,7 @@ class LatentAttention(Attention):
     return short, short[..., :0]
 
   def _normed(self, x, name):
-    """Vectors over their root mean square, times the scale `name`."""
+    """Vectors divided by their root mean square, times the parameter `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)
