@@ -8,9 +8,9 @@ and the greedy parse of a row never fails.
 
 The paper pops the sequences from a heap. Here they are counted instead: all
 sequences of one length and one number of non-zeros are equally probable, which
-makes them a class, and the classes in order are the dictionary. Classes of
-equal probability are ordered by length, then by non-zeros; sequences of a class
-by their weights in the order 0, 1, -1.
+makes them a class, and the dictionary has the classes in order of probability.
+Classes of equal probability are ordered by length, then by non-zeros; sequences
+of a class by their weights in the order 0, 1, -1.
 """
 
 import functools
@@ -116,8 +116,8 @@ class Codes(NamedTuple):
   Attributes:
     codes: The codes. Each row decodes to a whole number of pairs, so that a row
       of an odd width ends in a weight 0 that is not one of its own.
-    offsets: The first code of each row, and the end of the last row. There are
-      `rows` = R + 1 of them.
+    offsets: The index of the first code of each row, and the end of the last
+      row. There are `rows` = R + 1 of them.
   """
 
   codes: UInt16[Array, '*E N']

@@ -56,9 +56,9 @@ class RaggedExchange(Options):
         expert of this device [J]) -> outputs.
 
     Returns:
-      The outputs, zero for rows that found no room or whose expert is on a
-      device along an axis of experts alone, and the number of rows without
-      room.
+      The outputs, and the number of rows without room. Outputs are zero for
+      such rows, and for rows whose expert is on another device along a mesh
+      axis that splits experts and not groups.
     """
     axes, N = layout.exchanged, len(rows)
     bound = self.bound(N * layout.devices(axes))

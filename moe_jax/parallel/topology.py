@@ -100,7 +100,7 @@ def nodes(
   network: float,
   flops_per_second: float,
 ) -> Topology:
-  """Nodes of several devices, each with a switch, and a switch between nodes.
+  """A machine of nodes of devices, with a switch in each and one between them.
 
   Args:
     name: Name for reports.

@@ -74,9 +74,9 @@ def routing_stats(
 ) -> RoutingStats:
   """The statistics of one routing, which have no gradient.
 
-  Where experts choose, nothing is dropped, and padding has no slot. A soft
-  mixture divides a token's K choices by its gates, which are the router's
-  probabilities.
+  Where experts choose, nothing is dropped, and padding has no slot. In a soft
+  mixture a token's K choices are divided among the experts in proportion to its
+  gates, which are the router's probabilities.
 
   Args:
     routing: The routing.

@@ -32,11 +32,11 @@ class TopologyAware(contract.RouterOptions):
   The losses count the choices that tokens make under the limit; the loss of
   FastMoE's gate counts first choices before the limit. A capacity is that of an
   expert in a group, and a group whose tokens stay fills the experts of its node
-  alone, one of Q: where the capacity binds, a factor Q times as large drops as
-  little as without a limit. The parameters are those of token choice, which is
-  this router without a limit: an evaluation can override the router's kind.
-  Experts cannot be merged, as the index of a logit tells the device of its
-  expert, and a merged expert has several logits.
+  alone, one of Q nodes: where the capacity binds, a factor Q times as large
+  drops as little as without a limit. The parameters are those of token choice,
+  which is this router without a limit: an evaluation can override the router's
+  kind. Experts cannot be merged, as the index of a logit tells the device of
+  its expert, and a merged expert has several logits.
   """
 
   takes_choices: ClassVar[bool] = True
