@@ -89,8 +89,8 @@ def seconds_by_number(
   experts = xp.argsort(-totals, stable=True)[:most]
   is_owner = owners(E, W)[:, None] == xp.arange(W)[None]  # [E, W]
   owned = is_owner * totals[:, None]
-  # Where an expert is shadowed, its device loses all of its rows, and every
-  # device keeps its own.
+  # If an expert is shadowed, the device that has it loses all of the expert's
+  # rows, and every device keeps the rows that its own tokens send there.
   changes = xp.concatenate([owned.sum(0)[None], (counts - owned)[experts]])
   rows = xp.cumsum(changes, 0).max(1)  # of the slowest device, [R + 1]
   numbers = xp.arange(most + 1)

@@ -14,7 +14,8 @@ import numpy as np
 
 from moe_jax.shapes import Float
 
-# A directed link between two ends, a device's index or the name of a switch.
+# An end of a link: a device's index, or the name of a switch. A directed link
+# is the pair of the two ends.
 Place = int | str
 Link = tuple[Place, Place]
 

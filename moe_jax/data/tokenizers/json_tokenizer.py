@@ -108,7 +108,7 @@ class Json(Tokenizer, kind='json'):
   def __init__(self, text: str, special: SpecialTokens | None = None):
     self.model, self._vocabulary = _read(text)
     self.model.encode_special_tokens = True
-    # Prompts need a model of their own, in which the flag above is not set.
+    # Prompts need a library object of their own, without the flag set above.
     self._prompts, _ = _read(text)
     self.num_tokens = max(self._vocabulary.values()) + 1
     self._saved_special = special

@@ -102,7 +102,7 @@ class Hierarchical(contract.RouterOptions):
     a, K1 = self.branching, self.branches_selected
 
     def level(E, K):
-      # The gate of a single branch or expert is 1 either way.
+      # The gate of a single branch or expert is 1, whatever `gates` says.
       return LevelSizes(E, K, 'raw' if E == 1 else self.gates)
 
     return level(a, K1), level(sizes.num_experts // a, sizes.num_selected // K1)

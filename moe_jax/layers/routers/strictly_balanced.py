@@ -75,6 +75,6 @@ class StrictlyBalancedRouter(contract.Router):
       choose, (logits, mask), (thresholds,), (PartitionSpec(),)
     )
     aux = steps.slot_aux(self, chosen, logits, mask)
-    # Loads are even without a loss; 'load_loss' is the loss of the thresholds.
+    # Loads are even without a loss; here 'load_loss' is the thresholds' loss.
     aux.losses['load_loss'] = over_groups(loss, mask)
     return chosen, aux
