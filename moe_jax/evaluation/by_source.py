@@ -65,12 +65,12 @@ class SourceLosses(evaluate.EvaluationOptions):
     return losses_row
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in the row of losses, which is a `summary_row`."""
+    """The names of the losses and their means in the row of metrics."""
     mixture = data.mixture
     return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
 
   def shrunk(self) -> Self:
-    """The same evaluation on one batch of each source."""
+    """The same evaluation, on one batch of each source."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
@@ -91,7 +91,7 @@ class SourceScores(prompts.AskingEvaluation):
   )
 
   def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
-    """Returns the function that measures the scores; encodes all questions now.
+    """Encodes all questions, and returns the function that measures the scores.
 
     The function returns a `summary_row` of scores in percent. Where a source
     has choices, `<source>.chance` is the score of guessing and `<source>.nats`
@@ -133,7 +133,7 @@ class SourceScores(prompts.AskingEvaluation):
     return scores_row
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in the row that the function of `measure` returns."""
+    """The names of the metrics that the function of `measure` returns."""
     mixture = data.mixture
     sources = list(mixture.sources or ['source'])
     details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]
@@ -164,7 +164,7 @@ class SourceScores(prompts.AskingEvaluation):
     return questions
 
   def shrunk(self) -> Self:
-    """The same evaluation of two questions and short answers."""
+    """The same evaluation, of two questions a source and with short answers."""
     return dataclasses.replace(
       super().shrunk(), num_questions=2, num_tokens=min(self.num_tokens, 4)
     )
@@ -182,7 +182,7 @@ def _choice_scores(
   asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """The score of each source that has choices, and details of the score."""
+  """The score of each source with choices, and its `chance` and `nats`."""
   scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
     return scores, details
@@ -204,7 +204,7 @@ def _choice_scores(
 def text_scores(
   pairs: Sequence[Pair], outputs: Sequence[str], metrics: Mapping[str, str]
 ) -> Row:
-  """The score of each source whose answers are any text.
+  """The score of each source whose answers are free text, not choices.
 
   Args:
     pairs: The questions; the `task` of a question is its source.
@@ -223,7 +223,7 @@ def text_scores(
 def summary_row(
   values: Mapping[str, float], mixture: data.MixtureOptions
 ) -> Row:
-  """A row: each source's value, and means over sources and over clusters.
+  """A row of metrics: each source's value, and means over groups of sources.
 
   `mean` is over the sources that are learned from. `cluster_mean` is over their
   clusters (groups of similar sources), each of which counts as the mean of its

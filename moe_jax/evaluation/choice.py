@@ -70,7 +70,7 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
   )
 
   def problems(self) -> Iterator[str]:
-    """Yields a text for each problem of the examples before a question.
+    """Yields texts on wrong options for the examples before a question.
 
     The examples must not come from the split whose questions are asked.
     """
@@ -84,7 +84,7 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
       yield from self.in_vain('unless num_shots is at least 1', 'shots_source')
 
   def measure(self, setting: evaluate.Setting) -> 'Choice':
-    """Returns the function that measures accuracy; encodes all questions now.
+    """Encodes all questions, and returns the function that measures accuracy.
 
     Raises:
       ValueError: The model routes by task; a source is missing or has too few
@@ -110,8 +110,8 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
       N, K, P = len(items), self.num_shots, len(pool)
       if P < K:
         raise InputError(f'num_shots={K} of {P} train items of {source.name}')
-      # The N * K indices are spread over the P examples, so that the K examples
-      # of a question differ.
+      # The N * K indices of the examples of all N questions are spread over the
+      # P train items, so that the K examples of a question differ.
       shots = [
         [pool[(k * N + i) * P // (N * K)] for k in range(K)] for i in range(N)
       ]
@@ -119,7 +119,7 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
     return Choice(setting, self, [*map(asker, items, shots)], asker.layout)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in the row that `Choice` returns."""
+    """The names of the metrics in the row that `Choice` returns."""
     names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
     return [*names, 'shots'] if self.num_shots else names
 
@@ -146,7 +146,7 @@ class Choice:
     setting: The parts of the run.
     options: The options of the evaluation.
     questions: The questions in token ids.
-    layout: The layout of rows.
+    layout: The layout of rows of tokens.
   """
 
   setting: evaluate.Setting
@@ -155,10 +155,10 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: evaluate.Variables, step: int) -> Row:
-    """The row of `accuracy_row`, and counts of what did not fit.
+    """The metrics of `accuracy_row`, and counts of what did not fit.
 
-    The row also has `cut_items`, the number of questions that had to be cut to
-    fit a row of tokens and, if there are examples before the questions,
+    The metrics also include `cut_items`, the number of questions that had to be
+    cut to fit a row of tokens and, if there are examples before the questions,
     `shots`, the mean number of examples that fitted.
     """
     labels = [question.item.label for question in self.questions]
@@ -180,7 +180,7 @@ class Choice:
 def accuracy_row(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
-  """A row: `accuracy`, `standard_error` and `chance` in percent, and `items`.
+  """Returns `accuracy`, `standard_error` and `chance` in percent, and `items`.
 
   Of answers with equal scores the first counts as chosen; `chance` is the
   accuracy of guessing, `items` the number of questions.
@@ -211,8 +211,8 @@ def log_likelihoods(
   Args:
     setting: The parts of the run.
     variables: The variables of the run's model.
-    questions: The questions, at least one, each answer of which fits a row.
-    layout: The layout of rows; short examples share a row.
+    questions: The questions, at least one, each with answers that fit a row.
+    layout: The layout of rows of tokens; short examples share a row.
     task_ids: The task of each question, for a model that routes by task.
   """
   examples = [e for question in questions for e in question.examples]

@@ -24,7 +24,7 @@ _NAME = 'evaluate'  # name of the evaluation, and of its file of examples
 def evaluate(
   workdir: str | os.PathLike[str], entry: EvaluationOptions, **arguments: Any
 ) -> Row:
-  """The row that an evaluation of any kind measures for a run's folder.
+  """The metrics that an evaluation of any kind measures for a run's folder.
 
   Args:
     workdir: The run's folder.
@@ -42,7 +42,7 @@ def evaluate_all(
   mesh: Mesh | None = None,
   **arguments: Any,
 ) -> dict[str, Row]:
-  """The rows that several evaluations measure for a run's folder, by name.
+  """The metrics that evaluations measure for a run's folder, by their names.
 
   Args:
     workdir: The run's folder.
@@ -63,7 +63,8 @@ def evaluate_all(
   sharding = partitioning.sharding(
     mesh, rules, ('batch', None), shape, 'a batch'
   )
-  # As many microbatches as fit the mesh, which may be fewer than in training.
+  # A batch has as many microbatches as fit the mesh, which may be fewer than in
+  # training.
   rows = size // partitioning.row_parts(mesh, rules)
   microbatches = math.gcd(run.microbatches, rows)
   evaluations = make_evaluations(

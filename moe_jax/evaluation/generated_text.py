@@ -84,7 +84,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
         yield f'metrics={self.metrics!r}: {problem}'
 
   def measure(self, setting: evaluate.Setting) -> 'Generate':
-    """Returns the function that measures the scores; reads all examples now.
+    """Reads all examples, and returns the function that measures the scores.
 
     Raises:
       ValueError: The data has no inputs and targets, there is no room for new
@@ -96,7 +96,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     return generator(setting, scores, pairs, self.num_tokens, **search)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in the row that `Generate` returns."""
+    """The names of the metrics in the row that `Generate` returns."""
     return (*names_of(self.metrics), 'examples')
 
   def pairs(self, setting: evaluate.Setting) -> list[Pair]:
@@ -120,7 +120,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     total = setting.dataset.counts['validation']['pairs']
     pairs = list(texts)
     if len(pairs) != total:  # encoding a whole split would take long
-      # Only pairs with a token on both sides have rows.
+      # Only pairs with a token in the inputs and one in the target have rows.
       encode = tokenizer.encode
       pairs = [p for p in pairs if all(encode(text).size for text in p)]
     tasks = []
@@ -135,7 +135,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     return examples
 
   def shrunk(self) -> Self:
-    """The same evaluation of three short outputs."""
+    """The same evaluation, of three short outputs."""
     return dataclasses.replace(
       super().shrunk(), num_examples=3, num_tokens=4, bleu_tokenizer='13a'
     )
@@ -148,14 +148,14 @@ def generator(
   num_tokens: int,
   **arguments: Any,
 ) -> 'Generate':
-  """The measurement of outputs for pairs, whose inputs are cut if too long.
+  """The function that scores outputs for pairs; too long inputs are cut.
 
   Inputs and outputs have room for as many tokens as the model has positions.
 
   Args:
     setting: The parts of the run.
     scores: The scores by name.
-    pairs: The pairs.
+    pairs: The pairs of inputs and target.
     num_tokens: Number of tokens at which an output ends.
     **arguments: Other arguments of `generation.generate`.
 

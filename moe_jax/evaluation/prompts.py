@@ -78,10 +78,10 @@ class Asker:
   def __call__(
     self, item: data.Item, shots: Sequence[data.Item]
   ) -> EncodedQuestion:
-    """The question with as many of the last examples as fit into a row.
+    """The question behind as many of the last `shots` as fit into its row.
 
-    Examples never take the room of an answer. A prompt that alone is too long
-    loses its beginning if the answer continues it, or else is cut as in
+    These examples never take the room of an answer. A prompt that alone is too
+    long loses its beginning if the answer continues it, or else is cut as in
     training.
 
     Raises:
@@ -140,7 +140,7 @@ class Asker:
     )
 
   def _has_room(self, example: Example, cut_example: Example) -> bool:
-    """Whether the cut leaves all inputs, and as many targets as fit any row."""
+    """Whether the cut leaves all inputs, and all targets that can fit a row."""
     _, room = self._lengths(1, len(example.targets))
     lengths = len(cut_example.inputs), len(cut_example.targets)
     return lengths == (len(example.inputs), room)
@@ -153,7 +153,7 @@ class Asker:
     return Example(self.cut_inputs(inputs, n), targets[:m])
 
   def _lengths(self, inputs: int, targets: int) -> tuple[int, int]:
-    """The lengths to which an example of these lengths is cut for its row."""
+    """The lengths to which inputs and targets of these lengths are cut."""
     lengths = self.layout.cut(np.array([inputs]), np.array([targets]))
     return int(lengths.inputs[0]), int(lengths.targets[0])
 

@@ -25,8 +25,8 @@ class Score:
   """A score that compares generated outputs with targets.
 
   Attributes:
-    compute: Function from outputs and as many targets, at least one, to
-      percent.
+    compute: Function from outputs, at least one, and as many targets to the
+      score in percent.
     signature: Function that returns a text on the computation of the score, for
       printing; it may be called after the first `compute`.
   """
@@ -105,14 +105,14 @@ def _words(text: str) -> list[str]:
 
 
 def _f1(output: list[str], target: list[str]) -> float:
-  """F1 = 2 P R / (P + R) of precision P and recall R by common words."""
+  """F1 = 2 P R / (P + R), of precision P and recall R of common words."""
   if not output or not target:
     return 0.0
   return 2 * _longest_common(output, target) / (len(output) + len(target))
 
 
 def _longest_common(a: list[str], b: list[str]) -> int:
-  """The length of the longest common subsequence."""
+  """The length of the longest common subsequence of two lists of words."""
   ids = {word: i for i, word in enumerate(dict.fromkeys(a + b))}
   # row[j] is the longest common length of a's words so far and b[:j].
   row = np.zeros(len(b) + 1, np.int32)

@@ -123,10 +123,10 @@ class Search(NamedTuple):
 
 
 def first_search(last, tokens, num_forced: int, width: int) -> Search:
-  """The search before its first step: beam 0 has the score 0, all others -inf.
+  """The search before its first step: beam 0 has score 0, all others -inf.
 
   Args:
-    last: int32 [B], the last token of each row's prefix.
+    last: int32 [B], the last token of each row before the search.
     tokens: int32 [B, N], new tokens of each row, the forced ones first.
     num_forced: The number of forced tokens.
     width: W, the number of beams.
@@ -201,8 +201,8 @@ def advance(
 ) -> tuple[Search, Int32[Array, 'B W']]:
   """Takes one step of the search.
 
-  The candidates are the best continuations, as many as it takes for at least W
-  of them not to end.
+  The candidates are the best continuations of all beams by one token, as many
+  as it takes for at least W of them not to end their sequence.
 
   Returns:
     The next state, and the index of the beam that each new beam continues.

@@ -96,8 +96,8 @@ def generate(
   Raises:
     ValueError: An option is out of range or contradicts another; a prompt is
       empty, too long for learned positions, crosses with its new tokens a
-      position at which keys change, or has an unknown id; a task is missing;
-      or a logit is not finite.
+      position at which rotary positions change their angles, or has an unknown
+      id; a task is missing; or a logit is not finite.
   """
   sampler = Sampler.make(temperature, top_k, top_p)
   _check_beams(num_beams, length_penalty, temperature, on_token)
@@ -219,7 +219,7 @@ def _advance(
 def _stream(
   run: Callable[[State, int], State], state: State, on_token: OnToken
 ) -> State:
-  """Takes single steps and reports each token, forced tokens first."""
+  """Takes single steps, and calls `on_token` with each, forced tokens first."""
   ended = np.zeros(len(state.token), bool)
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):
     if on_token(n, forced):

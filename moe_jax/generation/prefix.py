@@ -50,7 +50,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
-  """Ids as an array, which may be empty.
+  """Checked ids as an array, which may be empty.
 
   Args:
     name: The name of the argument, for messages.
@@ -113,7 +113,7 @@ def make_prefix(
   """Checks prompts and pads them.
 
   Args:
-    model: A prepared model.
+    model: A model as `prepare` returns it.
     prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_tokens: N, the number of new tokens, including `forced_ids`.
     start_id: The first id of the input of an encoder-decoder's decoder.
@@ -124,7 +124,7 @@ def make_prefix(
     ValueError: There is no prompt; a prompt is empty or has an unknown id; the
       start id or a task is missing or has no use; N leaves nothing to choose;
       there are not enough learned positions; or a row crosses a position at
-      which keys change.
+      which rotary positions change their angles.
   """
   V = model.vocab_size
   given, rows = _rows_of(prompt), []
@@ -168,7 +168,7 @@ def make_prefix(
   rows = [np.append(row, forced) for row in rows]
   longest = max(map(len, rows))
   _check_length(model, 'prompt', longest + steps - 1)
-  # All but the last token are read at once, and the last is a step of its own.
+  # All tokens of a prompt but the last are read at once; the last is a step.
   read = [(len(row) - 1, len(row) + steps - 1) for row in rows]
   decoding.check_change(model, read)
   length = _padded_length(model, longest - 1) + 1
@@ -197,7 +197,7 @@ def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
 def _tasks(
   model: Model, task_ids: Ids | None, count: int
 ) -> Int32[np.ndarray, ' B'] | None:
-  """The task of each row, int32 [B]; None for a model that needs no tasks."""
+  """The checked task of each row; None for a model that needs no tasks."""
   if not model.stacks.task_sequences:
     if task_ids is not None:
       raise InputError(
@@ -225,12 +225,12 @@ def _check_length(model: Model, noun: str, num_positions: int) -> None:
 
 
 def _padded_length(model: Model, num_tokens: int) -> int:
-  """The length of padded rows: rounded up, unless padding changes results.
+  """The length to which rows are padded: rounded up, if results stay the same.
 
-  If learned positions suffice, an encoder's rows then become a multiple of the
-  group sizes of its layers, so that all groups are whole. A prepared model has
-  groups only where experts choose or mix tokens; padding in such groups is as
-  in training.
+  If learned positions suffice, the length of an encoder's rows then becomes a
+  multiple of the group sizes of its layers, so that all groups are whole. A
+  prepared model has groups only where experts choose or mix tokens; padding in
+  such groups is as in training.
   """
   longest, length, stacks = decoding.longest(model), num_tokens, model.stacks
   longest = longest or _MAX
@@ -243,7 +243,7 @@ def _padded_length(model: Model, num_tokens: int) -> int:
 
 
 def round_up(length: int) -> int:
-  """Rounds up to a multiple of 8, above 64 to 4 lengths per power of two."""
+  """Rounds up to a multiple of 8; above 64, to 4 lengths per power of two."""
   step = max(8, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
@@ -398,18 +398,18 @@ def begin_with(
   prefix: Prefix,
   num_slots: int,
 ) -> tuple[Cache, list[Choices]]:
-  """The cache of the prefix without each row's last token, and choices.
+  """The cache of a prefix without each row's last token, and expert choices.
 
   Args:
     apply: Function that applies the model, and may return the choices of
       experts; see `models.recorded`.
-    model: A prepared model.
+    model: A model as `prepare` returns it.
     variables: The variables of the model.
     prefix: P tokens of each row.
     num_slots: The number of slots of the cache: P - 1, and one for each step.
 
   Returns:
-    The cache, and the choices of each call of the model.
+    The cache, and the choices of experts in each call of the model.
   """
   B, P = prefix.tokens.shape
   choices = []

@@ -37,23 +37,24 @@ def choices(
   start_id: int | None = None,
   task_ids: Ids | None = None,
 ) -> tuple[Batch, Mapping[int, LayerChoices]]:
-  """The tokens that the model read in a generation, and each layer's choices.
+  """The tokens that a model read in a generation, and each layer's choices.
 
-  The last new token of a row is left out, as the model has not read it.
+  The choices are those of experts, for each of these tokens. The last new token
+  of a row is left out, as the model has not read it.
 
   Args:
-    model: A prepared model.
+    model: The model, as `prefix.prepare` returns it.
     variables: The variables of the model.
-    prompt: The prompts.
-    rows: The new tokens of each row, forced ones included.
+    prompt: The token ids of each row's prompt.
+    rows: The new tokens of each row, with those that the caller had forced.
     apply: Function that applies the model and returns the choices of experts;
       see `models.recorded`.
-    start_id: The first id of an encoder-decoder's decoder.
+    start_id: The id that an encoder-decoder's decoder reads first.
     task_ids: The task of each row.
 
   Returns:
     Tokens, positions, segment ids and tasks as in a batch of training, and the
-    choices by the index of the layer.
+    choices of each sparse layer by its index.
   """
   N = max(map(len, rows))
   prefix = make_prefix(model, prompt, N, start_id, task_ids=task_ids)
@@ -84,10 +85,11 @@ def _read(
   mask: Bool[Array, 'B N'],
   apply: Apply,
 ) -> dict[int, LayerChoices]:
-  """The choices for a prefix and N tokens, which begin with its last token.
+  """The choices of experts for a prefix and N tokens.
 
-  The choices have the shape [B, P - 1 + N, K] in a decoder's layers, and
-  [B, S, K] in an encoder's.
+  The N tokens begin with the last token of the prefix, of P tokens. The choices
+  have the shape [B, P - 1 + N, K] in a decoder's layers, and [B, S, K] in an
+  encoder's.
   """
   slots = prefix.tokens.shape[1] - 1 + tokens.shape[1]
   cache, choices_by_call = begin_with(apply, model, variables, prefix, slots)

@@ -1,6 +1,6 @@
 """Choice of the next token from logits: greedy, temperature, top-k, top-p.
 
-Pure functions on float32 logits.
+All are pure functions of float32 logits.
 """
 
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
     tokenizer: The tokenizer.
     imported: Whether the model began as a checkpoint of Hugging Face.
     step: The optimizer step of the checkpoint that was read.
-    skipped: Newer checkpoints that were passed over, each with the reason.
+    skipped: Newer checkpoints that were not good, each with the reason.
   """
 
   options: ModelOptions
@@ -114,7 +114,7 @@ def encode(
   imported: bool = False,
   **arguments: Any,
 ) -> np.ndarray:
-  """The ids of a prompt, int32 [N], as the model was trained on prompts.
+  """The ids of a prompt, int32 [N], in the form that the model was trained on.
 
   Only an imported model was trained on inputs with the special tokens that a
   tokenizer puts around inputs. A language model that was not imported was
@@ -136,15 +136,15 @@ def encode(
 
 
 def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:
-  """The text of new tokens; ids beyond the tokenizer's are left out."""
+  """The text of new tokens; ids that the tokenizer lacks are left out."""
   return tokenizer.decode(ids[ids < tokenizer.vocab_size])
 
 
 def window(data: DataOptions, model: Model, *, imported: bool = False) -> int:
   """The argument `window` of `prepare` for texts longer than training rows.
 
-  See `decoding.window_beyond`; 0 for an imported model, whose training rows
-  have an unknown length.
+  The window is that of `decoding.window_beyond`, or 0 for an imported model,
+  whose training rows have an unknown length.
   """
   return 0 if imported else decoding.window_beyond(model, data.seq_len)
 

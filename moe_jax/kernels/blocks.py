@@ -1,4 +1,4 @@
-"""The grouped products as loops over blocks of rows: the CPU's backend.
+"""Products of rows grouped by expert, in loops over blocks: the CPU backend.
 
 The loop's trip counts are dynamic, so neither unused experts nor padding cost
 anything, and an expert's kernel is sliced out once, however many blocks it
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from moe_jax.kernels import cpu
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
-# Sizes of blocks in sixteenths of an expert's share of the rows: close to each
-# other near the share, where most experts are if the load is balanced, so that
-# 3 % of a block's rows are wasted, and far apart below. More sizes take longer
-# to compile.
+# Sizes of blocks in sixteenths of an expert's equal share of the rows. Near the
+# share, where most experts are if the load is balanced, sizes are close to each
+# other, so that 3 % of a block's rows are wasted; below, they are far apart.
+# More sizes take longer to compile.
 SIXTEENTHS = (2, 4, 8, *range(12, 21))
-# The largest share of an expert that takes one block, and the number of rows of
-# which sizes are multiples.
+# The largest share of the rows, for an expert, that takes one block, and the
+# number of rows of which the sizes of blocks are multiples.
 _MOST_SHARE, _MULTIPLE = 1024, 8
 
 
@@ -65,7 +65,7 @@ class Block(NamedTuple):
   def add(
     self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
   ) -> Float[Array, 'E M F']:
-    """Adds `part` to total[expert]; the first block overwrites it."""
+    """Adds `part` to total[expert], which the first block overwrites."""
     if not self.is_first:
       part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
     return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
@@ -115,8 +115,8 @@ def for_each_block(
     num_full = (n - 1) // full
     first_rows = n - num_full * full
     # Each size is a loop of one round or none: unlike a conditional, a loop
-    # carries its buffers without a copy. Its computation depends on its
-    # counter, or it would be hoisted out and always be done.
+    # carries its buffers without a copy. The computation depends on the loop's
+    # counter, or it would be hoisted out of the loop and always be done.
     smaller = 0
     for size in sizes:
       fits = (first_rows <= size) & (first_rows > smaller)
@@ -145,7 +145,7 @@ def dot(
   contract: tuple[int, int],
   dtype=None,
 ) -> Float[Array, '_ _']:
-  """One product over the axes `contract`, summed in float32.
+  """The product of x and w over the axes `contract`, summed in float32.
 
   The type of the result is `dtype`, by default that of x.
   """
@@ -204,9 +204,9 @@ def ffn(
   group_sizes: Int32[Array, ' E'],
   hidden: Callable[..., Array],
 ) -> tuple[Float[Array, 'N M'], tuple[Float[Array, 'N F'], ...]]:
-  """A feed-forward layer's output, and its first products, in one loop.
+  """The output of E feed-forward layers, and their first products, in one loop.
 
-  Between its products a block's rows stay in the cache.
+  Between the first and the last product a block's rows stay in the cache.
   """
   N, F = x.shape[0], w_out.shape[1]
 
@@ -235,8 +235,8 @@ def ffn_gradients(
 ) -> tuple:
   """The gradients of x, w_ins and w_out; those of kernels are float32.
 
-  Hidden values of the next expert's rows are multiplied by zero: a hidden value
-  that is infinite makes the gradient of the expert before it NaN too.
+  In a block, hidden values of a neighbouring expert's rows are multiplied by
+  zero, so that an infinite one makes the gradient of the block's expert NaN.
   """
 
   def body(block, kernels, carry):

@@ -1,7 +1,7 @@
 """Code that exists only for XLA's CPU compiler, with the reasons.
 
 Other platforms compile the plain form at least as well; none of this changes a
-number by more than rounding. More of such code stands elsewhere:
+number by more than rounding. Other code for that compiler stands elsewhere:
 
 - the backend 'blocks' of grouped products (`blocks.py`);
 - attention by blocks of queries (`layers/attention/blockwise.py`);
@@ -33,7 +33,7 @@ MOST_UNROLLED = 512
 def transposed(x: Float[Array, '*E R M']) -> Float[Array, '*E M R']:
   """The transposed rows as an array of their own.
 
-  The compiler multiplies them faster than it does a transpose that it has
+  The compiler multiplies such an array faster than a transpose that it has
   folded into the product.
   """
   return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
@@ -69,13 +69,11 @@ add_to_each.defvjp(_add_to_each_forward, _add_to_each_backward)
 
 
 def most_are_chosen(choosers: int, num_selected: int, num_experts: int) -> bool:
-  """Whether independent uniform choices of `choosers` meet most experts.
+  """Whether `choosers` with K uniform choices each choose most of the experts.
 
-  The choices are those of tokens, or of tasks where the tokens of a task choose
-  alike.
-
-  If so, a decoding step multiplies all tokens by all experts; if not, experts
-  have arrays of their own, and arrays of experts that no token chose are not
-  read.
+  The choosers are tokens, or tasks where the tokens of a task choose alike. If
+  they choose most experts, a decoding step multiplies all tokens by all
+  experts; if not, experts have arrays of their own, and the arrays of experts
+  that no token chose are not read.
   """
   return (1 - num_selected / num_experts) ** choosers < 0.5

@@ -35,15 +35,15 @@ BACKENDS: dict[str, ModuleType] = {
   'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
 }
 AUTO = 'auto'
-# The backend that 'auto' stands for on each platform, and on all other
-# platforms. XLA's own `ragged_dot` is no backend: on CPUs it multiplies every
-# row by every expert, and jax 0.10.2 compiles its outer product for a TPU to E
-# times the FLOPs.
+# The backend that 'auto' stands for on a TPU and on an NVIDIA GPU, and the one
+# for all other platforms. XLA's own `ragged_dot` is no backend: on CPUs it
+# multiplies every row by every expert, and jax 0.10.2 compiles its outer
+# product for a TPU to E times the FLOPs.
 BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'
 
 
 def describe(name: str, platform: str) -> str:
-  """The backend on a platform: 'blocks', or 'megablox, interpreted: slow'."""
+  """The backend and how it runs: 'blocks', or 'megablox, interpreted: slow'."""
   if name == AUTO:
     return BY_PLATFORM.get(platform, DEFAULT)
   slow = platform == 'cpu' and name in BY_PLATFORM.values()
@@ -153,8 +153,8 @@ def _choose(run: Callable[[str], Callable], backend: str, *args):
   return jax.lax.platform_dependent(*args, default=run(DEFAULT), **by_platform)
 
 
-# Layers have few shapes of products. For each shape, `jit` traces the products
-# of all platforms once.
+# The products of a model have few shapes. For each shape, `jit` traces the
+# products of all platforms once.
 @functools.partial(jax.jit, static_argnames=('transposed', 'backend'))
 def _matmul(
   x: Float[Array, 'N _'],

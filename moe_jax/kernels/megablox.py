@@ -1,7 +1,8 @@
-"""The grouped products as JAX's Pallas kernels for TPU, named megablox.
+"""Products of rows grouped by expert, by JAX's TPU kernels named megablox.
 
-The kernels follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
-they are interpreted, which is correct but slow.
+They are Pallas kernels that follow MegaBlocks
+(https://arxiv.org/abs/2211.15841). On a CPU they are interpreted, which is
+correct but slow.
 """
 
 import functools
@@ -27,11 +28,11 @@ def tiling(
 ) -> tuple[int, int, int]:
   """Rows and widths of a tile; arrays are padded to their multiples.
 
-  The number of rows is a power of two near an expert's share, in bounds, since
-  a group computes every tile it has a row in. Each width is the widest that
-  divides the array's width rounded up to whole lanes. It must divide, as the
-  kernels are silently wrong where a contraction ends within a tile, and to pad
-  the width of a kernel copies all kernels.
+  The number of rows is a power of two, within bounds, near an expert's equal
+  share, since a group computes every tile in which it has a row. Each width is
+  the widest that divides the array's width rounded up to whole lanes. The width
+  must divide it, as the kernels are silently wrong where a contraction ends
+  within a tile, and to pad the width of a kernel copies all kernels.
 
   Args:
     num_rows: The number N of rows.
@@ -100,7 +101,7 @@ def _width(lanes: int, most: int) -> int:
 
 
 def _padded(x: Array, tile: tuple[int, ...]) -> Array:
-  """x with zeros behind each axis up to a multiple of the tile, never zero."""
+  """x, with zeros behind each axis up to a multiple (at least 1) of `tile`."""
   padded_sizes = [max(-(-size // t), 1) * t for size, t in zip(x.shape, tile)]
   missing = [n - size for n, size in zip(padded_sizes, x.shape)]
   return jnp.pad(x, [(0, n) for n in missing]) if any(missing) else x

@@ -1,4 +1,4 @@
-"""The grouped products as two Triton kernels: the backend of NVIDIA GPUs.
+"""Products of rows grouped by expert, in two Triton kernels for NVIDIA GPUs.
 
 Rows are not padded by group. A block of rows belongs to one expert, and what
 it reads and writes is masked by that expert's rows; blocks that skewed groups
@@ -166,7 +166,7 @@ def row_blocks(
 def _matmul_kernel(
   expert_ref, first_ref, stop_ref, x_ref, w_ref, y_ref, *, size, transposed
 ):
-  """One tile of y. Rows of no expert skip the sum: they are not read."""
+  """Computes a tile of y; rows of no expert skip the sum, and are not read."""
   (E, M), F = (w_ref.shape[0], x_ref.shape[1]), y_ref.shape[1]
   block = pl.program_id(2) * _BAND + pl.program_id(0)
   e, first, stop = expert_ref[block], first_ref[block], stop_ref[block]
@@ -190,7 +190,7 @@ def _matmul_kernel(
 
 
 def _outer_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, size, band):
-  """One tile of dw[e], summed over as many rows as the group has."""
+  """Computes a tile of dw[e], a sum over all rows of the group e."""
   M, F = dw_ref.shape[1:]
   m = _tile(pl.program_id(2) * band + pl.program_id(0), size.rows)
   f, e = _tile(pl.program_id(1), size.cols), pl.program_id(3)
@@ -235,7 +235,7 @@ def _all(*masks):
 
 
 def _load(ref, *masks):
-  """Loads a tile, zero where a mask is False: memory there is never read."""
+  """Loads a tile, zero where a mask is False; memory there is never read."""
   mask = _all(*masks)
   return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 

@@ -3,8 +3,8 @@
 A kernel's gradient is x^T dy. On a CPU the transposed rows are an array of
 their own (`cpu.transposed`); other platforms fold the transpose into the
 product at no cost. Where the rows are cheap to compute, as those of relu are,
-the CPU folds it too: XLA would compute the rows again inside the transpose, and
-that is slower still.
+the CPU folds the transpose, too: XLA would compute the rows again inside a
+separate transpose, and that is slower still.
 """
 
 import functools

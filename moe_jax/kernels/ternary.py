@@ -8,9 +8,9 @@ and the greedy parse of a row never fails.
 
 The paper pops the sequences from a heap. Here they are counted instead: all
 sequences of one length and one number of non-zeros are equally probable, which
-makes them a class, and the classes in order are the dictionary. Classes of
-equal probability are ordered by length, then by non-zeros; sequences of a class
-by their weights in the order 0, 1, -1.
+makes them a class, and the dictionary has the classes in order of probability.
+Classes of equal probability are ordered by length, then by non-zeros; sequences
+of a class by their weights in the order 0, 1, -1.
 """
 
 import functools
@@ -29,23 +29,25 @@ MOST_PAIRS = 14
 MOST_WEIGHTS = 2 * MOST_PAIRS
 # The share of zeros that the paper's table was made for.
 P0 = 0.885
-# The number of rows that step through the dictionary together. The entries
-# that so many rows need stay in the cache.
+# The number of rows of weights that are parsed together. The entries of the
+# dictionary that so many rows need stay in the cache.
 ROWS = 4096
 
 
 class Dictionary(NamedTuple):
-  """The dictionary as arrays; they must not be written to.
+  """The dictionary from 16-bit codes to sequences of weights, as arrays.
+
+  The arrays must not be written to.
 
   Attributes:
-    weights: int8 [2^16, 28], the sequence of each code behind as many zeros as
-      it is shorter than the longest.
-    lengths: int32 [2^16], the number of weights of each code.
-    steps: int64 [2^16, 16], the code of each code's sequence with one more pair
-      or, where the dictionary lacks this sequence, the code of the pair alone.
-      The pair (a, b) has the index 4 * (a & 3) + (b & 3); indices of no pair
-      have code 0.
-    pairs: int64 [16], the code of each pair alone.
+    weights: int8 [2^16, 28], the sequence of weights that each code stands for,
+      with zeros in front of a sequence of fewer than 28 weights.
+    lengths: int32 [2^16], the number of weights in the sequence of each code.
+    steps: int64 [2^16, 16], for each code and each pair of weights, the code of
+      the code's sequence followed by the pair or, where the dictionary lacks
+      this longer sequence, the code of the pair alone. The pair (a, b) has the
+      index 4 * (a & 3) + (b & 3); an index that no pair has leads to code 0.
+    pairs: int64 [16], the code of the sequence that is each pair alone.
   """
 
   weights: np.ndarray
@@ -56,10 +58,11 @@ class Dictionary(NamedTuple):
 
 @functools.cache
 def dictionary(p0: float = P0) -> Dictionary:
-  """The dictionary of a probability of zeros, made once (in 0.1 s).
+  """The dictionary for a probability of zeros, made once (in 0.1 s).
 
   Args:
-    p0: The probability. Encoding and decoding take the paper's, `P0`.
+    p0: The probability that a weight is 0. Encoding and decoding take the
+      paper's, `P0`.
   """
   zero, other = math.log(p0), math.log((1 - p0) / 2)
   classes = sorted(
@@ -105,7 +108,7 @@ def _sequences(weights: int, nonzeros: int) -> np.ndarray:
 
 
 class Codes(NamedTuple):
-  """The codes of a ternary matrix, or of one for each expert.
+  """The codes of a ternary matrix, or of a matrix for each expert.
 
   The rows' codes follow each other without gaps. Where there are several
   experts, an expert with fewer codes has code 0 behind its last row.
@@ -113,8 +116,8 @@ class Codes(NamedTuple):
   Attributes:
     codes: The codes. Each row decodes to a whole number of pairs, so that a row
       of an odd width ends in a weight 0 that is not one of its own.
-    offsets: The first code of each row, and the end of the last row. There are
-      `rows` = R + 1 of them.
+    offsets: The index of the first code of each row, and the end of the last
+      row. There are `rows` = R + 1 of them.
   """
 
   codes: UInt16[Array, '*E N']
@@ -166,12 +169,13 @@ def encode(ternary: np.ndarray) -> Codes:
 def _parse(
   ternary: np.ndarray, table: Dictionary
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The codes of some rows, and the number of codes of each row."""
+  """The codes of some rows of weights, and the number of codes of each row."""
   R, M = ternary.shape
   bits = np.zeros((R, M + M % 2), np.int8)
   bits[:, :M] = ternary & 3
   pairs = np.ascontiguousarray((4 * bits[:, ::2] + bits[:, 1::2]).T)
-  # The longest sequence that each row has read so far, [steps, R].
+  # For each pair and row, the code of the longest sequence that ends with the
+  # pair, as the row is read pair by pair, [steps, R].
   codes = np.empty(pairs.shape, np.uint16)
   steps = table.steps.reshape(-1)
   prefixes, index = table.pairs[pairs[0]], np.empty(R, np.int64)
@@ -181,7 +185,7 @@ def _parse(
     np.add(index, pairs[step], out=index)
     steps.take(index, out=prefixes, mode='clip')  # 'raise' would copy `out`
     codes[step] = prefixes
-  # A sequence of one pair begins a new code.
+  # Where the sequence is a pair alone, the code before it has ended.
   ends = np.ones(codes.shape, bool)
   ends[:-1] = (table.lengths == 2)[codes[1:]]
   return codes.T[ends.T], ends.sum(0)
@@ -204,8 +208,9 @@ def decode(codes: Codes, width: int) -> Int8[Array, '*E R M']:
   R, padded = codes.offsets.shape[0] - 1, width + width % 2
   table = dictionary()
   ends = jnp.cumsum(jnp.asarray(table.lengths)[codes.codes])
-  # Each code adds its window of 28 weights, zeros before its own, behind 28
-  # weights that stand for no position.
+  # Each code adds a window of 28 weights, in which zeros stand before its own
+  # weights. The output begins with 28 weights of no position, for the windows
+  # of the first codes.
   weights = jax.lax.scatter_add(
     jnp.zeros(MOST_WEIGHTS + R * padded, jnp.int8),
     ends[:, None],

@@ -152,7 +152,7 @@ class Block(nn.Module):
     return self.config.norm.module(self.config.shared, name)(x)
 
   def _attention(self, h, context, cache, layer, cross=False):
-    """The output of attention, and the cache."""
+    """The output of attention for tokens h, and the cache after them."""
     c, positions, ids = self.config, context.positions, context.segment_ids
     name, causal, bias = 'attention', c.causal, context.bias
     keys = dict(memory=None, key_segment_ids=context.key_segment_ids)

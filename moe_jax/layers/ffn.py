@@ -49,7 +49,7 @@ class Activation(NamedTuple):
     return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:
-    """The hidden values of the products of x with `kernels`."""
+    """The hidden values, from the products of x with each of `kernels`."""
     argument, *factors = products
     if self.limit is not None:
       argument = jnp.minimum(argument, self.limit)
@@ -137,7 +137,7 @@ class FfnLayer:
 
   @property
   def activation(self) -> Activation:
-    """The function between the two products."""
+    """The function between the first and the last product of the layer."""
     return ACTIVATIONS[self.options.activation]
 
   @property
@@ -148,7 +148,7 @@ class FfnLayer:
 
   @property
   def gate_bias(self) -> bool:
-    """Whether the products of the gate and factor add a bias, too."""
+    """Whether the products with w_gate and w_factor add a bias, too."""
     return self.activation.gated and self.options.bias == 'all'
 
   def parameters(
@@ -189,7 +189,7 @@ class FfnLayer:
     return Sizes(width, self.options.hidden, row, kernels, parameter)
 
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
-    """The logical axes of `parameters`."""
+    """The logical axes of each array that `parameters` makes."""
     return {name: p[1] for name, p in self.specs(stack, width).items()}
 
   def specs(

@@ -158,7 +158,7 @@ class KernelFormat(Options):
     return first * (codes.astype(jnp.float32) - second)
 
   def _bounds(self, grid: Grid) -> list[Array]:
-    """The low and high values of a ternary grid; else the scale and zero."""
+    """The low and high values of a ternary grid; of others, scale and zero."""
     names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
     return [grid[name].astype(jnp.float32) for name in names]
 

@@ -1,10 +1,10 @@
 """A long short-term memory, optionally with a projection of its output.
 
-Cells of width H and an output of the model's width M: where the two differ, a
-kernel projects one onto the other, and the next step receives the projected
-output (Sak et al. 2014, https://arxiv.org/abs/1402.1128). Flax's cells have
-no projection, and multiply their input step by step; here the inputs of all
-steps are one product.
+The cells have width H and the output has the model's width M. Where the two
+differ, a kernel projects the cells to the output, and the next step receives
+the projected output (Sak et al. 2014, https://arxiv.org/abs/1402.1128). Flax's
+cells have no projection, and multiply their input step by step; here one
+product multiplies the inputs of all steps.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ class Lstm(nn.Module):
     return y.swapaxes(0, 1), last
 
   def _parameters(self, M):
-    """w_in and w_state [M, 4 * H], the bias, w_out [H, M] or None."""
+    """Makes w_in and w_state [M, 4 * H], the bias, and w_out [H, M] or None."""
     shared, H = self.shared, self.options.cells(M)
     dtype, param_dtype = shared.dtype, shared.param_dtype
     axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
@@ -160,7 +160,7 @@ def start(
   width: int,
   id_dtype: DTypeLike = jnp.int32,
 ) -> LstmState:
-  """The state before the first step of `batch_size` rows of M = `width`."""
+  """The state of zeros with which `batch_size` rows of M = `width` begin."""
   return LstmState(
     cell=jnp.zeros((batch_size, options.cells(width)), jnp.float32),
     output=jnp.zeros((batch_size, width), shared.dtype),

@@ -115,7 +115,7 @@ class MoE(nn.Module):
     return y, aux
 
   def _imposed_choices(self, given, mask, train, layer):
-    """The choices of groups that are imposed on the router, or None."""
+    """The choices imposed on the router, cut into groups; None without any."""
     kind = self.options.force_balance
     if given is not None:
       if self.options.retained.rows:
@@ -131,7 +131,10 @@ class MoE(nn.Module):
     return forced_choices(kind, mask, self.options.sizes, layer, key)
 
   def _mask_outputs(self, routing, train):
-    """Masks outputs of experts by setting their gates to zero."""
+    """Masks experts' outputs at random in training, by setting gates to zero.
+
+    Outside of training each gate is multiplied by the chance of being kept.
+    """
     rate = self.options.output_masking
     if not rate:
       return routing
@@ -170,7 +173,7 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
 def _result_of(
   experts: nn.Module, groups: Float[Array, 'G S M'], result: Any
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """The result of experts; raises ValueError unless it keeps their contract."""
+  """The result that experts returned; raises ValueError for a wrong shape."""
   y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
   if getattr(y, 'shape', None) != groups.shape:
     raise InputError(
@@ -183,7 +186,7 @@ def _result_of(
 def _to_merged(
   options: MoeOptions, chosen: AnyRouting, layer: int | Int[Array, '']
 ) -> Routing:
-  """The routing to merged experts, which the chosen router columns lead to."""
+  """The routing to the merged experts to which chosen router columns lead."""
   chosen, rows = cast(Routing, chosen), options.retained.rows
   table = np.zeros((max(rows) + 1, options.num_experts), np.int32)
   table[list(rows)] = list(rows.values())
@@ -218,7 +221,7 @@ def to_groups(
 def to_rows(
   values: Shaped[Array, 'G S N'], batch_size: int, length: int
 ) -> Shaped[Array, 'B T N']:
-  """The values of tokens in groups as rows again, without the padding."""
+  """Values of tokens in groups as rows of the batch, without the padding."""
   values = values.reshape(-1, values.shape[-1])[: batch_size * length]
   return values.reshape(batch_size, length, -1)
 

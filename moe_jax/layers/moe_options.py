@@ -19,7 +19,7 @@ from moe_jax.routing.capacity import CAPACITIES, Capacity
 
 @dataclasses.dataclass(frozen=True)
 class MoeOptions(ImposedOptions):
-  """The sparse layers of a model: mixtures of experts."""
+  """The options of the sparse layers of a model, mixtures of experts."""
 
   num_experts: int = option(
     8,
@@ -108,7 +108,7 @@ class MoeOptions(ImposedOptions):
 
   @property
   def causality(self) -> Causality:
-    """The causality of the router's choices under the layer's capacity."""
+    """How the router's choices depend on later tokens and on the capacity."""
     return self.router.causality(self.sizes)
 
   @property
@@ -151,7 +151,7 @@ class MoeOptions(ImposedOptions):
     return self.causality.leak or self.dispatch.leak()
 
   def in_layer(self, layer: int) -> 'MoeOptions':
-    """The options of one layer, where layers may have lost experts.
+    """The options of one layer, where pruning or merging left fewer experts.
 
     Layers with equally many experts have equal options. The result is `self`
     if no layer has lost experts.
@@ -163,7 +163,10 @@ class MoeOptions(ImposedOptions):
     return dataclasses.replace(self, num_experts=E, retained=retained)
 
   def problems(self) -> Iterator[str]:
-    """The problems of router, capacity, dispatch and experts together."""
+    """Yields a text for each conflict between options of the layer.
+
+    Conflicts are between router, capacity, dispatch and experts.
+    """
     if not self.num_experts:
       return
     yield from self.router.problems_with(self.sizes)
@@ -206,11 +209,10 @@ class MoeOptions(ImposedOptions):
     return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
 
   def twin(self) -> Twin:
-    """The dense feed-forward layer of the dense twin.
+    """The feed-forward layer that replaces these experts in the dense twin.
 
-    It needs the defaults that `within` fills in.
-
-    The layer is as wide as K experts and the shared expert together.
+    The layer is as wide as K experts and the shared expert together. The
+    options need the defaults that `within` fills in.
     """
     twin = self.expert.twin(self.num_selected)
     return twin.of_width(twin.ffn.hidden + self.shared_expert.hidden)
@@ -219,7 +221,7 @@ class MoeOptions(ImposedOptions):
   def shared_twin(self) -> Twin | None:
     """The feed-forward layer of the shared expert; None if there is none.
 
-    It needs the defaults that `within` fills in.
+    The options need the defaults that `within` fills in.
     """
     width = self.shared_expert.hidden
     return self.expert.twin(1).of_width(width) if width else None
@@ -232,7 +234,7 @@ class MoeOptions(ImposedOptions):
     return empty_aux(self.num_experts, self.num_selected, losses)
 
   def shrunk(self) -> Self:
-    """The options of a small layer; its router allows their E and K."""
+    """The options of a small layer, with E and K that the router allows."""
     fields = {name: getattr(self, name) for name in fields_of(type(self))}
     parts = {n: v.shrunk() for n, v in fields.items() if isinstance(v, Options)}
     router, capacity = self.router.shrunk(), self.capacity.shrunk()

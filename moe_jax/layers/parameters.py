@@ -40,7 +40,7 @@ class Role(NamedTuple):
 class Parameter(nn.LogicallyPartitioned):
   """The box of a parameter, with its logical axes, its role and its use.
 
-  Lifted transformations add an axis to its names and keep role and form.
+  Flax's lifted transformations add an axis name and keep role and form.
 
   Attributes:
     role: The part of the model that the parameter belongs to, as in `Role`.

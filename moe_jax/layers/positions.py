@@ -131,7 +131,7 @@ class Rotary(Positions):
     return int(head_width * self.fraction)
 
   def problems_with(self, head_width, causal, name='head_width'):
-    """The problem of an odd width that rotates, and those of the scaling."""
+    """Yields texts on an odd width that rotates, and on the scaling."""
     width = self._width(head_width)
     if width % 2 or not width:
       factor = '' if self.fraction == 1 else f' * fraction={self.fraction}'
@@ -174,7 +174,7 @@ class Rotary(Positions):
 
 
 def _last_positions(positions, segment_ids) -> Int[Array, 'B t']:
-  """The last position in the segment of each token, or in each row."""
+  """The last position in the segment of each token; without ids, in a row."""
   if segment_ids is None:
     return positions.max(axis=1, keepdims=True)
   # The compiler fuses the comparison, so that no array [B, T, T] is stored.
@@ -207,7 +207,7 @@ class Learned(Positions):
     return self.max_len
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Raises ValueError if a row exceeds the table."""
+    """Adds rows of the table; raises ValueError if it has too few of them."""
     # A decoding step is short, and its cache has no more slots than there are
     # positions.
     if positions.shape[1] > self.max_len:
@@ -258,13 +258,13 @@ class Relative(Positions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of a `max_distance` that is at most half of `buckets`."""
+    """Yields a text if `max_distance` is at most half of `buckets`."""
     if self.buckets // 2 >= self.max_distance:
       most, N = self.max_distance, self.buckets
       yield f'max_distance={most} must be above half of buckets={N}'
 
   def problems_with(self, head_width, causal, name='head_width'):
-    """The problem of too few buckets for both directions of an encoder."""
+    """Yields a text if an encoder has too few buckets for both directions."""
     if not causal and self.buckets < 4:
       yield f'buckets={self.buckets} must be at least 4 in an encoder'
 
@@ -282,9 +282,9 @@ class RelativePositionBias(nn.Module):
   Attributes:
     options: The numbers of buckets and of distances.
     num_heads: The number H of heads.
-    bidirectional: Whether later keys have buckets by distance, half of all; if
-      not, later keys have the bucket of distance 0, and causal attention hides
-      them.
+    bidirectional: Whether later keys have buckets by distance, half of all
+      buckets; if not, later keys have the bucket of distance 0, and causal
+      attention hides them.
   """
 
   options: Relative
@@ -321,9 +321,9 @@ class RelativePositionBias(nn.Module):
 def _toeplitz(values, query_len, key_len) -> Float[Array, 'H T S']:
   """The array whose element [:, t, s] is values[:, s - t + T - 1].
 
-  Neither it nor its gradient needs a gather: the values, and a zero after them,
-  are repeated in a line and cut into rows of the values' length, each of which
-  begins one value earlier than the row before.
+  Neither this array nor its gradient needs a gather: the values, and a zero
+  after them, are repeated in a line and cut into rows of the values' length,
+  each of which begins one value earlier than the row before.
   """
   T, S = query_len, key_len
   H, n = values.shape

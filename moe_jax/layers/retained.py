@@ -60,7 +60,7 @@ class Retained(Options):
 
   @property
   def rows(self) -> Mapping[int, tuple[int, ...]]:
-    """The index of each router column's expert, for each merged layer."""
+    """For each layer with merged experts, the expert of each router column."""
     return _entries('expert_of', self.expert_of)
 
   @property
@@ -78,7 +78,7 @@ class Retained(Options):
     return Retained.of({}, rows)
 
   def renumbered(self, old_layers: tuple[int, ...]) -> 'Retained':
-    """The options of a stack whose layer i is layer old_layers[i] here."""
+    """The options of a stack whose layer i is old_layers[i] of this stack."""
     pairs = list(enumerate(old_layers))
     return Retained.of(
       {i: self.counts[j] for i, j in pairs if j in self.counts},
@@ -86,7 +86,7 @@ class Retained(Options):
     )
 
   def problems(self) -> Iterator[str]:
-    """The problems of options that cannot be read, or contradict each other."""
+    """Yields texts on options that cannot be read, or contradict each other."""
     try:
       counts, rows = self.counts, self.rows
     except InputError as error:

@@ -34,7 +34,7 @@ class RotaryScaling(Options):
   """The contract of changes to rotary positions for longer texts."""
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
-    """The reasons why a base theta or a width does not fit, a text for each."""
+    """The reasons, as texts, why theta or the rotated width does not fit."""
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:
@@ -122,13 +122,13 @@ class Yarn(RotaryScaling):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of bounds in the wrong order."""
+    """Yields a text if `beta_fast` is not above `beta_slow`."""
     if self.beta_fast <= self.beta_slow:
       fast, slow = self.beta_fast, self.beta_slow
       yield f'beta_fast={fast} must be above beta_slow={slow}'
 
   def problems_with(self, theta, width):
-    """The problem of a base under which no pair turns slower than another."""
+    """Yields a text for a `theta` up to 1, as no pair would turn slower."""
     if theta <= 1:
       yield f'theta={theta} must be above 1 with scaling'
 
@@ -216,7 +216,7 @@ class LongRope(RotaryScaling):
     return self.original_len
 
   def problems_with(self, theta, width):
-    """The problem of lists that are not as long as there are pairs."""
+    """Yields a text for each list of factors that has not one for each pair."""
     pairs = width // 2
     for name in ('short_factor', 'long_factor'):
       count = len(getattr(self, name))

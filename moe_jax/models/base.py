@@ -25,14 +25,14 @@ from moe_jax.shapes import Array, Float32
 
 Batch = Mapping[str, Array]
 _KEYS = ('tokens', 'segment_ids', 'positions')
-# The keys of a batch that hold the choices which are imposed on the routers of
-# the L sparse layers: the indices of the experts, and whether each choice is
-# served; both are [B, T, L, K].
+# The keys of a batch that hold the choices of experts which are imposed on the
+# routers of the L sparse layers: the indices of the experts, and whether each
+# choice is served; both are [B, T, L, K].
 REPLAYED = ('replayed_experts', 'replayed_kept')
 
 
 class TokenLosses(NamedTuple):
-  """The loss of a model's outputs, for each token.
+  """The loss of each token, from the outputs of a model.
 
   Attributes:
     nats: float32 [B, T], the loss; it is the cross-entropy in nats, unless the
@@ -49,10 +49,10 @@ class Model(nn.Module):
   """The contract of a model's module.
 
   A model takes what `inputs` picks from a batch and returns outputs and the
-  layers' `MoeAux`, every leaf of which is [L, ...]; flax gives it `init` and
-  `apply`. The methods that this class defines are those of a model of text,
-  which takes tokens to logits of the next token and has the field
-  `embedding: EmbeddingConfig`.
+  losses and statistics of its L layers, a `MoeAux` whose leaves are [L, ...];
+  flax gives the model `init` and `apply`. The methods that this class defines
+  are those of a model of text, which takes tokens to logits of the next token
+  and has the field `embedding: EmbeddingConfig`.
 
   A model that generates also has `for_decoding`, `make_cache(batch_size,
   max_len)`, whose cache has `take`, and `decode(tokens, token_mask, cache)`,
@@ -286,8 +286,9 @@ class ModelOptions(LayerOptions):
   def least_parameters(self) -> int:
     """A lower bound on the number of parameters, computed from the options.
 
-    The time does not depend on the number. This class counts the tables of
-    embeddings, logits and positions alone; a kind of model adds its layers.
+    The time to compute it does not depend on the number. This class counts the
+    tables of embeddings, logits and positions alone; a kind of model adds its
+    layers.
     """
     tables = 1 if self.embedding.tie else 2
     rows = tables * self.vocab_size + self.positions.table_len
@@ -335,5 +336,8 @@ class ModelOptions(LayerOptions):
     )
 
   def shrunk(self) -> Self:
-    """The same structure at a laptop's size, on the data's own vocabulary."""
+    """The options of a small model of this structure, for a laptop.
+
+    The vocabulary is left to the data.
+    """
     return dataclasses.replace(super().shrunk(), vocab_size=0, width=32)

@@ -119,17 +119,17 @@ class DecoderOptions(ModelOptions, StackOptions):
       )
 
   def problems(self) -> Iterator[str]:
-    """The problems of the decoder's layers, and of the option `num_tasks`."""
+    """Yields texts on wrong options of the layers, and on `num_tasks`."""
     yield from self.decoder_problems()
     yield from self.task_problems()
 
   def decoder_problems(self) -> Iterator[str]:
-    """The problems of the decoder's layers alone."""
+    """Yields texts on wrong options of the decoder's layers alone."""
     yield from super().problems()
     yield from self.half_problems(self, causal=True)
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
-    """The problems of attention and positions in an encoder or decoder."""
+    """Yields texts on wrong options of attention or positions in a stack."""
     try:
       attention = half.attention.within(self.width)
     except OptionError as error:
@@ -141,7 +141,7 @@ class DecoderOptions(ModelOptions, StackOptions):
       yield f'positions: {problem}'
 
   def task_problems(self) -> Iterator[str]:
-    """The problem of a number of tasks that no router needs."""
+    """Yields a text if `num_tasks` is set and no router needs it."""
     if self.num_tasks and not self.routes_by_task:
       yield no_effect(
         'num_tasks', self.num_tasks, 'where no router goes by task'
@@ -195,7 +195,7 @@ class Decoder(Model):
     task_ids: Int[Array, 'B T'] | None = None,
     given: GivenChoices | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
-    """Returns float32 logits and the layers' aux, every leaf [L, ...].
+    """Returns float32 logits, and losses and statistics of layers, [L, ...].
 
     Args:
       tokens: Token ids.
@@ -216,7 +216,7 @@ class Decoder(Model):
   def run_decoder(
     self, tokens: Int[Array, 'B T'], context: Context, train: bool
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
-    """The logits and the aux of the decoder's layers, given their context."""
+    """The logits, and the layers' losses and statistics, given a context."""
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )
@@ -293,7 +293,7 @@ def make_context(
   given: GivenChoices | None = None,
   previous: Array | None = None,
 ) -> Context:
-  """The context of a stack's blocks; defaults are as in `Decoder`.
+  """The arrays that the blocks of a stack read; defaults are as in `Decoder`.
 
   Args:
     c: The configuration of the stack.

@@ -52,7 +52,7 @@ def longest(model: Model) -> int | None:
 
 
 def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
-  """Checks that no keys in a cache would have to change.
+  """Checks that a generation would not have to change keys in its cache.
 
   Some rotary positions turn all keys of a row by other angles once the row is
   longer than `original_len`. The keys in a cache stay as they are, so no
@@ -91,7 +91,7 @@ def window_beyond(model: Model, seq_len: int) -> int:
 
   Returns:
     A number of tokens; 0, for no window, in a model whose positions are added
-    to embedded tokens, and in one that is no decoder of blocks.
+    to embedded tokens, and in a model that is no decoder of blocks.
   """
   is_decoder = len(model.stacks) == len(model.stacks.blocks) == 1
   return seq_len if is_decoder and not model.embedding.positions.added else 0
@@ -156,10 +156,10 @@ def _config_for_decoding(stack, window: int) -> StackConfig:
 
 
 def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-  """A stack's tree with separate variables for every period.
+  """The variables of a stack, with arrays of its own for every period.
 
-  Slices of stacked parameters are copies, which take too long for a decoding
-  step.
+  Slices of stacked parameters would be copies, which take too long for a
+  decoding step.
   """
   tree = dict(tree)
   for segment in segments(c.kinds):
@@ -198,7 +198,7 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
 
 def _for_few_tokens(stack, params, rows):
-  """A stack and its parameters, laid out for steps of `rows` tokens."""
+  """A stack and its parameters, in the layout for steps of `rows` tokens."""
   moe = stack.experts
   plain = type(moe.expert).experts is FeedForwardExpert.experts
   if not (plain and isinstance(moe.dispatch, Dropless)):

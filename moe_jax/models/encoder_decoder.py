@@ -73,7 +73,7 @@ class EncoderDecoderOptions(DecoderOptions):
 
   @functools.cached_property
   def encoder_half(self) -> StackOptions:
-    """The options of the encoder's layers, cached, as each build reads them.
+    """The options of the encoder's layers, cached for all builds of the model.
 
     They are the decoder's options with `encoder.overrides`. Before overrides,
     the encoder has as many heads of keys and values as of queries, since fewer
@@ -96,7 +96,11 @@ class EncoderDecoderOptions(DecoderOptions):
     return self.encoder_half, *super().halves
 
   def with_halves(self, *halves):
-    """The same model with other layers; `encoder.overrides` is made of them."""
+    """The same model with other layers in encoder and decoder.
+
+    `encoder.overrides` becomes all that the encoder's layers have otherwise
+    than the decoder's options would give.
+    """
     encoder, decoder = halves
     L = encoder.num_layers
     base, changed = (
@@ -123,7 +127,7 @@ class EncoderDecoderOptions(DecoderOptions):
     return super().routes_by_task or self.encoder_half.routes_by_task
 
   def problems(self) -> Iterator[str]:
-    """The problems of the decoder's routers, and of the encoder's options."""
+    """Yields texts on wrong options of decoder and encoder layers."""
     yield from self.decoder_problems()
     if not self.attention.crosses:
       yield (
@@ -166,7 +170,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """The problems of options that must be equal in encoder and decoder."""
+  """Yields a text for each option that wrongly differs in the two stacks."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:
@@ -233,9 +237,9 @@ class EncoderDecoder(Decoder):
     encoder_given: GivenChoices | None = None,
     given: GivenChoices | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
-    """Returns float32 logits and all layers' aux, every leaf [L, ...].
+    """Returns float32 logits, and losses and statistics of layers, [L, ...].
 
-    The encoder's layers come first.
+    The layers of the encoder come first.
 
     Args:
       encoder_tokens: Token ids that the encoder reads.
@@ -312,7 +316,7 @@ class EncoderDecoder(Decoder):
   def _encode(
     self, tokens, segment_ids, positions, task_ids, given=None, train=False
   ):
-    """The encoder's output, and its layers' aux."""
+    """The encoder's output, and the losses and statistics of its layers."""
     context = make_context(
       self.encoder_blocks, tokens, segment_ids, positions, task_ids, given
     )
@@ -323,9 +327,9 @@ class EncoderDecoder(Decoder):
     return encoded, aux
 
   def _project(self, encoded):
-    """The keys and the values of the decoder's layers, [B, N, S, D] each.
+    """The keys and values of each decoder layer's attention to the encoder.
 
-    Keys and values are stacked if the parameters of the layers are.
+    They are [B, N, S, D] for each layer, stacked if the layers' parameters are.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
@@ -342,7 +346,10 @@ class EncoderDecoder(Decoder):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The aux of both stacks; zeros where a stack lacks losses or experts."""
+  """The losses and statistics of the layers of both stacks.
+
+  They are zeros where a stack lacks losses or experts that the other one has.
+  """
   losses = encoder_aux.losses | aux.losses
 
   def filled(aux):

@@ -38,11 +38,11 @@ class SparseLayer(NamedTuple):
     number: The index of the layer in the model, where an encoder's layers come
       first.
     in_stack: The index of the layer in its encoder or decoder.
-    moe: The options of its mixture.
+    moe: The options of its mixture of experts.
     shared: The settings that all layers of the model share.
     experts: The parameters of experts, with the experts in front: [E, ...].
     columns: The parameters and the state of the router that have an axis for
-      the experts that it chooses from, such as the columns of its kernel.
+      the experts that the router chooses from, such as its kernel.
     axes: The logical axes of the arrays in `experts` and `columns`.
   """
 
@@ -101,7 +101,7 @@ def sparse_layers(
 def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-  """The parameters and state of each layer, all sliced by one program."""
+  """The parameters and router state of each layer, sliced by one program."""
   return [
     model.stacks.layer_trees(variables.get(name, {}))
     for name in ('params', ROUTER_STATE)
@@ -115,7 +115,7 @@ def assembled(
   new: Model,
   changes: Mapping[int, Arrays],
 ) -> dict[str, Any]:
-  """The variables of a model that has other arrays in some layers.
+  """The variables of a new model that has other arrays in some layers.
 
   Args:
     model: The model of the variables.
@@ -157,7 +157,7 @@ def assembled(
 def with_moes(
   options: ModelOptions, change: Callable[[int, LayerOptions], MoeOptions]
 ) -> ModelOptions:
-  """The options of a model of blocks with other mixtures.
+  """The options of a model of blocks with other mixtures of experts.
 
   Args:
     options: The options.
@@ -174,7 +174,7 @@ def with_moes(
 
 
 def has_merged(model: Model) -> bool:
-  """Whether some router has several columns for one expert, a merged one."""
+  """Whether several columns of some router lead to one, merged expert."""
   return any(moe.retained.rows for moe in model.stacks.mixtures)
 
 

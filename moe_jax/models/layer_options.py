@@ -71,7 +71,7 @@ class LayerOptions(Options):
 
   @property
   def num_sparse(self) -> int:
-    """The number of sparse layers, counted without a list of them."""
+    """The number of sparse layers, counted without making a list of them."""
     return len(sparse_numbers(self.moe.layers, self.num_layers))
 
   def feed_forward_parameters(
@@ -113,7 +113,10 @@ class LayerOptions(Options):
     return self.has_experts and 'task_ids' in self.moe.router.reads
 
   def problems(self) -> Iterator[str]:
-    """The problem of options that name a layer which is no sparse layer."""
+    """Yields a text if `moe.layers` or `moe.retained` names wrong layers.
+
+    `moe.retained` may name sparse layers alone.
+    """
     yield from super().problems()
     try:
       sparse = sparse_numbers(self.moe.layers, self.num_layers)
@@ -128,7 +131,7 @@ class LayerOptions(Options):
       )
 
   def leak(self) -> Iterator[str]:
-    """The problem of a router that leaks the future without permission."""
+    """Yields a text if a router leaks the future and no option permits it."""
     reason = self.moe.leak() if self.has_experts else None
     if reason is None:
       return
@@ -145,7 +148,7 @@ class LayerOptions(Options):
   def group_problems(
     self, run: RunShape, name: str, length: int
   ) -> Iterator[str]:
-    """The problems of groups that do not fit into the batches of a run.
+    """Yields texts on groups of tokens that do not fit the batches of a run.
 
     Args:
       run: The sizes of the run.
@@ -268,7 +271,7 @@ class StackOptions(LayerOptions):
     return tuple(0 if flag else window for flag in self.full)
 
   def problems(self) -> Iterator[str]:
-    """The problem of full layers that the stack does not have."""
+    """Yields a text if the stack lacks layers that `full_layers` names."""
     yield from super().problems()
     layers, option_name = self.attention.full_layers, 'attention.full_layers'
     if not self.attention.window:

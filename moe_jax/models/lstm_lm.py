@@ -45,7 +45,7 @@ class LstmLmOptions(ModelOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problems of options that have no meaning in a model of LSTMs."""
+    """Yields texts on options that have no meaning in a model of LSTMs."""
     yield from super().problems()
     router = self.moe.router
     if router.reads or router.keeps_state:
@@ -145,7 +145,7 @@ class LstmLm(Model):
 
   Attributes:
     embedding: The configuration of embeddings and logits.
-    between: The configuration of the LSTM and mixture layers between them.
+    between: The configuration of the layers between embeddings and logits.
   """
 
   embedding: EmbeddingConfig
@@ -176,7 +176,7 @@ class LstmLm(Model):
     train: bool = False,
     given: GivenChoices | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
-    """Returns float32 logits and the layers' aux, every leaf [L, ...].
+    """Returns float32 logits, and losses and statistics of layers, [L, ...].
 
     Args:
       tokens: Token ids.
@@ -201,7 +201,7 @@ class LstmLm(Model):
     return logits, aux
 
   def _run(self, tokens, segment_ids, positions, train, states, given=None):
-    """Logits, aux and the layers' states after the last step."""
+    """The logits, the layers' losses and statistics, and the last states."""
     sparse = self.between.sparse
     check_given(given, sparse if self.between.moe else ())
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
@@ -279,7 +279,7 @@ class _Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state, given):
-    """Returns the residual stream, aux, and an LSTM's last state."""
+    """The residual stream, losses and statistics, and an LSTM's last state."""
     c = self.between
     aux = empty_aux(1, 1) if c.moe is None else c.moe.dense_aux()
     if not self.sparse:

@@ -1,8 +1,8 @@
 """The options that decide what a model's parameters compute.
 
-Models are compared by these options. Two models whose parameters have equal
-shapes and whose meanings are equal are the same function outside of training,
-except for rounding.
+These options are the `meaning` of a model, by which models are compared. Two
+models whose parameters have equal shapes and whose meanings are equal are the
+same function outside of training, except for rounding.
 """
 
 import dataclasses
@@ -42,12 +42,15 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
 
 
 def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
-  """The options that differ, as (old, new); None where a model lacks them."""
+  """The options in which two models differ, as (old, new); None if missing."""
   return config.difference(meaning(old), meaning(new))
 
 
 def _layers(half: Any, width: int) -> dict[str, Any]:
-  """The meaning of the layers of an encoder or decoder of width M, `width`."""
+  """The options that decide what the layers of an encoder or decoder compute.
+
+  They are as in `meaning`; `width` is M, the width of the layers' input.
+  """
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0
   if experts:
@@ -68,7 +71,7 @@ def _layers(half: Any, width: int) -> dict[str, Any]:
 
 
 def _router(router: Any, sizes: Sizes) -> RouterOptions:
-  """A router with defaults for the options that change none of its choices.
+  """The router, with defaults for options that change none of its choices.
 
   The order of slots has no effect with room for all tokens, or with K = 1, as
   there is no second choice. The rate of a balancing bias has an effect only in

@@ -38,8 +38,8 @@ def sparse_numbers(
 ) -> Collection[int]:
   """The indices of the sparse layers, in a range or a set.
 
-  A range takes no time for any number of layers. Arguments and errors are those
-  of `sparse_pattern`.
+  A range takes no time to make, whatever the number of layers. Arguments and
+  errors are those of `sparse_pattern`.
   """
   if (L := num_layers) < 1:
     raise InputError(f'num_layers={L} must be at least 1')
@@ -63,7 +63,7 @@ def sparse_numbers(
 
 
 def shrunk_pattern(layers: str, num_layers: int) -> tuple[str, int]:
-  """The same kind of pattern for few layers, and their number, at least 2.
+  """The same kind of pattern for few layers, and how many layers, at least 2.
 
   'every 6' takes 6 layers and '1,3' takes 4; 'last 26' of 27 layers becomes
   'last 2' of 3, after one dense layer.
@@ -147,7 +147,7 @@ def shortest_period(kinds: tuple[Hashable, ...]) -> int:
 
 
 def _count_repeats(kinds, p):
-  """The number of times that the first p layers occur in a row at the front."""
+  """The number of times that the first p kinds occur in succession in front."""
   n = 0
   while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
     n += 1

@@ -18,8 +18,9 @@ class LayerChoices(NamedTuple):
   Attributes:
     expert: int [B, T, N], the index of the expert; -1 where there is no
       choice: in padding, and where experts choose and this expert did not. N is
-      K where tokens choose, and E where experts do; in records of traces it is
-      then the most experts of any token, the largest gate first.
+      K where tokens choose, and E where experts choose; in the latter case it
+      is, in recorded traces, the most experts of any token, and the largest
+      gate is first.
     gate: float [B, T, N], the weight of the expert's output before output
       masking, float16 or float32; 0 where the choice is not kept.
     kept: bool [B, T, N], whether the router's queues served the choice. Rows

@@ -50,7 +50,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def expression_problems(name: str, text: str) -> Iterator[str]:
-  """The problem of a text that is no expression over the parts of a model."""
+  """Yields a text if the option's value is no expression over model parts."""
   try:
     list(_terms(text))
   except (InputError, re.error) as error:
@@ -93,7 +93,7 @@ def names_of(
 
 
 def _names(term: str, by_name: dict[str, str]) -> set[str]:
-  """The names of the parameters of a term."""
+  """The names of the parameters that a term of an expression stands for."""
   if term.startswith(_PATTERN):
     pattern = re.compile(term.removeprefix(_PATTERN))
     return {name for name in by_name if pattern.search(name)}

@@ -30,9 +30,9 @@ class Padding:
   """The rule that padding takes no slot, is not counted and not attended to."""
 
   def context(self, context: Context) -> Context:
-    """The context that blocks read, from a context that hides padding.
+    """The arrays that blocks read, from a context that hides padding.
 
-    The two are the same, unless a subclass lets padding be seen.
+    They are those of the context, unless a subclass lets padding be seen.
     """
     return context
 
@@ -133,7 +133,9 @@ class Stack(nn.Module):
     train: bool = False,
     cache: KVCache | None = None,
   ) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
-    """Returns the output, the layers' aux, every leaf [L, ...], and the cache.
+    """Returns the output, the layers' losses and statistics, and the cache.
+
+    Losses and statistics are a `MoeAux`, every leaf of which is [L, ...].
 
     Args:
       x: Embedded tokens.
@@ -176,7 +178,7 @@ class Stack(nn.Module):
 
 
 def _scanned(c: StackConfig, segment: Segment, train: bool):
-  """A loop over a segment's periods, unrolled where the config says so."""
+  """A loop over a segment's periods, unrolled if not `scan_layers`."""
   loops = c.scan_layers and segment.repeats > 1
   scanned = nn.scan(
     Period,
@@ -214,7 +216,10 @@ class Period(nn.Module):
     numbers: Int32[Array, ' P'] | tuple[int, ...],
     context: Context,
   ) -> tuple[tuple[Array, KVCache | None], MoeAux]:
-    """Applies the blocks to (x, cache); aux leaves are [period, ...]."""
+    """Applies the blocks to (x, cache); also returns losses and statistics.
+
+    Every leaf of losses and statistics is [period, ...].
+    """
     c = self.config
     block = Block
     if c.remat != 'none':

@@ -117,7 +117,7 @@ def _init(model, key):
 
 
 def variables(params: Any, router_state: Any) -> dict[str, Any]:
-  """The variables that `apply` takes, without an empty collection."""
+  """The variables that `apply` takes; an empty `router_state` is left out."""
   collections = {ROUTER_STATE: router_state} if router_state else {}
   return {'params': params, **collections}
 
@@ -153,7 +153,7 @@ def move_router_state(
   """
 
   def move(router, state, rows):
-    """Updates a router's state, the highest level of the tree with arrays."""
+    """Updates a router's state: the dict nearest the root that has an array."""
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)
     return {name: move(router, part, rows) for name, part in state.items()}

@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
 
   @property
   def expert_rows(self) -> float:
-    """The number of elements of rows that have the bytes of an expert."""
+    """The number of row elements that have as many bytes as an expert."""
     return self.expert_bytes / self.bytes_per_element
 
   @property
@@ -182,7 +182,7 @@ def step(
   num_groups: int = 1,
   shadowed: Bool[np.ndarray, 'N E'] | None = None,
 ) -> Step:
-  """The operations of a training step of a layer.
+  """The operations of a training step of a layer, with their seconds.
 
   Args:
     topology: The machine.
@@ -230,7 +230,7 @@ def step(
 
 
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
-  """1 where step j sends rows from device i (axis 2) to device k (axis 1)."""
+  """1 where step j sends rows from device i (axis 2) to k (axis 1), else 0."""
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
   return (step == np.arange(g)[:, None, None]).astype(int)
@@ -239,11 +239,13 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The times at which operations of the forward pass end.
+  """The times at which the S_j and C_j of a pass end.
+
+  `busy` is the time until which each device computes something else.
 
   Returns:
-    The end of the last S_j; of the last C_j on each device; and of each C_j on
-    all devices.
+    The end of the last S_j; of the last C_j on each device; and, for each C_j,
+    its end on the device that ends last.
   """
   arrived = np.cumsum(send, -1)
   ready = []
@@ -256,7 +258,7 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R_j ends, where no R_j starts before `sent`."""
+  """The time at which the last R_j ends; none starts before the time `sent`."""
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent

@@ -42,7 +42,7 @@ class Exchange(Options):
   )
 
   def capacity(self, slots: int) -> int:
-    """The slots of an expert that travel from a device that has `slots`."""
+    """How many of an expert's `slots` on a device the exchange has room for."""
     return PerToken(self.capacity_fraction).per_expert(slots, 1, 1)
 
   def cut(
@@ -64,7 +64,7 @@ class Exchange(Options):
     return rows
 
   def pieces_spec(self, layout: Layout) -> PartitionSpec:
-    """The partition spec of pieces, of which `cut` makes each device's part."""
+    """The partition spec of a piece, of which `cut` makes a device's part."""
     return layout.spec((), layout.groups)
 
   @required
@@ -97,10 +97,11 @@ class Constraint(Exchange):
   """
 
   def move(self, layout, rows, to_experts, number=0):
-    """States the sharding of the same rows before and after.
+    """States the sharding of the same rows before and after they travel.
 
-    R is split into a dimension for each mesh axis of the groups. So the
-    compiler sees that some axes move from R to E; otherwise it gathers all.
+    The dimension R of rows is split into one for each mesh axis of the groups.
+    So the compiler sees that some mesh axes move from R to the dimension E of
+    experts; otherwise it would gather all rows.
     """
     E, R, M = rows.shape
     devices = [layout.sizes[name] for name in layout.groups]
@@ -132,14 +133,15 @@ class InRing(Exchange):
   He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418, section 4.2,
   with one device at each of the W places of the ring. In step j device i does
   S_j: it sends rows to the experts of device i - j and receives from i + j;
-  C_j: its experts multiply these rows; and R_j: it returns the results. Step 0
-  stays on the device. S_j, C_j, R_j depend on one another, and steps do not,
-  so that a compiler may send in one step while experts multiply in another.
-  All S_j are asked for first, then all C_j, then all R_j, as published.
+  C_j: its experts multiply these rows; and R_j: it returns the results. The
+  rows of step 0 stay on the device. S_j, C_j, R_j depend on one another, and
+  steps do not, so that a compiler may send in one step while experts multiply
+  in another. All S_j are asked for first, then all C_j, then all R_j, as
+  published.
   """
 
   def cut(self, layout, rows):
-    """A piece for each step: the rows for one device, the own device first."""
+    """A piece for each step: the rows for one device, first for this device."""
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
     return [blocks[target] for target in _targets(layout)]
 
@@ -150,7 +152,7 @@ class InRing(Exchange):
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
-    """The partition spec of pieces of rows for each device's experts."""
+    """The partition spec of pieces, each of rows for one device's experts."""
     return layout.spec(layout.expert_only, layout.groups)
 
   def move(self, layout, rows, to_experts, number=0):
@@ -196,8 +198,8 @@ def permuted(
 ) -> Float[Array, '*R M']:
   """The rows that a device receives in a step of the ring, or gets back.
 
-  It gets rows back where `to_experts` is False. The function is called under
-  `shard_map`. Step 0 moves nothing.
+  Where `to_experts` is False, the device gets its rows back. The function is
+  called under `shard_map`. Step 0 moves nothing.
   """
   if number == 0:
     return rows
@@ -225,7 +227,7 @@ def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _all_blocks(layout, rows):
-  """Undoes `own_blocks`: gathers the other parts from their devices."""
+  """Undoes `own_blocks`: gathers other devices' parts of the experts' rows."""
   sizes = [layout.sizes[name] for name in layout.exchanged]
   rows = rows.reshape(*sizes, *rows.shape[1:])
   for i, name in enumerate(layout.experts):

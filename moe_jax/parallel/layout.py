@@ -41,7 +41,7 @@ class Layout:
 
   @property
   def expert_only(self) -> tuple[str, ...]:
-    """The axes that split experts and not groups: rows are whole along them."""
+    """The axes that split experts, not groups: rows are whole along them."""
     return tuple(name for name in self.experts if name not in self.groups)
 
   def devices(self, axes: tuple[str, ...]) -> int:
@@ -120,8 +120,8 @@ def own_blocks(
   """The part of x for the experts of each device that rows travel to.
 
   The function is called under `shard_map`. `[E, ...]` becomes `[X, J, ...]`, J
-  experts on each of X devices. Along axes of experts that rows do not travel
-  along, the result has this device's part alone.
+  experts on each of X devices. Along mesh axes that split the experts, but
+  along which rows do not travel, the result has this device's part alone.
   """
   sizes = [layout.sizes[name] for name in layout.experts]
   row_shape = x.shape[1:]

@@ -28,7 +28,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class RaggedExchange(Options):
-  """The exchange of rows sorted by expert, all at once."""
+  """The exchange of rows sorted by expert, in which all rows travel at once."""
 
   capacity_fraction: float = option(
     1.0,
@@ -56,9 +56,9 @@ class RaggedExchange(Options):
         expert of this device [J]) -> outputs.
 
     Returns:
-      The outputs, zero for rows that found no room or whose expert is on a
-      device along an axis of experts alone, and the number of rows without
-      room.
+      The outputs, and the number of rows without room. Outputs are zero for
+      such rows, and for rows whose expert is on another device along a mesh
+      axis that splits experts and not groups.
     """
     axes, N = layout.exchanged, len(rows)
     bound = self.bound(N * layout.devices(axes))
@@ -91,7 +91,7 @@ RAGGED_EXCHANGES = Kinds(
 
 
 class Plan(NamedTuple):
-  """A plan of the way of one device's rows to their experts and back.
+  """A plan for how the rows of one device travel to their experts and back.
 
   Attributes:
     traffic: The numbers of rows that go between devices; None where rows stay.
@@ -125,8 +125,8 @@ def plan_of(
     layout: The layout of groups and experts.
     num_rows: N, the number of rows of a device.
     sizes: The number of rows of each expert.
-    bound: R, the number of rows for which a device has room; rows past it are
-      dropped, those of the last senders first, and of a sender those of the
+    bound: R, the number of rows for which a device has room; more rows are
+      dropped, those from the last devices first, and of a device those for the
       last experts first.
   """
   starts = jnp.cumsum(sizes) - sizes
@@ -161,7 +161,7 @@ def plan_of(
 
 
 class Traffic(NamedTuple):
-  """The numbers of rows from each of P devices to each; equal on all devices.
+  """The numbers of rows from each of P devices to each, known to all devices.
 
   Attributes:
     sizes: int32 [P, P], the number of rows from device i to device j.
@@ -194,15 +194,15 @@ def move(
   lengths: tuple[int, int],
   axes: Axes,
 ) -> Float[Array, 'R M']:
-  """Receives every device's rows for this one, one device after the other.
+  """The rows that all devices send to this device, in the devices' order.
 
-  Where not `to_experts`, received rows return to where they came from, which is
-  the transpose; rows that were not sent are zero.
+  Where `to_experts` is False, received rows return to the devices from which
+  they came, which is the transpose; rows that were not sent are zero.
 
   Args:
     rows: The rows of this device or, on the way back, the rows that it has
       received, in the order in which they came.
-    flows: The blocks of rows that go to each device.
+    flows: The numbers of rows between devices, and where they begin.
     to_experts: Whether rows go to their experts.
     lengths: The number of rows that each device had, and R, at least as many as
       arrive; the rest is zero.

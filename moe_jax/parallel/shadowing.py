@@ -15,12 +15,13 @@ The algorithm is greedy, and stops at the first expert that does not pay. On 200
 draws, of 2 to 8 experts, its choice is the best of all subsets in 70 %, slower
 by 4.3 % in the mean and by 41 % at most.
 
-The counts of a step choose the step's experts; parameters are summed from the
-devices that have them, zeros elsewhere, so that the gradients are summed to the
-same devices, and the optimizer steps there alone. Nothing is kept between
-steps. Devices that hold copies of the experts, along the axes `data` and
-`fsdp`, choose for themselves, by the counts of the devices that they exchange
-rows with.
+The numbers of rows in a step decide which experts are shadowed in that step.
+Their parameters reach all devices by a sum over devices, to which only the
+devices that have the parameters add numbers other than zero; so the gradients
+are summed to the same devices, and the optimizer steps there alone. Nothing is
+kept between steps. Devices that hold copies of the experts, along the axes
+`data` and `fsdp`, choose for themselves, by the numbers of rows of the devices
+that they exchange rows with.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ class Speeds:
   def of_bytes(
     cls, flops: float, bytes_per_second: float, sizes: Sizes
   ) -> 'Speeds':
-    """The speeds of a network whose bandwidth is in bytes per second."""
+    """The speeds of devices whose bandwidth is given in bytes per second."""
     return cls(flops, bytes_per_second / sizes.bytes_per_element)
 
 
@@ -88,8 +89,8 @@ def seconds_by_number(
   experts = xp.argsort(-totals, stable=True)[:most]
   is_owner = owners(E, W)[:, None] == xp.arange(W)[None]  # [E, W]
   owned = is_owner * totals[:, None]
-  # Where an expert is shadowed, its device loses all of its rows, and every
-  # device keeps its own.
+  # If an expert is shadowed, the device that has it loses all of the expert's
+  # rows, and every device keeps the rows that its own tokens send there.
   changes = xp.concatenate([owned.sum(0)[None], (counts - owned)[experts]])
   rows = xp.cumsum(changes, 0).max(1)  # of the slowest device, [R + 1]
   numbers = xp.arange(most + 1)
@@ -104,17 +105,15 @@ def choose(counts: Any, sizes: Sizes, speeds: Speeds, *, most: int) -> Any:
 
   Where two experts have equally many tokens, the lower index comes first. With
   more experts than devices, E = c W, device w has the c experts from c w on; in
-  the paper, and for c = 1, each device has one expert. The function runs inside
-  a compiled step, too, where seconds are float32, so that it may decide between
+  the paper, and for c = 1, each device has one expert. The function also runs
+  inside a compiled step, where seconds are float32. There it may decide between
   two choices whose seconds agree to seven digits otherwise than on counts of
   numpy.
-
 
   Args and errors are those of `seconds_by_number`.
 
   Returns:
-    The indices of the shadowed experts, and E for each of the R that is unused,
-    [R].
+    The indices of the shadowed experts, [R]; E where a place is unused.
   """
   experts, seconds = seconds_by_number(counts, sizes, speeds, most)
   xp = counts.__array_namespace__()
@@ -127,9 +126,10 @@ def least_rows(
 ) -> float | Float[np.ndarray, ' N']:
   """The number r F of rows in n_max > r F, the threshold that FasterMoE prints.
 
-  If the busiest device has more rows, the 4 n_max M elements of rows in
-  Lat_imbl are more than the 4 r M F of parameters and gradients in Lat_shadow.
-  (An expert of three kernels has half as many again, and F counts for 3/2.)
+  If n_max, the number of rows of the busiest device, is larger, the 4 n_max M
+  elements of rows in Lat_imbl are more than the 4 r M F of parameters and
+  gradients in Lat_shadow. (An expert of three kernels has half as many
+  parameters again, and F counts for 3/2.)
   Shadowing pays if also no device has more rows than n_max afterwards, whatever
   the speeds are.
 
@@ -143,7 +143,7 @@ def least_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Shadowing(Options):
-  """The experts that are sent to all devices instead of their tokens."""
+  """Options of how many experts, and which, are sent to all devices."""
 
   experts: int = option(
     0,
@@ -205,7 +205,7 @@ def split(
 
   Args:
     routing: The routing of the device's groups.
-    shadowed: The experts that are shadowed, then E.
+    shadowed: The indices of the shadowed experts; E where a place is unused.
 
   Returns:
     The choices of all experts but the shadowed ones, and those of the R
@@ -233,7 +233,7 @@ def gathered(
   Args:
     layout: The layout of groups and experts.
     p: The parameters of the experts of this device, [J, ...].
-    shadowed: The experts that are shadowed, then E.
+    shadowed: The indices of the shadowed experts; E where a place is unused.
   """
 
   def sum_over_devices(x):
@@ -261,8 +261,8 @@ def moved_rows(
   Args:
     layout: The layout of groups and experts.
     counts: The number of this device's rows of each expert.
-    sent: The same without the rows of shadowed experts.
-    shadowed: The experts that are shadowed, then E.
+    sent: The same as `counts`, without the rows of shadowed experts.
+    shadowed: The indices of the shadowed experts; E where a place is unused.
     overflow: The number of this device's rows for which the exchange had no
       room; where experts are split over `expert_only` axes, of the rows for
       this part of the experts.
@@ -271,15 +271,17 @@ def moved_rows(
     return no_exchange()
 
   def away(counts):
-    """The number of rows for other devices than this one."""
+    """The number of rows whose expert is on another device than this one."""
     blocks = own_blocks(layout, counts).sum(1)  # [X]
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 
   values = [away(counts), away(sent), overflow]
-  # Each device along these axes has counted its part of the experts.
+  # Along these axes, each device has counted the rows of its part of the
+  # experts.
   if layout.expert_only:
     values = jax.lax.psum(values, layout.expert_only)
-  # Every device of those that exchange rows has chosen the same experts.
+  # All devices that exchange rows with each other have chosen the same experts,
+  # so that each counts a share of them.
   share = 1.0 / layout.devices(layout.exchanged)
   chosen = share * (shadowed < len(counts)).sum()
   values = (*values[:2], chosen, share, values[2])

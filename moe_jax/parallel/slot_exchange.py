@@ -35,7 +35,7 @@ class StackedExperts(NamedTuple):
   sizes: Sizes | None
 
   def __call__(self, rows: Float[Array, 'E R M']) -> Float[Array, 'E R M']:
-    """The outputs of all experts."""
+    """The outputs of all experts for their rows."""
     return self.compute(self.params, rows)
 
 
@@ -49,7 +49,7 @@ def exchange_slots(
   exchange: Exchange,
   shadowing: Shadowing = Shadowing(),
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
-  """The gated sums of experts' outputs on a mesh, and counts of what moved.
+  """The gated sums of experts' outputs on a mesh, and counts of moved rows.
 
   Args:
     experts: The experts.
@@ -76,7 +76,7 @@ def exchange_slots(
   staying_spec = layout.spec(layout.group_only, (), layout.exchanged)
 
   def rows_of(x, routing):
-    # All groups of a device may have become one queue.
+    # `_with_room` may have made a single group of all groups of a device.
     x = x.reshape(-1, routing.group_size, x.shape[-1])
     return dispatcher.dispatch(x, routing)
 
@@ -84,7 +84,7 @@ def exchange_slots(
     return dispatcher.combine(rows, routing).reshape(-1, *x.shape[1:])
 
   def depart(x, routing):
-    """Fills the rows that travel and the rows that stay, and counts both."""
+    """Fills the rows of one device that travel or stay, and counts both."""
     counts = routing.rows_per_expert()
     shadowed = shadowing.choose(layout, counts, experts.sizes)
     sent, staying = split(routing, shadowed)
@@ -148,7 +148,7 @@ def _on_devices(function, layout, in_specs, out_specs):
 
 
 def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
-  """The choices of a device for which the exchange has room, in one queue."""
+  """The choices of a device for which the exchange has room, in one group."""
   if not (isinstance(sent, Routing) and sent.token_index is None):
     raise InputError(
       f'exchange.capacity_fraction={exchange.capacity_fraction} would always '

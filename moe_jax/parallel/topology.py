@@ -14,7 +14,8 @@ import numpy as np
 
 from moe_jax.shapes import Float
 
-# A directed link between two ends, a device's index or the name of a switch.
+# An end of a link: a device's index, or the name of a switch. A directed link
+# is the pair of the two ends.
 Place = int | str
 Link = tuple[Place, Place]
 
@@ -69,7 +70,7 @@ class Topology:
 
   @functools.cached_property
   def _pairs(self) -> Float[np.ndarray, 'P L']:
-    """Seconds of each link for a byte of each of the P = W * W pairs."""
+    """Seconds of each link for a byte sent by each of the P = W * W pairs."""
     devices = range(self.num_devices)
     pairs = itertools.product(devices, devices)
     return self._per_byte([self.paths.get(pair, ()) for pair in pairs])
@@ -100,7 +101,7 @@ def nodes(
   network: float,
   flops_per_second: float,
 ) -> Topology:
-  """Nodes of several devices, each with a switch, and a switch between nodes.
+  """A machine of nodes of devices, with a switch in each and one between them.
 
   Args:
     name: Name for reports.

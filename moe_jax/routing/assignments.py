@@ -93,7 +93,7 @@ class Routing:
 
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field; see `HasShapes`."""
-    # After `of_experts` the slots are still those of all experts before it.
+    # The slots stay those of all experts when `of_experts` leaves out some.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'
     hints: dict[str, Any] = {
       'expert_index': Int[Array, dims],
@@ -117,7 +117,7 @@ class Routing:
 
   @property
   def token(self) -> Leaf:
-    """int32, the token of each choice; only where `kept` does it hold."""
+    """int32, the token of each choice; no meaning where `kept` is False."""
     if self.token_index is not None:
       return self.token_index
     return jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 1)
@@ -144,7 +144,7 @@ class Routing:
     return self._in_slots(self.gate)
 
   def _in_slots(self, values: Leaf) -> Array:
-    """The values of served choices by token and slot, [G, S, E, C]; else 0."""
+    """Values of served choices by token and slot, [G, S, E, C]; 0 elsewhere."""
     E, C = self.num_experts, self.bounded()
     if self.token_index is not None:
       return self._spread(values, self.slot)
@@ -190,7 +190,7 @@ class Routing:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'Routing':
-    """The choices of some experts alone, which get new indices.
+    """The routing with choices of some experts alone, which get new indices.
 
     Args:
       number: The new index of each expert; `num_experts` or more for experts

@@ -76,7 +76,7 @@ def balance_sums(
   size: int,
   choices: str = 'all',
 ) -> BalanceSums:
-  """The sums of parts of `size` consecutive tokens; size divides S.
+  """The sums over each part of `size` consecutive tokens; size divides S.
 
   Other arguments are those of `balance_loss`.
   """
@@ -174,7 +174,7 @@ def load_per_expert(
   counted: Bool[Array, 'G S #K'],
   num_experts: int,
 ) -> Float32[Array, 'G E']:
-  """The number of choices of each expert, of those that `counted` marks."""
+  """The number of choices of each expert among those that `counted` marks."""
   chosen = jax.nn.one_hot(expert_index, num_experts)
   return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))
 

@@ -38,7 +38,7 @@ _ROUNDINGS = {'ceil': math.ceil, 'floor': math.floor, 'round': round}
 
 
 class Capacity(Options):
-  """The contract of a capacity rule."""
+  """The contract of a rule for how many slots an expert has in each group."""
 
   @property
   def binds(self) -> bool:

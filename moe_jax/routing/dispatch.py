@@ -40,11 +40,8 @@ def _by_masks(
 ) -> Float[Array, 'E R M']:
   """Moves tokens to slots by a one-hot product, R = G * C.
 
-  Empty slots are zero.
-
-  The product costs O(S E C M) per group, which grows with the square of the
-  group size.
-
+  Empty slots are zero. The product costs O(S E C M) per group, which grows with
+  the square of the group size.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -60,7 +57,7 @@ def _by_masks(
 def _back_by_masks(
   rows: Float[Array, 'E R M'], routing: AnyRouting
 ) -> Float[Array, 'G S M']:
-  """Moves rows back by a product; raises ValueError without a capacity."""
+  """Sums rows into tokens by a product; a capacity of None is a ValueError."""
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   _check_rows(rows.shape, (E, G * C))
@@ -74,7 +71,6 @@ def _to_slots(
 ) -> Float[Array, 'E R M']:
   """Moves tokens to the same rows as `_by_masks`, by index: O(S K M) per group.
 
-
   Raises:
     ValueError: The routing has no capacity.
   """
@@ -85,7 +81,7 @@ def _to_slots(
 def _from_slots(
   rows: Float[Array, 'E R M'], routing: Routing
 ) -> Float[Array, 'G S M']:
-  """Moves rows back by index; raises ValueError without a capacity."""
+  """Sums rows into tokens by index; a capacity of None is a ValueError."""
   return _give_back(rows, slot_rows(routing), routing)
 
 
@@ -101,7 +97,7 @@ def _to_sorted(
 def _from_sorted(
   rows: Float[Array, 'N M'], routing: Routing
 ) -> Float[Array, 'G S M']:
-  """The weighted sum of each token's rows."""
+  """The sum of the sorted rows of each token, weighted by the token's gates."""
   return _give_back(rows, rows_by_expert(routing), routing)
 
 
@@ -181,7 +177,7 @@ def rows_by_expert(routing: Routing) -> Rows:
 
 
 def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
-  """The `Rows` with this choice in each row and this row of each choice."""
+  """The `Rows` made of the choice in each row and the row of each choice."""
   G, S, gate = len(routing.gate), routing.group_size, routing.gate
   if routing.token_index is None:
     shape, token = (G * S, -1), choice // gate.shape[-1]
@@ -201,7 +197,7 @@ def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
 def _give_back(
   values: Float[Array, '*R M'], rows: Rows, routing: Routing
 ) -> Float[Array, 'G S M']:
-  """The sum of each token's rows, weighted by its gates."""
+  """The sum of the expert rows of each token, weighted by the token's gates."""
   _check_rows(values.shape, rows.token.shape)
   shape = len(routing.gate), routing.group_size, values.shape[-1]
   y: Array = _sum_rows(values, rows, shape[0] * shape[1])
@@ -209,11 +205,11 @@ def _give_back(
 
 
 # A row holds at most one choice, and a choice at most one row, so that gates
-# and their gradients are gathered. Where tokens choose, all else is gathered,
-# too, as each token has K choices; where experts choose, a token has any number
-# of rows. The way back is then a sum into tokens, a scatter-add: its cost grows
-# with the rows, where that of a list of each token's rows would grow with the
-# experts.
+# and their gradients are gathered. Where tokens choose, everything else is
+# gathered, too, as each token has K choices. Where experts choose, a token has
+# any number of rows, so that rows return by a sum into tokens, a scatter-add:
+# its cost grows with the number of rows, while the cost of a list of each
+# token's rows would grow with the number of experts.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -255,7 +251,7 @@ take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
 def _sum_rows(
   values: Float[Array, '*R M'], rows: Rows, num_tokens: int
 ) -> Float[Array, 'N M']:
-  """Each token's rows, weighted by the gates and summed."""
+  """The rows of each token, weighted by the token's gates and summed."""
   gate = rows.gate[..., None].astype(values.dtype)
   if rows.row.ndim == 2:
     flat = values.reshape(-1, values.shape[-1])  # [R, M]

@@ -82,7 +82,7 @@ def likeliest_tokens(
 def shares(
   real: Int32[Array, ' G'], group_size: int, capacity: int
 ) -> Int32[Array, ' G']:
-  """ceil(C n / S), the number that an expert takes of n real tokens."""
+  """ceil(C n / S), how many of a group's n real tokens an expert takes."""
   # The shares come from a table, as C * n can be more than an int32 holds.
   n = np.arange(group_size + 1, dtype=np.int64)
   table = -(-capacity * n // group_size)

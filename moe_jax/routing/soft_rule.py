@@ -49,7 +49,7 @@ class SoftRouting:
     }
 
   def static_sizes(self) -> dict[str, int]:
-    """No sizes, as the arrays tell all of them."""
+    """An empty dict, as the shapes of the arrays tell all sizes."""
     return {}
 
   @property

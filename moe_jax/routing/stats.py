@@ -74,9 +74,9 @@ def routing_stats(
 ) -> RoutingStats:
   """The statistics of one routing, which have no gradient.
 
-  Where experts choose, nothing is dropped, and padding has no slot. A soft
-  mixture divides a token's K choices by its gates, which are the router's
-  probabilities.
+  Where experts choose, nothing is dropped, and padding has no slot. In a soft
+  mixture a token's K choices are divided among the experts in proportion to its
+  gates, which are the router's probabilities.
 
   Args:
     routing: The routing.
@@ -206,11 +206,11 @@ class MoeAux(NamedTuple):
 def empty_aux(
   num_experts: int, num_selected: int, losses: Iterable[str] = ()
 ) -> MoeAux:
-  """Losses and statistics of a layer that does not route: zeros for E and K.
+  """The zeros that a layer without a router has for losses and statistics.
 
   Args:
-    num_experts: E.
-    num_selected: K.
+    num_experts: E, the number of experts in arrays such as the load.
+    num_selected: K, the number of choices in arrays by rank of a choice.
     losses: Names of the losses of the model's other layers.
   """
   scalar, loads, choices = (

@@ -1,4 +1,4 @@
-"""Tasks: rows that are learned from texts or pairs.
+"""Tasks: the rows of tokens that a model learns from texts or pairs of texts.
 
 To add a task, write a file with its `TaskOptions` and list them here.
 """

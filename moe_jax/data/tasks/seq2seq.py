@@ -1,4 +1,4 @@
-"""Rows of pairs: given the inputs, predict the targets."""
+"""Rows of pairs of texts: given the inputs, a model predicts the targets."""
 
 import dataclasses
 from typing import cast
@@ -17,7 +17,7 @@ from moe_jax.data.tokenizers.extra_ids import extend
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqTask(TaskOptions):
-  """Pairs of texts; the targets are predicted from the inputs."""
+  """Options of the task on pairs of texts: to predict targets from inputs."""
 
   label = 'seq2seq'
   reads = 'pairs'
@@ -80,7 +80,7 @@ class PairRows(ExampleRows):
     """
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
     self._keep_end = keep_end
-    # The lengths that pairs with their EOS would have, if none were cut.
+    # The lengths that inputs and targets with their EOS would have uncut.
     uncut = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
     self._lengths = lengths = layout.cut(*uncut)
     is_cut = (lengths.inputs < uncut[0]) | (lengths.targets < uncut[1])
@@ -106,7 +106,7 @@ class PairRows(ExampleRows):
 def cut_inputs(
   ids: Integer[np.ndarray, ' N'], length: int, *, keep_end: bool
 ) -> Integer[np.ndarray, ' n']:
-  """At most `length` ids: the first, or with `keep_end` the last."""
+  """At most `length` of the ids: the first or, with `keep_end`, the last."""
   return ids[max(len(ids) - length, 0) :] if keep_end else ids[:length]
 
 

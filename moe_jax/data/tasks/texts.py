@@ -35,8 +35,8 @@ from moe_jax.shapes import Bool, Int
 
 MODES = ('R', 'S', 'X')
 Denoiser = tuple[str, float, float, float]
-# The denoisers of table 1 of UL2 (arXiv:2205.05131): the mode, the mean span
-# (0: a prefix), the density and the weight, as in `Ul2Task.denoisers`.
+# The denoisers of table 1 of UL2 (arXiv:2205.05131), each with its mode, mean
+# span (0: a prefix), density and weight, as in `Ul2Task.denoisers`.
 DENOISERS: tuple[Denoiser, ...] = (
   ('R', 3.0, 0.15, 1.0),
   ('R', 8.0, 0.15, 1.0),
@@ -46,7 +46,7 @@ DENOISERS: tuple[Denoiser, ...] = (
   ('X', 64.0, 0.15, 1.0),
   ('X', 64.0, 0.5, 1.0),
 )
-# The option is the same in two tasks.
+# `SpanCorruptionTask` and `Ul2Task` have the same option.
 _NUM_SENTINELS: Any = option(
   100,
   'Number of sentinels, the ids that stand for cut-out spans; those that the '
@@ -84,7 +84,7 @@ class WindowTask(abc.ABC):
 
   @abc.abstractmethod
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of examples of windows of `n` tokens."""
+    """The largest lengths of the examples that windows of `n` tokens give."""
 
   @abc.abstractmethod
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
@@ -192,7 +192,7 @@ class PrefixLM(WindowTask):
     return int(sizes[fits][-1])
 
   def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
-    """The fewest and most targets of windows of `n` > 1 tokens."""
+    """The fewest and the most target tokens of windows of `n` > 1 tokens."""
     room = self.layout.max_inputs - self._marks
     shortest = np.maximum(n - room, 1)
     around_mean = (2 * self.density * n).astype(np.int64) - shortest
@@ -200,7 +200,7 @@ class PrefixLM(WindowTask):
     return shortest, np.clip(around_mean, shortest, most)
 
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of examples of windows of `n` tokens."""
+    """The largest lengths of the examples that windows of `n` tokens give."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)
@@ -221,7 +221,7 @@ class PrefixLM(WindowTask):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruptionTask(TaskOptions):
-  """Windows of text; spans that are cut out of them are predicted."""
+  """Span corruption: predicts spans that are cut out of windows of text."""
 
   label = 'span_corruption'
 
@@ -317,7 +317,7 @@ class SpanCorruption(WindowTask):
     return Lengths(inputs, targets, inputs + targets)
 
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
-    """One example of the window, whose own EOS at its end is left out."""
+    """One example of a window; an EOS at the window's end is left out."""
     if window[-1] == self.eos_id and len(window) > 1:
       window = window[:-1]
     mask = noise_mask(len(window), generator, self.density, self.mean_span)
@@ -334,10 +334,10 @@ class SpanCorruption(WindowTask):
 def noise_counts(
   n: Counts, density: float, mean_span: float
 ) -> tuple[Counts, Counts]:
-  """The numbers of tokens and of spans that are cut out of `n` tokens.
+  """The numbers of tokens and of spans that are cut out of a window.
 
-  At least one token is cut out and, if `n` > 1, at least one is kept. At least
-  one kept token lies between two spans.
+  Of its `n` tokens, at least one is cut out and, if `n` > 1, at least one is
+  kept. At least one kept token lies between two spans.
   """
   noise = np.clip(np.round(n * density), 1, np.maximum(n - 1, 1))
   most = np.minimum(noise, n - noise + 1)
@@ -357,7 +357,7 @@ def noise_mask(
   counts = noise_counts(np.array([n]), density, mean_span)
   noise, spans = (int(count[0]) for count in counts)
   noise_lengths = _random_partition(noise, spans, generator)
-  # The first and the last stretch of kept tokens may be empty.
+  # The kept tokens before the first span or after the last one may be none.
   kept_lengths = _random_partition(n - noise + 2, spans + 1, generator)
   kept_lengths[[0, -1]] -= 1
   lengths = np.zeros(2 * spans + 1, np.int64)
@@ -370,14 +370,15 @@ def corrupt(
   mask: Bool[np.ndarray, ' N'],
   sentinels: Integer[np.ndarray, ' S'],
 ) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:
-  """The kept tokens and the tokens that are cut out, with sentinels.
+  """The kept tokens and the cut-out tokens of a window, with sentinels.
 
   A sentinel replaces each span among the kept tokens, and precedes the span's
   tokens among the tokens that are cut out.
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
-  # The masks choose from pairs of a sentinel and a token, one for each token.
+  # For each token there is a pair of a sentinel and the token, of which a mask
+  # chooses both, one or none.
   pairs = np.stack([marks, window], axis=1)
   inputs = pairs[np.stack([begins, ~mask], axis=1)]
   targets = pairs[np.stack([begins, mask], axis=1)]
@@ -385,19 +386,19 @@ def corrupt(
 
 
 def _begins(mask: np.ndarray) -> np.ndarray:
-  """A mask that is True at the first token of each span."""
+  """A mask that is True at the first token of each span cut out by `mask`."""
   return mask & ~np.append(False, mask[:-1])
 
 
 def _random_partition(total: int, count: int, generator: np.random.Generator):
-  """`count` positive numbers of sum `total`, every choice equally likely."""
+  """`count` positive numbers that sum to `total`, all lists equally likely."""
   cuts = generator.choice(total - 1, count - 1, replace=False)
   return np.diff(np.sort(cuts) + 1, prepend=0, append=total)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ul2Task(TaskOptions):
-  """Examples of windows of text, each by a denoiser drawn for the window."""
+  """UL2: a window of text becomes an example by a denoiser drawn for it."""
 
   label = 'ul2'
 
@@ -487,7 +488,10 @@ class Mixture(WindowTask):
     return min(task.window for task in self.tasks)
 
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths, by any denoiser, of examples of `n` tokens."""
+    """The largest lengths of examples that windows of `n` tokens give.
+
+    Each is the largest of all denoisers.
+    """
     by_task = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))
 

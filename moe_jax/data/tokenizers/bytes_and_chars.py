@@ -1,4 +1,4 @@
-"""Tokenizers of UTF-8 bytes, and of the characters that the texts have."""
+"""Tokenizers of UTF-8 bytes, and of the characters that a data set has."""
 
 import collections
 import dataclasses
@@ -104,7 +104,7 @@ class Chars(Tokenizer, kind='chars'):
 
 @dataclasses.dataclass(frozen=True)
 class CharsOptions(TokenizerOptions):
-  """Options of the tokenizer of the texts' characters."""
+  """Options of the tokenizer of the characters that a data set has."""
 
   def identity(self) -> str:
     """The text 'chars', as this tokenizer has no options."""

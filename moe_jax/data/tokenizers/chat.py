@@ -26,7 +26,7 @@ _ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 
 
 class Limits(NamedTuple):
-  """The bounds for one conversation: of time, of memory and of the text."""
+  """The bounds on time, memory and length of text for one conversation."""
 
   cpu_seconds: int = 5
   wall_seconds: float = 30.0
@@ -56,7 +56,7 @@ def render(
       reads them as `bos_token`.
     add_generation_prompt: Whether the text ends with the beginning of the
       model's turn.
-    limits: The bounds.
+    limits: The bounds on time, memory and text.
     **variables: Other variables that the template reads, JSON values like the
       messages.
 

@@ -14,7 +14,7 @@ import sys
 
 
 def main() -> None:
-  """Renders the template that is read, and prints the answer."""
+  """Reads a template and its variables, renders it and prints the result."""
   sys.path.append(sys.argv[1])  # last, so that it hides no standard module
   import jinja2
   from jinja2 import sandbox

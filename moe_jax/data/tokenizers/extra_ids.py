@@ -94,7 +94,7 @@ class Extended(Tokenizer, kind='extended'):
 
     Args:
       text: Text of the input.
-      **options: Arguments of the method of `base`.
+      **options: Arguments of `encode_inputs` of `base`.
     """
     name_pattern = '|'.join(map(re.escape, self.names))
     pieces = re.split(f'({name_pattern})', text) if name_pattern else [text]
@@ -170,7 +170,8 @@ def extend(
 def without_endings(tokenizer: Tokenizer) -> Tokenizer:
   """The tokenizer with the ids that a task added, but no EOS after inputs.
 
-  Another task decides anew whether inputs end in an EOS.
+  The next task that extends the tokenizer decides anew whether inputs end in an
+  EOS.
   """
   if not isinstance(tokenizer, Extended):
     return tokenizer

@@ -1,4 +1,4 @@
-"""Options of tokenizers that depend on no texts, so that none are fitted."""
+"""Options of tokenizers that are given, and are not fitted to texts."""
 
 import dataclasses
 import hashlib

@@ -96,7 +96,7 @@ class Json(Tokenizer, kind='json'):
       are no other special tokens.
 
   Attributes:
-    model: The model in the library; its text is a `tokenizer.json`.
+    model: The library's object; its text is a `tokenizer.json`.
     num_tokens: One more than the largest id that has a token; `vocab_size` is
       the size of the model's vocabulary, which may be larger.
 
@@ -108,7 +108,7 @@ class Json(Tokenizer, kind='json'):
   def __init__(self, text: str, special: SpecialTokens | None = None):
     self.model, self._vocabulary = _read(text)
     self.model.encode_special_tokens = True
-    # Prompts need a model of their own, in which the flag above is not set.
+    # Prompts need a library object of their own, without the flag set above.
     self._prompts, _ = _read(text)
     self.num_tokens = max(self._vocabulary.values()) + 1
     self._saved_special = special
@@ -345,7 +345,7 @@ def _encoded(
 
 
 def _value_error(problem: str, error: BaseException) -> BaseException:
-  """A ValueError for the library's bare Exceptions and panics of Rust."""
+  """A ValueError in place of an error of the library, such as a Rust panic."""
   if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
     return InputError(f'{problem}: {first_line(error)}')
   return error  # Ctrl-C

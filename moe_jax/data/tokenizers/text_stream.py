@@ -9,7 +9,7 @@ from moe_jax.data.contracts import Token, Tokenizer
 _UNKNOWN = '\ufffd'
 # The largest number of bytes of a UTF-8 character that lacks its last byte.
 _MOST_BYTES = 3
-# The number of known tokens that are decoded before the first new token.
+# The number of context tokens that are decoded before the first new token.
 _CONTEXT = 16
 
 

@@ -54,7 +54,10 @@ class TrainedOptions(TokenizerOptions):
   )
 
   def identity(self) -> str:
-    """The kind of model and its size; the texts are in the data's identity."""
+    """The kind and size of the tokenizer, not the texts it is trained on.
+
+    The identity of the data covers the texts.
+    """
     return f'trained {self.model} {self.vocab_size}'
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
@@ -70,7 +73,7 @@ class TrainedOptions(TokenizerOptions):
 
 
 def spread(texts: Iterable[str], most: int) -> list[str]:
-  """Every document, or every second, fourth, ... document, as many as fit.
+  """Every document, or every second, fourth, ... one, so that all fit `most`.
 
   Args:
     texts: The documents, which need not fit into memory.
@@ -137,7 +140,7 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-  """The lines of texts, cut where they are too long for the trainer."""
+  """The lines of the texts, cut where a line is too long for the trainer."""
   for text in texts:
     for line in text.split('\n'):
       for start in range(0, len(line), _LINE):

@@ -38,8 +38,10 @@ class AttentionBase(Options):
 
   Attributes:
     PROJECTIONS: The projections that may add a bias.
-    ROTATED: The name of the option of the width that positions rotate.
-    crosses: Whether a decoder's layers can attend to an encoder by this kind.
+    ROTATED: The name of the option that sets how much of a head positions
+      rotate.
+    crosses: Whether a decoder's layers can attend to an encoder by this kind of
+      attention.
   """
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ()
@@ -87,7 +89,7 @@ class AttentionBase(Options):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of a bias for a projection that does not exist."""
+    """Yields a text if `biases` names a projection that does not exist."""
     keywords, projections = ['model', 'all', 'none'], self.PROJECTIONS
     if self.biases not in keywords and not self._bias_names <= {*projections}:
       yield (
@@ -109,7 +111,7 @@ class AttentionBase(Options):
 
   @property
   def module(self) -> type[nn.Module]:
-    """The class of the module, which takes these options."""
+    """The class of the attention module, whose `options` are these options."""
     raise NotImplementedError
 
   def within(self, width: int) -> Self:
@@ -132,7 +134,7 @@ class AttentionBase(Options):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The heads and widths of a token's keys and values in the cache."""
+    """The number of heads and their width, for cached keys and for values."""
     raise NotImplementedError
 
   @property
@@ -142,7 +144,7 @@ class AttentionBase(Options):
 
   @property
   def decoding_products(self) -> int:
-    """Multiply-adds of a generated token with each token of the cache."""
+    """The multiply-adds of a new token's attention to one cached token."""
     return self.num_heads * sum(self.head_widths)
 
   @property
@@ -304,7 +306,7 @@ class Attention(nn.Module):
   def _keys(self) -> Keys:
     """The rules for the keys that a token sees, and the scale of scores.
 
-    Only causal layers have the window.
+    The window of the options applies to causal layers alone.
     """
     c, causal = self.options, self.causal
     return Keys(causal, c.window if causal else 0, c.score_scale, self.cross)
@@ -333,11 +335,11 @@ class Attention(nn.Module):
     return key, value
 
   def _attend_slots(self, attention, query, key, value):
-    """The result of attention(query, key, value) for what a cache keeps."""
+    """The result of attention(query, key, value) on cached keys and values."""
     return attention(query, key, value)
 
   def _heads(self, x, name, heads, shape, **init):
-    """Queries, keys or values, normalised and clipped."""
+    """Tokens projected to queries, keys or values, normalised and clipped."""
     options, scale = cast(AttentionOptions, self.options), None
     y = self._project(x, name, ('embed', heads, 'kv'), shape, **init)
     if name != 'value' and options.qk_norm != 'none':
@@ -386,7 +388,7 @@ class Attention(nn.Module):
 
 
 def _only_real(x: X, segment_ids: Array | None) -> X | Array:
-  """x with zeros at padding, which scores and sums would multiply by 0."""
+  """x with zeros for NaN and infinities at padding, as 0 * NaN is NaN."""
   if x is None or segment_ids is None:
     return x
   return without_nan(segment_ids > 0, x)
@@ -444,7 +446,10 @@ class AttentionOptions(AttentionBase):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of query heads that key heads do not share evenly."""
+    """Yields a text if `num_kv_heads` does not divide `num_heads`.
+
+    Unknown names in `biases` and an unused `fixed_scale` are problems, too.
+    """
     yield from super().problems()
     if self.num_kv_heads and self.num_heads % self.num_kv_heads:
       N, H = self.num_kv_heads, self.num_heads
@@ -489,7 +494,7 @@ class AttentionOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The heads and widths of keys, and of values: both are stored."""
+    """The number of key heads and a head's width, for keys and for values."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
 
@@ -509,7 +514,7 @@ class AttentionOptions(AttentionBase):
   ) -> Float[Array, '*B N D']:
     """Queries, keys or values, normalised if they have a scale, then clipped.
 
-    The scale is that of the norm over as many of the last dimensions as it has.
+    The norm is over as many of the last dimensions as the scale has.
     """
     if scale is not None:
       x = rms_normed(x, scale, self.qk_norm_epsilon)

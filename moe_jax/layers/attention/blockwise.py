@@ -158,7 +158,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _product(x, y, contract) -> Float32[Array, 'B N _ _']:
-  """The product of each head [B, N] over the axes `contract`, in float32."""
+  """The product of x and y for each head [B, N], over the axes `contract`."""
   axes = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
@@ -170,7 +170,7 @@ def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
 def queries_by_head(
   x: Float[Array, 'B t H D'], num_heads: int
 ) -> Float[Array, 'B N R D']:
-  """The queries that share each head of keys, R = t H / N for each."""
+  """The R = t H / N queries that share each of the N heads of keys."""
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
   return x.reshape(B, N, H // N * t, D)
@@ -185,14 +185,14 @@ def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
 
 
 def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
-  """The sink of each of the block's queries, as `queries_by_head` has them."""
+  """The sink of each query of a block, in the order of `queries_by_head`."""
   head_sinks = sinks.reshape(num_heads, -1)
   rows = jnp.repeat(head_sinks, block.stop - block.first, axis=1)
   return rows[None, :, :, None]
 
 
 def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
-  """The scores of the block's queries; hidden keys have the least number."""
+  """The scores of a block's queries; hidden keys have the least number."""
   B, N, s = k.shape[:3]
   q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))
@@ -220,9 +220,9 @@ def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
 
 
 def _rows_of_bias(block, d_scores, num_keys) -> Float32[Array, 'N J t S']:
-  """The gradient of the bias's rows of the block: the sum over sequences.
+  """The gradient of the bias of a block's queries, summed over sequences.
 
-  It is a product with ones, as in `kernels.cpu.add_to_each`.
+  The sum is computed as a product with ones, as in `kernels.cpu.add_to_each`.
   """
   B, N, _, s = d_scores.shape
   ones = jnp.ones((1, B), d_scores.dtype)

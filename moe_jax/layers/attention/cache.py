@@ -3,7 +3,7 @@
 All rows append at the same slot, so that a step writes one slice in place;
 rows of different length are padded in front. A layer whose tokens see a window
 keeps as many slots as the window has tokens, and the newest token replaces the
-oldest. Where layers are a loop, they share an array; else each layer has its
+oldest. Where layers run as a loop, they share an array; else each layer has its
 own, which XLA's CPU compiler reads without a copy.
 """
 
@@ -88,7 +88,7 @@ class KVCache(flax.struct.PyTreeNode):
       stacked: Whether layers share an array.
       batch_size: The number of rows.
       max_len: The number of slots that all tokens of a row take.
-      shapes: The heads and their width, of keys and of values.
+      shapes: The number of heads and their width, of keys and then of values.
       dtype: The type of keys and values.
     """
     B, S = batch_size, max_len
@@ -118,8 +118,8 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
     """Reserves the next T slots; also returns the positions of the new tokens.
 
-    Then `write` fills them, layer by layer, and `advance` ends the step.
-    Padding gets the position of the token behind it.
+    Then each layer fills the slots by `append` or `write`, and `advance` ends
+    the step. Padding gets the position of the token behind it.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
@@ -180,7 +180,10 @@ class KVCache(flax.struct.PyTreeNode):
     return at_layer(self.key, layer), at_layer(self.value, layer)
 
   def _numbered(self, key, value, numbers: Int32[Array, ' S']) -> Slots:
-    """Slots with their indices; a slot with an index below 0 is empty."""
+    """`Slots` whose `numbers` are the indices of the slots in their row.
+
+    A slot whose index is below 0 holds no token yet.
+    """
     filled = jnp.take(self.filled, jnp.maximum(numbers, 0), axis=1)
     return Slots(key, value, filled & (numbers >= 0)[None], numbers)
 
@@ -206,7 +209,7 @@ class KVCache(flax.struct.PyTreeNode):
     return self.replace(key=fill(self.key, key), value=fill(self.value, value))
 
   def advance(self, num_tokens: int) -> 'KVCache':
-    """The cache after a step of T tokens, all of whose layers are written."""
+    """The cache after a step of `num_tokens` tokens, written in all layers."""
     return self.replace(length=self.length + num_tokens)
 
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':
@@ -225,24 +228,32 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def _ring_numbers(newest: Int[Array, ''], length: int) -> Int32[Array, ' S']:
-  """The index of the slot at each position of a ring, below 0 if it is empty.
+  """The index of the slot at each place of a ring, below 0 if it is empty.
+
+  A ring is the cache of a layer with a window: slot s is at place s % S.
 
   Args:
     newest: The index of the newest slot.
-    length: The number of slots that the ring keeps.
+    length: S, the number of slots that the ring keeps.
   """
   ring_index = jnp.arange(length, dtype=jnp.int32)
   return newest - (newest - ring_index) % length
 
 
 def _in_order(ring, new, length) -> Float[Array, 'B N _ D']:
-  """The slots of a ring in their order, then the new ones, from `length` on."""
+  """The slots of a ring, the oldest first, then the new slots.
+
+  `length` is the index of the first new slot.
+  """
   old = jnp.roll(ring, -(length % ring.shape[2]), axis=2)
   return jnp.concatenate([old, new.swapaxes(1, 2).astype(old.dtype)], axis=2)
 
 
 def _as_ring(x, length, first) -> Float[Array, 'B N S D']:
-  """The last slots of x, from index `first` on, with slot s at s % length."""
+  """The last `length` slots of x as a ring, with slot s at s % length.
+
+  `first` is the index of the first of these slots.
+  """
   return jnp.roll(x[:, :, x.shape[2] - length :], first % length, axis=2)
 
 

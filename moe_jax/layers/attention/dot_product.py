@@ -19,8 +19,8 @@ from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
-# The smallest side of a block of the kernel splash, and the sides that are
-# tried in this order, as larger blocks make fewer steps.
+# The smallest side of a block of the TPU kernel 'splash', and the sides that
+# are tried, in this order, as larger blocks make fewer steps.
 _LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 
@@ -110,7 +110,7 @@ def attend(
 
 
 def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
-  """The reasons why implementations cannot serve these arguments, by name."""
+  """For each implementation that cannot serve these arguments, the reason."""
   dtype, T = str(query.dtype), query.shape[1]
   D = max(query.shape[3], value.shape[3])
   no_dropout = (dropout is not None, 'it has no dropout')
@@ -150,7 +150,10 @@ def _cuda_capability() -> float:
 
 
 def _of_one_width(f, query, key, value, *ids, keys, **options):
-  """The result of f, which needs keys as wide as values; zeros pad them."""
+  """The result of f, an attention that needs keys as wide as values.
+
+  Zeros pad the narrower ones.
+  """
   scored, width = key.shape[3], value.shape[3]
   if scored == width:
     return f(query, key, value, *ids, keys=keys, **options)
@@ -222,7 +225,7 @@ def cached(
 
 
 def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:
-  """The softmax of scores, under a mask [b, T, S] and sinks of heads."""
+  """The softmax of scores that a mask [b, T, S] shows, and of heads' sinks."""
   if sinks is not None:
     sinks = sinks.reshape(1, *scores.shape[1:3], 1, 1)
   return masked_softmax(scores, mask[:, None, None], sinks)

@@ -59,7 +59,7 @@ class LatentOptions(AttentionBase):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of a bias for a projection that is left out."""
+    """Yields a text if `biases` names a projection that is left out."""
     yield from super().problems()
     if 'query_down' in self._bias_names and not self.query_rank:
       text = f"biases={self.biases!r} names 'query_down'"
@@ -139,7 +139,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """The rules for keys, with a scale of scores that YaRN multiplies, too."""
+    """The rules for keys, with a scale of scores that YaRN also multiplies."""
     scored, _ = self.options.head_widths
     scale = scored**-0.5 * self.positions.scaling.latent_factor
     return super()._keys._replace(scale=scale)
@@ -169,7 +169,7 @@ class LatentAttention(Attention):
     return short, short[..., :0]
 
   def _normed(self, x, name):
-    """Vectors over their root mean square, times the scale `name`."""
+    """Vectors divided by their root mean square, times the parameter `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)

@@ -42,7 +42,7 @@ DISPATCHES = Kinds(
 def describe(
   dispatch: Dispatch, platform: str, devices: Mapping[str, int]
 ) -> str:
-  """A text for a run's start: the dispatch, its products and its exchange.
+  """A text that a run prints at its start: dispatch, products and exchange.
 
   Args:
     dispatch: The dispatch of sparse layers.

@@ -63,10 +63,10 @@ class Gather(Dispatch):
   shadowing: Shadowing = _SHADOWING
 
   def leak(self):
-    """The leak of an exchange that drops rows, where experts are shadowed.
+    """The reason why later tokens change earlier outputs, or None.
 
-    The choices of all tokens decide which experts are shadowed, and so which
-    rows may drop.
+    They do where the exchange drops rows and experts are shadowed: the choices
+    of all tokens decide which experts are shadowed, and so which rows may drop.
     """
     fraction = self.exchange.capacity_fraction
     if fraction == 1.0 or not self.shadowing.experts:
@@ -113,9 +113,10 @@ class Dropless(Dispatch):
   shadowing: Shadowing = _SHADOWING
 
   def leak(self):
-    """The leak of an exchange whose buffers are too small for all rows.
+    """The reason why later tokens change earlier outputs, or None.
 
-    The rows of a device's last experts drop first.
+    They do where the buffers of the exchange are too small for all rows: the
+    rows of a device's last experts drop first, whichever tokens they are of.
     """
     fraction = self.exchange.capacity_fraction
     if fraction == 1.0:

@@ -85,7 +85,7 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The gated sums of outputs, where all experts have equally many rows."""
+  """The gated sums of experts' outputs, if all have equally many rows."""
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -152,7 +152,7 @@ def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
 
 
 class Twin(NamedTuple):
-  """The dense feed-forward layer that replaces experts, as in a dense twin.
+  """A dense layer that is equivalent to experts, as in a model's dense twin.
 
   Attributes:
     ffn: The width and activation of the layer.
@@ -315,7 +315,7 @@ class ModuleExperts(nn.Module):
 
   Attributes:
     options: The options of one expert.
-    dispatch: The dispatch, into slots.
+    dispatch: The options of the dispatch, which must be one into slots.
     shared: The settings that all layers of the model share.
   """
 

@@ -36,7 +36,7 @@ class Unrolled(Dropless):
 
 @dataclasses.dataclass(frozen=True)
 class Batched(Dropless):
-  """The dispatch of few tokens to all experts, and of many as in Dropless."""
+  """The dispatch of few tokens to all experts; of many tokens as `Dropless`."""
 
 
 def are_few(x: Float[Array, 'G S M']) -> bool:
@@ -55,7 +55,7 @@ def apply_all_experts(
   Args:
     ffn: The computation of one expert.
     params: The parameters, each [E, ...].
-    x: The groups.
+    x: The groups of tokens.
     routing: The routing of the groups.
   """
   tokens, gate = _tokens_and_gates(x, routing)
@@ -75,9 +75,9 @@ def apply_one_by_one(
 
   Args:
     ffn: The computation of one expert.
-    fold: The function (used [E], step, y) -> y, the fold y = step(e, p, y) over
-      the experts e that are used, with the parameters p of each.
-    x: The groups.
+    fold: The function (used [E], step, y) -> y that takes y = step(e, p, y) for
+      each used expert e in turn, with the expert's parameters p.
+    x: The groups of tokens.
     routing: The routing of the groups.
   """
   x = x.astype(ffn.shared.dtype)

@@ -38,7 +38,7 @@ class QuantizedExpert(FeedForwardExpert):
 
 
 class QuantizedExperts(nn.Module):
-  """Quantised experts on sorted rows; those without tokens are not decoded.
+  """Quantised experts on sorted rows; no expert without tokens is decoded.
 
   The module takes any routing, whatever the dispatch is. The arrays of a kernel
   are the parts of one parameter, and begin as zeros, since codes are not
@@ -58,7 +58,10 @@ class QuantizedExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], None]:
-    """Returns the gated sums of outputs; `train` changes nothing."""
+    """Returns the gated sums of the experts' outputs.
+
+    These experts have no dropout, so that `train` changes nothing.
+    """
 
     def zeros(key, shape, dtype):
       return {

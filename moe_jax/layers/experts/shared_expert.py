@@ -27,7 +27,7 @@ SHARED_EXPERT = 'shared_expert'
 
 @dataclasses.dataclass(frozen=True)
 class SharedExpertOptions(Options):
-  """The expert of a sparse layer that every token meets, unchosen."""
+  """Options of the expert that serves every token of a sparse layer."""
 
   hidden: int = option(
     0,

@@ -33,12 +33,14 @@ def apply_to_sorted_rows(
   layout: Layout | None,
   dropout_key: PRNGKey | None,
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """The gated sums of experts' outputs, and counts of what moved, or None.
+  """The gated sums of experts' outputs, and counts of what devices exchanged.
+
+  The counts are None on one device.
 
   Args:
     ffn: The computation of one expert.
     params: The parameters, each [E, ...].
-    x: The groups.
+    x: The groups of tokens.
     routing: The routing of the groups.
     dispatch: The backend of the products, and the exchange.
     layout: The layout of groups and experts on a mesh; None on one device.
@@ -61,13 +63,13 @@ def apply_to_sorted_rows(
   if layout is None:
     return on_one_device(x, routing, params, dropout_key), None
   if ffn.use_bias:
-    # A bias added on every device would be summed with the parts of F.
+    # A bias that each device added to its part of F would count several times.
     layout = dataclasses.replace(layout, hidden=())
 
   def on_each_device(x, routing, params, key):
-    """The output for one device's groups, and the counts of rows that left it.
+    """The output for one device's groups, and counts of the rows it sends.
 
-    The device has its own experts, or its part of F.
+    A device holds some of the experts, or a part of the hidden width F of all.
     """
     key = _device_key(key, layout)
     counts = routing.rows_per_expert()
@@ -77,7 +79,7 @@ def apply_to_sorted_rows(
       rows = sorted_rows.dispatch(x, sent)
     sent_counts = sent.rows_per_expert()
 
-    # Each call of the products has a number, and with it dropout of its own.
+    # Each call of `products` has a number, and with it dropout of its own.
     numbers = itertools.count(1)
 
     def experts(rows, sizes):
@@ -95,7 +97,7 @@ def apply_to_sorted_rows(
     if staying is not None:
       copies = gathered(layout, params, shadowed)
       y = y + on_one_device(x, staying, copies, _product_key(key, 0))
-    # Each device has only summed its part of F, or of the experts.
+    # Each device has only summed over its part of F, or over its experts.
     partial_axes = (*layout.hidden, *layout.expert_only)
     y = jax.lax.psum(y, partial_axes) if partial_axes else y
     stats = moved_rows(layout, counts, sent_counts, shadowed, overflow)
@@ -114,7 +116,10 @@ def apply_to_sorted_rows(
 
 
 def _device_key(key, layout):
-  """The key of one device, whose rows or part of F no other device has."""
+  """The key of dropout of one device.
+
+  Devices with other rows, other experts or another part of F have other keys.
+  """
   if key is None:
     return None
   for name in sorted({*layout.groups, *layout.experts, *layout.hidden}):

@@ -29,8 +29,8 @@ ROUTER_STATE = 'router_state'
 NOISE = 'router'
 # The collection of what is kept for analysis, if a caller makes it mutable.
 SOWN = 'intermediates'
-# The names in 'intermediates' of a layer's choices, [B, T, N], of its router's
-# routing, and of the router's logits without noise, [G, S, E].
+# The names in 'intermediates' of the choices of experts in a layer, [B, T, N],
+# of its router's routing, and of its router's logits without noise, [G, S, E].
 CHOICES, ROUTING, LOGITS = 'choices', 'routing', 'router_logits'
 
 
@@ -96,7 +96,7 @@ class TokenInfo(NamedTuple):
     return dict.fromkeys(given, Int[Array, 'B T'])
 
   def static_sizes(self) -> dict[str, int]:
-    """No sizes, as all sizes follow from the arrays' shapes."""
+    """An empty dict, as all sizes follow from the shapes of the arrays."""
     return {}
 
 
@@ -175,7 +175,7 @@ class RouterOptions(Options):
 
   @required
   def causality(self, sizes: Sizes) -> Causality:
-    """Whether choices leak the future, can be dropped, and can be decoded."""
+    """How the choices for a token depend on other tokens and the capacity."""
     raise NotImplementedError
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
@@ -313,14 +313,18 @@ class Router(nn.Module):
   ) -> tuple[AnyRouting, MoeAux]:
     """Routes; arguments and results are those of `__call__`.
 
-    This method is called in a compact one, and so may make parameters. It is
-    called without `given` unless the router's options have `takes_choices`.
+    `__call__`, a compact method, calls this method, which may therefore make
+    parameters. It gets `given` only if the router's options have
+    `takes_choices`.
     """
     raise NotImplementedError
 
 
 def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
-  """Raises ValueError for choices that a router cannot be given."""
+  """Raises ValueError if choices of experts cannot be imposed on a router.
+
+  The router takes no imposed choices, or their shapes or types are wrong.
+  """
   if (reason := no_choices_taken(router.options)) is not None:
     raise InputError(reason)
   K = 'K' if router.options.by_expert else f'{router.sizes.num_selected}'
@@ -335,7 +339,7 @@ def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
 
 
 def _check_result(router: Router, result: Any, mask: Array) -> None:
-  """Raises ValueError where a router's result is not what `Router` says."""
+  """Raises ValueError if what `route` returned breaks the contract."""
   name, E = type(router).__name__, router.sizes.num_experts
   is_pair = isinstance(result, tuple) and len(result) == 2
   chosen, aux = result if is_pair else (None, None)

@@ -34,7 +34,7 @@ class ExpertChoice(contract.RouterOptions):
     return ExpertChoiceRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak, as picks depend on all tokens, unless every token is picked."""
+    """Later tokens change earlier outputs, unless experts take every token."""
     if not sizes.capacity.binds:
       return contract.Causality(None, room_in_generation=False)
     return contract.Causality(

@@ -89,7 +89,7 @@ class Hierarchical(contract.RouterOptions):
     return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def shrunk(self):
-    """The options with at most two branches, all of which a token chooses."""
+    """The options for a small model: at most two branches, all chosen."""
     a = min(self.branches_selected, 2)
     return dataclasses.replace(self, branching=a, branches_selected=a)
 
@@ -102,7 +102,7 @@ class Hierarchical(contract.RouterOptions):
     a, K1 = self.branching, self.branches_selected
 
     def level(E, K):
-      # The gate of a single branch or expert is 1 either way.
+      # The gate of a single branch or expert is 1, whatever `gates` says.
       return LevelSizes(E, K, 'raw' if E == 1 else self.gates)
 
     return level(a, K1), level(sizes.num_experts // a, sizes.num_selected // K1)
@@ -126,10 +126,11 @@ class LevelSizes(NamedTuple):
 class HierarchicalRouter(contract.Router):
   """Two levels of linear gates; see `Router`.
 
-  `w` and `w_noise` are the primary gate's kernels, `w_branch` and
-  `w_branch_noise` [a, M, b] those of the branches. The paper has no balance
-  loss for two levels. Entropy, squared logits and z-loss are the primary gate's
-  plus those of the chosen branches, weighted by the primary gate.
+  `w` and `w_noise` are the kernels of the primary gate, which is over branches;
+  `w_branch` and `w_branch_noise` [a, M, b] are those of the gates in branches.
+  The paper has no balance loss for two levels. Entropy, squared logits and
+  z-loss are the primary gate's plus those of the chosen branches, weighted by
+  the primary gate.
   """
 
   options: Hierarchical
@@ -166,7 +167,7 @@ class HierarchicalRouter(contract.Router):
     return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """The logits [G, S * K1, b] in tokens' branches, without and with noise."""
+    """Logits [G, S * K1, b] in the chosen branches, without and with noise."""
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
@@ -223,7 +224,7 @@ def _level(sizes, clean, noise) -> _Level:
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
-  """The product of each token and each branch that it chose; P = S * K1."""
+  """Products of tokens and kernels of their chosen branches; P = S * K1."""
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1
   index, kept = branch_index.reshape(G, P, 1), jnp.ones((G, P, 1), bool)

@@ -48,7 +48,7 @@ EXPERTS_CHOOSE = (
 def jittered(
   module: contract.Router, x: Float[Array, 'G S M'], jitter: float, train: bool
 ) -> Float32[Array, 'G S M']:
-  """The input in float32, in training with noise of the size `jitter`."""
+  """The input x in float32, in training with noise of the size `jitter`."""
   x = x.astype(jnp.float32)
   if train and jitter > 0:
     low, high = 1.0 - jitter, 1.0 + jitter
@@ -125,8 +125,9 @@ def chosen_experts(
 def queue_options(module: contract.Router, train: bool) -> dict[str, Any]:
   """The arguments of `routing.choice_slots` that a router's options decide.
 
-  They are the order of slots, and the second policy with its threshold and the
-  key from which it draws; None where it draws nothing.
+  The arguments are the order of slots, and the policy for choices after the
+  first, with its threshold and the key from which it draws; the key is None
+  where nothing is drawn.
   """
   o, key = module.options, None
   if train and o.second_policy != 'all' and module.sizes.num_selected > 1:
@@ -217,14 +218,14 @@ def gate_problems(
 
 
 def threshold_problems(options: Any) -> Iterator[str]:
-  """The problem of a `second_threshold` that the second policy ignores."""
+  """Yields a text if the second policy ignores a given `second_threshold`."""
   if options.second_policy != 'threshold':
     reason = "unless second_policy is 'threshold'"
     yield from options.in_vain(reason, 'second_threshold')
 
 
 def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
-  """The problem of a capacity that drops tokens if many choose one expert."""
+  """Yields a text if the capacity can drop tokens that choose one expert."""
   if sizes.capacity.binds:
     yield (
       f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r} can drop most '

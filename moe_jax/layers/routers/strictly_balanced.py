@@ -39,7 +39,10 @@ class StrictlyBalanced(contract.RouterOptions):
     return StrictlyBalancedRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak in training alone; in inference a threshold judges each token."""
+    """Later tokens change earlier outputs in training alone.
+
+    In inference a threshold judges each token by itself.
+    """
     return contract.Causality(steps.EXPERTS_CHOOSE)
 
 
@@ -72,6 +75,6 @@ class StrictlyBalancedRouter(contract.Router):
       choose, (logits, mask), (thresholds,), (PartitionSpec(),)
     )
     aux = steps.slot_aux(self, chosen, logits, mask)
-    # Loads are even without a loss; 'load_loss' is the loss of the thresholds.
+    # Loads are even without a loss; here 'load_loss' is the thresholds' loss.
     aux.losses['load_loss'] = over_groups(loss, mask)
     return chosen, aux

@@ -52,7 +52,7 @@ class Task(contract.RouterOptions):
     return TaskRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """No leak: a token's task is known before the first token."""
+    """Later tokens change no earlier output: a task is known in advance."""
     return contract.Causality.of_queues(sizes)
 
 
@@ -84,7 +84,8 @@ class TaskRouter(contract.Router):
       expert_index=steps.chosen_experts(logits, K, given),
       given=given,
     )
-    # The losses of a group with one token of each task, times all real tokens.
+    # The losses of a group with one token of each task, times the number of
+    # real tokens.
     each_task = jnp.ones(table.shape[:2], bool)
     probs, index = jax.nn.softmax(table), routing.choose(table, K)
     balance = routing.balance_loss(probs, index, each_task, o.balance_choices)

@@ -198,7 +198,7 @@ class TokenChoice(contract.RouterOptions):
     return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
 
   def shrunk(self):
-    """The options with two groups of experts; a token chooses one of these."""
+    """The options for a small model: a token chooses one of two groups."""
     if self.expert_groups == 1:
       return self
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)

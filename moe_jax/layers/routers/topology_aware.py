@@ -32,11 +32,11 @@ class TopologyAware(contract.RouterOptions):
   The losses count the choices that tokens make under the limit; the loss of
   FastMoE's gate counts first choices before the limit. A capacity is that of an
   expert in a group, and a group whose tokens stay fills the experts of its node
-  alone, one of Q: where the capacity binds, a factor Q times as large drops as
-  little as without a limit. The parameters are those of token choice, which is
-  this router without a limit: an evaluation can override the router's kind.
-  Experts cannot be merged, as the index of a logit tells the device of its
-  expert, and a merged expert has several logits.
+  alone, one of Q nodes: where the capacity binds, a factor Q times as large
+  drops as little as without a limit. The parameters are those of token choice,
+  which is this router without a limit: an evaluation can override the router's
+  kind. Experts cannot be merged, as the index of a logit tells the device of
+  its expert, and a merged expert has several logits.
   """
 
   takes_choices: ClassVar[bool] = True
@@ -111,7 +111,7 @@ class TopologyAware(contract.RouterOptions):
 
   @property
   def limits(self) -> bool:
-    """Whether the limit can change any token's choice."""
+    """Whether the limit on tokens that leave can change a token's choice."""
     return self.num_nodes > 1 and self.outgoing_fraction < 1
 
   def nodes(self, groups: int) -> Int32[Array, ' G']:
@@ -127,9 +127,9 @@ class TopologyAware(contract.RouterOptions):
     return TopologyAwareRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """A leak: whether a token may leave depends on the scores of later tokens.
+    """Later tokens change earlier outputs, as they compete to leave the node.
 
-    There is no leak where the option lets no token leave. Groups so small that
+    They do not where the option lets no token leave. Groups so small that
     their limit is 0 are not told apart, as their size is not known here.
     """
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
@@ -151,7 +151,7 @@ class TopologyAware(contract.RouterOptions):
     return queues._replace(leak=leak)
 
   def shrunk(self):
-    """The options with two nodes of one device each, or with one node."""
+    """The options for a small model: two nodes of one device, or one node."""
     small = min(self.num_nodes, 2)
     return dataclasses.replace(self, devices=small, per_node=1)
 
