@@ -29,9 +29,7 @@ from moe_jax.compression import (
 MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = cli.parser('moe_jax.compression', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')

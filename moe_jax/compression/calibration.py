@@ -70,10 +70,7 @@ def batches(
     raise InputError(f'num_batches={num_batches} must be at least 1')
   dataset = run.options.load_data(run.folder, options)
   stream = data.train_batches(
-    dataset.splits['train'],
-    batch_size=run.options.batch_size,
-    seed=0,
-    start=0,
+    dataset.splits['train'], batch_size=run.options.batch_size, seed=0, start=0
   )
   return [next(stream) for _ in range(num_batches)]
 

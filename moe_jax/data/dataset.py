@@ -37,17 +37,13 @@ class DataOptions(Options):
   """Source, tokenizer and task of a run's data, and the shape of its rows."""
 
   source: SourceOptions = choice(
-    SOURCES,
-    'python_stdlib',
-    'Source of the texts or pairs of texts.',
+    SOURCES, 'python_stdlib', 'Source of the texts or pairs of texts.'
   )
   mixture: MixtureOptions = option(
     MixtureOptions(), 'Sources that are learned from together.'
   )
   tokenizer: TokenizerOptions = choice(
-    TOKENIZERS,
-    'bytes',
-    'Tokenizer that turns text into token ids.',
+    TOKENIZERS, 'bytes', 'Tokenizer that turns text into token ids.'
   )
   task: TaskOptions = choice(
     TASKS, 'lm', 'Task that is learned from the source.'
@@ -75,8 +71,7 @@ class DataOptions(Options):
     "'train[:90%]'.",
   )
   validation_split: str = option(
-    'validation',
-    "The source's own name of the split for validation.",
+    'validation', "The source's own name of the split for validation."
   )
   cache_dir: str = option(
     '',

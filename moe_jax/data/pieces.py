@@ -23,18 +23,9 @@ from concurrent import futures
 from typing import NamedTuple
 
 from moe_jax.data import store
-from moe_jax.data.cache_folders import (
-  FORMAT,
-  prepared,
-  verify,
-)
+from moe_jax.data.cache_folders import FORMAT, prepared, verify
 from moe_jax.data.contracts import SPLITS, Pairs, Pieces, Selection, Texts
-from moe_jax.data.tokenizers import (
-  Fitted,
-  Tokenizer,
-  TokenizerOptions,
-  load,
-)
+from moe_jax.data.tokenizers import Fitted, Tokenizer, TokenizerOptions, load
 from moe_jax.errors import InputError
 
 POOL = 'pool'  # runner of a pool of processes

@@ -20,9 +20,7 @@ from moe_jax.errors import InputError
 from moe_jax.finetuning import adapters, choose_experts
 
 
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = cli.parser('moe_jax.finetuning', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')

@@ -20,9 +20,7 @@ from moe_jax.interop import export_run, import_run, verifying
 _EXAMPLES = [line for line in (__doc__ or '').splitlines() if '-m' in line]
 
 
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = cli.parser('moe_jax.interop', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')

@@ -212,10 +212,7 @@ _SHARED: Mapping[str, tuple[Any, Callable[[DecoderOptions], Any]]] = {
     lambda o: _router(o, 'chosen_expert_groups', 1),
   ),
   'routed_scaling_factor': (POSITIVE, lambda o: _router(o, 'gate_scale', 1.0)),
-  'norm_topk_prob': (
-    bool,
-    lambda o: 'renormalized' in _router(o, 'gates', ''),
-  ),
+  'norm_topk_prob': (bool, lambda o: 'renormalized' in _router(o, 'gates', '')),
 }
 # transformers' default, in most decoders, of each key that every decoder has.
 _DEFAULTS: Mapping[str, Any] = dict(

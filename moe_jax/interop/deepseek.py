@@ -100,7 +100,7 @@ _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
     0.0,
     'transformers has no balance loss here; see sequence_balance_weight '
     'and balance_weight of the router',
-  ),
+  )
 }
 # Only the models' own remote code reads the first three; the last two follow
 # from the widths of the rotated and the other part of a head.

@@ -40,10 +40,7 @@ KEYS = decoders.keys(
     max_position_embeddings=131072,
     sliding_window=None,
   ),
-  honoured={
-    'router_jitter_noise': (RATE, 0.01),
-    'lm_head_bias': (bool, False),
-  },
+  honoured={'router_jitter_noise': (RATE, 0.01), 'lm_head_bias': (bool, False)},
   training={'input_jitter_noise': decoders.JITTER},
   ignored=['hidden_dropout'],  # transformers 5.24 does nothing with it
 )

@@ -97,9 +97,7 @@ class EvenSlots(Capacity):
     above=0,
   )
   minimum: int = option(
-    4,
-    'Least capacity, in slots per expert and group.',
-    minimum=1,
+    4, 'Least capacity, in slots per expert and group.', minimum=1
   )
 
   def per_expert(self, group_size, num_experts, num_selected):

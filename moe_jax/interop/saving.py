@@ -185,9 +185,7 @@ def _take(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
 
 
 def _write(
-  folder: pathlib.Path,
-  tensors: Mapping[str, Sequence[_Part]],
-  shard_bytes: int,
+  folder: pathlib.Path, tensors: Mapping[str, Sequence[_Part]], shard_bytes: int
 ) -> None:
   """Writes one file of tensors, or several files and an index."""
 
@@ -204,10 +202,7 @@ def _write(
     arrays = {name: _assemble(tensors[name]) for name in names}
     save_file(arrays, folder / file, metadata={'format': 'pt'})
   if split.is_sharded:
-    index = {
-      'metadata': split.metadata,
-      'weight_map': split.tensor_to_filename,
-    }
+    index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
     text = json.dumps(index, indent=2, sort_keys=True)
     (folder / f'{SAFETENSORS}.index.json').write_text(text + '\n')
 

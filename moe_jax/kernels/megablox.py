@@ -114,7 +114,5 @@ def _by_platform(kernel, *args) -> Array:
   compiled without a TPU.
   """
   return jax.lax.platform_dependent(
-    *args,
-    cpu=functools.partial(kernel, interpret=True),
-    default=kernel,
+    *args, cpu=functools.partial(kernel, interpret=True), default=kernel
   )

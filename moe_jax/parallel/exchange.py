@@ -171,10 +171,7 @@ class InRing(Exchange):
 
 
 EXCHANGES = Kinds(
-  'exchange',
-  Exchange,
-  {'constraint': Constraint, 'ring': InRing},
-  inline=True,
+  'exchange', Exchange, {'constraint': Constraint, 'ring': InRing}, inline=True
 )
 
 

@@ -53,9 +53,7 @@ class Layout:
     return PartitionSpec(*(names or None for names in axes))
 
   def parameter_specs(
-    self,
-    axes: Mapping[str, Sequence[str | None]],
-    *leading: tuple[str, ...],
+    self, axes: Mapping[str, Sequence[str | None]], *leading: tuple[str, ...]
   ) -> dict[str, PartitionSpec]:
     """The partition specs of experts' parameters, by name.
 
@@ -74,11 +72,7 @@ class Layout:
 
 
 def layout_of(
-  rules: Rules,
-  x: Float[Array, 'G S M'],
-  *,
-  num_experts: int,
-  hidden: int = 1,
+  rules: Rules, x: Float[Array, 'G S M'], *, num_experts: int, hidden: int = 1
 ) -> Layout | None:
   """The layout of groups x on their mesh; None on one device.
 

@@ -111,10 +111,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(
-  layout: Layout,
-  num_rows: int,
-  sizes: Int32[Array, ' E'],
-  bound: int,
+  layout: Layout, num_rows: int, sizes: Int32[Array, ' E'], bound: int
 ) -> Plan:
   """The plan of the exchange of rows sorted by expert.
 

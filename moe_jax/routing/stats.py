@@ -138,9 +138,7 @@ def token_entropy(
   return -(jnp.exp(log_probs) * log_probs).sum(-1)
 
 
-def token_square(
-  router_logits: Float32[Array, '*G E'],
-) -> Float32[Array, '*G']:
+def token_square(router_logits: Float32[Array, '*G E']) -> Float32[Array, '*G']:
   """The mean square of each token's logits."""
   return jnp.mean(router_logits**2, -1)
 

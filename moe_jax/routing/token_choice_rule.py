@@ -122,10 +122,7 @@ def token_choice(
       raise unknown(name, value, allowed)
   problems = list(
     choice_problems(
-      num_experts=E,
-      num_selected=K,
-      gates=gates,
-      second_policy=second_policy,
+      num_experts=E, num_selected=K, gates=gates, second_policy=second_policy
     )
   )
   if second_policy == 'threshold' and not 0 < second_threshold <= 1:

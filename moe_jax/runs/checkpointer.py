@@ -366,9 +366,7 @@ class CheckpointOptions(Options):
     minimum=0,
   )
   keep_newest: int = option(
-    2,
-    'Number of the newest checkpoints that are kept.',
-    minimum=1,
+    2, 'Number of the newest checkpoints that are kept.', minimum=1
   )
   keep_best: bool = option(
     True,
