@@ -391,7 +391,7 @@ def check_same(facts: Mapping[str, str]) -> None:
       )
 
 
-def from_first(number: float) -> float:
+def from_first(number: float | int) -> float | int:
   """The `number` of process 0, to the last bit; every process calls this."""
   if jax.process_count() == 1:
     return number

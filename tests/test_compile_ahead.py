@@ -40,13 +40,14 @@ def four_devices():
 @pytest.mark.slow
 def test_the_report_is_of_one_device(four_devices):
   step, alone = four_devices.step, report(1).step
-  assert step.temp_bytes < 0.6 * alone.temp_bytes
-  assert step.argument_bytes < alone.argument_bytes
+  ours, whole = step.memory, alone.memory
+  assert ours.temp_size_in_bytes < 0.6 * whole.temp_size_in_bytes
+  assert ours.argument_size_in_bytes < whole.argument_size_in_bytes
   assert alone.collectives.by_kind == {}
   assert 'all-reduce' in step.collectives.by_kind
   # The state is donated: the only new arrays are the metrics.
-  assert step.alias_bytes > 0.9 * step.argument_bytes
-  needed_bytes = step.argument_bytes + step.temp_bytes
+  assert ours.alias_size_in_bytes > 0.9 * ours.argument_size_in_bytes
+  needed_bytes = ours.argument_size_in_bytes + ours.temp_size_in_bytes
   assert step.needed_bytes == pytest.approx(needed_bytes, rel=0.1)
 
 

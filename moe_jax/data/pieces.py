@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -216,8 +217,12 @@ def _make_pieces(work: Work, engine: Engine) -> Report:
 
 def peak_memory() -> int:
   """The most bytes of memory that this process or a child of it has held."""
-  processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-  return _KIBIBYTE * max(resource.getrusage(p).ru_maxrss for p in processes)
+  peaks = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _KIBIBYTE]
+  # A process' own `ru_maxrss` counts the memory of the program that began it.
+  if (status := pathlib.Path('/proc/self/status')).exists():
+    peak = re.search(r'^VmHWM:\s+(\d+) kB$', status.read_text(), re.MULTILINE)
+    peaks += [int(peak[1]) * 1024] if peak else []
+  return max(peaks)
 
 
 def run_pool(

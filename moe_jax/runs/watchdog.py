@@ -173,7 +173,8 @@ class Watchdog:
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
       self._silence = min(self._silence, MOMENT_SECONDS)
-      self._over.wait(2 * MOMENT_SECONDS)
+      if self._over.wait(2 * MOMENT_SECONDS):  # the thread ends this process
+        time.sleep(_SAVE_SECONDS + MOMENT_SECONDS)
     text = f'process {self._index} failed: {type(error).__name__}: {error}'
     self._this.failure = text[:_LONGEST_TEXT]
     self._over.wait(2 * MOMENT_SECONDS)
