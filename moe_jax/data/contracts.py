@@ -13,6 +13,7 @@ task.
 import abc
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -229,7 +230,7 @@ class Selection:
       take any split expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
       `moe_jax.devices.cache_root` names. If it is a URL, data that lies there
-      is first copied to the folder that '' stands for.
+      is first copied to a folder within that folder.
     cache_digests: Whether large files of prepared data are read through before
       use, to check their digests.
   """
@@ -244,8 +245,13 @@ class Selection:
 
   @property
   def cache(self) -> pathlib.Path:
-    """The folder of this machine that has prepared data."""
-    return cache_root('' if urls.is_url(self.cache_dir) else self.cache_dir)
+    """The folder of this machine that has prepared data.
+
+    Each URL has a folder of its own, so that all that is in it is at the URL.
+    """
+    if not (url := self.url()):
+      return cache_root(self.cache_dir)
+    return cache_root() / 'urls' / hashlib.sha256(url.encode()).hexdigest()[:16]
 
   def url(self, *names: str) -> str:
     """The URL of a folder within `cache_dir`; '' if `cache_dir` is no URL."""

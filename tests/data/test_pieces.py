@@ -83,11 +83,14 @@ def test_a_folder_at_a_url_is_written_and_read(
   options = dataclasses.replace(small_pieces(''), cache_dir=url)
   for cache in ('a', 'b'):
     monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / cache))
-    if cache == 'b':  # all pieces are copied, and none is made
+    if cache == 'a':  # what is here already is written to the URL nevertheless
+      data.load(dataclasses.replace(options, cache_dir=''))
+    else:  # all pieces are copied, and none is made
       monkeypatch.setattr(store, 'write_piece', None)
     loaded = data.load(options)
     assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
-    assert digests_of(folder_in(tmp_path / cache)) == digests_of(here)
+    (copy,) = (tmp_path / cache / 'urls').iterdir()
+    assert digests_of(folder_in(copy)) == digests_of(here)
 
 
 def test_a_damaged_copy_of_a_piece_is_refused(
