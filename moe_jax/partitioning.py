@@ -55,7 +55,7 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """The problems of axes of size 0, and of a second axis of size -1."""
+    """Yields a text for each axis of size 0, and for a second one of -1."""
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'
@@ -211,7 +211,7 @@ class ShardingOptions(Options):
   buckets: str = _mesh_axes('the table of relative positions', '')
 
   def problems(self):
-    """The problems of names that are no mesh axis, or that stand twice."""
+    """Yields a text for each name that is no mesh axis or stands twice."""
     for logical, axes in dataclasses.asdict(self).items():
       for name in _axis_names(axes):
         if name not in MESH_AXES:

@@ -218,7 +218,7 @@ def _is_array(hint: Any) -> bool:
 
 
 def _any_array(hint: Any) -> Any:
-  """The same array type for any library, and for integers without sign, too."""
+  """The type `hint` for arrays of any library; `Int` takes unsigned, too."""
   signed = hint.dtype is jaxtyping.Int
   dtype: Any = jaxtyping.Integer if signed else hint.dtype
   return dtype[Any, hint.dim_str]

@@ -610,6 +610,9 @@ def churn(
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-  """What two records have to share so that their choices can be compared."""
+  """The batch, sequence, layers and tokens of a record.
+
+  The choices of two records can be compared only if these are equal.
+  """
   tokens = np.where(record.documents > 0, record.tokens, -1)
   return record.batch, record.sequence, {*record.layers}, tokens.tolist()

@@ -69,7 +69,7 @@ class ValueTable(NamedTuple):
     }
 
   def cells(self) -> list[list[str]]:
-    """The texts of each row, after the names of columns as they are printed."""
+    """The table's rows as texts; the first has the names of columns."""
     columns = self.columns
     cells = [[name.replace('_', ' ') for name in columns]]
     for row in self.rows:

@@ -1,4 +1,4 @@
-"""What a compiled step runs, and what one device of a mesh holds and sends.
+"""The instructions of a compiled step, and the bytes of one device of a mesh.
 
 The text of the program is read. The collectives in the body of a loop count as
 often as the loop runs, which the compiler notes at each loop whose length it

@@ -115,10 +115,10 @@ class PackedRows(Rows):
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, cut at other tokens in each epoch after the first.
 
-    Such an epoch draws an offset below T, at which its first row begins, and
-    goes round the stream from there, so that it leaves out no more than the
-    prediction across its first cut. The only row of a short stream is the same
-    in every epoch.
+    The first row of such an epoch begins at a drawn offset below T, and the
+    last rows wrap around the end of the stream. So all tokens are used, and
+    only the token at the offset is never predicted. The only row of a short
+    stream is the same in every epoch.
     """
     if len(self) <= 1:  # a cut could only take context away
       return self.take(indices)

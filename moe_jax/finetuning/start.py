@@ -49,7 +49,7 @@ def initial(
     return None
   folder, source_run, source, copy_plan = _read(run, allow)
   step = None if options.step < 0 else options.step
-  # What is only copied is read into this run's dtypes and shardings.
+  # Parameters that are only copied are read in this run's dtypes and shardings.
   as_is = copy_plan.copies_all
   has_state = all(abstract_router_state(m) for m in (source, run.model))
   restored = trained.restore_variables(

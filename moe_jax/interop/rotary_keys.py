@@ -114,11 +114,11 @@ def problems(
 def rotary(
   c: Values, rope: Mapping[str, Any] = ROPE, *, interleaved: bool = False
 ) -> Rotary:
-  """Our rotary positions for values of config.json without problems.
+  """This library's options for the rotary positions of a config.json.
 
   Args:
-    c: The values of config.json.
-    rope: The parameters where the config has none.
+    c: The values of config.json, in which `problems` has found no problem.
+    rope: The rotary parameters if config.json has none.
     interleaved: Whether the pairs that rotate are neighbours.
   """
   rope_type, parameters = parameters_of(c, rope)

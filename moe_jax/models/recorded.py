@@ -48,7 +48,7 @@ Apply = Callable[..., tuple[Any, Choices]]
 def plainly(
   model: Model, variables: dict[str, Any], *args: Any, **arguments: Any
 ) -> tuple[Any, None]:
-  """The result of `model.apply`, and no choices."""
+  """The result of `model.apply`, and None in place of recorded choices."""
   return model.apply(variables, *args, **arguments), None
 
 

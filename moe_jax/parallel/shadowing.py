@@ -167,9 +167,10 @@ class Shadowing(Options):
   def choose(
     self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes | None
   ) -> Int32[Array, ' R']:
-    """The indices of shadowed experts, padded with E, under `shard_map`.
+    """The indices of the R shadowed experts; called under `shard_map`.
 
-    Where rows do not travel no expert is shadowed, and R = 0.
+    A place without an expert has the index E. If no rows are exchanged between
+    devices, no expert is shadowed, and R = 0.
 
     Args:
       layout: The layout of groups and experts.

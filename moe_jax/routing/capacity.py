@@ -165,7 +165,7 @@ class Fixed(Capacity):
     return min(self.slots, group_size)
 
   def keeps_in_generation(self, single):
-    """True, except where a group has one token: then the rule cannot bind."""
+    """Whether groups have several tokens; of one alone none is dropped."""
     return not single
 
 

@@ -260,7 +260,7 @@ class Recorder:
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps whose batches are kept, also by the run before a restart."""
+  """The steps whose batches are on disk, also from before a restart."""
   numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 

@@ -226,7 +226,7 @@ class Watchdog:
     elif not (end := self._end_reason()):
       return
     self._this.end, deadline = end, time.monotonic() + seconds
-    # A process that has read the reason removes its own file.
+    # Each other process removes its file once it has read why the run ends.
     while time.monotonic() < deadline and any(
       self._file(i).exists() and not self._loss(i) for i in self._others
     ):

@@ -197,10 +197,11 @@ def derive(
 def _with_kept_tokenizer(
   config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
 ) -> dict[str, Any]:
-  """The config with the tokenizer that the base took from another run.
+  """The config of the base run, with the tokenizer that the run really used.
 
-  The base uses that tokenizer in place of its `data.tokenizer`. Without
-  `init_from` only its copy in `output` is left, which the config then names.
+  A run that began from another run (`init_from`) used that run's tokenizer, not
+  its own `data.tokenizer`. The new run has no `init_from`, so its config names
+  the file of that tokenizer in `output`.
   """
   init_from, path = config.get('init_from', {}), base / workdir_lib.TOKENIZER
   is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)

@@ -32,8 +32,8 @@ from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 
 T = TypeVar('T')
-# Modules that some distributions or later Pythons leave out; they are in the
-# corpus only where they are named.
+# Modules that some distributions or later Pythons leave out; the corpus has
+# such a module only if the source's option `modules` names it.
 OPTIONAL_MODULES = tuple(
   """
   _aix_support _osx_support asynchat asyncore cgi cgitb chunk crypt distutils
