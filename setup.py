@@ -12,6 +12,7 @@ here = pathlib.Path(__file__).parent
 DIGITS = 'scikit-learn>=1.4'  # its images
 DJANGO = 'django>=5'  # its gettext catalogues
 PARQUET = 'pyarrow>=16'  # parquet files, and .zst
+SLURM = 'submitit>=1.5'  # studies on a cluster
 PLOTS = ['matplotlib>=3.8']
 NOTEBOOK = ['ipykernel>=6.29', 'ipywidgets>=8.1', 'nbformat>=5.10']
 # Checkpoints and speed are compared with this release, whose bugs count, too.
@@ -32,6 +33,7 @@ TEST = [
   'ruff>=0.6',
   'scipy>=1.11',
   'setuptools>=77',
+  SLURM,
   TRANSFORMERS,
 ]
 COMMANDS = {
@@ -152,6 +154,7 @@ setup(
     'data': [PARQUET],
     'beam': ['apache-beam>=2.65'],
     'colab': [*NOTEBOOK, DIGITS],
+    'slurm': [SLURM],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', TORCH, TRANSFORMERS],
   },
 )

@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command, counted, finetuned
+from experiments.study import byte_models, command, finetuned
 from experiments.study.parts import (
   POSITIVE,
   Arm,
@@ -50,6 +50,7 @@ from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
+from moe_jax.analysis import cost, counts, memory
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -113,14 +114,24 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Counts the cost of a run and the text that it has read.
 
   Returns:
-    The numbers of `counted.costs`; data/distinct in bytes; data/epochs.
+    Numbers by name: cost/params; cost/flops of training for a token;
+    cost/memory in bytes of weights, gradients and optimizer; cost/activations
+    in bytes for a batch; data/distinct in bytes; data/epochs.
   """
   del state
-  options, rows = run.options, len(run.dataset.splits['train'])
+  options, model = run.options, run.model
+  B, T = options.batch_size, options.data.seq_len
+  count = counts.count(model, T)
+  trained = cost.training_cost(options, model)
+  optimizing = trained.optimizer_bytes + trained.gradient_bytes
+  rows = len(run.dataset.splits['train'])
   return {
-    **counted.costs(run),
-    'data/distinct': rows * options.data.seq_len,
-    'data/epochs': options.total_steps * options.batch_size / rows,
+    'cost/params': count.total_params,
+    'cost/flops': count.training_flops,
+    'cost/memory': optimizing + memory.weight_bytes(model, 'float32'),
+    'cost/activations': sum(memory.activations(model, B, T)),
+    'data/distinct': rows * T,
+    'data/epochs': options.total_steps * B / rows,
   }
 
 
@@ -136,7 +147,12 @@ COLUMNS = [
   Column(GAP, unit='nats/byte'),
   Column(DISTINCT, 'data/distinct', 'MB', 2, lambda x: x / 1e6),
   Column('epochs', 'data/epochs', digits=1),
-  *counted.COLUMNS,
+  Column('parameters', 'cost/params', 'k', 0, lambda x: x / 1e3),
+  Column('FLOPs', 'cost/flops', 'M/byte', 2, lambda x: x / 1e6),
+  Column('memory of state', 'cost/memory', 'MB', 1, lambda x: x / 1e6),
+  Column(
+    'memory of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6
+  ),
 ]
 TIMED = [of_text(model, 1, 1) for model in MODELS]
 
@@ -145,7 +161,8 @@ TIMED = [of_text(model, 1, 1) for model in MODELS]
 def wide_flops() -> float:
   """The FLOPs of the wide dense model over those of the sparse one."""
   wide, sparse = (
-    counted.training_flops(config(8), MODELS[model]) for model in (WIDE, SPARSE)
+    byte_models.training_flops(config(8), MODELS[model])
+    for model in (WIDE, SPARSE)
   )
   return wide / sparse
 

@@ -27,12 +27,13 @@ before these runs.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.study import byte_models, command, extracted
+from experiments.benchmarks import timing
+from experiments.study import byte_models, command
 from experiments.study.parts import (
   Arm,
   Claim,
@@ -46,9 +47,24 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
+from moe_jax import data, generation
+from moe_jax.compression import extract
+from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.configs import base, kudugunta_multilingual
-from moe_jax.evaluation import SourceLosses
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
+from moe_jax.evaluation import GenerateEvaluation, SourceLosses
+from moe_jax.generation import trained_run
+from moe_jax.models import Model, check_generates
+from moe_jax.shapes import Int
+from moe_jax.training.evaluate import Losses, Setting
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
+_SCORED = 64  # number of translations that are scored
+# Number of prompts that are read at once, of tokens that are generated for each
+# of them, and the seconds that timing may take.
+PROMPTS, TOKENS, SECONDS = 16, 48, 5.0
 LANGUAGES = ('de', 'es', 'fr', 'ru')
 LANGUAGE_LOSSES = 'languages'
 
@@ -113,6 +129,132 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
+def measure(run: Run, state: TrainState) -> dict[str, float]:
+  """Scores of generated translations, and what extraction changes.
+
+  Returns:
+    Numbers by name; those of a part are left out of models without it:
+    - scores/chrf, scores/bleu: of generated translations, in percent.
+    - whole/bytes: bytes of the decoder's parameters.
+    - extracted/loss, extracted/bytes: means over languages of each language's
+      extracted model.
+    - extracted/speed: tokens generated a second, as a ratio to the whole
+      model's, the median of interleaved rounds.
+  """
+  variables = run.programs.variables(state)
+  numbers = {'whole/bytes': bytes_in_memory(variables['params']['decoder'])}
+  try:
+    check_generates(run.model)
+  except InputError:  # a decoder that routes by sentence
+    return numbers
+  setting = Setting(
+    name='scores',
+    model=run.model,
+    dataset=run.dataset,
+    data=run.options.data,
+    workdir=run.workdir,
+    put=run.programs.put,
+  )
+  scores = GenerateEvaluation(
+    num_examples=_SCORED, num_tokens=TOKENS, metrics='chrf,bleu'
+  ).measure(setting)
+  row = scores(variables, int(state.step))
+  numbers |= {f'scores/{name}': row[name] for name in ('chrf', 'bleu')}
+  if run.options.model.routes_by_task:
+    numbers |= _extraction(setting, run.options, variables)
+  return numbers
+
+
+def _extraction(setting: Setting, options, variables) -> dict[str, float]:
+  losses, sizes, model = [], [], None
+  for number, language in enumerate(options.data.tasks):
+    small = extract.extract(options.model, variables['params'], number)
+    model = model or small.options.build(options.sharding.rules)
+    rows = setting.dataset.parts[language].splits['validation']
+    small_variables = {'params': small.params}
+    losses_of = Losses(model, 0, rows, setting.put)
+    losses.append(float(losses_of(small_variables, 0)['loss']))
+    sizes.append(bytes_in_memory(small.params['decoder']))
+  return {
+    'extracted/loss': float(np.mean(losses)),
+    'extracted/bytes': float(np.mean(sizes)),
+    'extracted/speed': _speed(
+      setting, variables, model, small_variables, number
+    ),
+  }
+
+
+def _speed(
+  setting: Setting, variables, model, small_variables, task: int
+) -> float:
+  """Tokens a second of one task's extracted model over the whole model's."""
+  prompts = prompts_of(setting.dataset.splits['validation'])
+  inputs = setting.dataset.tokenizer, prompts
+  times = timing.interleave(
+    {
+      'whole': generating(
+        setting.model, variables, *inputs, [task] * len(prompts)
+      ),
+      'own': generating(model, small_variables, *inputs),
+    },
+    seconds=SECONDS,
+  )
+  return timing.ratio(times['whole'], times['own']).median
+
+
+def prompts_of(
+  rows: data.Rows, count: int = PROMPTS
+) -> list[Int[np.ndarray, ' N']]:
+  """The first inputs of that many rows of an encoder-decoder, in token ids.
+
+  Raises:
+    ValueError: There are fewer rows.
+  """
+  if len(rows) < count:
+    raise InputError(
+      f'{count} prompts are needed to measure speed, and validation has '
+      f'{len(rows)} rows'
+    )
+  batch = rows.take(np.arange(count))
+  return [
+    tokens[ids == 1]
+    for tokens, ids in zip(
+      batch['encoder_tokens'], batch['encoder_segment_ids']
+    )
+  ]
+
+
+def generating(
+  model: Model,
+  variables: dict[str, Any],
+  tokenizer: Tokenizer,
+  prompts: Sequence[Int[np.ndarray, ' N']],
+  tasks: Sequence[int] | None = None,
+) -> Callable[[], Any]:
+  """A function that generates for prompts, as many tokens for every model.
+
+  Args:
+    model: The model.
+    variables: Its variables.
+    tokenizer: Its tokenizer.
+    prompts: The token ids of each prompt.
+    tasks: The number of each prompt's task, for a model that routes by task.
+  """
+  model, variables = generation.prepare(
+    model, variables, batch_size=len(prompts)
+  )
+  # Without stops all models take the same number of steps.
+  start = trained_run.special_ids(model, tokenizer)['start_id']
+  return lambda: generation.generate(
+    model,
+    variables,
+    prompts,
+    num_tokens=TOKENS,
+    start_id=start,
+    task_ids=tasks,
+  )
+
+
 LOSS = Column('loss', f'eval/{LANGUAGE_LOSSES}/mean', 'nats/byte')
 CHRF = Column('chrF', 'scores/chrf', digits=1)
 BLEU = Column('BLEU', 'scores/bleu', digits=1)
@@ -129,11 +271,11 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
     table.append(Row(name, _values([LOSS, CHRF, BLEU, BYTES], runs)))
     if not name.endswith('/ task'):
       continue
-    extracted = {
+    of_own = {
       column: dataclasses.replace(column, key=f'extracted/{key}')
       for column, key in ((LOSS, 'loss'), (BYTES, 'bytes'), (SPEED, 'speed'))
     }
-    table.append(Row(name + OWN, _values([*extracted.values()], runs)))
+    table.append(Row(name + OWN, _values([*of_own.values()], runs)))
   return table
 
 
@@ -191,7 +333,7 @@ STUDY = Study(
   ],
   figure=Figure(['loss', 'chrF', 'decoder']),
   rows=rows,
-  runner=TrainingRunner(extracted.measure),
+  runner=TrainingRunner(measure),
   remarks='Own models are those that are taken out of the trained run, one for '
   'each language; their losses are means over the languages. By construction '
   'they compute what the whole computes for their language, with a smaller '

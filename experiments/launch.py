@@ -12,9 +12,8 @@ Every item is `python -m moe_jax.main` in a process, with its own workdir and
 `launch.log`. The same command again skips what is finished and goes on with
 what is not; an item that fails does not stop the others. `--sweep`s multiply.
 Overrides of all items are given as to `moe_jax.main`. `--items` is a Python
-file with `get_items() -> list[experiments.study.jobs.Item]`. The exit status
-is 0 if all are done, 1 if one failed, 130 if it was stopped.
-Not here: what a study concludes (`study/study.py`).
+file with `get_items() -> list[experiments.launching.items.Item]`. The exit
+status is 0 if all are done, 1 if one failed, 130 if it was stopped.
 """
 
 import argparse
@@ -23,12 +22,16 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from experiments.study import processes as processes_lib
-from experiments.study import scheduler
-from experiments.study.item_commands import check, is_finished, make_command
-from experiments.study.items import read_items, swept
-from experiments.study.jobs import Item
-from experiments.study.processes import Command
+from experiments.launching import processes as processes_lib
+from experiments.launching.items import (
+  Item,
+  check,
+  is_finished,
+  make_command,
+  read_items,
+  swept,
+)
+from experiments.launching.processes import Command
 from moe_jax import cli
 from moe_jax.errors import InputError
 
@@ -41,7 +44,7 @@ def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
   lines = []
   for command in commands:
     lines.append(f'{outcomes[command.name]:12}{command.name}')
-    if outcomes[command.name] == scheduler.FAILED:
+    if outcomes[command.name] == processes_lib.FAILED:
       ends = {log: _end_of(log) for log in command.logs}
       own_logs = [log for log, end in ends.items() if end.startswith(_OURS)]
       # When one process is lost, the others' logs end with errors that only
@@ -199,20 +202,15 @@ def run(
     The outcome of every item, by the name of its command.
   """
   print_now = functools.partial(print, flush=True)
-  outcomes, tasks = {}, {}
+  outcomes, missing = {}, []
   for item, command in zip(items, commands, strict=True):
     if is_finished(item):
       print_now(f'{command.name}: finished before')
-      outcomes[command.name] = scheduler.DONE
+      outcomes[command.name] = processes_lib.DONE
     else:
-      tasks[command.name] = command.begin
-  return outcomes | scheduler.run_all(
-    tasks,
-    environments,
-    grace_seconds=grace_seconds,
-    message=print_now,
-    begins=lambda name: print_now(f'{name}: starts'),
-    ends=lambda name, outcome, _: print_now(f'{name}: {outcome}'),
+      missing.append(command)
+  return outcomes | processes_lib.run_all(
+    missing, environments, grace_seconds, print_now
   )
 
 
@@ -231,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   ]
   outcomes = run(items, commands, environments, options.grace_seconds)
   print(summary(commands, outcomes))
-  if scheduler.FAILED in outcomes.values():
+  if processes_lib.FAILED in outcomes.values():
     return 1
-  return 0 if set(outcomes.values()) <= {scheduler.DONE} else 130
+  return 0 if set(outcomes.values()) <= {processes_lib.DONE} else 130
 
 
 if __name__ == '__main__':

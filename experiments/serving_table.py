@@ -23,16 +23,20 @@ and a review; no result of this size had been seen.
 """
 
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 
+import jax
+import ml_collections
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from experiments import kudugunta_table, merge_or_prune
+from experiments.benchmarks import timing
 from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
-from experiments.study import byte_models, command, served
+from experiments.study import byte_models, command
 from experiments.study.jobs import layered
 from experiments.study.parts import (
   Arm,
@@ -48,13 +52,18 @@ from experiments.study.results import PICTURE
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval
-from moe_jax import run_config
-from moe_jax.analysis import plot_style
+from moe_jax import data, run_config
+from moe_jax.analysis import counts, plot_style
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
+from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk
 from moe_jax.configs import base
+from moe_jax.errors import InputError
 from moe_jax.evaluation import SourceScores
+from moe_jax.generation import trained_run
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.models import code_trees
+from moe_jax.models.trees import init_params
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import workdir
 
@@ -148,10 +157,77 @@ def starts(preset: Preset) -> list[Start]:
   ]
 
 
+def measure(
+  folder: str | os.PathLike[str], twin: ml_collections.ConfigDict
+) -> dict[str, float]:
+  """Measures the model of a run of an encoder-decoder on a mixture.
+
+  The prompts are as many of each of its tasks, one task after another.
+
+  Args:
+    folder: The run's folder.
+    twin: The config of the model whose speed is the unit. Its parameters are
+      drawn anew, as speed does not depend on what a dense model has learned.
+
+  Returns:
+    Numbers by name: 'disk' and 'memory', the bytes of all parameters as they
+    are stored; 'flops', those of the forward pass for a token, averaged over
+    the tokens that the encoder reads and those that are generated;
+    'tokens_per_second', of all prompts together; 'speed', that as a ratio to
+    the twin's, the median of interleaved rounds.
+
+  Raises:
+    ValueError: The prompts cannot be divided over the tasks, or a task has too
+      few rows of validation for its own.
+  """
+  run = trained_run.load(folder)
+  plain = code_trees.with_formats(run.options).build()
+  cost = counts.count(plain, run.data.seq_len, run.data.target_len)
+  options = run_config.read(twin).filled(run.tokenizer.vocab_size)
+  dense = options.build()
+  params = init_params(dense, jax.random.key(0))
+  datasets = data.load(run.data).parts
+  num_prompts = kudugunta_table.PROMPTS
+  prompts_per_task, remainder = divmod(num_prompts, len(datasets))
+  if remainder:
+    raise InputError(
+      f'{num_prompts} prompts cannot be divided over {len(datasets)} tasks'
+    )
+  prompts, tasks = [], []
+  for number, name in enumerate(run.data.tasks):
+    prompts += kudugunta_table.prompts_of(
+      datasets[name].splits['validation'], prompts_per_task
+    )
+    tasks += [number] * prompts_per_task
+  times = timing.interleave(
+    {
+      'twin': kudugunta_table.generating(
+        dense, {'params': params}, run.tokenizer, prompts
+      ),
+      'own': kudugunta_table.generating(
+        run.model,
+        run.variables,
+        run.tokenizer,
+        prompts,
+        tasks if run.options.routes_by_task else None,
+      ),
+    },
+    seconds=kudugunta_table.SECONDS,
+  )
+  seconds = timing.Spread.of(times['own']).median
+  return {
+    'disk': bytes_on_disk(folder),
+    'memory': bytes_in_memory(run.variables),
+    'flops': cost.forward_flops,
+    'tokens_per_second': len(prompts) * kudugunta_table.TOKENS / seconds,
+    'speed': timing.ratio(times['twin'], times['own']).median,
+  }
+
+
 def _measured(run: pathlib.Path, new: pathlib.Path) -> dict[str, float]:
   """Measures a model; the unit is the twin of the run that it is made of."""
   options = run_config.from_file(run / workdir.CONFIG)
-  return served.measure(new, dense_twin(options))
+  return measure(new, dense_twin(options))
 
 
 def copied(run: pathlib.Path, new: pathlib.Path) -> Mapping[str, float]:

@@ -24,7 +24,6 @@ model costs 1.3 to 2.1 dense ones on a CPU.
 from collections.abc import Mapping
 
 from experiments.study import byte_models, command
-from experiments.study.annealed import ratio_to
 from experiments.study.parts import (
   Arm,
   Claim,
@@ -35,6 +34,7 @@ from experiments.study.parts import (
   Row,
 )
 from experiments.study.study import Study
+from experiments.time_to_loss.annealed import ratio_to
 
 # Pairs (E, K). K experts together have the hidden width of the dense twin.
 SWITCH = [(2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1)]

@@ -11,9 +11,9 @@ second one, top-1 and top-2, dropless or with a capacity of 1 or 1.25 slots an
 assignment. A batch has 4,096 tokens, or half as many in `quick`. The learning
 rate is constant after a warm-up and falls to zero over the last fifth
 of every run, so that each compared length is annealed, and the lengths of a
-model share what comes before (`study/annealed.py`): lengths of 0.5, 0.7 and 1
-cost 1.24 runs instead of 2.2. A cosine would have to be trained anew for each
-length. The length at which a model would have its twin's final loss is
+model share what comes before (`time_to_loss/annealed.py`): lengths of 0.5, 0.7
+and 1 cost 1.24 runs instead of 2.2. A cosine would have to be trained anew for
+each length. The length at which a model would have its twin's final loss is
 interpolated for each seed (loss over the logarithm of steps). Nothing is
 extrapolated: a seed that is beyond the shortest or the longest length counts as
 that length, and the text below the table says how many do.
@@ -41,12 +41,12 @@ begun to gain, and two seeds leave intervals wider than any gain.
 import ml_collections
 
 from experiments.study import byte_models, command
-from experiments.study.annealed import AnnealedRunner
 from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Figure
 from experiments.study.study import Exploration, Study
 from experiments.switch_scaling import OTHER_TIME
 from experiments.time_to_loss import screening, speed_arms, speed_rows
+from experiments.time_to_loss.annealed import AnnealedRunner
 from experiments.time_to_loss.speed_arms import SpeedModel, SpeedPreset
 from experiments.time_to_loss.speed_rows import (
   FIRST,

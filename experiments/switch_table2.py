@@ -28,7 +28,14 @@ minutes. The claims were written before any run.
 import dataclasses
 from collections.abc import Mapping
 
-from experiments.study import byte_models, command, router_logits, stability
+from experiments.stmoe_tables2_4 import (
+  MEANING,
+  STABILITY,
+  stability,
+  tolerant,
+)
+from experiments.study import byte_models, command, router_logits
+from experiments.study.jobs import nested
 from experiments.study.parts import (
   POSITIVE,
   Arm,
@@ -42,7 +49,6 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.sweeps import nested
 from experiments.study.validation_routing import evaluated_model
 from moe_jax.analysis import counts, memory
 from moe_jax.training.setup import Run
@@ -70,7 +76,7 @@ MORE, AFTER = 'flipped by the router', 'bfloat16 in evaluation alone'
 def config(steps: int):
   """The config that the rows share, evaluated in every precision."""
   config = byte_models.switch_decoder(steps, num_layers=2, num_experts=E)
-  stability.tolerant(config)
+  tolerant(config)
   for name, changes in PRECISIONS.items():
     slots = {'moe.capacity.per_token.factor': 2.0}
     config.evals[name] = byte_models.evaluation(**nested(changes | slots))
@@ -95,7 +101,7 @@ def arms(preset: Preset) -> list[Arm]:
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Losses over the run, logits, flipped choices, and bytes that would move."""
-  numbers = {**stability.measure(run), **router_logits.rounding(run, state)}
+  numbers = {**stability(run), **router_logits.rounding(run, state)}
   exact = evaluated_model(run, EXACT)
   for name in FLIPPED:
     other = evaluated_model(run, name)
@@ -183,7 +189,7 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    *stability.COLUMNS,
+    *STABILITY,
     Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
     *(of_tokens(column, name) for name, column in FLIPPED.items()),
     Column(MORE, unit='% of tokens', digits=2),
@@ -194,7 +200,7 @@ STUDY = Study(
   runner=TrainingRunner(measure),
   figure=Figure(['loss', LOGIT, FLIPPED[LOW], FLIPPED[SELECTIVE]]),
   remarks=(
-    f'{stability.MEANING} Flipped choices are means over layers, and those '
+    f'{MEANING} Flipped choices are means over layers, and those '
     'flipped by the router are the ones of bfloat16 less those of selective '
     'precision.'
   ),

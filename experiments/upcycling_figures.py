@@ -39,7 +39,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from experiments.study import byte_models, command, counted, finetuned
+from experiments.study import byte_models, command, finetuned
 from experiments.study.jobs import layered
 from experiments.study.parts import (
   Arm,
@@ -124,7 +124,7 @@ def _cost_ratio(name: str) -> float:
   changes = VARIANTS.get(name, {})
   changes = {k: v for k, v in changes.items() if k.startswith(_MOE)}
   dense, sparse = (
-    counted.training_flops(config(1), c) for c in (_DENSE, changes)
+    byte_models.training_flops(config(1), c) for c in (_DENSE, changes)
   )
   return dense / sparse
 

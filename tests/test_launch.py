@@ -12,11 +12,16 @@ import time
 import pytest
 
 from experiments import launch
-from experiments.study import item_commands, processes, scheduler
-from experiments.study import items as items_lib
-from experiments.study.jobs import Item
-from experiments.study.processes import Command
-from experiments.study.scheduler import DONE, FAILED, STOPPED, WAITING
+from experiments.launching import items as items_lib
+from experiments.launching import processes
+from experiments.launching.items import Item
+from experiments.launching.processes import (
+  DONE,
+  FAILED,
+  STOPPED,
+  WAITING,
+  Command,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = 'configs/tiny_switch.py:runlocal'
@@ -34,11 +39,8 @@ def command(folder, name, *scripts, complete=True, env=None):
 
 
 def run_all(commands, places, **options):
-  return scheduler.run_all(
-    {item.name: item.begin for item in commands},
-    places,
-    message=lambda text: None,
-    **options,
+  return processes.run_all(
+    commands, places, message=lambda text: None, **options
   )
 
 
@@ -149,37 +151,22 @@ def test_a_signal_has_runs_save_and_starts_no_more(tmp_path, number):
   assert not commands[2].logs[0].exists()
 
 
-class StubbornTask:
-  """A task that only SIGKILL ends; a second signal comes at its second poll."""
+def test_a_second_signal_kills_what_the_first_asked_to_stop(tmp_path):
+  stuck = command(tmp_path, 'stuck', STUCK)
 
-  def __init__(self, place):
-    signal.raise_signal(signal.SIGTERM)
-    self.numbers, self.polls = [], 0
+  def send_twice():
+    while not (stuck.logs[0].exists() and 'ready' in stuck.logs[0].read_text()):
+      time.sleep(0.05)
+    for _ in range(2):
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.5)
 
-  def ended(self):
-    self.polls += 1
-    assert self.polls < 9, self.numbers
-    if self.polls == 2:
-      signal.raise_signal(signal.SIGTERM)
-    return signal.SIGKILL in self.numbers
-
-  def outcome(self):
-    return FAILED
-
-  def signal(self, number):
-    self.numbers.append(number)
-
-
-def test_a_second_signal_kills_what_the_first_asked_to_stop():
-  ended = []
-  outcomes = scheduler.run_all(
-    {'stubborn': StubbornTask},
-    [{}],
-    ends=lambda name, outcome, task: ended.append(task),
-  )
-  assert outcomes == {'stubborn': STOPPED}
-  (task,) = ended
-  assert task.numbers == [signal.SIGTERM, signal.SIGKILL] and task.polls == 3
+  thread = threading.Thread(target=send_twice)
+  thread.start()
+  began = time.monotonic()
+  assert run_all([stuck], [{}], grace_seconds=60.0) == {'stuck': STOPPED}
+  thread.join()
+  assert time.monotonic() - began < 50
 
 
 def test_sweeps_multiply():
@@ -221,7 +208,7 @@ def test_sweeps_multiply():
 def test_bad_items_fail_before_any_starts(overrides, folders, message):
   items = [Item(SHRUNK, overrides, folder) for folder in folders]
   with pytest.raises(ValueError, match=message):
-    item_commands.check(items)
+    items_lib.check(items)
 
 
 def test_items_come_from_a_python_file(tmp_path):
@@ -245,7 +232,7 @@ def test_items_come_from_a_python_file(tmp_path):
 
 def test_processes_of_one_run_know_each_other(tmp_path):
   item = Item(SHRUNK, {}, str(tmp_path))
-  pair = item_commands.make_command(item, processes=2, devices_per_process=3)
+  pair = items_lib.make_command(item, processes=2, devices_per_process=3)
   first, second = pair.commands()
   assert first[:-1] == second[:-1]
   assert [c[-1] for c in (first, second)] == [
@@ -296,7 +283,7 @@ def test_a_run_trains_once(tmp_path, monkeypatch, capfd):
   ]
   status, output = launch.main(command), capfd.readouterr()
   assert status == 0, output
-  entry = json.loads((tmp_path / 'seed=1' / item_commands.FINISHED).read_text())
+  entry = json.loads((tmp_path / 'seed=1' / items_lib.FINISHED).read_text())
   assert entry['overrides'] == {**dict.fromkeys(NOT_RUN, '0'), 'seed': '1'}
   assert launch.main(command) == 0
   assert capfd.readouterr().out.count('finished before') == 1

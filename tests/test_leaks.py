@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study import leaks
+from experiments import routing_rules
 from moe_jax.data import PackedRows
 from tests.training import tiny
 
@@ -46,7 +46,7 @@ def prepared(router: str, group_size: int = 0):
 
 @pytest.mark.slow
 def test_a_causal_model_has_one_loss():
-  metrics = leaks.measure(*prepared('token_choice'))
+  metrics = routing_rules.measure(*prepared('token_choice'))
   assert metrics['leak/changed'] == 0
   np.testing.assert_allclose(
     metrics['leak/generated'], metrics['leak/at_once'], rtol=1e-5
@@ -54,7 +54,7 @@ def test_a_causal_model_has_one_loss():
 
 
 def test_expert_choice_leaks():
-  metrics = leaks.measure(*prepared('expert_choice'))
+  metrics = routing_rules.measure(*prepared('expert_choice'))
   assert metrics['leak/changed'] > 0.1
   assert abs(metrics['leak/generated'] - metrics['leak/at_once']) > 1e-3
 
@@ -69,7 +69,7 @@ def test_generated_outputs_are_of_prefixes_alone():
     variables = run.programs.variables(state)
     return run.model.apply(variables, **run.model.inputs(batch))[0]
 
-  logits = leaks.generated_logits(apply, batch)
+  logits = routing_rules.generated_logits(apply, batch)
   # Row 2 has two documents. The prefix here has its own length, without
   # padding.
   prefix = {key: value[2:3, :7] for key, value in rows.items()}
@@ -80,4 +80,4 @@ def test_generated_outputs_are_of_prefixes_alone():
 
 def test_groups_of_several_rows_are_refused():
   with pytest.raises(ValueError, match='group_size=-1 has several rows'):
-    leaks.measure(*prepared('token_choice', group_size=-1))
+    routing_rules.measure(*prepared('token_choice', group_size=-1))

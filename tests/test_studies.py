@@ -11,9 +11,6 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import types
 
 import jax
@@ -24,8 +21,11 @@ from scipy import stats
 from experiments import (
   eval_capacity,
   glam_capacity,
+  kudugunta_table,
+  megablocks_tables,
   report,
   shazeer_table6,
+  specialisation,
   switch_scaling,
   switch_table1,
   switch_table6,
@@ -33,25 +33,20 @@ from experiments import (
 )
 from experiments.benchmarks import roofline
 from experiments.faster_moe import clusters, simulate, simulated_runs
+from experiments.launching import items
 from experiments.study import (
   byte_models,
   command,
   domains,
   figures,
-  item_commands,
-  items,
   jobs,
-  room,
   runner,
-  scheduled_runs,
-  served,
   shared_steps,
-  specialised,
-  sweeps,
+  submit,
   verdicts,
 )
 from experiments.study import results as study_results
-from experiments.study.jobs import RESULT, layered
+from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row
 from experiments.study.starts import Start, in_order, started
 from experiments.study.step_bursts import Burst
@@ -226,27 +221,13 @@ def test_a_column_is_a_mean_over_what_matches():
   assert Column('CV', 'cv', each=lambda cv: cv + 1).of(result) == 10
 
 
-def test_sweeps_are_told():
-  assert sweeps.product({'a': [1, 2]}, {'b.c': [3, 4]}) == [
-    {'a': 1, 'b.c': 3},
-    {'a': 1, 'b.c': 4},
-    {'a': 2, 'b.c': 3},
-    {'a': 2, 'b.c': 4},
-  ]
-  assert sweeps.nested({'a.b': 1, 'a.c.d': 2}) == {'a': {'b': 1, 'c': {'d': 2}}}
-
-
-@pytest.mark.parametrize(
-  ('make', 'message'),
-  [
-    (lambda: sweeps.product({'a': [1]}, {'a': [2]}), 'a is swept twice'),
-    (lambda: sweeps.nested({'a': 1, 'a.b': 2}), 'a.b is within a'),
-    (lambda: sweeps.nested({'a.b': 2, 'a': 1}), 'a has a value and keys'),
-  ],
-)
-def test_sweeps_refuse(make, message):
-  with pytest.raises(ValueError, match=message):
-    make()
+def test_dotted_names_are_nested():
+  flat = {'a.b': 1, 'a.c.d': 2}
+  assert jobs.nested(flat) == {'a': {'b': 1, 'c': {'d': 2}}}
+  with pytest.raises(ValueError, match=r'a\.b is within a'):
+    jobs.nested({'a': 1, 'a.b': 2})
+  with pytest.raises(ValueError, match='a has a value and keys'):
+    jobs.nested({'a.b': 2, 'a': 1})
 
 
 def jobs_of(shared, arms, output, seeds=range(2)):
@@ -349,58 +330,6 @@ def test_a_change_is_part_of_a_runs_name_and_needs_a_start(tmp_path):
   assert len(names) == 4
   with pytest.raises(ValueError, match="'b' changes a run, but names no start"):
     Arm('b', {}, change=copied)
-
-
-def test_results_of_other_data_are_not_mixed(tmp_path):
-  all_jobs = jobs_of(tiny.config(), [Arm('a', {})], tmp_path)
-  for job, digest in zip(all_jobs, ['one', 'two'], strict=True):
-    job.write_result({'loss': 1.0, 'data_digest': digest})
-  with pytest.raises(ValueError, match=r"different data: sha256 \['one', 'two"):
-    scheduled_runs.read_all(all_jobs)
-
-
-@pytest.mark.slow
-def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
-  folder = tmp_path / 'disturbed'
-  argv = [sys.executable, '-m', 'tests.tiny_study', '--workers=2']
-  argv.append(f'--output={folder}')
-
-  def runs():
-    paths = (folder / tiny_study.DENSE.name / 'runs').glob(f'*/*/{RESULT}')
-    return {path: path.stat().st_mtime_ns for path in paths}
-
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE)
-  # One study is killed, then stopped, then goes on to its end.
-  finished = {}
-  ends = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: cli.STOPPED}
-  for number, status in ends.items():
-    process = subprocess.Popen(argv, **options)
-    deadline = time.monotonic() + 300
-    while len(runs()) == len(finished):
-      assert process.poll() is None and time.monotonic() < deadline
-      time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait(timeout=120) == status
-    time.sleep(2)  # workers of a killed process notice
-    before, finished = finished, runs()
-    assert len(finished) < 6
-    # Runs that were finished are not made again.
-    assert {path: finished[path] for path in before} == before
-  undisturbed = tmp_path / 'undisturbed'
-  script = 'import sys; from tests import tiny_study as t\n'
-  script += 'for path in sys.argv[1:]:'
-  script += " t.command.main(t.DENSE, ['--workers=1', f'--output={path}'])"
-  argv = [sys.executable, '-c', script, folder, undisturbed]
-  output = subprocess.run(argv, check=True, **options).stdout.decode()
-  assert f'6 runs, {len(finished)} of them there' in output
-  assert {path: runs()[path] for path in finished} == finished
-  tables = {
-    (path / tiny_study.DENSE.name / 'quick' / 'rows.csv').read_text()
-    for path in (folder, undisturbed)
-  }
-  assert len(tables) == 1
-  assert len(tables.pop().splitlines()) == 1 + 3 * 2
 
 
 @pytest.mark.slow
@@ -521,49 +450,6 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   assert not (job.workdir / 'checkpoints').exists()
 
 
-@dataclasses.dataclass(frozen=True)
-class Scripted(runner.Runner):
-  """Makes runs whose behaviour the name of their arm tells."""
-
-  options = RunConfig
-
-  def __call__(self, jobs):
-    for job in jobs:
-      if job.arm.name == 'bad':
-        raise RuntimeError('seven slots')
-      if job.arm.name == 'killed' and not job.seed:
-        os.kill(os.getpid(), signal.SIGKILL)
-      job.write_result({'loss': 1.0 + job.seed, 'data_digest': 'x'})
-
-
-def failures_of(tmp_path, names, workers):
-  shared = tiny.config()
-  all_jobs = jobs_of(
-    shared, [Arm(name, {}) for name in names], tmp_path / 'study'
-  )
-  column = Column('loss', 'loss')
-  with pytest.raises(ValueError, match=r'runs failed; see .*log\.txt') as error:
-    scheduled_runs.run_all(Scripted(), all_jobs, column, workers)
-  return all_jobs, str(error.value)
-
-
-def test_a_run_that_fails_is_said_and_stops_no_other(tmp_path, capsys):
-  all_jobs, error = failures_of(tmp_path, ['bad', 'good'], workers=1)
-  assert [job.is_finished for job in all_jobs] == [False, True] * 2
-  assert '2 runs failed' in error and str(all_jobs[0].workdir) in error
-  text = capsys.readouterr().out
-  assert 'bad, seed 0: failed' in text and 'seven slots' in text
-  assert '[4/4] good, seed 1: loss 2.0000' in text
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_lost_has_a_successor(tmp_path, capsys):
-  all_jobs, error = failures_of(tmp_path, ['killed', 'good', 'fine'], workers=2)
-  assert [job.is_finished for job in all_jobs] == [False] + [True] * 5
-  assert '1 runs failed' in error
-  assert 'ended with status -9' in capsys.readouterr().out
-
-
 def test_ratio_to_a_loss_is_told():
   # Half of the loss between lengths 0.25 and 1 is half of the way in
   # logarithms.
@@ -661,11 +547,13 @@ def stand_in(config, number: float) -> dict[str, float]:
 def measured_routing(study, number: float) -> dict[str, float]:
   """Numbers for a study's columns of routing, at all layers of a model."""
   layers = [f'{half}_{i}' for half in ('encoder', 'decoder') for i in (1, 2, 3)]
-  layers += [f'at_{share}/{p}' for share in specialised.EARLY for p in layers]
+  layers += [
+    f'at_{share}/{p}' for share in specialisation.EARLY for p in layers
+  ]
   for i in range(5):
     suffixes = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
     layers += [f'layer_{i}{suffix}' for suffix in suffixes]
-    layers += [f'layer_{i}/{way}' for way in room.WAYS]
+    layers += [f'layer_{i}/{way}' for way in megablocks_tables.WAYS]
   return {
     column.key.replace('*', layer): number
     for column in study.columns
@@ -879,9 +767,9 @@ def test_every_way_to_make_a_run_runs(name, results_folder, monkeypatch):
   if name not in new_arms():
     pytest.skip('its runs are made and measured as those of other studies')
   # Each is timed a few times on a few prompts.
-  monkeypatch.setattr(served, 'SECONDS', 0.0)
-  monkeypatch.setattr(served, 'PROMPTS', 4)
-  monkeypatch.setattr(served, 'TOKENS', 2)
+  monkeypatch.setattr(kudugunta_table, 'SECONDS', 0.0)
+  monkeypatch.setattr(kudugunta_table, 'PROMPTS', 4)
+  monkeypatch.setattr(kudugunta_table, 'TOKENS', 2)
   study = STUDIES[name]
   quick = dataclasses.replace(
     study.presets['quick'], steps=4, seeds=1, overrides={}, start_steps=4
@@ -893,7 +781,7 @@ def test_every_way_to_make_a_run_runs(name, results_folder, monkeypatch):
   first = study.start_jobs(quick, shared, arms, [0], results_folder)
   for job in itertools.chain(*first):
     small = dataclasses.replace(job, config=brief(job.config))
-    with scheduled_runs.alone(results_folder / 'locks' / job.workdir.name):
+    with submit.alone(results_folder / 'locks' / job.workdir.name):
       runner.train(small, None, jax.devices()[:1])
     assert (job.folder / 'checkpoints').exists()
   for job in study.jobs(shared, arms, [0], output, started(first)):
@@ -909,7 +797,7 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   # its result.
   monkeypatch.chdir(ROOT)
   launch_items = items.read_items('experiments/shazeer_table6.py')
-  item_commands.check(launch_items)
+  items.check(launch_items)
   study = shazeer_table6.STUDY
   quick = study.presets['quick']
   output = pathlib.Path('results') / study.name

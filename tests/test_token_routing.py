@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.study import token_routing
+from experiments import openmoe_routing
 from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
@@ -37,15 +37,17 @@ def test_context_is_what_the_label_adds_to_the_known_one():
   rng = np.random.default_rng(0)
   known_label, label = rng.integers(0, 2, (2, 4000))
   # The known label decides; nothing is left to add.
-  info = token_routing.where_known(known_label, label, known_label, rng)
+  info = openmoe_routing.where_known(known_label, label, known_label, rng)
   assert abs(info.net) < 1e-9
   # The expert is their parity, which neither label tells alone: all of ln 2.
-  info = token_routing.where_known(known_label ^ label, label, known_label, rng)
+  info = openmoe_routing.where_known(
+    known_label ^ label, label, known_label, rng
+  )
   np.testing.assert_allclose(info.fraction, 1, atol=0.01)
   # Neither label decides: chance is taken off, although pairs are many.
   many_labels = rng.integers(0, 200, 4000)
   expert = rng.integers(0, 5, 4000)
-  info = token_routing.where_known(expert, many_labels, known_label, rng)
+  info = openmoe_routing.where_known(expert, many_labels, known_label, rng)
   assert info.mutual > 0.05 and abs(info.fraction) < 0.02
 
 
@@ -53,7 +55,7 @@ def test_context_looks_at_tokens_that_have_one_before():
   # The expert is the token before; first tokens have none, and do not count.
   tokens = np.random.default_rng(0).integers(0, 4, (60, 30))
   expert = np.concatenate([np.full((60, 1), 3), tokens[:, :-1]], 1)[..., None]
-  info = token_routing.context([record(expert, tokens)], 1)
+  info = openmoe_routing.context([record(expert, tokens)], 1)
   assert info.choices == 60 * 29
   np.testing.assert_allclose(info.fraction, 1, atol=0.02)
 
@@ -70,8 +72,8 @@ def test_favourites_and_changes_are_told():
     100: [[[2], [0], [2]]],
   }
   history = {s: [record(e, tokens, s)] for s, e in choices.items()}
-  metrics = token_routing.changes(header(3), history)[1]
-  shares = [metrics[f'agreement_{share}'] for share in token_routing.EARLY]
+  metrics = openmoe_routing.changes(header(3), history)[1]
+  shares = [metrics[f'agreement_{share}'] for share in openmoe_routing.EARLY]
   np.testing.assert_allclose(shares, [0, 2 / 3, 2 / 3, 2 / 3])
   # No token changed from step 10 to 20, and one of three to 50 and to 100.
   np.testing.assert_allclose(metrics['churn_early'], 1 / 6)
@@ -86,7 +88,7 @@ def test_random_order_drops_as_many_but_no_later_ones():
   real = np.ones((400, 12), bool)
   real[:, -1] = False
   rng = np.random.default_rng(0)
-  kept = token_routing.in_random_order(expert, real, moe, rng)
+  kept = openmoe_routing.in_random_order(expert, real, moe, rng)
   assert not kept[:, -1].any()  # padding takes no slot
   np.testing.assert_array_equal(kept.sum((1, 2)), 3)
   served = kept[:, :-1].mean(0)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.launching.processes import free_port
 from experiments.soaking.soak_evidence import Tally, of_attempt
-from experiments.study.processes import free_port
 
 # Moments at which a run is disturbed: while Python and the run start, at any
 # time after the first step, or in an evaluation.

@@ -6,8 +6,12 @@ from typing import Any
 
 import ml_collections
 
+from experiments.study.jobs import layered
 from experiments.study.parts import POSITIVE, Arm, Column
+from moe_jax import run_config
+from moe_jax.analysis import cost
 from moe_jax.configs import base
+from moe_jax.run_config import RunConfig
 
 # Name of the evaluation of the validation loss, with training's capacity.
 EVAL = 'main'
@@ -224,3 +228,21 @@ def expert_choice(
     **(overrides or {}),
   }
   return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()})
+
+
+def training_flops(
+  config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
+) -> int:
+  """FLOPs of a training step for a token; see `cost.Cost.training_flops`.
+
+  Args:
+    config: The config that the arms of a study share.
+    overrides: Values that an arm changes in the config, by dotted name.
+
+  Raises:
+    ValueError: The overrides do not fit, or the model reads no tokens.
+  """
+  options = run_config.read(layered(RunConfig, config, overrides))
+  options = cost.with_own_vocabulary(options)
+  lengths = options.data.seq_len, options.data.target_len
+  return cost.count(options.build(), *lengths).training_flops

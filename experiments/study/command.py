@@ -1,24 +1,33 @@
 """The command line of a study: makes its runs, table, figure and verdicts."""
 
 import argparse
+import ast
 import dataclasses
-import functools
+import importlib.util
+import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from experiments.study import results, scheduled_runs, times
+from experiments.study import results, submit, times
+from experiments.study.executors import EXECUTORS, Where
 from experiments.study.jobs import Job
 from experiments.study.parts import Arm, Column, Preset, Results
 from experiments.study.starts import started
 from experiments.study.study import Study
 from moe_jax import cli
-from moe_jax.config import settle
-from moe_jax.devices import keep_freed_memory
+from moe_jax.config import settle, unknown
 
 _START_HELP = "steps of the runs to begin with; 0: the preset's"
+_WORKERS_HELP = 'runs at a time; 0: one a core, on a cluster all'
 # Flags that stand for keys of the config which each arm or run has of its own.
 _OWN = {'total_steps': '--steps', 'seed': '--seeds'}
+# Packages of executors, with what installs them.
+_PACKAGES = {
+  'submitit': "pip install -e '.[slurm]'",
+  'ray': 'pip install ray',
+}
 # The number that is printed when a run ends that others begin with.
 _START_COLUMN = Column('loss in training', 'train/loss')
 
@@ -39,12 +48,27 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
   start_help = argparse.SUPPRESS if study.starts is None else _START_HELP
   add('--start_steps', type=count, default=0, help=start_help)
-  add('--workers', type=count, default=0, help='runs at a time; 0: one a core')
+  add('--workers', type=count, default=0, help=_WORKERS_HELP)
+  add('--executor', default='pool', choices=EXECUTORS, help='what runs them')
+  add(
+    '--resource',
+    type=_resource,
+    action='append',
+    default=[],
+    metavar='KEY=VALUE',
+    help='what a run needs of a cluster: slurm_partition=gpu, num_gpus=1',
+  )
+  add('--only', default='', metavar='RUN', help='name of one run to make alone')
   add('--task', default=study.task, choices=list(study.tasks), help='data set')
   add('--output', default='results', help='folder of results and runs')
   options, options.flags = parser.parse_known_args(argv)
   if options.start_steps and study.starts is None:
     parser.error(f'--start_steps: no run of {study.name} begins with another')
+  if options.resource and options.executor == 'pool':
+    parser.error('--resource: a pool of this machine has none to choose')
+  install = _PACKAGES.get(options.executor)
+  if install and importlib.util.find_spec(options.executor) is None:
+    parser.error(f'--executor={options.executor} is not installed; {install}')
   for flag in options.flags:
     if not re.match(r'--config\.[\w.]+=', flag):
       parser.error(f'unknown argument {flag!r}; keys are --config.KEY=VALUE')
@@ -54,15 +78,29 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   return options
 
 
+def _resource(text: str) -> tuple[str, Any]:
+  """A key and its value, which is text unless it reads as a literal."""
+  key, equals, value = text.partition('=')
+  if not equals or not key:
+    raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE')
+  try:
+    return key, ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return key, value
+
+
 @cli.reported()
 def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   """Makes the missing runs and writes table, figure and verdicts.
 
   Returns:
     The folder of what was written.
+
+  Raises:
+    SystemExit: The run of `--only` is made, with status 0, or runs were
+      stopped.
   """
   options = parse(study, argv)
-  keep_freed_memory()
   preset = study.presets[options.preset]
   preset = dataclasses.replace(
     preset,
@@ -72,9 +110,12 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   )
   runs = _run(study, preset, options)
   output = pathlib.Path(options.output) / study.name
-  timed = {**runs.times, **_timed(study, preset, runs, output)}
+  groups = study.timed_groups(runs.arms)
+  timed = {
+    **runs.times,
+    **times.step_times(groups, runs.jobs, output, preset.bursts),
+  }
   rows = study.make_rows(runs.arms, runs.results, timed)
-  changed = _changed(study, options)
   summary = results.summary_of(
     study,
     preset,
@@ -82,11 +123,11 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     rows,
     runs.results,
     timed,
-    arguments=_arguments(study, options, changed),
+    arguments=_arguments(study, options),
     configs=study.digests(preset, options.task),
   )
   configs = {job.arm.name: job.config for job in runs.jobs if not job.seed}
-  words = [word[1:].replace('/', '_') for word in changed]
+  words = [word[1:].replace('/', '_') for word in _changed(study, options)]
   folder = output / ''.join([options.preset, *words])
   text = results.write(folder, study.figure, summary, configs)
   if study.pictures is not None:
@@ -121,19 +162,31 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   given = list(map(cli.name_of, options.flags))
   shared, _ = settle(study.runner.options, flagged, given)
   arms = study.arms_of(preset)
-
-  make = functools.partial(
-    scheduled_runs.run_all, study.runner, num_workers=options.workers
-  )
+  where = Where(options.executor, options.workers, dict(options.resource))
+  command = _command(study, options)
   start_results: Results = {}
+  names: list[str] = []
+
+  def make(jobs: Sequence[Job], column: Column) -> None:
+    names.extend(job.name for job in jobs)
+    is_last = options.only in names
+    if is_last:
+      jobs = [job for job in jobs if job.name == options.only]
+    submit.run_all(study.runner, jobs, column, where, command)
+    if is_last:
+      raise SystemExit(0)
 
   def run(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     first = study.start_jobs(preset, shared, arms, seeds, output.parent)
-    for level in first:
-      make(jobs=level, column=_START_COLUMN)
-      start_results.update(scheduled_runs.read_all(level))
     jobs = study.jobs(shared, arms, seeds, output, started(first))
-    make(jobs=jobs, column=study.progress_column)
+    if options.only and not study.explorations:
+      all_names = [job.name for job in itertools.chain(*first, jobs)]
+      if options.only not in all_names:
+        raise unknown('run of --only', options.only, all_names)
+    for level in first:
+      make(level, _START_COLUMN)
+      start_results.update(submit.read_all(level))
+    make(jobs, study.progress_column)
     return jobs
 
   explored: Results = {}
@@ -141,25 +194,15 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   for stage in study.explorations(preset) if study.explorations else []:
     trial_arms = stage.arms(arms, shared)
     jobs = run(trial_arms, stage.seeds)
-    explored = {**explored, **scheduled_runs.read_all(jobs)}
+    explored = {**explored, **submit.read_all(jobs)}
     if stage.timed is not None:
       timed |= times.step_times(stage.timed(trial_arms), jobs, output)
     arms = stage.chosen(arms, explored, timed)
   jobs = run(arms, range(preset.seeds))
-  results = {**explored, **start_results, **scheduled_runs.read_all(jobs)}
+  if options.only:  # of an arm that the explorations did not choose
+    raise unknown('run of --only', options.only, names)
+  results = {**explored, **start_results, **submit.read_all(jobs)}
   return _Runs(arms, jobs, results, timed)
-
-
-def _timed(
-  study: Study, preset: Preset, runs: _Runs, output: pathlib.Path
-) -> dict[str, times.StepTime]:
-  """Step times of the reported arms that the study names."""
-  return times.step_times(
-    study.timed_groups(runs.arms),
-    runs.jobs,
-    output,
-    preset.bursts,
-  )
 
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:
@@ -172,9 +215,14 @@ def _changed(study: Study, options: argparse.Namespace) -> list[str]:
   return [*arguments, *options.flags]
 
 
-def _arguments(
-  study: Study, options: argparse.Namespace, changed: Sequence[str]
-) -> list[str]:
+def _arguments(study: Study, options: argparse.Namespace) -> list[str]:
   """Arguments of the command that reproduces the table."""
   preset_argument = [f'--preset={options.preset}'] * (len(study.presets) > 1)
-  return [*preset_argument, *changed]
+  return [*preset_argument, *_changed(study, options)]
+
+
+def _command(study: Study, options: argparse.Namespace) -> list[str]:
+  """Words of the command that makes the runs in the same folder."""
+  words = ['python', '-m', f'experiments.{study.name}']
+  words += [*_arguments(study, options), f'--output={options.output}']
+  return words

@@ -14,7 +14,6 @@ from typing import Any
 import ml_collections
 
 from experiments.study.parts import Arm, Change, Result
-from experiments.study.sweeps import nested
 from moe_jax import config as config_lib
 from moe_jax.config import Options, keys_of, merge, read_options
 from moe_jax.errors import InputError
@@ -22,27 +21,6 @@ from moe_jax.runs.workdir import write_text
 
 RESULT = 'result.json'
 _CHANGED = 'run'
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """One run of `python -m moe_jax.main`, as `experiments.launch` starts it.
-
-  Attributes:
-    config: Config file, with its argument if it has one: 'configs/name.py' or
-      'configs/name.py:runlocal'.
-    overrides: Values of config keys by dotted name,
-      `{'model.moe.num_experts': 4}`.
-    workdir: Folder of this run, shared with no other.
-  """
-
-  config: str
-  overrides: Mapping[str, Any]
-  workdir: str
-
-  def flags(self) -> list[str]:
-    """The overrides as arguments of `moe_jax.main`."""
-    return [f'--config.{key}={value}' for key, value in self.overrides.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +74,28 @@ class Job:
     """Writes the result of the run, which is finished from then on."""
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_text(self.workdir / RESULT, json.dumps(result, indent=2) + '\n')
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns dotted names into nested dicts, as `config.merge` takes them.
+
+  `{'model.width': 64}` becomes `{'model': {'width': 64}}`.
+
+  Raises:
+    ValueError: A key has a value and is also the section of another key.
+  """
+  tree: dict[str, Any] = {}
+  for key, value in flat.items():
+    *sections, name = key.split('.')
+    section = tree
+    for part in sections:
+      section = section.setdefault(part, {})
+      if not isinstance(section, dict):
+        raise InputError(f'{key} is within {part}, which has a value')
+    if name in section:
+      raise InputError(f'{key} has a value and keys of its own')
+    section[name] = value
+  return tree
 
 
 def layered(

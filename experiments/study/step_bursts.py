@@ -1,6 +1,5 @@
 """Measures a burst of interleaved steps of several runs, in a new process."""
 
-import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -8,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -67,28 +66,12 @@ def fresh(function: Callable[..., Burst], *args: Any) -> Burst:
   Accelerators belong to this process, so that it calls the function itself.
 
   Raises:
-    RuntimeError: The process ended without a result.
+    BrokenProcessPool: The process ended without a result.
   """
   if jax.default_backend() != 'cpu':
     return function(*args)
-  receiver, sender = _SPAWN.Pipe(duplex=False)
-  process = _SPAWN.Process(target=_send, args=(sender, function, args))
-  process.start()
-  sender.close()
-  burst = None
-  with contextlib.suppress(EOFError):
-    burst = receiver.recv()
-  process.join()
-  if burst is None:
-    raise RuntimeError(
-      f'the process that timed steps ended with status {process.exitcode}'
-    )
-  return burst
-
-
-def _send(connection: Connection, function: Callable[..., Burst], args) -> None:
-  keep_freed_memory()
-  connection.send(function(*args))
+  with futures.ProcessPoolExecutor(1, _SPAWN, keep_freed_memory) as pool:
+    return pool.submit(function, *args).result()
 
 
 def measured(

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
+from experiments.launching.items import Item
 from experiments.study.jobs import (
-  Item,
   Job,
   jobs_of,
   layered,

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import roofline, timing
-from experiments.study import scheduled_runs, step_bursts
+from experiments.study import step_bursts, submit
 from experiments.study.jobs import Job
 from experiments.study.step_bursts import Burst
 from moe_jax.runs import workdir as workdir_lib
@@ -146,7 +146,7 @@ def _bursts(
   key = ' '.join([*machine, *configs, *programs])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
-  with scheduled_runs.alone(output):
+  with submit.alone(output):
     bursts = []
     if path.exists():
       bursts = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]

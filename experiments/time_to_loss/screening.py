@@ -9,9 +9,9 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from experiments.study.annealed import ratio_to
 from experiments.study.parts import Arm, Column, Results
 from experiments.study.study import Exploration
+from experiments.time_to_loss.annealed import ratio_to
 from experiments.time_to_loss.speed_arms import (
   SCREENED_RATE,
   SpeedPreset,

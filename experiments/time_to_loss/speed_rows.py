@@ -7,9 +7,9 @@ import numpy as np
 
 from experiments.benchmarks import roofline
 from experiments.study import byte_models
-from experiments.study.annealed import reached_at
 from experiments.study.parts import Column, Results, Row
 from experiments.study.times import StepTime
+from experiments.time_to_loss.annealed import reached_at
 from experiments.time_to_loss.screening import (
   LOSS,
   Prediction,

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from experiments.study import router_logits, stability
+from experiments import stmoe_tables2_4 as stability
+from experiments.study import router_logits
 
 
 def falling(steps: int = 200) -> np.ndarray:

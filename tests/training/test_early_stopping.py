@@ -6,8 +6,8 @@ import signal
 import jax
 import pytest
 
-from experiments.study import item_commands
-from experiments.study.jobs import Item
+from experiments.launching import items
+from experiments.launching.items import Item
 from moe_jax import finetuning, run_config
 from moe_jax.config import OptionError, option
 from moe_jax.configs import base
@@ -267,8 +267,8 @@ def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
 def test_studies_count_an_early_end_as_finished(early, monkeypatch):
   workdir, _ = early
   item = Item('x', {}, str(workdir))
-  monkeypatch.setattr(item_commands, '_options', lambda item: options())
-  assert item_commands.note_finished(item)
+  monkeypatch.setattr(items, '_options', lambda item: options())
+  assert items.note_finished(item)
 
 
 @pytest.mark.parametrize(

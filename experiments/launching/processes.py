@@ -1,7 +1,7 @@
-"""Runs commands as tasks of the scheduler, with logs.
+"""Runs commands side by side, with logs, and stops them cleanly.
 
-A task is one run, of one process or of several that work together and are
-stopped together.
+A command is one process, or several that work together and are stopped
+together.
 """
 
 import contextlib
@@ -11,28 +11,30 @@ import pathlib
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
-from experiments.study.scheduler import DONE, FAILED, STOPPED
 from moe_jax import cli
 from moe_jax.errors import InputError
 
+DONE, FAILED, STOPPED, WAITING = 'done', 'failed', 'stopped', 'not started'
 _NO_FAILURE = (0, cli.STOPPED)
-# Environment variables of processes, by name; a place of the scheduler here.
+_POLL_SECONDS = 0.05
+# Environment variables of processes, by name.
 Environment = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """A task of one or more processes that start and end together.
+  """One or more processes that start and end together.
 
   Attributes:
-    name: Name of the task in printed lines.
-    commands: Returns the command of each process; called when the task begins.
+    name: Name of the command in printed lines.
+    commands: Returns the words of each process; called when it is started.
     logs: Files to which the processes' outputs are appended, one for each.
-    complete: Returns whether the task is complete; called after all processes
-      have ended with status 0.
+    complete: Returns whether the command's work is complete; called after all
+      processes have ended with status 0.
     env: Environment variables of the processes.
   """
 
@@ -41,10 +43,6 @@ class Command:
   logs: Sequence[pathlib.Path]
   complete: Callable[[], bool]
   env: Environment = dataclasses.field(default_factory=dict)
-
-  def begin(self, environment: Environment) -> 'Processes':
-    """Starts the processes, in a place with these environment variables."""
-    return Processes(self, environment)
 
 
 class Processes:
@@ -97,6 +95,72 @@ class Processes:
       if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
           os.killpg(process.pid, number)
+
+
+def run_all(
+  commands: Sequence[Command],
+  environments: Sequence[Environment],
+  grace_seconds: float = 120.0,
+  message: Callable[[str], None] = print,
+) -> dict[str, str]:
+  """Runs every command and returns the outcome of each, by name.
+
+  A command that fails does not stop the others. At SIGTERM or Ctrl-C no further
+  one begins, and those that run are asked to save and stop; they are killed if
+  they take longer than `grace_seconds`, or at a second signal.
+
+  Args:
+    commands: The commands, in the order in which they begin.
+    environments: Environment variables of each place in which one command runs
+      at a time.
+    grace_seconds: Seconds from asking a command to stop to killing it.
+    message: Function that prints a line.
+  """
+  outcomes = {command.name: WAITING for command in commands}
+  queue = list(commands)
+  running: dict[int, tuple[str, Processes]] = {}
+  killing_at = None
+  with _signals() as received:
+    while running or (queue and not received):
+      for i, environment in enumerate(environments):
+        if i not in running and queue and not received:
+          command = queue.pop(0)
+          message(f'{command.name}: starts')
+          running[i] = command.name, Processes(command, environment)
+      if received and killing_at is None:
+        message('stopping: each run saves, and the same command goes on')
+        killing_at = time.monotonic() + grace_seconds
+        for _, processes in running.values():
+          processes.signal(signal.SIGTERM)
+      if received and (len(received) > 1 or time.monotonic() > killing_at):
+        for _, processes in running.values():
+          processes.signal(signal.SIGKILL)
+      for i in [i for i, (_, x) in running.items() if x.ended()]:
+        name, processes = running.pop(i)
+        outcomes[name] = processes.outcome()
+        # A command that was killed because the user stops has not failed.
+        if received and outcomes[name] == FAILED:
+          outcomes[name] = STOPPED
+        message(f'{name}: {outcomes[name]}')
+      if running:
+        time.sleep(_POLL_SECONDS)
+  return outcomes
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+  """Catches SIGINT and SIGTERM; yields the list of those received so far."""
+  received: list[int] = []
+  caught = signal.SIGINT, signal.SIGTERM
+  before = [
+    signal.signal(number, lambda number, _: received.append(number))
+    for number in caught
+  ]
+  try:
+    yield received
+  finally:
+    for number, handler in zip(caught, before, strict=True):
+      signal.signal(number, handler)
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from experiments import openmoe_routing, specialisation
-from experiments.study import specialised
 from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
@@ -36,7 +35,7 @@ def test_choices_that_follow_the_kind_of_character():
     layers={1: LayerChoices(expert, kept / 2, kept)},
   )
   header = Header({1: LayerInfo(3, 1)}, vocab_size=301, sources=('a', 'b'))
-  info = specialised.layer_information(header, [record])[1]
+  info = specialisation.layer_information(header, [record])[1]
   np.testing.assert_allclose([info['kind'], info['token']], 1, atol=0.02)
   np.testing.assert_allclose([info['source'], info['position']], 0, atol=0.02)
   # All commas have one expert, all tokens three.
@@ -50,8 +49,8 @@ def test_choices_that_follow_the_kind_of_character():
 
 
 def test_places_of_halves_are_not_those_of_checkpoints():
-  assert specialised.layer_key('encoder', 2) == 'encoder_2'
-  assert specialised.layer_key('decoder', share=20) == 'at_20/decoder_*'
+  assert specialisation.layer_key('encoder', 2) == 'encoder_2'
+  assert specialisation.layer_key('decoder', share=20) == 'at_20/decoder_*'
 
 
 @pytest.mark.parametrize('study', [specialisation, openmoe_routing])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.study import room
+from experiments import megablocks_tables as megablocks
 from moe_jax.analysis.traces import LayerChoices, Record
 
 # Load of 12 choices among four experts, one of which is idle.
@@ -11,19 +11,19 @@ LOAD = np.array([7, 0, 4, 1])
 
 def test_rows_in_blocks_are_told():
   # The experts have two, no, one and one block of 4 rows.
-  np.testing.assert_allclose(room.in_blocks(LOAD, 4), 16 / 12)
-  np.testing.assert_allclose(room.in_blocks(LOAD, 1), 1)
+  np.testing.assert_allclose(megablocks.in_blocks(LOAD, 4), 16 / 12)
+  np.testing.assert_allclose(megablocks.in_blocks(LOAD, 1), 1)
 
 
 def test_what_has_no_slot_is_dropped():
   # With 3 slots each, the first expert lacks four and the third one.
-  np.testing.assert_allclose(room.dropped(LOAD, 3), 5 / 12)
-  assert room.dropped(LOAD, 7) == 0
+  np.testing.assert_allclose(megablocks.dropped(LOAD, 3), 5 / 12)
+  assert megablocks.dropped(LOAD, 7) == 0
 
 
 def test_every_way_has_its_rows_and_drops():
-  rows_and_drops = room.rows_and_drops(LOAD)
-  assert rows_and_drops.keys() == room.WAYS.keys()
+  rows_and_drops = megablocks.rows_and_drops(LOAD)
+  assert rows_and_drops.keys() == megablocks.WAYS.keys()
   # The fullest expert has 7: 28 rows. With 1.5 slots a choice each has 5.
   np.testing.assert_allclose(rows_and_drops['fullest'], [28 / 12, 0])
   np.testing.assert_allclose(rows_and_drops['slots_1.5'], [20 / 12, 2 / 12])
@@ -35,5 +35,5 @@ def test_a_load_is_of_the_real_tokens_of_a_batch():
   documents = np.array([[1, 1, 0]])  # the last token is padding
   choices = LayerChoices(expert, expert / 9, expert > 1)
   record = Record('validation', 0, 0, *[documents] * 3, {5: choices})
-  (load,) = room.loads([record], 5, 4)
+  (load,) = megablocks.loads([record], 5, 4)
   np.testing.assert_array_equal(load, [1, 1, 2, 0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study import stepwise
+from experiments import glam_capacity
 from moe_jax.data import PackedRows
 from tests.training import tiny
 
@@ -37,26 +37,26 @@ def prepared():
 
 def test_without_drops_the_loss_is_that_of_whole_rows():
   run, params = prepared()
-  batch = jax.tree.map(jnp.asarray, stepwise.whole_rows(run, B))
+  batch = jax.tree.map(jnp.asarray, glam_capacity.whole_rows(run, B))
   assert (batch['segment_ids'] == 1).all()
   apply = jax.jit(run.model.apply)
   logits, _ = apply({'params': params}, **run.model.inputs(batch))
-  by_step, _ = stepwise.read(
-    stepwise.stepping_model(run, 0), {'params': params}, batch['tokens']
+  by_step, _ = glam_capacity.read(
+    glam_capacity.stepping_model(run, 0), {'params': params}, batch['tokens']
   )
   np.testing.assert_allclose(by_step, logits, atol=1e-4)
-  assert stepwise.measure(run, None, 0, B)['dropped'] == 0
+  assert glam_capacity.measure_steps(run, None, 0, B)['dropped'] == 0
 
 
 def test_the_rows_of_a_step_compete_for_slots():
   # Five rows make ten choices among four experts of one slot each.
   run, _ = prepared()
-  metrics = stepwise.measure(run, None, 1, B)
+  metrics = glam_capacity.measure_steps(run, None, 1, B)
   assert 0.59 < metrics['dropped'] < 0.9
-  free = stepwise.measure(run, None, 0, B)
+  free = glam_capacity.measure_steps(run, None, 0, B)
   assert abs(metrics['loss'] - free['loss']) > 1e-3
 
 
 def test_too_few_rows_are_refused():
   with pytest.raises(ValueError, match='num_rows=10, but 9 rows'):
-    stepwise.whole_rows(prepared()[0], 10)
+    glam_capacity.whole_rows(prepared()[0], 10)

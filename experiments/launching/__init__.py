@@ -1,0 +1,1 @@
+"""Items of `experiments.launch`, and the processes that run them."""
