@@ -91,7 +91,9 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
 class Step(NamedTuple):
   """A training step of a layer's experts, as operations of its forward pass.
 
-  The first axis is of layers, or of steps of training, that are independent.
+  The first axis counts layers, or steps of training, that do not depend on each
+  other. In step j of the smart schedule, S_j sends rows, C_j multiplies them
+  and R_j returns the results.
 
   Attributes:
     send: The seconds of each S_j.
@@ -137,7 +139,7 @@ class Step(NamedTuple):
 
   @property
   def overlapped(self) -> Float[np.ndarray, ' N']:
-    """Seconds of the step if all that can overlap does: a lower bound.
+    """A lower bound of the seconds of the step, if all overlaps that can.
 
     The bound is that of the paper, max(comm, comp) of the whole step.
     """
@@ -239,9 +241,12 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The times at which the S_j and C_j of a pass end.
+  """The times at which the S_j and C_j of a pass end; see `Step`.
 
-  `busy` is the time until which each device computes something else.
+  Args:
+    send: The seconds of each S_j.
+    compute: The seconds of each C_j, on each device.
+    busy: The time until which each device computes something else.
 
   Returns:
     The end of the last S_j; of the last C_j on each device; and, for each C_j,
@@ -258,7 +263,13 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R_j ends; none starts before the time `sent`."""
+  """The time at which the last R_j of a pass ends; see `Step`.
+
+  Args:
+    give_back: The seconds of each R_j.
+    sent: The time before which no R_j starts.
+    ready: For each C_j, its end on the device that ends last.
+  """
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent

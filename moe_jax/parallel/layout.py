@@ -36,12 +36,12 @@ class Layout:
 
   @property
   def group_only(self) -> tuple[str, ...]:
-    """The axes that split groups and not experts, also after the exchange."""
+    """The axes that split groups and not experts; no rows travel along them."""
     return tuple(name for name in self.groups if name not in self.experts)
 
   @property
   def expert_only(self) -> tuple[str, ...]:
-    """The axes that split experts, not groups: rows are whole along them."""
+    """The axes that split experts, not groups; no rows travel along them."""
     return tuple(name for name in self.experts if name not in self.groups)
 
   def devices(self, axes: tuple[str, ...]) -> int:

@@ -1,7 +1,7 @@
 """The contract between routers and dispatchers: the class `Routing`.
 
-Tokens choose experts, or experts choose tokens; both are lists of choices with
-the same fields, so that a dispatcher treats both alike.
+A `Routing` is a list of choices. It has the same fields whether tokens chose
+experts or experts chose tokens, so that a dispatcher treats both alike.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ class Routing:
   routing, in which a token may have any number of experts.
 
   Attributes:
-    expert_index: int32, in [0, E), also where nothing is kept.
+    expert_index: int32, the index of the expert, in [0, E), also of a choice
+      that is not kept.
     slot: int32, the number of choices before this one in its expert's queue. A
       choice that never queued (padding, a second choice that was not sent) has
       0.
@@ -58,7 +59,8 @@ class Routing:
     capacity: C, the slots of an expert in each group; None for no bound.
     token_index: int32 [G, E, C], the token in each slot, where experts choose;
       None where tokens choose, as the position of a choice tells its token.
-    num_tokens: S where experts choose; None where the shapes tell it.
+    num_tokens: S, the tokens of a group, where experts choose; None where
+      tokens choose, as the shapes tell S.
   """
 
   expert_index: Leaf
@@ -77,7 +79,7 @@ class Routing:
     gate: Float[Array, 'G E C'],
     group_size: int,
   ) -> 'Routing':
-    """The routing of experts that choose tokens, by the token in each slot.
+    """Makes the routing of experts that chose the token in each of their slots.
 
     Args:
       token_index: The token in each slot, in [0, S); S where it is empty. An
@@ -93,7 +95,8 @@ class Routing:
 
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field; see `HasShapes`."""
-    # The slots stay those of all experts when `of_experts` leaves out some.
+    # When `of_experts` leaves out experts, the arrays keep the slots of all
+    # experts, so that their second axis is not E, but has a name of its own.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'
     hints: dict[str, Any] = {
       'expert_index': Int[Array, dims],
@@ -117,7 +120,7 @@ class Routing:
 
   @property
   def token(self) -> Leaf:
-    """int32, the token of each choice; no meaning where `kept` is False."""
+    """int32, the token of each choice, in [0, S) where the choice is kept."""
     if self.token_index is not None:
       return self.token_index
     return jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 1)
@@ -140,11 +143,14 @@ class Routing:
     return self._in_slots(self.kept.astype(jnp.int8)) > 0
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
-    """The gate of each token in each slot; 0 where it is not in the slot."""
+    """The gate of each token in each slot; 0 for slots without the token."""
     return self._in_slots(self.gate)
 
   def _in_slots(self, values: Leaf) -> Array:
-    """Values of served choices by token and slot, [G, S, E, C]; 0 elsewhere."""
+    """The values of served choices at their token and slot, [G, S, E, C].
+
+    Where a slot does not hold a token, there is 0.
+    """
     E, C = self.num_experts, self.bounded()
     if self.token_index is not None:
       return self._spread(values, self.slot)
@@ -160,8 +166,8 @@ class Routing:
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
     """The choices of real tokens, where the mask is True; padding has none.
 
-    A token has its K choices. Where experts choose, it has E, one for each
-    expert, with -1 for an expert that did not take the token.
+    Where tokens choose, N = K. Where experts choose, N = E: a token has one
+    entry for each expert, with -1 for an expert that did not take the token.
     """
     real = mask[..., None]
     if self.token_index is None:
@@ -190,7 +196,7 @@ class Routing:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'Routing':
-    """The routing with choices of some experts alone, which get new indices.
+    """The routing with the choices of some experts alone, numbered anew.
 
     Args:
       number: The new index of each expert; `num_experts` or more for experts

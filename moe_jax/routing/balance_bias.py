@@ -1,4 +1,4 @@
-"""Balancing without a loss: a bias on each expert's score, moved by its load.
+"""Balancing without a loss: each expert's score has a bias that its load moves.
 
 Loss-Free Balancing, https://arxiv.org/abs/2408.15664. The bias decides which
 experts are chosen and never enters into their gates, so it has no gradient.
@@ -18,7 +18,9 @@ RULES = ('sign', 'error')
 def scores_of(
   router_logits: Float32[Array, 'G S E'], scores: str
 ) -> Float32[Array, 'G S E']:
-  """The scores that a bias is added to, and that rate groups of experts.
+  """The scores of experts, to which a balancing bias can be added.
+
+  DeepSeek's rules also rate groups of experts by these scores.
 
   Args:
     router_logits: The logits that the scores are computed from.

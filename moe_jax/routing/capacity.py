@@ -102,7 +102,8 @@ class _Share(Capacity):
   )
 
   def _share(self, quotient: fractions.Fraction, group_size: int) -> int:
-    # Exact: 1.1 * 100 / 10 in floating point is over 11, a slot too many.
+    # Fractions are exact. In floating point 1.1 * 100 / 10 is over 11, which
+    # 'ceil' would round to a slot too many.
     quotient *= fractions.Fraction(str(self.factor))
     slots = max(_ROUNDINGS[self.rounding](quotient), self.minimum)
     slots = -(-slots // self.multiple) * self.multiple
@@ -165,7 +166,10 @@ class Fixed(Capacity):
     return min(self.slots, group_size)
 
   def keeps_in_generation(self, single):
-    """Whether groups have several tokens; of one alone none is dropped."""
+    """True, unless each step of generation has one token a group.
+
+    A token that is alone in its group has a slot in every expert anyway.
+    """
     return not single
 
 

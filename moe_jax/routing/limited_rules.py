@@ -25,9 +25,11 @@ from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices, choose
 from moe_jax.shapes import Array, Bool, Float32, Int32, checked
 
-# The number of a group's best scores whose sum rates it, by its name.
+# The number of a group's best scores whose sum rates the group, for each value
+# of `group_score`.
 GROUP_SCORES = {'best': 1, 'two_best': 2}
-# The score of an expert that is outside of the chosen groups, by its name.
+# The score of experts outside of the chosen groups, for each value of
+# `outside`.
 OUTSIDE = {'minus_infinity': -jnp.inf, 'zero': 0.0}
 
 

@@ -260,7 +260,7 @@ def batchwise_loss(
 
 
 def _renormalized(chosen: Routing) -> Routing:
-  """The same choices with gates that sum to one over each token's experts."""
+  """The routing with its gates scaled to sum to one over a token's experts."""
   G = len(chosen.gate)
   group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
   total = jnp.zeros((G, chosen.group_size), jnp.float32)

@@ -15,9 +15,9 @@ from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices
 from moe_jax.shapes import Array, Float32, Int32, PRNGKey, checked
 
-# A draw other than the likeliest expert keeps its whole gate with the
-# probability of a quarter, and a third of it otherwise: Heun's third-order
-# method, by which the expected output is integrated.
+# If the drawn expert is not the likeliest one, its gate is kept whole with
+# probability 1/4 and multiplied by 1/3 otherwise. In expectation these are the
+# weights of Heun's third-order method, which the paper integrates with.
 _WHOLE, _SHARE = 0.25, 1 / 3
 
 
@@ -54,8 +54,8 @@ def sparse_mixer(
   for k in range(K):
     largest = open_logits.max(-1, keepdims=True)
     scale = jnp.maximum(jnp.abs(router_logits), largest)
-    # If numerator and scale are zero, the quotient is NaN: the expert takes
-    # part.
+    # If numerator and scale are zero, the quotient is NaN, which is not above
+    # the threshold, so that the expert takes part.
     is_far = (largest - router_logits) / scale > threshold
     near_logits = jnp.where(
       jax.lax.stop_gradient(is_far), -jnp.inf, open_logits
