@@ -1,4 +1,4 @@
-"""Command lines: config files, their overrides, flags, and messages of a line.
+"""Command lines: config files, their overrides, flags, and short messages.
 
 A config is named by a path, 'configs/tiny_switch.py', or by a name that works
 in every folder: 'moe_jax:tiny_switch' is the file `tiny_switch.py` of the
@@ -53,7 +53,7 @@ INTERRUPTED = 128 + signal.SIGINT
 # of a library or of a user's class, and keeps its traceback.
 REPORTED = (MemoryError, OSError, ReportedError)
 CONFIG = 'path of a config file, own.py, or name of one, moe_jax:tiny_switch'
-# Console commands by the module that `python -m` starts instead.
+# The console command of each module that `python -m` can also start.
 CONSOLE = {
   'moe_jax.analysis.cost': 'moe-cost',
   'moe_jax.analysis.routes': 'moe-routes',
@@ -559,7 +559,7 @@ def parse_command(
 
 
 def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
-  """The result of options.run(options, overrides); see `reported`."""
+  """Calls options.run(options, overrides), whose errors `reported` prints."""
   logging.set_verbosity(logging.WARNING)
   ignore_closed_loops()
   with reported(options.traceback):

@@ -91,7 +91,7 @@ class OptionError(InputError):
   """
 
   def __init__(self, problems: Iterable[str]):
-    # Encoder and decoder may have the same problem.
+    # Encoder and decoder may have the same problem, which is listed once.
     self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
@@ -407,7 +407,7 @@ class Options:
     return section
 
   def shrunk(self, **changes: Any) -> Self:
-    """The same options at a laptop's size, for a config with ':runlocal'.
+    """These options at a laptop's size, for a config with ':runlocal'.
 
     A class with sizes overrides this; by default nested options are shrunk.
 
@@ -517,7 +517,7 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """A config's section, locked except where it is open; see `section_of`."""
+  """Locks a config's section except where it is open; see `section_of`."""
   config.lock()
   _unlock_open(root, config)
   return config
@@ -590,7 +590,8 @@ class Key(NamedTuple):
     path: The dotted name of the key.
     value: The value of the key.
     default: The default; MISSING where a value is required.
-    option: The description of the option; of a choice, for the key 'kind'.
+    option: The description of the option; for the key `kind` of a choice, that
+      of the choice.
     unchosen: The choice because of which the key has no effect, in words such
       as 'with model.kind='lstm''; None where the key has an effect.
   """
@@ -762,7 +763,7 @@ class _Reader:
     return self._options(root, None, section, path)
 
   def _options(self, cls, default, section, path, unchosen=None, beside=()):
-    """The options of a class.
+    """The options of a class, read from a section; None if there is a problem.
 
     Args:
       cls: The class.
@@ -946,7 +947,7 @@ def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
-  """A copy of `config` with nested `overrides` merged in, locked like it.
+  """A copy of `config` with nested `overrides`, locked wherever `config` is.
 
   Raises:
     ValueError: An override's key does not exist (names the nearest), or its

@@ -1,4 +1,7 @@
-"""Processes of a run and their rows, memory of devices, compiled programs."""
+"""Connects processes, places batches on devices, keeps compiled programs.
+
+The memory of devices and of this machine is read here, too.
+"""
 
 import contextlib
 import ctypes
@@ -270,7 +273,8 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
     return 'SLURM'
   if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
     return 'GKE'
-  # The variables of an indexed Job; JAX asks Kubernetes how many pods it has.
+  # These are the variables of an indexed Job of Kubernetes. JAX asks Kubernetes
+  # how many pods the Job has.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
   return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
@@ -517,7 +521,7 @@ def forget_programs(most_regions: int = 20_000) -> None:
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:
-  """`cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
+  """The folder `cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
   root = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
   return pathlib.Path(root).expanduser()
 

@@ -1,8 +1,7 @@
 """The mesh of devices, and the sharding of arrays over it.
 
-A table maps logical axes of dimensions to axes of the mesh.
-
-Data, fully sharded, expert and tensor parallelism are rows of that table.
+A table maps the logical axes of arrays to axes of the mesh. Data, fully
+sharded, expert and tensor parallelism are rows of that table.
 """
 
 import collections
@@ -55,7 +54,7 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """Yields a text for each axis of size 0, and for a second one of -1."""
+    """Yields a text for each size of 0, and for each -1 after the first."""
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'

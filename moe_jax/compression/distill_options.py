@@ -74,7 +74,7 @@ class DistillOptions(Options):
     return bool(self.teacher) and self.start != NONE
 
   def problems(self) -> Iterator[str]:
-    """A text for each option without effect, or if nothing is left to learn."""
+    """Yields a text for each option without effect, or if no loss is left."""
     if not self.teacher:
       yield from self.in_vain('unless teacher is given')
       return

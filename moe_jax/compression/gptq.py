@@ -93,7 +93,7 @@ def _sweep(format, w, grid, upper):
   padding = -inputs % block
   w = jnp.pad(w, ((0, padding), (0, 0)))
   upper = jnp.pad(upper, ((0, padding), (0, padding)))
-  # Inputs that are padding have no error to divide by zero.
+  # Inputs that are padding get the factor 1, as errors are divided by factors.
   upper = upper + jnp.diag((jnp.arange(len(w)) >= inputs).astype(jnp.float32))
 
   def one_input(rows, i, block_factor):

@@ -135,7 +135,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     return examples
 
   def shrunk(self) -> Self:
-    """The same evaluation, of three short outputs."""
+    """This evaluation at a laptop's size: three short outputs."""
     return dataclasses.replace(
       super().shrunk(), num_examples=3, num_tokens=4, bleu_tokenizer='13a'
     )

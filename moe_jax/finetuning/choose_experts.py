@@ -95,7 +95,8 @@ def chosen(
   layers = {}
   for layer, layer_shares in shares_of.items():
     order = np.argsort(-layer_shares, kind='stable')
-    # Rounding must not add an expert where a sum is the share itself.
+    # If the shares of the first experts sum up to just `share`, rounding must
+    # not add one more expert.
     is_reached = np.cumsum(layer_shares[order]) >= share - 1e-9
     layers[layer] = tuple(sorted(map(int, order[: 1 + is_reached.argmax()])))
   return layers

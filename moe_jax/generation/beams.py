@@ -236,6 +236,6 @@ def advance(
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
-  """The part of `leaf`, [B, C] or [B, C, N], of the W chosen of C sequences."""
+  """Takes W chosen ones of the C sequences of `leaf`, [B, C] or [B, C, N]."""
   index = chosen if leaf.ndim == 2 else chosen[..., None]
   return jnp.take_along_axis(leaf, index, axis=1)

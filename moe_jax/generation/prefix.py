@@ -1,4 +1,4 @@
-"""Arguments of generation: prompts of different lengths as arrays, and a cache.
+"""Checks the arguments of generation, and reads prompts into a cache.
 
 Rows of a decoder are padded at the front, so that all rows append at the same
 slot of the cache; rows of an encoder are padded at the end. Lengths are rounded
@@ -424,8 +424,9 @@ def begin_with(
       model, variables, *inputs, task_ids=prefix.task_ids, method='encode'
     )
     choices.append(recorded)
-    # The start token and each forced token are a step, as if the model had
-    # chosen them, since tokens of one step compete for slots if capacity binds.
+    # The start token and each forced token are read in a step of their own, as
+    # if the model had chosen them, since tokens that are read in one step
+    # compete for slots if capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]

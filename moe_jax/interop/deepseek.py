@@ -358,7 +358,7 @@ def _describe_v3(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _further_layers(c: Values) -> tuple[str, ...]:
-  """The patterns of the tensors of layers behind the last one."""
+  """Patterns of the names of tensors of layers behind the model's last one."""
   L = c.num_hidden_layers
   further = {*range(L, L + c.num_nextn_predict_layers), _PUBLISHED_LAYERS}
   return tuple(

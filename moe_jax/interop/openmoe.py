@@ -34,7 +34,7 @@ from moe_jax.models import DecoderOptions
 
 _THETA = 10_000.0
 _LAST = 0  # the sparse layer of an interval is its last
-# The numbers are the same without these keys; instead of the last one, the
+# Keys on which no number of the model depends; instead of the last one, the
 # published code reads rms_norm_eps.
 _IGNORED = """
   enable_comm_overlap enable_hierarchical_alltoall enable_kernel

@@ -39,7 +39,8 @@ class ServedByRank(TokenChoice):
   # The router's columns do not decide the serving experts, so that no column
   # can be pruned or lead to another expert.
   has_columns: ClassVar[bool] = False
-  # The experts that serve a token are not those that it chose.
+  # The experts that serve a token are not those that it chose, so that imposed
+  # choices would have no effect.
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
@@ -56,7 +57,7 @@ class ServedByRank(TokenChoice):
 
 
 class ServedByRankRouter(TokenChoiceRouter):
-  """A router of a linear layer, then token choice, then `by_rank`."""
+  """The router of `ServedByRank`: token choice, and then `by_rank`."""
 
   options: ServedByRank
 

@@ -37,8 +37,9 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-# By rope type, the parameters and the types of their values. A rope type is the
-# name of our scaling, except 'default'; a parameter is the name of our option.
+# For each rope type, its parameters and the types of their values. Our scaling
+# has the name of the rope type, except for 'default', and our options have the
+# names of the parameters, except for `original_max_position_embeddings`.
 _TYPES: Mapping[str, Mapping[str, Any]] = {
   'default': {},
   'yarn': {
@@ -60,7 +61,7 @@ _TYPES: Mapping[str, Mapping[str, Any]] = {
     'long_mscale': POSITIVE,
   },
 }
-# By rope type, the parameters that config.json must have.
+# For each rope type, the parameters that config.json must have.
 _REQUIRED: Mapping[str, set[str]] = {
   'default': set(),
   'yarn': {'factor'},

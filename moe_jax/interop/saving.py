@@ -40,7 +40,8 @@ _REPLACED_KEYS = (
   'original_max_position_embeddings',
   'quantization_config',
 )
-# By option, the text of messages that names it and says what it decides.
+# For some options, the text that names the option in an error's message and
+# says what it decides; other options are named alone.
 _OPTION_TEXTS = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'
   for half in ('', 'encoder.')
@@ -212,9 +213,9 @@ def choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  The architecture is the one that the config names, or else the first that
-  computes the same function; architectures without a class in transformers come
-  last.
+  The architecture is the one that `config` names, or else the first that
+  computes the same function; architectures without a class in transformers are
+  tried last.
 
   Raises:
     ValueError: No architecture computes the same function. The message lists
