@@ -99,7 +99,7 @@ class OptionError(InputError):
     return type(self), (self.problems,)
 
   def below(self, path: str) -> 'OptionError':
-    """The same error with `path` put before the name of every option."""
+    """This error with `path` put before the name of every option."""
     return OptionError(type(text)(f'{path}{text}') for text in self.problems)
 
 
@@ -261,7 +261,7 @@ class Kinds:
   inline: bool = False
 
   def get(self, name: str) -> type:
-    """The class of options that a config means by this name.
+    """The class of options that a config means by `name`.
 
     Raises:
       ValueError: No kind has this name, or a user's class breaks the contract.
@@ -802,7 +802,7 @@ class _Reader:
         self.problems.append(unknown_key_text(f'{path}{key}', paths))
 
   def _value(self, field, section, path, unchosen):
-    """The value of a field of a section."""
+    """The value that a section gives to a field; notes the key and problems."""
     described, default, path = field.option, field.default, path + field.name
     value = section.get(field.name, default)
     if described.holds_entries:

@@ -229,7 +229,8 @@ def claim_process(coordinator: str, process_id: int) -> None:
   port = int(coordinator.rpartition(':')[2])
   flags = f'--coordinator={coordinator} --process_id={process_id}'
   name = f'\0moe_jax {coordinator} {process_id}'
-  # On Linux the socket's name is that of no file, and ends with the process.
+  # On Linux a socket whose name begins with a null byte is in no folder, and
+  # its name is free again when the process ends.
   if sys.platform == 'linux' and name not in _claims:
     name_socket = socket.socket(socket.AF_UNIX)
     try:
@@ -361,7 +362,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """The tree with whole numpy arrays; every process has to call this."""
+  """The tree with its arrays as whole numpy arrays; all processes call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (
@@ -435,7 +436,7 @@ def check_room(
 
 
 def memory_of(devices: Sequence[jax.Device]) -> int:
-  """Bytes of memory of all these devices; 0 where the number is not known.
+  """Bytes of memory of all `devices`; 0 where the number is not known.
 
   CPU devices of one process share the memory of the machine.
   """

@@ -124,7 +124,7 @@ class MeshOptions(Options):
 def make_mesh(
   sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of `MeshOptions` with these sizes; sizes not given are 1."""
+  """The mesh of `MeshOptions` with the sizes given; all other sizes are 1."""
   return MeshOptions(**{'data': 1, **sizes}).make(devices)
 
 

@@ -369,9 +369,9 @@ def _taught_step(
 ) -> TaughtStep:
   """A training step that also learns from the teacher's soft labels.
 
-  The labels are stored, or the teacher computes them for each microbatch.
-  The teacher runs as in its evaluation: dropout and routers' noise are off, and
-  tokens beyond the capacity of evaluation are dropped.
+  The labels are stored, or the teacher computes them for each microbatch. It
+  runs as in its evaluation: dropout and routers' noise are off, and tokens
+  beyond the capacity of evaluation are dropped.
   """
   model, stored = teacher.model, None
   if options.logits:

@@ -101,7 +101,7 @@ def _routes_by_task(moe: MoeOptions | None) -> TypeGuard[MoeOptions]:
 def _with_dense_layers(
   stack: Params, moe: MoeOptions, shared: Shared, task: int
 ) -> Params:
-  """A stack's parameters with a dense layer for each sparse one."""
+  """A stack's parameters with a dense layer in place of each sparse one."""
   if not isinstance(moe.expert, FeedForwardExpert):
     raise InputError(
       f'experts of {type(moe.expert).__name__} cannot become one dense '

@@ -191,7 +191,10 @@ def check_groups(
 def in_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> dict[int, int]:
-  """The counts, rounded up so that groups of experts keep equally many."""
+  """The numbers of experts that stay, rounded up for groups of experts.
+
+  Each group of a layer keeps equally many experts.
+  """
   return {
     n: -(-counts[n] // _groups(layer)) * _groups(layer)
     for n, layer in layers.items()

@@ -26,7 +26,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Factor(NamedTuple):
-  """The triangular factors of inverse Hessians, which rounding reads.
+  """The triangular factors of the inverses of Hessians H, which rounding reads.
 
   Attributes:
     upper: float32 [*E, I, I], the upper triangular U with inverse(H) = U^T U;

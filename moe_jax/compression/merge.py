@@ -154,7 +154,7 @@ SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
 def distances(
   layer: SparseLayer, usage: Usage, group_by: str
 ) -> Float[np.ndarray, 'E E']:
-  """The distance of each two experts of a layer.
+  """The distances between each two experts of a layer.
 
   Raises:
     ValueError: The similarity is unknown.

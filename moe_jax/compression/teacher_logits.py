@@ -84,7 +84,7 @@ class StoredLogits:
 
   @property
   def row_type(self) -> np.dtype:
-    """NumPy's structured type of a row."""
+    """NumPy's structured type of a row: ids, log-probabilities and a digest."""
     ids = np.uint16 if self.vocab_size <= 2**16 else np.int32
     shape = self.length, self.top
     return np.dtype(

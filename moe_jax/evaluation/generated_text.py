@@ -130,7 +130,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     examples = []
     for i in data.spread(min(total, len(pairs)), self.num_examples):
       ids = asker.inputs(pairs[i][0], self.num_tokens)
-      # A single source has no tasks.
+      # With a single source `tasks` is empty, and the pair has no task.
       examples.append(Pair(ids, *pairs[i], *tasks[i : i + 1]))
     return examples
 

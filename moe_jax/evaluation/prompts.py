@@ -154,7 +154,7 @@ class Asker:
     return Example(self.cut_inputs(inputs, n), targets[:m])
 
   def _lengths(self, inputs: int, targets: int) -> tuple[int, int]:
-    """The lengths to which inputs and targets of these lengths are cut."""
+    """The lengths to which inputs and targets of given lengths are cut."""
     lengths = self.layout.cut(np.array([inputs]), np.array([targets]))
     return int(lengths.inputs[0]), int(lengths.targets[0])
 

@@ -129,7 +129,7 @@ def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
 
 
 def _name(path: Sequence[str], parameters: Set[str]) -> str:
-  """The path of a part of a state, in which a parameter's path is now '*'."""
+  """The path of an array in a state, with '*' for the path of a parameter."""
   for start, end in itertools.combinations(range(len(path) + 1), 2):
     if '/'.join(path[start:end]) in parameters:
       path = [*path[:start], '*', *path[end:]]
@@ -145,12 +145,12 @@ def _listed(links: Mapping[int, tuple[str, ...]]) -> str:
 def _target(
   opt_state: Any, link_pairs: Mapping[int, int], saved: Mapping[str, str]
 ) -> tuple[Any, ...]:
-  """The part of the other run's optimizer state to read, in this run's shapes.
+  """The parts of a saved optimizer state to read, in the shapes of `opt_state`.
 
   The schedule, the last transformation, is among the parts that Orbax reads.
 
   Raises:
-    ValueError: The other run lacks a part of the state.
+    ValueError: The saved state lacks a part, or the part has another shape.
   """
   target = [
     optax.EmptyState() for _ in range(max(link_pairs.values(), default=-1) + 1)

@@ -80,7 +80,9 @@ def initial(
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Makes the checks of `initial` that need no arrays, if a folder is given.
+  """Makes the checks of `initial` that need no arrays of the other run.
+
+  Nothing is checked if `config.init_from` names no folder.
 
   Arguments and errors are the same as those of `initial`.
   """

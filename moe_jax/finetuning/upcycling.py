@@ -90,7 +90,7 @@ class InitFrom(InitFromOptions):
 
   @property
   def sources(self) -> tuple[int, ...]:
-    """The indices in `experts`; () takes the other run's experts in turn."""
+    """The indices in `experts`; () takes the experts of `workdir` in turn."""
     return tuple(map(int, self.experts.split(','))) if self.experts else ()
 
 
@@ -270,7 +270,7 @@ def plan(
 
   Args:
     model: The new model.
-    source: The other model.
+    source: The model whose parameters are copied.
     copies: The options of how experts are copied.
     experts: Whether experts and routers are copied; otherwise the feed-forward
       of a layer that is sparse in `source` is new, whether dense or sparse.

@@ -30,7 +30,8 @@ class Beams(NamedTuple):
   """The best sequences of each row that have ended, the best first.
 
   Attributes:
-    tokens: int32 [B, R, N], the new tokens; padding from each length on.
+    tokens: int32 [B, R, N], the new tokens; padding from the sequence's length
+      on.
     lengths: int32 [B, R], the number of new tokens, including the stop token; 0
       where fewer than R sequences were found.
     scores: float32 [B, R], see `beam_search`; -inf where there is no sequence.

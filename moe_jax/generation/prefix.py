@@ -168,7 +168,8 @@ def make_prefix(
   rows = [np.append(row, forced) for row in rows]
   longest = max(map(len, rows))
   _check_length(model, 'prompt', longest + steps - 1)
-  # All tokens of a prompt but the last are read at once; the last is a step.
+  # All tokens of a prompt but the last are read at once; the last is read in
+  # the first step.
   read = [(len(row) - 1, len(row) + steps - 1) for row in rows]
   decoding.check_change(model, read)
   length = _padded_length(model, longest - 1) + 1

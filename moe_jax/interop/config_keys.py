@@ -76,9 +76,10 @@ class Keys:
     honoured: For each key that shapes the model, its type and transformers'
       default.
     training: For each key that acts only in training, its type, its default,
-      the neutral value, with which our models train alike (or the name of a key
-      that has this value, or `...` if every value is carried over), and the
-      reason why any other value is not carried over.
+      its neutral value and a reason. The neutral value is the one with which
+      our models train alike; the reason says why no other value is carried
+      over. In place of the neutral value stands the name of a key that has it,
+      or `...` if every value is carried over.
     fixed: For each key of which only some values are supported, these values,
       the default first.
     ignored: The other keys, which change neither inference nor training.
@@ -170,7 +171,8 @@ def kind_name(kind: Any) -> str:
   return getattr(kind, '__name__', str(kind))
 
 
-# Keys that every architecture may have.
+# Keys that every architecture may have, with the only values that are
+# supported.
 COMMON_FIXED = {
   'per_layer_config': (None,),
   'quantization_config': (None,),

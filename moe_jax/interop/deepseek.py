@@ -77,7 +77,8 @@ KEYS_V1 = decoders.keys(
     'moe_layer_freq': (config_keys.SIZE, 1),
   },
   training={'seq_aux': (bool, True, ..., '')},
-  # The published code cannot split the products of experts.
+  # Other values of `pretraining_tp` would split products, which the published
+  # code cannot do for experts.
   fixed={'pretraining_tp': (1,), 'scoring_func': ('softmax',)},
   spellings={'aux_loss_alpha': 'router_aux_loss_coef'},
 )
@@ -102,8 +103,8 @@ _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
     'and balance_weight of the router',
   )
 }
-# Only the models' own remote code reads the first three; the last two follow
-# from the widths of the rotated and the other part of a head.
+# Only the models' own remote code reads the first three keys. The last two
+# follow from the widths of the rotated and the other part of a head.
 _LATENT_IGNORED = (
   'seq_aux',
   'ep_size',

@@ -163,7 +163,8 @@ KEYS = decoders.keys(
     'quantization_config': (dict | None, None),
   },
   fixed={'swiglu_alpha': (1.702,), 'swiglu_limit': (7.0,)},
-  # The first is in rope_scaling, too; the second repeats num_experts_per_tok.
+  # The value of the first key is in rope_scaling, too; the second key repeats
+  # num_experts_per_tok.
   ignored=('initial_context_length', 'experts_per_token'),
 )
 

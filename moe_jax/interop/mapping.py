@@ -323,7 +323,7 @@ def check(
   copies: Mapping[str, str],
   unread_patterns: Sequence[str],
 ) -> list[str]:
-  """A text for each way in which a checkpoint's tensors differ from ours.
+  """A text for each reason why our variables cannot be read from a checkpoint.
 
   Args:
     our_leaves: Our variables.

@@ -180,7 +180,7 @@ def _capacity(c: Values) -> Capacity:
 
 
 def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
-  """The keys of config.json that a capacity decides."""
+  """The keys of config.json that a capacity decides, with their values."""
   fraction, keys = 1.0, {}
   if isinstance(capacity, Fraction):
     fraction = capacity.factor
@@ -190,7 +190,7 @@ def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
 
 
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides."""
+  """The keys of config.json that a model decides, with their values."""
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half

@@ -163,7 +163,7 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @classmethod
   def of(cls, options: EncoderDecoderOptions) -> Self:
-    """The options of the same model as an instance of this class."""
+    """The given options as an instance of this class."""
     names = fields_of(type(options))
     return cls(**{name: getattr(options, name) for name in names})
 

@@ -154,7 +154,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
     parameters[_FRACTION] = positions.fraction
   for key in _TYPES[rope_type]:
     value = getattr(positions.scaling, _option(key))
-    # 0 stands for a value that follows from other parameters.
+    # 0 stands for a value that follows from other parameters, and is left out.
     if value or isinstance(value, bool):
       parameters[key] = list(value) if isinstance(value, tuple) else value
   return parameters

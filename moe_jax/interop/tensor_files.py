@@ -49,7 +49,7 @@ class TensorSpec(NamedTuple):
 
 
 class TensorFiles:
-  """The tensors in the files of a folder, which stay open.
+  """The tensors in the files of a folder; the files stay open.
 
   Attributes:
     folder: The folder of the files.
@@ -98,7 +98,7 @@ class TensorFiles:
 
   @functools.cached_property
   def dtype(self) -> str:
-    """The dtype of `FLOATS` with most bytes; the first if no tensor has one."""
+    """The float dtype that has most bytes; else the first one in `FLOATS`."""
     sizes = dict.fromkeys(FLOATS, 0)
     for spec in self.specs.values():
       if spec.dtype in sizes:
@@ -139,7 +139,7 @@ class TensorFiles:
 
 
 class _SafeTensors:
-  """One safetensors file."""
+  """A reader of one safetensors file."""
 
   in_memory = False
 
@@ -165,7 +165,7 @@ class _SafeTensors:
 
 
 class _Torch:
-  """One file of PyTorch's, mapped into memory where its format allows."""
+  """A reader of one PyTorch file, memory-mapped where its format allows."""
 
   def __init__(self, path: pathlib.Path):
     try:

@@ -66,7 +66,7 @@ def dictionary(p0: float = P0) -> Dictionary:
   """
   zero, other = math.log(p0), math.log((1 - p0) / 2)
   classes = sorted(
-    # Logarithms are rounded, so that equal probabilities have equal numbers.
+    # Logarithms are rounded, so that those of equal probabilities are equal.
     (-round((weights - n) * zero + n * other, 9), weights, n)
     for weights in range(2, MOST_WEIGHTS + 1, 2)
     for n in range(weights + 1)
@@ -131,8 +131,8 @@ class Codes(NamedTuple):
 def encode(ternary: np.ndarray) -> Codes:
   """The codes of ternary matrices, as numpy arrays.
 
-  Each code is the longest sequence of the dictionary that the rest of its row
-  begins with.
+  Each code stands for the longest sequence of the dictionary that the rest of
+  its row begins with.
 
   Args:
     ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.

@@ -215,7 +215,8 @@ def step(
   if shadowed is None:
     shadowed = np.zeros((N, E), bool)
   shadow_counts = np.where(shadowed[..., None], counts, 0)
-  # The rows that each device gets from each device, itself included, by step.
+  # The number of rows that each device (axis 1) gets from each device (axis 2),
+  # itself included, in each of the N layers or steps.
   received = (counts - shadow_counts).reshape(N, W, E // W, W).sum(-2)
   step_rows = received[:, None] * _masks(W, g)  # [N, g, W, W]
   row_seconds = sizes.row_flops / topology.flops_per_second
@@ -232,7 +233,11 @@ def step(
 
 
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
-  """1 where step j sends rows from device i (axis 2) to k (axis 1), else 0."""
+  """For each step j, which devices send rows to which.
+
+  The number is 1 where device i (axis 2) sends rows to device k (axis 1) in
+  step j (axis 0), and 0 elsewhere.
+  """
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
   return (step == np.arange(g)[:, None, None]).astype(int)

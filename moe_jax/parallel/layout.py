@@ -45,11 +45,11 @@ class Layout:
     return tuple(name for name in self.experts if name not in self.groups)
 
   def devices(self, axes: tuple[str, ...]) -> int:
-    """The number of devices along these axes."""
+    """The number of devices along the mesh axes `axes` together."""
     return math.prod(self.sizes[name] for name in axes)
 
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition spec of an array with dimensions split over these axes."""
+    """The partition spec of an array whose dimensions are split over `axes`."""
     return PartitionSpec(*(names or None for names in axes))
 
   def parameter_specs(

@@ -20,6 +20,8 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
 class TokenChoices(NamedTuple):
   """The experts of each token, whether tokens or experts made the choice.
 
+  N is K where tokens choose, and E where experts choose.
+
   Attributes:
     expert: int32 [G, S, N], the index of the expert; -1 where there is none.
     gate: float32 [G, S, N], the weight of the expert's output; 0 where the
@@ -109,7 +111,11 @@ class Routing:
     return hints
 
   def static_sizes(self) -> dict[str, int]:
-    """E and S, which no shape tells; raises ValueError for a bad capacity."""
+    """The sizes E and S, which no array's shape tells.
+
+    Raises:
+      ValueError: The capacity is neither None nor an integer of at least 1.
+    """
     check_capacity(self.capacity)
     return {'E': self.num_experts, 'S': self.group_size}
 
@@ -131,7 +137,7 @@ class Routing:
     return jnp.where(self.kept, self.expert_index, self.num_experts)
 
   def bounded(self) -> int:
-    """The capacity; raises ValueError where there is none."""
+    """The capacity C; raises ValueError where it is None."""
     if self.capacity is None:
       raise InputError(
         'capacity=None: slots need a capacity; use the capacity rule All()'
@@ -180,7 +186,10 @@ class Routing:
     return TokenChoices(jnp.where(kept, experts, -1), gate, kept)
 
   def _spread(self, values: Leaf, *slot: Array) -> Array:
-    """The sums of served choices' values by token and expert, [G, S, E]."""
+    """The sum of served choices' values for each token and expert, [G, S, E].
+
+    If `slot` is given, the sum is for each slot, too: [G, S, E, C].
+    """
     group = jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 0)
     index = group, self.token, self.server, *slot
     sizes = (len(group), self.group_size, self.num_experts, self.capacity)

@@ -77,7 +77,7 @@ def balance_sums(
   size: int,
   choices: str = 'all',
 ) -> BalanceSums:
-  """The sums of the balance loss over each part of a batch.
+  """The sums over each part of a batch, for `balance_of_parts`.
 
   A part is `size` consecutive tokens of a group; `size` divides S. The other
   arguments are those of `balance_loss`.
@@ -97,11 +97,11 @@ def balance_sums(
 
 
 def balance_of_parts(sums: BalanceSums, count: int) -> Float32[Array, '']:
-  """The sum of the balance losses of sets of `count` consecutive parts.
+  """The sum of balance losses, each over `count` consecutive parts of a batch.
 
-  The loss of each set is multiplied by its number of real tokens, so that the
-  sum divided by the number of all real tokens is the mean. The last set may
-  have fewer parts.
+  Each loss is multiplied by the number of real tokens in its parts, so that the
+  sum divided by the number of all real tokens is the mean. The last loss may be
+  over fewer parts.
   """
 
   def sum_parts(x):

@@ -78,5 +78,5 @@ def moved(
   error = mean - load
   if rule == 'sign':
     return bias + rate * jnp.sign(error)
-  # A batch without any real token has no load to compare.
+  # Without any real token the mean load is 0, and 0 / 0 would be NaN.
   return bias + rate * error / jnp.maximum(mean, 1.0)

@@ -153,7 +153,7 @@ class Fraction(Capacity):
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Capacity):
-  """The same number of slots for groups of every size."""
+  """A capacity of the same number of slots for groups of every size."""
 
   slots: int = option(
     1,
@@ -175,7 +175,7 @@ class Fixed(Capacity):
 
 @dataclasses.dataclass(frozen=True)
 class All(Capacity):
-  """Room for every token of the group in each expert: nothing is dropped."""
+  """A capacity of one slot for each token of the group: nothing is dropped."""
 
   @property
   def binds(self):

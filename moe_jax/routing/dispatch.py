@@ -38,10 +38,11 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to slots by a one-hot product, R = G * C.
+  """Moves tokens to slots by a one-hot product.
 
-  Empty slots are zero. The product costs O(S E C M) per group, which grows with
-  the square of the group size.
+  The rows of an expert are its slots in all groups, R = G * C. Empty slots are
+  zero. The product costs O(S E C M) per group, which grows with the square of
+  the group size.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -57,7 +58,11 @@ def _by_masks(
 def _back_by_masks(
   rows: Float[Array, 'E R M'], routing: AnyRouting
 ) -> Float[Array, 'G S M']:
-  """Sums rows into tokens by a product; a capacity of None is a ValueError."""
+  """Sums each token's rows, weighted by its gates, by a product.
+
+  Raises:
+    ValueError: The routing has no capacity.
+  """
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   _check_rows(rows.shape, (E, G * C))
@@ -81,7 +86,11 @@ def _to_slots(
 def _from_slots(
   rows: Float[Array, 'E R M'], routing: Routing
 ) -> Float[Array, 'G S M']:
-  """Sums rows into tokens by index; a capacity of None is a ValueError."""
+  """Sums each token's rows, weighted by its gates, by index.
+
+  Raises:
+    ValueError: The routing has no capacity.
+  """
   return _give_back(rows, slot_rows(routing), routing)
 
 
@@ -192,7 +201,7 @@ def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
 
 
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
-  """The token in each row; zero in an empty row."""
+  """The vector of the token in each row; zeros in an empty row."""
   x = x.reshape(-1, x.shape[-1])
   return take_tokens(x, rows.token, rows.row, len(x))
 
@@ -222,11 +231,11 @@ def take_tokens(
   row: Int32[Array, 'N K'] | Int32[Array, ' P'],
   num_tokens: int,
 ) -> Float[Array, '*R M']:
-  """The token in each row; zero in an empty row.
+  """The vector of the token in each row; zeros in an empty row.
 
   Args:
-    x: The tokens.
-    token: The token in each row; N in an empty row.
+    x: The vectors of the tokens.
+    token: The index of the token in each row; N in an empty row.
     row: The row of each choice, as in `Rows`, for the gradient.
     num_tokens: N, the number of tokens.
   """
@@ -292,13 +301,14 @@ _sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
   """x[index], zero where index is N."""
-  # A row of zeros behind x is cheaper than mode='fill', which selects.
+  # A row of zeros behind x is cheaper than mode='fill', which selects between
+  # values and zeros after the gather.
   x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
   return jnp.take(x, index, axis=0, mode='clip')
 
 
 def _sum_into_tokens(rows, token, num_tokens):
-  """The sum of each token's rows, in float32."""
+  """The sum of each token's rows, added up in float32."""
   total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
   total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
   return total.astype(rows.dtype)

@@ -1,10 +1,11 @@
-"""SparseMixer: experts are drawn one after another, by tempered softmaxes.
+"""SparseMixer: experts are drawn one after another, from masked softmaxes.
 
 SparseMixer-v2 (GRIN, https://arxiv.org/abs/2409.12136), the router of
 Phi-3.5-MoE. In training an expert is drawn from the softmax of the logits that
-are near the largest, and its gate has the gradient that makes up for the draw;
-in inference the likeliest one is taken. Every further choice is made likewise
-among the experts that are left. Gates of a token do not sum to one.
+are near the largest, and the gradient of its gate estimates that of the
+expected output; in inference the likeliest expert is taken. Every further
+choice is made likewise among the experts that are left. Gates of a token do not
+sum to one.
 """
 
 import jax
@@ -16,8 +17,8 @@ from moe_jax.routing.token_choice_rule import at_choices
 from moe_jax.shapes import Array, Float32, Int32, PRNGKey, checked
 
 # If the drawn expert is not the likeliest one, its gate is kept whole with
-# probability 1/4 and multiplied by 1/3 otherwise. In expectation these are the
-# weights of Heun's third-order method, which the paper integrates with.
+# probability 1/4 and multiplied by 1/3 otherwise. This is Heun's third-order
+# method, by which the paper integrates the expected output.
 _WHOLE, _SHARE = 0.25, 1 / 3
 
 
@@ -39,14 +40,14 @@ def sparse_mixer(
   Args:
     router_logits: The logits.
     num_selected: K; 2 in the paper and in Phi-3.5-MoE.
-    threshold: The threshold.
+    threshold: The largest such quotient of an expert that takes part.
     key: The key of the draws; None takes the likeliest experts (inference).
     imposed: Experts that are chosen instead, or a negative number where the
       rule chooses. An imposed expert that takes no part in a choice has gate 0.
 
   Returns:
     The experts, and their gates, whose gradient is that of the softmax at the
-    expert, also where a third of the gate is taken.
+    expert, also where the gate is multiplied by 1/3.
   """
   E, K = router_logits.shape[-1], num_selected
   check_selected(K, E)

@@ -243,7 +243,7 @@ def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
     nothing. The first two are NaN where no expert took anything.
 
   Raises:
-    ValueError: `load` is not one row of finite numbers >= 0.
+    ValueError: `load` is not a vector of finite numbers >= 0.
   """
   load = np.asarray(load, np.float64)
   if load.ndim != 1 or not load.size:
