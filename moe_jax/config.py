@@ -399,7 +399,7 @@ class Options:
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section of a config, with the options that short notations stand for.
+    """A section of a config in which all short notations are written out.
 
     Raises:
       OptionError: A notation is wrong.
@@ -687,8 +687,9 @@ def settle(
         del parent[name]
       else:
         parent[name] = None if key.default is MISSING else key.default
-  # The problem of an overridden option names the option that holds the
-  # overrides, then the overridden option.
+  # An option may hold overrides of other options, as an evaluation's
+  # `model_overrides` do. The problem of an overridden option begins with the
+  # name of the option that holds the overrides, a colon, and its own name.
   for text in in_vain:
     holder, colon, name = text.partition('=')[0].partition(': ')
     if not colon or _is_given(holder, given):

@@ -54,7 +54,11 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """Yields a text for each size of 0, and for each -1 after the first."""
+    """Yields a text for each mesh axis whose size is not allowed.
+
+    0 is not allowed, and -1 only once: that axis takes all devices that the
+    other axes leave.
+    """
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'

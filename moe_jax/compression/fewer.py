@@ -116,7 +116,7 @@ def check_layer(layer: SparseLayer) -> None:
 
 
 def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
-  """The number of experts that stay in each sparse layer.
+  """The number of experts that each sparse layer keeps, read from a text.
 
   Args:
     text: One number for all layers, '4', or a number for each: '4,6,4'.

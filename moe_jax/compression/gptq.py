@@ -135,7 +135,7 @@ def error(
 
 
 class Outcome(NamedTuple):
-  """Some quantised kernels, and the errors of both methods of rounding.
+  """Some quantised kernels, and the errors of GPTQ and of nearest rounding.
 
   Attributes:
     codes: uint8 or int8 [E, I, O], the integer codes of the kernels, as the

@@ -154,7 +154,7 @@ SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
 def distances(
   layer: SparseLayer, usage: Usage, group_by: str
 ) -> Float[np.ndarray, 'E E']:
-  """The distances between each two experts of a layer.
+  """The distances between all pairs of experts of a layer.
 
   Raises:
     ValueError: The similarity is unknown.
@@ -173,7 +173,7 @@ def clusters(
   """Exactly `num_groups` groups of experts, by average linkage (HC-SMoE).
 
   Args:
-    distance: The distance of each two experts.
+    distance: The distances between all pairs of experts.
     usage: Not used; an argument of every function in `GROUPINGS`.
     num_groups: E', in [1, E].
   """

@@ -80,7 +80,7 @@ def initial(
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Makes the checks of `initial` that need no arrays of the other run.
+  """Makes the checks of `initial` that need no arrays.
 
   Nothing is checked if `config.init_from` names no folder.
 

@@ -111,7 +111,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A plan by which a model's parameters are made from another's.
+  """A plan by which a model's parameters are made from those of a source model.
 
   Attributes:
     model: The new model.

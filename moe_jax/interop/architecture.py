@@ -1,4 +1,4 @@
-"""The description of an architecture of transformers."""
+"""What imports and exports have to know of an architecture of transformers."""
 
 import dataclasses
 import pathlib

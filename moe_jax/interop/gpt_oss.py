@@ -103,8 +103,8 @@ class Mxfp4Files(TensorFiles):
     stop = start + inputs.stop - inputs.start
     sizes = (part.stop - part.start for part in (experts, inputs, outputs))
     numbers = np.empty(tuple(sizes), ml_dtypes.bfloat16)
-    # Experts are decoded one at a time, which takes five times an expert's
-    # bytes or so.
+    # Experts are decoded one at a time, as decoding takes about five times the
+    # bytes of what is decoded.
     for i, expert in enumerate(range(experts.start, experts.stop)):
       index = slice(expert, expert + 1), outputs, rows
       scales = super().read(name + _SCALES, index)

@@ -144,7 +144,8 @@ def load_variables(
   model = checkpoint.options.build(rules)
   trees, state = models.describe(model), abstract_router_state(model)
   shapes = as_variables(trees.shapes, state)
-  # A much larger model is refused before its tensors are named one by one.
+  # A model much larger than the files is refused before its tensors are named
+  # one by one.
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   if count > _MAX_RATIO * files.num_values:
     raise InputError(

@@ -74,7 +74,8 @@ KEYS = decoders.keys(
     # Other values would split products, which the published code cannot do for
     # its wider kernels.
     'pretraining_tp': (1,),
-    # The code drops tokens in a single process even if this key is false.
+    # In a single process the published code drops tokens even if this key is
+    # false.
     'router_drop_tks': (True,),
   },
   ignored=_IGNORED.split(),

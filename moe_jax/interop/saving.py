@@ -111,7 +111,7 @@ class _Part(NamedTuple):
 
   Attributes:
     array: The variable.
-    leaf: The tensors of the variable.
+    leaf: The names and the layout of the variable's tensors.
     index: The leading indices of the part, of a layer and an expert.
   """
 
@@ -309,7 +309,9 @@ def describe(
 def _read_back(
   config_json: Mapping[str, Any],
 ) -> tuple[ModelOptions | None, list[str]]:
-  """The options of a config.json, with defaults for unsupported values.
+  """The options of the model that a config.json describes.
+
+  Values that are not supported are replaced by defaults.
 
   Returns:
     The options, or None if config.json cannot be read with defaults either; and
@@ -332,14 +334,16 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
   """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
-    # config.json does not say if the encoder has a table; the tensors do.
+    # config.json does not say if the encoder has an embedding table of its own;
+    # the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
     if not ours.build().stacks.capacity_binds:
       # If all tokens have slots, the slots that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)
-  # An option that the architecture's model lacks follows from another choice
-  # that differs, which is listed instead.
+  # If the architecture's model lacks an option, the models also differ in
+  # another one, such as a kind, from which this follows; that one is listed
+  # instead.
   causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
   return [
     f'{_OPTION_TEXTS.get(name, name)}: '

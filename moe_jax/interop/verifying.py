@@ -220,11 +220,12 @@ def _check_arrays(arrays, has_encoder: bool, vocab_size: int) -> None:
 
 
 def _positions(tokens: np.ndarray, pad_id: int | None) -> np.ndarray:
-  """The positions of tokens in transformers.
+  """The positions that transformers gives to tokens.
 
   Args:
     tokens: Token ids.
-    pad_id: The id of tokens without a position of their own, or None.
+    pad_id: The id of tokens without a position of their own; None if all tokens
+      have one.
   """
   if pad_id is None:
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)

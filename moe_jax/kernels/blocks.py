@@ -236,8 +236,9 @@ def ffn_gradients(
 ) -> tuple:
   """The gradients of x, w_ins and w_out; those of kernels are float32.
 
-  In a block, hidden values of a neighbouring expert's rows are multiplied by
-  zero, so that an infinite one makes the gradient of the block's expert NaN.
+  An expert's first block may also have rows of other experts. Their hidden
+  values are multiplied by zero, so that an infinite one makes the gradient of
+  the block's expert NaN.
   """
 
   def body(block, kernels, carry):

@@ -97,7 +97,7 @@ def dictionary(p0: float = P0) -> Dictionary:
 
 @functools.cache
 def _sequences(weights: int, nonzeros: int) -> np.ndarray:
-  """The first 2^16 sequences with these numbers of weights and non-zeros.
+  """The first 2^16 sequences of `weights` weights, `nonzeros` of them not 0.
 
   A sequence is an int64 in which each weight takes 2 bits.
   """

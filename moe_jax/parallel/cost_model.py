@@ -112,13 +112,13 @@ class Step(NamedTuple):
 
   @property
   def comm(self) -> Float[np.ndarray, ' N']:
-    """Seconds of all that is sent in both passes."""
+    """Seconds of all that is sent in the forward and the backward pass."""
     one_pass = self.send.sum(-1) + self.shadow_send + self.give_back.sum(-1)
     return 2 * one_pass
 
   @property
   def comp(self) -> Float[np.ndarray, ' N']:
-    """Seconds of all products of the slowest device in both passes."""
+    """Seconds of all products of the slowest device, forward and backward."""
     return 3 * (self.compute.sum(-2) + self.shadow_compute).max(-1)
 
   @property
@@ -139,7 +139,7 @@ class Step(NamedTuple):
 
   @property
   def overlapped(self) -> Float[np.ndarray, ' N']:
-    """A lower bound of the seconds of the step, if all overlaps that can.
+    """A lower bound of the step's seconds: sending and products fully overlap.
 
     The bound is that of the paper, max(comm, comp) of the whole step.
     """

@@ -214,7 +214,7 @@ def permuted(
 
 
 def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
-  """The axes in the mesh's order, and each device's index along them.
+  """The axes that rows travel along, in the mesh's order, and devices' indices.
 
   `ppermute` counts devices in the mesh's order, however its axes are given; all
   other collectives count in the order of their axes.

@@ -1,6 +1,6 @@
 """Statistics of a routing: sums over real tokens, which merge by adding.
 
-The rate of dropped choices is defined here, once.
+The rate of dropped choices is also defined here, and nowhere else.
 """
 
 from collections.abc import Iterable
