@@ -298,7 +298,8 @@ def plan(
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
-      # A layer between LSTMs is in no stack and has no index.
+      # The sparse layer between the LSTMs of an LSTM model is in no stack, so
+      # that its number is None.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue

@@ -123,7 +123,7 @@ class Checkpoint:
   skipped_tensors: tuple[str, ...] = ()
 
   def open_files(self) -> tensor_files.TensorFiles:
-    """The tensors in the folder's files."""
+    """Opens the files with the checkpoint's tensors."""
     return self.architecture.files(self.folder)
 
 

@@ -98,7 +98,7 @@ class TensorFiles:
 
   @functools.cached_property
   def dtype(self) -> str:
-    """The float dtype that has most bytes; else the first one in `FLOATS`."""
+    """The float dtype of most bytes of the tensors, or else `FLOATS[0]`."""
     sizes = dict.fromkeys(FLOATS, 0)
     for spec in self.specs.values():
       if spec.dtype in sizes:

@@ -49,9 +49,8 @@ def tiles(rows: int, contract: int, cols: int, dtype) -> Tiles:
 
   A tile is at most 128 x 128, and 128 bytes along the contracted dimension of
   each operand are loaded at a time: three stages of such loads take 96 KiB of
-  shared memory, which every GPU since Ampere has.
-  All sizes are powers of two and at least 16, the least that a tensor core
-  takes.
+  shared memory, which every GPU since Ampere has. All sizes are powers of two
+  and at least 16, the least that a tensor core takes.
   """
 
   def fit(size, most):

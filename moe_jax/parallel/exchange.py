@@ -142,8 +142,9 @@ class InRing(Exchange):
   """
 
   def cut(self, layout, rows):
-    """Cuts rows into a piece for each step, the rows for that step's target.
+    """Cuts rows into a piece for each step of the ring.
 
+    A piece has the rows for the device to which this device sends in that step.
     The first piece has the rows that stay on this device.
     """
     blocks = own_blocks(layout, rows)  # [X, J, R, M]

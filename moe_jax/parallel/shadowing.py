@@ -132,9 +132,8 @@ def least_rows(
   If n_max, the number of rows of the busiest device, is larger, the 4 n_max M
   elements of rows in Lat_imbl are more than the 4 r M F of parameters and
   gradients in Lat_shadow. (An expert of three kernels has half as many
-  parameters again, and F counts for 3/2.)
-  Shadowing pays if also no device has more rows than n_max afterwards, whatever
-  the speeds are.
+  parameters again, and F counts for 3/2.) If also no device has more rows than
+  n_max afterwards, shadowing pays whatever the speeds are.
 
   Args:
     number: r, the number of shadowed experts: of one case, of each of N cases,

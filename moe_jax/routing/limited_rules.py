@@ -2,10 +2,10 @@
 
 In DeepSeek's rules the experts of a group have consecutive indices, like the
 experts on one device or one node, and a token chooses among the experts of its
-best groups alone.
-DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2) rates a group by
-the best of its scores, DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section
-2.1.2) by the sum of its two best ones.
+best groups alone. DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2)
+rates a group by the best of its scores, DeepSeek-V3
+(https://arxiv.org/abs/2412.19437, section 2.1.2) by the sum of its two best
+ones.
 
 The topology-aware gate of FasterMoE (He et al., PPoPP 2022,
 https://doi.org/10.1145/3503221.3508418) lays E experts over Q nodes in order,
