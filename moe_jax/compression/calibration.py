@@ -106,8 +106,8 @@ class Rows(NamedTuple):
   """The inputs of the kernels of some experts.
 
   Attributes:
-    x: float [E, R, M], the inputs of each expert, one for each token that it
-      serves, and then zeros.
+    x: float [E, R, M], the inputs of each expert, one for each of its tokens,
+      and then zeros.
     filled: bool [E, R], whether the row is that of a token.
   """
 

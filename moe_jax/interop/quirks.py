@@ -39,8 +39,8 @@ class ServedByRank(TokenChoice):
   # The router's columns do not decide the serving experts, so that no column
   # can be pruned or lead to another expert.
   has_columns: ClassVar[bool] = False
-  # The experts that serve a token are not those that it chose, so that imposed
-  # choices would have no effect.
+  # The experts that serve a token are not those that it chose, and so would not
+  # be those of imposed choices.
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
