@@ -1,4 +1,4 @@
-"""Command lines: config files, their overrides, flags, and messages of a line.
+"""Command lines: config files, their overrides, flags, and short messages.
 
 A config is named by a path, 'configs/tiny_switch.py', or by a name that works
 in every folder: 'moe_jax:tiny_switch' is the file `tiny_switch.py` of the
@@ -45,7 +45,7 @@ from moe_jax.config import (
 from moe_jax.errors import InputError, ReportedError
 
 # Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
-# the same command goes on with it.
+# the same command continues the run.
 STOPPED = 75
 # Exit status of a program that Ctrl-C stopped, as shells have it.
 INTERRUPTED = 128 + signal.SIGINT
@@ -53,7 +53,7 @@ INTERRUPTED = 128 + signal.SIGINT
 # of a library or of a user's class, and keeps its traceback.
 REPORTED = (MemoryError, OSError, ReportedError)
 CONFIG = 'path of a config file, own.py, or name of one, moe_jax:tiny_switch'
-# Console commands by the module that `python -m` starts instead.
+# The console command of each module that `python -m` can also start.
 CONSOLE = {
   'moe_jax.analysis.cost': 'moe-cost',
   'moe_jax.analysis.routes': 'moe-routes',
@@ -105,7 +105,8 @@ def applied(
   config = merge(load_config(base) if isinstance(base, str) else base, {})
   problems = []
   for word in overrides:
-    # For a key that does not exist, ml_collections' error has no path.
+    # A key that does not exist is found first, since ml_collections' error for
+    # such a key does not give its path.
     if problem := _unknown_key(config, name_of(word)):
       problems.append(problem)
       continue
@@ -203,7 +204,7 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
       f'unknown config key {name!r}: it is a section, whose keys are set, '
       f'--config.{name}.KEY=...; have {sorted(section)}'
     )
-  # The keys that exist in place of the first part of the name that is unknown.
+  # The keys that exist where the first unknown part of the name stands.
   beside = [
     '.'.join([*path, key]) for key in section if flatten({key: section[key]})
   ]
@@ -329,10 +330,11 @@ def _error_text(file: str, path: pathlib.Path, error: Exception) -> str:
 
 
 def program(module: str) -> str:
-  """The words that start a module here, as the user started this program.
+  """The words with which the user can start a module.
 
   Returns:
-    'moe-train' or 'python -m moe_jax.main'.
+    The module's console command, such as 'moe-train', if the user has started
+    this program by such a command; or else 'python -m moe_jax.main'.
   """
   console = CONSOLE.get(module)
   if console and pathlib.Path(sys.argv[0]).stem in CONSOLE.values():
@@ -347,7 +349,8 @@ def about(text: str | None) -> dict[str, Any]:
     text: The docstring of the command's module: a sentence, and examples.
   """
   text = text or ''  # python -OO keeps no docstrings
-  # A backslash at the end of a docstring's line has joined it with the next.
+  # A backslash at the end of a docstring's line has joined it with the next
+  # line; here both are put back.
   text = re.sub(r'(?<=\S) {6,}', ' \\\\\n      ', text)
   first, _, rest = with_programs(text).partition('\n')
   rest = rest.strip('\n')
@@ -410,7 +413,8 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
       raise
     fail(str(error))
   except AssertionError as error:
-    # Without a GPU, JAX passes over 'cuda' and then has no platform at all.
+    # Without a GPU, JAX passes over 'cuda' and then has no platform at all, so
+    # that an assertion of its own fails.
     last = traceback.extract_tb(error.__traceback__)[-1]
     if show_traceback or pathlib.Path(last.filename).stem != 'xla_bridge':
       raise
@@ -499,7 +503,8 @@ def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
   try:
     print(text, file=stream, flush=True)
   except BrokenPipeError:
-    # Python would report the pipe once more when it closes the stream.
+    # The stream now writes to the null device, since Python would report the
+    # closed pipe once more when it closes the stream.
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -559,7 +564,7 @@ def parse_command(
 
 
 def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
-  """The result of options.run(options, overrides); see `reported`."""
+  """Calls options.run(options, overrides), whose errors `reported` prints."""
   logging.set_verbosity(logging.WARNING)
   ignore_closed_loops()
   with reported(options.traceback):

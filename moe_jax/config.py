@@ -91,7 +91,7 @@ class OptionError(InputError):
   """
 
   def __init__(self, problems: Iterable[str]):
-    # Encoder and decoder may have the same problem.
+    # Encoder and decoder may have the same problem, which is listed once.
     self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
@@ -99,7 +99,7 @@ class OptionError(InputError):
     return type(self), (self.problems,)
 
   def below(self, path: str) -> 'OptionError':
-    """The same error with `path` put before the name of every option."""
+    """This error with `path` put before the name of every option."""
     return OptionError(type(text)(f'{path}{text}') for text in self.problems)
 
 
@@ -261,7 +261,7 @@ class Kinds:
   inline: bool = False
 
   def get(self, name: str) -> type:
-    """The class of options that a config means by this name.
+    """The class of options that a config means by `name`.
 
     Raises:
       ValueError: No kind has this name, or a user's class breaks the contract.
@@ -399,7 +399,7 @@ class Options:
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section of a config, with the options that short notations stand for.
+    """A section of a config in which all short notations are written out.
 
     Raises:
       OptionError: A notation is wrong.
@@ -407,7 +407,7 @@ class Options:
     return section
 
   def shrunk(self, **changes: Any) -> Self:
-    """The same options at a laptop's size, for a config with ':runlocal'.
+    """These options at a laptop's size, for a config with ':runlocal'.
 
     A class with sizes overrides this; by default nested options are shrunk.
 
@@ -517,7 +517,7 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """A config's section, locked except where it is open; see `section_of`."""
+  """Locks a config's section except where it is open; see `section_of`."""
   config.lock()
   _unlock_open(root, config)
   return config
@@ -590,7 +590,8 @@ class Key(NamedTuple):
     path: The dotted name of the key.
     value: The value of the key.
     default: The default; MISSING where a value is required.
-    option: The description of the option; of a choice, for the key 'kind'.
+    option: The description of the option; for the key `kind` of a choice, that
+      of the choice.
     unchosen: The choice because of which the key has no effect, in words such
       as 'with model.kind='lstm''; None where the key has an effect.
   """
@@ -686,8 +687,9 @@ def settle(
         del parent[name]
       else:
         parent[name] = None if key.default is MISSING else key.default
-  # The problem of an overridden option names the option that holds the
-  # overrides, then the overridden option.
+  # An option may hold overrides of other options, as an evaluation's
+  # `model_overrides` do. The problem of an overridden option begins with the
+  # name of the option that holds the overrides, a colon, and its own name.
   for text in in_vain:
     holder, colon, name = text.partition('=')[0].partition(': ')
     if not colon or _is_given(holder, given):
@@ -762,7 +764,7 @@ class _Reader:
     return self._options(root, None, section, path)
 
   def _options(self, cls, default, section, path, unchosen=None, beside=()):
-    """The options of a class.
+    """The options of a class, read from a section; None if there is a problem.
 
     Args:
       cls: The class.
@@ -801,7 +803,7 @@ class _Reader:
         self.problems.append(unknown_key_text(f'{path}{key}', paths))
 
   def _value(self, field, section, path, unchosen):
-    """The value of a field of a section."""
+    """The value that a section gives to a field; notes the key and problems."""
     described, default, path = field.option, field.default, path + field.name
     value = section.get(field.name, default)
     if described.holds_entries:
@@ -946,7 +948,7 @@ def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
-  """A copy of `config` with nested `overrides` merged in, locked like it.
+  """A copy of `config` with nested `overrides`, locked wherever `config` is.
 
   Raises:
     ValueError: An override's key does not exist (names the nearest), or its

@@ -1,4 +1,7 @@
-"""Processes of a run and their rows, memory of devices, compiled programs."""
+"""Connects processes, places batches on devices, keeps compiled programs.
+
+The memory of devices and of this machine is read here, too.
+"""
 
 import contextlib
 import ctypes
@@ -226,7 +229,8 @@ def claim_process(coordinator: str, process_id: int) -> None:
   port = int(coordinator.rpartition(':')[2])
   flags = f'--coordinator={coordinator} --process_id={process_id}'
   name = f'\0moe_jax {coordinator} {process_id}'
-  # On Linux the socket's name is that of no file, and ends with the process.
+  # On Linux a socket whose name begins with a null byte is in no folder, and
+  # its name is free again when the process ends.
   if sys.platform == 'linux' and name not in _claims:
     name_socket = socket.socket(socket.AF_UNIX)
     try:
@@ -270,7 +274,8 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
     return 'SLURM'
   if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
     return 'GKE'
-  # The variables of an indexed Job; JAX asks Kubernetes how many pods it has.
+  # These are the variables of an indexed Job of Kubernetes. JAX asks Kubernetes
+  # how many pods the Job has.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
   return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
@@ -357,7 +362,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """The tree with whole numpy arrays; every process has to call this."""
+  """The tree with its arrays as whole numpy arrays; all processes call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (
@@ -431,7 +436,7 @@ def check_room(
 
 
 def memory_of(devices: Sequence[jax.Device]) -> int:
-  """Bytes of memory of all these devices; 0 where the number is not known.
+  """Bytes of memory of all `devices`; 0 where the number is not known.
 
   CPU devices of one process share the memory of the machine.
   """
@@ -517,7 +522,7 @@ def forget_programs(most_regions: int = 20_000) -> None:
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:
-  """`cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
+  """The folder `cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
   root = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
   return pathlib.Path(root).expanduser()
 

@@ -16,7 +16,7 @@ _FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))]
 
 
 class ReportedError(Exception):
-  """An error that its message explains."""
+  """An error whose message is enough, so that commands print no traceback."""
 
 
 class InputError(ReportedError, ValueError):

@@ -130,7 +130,7 @@ def replaced_lines(spec: str, options: RunConfig) -> Iterator[str]:
 def _dry_run(
   flags: argparse.Namespace, options: RunConfig, lines: Sequence[str]
 ) -> int:
-  """Prints what a run would do; fails if it would be refused."""
+  """Prints what a run would do; status 1 if the run would be refused."""
   cli.say(lines)
   trial = DryRun(
     options,
@@ -148,7 +148,7 @@ def _dry_run(
 def _train(
   flags: argparse.Namespace, options: RunConfig, lines: Sequence[str]
 ) -> int:
-  """Trains; returns the exit status."""
+  """Trains the model that the config describes; returns the exit status."""
   problem = keep_programs(flags.compile_cache)
   if is_first():
     if problem:

@@ -1,8 +1,7 @@
 """The mesh of devices, and the sharding of arrays over it.
 
-A table maps logical axes of dimensions to axes of the mesh.
-
-Data, fully sharded, expert and tensor parallelism are rows of that table.
+A table maps the logical axes of arrays to axes of the mesh. Data, fully
+sharded, expert and tensor parallelism are rows of that table.
 """
 
 import collections
@@ -55,7 +54,11 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """Yields a text for each axis of size 0, and for a second one of -1."""
+    """Yields a text for each mesh axis whose size is not allowed.
+
+    0 is not allowed, and -1 only once: that axis takes all devices that the
+    other axes leave.
+    """
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'
@@ -125,7 +128,7 @@ class MeshOptions(Options):
 def make_mesh(
   sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of `MeshOptions` with these sizes; sizes not given are 1."""
+  """The mesh of `MeshOptions` with the sizes given; all other sizes are 1."""
   return MeshOptions(**{'data': 1, **sizes}).make(devices)
 
 

@@ -54,7 +54,7 @@ class RunConfig(RunOptions):
     return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
-    """The problems of a run's options, also of `distill` with other options."""
+    """A text for each problem of the options, `distill` among them."""
     yield from super().problems()
     o = self.distill
     if o.teacher and self.model.moe.replay:

@@ -184,7 +184,7 @@ class _Reader(NamedTuple):
 
   @classmethod
   def of(cls, annotation: Any) -> '_Reader':
-    """The reader of an annotation."""
+    """Takes an annotation apart into its array types and its other types."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     parts = typing.get_args(annotation) if is_union else (annotation,)
     hints = tuple(_any_array(part) for part in parts if _is_array(part))

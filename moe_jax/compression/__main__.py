@@ -23,9 +23,9 @@ from moe_jax.compression import (
   teacher_logits,
 )
 
-# Each function adds a command to the parser. Its default `run` is the function
-# that carries out the command: it gets the parsed options and the overrides of
-# a config, and returns a text to print.
+# The function `add` of each module adds commands to the parser. The default
+# `run` of a command is the function that carries it out: it gets the parsed
+# options and the overrides of a config, and returns a text to print.
 MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 

@@ -32,8 +32,8 @@ from moe_jax.shapes import Array, Leaf
 
 # The most tokens that an expert keeps, as a multiple of the experts' mean.
 MOST_TOKENS = 4
-# The number of rows of an expert is a multiple of this, so that few programs
-# are compiled.
+# The number of rows of an expert is rounded up to a multiple of this number, so
+# that few programs are compiled.
 _ROWS_STEP = 64
 _SOWN_NAME = 'reached'
 
@@ -106,7 +106,8 @@ class Rows(NamedTuple):
   """The inputs of the kernels of some experts.
 
   Attributes:
-    x: float [E, R, M], the inputs of each expert's tokens, and then zeros.
+    x: float [E, R, M], the inputs of each expert, one for each of its tokens,
+      and then zeros.
     filled: bool [E, R], whether the row is that of a token.
   """
 
@@ -152,7 +153,8 @@ class ExpertTokens:
   ):
     """Sorts the tokens that count by the experts that serve them.
 
-    An expert keeps at most `MOST_TOKENS` times the experts' mean number.
+    An expert keeps at most `MOST_TOKENS` times the mean number of tokens of an
+    expert.
 
     Args:
       batches: The tokens of each batch with their routing.

@@ -41,7 +41,7 @@ TEACHER_FILE = 'teacher.json'
 
 
 class Teacher:
-  """Another run, whose model teaches a run.
+  """The run whose model teaches another run, the student.
 
   Attributes:
     folder: The teacher's folder.
@@ -169,9 +169,9 @@ class Distilling(Hook):
     self._teacher: Teacher | None = None
 
   def check(self, run: Run) -> None:
-    """Checks the teacher, or the run to begin with, without reading its arrays.
+    """Checks the teacher or the run of `config.init_from`, without any arrays.
 
-    A run with a checkpoint no longer needs the run that it began with.
+    A run that has a checkpoint no longer needs the run of `config.init_from`.
     """
     options = _options(run)
     if options.teacher:
@@ -228,7 +228,11 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's `config.distill`, with the teacher's step in stored logits."""
+  """The run's `config.distill`, completed by the step of stored logits.
+
+  If the config names a folder of logits but no step of the teacher, the step is
+  that of the checkpoint that computed the logits.
+  """
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options
@@ -363,10 +367,11 @@ class TaughtStep:
 def _taught_step(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> TaughtStep:
-  """A training step with soft labels, stored or computed by (micro)batch.
+  """A training step that also learns from the teacher's soft labels.
 
-  The teacher runs as in its evaluation: dropout and routers' noise are off, and
-  tokens beyond the capacity of evaluation are dropped.
+  The labels are stored, or the teacher computes them for each microbatch. It
+  runs as in its evaluation: dropout and routers' noise are off, and tokens
+  beyond the capacity of evaluation are dropped.
   """
   model, stored = teacher.model, None
   if options.logits:

@@ -74,7 +74,7 @@ class DistillOptions(Options):
     return bool(self.teacher) and self.start != NONE
 
   def problems(self) -> Iterator[str]:
-    """A text for each option without effect, or if nothing is left to learn."""
+    """A text for each option without effect, and one if both weights are 0."""
     if not self.teacher:
       yield from self.in_vain('unless teacher is given')
       return

@@ -101,7 +101,7 @@ def _routes_by_task(moe: MoeOptions | None) -> TypeGuard[MoeOptions]:
 def _with_dense_layers(
   stack: Params, moe: MoeOptions, shared: Shared, task: int
 ) -> Params:
-  """A stack's parameters with a dense layer for each sparse one."""
+  """A stack's parameters with a dense layer in place of each sparse one."""
   if not isinstance(moe.expert, FeedForwardExpert):
     raise InputError(
       f'experts of {type(moe.expert).__name__} cannot become one dense '
@@ -136,7 +136,7 @@ def _with_dense_layers(
     if 'moe' not in tree:
       return {name: converted(subtree) for name, subtree in tree.items()}
     rest = {name: subtree for name, subtree in tree.items() if name != 'moe'}
-    # Layers of one pattern are stacked.
+    # `tree['moe']` has stacked layers, those at one place of the pattern.
     return {**rest, 'ffn': dense(tree['moe'])}
 
   return converted(stack)
@@ -195,7 +195,7 @@ def as_one(
 
 
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
-  """The options of a stack's sparse layers; of dense ones if routed by task."""
+  """The options of a stack's sparse layers, made dense if routed by task."""
   moe = half.moe
   if not half.routes_by_task:
     return moe

@@ -116,7 +116,7 @@ def check_layer(layer: SparseLayer) -> None:
 
 
 def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
-  """The number of experts that stay in each sparse layer.
+  """The number of experts that each sparse layer keeps, read from a text.
 
   Args:
     text: One number for all layers, '4', or a number for each: '4,6,4'.
@@ -191,7 +191,10 @@ def check_groups(
 def in_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> dict[int, int]:
-  """The counts, rounded up so that groups of experts keep equally many."""
+  """The numbers of experts that stay, rounded up for groups of experts.
+
+  Each group of a layer keeps equally many experts.
+  """
   return {
     n: -(-counts[n] // _groups(layer)) * _groups(layer)
     for n, layer in layers.items()

@@ -26,7 +26,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Factor(NamedTuple):
-  """The triangular factors of inverse Hessians, which rounding reads.
+  """The triangular factors of the inverses of Hessians H, which rounding reads.
 
   Attributes:
     upper: float32 [*E, I, I], the upper triangular U with inverse(H) = U^T U;
@@ -93,7 +93,7 @@ def _sweep(format, w, grid, upper):
   padding = -inputs % block
   w = jnp.pad(w, ((0, padding), (0, 0)))
   upper = jnp.pad(upper, ((0, padding), (0, padding)))
-  # Inputs that are padding have no error to divide by zero.
+  # Inputs that are padding get the factor 1, as errors are divided by factors.
   upper = upper + jnp.diag((jnp.arange(len(w)) >= inputs).astype(jnp.float32))
 
   def one_input(rows, i, block_factor):
@@ -135,7 +135,7 @@ def error(
 
 
 class Outcome(NamedTuple):
-  """Some quantised kernels, and the errors of both methods of rounding.
+  """Some quantised kernels, and the errors of GPTQ and of nearest rounding.
 
   Attributes:
     codes: uint8 or int8 [E, I, O], the integer codes of the kernels, as the

@@ -92,6 +92,7 @@ def aligned(
   A feed-forward computes the same whatever the order of its hidden units, so
   experts are compared and averaged after a permutation of these units: step 1
   of M-SMoE.
+
   The fit of two units is the sum of the products of all their weights. The
   paper's code takes the weights of the first and last kernel alone, but gated
   experts have a third kernel, and there may be biases.
@@ -139,9 +140,10 @@ def _weights(layer: SparseLayer, usage: Usage) -> np.ndarray:
   return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
 
-# By name of the similarity, the features [E, N] by which experts are compared,
-# and the distance of two rows in scipy's `pdist`. 'router' compares columns of
-# the router's kernel, where M-SMoE compares router logits on data.
+# For each similarity, the function that gives the features [E, N] by which
+# experts are compared, and the name of scipy's distance of two experts'
+# features (see `pdist`). 'router' compares columns of the router's kernel,
+# where M-SMoE compares router logits on data.
 SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
   'outputs': (lambda _, usage: usage.mean_output, 'euclidean'),
   'weights': (_weights, 'euclidean'),
@@ -152,7 +154,7 @@ SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
 def distances(
   layer: SparseLayer, usage: Usage, group_by: str
 ) -> Float[np.ndarray, 'E E']:
-  """The distance of each two experts of a layer.
+  """The distances between all pairs of experts of a layer.
 
   Raises:
     ValueError: The similarity is unknown.
@@ -171,7 +173,7 @@ def clusters(
   """Exactly `num_groups` groups of experts, by average linkage (HC-SMoE).
 
   Args:
-    distance: The distance of each two experts.
+    distance: The distances between all pairs of experts.
     usage: Not used; an argument of every function in `GROUPINGS`.
     num_groups: E', in [1, E].
   """

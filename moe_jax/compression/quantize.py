@@ -140,8 +140,8 @@ def _coded(
 ) -> tuple[ModelOptions, dict[int, tuple[Path, int]]]:
   """The options of the new model, and where the experts of each layer are.
 
-  The latter is, by layer, the path of the experts' parameters, in which layers
-  are stacked, and the index of the layer among the stacked layers.
+  The place of a layer's experts is the path of their parameters, in which
+  layers are stacked, and the index of the layer among the stacked layers.
 
   Raises:
     ValueError: The model is quantised already, or has no experts.

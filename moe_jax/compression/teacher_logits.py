@@ -84,7 +84,7 @@ class StoredLogits:
 
   @property
   def row_type(self) -> np.dtype:
-    """NumPy's structured type of a row."""
+    """NumPy's structured type of a row: ids, log-probabilities and a digest."""
     ids = np.uint16 if self.vocab_size <= 2**16 else np.int32
     shape = self.length, self.top
     return np.dtype(
@@ -180,7 +180,11 @@ class StoredLogits:
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
-    """Raises ValueError if batch `number` has not the targets of the logits."""
+    """Checks that the logits were stored for the targets of batch `number`.
+
+    Raises:
+      ValueError: The run's batch has other targets.
+    """
     targets = fetch(next(run.batches(number))['targets'])
     first = run.row_offset + number * run.options.batch_size
     rows = self.rows[first:][: len(targets)]
@@ -192,7 +196,7 @@ class StoredLogits:
 
 
 def row_digests(targets: Any) -> np.ndarray:
-  """The first bytes of the sha256 of each row, uint64 [R]."""
+  """The first 8 bytes of the sha256 of each row of targets, uint64 [R]."""
   rows = np.asarray(targets, np.int32)
   digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
   return np.frombuffer(b''.join(digests), np.uint64)

@@ -70,11 +70,12 @@ def write(
   *,
   router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-  """Writes the folder of a new run: an existing run with another model.
+  """Writes the folder of a new run, an existing run with another model.
 
-  The folder is trained, evaluated, generated from and exported like the folder
-  of an imported model. `config.sample.task` becomes '' if no router of the new
-  model goes by task, since a config with such a task would be refused.
+  Like the folder of an imported model, the new folder serves for training,
+  evaluation, generation and export. `config.sample.task` becomes '' if no
+  router of the new model goes by task, since a config with such a task would be
+  refused.
 
   Args:
     run: The run whose model the new parameters were made of.

@@ -70,7 +70,7 @@ class SourceLosses(evaluate.EvaluationOptions):
     return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
 
   def shrunk(self) -> Self:
-    """The same evaluation, on one batch of each source."""
+    """This evaluation at a laptop's size: on one batch of each source."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
@@ -164,7 +164,10 @@ class SourceScores(prompts.AskingEvaluation):
     return questions
 
   def shrunk(self) -> Self:
-    """The same evaluation, of two questions a source and with short answers."""
+    """This evaluation at a laptop's size: two questions of each source.
+
+    Answers have at most 4 tokens.
+    """
     return dataclasses.replace(
       super().shrunk(), num_questions=2, num_tokens=min(self.num_tokens, 4)
     )

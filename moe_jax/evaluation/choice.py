@@ -124,7 +124,7 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
     return [*names, 'shots'] if self.num_shots else names
 
   def shrunk(self) -> Self:
-    """The same evaluation, of three questions about Python's own library."""
+    """This evaluation at a laptop's size, with three built-in questions."""
     return dataclasses.replace(
       super().shrunk(),
       source=data.CHOICE_SOURCES.builtin['docstring_choice'](),

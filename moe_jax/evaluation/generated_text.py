@@ -130,12 +130,12 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     examples = []
     for i in data.spread(min(total, len(pairs)), self.num_examples):
       ids = asker.inputs(pairs[i][0], self.num_tokens)
-      # A single source has no tasks.
+      # With a single source `tasks` is empty, and the pair has no task.
       examples.append(Pair(ids, *pairs[i], *tasks[i : i + 1]))
     return examples
 
   def shrunk(self) -> Self:
-    """The same evaluation, of three short outputs."""
+    """This evaluation at a laptop's size: three short outputs."""
     return dataclasses.replace(
       super().shrunk(), num_examples=3, num_tokens=4, bleu_tokenizer='13a'
     )
@@ -178,7 +178,10 @@ def generator(
 
 
 def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
-  """The first example of a row, split at the same token in every evaluation."""
+  """A pair made of the first window of text in a row, which is split in two.
+
+  Every evaluation splits the window at the same token.
+  """
   parts = iter(all_rows.parts.items())
   task, rows = next(parts)
   while row >= len(rows):
@@ -232,7 +235,8 @@ class Generate:
     texts = []
     for start in range(0, len(self.pairs), size):
       evaluate.between_batches()
-      # The last batch is filled up, as another size would compile again.
+      # The last batch is filled up, since a batch of another size would need
+      # another compiled program.
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
       names = [p.task for p in padded_batch if model.stacks.task_sequences]

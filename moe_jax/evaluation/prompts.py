@@ -120,7 +120,8 @@ class Asker:
   def _example(self, prompt: str, answer: str) -> Example:
     if self.goes_on:
       # Prompt and answer are encoded together, as a token may span their
-      # border; the inputs are the tokens in common with the prompt alone.
+      # border. The inputs are the first tokens, as far as they are those of the
+      # prompt encoded alone.
       prompt_ids = self._encode(prompt + self.answer_prefix)
       all_ids = self._encode(prompt + self.answer_prefix + answer)
       n = min(len(prompt_ids), len(all_ids))
@@ -140,7 +141,7 @@ class Asker:
     )
 
   def _has_room(self, example: Example, cut_example: Example) -> bool:
-    """Whether the cut leaves all inputs, and all targets that can fit a row."""
+    """Whether cutting kept all inputs, and all targets that can fit a row."""
     _, room = self._lengths(1, len(example.targets))
     lengths = len(cut_example.inputs), len(cut_example.targets)
     return lengths == (len(example.inputs), room)
@@ -153,7 +154,7 @@ class Asker:
     return Example(self.cut_inputs(inputs, n), targets[:m])
 
   def _lengths(self, inputs: int, targets: int) -> tuple[int, int]:
-    """The lengths to which inputs and targets of these lengths are cut."""
+    """The lengths to which inputs and targets of given lengths are cut."""
     lengths = self.layout.cut(np.array([inputs]), np.array([targets]))
     return int(lengths.inputs[0]), int(lengths.targets[0])
 
@@ -177,7 +178,8 @@ class AskingEvaluation(EvaluationOptions):
 
 def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
   """The `Asker` that encodes questions for a run."""
-  # Rows of a language model have no examples; a question has a row to itself.
+  # Rows of a language model have no layout, as they hold no examples. Each
+  # question then has a row to itself.
   layout = setting.dataset.splits['validation'].layout
   return Asker(
     setting.data.task,

@@ -66,7 +66,8 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
 
 
 def _sacrebleu_score(kind: str, **options: Any) -> Score:
-  # Imported here, as few runs score texts, and all runs would wait for it.
+  # sacrebleu is imported only here, since few runs score texts, and an import
+  # at the top of the file would delay all runs.
   from sacrebleu import metrics as sacrebleu_metrics
   from sacrebleu.metrics.bleu import BLEU
 

@@ -50,7 +50,10 @@ def shares(
   batches: Iterable[Mapping[str, Leaf]],
   score: str = 'gate',
 ) -> dict[int, Float[np.ndarray, ' E']]:
-  """The share of each expert in the use of its layer, by sparse layer.
+  """The share of each expert in the use of all experts of its layer.
+
+  The use of an expert is its mean gate, or its number of choices. The result is
+  by the index of the sparse layer.
 
   Args:
     model: The model.
@@ -95,7 +98,8 @@ def chosen(
   layers = {}
   for layer, layer_shares in shares_of.items():
     order = np.argsort(-layer_shares, kind='stable')
-    # Rounding must not add an expert where a sum is the share itself.
+    # If the shares of the first experts sum up to just `share`, rounding must
+    # not add one more expert.
     is_reached = np.cumsum(layer_shares[order]) >= share - 1e-9
     layers[layer] = tuple(sorted(map(int, order[: 1 + is_reached.argmax()])))
   return layers
@@ -151,7 +155,10 @@ def choose(
 
 
 def _use(model: Model, score: str, variables, batch) -> list[Array]:
-  """The use of each expert in a batch, summed as `score` says: [E] by layer."""
+  """The sum of each expert's gates, or choices, over the tokens of a batch.
+
+  There is an array [E] for each sparse layer.
+  """
   measure = SCORES[score]
 
   def sow_use(call, args, kwargs, context):

@@ -111,7 +111,10 @@ def paired_links(
 
 
 def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
-  """The names in the state of each transformation with a state, by index."""
+  """The names in the state of each Optax transformation that has a state.
+
+  Transformations are given by their index in the chain.
+  """
   parameters = {
     path.removeprefix('params/')
     for path in described
@@ -126,7 +129,7 @@ def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
 
 
 def _name(path: Sequence[str], parameters: Set[str]) -> str:
-  """A path in which the path of a parameter, if any, is replaced by *."""
+  """The path of an array in a state, with '*' for the path of a parameter."""
   for start, end in itertools.combinations(range(len(path) + 1), 2):
     if '/'.join(path[start:end]) in parameters:
       path = [*path[:start], '*', *path[end:]]
@@ -142,12 +145,12 @@ def _listed(links: Mapping[int, tuple[str, ...]]) -> str:
 def _target(
   opt_state: Any, link_pairs: Mapping[int, int], saved: Mapping[str, str]
 ) -> tuple[Any, ...]:
-  """The part of the other run's optimizer state to read, in this run's shapes.
+  """The parts of a saved optimizer state to read, in the shapes of `opt_state`.
 
   The schedule, the last transformation, is among the parts that Orbax reads.
 
   Raises:
-    ValueError: The other run lacks a part of the state.
+    ValueError: The saved state lacks a part, or the part has another shape.
   """
   target = [
     optax.EmptyState() for _ in range(max(link_pairs.values(), default=-1) + 1)
@@ -162,7 +165,10 @@ def _target(
 
 
 def _settings(run: Run, folder: pathlib.Path) -> str:
-  """The settings of both runs that decide the optimizer's state, as text."""
+  """A text on the settings of two runs that decide the optimizer's state.
+
+  One run is `run`; the other is that in `folder`, whose state was asked for.
+  """
   config = kept_config(folder)
   old = (config.get('optimizer', {}).get('kind'), config.get('trainable'))
   rank = config.get('lora', {}).get('rank', 0)

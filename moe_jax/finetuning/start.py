@@ -26,18 +26,18 @@ def initial(
 ) -> tuple[dict[str, Any], str] | None:
   """The variables with which a run begins, made from `config.init_from`.
 
-  Each device reads its part of the other run's arrays, and converts the part
-  unless the arrays are only copied.
+  Each device reads its part of the arrays of the run that `init_from` names,
+  and converts the part unless the arrays are only copied.
 
   Args:
     run: The run.
-    allow: Modules whose classes, named in the other run's folder, may be
-      imported.
+    allow: Modules whose classes, named in that run's folder, may be imported.
 
   Returns:
     The variables and a line about them; None if the config names no folder. The
     state of routers is included if parameters are only copied and both models
-    have such a state; the optimizer's state, 'opt_state', if the run keeps it.
+    have such a state. The optimizer's state, 'opt_state', is included if
+    `init_from.keep_optimizer` is set.
 
   Raises:
     ValueError: The folder holds no run, it has another tokenizer, or the models
@@ -80,7 +80,9 @@ def initial(
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Makes the checks of `initial` that need no arrays, if a folder is given.
+  """Makes the checks of `initial` that need no arrays.
+
+  Nothing is checked if `config.init_from` names no folder.
 
   Arguments and errors are the same as those of `initial`.
   """
@@ -115,7 +117,10 @@ def _read(
 
 
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
-  """The plan by which this run's parameters are made from the other run's."""
+  """The plan by which a run's parameters are made from those of `source`.
+
+  `folder` holds the run whose model is `source`.
+  """
   options = cast(InitFrom, run.options.init_from)
   try:
     copy_plan = plan(run.model, source, options)
@@ -138,7 +143,10 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
 
 
 def _own_model(folder: pathlib.Path) -> str:
-  """The line that says how to train the other run's own model further."""
+  """A line on how to train the model of the run in `folder` further.
+
+  The line is '' if the folder has no config file.
+  """
   for name in (workdir_lib.CONFIG_PY, new_run.CONFIG_PY):
     if (folder / name).exists():
       return (

@@ -90,7 +90,7 @@ class InitFrom(InitFromOptions):
 
   @property
   def sources(self) -> tuple[int, ...]:
-    """The indices in `experts`; () takes the other run's experts in turn."""
+    """The indices in `experts`; () takes the experts of `workdir` in turn."""
     return tuple(map(int, self.experts.split(','))) if self.experts else ()
 
 
@@ -111,7 +111,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A plan by which a model's parameters are made from another's.
+  """A plan by which a model's parameters are made from those of a source model.
 
   Attributes:
     model: The new model.
@@ -144,7 +144,7 @@ class Plan:
     ) and self.experts == tuple(range(self.num_source_experts))
 
   def describe(self) -> str:
-    """A line on how the parameters are made."""
+    """A line of text on how the new model's parameters are made."""
     c, phrases = self.copies, []
     if self.upcycled:
       E = self.model.stacks.mixtures[-1].num_experts
@@ -218,7 +218,10 @@ class Plan:
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The source's expert that each expert copies: 0, 1, ..., then 0 again."""
+  """The index of the source's expert that each new expert copies.
+
+  Experts are copied in turn: 0, 1, ..., `source_experts` - 1, and then 0 again.
+  """
   return tuple(i % source_experts for i in range(num_experts))
 
 
@@ -243,7 +246,7 @@ def expert_axis(axes: Sequence[str | None]) -> int | None:
 
 
 class _Parameter(NamedTuple):
-  """Description of a parameter.
+  """The shape, the axes and the role of a parameter.
 
   Attributes:
     shape: The shape of the array.
@@ -267,7 +270,7 @@ def plan(
 
   Args:
     model: The new model.
-    source: The other model.
+    source: The model whose parameters are copied.
     copies: The options of how experts are copied.
     experts: Whether experts and routers are copied; otherwise the feed-forward
       of a layer that is sparse in `source` is new, whether dense or sparse.
@@ -295,7 +298,8 @@ def plan(
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
-      # A layer between LSTMs is in no stack and has no index.
+      # The sparse layer between the LSTMs of an LSTM model is in no stack, so
+      # that its number is None.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue
@@ -330,7 +334,8 @@ def _finder(
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}
-  # Dense feed-forwards alone, by keys with only the last part of the name.
+  # The pieces of dense feed-forwards alone, by keys that have only the last
+  # part of the parameter's name.
   ffns: dict[tuple, list[Piece]] = {}
   for path, parameter in parameters.items():
     if (place := model.stacks.place_of(path)) is None:
@@ -358,7 +363,10 @@ def _problem(
   old_parameters: Mapping[Path, _Parameter],
   num_experts: int,
 ) -> list[str]:
-  """A list of the reason why a parameter cannot be made from its piece."""
+  """A list with the reason why a parameter cannot be made from its piece.
+
+  The list is empty if it can.
+  """
   if piece.path is None:
     is_new = parameter.role.role == 'router'
     return [] if is_new else [f'{_name(path)}: not in the other model']
@@ -379,8 +387,9 @@ def _problem(
 def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
   """The index of the source's expert that each new expert is a copy of.
 
-  It is () unless both models have experts and each model has equally many in
-  all its sparse layers. With () experts are copied to equal indices, if at all.
+  The result is () unless both models have experts and each model has equally
+  many in all its sparse layers. () means that experts, if both models have
+  them, are copied to equal indices.
   """
   num_old, num_new = _num_experts(source), _num_experts(model)
   are_equal = equal_experts(model) and equal_experts(source)

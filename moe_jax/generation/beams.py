@@ -30,7 +30,8 @@ class Beams(NamedTuple):
   """The best sequences of each row that have ended, the best first.
 
   Attributes:
-    tokens: int32 [B, R, N], the new tokens; padding from each length on.
+    tokens: int32 [B, R, N], the new tokens; padding from the sequence's length
+      on.
     lengths: int32 [B, R], the number of new tokens, including the stop token; 0
       where fewer than R sequences were found.
     scores: float32 [B, R], see `beam_search`; -inf where there is no sequence.
@@ -236,6 +237,6 @@ def advance(
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
-  """The part of `leaf`, [B, C] or [B, C, N], of the W chosen of C sequences."""
+  """Takes W chosen ones of the C sequences of `leaf`, [B, C] or [B, C, N]."""
   index = chosen if leaf.ndim == 2 else chosen[..., None]
   return jnp.take_along_axis(leaf, index, axis=1)

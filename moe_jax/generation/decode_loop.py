@@ -219,7 +219,10 @@ def _advance(
 def _stream(
   run: Callable[[State, int], State], state: State, on_token: OnToken
 ) -> State:
-  """Takes single steps, and calls `on_token` with each, forced tokens first."""
+  """Generates step by step, and calls `on_token` with the tokens of each step.
+
+  The forced tokens are given to `on_token` first.
+  """
   ended = np.zeros(len(state.token), bool)
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):
     if on_token(n, forced):

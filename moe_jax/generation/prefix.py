@@ -1,4 +1,4 @@
-"""Arguments of generation: prompts of different lengths as arrays, and a cache.
+"""Checks the arguments of generation, and reads prompts into a cache.
 
 Rows of a decoder are padded at the front, so that all rows append at the same
 slot of the cache; rows of an encoder are padded at the end. Lengths are rounded
@@ -168,7 +168,8 @@ def make_prefix(
   rows = [np.append(row, forced) for row in rows]
   longest = max(map(len, rows))
   _check_length(model, 'prompt', longest + steps - 1)
-  # All tokens of a prompt but the last are read at once; the last is a step.
+  # All tokens of a prompt but the last are read at once; the last is read in
+  # the first step.
   read = [(len(row) - 1, len(row) + steps - 1) for row in rows]
   decoding.check_change(model, read)
   length = _padded_length(model, longest - 1) + 1
@@ -424,8 +425,9 @@ def begin_with(
       model, variables, *inputs, task_ids=prefix.task_ids, method='encode'
     )
     choices.append(recorded)
-    # The start token and each forced token are a step, as if the model had
-    # chosen them, since tokens of one step compete for slots if capacity binds.
+    # The start token and each forced token are read in a step of their own, as
+    # if the model had chosen them, since tokens that are read in one step
+    # compete for slots if capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]

@@ -1,6 +1,6 @@
 """Choice of the next token from logits: greedy, temperature, top-k, top-p.
 
-All are pure functions of float32 logits.
+Each choice is a pure function of float32 logits and, unless greedy, a key.
 """
 
 from collections.abc import Sequence

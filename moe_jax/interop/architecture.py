@@ -1,4 +1,4 @@
-"""The description of an architecture of transformers."""
+"""What imports and exports have to know of an architecture of transformers."""
 
 import dataclasses
 import pathlib
@@ -28,11 +28,13 @@ class Architecture:
 
   Attributes:
     model_type: The name in config.json.
-    classes: The names that `architectures` may have; the first is written.
+    classes: The names that the key `architectures` of config.json may hold; an
+      export writes the first.
     keys: The keys of config.json.
     problems: Returns a text for each value of the keys that our models cannot
       express.
-    options: Returns the options of the model for values without problems.
+    options: Returns the options of the model, for values in which `problems`
+      finds no problem.
     describe: Returns the keys of config.json that the options of a model
       decide; raises ValueError if the architecture has no such model.
     suits: Returns whether a model that was not imported may be exported as this
@@ -122,7 +124,7 @@ def sparse_flags(num_layers: int, step: int, first: int) -> tuple[bool, ...]:
 
 
 def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """The `step` for which `sparse_flags` gives `sparse`; None without any."""
+  """The `step` for which `sparse_flags` returns `sparse`; None if none does."""
   L = len(sparse)
   steps = (n for n in range(L + 2) if sparse_flags(L, n, first) == sparse)
   return next(steps, None)

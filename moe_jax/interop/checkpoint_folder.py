@@ -18,7 +18,7 @@ from moe_jax.interop import config_keys, tensor_files
 from moe_jax.interop.architecture import Architecture
 from moe_jax.models import ModelOptions
 
-# Files besides weights: configs, tokenizer, chat template.
+# Patterns of the files besides weights: configs, tokenizer, chat template.
 SMALL = ('*.json', '*.jinja', '*.model', '*.txt')
 _REPOSITORY = re.compile(r'[\w.-]+(/[\w.-]+)?')
 
@@ -80,7 +80,8 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-# The architectures of all families, in the order in which an export tries them.
+# The modules of all families, in the order in which an export tries their
+# architectures.
 _FAMILIES = (
   'mixtral',
   'deepseek',
@@ -122,7 +123,7 @@ class Checkpoint:
   skipped_tensors: tuple[str, ...] = ()
 
   def open_files(self) -> tensor_files.TensorFiles:
-    """The tensors in the folder's files."""
+    """Opens the files with the checkpoint's tensors."""
     return self.architecture.files(self.folder)
 
 
@@ -153,7 +154,9 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
 
 def from_config(config: Mapping[str, Any]) -> ModelOptions:
-  """The options of the float32 model that an unwritten config.json describes.
+  """The options of the model that the content of a config.json describes.
+
+  No file is read. The model is in float32, whatever dtype the content names.
 
   Raises:
     ValueError: See `open_checkpoint`.
@@ -223,7 +226,10 @@ def architecture_of(
 
 
 def param_dtype_for(stored_dtype: str) -> str:
-  """A stored dtype's parameter dtype: float32 for float16, else the same."""
+  """The dtype of parameters that are stored in some dtype.
+
+  Parameters that are stored as float16 become float32; other dtypes stay.
+  """
   return 'float32' if stored_dtype == 'float16' else stored_dtype
 
 

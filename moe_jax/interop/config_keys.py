@@ -76,9 +76,10 @@ class Keys:
     honoured: For each key that shapes the model, its type and transformers'
       default.
     training: For each key that acts only in training, its type, its default,
-      the neutral value (or the name of a key that has the neutral value, or ...
-      if every value is carried over), and the reason why any other value is not
-      carried over.
+      its neutral value and a reason. The neutral value is the one with which
+      our models train alike; the reason says why no other value is carried
+      over. In place of the neutral value stands the name of a key that has it,
+      or `...` if every value is carried over.
     fixed: For each key of which only some values are supported, these values,
       the default first.
     ignored: The other keys, which change neither inference nor training.
@@ -170,7 +171,8 @@ def kind_name(kind: Any) -> str:
   return getattr(kind, '__name__', str(kind))
 
 
-# Keys that every architecture may have.
+# Keys that every architecture may have, with the only values that are
+# supported.
 COMMON_FIXED = {
   'per_layer_config': (None,),
   'quantization_config': (None,),
@@ -180,7 +182,8 @@ COMMON_FIXED = {
   'add_cross_attention': (False,),
   'is_decoder': (False,),
 }
-# Keys of generation, which reads them as transformers does.
+# Keys on which the model does not depend; generation reads the special ids
+# among them.
 _GENERATION = """
   bos_token_id eos_token_id decoder_start_token_id forced_bos_token_id
   forced_eos_token_id sep_token_id max_length min_length do_sample
@@ -201,7 +204,8 @@ _NO_NUMBER = """
   output_past output_router_logits return_dict tie_last_hidden_states
   torchscript transformers_version use_bfloat16 use_cache
 """
-# Keys of classification heads, and those are refused.
+# Keys of classification heads. A checkpoint with such a head names a class that
+# is refused, so that the keys need no check.
 _CLASSIFICATION = 'finetuning_task id2label label2id num_labels problem_type'
 # Keys with which transformers 5.24 does nothing in a model.
 _UNUSED = 'prefix task_specific_params tf_legacy_loss tokenizer_class'

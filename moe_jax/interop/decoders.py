@@ -105,7 +105,7 @@ def gated_ffn(path: str, module: str) -> Names:
 
 
 def router(*modules: str) -> Names:
-  """The table entry of routers' weights, for the names of their module."""
+  """The table entry of routers' weights; `modules` are alternative names."""
   names = ((f'{module}.weight', 'E M -> M E') for module in modules)
   return layer('moe/router/w', *names)
 
@@ -284,7 +284,8 @@ def keys(
       **(training or {}),
     },
     fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
-    # The parameters are there, and masks say what padding is.
+    # A checkpoint has all parameters, so that none is initialized, and masks
+    # say which tokens are padding.
     ignored=(*COMMON_IGNORED, 'initializer_range', 'pad_token_id', *ignored),
     spellings={**dict.fromkeys(other_numbers, number), **(spellings or {})},
   )
@@ -322,7 +323,7 @@ def gate_problems(c: Values) -> Iterator[str]:
 
 
 def layer_types(c: Values) -> list[Any]:
-  """The kind of each layer's attention, of `WINDOW` and `FULL`.
+  """The kind of each layer's attention, `WINDOW` or `FULL`.
 
   Without the key `layer_types`, every second layer below `max_window_layers`,
   from the first on, attends to a window.
@@ -339,7 +340,7 @@ def _has_windows(c: Values) -> bool:
 
 
 def heads(c: Values, **overrides: Any) -> AttentionOptions:
-  """Attention whose heads have keys and values of their own, or share them.
+  """The options of attention in which heads may share keys and values.
 
   Without the key `head_dim` a head's width is the model's width divided by the
   number of heads.
@@ -385,12 +386,13 @@ def _options(
     rope: The parameters of rotary positions where the config has none.
     activations: Our names of the architecture's activations, by the names in
       config.json.
-    router: The router, but for its losses; None for probabilities among all
-      experts, divided by their sum unless `norm_topk_prob` is false.
+    router: The router's options, except for its losses; None is a router whose
+      gates are probabilities among all experts, divided by their sum unless
+      `norm_topk_prob` is false.
     losses: Weights of losses of the router, if they differ from the balance
       loss of `router_aux_loss_coef` alone.
-    moe: Further options of sparse layers. They override shared keys, and the
-      defaults, by which all layers are sparse and no token is dropped.
+    moe: Further options of sparse layers. They override shared keys and the
+      defaults; by default, all layers are sparse and no token is dropped.
     **overrides: Further options of the model, which override shared keys.
   """
   if router is None:

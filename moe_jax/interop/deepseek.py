@@ -77,7 +77,8 @@ KEYS_V1 = decoders.keys(
     'moe_layer_freq': (config_keys.SIZE, 1),
   },
   training={'seq_aux': (bool, True, ..., '')},
-  # The published code cannot split the products of experts.
+  # Other values of `pretraining_tp` would split products, which the published
+  # code cannot do for experts.
   fixed={'pretraining_tp': (1,), 'scoring_func': ('softmax',)},
   spellings={'aux_loss_alpha': 'router_aux_loss_coef'},
 )
@@ -102,8 +103,8 @@ _LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
     'and balance_weight of the router',
   )
 }
-# Only the models' own remote code reads the first three; the last two follow
-# from the widths of the rotated and the other part of a head.
+# Only the models' own remote code reads the first three keys. The last two
+# follow from the widths of the rotated and the other part of a head.
 _LATENT_IGNORED = (
   'seq_aux',
   'ep_size',
@@ -358,7 +359,7 @@ def _describe_v3(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _further_layers(c: Values) -> tuple[str, ...]:
-  """The patterns of the tensors of layers behind the last one."""
+  """Patterns of the names of tensors of layers behind the model's last one."""
   L = c.num_hidden_layers
   further = {*range(L, L + c.num_nextn_predict_layers), _PUBLISHED_LAYERS}
   return tuple(

@@ -87,7 +87,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The equal tokenizer of the library `tokenizers`; None if there is none."""
+  """The tokenizer of the library `tokenizers` with the same ids, or None."""
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model.to_str())
   if isinstance(tokenizer, tokenizers.Bytes):
@@ -98,7 +98,7 @@ def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
 
 
 def _byte_model() -> library.Tokenizer:
-  """A byte-level model without merges; the id of a token is its byte."""
+  """A byte-level tokenizer without merges; the id of a token is its byte."""
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
   # Printable bytes are the characters that they encode; all other bytes, in
   # order, are the characters from U+0100 on.
@@ -119,7 +119,7 @@ def _byte_model() -> library.Tokenizer:
 
 
 def _character_model(characters: str) -> library.Tokenizer:
-  """A model of characters, which refuses unknown characters."""
+  """A tokenizer whose tokens are characters, which refuses unknown ones."""
   vocabulary = {character: i for i, character in enumerate(characters)}
   model = library.Tokenizer(library.models.WordLevel(vocabulary, _EOS))
   model.pre_tokenizer = library.pre_tokenizers.Split(

@@ -103,8 +103,8 @@ class Mxfp4Files(TensorFiles):
     stop = start + inputs.stop - inputs.start
     sizes = (part.stop - part.start for part in (experts, inputs, outputs))
     numbers = np.empty(tuple(sizes), ml_dtypes.bfloat16)
-    # Experts are decoded one at a time, which takes five times an expert's
-    # bytes or so.
+    # Experts are decoded one at a time, as decoding takes about five times the
+    # bytes of what is decoded.
     for i, expert in enumerate(range(experts.start, experts.stop)):
       index = slice(expert, expert + 1), outputs, rows
       scales = super().read(name + _SCALES, index)
@@ -163,7 +163,8 @@ KEYS = decoders.keys(
     'quantization_config': (dict | None, None),
   },
   fixed={'swiglu_alpha': (1.702,), 'swiglu_limit': (7.0,)},
-  # The first is in rope_scaling, too; the second repeats num_experts_per_tok.
+  # The value of the first key is in rope_scaling, too; the second key repeats
+  # num_experts_per_tok.
   ignored=('initial_context_length', 'experts_per_token'),
 )
 

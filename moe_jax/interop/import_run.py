@@ -173,11 +173,11 @@ def _fitting_data(
   folder: pathlib.Path,
   tokenizer: Tokenizer | None,
 ) -> DataOptions:
-  """The data with the checkpoint's tokenizer, and a task that fits its model.
+  """The options of data, with the checkpoint's tokenizer and a fitting task.
 
   If the task has no inputs and targets, an encoder-decoder gets another task:
-  span corruption if the model was trained on it, or else pairs of texts that
-  come with Python.
+  span corruption if the model was trained on it, or else pairs of inputs and
+  targets made of docstrings that come with Python.
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:

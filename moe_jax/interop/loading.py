@@ -44,8 +44,8 @@ from moe_jax.models.trees import abstract_router_state
 from moe_jax.models.trees import variables as as_variables
 from moe_jax.partitioning import Rules
 
-# If a model is this many times larger than the files, names of tensors are not
-# compared one by one.
+# A model is refused at once if it has more than this many times as many
+# parameters as the files have values; names of tensors are then not compared.
 _MAX_RATIO = 4
 _LOG = logging.getLogger(__name__)
 
@@ -144,7 +144,8 @@ def load_variables(
   model = checkpoint.options.build(rules)
   trees, state = models.describe(model), abstract_router_state(model)
   shapes = as_variables(trees.shapes, state)
-  # A much larger model is refused before its tensors are named one by one.
+  # A model much larger than the files is refused before its tensors are named
+  # one by one.
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   if count > _MAX_RATIO * files.num_values:
     raise InputError(
@@ -271,7 +272,11 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
-  """Yields each tensor's leading indices within the shard, and its array."""
+  """Yields the arrays of the tensors in one shard of a variable.
+
+  Each comes with the tensor's leading indices (of layer and expert) within the
+  shard.
+  """
   num_stacked = leaf.num_stacked
   piece_index, piece_shape = index[num_stacked:], leaf.shape[num_stacked:]
   ranges = [range(part.start, part.stop) for part in index[:num_stacked]]

@@ -102,7 +102,7 @@ class Form:
 
   @property
   def num_blocks(self) -> int:
-    """The number of our tensors that a checkpoint's tensor has as blocks."""
+    """The number of our tensors that are blocks of the checkpoint's tensor."""
     parts = [part for group in self.theirs for part in group if '/' in part]
     return math.prod(int(part.split('/')[1]) for part in parts)
 
@@ -133,7 +133,7 @@ _CHUNK_ROWS = 1024  # rows of two tensors that are compared at a time
 
 
 class Name(NamedTuple):
-  """A tensor of a checkpoint.
+  """The name and the layout of a tensor of a checkpoint.
 
   Attributes:
     template: The name of the tensor, with {layer} and {expert} in place of
@@ -146,8 +146,9 @@ class Name(NamedTuple):
 
 
 # A table of tensor names. A key is the path of our variable in its collection,
-# with 'layer' for the layer, such as 'decoder/layer/ffn/w_in'; its value has
-# the alternative names of its tensors, of which the first is written.
+# with 'layer' for the layer, such as 'decoder/layer/ffn/w_in'. Its value has
+# alternative names of the variable's tensors: any of them is read, and an
+# export writes the first.
 Names = dict[str, tuple[Name, ...]]
 
 
@@ -245,7 +246,7 @@ def _tensor_names(name, shape, layers) -> dict[tuple[int, ...], str]:
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
-  """The same names of tensors without `prefix`.
+  """The table with `prefix` removed from the names of tensors.
 
   A checkpoint that was saved without the head that gives logits has such names.
   """
@@ -271,7 +272,11 @@ def embedding_tables(prefix: str = '') -> Names:
 
 
 def with_encoder_table(names: Names) -> Names:
-  """The names of tensors if the encoder has an embedding of its own."""
+  """The table of names for an encoder with an embedding of its own.
+
+  The embedding of the decoder then is neither the shared tensor nor the
+  encoder's.
+  """
   table = names['encoder_embedding'][0]
   _, *alternatives = names['embedding']
   return {
@@ -318,7 +323,7 @@ def check(
   copies: Mapping[str, str],
   unread_patterns: Sequence[str],
 ) -> list[str]:
-  """The problems between our variables and a checkpoint's tensors, as texts.
+  """A text for each reason why our variables cannot be read from a checkpoint.
 
   Args:
     our_leaves: Our variables.

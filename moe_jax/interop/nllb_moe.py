@@ -152,7 +152,8 @@ def options(c: Values) -> TransformersEncoderDecoder:
       layers=_sparse(c.decoder_layers, c.decoder_sparse_step),
       group_size=-1,
       output_masking=float(c.moe_token_dropout),
-      # Slots may run out if an evaluation changes the capacity.
+      # An evaluation may choose a capacity with which tokens are dropped, and
+      # then later tokens can take the slots of earlier ones.
       allow_future_leak=True,
       router=ServedByRank(
         gates='renormalized' if norm_first else 'renormalized_after_drop',
@@ -171,7 +172,7 @@ def _sparse(num_layers: int, step: int) -> str:
 
 
 def _capacity(c: Values) -> Capacity:
-  """The capacity that transformers has in evaluation."""
+  """The capacity that transformers gives the experts in evaluation."""
   fraction = float(c.moe_eval_capacity_token_fraction)
   if fraction >= 1:
     return All()
@@ -179,7 +180,7 @@ def _capacity(c: Values) -> Capacity:
 
 
 def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
-  """The keys of config.json that a capacity decides."""
+  """The keys of config.json that a capacity decides, with their values."""
   fraction, keys = 1.0, {}
   if isinstance(capacity, Fraction):
     fraction = capacity.factor
@@ -189,7 +190,7 @@ def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
 
 
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides."""
+  """The keys of config.json that a model decides, with their values."""
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half

@@ -34,7 +34,7 @@ from moe_jax.models import DecoderOptions
 
 _THETA = 10_000.0
 _LAST = 0  # the sparse layer of an interval is its last
-# The numbers are the same without these keys; instead of the last one, the
+# Keys on which no number of the model depends; instead of the last one, the
 # published code reads rms_norm_eps.
 _IGNORED = """
   enable_comm_overlap enable_hierarchical_alltoall enable_kernel
@@ -71,9 +71,11 @@ KEYS = decoders.keys(
     'attention_bias': (False,),
     'mlp_bias': (False,),
     'mlp_gated': (True,),
-    # The published code cannot split its wider products.
+    # Other values would split products, which the published code cannot do for
+    # its wider kernels.
     'pretraining_tp': (1,),
-    # The code drops tokens in a single process even if this key is false.
+    # In a single process the published code drops tokens even if this key is
+    # false.
     'router_drop_tks': (True,),
   },
   ignored=_IGNORED.split(),
@@ -105,7 +107,8 @@ def _options(c: Values) -> dict[str, Any]:
   return dict(
     router=TokenChoice(gates='raw', slot_priority='choice_major'),
     attention=decoders.heads(c, scale='none'),
-    # In the published code the balance loss of an even load of K choices is K.
+    # In the published code the balance loss of an even load of K choices is K,
+    # and here it is 1.
     losses=dict(
       balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
       z_weight=float(c.router_z_loss_factor),
@@ -148,7 +151,10 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _ffn(path: str, module: str) -> Names:
-  """The tensors of a feed-forward whose SwiGLU is one tensor, linear first."""
+  """The tensors of a feed-forward whose SwiGLU's two kernels are one tensor.
+
+  The first half of the tensor is the linear kernel.
+  """
   gate = f'{module}.gate_proj'
   return {
     **weight(f'{path}/w_gate', gate, '(1/2 F) M -> M F'),

@@ -64,7 +64,7 @@ def _options(c: Values) -> dict[str, Any]:
 
 
 def _as(kind: type[LongRope], positions: Positions) -> Positions:
-  """The positions, with `kind` in place of their LongRoPE if they have one."""
+  """The positions; if they have LongRoPE, it becomes an instance of `kind`."""
   scaling = getattr(positions, 'scaling', None)
   if not isinstance(positions, Rotary) or not isinstance(scaling, LongRope):
     return positions
@@ -101,7 +101,7 @@ ARCHITECTURES = (
     problems=_problems,
     rope=_ROPE,
     rope_types=('default', 'longrope'),
-    # The publisher's own code spells the first name like the last name.
+    # The publisher's own code has the last name for the class of the first.
     classes=('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM'),
   ),
 )

@@ -39,7 +39,8 @@ class ServedByRank(TokenChoice):
   # The router's columns do not decide the serving experts, so that no column
   # can be pruned or lead to another expert.
   has_columns: ClassVar[bool] = False
-  # The experts that serve a token are not those that it chose.
+  # The experts that serve a token are not those that it chose, and so would not
+  # be those of imposed choices.
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
@@ -56,7 +57,7 @@ class ServedByRank(TokenChoice):
 
 
 class ServedByRankRouter(TokenChoiceRouter):
-  """A router of a linear layer, then token choice, then `by_rank`."""
+  """The router of `ServedByRank`: token choice, and then `by_rank`."""
 
   options: ServedByRank
 
@@ -162,7 +163,7 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @classmethod
   def of(cls, options: EncoderDecoderOptions) -> Self:
-    """The options of the same model as an instance of this class."""
+    """The given options as an instance of this class."""
     names = fields_of(type(options))
     return cls(**{name: getattr(options, name) for name in names})
 

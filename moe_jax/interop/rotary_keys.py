@@ -37,8 +37,9 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-# By rope type, the parameters and the types of their values. A rope type is the
-# name of our scaling, except 'default'; a parameter is the name of our option.
+# For each rope type, its parameters and the types of their values. Our scaling
+# has the name of the rope type, except for 'default', and our options have the
+# names of the parameters, except for `original_max_position_embeddings`.
 _TYPES: Mapping[str, Mapping[str, Any]] = {
   'default': {},
   'yarn': {
@@ -60,7 +61,7 @@ _TYPES: Mapping[str, Mapping[str, Any]] = {
     'long_mscale': POSITIVE,
   },
 }
-# By rope type, the parameters that config.json must have.
+# For each rope type, the parameters that config.json must have.
 _REQUIRED: Mapping[str, set[str]] = {
   'default': set(),
   'yarn': {'factor'},
@@ -153,7 +154,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
     parameters[_FRACTION] = positions.fraction
   for key in _TYPES[rope_type]:
     value = getattr(positions.scaling, _option(key))
-    # 0 stands for a value that follows from other parameters.
+    # 0 stands for a value that follows from other parameters, and is left out.
     if value or isinstance(value, bool):
       parameters[key] = list(value) if isinstance(value, tuple) else value
   return parameters

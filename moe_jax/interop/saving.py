@@ -40,7 +40,8 @@ _REPLACED_KEYS = (
   'original_max_position_embeddings',
   'quantization_config',
 )
-# By option, the text of messages that names it and says what it decides.
+# For some options, the text that names the option in an error's message and
+# says what it decides; other options are named alone.
 _OPTION_TEXTS = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'
   for half in ('', 'encoder.')
@@ -110,7 +111,7 @@ class _Part(NamedTuple):
 
   Attributes:
     array: The variable.
-    leaf: The tensors of the variable.
+    leaf: The names and the layout of the variable's tensors.
     index: The leading indices of the part, of a layer and an expert.
   """
 
@@ -212,9 +213,9 @@ def choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  The architecture is the one that the config names, or else the first that
-  computes the same function; architectures without a class in transformers come
-  last.
+  The architecture is the one that `config` names, or else the first that
+  computes the same function; architectures without a class in transformers are
+  tried last.
 
   Raises:
     ValueError: No architecture computes the same function. The message lists
@@ -308,7 +309,9 @@ def describe(
 def _read_back(
   config_json: Mapping[str, Any],
 ) -> tuple[ModelOptions | None, list[str]]:
-  """The options of a config.json, with defaults for unsupported values.
+  """The options of the model that a config.json describes.
+
+  Values that are not supported are replaced by defaults.
 
   Returns:
     The options, or None if config.json cannot be read with defaults either; and
@@ -331,14 +334,16 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
   """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
-    # config.json does not say if the encoder has a table; the tensors do.
+    # config.json does not say if the encoder has an embedding table of its own;
+    # the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
     if not ours.build().stacks.capacity_binds:
       # If all tokens have slots, the slots that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)
-  # An option that the architecture's model lacks follows from another choice
-  # that differs, which is listed instead.
+  # If the architecture's model lacks an option, the models also differ in
+  # another one, such as a kind, from which this follows; that one is listed
+  # instead.
   causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
   return [
     f'{_OPTION_TEXTS.get(name, name)}: '

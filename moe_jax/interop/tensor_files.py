@@ -49,7 +49,7 @@ class TensorSpec(NamedTuple):
 
 
 class TensorFiles:
-  """The tensors in the files of a folder, which stay open.
+  """The tensors in the files of a folder; the files stay open.
 
   Attributes:
     folder: The folder of the files.
@@ -98,7 +98,7 @@ class TensorFiles:
 
   @functools.cached_property
   def dtype(self) -> str:
-    """The dtype of `FLOATS` with most bytes; the first if no tensor has one."""
+    """The float dtype of most bytes of the tensors, or else `FLOATS[0]`."""
     sizes = dict.fromkeys(FLOATS, 0)
     for spec in self.specs.values():
       if spec.dtype in sizes:
@@ -123,7 +123,8 @@ class TensorFiles:
 
   def _reader(self, file: str) -> '_SafeTensors | _Torch':
     if file not in self._readers:
-      # A file that is held in memory is dropped before the next is read.
+      # A file whose tensors are all held in memory is dropped before the next
+      # file is read.
       self._readers = {
         name: reader
         for name, reader in self._readers.items()
@@ -138,13 +139,14 @@ class TensorFiles:
 
 
 class _SafeTensors:
-  """One safetensors file."""
+  """A reader of one safetensors file."""
 
   in_memory = False
 
   def __init__(self, path: pathlib.Path):
     try:
-      # Mapped pages would count as memory of this process until it ends.
+      # If the file were mapped into memory, the pages that were read would
+      # count as memory of this process until it ends.
       self._file = safe_open(path, framework='numpy', backend='pread')
     except SafetensorError as error:
       raise InputError(f'no safetensors file: {error}') from None
@@ -163,7 +165,7 @@ class _SafeTensors:
 
 
 class _Torch:
-  """One file of PyTorch's, mapped into memory where its format allows."""
+  """A reader of one PyTorch file, memory-mapped where its format allows."""
 
   def __init__(self, path: pathlib.Path):
     try:
@@ -178,7 +180,8 @@ class _Torch:
     try:
       self._tensors = torch.load(path, mmap=not self.in_memory, **load)
     except Exception as error:  # of pickle, zip or PyTorch
-      # PyTorch's own message would say how to unpickle the file nevertheless.
+      # PyTorch's own message is not shown, as it says how to unpickle the file
+      # nevertheless.
       raise InputError(
         'no file of PyTorch weights: it is damaged, or holds other objects than'
         f' tensors, which are never unpickled ({type(error).__name__})'
@@ -217,7 +220,11 @@ def count_nonfinite(array: np.ndarray) -> int:
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
-  """The names of the files of weights; the file of each tensor in an index."""
+  """The names of the files of weights, and the index's file for each tensor.
+
+  If there is no index, all weights are in one file, and the second result is
+  empty.
+  """
   for name in (SAFETENSORS, TORCH):
     if plain(folder, name) is not None:
       return [name], {}

@@ -22,7 +22,8 @@ from moe_jax.models import Model
 from moe_jax.models.decoding import check_change
 
 BOUND = 1e-4  # largest difference of float32 logits that counts as equal
-# The options of generation that change greedy tokens, with neutral values.
+# The options of generation that change greedy tokens, each with the values with
+# which it changes nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'num_beams': (None, 1),
   'repetition_penalty': (None, 1.0),
@@ -68,7 +69,7 @@ class Verdict:
     return self.largest_difference <= BOUND and self.first_difference is None
 
   def describe(self) -> str:
-    """Two lines on logits and on tokens."""
+    """Two lines that say whether the logits and the greedy tokens agree."""
     tokens = f'greedy tokens: all {self.num_equal_tokens} agree'
     if self.first_difference:
       row, position, ours, theirs = self.first_difference
@@ -89,7 +90,7 @@ def verify(
   *,
   revision: str = '',
 ) -> Verdict:
-  """Runs a checkpoint in float32 on the inputs in a file.
+  """Compares a checkpoint's outputs in float32 with the outputs in a file.
 
   Args:
     source: A folder, or the id of a hub repository.
@@ -103,7 +104,8 @@ def verify(
   Raises:
     ValueError: An array is missing or of another shape; the checkpoint's
       generation config has options that change greedy tokens; or `greedy` is so
-      long that the keys of its prompt would rotate differently.
+      long that the cached keys of its prompt would have to rotate differently
+      (LongRoPE).
   """
   arrays = read_npz(pathlib.Path(expected).expanduser())
   checkpoint = loading.fetch(source, dtype='float32', revision=revision)
@@ -218,11 +220,12 @@ def _check_arrays(arrays, has_encoder: bool, vocab_size: int) -> None:
 
 
 def _positions(tokens: np.ndarray, pad_id: int | None) -> np.ndarray:
-  """The positions of tokens in transformers.
+  """The positions that transformers gives to tokens.
 
   Args:
     tokens: Token ids.
-    pad_id: The id of tokens without a position of their own, or None.
+    pad_id: The id of tokens without a position of their own; None if all tokens
+      have one.
   """
   if pad_id is None:
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)

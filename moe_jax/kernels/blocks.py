@@ -20,8 +20,8 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 # other, so that 3 % of a block's rows are wasted; below, they are far apart.
 # More sizes take longer to compile.
 SIXTEENTHS = (2, 4, 8, *range(12, 21))
-# The largest share of the rows, for an expert, that takes one block, and the
-# number of rows of which the sizes of blocks are multiples.
+# For the sizes of blocks, an expert's equal share counts as at most the first
+# number of rows. The sizes are multiples of the second number.
 _MOST_SHARE, _MULTIPLE = 1024, 8
 
 
@@ -107,16 +107,17 @@ def for_each_block(
   def serve_expert(i, carry):
     e = used_experts[i].astype(jnp.int32)
     n, begin = group_sizes[e], stops[e] - group_sizes[e]
-    # The barrier keeps one slice for all blocks, where fusion would copy it
-    # into each.
+    # With the barrier, all blocks of the expert read one slice of its kernels.
+    # Without it, the compiler would slice the kernels anew in each block.
     slices = jax.lax.optimization_barrier(
       tuple(jax.lax.dynamic_index_in_dim(w, e, 0, False) for w in kernels)
     )
     num_full = (n - 1) // full
     first_rows = n - num_full * full
-    # Each size is a loop of one round or none: unlike a conditional, a loop
-    # carries its buffers without a copy. The computation depends on the loop's
-    # counter, or it would be hoisted out of the loop and always be done.
+    # For each size there is a loop of one round or none, in place of a
+    # conditional, as a loop carries its buffers without a copy. The computation
+    # depends on the loop's counter, since the compiler would otherwise hoist it
+    # out of the loop, and it would always be done.
     smaller = 0
     for size in sizes:
       fits = (first_rows <= size) & (first_rows > smaller)
@@ -235,8 +236,9 @@ def ffn_gradients(
 ) -> tuple:
   """The gradients of x, w_ins and w_out; those of kernels are float32.
 
-  In a block, hidden values of a neighbouring expert's rows are multiplied by
-  zero, so that an infinite one makes the gradient of the block's expert NaN.
+  An expert's first block may also have rows of other experts. Their hidden
+  values are multiplied by zero, so that an infinite one makes the gradient of
+  the block's expert NaN.
   """
 
   def body(block, kernels, carry):

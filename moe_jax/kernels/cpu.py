@@ -26,7 +26,7 @@ from moe_jax.shapes import Array, Float, Float32
 # expert: the time goes into reading kernels, and nothing is sorted.
 FEW_TOKENS = 16
 # The largest number of experts, over all layers, that may have arrays of their
-# own: each of them is a branch of the program.
+# own: each of them adds a branch to the compiled program.
 MOST_UNROLLED = 512
 
 

@@ -1,9 +1,9 @@
-"""Products of rows sorted by expert, each group by its own kernel.
+"""Products of rows sorted by expert: each expert's rows by its own kernel.
 
 MegaBlocks calls such a product grouped matmul
-(https://arxiv.org/abs/2211.15841). Gradients are here; the products are those
-of a backend, a module with two functions. Backends are equal in value on every
-shape:
+(https://arxiv.org/abs/2211.15841). This module has the gradients. A backend
+computes the products; it is a module with two functions. Backends are equal in
+value on every shape:
 
 - `matmul(x [N, M], w [E, M, F], group_sizes [E], transposed) -> [N, F]`, in
   the type of x and summed in float32; with `transposed`, w is [E, F, M]. Rows
@@ -30,7 +30,7 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 # The name under which a remat policy finds the results of products.
 PRODUCT = 'grouped_matmul'
 BACKENDS: dict[str, ModuleType] = {
-  'blocks': blocks,  # any platform; the default where none below is
+  'blocks': blocks,  # any platform; the default on platforms not below
   'megablox': megablox,  # TPUs
   'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
 }
@@ -43,7 +43,11 @@ BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'
 
 
 def describe(name: str, platform: str) -> str:
-  """The backend and how it runs: 'blocks', or 'megablox, interpreted: slow'."""
+  """The backend's name, with a note where it is interpreted, and so is slow.
+
+  Examples are 'blocks', and 'megablox, interpreted: slow' on a CPU. For 'auto'
+  the name is that of the platform's backend.
+  """
   if name == AUTO:
     return BY_PLATFORM.get(platform, DEFAULT)
   slow = platform == 'cpu' and name in BY_PLATFORM.values()

@@ -18,21 +18,22 @@ _LANES = 128
 _LEAST_ROWS, _MOST_ROWS = 128, 512
 # The width of the widest tile, in bytes of a row. With it all tiles that a
 # kernel holds, fetched ahead in pairs, and its float32 sums stay below 16 MiB,
-# which XLA allows a kernel.
-# The outer product sums over rows, so its sums are as wide as both its tiles.
+# which XLA allows a kernel. The outer product sums over rows, so that its sums
+# are as wide as both its tiles; its tiles must therefore be narrower.
 _MATMUL_BYTES, _OUTER_BYTES = 2048, 1024
 
 
 def tiling(
   num_rows: int, num_experts: int, widths: tuple[int, int], most: int
 ) -> tuple[int, int, int]:
-  """Rows and widths of a tile; arrays are padded to their multiples.
+  """The number of rows and the two widths of a tile that a kernel multiplies.
 
-  The number of rows is a power of two, within bounds, near an expert's equal
-  share, since a group computes every tile in which it has a row. Each width is
-  the widest that divides the array's width rounded up to whole lanes. The width
-  must divide it, as the kernels are silently wrong where a contraction ends
-  within a tile, and to pad the width of a kernel copies all kernels.
+  Arrays are padded to multiples of the tile. The number of rows is a power of
+  two, within bounds, near an expert's equal share, since all rows of a tile are
+  multiplied for each expert that has a row in it. Each width is the widest that
+  divides the array's width rounded up to whole lanes. It must divide that
+  width, since the kernels are silently wrong where a contraction ends within a
+  tile, and padding an array further would copy the kernels of all experts.
 
   Args:
     num_rows: The number N of rows.

@@ -1,9 +1,10 @@
 """Products of rows grouped by expert, in two Triton kernels for NVIDIA GPUs.
 
-Rows are not padded by group. A block of rows belongs to one expert, and what
-it reads and writes is masked by that expert's rows; blocks that skewed groups
-leave unused end at once. Both kernels walk tiles of the result in bands, so
-that programs that run at the same time share their operands in the cache.
+The rows of an expert are not padded. A block of rows belongs to one expert, and
+what it reads and writes is masked by that expert's rows; blocks that an uneven
+load leaves unused end at once. Both kernels go over tiles of the result in
+bands of neighbours, so that programs that run at the same time share operands
+in the cache.
 
 On a CPU the same kernels are interpreted, slowly, for tests.
 """
@@ -46,10 +47,10 @@ class Tiles(NamedTuple):
 def tiles(rows: int, contract: int, cols: int, dtype) -> Tiles:
   """Tile sizes for a [rows, contract] by [contract, cols] product.
 
-  A tile is at most 128 x 128, with 128 bytes of each operand's row in the sum:
-  three stages take 96 KiB of shared memory, which every GPU since Ampere has.
-  All sizes are powers of two and at least 16, the least that a tensor core
-  takes.
+  A tile is at most 128 x 128, and 128 bytes along the contracted dimension of
+  each operand are loaded at a time: three stages of such loads take 96 KiB of
+  shared memory, which every GPU since Ampere has. All sizes are powers of two
+  and at least 16, the least that a tensor core takes.
   """
 
   def fit(size, most):
@@ -74,8 +75,9 @@ def matmul(
   (N, M), E = x.shape, w.shape[0]
   F = w.shape[1 if transposed else 2]
   size = tiles(pl.cdiv(N, E), M, F, x.dtype)
-  # A static bound: the last block of each expert, and that of the rows of no
-  # expert, may be filled in part.
+  # The number of blocks has a static bound: besides full blocks there are the
+  # last block of each expert, and that of the rows of no expert, which may be
+  # filled in part.
   bands = pl.cdiv(pl.cdiv(N, size.rows) + E, _BAND)
   blocks = row_blocks(group_sizes, N, size.rows, bands * _BAND)
   return _call(
@@ -166,7 +168,7 @@ def row_blocks(
 def _matmul_kernel(
   expert_ref, first_ref, stop_ref, x_ref, w_ref, y_ref, *, size, transposed
 ):
-  """Computes a tile of y; rows of no expert skip the sum, and are not read."""
+  """Computes a tile of y; rows of no expert are not read, and get zeros."""
   (E, M), F = (w_ref.shape[0], x_ref.shape[1]), y_ref.shape[1]
   block = pl.program_id(2) * _BAND + pl.program_id(0)
   e, first, stop = expert_ref[block], first_ref[block], stop_ref[block]

@@ -1,4 +1,4 @@
-"""Ternary weights in 16-bit codes, one for a sequence of weights, as in QMoE.
+"""Ternary weights in 16-bit codes, each for a sequence of weights, as in QMoE.
 
 A weight is 0 with probability `P0`, and 1 or -1 with (1 - P0) / 2 each. The
 dictionary has the 2^16 most probable sequences of whole pairs of weights, 14
@@ -66,12 +66,13 @@ def dictionary(p0: float = P0) -> Dictionary:
   """
   zero, other = math.log(p0), math.log((1 - p0) / 2)
   classes = sorted(
-    # Logarithms are rounded, so that equal probabilities have equal numbers.
+    # Logarithms are rounded, so that those of equal probabilities are equal.
     (-round((weights - n) * zero + n * other, 9), weights, n)
     for weights in range(2, MOST_WEIGHTS + 1, 2)
     for n in range(weights + 1)
   )
-  # A key is the low 2 bits of each weight of a sequence, behind a leading 1.
+  # A sequence's key is the low 2 bits of each of its weights, behind a
+  # leading 1.
   keys = np.concatenate(
     [(1 << 2 * weights) + _sequences(weights, n) for _, weights, n in classes]
   )[:NUM_CODES]
@@ -96,7 +97,10 @@ def dictionary(p0: float = P0) -> Dictionary:
 
 @functools.cache
 def _sequences(weights: int, nonzeros: int) -> np.ndarray:
-  """The first 2^16 sequences of so many weights and non-zeros, 2 bits each."""
+  """The first 2^16 sequences of `weights` weights, `nonzeros` of them not 0.
+
+  A sequence is an int64 in which each weight takes 2 bits.
+  """
   if not 0 <= nonzeros <= weights:
     return np.zeros(0, np.int64)
   if not weights:
@@ -110,8 +114,8 @@ def _sequences(weights: int, nonzeros: int) -> np.ndarray:
 class Codes(NamedTuple):
   """The codes of a ternary matrix, or of a matrix for each expert.
 
-  The rows' codes follow each other without gaps. Where there are several
-  experts, an expert with fewer codes has code 0 behind its last row.
+  The rows' codes follow each other without gaps. An expert with fewer codes
+  than the expert with the most has code 0 behind its last row.
 
   Attributes:
     codes: The codes. Each row decodes to a whole number of pairs, so that a row
@@ -127,8 +131,8 @@ class Codes(NamedTuple):
 def encode(ternary: np.ndarray) -> Codes:
   """The codes of ternary matrices, as numpy arrays.
 
-  Each code is the longest sequence of the dictionary that the rest of its row
-  begins with.
+  Each code stands for the longest sequence of the dictionary that the rest of
+  its row begins with.
 
   Args:
     ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
@@ -185,7 +189,8 @@ def _parse(
     np.add(index, pairs[step], out=index)
     steps.take(index, out=prefixes, mode='clip')  # 'raise' would copy `out`
     codes[step] = prefixes
-  # Where the sequence is a pair alone, the code before it has ended.
+  # Where the code after a code is that of a pair alone, the pair could not
+  # lengthen the sequence before it, which therefore has ended.
   ends = np.ones(codes.shape, bool)
   ends[:-1] = (table.lengths == 2)[codes[1:]]
   return codes.T[ends.T], ends.sum(0)
@@ -209,8 +214,8 @@ def decode(codes: Codes, width: int) -> Int8[Array, '*E R M']:
   table = dictionary()
   ends = jnp.cumsum(jnp.asarray(table.lengths)[codes.codes])
   # Each code adds a window of 28 weights, in which zeros stand before its own
-  # weights. The output begins with 28 weights of no position, for the windows
-  # of the first codes.
+  # weights. The output begins with 28 weights that belong to no row, so that
+  # the windows of the first codes fit; they are cut off at the end.
   weights = jax.lax.scatter_add(
     jnp.zeros(MOST_WEIGHTS + R * padded, jnp.int8),
     ends[:, None],

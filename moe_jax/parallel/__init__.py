@@ -1,1 +1,1 @@
-"""The travel of expert rows between devices."""
+"""Moves the rows of experts between devices, and predicts what that costs."""

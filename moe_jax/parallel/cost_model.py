@@ -91,7 +91,9 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
 class Step(NamedTuple):
   """A training step of a layer's experts, as operations of its forward pass.
 
-  The first axis is of layers, or of steps of training, that are independent.
+  The first axis counts layers, or steps of training, that do not depend on each
+  other. In step j of the smart schedule, S_j sends rows, C_j multiplies them
+  and R_j returns the results.
 
   Attributes:
     send: The seconds of each S_j.
@@ -110,13 +112,13 @@ class Step(NamedTuple):
 
   @property
   def comm(self) -> Float[np.ndarray, ' N']:
-    """Seconds of all that is sent in both passes."""
+    """Seconds of all that is sent in the forward and the backward pass."""
     one_pass = self.send.sum(-1) + self.shadow_send + self.give_back.sum(-1)
     return 2 * one_pass
 
   @property
   def comp(self) -> Float[np.ndarray, ' N']:
-    """Seconds of all products of the slowest device in both passes."""
+    """Seconds of all products of the slowest device, forward and backward."""
     return 3 * (self.compute.sum(-2) + self.shadow_compute).max(-1)
 
   @property
@@ -137,7 +139,7 @@ class Step(NamedTuple):
 
   @property
   def overlapped(self) -> Float[np.ndarray, ' N']:
-    """Seconds of the step if all that can overlap does: a lower bound.
+    """A lower bound of the step's seconds: sending and products fully overlap.
 
     The bound is that of the paper, max(comm, comp) of the whole step.
     """
@@ -213,7 +215,8 @@ def step(
   if shadowed is None:
     shadowed = np.zeros((N, E), bool)
   shadow_counts = np.where(shadowed[..., None], counts, 0)
-  # The rows that each device gets from each device, itself included, by step.
+  # The number of rows that each device (axis 1) gets from each device (axis 2),
+  # itself included, in each of the N layers or steps.
   received = (counts - shadow_counts).reshape(N, W, E // W, W).sum(-2)
   step_rows = received[:, None] * _masks(W, g)  # [N, g, W, W]
   row_seconds = sizes.row_flops / topology.flops_per_second
@@ -230,7 +233,11 @@ def step(
 
 
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
-  """1 where step j sends rows from device i (axis 2) to k (axis 1), else 0."""
+  """For each step j, which devices send rows to which.
+
+  The number is 1 where device i (axis 2) sends rows to device k (axis 1) in
+  step j (axis 0), and 0 elsewhere.
+  """
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
   return (step == np.arange(g)[:, None, None]).astype(int)
@@ -239,9 +246,12 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The times at which the S_j and C_j of a pass end.
+  """The times at which the S_j and C_j of a pass end; see `Step`.
 
-  `busy` is the time until which each device computes something else.
+  Args:
+    send: The seconds of each S_j.
+    compute: The seconds of each C_j, on each device.
+    busy: The time until which each device computes something else.
 
   Returns:
     The end of the last S_j; of the last C_j on each device; and, for each C_j,
@@ -258,7 +268,13 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R_j ends; none starts before the time `sent`."""
+  """The time at which the last R_j of a pass ends; see `Step`.
+
+  Args:
+    give_back: The seconds of each R_j.
+    sent: The time before which no R_j starts.
+    ready: For each C_j, its end on the device that ends last.
+  """
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
   return sent

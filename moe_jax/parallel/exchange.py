@@ -99,9 +99,10 @@ class Constraint(Exchange):
   def move(self, layout, rows, to_experts, number=0):
     """States the sharding of the same rows before and after they travel.
 
-    The dimension R of rows is split into one for each mesh axis of the groups.
-    So the compiler sees that some mesh axes move from R to the dimension E of
-    experts; otherwise it would gather all rows.
+    The dimension R of rows is first reshaped into one dimension for each mesh
+    axis that splits groups, and a rest. In this shape the compiler sees that
+    some mesh axes move from rows to the dimension E of experts; otherwise it
+    would gather all rows.
     """
     E, R, M = rows.shape
     devices = [layout.sizes[name] for name in layout.groups]
@@ -141,7 +142,11 @@ class InRing(Exchange):
   """
 
   def cut(self, layout, rows):
-    """A piece for each step: the rows for one device, first for this device."""
+    """Cuts rows into a piece for each step of the ring.
+
+    A piece has the rows for the device to which this device sends in that step.
+    The first piece has the rows that stay on this device.
+    """
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
     return [blocks[target] for target in _targets(layout)]
 
@@ -193,10 +198,10 @@ def permuted(
   number: int,
   to_experts: bool = True,
 ) -> Float[Array, '*R M']:
-  """The rows that a device receives in a step of the ring, or gets back.
+  """The rows that a device receives in step `number` of the ring.
 
-  Where `to_experts` is False, the device gets its rows back. The function is
-  called under `shard_map`. Step 0 moves nothing.
+  Where `to_experts` is False, they are its own rows, which return to it. The
+  function is called under `shard_map`. Step 0 moves nothing.
   """
   if number == 0:
     return rows
@@ -210,7 +215,7 @@ def permuted(
 
 
 def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
-  """The axes in the mesh's order, and each device's index along them.
+  """The axes that rows travel along, in the mesh's order, and devices' indices.
 
   `ppermute` counts devices in the mesh's order, however its axes are given; all
   other collectives count in the order of their axes.

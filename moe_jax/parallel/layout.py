@@ -36,20 +36,20 @@ class Layout:
 
   @property
   def group_only(self) -> tuple[str, ...]:
-    """The axes that split groups and not experts, also after the exchange."""
+    """The axes that split groups and not experts; no rows travel along them."""
     return tuple(name for name in self.groups if name not in self.experts)
 
   @property
   def expert_only(self) -> tuple[str, ...]:
-    """The axes that split experts, not groups: rows are whole along them."""
+    """The axes that split experts, not groups; no rows travel along them."""
     return tuple(name for name in self.experts if name not in self.groups)
 
   def devices(self, axes: tuple[str, ...]) -> int:
-    """The number of devices along these axes."""
+    """The number of devices along the mesh axes `axes` together."""
     return math.prod(self.sizes[name] for name in axes)
 
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition spec of an array with dimensions split over these axes."""
+    """The partition spec of an array whose dimensions are split over `axes`."""
     return PartitionSpec(*(names or None for names in axes))
 
   def parameter_specs(

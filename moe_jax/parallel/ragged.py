@@ -81,7 +81,11 @@ class RaggedExchange(Options):
       return travel(outputs, False), plan.overflow
 
   def bound(self, num_rows: int) -> int:
-    """The number of rows in a buffer that would need `num_rows` at worst."""
+    """The number of rows that a buffer has room for.
+
+    Args:
+      num_rows: The number of rows if all rows go to one device.
+    """
     return PerToken(self.capacity_fraction).per_expert(num_rows, 1, 1)
 
 
@@ -172,7 +176,7 @@ class Traffic(NamedTuple):
 def traffic(
   sizes: Int32[Array, ' P'], starts: Int32[Array, ' P'], axes: Axes
 ) -> Traffic:
-  """The traffic of all devices.
+  """Gathers the numbers of rows that each device sends to each other one.
 
   Args:
     sizes: The number of rows that this device sends to each.
@@ -201,8 +205,8 @@ def move(
       received, in the order in which they came.
     flows: The numbers of rows between devices, and where they begin.
     to_experts: Whether rows go to their experts.
-    lengths: The number of rows that each device had, and R, at least as many as
-      arrive; the rest is zero.
+    lengths: The number of rows of each device before the exchange, and R, its
+      number of received rows, at least as many as arrive; the rest are zero.
     axes: The mesh axes that the devices are on.
   """
   me = jax.lax.axis_index(axes)

@@ -7,13 +7,15 @@ pays where an expert has so many tokens that all wait for its device.
 
 The seconds of a training step in which nothing is shadowed, Lat_imbl, are those
 of the products of the device with the most rows, three times, and of its four
-exchanges. With r shadowed experts, Lat_shadow (equation 8), parameters are sent
-once and gradients summed once; the exchange of the other experts' rows is left
-out, as in the paper. All devices have one bandwidth.
+exchanges. The seconds with r shadowed experts, Lat_shadow (equation 8), are
+those of the same products, of sending parameters once and of summing gradients
+once; the exchange of the other experts' rows is left out, as in the paper. All
+devices have the same bandwidth.
 
 The algorithm is greedy, and stops at the first expert that does not pay. On 200
-draws, of 2 to 8 experts, its choice is the best of all subsets in 70 %, slower
-by 4.3 % in the mean and by 41 % at most.
+draws of loads of 2 to 8 experts, its choice is the best of all subsets in 70 %;
+a step takes 4.3 % longer than with the best subset in the mean, and 41 % longer
+at most.
 
 The numbers of rows in a step decide which experts are shadowed in that step.
 Their parameters reach all devices by a sum over devices, to which only the
@@ -101,14 +103,15 @@ def seconds_by_number(
 
 
 def choose(counts: Any, sizes: Sizes, speeds: Speeds, *, most: int) -> Any:
-  """Algorithm 1: experts by their number of tokens, as long as each pays.
+  """Chooses the experts to shadow by Algorithm 1 of FasterMoE.
 
-  Where two experts have equally many tokens, the lower index comes first. With
-  more experts than devices, E = c W, device w has the c experts from c w on; in
-  the paper, and for c = 1, each device has one expert. The function also runs
-  inside a compiled step, where seconds are float32. There it may decide between
-  two choices whose seconds agree to seven digits otherwise than on counts of
-  numpy.
+  Experts are shadowed in the order of their number of tokens, as long as each
+  one shortens the step. Where two experts have equally many tokens, the lower
+  index comes first. With more experts than devices, E = c W, device w has the c
+  experts from c w on; in the paper, and for c = 1, each device has one expert.
+  The function also runs inside a compiled step, where seconds are float32: if
+  the seconds of two choices agree to seven digits, the choice there may be
+  another than for counts of numpy.
 
   Args and errors are those of `seconds_by_number`.
 
@@ -129,9 +132,8 @@ def least_rows(
   If n_max, the number of rows of the busiest device, is larger, the 4 n_max M
   elements of rows in Lat_imbl are more than the 4 r M F of parameters and
   gradients in Lat_shadow. (An expert of three kernels has half as many
-  parameters again, and F counts for 3/2.)
-  Shadowing pays if also no device has more rows than n_max afterwards, whatever
-  the speeds are.
+  parameters again, and F counts for 3/2.) If also no device has more rows than
+  n_max afterwards, shadowing pays whatever the speeds are.
 
   Args:
     number: r, the number of shadowed experts: of one case, of each of N cases,
@@ -262,7 +264,8 @@ def moved_rows(
   Args:
     layout: The layout of groups and experts.
     counts: The number of this device's rows of each expert.
-    sent: The same as `counts`, without the rows of shadowed experts.
+    sent: The number of this device's rows of each expert, 0 for shadowed
+      experts.
     shadowed: The indices of the shadowed experts; E where a place is unused.
     overflow: The number of this device's rows for which the exchange had no
       room; where experts are split over `expert_only` axes, of the rows for
@@ -277,8 +280,8 @@ def moved_rows(
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 
   values = [away(counts), away(sent), overflow]
-  # Along these axes, each device has counted the rows of its part of the
-  # experts.
+  # Along the axes `expert_only`, each device has counted the rows of its own
+  # part of the experts.
   if layout.expert_only:
     values = jax.lax.psum(values, layout.expert_only)
   # All devices that exchange rows with each other have chosen the same experts,

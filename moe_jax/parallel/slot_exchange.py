@@ -1,7 +1,8 @@
-"""Applies experts with slots over a mesh: rows travel to them and back.
+"""Applies experts with slots on a mesh: rows travel to experts and back.
 
-Each device moves its groups' tokens to rows, rows travel as an exchange says,
-experts multiply the rows that they get, and each device sums their outputs.
+Each device copies its groups' tokens to rows, an `Exchange` moves rows to the
+devices of their experts, experts multiply these rows, the exchange moves the
+outputs back, and each device sums the outputs of each token.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,7 +85,10 @@ def exchange_slots(
     return dispatcher.combine(rows, routing).reshape(-1, *x.shape[1:])
 
   def depart(x, routing):
-    """Fills the rows of one device that travel or stay, and counts both."""
+    """Fills one device's rows, those that travel and those that stay.
+
+    Also returns the shadowed experts, the two routings and counts of rows.
+    """
     counts = routing.rows_per_expert()
     shadowed = shadowing.choose(layout, counts, experts.sizes)
     sent, staying = split(routing, shadowed)
@@ -165,9 +169,10 @@ def _in_shadow(
   rows: Float[Array, 'D R N M'],
   shadowed: Int32[Array, 'D R'],
 ) -> Float[Array, 'D R N M']:
-  """The outputs of shadowed experts for the rows that stay.
+  """The outputs of shadowed experts for the rows that stay on their devices.
 
-  The first dimension is split over the axes that hold copies of the experts.
+  R is the number of shadowed experts. The dimension D is split over the mesh
+  axes that split groups but not experts.
   """
 
   def local(params, shadowed):

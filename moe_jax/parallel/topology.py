@@ -1,7 +1,7 @@
-"""Described machines: devices, the links between them, and what links carry.
+"""Descriptions of machines: devices, links between them, and what links carry.
 
-The traffic of a collective is that of FasterMoE's cost model (He et al., PPoPP
-2022, https://doi.org/10.1145/3503221.3508418).
+The bytes that a collective sends over each link are those of FasterMoE's cost
+model (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418).
 """
 
 import dataclasses
@@ -70,7 +70,10 @@ class Topology:
 
   @functools.cached_property
   def _pairs(self) -> Float[np.ndarray, 'P L']:
-    """Seconds of each link for a byte sent by each of the P = W * W pairs."""
+    """Seconds of each link for a byte sent within each pair of devices.
+
+    There are P = W * W ordered pairs and L links.
+    """
     devices = range(self.num_devices)
     pairs = itertools.product(devices, devices)
     return self._per_byte([self.paths.get(pair, ()) for pair in pairs])
@@ -101,7 +104,7 @@ def nodes(
   network: float,
   flops_per_second: float,
 ) -> Topology:
-  """A machine of nodes of devices, with a switch in each and one between them.
+  """A machine of nodes; each has devices and a switch, and a network joins all.
 
   Args:
     name: Name for reports.
@@ -128,8 +131,8 @@ def torus(
 ) -> Topology:
   """A torus of devices, as a whole pod of TPUs is.
 
-  A small slice of a pod may lack the links from the last coordinate to the
-  first, which all dimensions have here.
+  Every dimension has links from its last coordinate to its first, which a small
+  slice of a pod may lack.
 
   A path goes along one dimension after another, the shorter way round. Where
   two ways are equally long, the path takes the one without the link from the

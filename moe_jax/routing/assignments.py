@@ -1,7 +1,7 @@
 """The contract between routers and dispatchers: the class `Routing`.
 
-Tokens choose experts, or experts choose tokens; both are lists of choices with
-the same fields, so that a dispatcher treats both alike.
+A `Routing` is a list of choices. It has the same fields whether tokens chose
+experts or experts chose tokens, so that a dispatcher treats both alike.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
 
 class TokenChoices(NamedTuple):
   """The experts of each token, whether tokens or experts made the choice.
+
+  N is K where tokens choose, and E where experts choose.
 
   Attributes:
     expert: int32 [G, S, N], the index of the expert; -1 where there is none.
@@ -46,7 +48,8 @@ class Routing:
   routing, in which a token may have any number of experts.
 
   Attributes:
-    expert_index: int32, in [0, E), also where nothing is kept.
+    expert_index: int32, the index of the expert, in [0, E), also of a choice
+      that is not kept.
     slot: int32, the number of choices before this one in its expert's queue. A
       choice that never queued (padding, a second choice that was not sent) has
       0.
@@ -58,7 +61,8 @@ class Routing:
     capacity: C, the slots of an expert in each group; None for no bound.
     token_index: int32 [G, E, C], the token in each slot, where experts choose;
       None where tokens choose, as the position of a choice tells its token.
-    num_tokens: S where experts choose; None where the shapes tell it.
+    num_tokens: S, the tokens of a group, where experts choose; None where
+      tokens choose, as the shapes tell S.
   """
 
   expert_index: Leaf
@@ -77,7 +81,7 @@ class Routing:
     gate: Float[Array, 'G E C'],
     group_size: int,
   ) -> 'Routing':
-    """The routing of experts that choose tokens, by the token in each slot.
+    """Makes the routing of experts that chose the token in each of their slots.
 
     Args:
       token_index: The token in each slot, in [0, S); S where it is empty. An
@@ -93,7 +97,8 @@ class Routing:
 
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field; see `HasShapes`."""
-    # The slots stay those of all experts when `of_experts` leaves out some.
+    # When `of_experts` leaves out experts, the arrays keep the slots of all
+    # experts, so that their second axis is not E, but has a name of its own.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'
     hints: dict[str, Any] = {
       'expert_index': Int[Array, dims],
@@ -106,7 +111,11 @@ class Routing:
     return hints
 
   def static_sizes(self) -> dict[str, int]:
-    """E and S, which no shape tells; raises ValueError for a bad capacity."""
+    """The sizes E and S, which no array's shape tells.
+
+    Raises:
+      ValueError: The capacity is neither None nor an integer of at least 1.
+    """
     check_capacity(self.capacity)
     return {'E': self.num_experts, 'S': self.group_size}
 
@@ -117,7 +126,7 @@ class Routing:
 
   @property
   def token(self) -> Leaf:
-    """int32, the token of each choice; no meaning where `kept` is False."""
+    """int32, the token of each choice, in [0, S) where the choice is kept."""
     if self.token_index is not None:
       return self.token_index
     return jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 1)
@@ -128,7 +137,7 @@ class Routing:
     return jnp.where(self.kept, self.expert_index, self.num_experts)
 
   def bounded(self) -> int:
-    """The capacity; raises ValueError where there is none."""
+    """The capacity C; raises ValueError where it is None."""
     if self.capacity is None:
       raise InputError(
         'capacity=None: slots need a capacity; use the capacity rule All()'
@@ -140,11 +149,14 @@ class Routing:
     return self._in_slots(self.kept.astype(jnp.int8)) > 0
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
-    """The gate of each token in each slot; 0 where it is not in the slot."""
+    """The gate of each token in each slot; 0 for slots without the token."""
     return self._in_slots(self.gate)
 
   def _in_slots(self, values: Leaf) -> Array:
-    """Values of served choices by token and slot, [G, S, E, C]; 0 elsewhere."""
+    """The values of served choices at their token and slot, [G, S, E, C].
+
+    Where a slot does not hold a token, there is 0.
+    """
     E, C = self.num_experts, self.bounded()
     if self.token_index is not None:
       return self._spread(values, self.slot)
@@ -160,8 +172,8 @@ class Routing:
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
     """The choices of real tokens, where the mask is True; padding has none.
 
-    A token has its K choices. Where experts choose, it has E, one for each
-    expert, with -1 for an expert that did not take the token.
+    Where tokens choose, N = K. Where experts choose, N = E: a token has one
+    entry for each expert, with -1 for an expert that did not take the token.
     """
     real = mask[..., None]
     if self.token_index is None:
@@ -174,7 +186,10 @@ class Routing:
     return TokenChoices(jnp.where(kept, experts, -1), gate, kept)
 
   def _spread(self, values: Leaf, *slot: Array) -> Array:
-    """The sums of served choices' values by token and expert, [G, S, E]."""
+    """The sum of served choices' values for each token and expert, [G, S, E].
+
+    If `slot` is given, the sum is for each slot, too: [G, S, E, C].
+    """
     group = jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 0)
     index = group, self.token, self.server, *slot
     sizes = (len(group), self.group_size, self.num_experts, self.capacity)
@@ -190,7 +205,7 @@ class Routing:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'Routing':
-    """The routing with choices of some experts alone, which get new indices.
+    """The routing with the choices of some experts alone, numbered anew.
 
     Args:
       number: The new index of each expert; `num_experts` or more for experts

@@ -23,12 +23,13 @@ def balance_loss(
   mask: Bool[Array, 'G S'],
   choices: str = 'all',
 ) -> Float32[Array, ' G']:
-  """E * sum_e f_e P_e: the fraction of choices times the mean probability.
+  """Returns E * sum_e f_e P_e for each group, the balance loss of Switch.
 
-  The value at perfect balance is 1 for every K and E: f_e is a fraction of
-  choices, so it sums to 1 over experts (in flaxformer and MaxText it sums to K;
-  GShard's loss as printed is this one divided by E^2). Choices are counted
-  before any is dropped, and the gradient flows through P alone.
+  f_e is the fraction of choices that go to expert e, and P_e is the mean
+  probability of e. The value at perfect balance is 1 for every K and E, as f_e
+  sums to 1 over experts (in flaxformer and MaxText it sums to K; GShard's loss
+  as printed is this one divided by E^2). Choices are counted before any is
+  dropped, and the gradient flows through P alone.
 
   Args:
     router_probs: The softmax of the logits over all experts.
@@ -76,9 +77,10 @@ def balance_sums(
   size: int,
   choices: str = 'all',
 ) -> BalanceSums:
-  """The sums over each part of `size` consecutive tokens; size divides S.
+  """The sums over each part of a batch, for `balance_of_parts`.
 
-  Other arguments are those of `balance_loss`.
+  A part is `size` consecutive tokens of a group; `size` divides S. The other
+  arguments are those of `balance_loss`.
   """
   if choices == 'first':
     expert_index = expert_index[..., :1]
@@ -95,11 +97,11 @@ def balance_sums(
 
 
 def balance_of_parts(sums: BalanceSums, count: int) -> Float32[Array, '']:
-  """The sum of the balance losses of sets of `count` consecutive parts.
+  """The sum of balance losses, each over `count` consecutive parts of a batch.
 
-  The loss of each set is multiplied by its number of real tokens, so that the
-  sum divided by the number of all real tokens is the mean. The last set may
-  have fewer parts.
+  Each loss is multiplied by the number of real tokens in its parts, so that the
+  sum divided by the number of all real tokens is the mean. The last loss may be
+  over fewer parts.
   """
 
   def sum_parts(x):
@@ -140,8 +142,8 @@ def importance_loss(
 ) -> Float32[Array, ' G']:
   """CV(Importance)^2, Importance = the sum of each expert's gates.
 
-  0 at perfect balance, E/K - 1 when the same K experts take all. The gates
-  are those before dropping.
+  The loss is 0 at perfect balance, and E/K - 1 when the same K experts take all
+  tokens. The gates are those before any choice is dropped.
 
   Source: Eq. 6-7 of arXiv:1701.06538.
   """
@@ -155,7 +157,7 @@ def importance_loss(
 def load_loss(
   probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
-  """CV(Load)^2, Load = the sum of P(x, i), which is `load_probability`.
+  """CV(Load)^2, Load = the sum over tokens of P(x, i), `load_probability`.
 
   Source: Eq. 10-11 of arXiv:1701.06538.
   """

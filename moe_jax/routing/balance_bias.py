@@ -1,4 +1,4 @@
-"""Balancing without a loss: a bias on each expert's score, moved by its load.
+"""Balancing without a loss: each expert's score has a bias that its load moves.
 
 Loss-Free Balancing, https://arxiv.org/abs/2408.15664. The bias decides which
 experts are chosen and never enters into their gates, so it has no gradient.
@@ -18,7 +18,9 @@ RULES = ('sign', 'error')
 def scores_of(
   router_logits: Float32[Array, 'G S E'], scores: str
 ) -> Float32[Array, 'G S E']:
-  """The scores that a bias is added to, and that rate groups of experts.
+  """The scores of experts, to which a balancing bias can be added.
+
+  DeepSeek's rules also rate groups of experts by these scores.
 
   Args:
     router_logits: The logits that the scores are computed from.
@@ -76,5 +78,5 @@ def moved(
   error = mean - load
   if rule == 'sign':
     return bias + rate * jnp.sign(error)
-  # A batch without any real token has no load to compare.
+  # Without any real token the mean load is 0, and 0 / 0 would be NaN.
   return bias + rate * error / jnp.maximum(mean, 1.0)

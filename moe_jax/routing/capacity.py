@@ -102,7 +102,8 @@ class _Share(Capacity):
   )
 
   def _share(self, quotient: fractions.Fraction, group_size: int) -> int:
-    # Exact: 1.1 * 100 / 10 in floating point is over 11, a slot too many.
+    # Fractions are exact. In floating point 1.1 * 100 / 10 is over 11, which
+    # 'ceil' would round to a slot too many.
     quotient *= fractions.Fraction(str(self.factor))
     slots = max(_ROUNDINGS[self.rounding](quotient), self.minimum)
     slots = -(-slots // self.multiple) * self.multiple
@@ -152,7 +153,7 @@ class Fraction(Capacity):
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Capacity):
-  """The same number of slots for groups of every size."""
+  """A capacity of the same number of slots for groups of every size."""
 
   slots: int = option(
     1,
@@ -165,13 +166,16 @@ class Fixed(Capacity):
     return min(self.slots, group_size)
 
   def keeps_in_generation(self, single):
-    """Whether groups have several tokens; of one alone none is dropped."""
+    """True, unless each step of generation has one token a group.
+
+    A token that is alone in its group has a slot in every expert anyway.
+    """
     return not single
 
 
 @dataclasses.dataclass(frozen=True)
 class All(Capacity):
-  """Room for every token of the group in each expert: nothing is dropped."""
+  """A capacity of one slot for each token of the group: nothing is dropped."""
 
   @property
   def binds(self):

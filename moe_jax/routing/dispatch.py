@@ -38,10 +38,11 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to slots by a one-hot product, R = G * C.
+  """Moves tokens to slots by a one-hot product.
 
-  Empty slots are zero. The product costs O(S E C M) per group, which grows with
-  the square of the group size.
+  The rows of an expert are its slots in all groups, R = G * C. Empty slots are
+  zero. The product costs O(S E C M) per group, which grows with the square of
+  the group size.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -57,7 +58,11 @@ def _by_masks(
 def _back_by_masks(
   rows: Float[Array, 'E R M'], routing: AnyRouting
 ) -> Float[Array, 'G S M']:
-  """Sums rows into tokens by a product; a capacity of None is a ValueError."""
+  """Sums each token's rows, weighted by its gates, by a product.
+
+  Raises:
+    ValueError: The routing has no capacity.
+  """
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   _check_rows(rows.shape, (E, G * C))
@@ -81,7 +86,11 @@ def _to_slots(
 def _from_slots(
   rows: Float[Array, 'E R M'], routing: Routing
 ) -> Float[Array, 'G S M']:
-  """Sums rows into tokens by index; a capacity of None is a ValueError."""
+  """Sums each token's rows, weighted by its gates, by index.
+
+  Raises:
+    ValueError: The routing has no capacity.
+  """
   return _give_back(rows, slot_rows(routing), routing)
 
 
@@ -120,9 +129,10 @@ def _check_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
 
 
 class Rows(NamedTuple):
-  """The token and the choice in each row, and the row of each choice.
+  """The token and the choice in each row of an expert, and each choice's row.
 
-  N = G * S are the tokens of all groups, and P the choices of a routing.
+  N = G * S is the number of tokens of all groups, and P the number of choices
+  of a routing.
 
   Attributes:
     token: int32 [*R], the token in each row, in [0, N); N in an empty row.
@@ -141,9 +151,9 @@ class Rows(NamedTuple):
 
 @jax.named_scope('index')
 def slot_rows(routing: Routing) -> Rows:
-  """The contents of the rows [E, R] of experts that are slots, R = G * C.
+  """The contents of all slots, as rows [E, R] with R = G * C for each expert.
 
-  The rows of an expert are its slots, group after group.
+  The rows of an expert are its slots in each group, group after group.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -160,7 +170,9 @@ def slot_rows(routing: Routing) -> Rows:
 
 @jax.named_scope('index')
 def rows_by_expert(routing: Routing) -> Rows:
-  """The rows [N] sorted by expert, and for an expert in the order of choices.
+  """The contents of rows [N] that are sorted by expert, without empty slots.
+
+  The rows of an expert stand in the order of the choices that they hold.
 
   N is the largest number of choices that can be kept, min(P, E * G * C) of P
   choices; the rows after those of the kept choices are empty.
@@ -189,7 +201,7 @@ def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
 
 
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
-  """The token in each row; zero in an empty row."""
+  """The vector of the token in each row; zeros in an empty row."""
   x = x.reshape(-1, x.shape[-1])
   return take_tokens(x, rows.token, rows.row, len(x))
 
@@ -204,12 +216,12 @@ def _give_back(
   return y.reshape(shape)
 
 
-# A row holds at most one choice, and a choice at most one row, so that gates
-# and their gradients are gathered. Where tokens choose, everything else is
-# gathered, too, as each token has K choices. Where experts choose, a token has
-# any number of rows, so that rows return by a sum into tokens, a scatter-add:
-# its cost grows with the number of rows, while the cost of a list of each
-# token's rows would grow with the number of experts.
+# A row holds at most one choice, and a choice has at most one row, so that
+# gates and their gradients are read by a gather. Where tokens choose, each
+# token has K choices, so that all other arrays are gathered, too. Where experts
+# choose, a token may have any number of rows, so that rows are added to their
+# tokens by a scatter-add: its cost grows with the number of rows, while the
+# cost of a list of each token's rows would grow with the number of experts.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -219,13 +231,13 @@ def take_tokens(
   row: Int32[Array, 'N K'] | Int32[Array, ' P'],
   num_tokens: int,
 ) -> Float[Array, '*R M']:
-  """The token in each row; zero in an empty row.
+  """The vector of the token in each row; zeros in an empty row.
 
   Args:
-    x: The tokens.
-    token: The token in each row; N in an empty row.
+    x: The vectors of the tokens.
+    token: The index of the token in each row; N in an empty row.
     row: The row of each choice, as in `Rows`, for the gradient.
-    num_tokens: N.
+    num_tokens: N, the number of tokens.
   """
   del row, num_tokens
   return _take_or_zero(x, token)
@@ -267,8 +279,9 @@ def _sum_rows_fwd(values, rows, num_tokens):
 def _sum_rows_bwd(num_tokens, saved, dy):
   del num_tokens
   values, (token, choice, row, gate) = saved
-  # Both gradients come from the rows of dy: to take the rows of experts again
-  # would move as many bytes once more.
+  # Both gradients are computed from one gather, the row of dy for each expert
+  # row. A second gather, of each choice's expert row, would move as many bytes
+  # again.
   row_dy = _take_or_zero(dy, token)  # [*R, M]
   d_row_gate = jnp.einsum(
     '...M,...M->...',
@@ -288,13 +301,14 @@ _sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
   """x[index], zero where index is N."""
-  # A row of zeros behind x is cheaper than mode='fill', which selects.
+  # A row of zeros behind x is cheaper than mode='fill', which selects between
+  # values and zeros after the gather.
   x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
   return jnp.take(x, index, axis=0, mode='clip')
 
 
 def _sum_into_tokens(rows, token, num_tokens):
-  """The sum of each token's rows, in float32."""
+  """The sum of each token's rows, added up in float32."""
   total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
   total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
   return total.astype(rows.dtype)

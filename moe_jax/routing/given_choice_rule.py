@@ -1,7 +1,8 @@
-"""Queues of choices that are already made, and which choices experts serve.
+"""Rules that queue choices of experts already made, and say which are served.
 
 Hash layers, random routing and routers of two levels make such choices. So does
-a caller that imposes choices on a router: a recorded routing, or an even one.
+a caller that imposes choices on a router: recorded ones, or choices that give
+all experts the same load.
 """
 
 import functools
@@ -17,13 +18,13 @@ from moe_jax.routing.rows import decided, stable_argsort
 from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
 
 GIVEN_PRIORITIES = ('token_major', 'choice_major')
-# Values that stand for an expert's index: there is no choice, or the router
-# makes the choice.
+# Values in the place of an expert's index: NO_CHOICE says that there is no
+# choice, and OPEN that the router itself makes the choice.
 NO_CHOICE, OPEN = -1, -2
 
 
 class GivenChoices(NamedTuple):
-  """Choices that are imposed on a router in the place of its own.
+  """Choices that are imposed on a router in the place of its own choices.
 
   Attributes:
     expert: int [G, S, K], the indices of each token's experts, all different
@@ -165,10 +166,11 @@ def queue_choices(
   """The slots of choices, as in `Routing`, and whether they are served.
 
   Served choices that are imposed have the slots that they had when they were
-  recorded, if priority and capacity were the same: the dropped choices stood
-  behind them. An imposed choice that is not served has a slot past the
-  capacity, so that it counts as dropped; where a second policy left choices
-  unsent, it has such a slot only if its expert is full.
+  recorded, if priority and capacity were the same, since the dropped choices
+  stood behind them. An imposed choice that is not served has a slot past the
+  capacity, so that it counts as dropped; where a second policy (see
+  `token_choice`) sends only some choices, it has such a slot only if its expert
+  is full.
 
   Args:
     expert_index: The chosen experts.
@@ -187,8 +189,8 @@ def queue_choices(
   if given is not None and given.kept is not None:
     is_imposed = given.expert != OPEN
     served = jnp.where(is_imposed, real & given.kept, served)
-    # With queues ordered by probability it is not known which choices that were
-    # not served stood in front of a served one.
+    # Where `order` sorts the tokens by probability, it is not known which of
+    # the choices that were not served stood in front of a served one.
     if not holds_place or order is not None:
       queued = jnp.where(is_imposed, served, queued)
   slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)
@@ -237,7 +239,7 @@ def queue_slots(
     expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
     queued = queued.swapaxes(1, 2)
   # On a CPU `places_by_sort` takes an eighth of the time of `places_by_sum` at
-  # E=64, and as much at E=8.
+  # E=64, and the same time at E=8.
   places = functools.partial(
     jax.lax.platform_dependent,
     cpu=functools.partial(places_by_sort, num_experts=E),

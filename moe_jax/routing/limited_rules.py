@@ -2,10 +2,10 @@
 
 In DeepSeek's rules the experts of a group have consecutive indices, like the
 experts on one device or one node, and a token chooses among the experts of its
-best groups alone.
-DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2) rates a group by
-the best of its scores, DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section
-2.1.2) by the sum of its two best ones.
+best groups alone. DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2)
+rates a group by the best of its scores, DeepSeek-V3
+(https://arxiv.org/abs/2412.19437, section 2.1.2) by the sum of its two best
+ones.
 
 The topology-aware gate of FasterMoE (He et al., PPoPP 2022,
 https://doi.org/10.1145/3503221.3508418) lays E experts over Q nodes in order,
@@ -25,9 +25,11 @@ from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices, choose
 from moe_jax.shapes import Array, Bool, Float32, Int32, checked
 
-# The number of a group's best scores whose sum rates it, by its name.
+# The number of a group's best scores whose sum rates the group, for each value
+# of `group_score`.
 GROUP_SCORES = {'best': 1, 'two_best': 2}
-# The score of an expert that is outside of the chosen groups, by its name.
+# The score of experts outside of the chosen groups, for each value of
+# `outside`.
 OUTSIDE = {'minus_infinity': -jnp.inf, 'zero': 0.0}
 
 

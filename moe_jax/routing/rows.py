@@ -1,4 +1,4 @@
-"""Three functions that both the routing rules and the dispatchers call.
+"""Functions on arrays that both the routing rules and the dispatchers call.
 
 `decided` marks integers that the backward pass does not compute again,
 `without_nan` clears padding, and `stable_argsort` sorts.
@@ -31,7 +31,7 @@ def without_nan(
 
   Call this function before products, not after them: a NaN or an infinity of a
   token that is padding would reach the gradients of kernels as 0 * NaN. Finite
-  numbers stay, so that outputs at padding are the same as without a mask.
+  numbers of padding stay, so that its outputs are the same as without a mask.
   """
   return _without_nan(mask, x)
 

@@ -161,9 +161,10 @@ def choice_in_turn(
 ) -> Int32[Array, 'G S K']:
   """Gives the choices of a group's real tokens to the experts in turn.
 
-  In each group the loads of two experts differ by one at most. The loads of a
-  batch without padding do so, too: each group begins with the expert after the
-  last expert of a full group before it. Choices of padding mean nothing.
+  In each group the loads of two experts differ by one at most. So do the loads
+  over a whole batch without padding, since each group begins with the expert
+  after the last one of the group before it. A group with padding counts as full
+  for this. Choices of padding mean nothing.
 
   Args:
     mask: False for padding.

@@ -10,12 +10,12 @@ index i * b + j is expert j of branch i. The result is a `Routing` over all
 experts, whose gates are products of both levels' gates.
 
 Strictly balanced gating (Appendix F): every expert has as many tokens as every
-other. In training an expert takes the m = K n / E tokens of the group whose
-gate for it is largest (the batchwise mask). This depends on all tokens of the
-group and is not causal. In inference an expert takes the tokens whose gate is
-above a threshold of its own, which training has made to agree with the mask. A
-token has any number of experts, or none; its gates are renormalised over the
-experts that took it.
+other. In training an expert takes, of the n tokens of the group, the
+m = K n / E whose gate for it is largest (the batchwise mask). This depends on
+all tokens of the group and is not causal. In inference an expert takes the
+tokens whose gate is above a threshold of its own, which training has made to
+agree with the mask. A token has any number of experts, or none; its gates are
+renormalised over the experts that took it.
 """
 
 import dataclasses
@@ -54,10 +54,10 @@ def noisy_logits(
   noise: Float32[Array, 'G S E'],
   key: PRNGKey | None,
 ) -> NoisyLogits:
-  """Adds N(0, 1) * Softplus(noise) to the logits; none where key is None.
+  """Adds N(0, 1) * Softplus(noise) to the logits, or nothing if key is None.
 
-  Source: Eq. 4 of arXiv:1701.06538. With both weights initialised to zero,
-  as the paper does, std starts at ln 2.
+  Source: Eq. 4 of arXiv:1701.06538. With Wg and Wnoise initialised to zero, as
+  in the paper, std starts at ln 2.
   """
   std = jax.nn.softplus(noise)
   if key is None:
@@ -91,7 +91,8 @@ def load_probability(
   value = at_choices(logits.noisy, index)  # [G, S, K+1]
   inside = jax.nn.one_hot(index[..., :K], E, dtype=jnp.bool_).any(-2)
   threshold = jnp.where(inside, value[..., K:], value[..., K - 1 : K])
-  # Softplus underflows to 0 where noise was trained away entirely.
+  # Where training has taken the noise away, Softplus underflows to 0, by which
+  # the next line would divide.
   std = jnp.maximum(logits.std, 1e-6)
   return jax.scipy.stats.norm.cdf((logits.clean - threshold) / std)
 
@@ -260,7 +261,7 @@ def batchwise_loss(
 
 
 def _renormalized(chosen: Routing) -> Routing:
-  """The same choices with gates that sum to one over each token's experts."""
+  """The routing with its gates scaled to sum to one over a token's experts."""
   G = len(chosen.gate)
   group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
   total = jnp.zeros((G, chosen.group_size), jnp.float32)

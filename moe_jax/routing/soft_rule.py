@@ -68,15 +68,15 @@ class SoftRouting:
     return self.gate.shape[1]
 
   def slot_shares(self) -> Float32[Array, 'G S E C']:
-    """The part of each token in each slot."""
+    """The weight of each token in the mixture of each slot."""
     return self.share
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
-    """The weight of each slot's output in each token."""
+    """The weight of each slot's output in the output of each token."""
     return self.gate
 
   def token_gates(self) -> Float32[Array, 'G S E']:
-    """The weight of all of an expert's slots in each token."""
+    """The weight of all of an expert's slots in the output of each token."""
     return self.gate.sum(-1)
 
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:

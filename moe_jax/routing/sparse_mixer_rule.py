@@ -1,10 +1,11 @@
-"""SparseMixer: experts are drawn one after another, by tempered softmaxes.
+"""SparseMixer: experts are drawn one after another, from masked softmaxes.
 
 SparseMixer-v2 (GRIN, https://arxiv.org/abs/2409.12136), the router of
 Phi-3.5-MoE. In training an expert is drawn from the softmax of the logits that
-are near the largest, and its gate has the gradient that makes up for the draw;
-in inference the likeliest one is taken. Every further choice is made likewise
-among the experts that are left. Gates of a token do not sum to one.
+are near the largest, and the gradient of its gate estimates that of the
+expected output; in inference the likeliest expert is taken. Every further
+choice is made likewise among the experts that are left. Gates of a token do not
+sum to one.
 """
 
 import jax
@@ -15,9 +16,9 @@ from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices
 from moe_jax.shapes import Array, Float32, Int32, PRNGKey, checked
 
-# A draw other than the likeliest expert keeps its whole gate with the
-# probability of a quarter, and a third of it otherwise: Heun's third-order
-# method, by which the expected output is integrated.
+# If the drawn expert is not the likeliest one, its gate is kept whole with
+# probability 1/4 and multiplied by 1/3 otherwise. This is Heun's third-order
+# method, by which the paper integrates the expected output.
 _WHOLE, _SHARE = 0.25, 1 / 3
 
 
@@ -39,14 +40,14 @@ def sparse_mixer(
   Args:
     router_logits: The logits.
     num_selected: K; 2 in the paper and in Phi-3.5-MoE.
-    threshold: The threshold.
+    threshold: The largest such quotient of an expert that takes part.
     key: The key of the draws; None takes the likeliest experts (inference).
     imposed: Experts that are chosen instead, or a negative number where the
       rule chooses. An imposed expert that takes no part in a choice has gate 0.
 
   Returns:
     The experts, and their gates, whose gradient is that of the softmax at the
-    expert, also where a third of the gate is taken.
+    expert, also where the gate is multiplied by 1/3.
   """
   E, K = router_logits.shape[-1], num_selected
   check_selected(K, E)
@@ -54,8 +55,8 @@ def sparse_mixer(
   for k in range(K):
     largest = open_logits.max(-1, keepdims=True)
     scale = jnp.maximum(jnp.abs(router_logits), largest)
-    # If numerator and scale are zero, the quotient is NaN: the expert takes
-    # part.
+    # If numerator and scale are zero, the quotient is NaN, which is not above
+    # the threshold, so that the expert takes part.
     is_far = (largest - router_logits) / scale > threshold
     near_logits = jnp.where(
       jax.lax.stop_gradient(is_far), -jnp.inf, open_logits

@@ -1,6 +1,6 @@
 """Statistics of a routing: sums over real tokens, which merge by adding.
 
-The rate of dropped choices is defined here, once.
+The rate of dropped choices is also defined here, and nowhere else.
 """
 
 from collections.abc import Iterable
@@ -24,11 +24,13 @@ class RoutingStats(NamedTuple):
     tokens: float32 [], real tokens.
     load: float32 [E], choices per expert before dropping.
     kept_load: float32 [E], choices per expert that were served.
-    overflowed: float32 [K], choices by rank that were dropped because the
-      expert was full; `drop_rate` makes a rate of them. Where experts choose,
-      a token that no expert took has lost all K.
-    unsent: float32 [K], choices by rank that a second policy did not send
-      and whose expert was not full. They do not count as dropped.
+    overflowed: float32 [K], choices of each rank (a token's first, its second,
+      ...) that were dropped because the expert was full; `drop_rate` makes a
+      rate of them. Where experts choose, a token that no expert took counts as
+      one dropped choice of every rank.
+    unsent: float32 [K], choices of each rank that a second policy (see
+      `token_choice`) did not send and whose expert was not full. They do not
+      count as dropped.
     entropy: float32 [], sum over tokens of the entropy of the router's
       probabilities, in nats; 0 for a router without logits.
     logit_square: float32 [], sum over tokens of the mean square of the
@@ -74,9 +76,9 @@ def routing_stats(
 ) -> RoutingStats:
   """The statistics of one routing, which have no gradient.
 
-  Where experts choose, nothing is dropped, and padding has no slot. In a soft
-  mixture a token's K choices are divided among the experts in proportion to its
-  gates, which are the router's probabilities.
+  Where experts choose, all choices are served, and padding has no slot. In a
+  soft mixture a token's K choices are divided among the experts in proportion
+  to its gates, which are the router's probabilities.
 
   Args:
     routing: The routing.
@@ -144,15 +146,16 @@ def token_square(router_logits: Float32[Array, '*G E']) -> Float32[Array, '*G']:
 
 
 class ExchangeStats(NamedTuple):
-  """Sums over the devices that have groups; add two to merge them.
+  """Counts of rows that devices exchange; add two to merge them.
 
-  All are zero on one device.
+  The counts are summed over devices, and zero on a single device.
 
   Attributes:
     away: float32 [], rows whose expert is on another device.
     sent: float32 [], rows that had to go to another device: those of `away`
-      whose expert was not sent to all devices instead.
-    shadowed: float32 [], experts that were sent to all devices.
+      whose expert was not shadowed.
+    shadowed: float32 [], experts that were shadowed: sent to all devices, so
+      that their rows stay where they are.
     choices: float32 [], the number of sets of devices that exchange rows,
       summed over microbatches; shadowed / choices is the mean number of
       shadowed experts.
@@ -220,7 +223,7 @@ def empty_aux(
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
-  """`aux` with zeros added to its loads, so that they have `num_experts`."""
+  """`aux` with zeros added to its loads, for `num_experts` experts in all."""
   stats = aux.stats
   missing = num_experts - stats.load.shape[-1]
   if not missing:
@@ -240,7 +243,7 @@ def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
     nothing. The first two are NaN where no expert took anything.
 
   Raises:
-    ValueError: `load` is not one row of finite numbers >= 0.
+    ValueError: `load` is not a vector of finite numbers >= 0.
   """
   load = np.asarray(load, np.float64)
   if load.ndim != 1 or not load.size:

@@ -27,7 +27,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey, checked
 
 
 class Gate(NamedTuple):
-  """The computation of gates from a token's logits, for a kind of gates.
+  """The way in which one kind of gates is computed from a token's logits.
 
   Attributes:
     scores: The scores that gates are computed from; one of
@@ -198,7 +198,8 @@ def choose(
   """
   check_selected(num_selected, scores.shape[-1])
   scores = jax.lax.stop_gradient(scores)
-  # A top-K puts 0. before -0., which are equal and so tie.
+  # `top_k` puts 0. before -0., although they are equal and so tie; this line
+  # makes both 0.
   scores = jnp.where(scores == 0, 0.0, scores)
   return decided(jax.lax.top_k(scores, num_selected)[1])
 
@@ -209,8 +210,8 @@ def at_choices(
 ) -> Float32[Array, '*G K']:
   """The values of the chosen experts, read by one-hot sums.
 
-  So the gradient of `values` is a product, not a scatter, and under sharding
-  needs no gather.
+  Unlike indexing, such a sum has a gradient that is a product, not a scatter,
+  and it needs no gather where `values` is sharded.
   """
   E = values.shape[-1]
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [..., K, E]
