@@ -55,7 +55,7 @@ from moe_jax.compression import whole_run
 from moe_jax.errors import InputError
 from moe_jax.runs.metrics import FILE_NAME, read_metrics
 
-STEPS, MOST_KILLS_OF_A_RUN = 150, 6
+STEPS, MOST_KILLS_OF_A_RUN = 75, 10
 MESHES = dict(data=2, expert=1), dict(data=1, expert=2)
 # Runs a module that kills itself when it is about to rename its nth file, and
 # prints how many files were renamed if it ended by itself.
@@ -140,9 +140,9 @@ class Work:
     for attempt in range(1, 100):
       alone = len(kills) == most
       by_rename = not alone and draw.random() < 0.5
-      fatal = draw.randint(1, self.renames) if by_rename else 0
+      fatal = draw.randint(1, self.renames // 2) if by_rename else 0
       processes = self.start(folder, attempt, fatal)
-      seconds = draw.uniform(0.2, 1.1) * self.seconds
+      seconds = draw.uniform(0.1, 1) * self.seconds
       deadline = time.monotonic() + (600 if alone or by_rename else seconds)
       while len(processes.running()) == len(processes.all):
         if time.monotonic() > deadline:
