@@ -29,11 +29,11 @@ import numpy as np
 
 from experiments.soaking import soak_run
 from experiments.soaking.soak_disturbances import (
-  Processes,
   contest,
   corrupt,
   disturb,
   failing_storage,
+  start_run,
 )
 from experiments.soaking.soak_evidence import (
   Tally,
@@ -67,7 +67,7 @@ def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
   count, mesh = SAME
   spec = dict(seed=seed, total_steps=total_steps, mesh=mesh)
   spec |= dict(gradients=False, attempt=0)
-  processes = Processes(workdir, spec, count)
+  processes = start_run(workdir, spec, count)
   if not processes.wait(3600) or any(p.returncode for p in processes.all):
     raise SystemExit(f'the undisturbed run failed; see {workdir}/log_0.txt')
   return outcome(workdir)
@@ -128,9 +128,9 @@ def disturbed(
     if not alone and draw.random() < 0.25:
       variables = failing_storage(workdir.parent, draw)
       tally.counts['failing storages'] += bool(variables)
-    processes = Processes(workdir, attempt_spec, count, variables)
+    processes = start_run(workdir, attempt_spec, count, variables)
     if not alone and not variables and draw.random() < 0.25:
-      second = Processes(workdir, attempt_spec, count, variables)
+      second = start_run(workdir, attempt_spec, count, variables)
       processes = contest(processes, second, tally)
     if alone:
       processes.wait(3600)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.soaking.soak_disturbances import Processes
+from experiments.soaking.soak_disturbances import Processes, start_run
 from experiments.soaking.soak_evidence import (
   Tally,
   count_batches,
@@ -49,7 +49,7 @@ SPEC = dict(
 
 def start(workdir: pathlib.Path, attempt: int) -> Processes:
   """Starts the run, or goes on with it."""
-  return Processes(workdir, {**SPEC, 'attempt': attempt}, 1)
+  return start_run(workdir, {**SPEC, 'attempt': attempt}, 1)
 
 
 def end(workdir: pathlib.Path, attempt: int) -> dict[str, Any]:

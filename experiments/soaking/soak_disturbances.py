@@ -28,49 +28,9 @@ HANG_SECONDS = 90.0
 class Processes:
   """The processes of one run."""
 
-  def __init__(
-    self,
-    workdir: pathlib.Path,
-    spec: dict[str, Any],
-    count: int,
-    variables: Mapping[str, str] | None = None,
-  ):
-    """Starts the processes; each has an equal share of the mesh's devices.
-
-    Args:
-      workdir: Folder of the run.
-      spec: Arguments of `soak_run.py`, written as JSON.
-      count: Number of processes.
-      variables: Further variables of their environment.
-    """
-    devices = int(np.prod(list(spec['mesh'].values()))) // count
-    env = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': str(devices),
-      **(variables or {}),
-    }
-    coordination = [f'127.0.0.1:{free_port()}', str(count)]
-    workdir.mkdir(parents=True, exist_ok=True)
-    command = [
-      sys.executable,
-      '-m',
-      'experiments.soaking.soak_run',
-      str(workdir),
-    ]
-    self.all = []
-    for i in range(count):
-      with (workdir / f'log_{i}.txt').open('ab') as log:
-        process = subprocess.Popen(
-          [
-            *command,
-            json.dumps(spec),
-            *([*coordination, str(i)] if count > 1 else []),
-          ],
-          env=env,
-          stdout=log,
-          stderr=subprocess.STDOUT,
-        )
-      self.all.append(process)
+  def __init__(self, processes: Sequence[subprocess.Popen]):
+    """Takes processes that have been started."""
+    self.all = processes
 
   def running(self) -> list[subprocess.Popen]:
     """The processes that have not ended."""
@@ -96,6 +56,59 @@ class Processes:
     for process in self.all:
       process.wait()
     return in_time
+
+
+def start_run(
+  workdir: pathlib.Path,
+  spec: dict[str, Any],
+  count: int,
+  variables: Mapping[str, str] | None = None,
+  program: Sequence[str] = ('-m', 'experiments.soaking.soak_run'),
+) -> Processes:
+  """Starts a run's processes; each has an equal share of the mesh's devices.
+
+  Args:
+    workdir: Folder of the run.
+    spec: Arguments of `soak_run.py`, written as JSON.
+    count: Number of processes.
+    variables: Further variables of their environment.
+    program: Arguments of Python, before those of `soak_run.py`.
+  """
+  devices = int(np.prod(list(spec['mesh'].values()))) // count
+  env = {'JAX_NUM_CPU_DEVICES': str(devices), **(variables or {})}
+  coordination = [f'127.0.0.1:{free_port()}', str(count)]
+  command = [*program, str(workdir), json.dumps(spec)]
+  return Processes(
+    [
+      start(
+        [*command, *([*coordination, str(i)] if count > 1 else [])],
+        workdir / f'log_{i}.txt',
+        env,
+      )
+      for i in range(count)
+    ]
+  )
+
+
+def start(
+  arguments: Sequence[str], log: pathlib.Path, variables: Mapping[str, str]
+) -> subprocess.Popen:
+  """Starts Python on the CPU, in a process group of its own.
+
+  Args:
+    arguments: Arguments of Python.
+    log: File that its output is added to.
+    variables: Further variables of its environment.
+  """
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with log.open('ab') as file:
+    return subprocess.Popen(
+      [sys.executable, *arguments],
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', **variables},
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )
 
 
 def disturb(

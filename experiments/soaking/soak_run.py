@@ -3,8 +3,8 @@
     python -m experiments.soaking.soak_run WORKDIR JSON [HOST:PORT PROCESSES ID]
 
 The witness of process i records the process's steps in `witness_i.jsonl`, a
-line at a time, so that a kill loses at most the last line. JSON holds `seed`,
-`total_steps`, `mesh`, `gradients` and `attempt`, and may hold `evaluation`.
+line at a time, so that a kill loses at most the last line. JSON holds
+`attempt`, `gradients` and arguments of `make_options`.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ def make_options(
   total_steps: int,
   mesh: Mapping[str, int],
   evaluation: Mapping[str, Any] = types.MappingProxyType({}),
+  keep_newest: int = 3,
 ) -> RunConfig:
   """Options of a run whose sparse model takes milliseconds for a step.
 
@@ -51,13 +52,14 @@ def make_options(
     total_steps: Number of its steps.
     mesh: Sizes of the axes of its mesh.
     evaluation: Arguments of `base.evaluation` that differ from the usual ones.
+    keep_newest: Number of the checkpoints that are kept.
   """
   config = base.get_config()
   config.evals = {
     EVAL: base.evaluation(**{'every_steps': 2 * SAVE_EVERY, **evaluation})
   }
   config.checkpoint.keep_best = False
-  config.checkpoint.keep_newest = 3
+  config.checkpoint.keep_newest = keep_newest
   config.checkpoint.every_steps = SAVE_EVERY
   config.distributed.heartbeat_timeout_seconds = 10
   # Seconds that processes wait for one that was killed while it started.
