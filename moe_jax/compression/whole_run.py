@@ -78,7 +78,7 @@ def write(
 
   Args:
     run: The run whose model the new parameters were made of.
-    output: A folder that is new or empty, or that a killed command left.
+    output: A folder that is new or empty.
     params: The parameters of the new model.
     model: The options of the new model; None keeps the options of the run.
     router_state: The state of the new model's routers; None keeps the state in

@@ -8,37 +8,21 @@ files that came with weights that were imported. `config.py`, a config file for
 makes a new model from a run.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config import Section, plain, section_of
 from moe_jax.data import tokenizers
-from moe_jax.data.cache_folders import locked
-from moe_jax.errors import InputError, writing
+from moe_jax.data.cache_folders import whole_folder
 from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 
-FILES = workdir_lib.IMPORTED
 CONFIG_PY, VALUES = 'config.py', 'first_config.json'
-_UNFINISHED = '.unfinished'
-# The files and folders of a new run's folder, in the order in which they are
-# moved there.
-_ENTRIES = (
-  FILES,
-  workdir_lib.TOKENIZER,
-  workdir_lib.PLUGINS,
-  workdir_lib.CHECKPOINTS,
-  VALUES,
-  CONFIG_PY,
-  workdir_lib.CONFIG_SHA256,
-  workdir_lib.CONFIG,
-)
 _CONFIG_PY = '''"""A run that began with the parameters of another model.
 
     python -m moe_jax.main --config=FOLDER/config.py --workdir=FOLDER
@@ -55,71 +39,6 @@ def get_config():
 '''
 
 
-def check_free(folder: pathlib.Path) -> None:
-  """Raises ValueError for a folder that is neither new nor empty.
-
-  Files and folders that a killed command has left there do not count.
-  """
-  if folder.exists() and not folder.is_dir():
-    raise InputError(f'{folder} is a file; it must be a folder')
-  names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-  run = [n for n in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS) if n in names]
-  if _UNFINISHED in names and workdir_lib.CONFIG not in names:
-    names -= {_UNFINISHED, *_ENTRIES}
-    run = []
-  if run:
-    raise InputError(f'{folder} holds a run already ({run[0]}); choose another')
-  names = {name for name in names if not name.endswith('.lock')}
-  if names:
-    raise InputError(
-      f'{folder} is not empty, it has {min(names)!r}; give a new or empty one'
-    )
-
-
-@contextlib.contextmanager
-def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder in which a run is built; then its contents move to `folder`.
-
-  The config moves last, so that a killed command leaves no run, and is simply
-  started again.
-  """
-  is_new = not folder.exists()
-  folder.mkdir(parents=True, exist_ok=True)
-  unfinished = folder / _UNFINISHED
-  try:
-    with locked(unfinished), writing(folder):
-      check_free(folder)
-      for name in (_UNFINISHED, *_ENTRIES):
-        _remove(folder / name)
-      unfinished.mkdir()
-      yield unfinished
-      for name in _ENTRIES:
-        if (unfinished / name).exists():
-          (unfinished / name).rename(folder / name)
-      unfinished.rmdir()
-  except BaseException:
-    _remove(unfinished)
-    if is_new:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
-    raise
-
-
-def _remove(path: pathlib.Path) -> None:
-  """Removes a file or a folder, if it is there."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
-
-
-def copy_files(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
-  """Copies the small files of a checkpoint into a new folder."""
-  folder.mkdir(parents=True)
-  for path in files:
-    shutil.copyfile(path, folder / path.name)
-
-
 def write(
   folder: pathlib.Path,
   config: Section,
@@ -129,7 +48,7 @@ def write(
   """Writes a run's config and checkpoint beside its tokenizer and files.
 
   Args:
-    folder: The folder that `building` gave.
+    folder: The folder, which a caller renames once it is whole.
     config: The config of the run.
     variables: 'params' of the run's model, and 'router_state' if it has one.
     extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
@@ -163,7 +82,7 @@ def derive(
 
   Args:
     base: Folder of a run.
-    output: A folder that is new or empty, or that a killed command left.
+    output: A folder that is new or empty.
     params: The parameters of the new model.
     changes: Sections of the config that replace those of the base, by name.
     router_state: The state of the model's routers; None or empty where they
@@ -182,14 +101,14 @@ def derive(
   for section in ('lora', 'init_from', 'distill'):
     config.pop(section, None)
   config.get('checkpoint', {}).pop('directory', None)
-  for name in (FILES, workdir_lib.TOKENIZER):
+  for name in (workdir_lib.IMPORTED, workdir_lib.TOKENIZER):
     config = _with_folder(config, str(base / name), str(output / name))
-  with building(output) as unfinished:
+  with whole_folder(output) as unfinished:
     for name in (workdir_lib.TOKENIZER, workdir_lib.PLUGINS):
       if (base / name).exists():
         shutil.copyfile(base / name, unfinished / name)
-    if (base / FILES).is_dir():
-      copy_files(sorted((base / FILES).iterdir()), unfinished / FILES)
+    if (imported := base / workdir_lib.IMPORTED).is_dir():
+      shutil.copytree(imported, unfinished / imported.name)
     write(unfinished, config, as_variables(params, router_state))
   return output
 
