@@ -181,7 +181,7 @@ class Distilling(Hook):
     finetuning.check(run, self.allow)
 
   def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
-    """The variables that a run begins with; see `training.begin.Initial`.
+    """The variables that a run begins with; see `training.setup.Initial`.
 
     The variables come from the teacher, as `distill.start` says, or from
     `config.init_from`.

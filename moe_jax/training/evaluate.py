@@ -257,8 +257,6 @@ def _check_row(name: str, row: Any) -> None:
       "{'accuracy': 0.5}"
     )
   for key, value in row.items():
-    if not isinstance(key, str):
-      raise InputError(f'evals.{name}: {key!r} names a number, and is no text')
     python_numbers(f'evals.{name}: {key}', value)
 
 

@@ -437,19 +437,19 @@ class RunOptions(Options):
     return [n for n, e in self.evals.items() if isinstance(e, LossEvaluation)]
 
   def _best_problems(self) -> Iterator[str]:
-    checkpoint = self.checkpoint
-    best, losses = checkpoint.best_eval, self.loss_evals
-    if checkpoint.keep_best and checkpoint.best_metric != 'loss':
-      if best not in self.evals:
-        yield unknown_text('evaluation checkpoint.best_eval', best, self.evals)
-      else:
-        yield from self._metric_problems()
-    elif checkpoint.keep_best and best not in losses:
-      yield (
-        f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
-        f'{sorted(losses)}; or set checkpoint.keep_best=False'
-      )
-    patience = self.early_stopping.patience
+    """The problems of the number by which checkpoints are compared."""
+    checkpoint, patience = self.checkpoint, self.early_stopping.patience
+    best, metric = checkpoint.best_eval, checkpoint.best_metric
+    if checkpoint.keep_best and best not in self.evals:
+      text = unknown_text('evaluation checkpoint.best_eval', best, self.evals)
+      yield f'{text}; or set checkpoint.keep_best=False'
+    elif checkpoint.keep_best:
+      entry = self.evals[best]
+      # A class that overrides `measure` alone does not tell its metrics' names.
+      kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
+      names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
+      if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
+        yield unknown_text('checkpoint.best_metric', metric, names)
     if patience and not checkpoint.keep_best:
       yield (
         f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '
@@ -460,15 +460,6 @@ class RunOptions(Options):
         f'early_stopping.patience={patience} with evals.{best}.every_steps=0: '
         'the evaluation runs only at the end'
       )
-
-  def _metric_problems(self) -> Iterator[str]:
-    metric = self.checkpoint.best_metric
-    entry = self.evals[self.checkpoint.best_eval]
-    # A class that overrides `measure` alone does not tell its metrics' names.
-    kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
-    names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
-    if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
-      yield unknown_text('checkpoint.best_metric', metric, names)
 
   def shape(self, row_parts: int = 1) -> RunShape:
     """The sizes of the run that a model has to fit.

@@ -1,7 +1,6 @@
 """Reading of a trained run: its options, tokenizer and parameters."""
 
 import hashlib
-import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
 from moe_jax.runs.retention import Directory
 from moe_jax.runs.storage_errors import describe as describe_error
-from moe_jax.runs.workdir import CONFIG, IMPORTED, TOKENIZER, kept_config
+from moe_jax.runs.workdir import CONFIG, TOKENIZER, kept_config
 from moe_jax.training import averages, trainable
 
 _FIRST_SAVE = (
@@ -124,19 +123,19 @@ def read(
       config was edited, or it names a class of a module that is not allowed.
   """
   folder = workdir_lib.folder_of(workdir)
-  for name in (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,):
-    if not (folder / name).exists():
-      reason = f'it has no {name}'
-      if name == TOKENIZER and (folder / IMPORTED).exists():
-        reason += (
-          ', as a checkpoint without one was imported; train it there first, '
-          'or import it again, with its own tokenizer: '
-          '--config.data.tokenizer.kind=file '
-          '--config.data.tokenizer.file.path=TOKENIZER'
-        )
-      elif name == CONFIG:
-        reason += _where_runs_are(folder)
-      raise InputError(f'{folder} holds no trained run: {reason}')
+  if not (folder / CONFIG).exists():
+    raise InputError(
+      f'{folder} holds no trained run: it has no {CONFIG}'
+      f'{_where_runs_are(folder)}'
+    )
+  has_tokenizer = (folder / TOKENIZER).exists()
+  if tokenizer_needed and not has_tokenizer:
+    raise InputError(
+      f'{folder} holds no trained run: it has no {TOKENIZER}; if a checkpoint '
+      'without one was imported, train it there first, or import it again, '
+      'with its own tokenizer: --config.data.tokenizer.kind=file '
+      '--config.data.tokenizer.file.path=TOKENIZER'
+    )
   checkpoints = workdir_lib.checkpoints_of(folder)
   try:
     has_checkpoints = checkpoints.exists()
@@ -167,7 +166,7 @@ def read(
   workdir_lib.check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size = None, 0
-  if (folder / TOKENIZER).exists():
+  if has_tokenizer:
     tokenizer = tokenizers.load(folder / TOKENIZER)
     vocab_size = tokenizer.vocab_size
     data = data.with_tokenizer(tokenizer)
@@ -196,16 +195,15 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   """
   folder = workdir_lib.folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
-  name, is_highest = options.best_name, options.best_is_highest
   directory = Directory(
     workdir_lib.checkpoints_of(folder),
-    best_metric=name,
-    best_is_highest=is_highest,
+    best_metric=options.best_name,
+    best_is_highest=options.best_is_highest,
   )
   if (step := directory.best_step()) is None:
     raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
-      f'{directory.steps()} has the number {name!r}'
+      f'{directory.steps()} has the number {options.best_name!r}'
     )
   return step
 
@@ -278,22 +276,12 @@ def restore_variables(
   adapters = adapters or adapters_of(workdir, model)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-
-  def placed(leaf, axes):
-    # A vocabulary that does not divide is handled by `partitioning.sharding`.
-    fitting_axes = [
-      axis if axis == 'vocab' or size % num_shards(axis) == 0 else None
-      for axis, size in zip(axes, leaf.shape)
-    ]
-    return leaf.update(
-      sharding=partitioning.sharding(mesh, rules, fitting_axes, leaf.shape)
-    )
-
-  def num_shards(axis):
-    return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
-
   shapes, axes, _ = adapters.trees
-  abstract = jax.tree.map(placed, shapes, axes)
+  abstract = jax.tree.map(
+    lambda leaf, sharding: leaf.update(sharding=sharding),
+    shapes,
+    partitioning.tree_shardings(mesh, rules, axes, shapes, uneven=True),
+  )
   whole = partitioning.sharding(mesh, rules, ())
   states = trees.abstract_router_state(model) if router_state else {}
   routers = jax.tree.map(lambda leaf: leaf.update(sharding=whole), states)

@@ -17,7 +17,7 @@ from moe_jax.data import tokenizers
 from moe_jax.interop.import_run import import_run
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
-from moe_jax.training import begin, loop, setup
+from moe_jax.training import loop, setup
 from tests.generation import folders
 from tests.interop import folders as interop_folders
 from tests.training import tiny
@@ -49,7 +49,7 @@ def start_run(config, workdir, devices=1):
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   hook = distill.Distilling()
   with run.checkpoints:
-    run, state, _ = begin.begin(run, hook.initial)
+    run, state, _ = setup.begin(run, hook.initial)
   run = hook.start(run) or run
   return run, state, next(run.batches(0))
 

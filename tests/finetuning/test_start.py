@@ -12,7 +12,7 @@ from moe_jax.config import merge
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.training import begin, evaluate, loop, setup
+from moe_jax.training import evaluate, loop, setup
 from tests import golden
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -65,7 +65,7 @@ def run_and_initial_state(config, workdir, devices=1):
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
-    return begin.begin(run, finetuning.initial)[:2]
+    return setup.begin(run, finetuning.initial)[:2]
 
 
 @pytest.mark.slow
