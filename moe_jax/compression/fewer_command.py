@@ -22,7 +22,7 @@ from moe_jax.data import DataOptions
 from moe_jax.data.cache_folders import check_free
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.expert_arrays import sparse_layers
-from moe_jax.training import new_run
+from moe_jax.runs.workdir import CONFIG_PY
 
 
 def add(commands: Any) -> None:
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_bytes = bytes_in_memory(variables['params'])
   recovery = [
     *cli.program('moe_jax.main').split(),
-    f'--config={folder / new_run.CONFIG_PY}',
+    f'--config={folder / CONFIG_PY}',
     f'--workdir={folder}-recovered',
     f'--config.init_from.workdir={folder}',
     f'--config.distill.teacher={run.folder}',

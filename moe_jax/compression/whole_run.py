@@ -14,7 +14,7 @@ from moe_jax.config import section_of
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training import new_run, trained
+from moe_jax.training import trained
 
 
 class WholeRun(NamedTuple):
@@ -96,7 +96,7 @@ def write(
     if not model.routes_by_task:
       sample = workdir_lib.kept_config(run.folder).get('sample', {})
       changes['sample'] = {**sample, 'task': ''}
-  return new_run.derive(
+  return trained.derive(
     run.folder,
     output,
     params,

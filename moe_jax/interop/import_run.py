@@ -34,8 +34,8 @@ from moe_jax.interop.checkpoint_folder import (
   small_files,
 )
 from moe_jax.models import ModelOptions
-from moe_jax.runs.workdir import IMPORTED, TOKENIZER
-from moe_jax.training import new_run
+from moe_jax.runs.workdir import CONFIG_PY, IMPORTED, TOKENIZER
+from moe_jax.training import trained
 from moe_jax.training.run_options import RunOptions
 
 O = TypeVar('O', bound=Options)
@@ -95,7 +95,7 @@ def import_run(
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}
-    new_run.write(unfinished, section_of(options), variables, metadata)
+    trained.write(unfinished, section_of(options), variables, metadata)
   leaves = jax.tree.leaves(variables['params'])
   count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
   return [
@@ -224,7 +224,7 @@ def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
   """Lines on the command that trains the imported run further."""
   command = (
     f'go on: {cli.program("moe_jax.main")} '
-    f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
+    f'--config={shlex.quote(str(folder / CONFIG_PY))} '
     f'--workdir={shlex.quote(str(folder))}'
   )
   if tokenizer is not None:

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 
 from moe_jax.config import (
   SEEDS,
-  Kinds,
   OptionError,
   Options,
   choice,
-  entries,
   no_effect,
   option,
   unknown_text,
@@ -33,20 +31,13 @@ from moe_jax.models.selection import expression_problems
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.training.early_stopping import EarlyStoppingOptions
-from moe_jax.training.evaluate import (
-  DEFAULT_EVALS,
-  EvaluationOptions,
-  LossEvaluation,
-)
+from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
 from moe_jax.training.losses import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
 # The name of the option `MoeOptions.replay` in a config.
 REPLAY = 'model.moe.replay'
 _ITEM_BYTES = 4  # bytes of each number in a batch, a loss or logits
-_EVALUATIONS = Kinds(
-  'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +240,7 @@ class TraceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Options):
-  """All options of a run: the root of a config."""
+  """All options of a run; a config has those of `run_config.RunConfig`."""
 
   seed: int = option(
     0,
@@ -336,14 +327,11 @@ class RunOptions(Options):
   early_stopping: EarlyStoppingOptions = option(
     EarlyStoppingOptions(), 'Early end of the run by checkpoint.best_eval.'
   )
-  init_from: InitFromOptions = option(
-    InitFromOptions(), 'Run whose parameters this run begins with.'
-  )
-  evals: Mapping[str, EvaluationOptions] = entries(
-    _EVALUATIONS,
-    DEFAULT_EVALS,
-    'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
-    'name that the user chooses.',
+  # `RunConfig` has these two with all kinds of evaluations and initialisation,
+  # of which training knows none.
+  init_from: InitFromOptions = InitFromOptions()
+  evals: Mapping[str, EvaluationOptions] = dataclasses.field(
+    default_factory=dict
   )
   mesh: MeshOptions = option(
     MeshOptions(), 'Sizes of the axes of the mesh of devices.'

@@ -28,7 +28,7 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.early_stopping import EarlyStopping
-from moe_jax.training.evaluate import Evaluation, make_evaluations
+from moe_jax.training.evaluate import Evaluation, Setting, make_evaluations
 from moe_jax.training.losses import loss_weights
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -195,15 +195,9 @@ def set_up(
     *setup_notes(options, model, mesh),
     *checked.class_changes,
   )
+  setting = Setting(model, dataset, options.data, checked.folder, programs.put)
   evaluations = make_evaluations(
-    options.model,
-    model,
-    options.evals,
-    options.sharding.rules,
-    dataset=dataset,
-    data=options.data,
-    workdir=checked.folder,
-    put=programs.put,
+    options.evals, options.model, options.sharding.rules, setting
   )
   checkpoints = options.checkpoint.checkpointer(checked.checkpoints)
   recorder = Recorder(

@@ -1,9 +1,15 @@
-"""Reading of a trained run: its options, tokenizer and parameters."""
+"""A run's folder, as others than the run read it and make it.
+
+A trained run is read: its options, tokenizer and parameters. Imports, and
+commands that make a new model from a run, write the folder of a run that begins
+with given parameters.
+"""
 
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.config import read_options
+from moe_jax.config import Section, read_options, section_of
 from moe_jax.data import DataOptions, Dataset, load, tokenizers
+from moe_jax.data.cache_folders import whole_folder
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
@@ -24,7 +31,7 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
 from moe_jax.runs.retention import Directory
 from moe_jax.runs.storage_errors import describe as describe_error
-from moe_jax.runs.workdir import CONFIG, TOKENIZER, kept_config
+from moe_jax.runs.workdir import CONFIG, IMPORTED, TOKENIZER, kept_config
 from moe_jax.training import averages, trainable
 
 _FIRST_SAVE = (
@@ -53,24 +60,26 @@ class Described(NamedTuple):
   tokenizer: Tokenizer | None
   microbatches: int = 1
 
-  def token_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
-    """The problem of a tokenizer whose ids do not mean what the run's do."""
-    old, new = 'no tokenizer', tokenizer.ids_identity
-    if self.tokenizer is not None:
-      old = self.tokenizer.ids_identity
-    if old != new:
-      yield (
-        f'it was trained on tokens of {old}, the data is of {new}; to take its '
-        "tokenizer for other texts, give data.tokenizer.kind='file' and its "
-        'folder as data.tokenizer.file.path'
-      )
+  def data_problems(
+    self, data: DataOptions, tokenizer: Tokenizer
+  ) -> Iterator[str]:
+    """The problems of data in which ids or tasks do not mean what the run's do.
 
-  def task_problems(self, data: DataOptions) -> Iterator[str]:
-    """The problem of other data in which a task has another index.
+    A run without a tokenizer fits data of any tokens. Task i of a batch is
+    source i of `data.mixture`, which matters to models that route by task.
 
-    Task i of a batch is source i of `data.mixture`. Only a model that routes by
-    task can have this problem.
+    Args:
+      data: The options of the data.
+      tokenizer: The tokenizer of the data, whose ids may include those that a
+        task added, such as an EOS.
     """
+    ids, run_tokenizer = tokenizer.ids_identity, self.tokenizer
+    if run_tokenizer is not None and run_tokenizer.ids_identity != ids:
+      yield (
+        f'it was trained on tokens of {run_tokenizer.ids_identity}, the data '
+        f'is of {ids}; to take its tokenizer for other texts, give '
+        "data.tokenizer.kind='file' and its folder as data.tokenizer.file.path"
+      )
     if self.model.routes_by_task and self.data.tasks != data.tasks:
       yield (
         f'it routes by the tasks {list(self.data.tasks)}, and the data has '
@@ -83,9 +92,6 @@ class Described(NamedTuple):
   ) -> Dataset:
     """Loads data whose tokens and tasks are those that the run knows.
 
-    The tokenizers are compared as the data has them, since a task may add an
-    EOS. A run without a tokenizer fits data of any tokens.
-
     Args:
       workdir: The run's folder, for messages.
       options: The options of the data; None takes those of the run.
@@ -93,15 +99,10 @@ class Described(NamedTuple):
     Raises:
       ValueError: The data has other tokens or tasks than the run.
     """
-
-    def refuse(problems):
-      for problem in problems:
-        raise InputError(f'{workdir} does not fit the data: {problem}')
-
-    refuse(self.task_problems(options or self.data))
-    dataset = load(options or self.data)
-    if self.tokenizer is not None:
-      refuse(self.token_problems(dataset.tokenizer))
+    options = options or self.data
+    dataset = load(options)
+    for problem in self.data_problems(options, dataset.tokenizer):
+      raise InputError(f'{workdir} does not fit the data: {problem}')
     return dataset
 
 
@@ -310,3 +311,97 @@ def restore_variables(
   if routers:
     routers = saved.get(ROUTER_STATE) or trees.init_router_state(model)
   return restored._replace(state=trees.variables(params, routers))
+
+
+def write(
+  folder: pathlib.Path,
+  config: Section,
+  variables: Mapping[str, Any],
+  extra: dict[str, Any] | None = None,
+) -> None:
+  """Writes a run that begins with given variables, beside its tokenizer.
+
+  The folder gets the config, and a checkpoint of step 0 with only parameters
+  (and a balancing bias where the model keeps one).
+
+  Args:
+    folder: The folder, which the caller renames once it is whole.
+    config: The config of the run.
+    variables: 'params' of the run's model, and 'router_state' if it has one.
+    extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
+  """
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
+    saver.save(0, dict(variables), extra=extra)
+  workdir_lib.claim(folder, config)
+
+
+def derive(
+  base: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  params: Any,
+  changes: Mapping[str, Any] | None = None,
+  *,
+  router_state: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+  """Makes a run's folder from another run's, with parameters of its own.
+
+  The new config is that of the base, without the sections `lora`, `init_from`
+  and `distill`. Tokenizer and imported files are copied; where the base took
+  its tokenizer from the run of `init_from`, the new config names the copy.
+
+  Args:
+    base: Folder of a run.
+    output: A folder that is new or empty.
+    params: The parameters of the new model.
+    changes: Sections of the config that replace those of the base, by name.
+    router_state: The state of the model's routers; None or empty where they
+      keep none.
+
+  Returns:
+    The new folder, whole.
+
+  Raises:
+    ValueError: `output` is not free.
+  """
+  base = pathlib.Path(base).expanduser().resolve()
+  output = pathlib.Path(output).expanduser().resolve()
+  config = kept_config(base) | dict(changes or {})
+  config = _with_kept_tokenizer(config, base, output)
+  for section in ('lora', 'init_from', 'distill'):
+    config.pop(section, None)
+  config.get('checkpoint', {}).pop('directory', None)
+  for name in (IMPORTED, TOKENIZER):
+    config = _with_folder(config, str(base / name), str(output / name))
+  with whole_folder(output) as unfinished:
+    for name in (TOKENIZER, workdir_lib.PLUGINS):
+      if (base / name).exists():
+        shutil.copyfile(base / name, unfinished / name)
+    if (imported := base / IMPORTED).is_dir():
+      shutil.copytree(imported, unfinished / imported.name)
+    write(unfinished, config, trees.variables(params, router_state))
+  return output
+
+
+def _with_kept_tokenizer(
+  config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
+) -> dict[str, Any]:
+  """The config of the base run, with the tokenizer that the run really used.
+
+  A run that began from another run (`init_from`) used that run's tokenizer, not
+  its own `data.tokenizer`. The new run has no `init_from`, so its config names
+  the file of that tokenizer in `output`.
+  """
+  init_from, path = config.get('init_from', {}), base / TOKENIZER
+  is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)
+  if not is_kept or not path.exists():
+    return config
+  kept = tokenizers.FileOptions(str(output / TOKENIZER))
+  section = section_of(kept, tokenizers.TOKENIZERS).to_dict()
+  return config | {'data': {**config.get('data', {}), 'tokenizer': section}}
+
+
+def _with_folder(values: Any, old: str, new: str) -> Any:
+  """The values of a config in which one name of a folder replaces another."""
+  if isinstance(values, Mapping):
+    return {key: _with_folder(value, old, new) for key, value in values.items()}
+  return new if values == old else values

@@ -305,7 +305,7 @@ def test_an_imported_model_teaches(tmp_path, capsys):
     run_config.read(import_config),
     devices=jax.devices()[:1],
   )
-  teacher_config = cli.config_of(str(tmp_path / 'teacher' / 'config.py'))
+  teacher_config = cli.config_of(str(tmp_path / 'teacher' / 'this_config.py'))
   changes = {
     'model': {'moe': {'num_experts': 0}},
     'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},
@@ -315,7 +315,7 @@ def test_an_imported_model_teaches(tmp_path, capsys):
   assert 'beginning with the weights of step 0' in line
   assert 'their outputs averaged' in line
   # Its logits are kept by the same command as those of any run.
-  config_py = tmp_path / 'teacher' / 'config.py'
+  config_py = tmp_path / 'teacher' / 'this_config.py'
   source_flags = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']
   size_flags = [f'--output={tmp_path / "kept"}', '--batches=1', '--top=3']
   command.main(['keep_logits', *source_flags, *size_flags])

@@ -18,8 +18,8 @@ from tests.generation import folders
 KILLED = """
 import os, signal, sys
 from moe_jax.compression import __main__ as command
-from moe_jax.training import new_run
-new_run.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from moe_jax.runs import workdir
+workdir.claim = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 command.main(sys.argv[1:])
 """
 

@@ -13,7 +13,7 @@ from moe_jax.config import layered, merge
 from moe_jax.configs import base
 from moe_jax.data import tokenizers
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training import loop, new_run, setup, trained
+from moe_jax.training import loop, setup, trained
 from tests.generation import folders
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -188,8 +188,8 @@ def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
     data=overrides,
     init_from={'workdir': str(letters)},
   ).values()
-  made = new_run.derive(tuned, tmp_path / 'made', params)
-  config = run_config.from_file(made / new_run.VALUES)
+  made = trained.derive(tuned, tmp_path / 'made', params)
+  config = run_config.from_file(made / 'config.json')
   config = merge(config, {'data': texts(tmp_path / 'more', 'ba ab')})
   run = setup.set_up(**run_kwargs(config, made), resume=True)
   assert run.dataset.tokenizer.identity == LETTERS.identity

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moe_jax import cli, finetuning, run_config
-from moe_jax.analysis import run_page
 from moe_jax.config import merge
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
@@ -177,7 +176,6 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
 
 
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
-  (dense / 'this_config.py').write_text(run_page.THIS_CONFIG)
   own_config = f'--config={dense}/this_config.py'
   cases = {
     'holds no trained run': config_from(tmp_path / 'nothing'),

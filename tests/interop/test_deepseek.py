@@ -192,7 +192,7 @@ def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
 
 def run_options(workdir):
   source = dict(python_stdlib=dict(modules='email'))
-  config = cli.config_of(str(workdir / 'config.py'))
+  config = cli.config_of(str(workdir / 'this_config.py'))
   return run_config.read(merge(config, dict(data=dict(source=source))))
 
 

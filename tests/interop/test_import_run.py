@@ -63,7 +63,7 @@ def train(config, workdir, **kwargs):
 
 def config_of(workdir):
   """The run's config, as `moe_jax.main` reads it."""
-  return cli.config_of(str(workdir / 'config.py'))
+  return cli.config_of(str(workdir / 'this_config.py'))
 
 
 class Watch(Hook):

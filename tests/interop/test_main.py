@@ -37,7 +37,9 @@ def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
   options += ['--config.mesh.tensor=4', '--config.seed=3']
   status, text, _ = run(capsys, 'import', source, *options)
   assert status == 0 and 'on 8 x cpu' in text
-  assert f'go on: python -m moe_jax.main --config={workdir}/config.py' in text
+  assert (
+    f'go on: python -m moe_jax.main --config={workdir}/this_config.py' in text
+  )
   status, _, error = run(capsys, 'import', source, *options)
   assert status == 1 and 'is there already' in error
   status, text, _ = run(
