@@ -51,7 +51,7 @@ class EarlyStopping:
   Every process has such an object, and follows the values of process 0.
 
   Attributes:
-    options: When the run ends before its last step.
+    options: The patience, and the least change that counts as better.
     checkpoint: The metric that is measured, and whether a higher one is better.
     last_step: The step of the last measurement; 0 before the first.
     best: The best value so far; None before the first that is finite.
@@ -59,8 +59,8 @@ class EarlyStopping:
     reference: The last value that was better than the reference before it by
       more than `min_change`; None before the first that is finite.
     count: The number of measurements since the reference.
-    had_ended: Whether the run had ended when the checkpoint was saved that it
-      goes on from.
+    had_ended: Whether the run had already ended at the checkpoint from which it
+      goes on.
   """
 
   options: EarlyStoppingOptions

@@ -59,12 +59,12 @@ class Run:
     programs: The programs that the devices execute.
     train_step: The step of `programs`, unless a hook gives another step.
     evaluations: The run's evaluations.
-    checkpoints: The run's checkpoints.
+    checkpoints: Writes and reads the run's checkpoints.
     early_stopping: The measurements that may end the run before its last step.
     recorder: Writes and prints rows of metrics.
     message: Prints a line in process 0, above the bar of progress.
-    notes: Lines to print at the start: overrides that are ignored, and users'
-      files that have changed since the run began.
+    notes: Lines to print at the start: changes of the config and of users'
+      files since the run began, and options without an effect.
     row_offset: Index of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
   """
@@ -98,17 +98,15 @@ class Run:
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches after step `start`, moved to the devices."""
     put = self.programs.put
-    return map(
-      put.local,
-      data.train_batches(
-        self.dataset.splits['train'],
-        batch_size=self.options.batch_size,
-        seed=self.options.seed,
-        start=start,
-        share=put.rows,
-        offset=self.row_offset,
-      ),
+    batches = data.train_batches(
+      self.dataset.splits['train'],
+      batch_size=self.options.batch_size,
+      seed=self.options.seed,
+      start=start,
+      share=put.rows,
+      offset=self.row_offset,
     )
+    return map(put.local, batches)
 
 
 class Hook:
@@ -239,7 +237,7 @@ def set_up(
 
 
 def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
-  """A line for each option without an effect, or with an unusual one."""
+  """Lines on a warm-up that is cut, and on options that change nothing."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (

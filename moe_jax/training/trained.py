@@ -1,8 +1,8 @@
-"""A run's folder, as others than the run read it and make it.
+"""Reads the folder of a trained run, and makes one from given parameters.
 
-A trained run is read: its options, tokenizer and parameters. Imports, and
-commands that make a new model from a run, write the folder of a run that begins
-with given parameters.
+Generation, evaluation and export read the options, the tokenizer and the
+parameters of a run. Imports, and commands that make a new model from a run,
+write the folder of a run that begins with these parameters.
 """
 
 import hashlib
@@ -401,7 +401,7 @@ def _with_kept_tokenizer(
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:
-  """The values of a config in which one name of a folder replaces another."""
+  """A config's values, with the name of a folder in place of an old name."""
   if isinstance(values, Mapping):
     return {key: _with_folder(value, old, new) for key, value in values.items()}
   return new if values == old else values
