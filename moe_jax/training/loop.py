@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -274,6 +273,20 @@ _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 
 
 @contextlib.contextmanager
+def _handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
+  """Handles a signal while the body runs, as only the main thread may do."""
+  try:
+    old_handler = signal.signal(number, handler)
+  except ValueError:  # not the main thread: signals are the caller's
+    yield
+    return
+  try:
+    yield
+  finally:
+    signal.signal(number, old_handler)
+
+
+@contextlib.contextmanager
 def catching_sigterm() -> Iterator[Callable[[], bool]]:
   """Catches SIGTERM; gives a function that returns whether to stop now.
 
@@ -286,15 +299,8 @@ def catching_sigterm() -> Iterator[Callable[[], bool]]:
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
     return
   received = []
-  try:
-    handler = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-  except ValueError:  # not the main thread: signals are the caller's
-    yield lambda: False
-    return
-  try:
+  with _handling(signal.SIGTERM, lambda *_: received.append(True)):
     yield lambda: bool(received)
-  finally:
-    signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
@@ -317,12 +323,8 @@ def catching_interrupt() -> Iterator[list[int]]:
     with contextlib.suppress(RuntimeError):
       print_line(_SAVING, sys.stderr)
 
-  is_main_thread = threading.current_thread() is threading.main_thread()
-  if old_handler is not signal.default_int_handler or not is_main_thread:
+  if old_handler is not signal.default_int_handler:
     yield received
     return
-  signal.signal(signal.SIGINT, on_first_interrupt)
-  try:
+  with _handling(signal.SIGINT, on_first_interrupt):
     yield received
-  finally:
-    signal.signal(signal.SIGINT, old_handler)
