@@ -32,9 +32,8 @@ from moe_jax.analysis.replay import Replaying
 from moe_jax.config import layered, section_of
 from moe_jax.devices import keep_freed_memory
 from moe_jax.run_config import RunConfig
-from moe_jax.training.begin import begin
 from moe_jax.training.run_options import TraceOptions
-from moe_jax.training.setup import Hook, Run, set_up
+from moe_jax.training.setup import Hook, Run, begin, set_up
 
 NAME = 'bench_overhead'
 BARE, METRICS, BOTH = 'bare loop', 'metrics', 'metrics and checkpoint'

@@ -45,8 +45,7 @@ from experiments.soaking.soak_evidence import (
 )
 from moe_jax import cli
 from moe_jax.runs.workdir import CHECKPOINTS
-from moe_jax.training.begin import begin
-from moe_jax.training.setup import set_up
+from moe_jax.training.setup import begin, set_up
 
 SEEDS = (0, 1, 2)
 SAME = (2, dict(data=1, fsdp=1, expert=2, tensor=1))

@@ -351,11 +351,14 @@ def sharding(
   axes: Sequence[str | None],
   shape: Sequence[int] | None = None,
   name: str = 'array',
+  *,
+  uneven: bool = False,
 ) -> NamedSharding:
   """The sharding of an array whose dimensions have these logical axes.
 
   A vocabulary whose size its mesh axes do not divide stays whole; these axes
-  then split the width of the same array too, if they divide it.
+  then split the width of the same array too, if they divide it. With `uneven`,
+  every other dimension that its mesh axes do not divide stays whole as well.
 
   Raises:
     ValueError: An axis has no rule, two dimensions map to one mesh axis, or
@@ -381,13 +384,15 @@ def sharding(
       used[axis_name] = axis
     num_devices = math.prod(mesh.shape[axis_name] for axis_name in mesh_axes)
     if shape is not None and shape[i] % num_devices:
-      if axis != 'vocab':
+      if axis == 'vocab':
+        moved = mesh_axes
+      elif not uneven:
         raise InputError(
           f'{name}: {axis}={shape[i]} does not divide by {num_devices} devices '
           f'of mesh axes {mesh_axes}; choose their sizes so that it does, or '
           f"keep it whole on every device with sharding.{axis}=''"
         )
-      moved, mesh_axes = mesh_axes, ()
+      mesh_axes = ()
     spec.append(mesh_axes or None)
   if shape is not None and moved and 'embed' in axes:
     i = axes.index('embed')
@@ -397,7 +402,7 @@ def sharding(
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
+def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes, uneven=False):
   """The shardings of a tree of parameters.
 
   Args:
@@ -405,11 +410,13 @@ def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
     rules: The sharding table.
     axes: A tree like the parameters, with a tuple of logical axes for each.
     shapes: A tree like the parameters, of anything with a `shape`.
+    uneven: Whether a dimension that its mesh axes do not divide stays whole,
+      instead of being refused.
   """
 
   def leaf_sharding(path, shape, names):
     name = path_name(path)
-    return sharding(mesh, rules, names, shape.shape, name)
+    return sharding(mesh, rules, names, shape.shape, name, uneven=uneven)
 
   # `shapes` is the first tree, so that each tuple of names is passed whole.
   return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, axes)

@@ -22,7 +22,7 @@ from moe_jax.run_config import RunConfig
 from moe_jax.runs import retention
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import early_stopping
-from moe_jax.training.begin import DUE
+from moe_jax.training.setup import DUE
 
 FINISHED = 'launched.json'
 LOG = 'launch.log'

@@ -19,7 +19,6 @@ from moe_jax import run_config
 from moe_jax.errors import InputError
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.workdir import checkpoints_of
-from moe_jax.training.begin import EXPERTS
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.schedules import Trapezoid
 from moe_jax.training.setup import Hook, Run
@@ -144,17 +143,12 @@ class Branch(Hook):
     """Saves the state, unless the longer run was given it before."""
     if self._longer.is_finished:
       return
-    extra = {
-      'data_digest': run.dataset.digest,
-      EXPERTS: run.programs.trained.masks_digest,
-      **run.early_stopping.extra,
-    }
     with Checkpointer(
       checkpoints_of(self._longer.workdir, ''), keep_best=False
     ) as checkpointer:
       newest = checkpointer.newest_good()
       if newest is None or newest < self._at:
-        checkpointer.save(self._at, state, extra=extra)
+        checkpointer.save(self._at, state, extra=run.extra(self._at))
 
 
 def _stable_steps(options: RunOptions) -> int:

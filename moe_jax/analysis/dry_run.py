@@ -32,13 +32,12 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import trained
-from moe_jax.training.averages import change_problem
-from moe_jax.training.begin import end_problem
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import (
   Hook,
   Run,
+  resume_problem,
   set_up,
   setup_notes,
   with_tokenizer,
@@ -237,9 +236,7 @@ class DryRun:
     steps = run.checkpoints.steps()
     if not steps:
       yield f'workdir: {folder} has a run without checkpoints: it begins anew'
-    elif problem := end_problem(run, steps[-1]) or change_problem(
-      workdir_lib.kept_config(folder), run.options.optimizer.ema
-    ):
+    elif problem := resume_problem(run):
       self._refuse(problem)
     elif steps[-1] == run.options.total_steps:
       yield f'workdir: {folder} has a run that is at its end, step {steps[-1]}'

@@ -31,16 +31,6 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # the seconds that the last one took: drawing takes a hundredth of the time at
 # most.
 _PAUSE = 100
-THIS_CONFIG = '''"""The config of the run in this folder, for flags --config."""
-
-import pathlib
-
-from moe_jax import run_config
-
-
-def get_config():
-  return run_config.from_file(pathlib.Path(__file__).with_name('config.json'))
-'''
 # Whatever text the page shows is escaped, and browsers refuse every script.
 _TEMPLATE = pathlib.Path(__file__).with_name('run_page.html')
 
@@ -64,7 +54,6 @@ class Page(Hook):
       return
     self._run, self._outer_error = run, sys.exception()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
-    workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = {
       'devices': roofline.describe_mesh(run.mesh),
       'started': _now(),

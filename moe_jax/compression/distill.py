@@ -81,7 +81,9 @@ class Teacher:
 
   def _problems(self, options: DistillOptions) -> Iterator[str]:
     model, run = self.model, self._run
-    yield from self.options.token_problems(run.dataset.tokenizer)
+    yield from self.options.data_problems(
+      run.options.data, run.dataset.tokenizer
+    )
     if model.has_encoder != run.model.has_encoder:
       kinds = type(model).__name__, type(run.model).__name__
       yield f'it is a {kinds[0]}, which does not read the batches of {kinds[1]}'
@@ -91,7 +93,6 @@ class Teacher:
         f'it has logits of vocab_size={model.vocab_size}, this model of '
         f'{run.model.vocab_size}'
       )
-    yield from self.options.task_problems(run.options.data)
     if options.soft_weight and not options.logits:
       num_parts = partitioning.row_parts(run.mesh, self._rules)
       shape = run.options.shape(num_parts)
@@ -181,7 +182,7 @@ class Distilling(Hook):
     finetuning.check(run, self.allow)
 
   def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
-    """The variables that a run begins with; see `training.begin.Initial`.
+    """The variables that a run begins with; see `training.setup.Initial`.
 
     The variables come from the teacher, as `distill.start` says, or from
     `config.init_from`.

@@ -19,9 +19,10 @@ from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.calibration import SCORES
 from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.data import DataOptions
+from moe_jax.data.cache_folders import check_free
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.expert_arrays import sparse_layers
-from moe_jax.training import new_run
+from moe_jax.runs.workdir import CONFIG_PY
 
 
 def add(commands: Any) -> None:
@@ -69,7 +70,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  new_run.check_free(pathlib.Path(options.output).expanduser())
+  check_free(pathlib.Path(options.output).expanduser())
   data_options = None
   if options.config:
     data_options = cli.said_options(
@@ -115,7 +116,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_bytes = bytes_in_memory(variables['params'])
   recovery = [
     *cli.program('moe_jax.main').split(),
-    f'--config={folder / new_run.CONFIG_PY}',
+    f'--config={folder / CONFIG_PY}',
     f'--workdir={folder}-recovered',
     f'--config.init_from.workdir={folder}',
     f'--config.distill.teacher={run.folder}',

@@ -25,6 +25,7 @@ from moe_jax.compression import calibration, gptq, whole_run
 from moe_jax.compression.gptq import Outcome
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import unknown
+from moe_jax.data.cache_folders import check_free
 from moe_jax.errors import InputError
 from moe_jax.layers import kernel_format
 from moe_jax.layers.experts import SCOPE
@@ -33,7 +34,6 @@ from moe_jax.layers.kernel_format import FORMATS, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.description import Path
 from moe_jax.models.trees import flatten, unflatten
-from moe_jax.training import new_run
 
 METHODS = ('gptq', 'rtn')
 BATCHES = 16
@@ -82,7 +82,7 @@ def quantize(
     raise unknown('method', method, METHODS)
   run = whole_run.read(workdir, step=step, allow=allow)
   output = pathlib.Path(output).expanduser()
-  new_run.check_free(output)
+  check_free(output)
   options, places = _coded(run, format)
   batches = []
   if method == 'gptq':

@@ -14,7 +14,7 @@ from moe_jax.config import section_of
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training import new_run, trained
+from moe_jax.training import trained
 
 
 class WholeRun(NamedTuple):
@@ -79,7 +79,7 @@ def write(
 
   Args:
     run: The run whose model the new parameters were made of.
-    output: A folder that is new or empty, or that a killed command left.
+    output: A folder that is new or empty.
     params: The parameters of the new model.
     model: The options of the new model; None keeps the options of the run.
     router_state: The state of the new model's routers; None keeps the state in
@@ -97,7 +97,7 @@ def write(
     if not model.routes_by_task:
       sample = workdir_lib.kept_config(run.folder).get('sample', {})
       changes['sample'] = {**sample, 'task': ''}
-  return new_run.derive(
+  return trained.derive(
     run.folder,
     output,
     params,

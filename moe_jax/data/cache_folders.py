@@ -175,11 +175,16 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   folder = folder.resolve()
   folder.parent.mkdir(parents=True, exist_ok=True)
   with locked(folder) as alone:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise InputError(f'{folder} is there already; give a new or empty folder')
+    check_free(folder)
     with _new_folder(folder, alone) as unfinished:
       yield unfinished
       unfinished.rename(folder)
+
+
+def check_free(folder: pathlib.Path) -> None:
+  """Raises ValueError if `folder` is neither new nor empty."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise InputError(f'{folder} is there already; give a new or empty folder')
 
 
 def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:

@@ -14,6 +14,7 @@ from moe_jax.devices import Placing
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
   EvaluationOptions,
+  Setting,
   evaluation_rows,
   make_evaluations,
 )
@@ -67,14 +68,12 @@ def evaluate_all(
   # training.
   rows = size // partitioning.row_parts(mesh, rules)
   microbatches = math.gcd(run.microbatches, rows)
-  evaluations = make_evaluations(
-    run.options,
+  setting = Setting(
     run.model,
-    entries,
-    rules,
-    dataset=data.load(run.data),
-    data=run.data,
-    workdir=pathlib.Path(workdir).expanduser(),
-    put=Placing(sharding, size, microbatches),
+    data.load(run.data),
+    run.data,
+    pathlib.Path(workdir).expanduser(),
+    Placing(sharding, size, microbatches),
   )
+  evaluations = make_evaluations(entries, run.options, rules, setting)
   return evaluation_rows(evaluations, run.variables, run.step)

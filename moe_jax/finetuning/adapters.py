@@ -27,7 +27,7 @@ from moe_jax.models import Model
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.trees import describe, flatten, unflatten
 from moe_jax.partitioning import path_name
-from moe_jax.training import new_run, trained
+from moe_jax.training import trained
 
 WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
 _FORMAT = 2
@@ -176,7 +176,7 @@ def merge(
   _check_stateless(model)
   adapters, params = read(folder, model, params)
   merged = adapters.merged_on_devices(params)
-  new_folder = new_run.derive(base, output, merged)
+  new_folder = trained.derive(base, output, merged)
   return (
     f'step {base_step} of {base} with the adapter of {folder} is in '
     f'{new_folder}; its data, task and tokenizer are those of the base'

@@ -17,7 +17,7 @@ from moe_jax.models.meaning import difference
 from moe_jax.models.trees import abstract_router_state
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import PRNGKey
-from moe_jax.training import new_run, trained
+from moe_jax.training import trained
 from moe_jax.training.setup import Run
 
 
@@ -106,11 +106,8 @@ def _read(
       f'init_from.workdir={folder}: its kernels are in codes of few bits, '
       'which are not trained; begin with the run that they were made of'
     )
-  problems = (
-    *source_run.token_problems(run.dataset.tokenizer),
-    *source_run.task_problems(run.options.data),
-  )
-  for problem in problems:
+  data, tokenizer = run.options.data, run.dataset.tokenizer
+  for problem in source_run.data_problems(data, tokenizer):
     raise InputError(f'init_from.workdir={folder}: {problem}')
   source = source_run.model.build(run.options.sharding.rules)
   return folder, source_run, source, _plan(run, source, folder)
@@ -147,14 +144,14 @@ def _own_model(folder: pathlib.Path) -> str:
 
   The line is '' if the folder has no config file.
   """
-  for name in (workdir_lib.CONFIG_PY, new_run.CONFIG_PY):
-    if (folder / name).exists():
-      return (
-        "\nFor the other run's own model, begin with its config: "
-        f'--config={shlex.quote(str(folder / name))} '
-        f'--config.init_from.workdir={shlex.quote(str(folder))}'
-      )
-  return ''
+  path = folder / workdir_lib.CONFIG_PY
+  if not path.exists():
+    return ''
+  return (
+    "\nFor the other run's own model, begin with its config: "
+    f'--config={shlex.quote(str(path))} '
+    f'--config.init_from.workdir={shlex.quote(str(folder))}'
+  )
 
 
 def convert(

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
+import shutil
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -22,6 +23,7 @@ from moe_jax.data import (
   plain_files,
   tokenizers,
 )
+from moe_jax.data.cache_folders import check_free, whole_folder
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.json_tokenizer import SENTENCEPIECE_FILES
 from moe_jax.errors import InputError
@@ -32,8 +34,8 @@ from moe_jax.interop.checkpoint_folder import (
   small_files,
 )
 from moe_jax.models import ModelOptions
-from moe_jax.runs.workdir import TOKENIZER
-from moe_jax.training import new_run
+from moe_jax.runs.workdir import CONFIG_PY, IMPORTED, TOKENIZER
+from moe_jax.training import trained
 from moe_jax.training.run_options import RunOptions
 
 O = TypeVar('O', bound=Options)
@@ -68,7 +70,7 @@ def import_run(
       of the checkpoint is a link.
   """
   folder = pathlib.Path(workdir).expanduser().resolve()
-  new_run.check_free(folder)
+  check_free(folder)
   config_folder = fetch_folder(source, weights=False, revision=revision)
   data = options.data
   tokenizer, notes = _tokenizer(config_folder, data)
@@ -83,15 +85,17 @@ def import_run(
     data=_fitting_data(data, checkpoint, folder, tokenizer),
   )
   mesh = options.mesh.make(devices)
-  with new_run.building(folder) as unfinished:
+  with whole_folder(folder) as unfinished:
     variables = loading.load_variables(
       checkpoint, mesh=mesh, rules=options.sharding.rules
     )
-    new_run.copy_files(other_files, unfinished / new_run.FILES)
+    (unfinished / IMPORTED).mkdir()
+    for path in other_files:
+      shutil.copyfile(path, unfinished / IMPORTED / path.name)
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}
-    new_run.write(unfinished, section_of(options), variables, metadata)
+    trained.write(unfinished, section_of(options), variables, metadata)
   leaves = jax.tree.leaves(variables['params'])
   count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
   return [
@@ -183,7 +187,7 @@ def _fitting_data(
   if tokenizer is not None:
     tokenizer_file = plain_files.plain(checkpoint.folder, 'tokenizer.json')
     changes['tokenizer'] = (
-      JsonOptions(str(folder / new_run.FILES))
+      JsonOptions(str(folder / IMPORTED))
       if tokenizer_file
       else FileOptions(str(folder / TOKENIZER))
     )
@@ -220,7 +224,7 @@ def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
   """Lines on the command that trains the imported run further."""
   command = (
     f'go on: {cli.program("moe_jax.main")} '
-    f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
+    f'--config={shlex.quote(str(folder / CONFIG_PY))} '
     f'--workdir={shlex.quote(str(folder))}'
   )
   if tokenizer is not None:

@@ -19,11 +19,24 @@ from moe_jax.runs.storage_errors import storage_path
 
 CONFIG = 'config.json'
 CONFIG_SHA256 = 'config.sha256'  # sha256 of the config as the run wrote it
-CONFIG_PY = 'this_config.py'  # the config, for commands that take config files
+CONFIG_PY = 'this_config.py'  # reads the config, for flags --config
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = tokenizers.RUN_FILE
 IMPORTED = 'huggingface'  # files of the checkpoint that the run began with
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
+_CONFIG_PY = '''"""The config of the run in this folder.
+
+    python -m moe_jax.main --config=FOLDER/this_config.py --workdir=FOLDER
+"""
+
+import pathlib
+
+from moe_jax import run_config
+
+
+def get_config():
+  return run_config.from_file(pathlib.Path(__file__).with_name('config.json'))
+'''
 _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 _PACKAGE = 'moe_jax'
 # Options that were removed and that configs of earlier runs may have, with the
@@ -218,11 +231,13 @@ def claim(folder: pathlib.Path, config: Section) -> None:
   """Makes a folder that `check` allowed, and writes the config into it.
 
   Another config in the folder is kept as `config.0.json`, `config.1.json`, ...
+  `this_config.py`, always the same text, reads the config as a config file.
 
   Raises:
     OSError: The folder cannot be made or written.
   """
   folder.mkdir(parents=True, exist_ok=True)
+  write_text(folder / CONFIG_PY, _CONFIG_PY)
   path, values = folder / CONFIG, _plain(config)
   if path.exists():
     if kept_config(folder) == values:

@@ -9,7 +9,7 @@ is kept in float32, for the parameters that train.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -95,26 +95,6 @@ def averaged(params: Any, averages: Averages | None) -> Any:
   if averages is None:
     return params
   return changed(averages.mean, params, lambda mean, p: mean.astype(p.dtype))
-
-
-def change_problem(config: Mapping[str, Any], decay: float) -> str | None:
-  """The problem of a resumed run that would begin, or stop, to keep the mean.
-
-  Args:
-    config: The config with which the run began.
-    decay: The option `optimizer.ema` with which the run would go on.
-  """
-  old = config.get('optimizer', {}).get('ema', 0.0)
-  if bool(old) == bool(decay):
-    return None
-  return (
-    f'optimizer.ema={decay}, and the run began with {old}: it goes on with a '
-    'mean or without one, as it began; give another value above 0, or another '
-    '--workdir'
-    if old
-    else f'optimizer.ema={decay}, and the run began without a mean of its '
-    'parameters: it goes on with 0.0; begin another run from it by init_from'
-  )
 
 
 def kept_by_optimizer(state: TrainState) -> Any:

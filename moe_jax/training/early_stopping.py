@@ -12,7 +12,6 @@ from typing import Any
 from moe_jax.config import Options, option
 from moe_jax.devices import from_first
 from moe_jax.runs.checkpointer import CheckpointOptions
-from moe_jax.runs.metrics import Row
 
 # The name under which a checkpoint has the state of early stopping.
 EXTRA = 'early_stopping'
@@ -41,119 +40,107 @@ class EarlyStoppingOptions(Options):
       yield from self.in_vain('unless patience is at least 1')
 
 
+# The counts of `EarlyStopping` that a checkpoint keeps.
+_KEPT = ('last_step', 'best', 'best_step', 'reference', 'count')
+
+
 @dataclasses.dataclass
-class _State:
-  """State of early stopping between two measurements, kept in checkpoints.
+class EarlyStopping:
+  """The measurements of a run that decide whether it ends.
+
+  Every process has such an object, and follows the values of process 0.
 
   Attributes:
-    metric: The name of the metric that is measured.
-    best_is_highest: Whether a higher value is better.
-    min_change: The amount by which a value has to be better than `reference`.
+    options: The patience, and the least change that counts as better.
+    checkpoint: The metric that is measured, and whether a higher one is better.
     last_step: The step of the last measurement; 0 before the first.
-    best: The best value so far; None before the first.
+    best: The best value so far; None before the first that is finite.
     best_step: The step of the best value.
     reference: The last value that was better than the reference before it by
-      more than `min_change`; None before the first.
+      more than `min_change`; None before the first that is finite.
     count: The number of measurements since the reference.
-    ended: Whether the run had ended when the state was saved.
+    had_ended: Whether the run had already ended at the checkpoint from which it
+      goes on.
   """
 
-  metric: str
-  best_is_highest: bool
-  min_change: float
+  options: EarlyStoppingOptions
+  checkpoint: CheckpointOptions
   last_step: int = 0
   best: float | None = None
   best_step: int = 0
   reference: float | None = None
   count: int = 0
-  ended: bool = False
-
-
-class EarlyStopping:
-  """The measurements of a run that decide whether it ends.
-
-  Every process has such an object, and follows the values of process 0.
-  """
-
-  def __init__(
-    self, options: EarlyStoppingOptions, checkpoint: CheckpointOptions
-  ):
-    self._options = options
-    self._checkpoint = checkpoint
-    self._state = _State(
-      checkpoint.best_name, checkpoint.best_is_highest, options.min_change
-    )
+  had_ended: bool = False
 
   @property
   def ended(self) -> bool:
     """Whether the run ends after the step that was measured last."""
-    return 0 < self._options.patience <= self._state.count
+    return 0 < self.options.patience <= self.count
 
   @property
-  def ends_now(self) -> bool:
-    """Whether a run that had not ended when it was saved ends when restored.
-
-    It does so if it has less patience than when the checkpoint was saved.
-    """
-    return self.ended and not self._state.ended
+  def _rule(self) -> dict[str, Any]:
+    """The names and values that say which measurement is better."""
+    return {
+      'metric': self.checkpoint.best_name,
+      'best_is_highest': self.checkpoint.best_is_highest,
+      'min_change': self.options.min_change,
+    }
 
   @property
   def extra(self) -> dict[str, Any]:
     """The state as a checkpoint keeps it; {} if there is no early stopping."""
-    if not self._options.patience:
+    if not self.options.patience:
       return {}
-    return {EXTRA: dataclasses.asdict(self._state) | {'ended': self.ended}}
+    counts = {name: getattr(self, name) for name in _KEPT}
+    return {EXTRA: {**self._rule, **counts, 'ended': self.ended}}
 
   def restore(self, extra: Mapping[str, Any]) -> None:
-    """Goes on with the state in a checkpoint's extra values, or counts anew.
+    """Goes on with the counts in a checkpoint's extra values, or counts anew.
 
     It counts anew where another metric decides, or another rule says which
     value is better, since the stored counts are of other comparisons.
     """
     stored = extra.get(EXTRA, {})
-    rule = ('metric', 'best_is_highest', 'min_change')
-    if all(stored.get(name) == getattr(self._state, name) for name in rule):
-      self._state = _State(**stored)
+    if self._rule.items() <= stored.items():
+      self.had_ended = stored['ended']
+      for name in _KEPT:
+        setattr(self, name, stored[name])
 
-  def add(self, step: int, rows: Mapping[str, Row]) -> None:
-    """Takes the metrics of the evaluations after a step, by evaluation's name.
+  def add(self, step: int, value: float | None) -> None:
+    """Takes the measurement of a step; None, if there is none, counts nothing.
 
     A value that is not finite never counts as better. Every process calls
     this.
-
-    Raises:
-      ValueError: The row of `checkpoint.best_eval` lacks the metric.
     """
-    value = self._checkpoint.best_of(rows)
-    if value is None or not self._options.patience:
+    if value is None or not self.options.patience:
       return
-    value, state = from_first(value), self._state
-    state.last_step = step
-    if self._better(value, state.best, 0.0):
-      state.best, state.best_step = value, step
-    if self._better(value, state.reference, state.min_change):
-      state.reference, state.count = value, 0
+    value = from_first(value)
+    self.last_step = step
+    if self._better(value, self.best, 0.0):
+      self.best, self.best_step = value, step
+    if self._better(value, self.reference, self.options.min_change):
+      self.reference, self.count = value, 0
     else:
-      state.count += 1
+      self.count += 1
 
   def is_best(self, step: int) -> bool:
     """Whether a step has the best value so far; then its state is saved."""
-    return self._state.best is not None and self._state.best_step == step
+    return self.best is not None and self.best_step == step
 
   def _better(self, value: float, before: float | None, change: float) -> bool:
     if before is None or not math.isfinite(value):
       return math.isfinite(value)
-    sign = -1 if self._state.best_is_highest else 1
+    sign = -1 if self.checkpoint.best_is_highest else 1
     return sign * value < sign * before - change
 
   def describe(self) -> str:
     """The reason for which the run has ended, as text."""
-    state = self._state
     best = 'never finite'
-    if state.best is not None:
-      best = f'best {state.best:.6g} at step {state.best_step}'
+    if self.best is not None:
+      best = f'best {self.best:.6g} at step {self.best_step}'
     return (
-      f'{state.metric} has not been better in {state.count} evaluations, {best}'
+      f'{self.checkpoint.best_name} has not been better in {self.count} '
+      f'evaluations, {best}'
     )
 
 

@@ -56,21 +56,21 @@ class Setting:
   """The parts of a run that an evaluation may use.
 
   Attributes:
-    name: The name of the entry of `config.evals`.
-    model: The training model with the entry's overrides.
+    model: The training model with the overrides of the evaluation.
     dataset: The run's data.
     data: The options of the dataset.
     workdir: The run's folder, which need not exist yet.
     put: Moves batches of numpy arrays to the devices, and has their number of
       rows.
+    name: The name of the evaluation, an entry of `config.evals`.
   """
 
-  name: str
   model: Model
   dataset: Dataset
   data: DataOptions
   workdir: pathlib.Path
   put: Placing
+  name: str = ''
 
 
 def every_steps_option(every_steps: int) -> Any:
@@ -151,9 +151,8 @@ class LossEvaluation(EvaluationOptions):
 
   def measure(self, setting: Setting) -> 'Losses':
     """Returns the function that measures the loss on the split."""
-    s = setting
-    rows = s.dataset.splits[self.split]
-    return Losses(s.model, self.num_batches, rows, s.put)
+    rows = setting.dataset.splits[self.split]
+    return Losses(setting.model, self.num_batches, rows, setting.put)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """Shell patterns of the names of the metrics of `summary.summarize`."""
@@ -257,8 +256,6 @@ def _check_row(name: str, row: Any) -> None:
       "{'accuracy': 0.5}"
     )
   for key, value in row.items():
-    if not isinstance(key, str):
-      raise InputError(f'evals.{name}: {key!r} names a number, and is no text')
     python_numbers(f'evals.{name}: {key}', value)
 
 
@@ -359,20 +356,18 @@ _MOST_LISTED = 10
 
 
 def make_evaluations(
-  options: ModelOptions,
-  model: Model,
   entries: Mapping[str, EvaluationOptions],
+  options: ModelOptions,
   rules: Rules,
-  **parts: Any,
+  run: Setting,
 ) -> list[Evaluation]:
   """All evaluations of a run, ready to run.
 
   Args:
-    options: The training model's options, with the sizes that the data decides.
-    model: The training model.
     entries: The options of each evaluation, by name.
+    options: The training model's options, with the sizes that the data decides.
     rules: The sharding table.
-    **parts: The other fields of `Setting`.
+    run: The parts of the run, with the training model.
 
   Raises:
     OptionError: Parameters of some models differ from those of the training
@@ -380,13 +375,14 @@ def make_evaluations(
   """
   evaluations, problems = [], []
   for name, entry in entries.items():
-    entry_model = entry.overridden(options).build(rules)
-    if lines := differing_parameters(model, entry_model):
+    model = entry.overridden(options).build(rules)
+    if lines := differing_parameters(run.model, model):
       text = f'evals.{name}.model_overrides changes parameters:'
       problems.append('\n'.join([text, *lines]))
       continue
     try:
-      measure = entry.measure(Setting(name, entry_model, **parts))
+      setting = dataclasses.replace(run, name=name, model=model)
+      measure = entry.measure(setting)
       if not callable(measure):
         raise InputError(
           f'`measure` of {type(entry).__name__} returned {measure!r:.80}; it '

@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -25,17 +24,9 @@ from moe_jax.errors import InputError
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.watchdog import Watchdog, watching
 from moe_jax.runs.workdir import folder_of
-from moe_jax.training.begin import (
-  DUE,
-  EXPERTS,
-  NEXT_ROW,
-  NUM_ROWS,
-  Initial,
-  begin,
-)
 from moe_jax.training.evaluate import Stopped, evaluation_rows
 from moe_jax.training.run_options import RunOptions
-from moe_jax.training.setup import Hook, Run, set_up
+from moe_jax.training.setup import DUE, Hook, Initial, Run, begin, set_up
 from moe_jax.training.step import TrainState
 
 
@@ -72,7 +63,7 @@ def train_and_evaluate(
     resume: Whether to go on even where the workdir's options differ.
     devices: The devices of the mesh; None means all devices.
     initial: Gives the parameters for the section `init_from`; see
-      `begin.begin`.
+      `setup.begin`.
 
   Raises:
     ValueError: The options or the data are bad; `workdir` cannot be written,
@@ -107,18 +98,18 @@ def train_and_evaluate(
     watchdog.before_end = run.checkpoints.settle
     watchdog.mark('the restore')
     run, state, due = begin(run, initial)
-    at = _Position(int(state.step), state, due)
+    at = _Loop(run, hooks, watchdog, int(state.step), state, due)
     stack.enter_context(run.recorder.recording(at.step, due))
-    should_stop = stack.enter_context(catching_sigterm())
+    at.should_stop = stack.enter_context(catching_sigterm())
     for hook in hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')
       stack.callback(hook.close)
-      run = hook.start(run) or run
+      at.run = run = hook.start(run) or run
 
     with catching_interrupt() as interrupted:
-      _train(run, hooks, at, watchdog, should_stop)
+      _train(at)
     run.checkpoints.wait()
-    if ended := _has_ended(run, at):
+    if ended := _has_ended(at):
       if run.options.early_stopping.patience and is_first():
         run.message(
           f'the best checkpoint by {run.options.checkpoint.best_name} is that '
@@ -143,33 +134,35 @@ def train_and_evaluate(
 
 
 @dataclasses.dataclass
-class _Position:
-  """The step at which a run is, and what is left to do there.
+class _Loop:
+  """A run in its loop: the step at which it is, and what is left to do there.
 
   Attributes:
+    run: The run.
+    hooks: The hooks of the run.
+    watchdog: Watches for a process that is stuck or lost.
     step: The number of steps taken.
     state: The train state after these steps.
     due: Names of the evaluations of this state that are still to be made.
+    should_stop: Returns whether a signal stops the run.
   """
 
+  run: Run
+  hooks: Sequence[Hook]
+  watchdog: Watchdog
   step: int
   state: TrainState
   due: list[str]
+  should_stop: Callable[[], bool] = lambda: False
 
 
-def _train(
-  run: Run,
-  hooks: Sequence[Hook],
-  at: _Position,
-  watchdog: Watchdog,
-  should_stop: Callable[[], bool],
-) -> None:
+def _train(at: _Loop) -> None:
   """Takes the steps that are left, until the run ends or a signal stops it."""
-  total, early, stop = run.options.total_steps, run.early_stopping, False
-  if at.due or (early.ends_now and at.step < total):
-    watchdog.mark(f'evaluations of step {at.step}')
-    stop = _evaluate(run, hooks, at, should_stop)
-  if not stop and _has_ended(run, at):
+  run, watchdog, stop = at.run, at.watchdog, False
+  total, early = run.options.total_steps, run.early_stopping
+  if at.due or (early.ended and not early.had_ended and at.step < total):
+    stop = _evaluate(at)
+  if not stop and _has_ended(at):
     run.message(
       f'ended early at step {at.step}: {early.describe()}; to go on, give '
       'more early_stopping.patience, or 0, and --resume'
@@ -177,7 +170,7 @@ def _train(
       else f'already at step {at.step}: nothing left to train'
     )
   batches, period = run.batches(at.step), run.options.checkpoint.every_steps
-  while not (stop or _has_ended(run, at)):
+  while not (stop or _has_ended(at)):
     step = at.step + 1
     watchdog.mark(f'the data of step {step}')
     batch = next(batches)
@@ -185,28 +178,22 @@ def _train(
     at.state, metrics = run.train_step(at.state, batch)
     at.step = step
     run.recorder.add(step, metrics, batch)
-    stop, last = should_stop(), step == total
+    stop, last = at.should_stop(), step == total
     at.due = [e.name for e in run.evaluations if e.due(step) or last]
     if stop or last or (period and step % period == 0):
       watchdog.mark(f'the checkpoint of step {step}')
-      _save(run, hooks, at)
+      _save(at)
     if at.due and not stop:
-      watchdog.mark(f'evaluations of step {step}')
-      stop = _evaluate(run, hooks, at, should_stop)
+      stop = _evaluate(at)
 
 
-def _has_ended(run: Run, at: _Position) -> bool:
+def _has_ended(at: _Loop) -> bool:
   """Whether a run has ended, in full or early, with no evaluation due."""
-  is_last = at.step == run.options.total_steps or run.early_stopping.ended
+  is_last = at.step == at.run.options.total_steps or at.run.early_stopping.ended
   return is_last and not at.due
 
 
-def _evaluate(
-  run: Run,
-  hooks: Sequence[Hook],
-  at: _Position,
-  should_stop: Callable[[], bool],
-) -> bool:
+def _evaluate(at: _Loop) -> bool:
   """Runs the evaluations that are due; returns whether a signal stopped them.
 
   Metrics are recorded before early stopping judges them. If early stopping
@@ -214,7 +201,9 @@ def _evaluate(
   too. A run that is resumed with less patience may end at once; then only
   those other evaluations are run.
   """
-  early, measured, step = run.early_stopping, set[str](), at.step
+  run, measured, step = at.run, set[str](), at.step
+  early = run.early_stopping
+  at.watchdog.mark(f'evaluations of step {step}')
   try:
     while True:
       with run.recorder.paused(step):
@@ -222,15 +211,15 @@ def _evaluate(
           [e for e in run.evaluations if e.name in at.due],
           run.programs.variables(at.state),
           step,
-          should_stop=should_stop,
+          should_stop=at.should_stop,
           showing=functools.partial(run.recorder.evaluating, step),
         )
         run.recorder.evaluated(step, rows)
-        for hook in hooks:
+        for hook in at.hooks:
           hook.paused()
       measured |= rows.keys()
-      early.add(step, rows)
       best = run.options.checkpoint.best_of(rows)
+      early.add(step, best)
       at.due = []
       if early.ended:
         run.recorder.write_averages(step)
@@ -238,12 +227,12 @@ def _evaluate(
         at.due = [name for name in others if name not in measured]
       is_saved = run.checkpoints.last_step == step
       if is_saved or early.is_best(step) or early.ended:
-        _save(run, hooks, at, best)
+        _save(at, best)
       if not at.due:
         break
   except (Stopped, InputError) as error:
     if run.checkpoints.last_step != step:
-      _save(run, hooks, at)
+      _save(at)
     if isinstance(error, Stopped):
       return True
     raise
@@ -252,33 +241,23 @@ def _evaluate(
   return False
 
 
-def _save(
-  run: Run, hooks: Sequence[Hook], at: _Position, best: float | None = None
-) -> None:
+def _save(at: _Loop, best: float | None = None) -> None:
   """Saves a checkpoint, or updates the manifest of the step's checkpoint.
 
   Args:
-    run: The run.
-    hooks: The run's hooks.
-    at: The step, the state and the evaluations that are still due.
+    at: The run, and the step at which it is.
     best: The number that decides which checkpoint is the best; None where it is
       not measured.
   """
+  run = at.run
   with run.recorder.paused(at.step):
     run.recorder.confirm()
-    for hook in hooks:
+    for hook in at.hooks:
       hook.paused()
     is_new = run.checkpoints.save(
       at.step,
       at.state,
-      extra={
-        'data_digest': run.dataset.digest,
-        NUM_ROWS: len(run.dataset.splits['train']),
-        NEXT_ROW: run.row_offset + at.step * run.options.batch_size,
-        EXPERTS: run.programs.trained.masks_digest,
-        DUE: at.due,
-        **run.early_stopping.extra,
-      },
+      extra=run.extra(at.step) | {DUE: at.due},
       metrics={} if best is None else {run.options.checkpoint.best_name: best},
     )
     if is_new:
@@ -294,6 +273,20 @@ _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 
 
 @contextlib.contextmanager
+def _handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
+  """Handles a signal while the body runs, as only the main thread may do."""
+  try:
+    old_handler = signal.signal(number, handler)
+  except ValueError:  # not the main thread: signals are the caller's
+    yield
+    return
+  try:
+    yield
+  finally:
+    signal.signal(number, old_handler)
+
+
+@contextlib.contextmanager
 def catching_sigterm() -> Iterator[Callable[[], bool]]:
   """Catches SIGTERM; gives a function that returns whether to stop now.
 
@@ -306,15 +299,8 @@ def catching_sigterm() -> Iterator[Callable[[], bool]]:
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
     return
   received = []
-  try:
-    handler = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-  except ValueError:  # not the main thread: signals are the caller's
-    yield lambda: False
-    return
-  try:
+  with _handling(signal.SIGTERM, lambda *_: received.append(True)):
     yield lambda: bool(received)
-  finally:
-    signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
@@ -337,12 +323,8 @@ def catching_interrupt() -> Iterator[list[int]]:
     with contextlib.suppress(RuntimeError):
       print_line(_SAVING, sys.stderr)
 
-  is_main_thread = threading.current_thread() is threading.main_thread()
-  if old_handler is not signal.default_int_handler or not is_main_thread:
+  if old_handler is not signal.default_int_handler:
     yield received
     return
-  signal.signal(signal.SIGINT, on_first_interrupt)
-  try:
+  with _handling(signal.SIGINT, on_first_interrupt):
     yield received
-  finally:
-    signal.signal(signal.SIGINT, old_handler)

@@ -9,7 +9,6 @@ A new optimizer is one class with its options and its preconditioner.
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,14 +92,7 @@ class Optimizer(Options):
     for name in ('decay_rules', 'rate_rules'):
       rules = getattr(self, name)
       for pattern, factor in rules:
-        if pattern.startswith(_PART):
-          yield from expression_problems(name, _in_parts(pattern))
-        else:
-          try:
-            re.compile(pattern)
-          except re.error as error:
-            text = f'{pattern!r} is no regular expression: {error}'
-            yield f'{name}={rules!r}: {text}'
+        yield from expression_problems(name, _expression(pattern))
         if factor < 0:
           yield f'{name}={rules!r}: the factor {factor} must be at least 0'
 
@@ -158,15 +150,15 @@ class Optimizer(Options):
       ValueError: A rule names a part that the model lacks.
     """
 
-    def factors(name, default):
+    def factors(option, default):
       rules = [
-        (_selects(f'optimizer.{name}', pattern, roles), float(factor))
-        for pattern, factor in getattr(self, name)
+        (names_of(_expression(pattern), roles, f'optimizer.{option}'), factor)
+        for pattern, factor in getattr(self, option)
       ]
 
       def factor_of(path, role):
-        parameter = path_name(path)
-        chosen = (factor for selects, factor in rules if selects(parameter))
+        name = path_name(path)
+        chosen = (float(factor) for names, factor in rules if name in names)
         return next(chosen, default(role))
 
       with_path = jax.tree_util.tree_map_with_path
@@ -287,24 +279,14 @@ def is_role(leaf: Any) -> bool:
   return isinstance(leaf, Role)
 
 
-def _in_parts(pattern: str) -> str:
-  """The expression over a model's parts in a rule that begins with 'part:'."""
-  return pattern.removeprefix(_PART).strip()
+def _expression(pattern: str) -> str:
+  """The pattern of a rule as an expression that `trainable` could have.
 
-
-def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
-  """The function that says whether a rule selects a parameter, by its name."""
+  An empty regular expression is found in every name.
+  """
   if pattern.startswith(_PART):
-    return names_of(_in_parts(pattern), roles, option).__contains__
-  regex = re.compile(pattern)
-  leaves = jax.tree_util.tree_leaves_with_path(roles, is_leaf=is_role)
-  names = [path_name(path) for path, _ in leaves]
-  if not any(map(regex.search, names)):
-    raise InputError(
-      f'{option}: {pattern!r} is found in the name of no parameter; '
-      f'{names[0]!r} is one'
-    )
-  return lambda name: regex.search(name) is not None
+    return pattern.removeprefix(_PART).strip()
+  return f're:{pattern or "."}'
 
 
 def clipped(largest: float) -> Transform:

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 
 from moe_jax.config import (
   SEEDS,
-  Kinds,
   OptionError,
   Options,
   choice,
-  entries,
   no_effect,
   option,
   unknown_text,
@@ -33,20 +31,13 @@ from moe_jax.models.selection import expression_problems
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.training.early_stopping import EarlyStoppingOptions
-from moe_jax.training.evaluate import (
-  DEFAULT_EVALS,
-  EvaluationOptions,
-  LossEvaluation,
-)
+from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
 from moe_jax.training.losses import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
 # The name of the option `MoeOptions.replay` in a config.
 REPLAY = 'model.moe.replay'
 _ITEM_BYTES = 4  # bytes of each number in a batch, a loss or logits
-_EVALUATIONS = Kinds(
-  'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +240,7 @@ class TraceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Options):
-  """All options of a run: the root of a config."""
+  """All options of a run; a config has those of `run_config.RunConfig`."""
 
   seed: int = option(
     0,
@@ -336,14 +327,11 @@ class RunOptions(Options):
   early_stopping: EarlyStoppingOptions = option(
     EarlyStoppingOptions(), 'Early end of the run by checkpoint.best_eval.'
   )
-  init_from: InitFromOptions = option(
-    InitFromOptions(), 'Run whose parameters this run begins with.'
-  )
-  evals: Mapping[str, EvaluationOptions] = entries(
-    _EVALUATIONS,
-    DEFAULT_EVALS,
-    'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
-    'name that the user chooses.',
+  # `RunConfig` has these two with all kinds of evaluations and initialisation,
+  # of which training knows none.
+  init_from: InitFromOptions = InitFromOptions()
+  evals: Mapping[str, EvaluationOptions] = dataclasses.field(
+    default_factory=dict
   )
   mesh: MeshOptions = option(
     MeshOptions(), 'Sizes of the axes of the mesh of devices.'
@@ -437,19 +425,19 @@ class RunOptions(Options):
     return [n for n, e in self.evals.items() if isinstance(e, LossEvaluation)]
 
   def _best_problems(self) -> Iterator[str]:
-    checkpoint = self.checkpoint
-    best, losses = checkpoint.best_eval, self.loss_evals
-    if checkpoint.keep_best and checkpoint.best_metric != 'loss':
-      if best not in self.evals:
-        yield unknown_text('evaluation checkpoint.best_eval', best, self.evals)
-      else:
-        yield from self._metric_problems()
-    elif checkpoint.keep_best and best not in losses:
-      yield (
-        f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
-        f'{sorted(losses)}; or set checkpoint.keep_best=False'
-      )
-    patience = self.early_stopping.patience
+    """The problems of the number by which checkpoints are compared."""
+    checkpoint, patience = self.checkpoint, self.early_stopping.patience
+    best, metric = checkpoint.best_eval, checkpoint.best_metric
+    if checkpoint.keep_best and best not in self.evals:
+      text = unknown_text('evaluation checkpoint.best_eval', best, self.evals)
+      yield f'{text}; or set checkpoint.keep_best=False'
+    elif checkpoint.keep_best:
+      entry = self.evals[best]
+      # A class that overrides `measure` alone does not tell its metrics' names.
+      kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
+      names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
+      if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
+        yield unknown_text('checkpoint.best_metric', metric, names)
     if patience and not checkpoint.keep_best:
       yield (
         f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '
@@ -460,15 +448,6 @@ class RunOptions(Options):
         f'early_stopping.patience={patience} with evals.{best}.every_steps=0: '
         'the evaluation runs only at the end'
       )
-
-  def _metric_problems(self) -> Iterator[str]:
-    metric = self.checkpoint.best_metric
-    entry = self.evals[self.checkpoint.best_eval]
-    # A class that overrides `measure` alone does not tell its metrics' names.
-    kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
-    names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
-    if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
-      yield unknown_text('checkpoint.best_metric', metric, names)
 
   def shape(self, row_parts: int = 1) -> RunShape:
     """The sizes of the run that a model has to fit.

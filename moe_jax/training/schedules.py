@@ -10,9 +10,7 @@ import dataclasses
 import numbers
 from typing import Self
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from moe_jax.config import Kinds, Options, option, required
@@ -61,9 +59,8 @@ class Schedule(Options):
     curve = schedule.after_warmup(peak, max(total_steps - warmup, 1))
     start = jnp.zeros((), jnp.int32)
     first = curve(start) if callable(curve) else curve
-    is_array = isinstance(first, np.ndarray | jax.Array) and first.ndim == 0
-    is_number = is_array or isinstance(first, numbers.Real)
-    if not callable(curve) or not is_number:
+    is_array = getattr(first, 'shape', None) == ()
+    if not callable(curve) or not (is_array or isinstance(first, numbers.Real)):
       raise InputError(
         f'{type(self).__name__}.after_warmup gives {first!r:.60}; it returns a '
         'function from a number of steps to a learning rate, a number'

@@ -1,30 +1,47 @@
-"""The parts of a run, built and checked before anything is compiled."""
+"""The start of a run: its parts, and its first state.
+
+The parts are built and checked before anything is compiled. The state is that
+of a checkpoint, or new, with parameters that are given or drawn from the seed.
+"""
 
 import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_jax import data
 from moe_jax.config import ConfigDict, section_of
 from moe_jax.data import tokenizers
-from moe_jax.devices import check_room, check_same
+from moe_jax.devices import check_room, check_same, is_first
 from moe_jax.errors import InputError
+from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import Model
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.early_stopping import EarlyStopping
-from moe_jax.training.evaluate import Evaluation, make_evaluations
+from moe_jax.training.evaluate import Evaluation, Setting, make_evaluations
 from moe_jax.training.losses import loss_weights
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
+
+# The name under which a checkpoint has the names of the evaluations of its step
+# that are still to be made.
+DUE = 'due_evaluations'
+# Names under which a checkpoint has the sha256 of the run's data and of the
+# masks of the experts that train, the number of rows of an epoch, and the index
+# of the first row of data that no step has seen.
+_DATA, _EXPERTS = 'data_digest', 'trained_experts'
+_NUM_ROWS, _NEXT_ROW = 'num_rows', 'next_row'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +59,12 @@ class Run:
     programs: The programs that the devices execute.
     train_step: The step of `programs`, unless a hook gives another step.
     evaluations: The run's evaluations.
-    checkpoints: The run's checkpoints.
+    checkpoints: Writes and reads the run's checkpoints.
     early_stopping: The measurements that may end the run before its last step.
     recorder: Writes and prints rows of metrics.
     message: Prints a line in process 0, above the bar of progress.
-    notes: Lines to print at the start: overrides that are ignored, and users'
-      files that have changed since the run began.
+    notes: Lines to print at the start: changes of the config and of users'
+      files since the run began, and options without an effect.
     row_offset: Index of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
   """
@@ -68,20 +85,28 @@ class Run:
   notes: tuple[str, ...] = ()
   row_offset: int = 0
 
+  def extra(self, step: int) -> dict[str, Any]:
+    """The values that a checkpoint of a step has for `begin` to go on from."""
+    return {
+      _DATA: self.dataset.digest,
+      _NUM_ROWS: len(self.dataset.splits['train']),
+      _NEXT_ROW: self.row_offset + step * self.options.batch_size,
+      _EXPERTS: self.programs.trained.masks_digest,
+      **self.early_stopping.extra,
+    }
+
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches after step `start`, moved to the devices."""
     put = self.programs.put
-    return map(
-      put.local,
-      data.train_batches(
-        self.dataset.splits['train'],
-        batch_size=self.options.batch_size,
-        seed=self.options.seed,
-        start=start,
-        share=put.rows,
-        offset=self.row_offset,
-      ),
+    batches = data.train_batches(
+      self.dataset.splits['train'],
+      batch_size=self.options.batch_size,
+      seed=self.options.seed,
+      start=start,
+      share=put.rows,
+      offset=self.row_offset,
     )
+    return map(put.local, batches)
 
 
 class Hook:
@@ -168,15 +193,9 @@ def set_up(
     *setup_notes(options, model, mesh),
     *checked.class_changes,
   )
+  setting = Setting(model, dataset, options.data, checked.folder, programs.put)
   evaluations = make_evaluations(
-    options.model,
-    model,
-    options.evals,
-    options.sharding.rules,
-    dataset=dataset,
-    data=options.data,
-    workdir=checked.folder,
-    put=programs.put,
+    options.evals, options.model, options.sharding.rules, setting
   )
   checkpoints = options.checkpoint.checkpointer(checked.checkpoints)
   recorder = Recorder(
@@ -218,7 +237,7 @@ def set_up(
 
 
 def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
-  """A line for each option without an effect, or with an unusual one."""
+  """Lines on a warm-up that is cut, and on options that change nothing."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
@@ -290,3 +309,122 @@ def with_tokenizer(
   is_same = identity == data_options.tokenizer.identity()
   notes = [] if is_same else [f'tokenizer: {note}']
   return dataclasses.replace(options, data=data_options), notes
+
+
+# A function that gives the variables with which a run begins (parameters, and
+# `router_state` and `opt_state` unless they begin anew), sharded, and a line
+# about them; or None, if the run draws its parameters from its seed.
+Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
+
+
+def begin(
+  run: Run, initial: Initial | None = None
+) -> tuple[Run, TrainState, list[str]]:
+  """Begins a run, or goes on from its newest checkpoint; prints which.
+
+  A checkpoint of step 0 holds only parameters, such as those of an imported
+  model, and perhaps the state of its routers: the optimizer starts anew. The
+  config is written to the workdir only after all checks, so that a run that is
+  refused changes nothing.
+
+  Args:
+    run: The run, as `set_up` made it.
+    initial: Gives the parameters where there is no checkpoint.
+
+  Returns:
+    The run, with the rows of data that its next steps take; its state; and the
+    names of the evaluations of that state that are still to be made.
+
+  Raises:
+    ValueError: The checkpoint was made on other data, with other tokens, for
+      another model, or after the last step; or `initial` raises it.
+    CheckpointError: There are checkpoints and none is good.
+  """
+  if problem := resume_problem(run):
+    raise InputError(problem)
+  abstract, first = run.programs.abstract_state, None
+  base = run.programs.adapters.base(abstract.params)
+  restored = run.checkpoints.restore(
+    abstract, first=as_variables(base, abstract.router_state)
+  )
+  if restored is not None:
+    digest = restored.extra.get(_DATA)
+    if restored.step and digest != run.dataset.digest:
+      raise InputError(
+        f'{run.workdir} was trained on data of sha256 {digest}, this is '
+        f'{run.dataset.digest}; results of two corpora must not mix'
+      )
+    workdir_lib.check_kept_ids(run.workdir, run.dataset.tokenizer)
+    if not restored.step:
+      note = 'beginning with the parameters of the checkpoint of step 0'
+      first = restored.state, note
+  elif initial is not None:
+    first = initial(run)
+  elif folder := run.options.init_from.workdir:
+    raise InputError(
+      f'init_from.workdir={folder!r} and nobody to read it; pass '
+      'initial=moe_jax.finetuning.initial'
+    )
+  if is_first():
+    workdir_lib.claim(run.workdir, run.config)
+    workdir_lib.record_plugins(run.workdir, run.config)
+    run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
+  multihost_utils.sync_global_devices('the workdir')
+  for step, reason in restored.skipped if restored else ():
+    run.message(f'passed over the checkpoint of step {step}: {reason}')
+  if first is not None:
+    variables, note = first
+    run.message(note)
+    state = run.programs.state_of(variables['params'])
+    state = state.replace(
+      router_state=variables.get(ROUTER_STATE, state.router_state),
+      opt_state=variables.get('opt_state', state.opt_state),
+    )
+    return run, state, []
+  if restored is None:
+    return run, run.programs.init_state(), []
+  run.message(f'going on from the checkpoint of step {restored.step}')
+  run.early_stopping.restore(restored.extra)
+  if restored.extra.get(_EXPERTS, '') != run.programs.trained.masks_digest:
+    run.message('WARNING: other experts train than before that checkpoint')
+  earlier_rows = restored.step * run.options.batch_size
+  next_row = restored.extra.get(_NEXT_ROW, earlier_rows)
+  num_rows = len(run.dataset.splits['train'])
+  earlier_num_rows = restored.extra.get(_NUM_ROWS, num_rows)
+  if num_rows != earlier_num_rows:  # data.seq_len has changed, or the task
+    next_row = next_row * num_rows // earlier_num_rows
+    run.message(
+      f'the data has {num_rows:,} rows, {earlier_num_rows:,} before: the run '
+      f'goes on with row {next_row:,}, at the same share of the data; as rows '
+      f'are shuffled, {next_row % num_rows / num_rows:.0%} of the rest of this '
+      'epoch was read before'
+    )
+  # The seed is the config's: another seed changes the order of the data, too.
+  seed = jnp.full_like(restored.state.seed, run.options.seed)
+  run = dataclasses.replace(run, row_offset=next_row - earlier_rows)
+  return run, restored.state.replace(seed=seed), restored.extra.get(DUE, [])
+
+
+def resume_problem(run: Run) -> str | None:
+  """The reason for which a run cannot go on from its newest checkpoint.
+
+  None if there is no reason, or no checkpoint after a step.
+  """
+  step, total = max(run.checkpoints.steps(), default=0), run.options.total_steps
+  if step > total:
+    return (
+      f'{run.workdir} has a checkpoint of step {step}, and total_steps='
+      f'{total}: give at least as many steps, or another --workdir'
+    )
+  config = workdir_lib.kept_config(run.workdir) if step else {}
+  old, new = (
+    config.get('optimizer', {}).get('ema', 0.0),
+    run.options.optimizer.ema,
+  )
+  if step and bool(old) != bool(new):
+    return (
+      f'optimizer.ema={new}, and the run began with {old}: it goes on with a '
+      'mean of its parameters, whose decay may change, or without one, as it '
+      'began; another run, in another --workdir, may begin from it by init_from'
+    )
+  return None

@@ -99,28 +99,29 @@ def make_grad_fn(
       total = losses.total_loss(sums, divisors, scheduled(weights, step))
     return total, sums._replace(choices=choices)
 
-  def grad_fn(params, batch, divisors, key, router_state=None, step=0):
-    return jax.value_and_grad(loss_fn, has_aux=True)(
-      part(params), params, batch, divisors, key, router_state, step
-    )
+  def of_batch(batch, params, *rest):
+    function = jax.value_and_grad(loss_fn, has_aux=True)
+    return function(part(params), params, batch, *rest)
 
   # Every slice's loss is divided by the whole batch's normalisers, so that the
   # sum is the whole batch's loss, auxiliary losses included.
-  def accumulated(batch, params, divisors, key, router_state, step):
+  def accumulated(batch, params, divisors, key, *rest):
     for axis in local_axes:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
     def of_slice(index, batch_slice):
       slice_key = jax.random.fold_in(key, index)
-      (loss, sums), grads = grad_fn(
-        params, batch_slice, divisors, slice_key, router_state, step
-      )
+      arguments = batch_slice, params, divisors, slice_key, *rest
+      (loss, sums), grads = of_batch(*arguments)
       return ((loss, sums._replace(choices=None)), grads), sums.choices
 
     total, choices = over_slices(of_slice, batch, microbatches)
     return jax.lax.psum(total, local_axes) if local_axes else total, choices
 
-  def whole_grad_fn(params, batch, divisors, key, router_state=None, step=0):
+  def grad_fn(params, batch, divisors, key, router_state=None, step=0):
+    arguments = batch, params, divisors, key, router_state, step
+    if microbatches == 1:
+      return of_batch(*arguments)
     function = accumulated
     if local_axes:
       # Devices apply the function to their own rows. Only these mesh axes are
@@ -135,12 +136,10 @@ def make_grad_fn(
         axis_names=set(local_axes),
         check_vma=False,
       )
-    ((loss, sums), grads), choices = function(
-      batch, params, divisors, key, router_state, step
-    )
+    ((loss, sums), grads), choices = function(*arguments)
     return (loss, sums._replace(choices=choices)), grads
 
-  return whole_grad_fn if microbatches > 1 else grad_fn
+  return grad_fn
 
 
 def changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:

@@ -187,27 +187,22 @@ def read_chosen(path: str) -> ChosenExperts:
   Raises:
     ValueError: There is no such file, or it holds something else.
   """
-  file = pathlib.Path(path).expanduser()
-  option = f'trained_experts={path!r}'
-  if not file.is_file():
-    raise InputError(
-      f'{option} is no file; `python -m moe_jax.finetuning choose` writes one'
-    )
   try:
-    values = json.loads(file.read_text(encoding='utf-8'))
-    E, layers = values['num_experts'], values['layers']
+    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    values = json.loads(text)
+    E, layers = values.pop('num_experts'), values.pop('layers')
     chosen = {int(i): tuple(experts) for i, experts in layers.items()}
     for i, experts in chosen.items():
-      numbers = {e for e in experts if type(e) is int and 0 <= e < E}
-      if len(numbers) < len(experts):
+      if not set(experts) <= set(range(E)):
         text = f'layer {i} has {list(experts)}, not numbers below {E}'
         raise InputError(text)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    text = f'{option} is no file of chosen experts: {error}'
-    raise InputError(text) from None
-  if not any(chosen.values()):
-    raise InputError(f'{option} chooses no expert')
-  del values['num_experts'], values['layers']
+    if not any(chosen.values()):
+      raise InputError('it chooses no expert')
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(
+      f'trained_experts={path!r} is no file of chosen experts, as `python -m '
+      f'moe_jax.finetuning choose` writes one: {error}'
+    ) from None
   return ChosenExperts(E, chosen, values)
 
 

@@ -1,10 +1,15 @@
-"""Reading of a trained run: its options, tokenizer and parameters."""
+"""Reads the folder of a trained run, and makes one from given parameters.
+
+Generation, evaluation and export read the options, the tokenizer and the
+parameters of a run. Imports, and commands that make a new model from a run,
+write the folder of a run that begins with these parameters.
+"""
 
 import hashlib
-import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.config import read_options
+from moe_jax.config import Section, read_options, section_of
 from moe_jax.data import DataOptions, Dataset, load, tokenizers
+from moe_jax.data.cache_folders import whole_folder
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
@@ -54,24 +60,26 @@ class Described(NamedTuple):
   tokenizer: Tokenizer | None
   microbatches: int = 1
 
-  def token_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
-    """The problem of a tokenizer whose ids do not mean what the run's do."""
-    old, new = 'no tokenizer', tokenizer.ids_identity
-    if self.tokenizer is not None:
-      old = self.tokenizer.ids_identity
-    if old != new:
-      yield (
-        f'it was trained on tokens of {old}, the data is of {new}; to take its '
-        "tokenizer for other texts, give data.tokenizer.kind='file' and its "
-        'folder as data.tokenizer.file.path'
-      )
+  def data_problems(
+    self, data: DataOptions, tokenizer: Tokenizer
+  ) -> Iterator[str]:
+    """The problems of data in which ids or tasks do not mean what the run's do.
 
-  def task_problems(self, data: DataOptions) -> Iterator[str]:
-    """The problem of other data in which a task has another index.
+    A run without a tokenizer fits data of any tokens. Task i of a batch is
+    source i of `data.mixture`, which matters to models that route by task.
 
-    Task i of a batch is source i of `data.mixture`. Only a model that routes by
-    task can have this problem.
+    Args:
+      data: The options of the data.
+      tokenizer: The tokenizer of the data, whose ids may include those that a
+        task added, such as an EOS.
     """
+    ids, run_tokenizer = tokenizer.ids_identity, self.tokenizer
+    if run_tokenizer is not None and run_tokenizer.ids_identity != ids:
+      yield (
+        f'it was trained on tokens of {run_tokenizer.ids_identity}, the data '
+        f'is of {ids}; to take its tokenizer for other texts, give '
+        "data.tokenizer.kind='file' and its folder as data.tokenizer.file.path"
+      )
     if self.model.routes_by_task and self.data.tasks != data.tasks:
       yield (
         f'it routes by the tasks {list(self.data.tasks)}, and the data has '
@@ -84,9 +92,6 @@ class Described(NamedTuple):
   ) -> Dataset:
     """Loads data whose tokens and tasks are those that the run knows.
 
-    The tokenizers are compared as the data has them, since a task may add an
-    EOS. A run without a tokenizer fits data of any tokens.
-
     Args:
       workdir: The run's folder, for messages.
       options: The options of the data; None takes those of the run.
@@ -94,15 +99,10 @@ class Described(NamedTuple):
     Raises:
       ValueError: The data has other tokens or tasks than the run.
     """
-
-    def refuse(problems):
-      for problem in problems:
-        raise InputError(f'{workdir} does not fit the data: {problem}')
-
-    refuse(self.task_problems(options or self.data))
-    dataset = load(options or self.data)
-    if self.tokenizer is not None:
-      refuse(self.token_problems(dataset.tokenizer))
+    options = options or self.data
+    dataset = load(options)
+    for problem in self.data_problems(options, dataset.tokenizer):
+      raise InputError(f'{workdir} does not fit the data: {problem}')
     return dataset
 
 
@@ -124,19 +124,19 @@ def read(
       config was edited, or it names a class of a module that is not allowed.
   """
   folder = workdir_lib.folder_of(workdir)
-  for name in (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,):
-    if not (folder / name).exists():
-      reason = f'it has no {name}'
-      if name == TOKENIZER and (folder / IMPORTED).exists():
-        reason += (
-          ', as a checkpoint without one was imported; train it there first, '
-          'or import it again, with its own tokenizer: '
-          '--config.data.tokenizer.kind=file '
-          '--config.data.tokenizer.file.path=TOKENIZER'
-        )
-      elif name == CONFIG:
-        reason += _where_runs_are(folder)
-      raise InputError(f'{folder} holds no trained run: {reason}')
+  if not (folder / CONFIG).exists():
+    raise InputError(
+      f'{folder} holds no trained run: it has no {CONFIG}'
+      f'{_where_runs_are(folder)}'
+    )
+  has_tokenizer = (folder / TOKENIZER).exists()
+  if tokenizer_needed and not has_tokenizer:
+    raise InputError(
+      f'{folder} holds no trained run: it has no {TOKENIZER}; if a checkpoint '
+      'without one was imported, train it there first, or import it again, '
+      'with its own tokenizer: --config.data.tokenizer.kind=file '
+      '--config.data.tokenizer.file.path=TOKENIZER'
+    )
   checkpoints = workdir_lib.checkpoints_of(folder)
   try:
     has_checkpoints = checkpoints.exists()
@@ -167,7 +167,7 @@ def read(
   workdir_lib.check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size = None, 0
-  if (folder / TOKENIZER).exists():
+  if has_tokenizer:
     tokenizer = tokenizers.load(folder / TOKENIZER)
     vocab_size = tokenizer.vocab_size
     data = data.with_tokenizer(tokenizer)
@@ -196,16 +196,15 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   """
   folder = workdir_lib.folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
-  name, is_highest = options.best_name, options.best_is_highest
   directory = Directory(
     workdir_lib.checkpoints_of(folder),
-    best_metric=name,
-    best_is_highest=is_highest,
+    best_metric=options.best_name,
+    best_is_highest=options.best_is_highest,
   )
   if (step := directory.best_step()) is None:
     raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
-      f'{directory.steps()} has the number {name!r}'
+      f'{directory.steps()} has the number {options.best_name!r}'
     )
   return step
 
@@ -278,22 +277,12 @@ def restore_variables(
   adapters = adapters or adapters_of(workdir, model)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-
-  def placed(leaf, axes):
-    # A vocabulary that does not divide is handled by `partitioning.sharding`.
-    fitting_axes = [
-      axis if axis == 'vocab' or size % num_shards(axis) == 0 else None
-      for axis, size in zip(axes, leaf.shape)
-    ]
-    return leaf.update(
-      sharding=partitioning.sharding(mesh, rules, fitting_axes, leaf.shape)
-    )
-
-  def num_shards(axis):
-    return math.prod(mesh.shape[name] for name in dict(rules).get(axis, ()))
-
   shapes, axes, _ = adapters.trees
-  abstract = jax.tree.map(placed, shapes, axes)
+  abstract = jax.tree.map(
+    lambda leaf, sharding: leaf.update(sharding=sharding),
+    shapes,
+    partitioning.tree_shardings(mesh, rules, axes, shapes, uneven=True),
+  )
   whole = partitioning.sharding(mesh, rules, ())
   states = trees.abstract_router_state(model) if router_state else {}
   routers = jax.tree.map(lambda leaf: leaf.update(sharding=whole), states)
@@ -322,3 +311,97 @@ def restore_variables(
   if routers:
     routers = saved.get(ROUTER_STATE) or trees.init_router_state(model)
   return restored._replace(state=trees.variables(params, routers))
+
+
+def write(
+  folder: pathlib.Path,
+  config: Section,
+  variables: Mapping[str, Any],
+  extra: dict[str, Any] | None = None,
+) -> None:
+  """Writes a run that begins with given variables, beside its tokenizer.
+
+  The folder gets the config, and a checkpoint of step 0 with only parameters
+  (and a balancing bias where the model keeps one).
+
+  Args:
+    folder: The folder, which the caller renames once it is whole.
+    config: The config of the run.
+    variables: 'params' of the run's model, and 'router_state' if it has one.
+    extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
+  """
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
+    saver.save(0, dict(variables), extra=extra)
+  workdir_lib.claim(folder, config)
+
+
+def derive(
+  base: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  params: Any,
+  changes: Mapping[str, Any] | None = None,
+  *,
+  router_state: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+  """Makes a run's folder from another run's, with parameters of its own.
+
+  The new config is that of the base, without the sections `lora`, `init_from`
+  and `distill`. Tokenizer and imported files are copied; where the base took
+  its tokenizer from the run of `init_from`, the new config names the copy.
+
+  Args:
+    base: Folder of a run.
+    output: A folder that is new or empty.
+    params: The parameters of the new model.
+    changes: Sections of the config that replace those of the base, by name.
+    router_state: The state of the model's routers; None or empty where they
+      keep none.
+
+  Returns:
+    The new folder, whole.
+
+  Raises:
+    ValueError: `output` is not free.
+  """
+  base = pathlib.Path(base).expanduser().resolve()
+  output = pathlib.Path(output).expanduser().resolve()
+  config = kept_config(base) | dict(changes or {})
+  config = _with_kept_tokenizer(config, base, output)
+  for section in ('lora', 'init_from', 'distill'):
+    config.pop(section, None)
+  config.get('checkpoint', {}).pop('directory', None)
+  for name in (IMPORTED, TOKENIZER):
+    config = _with_folder(config, str(base / name), str(output / name))
+  with whole_folder(output) as unfinished:
+    for name in (TOKENIZER, workdir_lib.PLUGINS):
+      if (base / name).exists():
+        shutil.copyfile(base / name, unfinished / name)
+    if (imported := base / IMPORTED).is_dir():
+      shutil.copytree(imported, unfinished / imported.name)
+    write(unfinished, config, trees.variables(params, router_state))
+  return output
+
+
+def _with_kept_tokenizer(
+  config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
+) -> dict[str, Any]:
+  """The config of the base run, with the tokenizer that the run really used.
+
+  A run that began from another run (`init_from`) used that run's tokenizer, not
+  its own `data.tokenizer`. The new run has no `init_from`, so its config names
+  the file of that tokenizer in `output`.
+  """
+  init_from, path = config.get('init_from', {}), base / TOKENIZER
+  is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)
+  if not is_kept or not path.exists():
+    return config
+  kept = tokenizers.FileOptions(str(output / TOKENIZER))
+  section = section_of(kept, tokenizers.TOKENIZERS).to_dict()
+  return config | {'data': {**config.get('data', {}), 'tokenizer': section}}
+
+
+def _with_folder(values: Any, old: str, new: str) -> Any:
+  """A config's values, with the name of a folder in place of an old name."""
+  if isinstance(values, Mapping):
+    return {key: _with_folder(value, old, new) for key, value in values.items()}
+  return new if values == old else values

@@ -22,8 +22,8 @@ from moe_jax.data import tokenizers
 from moe_jax.interop import checkpoint_folder, export_run, import_run
 from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.interop.verifying import read_npz
+from moe_jax.run_config import RunConfig
 from moe_jax.training import trained
-from moe_jax.training.run_options import RunOptions
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import Case, check, frozen
 from tests.interop.folders import Runs
@@ -186,7 +186,7 @@ def foreign(keys, value, canary_module=True):
     if canary_module:
       module = folder / 'moe_jax_canary.py'
       module.write_text(MODULE.format(str(folder / 'ran')))
-    config = section_of(RunOptions()).to_dict()
+    config = section_of(RunConfig()).to_dict()
     section = config
     for key in keys:
       section = section.setdefault(key, {})
@@ -263,8 +263,10 @@ def test_names_of_folders_are_never_run(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   name = name.replace('/', '')
   source, workdir = checkpoint(tmp_path / name / 'hf'), tmp_path / name / 'run'
-  lines = import_run.import_run(source, workdir, RunOptions())
-  spec = importlib.util.spec_from_file_location('own', workdir / 'config.py')
+  lines = import_run.import_run(source, workdir, RunConfig())
+  spec = importlib.util.spec_from_file_location(
+    'own', workdir / 'this_config.py'
+  )
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config()
@@ -272,7 +274,7 @@ def test_names_of_folders_are_never_run(name, tmp_path, monkeypatch):
   # The command that is printed for a shell has the folder in quotes.
   command = lines[-1].removeprefix('go on: ').rpartition('; with')[0]
   assert shlex.split(command)[3:] == [
-    f'--config={workdir}/config.py', f'--workdir={workdir}'
+    f'--config={workdir}/this_config.py', f'--workdir={workdir}'
   ]  # fmt: skip
   export_run.export_run(workdir, tmp_path / 'out')
   assert not list(tmp_path.rglob('ran'))
@@ -281,7 +283,7 @@ def test_names_of_folders_are_never_run(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_export_of_a_foreign_run_copies_only_its_own(tmp_path):
   source, workdir = checkpoint(tmp_path / 'hf'), tmp_path / 'run'
-  import_run.import_run(source, workdir, RunOptions())
+  import_run.import_run(source, workdir, RunConfig())
   files = workdir / 'huggingface'
   # No code, pickle, weights or other config is copied.
   for name in ('modeling.py', 'pytorch_model.bin', 'x.safetensors', 'run.sh'):
@@ -302,5 +304,5 @@ def test_an_import_copies_no_link(tmp_path):
   source = checkpoint(tmp_path / 'hf')
   (source / 'leak.json').symlink_to('/etc/passwd')
   with pytest.raises(ValueError, match=r"leak\.json is a link to '/etc/pass"):
-    import_run.import_run(source, tmp_path / 'run', RunOptions())
+    import_run.import_run(source, tmp_path / 'run', RunConfig())
   assert not (tmp_path / 'run').exists()

@@ -10,7 +10,7 @@ from moe_jax import models
 from moe_jax.data import DataOptions
 from moe_jax.devices import check_room
 from moe_jax.models.pattern import sparse_numbers, sparse_pattern
-from moe_jax.training.run_options import RunOptions
+from moe_jax.run_config import RunConfig
 from tests.bad_inputs.cases import Case, check
 
 B, T, V = 2, 6, 11
@@ -88,7 +88,7 @@ CASES += pattern_cases('every 0', 4, "'every 0'")
 
 def check_run(model, batch_size=8, seq_len=16, **options):
   data = DataOptions(seq_len=seq_len)
-  run_options = RunOptions(
+  run_options = RunConfig(
     model=model, batch_size=batch_size, data=data, **options
   )
   check_room(run_options.least_bytes(), jax.devices()[:1])

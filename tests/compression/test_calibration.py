@@ -77,7 +77,7 @@ def test_a_run_is_written_with_other_parameters(run, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, written.variables['params'], params
   )
-  with pytest.raises(ValueError, match='holds a run already'):
+  with pytest.raises(ValueError, match='is there already'):
     whole_run.write(run, written.folder, params)
 
 

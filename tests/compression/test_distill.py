@@ -17,7 +17,7 @@ from moe_jax.data import tokenizers
 from moe_jax.interop.import_run import import_run
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
-from moe_jax.training import begin, loop, setup
+from moe_jax.training import loop, setup
 from tests.generation import folders
 from tests.interop import folders as interop_folders
 from tests.training import tiny
@@ -49,7 +49,7 @@ def start_run(config, workdir, devices=1):
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   hook = distill.Distilling()
   with run.checkpoints:
-    run, state, _ = begin.begin(run, hook.initial)
+    run, state, _ = setup.begin(run, hook.initial)
   run = hook.start(run) or run
   return run, state, next(run.batches(0))
 
@@ -305,7 +305,7 @@ def test_an_imported_model_teaches(tmp_path, capsys):
     run_config.read(import_config),
     devices=jax.devices()[:1],
   )
-  teacher_config = cli.config_of(str(tmp_path / 'teacher' / 'config.py'))
+  teacher_config = cli.config_of(str(tmp_path / 'teacher' / 'this_config.py'))
   changes = {
     'model': {'moe': {'num_experts': 0}},
     'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},
@@ -315,7 +315,7 @@ def test_an_imported_model_teaches(tmp_path, capsys):
   assert 'beginning with the weights of step 0' in line
   assert 'their outputs averaged' in line
   # Its logits are kept by the same command as those of any run.
-  config_py = tmp_path / 'teacher' / 'config.py'
+  config_py = tmp_path / 'teacher' / 'this_config.py'
   source_flags = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']
   size_flags = [f'--output={tmp_path / "kept"}', '--batches=1', '--top=3']
   command.main(['keep_logits', *source_flags, *size_flags])

@@ -240,7 +240,7 @@ def test_the_task_of_the_sample_goes_with_the_routers_by_task(tmp_path):
   ):
     # Parameters are not looked at here.
     folder = whole_run.write(run, tmp_path / name, {'w': jnp.ones(1)}, model)
-    config = run_config.from_file(folder / 'first_config.json')
+    config = run_config.from_file(folder / 'config.json')
     assert config.sample.num_tokens == 9
     tasks[name] = config.sample.task
   assert tasks == {'whole': 'reverse', 'new': ''}
@@ -291,7 +291,7 @@ def test_the_commands(tmp_path, capsys):
   error = error_of(capsys, command.main, [*flags, '--task=copy'])
   assert 'no router by task' in error
   # The run of one task trains on, with its own config.
-  config = run_config.from_file(tmp_path / 'new' / 'first_config.json')
+  config = run_config.from_file(tmp_path / 'new' / 'config.json')
   config.total_steps = 1
   state = train_and_evaluate(
     run_config.read(config),

@@ -18,8 +18,8 @@ from tests.generation import folders
 KILLED = """
 import os, signal, sys
 from moe_jax.compression import __main__ as command
-from moe_jax.training import new_run
-new_run.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from moe_jax.runs import workdir
+workdir.claim = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 command.main(sys.argv[1:])
 """
 
@@ -33,11 +33,13 @@ def test_killed_at_its_end_it_is_started_again(tmp_path):
     [sys.executable, '-c', KILLED, *argv, f'--output={killed}'], check=False
   )
   assert child.returncode == -signal.SIGKILL
-  assert list(killed.iterdir())
+  unfinished = '.killed.unfinished-*'
+  assert [*tmp_path.glob(f'{unfinished}/killed/checkpoints/0')]
   with pytest.raises(ValueError, match='holds no'):
     whole_run.read(killed)
   for folder in (killed, whole):
     command.main([*argv, f'--output={folder}'])
+  assert not [*tmp_path.glob(unfinished)]
   restarted, unbroken = whole_run.read(killed), whole_run.read(whole)
   assert restarted.options.model == unbroken.options.model
   jax.tree.map(

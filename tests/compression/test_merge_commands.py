@@ -95,7 +95,7 @@ def test_uneven_models_are_runs_that_transformers_lacks(
   assert 'not in [num_selected=2, num_experts=5]' in capsys.readouterr().err
   with pytest.raises(SystemExit):
     command.main([*args, '--experts=2', f'--output={uneven}'])
-  assert 'holds a run already' in capsys.readouterr().err
+  assert 'is there already' in capsys.readouterr().err
 
 
 @pytest.mark.slow

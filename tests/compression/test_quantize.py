@@ -201,7 +201,7 @@ def test_all_experts_are_in_codes_and_nothing_else(folder, int8):
 def test_codes_are_not_trained(int2):
   config = json.loads((int2[0] / 'config.json').read_text())
   with pytest.raises(OptionError, match=r'int2.*not trained; train the run'):
-    run_config.from_file(int2[0] / 'first_config.json')
+    run_config.from_file(int2[0] / 'config.json')
   assert config['model']['moe']['expert']['kind'] == 'quantized'
 
 

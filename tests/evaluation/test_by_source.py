@@ -17,9 +17,7 @@ from moe_jax.evaluation import (
   SourceScores,
   by_source,
 )
-from moe_jax.training.evaluate import (
-  make_evaluations,
-)
+from moe_jax.training.evaluate import Setting, make_evaluations
 from tests.models import tiny as tiny_models
 from tests.training import tiny
 
@@ -58,16 +56,9 @@ def measure(folder, entry, names=tuple('abcd'), **changes):
   run, model, variables = run_of(names, **changes)
   entries, rules = {'it': entry}, run.sharding.rules
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  (evaluation,) = make_evaluations(
-    run.model,
-    model,
-    entries,
-    rules,
-    dataset=data.load(run.data),
-    data=run.data,
-    workdir=folder,
-    put=Placing(sharding, run.batch_size),
-  )
+  put = Placing(sharding, run.batch_size)
+  setting = Setting(model, data.load(run.data), run.data, folder, put)
+  (evaluation,) = make_evaluations(entries, run.model, rules, setting)
   return evaluation.measure(variables, 0)
 
 

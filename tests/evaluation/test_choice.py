@@ -149,15 +149,15 @@ class Bench:
   def choice(self, **options):
     run = tiny_runs.options(data={'seq_len': 15}, model=self.model).filled(257)
     entries = {'quiz': ChoiceEvaluation(**options)}
-    (evaluation,) = make_evaluations(
-      run.model,
+    setting = Setting(
       run.build(),
-      entries,
-      run.sharding.rules,
-      dataset=data.load(run.data),
-      data=run.data,
-      workdir=self.folder,
-      put=placing(run.batch_size),
+      data.load(run.data),
+      run.data,
+      self.folder,
+      placing(run.batch_size),
+    )
+    (evaluation,) = make_evaluations(
+      entries, run.model, run.sharding.rules, setting
     )
     return evaluation.measure
 

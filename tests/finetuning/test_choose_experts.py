@@ -10,7 +10,7 @@ from moe_jax import data, partitioning
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import choose_experts
 from moe_jax.layers.routers.contract import Router
-from moe_jax.training import begin, loop, setup
+from moe_jax.training import loop, setup
 from moe_jax.training.programs import make_programs
 from moe_jax.training.trainable import ChosenExperts, read_chosen
 from tests.generation import folders
@@ -185,7 +185,7 @@ def test_a_file_that_does_not_fit_is_refused(
   ChosenExperts(4, layers).write(tmp_path / 'experts.json')
   with pytest.raises(ValueError, match=message):
     train_two_steps(str(tmp_path / 'experts.json'), trainable=trainable)
-  with pytest.raises(ValueError, match='is no file; `python -m'):
+  with pytest.raises(ValueError, match='is no file of chosen experts'):
     read_chosen(str(tmp_path / 'none.json'))
 
 
@@ -205,7 +205,7 @@ def test_a_file_that_has_changed_is_said(tmp_path, capsys):
 
   def begin_output():
     capsys.readouterr()
-    begin.begin(setup.set_up(options, tmp_path / 'run', **setup_kwargs))
+    setup.begin(setup.set_up(options, tmp_path / 'run', **setup_kwargs))
     return capsys.readouterr().out
 
   assert (

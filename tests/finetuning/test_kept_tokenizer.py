@@ -13,7 +13,7 @@ from moe_jax.config import layered, merge
 from moe_jax.configs import base
 from moe_jax.data import tokenizers
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training import begin, loop, new_run, setup, trained
+from moe_jax.training import loop, setup, trained
 from tests.generation import folders
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -77,7 +77,7 @@ def test_other_text_is_learned(letters, tmp_path, capsys):
   # The run needs neither the other, nor a guess, to be read and continued.
   shutil.rmtree(letters)
   longer_config = merge(config, {'total_steps': 2})
-  begin.begin(
+  setup.begin(
     setup.set_up(**run_kwargs(longer_config, workdir), resume=True),
     finetuning.initial,
   )
@@ -153,7 +153,7 @@ def test_a_config_may_choose_and_then_has_to_fit(letters, tmp_path):
   with pytest.raises(
     ValueError, match=r'tokens of chars:.* of bytes; to take its tokenizer'
   ):
-    begin.begin(run, finetuning.initial)
+    setup.begin(run, finetuning.initial)
   file_tokenizer = {'kind': 'file', 'file': {'path': str(letters)}}
   config = merge(config, {'data': {'tokenizer': file_tokenizer}})
   run = setup.set_up(**run_kwargs(config, tmp_path / 'run'))
@@ -188,8 +188,8 @@ def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
     data=overrides,
     init_from={'workdir': str(letters)},
   ).values()
-  made = new_run.derive(tuned, tmp_path / 'made', params)
-  config = run_config.from_file(made / new_run.VALUES)
+  made = trained.derive(tuned, tmp_path / 'made', params)
+  config = run_config.from_file(made / 'config.json')
   config = merge(config, {'data': texts(tmp_path / 'more', 'ba ab')})
   run = setup.set_up(**run_kwargs(config, made), resume=True)
   assert run.dataset.tokenizer.identity == LETTERS.identity
@@ -197,7 +197,7 @@ def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
   config = layered(run_config.RunConfig, config, {'data': overrides})
   run = setup.set_up(**run_kwargs(config, made), resume=True)
   with pytest.raises(ValueError, match=r'of chars:.*, the data is of chars:'):
-    begin.begin(run)
+    setup.begin(run)
   assert tokenizers.load(made / 'tokenizer.json').identity == LETTERS.identity
 
 

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from moe_jax import cli, finetuning, run_config
-from moe_jax.analysis import run_page
 from moe_jax.config import merge
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.training import begin, evaluate, loop, setup
+from moe_jax.training import evaluate, loop, setup
 from tests import golden
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -65,7 +64,7 @@ def run_and_initial_state(config, workdir, devices=1):
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
-    return begin.begin(run, finetuning.initial)[:2]
+    return setup.begin(run, finetuning.initial)[:2]
 
 
 @pytest.mark.slow
@@ -177,7 +176,6 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
 
 
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
-  (dense / 'this_config.py').write_text(run_page.THIS_CONFIG)
   own_config = f'--config={dense}/this_config.py'
   cases = {
     'holds no trained run': config_from(tmp_path / 'nothing'),

@@ -14,7 +14,7 @@ from moe_jax.interop.export_run import export_run
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.workdir import checkpoints_of
-from moe_jax.training import begin, setup, trained
+from moe_jax.training import setup, trained
 from tests.interop import folders, oracle, test_parity
 
 torch = pytest.importorskip('torch')
@@ -172,7 +172,7 @@ def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
     run = trained.read(workdir)
     model = run.model.build(run.sharding.rules)
     stored = trained.restore_variables(workdir, model, run.sharding.rules).state
-    _, state, _ = begin.begin(
+    _, state, _ = setup.begin(
       setup.set_up(run_options(workdir), workdir, resume=True, **one_device)
     )
     jax.tree.map(np.testing.assert_array_equal, stored['params'], state.params)
@@ -192,7 +192,7 @@ def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
 
 def run_options(workdir):
   source = dict(python_stdlib=dict(modules='email'))
-  config = cli.config_of(str(workdir / 'config.py'))
+  config = cli.config_of(str(workdir / 'this_config.py'))
   return run_config.read(merge(config, dict(data=dict(source=source))))
 
 

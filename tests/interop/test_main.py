@@ -37,9 +37,11 @@ def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
   options += ['--config.mesh.tensor=4', '--config.seed=3']
   status, text, _ = run(capsys, 'import', source, *options)
   assert status == 0 and 'on 8 x cpu' in text
-  assert f'go on: python -m moe_jax.main --config={workdir}/config.py' in text
+  assert (
+    f'go on: python -m moe_jax.main --config={workdir}/this_config.py' in text
+  )
   status, _, error = run(capsys, 'import', source, *options)
-  assert status == 1 and 'holds a run already' in error
+  assert status == 1 and 'is there already' in error
   status, text, _ = run(
     capsys, 'export', '--workdir', workdir, '--output', output
   )
@@ -64,17 +66,16 @@ def test_an_import_that_is_killed_is_started_again(tmp_path, capsys):
   options = ['--workdir', workdir, '--config', folders.write_config(tmp_path)]
   words = [str(word) for word in ('import', source, *options)]
   command = [sys.executable, '-m', 'moe_jax.interop', *words]
-  unfinished = workdir / '.importing'
+  unfinished = '.run.unfinished-*'
   with subprocess.Popen(command, cwd=ROOT) as process:
-    while (
-      not (unfinished / 'checkpoints' / '0').exists() and process.poll() is None
-    ):
+    while process.poll() is None:
+      if [*tmp_path.glob(f'{unfinished}/run/checkpoints/0')]:
+        process.kill()
       time.sleep(0.0005)
-    process.kill()
   if process.returncode != 0:
-    assert not (workdir / 'config.json').exists()
+    assert not workdir.exists()
     assert run(capsys, *words)[0] == 0
-  assert not unfinished.exists()
+  assert not [*tmp_path.glob(unfinished)]
   loaded, expected = generation.load(workdir), interop.load(source)
   jax.tree.map(
     np.testing.assert_array_equal, loaded.variables, expected.variables

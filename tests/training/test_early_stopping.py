@@ -37,7 +37,8 @@ def counted(values, highest=False, metric='m', **options):
   early = EarlyStopping(EarlyStoppingOptions(**options), checkpoint)
   ended = []
   for step, value in enumerate(values, 1):
-    early.add(step, {'e': {metric: value}, 'other': {'m': -1.0}})
+    early.add(step, value)
+    early.add(step, None)  # a step without that evaluation
     ended.append(early.ended)
   return early, ended
 
@@ -68,7 +69,7 @@ def test_the_state_goes_on_from_a_checkpoint():
   early, _ = counted([3.0, 2.0, 2.5], patience=2)
   other, _ = counted([], patience=2)
   other.restore(early.extra)
-  other.add(4, {'e': {'m': 2.1}})
+  other.add(4, 2.1)
   assert other.ended and other.is_best(2)
   assert other.extra['early_stopping']['ended']
   # Patience 0 keeps nothing.

@@ -600,7 +600,7 @@ def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
     ({'batch_size': 6, 'microbatches': 4}, 'batch_size=6.*microbatches=4'),
     ({'model': {'vocab_size': 100}}, 'vocab_size=100 is smaller.*257'),
     ({'model': {'moe': {'num_selected': 5}}}, 'num_selected=5 not in'),
-    ({'checkpoint': {'best_eval': 'x'}}, "best_eval='x'.*train_capacity"),
+    ({'checkpoint': {'best_eval': 'x'}}, "best_eval 'x'.*train_capacity"),
     (
       {'data': {'source': {'kind': 'files', 'files': {'pattern': 'no/*.txt'}}}},
       r'no/\*\.txt',
