@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
   output = pathlib.Path(options.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   for name, figure in pictures(layers, by_label, loads, drops):
-    (output / f'{name}.png').write_bytes(plot_style.picture(figure))
+    plot_style.save(figure, output / f'{name}.png')
   print(f'\nThe pictures are in {output}. {plot_style.HOW_TO_READ}')
 
 
@@ -249,12 +249,9 @@ def pictures(
   relative = np.full((len(layers), n), math.nan)
   for row, layer in zip(relative, layers.values(), strict=True):
     row[: len(layer.load)] = layer.load / max(layer.load.mean(), 1e-300)
-  cells = {'': (np.arange(n + 1) - 0.5, relative)}
   size = _WIDTH, 1.6 + 0.28 * len(layers)
-  title = 'Load of each expert / mean load of the layer'
-  figure, (axes,), _ = plot_style.heat_maps(
-    cells, (title, 'expert', 'layer'), 1, size, 20
-  )
+  labels = 'Load of each expert / mean load of the layer', 'expert', 'layer'
+  figure, (axes,), _ = plot_style.heat_maps({'': relative}, labels, 1, size)
   axes.set_yticks(range(len(layers)), labels=map(str, layers))
   yield 'load', figure
   yield 'drops', drop_figure(drops)
@@ -392,11 +389,8 @@ def _panels(
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
-  cells = {k: (np.arange(x.shape[1] + 1) - 0.5, x) for k, x in panels.items()}
   size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
-  figure, all_axes, _ = plot_style.heat_maps(
-    cells, labels, columns, size, 15 * lines
-  )
+  figure, all_axes, _ = plot_style.heat_maps(panels, labels, columns, size)
   for axes in all_axes:
     axes.set_aspect('equal')
   return figure

@@ -213,12 +213,9 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
 
   if figure is None:
     return ''
-  content = plot_style.picture(figure)
-  # At any moment the file holds the whole old or the whole new picture.
-  unfinished = path.with_name(path.name + '.tmp')
-  unfinished.write_bytes(content)
-  unfinished.replace(path)
-  return f'data:image/png;base64,{base64.b64encode(content).decode()}'
+  plot_style.save(figure, path)
+  content = base64.b64encode(path.read_bytes()).decode()
+  return f'data:image/png;base64,{content}'
 
 
 def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

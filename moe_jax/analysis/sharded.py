@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from jax.stages import Compiled
 from jaxtyping import Bool
 
 from moe_jax.devices import in_bytes
-from moe_jax.errors import InputError
 from moe_jax.models.trees import flatten
 from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs
@@ -53,30 +52,6 @@ _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
 _AXES = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
-
-
-def text_of(compiled: Compiled) -> str:
-  """The text of a compiled program.
-
-  Raises:
-    ValueError: The platform does not give the text.
-  """
-  text = compiled.as_text()
-  if text is None:
-    raise InputError('this platform does not give the text of a program')
-  return text
-
-
-def memory_of(compiled: Compiled) -> Any:
-  """The sizes of a program's arrays in bytes, as XLA counts them.
-
-  Raises:
-    ValueError: The platform does not count the bytes.
-  """
-  memory = compiled.memory_analysis()
-  if memory is None:
-    raise InputError('this platform does not say what memory a program needs')
-  return memory
 
 
 class Instruction(NamedTuple):
@@ -292,8 +267,8 @@ def read(compiled: Compiled, state: Any) -> Sharded:
   return Sharded(
     device_bytes(state.params),
     device_bytes(kept_by_optimizer(state)),
-    memory_of(compiled),
-    read_collectives(text_of(compiled)),
+    compiled.memory_analysis(),
+    read_collectives(cast(str, compiled.as_text())),
   )
 
 
