@@ -8,14 +8,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.analysis.counts import (
-  Half,
-  group_rows,
-  group_size,
-  halves,
-  sized_parameters,
-)
-from moe_jax.config import unknown
+from moe_jax.analysis import counts
+from moe_jax.analysis.counts import Half, group_rows, group_size, halves
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import ACTIVATIONS, FfnOptions
@@ -34,13 +28,12 @@ def weight_bytes(model: Model, dtype: str) -> int:
   Parameters of routers, norms and relative positions stay float32, as they are
   stored.
 
-  Raises:
-    ValueError: The dtype is none of `DTYPES`.
+  Args:
+    model: A model of blocks.
+    dtype: One of `DTYPES`.
   """
-  if dtype not in DTYPES:
-    raise unknown('dtype', dtype, DTYPES)
   total = 0
-  for p in sized_parameters(model):
+  for p in counts.sized_parameters(model):
     # Attention's only table is that of relative positions.
     is_float32 = p.role.role in ('router', 'norm')
     is_float32 |= p.role == Role('attention', 'table')

@@ -22,7 +22,6 @@ from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import fetch, is_first
-from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices
 from moe_jax.runs.summary import Batch, summarize
@@ -182,11 +181,7 @@ class Recorder:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'routing trace')
     self._waiting: collections.deque = collections.deque()
     self._has_begun = self._has_failed = False
-    try:
-      traces.check(folder, header)
-    except InputError as error:
-      text = f'{error}; move this folder away to record anew'
-      raise InputError(text) from None
+    traces.check(folder, header)
 
   def add(
     self, kind: str, step: int, number: int, batch: Batch, choices: Choices

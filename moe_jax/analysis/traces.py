@@ -194,7 +194,8 @@ def check(folder: Folder, header: Header) -> None:
   names = {field.name for field in dataclasses.fields(header)} - {'note'}
   if lines := [*differences(read(folder).header, header, sorted(names))]:
     title = f'{folder} has the trace of something else:'
-    raise InputError('\n  '.join([title, *lines]))
+    hint = 'move this folder away to record anew'
+    raise InputError('\n  '.join([title, *lines, hint]))
 
 
 def differences(there: Any, here: Any, names: Iterable[str]) -> Iterator[str]:
