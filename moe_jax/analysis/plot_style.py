@@ -272,7 +272,10 @@ def _borders(middles: Float[np.ndarray, 'n']) -> np.ndarray:
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:
-  """The group of `pattern` in each name of a metric that matches it."""
+  """The part of each metric's name that the group of a pattern matches.
+
+  Names that the pattern does not match as a whole are left out.
+  """
   keys = dict.fromkeys(key for row in rows for key in row)
   matches = (re.fullmatch(pattern, key) for key in keys)
   return [match[1] for match in matches if match]

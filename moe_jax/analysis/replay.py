@@ -70,7 +70,7 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
 
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
-  """The records' tokens and documents, by the key of the equal batch array."""
+  """The records' tokens and documents, by their keys in a batch."""
   arrays = {}
   for record in records:
     arrays[f'{_prefix(record)}tokens'] = record.tokens
@@ -228,8 +228,8 @@ def _open_step(run: Run) -> Step:
 def _replayed_step(run: Run, trace: Trace) -> Step:
   """The step, with the choices that the trace has of the same training step.
 
-  The step raises ValueError if the record is of another batch, or if the file
-  of the record is damaged.
+  The step raises ValueError if the record of its number is of other tokens or
+  documents than its batch, or if the record's file is damaged.
   """
   options, put = run.options, run.programs.put
   replicated = partitioning.sharding(run.mesh, options.sharding.rules, ())

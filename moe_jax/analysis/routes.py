@@ -28,7 +28,6 @@ from moe_jax.analysis.routing_measures import ByLabel, Layer, Layers
 from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
-from moe_jax.errors import InputError
 from moe_jax.routing.stats import load_summary
 
 # Kinds of records that are made with the capacity of training, so that a choice
@@ -77,16 +76,10 @@ def run(options: argparse.Namespace) -> None:
     ValueError: The trace cannot be read, or does not fit the other options.
   """
   trace = traces.read(options.trace)
-  if not trace.header.layers:
-    raise InputError(f'{options.trace} is of a model without sparse layers')
-  if not trace.kinds:
-    raise InputError(f'{options.trace} has no records')
   preferred = [kind for kind in _PREFERRED_KINDS if kind in trace.kinds]
-  kind = options.kind or (preferred or trace.kinds)[0]
-  records = trace.records(kind, options.steps)
+  kind = options.kind or (preferred or trace.kinds or _PREFERRED_KINDS)[0]
   steps = [step for step in trace.steps_of(kind) if step in options.steps]
-  if kind in trace.kinds and not steps:
-    raise InputError(f'no records of {kind!r} at steps {options.steps}')
+  records = trace.records(kind, options.steps)
   layers = measures.layers_of(trace.header, records)
   by_label = measures.specialisation(layers)
   if following := measures.transitions(layers):

@@ -1,4 +1,4 @@
-"""The page of a run, `index.html`, with its pictures and how to go on."""
+"""The page of a run, `index.html`: numbers, pictures, commands to go on."""
 
 import base64
 import concurrent.futures
