@@ -13,18 +13,17 @@ import dataclasses
 import datetime
 import math
 import operator
-import sys
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Column, Table
 
 from moe_jax import cli, partitioning, run_config
 from moe_jax.analysis import memory, roofline, sharded
 from moe_jax.analysis.counts import count, halves, short, sized_parameters
+from moe_jax.analysis.routing_report import wide_console
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
@@ -37,8 +36,6 @@ from moe_jax.models.trees import flatten
 from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
-
-_PIPE_WIDTH = 120  # characters
 
 
 class Workload(NamedTuple):
@@ -518,8 +515,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     Workload(arguments.batch or rows, *lengths, num_parts)
     for rows in (1, options.shape().rows)
   )
-  # No terminal limits the width of the tables in a pipe or a file.
-  console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+  console = wide_console()
   console.print(compute_table(model, training_batch))
   if model.stacks.blocks:
     console.print(memory_table(model, training_batch))

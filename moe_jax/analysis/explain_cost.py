@@ -19,11 +19,11 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 
 from moe_jax import cli, run_config
 from moe_jax.analysis import sharded
+from moe_jax.analysis.routing_report import wide_console
 from moe_jax.devices import keep_freed_memory
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
@@ -253,7 +253,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     f'x {options.data.seq_len} tokens on {len(devices)} x '
     f'{devices[0].device_kind}'
   )
-  Console().print(table)
+  wide_console().print(table)
 
 
 if __name__ == '__main__':
