@@ -36,7 +36,7 @@ from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 from moe_jax.training.programs import Step
 from moe_jax.training.setup import Hook, Run
 
-TRAIN = 'train'
+TRAIN = 'train'  # the kind of records of training steps
 Batch = dict[str, Any]
 
 

@@ -177,9 +177,20 @@ def peak(
   """
   devices = jax.devices() if devices is None else devices
   kind, count = devices[0].device_kind, num_processors(devices)
-  for device in _DEVICES.values():
-    if re.fullmatch(device.kinds, kind) and dtype in device.peaks:
-      source = f'{count} x {kind} by its data sheet'
-      return Peak(count * device.peaks[dtype], source)
+  if rate := vendor_rate(dtype, devices):
+    return Peak(rate, f'{count} x {kind} by its data sheet')
   rate, n = product_rate(dtype, SIZES[:1] if quick else SIZES)
   return Peak(count * rate, f'a measured product of {n} x {n} matrices')
+
+
+def vendor_rate(dtype: str, devices: Sequence[jax.Device]) -> float:
+  """FLOPs per second of devices, as the vendor prints them; 0 if unknown.
+
+  Args:
+    dtype: Type of the operands of the products.
+    devices: The devices, of one kind.
+  """
+  kind = devices[0].device_kind
+  known = (d for d in _DEVICES.values() if re.fullmatch(d.kinds, kind))
+  peaks = next((device.peaks for device in known), {})
+  return num_processors(devices) * peaks.get(dtype, 0.0)

@@ -208,7 +208,7 @@ def commands(run: Run, name: str) -> dict[str, str]:
 
 
 def _picture(path: pathlib.Path, figure: Any) -> str:
-  """Writes a picture; returns a data URL of it; '' without a figure."""
+  """Writes a figure as a file, and returns it as a data URL; '' for None."""
   from moe_jax.analysis import plot_style
 
   if figure is None:

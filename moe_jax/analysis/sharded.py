@@ -205,14 +205,6 @@ class Collectives(NamedTuple):
   by_kind: Mapping[str, Traffic]
   unknown_loops: int
 
-  def describe(self) -> str:
-    """The collectives as text: '12 all-gather (1.5 GB)', or 'nothing'."""
-    phrases = [
-      f'{traffic.count} {kind} ({in_bytes(traffic.num_bytes)})'
-      for kind, traffic in sorted(self.by_kind.items())
-    ]
-    return ', '.join(phrases) or 'nothing'
-
 
 class Sharded(NamedTuple):
   """The bytes of one device, and the collectives of a step.
@@ -248,12 +240,16 @@ class Sharded(NamedTuple):
 
     A run on several devices prints them at its start.
     """
+    sent = [
+      f'{traffic.count} {kind} ({in_bytes(traffic.num_bytes)})'
+      for kind, traffic in sorted(self.collectives.by_kind.items())
+    ]
     return (
       f'each device holds {in_bytes(self.param_bytes)} of parameters and '
       f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
       f'{in_bytes(self.memory.temp_size_in_bytes)} more for activations, '
       'gradients and rows that are exchanged\n'
-      f'each device sends in a step: {self.collectives.describe()}'
+      f'each device sends in a step: {", ".join(sent) or "nothing"}'
     )
 
 
