@@ -151,7 +151,7 @@ def largest_evaluation(options: RunOptions, programs: Programs) -> Evaluation:
     model = changed.build(options.sharding.rules)
     if model not in needed:
       step = compiled_eval_step(model, programs.put)
-      memory = sharded.memory_of(_compiled(step.lower(*arguments)))
+      memory = _compiled(step.lower(*arguments)).memory_analysis()
       num_bytes = (
         held
         + sharded.device_bytes(batch)

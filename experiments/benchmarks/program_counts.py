@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 from jax.stages import Compiled
 
-from moe_jax.analysis.sharded import memory_of
 from moe_jax.errors import InputError
 from moe_jax.layers.shared import RULES
 from moe_jax.models import MODELS, DecoderOptions
@@ -46,7 +45,7 @@ class Counts(NamedTuple):
 
 def counts(compiled: Compiled) -> Counts:
   """The counts of a program; NaN where the platform gives none."""
-  cost, memory = compiled.cost_analysis() or {}, memory_of(compiled)
+  cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
   return Counts(
     flops=float(cost.get('flops', 'nan')),
     bytes_accessed=float(cost.get('bytes accessed', 'nan')),

@@ -13,18 +13,17 @@ import dataclasses
 import datetime
 import math
 import operator
-import sys
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Column, Table
 
 from moe_jax import cli, partitioning, run_config
 from moe_jax.analysis import memory, roofline, sharded
 from moe_jax.analysis.counts import count, halves, short, sized_parameters
+from moe_jax.analysis.routing_report import wide_console
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
@@ -37,8 +36,6 @@ from moe_jax.models.trees import flatten
 from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
-
-_PIPE_WIDTH = 120  # characters
 
 
 class Workload(NamedTuple):
@@ -62,25 +59,25 @@ class Workload(NamedTuple):
 def compute_table(model: Model, work: Workload) -> Table:
   """The table of the parameters and the FLOPs of a model."""
   c = count(model, work.seq_len, work.target_len, work.batch_size)
-  caption = ['A multiply-add counts as two FLOPs.']
+  read, written = 'prefill, per token read', 'decoding, per token generated'
+  caption = 'A multiply-add counts as two FLOPs.'
   if c.encoder:
-    caption.append(
-      f'Attention is counted in full, over {c.encoder_len} tokens read and '
+    read, written = 'encoder, per token read', 'decoder, per token generated'
+    caption += (
+      f' Attention is counted in full, over {c.encoder_len} tokens read and '
       f'{c.decoder_len} written; FLOPs of training are their mean.'
     )
   elif model.stacks.blocks:
-    caption.append(
-      f'Attention is counted in full, over {c.decoder_len} tokens.'
-    )
+    caption += f' Attention is counted in full, over {c.decoder_len} tokens.'
   if c.expert_params:
-    caption.append(
-      f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
+    caption += (
+      f' Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
       'expert; rows without a token are not counted.'
     )
   if not model.stacks.blocks:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
-    caption.append(
-      'Without embedding and softmax a token takes '
+    caption += (
+      ' Without embedding and softmax a token takes '
       f'{multiply_adds / 1e6:,.1f}M multiply-adds, and there are '
       f'{params / 1e6:,.1f}M parameters. Memory is counted of models of blocks '
       'alone.'
@@ -92,11 +89,8 @@ def compute_table(model: Model, work: Workload) -> Table:
     Column('', justify='right'),
     title=f'{short(c.total_params)} parameters in memory, '
     f'{short(c.active_params)} in compute per token',
-    caption=' '.join(caption),
+    caption=caption,
   )
-  read, written = 'prefill, per token read', 'decoding, per token generated'
-  if c.encoder:
-    read, written = 'encoder, per token read', 'decoder, per token generated'
   parts = {
     'all experts': c.expert_params,
     'all but the experts': c.total_params - c.expert_params,
@@ -126,10 +120,8 @@ def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
 
 def memory_table(model: Model, work: Workload) -> Table:
   """The table of bytes of activations, expert rows and exchanges of a batch."""
-  lengths = f'{work.seq_len}'
   stacks = halves(model, work.seq_len, work.target_len)
-  if len(stacks) == 2:
-    lengths += f' and {stacks[-1].length}'
+  lengths = ' and '.join(str(half.length) for half in stacks)
   decoder = stacks[-1].stack
   table = Table(
     'Arrays',
@@ -523,8 +515,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     Workload(arguments.batch or rows, *lengths, num_parts)
     for rows in (1, options.shape().rows)
   )
-  # No terminal limits the width of the tables in a pipe or a file.
-  console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+  console = wide_console()
   console.print(compute_table(model, training_batch))
   if model.stacks.blocks:
     console.print(memory_table(model, training_batch))

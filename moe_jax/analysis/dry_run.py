@@ -25,23 +25,14 @@ from moe_jax.data.cache_folders import NotPreparedError, reading_only
 from moe_jax.devices import in_bytes, memory_of
 from moe_jax.errors import InputError
 from moe_jax.evaluation import EVALUATIONS, LossEvaluation, SourceLosses
-from moe_jax.models import Model
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import ownership
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
-from moe_jax.training import trained
-from moe_jax.training.programs import Programs, make_programs
-from moe_jax.training.run_options import RunOptions
-from moe_jax.training.setup import (
-  Hook,
-  Run,
-  resume_problem,
-  set_up,
-  setup_notes,
-  with_tokenizer,
-)
+from moe_jax.training import setup, trained
+from moe_jax.training.programs import make_programs
+from moe_jax.training.setup import Hook, Run, resume_problem
 
 # Stands for the folder of a run that names none; this folder is never made.
 _NOWHERE = 'a-folder-that-is-not-there'
@@ -71,16 +62,15 @@ class DryRun:
     """Yields the lines that describe the run, in the order of printing."""
     yield 'dry run: nothing is trained, and nothing is written'
     run, mesh = self._set_up(), self._mesh()
-    if run is not None:
-      options, notes, dataset = run.options, run.notes, run.dataset
-    else:
-      options, notes, dataset = self._filled(mesh)
+    options, notes, dataset = (
+      (run.options, run.notes, run.dataset) if run else self._filled(mesh)
+    )
     data_line = (
-      'data: not prepared yet; a run first reads all texts once and keeps '
+      dataset.describe()
+      if dataset
+      else 'data: not prepared yet; a run first reads all texts once and keeps '
       f'their tokens in {self.options.data.selection.cache}'
     )
-    if dataset:
-      data_line = dataset.describe()
     if options is None:
       yield data_line
       yield (
@@ -101,7 +91,8 @@ class DryRun:
           f'passes: {rows:,} rows are learned from, and the data has '
           f'{stored:,}: {rows / stored:.3g} passes over it'
         )
-      yield from self._memory_lines(options, model, programs, mesh)
+      needs = cost.run_bytes(options, model, programs, mesh)
+      yield from self._memory_lines(needs, mesh)
     yield from self._evaluation_lines()
     yield from self._workdir_lines(run)
 
@@ -127,7 +118,7 @@ class DryRun:
     """
     with self._noting_problems():
       folder = self.workdir or _NOWHERE
-      run = set_up(self.options, folder, resume=self.resume)
+      run = setup.set_up(self.options, folder, resume=self.resume)
       silent_run = dataclasses.replace(run, message=lambda text: None)
       for hook in self.hooks:
         with self._noting_problems():
@@ -148,7 +139,8 @@ class DryRun:
     options, notes, dataset, filled = self.options, [], None, None
     folder = workdir_lib.folder_of(self.workdir or _NOWHERE)
     with self._noting_problems():
-      options, notes = with_tokenizer(options, section_of(options), folder)
+      config = section_of(options)
+      options, notes = setup.with_tokenizer(options, config, folder)
     with self._noting_problems():
       dataset = data.load(options.data)
     with self._noting_problems():
@@ -156,7 +148,7 @@ class DryRun:
       size = dataset.vocab_size if dataset else tokenizer.known_vocab_size()
       if size := options.model.vocab_size or size:
         filled = options.filled(size)
-        notes = [*notes, *setup_notes(filled, filled.build(), mesh)]
+        notes = [*notes, *setup.setup_notes(filled, filled.build(), mesh)]
     return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
@@ -165,11 +157,8 @@ class DryRun:
       return self.options.mesh.make()
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
 
-  def _memory_lines(
-    self, options: RunOptions, model: Model, programs: Programs, mesh: Mesh
-  ) -> Iterator[str]:
+  def _memory_lines(self, needs: cost.RunBytes, mesh: Mesh) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
-    needs = cost.run_bytes(options, model, programs, mesh)
     room = memory_of(list(mesh.devices.flat))
     line = f'memory: {needs.describe()}'
     if room:
@@ -181,8 +170,8 @@ class DryRun:
         'WARNING: that does not fit; a smaller batch_size / microbatches, '
         "model.remat='full', or more devices (mesh.fsdp) need less on each"
       )
-    c, size = options.checkpoint, needs.checkpoint
-    last = options.total_steps - 1
+    c, size = self.options.checkpoint, needs.checkpoint
+    last = self.options.total_steps - 1
     num_written = 1 + last // c.every_steps if c.every_steps else 1
     # One more is being written while the older checkpoints are still there.
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
@@ -227,14 +216,12 @@ class DryRun:
       self._refuse(f'{folder} cannot be made or written; choose another folder')
     if holder := ownership.holder(storage_path(folder)):
       self._refuse(f'{folder} is in use by {holder}; wait for its end')
-    if run is None or not run.checkpoints.steps():
+    steps = run.checkpoints.steps() if run else []
+    if not steps:
       yield from self._start_lines()
     if run is None or not (folder / workdir_lib.CONFIG).exists():
-      status = 'exists' if folder.exists() else 'is new'
-      yield f'workdir: {folder} {status}'
-      return
-    steps = run.checkpoints.steps()
-    if not steps:
+      yield f'workdir: {folder} {"exists" if folder.exists() else "is new"}'
+    elif not steps:
       yield f'workdir: {folder} has a run without checkpoints: it begins anew'
     elif problem := resume_problem(run):
       self._refuse(problem)

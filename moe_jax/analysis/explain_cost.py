@@ -9,22 +9,21 @@ scopes name.
 
 import argparse
 import collections
-import dataclasses
 import glob
 import pathlib
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 
 from moe_jax import cli, run_config
 from moe_jax.analysis import sharded
+from moe_jax.analysis.routing_report import wide_console
 from moe_jax.devices import keep_freed_memory
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
@@ -73,7 +72,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   """Compiles, times and profiles the training step of a run.
 
   Args:
-    options: Options of the run, whose evaluations are left out.
+    options: Options of the run, whose evaluations are not run.
     num_steps: Number of steps that are timed; as many again are profiled.
 
   Returns:
@@ -83,14 +82,13 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   Raises:
     ValueError: The options or the data are bad.
   """
-  options = without_evaluations(options)
   with tempfile.TemporaryDirectory() as folder:
     run = set_up(options, pathlib.Path(folder) / 'run')
     state, batches = run.programs.init_state(), run.batches(0)
     step = run.programs.train_step.lower(state, next(batches)).compile()
     state, _, _ = _take_steps(step, state, batches, _WARM_UP)
     state, waits, times = _take_steps(step, state, batches, num_steps)
-    text = sharded.text_of(step)
+    text = cast(str, step.as_text())
     seconds = _instruction_seconds(
       lambda: _take_steps(step, state, batches, num_steps),
       module=re.findall(r'HloModule ([\w.\-]+)', text)[0],
@@ -114,23 +112,6 @@ def explain(options: RunOptions, num_steps: int) -> Table:
     passes = f'{1e3 * forward:.2f}', f'{1e3 * backward:.2f}' if backward else ''
     table.add_row(part, *passes, f'{1e3 * both:.2f}', f'{both / median:.1%}')
   return table
-
-
-def without_evaluations(options: RunOptions) -> RunOptions:
-  """The options of a run of equal steps, without evaluations or early end."""
-  trace = options.trace
-  if trace.every_steps:
-    trace = dataclasses.replace(trace, evaluations='')
-  else:
-    trace = type(trace)()
-  return dataclasses.replace(
-    options,
-    evals={},
-    # Evaluations decide which checkpoint is the best, and on an early end.
-    checkpoint=type(options.checkpoint)(keep_best=False),
-    early_stopping=type(options.early_stopping)(),
-    trace=trace,
-  )
 
 
 def _take_steps(
@@ -272,7 +253,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     f'x {options.data.seq_len} tokens on {len(devices)} x '
     f'{devices[0].device_kind}'
   )
-  Console().print(table)
+  wide_console().print(table)
 
 
 if __name__ == '__main__':

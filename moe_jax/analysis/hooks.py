@@ -1,4 +1,4 @@
-"""Hooks of the training loop: first lines, profile, routing report, sample.
+"""Hooks that describe a run at its start, profile it, and report at its end.
 
 `moe_jax.main` and experiments choose the hooks of a run. The lines on a run's
 size, model and devices are also printed by `--dry_run`.
@@ -91,7 +91,7 @@ class Profile(Hook):
   _is_tracing = False
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the training step, if the config names steps to profile."""
+    """Gives the run a step that profiles itself, if the config names steps."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return None
@@ -134,7 +134,7 @@ class Profile(Hook):
 
 
 class Sample(Hook):
-  """Ends a run with a text sample, printed and in `sample.txt`."""
+  """Ends a run with text of its model, printed and written to `sample.txt`."""
 
   def end(self, run: Run, state: TrainState) -> None:
     """Continues or answers the prompt `config.sample.prompt`.

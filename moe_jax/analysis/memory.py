@@ -8,14 +8,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.analysis.counts import (
-  Half,
-  group_rows,
-  group_size,
-  halves,
-  sized_parameters,
-)
-from moe_jax.config import unknown
+from moe_jax.analysis import counts
+from moe_jax.analysis.counts import Half, group_rows, group_size, halves
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import ACTIVATIONS, FfnOptions
@@ -34,13 +28,12 @@ def weight_bytes(model: Model, dtype: str) -> int:
   Parameters of routers, norms and relative positions stay float32, as they are
   stored.
 
-  Raises:
-    ValueError: The dtype is none of `DTYPES`.
+  Args:
+    model: A model of blocks.
+    dtype: One of `DTYPES`.
   """
-  if dtype not in DTYPES:
-    raise unknown('dtype', dtype, DTYPES)
   total = 0
-  for p in sized_parameters(model):
+  for p in counts.sized_parameters(model):
     # Attention's only table is that of relative positions.
     is_float32 = p.role.role in ('router', 'norm')
     is_float32 |= p.role == Role('attention', 'table')
@@ -142,7 +135,8 @@ def _kept_by_layers(half: Half, B: int) -> int:
   if crosses:
     total += L * (n * (output + M) + B * half.memory_len * a.cached_values) * b
   has_extra = block.moe is not None and block.moe.extra_ffn
-  extra = sum(c.sparse) if has_extra else 0  # dense ones behind sparse ones
+  # The dense feed-forwards that follow those of experts within a layer.
+  extra = sum(c.sparse) if has_extra else 0
   dense = L - sum(c.sparse) + extra
   total += dense * n * _kept_hidden(block, block.ffn, keeps_all)
   if block.moe is not None and moe is None:  # a dense twin
@@ -159,8 +153,9 @@ def _kept_by_layers(half: Half, B: int) -> int:
       hidden = _kept_hidden(block, shared.ffn, keeps_all)
       total += len(half.moes) * n * hidden
   if keeps_all:
-    # Three float32 arrays of each norm, and its output twice, once as what
-    # the next product multiplies; the output of attention; an expert's input.
+    # Each norm keeps three float32 arrays, and its output twice, once as what
+    # the next product multiplies. Attention's output and the rows that experts
+    # multiply are kept, too.
     norms = L * (2 + crosses) + extra
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
     total += L * n * output * b * (1 + crosses) + rows * M * b

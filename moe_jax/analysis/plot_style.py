@@ -10,14 +10,13 @@ may draw in any thread, without a display, and leaves a notebook's open figures
 alone.
 """
 
-import io
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -31,7 +30,6 @@ LINES = (
   (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)),
 )  # fmt: skip
 MARKERS = 'osD^vPX'
-DPI = 150
 # Ends of the colour scale of ratios, and its colours: paler than grey is less
 # than 1, and darker is more, so that a grey print tells the two apart.
 RATIOS = (0.25, 4)
@@ -53,7 +51,6 @@ _BELOW = (
 )
 # With more columns than this, cells of a heat map are narrower than a pixel.
 _MAX_COLUMNS = 400
-_RASTER_POINTS = 2000  # points, above which a line is drawn as a bitmap
 _WIDTH = 7.2  # inches
 _MAX_LETTERS = 26  # letters of a name in a legend
 
@@ -75,17 +72,12 @@ def series(number: int) -> dict[str, Any]:
   }
 
 
-def shades(count: int) -> Float[np.ndarray, 'n 4']:
-  """Colours of an ordered set of lines, such as layers; the last is palest."""
-  return colormaps['viridis'](np.linspace(0, 0.85, count))
-
-
 def heat_maps(
-  panels: Mapping[str, tuple[Float[np.ndarray, ' X'], Floats]],
+  panels: Mapping[str, Floats],
   labels: tuple[str, str, str],
   columns: int,
   size: tuple[float | int, float | int],
-  bar_aspect: int,
+  borders: Mapping[str, Floats] = {},
 ) -> tuple[Figure, list[Axes], Axes]:
   """Heat maps of ratios in a grid, with one logarithmic scale of colours.
 
@@ -94,12 +86,13 @@ def heat_maps(
   cell, are hatched.
 
   Args:
-    panels: The borders of columns and the ratios, [rows, columns], of each heat
-      map, by its title; NaN are unknown.
+    panels: The ratios of each heat map, [rows, columns], by its title; NaN are
+      unknown.
     labels: The title, and the labels of the x axis and of the y axis.
     columns: Number of heat maps side by side.
     size: Width and height of the figure in inches.
-    bar_aspect: Height of the colour bar over its width.
+    borders: The borders of each heat map's columns on the x axis, by its title;
+      columns without borders are centred on 0, 1, 2, ...
 
   Returns:
     The figure, the axes of the heat maps and those of the colour bar.
@@ -108,16 +101,16 @@ def heat_maps(
   lines = -(-len(panels) // columns)
   all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
   mesh: Any = None
-  for axes, (title, (x, ratios)) in zip(all_axes, panels.items()):
+  for axes, (title, ratios) in zip(all_axes, panels.items()):
     axes.patch.set(facecolor='white', hatch='////', edgecolor='0.75')
     floor = np.where(ratios > 0, RATIOS[0], RATIOS[0] / 2)
+    y, x = (np.arange(n + 1) - 0.5 for n in ratios.shape)
     mesh = axes.pcolormesh(
-      x,
-      np.arange(len(ratios) + 1) - 0.5,
+      borders.get(title, x),
+      y,
       np.where(np.isnan(ratios), ratios, np.maximum(ratios, floor)),
       cmap=RATIO_COLOURS,
       norm=LogNorm(*RATIOS),
-      rasterized=True,
     )
     axes.set_ylim(len(ratios) - 0.5, -0.5)
     axes.set_title(title, loc='left', fontsize='medium')
@@ -129,7 +122,7 @@ def heat_maps(
   figure.supxlabel(labels[1], fontsize='medium')
   figure.supylabel(labels[2], fontsize='medium')
   axes = [*all_axes[: len(panels)]]
-  look: Any = {'extend': 'both', 'pad': 0.01, 'aspect': bar_aspect}
+  look: Any = {'extend': 'both', 'pad': 0.01, 'aspect': 6 * size[1]}
   bar = figure.colorbar(mesh, ax=axes, **look)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
   bar.minorticks_off()
@@ -147,11 +140,11 @@ def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def picture(figure: Figure) -> bytes:
-  """The PNG file of a figure."""
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=DPI)
-  return buffer.getvalue()
+def save(figure: Figure, path: pathlib.Path) -> None:
+  """Writes a figure as PNG; at any moment the file is a whole picture."""
+  unfinished = path.with_name(path.name + '.tmp')
+  figure.savefig(unfinished, format='png', dpi=150)
+  unfinished.replace(path)
 
 
 def curves_figure(rows: Rows) -> Figure | None:
@@ -169,8 +162,7 @@ def curves_figure(rows: Rows) -> Figure | None:
   below = [x for x in _BELOW if any(f'train/{x[0]}' in row for row in rows)]
   names = [key for key, *_ in below]
   names += names[-1:] * (len(names) % 2)  # the last of an odd number is wide
-  lines = len(names) // 2
-  layout = [['loss'] * 2, *(names[2 * i : 2 * i + 2] for i in range(lines))]
+  layout, lines = [['loss'] * 2, *zip(names[::2], names[1::2])], len(names) // 2
   figure = Figure(figsize=(_WIDTH, 3.6 + 1.75 * lines), layout='constrained')
   heights = [2.1] + [1.0] * lines
   axes = figure.subplot_mosaic(cast(Any, layout), height_ratios=heights)
@@ -202,18 +194,19 @@ def load_figure(rows: Rows) -> Figure | None:
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
     return None
-  panels = {}
+  panels, borders = {}, {}
   for layer in layers:
     steps, load = _series(rows, f'train/layer_{layer}/load')
     spans = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
-    edges = _edges(np.array([steps[span].mean() for span in spans]))
+    middles = np.array([steps[span].mean() for span in spans])
     means = np.array([load[span].mean(axis=0) for span in spans])
-    panels[f'layer {layer}'] = edges, load.shape[1] * means.T
+    panels[f'layer {layer}'] = load.shape[1] * means.T
+    borders[f'layer {layer}'] = _borders(middles)
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   title = 'Load: share of all choices that each expert gets, before drops'
   labels, size = (title, 'step', 'expert'), (_WIDTH, 0.9 + 1.7 * lines)
-  figure, axes, bar = heat_maps(panels, labels, columns, size, 12 * lines)
+  figure, axes, bar = heat_maps(panels, labels, columns, size, borders)
   for one in axes:
     one.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   bar.set_ylabel('share / uniform share')
@@ -266,13 +259,10 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     low, high = values.min(), values.max()
     space = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - space, high + space)
-  last_losses = [values[-1] for values in visible_losses if values.size]
-  falls = max(last_losses, default=0) <= np.mean(axes.get_ylim())
-  place = 'upper right' if falls else 'lower right'
-  axes.legend(loc=place, fontsize='small', edgecolor='none')
+  axes.legend(fontsize='small', edgecolor='none')
 
 
-def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
+def _borders(middles: Float[np.ndarray, 'n']) -> np.ndarray:
   """The `n + 1` borders of n cells whose middles are given, ascending."""
   if len(middles) == 1:  # one cell reaches back to step 0
     return np.array([0.0, max(middles[0], 1)])
@@ -282,7 +272,10 @@ def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:
-  """The group of `pattern` in each name of a metric that matches it."""
+  """The part of each metric's name that the group of a pattern matches.
+
+  Names that the pattern does not match as a whole are left out.
+  """
   keys = dict.fromkeys(key for row in rows for key in row)
   matches = (re.fullmatch(pattern, key) for key in keys)
   return [match[1] for match in matches if match]
@@ -307,5 +300,4 @@ def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
     'color': BLUE,
     'linewidth': 0.9,
     'marker': '.' if len(steps) < 30 else '',
-    'rasterized': len(steps) > _RASTER_POINTS,
   }

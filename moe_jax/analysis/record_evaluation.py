@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
-from moe_jax import cli
+from moe_jax import cli, generation
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import Recorder, make_header
 from moe_jax.data import SPLITS
@@ -23,7 +23,6 @@ from moe_jax.data import load as load_data
 from moe_jax.devices import Placing, keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
 from moe_jax.models.recorded import recording
-from moe_jax.training import trained
 from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 
 KIND = 'loss'
@@ -42,14 +41,11 @@ def record(options: argparse.Namespace) -> None:
   overrides = ROOM_FOR_ALL if options.room_for_all else {}
   sizes = {'num_batches': options.num_batches, 'split': options.split}
   entry = LossEvaluation(**sizes, model_overrides=overrides)
-  run = trained.read(workdir, options.allow_module)
-  model_options = entry.overridden(run.model)
+  run = generation.load(workdir, options.step, allow=options.allow_module)
+  model_options = entry.overridden(run.options)
   model = model_options.build(run.sharding.rules)
   if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
-  checkpoint = trained.restore_variables(
-    workdir, model, run.sharding.rules, step=options.step
-  )
   dataset = load_data(run.data)
   header = make_header(
     model,
@@ -61,7 +57,7 @@ def record(options: argparse.Namespace) -> None:
     data_digest=dataset.digest,
     has_logits=options.logits,
     dtype=dtype,
-    note=f'{entry}, step {checkpoint.step} of {workdir}',
+    note=f'{entry}, step {run.step} of {workdir}',
   )
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -73,7 +69,7 @@ def record(options: argparse.Namespace) -> None:
   )
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorder.measure(KIND, losses, apply)
-    row = measure(checkpoint.state, checkpoint.step)
+    row = measure(run.variables, run.step)
   summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
   cli.say([summary, header.note])
 

@@ -22,7 +22,6 @@ from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import fetch, is_first
-from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices
 from moe_jax.runs.summary import Batch, summarize
@@ -34,7 +33,8 @@ from moe_jax.training.setup import Hook, Run
 FOLDER = 'trace'
 # The most batches that may wait for the thread; the devices hold their arrays.
 _QUEUE_SIZE = 8
-# The keys of a batch from which the fields of a record come.
+# The key of a batch, without the prefix of its sequence, that holds the array
+# of each of these fields of a record.
 _KEYS = {
   'tokens': 'tokens',
   'positions': 'positions',
@@ -122,7 +122,7 @@ def records_of(
 
   Args:
     model: The model.
-    kind, step, number: See `Record`.
+    kind, step, number: The fields `kind`, `step` and `batch` of the records.
     batch: The arrays of the batch, on the host.
     choices: The choices of layers, on the host.
   """
@@ -182,11 +182,7 @@ class Recorder:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'routing trace')
     self._waiting: collections.deque = collections.deque()
     self._has_begun = self._has_failed = False
-    try:
-      traces.check(folder, header)
-    except InputError as error:
-      text = f'{error}; move this folder away to record anew'
-      raise InputError(text) from None
+    traces.check(folder, header)
 
   def add(
     self, kind: str, step: int, number: int, batch: Batch, choices: Choices
@@ -198,7 +194,7 @@ class Recorder:
     gathered from all processes.
 
     Args:
-      kind, step, number: See `Record`.
+      kind, step, number: The fields `kind`, `step` and `batch` of its records.
       batch: The batch.
       choices: The choices of experts that were made in the batch.
     """
@@ -248,7 +244,7 @@ class Recorder:
 
   def _write(self, kind, step, number, batch, choices) -> None:
     if not self._has_begun:
-      traces.forget(traces.create(self._folder, self._header), step)
+      traces.begin(self._folder, self._header, step)
       self._has_begun = True
     batch, choices = jax.tree.map(np.asarray, (batch, choices))
     for record in records_of(self._model, kind, step, number, batch, choices):
@@ -256,7 +252,7 @@ class Recorder:
 
 
 class Traces(Hook):
-  """Records the choices of experts, as often as `config.trace` says.
+  """Records the choices of experts in the steps that `config.trace` names.
 
   This hook has to come after hooks that change or compile the step.
   """
@@ -295,7 +291,10 @@ class Traces(Hook):
     return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
   def paused(self) -> None:
-    """Writes all records, so that a checkpoint misses no step."""
+    """Waits until all records are written, before a checkpoint is.
+
+    So a run that goes on from the checkpoint misses no step in its trace.
+    """
     if self._recorder is not None:
       self._recorder.flush()
 

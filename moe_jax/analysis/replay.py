@@ -36,7 +36,7 @@ from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 from moe_jax.training.programs import Step
 from moe_jax.training.setup import Hook, Run
 
-TRAIN = 'train'
+TRAIN = 'train'  # the kind of records of training steps
 Batch = dict[str, Any]
 
 
@@ -70,12 +70,11 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
 
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
-  """The records' tokens and documents, by the key of the equal batch array."""
+  """The records' tokens and documents, by their keys in a batch."""
   arrays = {}
   for record in records:
-    prefix = record.sequence and f'{record.sequence}_'
-    arrays[f'{prefix}tokens'] = record.tokens
-    arrays[f'{prefix}segment_ids'] = record.documents
+    arrays[f'{_prefix(record)}tokens'] = record.tokens
+    arrays[f'{_prefix(record)}segment_ids'] = record.documents
   return arrays
 
 
@@ -89,38 +88,45 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
     ValueError: The records do not have the model's sparse layers, or a token
       has more choices than a layer of the model takes.
   """
-  layers, choices = _layers(model.stacks), {}
+  layers = _layers(model.stacks)
+  own = {prefix: [*of_sequence] for prefix, of_sequence in layers.items()}
+  recorded = {_prefix(record): sorted(record.layers) for record in records}
+  if recorded != own:
+    raise InputError(
+      f'the records have the layers {recorded}, by the sequence that they see; '
+      f'the sparse layers of the model are {own}'
+    )
+  choices = no_choices(model, ids(records))
   for record in records:
-    prefix = record.sequence and f'{record.sequence}_'
-    lengths = layers.pop(prefix, {})
-    if [*lengths] != sorted(record.layers):
-      raise InputError(
-        f'the record of the sequence {record.sequence!r} has layers '
-        f'{sorted(record.layers)}; the sparse layers of the model are '
-        f'{[*lengths]}'
-      )
-    pairs = [_choices(model.stacks, n, K, record) for n, K in lengths.items()]
-    for key, values in zip(REPLAYED, zip(*pairs)):
-      choices[f'{prefix}{key}'] = np.stack(values, axis=2)
-  if missing := [*itertools.chain(*layers.values())]:
-    raise InputError(f'no record has the layers {missing}')
+    experts, served = (choices[f'{_prefix(record)}{key}'] for key in REPLAYED)
+    for i, (layer, K) in enumerate(layers[_prefix(record)].items()):
+      expert, _, kept, _ = record.layers[layer]
+      E, N = model.stacks.moe_of(layer).num_experts, expert.shape[-1]
+      largest = int(expert.max(initial=NO_CHOICE))
+      if N > K or largest >= E:
+        raise InputError(
+          f'layer {layer}: the record has {N} choices of a token and expert '
+          f'{largest}; the model has {K} choices among {E} experts'
+        )
+      experts[:, :, i] = NO_CHOICE
+      experts[:, :, i, :N], served[:, :, i, :N] = expert, kept
   return choices
 
 
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key."""
   choices, (expert, kept) = {}, REPLAYED
+  dtype = expert_type(max(moe.num_experts for moe in model.stacks.mixtures))
   for prefix, most in _layers(model.stacks).items():
     shape = (*batch[f'{prefix}tokens'].shape, len(most), max(most.values()))
-    dtype = _expert_type(model.stacks)
     choices[f'{prefix}{expert}'] = np.full(shape, OPEN, dtype)
     choices[f'{prefix}{kept}'] = np.zeros(shape, bool)
   return choices
 
 
-def _expert_type(stacks: Stacks) -> type[np.integer]:
-  """The integer type of experts' indices and of the values for no choice."""
-  return expert_type(max(moe.num_experts for moe in stacks.mixtures))
+def _prefix(record: Record) -> str:
+  """The beginning of a batch's keys of the sequence that a record is of."""
+  return record.sequence and f'{record.sequence}_'
 
 
 def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
@@ -134,24 +140,6 @@ def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
     most = moe.num_experts if moe.router.by_expert else moe.num_selected
     layers[stacks.sequence_of(layer)][layer] = most
   return layers
-
-
-def _choices(
-  stacks: Stacks, layer: int, K: int, record: Record
-) -> tuple[np.ndarray, np.ndarray]:
-  """A layer's recorded experts, and whether they serve: [B, T, K] each."""
-  E = stacks.moe_of(layer).num_experts
-  expert, kept = record.layers[layer].expert, record.layers[layer].kept
-  missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
-  if missing < 0 or largest >= E:
-    raise InputError(
-      f'layer {layer}: the record has {expert.shape[-1]} choices of a token '
-      f'and expert {largest}; the model has {K} choices among {E} experts'
-    )
-  padding = [(0, 0), (0, 0), (0, missing)]
-  expert = expert.astype(_expert_type(stacks))
-  expert = np.pad(expert, padding, constant_values=NO_CHOICE)
-  return expert, np.pad(kept, padding)
 
 
 def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
@@ -240,8 +228,8 @@ def _open_step(run: Run) -> Step:
 def _replayed_step(run: Run, trace: Trace) -> Step:
   """The step, with the choices that the trace has of the same training step.
 
-  The step raises ValueError if the record is of another batch, or if the file
-  of the record is damaged.
+  The step raises ValueError if the record of its number is of other tokens or
+  documents than its batch, or if the record's file is damaged.
   """
   options, put = run.options, run.programs.put
   replicated = partitioning.sharding(run.mesh, options.sharding.rules, ())

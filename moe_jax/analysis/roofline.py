@@ -1,5 +1,6 @@
 """Memory and peak FLOPs of devices, as vendors print them or as measured."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -73,6 +74,7 @@ class Device(NamedTuple):
     name: Name of the device, as a table prints it.
     num_bytes: Bytes of all memory of the device, including what a runtime
       reserves; 0 where the number is unknown.
+    kinds: Regular expression of the device's names in JAX (`device_kind`).
     peaks: FLOPs per second of dense products by type of the operands, as the
       vendor prints them. A type for which the vendor prints several speeds,
       such as float32 with and without TF32, is left out.
@@ -80,41 +82,32 @@ class Device(NamedTuple):
 
   name: str
   num_bytes: int
+  kinds: str = ''
   peaks: Mapping[str, float] = {}
+
+
+def _device(name: str, gigabytes: int, kinds: str, teraflops: int) -> Device:
+  """A device with products of bfloat16 at so many TFLOPs per second."""
+  return Device(name, gigabytes * 10**9, kinds, {'bfloat16': teraflops * 1e12})
 
 
 # Memory and FLOPs per second as vendors print them, in powers of ten, without
 # sparsity.
 _DEVICES = {
   # From NVIDIA's data sheets; the H100 is the SXM version.
-  'h100': Device('H100-80GB', 80 * 10**9, {'bfloat16': 989e12}),
-  'h200': Device('H200-141GB', 141 * 10**9, {'bfloat16': 989e12}),
-  'a100': Device('A100-40GB', 40 * 10**9, {'bfloat16': 312e12}),
-  'l4': Device('L4-24GB', 24 * 10**9, {'bfloat16': 121e12}),
+  'h100': _device('H100-80GB', 80, 'NVIDIA H100 80GB HBM3', 989),
+  'h200': _device('H200-141GB', 141, 'NVIDIA H200', 989),
+  'a100': _device('A100-40GB', 40, 'NVIDIA A100-SXM4-[48]0GB', 312),
+  'l4': _device('L4-24GB', 24, 'NVIDIA L4', 121),
   # A T4's tensor cores know no bfloat16.
-  't4': Device('T4-16GB', 16 * 10**9, {'float32': 8.1e12}),
+  't4': Device('T4-16GB', 16 * 10**9, 'Tesla T4', {'float32': 8.1e12}),
   # https://cloud.google.com/tpu/docs/v5e and its neighbours, for one chip.
-  'v4': Device('TPU v4', 32 * 10**9, {'bfloat16': 275e12}),
-  'v5e': Device('TPU v5e', 16 * 10**9, {'bfloat16': 197e12}),
-  'v5p': Device('TPU v5p', 95 * 10**9, {'bfloat16': 459e12}),
-  'v6e': Device('TPU v6e', 32 * 10**9, {'bfloat16': 918e12}),
+  'v4': _device('TPU v4', 32, 'TPU v4', 275),
+  'v5e': _device('TPU v5e', 16, 'TPU v5 lite', 197),
+  'v5p': _device('TPU v5p', 95, 'TPU v5p?', 459),
+  'v6e': _device('TPU v6e', 32, 'TPU v6 lite', 918),
 }
 DEVICES = (*_DEVICES, HERE)
-# The names in `DEVICES` by JAX's `device_kind`.
-_NAME_OF_KIND = {
-  'NVIDIA H100 80GB HBM3': 'h100',
-  'NVIDIA H200': 'h200',
-  'NVIDIA A100-SXM4-40GB': 'a100',
-  'NVIDIA A100-SXM4-80GB': 'a100',
-  'NVIDIA L4': 'l4',
-  'Tesla T4': 't4',
-  'TPU v4': 'v4',
-  'TPU v5 lite': 'v5e',
-  'TPU v5': 'v5p',
-  'TPU v5p': 'v5p',
-  'TPU v6 lite': 'v6e',
-}
-_BFLOAT16_SINCE = 8.0  # CUDA's compute capability with products of bfloat16
 
 
 class Peak(NamedTuple):
@@ -143,22 +136,6 @@ def device_of(name: str) -> Device:
   device = jax.devices()[0]
   noun = 'machine' if device.platform == 'cpu' else device.device_kind
   return Device(f'this {noun}', memory_of([device]))
-
-
-def fast_dtype(device: jax.Device) -> str:
-  """The type of a model's activations in which a device multiplies fastest.
-
-  This is 'bfloat16' on TPUs and on GPUs that multiply bfloat16 directly, and
-  'float32' on CPUs and on older GPUs such as a T4, which compute bfloat16 in
-  float32.
-  """
-  if device.platform == 'cpu':
-    return 'float32'
-  capability = getattr(device, 'compute_capability', '')
-  try:
-    return 'bfloat16' if float(capability) >= _BFLOAT16_SINCE else 'float32'
-  except ValueError:  # not a device of CUDA
-    return 'bfloat16'
 
 
 def num_processors(devices: Sequence[jax.Device]) -> int:
@@ -200,8 +177,20 @@ def peak(
   """
   devices = jax.devices() if devices is None else devices
   kind, count = devices[0].device_kind, num_processors(devices)
-  peaks = _DEVICES[_NAME_OF_KIND[kind]].peaks if kind in _NAME_OF_KIND else {}
-  if dtype in peaks:
-    return Peak(count * peaks[dtype], f'{count} x {kind} by its data sheet')
+  if rate := vendor_rate(dtype, devices):
+    return Peak(rate, f'{count} x {kind} by its data sheet')
   rate, n = product_rate(dtype, SIZES[:1] if quick else SIZES)
   return Peak(count * rate, f'a measured product of {n} x {n} matrices')
+
+
+def vendor_rate(dtype: str, devices: Sequence[jax.Device]) -> float:
+  """FLOPs per second of devices, as the vendor prints them; 0 if unknown.
+
+  Args:
+    dtype: Type of the operands of the products.
+    devices: The devices, of one kind.
+  """
+  kind = devices[0].device_kind
+  known = (d for d in _DEVICES.values() if re.fullmatch(d.kinds, kind))
+  peaks = next((device.peaks for device in known), {})
+  return num_processors(devices) * peaks.get(dtype, 0.0)

@@ -28,7 +28,6 @@ from moe_jax.analysis.routing_measures import ByLabel, Layer, Layers
 from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
-from moe_jax.errors import InputError
 from moe_jax.routing.stats import load_summary
 
 # Kinds of records that are made with the capacity of training, so that a choice
@@ -77,16 +76,10 @@ def run(options: argparse.Namespace) -> None:
     ValueError: The trace cannot be read, or does not fit the other options.
   """
   trace = traces.read(options.trace)
-  if not trace.header.layers:
-    raise InputError(f'{options.trace} is of a model without sparse layers')
-  if not trace.kinds:
-    raise InputError(f'{options.trace} has no records')
   preferred = [kind for kind in _PREFERRED_KINDS if kind in trace.kinds]
-  kind = options.kind or (preferred or trace.kinds)[0]
-  records = trace.records(kind, options.steps)
+  kind = options.kind or (preferred or trace.kinds or _PREFERRED_KINDS)[0]
   steps = [step for step in trace.steps_of(kind) if step in options.steps]
-  if kind in trace.kinds and not steps:
-    raise InputError(f'no records of {kind!r} at steps {options.steps}')
+  records = trace.records(kind, options.steps)
   layers = measures.layers_of(trace.header, records)
   by_label = measures.specialisation(layers)
   if following := measures.transitions(layers):
@@ -112,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
   output = pathlib.Path(options.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   for name, figure in pictures(layers, by_label, loads, drops):
-    (output / f'{name}.png').write_bytes(plot_style.picture(figure))
+    plot_style.save(figure, output / f'{name}.png')
   print(f'\nThe pictures are in {output}. {plot_style.HOW_TO_READ}')
 
 
@@ -249,12 +242,9 @@ def pictures(
   relative = np.full((len(layers), n), math.nan)
   for row, layer in zip(relative, layers.values(), strict=True):
     row[: len(layer.load)] = layer.load / max(layer.load.mean(), 1e-300)
-  cells = {'': (np.arange(n + 1) - 0.5, relative)}
   size = _WIDTH, 1.6 + 0.28 * len(layers)
-  title = 'Load of each expert / mean load of the layer'
-  figure, (axes,), _ = plot_style.heat_maps(
-    cells, (title, 'expert', 'layer'), 1, size, 20
-  )
+  labels = 'Load of each expert / mean load of the layer', 'expert', 'layer'
+  figure, (axes,), _ = plot_style.heat_maps({'': relative}, labels, 1, size)
   axes.set_yticks(range(len(layers)), labels=map(str, layers))
   yield 'load', figure
   yield 'drops', drop_figure(drops)
@@ -392,11 +382,8 @@ def _panels(
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
-  cells = {k: (np.arange(x.shape[1] + 1) - 0.5, x) for k, x in panels.items()}
   size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
-  figure, all_axes, _ = plot_style.heat_maps(
-    cells, labels, columns, size, 15 * lines
-  )
+  figure, all_axes, _ = plot_style.heat_maps(panels, labels, columns, size)
   for axes in all_axes:
     axes.set_aspect('equal')
   return figure

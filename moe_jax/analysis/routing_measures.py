@@ -179,7 +179,11 @@ def layers_of(
 
 
 def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
-  """The choices of all tokens; batches with fewer choices are filled up."""
+  """One array of the choices of all batches' tokens, padding included.
+
+  Where experts choose, batches differ in the most choices of a token; `filler`
+  stands for the choices that the tokens of a batch lack.
+  """
   K = max(x.shape[-1] for x in batches)
   rows = [x.reshape(-1, x.shape[-1]) for x in batches]
   widths = [((0, 0), (0, K - x.shape[1])) for x in rows]

@@ -1,4 +1,4 @@
-"""The page of a run, `index.html`, with its pictures and how to go on."""
+"""The page of a run, `index.html`: numbers, pictures, commands to go on."""
 
 import base64
 import concurrent.futures
@@ -197,17 +197,14 @@ def commands(run: Run, name: str) -> dict[str, str]:
 
 
 def _picture(path: pathlib.Path, figure: Any) -> str:
-  """Writes a picture; returns a data URL of it; '' without a figure."""
+  """Writes a figure as a file, and returns it as a data URL; '' for None."""
   from moe_jax.analysis import plot_style
 
   if figure is None:
     return ''
-  content = plot_style.picture(figure)
-  # At any moment the file holds the whole old or the whole new picture.
-  unfinished = path.with_name(path.name + '.tmp')
-  unfinished.write_bytes(content)
-  unfinished.replace(path)
-  return f'data:image/png;base64,{base64.b64encode(content).decode()}'
+  plot_style.save(figure, path)
+  content = base64.b64encode(path.read_bytes()).decode()
+  return f'data:image/png;base64,{content}'
 
 
 def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from jax.stages import Compiled
 from jaxtyping import Bool
 
 from moe_jax.devices import in_bytes
-from moe_jax.errors import InputError
 from moe_jax.models.trees import flatten
 from moe_jax.training.averages import kept_by_optimizer
 from moe_jax.training.programs import Programs
@@ -53,30 +52,6 @@ _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
 _AXES = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
-
-
-def text_of(compiled: Compiled) -> str:
-  """The text of a compiled program.
-
-  Raises:
-    ValueError: The platform does not give the text.
-  """
-  text = compiled.as_text()
-  if text is None:
-    raise InputError('this platform does not give the text of a program')
-  return text
-
-
-def memory_of(compiled: Compiled) -> Any:
-  """The sizes of a program's arrays in bytes, as XLA counts them.
-
-  Raises:
-    ValueError: The platform does not count the bytes.
-  """
-  memory = compiled.memory_analysis()
-  if memory is None:
-    raise InputError('this platform does not say what memory a program needs')
-  return memory
 
 
 class Instruction(NamedTuple):
@@ -230,14 +205,6 @@ class Collectives(NamedTuple):
   by_kind: Mapping[str, Traffic]
   unknown_loops: int
 
-  def describe(self) -> str:
-    """The collectives as text: '12 all-gather (1.5 GB)', or 'nothing'."""
-    phrases = [
-      f'{traffic.count} {kind} ({in_bytes(traffic.num_bytes)})'
-      for kind, traffic in sorted(self.by_kind.items())
-    ]
-    return ', '.join(phrases) or 'nothing'
-
 
 class Sharded(NamedTuple):
   """The bytes of one device, and the collectives of a step.
@@ -273,12 +240,16 @@ class Sharded(NamedTuple):
 
     A run on several devices prints them at its start.
     """
+    sent = [
+      f'{traffic.count} {kind} ({in_bytes(traffic.num_bytes)})'
+      for kind, traffic in sorted(self.collectives.by_kind.items())
+    ]
     return (
       f'each device holds {in_bytes(self.param_bytes)} of parameters and '
       f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
       f'{in_bytes(self.memory.temp_size_in_bytes)} more for activations, '
       'gradients and rows that are exchanged\n'
-      f'each device sends in a step: {self.collectives.describe()}'
+      f'each device sends in a step: {", ".join(sent) or "nothing"}'
     )
 
 
@@ -292,8 +263,8 @@ def read(compiled: Compiled, state: Any) -> Sharded:
   return Sharded(
     device_bytes(state.params),
     device_bytes(kept_by_optimizer(state)),
-    memory_of(compiled),
-    read_collectives(text_of(compiled)),
+    compiled.memory_analysis(),
+    read_collectives(cast(str, compiled.as_text())),
   )
 
 

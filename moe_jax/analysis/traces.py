@@ -172,15 +172,23 @@ class Trace:
         yield Record(own_kind, step, batch, **_load(path), sequence=sequence)
 
 
-def create(folder: Folder, header: Header) -> pathlib.Path:
-  """Makes the folder of a trace with its header; an existing trace goes on."""
+def begin(folder: Folder, header: Header, step: int = 0) -> None:
+  """Makes the folder of a trace with its header, or goes on with a trace.
+
+  From a trace that is there, the records are deleted that a run makes anew from
+  a step on: training's records at `step` and later, and evaluations' records
+  later than `step`. Evaluations at `step` itself are still valid; if such an
+  evaluation is repeated, its records are overwritten.
+  """
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   if not (folder / HEADER).exists():
     values = {'format': FORMAT, **dataclasses.asdict(header)}
     text = json.dumps(values, indent=1)
     (folder / HEADER).write_text(text, encoding='utf-8')
-  return folder
+  for (at, kind, *_), path in [*_files(folder)]:
+    if at > step or (kind == 'train' and at == step):
+      path.unlink()
 
 
 def check(folder: Folder, header: Header) -> None:
@@ -194,7 +202,8 @@ def check(folder: Folder, header: Header) -> None:
   names = {field.name for field in dataclasses.fields(header)} - {'note'}
   if lines := [*differences(read(folder).header, header, sorted(names))]:
     title = f'{folder} has the trace of something else:'
-    raise InputError('\n  '.join([title, *lines]))
+    hint = 'move this folder away to record anew'
+    raise InputError('\n  '.join([title, *lines, hint]))
 
 
 def differences(there: Any, here: Any, names: Iterable[str]) -> Iterator[str]:
@@ -208,18 +217,6 @@ def check_new(folder: Folder) -> None:
   """Raises ValueError for a folder that has a trace."""
   if (pathlib.Path(folder).expanduser() / HEADER).exists():
     raise InputError(f'{folder} has a trace already; give a new folder')
-
-
-def forget(folder: pathlib.Path, step: int) -> None:
-  """Deletes the records that a run makes anew from a step on.
-
-  Deleted are training's records at `step` and later, and evaluations' records
-  later than `step`. Evaluations at `step` itself are still valid; if such an
-  evaluation is repeated, its records are overwritten.
-  """
-  for (at, kind, *_), path in [*_files(folder)]:
-    if at > step or (kind == 'train' and at == step):
-      path.unlink()
 
 
 def save(folder: pathlib.Path, header: Header, record: Record) -> None:
@@ -267,7 +264,7 @@ def write(folder: Folder, header: Header, records: Iterable[Record]) -> None:
     ValueError: The folder is not empty.
   """
   with whole_folder(pathlib.Path(folder).expanduser()) as unfinished:
-    create(unfinished, header)
+    begin(unfinished, header)
     for record in records:
       save(unfinished, header, record)
 

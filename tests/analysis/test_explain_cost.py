@@ -1,6 +1,5 @@
 """A step's time is divided among scopes by name; every share counts once."""
 
-import dataclasses
 import os
 import pathlib
 import re
@@ -9,7 +8,6 @@ import sys
 
 import pytest
 
-from moe_jax import run_config
 from moe_jax.analysis import explain_cost, sharded
 from tests.analysis.test_sharded import PROGRAM
 
@@ -131,26 +129,6 @@ def test_shares_scale_to_the_step():
     (explain_cost.OTHER, 0.0, 0.0),
     (explain_cost.INPUT, 1.0, 0.0),
   ]
-
-
-def test_options_that_need_an_evaluation_are_left_out_with_it():
-  options, _ = run_config.options_of(
-    'moe_jax:tiny_switch',
-    [
-      '--config.early_stopping.patience=2',
-      '--config.evals.train_capacity.every_steps=5',
-      '--config.checkpoint.best_eval=train_capacity',
-      '--config.trace.evaluations=train_capacity',
-      '--config.trace.dtype=float32',
-    ],
-  )
-  assert not explain_cost.without_evaluations(options).trace.is_on
-  trace = dataclasses.replace(options.trace, every_steps=3)
-  options = dataclasses.replace(options, trace=trace)
-  bare = explain_cost.without_evaluations(options)
-  assert not bare.evals and not bare.early_stopping.patience
-  # The step returns its choices, in this type.
-  assert (bare.trace.every_steps, bare.trace.dtype) == (3, 'float32')
 
 
 @pytest.mark.slow

@@ -102,10 +102,10 @@ def test_an_evaluation_has_churn(tmp_path, capsys, monkeypatch):
   assert '0 to 10' not in text
 
 
-def test_a_trace_without_sparse_layers(tmp_path, capsys):
+def test_a_trace_without_records(tmp_path, capsys):
   traces.write(tmp_path / 'trace', Header({}), [])
   argv = [str(tmp_path / 'trace'), f'--output={tmp_path}']
-  check_command(routes.main, argv, ('without sparse layers',), capsys)
+  check_command(routes.main, argv, ("unknown kind 'train'; have []",), capsys)
 
 
 def test_nothing_but_padding(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_arguments_that_do_not_fit_the_trace(tmp_path, capsys):
   usual_argv = [trace, f'--output={tmp_path / "report"}']
   for flag, messages in {
     '--kind=test': ("unknown kind 'test'", "'valid'"),
-    '--steps=100:': ('no records', 'at steps'),
+    '--steps=100:': ('no records', 'of this kind and steps'),
   }.items():
     check_command(routes.main, [*usual_argv, flag], messages, capsys)
   assert not (tmp_path / 'report').exists()

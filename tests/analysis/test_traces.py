@@ -117,7 +117,7 @@ def test_a_run_that_goes_on_replaces_its_later_steps(tmp_path):
   steps = [make(step, seed=1) for step in range(4)]
   evaluations = [make(step, 'validation', seed=1) for step in (2, 3)]
   traces.write(tmp_path, HEADER, [*steps, *evaluations])
-  traces.forget(traces.create(tmp_path, HEADER), 2)
+  traces.begin(tmp_path, HEADER, 2)
   traces.save(tmp_path, HEADER, make(2, seed=2))
   records = [*traces.read(tmp_path).records()]
   # Evaluations before the checkpoint stay.
