@@ -39,6 +39,8 @@ _FIRST_SAVE = (
   'stopped, and at its end'
 )
 _MOST_LISTED = 5
+# The last commit that reads configs whose keys have since been renamed.
+_READS_OLDER = 'd9e62315'
 
 
 class Described(NamedTuple):
@@ -236,7 +238,10 @@ def _section_of(folder: pathlib.Path, name: str, root: Any) -> Any:
   try:
     return read_options(root, kept_config(folder).get(name, {}), f'{name}.')
   except (InputError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
+    raise InputError(
+      f'{folder / CONFIG} cannot be read: {error}; if it was made before '
+      f'2026-12-01, commit {_READS_OLDER} of moe_jax reads it'
+    ) from None
 
 
 def restore_variables(
