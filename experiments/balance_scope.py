@@ -64,9 +64,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each scope and weight of the loss, and one without any."""
-  del preset
   router = 'model.moe.router.token_choice'
   all_arms = [Arm(NONE, {})]
   for scope, name in SCOPES.items():

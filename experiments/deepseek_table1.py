@@ -88,9 +88,8 @@ def experts(name: str, cut: int, shared: int = 0, gates: str = 'raw') -> Arm:
   return top_k(name, 2 * cut - shared, HIDDEN, moe)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The paper's five models, and cuts without sharing."""
-  del preset
   return [
     byte_models.dense(),
     top_k(HASH, 1, HIDDEN, {'router.kind': 'hash'}),
@@ -133,9 +132,8 @@ def _without_shared(params: Any) -> Any:
   }
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each arm, and one for DeepSeekMoE without its shared expert."""
-  del times
   rows = [STUDY.row_of(Arm(name, {}), results) for name in results]
   if DEEPSEEK in results:
     losses = [run[WITHOUT] for run in results[DEEPSEEK]]

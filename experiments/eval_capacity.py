@@ -61,9 +61,8 @@ def _name(order: str, factor: float) -> str:
   return f'{order}_{round(100 * factor)}'
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Two arms: training without and with batch priority."""
-  del preset
   key = 'model.moe.router.token_choice.slot_priority'
   return [Arm(name, {key: order}) for name, order in ORDERS.items()]
 
@@ -73,9 +72,8 @@ def row_name(trained: str, order: str, factor: float) -> str:
   return f'trained in {trained}; {order}, CF {factor:g}'
 
 
-def rows(results: Results, times) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each model and way of evaluating it."""
-  del times
   rows = []
   for trained, runs in results.items():
     room = Column('', 'eval/no_drops/loss')

@@ -32,7 +32,7 @@ FastMoE ships, which five seeds could not tell from the published one.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from experiments.faster_moe import gate_arms, simulate, simulated_runs
 from experiments.faster_moe.simulate import (
@@ -119,9 +119,8 @@ def row_name(cluster: str, kind: str, arm: str) -> str:
   return f'{cluster}, {source}: {arm}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """Rows of the simulated arms, of the trained models and of the gate."""
-  del times
   table = []
   for (cluster, kind), shown in SHOWN.items():
     trained = TRAINED[cluster, FREE if kind == SKEWED else kind]

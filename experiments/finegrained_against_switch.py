@@ -40,9 +40,8 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Both configs, their dense twin, and Switch with room for every token."""
-  del preset
   whole = tiny_switch.get_config(), tiny_finegrained.get_config()
   changes = {key: new for key, (_, new) in difference(*whole).items()}
   served = {

@@ -26,7 +26,7 @@ sparse minus dense are withheld, and what either loss does is not resolved.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 
@@ -174,9 +174,8 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """Rows of all runs, and of what sparse has over dense."""
-  del times
   by_name = {}
 
   def add(name: str, columns: Sequence[Column]) -> None:

@@ -28,7 +28,6 @@ losses. The claims were written before any run.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +95,8 @@ def _evaluation(slots: int):
   return byte_models.evaluation(moe={'capacity': capacity, 'dispatch': gather})
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The dense twin, and sparse models by their capacity in training."""
-  del preset
   moe = 'model.moe'
   room = {f'{moe}.capacity.kind': 'all', f'{moe}.dispatch.kind': 'dropless'}
   factor = f'{moe}.capacity.per_token.factor'
@@ -226,9 +224,8 @@ def row_name(arm: str, mode: str, room: str) -> str:
   return f'{arm}; {mode} {room}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """The dense twin, and each model with each capacity."""
-  del times
   dense, *sparse = results
   twin = [run[f'eval/{byte_models.EVAL}/loss'] for run in results[dense]]
   table = [Row(dense, {'loss': twin})]

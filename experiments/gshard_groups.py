@@ -89,9 +89,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Groups of four sizes, two of them with all choices sent; timed steps."""
-  del preset
   size = 'model.moe.group_size'
   send_all = {'model.moe.router.token_choice.second_policy': 'all'}
   timed_alone = {

@@ -234,7 +234,7 @@ def best_rate(results: Results, systems: Sequence[str]) -> float:
   return min(at, key=merit)
 
 
-def rows(results: Results, _: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """Rows of every system at its best rate, then at the shared one.
 
   A run that never reached the criterion counts with its number of epochs, which

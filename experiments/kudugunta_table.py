@@ -27,7 +27,7 @@ before these runs.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,9 +116,8 @@ def arm(encoder: str, decoder: str) -> Arm:
   return Arm(f'{encoder} / {decoder}', overrides)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The dense twin, and routers of the encoder and of the decoder."""
-  del preset
   return [
     byte_models.dense(),
     arm('token', 'token'),
@@ -263,9 +262,8 @@ SPEED = Column('tokens a second', unit='x of the whole', digits=2)
 OWN = ', own model'  # the end of the name of a row of extracted models
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each arm, and one for the extracted models of its languages."""
-  del times
   table = []
   for name, runs in results.items():
     table.append(Row(name, _values([LOSS, CHRF, BLEU, BYTES], runs)))

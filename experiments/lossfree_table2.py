@@ -63,9 +63,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Arms without balancing, with losses of some weights, with biases."""
-  del preset
   router = 'model.moe.router.token_choice'
   loss, bias = f'{router}.balance_weight', f'{router}.balance_bias_rate'
   rule = f'{router}.balance_bias_rule'

@@ -154,9 +154,8 @@ def row_name(method: str, removed: int) -> str:
   return f'{method}, {removed} %'
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(_: Preset) -> list[Start]:
   """The run that all arms make smaller, and one that is trained on."""
-  del preset
   change = functools.partial(
     pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[METHOD]
   )
@@ -206,13 +205,12 @@ def arms(preset: Preset) -> list[Arm]:
   ] + trained_on(preset)
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """The trained run, each method that makes it smaller, and runs trained on.
 
   The loss that a run that is trained on adds is compared with the whole run of
   as many steps.
   """
-  del times
   loss = byte_models.LOSS
   whole = [*map(loss.of, results[TRAINED])]
   longer = [*map(loss.of, results[LONGER])]

@@ -22,7 +22,6 @@ first layer and the bound of the controls (0.5 at first, 1 now) were changed.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 from experiments.study import (
   byte_models,
@@ -73,9 +72,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Mixtral's router with and without a balance loss, and two controls."""
-  del preset
   no_loss = {'router.token_choice.balance_weight': 0.0}
   kinds = ({'router.kind': kind} for kind in ('hash', 'random'))
   raw = {'router.token_choice.gates': 'raw'}
@@ -155,9 +153,8 @@ def row_name(layer: str, domain: str = '') -> str:
   return f'{TOP2}, {layer}{f", {domain}" if domain else ""}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each arm, layer of the first arm, and domain in the middle."""
-  del times
   middle = LAYERS['middle layer']
   key_of_row = {
     row_name(layer): f'layer_{i}/all' for layer, i in LAYERS.items()

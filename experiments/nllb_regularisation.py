@@ -31,7 +31,6 @@ written before any run.
 """
 
 import functools
-from collections.abc import Mapping
 
 import ml_collections
 import numpy as np
@@ -152,9 +151,8 @@ COLUMNS = [
 ] + [Column(ALL, f'eval/{NEW}/mean', 'nats/byte', bounds=POSITIVE)]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each arm, of means over small and over large languages."""
-  del times
 
   def mean(run, evaluation, languages):
     return float(np.mean([run[f'eval/{evaluation}/{x}'] for x in languages]))

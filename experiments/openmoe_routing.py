@@ -116,9 +116,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Learned routers and the two controls, all equal in FLOPs."""
-  del preset
   gates = {'router.token_choice.gates': 'raw'}
   no_loss = {'router.token_choice.balance_weight': 0.0}
   return [
@@ -368,9 +367,8 @@ MEASURED = {
 }
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each arm, and for each sparse layer of the first one."""
-  del times
   arm_rows = [
     row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()
   ]

@@ -72,15 +72,13 @@ def row_name(method: str, format: str) -> str:
   return f'{method} {format}'
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(_: Preset) -> list[Start]:
   """The trained run that all arms quantise."""
-  del preset
   return [Start(TRAINED, lambda shared: shared)]
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each format and method."""
-  del preset
   return [
     Arm(
       row_name(name, format),
@@ -97,9 +95,8 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """The trained run, and each way of quantising it."""
-  del times
   before = [*map(byte_models.LOSS.of, results[TRAINED])]
   loss = byte_models.LOSS.name
   table = [Row(TRAINED, {loss: before, ADDED.name: [0.0] * len(before)})]

@@ -62,9 +62,8 @@ def _hash(source: str) -> Arm:
   return top_k(f'hash of {source}', 1, HIDDEN, router)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each routing rule, all equal in FLOPs."""
-  del preset
   return [
     byte_models.dense(),
     top_k('top-1', 1, HIDDEN),

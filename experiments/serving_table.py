@@ -295,9 +295,8 @@ def _changes() -> dict[str, Change]:
   return changes
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each model that is served."""
-  del preset
   as_trained = [
     Arm(f'{name}, served', {}, start=name, change=copied) for name in TRAINED
   ]
@@ -307,9 +306,8 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each model; those that are extracted have two together."""
-  del times
   columns = (LOSS, SCORE, *SIZES)
   table = [
     Row(name, _values(columns, results[f'{name}, served'])) for name in TRAINED
@@ -345,7 +343,7 @@ def pictures(results: Results, folder: pathlib.Path) -> None:
   canvas = Canvas(figsize=(12, 4.4), layout='constrained')
   axes = canvas.subplots(1, 2)
   for ax, column in zip(axes, (LOSS, SCORE), strict=True):
-    for number, row in enumerate(rows(results, {})):
+    for number, row in enumerate(rows(results)):
       size = np.mean(row.values[MEMORY.name])
       interval = Interval.of(row.values[column.name])
       bar = interval.half_width if np.isfinite(interval.half_width) else 0.0

@@ -58,9 +58,8 @@ def config(steps: int):
   return config.lock()
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Noisy top-4 with and without losses; strict balance of a batch or a row."""
-  del preset
   router = 'model.moe.router'
   noisy, strict = f'{router}.noisy_top_k', f'{router}.strictly_balanced'
   balanced = {

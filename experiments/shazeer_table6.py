@@ -68,9 +68,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each row of the table: (importance weight, load weight)."""
-  del preset
   router = 'model.moe.router.noisy_top_k'
   keys = f'{router}.importance_weight', f'{router}.load_weight'
   return [Arm(f'{w}', dict(zip(keys, w, strict=True))) for w in WEIGHTS]

@@ -51,9 +51,8 @@ def config(steps: int):
   return config.lock()
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Arms of the paper's models without sparsity, then of its mixtures."""
-  del preset
   E, router = 'model.moe.num_experts', 'model.moe.router'
   two_levels = {
     'branching': 4,

@@ -61,9 +61,8 @@ def soft(E: int) -> Arm:
   return Arm(f'soft, {E}', overrides, 'soft', E)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The dense twin, both kinds of choice, and soft mixtures of E experts."""
-  del preset
   slots = {'capacity.kind': 'per_token', 'capacity.per_token.factor': 1.0}
   priority = {'router.token_choice.slot_priority': 'batch_priority'}
   room = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}

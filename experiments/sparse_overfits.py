@@ -24,7 +24,6 @@ lower loss; on the largest the difference, 0.012 ± 0.018, is not resolved.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 
 import ml_collections
 import numpy as np
@@ -64,9 +63,8 @@ def row(task: str, size: int, model: str) -> str:
   return f'{task}, {size:,}, {model}'
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each task, size and model."""
-  del preset
   all_arms = []
   for task, size, model in itertools.product(TASKS, SIZES, finetuned.MODELS):
     start, overrides = finetuned.MODELS[model]
@@ -92,9 +90,8 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """The arms that were run, and the difference of the models by size."""
-  del times
   by_name = {}
   for arm in arms(Preset(1, 1)):
     if arm.name in results:

@@ -28,7 +28,7 @@ minutes. The claims were written before any run.
 """
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -117,9 +117,8 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Both mixtures with and without a balance loss, and one control."""
-  del preset
   translated = {
     'data.mixture.lines': LINES[LANGUAGES],
     'data.task.kind': 'seq2seq',
@@ -261,9 +260,8 @@ def row(
   return name + (f', at {share} %' if share is not None else '')
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """Halves of each arm, and layers and early checkpoints of the usual ones."""
-  del times
   cells = [(arm, half, '*', None) for arm in results for half in HALVES]
   for arm in (DOMAINS, LANGUAGES):
     for half in HALVES:

@@ -18,7 +18,7 @@ is resolved. Claims on sparse against dense are withheld.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -70,9 +70,8 @@ def arms(preset: Preset) -> list[Arm]:
   return [*all_arms, Arm(KEPT, changes, start=finetuned.SPARSE)]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """The cells that were run, their means, and what sparse gains over dense."""
-  del times
   ran = [arm for arm in arms(Preset(1, 1)) if arm.name in results]
   by_name = {arm.name: STUDY.row_of(arm, results) for arm in ran}
   batches = [b for b in BATCHES if cell('dense', b, RATES[0]) in by_name]

@@ -33,9 +33,8 @@ PARTS = {
 SAME = 0.05
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each part that trains."""
-  del preset
   return [
     Arm(name, {'trainable': part}, start=finetuned.SPARSE)
     for name, part in PARTS.items()

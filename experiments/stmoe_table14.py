@@ -27,8 +27,6 @@ seeds, left two claims open; four more seeds were then added, on 2026-11-30, to
 be run with the others anew. The runs of all nine took 47 core minutes.
 """
 
-from collections.abc import Mapping
-
 from experiments.study import byte_models, command, validation_routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
@@ -84,9 +82,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """ST-MoE's router with and without the balance loss, and two controls."""
-  del preset
   chance = {'router.token_choice.second_policy': 'threshold'}
   no_loss = {'router.token_choice.balance_weight': 0.0}
   raw = {'router.token_choice.gates': 'raw'}
@@ -155,9 +152,8 @@ def row_name(arm: str, half: str, layer: int = 0) -> str:
   return f'{arm}, {half}{f" {layer}" if layer else ""}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for each layer of the first arm, and for each half of every arm."""
-  del times
   layers = [
     row_at(row_name(TOP2, half, i), results[TOP2], columns(), f'{half}_{i}')
     for half in HALVES

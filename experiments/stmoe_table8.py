@@ -26,8 +26,6 @@ on two idle cores; its runs took 129 core minutes. The quick preset resolves no
 loss. The claims were written before any run.
 """
 
-from collections.abc import Mapping
-
 from experiments.study import byte_models, command
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
@@ -82,9 +80,8 @@ def _arm(K: int, slots: float, priority: bool) -> Arm:
   return top_k('wide ' * (K > 1) + name, K, K * HIDDEN, changes)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The dense twin, the models of Table 8, and those with priority."""
-  del preset
   return [
     byte_models.dense(),
     *(_arm(K, slots, False) for K, slots in TABLE8),
@@ -97,9 +94,8 @@ def row(model: str, slots: int | str = OWN) -> str:
   return f'{model}; evaluated {"" if slots == OWN else "at "}{slots}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row for the dense twin, and one for each model and capacity."""
-  del times
   table = []
   for arm, runs in results.items():
     if arm == 'dense':

@@ -97,9 +97,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The baseline, an arm for each change of it, and two in other conditions."""
-  del preset
   router = 'model.moe.router.token_choice'
   z_loss = {f'{router}.z_weight': 1e-3}
   wide = {'model.ffn.activation': 'gelu', 'model.ffn.hidden': HIDDEN * 3 // 2}

@@ -48,9 +48,8 @@ def config(steps: int):
   return byte_models.switch_decoder(steps, num_layers=2, num_experts=16)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each way to explore, and the dense twin."""
-  del preset
   router = 'model.moe.router.token_choice'
   return [
     byte_models.dense(),

@@ -26,7 +26,6 @@ minutes. The claims were written before any run.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 from experiments.stmoe_tables2_4 import (
   MEANING,
@@ -83,9 +82,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each precision and rate."""
-  del preset
   return [
     Arm(
       name + rate,
@@ -118,9 +116,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return numbers
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row of each arm, with what the router adds and what evaluation does."""
-  del times
   table = []
   for name, runs in results.items():
     row = STUDY.row_of(Arm(name, {}), results)

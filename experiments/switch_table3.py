@@ -23,7 +23,6 @@ took 53 core minutes. The claims were written before any run.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -64,9 +63,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each model, rate and scale of the initialisation."""
-  del preset
   return [
     Arm(
       arm_name(model, scale, rate),
@@ -82,9 +80,8 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row of each arm with its spread, and of what the scale is worth."""
-  del times
   by_name = {}
   for name in results:
     row = STUDY.row_of(Arm(name, {}), results)

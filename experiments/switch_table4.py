@@ -24,8 +24,6 @@ core minutes, a part of them beside other work. The claims were written before
 these runs.
 """
 
-from collections.abc import Mapping
-
 import ml_collections
 
 from experiments.study import command, finetuned
@@ -54,9 +52,8 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each row of the paper's table."""
-  del preset
   start, changes = finetuned.MODELS['dense']
   return [
     Arm(DENSE, {**changes, 'model.dropout': 0.1}, start=start),
@@ -71,9 +68,8 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """A row of each arm, with the gap of its two splits."""
-  del times
   table = (STUDY.row_of(arm, results) for arm in arms(Preset(1, 1)))
   return [finetuned.with_gap(row) for row in table]
 

@@ -180,9 +180,8 @@ def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
   return Row(name, values, **row)
 
 
-def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
+def rows(results: Results) -> Sequence[Row]:
   """Rows of the teacher, of the dense twin and of its students."""
-  del times
   names = [TEACHER, DENSE, *STUDENTS, LONG]
   # A quick preset leaves some out.
   return [row_of(results, n, TEACHER) for n in names if n in results]

@@ -22,7 +22,7 @@ The full preset was planned for 38 minutes on two idle cores; its runs took 54
 core minutes. The claims were written before these runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from experiments import switch_table6
 from experiments.study import byte_models, command
@@ -58,9 +58,8 @@ def arms(preset: Preset) -> list[Arm]:
   return [byte_models.dense(DENSE), *students, long]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
+def rows(results: Results) -> Sequence[Row]:
   """Rows of the dense twins, of the teachers and of their students."""
-  del times
   table = [switch_table6.row_of(results, n, n) for n in (DENSE, LONG)]
   key = switch_table6.PARAMETERS
   for E in EXPERTS:

@@ -35,7 +35,6 @@ before any other run.
 """
 
 import functools
-from collections.abc import Mapping
 
 import ml_collections
 
@@ -155,9 +154,8 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results) -> list[Row]:
   """The start, the arms that were run, and what upcycling gains by cost."""
-  del times
   ran = [
     arm for arm in arms(Preset(1, 1, start_steps=1)) if arm.name in results
   ]

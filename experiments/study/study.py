@@ -88,8 +88,9 @@ class Study:
     columns: Columns of the table.
     claims: Claims that are tested, the paper's and our own.
     figure: Description of the figure.
-    rows: Returns the rows of the table, from the results of all arms and the
-      ratios of step times by timed arm; None makes a row of each arm.
+    rows: Returns the rows of the table, from the results of all arms and, in a
+      study with `timed`, the ratios of step times by timed arm; None makes a
+      row of each arm.
     starts: Returns the runs that arms begin with or learn from, for a preset;
       None where there are none. Their results are among those of the arms,
       by name of the start.
@@ -125,7 +126,7 @@ class Study:
   columns: Sequence[Column]
   claims: Sequence[Claim]
   figure: Figure
-  rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
+  rows: Callable[..., Sequence[Row]] | None = None
   starts: Callable[[Preset], Sequence[Start]] | None = None
   runner: Runner = TrainingRunner()
   explorations: Callable[[Preset], Sequence[Exploration]] | None = None
@@ -271,7 +272,7 @@ class Study:
   ) -> list[Row]:
     """The rows of the table."""
     if self.rows is not None:
-      return list(self.rows(results, times))
+      return list(self.rows(results, *([times] if self.timed else [])))
     return [self.row_of(arm, results) for arm in arms]
 
   def row_of(self, arm: Arm, results: Results) -> Row:
