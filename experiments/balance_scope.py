@@ -175,13 +175,6 @@ STUDY = Study(
     '"Domain" and "token" are the information that first choices have about '
     'the domain and the token, in per cent of the entropy of choices.'
   ),
-  misses=(
-    'One claim is open: with a weight of 0.01 the losses of the two scopes '
-    'are 0.004 nats a byte apart, and five seeds resolve only 0.012; at ten '
-    'times that weight the claim is resolved. A loss of each row takes away '
-    'the information of choices about domains, and leaves most of that about '
-    'tokens.'
-  ),
   tasks=domains.TASKS,
   written='2026-11-28',
 )

@@ -203,15 +203,6 @@ STUDY = Study(
   runner=TrainingRunner(without_shared),
   figure=Figure(['loss', 'largest load'], without=[f'*{REMOVED}']),
   remarks=("Loads are relative to the mean of each row's own experts."),
-  misses=(
-    'Gates that sum to one may be what puts GShard ahead here, since the '
-    'other learned rows multiply their experts by raw probabilities, which '
-    'are small at first; the hash has gates of one, too, and the bytes that '
-    'it goes by are few and tell much about the next one. Neither guess was '
-    'tested. DeepSeekMoE is 0.012 ± 0.015 nats a byte better than Switch and '
-    '0.007 ± 0.017 worse than the fine-grained row: five seeds resolve '
-    'neither difference.'
-  ),
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

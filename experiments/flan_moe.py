@@ -327,15 +327,6 @@ STUDY = Study(
     ),
   ],
   remarks=at_floor,
-  misses=(
-    'Three claims are open: the auxiliary losses change the loss by 0.0003 to '
-    '0.0013 nats a token, and five seeds resolve only 0.005 to 0.008. Apart '
-    'from the withheld verdicts: after fine-tuning on 50 examples, seeds '
-    'differ more than sparse and dense models do. Frozen experts and frozen '
-    'sparse layers are worse, but by so little that by the bound that was set '
-    'for the gate they make no difference either; zero-shot, no difference is '
-    'resolved.'
-  ),
   written='2026-11-27',
   figure=Figure(
     ['instructed', 'zero-shot', 'fine-tuned'], without=[f'*{MORE}']

@@ -120,13 +120,6 @@ STUDY = Study(
     'The router z-loss is the mean squared logsumexp of the logits, whatever '
     'its weight in training. All arms but one train for all steps.'
   ),
-  misses=(
-    'The three claims on the shared expert are open: its measured worth, '
-    '0.005 nats a byte, is less than the 0.011 that five seeds resolve. The '
-    'claim on steps is refuted: losses still fall so fast after 650 of 1,000 '
-    'steps that the other steps are worth 0.12 nats a byte, and a router that '
-    'learns is worth 0.03.'
-  ),
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -254,13 +254,6 @@ STUDY = Study(
     'the information that first choices have about the domain, in per cent of '
     'their entropy.'
   ),
-  misses=(
-    'Whether sampled second choices are as good is open: five seeds leave an '
-    'interval as wide as the bound, and the mean difference is against '
-    'sampling. A guess that was not tested is that models which are trained '
-    'with half of the second choices are not used to all of them, as '
-    'evaluation sends them.'
-  ),
   tasks=domains.TASKS,
   written='2026-11-29',
 )

@@ -302,18 +302,6 @@ STUDY = Study(
   runner=DescentRunner(),
   explorations=lambda _: [Exploration(explored, chosen, EXPLORED)],
   remarks=remarks,
-  misses=(
-    "Four experts need 0.60 ± 0.03 of the epochs, more than the paper's half, "
-    'and eight need 241 ± 103 more than four. A guess that was not tested: '
-    'more experts bring nothing, as two end in use either way. The epochs of '
-    'networks with 12 hidden units differ so much between runs (a standard '
-    'deviation of 965) that networks with 6 and with 12 are 19 ± 464 epochs '
-    'apart. Equation 1.2 has one run in 25 that never arrives, which leaves '
-    'its comparisons with 1.3 open. With 1.1 and 1.3 every run of four '
-    'experts has two in use and 89.5 % right alone, so that no claim on these '
-    'numbers can be resolved. With 1.3 gates decide slightly less than with '
-    '1.2, by 0.009 ± 0.006 nats, for which no reason was tested.'
-  ),
   length=lambda preset: f'at most {preset.steps:,} epochs',
   written='2026-11-25',
   progress='epochs',

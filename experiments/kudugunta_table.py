@@ -338,11 +338,6 @@ STUDY = Study(
   'decoder, so that no claim is made of either. A decoder that '
   'routes by sentence sees the tokens that it predicts: its loss is not that '
   'of a causal model.',
-  misses='Two claims are open. Routing by language in both halves and routing '
-  'by token in both are 0.001 ± 0.013 nats a byte apart; the difference that '
-  'is published, 0.3 BLEU, is the smallest of the five, too. What routing by '
-  'token in both gains over the dense model differs so much between seeds (± '
-  '0.064) that after 1,000 steps neither is shown to be ahead.',
   tasks={
     'translations': Task(
       {}, 'texts of django from English into four languages, bytes'

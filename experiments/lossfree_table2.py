@@ -182,13 +182,6 @@ STUDY = Study(
     "all, as DeepSeek-V3's does. A bias by error moves by its rate times "
     '(mean load - load) / mean load.'
   ),
-  misses=(
-    'Three claims on losses are open: their differences, 0.002 to 0.007 nats '
-    'a byte, are below the 0.008 to 0.020 that five seeds resolve. Whether '
-    'the smallest rate of the bias is slow is open: its MaxVio is lower on '
-    'average, by slightly less than five seeds can tell. A bias by error was '
-    'run at a single rate, at which it is behind.'
-  ),
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

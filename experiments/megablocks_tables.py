@@ -287,12 +287,6 @@ STUDY = Study(
     'Rows and drops of the ways to serve are computed from the routing of the '
     'dropless models, which were trained without blocks or slots.'
   ),
-  misses=(
-    'In equal time dropless is 0.013 ± 0.027 nats a byte behind one slot a '
-    'choice, which takes more steps in that time; five seeds do not resolve '
-    'this, nor the difference of 0.02 ± 0.02 between the step times of '
-    'dropless and of two slots.'
-  ),
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

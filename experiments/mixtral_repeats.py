@@ -259,14 +259,6 @@ STUDY = Study(
     f'{EITHER_CHANCE:.1f} %. Rows of whole arms are means over five layers. '
     'The tables of a hash are the same for all seeds.'
   ),
-  misses=(
-    'Two claims are refuted, as here the first layer repeats far more than '
-    'random choices do, also among different bytes; two are open: above '
-    'chance the middle layer is 0.0 ± 0.9 points and the last 1.4 ± 9.3 '
-    'points ahead of the first. A guess that was not tested is that bytes, '
-    'unlike words, leave a first layer little to route by but the kind of '
-    'text, which neighbours share.'
-  ),
   tasks=domains.TASKS,
   written='2026-11-28',
 )

@@ -249,15 +249,6 @@ STUDY = Study(
     f'languages: {", ".join(SMALL)}; large ones: {", ".join(LARGE)}. The gap '
     'is the loss of new text less that of the text that was learned from.'
   ),
-  misses=(
-    'Dropout of 0.3 closes 0.27 of a gap of 0.28 nats, and the curriculum '
-    '0.09, and both cost more than that on new text (0.30 and 0.12). Masking '
-    'alone costs 0.017 ± 0.006 and changes the gap by 0.000 ± 0.031: in runs '
-    'this short there may be too little overfitting to mend, a guess that was '
-    'not tested. Five claims are open, on that gap, on masking with dropout '
-    '(0.009 ± 0.014) and on sparse against dense models, which differ by less '
-    'than five seeds resolve.'
-  ),
   tasks={
     'translations': Task(
       {},

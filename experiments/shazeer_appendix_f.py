@@ -261,13 +261,6 @@ STUDY = Study(
   ],
   figure=Figure(['loss', INFERRED, AGREE]),
   runner=TrainingRunner(measure),
-  misses=(
-    'Thresholds balance inference better than the losses of importance and '
-    'load (1.05 against 1.11 times the mean), and strict balance costs '
-    '0.042 ± 0.014 nats a byte against those losses; why was not tested. '
-    'Whether choices of a batch tell of later tokens is open: 0.0000 ± '
-    '0.0011 was measured.'
-  ),
   written='2026-11-26',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -220,11 +220,6 @@ STUDY = Study(
     ' With a weight of 1 it is the noise that balances: without it the '
     'busiest expert has 3.45 times its share of choices.'
   ),
-  misses=(
-    'A weight of 1 costs quality here and not in the paper. Untested, but '
-    'likely: the losses are of order one at the start, and outweigh what a '
-    'model of two narrow layers has left to learn of 1.5 nats a byte.'
-  ),
   written='2026-11-25',
   revisions=[
     Revision(

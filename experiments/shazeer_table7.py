@@ -124,10 +124,6 @@ STUDY = Study(
   figure=Figure(['loss', LARGEST], 'experts', log_x=True),
   remarks=('Each model has the operations a step of two LSTMs and a mixture of '
     'four experts; only routers come on top.'),
-  misses=('Two levels of gates are better by 0.006 ± 0.006 nats a byte, an '
-    'interval that excludes zero narrowly, where the paper has them a little '
-    'worse; no reason was tested. Five seeds do not resolve the difference '
-    'between four experts and one wide one, 0.010 ± 0.018.'),
 )  # fmt: skip
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

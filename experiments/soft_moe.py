@@ -121,12 +121,6 @@ STUDY = Study(
   figure=Figure(['loss'], 'experts', log_x=True),
   remarks='Tokens without an expert are dropped, or taken by no expert. The '
   'load of Soft MoE counts the weights of mixtures.',
-  misses='All claims are open. Five seeds resolve differences of 0.004 to '
-  '0.016 nats a token here, and no sparse arm differs from the dense twin by '
-  'as much, so that after 1,000 steps experts show no gain in which rules '
-  'could differ. A task of keys and values to memorise, on which the dense '
-  'twin and top-1 without drops were run once each, was not learned in as '
-  'many steps either. Longer training was not tried.',
   tasks=DENOISING_TASKS,
   written='2026-11-28',
 )

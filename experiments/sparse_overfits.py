@@ -204,14 +204,6 @@ STUDY = Study(
     "surer of wrong answers, even where it gives no more of them; the paper's "
     'numbers count right answers.'
   ),
-  misses=(
-    'Why the sparse model is ahead on the smallest task was not tested. '
-    'What differs here: a model has one sparse layer and minutes of '
-    'pre-training, and a third of the choices of experts is dropped in '
-    'training and hardly any in evaluation, which the dense twin has '
-    'nothing like. Of 2,000 facts, on which there is no claim, the sparse '
-    'model knows less.'
-  ),
   written='2026-11-27',
   figure=Figure(
     ['loss', 'gap'],

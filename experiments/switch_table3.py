@@ -182,17 +182,6 @@ STUDY = Study(
     'mean of which measures the spread. Rows of differences are paired by '
     'seed.'
   ),
-  misses=(
-    'No run diverged at either scale, so that a smaller one had nothing to '
-    'mend. At the raised rate the sparse model loses 0.038 ± 0.025 nats a '
-    'byte more by the smaller scale than the dense one does; at the usual '
-    'rate both lose 0.33, and no difference is resolved. That a smaller scale '
-    'only starts more slowly in runs of 400 steps is a guess that was not '
-    'tested. The claims on spread are open, as eight seeds resolve deviations '
-    'only where these differ by a factor of about three; sparse and dense '
-    'models at a tenth of the variance differ by 0.008 ± 0.015, which eight '
-    'seeds do not resolve.'
-  ),
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

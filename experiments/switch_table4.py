@@ -126,15 +126,6 @@ STUDY = Study(
     ),
   ],
   figure=Figure(['loss', 'gap']),
-  misses=(
-    'What 0.4 inside of experts gains over 0.1 everywhere is open: it would '
-    'be below 0.01 nats a token, where six seeds resolve 0.005; the published '
-    'scores differ by half a point on GLUE and not on SuperGLUE. Sparse and '
-    'dense models differ from seed to seed by more than from each other, in '
-    'loss (0.024 could be resolved) as in gap (0.040): in pre-training the '
-    'sparse model is ahead (a loss of 1.50 against 1.57), but no such lead is '
-    'resolved here.'
-  ),
   tasks=finetuned.tasks('20 examples of each generated task'),
   written='2026-11-27',
 )

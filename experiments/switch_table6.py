@@ -276,9 +276,6 @@ STUDY = Study(
   ],
   runner=TrainingRunner(parameters),
   remarks=remarks,
-  misses='Whether a start is worth more with a teacher is open: 0.002 ± 0.003 '
-  'nats a byte lie between the two. Feed-forwards made of experts are a worse '
-  'start than new ones, by 0.014 ± 0.005; no reason was tested.',
   length=length,
   written='2026-11-27',
   figure=Figure(['loss', 'share kept']),

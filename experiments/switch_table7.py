@@ -146,12 +146,6 @@ STUDY = Study(
   runner=TrainingRunner(switch_table6.parameters),
   remarks=remarks,
   length=switch_table6.length,
-  misses=(
-    'The dense twin of twice the steps is better than every student. It learns '
-    'from hard labels alone, reads new batches, and has one schedule of the '
-    'rate, where a student begins anew with a part of other weights: '
-    'which of these decides was not tested.'
-  ),
   figure=Figure(['loss', 'share kept'], 'number of experts', log_x=True),
   tasks=switch_table6.STUDY.tasks,
   written='2026-11-27',

@@ -251,11 +251,6 @@ STUDY = Study(
     'Extra costs are counted FLOPs. Sparse models train for fewer steps, by '
     'as much as their step costs more.'
   ),
-  misses=(
-    'Routers of std 0.02 are within the bound of 0.02 but worse by 0.009 ± '
-    '0.002, which is most of the 0.012 that upcycling gains over training on: '
-    'the bound was too wide for this gain.'
-  ),
   tasks={
     'halves': Task(
       {'data.train_split': 'train[50%:]'},

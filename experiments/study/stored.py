@@ -59,7 +59,6 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     'remarks': study.remarks
     if isinstance(study.remarks, str)
     else summary['remarks'],
-    'misses': study.misses,
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
     'marks': _marks(summary, study),
   }

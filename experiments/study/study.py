@@ -104,9 +104,6 @@ class Study:
       first arm's. A function returns groups of such names for the reported
       arms.
     remarks: Text below the table, or a function from results to the text.
-    misses: Text on claims that are opposite, refuted or open in the stored
-      result, and on why. It stands below the remarks there, and not in the
-      tables of other runs.
     length: Returns the length of a preset's runs, in words.
     progress: Name of the column whose number is printed as runs end; '' takes
       the first.
@@ -133,7 +130,6 @@ class Study:
   pictures: Callable[[Results, pathlib.Path], None] | None = None
   timed: Sequence[str] | Callable[[Sequence[Arm]], Groups] = ()
   remarks: str | Callable[[Results], str] = ''
-  misses: str = ''
   length: Callable[[Preset], str] = in_steps
   progress: str = ''
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
