@@ -28,7 +28,15 @@ other work. The claims were written before any run.
 import numpy as np
 
 from experiments.study import byte_models, command, domains, validation_routing
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import (
+  ANY,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  percent,
+)
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis.recording import header_of
@@ -158,14 +166,9 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(DOMAIN, 'routing/*/domain', '%', 1, lambda share: 100 * share),
-    Column('token', 'routing/*/token', '%', 1, lambda share: 100 * share),
-    Column(
-      EVEN,
-      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
-      digits=3,
-      each=lambda v: v - 1,
-    ),
+    percent(DOMAIN, 'routing/*/domain', bounds=ANY),
+    percent('token', 'routing/*/token', bounds=ANY),
+    byte_models.max_violation(EVEN),
     Column(EVEN_IN_ROWS, 'routing/*/row', digits=3),
   ],
   claims=claims(),

@@ -41,6 +41,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  trial,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -166,22 +167,12 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=[HASH, FINE],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(100, 3, [HASH, FINE]),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.LOSS,
-    Column(
-      'largest load',
-      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
-      'x mean',
-      2,
-    ),
+    Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
   claims=[
     claim(DEEPSEEK, GSHARD, CLASS, DEEPSEEK, GSHARD),

@@ -29,12 +29,13 @@ import numpy as np
 from experiments.study import byte_models, command, validation_routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import (
-  SHARE,
   Arm,
   Claim,
   Column,
   Figure,
   Preset,
+  percent,
+  trial,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -134,28 +135,14 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=[ROOMY2, EC1, HALF],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(100, 3, [ROOMY2, EC1, HALF]),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    Column(MAX, f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean', '', 2),
-    Column(
-      UNSERVED,
-      'routing/*/none',
-      '%',
-      1,
-      lambda share: 100 * share,
-      bounds=SHARE,
-    ),
-    Column(
-      MANY, 'routing/*/many', '%', 1, lambda share: 100 * share, bounds=SHARE
-    ),
+    Column(MAX, byte_models.MAX_LOAD, '', 2),
+    percent(UNSERVED, 'routing/*/none'),
+    percent(MANY, 'routing/*/many'),
   ],
   claims=[
     claim(EC2, TOP2, 'expert_choice', 'gshard_top2'),

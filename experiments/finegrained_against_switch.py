@@ -79,13 +79,8 @@ STUDY = Study(
   presets={'quick': Preset(150, 3), 'full': Preset(600, 5)},
   columns=[
     byte_models.LOSS,
-    Column('dropped', f'eval/{byte_models.EVAL}/drop_rate'),
-    Column(
-      'largest load',
-      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
-      'x mean',
-      2,
-    ),
+    Column('dropped', byte_models.DROP_RATE),
+    Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
   claims=[
     claim(

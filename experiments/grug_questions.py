@@ -24,7 +24,7 @@ was planned for 18 minutes on two idle cores; beside other work its runs took
 """
 
 from experiments.study import byte_models, command
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, trial
 from experiments.study.study import Study
 
 WIDTH = 64
@@ -70,22 +70,12 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=[NO_SHARED],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(100, 3, [NO_SHARED]),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.LOSS,
-    Column(
-      'MaxVio',
-      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
-      digits=3,
-      each=lambda v: v - 1,
-    ),
+    byte_models.max_violation('MaxVio'),
     Column(Z_LOSS, f'eval/{byte_models.EVAL}/layer_*/z_loss', digits=2),
   ],
   claims=[

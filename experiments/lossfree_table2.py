@@ -29,7 +29,7 @@ preset as it is now.
 import numpy as np
 
 from experiments.study import byte_models, command
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, trial
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax import data
@@ -39,7 +39,6 @@ from moe_jax.training.step import TrainState
 
 WEIGHTS = (1e-3, 1e-2, 1e-1)
 RATES, ERROR_RATES = (1e-3, 1e-2, 1e-1), (1e-1,)
-EVALUATED = f'eval/{byte_models.EVAL}/layer_*'
 GLOBAL, BATCH = 'MaxVio, all batches', 'MaxVio, a batch'
 _BATCHES = 20
 
@@ -129,17 +128,12 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=['loss 0.01', 'bias 0.001'],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(100, 3, ['loss 0.01', 'bias 0.001']),
     'full': Preset(850, 5),
   },
   columns=[
     byte_models.LOSS,
-    Column(GLOBAL, f'{EVALUATED}/load_max_over_mean', '', 3, lambda v: v - 1),
+    byte_models.max_violation(GLOBAL),
     Column(BATCH, 'max_violation_batch', digits=3),
   ],
   claims=[

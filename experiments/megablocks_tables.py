@@ -211,7 +211,7 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
 
 COLUMNS = [
   byte_models.LOSS,
-  percent(DROPPED, f'eval/{byte_models.EVAL}/drop_rate'),
+  percent(DROPPED, byte_models.DROP_RATE),
   Column(ROWS, 'routing/*/rows', 'a choice', 2, bounds=POSITIVE),
   percent(LOST, 'routing/*/dropped'),
   Column(TIME, '', 'x of 1 slot', 2, bounds=POSITIVE),

@@ -40,6 +40,7 @@ import numpy as np
 
 from experiments.study import byte_models, command
 from experiments.study.parts import (
+  ANY,
   Arm,
   Claim,
   Column,
@@ -48,6 +49,7 @@ from experiments.study.parts import (
   Results,
   Row,
   more_seeds,
+  percent,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -71,7 +73,7 @@ PRUNES = {
   'prune by REAP': 'reap',
 }
 ADDED = Column('added loss', unit='nats/byte')
-BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
+BYTES = percent('bytes', 'bytes', bounds=ANY)
 UNUSED = Column('unused', 'unused', 'experts', 1)
 BATCHES = 16  # number of training batches on which experts are measured
 PRUNED = 'pruned'  # the start of runs that are trained on

@@ -31,6 +31,7 @@ from experiments.study import (
 )
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
+  ANY,
   Arm,
   Claim,
   Column,
@@ -38,6 +39,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -142,7 +144,7 @@ def columns() -> list[Column]:
   return [
     byte_models.LOSS,
     *(
-      Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x)
+      percent(name, f'routing/*/{key}', bounds=ANY)
       for name, key in MEASURED.items()
     ),
   ]

@@ -55,6 +55,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -333,16 +334,16 @@ def columns() -> list[Column]:
   """Columns of the loss, and means over the sparse layers of measurements."""
   return [
     byte_models.LOSS,
-    *(percent(name, key) for name, key in MEASURED.items()),
+    *(
+      # Agreement has no sign, unlike information and differences.
+      percent(
+        name,
+        f'routing/*/{key}',
+        bounds=SHARE if key.startswith('agreement') else ANY,
+      )
+      for name, key in MEASURED.items()
+    ),
   ]
-
-
-def percent(name: str, key: str) -> Column:
-  """A column of shares that were measured; agreement has no sign."""
-  bounds = SHARE if key.startswith('agreement') else ANY
-  return Column(
-    name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=bounds
-  )
 
 
 def agreement(share: int) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 
 from experiments.study import byte_models, command
 from experiments.study.parts import (
+  ANY,
   Arm,
   Claim,
   Column,
@@ -30,6 +31,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -43,7 +45,7 @@ METHODS = {'RTN': 'rtn', 'GPTQ': 'gptq'}
 SAME = 0.002
 BATCHES = 16  # number of training batches that GPTQ reads
 ADDED = Column('added loss', unit='nats/byte')
-ZEROS = Column('zeros', 'zeros', '%', 1, lambda share: 100 * share)
+ZEROS = percent('zeros', 'zeros', bounds=ANY)
 CODES = Column('codes', 'code bits', 'bits/weight', 2)
 METADATA = Column('metadata', 'metadata bits', 'bits/weight', 2)
 

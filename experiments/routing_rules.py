@@ -27,7 +27,15 @@ import optax
 
 from experiments.study import byte_models, command
 from experiments.study.byte_models import top_k
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import (
+  ANY,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  percent,
+)
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.data.pipeline import spread
@@ -182,7 +190,7 @@ STUDY = Study(
     byte_models.LOSS,
     Column('loss, rows at once', 'leak/at_once', 'nats/byte'),
     Column(GENERATED, 'leak/generated', 'nats/byte'),
-    Column(CHANGED, 'leak/changed', '%', 1, lambda share: 100 * share),
+    percent(CHANGED, 'leak/changed', bounds=ANY),
     Column(
       'max/mean load',
       f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',

@@ -36,7 +36,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments import shazeer_table7
 from experiments.study import byte_models, command
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import (
+  ANY,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  percent,
+)
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.data.pipeline import spread
@@ -210,10 +218,10 @@ STUDY = Study(
     byte_models.LOSS,
     Column(TRAINED, f'train/{LOAD}', digits=2),
     Column(INFERRED, f'eval/{byte_models.EVAL}/{LOAD}', digits=2),
-    Column(AGREE, 'agreement', '%', 1, lambda share: 100 * share),
-    Column('of thresholds at 1/E', 'unlearned', '%', 1, lambda s: 100 * s),
+    percent(AGREE, 'agreement', bounds=ANY),
+    percent('of thresholds at 1/E', 'unlearned', bounds=ANY),
     Column('experts a token', 'experts', digits=2),
-    Column('tokens without', 'none', '%', 2, lambda share: 100 * share),
+    percent('tokens without', 'none', digits=2, bounds=ANY),
     Column('lost in inference', 'lost', 'nats/byte'),
     Column(FORESEEN, 'foreseen', 'nats/byte'),
   ],

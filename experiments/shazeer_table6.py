@@ -30,14 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Revision,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.routers.contract import sown
@@ -221,18 +214,6 @@ STUDY = Study(
     'busiest expert has 3.45 times its share of choices.'
   ),
   written='2026-11-25',
-  revisions=[
-    Revision(
-      '2026-11-28',
-      'All three numbers of balance are now of single training batches, as in '
-      'the paper. In these results CV(Importance) is the root of the mean '
-      'square over batches, and CV(Load) and the largest load are of choices '
-      'summed over the last tenth of the steps, in the last column over 40 '
-      'batches: balanced chance alone gives a largest load of 1.19 in a batch, '
-      'and of 1.01 in the sum.',
-      columns=['CV(*', 'max/mean*'],
-    )
-  ],
   figure=Figure(
     ['loss', IMPORTANCE, LOAD, LARGEST],
     rows='weights (importance, load)',

@@ -28,7 +28,16 @@ written before any run.
 
 from experiments.study import byte_models, command
 from experiments.study.byte_models import expert_choice, top_k
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import (
+  ANY,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  percent,
+  trial,
+)
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
 
@@ -82,28 +91,13 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=[ROOMY, 'soft, 4', 'soft, 64'],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(100, 3, [ROOMY, 'soft, 4', 'soft, 64']),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    Column(
-      'without expert',
-      f'eval/{byte_models.EVAL}/drop_rate',
-      '%',
-      1,
-      lambda share: 100 * share,
-    ),
-    Column(
-      'max/mean load',
-      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
-      digits=2,
-    ),
+    percent('without expert', byte_models.DROP_RATE, bounds=ANY),
+    Column('max/mean load', byte_models.MAX_LOAD, digits=2),
   ],
   claims=[
     Claim('soft mixtures beat token choice', f'loss: soft, 16 < {TOP1}'),

@@ -50,6 +50,8 @@ from experiments.study.parts import (
   Results,
   Row,
   more_seeds,
+  percent,
+  trial,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -148,7 +150,7 @@ MEASURED = {
 COLUMNS = [
   byte_models.TOKEN_LOSS,
   *(
-    Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=ANY)
+    percent(name, f'routing/*/{key}', bounds=ANY)
     for name, key in MEASURED.items()
   ),
   Column(MARKS, 'routing/*/punctuation', 'nats', 2),
@@ -363,11 +365,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      150,
-      3,
-      underpowered='after 150 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(150, 3),
     'full': Preset(450, 10),
   },
   columns=COLUMNS,

@@ -30,6 +30,7 @@ be run with the others anew. The runs of all nine took 47 core minutes.
 from experiments.study import byte_models, command, validation_routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
+  ANY,
   Arm,
   Claim,
   Column,
@@ -38,6 +39,7 @@ from experiments.study.parts import (
   Results,
   Row,
   more_seeds,
+  percent,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -143,7 +145,7 @@ def columns() -> list[Column]:
     Column(ENTROPY, 'routing/*/sentinels', 'nats', 2),
     Column(ALL, 'routing/*/all', 'nats', 2),
     Column(CONCENTRATION, 'routing/*/concentration', 'nats', 2),
-    Column(BY_TOKEN, 'routing/*/token', '%', 1, lambda share: 100 * share),
+    percent(BY_TOKEN, 'routing/*/token', bounds=ANY),
   ]
 
 

@@ -36,6 +36,7 @@ from experiments.study.parts import (
   Results,
   Row,
   percent,
+  trial,
 )
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
@@ -200,17 +201,12 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=['*top-3*', '*top-2, CF 2'],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': trial(100, 3, ['*top-3*', '*top-2, CF 2']),
     'full': Preset(440, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    percent(DROPPED, f'eval/{byte_models.EVAL}/drop_rate', '% of choices'),
+    percent(DROPPED, byte_models.DROP_RATE, '% of choices'),
   ],
   claims=claims(),
   figure=Figure(['loss', DROPPED], rows='CF: slots a token in training'),

@@ -34,15 +34,14 @@ import numpy as np
 from experiments.study import byte_models, command
 from experiments.study.parts import (
   POSITIVE,
-  SHARE,
   Arm,
   Claim,
   Column,
   Figure,
   Preset,
   Results,
-  Revision,
   Row,
+  percent,
 )
 from experiments.study.study import Study
 
@@ -156,20 +155,12 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(
-      'dropped',
-      f'eval/{byte_models.EVAL}/drop_rate',
-      '%',
-      2,
-      lambda v: 100 * v,
-      bounds=SHARE,
-    ),
+    percent('dropped', byte_models.DROP_RATE, digits=2),
     Column(
       'loss, evaluated with 2 slots a token',
       'eval/capacity_2/loss',
       'nats/byte',
       bounds=POSITIVE,
-      before=['loss, eval CF 2'],
     ),
     Column(
       'loss, no drops', 'eval/no_drops/loss', 'nats/byte', bounds=POSITIVE
@@ -238,16 +229,6 @@ STUDY = Study(
     'sees none.'
   ),
   written='2026-11-25',
-  revisions=[
-    Revision(
-      '2026-11-28',
-      "Top-2 is now served in GShard's order, all first choices before second "
-      "ones, as the paper's baseline is. Here both choices of a token came "
-      'before the next token, so that late tokens were dropped whole, which '
-      'alone may have put top-2 behind Switch.',
-      rows=['*top-2*'],
-    )
-  ],
   timed=TIMED,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

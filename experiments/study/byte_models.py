@@ -17,12 +17,21 @@ from moe_jax.run_config import RunConfig
 EVAL = 'main'
 LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte', bounds=POSITIVE)
 TOKEN_LOSS = dataclasses.replace(LOSS, unit='nats/token')
+# Keys of the share of choices that this evaluation drops, and of the largest
+# load of an expert over the mean, in each layer.
+DROP_RATE = f'eval/{EVAL}/drop_rate'
+MAX_LOAD = f'eval/{EVAL}/layer_*/load_max_over_mean'
 # Number of batches of the validation split of an evaluation.
 _BATCHES = 40
 # Arguments of `base.evaluation` for an evaluation that drops no token.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
 }
+
+
+def max_violation(name: str) -> Column:
+  """A column of MaxVio, (largest load - mean) / mean, over all batches."""
+  return Column(name, MAX_LOAD, '', 3, lambda ratio: ratio - 1)
 
 
 def decoder(

@@ -24,7 +24,7 @@ import ml_collections
 
 from experiments.study import byte_models
 from experiments.study.jobs import layered
-from experiments.study.parts import Column, Preset, Row
+from experiments.study.parts import ANY, Column, Preset, Row, percent
 from experiments.study.starts import Start
 from experiments.study.tasks import Task
 from moe_jax.configs import base
@@ -44,12 +44,8 @@ LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 # The evaluation of the split that is trained on, and its columns.
 TRAINED = 'trained'
 TRAINED_LOSS = Column('training loss', f'eval/{TRAINED}/loss', 'nats/token')
-DROPPED = Column(
-  'dropped in training',
-  'train/drop_rate',
-  '% of choices',
-  1,
-  lambda rate: 100 * rate,
+DROPPED = percent(
+  'dropped in training', 'train/drop_rate', '% of choices', bounds=ANY
 )
 GAP = Column('gap', unit='nats/token')
 _SEQ_LEN = 96

@@ -127,6 +127,12 @@ class Preset:
     return not any(fnmatch.fnmatchcase(arm.name, p) for p in self.without)
 
 
+def trial(steps: int, seeds: int, without: Sequence[str] = ()) -> Preset:
+  """A preset so short that routers hardly differ, which decides no claim."""
+  reason = f'after {steps} steps routers have hardly begun to differ'
+  return Preset(steps, seeds, without=without, underpowered=reason)
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
   """A column of the table.
@@ -141,7 +147,6 @@ class Column:
     each: Function that is applied to each metric before the mean.
     bounds: Smallest and largest possible number, such as `SHARE`; intervals do
       not go beyond them.
-    before: Names that the column had in results which were stored earlier.
   """
 
   name: str
@@ -150,7 +155,6 @@ class Column:
   digits: int = 4
   each: Callable[[float], float] = float
   bounds: tuple[float, float] = ANY
-  before: Sequence[str] = ()
 
   def of(self, result: Result) -> float:
     """The number of one run; NaN where the run has no such metric."""
@@ -162,9 +166,15 @@ class Column:
     return float(np.mean(values)) if values else float('nan')
 
 
-def percent(name: str, key: str, unit: str = '%', digits: int = 1) -> Column:
+def percent(
+  name: str,
+  key: str,
+  unit: str = '%',
+  digits: int = 1,
+  bounds: tuple[float, float] = SHARE,
+) -> Column:
   """A column of a metric that is a share, in per cent; see `Column`."""
-  return Column(name, key, unit, digits, lambda x: 100 * x, bounds=SHARE)
+  return Column(name, key, unit, digits, lambda x: 100 * x, bounds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ def summary_of(
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
     'configs': dict(configs),
-    'columns': judging.described_columns(study.columns),
+    'columns': [*map(judging.described_column, study.columns)],
     'rows': [judging.described_row(row) for row in rows],
     'claims': judging.judged(study, preset, task, rows),
     'written': study.written,
