@@ -36,12 +36,10 @@ drops, which was added after a trial of 20 steps.
 """
 
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure as Canvas
 
 from experiments.study import byte_models, command, domains, validation_routing
 from experiments.study.byte_models import top_k
@@ -59,10 +57,9 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from experiments.study.validation_routing import row_at
 from moe_jax import routing
-from moe_jax.analysis import plot_style, routing_measures
+from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
   POSITION,
@@ -384,39 +381,6 @@ def of_layer(name: str) -> str:
   return f'{TOP2}, {name}'
 
 
-def pictures(results: Results, folder: pathlib.Path) -> None:
-  """Draws `curves.png`: agreement over the run, and drops along a row."""
-  quarters = range(1, 1 + QUARTERS)
-  panels = {
-    ('steps, % of the run', 'agreement with the end (%)'): {
-      share: agreement(share) for share in EARLY
-    },
-    ('quarter of a row', 'dropped choices (%)'): {
-      quarter: f'dropped, quarter {quarter}' for quarter in quarters
-    },
-  }
-  canvas = Canvas(figsize=(9.6, 4), layout='constrained')
-  axes = canvas.subplots(1, len(panels))
-  for ax, ((x_label, y_label), points) in zip(
-    axes, panels.items(), strict=True
-  ):
-    for i, arm in enumerate(results):
-      row = row_at(arm, results[arm], columns(), 'layer_*')
-      intervals = [Interval.of(row.values[name]) for name in points.values()]
-      bars = [
-        i.half_width if np.isfinite(i.half_width) else 0 for i in intervals
-      ]
-      means = [interval.mean for interval in intervals]
-      style = plot_style.series(i)
-      ax.errorbar([*points], means, bars, **style, capsize=3, label=arm)
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    ax.set_xticks([*points])
-  handles = axes[0].get_legend_handles_labels()
-  canvas.legend(*handles, loc='outside lower center', fontsize=8, ncols=3)
-  canvas.savefig(folder / 'curves.png', dpi=110)
-
-
 def claims() -> list[Claim]:
   """Claims of the paper on the first arm, and claims on the controls."""
   first, last = map(of_layer, LAYERS.values())
@@ -498,7 +462,6 @@ STUDY = Study(
   figure=Figure(['token', 'context', agreement(20), LATE]),
   runner=TrainingRunner(measure),
   written='2026-11-28',
-  pictures=pictures,
   remarks=(
     'Information is in per cent of the entropy of first choices, less that of '
     'shuffled labels; those of domains are shuffled by rows. A random router '
@@ -506,7 +469,7 @@ STUDY = Study(
     'before training. Means are over both sparse layers. Both choices of a '
     'token queue before those of the next: in a system where all first '
     'choices queue before second ones, the drops of top-2 along a row are '
-    'others, and only those of top-1 are the same. Curves are in `curves.png`.'
+    'others, and only those of top-1 are the same.'
   ),
   tasks=domains.TASKS,
 )

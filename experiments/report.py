@@ -158,10 +158,10 @@ def today(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def redraw(summaries: Sequence[dict[str, Any]], archive: pathlib.Path) -> None:
-  """Draws the figures anew, but for those that a study draws from its runs."""
+  """Draws the figures anew."""
   for summary in summaries:
     study = find_study(summary['name'])
-    if study is not None and not study.figure.from_runs:
+    if study is not None:
       figures.draw(study.figure, summary, archive / f'{summary["name"]}.png')
 
 

@@ -30,7 +30,6 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 import numpy as np
-from matplotlib.figure import Figure as Canvas
 
 from experiments import kudugunta_table, merge_or_prune
 from experiments.benchmarks import timing
@@ -48,12 +47,10 @@ from experiments.study.parts import (
   Results,
   Row,
 )
-from experiments.study.results import PICTURE
 from experiments.study.starts import Start
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from moe_jax import data, run_config
-from moe_jax.analysis import counts, plot_style
+from moe_jax.analysis import counts
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk
@@ -338,28 +335,6 @@ def _values(columns, runs) -> dict[str, list[float]]:
   return {column.name: [*map(column.of, runs)] for column in columns}
 
 
-def pictures(results: Results, folder: pathlib.Path) -> None:
-  """Draws loss and score against bytes in memory, in place of the figure."""
-  canvas = Canvas(figsize=(12, 4.4), layout='constrained')
-  axes = canvas.subplots(1, 2)
-  for ax, column in zip(axes, (LOSS, SCORE), strict=True):
-    for number, row in enumerate(rows(results)):
-      size = np.mean(row.values[MEMORY.name])
-      interval = Interval.of(row.values[column.name])
-      bar = interval.half_width if np.isfinite(interval.half_width) else 0.0
-      colour = plot_style.COLOURS[number % len(plot_style.COLOURS)]
-      style = dict(color=colour, marker='osD^vP*X'[number % 8])
-      name = dict(label=row.name) if ax is axes[0] else {}
-      ax.errorbar(size, interval.mean, bar, capsize=3, ls='', **style, **name)
-    ax.set_xscale('log', base=2)
-    ax.xaxis.set_major_formatter('{x:g}')
-    ax.set_xlabel(f'parameters in memory ({MEMORY.unit})')
-    ax.set_ylabel(column.name + (f' ({column.unit})' if column.unit else ''))
-  canvas.legend(loc='outside right center', fontsize=8)
-  canvas.suptitle(STUDY.title, fontsize=10)
-  canvas.savefig(folder / PICTURE, dpi=110)
-
-
 _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'
 
 
@@ -444,8 +419,7 @@ STUDY = Study(
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),
-  figure=Figure(['loss', 'memory', 'speed'], from_runs=True),
-  pictures=pictures,
+  figure=Figure(['loss', 'chrF'], 'parameters in memory', against=MEMORY.name),
   written='2026-11-27',
   remarks=(
     'Sizes are those of all parameters as they are stored, float32 where '

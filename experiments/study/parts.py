@@ -287,7 +287,8 @@ class Figure:
       `*` stands for any text.
     rows: Meaning of the rows' names, which stands beside them; '' where names
       speak for themselves.
-    from_runs: Whether `Study.pictures` draws the figure, from the runs.
+    against: Name of the column that is the x axis, on which rows are points;
+      '' for none. Its axis has `x_label` and is logarithmic.
   """
 
   columns: Sequence[str]
@@ -295,7 +296,7 @@ class Figure:
   log_x: bool = False
   without: Sequence[str] = ()
   rows: str = ''
-  from_runs: bool = False
+  against: str = ''
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""
