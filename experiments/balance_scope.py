@@ -98,21 +98,20 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     *validation_routing.last_records(run, state, byte_models.EVAL, _BATCHES)
   ]
   findings = specialisation(layers_of(header, records))
-  numbers = {}
+  measures = {}
   for layer, info in header.layers.items():
     summaries = [
       load_summary(np.bincount(row.ravel(), minlength=info.num_experts))
       for record in records
       for row in record.layers[layer].expert
     ]
-    numbers |= {
-      f'routing/layer_{layer}/domain': findings[SOURCE][layer].fraction,
-      f'routing/layer_{layer}/token': findings[TOKEN][layer].fraction,
-      f'routing/layer_{layer}/row': float(
-        np.mean([row['load_max_over_mean'] - 1 for row in summaries])
-      ),
+    violations = [row['load_max_over_mean'] - 1 for row in summaries]
+    measures[f'layer_{layer}'] = {
+      'domain': findings[SOURCE][layer].fraction,
+      'token': findings[TOKEN][layer].fraction,
+      'row': float(np.mean(violations)),
     }
-  return numbers
+  return validation_routing.named(measures)
 
 
 def claims() -> list[Claim]:

@@ -30,6 +30,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  row_of,
 )
 from experiments.study.study import Study
 from experiments.study.tasks import PREFIX_TASKS
@@ -81,14 +82,10 @@ def rows(results: Results) -> list[Row]:
     rows.append(Row(f'trained in {trained}; no drops', values))
     for order, priority in ORDERS.items():
       for factor in FACTORS:
-        prefix = f'eval/{_name(priority, factor)}'
-        values = {
-          'loss': [run[f'{prefix}/loss'] for run in runs],
-          'dropped': [100 * run[f'{prefix}/drop_rate'] for run in runs],
-        }
         line = f'trained in {trained}; {order}'
         name = row_name(trained, order, factor)
-        rows.append(Row(name, values, line, factor))
+        columns = byte_models.columns_of(_name(priority, factor))
+        rows.append(row_of(name, runs, columns, line, factor))
   return rows
 
 

@@ -62,7 +62,7 @@ def config(steps: int):
 
 def _tokens(name: str, K: int, factor: float, **options: str) -> Arm:
   """Token choice with a capacity factor of tokens; 0: room for all."""
-  room = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
+  room = byte_models.ROOM
   if factor:
     room = {'capacity.kind': 'per_token', 'capacity.per_token.factor': factor}
   router = {f'router.token_choice.{k}': v for k, v in options.items()}
@@ -101,13 +101,15 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     for layer, choices in record.layers.items():
       served = (choices.kept & (choices.expert >= 0)).sum(-1)
       counts.setdefault(layer, []).append(served[record.documents > 0])
-  numbers = {}
+  measures = {}
   for layer, served_counts in counts.items():
     served = np.concatenate(served_counts)
-    numbers[f'routing/layer_{layer}/none'] = float((served == 0).mean())
     three_or_four = (served == 3) | (served == 4)
-    numbers[f'routing/layer_{layer}/many'] = float(three_or_four.mean())
-  return numbers
+    measures[f'layer_{layer}'] = {
+      'none': float((served == 0).mean()),
+      'many': float(three_or_four.mean()),
+    }
+  return validation_routing.named(measures)
 
 
 AVERAGE = 'expert_choice2022/average11/100M-64E'

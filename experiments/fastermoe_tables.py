@@ -57,6 +57,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  row_of,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -131,14 +132,7 @@ def rows(results: Results) -> list[Row]:
       values = {name: [run[name] for run in runs] for name in runs[0]}
       table.append(Row(row_name(cluster, kind, arm), values))
   for arm in (*dict.fromkeys(TRAINED.values()), *_gate_names()):
-    columns = gate_arms.COLUMNS
-    values = {c.name: [*map(c.of, results[arm])] for c in columns}
-    real = {
-      name: numbers
-      for name, numbers in values.items()
-      if numbers[0] == numbers[0]
-    }
-    table.append(Row(arm, real))
+    table.append(row_of(arm, results[arm], gate_arms.COLUMNS))
   return table
 
 

@@ -44,14 +44,10 @@ def arms(_: Preset) -> list[Arm]:
   """Both configs, their dense twin, and Switch with room for every token."""
   whole = tiny_switch.get_config(), tiny_finegrained.get_config()
   changes = {key: new for key, (_, new) in difference(*whole).items()}
-  served = {
-    'model.moe.capacity.kind': 'all',
-    'model.moe.dispatch.kind': 'dropless',
-  }
   return [
     byte_models.dense(DENSE),
     Arm(SWITCH, {}),
-    Arm(ALL_SERVED, served),
+    Arm(ALL_SERVED, byte_models.DROPLESS),
     Arm(FINE, changes),
   ]
 

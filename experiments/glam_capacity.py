@@ -97,14 +97,12 @@ def _evaluation(slots: int):
 
 def arms(_: Preset) -> list[Arm]:
   """The dense twin, and sparse models by their capacity in training."""
-  moe = 'model.moe'
-  room = {f'{moe}.capacity.kind': 'all', f'{moe}.dispatch.kind': 'dropless'}
-  factor = f'{moe}.capacity.per_token.factor'
+  factor = 'model.moe.capacity.per_token.factor'
   return [
     byte_models.dense(),
     Arm(TIGHT, {factor: 1.0}),
     Arm(WIDE, {factor: 2.0}),
-    Arm(FREE, room),
+    Arm(FREE, byte_models.DROPLESS),
   ]
 
 

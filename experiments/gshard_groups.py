@@ -48,11 +48,13 @@ from experiments.study.parts import (
   Results,
   Row,
   percent,
+  row_of,
   trial,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
+from experiments.study.validation_routing import named
 from moe_jax.analysis import cost
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
@@ -104,12 +106,11 @@ def arms(_: Preset) -> list[Arm]:
   timed_alone |= {
     f'evals.{x}.num_batches': 1 for x in (byte_models.EVAL, _NO_DROPS)
   }
-  room = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
   return [
     *(Arm(name, {size: GROUPS[S], **timed_alone}) for S, name in MASKS.items()),
     Arm(SMALL_ALL, {size: 32, **send_all}),
     Arm(BATCH_ALL, {size: -1, **send_all}),
-    Arm(ROOMY, {size: -1} | {f'model.moe.{k}': v for k, v in room.items()}),
+    Arm(ROOMY, {size: -1, **byte_models.DROPLESS}),
     *(
       Arm(name, {size: S})
       for name, S in zip(
@@ -138,10 +139,10 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     records += validation_routing.last_records(
       run, state, byte_models.EVAL, _BATCHES, mixed=True
     )
-  header, numbers = header_of(run), {}
+  header, measures = header_of(run), {}
   findings = specialisation(layers_of(header, records)) if records else {}
   for layer, info in header.layers.items():
-    shares = {}
+    shares = measures[f'layer_{layer}'] = {}
     if slots := info.capacity:
       shares['masks'] = 4 * info.num_experts * slots * width / experts
     if records:
@@ -151,23 +152,18 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       shares['second'] = float(kept[:, 1].mean())
       shares['none'] = float((~kept).all(1).mean())
       shares['domain'] = findings[SOURCE][layer].fraction
-    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in shares.items()}
-  return numbers
+  return named(measures)
 
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   """A row for each arm, and for three of them as evaluated without drops."""
   table = []
   for name, runs in results.items():
-    shown = [c for c in COLUMNS if c.key]
-    if name in MASKS.values():
-      shown = [c for c in shown if c.name == PRODUCTS]
-    if name == ROOMY:
-      shown = [c for c in shown if c.name != PRODUCTS]
-    values = {c.name: [c.of(run) for run in runs] for c in shown}
-    if name in times:
-      values[TIME] = list(times[name].ratios)
-    table.append(Row(name, values))
+    timed_alone = name in MASKS.values()
+    shown = [c for c in COLUMNS if not timed_alone or c.name == PRODUCTS]
+    values = row_of(name, runs, shown).values
+    seconds = {TIME: [*times[name].ratios]} if name in times else {}
+    table.append(Row(name, {**values, **seconds}))
     if name in (SMALL, BATCH, BATCH_ALL):
       served = [run[f'eval/{_NO_DROPS}/loss'] for run in runs]
       table.append(Row(f'{name}, {SERVED}', {'loss': served}))

@@ -40,9 +40,9 @@ from experiments.study.parts import (
   Column,
   Figure,
   Preset,
-  Result,
   Results,
   Row,
+  row_of,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -266,21 +266,15 @@ def rows(results: Results) -> list[Row]:
   """A row for each arm, and one for the extracted models of its languages."""
   table = []
   for name, runs in results.items():
-    table.append(Row(name, _values([LOSS, CHRF, BLEU, BYTES], runs)))
+    table.append(row_of(name, runs, [LOSS, CHRF, BLEU, BYTES]))
     if not name.endswith('/ task'):
       continue
-    of_own = {
-      column: dataclasses.replace(column, key=f'extracted/{key}')
+    of_own = [
+      dataclasses.replace(column, key=f'extracted/{key}')
       for column, key in ((LOSS, 'loss'), (BYTES, 'bytes'), (SPEED, 'speed'))
-    }
-    table.append(Row(name + OWN, _values([*of_own.values()], runs)))
+    ]
+    table.append(row_of(name + OWN, runs, of_own))
   return table
-
-
-def _values(columns, runs: list[Result]) -> dict[str, list[float]]:
-  """The numbers of all runs by column, without columns that they lack."""
-  values = {c.name: [c.of(run) for run in runs] for c in columns}
-  return {k: v for k, v in values.items() if not np.isnan(v).any()}
 
 
 PAPER = 'taskmoe2021/routing'

@@ -114,9 +114,8 @@ def arms(preset: Preset) -> list[Arm]:
       arm = top_k(slotted(factor, length), 1, HIDDEN, slots)
       steps = {'total_steps': round(length * preset.steps)}
       slotted_arms.append(Arm(arm.name, {**arm.overrides, **steps}))
-  room_for_all = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
   return slotted_arms + [
-    top_k(dropless(E), 1, HIDDEN, {'num_experts': E, **room_for_all})
+    top_k(dropless(E), 1, HIDDEN, {'num_experts': E, **byte_models.ROOM})
     for E in (FEW, MANY)
   ]
 
@@ -168,15 +167,15 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   records = [
     *validation_routing.last_records(run, state, byte_models.EVAL, _BATCHES)
   ]
-  numbers = {}
+  measures = {}
   for layer in run.model.stacks.sparse_layers:
     E = run.model.stacks.moe_of(layer).num_experts
     by_batch = [rows_and_drops(load) for load in loads(records, layer, E)]
     for way in WAYS:
       rows, lost = np.mean([shares[way] for shares in by_batch], 0)
-      key = f'routing/layer_{layer}/{way}'
-      numbers |= {f'{key}/rows': float(rows), f'{key}/dropped': float(lost)}
-  return numbers
+      shares = {'rows': float(rows), 'dropped': float(lost)}
+      measures[f'layer_{layer}/{way}'] = shares
+  return validation_routing.named(measures)
 
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:

@@ -36,8 +36,6 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
-import numpy as np
-
 from experiments.study import byte_models, command
 from experiments.study.parts import (
   ANY,
@@ -50,6 +48,7 @@ from experiments.study.parts import (
   Row,
   more_seeds,
   percent,
+  row_of,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -220,13 +219,11 @@ def rows(results: Results) -> list[Row]:
   all_bytes = [100.0] * len(whole)
 
   def row(name: str, base: list[float], sizes: list[float], *point) -> Row:
-    losses = [*map(loss.of, results[name])]
-    added = [after - before for after, before in zip(losses, base, strict=True)]
-    values = {loss.name: losses, ADDED.name: added, BYTES.name: sizes}
-    unused = [*map(UNUSED.of, results[name])]
-    if not np.isnan(unused).any():
-      values[UNUSED.name] = unused
-    return Row(name, values, *point)
+    values = row_of(name, results[name], [loss, UNUSED]).values
+    pairs = zip(values[loss.name], base, strict=True)
+    added = [after - before for after, before in pairs]
+    more = {ADDED.name: added, BYTES.name: sizes}
+    return Row(name, {**values, **more}, *point)
 
   smaller = [
     row(name, whole, [*map(BYTES.of, results[name])], method, removed)

@@ -121,12 +121,12 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   ):
     for subset in (header.sources[record.sources[0, 0]], 'all'):
       by_domain[subset].append(record)
-  numbers = {}
+  measures = {}
   for domain, records in by_domain.items():
     layers = layers_of(header, records, seed=run.options.seed)
     for layer, choices in layers.items():
       repeats = persistence(choices)
-      shares = {
+      measures[f'layer_{layer}/{domain}'] = {
         'first': repeats.first,
         'first_above': repeats.first - repeats.first_chance,
         'different': repeats.different,
@@ -134,9 +134,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
         'any': repeats.any,
         'any_above': repeats.any - repeats.any_chance,
       }
-      prefix = f'routing/layer_{layer}/{domain}'
-      numbers |= {f'{prefix}/{name}': x for name, x in shares.items()}
-  return numbers
+  return validation_routing.named(measures)
 
 
 def columns() -> list[Column]:

@@ -57,7 +57,7 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.validation_routing import row_at
+from experiments.study.validation_routing import named, row_at
 from moe_jax import routing
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
@@ -162,12 +162,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   last = run.programs.variables(state)
   records = recorded(last, int(state.step), _BATCHES)
   shares, over_time = information(header, records), changes(header, history)
-  numbers = {}
+  measures = {}
   for layer in model.stacks.sparse_layers:
     dropped = drops(header, records, layer, model.stacks.moe_of(layer))
-    measures = shares[layer] | over_time[layer] | dropped
-    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in measures.items()}
-  return numbers
+    measures[f'layer_{layer}'] = shares[layer] | over_time[layer] | dropped
+  return named(measures)
 
 
 def information(

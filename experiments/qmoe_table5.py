@@ -32,6 +32,7 @@ from experiments.study.parts import (
   Results,
   Row,
   percent,
+  row_of,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -105,15 +106,11 @@ def rows(results: Results) -> list[Row]:
   for name in METHODS:
     for format, bits in FORMATS.items():
       arm = row_name(name, format)
-      runs = results[arm]
-      values = {
-        column.name: [*map(column.of, runs)]
-        for column in (byte_models.LOSS, ZEROS, CODES, METADATA)
-      }
-      values[ADDED.name] = [
-        after - base for after, base in zip(values[loss], before, strict=True)
-      ]
-      table.append(Row(arm, values, name, bits))
+      columns = [byte_models.LOSS, ZEROS, CODES, METADATA]
+      values = row_of(arm, results[arm], columns).values
+      pairs = zip(values[loss], before, strict=True)
+      added = {ADDED.name: [after - base for after, base in pairs]}
+      table.append(Row(arm, {**values, **added}, name, bits))
   return table
 
 

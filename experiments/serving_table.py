@@ -46,6 +46,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  row_of,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -307,15 +308,15 @@ def rows(results: Results) -> list[Row]:
   """A row for each model; those that are extracted have two together."""
   columns = (LOSS, SCORE, *SIZES)
   table = [
-    Row(name, _values(columns, results[f'{name}, served'])) for name in TRAINED
+    row_of(name, results[f'{name}, served'], columns) for name in TRAINED
   ]
   by_language = [
-    _values((*_of_each(task), *SIZES), results[extracted_name(task)])
+    row_of(task, results[extracted_name(task)], (*_of_each(task), *SIZES))
     for task in LANGUAGES
   ]
   means, sums = (
     {
-      c.name: f([values[c.name] for values in by_language], 0).tolist()
+      c.name: f([row.values[c.name] for row in by_language], 0).tolist()
       for c in columns
     }
     for f in (np.mean, np.sum)
@@ -325,14 +326,10 @@ def rows(results: Results) -> list[Row]:
   table += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | together)]
   names = {extracted_name(task) for task in LANGUAGES}
   return table + [
-    Row(name, _values(columns, results[name]))
+    row_of(name, results[name], columns)
     for name in _changes()
     if name in results and name not in names
   ]
-
-
-def _values(columns, runs) -> dict[str, list[float]]:
-  return {column.name: [*map(column.of, runs)] for column in columns}
 
 
 _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'

@@ -74,11 +74,10 @@ def arms(_: Preset) -> list[Arm]:
   """The dense twin, both kinds of choice, and soft mixtures of E experts."""
   slots = {'capacity.kind': 'per_token', 'capacity.per_token.factor': 1.0}
   priority = {'router.token_choice.slot_priority': 'batch_priority'}
-  room = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
   return [
     byte_models.dense(),
     top_k(TOP1, 1, HIDDEN, slots | priority),
-    top_k(ROOMY, 1, HIDDEN, room),
+    top_k(ROOMY, 1, HIDDEN, byte_models.ROOM),
     expert_choice(EC, 1, HIDDEN),
     *map(soft, EXPERTS),
   ]

@@ -56,7 +56,12 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from experiments.study.validation_routing import row_at
+from experiments.study.validation_routing import (
+  HALVES,
+  layers_by_half,
+  named,
+  row_at,
+)
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record
@@ -64,8 +69,6 @@ from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# The halves of a model, and the names of their sequences in records.
-HALVES = {'encoder': 'encoder', 'decoder': ''}
 # Checkpoints that are measured besides the last, in % of the run.
 EARLY = (0, 20)
 PUNCTUATION = tuple(string.punctuation.encode())
@@ -185,7 +188,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     share: min(states, key=lambda step: abs(100 * step / last - share))
     for share in EARLY
   }
-  numbers = {}
+  measures = {}
   for share, step in {**chosen, None: last}.items():
     batches = _BATCHES if share is None else _EARLY_BATCHES
     records = validation_routing.records(
@@ -196,12 +199,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       seed=run.options.seed,
     )
     by_layer = layer_information(header, [*records])
-    for half, name in HALVES.items():
-      layers = [i for i, x in header.layers.items() if x.sequence == name]
-      for number, layer in enumerate(layers, start=1):
-        prefix = f'routing/{layer_key(half, number, share)}'
-        numbers |= {f'{prefix}/{k}': v for k, v in by_layer[layer].items()}
-  return numbers
+    measures |= {
+      layer_key(*name.split('_'), share): by_layer[layer]
+      for name, layer in layers_by_half(header).items()
+    }
+  return named(measures)
 
 
 def layer_information(

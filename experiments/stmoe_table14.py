@@ -44,7 +44,12 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from experiments.study.validation_routing import row_at
+from experiments.study.validation_routing import (
+  HALVES,
+  layers_by_half,
+  named,
+  row_at,
+)
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
   TOKEN,
@@ -58,8 +63,6 @@ from moe_jax.training.step import TrainState
 HIDDEN, EXPERTS, LAYERS = 256, 16, 3
 TOP2, FREE = 'top-2', 'top-2, no balance loss'
 HASH, RANDOM = 'hash of token', 'random'
-# The halves of the model, and the names of their sequences in records.
-HALVES = {'encoder': 'encoder', 'decoder': ''}
 UNIFORM = 2.7726  # ln 16
 
 
@@ -119,23 +122,17 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   )
   choices = layers_of(header, records)
   about_token = specialisation(choices)[TOKEN]
-  ids, numbers = [*run.dataset.tokenizer.sentinel_ids], {}
-  for half in HALVES:
-    layers = [
-      i for i, info in header.layers.items() if HALVES[half] == info.sequence
-    ]
-    for i, layer in enumerate(layers):
-      table = choices[layer].by_token
-      sentinels, overall = entropy(table[ids].sum(0)), entropy(table.sum(0))
-      measures = {
-        'sentinels': sentinels,
-        'all': overall,
-        'concentration': overall - sentinels,
-        'token': about_token[layer].fraction,
-      }
-      prefix = f'routing/{half}_{i + 1}'
-      numbers |= {f'{prefix}/{name}': x for name, x in measures.items()}
-  return numbers
+  ids, measures = [*run.dataset.tokenizer.sentinel_ids], {}
+  for name, layer in layers_by_half(header).items():
+    table = choices[layer].by_token
+    sentinels, overall = entropy(table[ids].sum(0)), entropy(table.sum(0))
+    measures[name] = {
+      'sentinels': sentinels,
+      'all': overall,
+      'concentration': overall - sentinels,
+      'token': about_token[layer].fraction,
+    }
+  return named(measures)
 
 
 def columns() -> list[Column]:

@@ -36,6 +36,7 @@ from experiments.study.parts import (
   Results,
   Row,
   percent,
+  row_of,
   trial,
 )
 from experiments.study.study import Study
@@ -106,11 +107,8 @@ def rows(results: Results) -> list[Row]:
     evals: dict[int | str, str] = {OWN: byte_models.EVAL}
     evals |= {slots: f'slots_{slots}' for slots in EVALUATED}
     for slots, key in evals.items():
-      values = {
-        'loss': [run[f'eval/{key}/loss'] for run in runs],
-        DROPPED: [100 * run[f'eval/{key}/drop_rate'] for run in runs],
-      }
-      table.append(Row(row(model, slots), values))
+      columns = byte_models.columns_of(key)
+      table.append(row_of(row(model, slots), runs, columns))
   return table
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from experiments.study.jobs import layered
-from experiments.study.parts import POSITIVE, Arm, Column
+from experiments.study.parts import POSITIVE, Arm, Column, percent
 from moe_jax import run_config
 from moe_jax.analysis import cost
 from moe_jax.configs import base
@@ -23,10 +23,20 @@ DROP_RATE = f'eval/{EVAL}/drop_rate'
 MAX_LOAD = f'eval/{EVAL}/layer_*/load_max_over_mean'
 # Number of batches of the validation split of an evaluation.
 _BATCHES = 40
+# Options of `model.moe` with which no token is dropped, by the names that they
+# have there and in the whole config.
+ROOM = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
+DROPLESS = {f'model.moe.{key}': kind for key, kind in ROOM.items()}
 # Arguments of `base.evaluation` for an evaluation that drops no token.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
 }
+
+
+def columns_of(evaluation: str) -> list[Column]:
+  """Columns 'loss' and 'dropped', in %, of one of a config's evaluations."""
+  dropped = percent('dropped', f'eval/{evaluation}/drop_rate')
+  return [Column('loss', f'eval/{evaluation}/loss'), dropped]
 
 
 def max_violation(name: str) -> Column:

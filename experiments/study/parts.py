@@ -199,6 +199,19 @@ class Row:
   difference: bool = False
 
 
+def row_of(
+  name: str,
+  runs: Sequence[Result],
+  columns: Sequence[Column],
+  line: str = '',
+  x: float | None = None,
+) -> Row:
+  """The row of an arm's runs, without columns of which a run has no number."""
+  values = {column.name: [*map(column.of, runs)] for column in columns}
+  shown = {k: v for k, v in values.items() if not np.isnan(v).any()}
+  return Row(name, shown, line, x)
+
+
 def more_seeds(before: str, number: str, date: str) -> str:
   """The change of a claim that was judged again with more seeds.
 
