@@ -32,9 +32,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, validation_routing
 from experiments.study.parts import (
   SHARE,
   Arm,
@@ -76,18 +75,13 @@ def config(steps: int):
   moe.layers = 'every 2'
   moe.expert.hidden = 128
   byte_models.serve_as_gshard(moe)
-  config.evals = {name: _evaluation(slots) for name, slots in _evals().items()}
+  config.evals = {byte_models.EVAL: byte_models.evaluation()}
+  for slots in ROOM.values():
+    config.evals[f'slots_{slots}'] = _evaluation(slots)
   return config
 
 
-def _evals() -> dict[str, int]:
-  """The slots a token of each evaluation; the first has training's."""
-  return {byte_models.EVAL: -1} | {f'slots_{n}': n for n in ROOM.values()}
-
-
 def _evaluation(slots: int):
-  if slots < 0:
-    return byte_models.evaluation()
   if not slots:
     return byte_models.no_drops()
   capacity = {'kind': 'per_token', 'per_token': {'factor': float(slots)}}
@@ -129,13 +123,9 @@ def measure_steps(
     run.programs.variables(state),
     jnp.asarray(batch['tokens']),
   )
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['targets']
-  )
-  weights = batch['loss_weights']
   masks = [np.asarray(layer.kept) for layer in (chosen or {}).values()]
   return {
-    'loss': float((nats * weights).sum() / weights.sum()),
+    'loss': validation_routing.mean_loss(logits, batch),
     'dropped': float(1 - np.mean(masks)) if masks else 0.0,
   }
 
@@ -145,8 +135,7 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
 
   A model that decodes takes a row for one document.
   """
-  rows = run.dataset.splits['validation']
-  examples = rows.take(np.array(spread(len(rows), 2 * num_rows)))
+  examples = validation_routing.spread_rows(run, 2 * num_rows)
   is_whole = (examples['segment_ids'] == 1).all(1)
   if (num_whole := int(is_whole.sum())) < num_rows:
     raise InputError(

@@ -23,9 +23,8 @@ byte to those of top-2. A hash of the token beats all learned rules.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, validation_routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
   ANY,
@@ -38,7 +37,7 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.data.pipeline import spread
+from experiments.study.validation_routing import mean_loss
 from moe_jax.errors import InputError
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -100,9 +99,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       rows.
   """
   _check(run)
-  rows = run.dataset.splits['validation']
-  examples = rows.take(np.array(spread(len(rows), _ROWS)))
-  batch = {key: jnp.asarray(value) for key, value in examples.items()}
+  rows = validation_routing.spread_rows(run, _ROWS)
+  batch = {key: jnp.asarray(value) for key, value in rows.items()}
   model, variables = run.model, run.programs.variables(state)
   apply = jax.jit(
     lambda batch: model.apply(variables, **model.inputs(batch))[0]
@@ -110,8 +108,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   logits = apply(batch)
   return {
     'leak/changed': _changed(apply, batch, logits),
-    'leak/at_once': _loss(logits, batch),
-    'leak/generated': _loss(generated_logits(apply, batch), batch),
+    'leak/at_once': mean_loss(logits, batch),
+    'leak/generated': mean_loss(generated_logits(apply, batch), batch),
   }
 
 
@@ -161,14 +159,6 @@ def generated_logits(apply, batch) -> jax.Array:
     return jnp.diagonal(apply(cut), axis1=0, axis2=1).T
 
   return jnp.stack([of_row(i) for i in range(len(batch['tokens']))])
-
-
-def _loss(logits, batch) -> float:
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['targets']
-  )
-  weights = batch['loss_weights']
-  return float((nats * weights).sum() / weights.sum())
 
 
 EC, GENERATED = 'expert choice, CF 2', 'loss, generated'

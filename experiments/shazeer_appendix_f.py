@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -47,7 +46,7 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.data.pipeline import spread
+from experiments.study.validation_routing import spread_rows
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.layers.routers.contract import ROUTING
 from moe_jax.models import LstmLm
@@ -89,8 +88,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
   See `compare` for the numbers.
   """
-  rows, B = run.dataset.splits['validation'], run.options.batch_size
-  examples = rows.take(np.array(spread(len(rows), 2 * B)))
+  B = run.options.batch_size
+  examples = spread_rows(run, 2 * B)
   batch, other_batch = (
     {key: jnp.asarray(value[part]) for key, value in examples.items()}
     for part in (slice(None, B), slice(B, None))

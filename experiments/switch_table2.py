@@ -163,11 +163,6 @@ def claims() -> list[Claim]:
   ]
 
 
-def of_tokens(name: str, key: str) -> Column:
-  """A column of shares of tokens."""
-  return percent(name, f'routing/*/{key}', '% of tokens', 2)
-
-
 STUDY = Study(
   name='switch_table2',
   title='Selective precision at raised rates',
@@ -184,7 +179,10 @@ STUDY = Study(
     byte_models.LOSS,
     *STABILITY,
     Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
-    *(of_tokens(column, name) for name, column in FLIPPED.items()),
+    *(
+      percent(column, f'routing/*/{name}', '% of tokens', 2)
+      for name, column in FLIPPED.items()
+    ),
     Column(MORE, unit='% of tokens', digits=2),
     Column(AFTER, unit='nats/byte'),
     Column(BYTES, 'routing/*/moved', 'bytes a token and layer', 0),

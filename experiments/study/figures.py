@@ -80,7 +80,7 @@ def _canvas(
   ]
   heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
   if not spec.x_label:
-    heights = [1.2 + _spacing(shown) * len(shown) for shown in rows_by_line]
+    heights = [*map(_height, rows_by_line)]
   figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
   axes = figure.subplots(
     lines, across, squeeze=False, height_ratios=heights
@@ -118,10 +118,10 @@ def _label(row: Mapping[str, Any]) -> str:
   return textwrap.fill(row['name'], _LETTERS)
 
 
-def _spacing(rows: Mapping[int, Mapping[str, Any]]) -> float:
-  """Inches between rows, whose names may take several lines."""
-  names = [_label(row) for row in rows.values()]
-  return 0.16 + 0.14 * max((1 + name.count('\n') for name in names), default=1)
+def _height(rows: Mapping[int, Mapping[str, Any]]) -> float:
+  """Inches of a panel of rows, whose names may take several lines."""
+  lines = [1 + _label(row).count('\n') for row in rows.values()]
+  return 1.2 + (0.16 + 0.14 * max(lines, default=1)) * len(rows)
 
 
 def _legend(figure: Canvas, axes, columns: int) -> None:
@@ -224,13 +224,10 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
   if spec.log_x:
     ax.set_xscale('log', base=2)
     ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
-    ax.set_xticks(ticks, [_tick_label(tick) for tick in ticks])
+    # A whole number is printed as it is, another with one to three digits.
+    labels = [f'{x:g}' if x == round(x) else f'{x:.3g}' for x in ticks]
+    ax.set_xticks(ticks, labels)
   ax.set_xlabel(spec.x_label)
-
-
-def _tick_label(tick: float) -> str:
-  """A whole number as it is, another one to three digits."""
-  return f'{tick:g}' if tick == round(tick) else f'{tick:.3g}'
 
 
 def _points(ax, rows, column, *, labels: bool) -> None:

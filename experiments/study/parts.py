@@ -25,6 +25,11 @@ Change = Callable[[pathlib.Path, pathlib.Path], Mapping[str, float]]
 ANY, POSITIVE, SHARE = (-np.inf, np.inf), (0.0, np.inf), (0.0, 100.0)
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+  """Whether a name is like any pattern, in which `*` stands for any text."""
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
   """One of the configurations that a study compares, each run on all seeds.
@@ -85,9 +90,7 @@ class Revision:
 
   def concerns(self, row: str, column: str) -> bool:
     """Whether the number of a row and column is another since the change."""
-    return any(fnmatch.fnmatchcase(row, p) for p in self.rows) and any(
-      fnmatch.fnmatchcase(column, p) for p in self.columns
-    )
+    return matches(row, self.rows) and matches(column, self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Preset:
 
   def keeps(self, arm: Arm) -> bool:
     """Whether the preset has the arm."""
-    return not any(fnmatch.fnmatchcase(arm.name, p) for p in self.without)
+    return not matches(arm.name, self.without)
 
 
 def trial(steps: int, seeds: int, without: Sequence[str] = ()) -> Preset:
@@ -313,4 +316,4 @@ class Figure:
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""
-    return not any(fnmatch.fnmatchcase(row, p) for p in self.without)
+    return not matches(row, self.without)

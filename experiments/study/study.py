@@ -146,11 +146,6 @@ class Study:
     """Name of the preset that the study is run with by default."""
     return next(iter(self.presets))
 
-  @property
-  def progress_column(self) -> Column:
-    """The column whose number is printed as runs end."""
-    return next(c for c in self.columns if self.progress in ('', c.name))
-
   def shared(self, preset: Preset, task: str = '') -> ml_collections.ConfigDict:
     """The config that all arms share, and change.
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import optax
 
 from experiments.study.parts import Column, Result, Row, row_of
 from moe_jax import data
 from moe_jax.analysis.recording import records_of
 from moe_jax.analysis.traces import Header, Record
+from moe_jax.data.pipeline import spread
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
@@ -69,6 +71,21 @@ def batches(run: Run, num_batches: int) -> list[Batch]:
       num_batches=num_batches,
     )
   ]
+
+
+def spread_rows(run: Run, count: int) -> Batch:
+  """That many rows of the validation split, evenly spaced over it."""
+  rows = run.dataset.splits['validation']
+  return rows.take(np.array(spread(len(rows), count)))
+
+
+def mean_loss(logits: jax.Array, batch: Mapping[str, Leaf]) -> float:
+  """The loss of a batch in nats a token, from its logits [B, T, V]."""
+  nats = optax.softmax_cross_entropy_with_integer_labels(
+    logits, batch['targets']
+  )
+  weights = batch['loss_weights']
+  return float((nats * weights).sum() / weights.sum())
 
 
 def in_turn(batches: Sequence[Batch], num_sources: int) -> list[Batch]:
