@@ -27,16 +27,14 @@ other work. The claims were written before any run.
 
 import numpy as np
 
-from experiments.study import byte_models, command, domains, validation_routing
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
+from experiments.study import (
+  byte_models,
+  command,
+  domains,
+  parts,
+  validation_routing,
 )
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis.recording import header_of
@@ -165,8 +163,8 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    percent(DOMAIN, 'routing/*/domain', bounds=ANY),
-    percent('token', 'routing/*/token', bounds=ANY),
+    parts.percent(DOMAIN, 'routing/*/domain', bounds=parts.ANY),
+    parts.percent('token', 'routing/*/token', bounds=parts.ANY),
     byte_models.max_violation(EVEN),
     Column(EVEN_IN_ROWS, 'routing/*/row', digits=3),
   ],

@@ -31,18 +31,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  trial,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.experts.shared_expert import (
@@ -133,7 +124,7 @@ def _without_shared(params: Any) -> Any:
   }
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and one for DeepSeekMoE without its shared expert."""
   rows = [STUDY.row_of(Arm(name, {}), results) for name in results]
   if DEEPSEEK in results:
@@ -167,7 +158,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': trial(100, 3, [HASH, FINE]),
+    'quick': parts.trial(100, 3, [HASH, FINE]),
     'full': Preset(1000, 5),
   },
   columns=[

@@ -21,17 +21,8 @@ A model trained with priority depends on it: it is nearly perfect at its own
 capacity, and by far the worst without priority.
 """
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  row_of,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.study.tasks import PREFIX_TASKS
 
@@ -73,7 +64,7 @@ def row_name(trained: str, order: str, factor: float) -> str:
   return f'trained in {trained}; {order}, CF {factor:g}'
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each model and way of evaluating it."""
   rows = []
   for trained, runs in results.items():
@@ -85,7 +76,7 @@ def rows(results: Results) -> list[Row]:
         line = f'trained in {trained}; {order}'
         name = row_name(trained, order, factor)
         columns = byte_models.columns_of(_name(priority, factor))
-        rows.append(row_of(name, runs, columns, line, factor))
+        rows.append(parts.row_of(name, runs, columns, line, factor))
   return rows
 
 

@@ -26,17 +26,9 @@ of its planned 20 minutes on two cores. The claims were written before any run.
 
 import numpy as np
 
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import expert_choice, top_k
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
-  trial,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
@@ -137,14 +129,14 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': trial(100, 3, [ROOMY2, EC1, HALF]),
+    'quick': parts.trial(100, 3, [ROOMY2, EC1, HALF]),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
     Column(MAX, byte_models.MAX_LOAD, '', 2),
-    percent(UNSERVED, 'routing/*/none'),
-    percent(MANY, 'routing/*/many'),
+    parts.percent(UNSERVED, 'routing/*/none'),
+    parts.percent(MANY, 'routing/*/many'),
   ],
   claims=[
     claim(EC2, TOP2, 'expert_choice', 'gshard_top2'),

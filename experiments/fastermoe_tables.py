@@ -49,16 +49,8 @@ from experiments.faster_moe.simulated_runs import (
   SPEED_UP,
   TRACE,
 )
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  row_of,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 
@@ -120,7 +112,7 @@ def row_name(cluster: str, kind: str, arm: str) -> str:
   return f'{cluster}, {source}: {arm}'
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Rows of the simulated arms, of the trained models and of the gate."""
   table = []
   for (cluster, kind), shown in SHOWN.items():
@@ -132,7 +124,7 @@ def rows(results: Results) -> list[Row]:
       values = {name: [run[name] for run in runs] for name in runs[0]}
       table.append(Row(row_name(cluster, kind, arm), values))
   for arm in (*dict.fromkeys(TRAINED.values()), *_gate_names()):
-    table.append(row_of(arm, results[arm], gate_arms.COLUMNS))
+    table.append(parts.row_of(arm, results[arm], gate_arms.COLUMNS))
   return table
 
 

@@ -30,18 +30,9 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from experiments.study import byte_models, command, finetuned
+from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Result,
-  Results,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval
@@ -174,7 +165,7 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Rows of all runs, and of what sparse has over dense."""
   by_name = {}
 
@@ -215,7 +206,7 @@ def rows(results: Results) -> list[Row]:
   return list(by_name.values())
 
 
-def _choices(results: Results, name: str) -> dict[str, list[float]]:
+def _choices(results: parts.Results, name: str) -> dict[str, list[float]]:
   """The mean nats of right choices, and accuracies of clusters off the floor.
 
   A likelihood is that of a whole answer.
@@ -229,19 +220,19 @@ def _choices(results: Results, name: str) -> dict[str, list[float]]:
   return values
 
 
-def _over(task: str) -> Callable[[Result], float]:
+def _over(task: str) -> Callable[[parts.Result], float]:
   """Function from a result to the points of a task's accuracy over chance."""
   prefix = f'eval/choices/{task}'
   return lambda run: run[prefix] - run[f'{prefix}.chance']
 
 
-def beats_chance(results: Results, task: str) -> bool:
+def beats_chance(results: parts.Results, task: str) -> bool:
   """Whether the instructed dense model's accuracy is above chance."""
   points = [*map(_over(task), results[instructed('dense')])]
   return Interval.of(points).sign() > 0
 
 
-def at_floor(results: Results) -> str:
+def at_floor(results: parts.Results) -> str:
   """A sentence on each held-out cluster that is or is not at floor."""
   lines = []
   for cluster, task in CHOICES.items():

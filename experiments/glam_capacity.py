@@ -33,17 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import byte_models, command, validation_routing
-from experiments.study.parts import (
-  SHARE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts, validation_routing
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax import generation
@@ -211,7 +202,7 @@ def row_name(arm: str, mode: str, room: str) -> str:
   return f'{arm}; {mode} {room}'
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The dense twin, and each model with each capacity."""
   dense, *sparse = results
   twin = [run[f'eval/{byte_models.EVAL}/loss'] for run in results[dense]]
@@ -309,7 +300,7 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(DROPPED, 'eval/slots_1/drop_rate', '%', 1, bounds=SHARE),
+    Column(DROPPED, 'eval/slots_1/drop_rate', '%', 1, bounds=parts.SHARE),
   ],
   claims=claims(),
   runner=TrainingRunner(measure),

@@ -23,8 +23,8 @@ was planned for 18 minutes on two idle cores; beside other work its runs took
 105 core minutes. The claims were written before any run.
 """
 
-from experiments.study import byte_models, command
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, trial
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 
 WIDTH = 64
@@ -70,7 +70,7 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': trial(100, 3, [NO_SHARED]),
+    'quick': parts.trial(100, 3, [NO_SHARED]),
     'full': Preset(1000, 5),
   },
   columns=[

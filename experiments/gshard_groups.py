@@ -36,21 +36,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command, domains, validation_routing
-from experiments.study.parts import (
-  ANY,
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-  row_of,
-  trial,
+from experiments.study import (
+  byte_models,
+  command,
+  domains,
+  parts,
+  validation_routing,
 )
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
@@ -155,13 +148,13 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return named(measures)
 
 
-def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   """A row for each arm, and for three of them as evaluated without drops."""
   table = []
   for name, runs in results.items():
     timed_alone = name in MASKS.values()
     shown = [c for c in COLUMNS if not timed_alone or c.name == PRODUCTS]
-    values = row_of(name, runs, shown).values
+    values = parts.row_of(name, runs, shown).values
     seconds = {TIME: [*times[name].ratios]} if name in times else {}
     table.append(Row(name, {**values, **seconds}))
     if name in (SMALL, BATCH, BATCH_ALL):
@@ -172,12 +165,12 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
 
 COLUMNS = [
   byte_models.LOSS,
-  percent(DROPPED, 'train/drop_rate'),
-  percent(SECOND, 'routing/*/second'),
-  percent(UNSERVED, 'routing/*/none'),
-  percent(DOMAIN, 'routing/*/domain', bounds=ANY),
-  Column(PRODUCTS, 'routing/*/masks', 'x', 2, bounds=POSITIVE),
-  Column(TIME, '', 'x', 2, bounds=POSITIVE),
+  parts.percent(DROPPED, 'train/drop_rate'),
+  parts.percent(SECOND, 'routing/*/second'),
+  parts.percent(UNSERVED, 'routing/*/none'),
+  parts.percent(DOMAIN, 'routing/*/domain', bounds=parts.ANY),
+  Column(PRODUCTS, 'routing/*/masks', 'x', 2, bounds=parts.POSITIVE),
+  Column(TIME, '', 'x', 2, bounds=parts.POSITIVE),
 ]
 STUDY = Study(
   name='gshard_groups',
@@ -187,7 +180,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': trial(150, 3, [FOUR, '*all sent']),
+    'quick': parts.trial(150, 3, [FOUR, '*all sent']),
     'full': Preset(500, 5, burst_for_each_seed=True),
   },
   columns=COLUMNS,

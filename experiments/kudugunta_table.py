@@ -33,17 +33,8 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  row_of,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -262,18 +253,18 @@ SPEED = Column('tokens a second', unit='x of the whole', digits=2)
 OWN = ', own model'  # the end of the name of a row of extracted models
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and one for the extracted models of its languages."""
   table = []
   for name, runs in results.items():
-    table.append(row_of(name, runs, [LOSS, CHRF, BLEU, BYTES]))
+    table.append(parts.row_of(name, runs, [LOSS, CHRF, BLEU, BYTES]))
     if not name.endswith('/ task'):
       continue
     of_own = [
       dataclasses.replace(column, key=f'extracted/{key}')
       for column, key in ((LOSS, 'loss'), (BYTES, 'bytes'), (SPEED, 'speed'))
     ]
-    table.append(row_of(name + OWN, runs, of_own))
+    table.append(parts.row_of(name + OWN, runs, of_own))
   return table
 
 

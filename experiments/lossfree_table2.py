@@ -28,8 +28,8 @@ preset as it is now.
 
 import numpy as np
 
-from experiments.study import byte_models, command
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, trial
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax import data
@@ -128,7 +128,7 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': trial(100, 3, ['loss 0.01', 'bias 0.001']),
+    'quick': parts.trial(100, 3, ['loss 0.01', 'bias 0.001']),
     'full': Preset(850, 5),
   },
   columns=[

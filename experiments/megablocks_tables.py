@@ -34,19 +34,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
@@ -178,7 +168,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return validation_routing.named(measures)
 
 
-def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   """Rows of trained models, of one at equal time, and of ways to serve."""
   trained_rows = []
   for name, runs in results.items():
@@ -210,10 +200,10 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
 
 COLUMNS = [
   byte_models.LOSS,
-  percent(DROPPED, byte_models.DROP_RATE),
-  Column(ROWS, 'routing/*/rows', 'a choice', 2, bounds=POSITIVE),
-  percent(LOST, 'routing/*/dropped'),
-  Column(TIME, '', 'x of 1 slot', 2, bounds=POSITIVE),
+  parts.percent(DROPPED, byte_models.DROP_RATE),
+  Column(ROWS, 'routing/*/rows', 'a choice', 2, bounds=parts.POSITIVE),
+  parts.percent(LOST, 'routing/*/dropped'),
+  Column(TIME, '', 'x of 1 slot', 2, bounds=parts.POSITIVE),
 ]
 
 

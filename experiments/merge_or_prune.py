@@ -36,20 +36,8 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-  percent,
-  row_of,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax.compression import fewer, merge, whole_run
@@ -72,7 +60,7 @@ PRUNES = {
   'prune by REAP': 'reap',
 }
 ADDED = Column('added loss', unit='nats/byte')
-BYTES = percent('bytes', 'bytes', bounds=ANY)
+BYTES = parts.percent('bytes', 'bytes', bounds=parts.ANY)
 UNUSED = Column('unused', 'unused', 'experts', 1)
 BATCHES = 16  # number of training batches on which experts are measured
 PRUNED = 'pruned'  # the start of runs that are trained on
@@ -206,7 +194,7 @@ def arms(preset: Preset) -> list[Arm]:
   ] + trained_on(preset)
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The trained run, each method that makes it smaller, and runs trained on.
 
   The loss that a run that is trained on adds is compared with the whole run of
@@ -219,7 +207,7 @@ def rows(results: Results) -> list[Row]:
   all_bytes = [100.0] * len(whole)
 
   def row(name: str, base: list[float], sizes: list[float], *point) -> Row:
-    values = row_of(name, results[name], [loss, UNUSED]).values
+    values = parts.row_of(name, results[name], [loss, UNUSED]).values
     pairs = zip(values[loss.name], base, strict=True)
     added = [after - before for after, before in pairs]
     more = {ADDED.name: added, BYTES.name: sizes}
@@ -287,7 +275,7 @@ def with_change(claim: Claim) -> Claim:
   """The claim, which says so where more seeds have changed its verdict."""
   if claim.text not in _BEFORE:
     return claim
-  change = more_seeds(_BEFORE[claim.text], 'nine', '2026-11-30')
+  change = parts.more_seeds(_BEFORE[claim.text], 'nine', '2026-11-30')
   return dataclasses.replace(claim, changes=[change])
 
 

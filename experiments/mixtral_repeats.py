@@ -27,20 +27,11 @@ from experiments.study import (
   byte_models,
   command,
   domains,
+  parts,
   validation_routing,
 )
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import row_at
@@ -142,7 +133,7 @@ def columns() -> list[Column]:
   return [
     byte_models.LOSS,
     *(
-      percent(name, f'routing/*/{key}', bounds=ANY)
+      parts.percent(name, f'routing/*/{key}', bounds=parts.ANY)
       for name, key in MEASURED.items()
     ),
   ]
@@ -153,7 +144,7 @@ def row_name(layer: str, domain: str = '') -> str:
   return f'{TOP2}, {layer}{f", {domain}" if domain else ""}'
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, layer of the first arm, and domain in the middle."""
   middle = LAYERS['middle layer']
   key_of_row = {

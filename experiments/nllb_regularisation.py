@@ -35,18 +35,9 @@ import functools
 import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -143,15 +134,15 @@ FEW_LEARNED, GAP = 'small languages, learned text', 'gap of small languages'
 COLUMNS = [
   Column(name, unit='nats/byte', bounds=bounds)
   for name, bounds in (
-    (FEW, POSITIVE),
-    (MANY, POSITIVE),
-    (FEW_LEARNED, POSITIVE),
+    (FEW, parts.POSITIVE),
+    (MANY, parts.POSITIVE),
+    (FEW_LEARNED, parts.POSITIVE),
     (GAP, (-np.inf, np.inf)),
   )
-] + [Column(ALL, f'eval/{NEW}/mean', 'nats/byte', bounds=POSITIVE)]
+] + [Column(ALL, f'eval/{NEW}/mean', 'nats/byte', bounds=parts.POSITIVE)]
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, of means over small and over large languages."""
 
   def mean(run, evaluation, languages):

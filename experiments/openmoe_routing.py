@@ -41,20 +41,15 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import byte_models, command, domains, validation_routing
-from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  ANY,
-  SHARE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
+from experiments.study import (
+  byte_models,
+  command,
+  domains,
+  parts,
+  validation_routing,
 )
+from experiments.study.byte_models import top_k
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import named, row_at
@@ -332,10 +327,10 @@ def columns() -> list[Column]:
     byte_models.LOSS,
     *(
       # Agreement has no sign, unlike information and differences.
-      percent(
+      parts.percent(
         name,
         f'routing/*/{key}',
-        bounds=SHARE if key.startswith('agreement') else ANY,
+        bounds=parts.SHARE if key.startswith('agreement') else parts.ANY,
       )
       for name, key in MEASURED.items()
     ),
@@ -364,7 +359,7 @@ MEASURED = {
 }
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and for each sparse layer of the first one."""
   arm_rows = [
     row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()

@@ -21,19 +21,8 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-  row_of,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax.compression.quantize import quantize
@@ -46,7 +35,7 @@ METHODS = {'RTN': 'rtn', 'GPTQ': 'gptq'}
 SAME = 0.002
 BATCHES = 16  # number of training batches that GPTQ reads
 ADDED = Column('added loss', unit='nats/byte')
-ZEROS = percent('zeros', 'zeros', bounds=ANY)
+ZEROS = parts.percent('zeros', 'zeros', bounds=parts.ANY)
 CODES = Column('codes', 'code bits', 'bits/weight', 2)
 METADATA = Column('metadata', 'metadata bits', 'bits/weight', 2)
 
@@ -98,7 +87,7 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The trained run, and each way of quantising it."""
   before = [*map(byte_models.LOSS.of, results[TRAINED])]
   loss = byte_models.LOSS.name
@@ -107,7 +96,7 @@ def rows(results: Results) -> list[Row]:
     for format, bits in FORMATS.items():
       arm = row_name(name, format)
       columns = [byte_models.LOSS, ZEROS, CODES, METADATA]
-      values = row_of(arm, results[arm], columns).values
+      values = parts.row_of(arm, results[arm], columns).values
       pairs = zip(values[loss], before, strict=True)
       added = {ADDED.name: [after - base for after, base in pairs]}
       table.append(Row(arm, {**values, **added}, name, bits))

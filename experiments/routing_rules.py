@@ -24,17 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import mean_loss
@@ -180,7 +172,7 @@ STUDY = Study(
     byte_models.LOSS,
     Column('loss, rows at once', 'leak/at_once', 'nats/byte'),
     Column(GENERATED, 'leak/generated', 'nats/byte'),
-    percent(CHANGED, 'leak/changed', bounds=ANY),
+    parts.percent(CHANGED, 'leak/changed', bounds=parts.ANY),
     Column(
       'max/mean load',
       f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',

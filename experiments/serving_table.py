@@ -35,19 +35,9 @@ from experiments import kudugunta_table, merge_or_prune
 from experiments.benchmarks import timing
 from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Change,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  row_of,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax import data, run_config
@@ -275,9 +265,9 @@ def extracted_name(task: str) -> str:
   return f'extracted {task}'
 
 
-def _changes() -> dict[str, Change]:
+def _changes() -> dict[str, parts.Change]:
   """The changes of the trained sparse model, by the name of the arm."""
-  changes: dict[str, Change] = {
+  changes: dict[str, parts.Change] = {
     extracted_name(task): functools.partial(extracted, task=task)
     for task in LANGUAGES
   }
@@ -304,14 +294,14 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each model; those that are extracted have two together."""
   columns = (LOSS, SCORE, *SIZES)
   table = [
-    row_of(name, results[f'{name}, served'], columns) for name in TRAINED
+    parts.row_of(name, results[f'{name}, served'], columns) for name in TRAINED
   ]
   by_language = [
-    row_of(task, results[extracted_name(task)], (*_of_each(task), *SIZES))
+    parts.row_of(task, results[extracted_name(task)], (*_of_each(task), *SIZES))
     for task in LANGUAGES
   ]
   means, sums = (
@@ -326,7 +316,7 @@ def rows(results: Results) -> list[Row]:
   table += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | together)]
   names = {extracted_name(task) for task in LANGUAGES}
   return table + [
-    row_of(name, results[name], columns)
+    parts.row_of(name, results[name], columns)
     for name in _changes()
     if name in results and name not in names
   ]

@@ -34,16 +34,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments import shazeer_table7
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import spread_rows
@@ -217,10 +209,10 @@ STUDY = Study(
     byte_models.LOSS,
     Column(TRAINED, f'train/{LOAD}', digits=2),
     Column(INFERRED, f'eval/{byte_models.EVAL}/{LOAD}', digits=2),
-    percent(AGREE, 'agreement', bounds=ANY),
-    percent('of thresholds at 1/E', 'unlearned', bounds=ANY),
+    parts.percent(AGREE, 'agreement', bounds=parts.ANY),
+    parts.percent('of thresholds at 1/E', 'unlearned', bounds=parts.ANY),
     Column('experts a token', 'experts', digits=2),
-    percent('tokens without', 'none', digits=2, bounds=ANY),
+    parts.percent('tokens without', 'none', digits=2, bounds=parts.ANY),
     Column('lost in inference', 'lost', 'nats/byte'),
     Column(FORESEEN, 'foreseen', 'nats/byte'),
   ],

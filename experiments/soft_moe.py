@@ -26,18 +26,9 @@ minutes on two idle cores; its runs took 42 core minutes. The claims were
 written before any run.
 """
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts
 from experiments.study.byte_models import expert_choice, top_k
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
-  trial,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
 
@@ -90,12 +81,12 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': trial(100, 3, [ROOMY, 'soft, 4', 'soft, 64']),
+    'quick': parts.trial(100, 3, [ROOMY, 'soft, 4', 'soft, 64']),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    percent('without expert', byte_models.DROP_RATE, bounds=ANY),
+    parts.percent('without expert', byte_models.DROP_RATE, bounds=parts.ANY),
     Column('max/mean load', byte_models.MAX_LOAD, digits=2),
   ],
   claims=[

@@ -28,9 +28,9 @@ import math
 import ml_collections
 import numpy as np
 
-from experiments.study import command, finetuned
+from experiments.study import command, finetuned, parts
 from experiments.study.kv_recall import VALUE_LETTERS, KvRecallSource
-from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax.configs import base
 from moe_jax.data import InstructionSource
@@ -90,7 +90,7 @@ def arms(_: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The arms that were run, and the difference of the models by size."""
   by_name = {}
   for arm in arms(Preset(1, 1)):

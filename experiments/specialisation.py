@@ -38,21 +38,10 @@ from experiments.study import (
   command,
   domains,
   finetuned,
+  parts,
   validation_routing,
 )
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-  percent,
-  trial,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -153,7 +142,7 @@ MEASURED = {
 COLUMNS = [
   byte_models.TOKEN_LOSS,
   *(
-    percent(name, f'routing/*/{key}', bounds=ANY)
+    parts.percent(name, f'routing/*/{key}', bounds=parts.ANY)
     for name, key in MEASURED.items()
   ),
   Column(MARKS, 'routing/*/punctuation', 'nats', 2),
@@ -264,7 +253,7 @@ def row(
   return name + (f', at {share} %' if share is not None else '')
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Halves of each arm, and layers and early checkpoints of the usual ones."""
   cells = [(arm, half, '*', None) for arm in results for half in HALVES]
   for arm in (DOMAINS, LANGUAGES):
@@ -320,7 +309,7 @@ def claims() -> list[Claim]:
       f'{MARKS}: {encoder} > 0',
       note=paper_note,
       changes=[
-        more_seeds(
+        parts.more_seeds(
           'Not resolved with five seeds (0.27 ± 0.27)', 'ten', '2026-11-30'
         )
       ],
@@ -367,7 +356,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': trial(150, 3),
+    'quick': parts.trial(150, 3),
     'full': Preset(450, 10),
   },
   columns=COLUMNS,

@@ -22,8 +22,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from experiments.study import command, finetuned
-from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
+from experiments.study import command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 
 BATCHES, RATES = (4, 16, 64), (3e-4, 1e-3, 3e-3)
@@ -70,7 +70,7 @@ def arms(preset: Preset) -> list[Arm]:
   return [*all_arms, Arm(KEPT, changes, start=finetuned.SPARSE)]
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The cells that were run, their means, and what sparse gains over dense."""
   ran = [arm for arm in arms(Preset(1, 1)) if arm.name in results]
   by_name = {arm.name: STUDY.row_of(arm, results) for arm in ran}
@@ -101,7 +101,7 @@ def _mean(name: str, cell_rows: Iterable[Row]) -> Row:
   return Row(name, {finetuned.LOSS.name: [*np.mean(losses, axis=0)]})
 
 
-def best_cells(results: Results) -> str:
+def best_cells(results: parts.Results) -> str:
   """A sentence on each model's best cell, by the mean over seeds."""
   sentences = []
   for model in MODELS:

@@ -27,20 +27,9 @@ seeds, left two claims open; four more seeds were then added, on 2026-11-30, to
 be run with the others anew. The runs of all nine took 47 core minutes.
 """
 
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-  percent,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -142,7 +131,7 @@ def columns() -> list[Column]:
     Column(ENTROPY, 'routing/*/sentinels', 'nats', 2),
     Column(ALL, 'routing/*/all', 'nats', 2),
     Column(CONCENTRATION, 'routing/*/concentration', 'nats', 2),
-    percent(BY_TOKEN, 'routing/*/token', bounds=ANY),
+    parts.percent(BY_TOKEN, 'routing/*/token', bounds=parts.ANY),
   ]
 
 
@@ -151,7 +140,7 @@ def row_name(arm: str, half: str, layer: int = 0) -> str:
   return f'{arm}, {half}{f" {layer}" if layer else ""}'
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each layer of the first arm, and for each half of every arm."""
   layers = [
     row_at(row_name(TOP2, half, i), results[TOP2], columns(), f'{half}_{i}')
@@ -173,7 +162,7 @@ def cells(*rows: str) -> list[str]:
 def _unresolved(interval: str) -> str:
   """The change of a claim that five seeds left open."""
   before = f'Not resolved with five seeds ({interval})'
-  return more_seeds(before, 'nine', '2026-11-30')
+  return parts.more_seeds(before, 'nine', '2026-11-30')
 
 
 def claims() -> list[Claim]:

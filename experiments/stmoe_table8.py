@@ -26,19 +26,9 @@ on two idle cores; its runs took 129 core minutes. The quick preset resolves no
 loss. The claims were written before any run.
 """
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-  row_of,
-  trial,
-)
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
 
@@ -96,7 +86,7 @@ def row(model: str, slots: int | str = OWN) -> str:
   return f'{model}; evaluated {"" if slots == OWN else "at "}{slots}'
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for the dense twin, and one for each model and capacity."""
   table = []
   for arm, runs in results.items():
@@ -108,7 +98,7 @@ def rows(results: Results) -> list[Row]:
     evals |= {slots: f'slots_{slots}' for slots in EVALUATED}
     for slots, key in evals.items():
       columns = byte_models.columns_of(key)
-      table.append(row_of(row(model, slots), runs, columns))
+      table.append(parts.row_of(row(model, slots), runs, columns))
   return table
 
 
@@ -199,12 +189,12 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': trial(100, 3, ['*top-3*', '*top-2, CF 2']),
+    'quick': parts.trial(100, 3, ['*top-3*', '*top-2, CF 2']),
     'full': Preset(440, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    percent(DROPPED, byte_models.DROP_RATE, '% of choices'),
+    parts.percent(DROPPED, byte_models.DROP_RATE, '% of choices'),
   ],
   claims=claims(),
   figure=Figure(['loss', DROPPED], rows='CF: slots a token in training'),

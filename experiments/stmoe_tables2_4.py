@@ -32,17 +32,8 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command, router_logits
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
-  trial,
-)
+from experiments.study import byte_models, command, parts, router_logits
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.runs import metrics, recorder
@@ -64,9 +55,9 @@ _WINDOW = 20
 # normal noise one of a billion is as far.
 _DEVIATIONS = 6.0
 _NORMAL = 1.4826  # deviation of a normal distribution over the median one
-STABLE = percent('stable', 'stable', '% of runs', 0)
-SPIKES = Column('spikes', 'spikes', 'steps a run', 1, bounds=POSITIVE)
-RISE = Column('largest rise', 'rise', 'nats/byte', 2, bounds=POSITIVE)
+STABLE = parts.percent('stable', 'stable', '% of runs', 0)
+SPIKES = Column('spikes', 'spikes', 'steps a run', 1, bounds=parts.POSITIVE)
+RISE = Column('largest rise', 'rise', 'nats/byte', 2, bounds=parts.POSITIVE)
 STABILITY = (STABLE, SPIKES, RISE)
 MEANING = (
   'A run is stable if all its steps are finite and the mean loss of its last '
@@ -201,7 +192,7 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': trial(
+    'quick': parts.trial(
       100, 3, [f'*{ROUNDED}', f'*{HIGH}', JITTER, DROPOUT, NO_GEGLU]
     ),
     'full': Preset(360, 5),
@@ -209,8 +200,8 @@ STUDY = Study(
   columns=[
     byte_models.LOSS,
     *STABILITY,
-    Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
-    percent(FLIPPED, 'routing/*/rounded', '% of tokens', 2),
+    Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=parts.POSITIVE),
+    parts.percent(FLIPPED, 'routing/*/rounded', '% of tokens', 2),
   ],
   claims=[
     *(costs(row) for row in (CLIP, NO_SCALE, NO_GEGLU, DROPOUT, JITTER)),

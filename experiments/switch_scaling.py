@@ -23,16 +23,8 @@ model costs 1.3 to 2.1 dense ones on a CPU.
 
 from collections.abc import Mapping
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.time_to_loss.annealed import ratio_to
 
@@ -76,7 +68,7 @@ def arm_name(E: int, K: int, length: float) -> str:
   return f'{model_name(E, K)}, {length} of the steps'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each model, with its steps and seconds to the dense loss."""
   target = STUDY.row_of(byte_models.dense(), results).values['loss']
   rows = [Row('dense', {'loss': target, TIME: [1.0] * len(target)})]

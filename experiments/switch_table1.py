@@ -31,18 +31,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
@@ -93,7 +83,7 @@ def arms(preset: Preset) -> list[Arm]:
   return arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
   """Rows of Switch, of top-2 with both kinds of factors, and of the dense twin.
 
   The dense twin has rows at equal steps, at more steps and at equal time.
@@ -155,15 +145,15 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    percent('dropped', byte_models.DROP_RATE, digits=2),
+    parts.percent('dropped', byte_models.DROP_RATE, digits=2),
     Column(
       'loss, evaluated with 2 slots a token',
       'eval/capacity_2/loss',
       'nats/byte',
-      bounds=POSITIVE,
+      bounds=parts.POSITIVE,
     ),
     Column(
-      'loss, no drops', 'eval/no_drops/loss', 'nats/byte', bounds=POSITIVE
+      'loss, no drops', 'eval/no_drops/loss', 'nats/byte', bounds=parts.POSITIVE
     ),
     Column(TIME, digits=2),
   ],

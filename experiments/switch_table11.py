@@ -23,16 +23,8 @@ steps, and took 14 of its planned 17 minutes on two cores. The claims were
 written before any run.
 """
 
-from experiments.study import byte_models, command, router_logits
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  percent,
-  trial,
-)
+from experiments.study import byte_models, command, parts, router_logits
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 
@@ -97,12 +89,12 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': trial(100, 3, ['dense', STRONG]),
+    'quick': parts.trial(100, 3, ['dense', STRONG]),
     'full': Preset(800, 5),
   },
   columns=[
     byte_models.LOSS,
-    percent(EXPLORED, 'routing/*/explored', '% of tokens'),
+    parts.percent(EXPLORED, 'routing/*/explored', '% of tokens'),
     Column(MAX, 'train/layer_*/load_max_over_mean', digits=2),
   ],
   claims=[

@@ -33,20 +33,9 @@ from experiments.stmoe_tables2_4 import (
   stability,
   tolerant,
 )
-from experiments.study import byte_models, command, router_logits
+from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.jobs import nested
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-  trial,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import evaluated_model
@@ -117,7 +106,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return numbers
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with what the router adds and what evaluation does."""
   table = []
   for name, runs in results.items():
@@ -172,15 +161,15 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': trial(60, 3, [f'*{LAST}']),
+    'quick': parts.trial(60, 3, [f'*{LAST}']),
     'full': Preset(400, 5),
   },
   columns=[
     byte_models.LOSS,
     *STABILITY,
-    Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
+    Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=parts.POSITIVE),
     *(
-      percent(column, f'routing/*/{name}', '% of tokens', 2)
+      parts.percent(column, f'routing/*/{name}', '% of tokens', 2)
       for name, column in FLIPPED.items()
     ),
     Column(MORE, unit='% of tokens', digits=2),

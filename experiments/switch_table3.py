@@ -26,18 +26,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments.study import byte_models, command, finetuned
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-)
+from experiments.study import byte_models, command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 
 SCALES = {'1.0x': 1.0, '0.1x': 0.1}
@@ -80,7 +70,7 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row of each arm with its spread, and of what the scale is worth."""
   by_name = {}
   for name in results:
@@ -172,8 +162,8 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(DISTANCE, unit='nats/byte', bounds=POSITIVE),
-    percent('dropped in training', 'train/drop_rate'),
+    Column(DISTANCE, unit='nats/byte', bounds=parts.POSITIVE),
+    parts.percent('dropped in training', 'train/drop_rate'),
   ],
   claims=claims(),
   figure=Figure(['loss', DISTANCE], without=['*minus*']),

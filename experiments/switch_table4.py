@@ -26,8 +26,8 @@ these runs.
 
 import ml_collections
 
-from experiments.study import command, finetuned
-from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
+from experiments.study import command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 
 # Dropout, and dropout of hidden values in experts, by the name of the arm; the
@@ -68,7 +68,7 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with the gap of its two splits."""
   table = (STUDY.row_of(arm, results) for arm in arms(Preset(1, 1)))
   return [finetuned.with_gap(row) for row in table]

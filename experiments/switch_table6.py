@@ -28,17 +28,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -142,17 +134,17 @@ def parameters(run: Run, state: TrainState) -> dict[str, int]:
   return {PARAMETERS: sum(x.size for x in jax.tree.leaves(state.params))}
 
 
-def losses(results: Results, name: str) -> np.ndarray:
+def losses(results: parts.Results, name: str) -> np.ndarray:
   """The losses of an arm or of a teacher, one for each seed."""
   return np.array([byte_models.LOSS.of(run) for run in results[name]])
 
 
-def gain_of(results: Results, name: str) -> np.ndarray:
+def gain_of(results: parts.Results, name: str) -> np.ndarray:
   """The gain of an arm or a teacher over the dense twin, for each seed."""
   return losses(results, DENSE) - losses(results, name)
 
 
-def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
+def row_of(results: parts.Results, name: str, teacher: str, **row: Any) -> Row:
   """The row of a run, with its gain and the share of a teacher's.
 
   The share is NaN, which stays empty, unless the interval of the teacher's gain
@@ -180,7 +172,7 @@ def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
   return Row(name, values, **row)
 
 
-def rows(results: Results) -> Sequence[Row]:
+def rows(results: parts.Results) -> Sequence[Row]:
   """Rows of the teacher, of the dense twin and of its students."""
   names = [TEACHER, DENSE, *STUDENTS, LONG]
   # A quick preset leaves some out.
@@ -195,7 +187,7 @@ def length(preset: Preset) -> str:
   )
 
 
-def remarks(results: Results) -> str:
+def remarks(results: parts.Results) -> str:
   """The denominator of the shares."""
   gain = Interval.of(gain_of(results, TEACHER))
   return (

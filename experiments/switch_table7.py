@@ -25,16 +25,8 @@ core minutes. The claims were written before these runs.
 from collections.abc import Sequence
 
 from experiments import switch_table6
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tables import Interval
@@ -58,7 +50,7 @@ def arms(preset: Preset) -> list[Arm]:
   return [byte_models.dense(DENSE), *students, long]
 
 
-def rows(results: Results) -> Sequence[Row]:
+def rows(results: parts.Results) -> Sequence[Row]:
   """Rows of the dense twins, of the teachers and of their students."""
   table = [switch_table6.row_of(results, n, n) for n in (DENSE, LONG)]
   key = switch_table6.PARAMETERS
@@ -86,7 +78,7 @@ def rows(results: Results) -> Sequence[Row]:
   return table
 
 
-def remarks(results: Results) -> str:
+def remarks(results: parts.Results) -> str:
   """The denominators of the shares, and the control of the students."""
   gains = []
   for E in EXPERTS:

@@ -38,17 +38,9 @@ import functools
 
 import ml_collections
 
-from experiments.study import byte_models, command, finetuned
+from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-)
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -154,7 +146,7 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The start, the arms that were run, and what upcycling gains by cost."""
   ran = [
     arm for arm in arms(Preset(1, 1, start_steps=1)) if arm.name in results
@@ -193,7 +185,7 @@ def claims() -> list[Claim]:
       'what upcycling gains over training on grows with the extra cost',
       f'loss: {at(OVER_DENSE, ends[0])} > {at(OVER_DENSE, ends[1])}',
       changes=[
-        more_seeds(
+        parts.more_seeds(
           'Not resolved with five seeds (0.008 ± 0.008)', 'ten', '2026-11-30'
         )
       ],
