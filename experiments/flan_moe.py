@@ -31,7 +31,6 @@ from collections.abc import Callable, Sequence
 import ml_collections
 
 from experiments.study import byte_models, command, finetuned, parts
-from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -39,7 +38,6 @@ from experiments.study.tables import Interval
 from moe_jax.configs import base
 from moe_jax.data import instructions
 from moe_jax.evaluation import SourceLosses, SourceScores
-from moe_jax.run_config import RunConfig
 
 LEARNED = ('sequences', 'letters', 'arithmetic', 'ciphers')
 HELD_OUT = ('recall', 'number_series')
@@ -115,14 +113,8 @@ def starts(preset: Preset) -> list[Start]:
   return [
     *finetuned.pretrained(preset),
     *(
-      Start(
-        instructed(model),
-        functools.partial(
-          layered, RunConfig, overrides=finetuned.MODELS[model][1]
-        ),
-        start=finetuned.MODELS[model][0],
-      )
-      for model in MODELS
+      Start(instructed(model), start=start, overrides=overrides)
+      for model, (start, overrides) in finetuned.MODELS.items()
     ),
   ]
 

@@ -149,8 +149,8 @@ def starts(_: Preset) -> list[Start]:
     pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[METHOD]
   )
   return [
-    Start(TRAINED, lambda shared: shared),
-    Start(PRUNED, lambda shared: shared, start=TRAINED, change=change),
+    Start(TRAINED),
+    Start(PRUNED, start=TRAINED, change=change),
   ]
 
 

@@ -30,8 +30,6 @@ minutes on two idle cores; its runs took 110 core minutes. The claims were
 written before any run.
 """
 
-import functools
-
 import ml_collections
 import numpy as np
 
@@ -95,9 +93,7 @@ def starts(preset: Preset) -> list[Start]:
     'total_steps': preset.start_steps,
     f'{_RATE}.decay_fraction': 0.0,
   }
-  return [
-    Start(LARGE_ALONE, functools.partial(layered, RunConfig, overrides=changes))
-  ]
+  return [Start(LARGE_ALONE, overrides=changes)]
 
 
 def masked(rate: float) -> str:

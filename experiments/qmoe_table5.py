@@ -66,7 +66,7 @@ def row_name(method: str, format: str) -> str:
 
 def starts(_: Preset) -> list[Start]:
   """The trained run that all arms quantise."""
-  return [Start(TRAINED, lambda shared: shared)]
+  return [Start(TRAINED)]
 
 
 def arms(_: Preset) -> list[Arm]:

@@ -140,7 +140,7 @@ def starts(preset: Preset) -> list[Start]:
   return [
     Start(SPARSE, _trained),
     Start(DENSE, dense),
-    Start(LONG, lambda shared: layered(RunConfig, dense(shared), twice)),
+    Start(LONG, dense, overrides=twice),
     Start(DISTILLED, dense, teacher=SPARSE),
   ]
 

@@ -20,7 +20,6 @@ is little beside the length of the paper's runs and much here: the dense twin of
 as many steps as both together is the control.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,14 +28,12 @@ import ml_collections
 import numpy as np
 
 from experiments.study import byte_models, command, parts
-from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval, ratios
 from experiments.study.tasks import TASKS
-from moe_jax.run_config import RunConfig
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -88,14 +85,13 @@ def config(steps: int) -> ml_collections.ConfigDict:
 def teacher(preset: Preset, num_experts: int) -> Start:
   """The run of the teacher that has so many experts."""
   steps = preset.start_steps
-  changes = {
+  overrides = {
     'total_steps': steps,
     'log_every_steps': max(steps // 10, 1),
     'optimizer.schedule.warmup_steps': min(100, steps // 8),
     'model.moe.num_experts': num_experts,
   }
-  make = functools.partial(layered, RunConfig, overrides=changes)
-  return Start(teacher_of(num_experts), make)
+  return Start(teacher_of(num_experts), overrides=overrides)
 
 
 def student(name: str, num_experts: int, options: Mapping[str, Any]) -> Arm:

@@ -91,7 +91,7 @@ def starts(preset: Preset) -> list[Start]:
   other = {'data.train_split': 'train[:50%]'}
   longer = {_TOTAL: preset.start_steps, 'checkpoint.keep_best': False}
   changes = {**_DENSE, **rate, **other, **longer}
-  return [Start(SUNK, functools.partial(layered, RunConfig, overrides=changes))]
+  return [Start(SUNK, overrides=changes)]
 
 
 def at(model: str, extra: int = USUAL) -> str:
