@@ -32,10 +32,7 @@ FINE, DENSE = 'fine-grained', 'dense'
 def config(steps: int) -> ml_collections.ConfigDict:
   """The config `tiny_switch` with so many steps, evaluated at its end."""
   config = tiny_switch.get_config().unlock()
-  config.total_steps = steps
-  config.log_every_steps = max(steps // 10, 1)
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
-  config.checkpoint.update(every_steps=0, keep_best=False)
+  byte_models.shorten(config, steps)
   config.evals = {byte_models.EVAL: byte_models.evaluation()}
   return config
 

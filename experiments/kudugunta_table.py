@@ -63,8 +63,7 @@ LANGUAGE_LOSSES = 'languages'
 def config(steps: int):
   """The config that the arms share, without a choice of routers."""
   config = kudugunta_multilingual.get_config().unlock()
-  config.total_steps = steps
-  config.log_every_steps = max(steps // 10, 1)
+  byte_models.shorten(config, steps)
   sources = config.data.mixture.sources
   for language in set(sources) - set(LANGUAGES):
     del sources[language]
@@ -78,9 +77,6 @@ def config(steps: int):
   m.moe.expert.hidden = 128
   m.moe.router = base.get_config().model.moe.router
   m.encoder.overrides = {}
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
-  config.checkpoint.every_steps = 0
-  config.checkpoint.keep_best = False
   config.checkpoint.best_eval = base.get_config().checkpoint.best_eval
   config.sample = base.get_config().sample
   config.evals = {

@@ -103,12 +103,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     too: see `MEASURED`, and `Persistence` for what they are.
   """
   header, by_domain = header_of(run), defaultdict(list)
-  for record in validation_routing.records(
-    validation_routing.evaluated_model(run, byte_models.EVAL),
-    run.programs.variables(state),
-    validation_routing.batches(run, _BATCHES),
-    step=int(state.step),
-    seed=run.options.seed,
+  for record in validation_routing.last_records(
+    run, state, byte_models.EVAL, _BATCHES
   ):
     for subset in (header.sources[record.sources[0, 0]], 'all'):
       by_domain[subset].append(record)

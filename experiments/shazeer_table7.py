@@ -33,19 +33,15 @@ TWO_LEVELS = 'MoE-32-h'
 def config(steps: int):
   """The config that the rows share: the paper's, narrower and shorter."""
   config = shazeer_lstm.get_config('MoE-32').unlock()
-  config.total_steps = steps
-  config.log_every_steps = max(steps // 10, 1)
   config.model.width = 48
   config.model.dropout = 0.0
   config.model.lstm.unroll = 4
   config.model.moe.expert.hidden = 96
   config.optimizer.learning_rate = 5e-3
   config.optimizer.schedule.kind = 'cosine'
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
   config.optimizer.schedule.final_fraction = 0.05
   config.checkpoint = base.get_config().checkpoint
-  config.checkpoint.every_steps = 0
-  config.checkpoint.keep_best = False
+  byte_models.shorten(config, steps)
   config.sample.num_tokens = 0
   config.evals = {byte_models.EVAL: byte_models.evaluation()}
   return config.lock()

@@ -68,9 +68,8 @@ def decoder(
     num_selected: Number of selected experts K.
   """
   config = base.get_config()
-  config.total_steps = steps
+  shorten(config, steps)
   config.batch_size = 32
-  config.log_every_steps = max(steps // 10, 1)
   config.data.seq_len = 64
   m = config.model
   m.num_layers = num_layers
@@ -87,12 +86,17 @@ def decoder(
   m.moe.group_size = -1
   m.moe.capacity.kind = 'per_assignment'
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
   config.optimizer.schedule.final_fraction = 0.05
-  config.checkpoint.every_steps = 0
-  config.checkpoint.keep_best = False
   config.evals = {EVAL: evaluation()}
   return config
+
+
+def shorten(config: ml_collections.ConfigDict, steps: int) -> None:
+  """Changes a config to runs of so many steps, which keep no checkpoint."""
+  config.total_steps = steps
+  config.log_every_steps = max(steps // 10, 1)
+  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
+  config.checkpoint.update(every_steps=0, keep_best=False)
 
 
 def switch_decoder(

@@ -147,12 +147,8 @@ def _pretraining(
   """Config of pre-training of the model that `shared` fine-tunes."""
   config = base.get_config()
   config.model = copy.deepcopy(shared.model)
-  config.total_steps = steps
-  config.log_every_steps = max(steps // 10, 1)
+  byte_models.shorten(config, steps)
   config.batch_size = 32
   config.data.seq_len = _SEQ_LEN
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
-  config.checkpoint.every_steps = 0
-  config.checkpoint.keep_best = False
   return base.finish(config)
