@@ -47,7 +47,7 @@ def rounded_choices(logits: np.ndarray) -> float:
 
 
 def changed(
-  run: Run, state: TrainState, one: Model, other: Model
+  run: Run, state: TrainState, one: Model, other: Model, train: bool = False
 ) -> dict[int, float]:
   """The share of tokens whose first choices differ in two models, by layer.
 
@@ -56,13 +56,17 @@ def changed(
     state: Its last state, whose parameters both models have.
     one: A model, such as that of an evaluation in another precision.
     other: The other model.
+    train: Whether the other model's routers have the noise of training.
   """
-  first = _layers(run, state, one)
-  second = _layers(run, state, other)
-  return {
-    layer: _share(records, second[layer][0], masks)
-    for layer, (records, masks) in first.items()
-  }
+  second = _layers(run, state, other, train)
+  shares = {}
+  for layer, (records, masks) in _layers(run, state, one).items():
+    different = [
+      (a.expert[..., 0] != b.expert[..., 0])[mask]
+      for a, b, mask in zip(records, second[layer][0], masks, strict=True)
+    ]
+    shares[layer] = float(np.concatenate(different).mean())
+  return shares
 
 
 def explored(run: Run, state: TrainState) -> dict[str, float]:
@@ -72,19 +76,8 @@ def explored(run: Run, state: TrainState) -> dict[str, float]:
     `routing/layer_<i>/explored`, the share of tokens whose first choice in
     training is not that of an evaluation by the same parameters.
   """
-  noisy = _layers(run, state, run.model, train=True)
-  return {
-    f'routing/layer_{layer}/explored': _share(records, noisy[layer][0], masks)
-    for layer, (records, masks) in _layers(run, state, run.model).items()
-  }
-
-
-def _share(one, other, masks) -> float:
-  different = [
-    (a.expert[..., 0] != b.expert[..., 0])[mask]
-    for a, b, mask in zip(one, other, masks, strict=True)
-  ]
-  return float(np.concatenate(different).mean())
+  noisy = changed(run, state, run.model, run.model, train=True)
+  return {f'routing/layer_{i}/explored': share for i, share in noisy.items()}
 
 
 def _layers(
