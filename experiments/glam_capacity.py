@@ -28,24 +28,13 @@ losses. The claims were written before any run.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  SHARE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts, validation_routing
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax import generation
@@ -77,18 +66,13 @@ def config(steps: int):
   moe.layers = 'every 2'
   moe.expert.hidden = 128
   byte_models.serve_as_gshard(moe)
-  config.evals = {name: _evaluation(slots) for name, slots in _evals().items()}
+  config.evals = {byte_models.EVAL: byte_models.evaluation()}
+  for slots in ROOM.values():
+    config.evals[f'slots_{slots}'] = _evaluation(slots)
   return config
 
 
-def _evals() -> dict[str, int]:
-  """The slots a token of each evaluation; the first has training's."""
-  return {byte_models.EVAL: -1} | {f'slots_{n}': n for n in ROOM.values()}
-
-
 def _evaluation(slots: int):
-  if slots < 0:
-    return byte_models.evaluation()
   if not slots:
     return byte_models.no_drops()
   capacity = {'kind': 'per_token', 'per_token': {'factor': float(slots)}}
@@ -96,17 +80,14 @@ def _evaluation(slots: int):
   return byte_models.evaluation(moe={'capacity': capacity, 'dispatch': gather})
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """The dense twin, and sparse models by their capacity in training."""
-  del preset
-  moe = 'model.moe'
-  room = {f'{moe}.capacity.kind': 'all', f'{moe}.dispatch.kind': 'dropless'}
-  factor = f'{moe}.capacity.per_token.factor'
+  factor = 'model.moe.capacity.per_token.factor'
   return [
     byte_models.dense(),
     Arm(TIGHT, {factor: 1.0}),
     Arm(WIDE, {factor: 2.0}),
-    Arm(FREE, room),
+    Arm(FREE, byte_models.DROPLESS),
   ]
 
 
@@ -133,13 +114,9 @@ def measure_steps(
     run.programs.variables(state),
     jnp.asarray(batch['tokens']),
   )
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['targets']
-  )
-  weights = batch['loss_weights']
   masks = [np.asarray(layer.kept) for layer in (chosen or {}).values()]
   return {
-    'loss': float((nats * weights).sum() / weights.sum()),
+    'loss': validation_routing.mean_loss(logits, batch),
     'dropped': float(1 - np.mean(masks)) if masks else 0.0,
   }
 
@@ -149,8 +126,7 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
 
   A model that decodes takes a row for one document.
   """
-  rows = run.dataset.splits['validation']
-  examples = rows.take(np.array(spread(len(rows), 2 * num_rows)))
+  examples = validation_routing.spread_rows(run, 2 * num_rows)
   is_whole = (examples['segment_ids'] == 1).all(1)
   if (num_whole := int(is_whole.sum())) < num_rows:
     raise InputError(
@@ -226,9 +202,8 @@ def row_name(arm: str, mode: str, room: str) -> str:
   return f'{arm}; {mode} {room}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The dense twin, and each model with each capacity."""
-  del times
   dense, *sparse = results
   twin = [run[f'eval/{byte_models.EVAL}/loss'] for run in results[dense]]
   table = [Row(dense, {'loss': twin})]
@@ -325,7 +300,7 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(DROPPED, 'eval/slots_1/drop_rate', '%', 1, bounds=SHARE),
+    Column(DROPPED, 'eval/slots_1/drop_rate', '%', 1, bounds=parts.SHARE),
   ],
   claims=claims(),
   runner=TrainingRunner(measure),

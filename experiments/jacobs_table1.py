@@ -49,17 +49,8 @@ import ml_collections
 import numpy as np
 
 from experiments.origins_1991.descent import Descent, DescentRunner
-from experiments.study import command
-from experiments.study.parts import (
-  SHARE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Exploration, Study
 from experiments.study.tables import ratios
 from experiments.study.tasks import Task
@@ -92,14 +83,14 @@ COLUMNS = (
   Column('epochs', 'epochs', digits=0),
   Column('SD of epochs', digits=0),
   Column('epochs over BP, 6 hidden', digits=2),
-  Column('reached', 'reached', '%', 0, bounds=SHARE),
-  Column('train', 'train', '%', 1, bounds=SHARE),
-  Column('test', 'test', '%', 1, bounds=SHARE),
+  Column('reached', 'reached', '%', 0, bounds=parts.SHARE),
+  Column('train', 'train', '%', 1, bounds=parts.SHARE),
+  Column('test', 'test', '%', 1, bounds=parts.SHARE),
   Column('experts in use', 'experts in use', digits=2),
   Column('experts ever heard', 'experts ever heard', digits=2),
   Column('gate entropy', 'gate entropy', 'nats', 3),
   Column('I(expert; case)', 'I(expert; case)', 'nats', 3),
-  Column('alone', 'alone', '%', 1, bounds=SHARE),
+  Column('alone', 'alone', '%', 1, bounds=parts.SHARE),
 )
 
 
@@ -209,7 +200,7 @@ def explored(
 
 
 def chosen(
-  arms: Sequence[Arm], results: Results, _: Mapping[str, float]
+  arms: Sequence[Arm], results: parts.Results, _: Mapping[str, float]
 ) -> list[Arm]:
   """Arms of every system at its best rate, then at the rate best for all."""
   best = [_at(arm, '', best_rate(results, [arm.name])) for arm in arms]
@@ -217,7 +208,7 @@ def chosen(
   return best + [_at(arm, SHARED, shared) for arm in arms]
 
 
-def best_rate(results: Results, systems: Sequence[str]) -> float:
+def best_rate(results: parts.Results, systems: Sequence[str]) -> float:
   """The learning rate at which most runs of the systems reach the criterion.
 
   Of several such rates it is that with the fewest epochs, then the first.
@@ -234,7 +225,7 @@ def best_rate(results: Results, systems: Sequence[str]) -> float:
   return min(at, key=merit)
 
 
-def rows(results: Results, _: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Rows of every system at its best rate, then at the shared one.
 
   A run that never reached the criterion counts with its number of epochs, which
@@ -253,7 +244,7 @@ def rows(results: Results, _: Mapping[str, float]) -> list[Row]:
   return rows
 
 
-def remarks(results: Results) -> str:
+def remarks(results: parts.Results) -> str:
   """Text below the table: runs that failed, and what the columns mean."""
   failures, last = [], 0
   for name in ROWS:
@@ -302,18 +293,6 @@ STUDY = Study(
   runner=DescentRunner(),
   explorations=lambda _: [Exploration(explored, chosen, EXPLORED)],
   remarks=remarks,
-  misses=(
-    "Four experts need 0.60 ± 0.03 of the epochs, more than the paper's half, "
-    'and eight need 241 ± 103 more than four. A guess that was not tested: '
-    'more experts bring nothing, as two end in use either way. The epochs of '
-    'networks with 12 hidden units differ so much between runs (a standard '
-    'deviation of 965) that networks with 6 and with 12 are 19 ± 464 epochs '
-    'apart. Equation 1.2 has one run in 25 that never arrives, which leaves '
-    'its comparisons with 1.3 open. With 1.1 and 1.3 every run of four '
-    'experts has two in use and 89.5 % right alone, so that no claim on these '
-    'numbers can be resolved. With 1.3 gates decide slightly less than with '
-    '1.2, by 0.009 ± 0.006 nats, for which no reason was tested.'
-  ),
   length=lambda preset: f'at most {preset.steps:,} epochs',
   written='2026-11-25',
   progress='epochs',

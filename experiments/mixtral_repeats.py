@@ -22,24 +22,16 @@ first layer and the bound of the controls (0.5 at first, 1 now) were changed.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 from experiments.study import (
   byte_models,
   command,
   domains,
+  parts,
   validation_routing,
 )
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import row_at
@@ -73,9 +65,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Mixtral's router with and without a balance loss, and two controls."""
-  del preset
   no_loss = {'router.token_choice.balance_weight': 0.0}
   kinds = ({'router.kind': kind} for kind in ('hash', 'random'))
   raw = {'router.token_choice.gates': 'raw'}
@@ -112,21 +103,17 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     too: see `MEASURED`, and `Persistence` for what they are.
   """
   header, by_domain = header_of(run), defaultdict(list)
-  for record in validation_routing.records(
-    validation_routing.evaluated_model(run, byte_models.EVAL),
-    run.programs.variables(state),
-    validation_routing.batches(run, _BATCHES),
-    step=int(state.step),
-    seed=run.options.seed,
+  for record in validation_routing.last_records(
+    run, state, byte_models.EVAL, _BATCHES
   ):
     for subset in (header.sources[record.sources[0, 0]], 'all'):
       by_domain[subset].append(record)
-  numbers = {}
+  measures = {}
   for domain, records in by_domain.items():
     layers = layers_of(header, records, seed=run.options.seed)
     for layer, choices in layers.items():
       repeats = persistence(choices)
-      shares = {
+      measures[f'layer_{layer}/{domain}'] = {
         'first': repeats.first,
         'first_above': repeats.first - repeats.first_chance,
         'different': repeats.different,
@@ -134,9 +121,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
         'any': repeats.any,
         'any_above': repeats.any - repeats.any_chance,
       }
-      prefix = f'routing/layer_{layer}/{domain}'
-      numbers |= {f'{prefix}/{name}': x for name, x in shares.items()}
-  return numbers
+  return validation_routing.named(measures)
 
 
 def columns() -> list[Column]:
@@ -144,7 +129,7 @@ def columns() -> list[Column]:
   return [
     byte_models.LOSS,
     *(
-      Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x)
+      parts.percent(name, f'routing/*/{key}', bounds=parts.ANY)
       for name, key in MEASURED.items()
     ),
   ]
@@ -155,9 +140,8 @@ def row_name(layer: str, domain: str = '') -> str:
   return f'{TOP2}, {layer}{f", {domain}" if domain else ""}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, layer of the first arm, and domain in the middle."""
-  del times
   middle = LAYERS['middle layer']
   key_of_row = {
     row_name(layer): f'layer_{i}/all' for layer, i in LAYERS.items()
@@ -261,14 +245,6 @@ STUDY = Study(
     f'{FIRST_CHANCE:.1f} % of cases, and one of the two in '
     f'{EITHER_CHANCE:.1f} %. Rows of whole arms are means over five layers. '
     'The tables of a hash are the same for all seeds.'
-  ),
-  misses=(
-    'Two claims are refuted, as here the first layer repeats far more than '
-    'random choices do, also among different bytes; two are open: above '
-    'chance the middle layer is 0.0 ± 0.9 points and the last 1.4 ± 9.3 '
-    'points ahead of the first. A guess that was not tested is that bytes, '
-    'unlike words, leave a first layer little to route by but the kind of '
-    'text, which neighbours share.'
   ),
   tasks=domains.TASKS,
   written='2026-11-28',

@@ -36,32 +36,25 @@ drops, which was added after a trial of 20 steps.
 """
 
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure as Canvas
 
-from experiments.study import byte_models, command, domains, validation_routing
-from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  ANY,
-  SHARE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
+from experiments.study import (
+  byte_models,
+  command,
+  domains,
+  parts,
+  validation_routing,
 )
+from experiments.study.byte_models import top_k
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.tables import Interval
-from experiments.study.validation_routing import row_at
+from experiments.study.validation_routing import named, row_at
 from moe_jax import routing
-from moe_jax.analysis import plot_style, routing_measures
+from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
   POSITION,
@@ -116,9 +109,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Learned routers and the two controls, all equal in FLOPs."""
-  del preset
   gates = {'router.token_choice.gates': 'raw'}
   no_loss = {'router.token_choice.balance_weight': 0.0}
   return [
@@ -165,12 +157,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   last = run.programs.variables(state)
   records = recorded(last, int(state.step), _BATCHES)
   shares, over_time = information(header, records), changes(header, history)
-  numbers = {}
+  measures = {}
   for layer in model.stacks.sparse_layers:
     dropped = drops(header, records, layer, model.stacks.moe_of(layer))
-    measures = shares[layer] | over_time[layer] | dropped
-    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in measures.items()}
-  return numbers
+    measures[f'layer_{layer}'] = shares[layer] | over_time[layer] | dropped
+  return named(measures)
 
 
 def information(
@@ -334,16 +325,16 @@ def columns() -> list[Column]:
   """Columns of the loss, and means over the sparse layers of measurements."""
   return [
     byte_models.LOSS,
-    *(percent(name, key) for name, key in MEASURED.items()),
+    *(
+      # Agreement has no sign, unlike information and differences.
+      parts.percent(
+        name,
+        f'routing/*/{key}',
+        bounds=parts.SHARE if key.startswith('agreement') else parts.ANY,
+      )
+      for name, key in MEASURED.items()
+    ),
   ]
-
-
-def percent(name: str, key: str) -> Column:
-  """A column of shares that were measured; agreement has no sign."""
-  bounds = SHARE if key.startswith('agreement') else ANY
-  return Column(
-    name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=bounds
-  )
 
 
 def agreement(share: int) -> str:
@@ -368,9 +359,8 @@ MEASURED = {
 }
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and for each sparse layer of the first one."""
-  del times
   arm_rows = [
     row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()
   ]
@@ -383,39 +373,6 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
 def of_layer(name: str) -> str:
   """Name of the row of one sparse layer of the first arm."""
   return f'{TOP2}, {name}'
-
-
-def pictures(results: Results, folder: pathlib.Path) -> None:
-  """Draws `curves.png`: agreement over the run, and drops along a row."""
-  quarters = range(1, 1 + QUARTERS)
-  panels = {
-    ('steps, % of the run', 'agreement with the end (%)'): {
-      share: agreement(share) for share in EARLY
-    },
-    ('quarter of a row', 'dropped choices (%)'): {
-      quarter: f'dropped, quarter {quarter}' for quarter in quarters
-    },
-  }
-  canvas = Canvas(figsize=(9.6, 4), layout='constrained')
-  axes = canvas.subplots(1, len(panels))
-  for ax, ((x_label, y_label), points) in zip(
-    axes, panels.items(), strict=True
-  ):
-    for i, arm in enumerate(results):
-      row = row_at(arm, results[arm], columns(), 'layer_*')
-      intervals = [Interval.of(row.values[name]) for name in points.values()]
-      bars = [
-        i.half_width if np.isfinite(i.half_width) else 0 for i in intervals
-      ]
-      means = [interval.mean for interval in intervals]
-      style = plot_style.series(i)
-      ax.errorbar([*points], means, bars, **style, capsize=3, label=arm)
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    ax.set_xticks([*points])
-  handles = axes[0].get_legend_handles_labels()
-  canvas.legend(*handles, loc='outside lower center', fontsize=8, ncols=3)
-  canvas.savefig(folder / 'curves.png', dpi=110)
 
 
 def claims() -> list[Claim]:
@@ -499,7 +456,6 @@ STUDY = Study(
   figure=Figure(['token', 'context', agreement(20), LATE]),
   runner=TrainingRunner(measure),
   written='2026-11-28',
-  pictures=pictures,
   remarks=(
     'Information is in per cent of the entropy of first choices, less that of '
     'shuffled labels; those of domains are shuffled by rows. A random router '
@@ -507,14 +463,7 @@ STUDY = Study(
     'before training. Means are over both sparse layers. Both choices of a '
     'token queue before those of the next: in a system where all first '
     'choices queue before second ones, the drops of top-2 along a row are '
-    'others, and only those of top-1 are the same. Curves are in `curves.png`.'
-  ),
-  misses=(
-    'Two claims are refuted: the id accounts for 37.5 ± 3.6 % of the '
-    'choice, not for more than half, and after a fifth of the run 32 ± 22 % '
-    "of tokens have their id's final favourite expert, not 80 %; after half "
-    'of it 72 ± 5 % have. That 600 steps are too few for early learning to '
-    'show is a guess that was not tested.'
+    'others, and only those of top-1 are the same.'
   ),
   tasks=domains.TASKS,
 )

@@ -21,16 +21,8 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax.compression.quantize import quantize
@@ -43,7 +35,7 @@ METHODS = {'RTN': 'rtn', 'GPTQ': 'gptq'}
 SAME = 0.002
 BATCHES = 16  # number of training batches that GPTQ reads
 ADDED = Column('added loss', unit='nats/byte')
-ZEROS = Column('zeros', 'zeros', '%', 1, lambda share: 100 * share)
+ZEROS = parts.percent('zeros', 'zeros', bounds=parts.ANY)
 CODES = Column('codes', 'code bits', 'bits/weight', 2)
 METADATA = Column('metadata', 'metadata bits', 'bits/weight', 2)
 
@@ -72,15 +64,13 @@ def row_name(method: str, format: str) -> str:
   return f'{method} {format}'
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(_: Preset) -> list[Start]:
   """The trained run that all arms quantise."""
-  del preset
-  return [Start(TRAINED, lambda shared: shared)]
+  return [Start(TRAINED)]
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each format and method."""
-  del preset
   return [
     Arm(
       row_name(name, format),
@@ -97,24 +87,19 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The trained run, and each way of quantising it."""
-  del times
   before = [*map(byte_models.LOSS.of, results[TRAINED])]
   loss = byte_models.LOSS.name
   table = [Row(TRAINED, {loss: before, ADDED.name: [0.0] * len(before)})]
   for name in METHODS:
     for format, bits in FORMATS.items():
       arm = row_name(name, format)
-      runs = results[arm]
-      values = {
-        column.name: [*map(column.of, runs)]
-        for column in (byte_models.LOSS, ZEROS, CODES, METADATA)
-      }
-      values[ADDED.name] = [
-        after - base for after, base in zip(values[loss], before, strict=True)
-      ]
-      table.append(Row(arm, values, name, bits))
+      columns = [byte_models.LOSS, ZEROS, CODES, METADATA]
+      values = parts.row_of(arm, results[arm], columns).values
+      pairs = zip(values[loss], before, strict=True)
+      added = {ADDED.name: [after - base for after, base in pairs]}
+      table.append(Row(arm, {**values, **added}, name, bits))
   return table
 
 

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from moe_jax.errors import InputError
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
 PAGE = 'RESULTS.md'
+MISSES = 'misses.md'
 BENCHMARKS = 'benchmarks'
 # The presets whose results are reported; of those that a study has the last.
 PRESETS = ('full', 'long')
@@ -90,9 +92,11 @@ def read(
   """
   paths = {path.stem: path for path in archive.glob('*.json')}
   paths |= summaries_of(results) if results else {}
+  texts = misses(archive)
   summaries = [
     today(json.loads(path.read_text(encoding='utf-8')))
-    for _, path in sorted(paths.items())
+    | {'misses': texts.get(name, '')}
+    for name, path in sorted(paths.items())
   ]
   if not summaries:
     folders = [
@@ -110,6 +114,18 @@ def read(
     if len(by_digests) > 1:
       raise InputError(f'studies of {task!r} saw different data: {by_digests}')
   return summaries
+
+
+def misses(archive: pathlib.Path) -> dict[str, str]:
+  """Texts on opposite, refuted and open claims of stored results, by study.
+
+  They are the sections of the archive's file `misses.md`, if it has one.
+  """
+  if not (path := archive / MISSES).exists():
+    return {}
+  _, *sections = re.split(r'^## (\w+)$', path.read_text('utf-8'), flags=re.M)
+  texts = (' '.join(text.split()) for text in sections[1::2])
+  return dict(zip(sections[::2], texts, strict=True))
 
 
 def find_study(name: str) -> Study | None:
@@ -142,10 +158,10 @@ def today(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def redraw(summaries: Sequence[dict[str, Any]], archive: pathlib.Path) -> None:
-  """Draws the figures anew, but for those that a study draws from its runs."""
+  """Draws the figures anew."""
   for summary in summaries:
     study = find_study(summary['name'])
-    if study is not None and not study.figure.from_runs:
+    if study is not None:
       figures.draw(study.figure, summary, archive / f'{summary["name"]}.png')
 
 

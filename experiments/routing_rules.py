@@ -23,14 +23,13 @@ byte to those of top-2. A hash of the token beats all learned rules.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.data.pipeline import spread
+from experiments.study.validation_routing import mean_loss
 from moe_jax.errors import InputError
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -62,9 +61,8 @@ def _hash(source: str) -> Arm:
   return top_k(f'hash of {source}', 1, HIDDEN, router)
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each routing rule, all equal in FLOPs."""
-  del preset
   return [
     byte_models.dense(),
     top_k('top-1', 1, HIDDEN),
@@ -93,9 +91,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       rows.
   """
   _check(run)
-  rows = run.dataset.splits['validation']
-  examples = rows.take(np.array(spread(len(rows), _ROWS)))
-  batch = {key: jnp.asarray(value) for key, value in examples.items()}
+  rows = validation_routing.spread_rows(run, _ROWS)
+  batch = {key: jnp.asarray(value) for key, value in rows.items()}
   model, variables = run.model, run.programs.variables(state)
   apply = jax.jit(
     lambda batch: model.apply(variables, **model.inputs(batch))[0]
@@ -103,8 +100,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   logits = apply(batch)
   return {
     'leak/changed': _changed(apply, batch, logits),
-    'leak/at_once': _loss(logits, batch),
-    'leak/generated': _loss(generated_logits(apply, batch), batch),
+    'leak/at_once': mean_loss(logits, batch),
+    'leak/generated': mean_loss(generated_logits(apply, batch), batch),
   }
 
 
@@ -156,14 +153,6 @@ def generated_logits(apply, batch) -> jax.Array:
   return jnp.stack([of_row(i) for i in range(len(batch['tokens']))])
 
 
-def _loss(logits, batch) -> float:
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['targets']
-  )
-  weights = batch['loss_weights']
-  return float((nats * weights).sum() / weights.sum())
-
-
 EC, GENERATED = 'expert choice, CF 2', 'loss, generated'
 CHANGED = 'outputs changed'
 AVERAGE = 'expert_choice2022/average11/100M-64E'
@@ -183,7 +172,7 @@ STUDY = Study(
     byte_models.LOSS,
     Column('loss, rows at once', 'leak/at_once', 'nats/byte'),
     Column(GENERATED, 'leak/generated', 'nats/byte'),
-    Column(CHANGED, 'leak/changed', '%', 1, lambda share: 100 * share),
+    parts.percent(CHANGED, 'leak/changed', bounds=parts.ANY),
     Column(
       'max/mean load',
       f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
@@ -235,17 +224,6 @@ STUDY = Study(
   runner=TrainingRunner(measure),
   remarks='All hash rows have the tables of one seed: their intervals are of '
   'those tables.',
-  misses=(
-    'Expert choice is 0.004 ± 0.006 nats a byte ahead of top-2 and 0.001 ± '
-    '0.016 ahead of top-1, though it sees later tokens: five seeds resolve '
-    'neither difference. As generated, expert choice loses to top-2, since '
-    'experts that are chosen with half of a row at hand are others than those '
-    'of the whole row. Contrary to the paper, the hash of the token is ahead '
-    'of expert choice, by 0.073 ± 0.004. A guess that was not tested: bytes '
-    'are few and tell much about the next, and a hash has its experts from '
-    'the first step on, where a router has to learn them in 1,500 steps; '
-    '`deepseek_table1` has a hash ahead as well.'
-  ),
   written='2026-11-25',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

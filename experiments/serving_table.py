@@ -30,30 +30,18 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 import numpy as np
-from matplotlib.figure import Figure as Canvas
 
 from experiments import kudugunta_table, merge_or_prune
 from experiments.benchmarks import timing
 from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
-from experiments.study import byte_models, command
+from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Change,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
-from experiments.study.results import PICTURE
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from moe_jax import data, run_config
-from moe_jax.analysis import counts, plot_style
+from moe_jax.analysis import counts
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk
@@ -152,7 +140,7 @@ def starts(preset: Preset) -> list[Start]:
   return [
     Start(SPARSE, _trained),
     Start(DENSE, dense),
-    Start(LONG, lambda shared: layered(RunConfig, dense(shared), twice)),
+    Start(LONG, dense, overrides=twice),
     Start(DISTILLED, dense, teacher=SPARSE),
   ]
 
@@ -277,9 +265,9 @@ def extracted_name(task: str) -> str:
   return f'extracted {task}'
 
 
-def _changes() -> dict[str, Change]:
+def _changes() -> dict[str, parts.Change]:
   """The changes of the trained sparse model, by the name of the arm."""
-  changes: dict[str, Change] = {
+  changes: dict[str, parts.Change] = {
     extracted_name(task): functools.partial(extracted, task=task)
     for task in LANGUAGES
   }
@@ -295,9 +283,8 @@ def _changes() -> dict[str, Change]:
   return changes
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each model that is served."""
-  del preset
   as_trained = [
     Arm(f'{name}, served', {}, start=name, change=copied) for name in TRAINED
   ]
@@ -307,20 +294,19 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each model; those that are extracted have two together."""
-  del times
   columns = (LOSS, SCORE, *SIZES)
   table = [
-    Row(name, _values(columns, results[f'{name}, served'])) for name in TRAINED
+    parts.row_of(name, results[f'{name}, served'], columns) for name in TRAINED
   ]
   by_language = [
-    _values((*_of_each(task), *SIZES), results[extracted_name(task)])
+    parts.row_of(task, results[extracted_name(task)], (*_of_each(task), *SIZES))
     for task in LANGUAGES
   ]
   means, sums = (
     {
-      c.name: f([values[c.name] for values in by_language], 0).tolist()
+      c.name: f([row.values[c.name] for row in by_language], 0).tolist()
       for c in columns
     }
     for f in (np.mean, np.sum)
@@ -330,36 +316,10 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   table += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | together)]
   names = {extracted_name(task) for task in LANGUAGES}
   return table + [
-    Row(name, _values(columns, results[name]))
+    parts.row_of(name, results[name], columns)
     for name in _changes()
     if name in results and name not in names
   ]
-
-
-def _values(columns, runs) -> dict[str, list[float]]:
-  return {column.name: [*map(column.of, runs)] for column in columns}
-
-
-def pictures(results: Results, folder: pathlib.Path) -> None:
-  """Draws loss and score against bytes in memory, in place of the figure."""
-  canvas = Canvas(figsize=(12, 4.4), layout='constrained')
-  axes = canvas.subplots(1, 2)
-  for ax, column in zip(axes, (LOSS, SCORE), strict=True):
-    for number, row in enumerate(rows(results, {})):
-      size = np.mean(row.values[MEMORY.name])
-      interval = Interval.of(row.values[column.name])
-      bar = interval.half_width if np.isfinite(interval.half_width) else 0.0
-      colour = plot_style.COLOURS[number % len(plot_style.COLOURS)]
-      style = dict(color=colour, marker='osD^vP*X'[number % 8])
-      name = dict(label=row.name) if ax is axes[0] else {}
-      ax.errorbar(size, interval.mean, bar, capsize=3, ls='', **style, **name)
-    ax.set_xscale('log', base=2)
-    ax.xaxis.set_major_formatter('{x:g}')
-    ax.set_xlabel(f'parameters in memory ({MEMORY.unit})')
-    ax.set_ylabel(column.name + (f' ({column.unit})' if column.unit else ''))
-  canvas.legend(loc='outside right center', fontsize=8)
-  canvas.suptitle(STUDY.title, fontsize=10)
-  canvas.savefig(folder / PICTURE, dpi=110)
 
 
 _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'
@@ -446,8 +406,7 @@ STUDY = Study(
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),
-  figure=Figure(['loss', 'memory', 'speed'], from_runs=True),
-  pictures=pictures,
+  figure=Figure(['loss', 'chrF'], 'parameters in memory', against=MEMORY.name),
   written='2026-11-27',
   remarks=(
     'Sizes are those of all parameters as they are stored, float32 where '
@@ -461,13 +420,6 @@ STUDY = Study(
     'to serve all four languages takes four of them. The data are small: '
     '3,151 pairs of training, which are read many times, and 183 of '
     'validation, whose sampling error no interval over seeds contains.'
-  ),
-  misses=(
-    'The distilled twin is behind the twin of twice the steps: the added '
-    'steps are worth 0.165 nats a byte to a twin, and learning from the '
-    'sparse model 0.091. Pruning against merging to a half is open: one of '
-    'three merged models is 0.05 worse than the others, so that three seeds '
-    'resolve only 0.067, and 0.020 was measured.'
   ),
   length=lambda preset: f'{preset.steps:,} steps, then made small',
   tasks=kudugunta_table.STUDY.tasks,

@@ -30,14 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Revision,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.routers.contract import sown
@@ -68,9 +61,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each row of the table: (importance weight, load weight)."""
-  del preset
   router = 'model.moe.router.noisy_top_k'
   keys = f'{router}.importance_weight', f'{router}.load_weight'
   return [Arm(f'{w}', dict(zip(keys, w, strict=True))) for w in WEIGHTS]
@@ -221,24 +213,7 @@ STUDY = Study(
     ' With a weight of 1 it is the noise that balances: without it the '
     'busiest expert has 3.45 times its share of choices.'
   ),
-  misses=(
-    'A weight of 1 costs quality here and not in the paper. Untested, but '
-    'likely: the losses are of order one at the start, and outweigh what a '
-    'model of two narrow layers has left to learn of 1.5 nats a byte.'
-  ),
   written='2026-11-25',
-  revisions=[
-    Revision(
-      '2026-11-28',
-      'All three numbers of balance are now of single training batches, as in '
-      'the paper. In these results CV(Importance) is the root of the mean '
-      'square over batches, and CV(Load) and the largest load are of choices '
-      'summed over the last tenth of the steps, in the last column over 40 '
-      'batches: balanced chance alone gives a largest load of 1.19 in a batch, '
-      'and of 1.01 in the sum.',
-      columns=['CV(*', 'max/mean*'],
-    )
-  ],
   figure=Figure(
     ['loss', IMPORTANCE, LOAD, LARGEST],
     rows='weights (importance, load)',

@@ -28,7 +28,7 @@ minutes. The claims were written before any run.
 """
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -38,23 +38,19 @@ from experiments.study import (
   command,
   domains,
   finetuned,
+  parts,
   validation_routing,
 )
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from experiments.study.validation_routing import row_at
+from experiments.study.validation_routing import (
+  HALVES,
+  layers_by_half,
+  named,
+  row_at,
+)
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record
@@ -62,8 +58,6 @@ from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# The halves of a model, and the names of their sequences in records.
-HALVES = {'encoder': 'encoder', 'decoder': ''}
 # Checkpoints that are measured besides the last, in % of the run.
 EARLY = (0, 20)
 PUNCTUATION = tuple(string.punctuation.encode())
@@ -117,9 +111,8 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """Both mixtures with and without a balance loss, and one control."""
-  del preset
   translated = {
     'data.mixture.lines': LINES[LANGUAGES],
     'data.task.kind': 'seq2seq',
@@ -149,7 +142,7 @@ MEASURED = {
 COLUMNS = [
   byte_models.TOKEN_LOSS,
   *(
-    Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=ANY)
+    parts.percent(name, f'routing/*/{key}', bounds=parts.ANY)
     for name, key in MEASURED.items()
   ),
   Column(MARKS, 'routing/*/punctuation', 'nats', 2),
@@ -184,7 +177,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     share: min(states, key=lambda step: abs(100 * step / last - share))
     for share in EARLY
   }
-  numbers = {}
+  measures = {}
   for share, step in {**chosen, None: last}.items():
     batches = _BATCHES if share is None else _EARLY_BATCHES
     records = validation_routing.records(
@@ -195,12 +188,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       seed=run.options.seed,
     )
     by_layer = layer_information(header, [*records])
-    for half, name in HALVES.items():
-      layers = [i for i, x in header.layers.items() if x.sequence == name]
-      for number, layer in enumerate(layers, start=1):
-        prefix = f'routing/{layer_key(half, number, share)}'
-        numbers |= {f'{prefix}/{k}': v for k, v in by_layer[layer].items()}
-  return numbers
+    measures |= {
+      layer_key(*name.split('_'), share): by_layer[layer]
+      for name, layer in layers_by_half(header).items()
+    }
+  return named(measures)
 
 
 def layer_information(
@@ -261,9 +253,8 @@ def row(
   return name + (f', at {share} %' if share is not None else '')
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """Halves of each arm, and layers and early checkpoints of the usual ones."""
-  del times
   cells = [(arm, half, '*', None) for arm in results for half in HALVES]
   for arm in (DOMAINS, LANGUAGES):
     for half in HALVES:
@@ -318,7 +309,7 @@ def claims() -> list[Claim]:
       f'{MARKS}: {encoder} > 0',
       note=paper_note,
       changes=[
-        more_seeds(
+        parts.more_seeds(
           'Not resolved with five seeds (0.27 ± 0.27)', 'ten', '2026-11-30'
         )
       ],
@@ -365,11 +356,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      150,
-      3,
-      underpowered='after 150 steps routers have hardly begun to differ',
-    ),
+    'quick': parts.trial(150, 3),
     'full': Preset(450, 10),
   },
   columns=COLUMNS,
@@ -383,13 +370,6 @@ STUDY = Study(
     'Rows of a half are means over its two layers. Losses of the two '
     'mixtures are of different tasks. Random experts are drawn anew for '
     'each batch. Rows at 0 % are of the parameters before training.'
-  ),
-  misses=(
-    'Choices follow ids and kinds of characters less in the encoder than in '
-    'the decoder. A guess, not tested: the encoder sees both sides of a byte, '
-    'so that its choices can follow more than the byte. A good part of what '
-    'choices say about ids is there before training: whether more of the rest '
-    'is learned in the first fifth of the run than later is open.'
   ),
   tasks={
     'mixtures': Task(

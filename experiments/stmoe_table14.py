@@ -27,24 +27,18 @@ seeds, left two claims open; four more seeds were then added, on 2026-11-30, to
 be run with the others anew. The runs of all nine took 47 core minutes.
 """
 
-from collections.abc import Mapping
-
-from experiments.study import byte_models, command, validation_routing
+from experiments.study import byte_models, command, parts, validation_routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from experiments.study.validation_routing import row_at
+from experiments.study.validation_routing import (
+  HALVES,
+  layers_by_half,
+  named,
+  row_at,
+)
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
   TOKEN,
@@ -58,8 +52,6 @@ from moe_jax.training.step import TrainState
 HIDDEN, EXPERTS, LAYERS = 256, 16, 3
 TOP2, FREE = 'top-2', 'top-2, no balance loss'
 HASH, RANDOM = 'hash of token', 'random'
-# The halves of the model, and the names of their sequences in records.
-HALVES = {'encoder': 'encoder', 'decoder': ''}
 UNIFORM = 2.7726  # ln 16
 
 
@@ -84,9 +76,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """ST-MoE's router with and without the balance loss, and two controls."""
-  del preset
   chance = {'router.token_choice.second_policy': 'threshold'}
   no_loss = {'router.token_choice.balance_weight': 0.0}
   raw = {'router.token_choice.gates': 'raw'}
@@ -120,23 +111,17 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   )
   choices = layers_of(header, records)
   about_token = specialisation(choices)[TOKEN]
-  ids, numbers = [*run.dataset.tokenizer.sentinel_ids], {}
-  for half in HALVES:
-    layers = [
-      i for i, info in header.layers.items() if HALVES[half] == info.sequence
-    ]
-    for i, layer in enumerate(layers):
-      table = choices[layer].by_token
-      sentinels, overall = entropy(table[ids].sum(0)), entropy(table.sum(0))
-      measures = {
-        'sentinels': sentinels,
-        'all': overall,
-        'concentration': overall - sentinels,
-        'token': about_token[layer].fraction,
-      }
-      prefix = f'routing/{half}_{i + 1}'
-      numbers |= {f'{prefix}/{name}': x for name, x in measures.items()}
-  return numbers
+  ids, measures = [*run.dataset.tokenizer.sentinel_ids], {}
+  for name, layer in layers_by_half(header).items():
+    table = choices[layer].by_token
+    sentinels, overall = entropy(table[ids].sum(0)), entropy(table.sum(0))
+    measures[name] = {
+      'sentinels': sentinels,
+      'all': overall,
+      'concentration': overall - sentinels,
+      'token': about_token[layer].fraction,
+    }
+  return named(measures)
 
 
 def columns() -> list[Column]:
@@ -146,7 +131,7 @@ def columns() -> list[Column]:
     Column(ENTROPY, 'routing/*/sentinels', 'nats', 2),
     Column(ALL, 'routing/*/all', 'nats', 2),
     Column(CONCENTRATION, 'routing/*/concentration', 'nats', 2),
-    Column(BY_TOKEN, 'routing/*/token', '%', 1, lambda share: 100 * share),
+    parts.percent(BY_TOKEN, 'routing/*/token', bounds=parts.ANY),
   ]
 
 
@@ -155,9 +140,8 @@ def row_name(arm: str, half: str, layer: int = 0) -> str:
   return f'{arm}, {half}{f" {layer}" if layer else ""}'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row for each layer of the first arm, and for each half of every arm."""
-  del times
   layers = [
     row_at(row_name(TOP2, half, i), results[TOP2], columns(), f'{half}_{i}')
     for half in HALVES
@@ -178,7 +162,7 @@ def cells(*rows: str) -> list[str]:
 def _unresolved(interval: str) -> str:
   """The change of a claim that five seeds left open."""
   before = f'Not resolved with five seeds ({interval})'
-  return more_seeds(before, 'nine', '2026-11-30')
+  return parts.more_seeds(before, 'nine', '2026-11-30')
 
 
 def claims() -> list[Claim]:
@@ -264,19 +248,6 @@ STUDY = Study(
   remarks=f'A uniform choice of 16 experts has {UNIFORM:.2f} nats. Entropies '
   'are of first choices before any is dropped. Rows of a half are means over '
   'its three layers. The tables of a hash are the same for all seeds.',
-  misses=(
-    'Three claims of the paper come out opposite and two of ours refuted for '
-    'one finding: the decoder sends sentinels to fewer experts than the '
-    'encoder does. The choice of an expert says 55 % about the token id in the '
-    'decoder and 31 % in the encoder. The fourth opposite claim is of layers: '
-    'the entropy of sentinels rises from the first layer of the encoder to the '
-    'last, and what choices say of ids falls. That routers of such young '
-    'models see little but the token, and that attention blurs it with depth '
-    'and in an encoder most, is a guess that was not tested; nor was training '
-    'for longer. Without the balance loss nearly all tokens of the encoder '
-    'share an expert (0.39 of 2.77 nats), so that sentinels can hardly be more '
-    'concentrated than they are: the claim holds by little.'
-  ),
   tasks={
     'text': Task({}, 'span corruption of the Python standard library, bytes')
   },

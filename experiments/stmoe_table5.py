@@ -58,9 +58,8 @@ def row(train: float, evaluated: float, aux: str) -> str:
   return f'train {train:g}, eval {evaluated:g}, {aux}'
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each pair of factors, with and without the balance loss."""
-  del preset
   factor = 'capacity.per_token.factor'
   return [
     Arm(

@@ -23,16 +23,8 @@ model costs 1.3 to 2.1 dense ones on a CPU.
 
 from collections.abc import Mapping
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.time_to_loss.annealed import ratio_to
 
@@ -76,7 +68,7 @@ def arm_name(E: int, K: int, length: float) -> str:
   return f'{model_name(E, K)}, {length} of the steps'
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each model, with its steps and seconds to the dense loss."""
   target = STUDY.row_of(byte_models.dense(), results).values['loss']
   rows = [Row('dense', {'loss': target, TIME: [1.0] * len(target)})]
@@ -173,16 +165,6 @@ STUDY = Study(
   remarks=(
     'The intervals of seconds are of seeds alone: the ratio of step times '
     'is one number, its quartiles above.'
-  ),
-  misses=(
-    'In time, 64 experts are 8 ± 3 % slower to the dense loss than their '
-    'twin: a model of width 32 is made of small products, and a layer of 64 '
-    'experts reads 64 kernels and writes 64 gradients where the dense twin '
-    'has one. For 2 to 32 experts no difference in time is resolved. Mean '
-    'losses fall with every doubling of experts, but three seeds resolve '
-    'few of these steps: 16 against 4 is resolved, 64 against 16 (0.019 ± '
-    '0.050) is open. The gap opens late: after 500 steps (the quick preset) '
-    'ratios are near 0.9.'
   ),
   written='2026-11-25',
   timed=['dense', *(arm_name(E, K, 1.0) for E, K in SWITCH + TOP_2)],

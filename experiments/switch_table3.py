@@ -23,22 +23,11 @@ took 53 core minutes. The claims were written before any run.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command, finetuned
-from experiments.study.parts import (
-  POSITIVE,
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  percent,
-)
+from experiments.study import byte_models, command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 
 SCALES = {'1.0x': 1.0, '0.1x': 0.1}
@@ -64,9 +53,8 @@ def config(steps: int):
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each model, rate and scale of the initialisation."""
-  del preset
   return [
     Arm(
       arm_name(model, scale, rate),
@@ -82,9 +70,8 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row of each arm with its spread, and of what the scale is worth."""
-  del times
   by_name = {}
   for name in results:
     row = STUDY.row_of(Arm(name, {}), results)
@@ -175,8 +162,8 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(DISTANCE, unit='nats/byte', bounds=POSITIVE),
-    percent('dropped in training', 'train/drop_rate'),
+    Column(DISTANCE, unit='nats/byte', bounds=parts.POSITIVE),
+    parts.percent('dropped in training', 'train/drop_rate'),
   ],
   claims=claims(),
   figure=Figure(['loss', DISTANCE], without=['*minus*']),
@@ -184,17 +171,6 @@ STUDY = Study(
     "The distance is that of a seed's loss from the median of its row, the "
     'mean of which measures the spread. Rows of differences are paired by '
     'seed.'
-  ),
-  misses=(
-    'No run diverged at either scale, so that a smaller one had nothing to '
-    'mend. At the raised rate the sparse model loses 0.038 ± 0.025 nats a '
-    'byte more by the smaller scale than the dense one does; at the usual '
-    'rate both lose 0.33, and no difference is resolved. That a smaller scale '
-    'only starts more slowly in runs of 400 steps is a guess that was not '
-    'tested. The claims on spread are open, as eight seeds resolve deviations '
-    'only where these differ by a factor of about three; sparse and dense '
-    'models at a tenth of the variance differ by 0.008 ± 0.015, which eight '
-    'seeds do not resolve.'
   ),
   written='2026-11-29',
 )

@@ -24,12 +24,10 @@ core minutes, a part of them beside other work. The claims were written before
 these runs.
 """
 
-from collections.abc import Mapping
-
 import ml_collections
 
-from experiments.study import command, finetuned
-from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
+from experiments.study import command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 
 # Dropout, and dropout of hidden values in experts, by the name of the arm; the
@@ -54,9 +52,8 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return config
 
 
-def arms(preset: Preset) -> list[Arm]:
+def arms(_: Preset) -> list[Arm]:
   """An arm for each row of the paper's table."""
-  del preset
   start, changes = finetuned.MODELS['dense']
   return [
     Arm(DENSE, {**changes, 'model.dropout': 0.1}, start=start),
@@ -71,9 +68,8 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with the gap of its two splits."""
-  del times
   table = (STUDY.row_of(arm, results) for arm in arms(Preset(1, 1)))
   return [finetuned.with_gap(row) for row in table]
 
@@ -130,15 +126,6 @@ STUDY = Study(
     ),
   ],
   figure=Figure(['loss', 'gap']),
-  misses=(
-    'What 0.4 inside of experts gains over 0.1 everywhere is open: it would '
-    'be below 0.01 nats a token, where six seeds resolve 0.005; the published '
-    'scores differ by half a point on GLUE and not on SuperGLUE. Sparse and '
-    'dense models differ from seed to seed by more than from each other, in '
-    'loss (0.024 could be resolved) as in gap (0.040): in pre-training the '
-    'sparse model is ahead (a loss of 1.50 against 1.57), but no such lead is '
-    'resolved here.'
-  ),
   tasks=finetuned.tasks('20 examples of each generated task'),
   written='2026-11-27',
 )

@@ -20,7 +20,6 @@ is little beside the length of the paper's runs and much here: the dense twin of
 as many steps as both together is the control.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,23 +27,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command
-from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval, ratios
 from experiments.study.tasks import TASKS
-from moe_jax.run_config import RunConfig
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -96,14 +85,13 @@ def config(steps: int) -> ml_collections.ConfigDict:
 def teacher(preset: Preset, num_experts: int) -> Start:
   """The run of the teacher that has so many experts."""
   steps = preset.start_steps
-  changes = {
+  overrides = {
     'total_steps': steps,
     'log_every_steps': max(steps // 10, 1),
     'optimizer.schedule.warmup_steps': min(100, steps // 8),
     'model.moe.num_experts': num_experts,
   }
-  make = functools.partial(layered, RunConfig, overrides=changes)
-  return Start(teacher_of(num_experts), make)
+  return Start(teacher_of(num_experts), overrides=overrides)
 
 
 def student(name: str, num_experts: int, options: Mapping[str, Any]) -> Arm:
@@ -142,17 +130,17 @@ def parameters(run: Run, state: TrainState) -> dict[str, int]:
   return {PARAMETERS: sum(x.size for x in jax.tree.leaves(state.params))}
 
 
-def losses(results: Results, name: str) -> np.ndarray:
+def losses(results: parts.Results, name: str) -> np.ndarray:
   """The losses of an arm or of a teacher, one for each seed."""
   return np.array([byte_models.LOSS.of(run) for run in results[name]])
 
 
-def gain_of(results: Results, name: str) -> np.ndarray:
+def gain_of(results: parts.Results, name: str) -> np.ndarray:
   """The gain of an arm or a teacher over the dense twin, for each seed."""
   return losses(results, DENSE) - losses(results, name)
 
 
-def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
+def row_of(results: parts.Results, name: str, teacher: str, **row: Any) -> Row:
   """The row of a run, with its gain and the share of a teacher's.
 
   The share is NaN, which stays empty, unless the interval of the teacher's gain
@@ -180,9 +168,8 @@ def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
   return Row(name, values, **row)
 
 
-def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
+def rows(results: parts.Results) -> Sequence[Row]:
   """Rows of the teacher, of the dense twin and of its students."""
-  del times
   names = [TEACHER, DENSE, *STUDENTS, LONG]
   # A quick preset leaves some out.
   return [row_of(results, n, TEACHER) for n in names if n in results]
@@ -196,7 +183,7 @@ def length(preset: Preset) -> str:
   )
 
 
-def remarks(results: Results) -> str:
+def remarks(results: parts.Results) -> str:
   """The denominator of the shares."""
   gain = Interval.of(gain_of(results, TEACHER))
   return (
@@ -277,9 +264,6 @@ STUDY = Study(
   ],
   runner=TrainingRunner(parameters),
   remarks=remarks,
-  misses='Whether a start is worth more with a teacher is open: 0.002 ± 0.003 '
-  'nats a byte lie between the two. Feed-forwards made of experts are a worse '
-  'start than new ones, by 0.014 ± 0.005; no reason was tested.',
   length=length,
   written='2026-11-27',
   figure=Figure(['loss', 'share kept']),

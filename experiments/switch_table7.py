@@ -22,19 +22,11 @@ The full preset was planned for 38 minutes on two idle cores; its runs took 54
 core minutes. The claims were written before these runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from experiments import switch_table6
-from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study import byte_models, command, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tables import Interval
@@ -58,9 +50,8 @@ def arms(preset: Preset) -> list[Arm]:
   return [byte_models.dense(DENSE), *students, long]
 
 
-def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
+def rows(results: parts.Results) -> Sequence[Row]:
   """Rows of the dense twins, of the teachers and of their students."""
-  del times
   table = [switch_table6.row_of(results, n, n) for n in (DENSE, LONG)]
   key = switch_table6.PARAMETERS
   for E in EXPERTS:
@@ -87,7 +78,7 @@ def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
   return table
 
 
-def remarks(results: Results) -> str:
+def remarks(results: parts.Results) -> str:
   """The denominators of the shares, and the control of the students."""
   gains = []
   for E in EXPERTS:
@@ -147,12 +138,6 @@ STUDY = Study(
   runner=TrainingRunner(switch_table6.parameters),
   remarks=remarks,
   length=switch_table6.length,
-  misses=(
-    'The dense twin of twice the steps is better than every student. It learns '
-    'from hard labels alone, reads new batches, and has one schedule of the '
-    'rate, where a student begins anew with a part of other weights: '
-    'which of these decides was not tested.'
-  ),
   figure=Figure(['loss', 'share kept'], 'number of experts', log_x=True),
   tasks=switch_table6.STUDY.tasks,
   written='2026-11-27',

@@ -35,21 +35,12 @@ before any other run.
 """
 
 import functools
-from collections.abc import Mapping
 
 import ml_collections
 
-from experiments.study import byte_models, command, finetuned
+from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Figure,
-  Preset,
-  Results,
-  Row,
-  more_seeds,
-)
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -100,7 +91,7 @@ def starts(preset: Preset) -> list[Start]:
   other = {'data.train_split': 'train[:50%]'}
   longer = {_TOTAL: preset.start_steps, 'checkpoint.keep_best': False}
   changes = {**_DENSE, **rate, **other, **longer}
-  return [Start(SUNK, functools.partial(layered, RunConfig, overrides=changes))]
+  return [Start(SUNK, overrides=changes)]
 
 
 def at(model: str, extra: int = USUAL) -> str:
@@ -155,9 +146,8 @@ def arms(preset: Preset) -> list[Arm]:
   return all_arms
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: parts.Results) -> list[Row]:
   """The start, the arms that were run, and what upcycling gains by cost."""
-  del times
   ran = [
     arm for arm in arms(Preset(1, 1, start_steps=1)) if arm.name in results
   ]
@@ -195,7 +185,7 @@ def claims() -> list[Claim]:
       'what upcycling gains over training on grows with the extra cost',
       f'loss: {at(OVER_DENSE, ends[0])} > {at(OVER_DENSE, ends[1])}',
       changes=[
-        more_seeds(
+        parts.more_seeds(
           'Not resolved with five seeds (0.008 ± 0.008)', 'ten', '2026-11-30'
         )
       ],
@@ -252,11 +242,6 @@ STUDY = Study(
   remarks=(
     'Extra costs are counted FLOPs. Sparse models train for fewer steps, by '
     'as much as their step costs more.'
-  ),
-  misses=(
-    'Routers of std 0.02 are within the bound of 0.02 but worse by 0.009 ± '
-    '0.002, which is most of the 0.012 that upcycling gains over training on: '
-    'the bound was too wide for this gain.'
   ),
   tasks={
     'halves': Task(

@@ -50,15 +50,18 @@ def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
   results, output = tmp_path / 'results', tmp_path / 'page'
   argv = [f'--results={results}', f'--output={output}']
   write_summary(results, 'first', 'one')
+  (output / report.KEPT).mkdir(parents=True)
+  misses = output / report.KEPT / report.MISSES
+  misses.write_text('# Misses\n\n## first\n\nIt misses\nnothing.\n')
   report.main(argv)
   page = (output / report.PAGE).read_text()
-  assert '## About first' in page
+  assert '## About first' in page and '\nIt misses nothing.\n' in page
   write_summary(results, 'second', 'two')
   with pytest.raises(SystemExit):
     report.main(argv)
   assert 'saw different data' in capsys.readouterr().err
   file_names = sorted(path.name for path in (output / report.KEPT).iterdir())
-  assert file_names == ['first.json', 'first.png']
+  assert file_names == ['first.json', 'first.png', report.MISSES]
   assert (output / report.PAGE).read_text() == page
 
 

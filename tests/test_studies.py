@@ -642,7 +642,7 @@ def test_a_share_of_no_clear_gain_is_left_out(taught, is_kept):
     switch_table6.PLAIN: [1.95, 2.05, 1.84],
   }
   results = {n: [{key: x} for x in by_seed] for n, by_seed in losses.items()}
-  rows = switch_table6.rows(results, {})
+  rows = switch_table6.rows(results)
   share = rows[-1].values[switch_table6.SHARE.name]
   assert np.isfinite(share).all() == is_kept
   claim = Claim('', f'share kept: {switch_table6.PLAIN} > 0')

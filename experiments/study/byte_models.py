@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from experiments.study.jobs import layered
-from experiments.study.parts import POSITIVE, Arm, Column
+from experiments.study.parts import POSITIVE, Arm, Column, percent
 from moe_jax import run_config
 from moe_jax.analysis import cost
 from moe_jax.configs import base
@@ -17,12 +17,31 @@ from moe_jax.run_config import RunConfig
 EVAL = 'main'
 LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte', bounds=POSITIVE)
 TOKEN_LOSS = dataclasses.replace(LOSS, unit='nats/token')
+# Keys of the share of choices that this evaluation drops, and of the largest
+# load of an expert over the mean, in each layer.
+DROP_RATE = f'eval/{EVAL}/drop_rate'
+MAX_LOAD = f'eval/{EVAL}/layer_*/load_max_over_mean'
 # Number of batches of the validation split of an evaluation.
 _BATCHES = 40
+# Options of `model.moe` with which no token is dropped, by the names that they
+# have there and in the whole config.
+ROOM = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
+DROPLESS = {f'model.moe.{key}': kind for key, kind in ROOM.items()}
 # Arguments of `base.evaluation` for an evaluation that drops no token.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
 }
+
+
+def columns_of(evaluation: str) -> list[Column]:
+  """Columns 'loss' and 'dropped', in %, of one of a config's evaluations."""
+  dropped = percent('dropped', f'eval/{evaluation}/drop_rate')
+  return [Column('loss', f'eval/{evaluation}/loss'), dropped]
+
+
+def max_violation(name: str) -> Column:
+  """A column of MaxVio, (largest load - mean) / mean, over all batches."""
+  return Column(name, MAX_LOAD, '', 3, lambda ratio: ratio - 1)
 
 
 def decoder(
@@ -49,9 +68,8 @@ def decoder(
     num_selected: Number of selected experts K.
   """
   config = base.get_config()
-  config.total_steps = steps
+  shorten(config, steps)
   config.batch_size = 32
-  config.log_every_steps = max(steps // 10, 1)
   config.data.seq_len = 64
   m = config.model
   m.num_layers = num_layers
@@ -68,12 +86,17 @@ def decoder(
   m.moe.group_size = -1
   m.moe.capacity.kind = 'per_assignment'
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
   config.optimizer.schedule.final_fraction = 0.05
-  config.checkpoint.every_steps = 0
-  config.checkpoint.keep_best = False
   config.evals = {EVAL: evaluation()}
   return config
+
+
+def shorten(config: ml_collections.ConfigDict, steps: int) -> None:
+  """Changes a config to runs of so many steps, which keep no checkpoint."""
+  config.total_steps = steps
+  config.log_every_steps = max(steps // 10, 1)
+  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
+  config.checkpoint.update(every_steps=0, keep_best=False)
 
 
 def switch_decoder(

@@ -164,6 +164,7 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   arms = study.arms_of(preset)
   where = Where(options.executor, options.workers, dict(options.resource))
   command = _command(study, options)
+  progress = next(c for c in study.columns if study.progress in ('', c.name))
   start_results: Results = {}
   names: list[str] = []
 
@@ -186,7 +187,7 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
     for level in first:
       make(level, _START_COLUMN)
       start_results.update(submit.read_all(level))
-    make(jobs, study.progress_column)
+    make(jobs, progress)
     return jobs
 
   explored: Results = {}

@@ -17,6 +17,9 @@ from moe_jax.analysis import plot_style
 _SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
 PAPER = 'side on which the paper has a row (checked)'
 _LETTERS = 34  # number of letters in a line of a label
+# Markers of points without lines: eight, as colours are seven, so that no two
+# of many rows look alike.
+_MARKERS = 'osD^vP*X'
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -25,21 +28,47 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   Where the spec has an x axis, rows are points of lines along it, and rows
   without x are horizontal lines; else every row is one point. A grey triangle
   is at the value with which a claim compares the row, and points to the side
-  where the paper has the row, if its numbers are checked.
+  where the paper has the row, if its numbers are checked. Where the spec names
+  a column as the x axis, every row is a point along it.
   """
-  figure = canvas(spec, summary, columns(spec, summary))
+  panels = [c for c in summary['columns'] if c['name'] in spec.columns]
+  draw_panels = _against if spec.against else _canvas
+  figure = draw_panels(spec, summary, panels)
   older = '\n(in part older than the study: see the text)'
   title = summary['title'] + older * bool(summary.get('outdated'))
   figure.suptitle(title, fontsize=10)
   figure.savefig(path, dpi=110)
 
 
-def columns(spec: Figure, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The columns of a summary that have a panel."""
-  return [c for c in summary['columns'] if c['name'] in spec.columns]
+def _against(
+  spec: Figure, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]
+) -> Canvas:
+  """A figure with a panel for each of these columns along another column."""
+  (across,) = (c for c in summary['columns'] if c['name'] == spec.against)
+  figure = Canvas(figsize=(6 * len(panels), 4.4), layout='constrained')
+  for number, ax in enumerate(figure.subplots(1, len(panels))):
+    column = panels[number]
+    for i, row in enumerate(summary['rows']):
+      x, y = _shown(row, across), _shown(row, column)
+      colour = plot_style.COLOURS[i % len(plot_style.COLOURS)]
+      style = dict(color=colour, marker=_MARKERS[i % len(_MARKERS)], ls='')
+      style |= {} if number else dict(label=row['name'])
+      yerr = np.transpose([bar(y, bounds_of(row, column))])
+      ax.errorbar(x.mean, y.mean, yerr, **style, capsize=3)
+    ax.set_xscale('log', base=2)
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.set_xlabel(f'{spec.x_label} ({across["unit"]})')
+    ax.set_ylabel(_heading(column))
+  figure.legend(loc='outside right center', fontsize=8)
+  return figure
 
 
-def canvas(
+def _heading(column: Mapping[str, Any]) -> str:
+  """Name and unit of a column."""
+  return column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
+
+
+def _canvas(
   spec: Figure, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]
 ) -> Canvas:
   """A figure with a panel for each of these columns; see `draw`."""
@@ -51,7 +80,7 @@ def canvas(
   ]
   heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
   if not spec.x_label:
-    heights = [1.2 + _spacing(shown) * len(shown) for shown in rows_by_line]
+    heights = [*map(_height, rows_by_line)]
   figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
   axes = figure.subplots(
     lines, across, squeeze=False, height_ratios=heights
@@ -60,17 +89,16 @@ def canvas(
     ax.set_axis_off()
   axes = axes[: len(panels)]
   for ax, column in zip(axes, panels, strict=True):
-    label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
     drawn = rows
     if spec.x_label:
       _lines(ax, spec, rows, column, names)
-      ax.set_ylabel(label)
+      ax.set_ylabel(_heading(column))
     else:
       subplot = ax.get_subplotspec()
       first, shown = subplot.is_first_col(), rows_by_line[subplot.rowspan.start]
       _points(ax, shown, column, labels=first)
       drawn = list(shown.values())
-      ax.set_xlabel(label)
+      ax.set_xlabel(_heading(column))
       ax.set_ylabel(textwrap.fill(spec.rows, _LETTERS) * first)
     _sides(ax, summary, drawn, column, along_x=bool(spec.x_label))
   _legend(figure, axes, columns=3 if len(panels) > 1 else 1)
@@ -90,10 +118,10 @@ def _label(row: Mapping[str, Any]) -> str:
   return textwrap.fill(row['name'], _LETTERS)
 
 
-def _spacing(rows: Mapping[int, Mapping[str, Any]]) -> float:
-  """Inches between rows, whose names may take several lines."""
-  names = [_label(row) for row in rows.values()]
-  return 0.16 + 0.14 * max((1 + name.count('\n') for name in names), default=1)
+def _height(rows: Mapping[int, Mapping[str, Any]]) -> float:
+  """Inches of a panel of rows, whose names may take several lines."""
+  lines = [1 + _label(row).count('\n') for row in rows.values()]
+  return 1.2 + (0.16 + 0.14 * max(lines, default=1)) * len(rows)
 
 
 def _legend(figure: Canvas, axes, columns: int) -> None:
@@ -196,13 +224,10 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
   if spec.log_x:
     ax.set_xscale('log', base=2)
     ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
-    ax.set_xticks(ticks, [_tick_label(tick) for tick in ticks])
+    # A whole number is printed as it is, another with one to three digits.
+    labels = [f'{x:g}' if x == round(x) else f'{x:.3g}' for x in ticks]
+    ax.set_xticks(ticks, labels)
   ax.set_xlabel(spec.x_label)
-
-
-def _tick_label(tick: float) -> str:
-  """A whole number as it is, another one to three digits."""
-  return f'{tick:g}' if tick == round(tick) else f'{tick:.3g}'
 
 
 def _points(ax, rows, column, *, labels: bool) -> None:

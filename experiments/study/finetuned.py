@@ -18,18 +18,16 @@ withheld (`OTHER_ORDER`); arms that are served alike may be compared.
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 
 from experiments.study import byte_models
-from experiments.study.jobs import layered
-from experiments.study.parts import Column, Preset, Row
+from experiments.study.parts import ANY, Column, Preset, Row, percent
 from experiments.study.starts import Start
 from experiments.study.tasks import Task
 from moe_jax.configs import base
 from moe_jax.data import InstructionSource, instructions
-from moe_jax.run_config import RunConfig
 
 # Names of the models that are pre-trained.
 SPARSE, DENSE = 'sparse, pre-trained', 'dense, pre-trained'
@@ -44,12 +42,8 @@ LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 # The evaluation of the split that is trained on, and its columns.
 TRAINED = 'trained'
 TRAINED_LOSS = Column('training loss', f'eval/{TRAINED}/loss', 'nats/token')
-DROPPED = Column(
-  'dropped in training',
-  'train/drop_rate',
-  '% of choices',
-  1,
-  lambda rate: 100 * rate,
+DROPPED = percent(
+  'dropped in training', 'train/drop_rate', '% of choices', bounds=ANY
 )
 GAP = Column('gap', unit='nats/token')
 _SEQ_LEN = 96
@@ -140,26 +134,21 @@ def pretrained(preset: Preset) -> Sequence[Start]:
   return [
     Start(
       start,
-      functools.partial(
-        _pretraining, steps=preset.start_steps, changes=changes
-      ),
+      functools.partial(_pretraining, steps=preset.start_steps),
+      overrides=changes,
     )
     for start, changes in MODELS.values()
   ]
 
 
 def _pretraining(
-  shared: ml_collections.ConfigDict, steps: int, changes: Mapping[str, int]
+  shared: ml_collections.ConfigDict, steps: int
 ) -> ml_collections.ConfigDict:
   """Config of pre-training of the model that `shared` fine-tunes."""
   config = base.get_config()
   config.model = copy.deepcopy(shared.model)
-  config.total_steps = steps
-  config.log_every_steps = max(steps // 10, 1)
+  byte_models.shorten(config, steps)
   config.batch_size = 32
   config.data.seq_len = _SEQ_LEN
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
-  config.checkpoint.every_steps = 0
-  config.checkpoint.keep_best = False
-  return layered(RunConfig, base.finish(config), changes)
+  return base.finish(config)

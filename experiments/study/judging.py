@@ -91,10 +91,9 @@ def described_row(row: Row) -> dict[str, Any]:
   return {'name': row.name, **point, 'values': values}
 
 
-def described_columns(columns: Sequence[Column]) -> list[dict[str, Any]]:
-  """The columns as JSON can hold them; bounds are None where there are none."""
-  return [
-    {'name': c.name, 'unit': c.unit, 'digits': c.digits}
-    | {'bounds': plain(c.bounds)}
-    for c in columns
-  ]
+def described_column(column: Column) -> dict[str, Any]:
+  """A column as JSON can hold it; bounds are None where there are none."""
+  return {
+    **{'name': column.name, 'unit': column.unit, 'digits': column.digits},
+    'bounds': plain(column.bounds),
+  }

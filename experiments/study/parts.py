@@ -25,6 +25,11 @@ Change = Callable[[pathlib.Path, pathlib.Path], Mapping[str, float]]
 ANY, POSITIVE, SHARE = (-np.inf, np.inf), (0.0, np.inf), (0.0, 100.0)
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+  """Whether a name is like any pattern, in which `*` stands for any text."""
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
   """One of the configurations that a study compares, each run on all seeds.
@@ -85,9 +90,7 @@ class Revision:
 
   def concerns(self, row: str, column: str) -> bool:
     """Whether the number of a row and column is another since the change."""
-    return any(fnmatch.fnmatchcase(row, p) for p in self.rows) and any(
-      fnmatch.fnmatchcase(column, p) for p in self.columns
-    )
+    return matches(row, self.rows) and matches(column, self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,13 @@ class Preset:
 
   def keeps(self, arm: Arm) -> bool:
     """Whether the preset has the arm."""
-    return not any(fnmatch.fnmatchcase(arm.name, p) for p in self.without)
+    return not matches(arm.name, self.without)
+
+
+def trial(steps: int, seeds: int, without: Sequence[str] = ()) -> Preset:
+  """A preset so short that routers hardly differ, which decides no claim."""
+  reason = f'after {steps} steps routers have hardly begun to differ'
+  return Preset(steps, seeds, without=without, underpowered=reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +150,6 @@ class Column:
     each: Function that is applied to each metric before the mean.
     bounds: Smallest and largest possible number, such as `SHARE`; intervals do
       not go beyond them.
-    before: Names that the column had in results which were stored earlier.
   """
 
   name: str
@@ -150,7 +158,6 @@ class Column:
   digits: int = 4
   each: Callable[[float], float] = float
   bounds: tuple[float, float] = ANY
-  before: Sequence[str] = ()
 
   def of(self, result: Result) -> float:
     """The number of one run; NaN where the run has no such metric."""
@@ -162,9 +169,15 @@ class Column:
     return float(np.mean(values)) if values else float('nan')
 
 
-def percent(name: str, key: str, unit: str = '%', digits: int = 1) -> Column:
+def percent(
+  name: str,
+  key: str,
+  unit: str = '%',
+  digits: int = 1,
+  bounds: tuple[float, float] = SHARE,
+) -> Column:
   """A column of a metric that is a share, in per cent; see `Column`."""
-  return Column(name, key, unit, digits, lambda x: 100 * x, bounds=SHARE)
+  return Column(name, key, unit, digits, lambda x: 100 * x, bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +200,19 @@ class Row:
   line: str = ''
   x: float | None = None
   difference: bool = False
+
+
+def row_of(
+  name: str,
+  runs: Sequence[Result],
+  columns: Sequence[Column],
+  line: str = '',
+  x: float | None = None,
+) -> Row:
+  """The row of an arm's runs, without columns of which a run has no number."""
+  values = {column.name: [*map(column.of, runs)] for column in columns}
+  shown = {k: v for k, v in values.items() if not np.isnan(v).any()}
+  return Row(name, shown, line, x)
 
 
 def more_seeds(before: str, number: str, date: str) -> str:
@@ -277,7 +303,8 @@ class Figure:
       `*` stands for any text.
     rows: Meaning of the rows' names, which stands beside them; '' where names
       speak for themselves.
-    from_runs: Whether `Study.pictures` draws the figure, from the runs.
+    against: Name of the column that is the x axis, on which rows are points;
+      '' for none. Its axis has `x_label` and is logarithmic.
   """
 
   columns: Sequence[str]
@@ -285,8 +312,8 @@ class Figure:
   log_x: bool = False
   without: Sequence[str] = ()
   rows: str = ''
-  from_runs: bool = False
+  against: str = ''
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""
-    return not any(fnmatch.fnmatchcase(row, p) for p in self.without)
+    return not matches(row, self.without)

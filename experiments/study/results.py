@@ -63,7 +63,7 @@ def summary_of(
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
     'configs': dict(configs),
-    'columns': judging.described_columns(study.columns),
+    'columns': [*map(judging.described_column, study.columns)],
     'rows': [judging.described_row(row) for row in rows],
     'claims': judging.judged(study, preset, task, rows),
     'written': study.written,
@@ -112,12 +112,13 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
 def conditions(summary: Mapping[str, Any]) -> str:
   """The data, length, device and date of the runs as Markdown."""
   seeds = summary['seeds']
+  overrides = ''.join(f', `{k}={v}`' for k, v in summary['overrides'].items())
   length = summary.get('length', f'{summary["steps"]:,} steps')
   return (
     f'{summary["task"]} (sha256 '
     f'{", ".join(digest[:12] for digest in summary["digests"])}), '
     f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
-    f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
+    f'{overrides}; {summary["device"]}, {summary["date"]}, jax '
     f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs on one core. '
     f'± is a 95 % confidence interval over seeds (Student).{_written(summary)}'
   )
@@ -165,11 +166,6 @@ def aged(summary: Mapping[str, Any]) -> list[str]:
       f'{summary["minutes"] / 2:.0f} minutes on two cores.'
     )
   return [line for paragraph in paragraphs for line in (paragraph, '')]
-
-
-def _overrides(summary: Mapping[str, Any]) -> str:
-  changed = [f'`{k}={v}`' for k, v in summary['overrides'].items()]
-  return f', {", ".join(changed)}' if changed else ''
 
 
 def write(

@@ -3,9 +3,6 @@
 Logits and choices are those of validation batches.
 """
 
-import functools
-from collections.abc import Iterator, Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +10,7 @@ import numpy as np
 from experiments.study import validation_routing
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
-from moe_jax.models.recorded import Choices, LayerChoices, recording
-from moe_jax.shapes import Leaf
-from moe_jax.training.evaluate import Variables
+from moe_jax.models.recorded import LayerChoices
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -30,14 +25,14 @@ def rounding(run: Run, state: TrainState) -> dict[str, float]:
     `routing/layer_<i>/rounded`, the share of tokens whose first choice is
     another where their logits are rounded to bfloat16.
   """
-  numbers = {}
+  measures = {}
   for layer, (records, masks) in _layers(run, state, run.model).items():
     logits = np.concatenate([r.logits[m] for r, m in zip(records, masks)])
-    numbers[f'routing/layer_{layer}/largest_logit'] = float(
-      np.abs(logits).max()
-    )
-    numbers[f'routing/layer_{layer}/rounded'] = rounded_choices(logits)
-  return numbers
+    measures[f'layer_{layer}'] = {
+      'largest_logit': float(np.abs(logits).max()),
+      'rounded': rounded_choices(logits),
+    }
+  return validation_routing.named(measures)
 
 
 def rounded_choices(logits: np.ndarray) -> float:
@@ -52,7 +47,7 @@ def rounded_choices(logits: np.ndarray) -> float:
 
 
 def changed(
-  run: Run, state: TrainState, one: Model, other: Model
+  run: Run, state: TrainState, one: Model, other: Model, train: bool = False
 ) -> dict[int, float]:
   """The share of tokens whose first choices differ in two models, by layer.
 
@@ -61,13 +56,17 @@ def changed(
     state: Its last state, whose parameters both models have.
     one: A model, such as that of an evaluation in another precision.
     other: The other model.
+    train: Whether the other model's routers have the noise of training.
   """
-  first = _layers(run, state, one)
-  second = _layers(run, state, other)
-  return {
-    layer: _share(records, second[layer][0], masks)
-    for layer, (records, masks) in first.items()
-  }
+  second = _layers(run, state, other, train)
+  shares = {}
+  for layer, (records, masks) in _layers(run, state, one).items():
+    different = [
+      (a.expert[..., 0] != b.expert[..., 0])[mask]
+      for a, b, mask in zip(records, second[layer][0], masks, strict=True)
+    ]
+    shares[layer] = float(np.concatenate(different).mean())
+  return shares
 
 
 def explored(run: Run, state: TrainState) -> dict[str, float]:
@@ -77,19 +76,8 @@ def explored(run: Run, state: TrainState) -> dict[str, float]:
     `routing/layer_<i>/explored`, the share of tokens whose first choice in
     training is not that of an evaluation by the same parameters.
   """
-  noisy = _layers(run, state, run.model, train=True)
-  return {
-    f'routing/layer_{layer}/explored': _share(records, noisy[layer][0], masks)
-    for layer, (records, masks) in _layers(run, state, run.model).items()
-  }
-
-
-def _share(one, other, masks) -> float:
-  different = [
-    (a.expert[..., 0] != b.expert[..., 0])[mask]
-    for a, b, mask in zip(one, other, masks, strict=True)
-  ]
-  return float(np.concatenate(different).mean())
+  noisy = changed(run, state, run.model, run.model, train=True)
+  return {f'routing/layer_{i}/explored': share for i, share in noisy.items()}
 
 
 def _layers(
@@ -97,41 +85,16 @@ def _layers(
 ) -> dict[int, tuple[list[LayerChoices], list[np.ndarray]]]:
   """Records of all batches by layer, and masks of their real tokens."""
   layers: dict[int, tuple[list, list]] = {}
-  for batch, choices in _recorded(run, state, model, train):
-    for layer, record in (choices or {}).items():
+  variables = run.programs.variables(state)
+  key = jax.random.key(run.options.seed)
+  for number, batch in enumerate(validation_routing.batches(run, _BATCHES)):
+    router, dropout = jax.random.split(jax.random.fold_in(key, number))
+    rngs = {NOISE: router, 'dropout': dropout}
+    choices = validation_routing.choices(
+      model, variables, batch, rngs, train, logits=True
+    )
+    for layer, record in (jax.device_get(choices) or {}).items():
       records, masks = layers.setdefault(layer, ([], []))
       records.append(record)
       masks.append(batch['segment_ids'] > 0)
   return layers
-
-
-def _recorded(
-  run: Run, state: TrainState, model: Model, train: bool
-) -> Iterator[tuple[validation_routing.Batch, Choices]]:
-  variables = run.programs.variables(state)
-  key = jax.random.key(run.options.seed)
-  for number, batch in enumerate(validation_routing.batches(run, _BATCHES)):
-    batch_key = jax.random.fold_in(key, number)
-    choices = _choices(model, variables, batch, batch_key, train)
-    yield batch, jax.device_get(choices)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'train'))
-def _choices(
-  model: Model,
-  variables: Variables,
-  batch: Mapping[str, Leaf],
-  key: jax.Array,
-  train: bool,
-) -> Choices:
-  router, dropout = jax.random.split(key)
-  _, choices = recording(
-    model,
-    variables,
-    logits=True,
-    dtype='float32',
-    **model.inputs(batch),
-    train=train,
-    rngs={NOISE: router, 'dropout': dropout},
-  )
-  return choices

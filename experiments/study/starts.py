@@ -8,8 +8,9 @@ which begin with equal runs share them.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm, Change
@@ -27,24 +28,26 @@ class Start:
 
   Attributes:
     name: Name by which an arm chooses it.
-    config: Returns the config of the run, from the config that all arms share.
+    config: Returns the config of the run, from the config that all arms share;
+      None takes that.
     start: Name of the start that this one begins with; '' draws parameters.
     change: Function that makes the run from that start, as in `Arm`.
     teacher: Name of the start that teaches the run; '' for none.
+    overrides: Values that the run changes in that config, by dotted name.
   """
 
   name: str
-  config: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict]
+  config: Callable[[ConfigDict], ConfigDict] | None = None
   start: str = ''
   change: Change | None = None
   teacher: str = ''
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def arm(self) -> Arm:
     """The arm whose runs are those of the start."""
-    return Arm(
-      self.name, {}, start=self.start, change=self.change, teacher=self.teacher
-    )
+    before = {'start': self.start, 'teacher': self.teacher}
+    return Arm(self.name, self.overrides, change=self.change, **before)
 
 
 def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
@@ -78,7 +81,7 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
 
 def start_jobs(
   cls: type[Options],
-  shared: ml_collections.ConfigDict,
+  shared: ConfigDict,
   levels: Sequence[Sequence[Start]],
   seeds: Sequence[int],
   results: pathlib.Path,
@@ -97,7 +100,7 @@ def start_jobs(
   for level in levels:
     before, level_jobs = started(jobs), []
     for start in level:
-      config = start.config(shared)
+      config = start.config(shared) if start.config else shared
       folder = results / FOLDER
       level_jobs += jobs_of(cls, config, [start.arm], seeds, folder, before)
     jobs.append([dataclasses.replace(job, keeps=True) for job in level_jobs])

@@ -42,13 +42,19 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     preset = next(iter(study.presets.values()))
   ran_preset = dataclasses.replace(preset, steps=summary['steps'])
   task = _task(summary, study)
-  columns, renamed = _columns(summary, study)
-  rows = [row_of(row, renamed) for row in summary['rows']]
+  today = {column.name: column for column in study.columns}
+  rows = [row_of(row) for row in summary['rows']]
   outdated = _outdated(summary, study)
   weak = judging.underpowered(study, ran_preset)
   return {
     **summary,
-    **{'title': study.title, 'source': study.source, 'columns': columns},
+    **{'title': study.title, 'source': study.source},
+    'columns': [
+      judging.described_column(today[column['name']])
+      if column['name'] in today
+      else column
+      for column in summary['columns']
+    ],
     'rows': [judging.described_row(row) for row in rows],
     'claims': [
       judging.described(_decided(claim, rows, outdated, weak))
@@ -59,7 +65,6 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     'remarks': study.remarks
     if isinstance(study.remarks, str)
     else summary['remarks'],
-    'misses': study.misses,
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
     'marks': _marks(summary, study),
   }
@@ -86,23 +91,10 @@ def _task(summary: Mapping[str, Any], study: Study) -> Task:
   return Task({}, summary['task'], comparable=False)
 
 
-def _columns(
-  summary: Mapping[str, Any], study: Study
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-  """The stored columns as described today, and by name their names of today."""
-  by_name = {name: c for c in study.columns for name in (*c.before, c.name)}
-  columns, renamed = [], {}
-  for column in summary['columns']:
-    today = by_name.get(column['name'])
-    renamed[column['name']] = column['name'] if today is None else today.name
-    columns += [column] if today is None else judging.described_columns([today])
-  return columns, renamed
-
-
-def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
-  """A stored row, with the names that its columns have today."""
+def row_of(stored: Mapping[str, Any]) -> Row:
+  """A stored row; numbers that it lacks are NaN."""
   values = {
-    renamed.get(name, name): [np.nan if v is None else v for v in numbers]
+    name: [np.nan if v is None else v for v in numbers]
     for name, numbers in stored['values'].items()
   }
   return Row(

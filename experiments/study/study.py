@@ -88,8 +88,9 @@ class Study:
     columns: Columns of the table.
     claims: Claims that are tested, the paper's and our own.
     figure: Description of the figure.
-    rows: Returns the rows of the table, from the results of all arms and the
-      ratios of step times by timed arm; None makes a row of each arm.
+    rows: Returns the rows of the table, from the results of all arms and, in a
+      study with `timed`, the ratios of step times by timed arm; None makes a
+      row of each arm.
     starts: Returns the runs that arms begin with or learn from, for a preset;
       None where there are none. Their results are among those of the arms,
       by name of the start.
@@ -103,9 +104,6 @@ class Study:
       first arm's. A function returns groups of such names for the reported
       arms.
     remarks: Text below the table, or a function from results to the text.
-    misses: Text on claims that are opposite, refuted or open in the stored
-      result, and on why. It stands below the remarks there, and not in the
-      tables of other runs.
     length: Returns the length of a preset's runs, in words.
     progress: Name of the column whose number is printed as runs end; '' takes
       the first.
@@ -125,14 +123,13 @@ class Study:
   columns: Sequence[Column]
   claims: Sequence[Claim]
   figure: Figure
-  rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
+  rows: Callable[..., Sequence[Row]] | None = None
   starts: Callable[[Preset], Sequence[Start]] | None = None
   runner: Runner = TrainingRunner()
   explorations: Callable[[Preset], Sequence[Exploration]] | None = None
   pictures: Callable[[Results, pathlib.Path], None] | None = None
   timed: Sequence[str] | Callable[[Sequence[Arm]], Groups] = ()
   remarks: str | Callable[[Results], str] = ''
-  misses: str = ''
   length: Callable[[Preset], str] = in_steps
   progress: str = ''
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
@@ -148,11 +145,6 @@ class Study:
   def preset(self) -> str:
     """Name of the preset that the study is run with by default."""
     return next(iter(self.presets))
-
-  @property
-  def progress_column(self) -> Column:
-    """The column whose number is printed as runs end."""
-    return next(c for c in self.columns if self.progress in ('', c.name))
 
   def shared(self, preset: Preset, task: str = '') -> ml_collections.ConfigDict:
     """The config that all arms share, and change.
@@ -271,7 +263,7 @@ class Study:
   ) -> list[Row]:
     """The rows of the table."""
     if self.rows is not None:
-      return list(self.rows(results, times))
+      return list(self.rows(results, *([times] if self.timed else [])))
     return [self.row_of(arm, results) for arm in arms]
 
   def row_of(self, arm: Arm, results: Results) -> Row:

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import optax
 
-from experiments.study.parts import Column, Result, Row
+from experiments.study.parts import Column, Result, Row, row_of
 from moe_jax import data
 from moe_jax.analysis.recording import records_of
-from moe_jax.analysis.traces import Record
+from moe_jax.analysis.traces import Header, Record
+from moe_jax.data.pipeline import spread
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
@@ -27,6 +29,8 @@ from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 Batch = dict[str, np.ndarray]
+# The halves of an encoder-decoder, and the names of their sequences in records.
+HALVES = {'encoder': 'encoder', 'decoder': ''}
 
 
 def states(run: Run, state: TrainState) -> Iterator[tuple[int, Variables]]:
@@ -67,6 +71,21 @@ def batches(run: Run, num_batches: int) -> list[Batch]:
       num_batches=num_batches,
     )
   ]
+
+
+def spread_rows(run: Run, count: int) -> Batch:
+  """That many rows of the validation split, evenly spaced over it."""
+  rows = run.dataset.splits['validation']
+  return rows.take(np.array(spread(len(rows), count)))
+
+
+def mean_loss(logits: jax.Array, batch: Mapping[str, Leaf]) -> float:
+  """The loss of a batch in nats a token, from its logits [B, T, V]."""
+  nats = optax.softmax_cross_entropy_with_integer_labels(
+    logits, batch['targets']
+  )
+  weights = batch['loss_weights']
+  return float((nats * weights).sum() / weights.sum())
 
 
 def in_turn(batches: Sequence[Batch], num_sources: int) -> list[Batch]:
@@ -146,29 +165,41 @@ def records(
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
   for number, batch in enumerate(batches):
-    chosen = _choices(model, variables, batch, jax.random.fold_in(key, number))
+    noise = {NOISE: jax.random.fold_in(key, number)}
+    chosen = choices(model, variables, batch, noise)
     yield from records_of(
       model, 'validation', step, number, batch, jax.device_get(chosen)
     )
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _choices(
+@functools.partial(jax.jit, static_argnames=('model', 'train', 'logits'))
+def choices(
   model: Model,
   variables: Variables,
   batch: Mapping[str, Leaf],
-  key: jax.Array,
+  rngs: Mapping[str, jax.Array],
+  train: bool = True,
+  logits: bool = False,
 ) -> Choices:
-  _, choices = recording(
+  """What the tokens of a batch choose in each sparse layer.
+
+  Args:
+    model: The model.
+    variables: Its variables.
+    batch: The batch.
+    rngs: Keys of what is drawn, by name, as `model.apply` takes them.
+    train: Whether routers have the noise of training.
+    logits: Whether the routers' logits are recorded as well, in float32.
+  """
+  return recording(
     model,
     variables,
-    logits=False,
+    logits=logits,
     dtype='float32',
     **model.inputs(batch),
-    train=True,
-    rngs={NOISE: key},
-  )
-  return choices
+    train=train,
+    rngs=rngs,
+  )[1]
 
 
 def row_at(
@@ -184,10 +215,34 @@ def row_at(
     columns: Columns; the key 'routing/*/<what>' is one of a measurement.
     layer_key: Text that replaces the `*`, such as 'layer_1'.
   """
-  values = {}
-  for column in columns:
-    key = column.key.replace('routing/*', f'routing/{layer_key}')
-    numbers = [dataclasses.replace(column, key=key).of(run) for run in runs]
-    if not np.isnan(numbers).any():
-      values[column.name] = numbers
-  return Row(name, values)
+  of_layer = [
+    dataclasses.replace(
+      column, key=column.key.replace('routing/*', f'routing/{layer_key}')
+    )
+    for column in columns
+  ]
+  return row_of(name, runs, of_layer)
+
+
+def named(measures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """Measures by layer and what is measured, as a run's numbers.
+
+  The measure 'domain' of 'layer_1' becomes 'routing/layer_1/domain'.
+  """
+  return {
+    f'routing/{layer}/{what}': number
+    for layer, of_layer in measures.items()
+    for what, number in of_layer.items()
+  }
+
+
+def layers_by_half(header: Header) -> dict[str, int]:
+  """Numbers of the sparse layers of an encoder-decoder, by name.
+
+  Layers are named after their half and counted in it from 1: 'encoder_1'.
+  """
+  names = {}
+  for half, sequence in HALVES.items():
+    layers = [i for i, x in header.layers.items() if x.sequence == sequence]
+    names |= {f'{half}_{n}': layer for n, layer in enumerate(layers, start=1)}
+  return names

@@ -38,13 +38,12 @@ from tests.training import tiny
 PATHS = sorted((report.HERE / report.KEPT).glob('*.json'))
 STUDY = dataclasses.replace(
   tiny_study.STUDY,
-  columns=[Column('loss, now'), Column('load', before=['balance'])],
+  columns=[Column('loss, now'), Column('load')],
   claims=[
     Claim('little is better', 'load: little < much'),
     Claim('little is better than dense', 'load: little < dense'),
     Claim('its loss is lower', 'loss, now: little < much'),
   ],
-  misses='It misses nothing.',
   written='2026-01-01',
 )
 
@@ -54,10 +53,10 @@ def summary(**changed):
   values = {'dense': [3.0, 3.1, 3.0], 'little': [1.0, 1.1, 1.3]}
   values['much'] = [2.0, 2.1, 2.2]
   rows = [
-    {'name': name, 'line': '', 'x': None, 'values': {'balance': numbers}}
+    {'name': name, 'line': '', 'x': None, 'values': {'load': numbers}}
     for name, numbers in values.items()
   ]
-  columns = [{'name': 'balance', 'unit': '', 'digits': 1}]
+  columns = [{'name': 'load', 'unit': '', 'digits': 1}]
   facts = dict(source='old', device='a CPU', jax='1', minutes=8.0, overrides={})
   about = dict(name='tiny_study', title='old', task=STUDY.tasks['text'].label)
   run = dict(steps=6, seeds=[0, 1, 2], date='2026-01-02', digests=['x'])
@@ -77,7 +76,7 @@ def test_a_stored_result_is_judged_by_the_claims_of_today():
   text = study_results.text_of(judged)
   assert '| load |' in text and '`python -m experiments.tiny_study' in text
   assert 'Claims were written on 2026-01-01' in text and '†' not in text
-  assert '\nold\n' not in text and '\nIt misses nothing.\n' in text
+  assert '\nold\n' not in text
   reversed_claims = [Claim('much is better', 'load: much < little')]
   study = dataclasses.replace(STUDY, claims=reversed_claims)
   assert words(stored.judged_again(summary(), study)) == [verdicts.REFUTED]
@@ -145,7 +144,7 @@ def test_a_change_has_the_same_name_where_its_study_is_run(monkeypatch):
 )
 def test_trials_decide_nothing(preset, reason):
   assert judging.underpowered(STUDY, preset) == reason
-  rows = [stored.row_of(row, {'balance': 'load'}) for row in summary()['rows']]
+  rows = [stored.row_of(row) for row in summary()['rows']]
   study = dataclasses.replace(STUDY, claims=STUDY.claims[:2])
   task = STUDY.tasks['text']
   for claim in judging.judged(study, preset, task, rows):
@@ -156,7 +155,7 @@ def test_trials_decide_nothing(preset, reason):
 
 def test_a_claim_whose_baseline_is_not_the_papers_is_withheld():
   claim = dataclasses.replace(STUDY.claims[0], withheld='served otherwise')
-  rows = [stored.row_of(row, {'balance': 'load'}) for row in summary()['rows']]
+  rows = [stored.row_of(row) for row in summary()['rows']]
   verdict = verdicts.verdict(claim, rows)
   assert (verdict.word, verdict.reason) == (
     verdicts.WITHHELD,
@@ -173,7 +172,7 @@ def test_intervals_end_where_numbers_do():
   assert Interval(-1.0, 0.5).ends([0.0, None]) == (-1.5, -0.5)
   row = judging.described_row(Row('a minus b', {}, difference=True))
   assert bounds_of(row, {'bounds': SHARE}) is None
-  assert stored.row_of(row, {}).difference
+  assert stored.row_of(row).difference
   assert Interval(5.0, 3.0).text('.0f', [0.0, None]) == '5 ± 3'
   below, above = figures.bar(shares, SHARE)
   assert (below, above) == (8.0, 4.0)
