@@ -146,12 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--peer', action='store_true', help="time PyTorch's attention, too")
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    default=4.0,
-    help='time for each shape',
-  )
+  add('--seconds', type=cli.SECONDS, default=4.0, help='time for each shape')
   timing.add_arguments(parser)
   return parser.parse_args(argv)
 

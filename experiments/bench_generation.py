@@ -109,11 +109,7 @@ def our_cases(
 ) -> dict[str, Callable[[], np.ndarray]]:
   """The cases of moe_jax: tokens at the end, and tokens one by one."""
   run = functools.partial(
-    generation.generate,
-    model,
-    variables,
-    list(prompts),
-    num_tokens=num_tokens,
+    generation.generate, model, variables, list(prompts), num_tokens=num_tokens
   )
   return {
     OURS: lambda: run().tokens,
@@ -242,10 +238,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help='layers of the model',
   )
   add(
-    '--seconds',
-    type=cli.SECONDS,
-    default=40.0,
-    help='time for each batch size',
+    '--seconds', type=cli.SECONDS, default=40.0, help='time for each batch size'
   )
   timing.add_arguments(parser)
   return parser.parse_args(argv)

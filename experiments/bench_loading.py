@@ -36,9 +36,7 @@ _CASE = 'experiments.benchmarks.loading_case'
 
 
 def measure(
-  folder: pathlib.Path,
-  written: Written,
-  cases: Sequence[str] = CASES,
+  folder: pathlib.Path, written: Written, cases: Sequence[str] = CASES
 ) -> list[dict[str, Any]]:
   """A row for each mesh, loaded in a process of its own.
 

@@ -160,11 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     'in bfloat16; gpu_fine: 128 narrow experts. The options below change one',
   )
   timing.add_arguments(parser)
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    help='how long each setting is timed',
-  )
+  add('--seconds', type=cli.SECONDS, help='how long each setting is timed')
   add('--tokens', type=n, help='N, tokens of a batch')
   add('--width', type=n, help='M, model width')
   add('--hidden', type=n, help='F, hidden width of one expert')

@@ -255,18 +255,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add('--files', default='', help='pattern of text files to train on')
   add('--modules', default='', help='modules of the standard library instead')
-  add(
-    '--burst',
-    type=cli.POSITIVE,
-    default=100,
-    help='steps of a burst',
-  )
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    default=180.0,
-    help='time for all cases',
-  )
+  add('--burst', type=cli.POSITIVE, default=100, help='steps of a burst')
+  add('--seconds', type=cli.SECONDS, default=180.0, help='time for all cases')
   add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)
 

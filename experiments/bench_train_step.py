@@ -25,12 +25,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.benchmarks import (
-  checkouts,
-  nanogpt_steps,
-  peer_steps,
-  timing,
-)
+from experiments.benchmarks import checkouts, nanogpt_steps, peer_steps, timing
 from experiments.benchmarks import train_step_tables as tables
 from experiments.benchmarks.roofline import Peaks, measure_peaks
 from experiments.benchmarks.train_step_programs import (

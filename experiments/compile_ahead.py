@@ -267,10 +267,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     help="devices: CPUs, 'cpu:64', or TPUs, 'v5p:4x4x4', 'v5e:16x16'",
   )
   add(
-    '--slices',
-    type=cli.POSITIVE,
-    default=1,
-    help='TPU slices of that topology',
+    '--slices', type=cli.POSITIVE, default=1, help='TPU slices of that topology'
   )
   add(
     '--device',

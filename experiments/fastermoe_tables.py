@@ -50,14 +50,7 @@ from experiments.faster_moe.simulated_runs import (
   TRACE,
 )
 from experiments.study import byte_models, command
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Figure,
-  Preset,
-  Results,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 

@@ -112,11 +112,7 @@ def disturbed(
     seconds: Seconds after which the run is left alone.
     draw: Source of random numbers.
   """
-  tally, deadline, attempt = (
-    Tally(),
-    time.monotonic() + seconds,
-    0,
-  )
+  tally, deadline, attempt = (Tally(), time.monotonic() + seconds, 0)
   while True:
     count, mesh = next(meshes)
     expected = read_on_one_device(workdir, spec)
@@ -239,10 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help='approximate duration',
   )
   add(
-    '--seed',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help='seed of the disturbances',
+    '--seed', type=cli.NOT_NEGATIVE, default=0, help='seed of the disturbances'
   )
   add(
     '--folder',

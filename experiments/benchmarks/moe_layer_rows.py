@@ -90,10 +90,7 @@ def fastest_limit(
   for chance, products of equal groups count for it too.
   """
   drawn_groups = [*GROUPED, RAGGED]
-  equal = [
-    *BATCHED,
-    *(name + EQUAL for name in GROUPED),
-  ]
+  equal = [*BATCHED, *(name + EQUAL for name in GROUPED)]
   names = equal if layer in DROPPING else drawn_groups
   if layer == 'dropless' and routing == 'uniform':
     names = drawn_groups + equal

@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import data
-from moe_jax.data import (
-  SPLITS,
-  PythonStdlibSource,
-  pieces,
-  store,
-)
+from moe_jax.data import SPLITS, PythonStdlibSource, pieces, store
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.tokenizers import Tokenizer
 

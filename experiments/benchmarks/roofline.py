@@ -11,12 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.analysis.roofline import (
-  SIZES,
-  least_seconds,
-  matmul,
-  product_rate,
-)
+from moe_jax.analysis.roofline import SIZES, least_seconds, matmul, product_rate
 
 _COPY_BYTES = 1 << 28
 

@@ -226,10 +226,7 @@ def _count(
 
 
 def _limited(
-  chosen: Chosen,
-  logits: Float[np.ndarray, 'N E'],
-  cluster: Cluster,
-  limit: int,
+  chosen: Chosen, logits: Float[np.ndarray, 'N E'], cluster: Cluster, limit: int
 ) -> Int[np.ndarray, 'N K']:
   """The choices under the topology-aware gate."""
   N, K = chosen.expert.shape

@@ -69,10 +69,7 @@ def _sources(run: Run, cluster: Cluster) -> Iterator[tuple[str, Counts]]:
     yield (
       source,
       expert_counts.counts_of(
-        chosen,
-        cluster,
-        tokens_per_device=clusters.TOKENS,
-        outgoing=OUTGOING,
+        chosen, cluster, tokens_per_device=clusters.TOKENS, outgoing=OUTGOING
       ),
     )
 
