@@ -4,7 +4,6 @@ A batch's tokens are laid over the W devices in blocks, in their order. All
 choices count, those that a capacity dropped as well, since FastMoE drops none.
 """
 
-import functools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -15,7 +14,6 @@ import numpy as np
 
 from experiments.faster_moe.clusters import Cluster
 from moe_jax.analysis import traces
-from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.routing.limited_rules import limited_choice
 from moe_jax.shapes import Float, Int
@@ -137,10 +135,7 @@ def drawn(
 
   Raises:
     DoesNotDivide: There are too few experts for the skew.
-    ValueError: There is no such name.
   """
-  if name not in DRAWN:
-    raise unknown('counts', name, DRAWN)
   rng, E = np.random.default_rng(seed), num_experts
   if name == 'skewed' and E <= HOT:
     raise DoesNotDivide(
@@ -243,6 +238,6 @@ def _limited(
   return np.where(real[:, None], np.asarray(limited).reshape(N, K), -1)
 
 
-_limit = functools.partial(
-  jax.jit, static_argnames=('num_selected', 'num_nodes', 'limit')
-)(limited_choice)
+_limit = jax.jit(
+  limited_choice, static_argnames=('num_selected', 'num_nodes', 'limit')
+)
