@@ -94,11 +94,10 @@ class Case(NamedTuple):
 
 def published(cluster: Cluster, arm: str) -> Published | None:
   """The paper's speed-up of an arm; None where no verified one is known."""
-  column = ARMS[arm].published
-  if not (cluster.published and column):
+  name = simulate.published(cluster, arm)
+  if not name or (cell := claims.find(name)).mark == 'unverified':
     return None
-  cell = claims.find(f'fastermoe2022/throughput/{cluster.published}/{column}')
-  return None if cell.mark == 'unverified' else cell
+  return cell
 
 
 def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:

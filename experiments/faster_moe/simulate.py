@@ -57,6 +57,14 @@ ARMS = types.MappingProxyType(
 )
 
 
+def published(cluster: Cluster, arm: str) -> str:
+  """Name of the paper's speed-up of an arm in `claims.json`; '' for none."""
+  column = ARMS[arm].published
+  if not (cluster.published and column):
+    return ''
+  return f'fastermoe2022/throughput/{cluster.published}/{column}'
+
+
 class Simulated(NamedTuple):
   """The simulated training steps of one arm, one for each batch and layer.
 
