@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import ml_collections
 import numpy as np
 
 from experiments.study import byte_models
@@ -113,9 +112,6 @@ class SpeedPreset(Preset):
       fraction of the steps.
     lengths: Lengths of a sparse model's runs, as fractions of the steps,
       ascending to 1.
-
-  Raises:
-    ValueError: The lengths are not so.
   """
 
   models: Sequence[SpeedModel] = ()
@@ -124,11 +120,6 @@ class SpeedPreset(Preset):
   rates: Sequence[float] = ()
   trial: float = 0.3
   lengths: Sequence[float] = (0.5, 0.7, 1.0)
-
-  def __post_init__(self):
-    ascending = sorted(set(self.lengths))
-    if list(self.lengths) != ascending or ascending[-1:] != [1.0]:
-      raise InputError(f'lengths={self.lengths} do not ascend to 1')
 
   @property
   def twin(self) -> SpeedModel:
@@ -241,32 +232,22 @@ def screen(preset: SpeedPreset) -> Exploration:
   dense loss go on, with their twin.
   """
 
-  def arms(_: Sequence[Arm], shared: ml_collections.ConfigDict) -> list[Arm]:
-    del shared
-    return _trials(preset)
+  models, twins = preset.models, dict.fromkeys(m.twin for m in preset.models)
+  trials = [(twin, length) for twin in twins for length in _TWIN_LENGTHS]
+  trials += [(model, 1) for model in models]
 
-  def chosen(
-    so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
-  ) -> list[Arm]:
+  def arms(*_: Any) -> list[Arm]:
+    return [
+      model.arm(preset, preset.trial * length, SCREENED_RATE[model.width])
+      for model, length in trials
+    ]
+
+  def chosen(so_far, results, times) -> list[Arm]:
     ranked, twin = ranking(predictions(results, times)), preset.twin.name
     best = [m for m in ranked if twin_of(m) == twin][: preset.most]
     return [arm for name in (twin, *best) for arm in so_far if arm.line == name]
 
   return Exploration(arms, chosen, SEEDS, groups)
-
-
-def _trials(preset: SpeedPreset) -> list[Arm]:
-  """The arms of a screening, those of dense twins with two lengths."""
-  models, trial = preset.models, preset.trial
-  twins = dict.fromkeys(model.twin for model in models)
-  return [
-    *(
-      twin.arm(preset, trial * length, SCREENED_RATE[twin.width])
-      for twin in twins
-      for length in _TWIN_LENGTHS
-    ),
-    *(m.arm(preset, trial, SCREENED_RATE[m.width]) for m in models),
-  ]
 
 
 def search_rates(preset: SpeedPreset) -> Exploration:
@@ -277,26 +258,19 @@ def search_rates(preset: SpeedPreset) -> Exploration:
   and a sparse model at that of a trial, so that the search favours the twin.
   """
 
-  def arms(
-    so_far: Sequence[Arm], shared: ml_collections.ConfigDict
-  ) -> list[Arm]:
-    del shared
-    lengths = {
-      arm.line: 1.0 if arm.line == twin_of(arm.line) else preset.trial
-      for arm in so_far
-    }
-    by_name = {model.name: model for model in preset.models}
-    by_name |= {model.twin.name: model.twin for model in preset.models}
+  by_name = {m.name: m for model in preset.models for m in (model, model.twin)}
+
+  def arms(so_far, _) -> list[Arm]:
     return [
       by_name[name].arm(preset, length, rate)
-      for name, length in lengths.items()
+      for name, length in dict.fromkeys(
+        (arm.line, 1.0 if arm.line == twin_of(arm.line) else preset.trial)
+        for arm in so_far
+      )
       for rate in preset.rates
     ]
 
-  def chosen(
-    so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
-  ) -> list[Arm]:
-    del times
+  def chosen(so_far, results, _) -> list[Arm]:
     best = best_rates(results, preset.rates)
     key = 'optimizer.learning_rate'
     return [

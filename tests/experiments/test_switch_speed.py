@@ -77,12 +77,6 @@ def test_a_step_time_is_told(monkeypatch):
   assert 'an unknown number of' in text and 'BUSY' not in text
 
 
-@pytest.mark.parametrize('lengths', [(0.5,), (1.0, 0.5), ()])
-def test_the_longest_runs_are_as_long_as_the_twins(lengths):
-  with pytest.raises(ValueError, match='do not ascend to 1'):
-    SpeedPreset(10, 1, lengths=lengths)
-
-
 def test_names_of_arms_are_read_back():
   for model in (FOUR, EIGHT, WIDE.twin):
     for rate in (0.0, 2e-3):
@@ -220,6 +214,7 @@ def test_all_lengths_have_one_warm_up():
     models = [m.name for m in preset.models]
     assert len(models) == len(set(models))
     assert set(preset.models) <= set(speed_models.GRID)
+    assert list(preset.lengths) == sorted({*preset.lengths, 1.0})
 
 
 def test_runs_that_a_search_chooses_are_no_items():
