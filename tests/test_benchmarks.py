@@ -20,7 +20,6 @@ from experiments import (
 )
 from experiments.benchmarks import (
   checkouts,
-  decoding_products,
   moe_layer,
   nanogpt_steps,
   peer_steps,
@@ -521,7 +520,7 @@ def test_experts_that_a_step_reads_are_those_of_random_choices(
   num_tokens, read
 ):
   sizes = bench_generation.SIZES
-  assert decoding_products.read_experts(num_tokens, sizes) == read
+  assert bench_generation.read_experts(num_tokens, sizes) == read
   rng = np.random.default_rng(0)
   choices = rng.permuted(
     np.tile(np.arange(sizes['num_local_experts']), (200, num_tokens, 1)),
