@@ -173,9 +173,18 @@ def counts_of(
   """
   step, layer, counts, gated = [], [], [], []
   rows = leaving = 1.0
+  W = cluster.num_devices
   for one in chosen:
-    _check(one, cluster)
-    per_device = len(one.expert) // cluster.num_devices
+    sizes = {
+      'num_experts': one.num_experts,
+      'tokens of a batch': len(one.expert),
+    }
+    for name, size in sizes.items():
+      if size % W:
+        raise DoesNotDivide(
+          f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
+        )
+    per_device = len(one.expert) // W
     rows = (tokens_per_device or per_device) / per_device
     step.append(one.step)
     layer.append(one.layer)
@@ -195,18 +204,6 @@ def counts_of(
     rows,
     leaving,
   )
-
-
-def _check(chosen: Chosen, cluster: Cluster) -> None:
-  W = cluster.num_devices
-  for name, size in (
-    ('num_experts', chosen.num_experts),
-    ('tokens of a batch', len(chosen.expert)),
-  ):
-    if size % W:
-      raise DoesNotDivide(
-        f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
-      )
 
 
 def _count(
