@@ -12,7 +12,6 @@ compute about half of them. Writes `table.md`, `rows.csv` and `results.json` to
 `results/bench_attention/<device>`.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -23,11 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import timing, torch_attention
+from experiments.benchmarks import timing
 from experiments.benchmarks.roofline import Peaks, measure_peaks
-from experiments.benchmarks.torch_attention import Case
-from experiments.benchmarks.turns import PAUSE, Runs, check_installed, turns
-from experiments.study.tables import markdown_table
+from experiments.benchmarks.turns import PAUSE, Runs, turns
 from moe_jax import cli
 from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.attention.dot_product import attend
@@ -43,6 +40,8 @@ SHAPES = (
   (4, 512, 8, 64),
   (2, 1024, 8, 64),
 )
+# B, T, H and D of a case, and whether rows hold several documents.
+Case = tuple[tuple[int, int, int, int], bool]
 IMPLEMENTATIONS = {
   'cpu': ('einsum', 'blocks', 'xla'),
   'gpu': ('einsum', 'blocks', 'xla'),
@@ -69,7 +68,37 @@ def program(implementation: str, case: Case) -> Callable[[], Any]:
     return y, pull(toward)
 
   arguments = query, key, value, ids, toward
-  return timing.compile_ahead(forward_backward, *arguments).on(*arguments).run
+  return timing.compile_ahead(forward_backward, *arguments)(*arguments).run
+
+
+def peer_programs(cases: Sequence[Case]) -> dict[Case, Callable[[], None]]:
+  """Functions that call PyTorch's fused attention and take its gradient."""
+  return {case: _peer_program(*case) for case in cases}
+
+
+def _peer_program(shape, packed):
+  import torch
+
+  B, T, H, D = shape
+  torch.manual_seed(0)
+  query, key, value, toward = (torch.randn(B, T, H, D) for _ in range(4))
+  inputs = [x.requires_grad_() for x in (query, key, value)]
+  mask = None
+  if packed:
+    ids = torch.arange(T).expand(B, T) // (-(-T // 3))
+    mask = ids[:, None, :, None] == ids[:, None, None, :]
+    mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
+  attention = functools.partial(
+    torch.nn.functional.scaled_dot_product_attention,
+    attn_mask=mask,
+    is_causal=mask is None,
+  )
+
+  def run():
+    y = attention(*(x.transpose(1, 2) for x in inputs))
+    torch.autograd.grad(y.transpose(1, 2), inputs, toward)
+
+  return run
 
 
 def measure(
@@ -85,81 +114,43 @@ def measure(
   (B, T, H, D), packed = case
   flops = _PRODUCTS * 2 * B * H * T * T * D
   limits = [flops / peaks.flops_per_second for peaks in rounds]
-  rows = []
-  for name, durations in times.items():
-    row = {
+  return [
+    {
       'shape': f'B={B} T={T} H={H} D={D}',
       'documents': 3 if packed else 1,
       'implementation': name,
       'rounds': len(durations),
-      'ms': 1e3 * timing.Spread.of(durations).median,
-      'limit_ms': 1e3 * timing.Spread.of(limits).median,
+      'ms': timing.milliseconds(durations).median,
+      'limit_ms': timing.milliseconds(limits).median,
+      **{
+        f'per_{base.lower()}': timing.ratio(durations, times[base])
+        for base in ('einsum', PEER)
+        if base in times
+      },
     }
-    for other in ('einsum', PEER):
-      if other in times:
-        ratio = timing.ratio(durations, times[other])
-        row |= {
-          f'per_{other.lower()}': ratio.median,
-          f'per_{other.lower()}_low': ratio.low,
-          f'per_{other.lower()}_high': ratio.high,
-        }
-    rows.append(row)
-  return rows
-
-
-def report(rows: Sequence[dict[str, Any]], peaks: Peaks) -> str:
-  """The table and the meaning of its columns, in Markdown."""
-  facts = timing.facts()
-
-  def spread(row, name):
-    keys = (f'{name}_low', name, f'{name}_high')
-    return (
-      f'{timing.Spread(*(row[k] for k in keys)):.2f}' if name in row else ''
-    )
-
-  lines = [
-    {
-      'shape': row['shape'],
-      'documents in a row': str(row['documents']),
-      'implementation': row['implementation'],
-      'ms': f'{row["ms"]:.2f}',
-      'over einsum': spread(row, 'per_einsum'),
-      f'over {PEER}': spread(row, f'per_{PEER.lower()}'),
-      'limit, ms': f'{row["limit_ms"]:.2f}',
-    }
-    for row in rows
+    for name, durations in times.items()
   ]
-  return (
-    '# Causal attention, forward and backward, float32\n\n'
-    f'{facts["device"]} ({facts["cores"]} cores), {facts["date"]}, jax '
-    f'{facts["jax"]}; {peaks.describe()}. Cases ran interleaved: medians, and '
-    'medians of ratios within a round (quartiles in brackets). Limit: seven '
-    'products of all scores at the peak of the same rounds.\n\n'
-    f'{markdown_table(lines)}'
-  )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = cli.Parser(
-    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
-  )
-  add = parser.add_argument
-  add('--peer', action='store_true', help="time PyTorch's attention, too")
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    default=4.0,
-    help='time for each shape',
-  )
-  timing.add_arguments(parser)
-  return parser.parse_args(argv)
+COLUMNS = {
+  'shape': '{shape}',
+  'documents in a row': '{documents}',
+  'implementation': '{implementation}',
+  'ms': '{ms:.2f}',
+  'over einsum': '{per_einsum:.2f}',
+  f'over {PEER}': '{per_pytorch:.2f}',
+  'limit, ms': '{limit_ms:.2f}',
+}
 
 
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all shapes; writes the table."""
-  options = parse(argv)
+  parser = timing.parser(NAME, __doc__)
+  add = parser.add_argument
+  add('--peer', action='store_true', help="time PyTorch's attention, too")
+  add('--seconds', type=cli.SECONDS, default=4.0, help='time for each shape')
+  options = parser.parse_args(argv)
   keep_freed_memory()
   cases = [(shape, packed) for shape in SHAPES for packed in (False, True)]
   peaks = measure_peaks('float32', quick=options.rough_peaks)
@@ -168,15 +159,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   with contextlib.ExitStack() as stack:
     peer: Runs = {}
     if options.peer:
-      check_installed('torch')
-      programs = functools.partial(torch_attention.programs, cases)
-      peer = stack.enter_context(turns(programs))
+      programs = functools.partial(peer_programs, cases)
+      peer = stack.enter_context(turns(programs, 'torch'))
     for case in cases:
       rows += measure(case, peer, options.seconds, peaks)
-  text = report(rows, peaks)
+  text = (
+    '# Causal attention, forward and backward, float32\n\n'
+    f'{timing.conditions(peaks)} Limit: seven products of all scores at the '
+    f'peak of the same rounds.\n\n{timing.table(rows, COLUMNS)}'
+  )
   metadata = {'peaks': dataclasses.asdict(peaks)}
-  folder = timing.write(options.output, NAME, text, rows, metadata)
-  print(f'\n{text}\nwritten: {folder}')
+  timing.write(options.output, NAME, text, rows, metadata)
 
 
 if __name__ == '__main__':

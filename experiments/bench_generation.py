@@ -15,20 +15,24 @@ Writes `table.md`, `rows.csv` and `results.json` to
 
 import argparse
 import functools
+import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import decoding_products, timing
-from experiments.benchmarks.roofline import Peaks, measure_peaks
-from experiments.study.tables import markdown_table
+from experiments.benchmarks import timing
+from experiments.benchmarks.roofline import measure_peaks
 from moe_jax import cli, generation, interop
 from moe_jax.devices import keep_freed_memory
+from moe_jax.shapes import Array, Float
 
 NAME = 'bench_generation'
+Kernels = list[Float[Array, 'M N']]
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
 THEIRS = 'transformers'
 LIMIT = 'matrix products alone'
@@ -109,11 +113,7 @@ def our_cases(
 ) -> dict[str, Callable[[], np.ndarray]]:
   """The cases of moe_jax: tokens at the end, and tokens one by one."""
   run = functools.partial(
-    generation.generate,
-    model,
-    variables,
-    list(prompts),
-    num_tokens=num_tokens,
+    generation.generate, model, variables, list(prompts), num_tokens=num_tokens
   )
   return {
     OURS: lambda: run().tokens,
@@ -121,17 +121,116 @@ def our_cases(
   }
 
 
+def read_experts(num_tokens: int, sizes: Mapping[str, int]) -> int:
+  """Experts of a layer that tokens with balanced random choices read.
+
+  Args:
+    num_tokens: Tokens of a step.
+    sizes: Sizes of a Mixtral, named as in its config.
+
+  Returns:
+    Their expected number, rounded.
+  """
+  E, K = sizes['num_local_experts'], sizes['num_experts_per_tok']
+  return round(E * (1 - (1 - K / E) ** num_tokens))
+
+
+def products(
+  sizes: Mapping[str, int], batch_size: int, prompt_len: int, num_tokens: int
+) -> Callable[[], jax.Array]:
+  """The matrix products of a greedy generation, and nothing else, compiled.
+
+  They are the products of reading prompts and of all steps after it. Their time
+  is the limit of every implementation that multiplies by each kernel once a
+  step: at few rows it is the time in which a machine reads the kernels.
+
+  Args:
+    sizes: Sizes of a Mixtral, named as in its config.
+    batch_size: Number of prompts.
+    prompt_len: Tokens of a prompt.
+    num_tokens: Tokens to generate for each prompt; the first of them needs no
+      step of its own.
+
+  Returns:
+    A function without arguments, which waits for the last product.
+  """
+  layers, head = _kernels(sizes)
+  served = read_experts(batch_size, sizes)
+  share = sizes['num_experts_per_tok'] / sizes['num_local_experts']
+
+  def through_layers(x, served, rows):
+    """Multiplies x by every kernel, and its first rows by experts' kernels."""
+    for kernels, experts in layers:
+      for kernel in kernels:
+        x = _changed(x, x @ kernel)
+      for gate, up, down in experts[:served]:
+        y = (x[:rows] @ gate + x[:rows] @ up) @ down
+        x = x.at[:rows].set(_changed(x[:rows], y))
+    return x
+
+  @jax.jit
+  def run(prompts, first):
+    rows = math.ceil(len(prompts) * share)
+    read = through_layers(prompts, len(layers[0][1]), rows)
+
+    def step(_, x):
+      x = through_layers(x, served, batch_size)
+      return _changed(x, x @ head)
+
+    # The steps wait for the prompts, as those of a generation do.
+    first = _changed(first, read[:batch_size])
+    return jax.lax.fori_loop(1, num_tokens, step, first)
+
+  M = sizes['hidden_size']
+  prompts = jnp.ones((batch_size * prompt_len, M))
+  first = jnp.ones((batch_size, M))
+  return lambda: jax.block_until_ready(run(prompts, first))
+
+
+def _changed(
+  x: Float[Array, 'R M'], product: Float[Array, 'R N']
+) -> Float[Array, 'R M']:
+  """x with so little of the product that it stays finite, yet waits for it."""
+  return x + 1e-9 * product.mean(axis=1, keepdims=True)
+
+
+def _kernels(
+  sizes: Mapping[str, int],
+) -> tuple[list[tuple[Kernels, list[Kernels]]], Float[Array, 'M V']]:
+  """The kernels of each layer and of its experts, and that of the logits."""
+  M, F = sizes['hidden_size'], sizes['intermediate_size']
+  E = sizes['num_local_experts']
+  width = M // sizes['num_attention_heads'] * sizes['num_key_value_heads']
+  rng = np.random.default_rng(0)
+
+  def kernel(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  layers = []
+  for _ in range(sizes['num_hidden_layers']):
+    kernels = [kernel(M, n) for n in (M, width, width, M, E)]
+    experts = [[kernel(M, F), kernel(M, F), kernel(F, M)] for _ in range(E)]
+    layers.append((kernels, experts))
+  return layers, kernel(M, sizes['vocab_size'])
+
+
 def measure(
   theirs: Any,
   ours: Sequence[Any],
   sizes: Mapping[str, int],
-  *,
   batch_size: int,
-  prompt_len: int,
-  num_tokens: int,
-  seconds: float,
+  options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-  """Times all cases of one batch size, interleaved; one row for each."""
+  """Times all cases of one batch size, interleaved; one row for each.
+
+  Args:
+    theirs: transformers' model.
+    ours: Our model and its variables.
+    sizes: Sizes of both, named as in a Mixtral's config.
+    batch_size: Number of prompts.
+    options: The command line: lengths of prompts and texts, and the seconds.
+  """
+  prompt_len, num_tokens = options.prompt_len, options.num_tokens
   rng = np.random.default_rng(batch_size)
   shape = batch_size, prompt_len
   prompts = rng.integers(1, theirs.config.vocab_size, shape, np.int32)
@@ -144,117 +243,60 @@ def measure(
     name: float((generated == tokens[default]).mean())
     for name, generated in tokens.items()
   }
-  cases[LIMIT] = decoding_products.products(
-    sizes, batch_size, prompt_len, num_tokens
-  )
+  cases[LIMIT] = products(sizes, batch_size, prompt_len, num_tokens)
   cases[LIMIT]()  # compiles
-  times = timing.interleave(cases, seconds=seconds)
+  times = timing.interleave(cases, seconds=options.seconds)
   fastest = min(peers, key=lambda name: np.median(times[name]))
   rows = []
   for name, durations in times.items():
-    duration = timing.Spread.of(durations)
-    to_default = timing.ratio(times[default], durations)
-    to_fastest = timing.ratio(times[fastest], durations)
-    over_limit = timing.ratio(durations, times[LIMIT])
+    duration = timing.Spread.of(durations).median
     rows.append(
       {
         'case': name,
         'batch': batch_size,
         'rounds': len(durations),
-        'ms': 1e3 * duration.median,
-        'tokens_per_second': batch_size * num_tokens / duration.median,
-        'per_default': to_default.median,
-        'per_default_low': to_default.low,
-        'per_default_high': to_default.high,
+        'ms': 1e3 * duration,
+        'tokens_per_second': batch_size * num_tokens / duration,
+        'per_default': timing.ratio(times[default], durations),
         'fastest_peer': fastest,
-        'per_fastest': to_fastest.median,
-        'per_fastest_low': to_fastest.low,
-        'per_fastest_high': to_fastest.high,
-        'over_limit': over_limit.median,
-        'over_limit_low': over_limit.low,
-        'over_limit_high': over_limit.high,
+        'per_fastest': timing.ratio(times[fastest], durations),
+        'over_limit': timing.ratio(durations, times[LIMIT]),
         'same_tokens': same_tokens.get(name),
       }
     )
   return rows
 
 
-def report(
-  rows: Sequence[Mapping[str, Any]],
-  sizes: Mapping[str, int],
-  prompt_len: int,
-  num_tokens: int,
-  peaks: Peaks,
-) -> str:
-  """The table and the meaning of its columns, in Markdown."""
-  f = timing.facts()
-  lines = []
-  for row in rows:
-    line = {
-      'batch': str(row['batch']),
-      'case': row['case'],
-      'ms': f'{row["ms"]:.0f}',
-      'tokens / s': f'{row["tokens_per_second"]:,.0f}',
-    }
-    for name, title in (
-      ('per_default', f"speed / {THEIRS}' default"),
-      ('per_fastest', 'speed / its fastest'),
-      ('over_limit', f'time / {LIMIT}'),
-    ):
-      low, high = row[f'{name}_low'], row[f'{name}_high']
-      line[title] = f'{row[name]:.2f} ({low:.2f}-{high:.2f})'
-    same = row['same_tokens']
-    lines.append(line | {'same tokens': '-' if same is None else f'{same:.1%}'})
-  sizes_text = ', '.join(f'{name}={value}' for name, value in sizes.items())
-  return (
-    f'# Greedy generation from one Mixtral checkpoint\n\n{f["device"]} '
-    f'({f["cores"]} cores), {f["date"]}, jax {f["jax"]}; {peaks.describe()}. '
-    f'{sizes_text}; float32; prompts of {prompt_len} tokens, {num_tokens} new '
-    'ones. Whole calls, after compilation, interleaved: medians, and medians '
-    f'of ratios within a round (quartiles in brackets). {THEIRS} is named '
-    'with what runs its experts. "Same tokens" is the share of tokens that '
-    f'equal those of its default. {LIMIT.capitalize()}: the products of each '
-    'step with every kernel that it needs, with as many experts as balanced '
-    f'random choices would read.\n\n{markdown_table(lines)}'
-  )
+def _same_tokens(row: Mapping[str, Any]) -> str:
+  return '-' if row['same_tokens'] is None else f'{row["same_tokens"]:.1%}'
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = cli.Parser(
-    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
-  )
-  add = parser.add_argument
-  number = cli.POSITIVE
-  add(
-    '--batch_sizes',
-    type=number,
-    nargs='+',
-    default=[1, 8],
-    help='numbers of prompts of a call',
-  )
-  add('--prompt_len', type=number, default=32, help='tokens of a prompt')
-  add('--num_tokens', type=number, default=64, help='tokens to generate')
-  add(
-    '--num_layers',
-    type=number,
-    default=SIZES['num_hidden_layers'],
-    help='layers of the model',
-  )
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    default=40.0,
-    help='time for each batch size',
-  )
-  timing.add_arguments(parser)
-  return parser.parse_args(argv)
+COLUMNS = {
+  'batch': '{batch}',
+  'case': '{case}',
+  'ms': '{ms:.0f}',
+  'tokens / s': '{tokens_per_second:,.0f}',
+  f"speed / {THEIRS}' default": '{per_default:.2f}',
+  'speed / its fastest': '{per_fastest:.2f}',
+  f'time / {LIMIT}': '{over_limit:.2f}',
+  'same tokens': _same_tokens,
+}
 
 
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures every batch size and writes the table."""
-  options = parse(argv)
+  parser = timing.parser(NAME, __doc__)
+  add, number = parser.add_argument, cli.POSITIVE
+  text = 'numbers of prompts of a call'
+  add('--batch_sizes', type=number, nargs='+', default=[1, 8], help=text)
+  add('--prompt_len', type=number, default=32, help='tokens of a prompt')
+  add('--num_tokens', type=number, default=64, help='tokens to generate')
+  layers = SIZES['num_hidden_layers']
+  add('--num_layers', type=number, default=layers, help='layers of the model')
+  text = 'time for each batch size'
+  add('--seconds', type=cli.SECONDS, default=40.0, help=text)
+  options = parser.parse_args(argv)
   keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
   rows, peaks = [], measure_peaks('float32', quick=options.rough_peaks)
@@ -262,18 +304,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     theirs = transformers_model(sizes, pathlib.Path(folder))
     _, *ours = interop.load(folder)
   for batch_size in options.batch_sizes:
-    rows += measure(
-      theirs,
-      ours,
-      sizes,
-      batch_size=batch_size,
-      prompt_len=options.prompt_len,
-      num_tokens=options.num_tokens,
-      seconds=options.seconds,
-    )
-  text = report(rows, sizes, options.prompt_len, options.num_tokens, peaks)
-  folder = timing.write(options.output, NAME, text, rows, {'sizes': sizes})
-  print(f'\n{text}\nwritten: {folder}')
+    rows += measure(theirs, ours, sizes, batch_size, options)
+  sizes_text = ', '.join(f'{name}={value}' for name, value in sizes.items())
+  text = (
+    '# Greedy generation from one Mixtral checkpoint\n\n'
+    f'{timing.conditions(peaks)} {sizes_text}; float32; prompts of '
+    f'{options.prompt_len} tokens, {options.num_tokens} new ones. Whole calls, '
+    f'after compilation. {THEIRS} is named with what runs its experts. "Same '
+    'tokens" is the share of tokens that equal those of its default. '
+    f'{LIMIT.capitalize()}: the products of each step with every kernel that '
+    'it needs, with as many experts as balanced random choices would read.'
+    f'\n\n{timing.table(rows, COLUMNS)}'
+  )
+  timing.write(options.output, NAME, text, rows, {'sizes': sizes})
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ all but the experts. Writes `table.md`, `rows.csv` and `results.json` to
 `results/bench_loading/<device>`. Linux only.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -26,7 +25,6 @@ from typing import Any
 
 from experiments.benchmarks import random_checkpoint, timing
 from experiments.benchmarks.random_checkpoint import Written
-from experiments.study.tables import markdown_table
 from moe_jax import cli
 
 NAME = 'bench_loading'
@@ -36,9 +34,7 @@ _CASE = 'experiments.benchmarks.loading_case'
 
 
 def measure(
-  folder: pathlib.Path,
-  written: Written,
-  cases: Sequence[str] = CASES,
+  folder: pathlib.Path, written: Written, cases: Sequence[str] = CASES
 ) -> list[dict[str, Any]]:
   """A row for each mesh, loaded in a process of its own.
 
@@ -74,47 +70,38 @@ def measure(
   return rows
 
 
+COLUMNS = {
+  'devices': lambda row: row['mesh'] or '1',
+  'parameters placed, GB': lambda row: f'{row["placed"] / 1e9:.2f}',
+  'before, GB': lambda row: f'{row["before"] / 1e9:.2f}',
+  'peak, GB': lambda row: f'{row["peak"] / 1e9:.2f}',
+  'bound, GB': lambda row: f'{row["bound"] / 1e9:.2f}',
+  'within': lambda row: 'yes' if row['holds'] else 'NO',
+  'seconds': '{seconds:.0f}',
+}
+
+
 def report(rows: Sequence[Mapping[str, Any]], written: Written) -> str:
   """The table, in Markdown."""
   f = timing.facts()
-  lines = [
-    {
-      'devices': row['mesh'] or '1',
-      'parameters placed, GB': f'{row["placed"] / 1e9:.2f}',
-      'before, GB': f'{row["before"] / 1e9:.2f}',
-      'peak, GB': f'{row["peak"] / 1e9:.2f}',
-      'bound, GB': f'{row["bound"] / 1e9:.2f}',
-      'within': 'yes' if row['holds'] else 'NO',
-      'seconds': f'{row["seconds"]:.0f}',
-    }
-    for row in rows
-  ]
   return (
     f'# Memory of loading\n\n{f["device"]} ({f["cores"]} cores), {f["date"]}. '
     f'{written.total / 1e9:.2f} GB in bfloat16, {written.files} files of at '
     f'most {written.largest_file / 1e9:.2f} GB; the bound is the parameters as '
     'placed, one file and 1 GB, for the peak of the whole process. Every value '
-    f'arrived, by the sum of all bits.\n\n{markdown_table(lines)}\n'
+    f'arrived, by the sum of all bits.\n\n{timing.table(rows, COLUMNS)}\n'
   )
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = cli.Parser(
-    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
-  )
-  add, positive = parser.add_argument, cli.number(float, above=0)
-  add('--gigabytes', type=positive, default=2.0, help='size of the checkpoint')
-  add('--file_gb', type=positive, default=0.5, help='largest size of one file')
-  add('--folder', default='', help='folder of the data, which is removed again')
-  add('--output', default='results', help='folder of the results')
-  return parser.parse_args(argv)
 
 
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the checkpoint, loads it in all cases and writes the table."""
-  options = parse(argv)
+  parser = timing.parser(NAME, __doc__, peaks=False)
+  add, positive = parser.add_argument, cli.number(float, above=0)
+  add('--gigabytes', type=positive, default=2.0, help='size of the checkpoint')
+  add('--file_gb', type=positive, default=0.5, help='largest size of one file')
+  add('--folder', default='', help='folder of the data, which is removed again')
+  options = parser.parse_args(argv)
   with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
     folder = pathlib.Path(name)
     config = random_checkpoint.config_of(1e9 * options.gigabytes)
@@ -122,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(folder, written)
   text = report(rows, written)
   facts = {'config': config, 'written': dataclasses.asdict(written)}
-  path = timing.write(options.output, NAME, text, rows, facts)
-  print(f'{text}\nwritten: {path}')
+  timing.write(options.output, NAME, text, rows, facts)
 
 
 if __name__ == '__main__':

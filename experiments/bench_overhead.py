@@ -11,21 +11,20 @@ steps. A step that is recorded is another program, in a run of its own. Writes
 `table.md`, `rows.csv` and `results.json` to `results/bench_overhead/<device>`.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from experiments.benchmarks import timing
-from experiments.study.tables import markdown_table
 from moe_jax import cli, run_config
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
@@ -69,88 +68,65 @@ def prepared(
   return run_config.read(layered(RunConfig, config, changes))
 
 
-class Loop:
-  """A run's training loop, executed in bursts of steps; a context manager."""
+@contextlib.contextmanager
+def training_loop(
+  run: Run, burst: int, hooks: Sequence[Hook] = ()
+) -> Iterator[Callable[..., None]]:
+  """A function that executes the next steps of a run's training loop.
 
-  def __init__(self, run: Run, burst: int, hooks: Sequence[Hook] = ()):
-    self._run = run
-    self._burst = burst
-    self._hooks = hooks
-    self._step = 0
+  Args:
+    run: The run.
+    burst: Number of steps of a call.
+    hooks: Hooks of the run, whose records are written before a call ends.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(run.checkpoints)
+    run, state, _ = begin(run)
+    batches, step = run.batches(0), 0
+    stack.enter_context(run.recorder.recording(0))
+    for hook in hooks:
+      stack.callback(hook.close)
+      hook.check(run)
+      run = hook.start(run) or run
 
-  def __enter__(self) -> 'Loop':
-    run = self._run
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(run.checkpoints)
-      run, self._state, _ = begin(run)
-      self._batches = run.batches(0)
-      stack.enter_context(run.recorder.recording(0))
-      for hook in self._hooks:
-        stack.callback(hook.close)
-        hook.check(run)
-        run = hook.start(run) or run
-      self._run = run
-      self._stack = stack.pop_all()
-    return self
+    def next_burst(records: bool = True, saves: bool = False) -> None:
+      """Takes the steps of a burst, and waits for all that belongs to it.
 
-  def __exit__(self, *exc) -> None:
-    self._stack.close()
+      Args:
+        records: Whether every step's metrics are read and their rows written.
+        saves: Whether a checkpoint is begun at the burst's first step.
+      """
+      nonlocal state, step
+      for i in range(burst):
+        batch, step = next(batches), step + 1
+        state, metrics = run.train_step(state, batch)
+        if records:
+          run.recorder.add(step, metrics, batch)
+        if saves and not i:
+          with run.recorder.paused(step):
+            run.checkpoints.save(step, state)
+            run.message(f'step {step}: saving a checkpoint')
+      if records:
+        with run.recorder.paused(step):
+          run.checkpoints.wait()
+      jax.block_until_ready(state)
+      for hook in hooks:
+        hook.paused()
 
-  def bare(self) -> None:
-    """One burst of batches and steps, without metrics or checkpoints."""
-    for _ in range(self._burst):
-      self._state, _ = self._take(next(self._batches))
-    jax.block_until_ready(self._state)
-
-  def with_metrics(self, saves: bool = False) -> None:
-    """One burst that reads every step's metrics and writes their rows.
-
-    Args:
-      saves: Whether a checkpoint is begun at the burst's first step.
-    """
-    run = self._run
-    for i in range(self._burst):
-      batch = next(self._batches)
-      self._state, metrics = self._take(batch)
-      run.recorder.add(self._step, metrics, batch)
-      if saves and not i:
-        with run.recorder.paused(self._step):
-          run.checkpoints.save(self._step, self._state)
-          run.message(f'step {self._step}: saving a checkpoint')
-    with run.recorder.paused(self._step):
-      run.checkpoints.wait()
-    jax.block_until_ready(self._state)
-
-  def with_traces(self) -> None:
-    """One burst with metrics whose records are written before it ends."""
-    self.with_metrics()
-    for hook in self._hooks:
-      hook.paused()
-
-  def with_both(self) -> None:
-    """One burst with metrics and a checkpoint.
-
-    The checkpoint is begun at the first step and complete when this returns.
-    """
-    self.with_metrics(saves=True)
-
-  def _take(self, batch):
-    self._step += 1
-    return self._run.train_step(self._state, batch)
+    yield next_burst
 
 
-class Counted:
-  """A case that also records the CPU seconds of each run, of all threads."""
+def counted(
+  run: Callable[[], None], seconds: list[float]
+) -> Callable[[], None]:
+  """A case that adds the CPU seconds of each run, of all threads, to a list."""
 
-  def __init__(self, run: Callable[[], None]):
-    self._run = run
-    self.seconds: list[float] = []
+  def case():
+    begun = time.process_time()
+    run()
+    seconds.append(time.process_time() - begun)
 
-  def __call__(self) -> None:
-    """Runs the case once."""
-    begin = time.process_time()
-    self._run()
-    self.seconds.append(time.process_time() - begin)
+  return case
 
 
 def measure(
@@ -174,35 +150,36 @@ def measure(
     run = set_up(run_options, folder, devices=one)
     recorded = set_up(traced, other, devices=one)
     hooks = Replaying(), Traces()
-    with Loop(run, burst) as loop, Loop(recorded, burst, hooks) as other_loop:
+    with (
+      training_loop(run, burst) as loop,
+      training_loop(recorded, burst, hooks) as traced_loop,
+    ):
       cases = {
-        BARE: Counted(loop.bare),
-        METRICS: Counted(loop.with_metrics),
-        TRACES: Counted(other_loop.with_traces),
-        BOTH: Counted(loop.with_both),
+        BARE: functools.partial(loop, records=False),
+        METRICS: loop,
+        TRACES: traced_loop,
+        BOTH: functools.partial(loop, saves=True),
       }
-      times = timing.interleave(cases, **options)
+      cpu = {name: list[float]() for name in cases}
+      times = timing.interleave(
+        {name: counted(case, cpu[name]) for name, case in cases.items()},
+        **options,
+      )
     saved = _size(pathlib.Path(folder) / 'checkpoints')
-  rows = []
-  for case, durations in times.items():
-    per_bare = timing.ratio(durations, times[BARE])
-    cpu = timing.ratio(cases[case].seconds[1:], cases[BARE].seconds[1:])
-    rows.append(
-      {
-        'case': case,
-        'rounds': len(durations),
-        'steps': burst,
-        'ms': 1e3 * timing.Spread.of(durations).median / burst,
-        'per_bare': per_bare.median,
-        'per_bare_low': per_bare.low,
-        'per_bare_high': per_bare.high,
-        'cpu_per_bare': cpu.median,
-        'cpu_per_bare_low': cpu.low,
-        'cpu_per_bare_high': cpu.high,
-        'checkpoint_bytes': saved if case == BOTH else 0,
-      }
-    )
-  return rows
+  # The first round warms up.
+  cpu = {name: seconds[1:] for name, seconds in cpu.items()}
+  return [
+    {
+      'case': case,
+      'rounds': len(durations),
+      'steps': burst,
+      'ms': timing.milliseconds(durations).median / burst,
+      'per_bare': timing.ratio(durations, times[BARE]),
+      'cpu_per_bare': timing.ratio(cpu[case], cpu[BARE]),
+      'checkpoint_bytes': saved if case == BOTH else 0,
+    }
+    for case, durations in times.items()
+  ]
 
 
 def _size(folder: pathlib.Path) -> int:
@@ -215,65 +192,39 @@ def report(
   title: str, rows: Sequence[Mapping[str, Any]], warning: str = ''
 ) -> str:
   """The table and the verdict, in Markdown."""
-  f, last = timing.facts(), rows[-1]
-  lines = [
-    {
-      'case': row['case'],
-      'ms a step': f'{row["ms"]:.2f}',
-      'over the bare loop': f'{row["per_bare"]:.3f} '
-      f'({row["per_bare_low"]:.3f}-{row["per_bare_high"]:.3f})',
-      'CPU time over it': f'{row["cpu_per_bare"]:.3f} '
-      f'({row["cpu_per_bare_low"]:.3f}-{row["cpu_per_bare_high"]:.3f})',
-      'bursts': str(row['rounds']),
-    }
-    for row in rows
-  ]
-  verdict = 'reached' if last['per_bare'] <= AIM else 'missed'
+  last = rows[-1]
+  columns = {
+    'case': '{case}',
+    'ms a step': '{ms:.2f}',
+    'over the bare loop': '{per_bare:.3f}',
+    'CPU time over it': '{cpu_per_bare:.3f}',
+    'bursts': '{rounds}',
+  }
+  verdict = 'reached' if last['per_bare'].median <= AIM else 'missed'
   return (
     f'# What metrics, traces and checkpoints add to a step of {title}\n\n'
-    f'{warning}{". " * bool(warning)}'
-    f'{f["device"]} ({f["cores"]} cores, one device used), {f["date"]}, jax '
-    f'{f["jax"]}. Bursts of {last["steps"]} steps, interleaved: medians, and '
-    'medians of ratios within a round (quartiles in brackets). The last case '
-    f'saves {last["checkpoint_bytes"] / 2**20:.1f} MiB once a burst and waits '
-    "for it. The process's CPU time, of all threads, is what other work on the "
-    'machine changes least.\n\n'
-    f'{markdown_table(lines)}\n'
+    f'{warning}{". " * bool(warning)}{timing.conditions()} One device was '
+    f'used. A case is a burst of {last["steps"]} steps. The last case saves '
+    f'{last["checkpoint_bytes"] / 2**20:.1f} MiB once a burst and waits for '
+    "it. The process's CPU time, of all threads, is what other work on the "
+    f'machine changes least.\n\n{timing.table(rows, columns)}\n'
     f'At most {AIM:.2f} is the aim: {verdict}.\n'
   )
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = cli.Parser(
-    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
-  )
-  add = parser.add_argument
-  add(
-    '--config', default='configs/shakespeare_switch.py', help='config to time'
-  )
-  add('--files', default='', help='pattern of text files to train on')
-  add('--modules', default='', help='modules of the standard library instead')
-  add(
-    '--burst',
-    type=cli.POSITIVE,
-    default=100,
-    help='steps of a burst',
-  )
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    default=180.0,
-    help='time for all cases',
-  )
-  add('--output', default='results', help='folder of the results')
-  return parser.parse_args(argv)
 
 
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the table."""
-  options = parse(argv)
+  parser = timing.parser(NAME, __doc__, peaks=False)
+  add = parser.add_argument
+  text = 'config to time'
+  add('--config', default='configs/shakespeare_switch.py', help=text)
+  add('--files', default='', help='pattern of text files to train on')
+  add('--modules', default='', help='modules of the standard library instead')
+  add('--burst', type=cli.POSITIVE, default=100, help='steps of a burst')
+  text = 'time for all cases'
+  add('--seconds', type=cli.SECONDS, default=180.0, help=text)
+  options = parser.parse_args(argv)
   keep_freed_memory()
   run_options = prepared(
     cli.load_config(options.config), options.files, options.modules
@@ -281,8 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows, run_options.model.moe.forced)
   metadata = {'config': section_of(run_options).to_dict()}
-  folder = timing.write(options.output, NAME, text, rows, metadata)
-  print(f'{text}\nwritten: {folder}')
+  timing.write(options.output, NAME, text, rows, metadata)
 
 
 if __name__ == '__main__':

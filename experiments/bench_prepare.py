@@ -176,8 +176,7 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   print(f'prepared: {facts}', flush=True)
   for name, digests in (('first', True), ('unchecked', False)):
     case_options = dataclasses.replace(options, cache_digests=digests)
-    reads = random_reads.read_at_random(case_options, corpus, training)
-    facts[name] = [dataclasses.asdict(read) for read in reads]
+    facts[name] = random_reads.read_at_random(case_options, corpus, training)
   return facts
 
 
@@ -289,8 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.large_gb:
       large_run = large(folder, options.large_gb, options.processes)
   text = report(rows, large_run)
-  written = timing.write(options.output, NAME, text, rows, {'large': large_run})
-  print(f'{text}\nwritten: {written}')
+  timing.write(options.output, NAME, text, rows, {'large': large_run})
 
 
 if __name__ == '__main__':

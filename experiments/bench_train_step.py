@@ -16,11 +16,10 @@ here. Writes `table.md`, `rows.csv`, `results.json` and `steps.png` to
 to `results/bench_train_step_transformers`, `_nanogpt` or `_against`.
 """
 
-import argparse
 import dataclasses
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -31,14 +30,13 @@ from experiments.benchmarks import (
   peer_steps,
   timing,
 )
-from experiments.benchmarks import train_step_tables as tables
 from experiments.benchmarks.roofline import Peaks, measure_peaks
 from experiments.benchmarks.train_step_programs import (
   compile_step,
   prepared,
   random_batch,
 )
-from experiments.benchmarks.turns import PAUSE, check_installed, turns
+from experiments.benchmarks.turns import PAUSE, turns
 from moe_jax import cli
 from moe_jax.config import merge
 from moe_jax.devices import keep_freed_memory
@@ -48,23 +46,10 @@ from moe_jax.models.stack import REMATS
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'
 PEERS = {'transformers': peer_steps, 'nanogpt': nanogpt_steps}
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-  """The length of the timing, and the depths that are compiled.
-
-  Attributes:
-    seconds: Approximate time for all steps together.
-    depths: Numbers of layers of the models that are only compiled, few and
-      many.
-  """
-
-  seconds: float
-  depths: tuple[int, ...] = (4, 24)
-
-
-PRESETS = {'quick': Preset(40.0), 'full': Preset(300.0)}
+# Approximate seconds for all steps together.
+PRESETS = {'quick': 40.0, 'full': 300.0}
+# Numbers of layers of the models that are only compiled, few and many.
+DEPTHS = (4, 24)
 
 
 def variants() -> dict[str, dict[str, Any]]:
@@ -92,65 +77,47 @@ def measure_steps(
   times, peaks_by_round = timing.with_probes(
     {name: step.run for name, step in steps.items()}, peaks, seconds=seconds
   )
-  rows = []
-  for name, step in steps.items():
-    step_time = timing.Spread.of(times[name])
-    per_twin = timing.ratio(times[name], times[TWIN])
-    rows.append(
-      {
-        'case': name,
-        'rounds': len(times[name]),
-        'ms': 1e3 * step_time.median,
-        'ms_low': 1e3 * step_time.low,
-        'ms_high': 1e3 * step_time.high,
-        'per_twin': per_twin.median,
-        'per_twin_low': per_twin.low,
-        'per_twin_high': per_twin.high,
-        **timing.reached(times[name], step.work, peaks_by_round),
-        'xla_flops': step.counts.flops,
-        'xla_bytes': step.counts.bytes_accessed,
-        'temp_bytes': step.counts.temp_bytes,
-        'argument_bytes': step.counts.argument_bytes,
-        'compile_seconds': step.compile_seconds,
-      }
-    )
-  return rows
+  return [
+    {
+      'case': name,
+      'rounds': len(times[name]),
+      'ms': timing.milliseconds(times[name]),
+      'per_twin': timing.ratio(times[name], times[TWIN]),
+      **timing.reached(times[name], step.work, peaks_by_round),
+      **step.numbers,
+    }
+    for name, step in steps.items()
+  ]
 
 
 def measure_peer(
   peers: types.ModuleType, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
   """Times our steps and a peer's, in turns; one row for each."""
-  config, peer = peers.config(), peers.NAME
+  config = peers.config()
   steps = {
     name: compile_step(prepared(config, overrides))
     for name, overrides in peers.cases().items()
   }
   options = prepared(config, {})
   programs = functools.partial(peers.programs, options, random_batch(options))
-  check_installed(*peers.LIBRARIES)
-  with turns(programs) as peer_runs:
+  with turns(programs, *peers.LIBRARIES) as peer_runs:
     runs = {name: step.run for name, step in steps.items()} | dict(peer_runs)
     times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
   times.pop(PAUSE)
   work = next(iter(steps.values())).work
   limits = [work.flops / p.flops_per_second for p in rounds]
-  rows = []
-  for name, durations in times.items():
-    faster = timing.ratio(times[peer], durations)
-    rows.append(
-      {
-        'case': name,
-        'rounds': len(durations),
-        'ms': 1e3 * timing.Spread.of(durations).median,
-        'faster': faster.median,
-        'faster_low': faster.low,
-        'faster_high': faster.high,
-        'limit_ms': 1e3 * timing.Spread.of(limits).median,
-        'limit_share': timing.ratio(limits, durations).median,
-      }
-    )
-  return rows
+  return [
+    {
+      'case': name,
+      'rounds': len(durations),
+      'ms': timing.milliseconds(durations).median,
+      'faster': timing.ratio(times[peers.NAME], durations),
+      'limit_ms': timing.milliseconds(limits).median,
+      'limit_share': timing.ratio(limits, durations).median,
+    }
+    for name, durations in times.items()
+  ]
 
 
 def measure_compilation(
@@ -165,36 +132,97 @@ def measure_compilation(
     first = None
     for depth in depths:
       # The pattern is stated, as 'last 2' would make one period of L layers.
-      overrides = {'num_layers': depth, 'scan_layers': True}
       moe = {'layers': 'every 2', **variants()[name].get('moe', {})}
-      step = compile_step(prepared(config, {**overrides, 'moe': moe}))
-      first = first or step.compile_seconds
+      overrides = {'num_layers': depth, 'scan_layers': True, 'moe': moe}
+      numbers = compile_step(prepared(config, overrides)).numbers
+      seconds = numbers['compile_seconds']
+      first = first or seconds
       rows.append(
         {
           'case': name,
           'layers': depth,
-          'compile_seconds': step.compile_seconds,
-          'ratio': step.compile_seconds / first,
-          'temp_bytes': step.counts.temp_bytes,
+          'compile_seconds': seconds,
+          'ratio': seconds / first,
+          'temp_bytes': numbers['temp_bytes'],
         }
       )
   return rows
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = cli.Parser(
-    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+def report(
+  title: str,
+  peaks: Peaks,
+  rows: Sequence[Mapping[str, Any]],
+  depths: Sequence[Mapping[str, Any]],
+  warning: str = '',
+) -> str:
+  """Both tables and the meaning of their columns, in Markdown."""
+  step_table = timing.table(
+    rows,
+    {
+      'case': '{case}',
+      'ms': '{ms:.1f}',
+      '/ dense twin': '{per_twin:.2f}',
+      **timing.WORK,
+    },
   )
+  depth_table = timing.table(
+    depths,
+    {
+      'case': '{case}',
+      'layers': '{layers}',
+      'compile s': '{compile_seconds:.1f}',
+      '/ fewest layers': '{ratio:.2f}',
+      'temporary MiB': timing.WORK['temporary MiB'],
+    },
+  )
+  return (
+    f'# A training step of {title}\n\n'
+    f'{warning}{". " * bool(warning)}{timing.conditions(peaks)} One device was '
+    'used. Random tokens, full rows; the state is donated. '
+    f'{timing.ABOUT_WORK}, without activations or recomputation.\n\n'
+    f'{step_table}\n'
+    '## Compile time with depth\n\n'
+    'Scanned layers, every second one sparse; tracing, lowering and compiling '
+    f'together, each once.\n\n{depth_table}'
+  )
+
+
+def peer_report(
+  rows: Sequence[Mapping[str, Any]], peaks: Peaks, about: tuple[str, str]
+) -> str:
+  """Table of our training steps against another library's, in Markdown.
+
+  Args:
+    rows: A row for each of our cases and the peer.
+    peaks: Peaks of the machine before the timing.
+    about: Heading, and what the steps are.
+  """
+  heading, sizes = about
+  columns = {
+    'case': '{case}',
+    'ms': '{ms:.0f}',
+    'times as fast': '{faster:.2f}',
+    'limit, ms': '{limit_ms:.0f}',
+    'limit / time': '{limit_share:.2f}',
+    'rounds': '{rounds}',
+  }
+  return (
+    f'{heading}\n\n{timing.conditions(peaks)} {sizes} Limit: our counted '
+    'products at the peak of the same rounds.\n\n'
+    f'{timing.table(rows, columns)}'
+  )
+
+
+@cli.reported()
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures the steps; writes the tables and the plot."""
+  parser = timing.parser(NAME, __doc__)
   add = parser.add_argument
-  add(
-    '--preset', choices=list(PRESETS), default='quick', help='length of timing'
-  )
-  add(
-    '--config',
-    default='configs/tiny_switch.py',
-    help='config of a sparse model',
-  )
+  text = 'length of timing'
+  add('--preset', choices=list(PRESETS), default='quick', help=text)
+  text = 'config of a sparse model'
+  add('--config', default='configs/tiny_switch.py', help=text)
   one = parser.add_mutually_exclusive_group()
   one.add_argument(
     '--peer',
@@ -210,49 +238,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help='another checkout, whose sparse and dense steps are timed against '
     'those of this one, and nothing else',
   )
-  add(
-    '--force_balance',
-    choices=FORCED,
-    help='choice of experts whatever the logits are: model.moe.force_balance',
-  )
-  timing.add_arguments(parser)
-  add(
-    '--seconds',
-    type=cli.SECONDS,
-    help="time for all steps; default: the preset's",
-  )
-  add(
-    '--depths',
-    type=cli.POSITIVE,
-    nargs='+',
-    help='numbers of layers of the models that are only compiled',
-  )
-  return parser.parse_args(argv)
-
-
-@cli.reported()
-def main(argv: Sequence[str] | None = None) -> None:
-  """Measures the steps; writes the tables and the plot."""
-  options = parse(argv)
-  preset = PRESETS[options.preset]
-  seconds = preset.seconds if options.seconds is None else options.seconds
+  text = 'choice of experts whatever the logits are: model.moe.force_balance'
+  add('--force_balance', choices=FORCED, help=text)
+  text = "time for all steps; default: the preset's"
+  add('--seconds', type=cli.SECONDS, help=text)
+  text = 'numbers of layers of the models that are only compiled'
+  add('--depths', type=cli.POSITIVE, nargs='+', default=DEPTHS, help=text)
+  options = parser.parse_args(argv)
+  seconds = options.seconds
+  if seconds is None:
+    seconds = PRESETS[options.preset]
   keep_freed_memory()
   if options.peer:
     peaks = measure_peaks('float32', quick=options.rough_peaks)
     peers = PEERS[options.peer]
     rows = measure_peer(peers, seconds, peaks)
-    text = tables.peer_report(rows, peaks, peers.ABOUT)
+    text = peer_report(rows, peaks, peers.ABOUT)
     metadata = {'peaks': dataclasses.asdict(peaks)}
     name = f'{NAME}_{options.peer}'
-    folder = timing.write(options.output, name, text, rows, metadata)
-    print(f'{text}\nwritten: {folder}')
+    timing.write(options.output, name, text, rows, metadata)
     return
   if options.against:
     cases = {TWIN: variants()[TWIN], SPARSE: {}}
     rows = checkouts.compare(options.against, options.config, cases, seconds)
     text = checkouts.report(options.config, rows)
-    folder = timing.write(options.output, f'{NAME}_against', text, rows, {})
-    print(f'{text}\nwritten: {folder}')
+    timing.write(options.output, f'{NAME}_against', text, rows, {})
     return
   config = cli.load_config(options.config)
   if options.force_balance:
@@ -263,17 +273,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   peaks = measure_peaks(config.model.numerics.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_steps(config, seconds, peaks)
-  depths = measure_compilation(config, options.depths or preset.depths)
+  depths = measure_compilation(config, options.depths)
   forced = prepared(config, {}).build().stacks.forced_balance
-  text = tables.report(options.config, peaks, rows, depths, forced)
+  text = report(options.config, peaks, rows, depths, forced)
   metadata = {
     'config': config.to_dict(),
     'peaks': dataclasses.asdict(peaks),
     'compilation': depths,
   }
   folder = timing.write(options.output, NAME, text, rows, metadata)
-  tables.write_plot(rows, folder / 'steps.png')
-  print(f'\n{text}\nwritten: {folder}')
+  ratios = {row['case']: row['per_twin'] for row in rows}
+  timing.draw_bars(folder / 'steps.png', ratios, "step time / dense twin's")
 
 
 if __name__ == '__main__':

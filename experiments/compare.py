@@ -186,9 +186,7 @@ def _number(values: Sequence[float], sign: str = '') -> str:
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints a comparison."""
-  parser = cli.Parser(
-    prog='python -m experiments.compare', **cli.about(__doc__)
-  )
+  parser = cli.parser('experiments.compare', __doc__)
   parser.add_argument('runs', metavar='RUN', nargs='+', help='folder of a run')
   options = parser.parse_args(argv)
   logging.set_verbosity(logging.WARNING)

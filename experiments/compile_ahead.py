@@ -17,6 +17,7 @@ accelerator.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -24,19 +25,15 @@ import re
 import resource
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from rich.console import Console
+from rich.table import Table
 
 from experiments.benchmarks import program_counts
-from experiments.benchmarks.compile_ahead_tables import (
-  Evaluation,
-  Report,
-  table,
-  verdicts,
-)
 from moe_jax import cli, run_config
 from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.errors import InputError
@@ -52,6 +49,35 @@ _TOPOLOGY = re.compile(r'cpu:[1-9]\d{0,5}|v\w+:[1-9]\d*(x[1-9]\d*)*')
 
 class DoesNotFit(Exception):
   """The compiler found that the program needs more memory than there is."""
+
+
+class Evaluation(NamedTuple):
+  """An evaluation, by name, and the bytes that a device needs while it runs."""
+
+  name: str
+  needed_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Memory, communication and cost of a compiled run.
+
+  Attributes:
+    step: Memory and communication of the compiled step.
+    evaluation: The evaluation that needs most memory; 'none' and 0 for none.
+    seconds: Time of tracing, lowering and compiling.
+    host_bytes: Peak host memory of this process so far.
+  """
+
+  step: sharded.Sharded
+  evaluation: Evaluation
+  seconds: float
+  host_bytes: int
+
+  @property
+  def needed_bytes(self) -> int:
+    """Bytes that a device must have free for the whole run."""
+    return max(self.step.needed_bytes, self.evaluation.needed_bytes)
 
 
 def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -168,14 +194,11 @@ def _compiled(lowered: Lowered) -> Compiled:
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    text = str(error)
+    if 'RESOURCE_EXHAUSTED' not in text:
       raise
-    raise DoesNotFit(_first_sentences(str(error))) from None
-
-
-def _first_sentences(text: str) -> str:
-  line = text.removeprefix('RESOURCE_EXHAUSTED: ').splitlines()[0]
-  return re.sub(r'\s+', ' ', line)
+    line = text.removeprefix('RESOURCE_EXHAUSTED: ').splitlines()[0]
+    raise DoesNotFit(re.sub(r'\s+', ' ', line)) from None
 
 
 def report(options: RunOptions, mesh: Mesh) -> Report:
@@ -189,11 +212,80 @@ def report(options: RunOptions, mesh: Mesh) -> Report:
   return Report(step_costs, evaluation, seconds, peak)
 
 
+def table(report: Report, formula: float) -> Table:
+  """Table of the step's numbers on one device, a row for each.
+
+  Args:
+    report: Numbers of the compiled run.
+    formula: FLOPs of the step by formula.
+  """
+  step, (name, num_bytes) = report.step, report.evaluation
+  memory, sent = step.memory, step.collectives
+  sizes = {
+    'parameters': step.param_bytes,
+    'optimizer state': step.optimizer_bytes,
+    'arguments (state and batch)': memory.argument_size_in_bytes,
+    'results': memory.output_size_in_bytes,
+    'of them in the place of arguments': memory.alias_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'program': memory.generated_code_size_in_bytes,
+    'needed in all': step.needed_bytes,
+    f'needed in the largest evaluation, {name}': num_bytes,
+  }
+  caption = (
+    f'Compiled in {report.seconds:.0f} s; at most '
+    f'{cost.in_bytes(report.host_bytes)} of host memory.'
+  )
+  if sent.unknown_loops:
+    caption += (
+      f' {sent.unknown_loops} loops are as long as the data asks: what is in '
+      'them counts once, in collectives and in what XLA counts.'
+    )
+  result = Table(title='a step, by device', caption=caption)
+  result.add_column('what')
+  result.add_column('', justify='right')
+  for what, size in sizes.items():
+    result.add_row(what, cost.in_bytes(size))
+  result.add_row('FLOPs by formula, nothing twice', f'{formula:.3g}')
+  for kind, traffic in sorted(sent.by_kind.items()):
+    text = f'{traffic.count}, {cost.in_bytes(traffic.num_bytes)}'
+    result.add_row(f'{kind}: count, bytes sent', text)
+  return result
+
+
+def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
+  """Lines that say whether a run fits, and the answer of each.
+
+  Args:
+    topology: Topology that the run was compiled for.
+    device: Name of the device whose memory is compared; '' takes the
+      topology's device, or where that is a CPU every known device.
+    needed_bytes: Bytes that the run needs on a device.
+
+  Raises:
+    ValueError: The device is unknown.
+  """
+  kind = topology.partition(':')[0]
+  names = [name for name in roofline.DEVICES if name != roofline.HERE]
+  if device or kind in roofline.DEVICES:
+    names = [device or kind]
+  lines = {}
+  for name in names:
+    candidate = roofline.device_of(name)
+    fits = needed_bytes <= candidate.num_bytes
+    lines[
+      f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '
+      f'{cost.in_bytes(needed_bytes)} of {cost.in_bytes(candidate.num_bytes)} '
+      f'({needed_bytes / max(candidate.num_bytes, 1):.0%})'
+    ] = fits
+  return lines
+
+
 def counted_flops(options: RunOptions, mesh: Mesh) -> str:
   """FLOPs of a step on one device, counted by XLA with recomputation."""
 
   def count(short: RunOptions) -> float:
-    return program_counts.counts(compile_step(short, mesh)[0]).flops
+    return program_counts.counts(compile_step(short, mesh)[0])['xla_flops']
 
   try:
     return f'{program_counts.extrapolate(options, count):.3g}'
@@ -208,32 +300,19 @@ def formula_flops(options: RunOptions, num_devices: int) -> float:
   return 3 * price.example_flops * options.batch_size / num_devices
 
 
-def run(
-  options: RunConfig,
-  topology: str,
-  slices: int = 1,
-  device: str = '',
-  flops: bool = True,
-) -> bool:
+def run(options: RunConfig, command: argparse.Namespace) -> bool:
   """Compiles the run and prints the report; whether it fits any device asked.
-
-  Args:
-    options: Options of the run.
-    topology: Topology of the devices; see `described_devices`.
-    slices: Number of TPU slices.
-    device: Name of the device whose memory is compared; see `verdicts`.
-    flops: Whether XLA's count of FLOPs is printed too.
 
   Raises:
     ValueError: The topology or the device is unknown, or the run does not fit
       the mesh.
   """
-  if device:
-    roofline.device_of(device)  # refused before anything is compiled
+  if command.device:
+    roofline.device_of(command.device)  # refused before anything is compiled
   options = cost.with_own_vocabulary(options)
   if forced := options.build().stacks.forced_balance:
     print(f'WARNING: {forced}')
-  devices = described_devices(topology, slices)
+  devices = described_devices(command.topology, command.slices)
   mesh = mesh_of(options, devices)
   sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
   print(f'{mesh.size} x {devices[0].device_kind}: {sizes}', flush=True)
@@ -244,60 +323,33 @@ def run(
     print(f'DOES NOT FIT: {error}')
     return False
   Console().print(table(compiled, formula))
-  lines = verdicts(topology, device, compiled.needed_bytes)
+  lines = verdicts(command.topology, command.device, compiled.needed_bytes)
   print('\n'.join(lines), flush=True)
-  if flops:
+  if command.flops:
     print(f'FLOPs as XLA counts: {counted_flops(options, mesh)}')
   return any(lines.values())
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """The command line, and the config's overrides."""
-  parser = cli.Parser(
-    prog='python -m experiments.compile_ahead',
-    description=__doc__.split('\n')[0],
-    epilog='Keys of the config can be changed: --config.mesh.expert=8',
-    allow_abbrev=False,
-  )
-  add = parser.add_argument
-  add('--config', required=True, help=cli.CONFIG)
-  add(
-    '--topology',
-    default='cpu:64',
-    help="devices: CPUs, 'cpu:64', or TPUs, 'v5p:4x4x4', 'v5e:16x16'",
-  )
-  add(
-    '--slices',
-    type=cli.POSITIVE,
-    default=1,
-    help='TPU slices of that topology',
-  )
-  add(
-    '--device',
-    default='',
-    help="device whose memory must suffice; '': the topology's, or all known",
-  )
-  add(
-    '--flops',
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help='count FLOPs with XLA too, which compiles two to six short models',
-  )
-  options, overrides = parser.parse_known_args(argv)
-  return options, overrides
 
 
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints the report; the exit status is 0 if the run fits, else 1."""
-  options, overrides = parse(argv)
+  parser = cli.parser('experiments.compile_ahead', __doc__)
+  add = parser.add_argument
+  add('--config', required=True, help=cli.CONFIG)
+  text = "devices: CPUs, 'cpu:64', or TPUs, 'v5p:4x4x4', 'v5e:16x16'"
+  add('--topology', default='cpu:64', help=text)
+  text = 'TPU slices of that topology'
+  add('--slices', type=cli.POSITIVE, default=1, help=text)
+  text = "device whose memory must suffice; '': the topology's, or all known"
+  add('--device', default='', help=text)
+  text = 'count FLOPs with XLA too, which compiles two to six short models'
+  on_off = argparse.BooleanOptionalAction
+  add('--flops', action=on_off, default=True, help=text)
+  command, overrides = parser.parse_known_args(argv)
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')
-  read, _ = run_config.options_of(options.config, overrides)
-  fits = run(
-    read, options.topology, options.slices, options.device, options.flops
-  )
-  if not fits:
+  options, _ = run_config.options_of(command.config, overrides)
+  if not run(options, command):
     raise SystemExit(1)
 
 

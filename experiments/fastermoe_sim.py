@@ -24,58 +24,302 @@ import argparse
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from experiments.faster_moe import (
-  clusters,
-  expert_counts,
-  simulate,
-  simulated_figures,
-  simulated_tables,
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.faster_moe import expert_counts, simulate
+from experiments.faster_moe.clusters import (
+  CLUSTERS,
+  HIDDEN,
+  TOKENS,
+  WIDTH,
+  Cluster,
 )
-from experiments.faster_moe.clusters import Cluster
-from experiments.faster_moe.expert_counts import Chosen
-from experiments.faster_moe.simulated_tables import Case
+from experiments.faster_moe.expert_counts import Counts
+from experiments.faster_moe.simulate import (
+  ARMS,
+  SHADOWED,
+  SYNCHRONOUS,
+  Simulated,
+)
+from experiments.study import claims
+from experiments.study.claims import Published
+from experiments.study.tables import markdown_table
 from moe_jax import cli, run_config
 from moe_jax.errors import InputError
+from moe_jax.parallel import cost_model, shadowing
 from moe_jax.parallel.cost_model import Sizes
 
 # Tokens of a device that are drawn.
 DRAWN = 1024
+_COLORS = {name: f'C{i}' for i, name in enumerate(ARMS)}
+_COLORS[SYNCHRONOUS] = 'black'
+_MARKERS = dict(zip(ARMS, 'os^vD<>P', strict=True))
+
+
+ABOUT = """# FasterMoE, SIMULATED
+
+Nothing here was measured on a cluster: seconds are those of a cost model on
+described machines, of the experts of a layer in a training step, without
+attention, optimizer and the rest of a model. The paper's speed-ups are of whole
+training iterations ("*": from a secondary source). n_max is the number of rows
+of the busiest device, r the number of shadowed experts (1 where there is none),
+F the hidden width of an expert (3/2 of it with three kernels); where n_max >
+r F, parameters are less traffic than rows. The overlap bound is
+max(communication, computation) of a step.
+"""
+
+
+class Case(NamedTuple):
+  """Counts on a cluster, and the training steps simulated for them.
+
+  Attributes:
+    source: Name of the trace or of the drawn counts.
+    cluster: The machine.
+    sizes: The sizes of the simulated experts.
+    counts: The rows of each device that choose each expert.
+    arms: Simulated training steps, by name of the arm.
+  """
+
+  source: str
+  cluster: Cluster
+  sizes: Sizes
+  counts: Counts
+  arms: Mapping[str, Simulated]
+
+
+def published(cluster: Cluster, arm: str) -> Published | None:
+  """The paper's speed-up of an arm; None where no verified one is known."""
+  name = simulate.published(cluster, arm)
+  if not name or (cell := claims.find(name)).mark == 'unverified':
+    return None
+  return cell
+
+
+def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
+  """Simulates all sources on all machines.
+
+  Returns:
+    The cases, and remarks on traces and on what cannot be simulated.
+  """
+  layer, steps = sizes_of(options), options.steps
+  simulated: list[Case] = []
+  remarks = [expert_counts.about(folder) for folder in options.trace]
+  for source in (*options.trace, *options.counts):
+    for name in options.topology:
+      cluster = CLUSTERS[name]
+      sizes = layer._replace(bytes_per_element=cluster.bytes_per_element)
+      W = cluster.num_devices
+      try:
+        counts = expert_counts.counts_of(
+          expert_counts.drawn(source, W, W * DRAWN, steps)
+          if source in expert_counts.DRAWN
+          else expert_counts.recorded(source, steps),
+          cluster,
+          tokens_per_device=TOKENS,
+          outgoing=cluster.outgoing,
+        )
+      except expert_counts.DoesNotDivide as problem:
+        remarks.append(f'left out: {source} on {name}, as {problem}')
+        continue
+      arms = simulate.simulate(cluster, counts, sizes)
+      simulated.append(Case(source, cluster, sizes, counts, arms))
+  return simulated, remarks
+
+
+def table(case: Case) -> str:
+  """The table of all arms of a case, in Markdown."""
+  F = shadowing.least_rows(1, case.sizes)
+  lines = []
+  for name, arm in case.arms.items():
+    numbers = simulate.numbers(case.arms[SYNCHRONOUS], arm)
+    r = float(np.maximum(arm.shadowed, 1).mean())
+    shadowed = f'{100 * numbers["shadowed"]:.1f}' if ARMS[name].shadows else ''
+    paper, cell = '', published(case.cluster, name)
+    if cell is not None:
+      paper = f'{"up to " * (name == SHADOWED)}{cell.value:.2f}'
+      paper += ' *' * (cell.mark == 'secondary')
+    lines.append(
+      {
+        'SIMULATED': name,
+        'ms a layer': f'{1e3 * arm.seconds.mean():.2f}',
+        'speed-up': f'{numbers["speed_up"]:.2f}',
+        'best layer and step': f'{numbers["best"]:.2f}',
+        'paper': paper,
+        'overlap bound reached, %': f'{100 * numbers["reached"]:.0f}',
+        'experts shadowed, %': shadowed,
+        'n_max': f'{arm.largest.mean():,.0f}',
+        'r F': f'{r:.2f} x {F:,.0f} = {r * F:,.0f}',
+        'n_max > r F, % of cases': f'{100 * arm.pays.mean():.0f}',
+      }
+    )
+  return markdown_table(lines)
+
+
+def heading(case: Case) -> str:
+  """The size of a case in words."""
+  counts, sizes = case.counts, case.sizes
+  R, E, W = counts.counts.shape
+  rows = counts.counts.sum() / (R * W)
+  steps, layers = (len(np.unique(x)) for x in (counts.step, counts.layer))
+  gate = 'No gate, for lack of nodes or of recorded logits.'
+  if counts.gated is not None:
+    gate = (
+      f"The gate lets {100 * counts.outgoing:.1f} % of a device's tokens leave "
+      "the node (by the paper's formula, rounded down to whole tokens)."
+    )
+  return (
+    f'SIMULATED, {case.source} on {case.cluster.name}: {E} experts on {W} '
+    f'devices, {steps} step{"s" * (steps != 1)} of {layers} '
+    f'layer{"s" * (layers != 1)}, {rows:,.0f} rows a device (each counted row '
+    f'stands for {counts.rows:g}); M={sizes.M:,}, F={sizes.F:,}, '
+    f'{sizes.kernels} kernels, {sizes.bytes_per_element} bytes an element. '
+    f'{gate}'
+  )
+
+
+def page(cases: Sequence[Case], command: str, remarks: Sequence[str]) -> str:
+  """The page of all cases, in Markdown.
+
+  Args:
+    cases: The cases.
+    command: The command that made it.
+    remarks: Sentences about the whole page.
+  """
+  sources = {case.cluster.name: case.cluster.sources for case in cases}
+  lines = [ABOUT, f'Made by `{command}`.', '']
+  lines += [f'- {text}' for text in (*sources.values(), *remarks)]
+  for case in cases:
+    lines += ['', f'## {case.source} on {case.cluster.name}', '']
+    lines += [heading(case), '', table(case)]
+  return '\n'.join([*lines, ''])
+
+
+def speed_ups(cases: Sequence[Case], path: pathlib.Path) -> None:
+  """Draws the speed-up of every arm, a panel for each case.
+
+  A bar is the speed-up over all layers and steps, a dot that of the best one,
+  and a black line the paper's.
+  """
+  sources = list(dict.fromkeys(case.source for case in cases))
+  names = list(dict.fromkeys(case.cluster.name for case in cases))
+  shape = len(sources), len(names)
+  figure = Figure(
+    figsize=(2.5 + 3.0 * shape[1], 1.0 + 2.2 * shape[0]), layout='constrained'
+  )
+  axes = figure.subplots(*shape, squeeze=False, sharex='col')
+  for ax in axes.flat:
+    ax.set_visible(False)
+  for case in cases:
+    column = names.index(case.cluster.name)
+    ax = axes[sources.index(case.source), column]
+    ax.set_visible(True)
+    _bars(ax, case, labelled=column == 0)
+  figure.supxlabel(
+    'SIMULATED speed-up over synchronous: bar, all layers and steps;\n'
+    'dot, the best; black line, the paper (whole iterations, measured)',
+    fontsize=8,
+  )
+  figure.savefig(path, dpi=110)
+
+
+def _bars(ax: Axes, case: Case, *, labelled: bool) -> None:
+  base, names = case.arms[SYNCHRONOUS], list(ARMS)[1:]
+  for y, name in enumerate(names):
+    if name not in case.arms:
+      continue
+    numbers = simulate.numbers(base, case.arms[name])
+    ax.barh(y, numbers['speed_up'], color=_COLORS[name], alpha=0.7)
+    ax.plot(numbers['best'], y, 'o', color=_COLORS[name], ms=4)
+    if cell := published(case.cluster, name):
+      ax.plot([cell.value] * 2, [y - 0.45, y + 0.45], 'k-', lw=2)
+  ax.axvline(1, color='gray', lw=0.8, ls=':')
+  ax.set_yticks(range(len(names)), names if labelled else [], fontsize=7)
+  ax.tick_params('x', labelsize=7)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.set_title(f'SIMULATED: {case.source} on {case.cluster.name}', fontsize=8)
+
+
+def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
+  """Draws Figure 4 of FasterMoE, the roofline of a layer, for each machine.
+
+  Crosses are synchronous layers whose devices have equally many rows, with an
+  eighth to 64 times the hidden width: they lie on the semi-ideal curve. Other
+  points are those of each machine's first case.
+
+  Args:
+    cases: The cases.
+    path: File of the picture.
+  """
+  first = {case.cluster.name: case for case in reversed(cases)}
+  shown = [case for case in cases if first[case.cluster.name] is case]
+  figure = Figure(figsize=(1 + 4.2 * len(shown), 4.8), layout='constrained')
+  axes = figure.subplots(1, len(shown), squeeze=False)[0]
+  handles = {}
+  for ax, case in zip(axes, shown, strict=True):
+    _curves(ax, case.cluster, case.sizes)
+    for name, arm in case.arms.items():
+      style = dict(color=_COLORS[name], ms=3, alpha=0.4, label=name)
+      ax.plot(arm.ratio, arm.flops / 1e12, _MARKERS[name], **style)
+    ax.set_xscale('log')
+    ax.set_yscale('log')
+    ax.set_xlabel('R_CC, computation over communication', fontsize=8)
+    ax.set_title(
+      f'SIMULATED: {case.source} on {case.cluster.name}, M={case.sizes.M:,}, '
+      f'F={case.sizes.F:,}',
+      fontsize=8,
+    )
+    ax_handles, labels = ax.get_legend_handles_labels()
+    handles |= dict(zip(labels, ax_handles, strict=True))
+  axes[0].set_ylabel('SIMULATED TFLOP/s of a device', fontsize=8)
+  figure.legend(
+    handles.values(),
+    handles,
+    loc='outside lower center',
+    ncols=1 + len(shown),
+    fontsize=7,
+  )
+  figure.savefig(path, dpi=110)
+
+
+def _curves(ax: Axes, cluster: Cluster, sizes: Sizes) -> None:
+  peak = cluster.topology.flops_per_second
+  x, y = simulate.even_points(cluster, sizes)
+  line = np.geomspace(x.min() / 2, max(x.max(), 8), 200)
+  for curve, style in (
+    (cost_model.ideal, 'k-'),
+    (cost_model.semi_ideal, 'k--'),
+  ):
+    name = curve.__name__.replace('_', '-')
+    ax.plot(line, curve(peak, line) / 1e12, style, lw=1, label=name)
+  ax.plot(x, y / 1e12, 'kx', ms=5, label='synchronous, even rows, F/8 to 64 F')
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The parsed command line, with overrides of the config in `overrides`."""
-  parser = cli.Parser(
-    prog='python -m experiments.fastermoe_sim',
-    description=__doc__.split('\n')[0],
-    allow_abbrev=False,
-  )
+  parser = cli.parser('experiments.fastermoe_sim', __doc__)
 
-  def add_several(name, choices, text):
-    parser.add_argument(
-      name, action='append', default=[], choices=choices, help=text
-    )
-
-  add_several('--trace', None, 'folder of a trace')
-  add_several('--counts', expert_counts.DRAWN, 'counts that are drawn')
-  add_several('--topology', clusters.NAMES, 'machine; all of them if none is')
   add = parser.add_argument
+  for name, choices, text in (
+    ('--trace', None, 'folder of a trace'),
+    ('--counts', expert_counts.DRAWN, 'counts that are drawn'),
+    ('--topology', [*CLUSTERS], 'machine; all of them if none is'),
+  ):
+    add(name, action='append', default=[], choices=choices, help=text)
   add('--config', default='', help='model whose layer is simulated')
-  add(
-    '--steps',
-    type=cli.POSITIVE,
-    default=100,
-    help='largest number of steps that are simulated',
-  )
-  add(
-    '--output', default='results/fastermoe_sim', help='folder that is written'
-  )
+  text = 'largest number of steps that are simulated'
+  add('--steps', type=cli.POSITIVE, default=100, help=text)
+  text = 'folder that is written'
+  add('--output', default='results/fastermoe_sim', help=text)
   options, overrides = cli.parse_command(
     parser, argv, lambda options: options.config
   )
   options.overrides = overrides
-  options.topology = options.topology or list(clusters.NAMES)
+  options.topology = options.topology or list(CLUSTERS)
   if not (options.trace or options.counts):
     options.counts = list(expert_counts.DRAWN)
   return options
@@ -87,7 +331,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
   Raises:
     ValueError: The config's model has no experts.
   """
-  M, F, kernels = clusters.WIDTH, clusters.HIDDEN, 2
+  M, F, kernels = WIDTH, HIDDEN, 2
   if options.config:
     config = cli.config_of(options.config, options.overrides)
     moe = run_config.read(config).filled(257).build().stacks.moe
@@ -99,50 +343,6 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
   return Sizes(M, F, kernels=kernels)
 
 
-def chosen(
-  options: argparse.Namespace, source: str, cluster: Cluster
-) -> Iterator[Chosen]:
-  """The choices of a source, a kind of draws or the folder of a trace."""
-  if source in expert_counts.DRAWN:
-    W = cluster.num_devices
-    return expert_counts.drawn(source, W, W * DRAWN, options.steps)
-  return expert_counts.recorded(source, options.steps)
-
-
-def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
-  """Simulates all sources on all machines.
-
-  Returns:
-    The cases, and remarks on traces and on what cannot be simulated.
-  """
-  layer = sizes_of(options)
-  simulated: list[Case] = []
-  remarks = [expert_counts.about(folder) for folder in options.trace]
-  for source in (*options.trace, *options.counts):
-    for name in options.topology:
-      cluster = clusters.get(name)
-      sizes = layer._replace(bytes_per_element=cluster.bytes_per_element)
-      try:
-        counts = expert_counts.counts_of(
-          chosen(options, source, cluster),
-          cluster,
-          tokens_per_device=clusters.TOKENS,
-          outgoing=cluster.outgoing,
-        )
-      except expert_counts.DoesNotDivide as problem:
-        remarks.append(f'left out: {source} on {name}, as {problem}')
-        continue
-      arms = simulate.simulate(cluster, counts, sizes)
-      simulated.append(Case(source, cluster, sizes, counts, arms))
-  return simulated, remarks
-
-
-def command_of(argv: Sequence[str] | None) -> str:
-  """The command that was given, to be printed with its output."""
-  words = sys.argv[1:] if argv is None else argv
-  return shlex.join(['python', '-m', 'experiments.fastermoe_sim', *words])
-
-
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Simulates and writes tables and figures; returns their folder."""
@@ -152,9 +352,11 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   simulated, remarks = cases(options)
   if not simulated:
     raise InputError('nothing can be simulated: ' + '; '.join(remarks))
-  simulated_figures.roofline(simulated, folder / 'roofline.png')
-  simulated_figures.speed_ups(simulated, folder / 'speed_ups.png')
-  text = simulated_tables.page(simulated, command_of(argv), remarks)
+  roofline(simulated, folder / 'roofline.png')
+  speed_ups(simulated, folder / 'speed_ups.png')
+  words = sys.argv[1:] if argv is None else argv
+  command = shlex.join(['python', '-m', 'experiments.fastermoe_sim', *words])
+  text = page(simulated, command, remarks)
   (folder / 'table.md').write_text(text, encoding='utf-8')
   cli.say([text])
   print(f'written: {folder}')

@@ -31,10 +31,10 @@ the published one, contrary to what we had expected; and one on the gate that
 FastMoE ships, which five seeds could not tell from the published one.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
-from experiments.faster_moe import gate_arms, simulate, simulated_runs
+from experiments.faster_moe import expert_counts, gate_arms, simulate
+from experiments.faster_moe.clusters import CLUSTERS, HIDDEN, TOKENS, WIDTH
 from experiments.faster_moe.simulate import (
   ALL,
   BEST_NUMBER,
@@ -42,19 +42,32 @@ from experiments.faster_moe.simulate import (
   SCHEDULED,
   SHADOWED,
 )
-from experiments.faster_moe.simulated_runs import (
-  REACHED,
-  SHADOWED_SHARE,
-  SKEWED,
-  SPEED_UP,
-  TRACE,
-)
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import Arm, Claim, Figure, Preset, Row
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+)
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
+from moe_jax.analysis.recording import FOLDER
+from moe_jax.parallel.cost_model import Sizes
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
-JOHNNY, TREVOR, SLICE = 'johnny', 'trevor', 'tpu:4x4'
+JOHNNY, TREVOR, SLICE = CLUSTERS
+# Sources of the choices that are replayed: a run's trace, or draws.
+TRACE, SKEWED = 'trace', 'skewed'
+SPEED_UP, BEST_LAYER = 'SIMULATED speed-up', 'SIMULATED best layer'
+REACHED, SHADOWED_SHARE = 'SIMULATED bound reached', 'SIMULATED shadowed'
+UNEVEN = 'max/mean load'
+# The share of tokens that the simulated gate lets leave, as in training.
+OUTGOING = 0.14
+# Batches of drawn counts, and tokens of a device in each.
+STEPS, DRAWN = 20, 256
 FREE, EVEN = 'no balance loss', 'balance loss'
 # Names of trained arms, by cluster and by whether there is a balance loss.
 TRAINED = {
@@ -74,14 +87,57 @@ SHOWN = {
 }
 RECORDED = 40  # approximate number of recorded batches of a run
 _CONSTRUCTED = (
-  'SIMULATED. By construction it is never slower; by how much it is faster is '
+  ' By construction it is never slower; by how much it is faster is '
   'the finding.'
 )
 
 
-def config(steps: int):
-  """The config that the arms share, which is that of the gate's arms."""
-  return gate_arms.config(steps)
+def columns(prefix: str) -> list[Column]:
+  """The columns of `simulate.numbers`, whose keys begin with the prefix."""
+  return [
+    Column(SPEED_UP, f'{prefix}/speed_up', 'x', 2),
+    Column(BEST_LAYER, f'{prefix}/best', 'x', 2),
+    Column(REACHED, f'{prefix}/reached', '%', 0, lambda share: 100 * share),
+    Column(
+      SHADOWED_SHARE, f'{prefix}/shadowed', '%', 1, lambda share: 100 * share
+    ),
+    Column(UNEVEN, f'{prefix}/uneven', '', 1),
+  ]
+
+
+def prefix_of(cluster: str, source: str, arm: str) -> str:
+  """The beginning of the names of an arm's numbers."""
+  return f'simulated/{cluster}/{source}/{arm}'
+
+
+def measure(run: Run, state: TrainState) -> dict[str, float]:
+  """The numbers of a run: simulated ones of its trace, or those of its gate.
+
+  A run with a trace is laid over the clusters that have as many devices as it
+  has experts, and so are drawn counts with the seed of the run.
+  """
+  if not run.options.trace.every_steps:
+    return gate_arms.shares(run, state)
+  numbers: dict[str, float] = {}
+  E = run.model.stacks.moe.num_experts
+  for name, cluster in CLUSTERS.items():
+    if cluster.num_devices != E:
+      continue
+    sizes = Sizes(WIDTH, HIDDEN, cluster.bytes_per_element)
+    recorded = expert_counts.recorded(run.workdir / FOLDER)
+    seed = run.options.seed
+    drawn = expert_counts.drawn(SKEWED, E, E * DRAWN, STEPS, seed)
+    for source, chosen in ((TRACE, recorded), (SKEWED, drawn)):
+      counts = expert_counts.counts_of(
+        chosen, cluster, tokens_per_device=TOKENS, outgoing=OUTGOING
+      )
+      simulated = simulate.simulate(cluster, counts, sizes)
+      base = simulated[simulate.SYNCHRONOUS]
+      for arm, one in simulated.items():
+        prefix = prefix_of(name, source, arm)
+        values = simulate.numbers(base, one)
+        numbers |= {f'{prefix}/{k}': v for k, v in values.items()}
+  return numbers
 
 
 def _trained(steps: int) -> Iterator[Arm]:
@@ -103,7 +159,7 @@ def _trained(steps: int) -> Iterator[Arm]:
 
 def arms(preset: Preset) -> list[Arm]:
   """The arms whose choices are replayed, and those with the gate."""
-  return [*_trained(preset.steps), *gate_arms.arms(preset)]
+  return [*_trained(preset.steps), *gate_arms.arms()]
 
 
 def row_name(cluster: str, kind: str, arm: str) -> str:
@@ -119,9 +175,9 @@ def rows(results: parts.Results) -> list[Row]:
     trained = TRAINED[cluster, FREE if kind == SKEWED else kind]
     source = SKEWED if kind == SKEWED else TRACE
     for arm in shown:
-      prefix = simulated_runs.prefix_of(cluster, source, arm)
-      runs = [simulated_runs.values(run, prefix) for run in results[trained]]
-      values = {name: [run[name] for run in runs] for name in runs[0]}
+      prefix = prefix_of(cluster, source, arm)
+      runs = results[trained]
+      values = {c.name: [*map(c.of, runs)] for c in columns(prefix)}
       table.append(Row(row_name(cluster, kind, arm), values))
   for arm in (*dict.fromkeys(TRAINED.values()), *_gate_names()):
     table.append(parts.row_of(arm, results[arm], gate_arms.COLUMNS))
@@ -132,43 +188,30 @@ def _gate_names() -> list[str]:
   return [arm.name for arm in gate_arms.arms()]
 
 
-def _cell(cluster: str, column: str) -> str:
-  row = {JOHNNY: 'johnny, 16xV100', TREVOR: 'trevor, 64 GPUs'}[cluster]
-  return f'fastermoe2022/throughput/{row}/{column}'
-
-
 def _faster(
+  text: str,
   cluster: str,
   arm: str,
-  column: str,
-  text: str,
+  than: str = '',
   kind: str = FREE,
   note: str = '',
 ) -> Claim:
-  """A claim that an arm is faster than the synchronous one."""
-  extent = 'up to that, ' if column == 'shadowing_alone' else ''
-  return Claim(
-    f'{text}, on {cluster}',
-    f'{SPEED_UP}: {row_name(cluster, kind, arm)} > 1',
-    [_cell(cluster, column)],
-    f'The paper has {extent}speed-ups of whole iterations, measured; here is '
-    f'the mean of layers, SIMULATED.{note}',
-  )
+  """A claim that an arm is faster than another one of the same choices.
 
-
-def _compared(
-  text: str,
-  cluster: str,
-  arm: str,
-  than: str,
-  kind: str = FREE,
-  note: str = 'SIMULATED.',
-) -> Claim:
-  """A claim that one arm is faster than another one of the same choices."""
-  row, other = (row_name(cluster, kind, name) for name in (arm, than))
-  return Claim(
-    f'{text}, on {cluster}', f'{SPEED_UP}: {row} > {other}', note=note
-  )
+  Without another one it is faster than the synchronous one, as in the paper.
+  """
+  row, other, cells = row_name(cluster, kind, arm), '1', ()
+  about = 'SIMULATED.'
+  if than:
+    other = row_name(cluster, kind, than)
+  else:
+    cells = [simulate.published(CLUSTERS[cluster], arm)]
+    about = (
+      f'The paper has {"up to that, " * (arm == SHADOWED)}speed-ups of whole '
+      'iterations, measured; here is the mean of layers, SIMULATED.'
+    )
+  formula = f'{SPEED_UP}: {row} > {other}'
+  return Claim(f'{text}, on {cluster}', formula, cells, about + note)
 
 
 def claims() -> list[Claim]:
@@ -176,48 +219,46 @@ def claims() -> list[Claim]:
   simulated_claims = []
   for cluster in (JOHNNY, TREVOR):
     simulated_claims += [
-      _faster(cluster, SHADOWED, 'shadowing_alone', 'shadowing is faster'),
-      _faster(cluster, SCHEDULED, 'schedule_alone', 'the schedule is faster'),
+      _faster('shadowing is faster', cluster, SHADOWED),
+      _faster('the schedule is faster', cluster, SCHEDULED),
       _faster(
+        'both together are faster',
         cluster,
         BOTH,
-        'vs_fastmoe',
-        'both together are faster',
         note=" The references do not say whether the paper's has the gate.",
       ),
       _faster(
+        'shadowing is faster where four experts are equally popular',
         cluster,
         SHADOWED,
-        'shadowing_alone',
-        'shadowing is faster where four experts are equally popular',
         kind=SKEWED,
         note=' Added after the result was seen.',
       ),
-      _compared('both are faster than shadowing', cluster, BOTH, SHADOWED),
-      _compared('both are faster than the schedule', cluster, BOTH, SCHEDULED),
-      _compared(
+      _faster('both are faster than shadowing', cluster, BOTH, SHADOWED),
+      _faster('both are faster than the schedule', cluster, BOTH, SCHEDULED),
+      _faster(
         'the best number of shadowed experts is faster than the published rule',
         cluster,
         BEST_NUMBER,
         SHADOWED,
         note=_CONSTRUCTED,
       ),
-      _compared(
+      _faster(
         'where four experts are equally popular, the best number is faster '
         'than the published rule',
         cluster,
         BEST_NUMBER,
         SHADOWED,
         SKEWED,
-        note=_CONSTRUCTED,
+        _CONSTRUCTED,
       ),
-      _compared(
+      _faster(
         'the gate makes both together faster still',
         cluster,
         ALL,
         BOTH,
-        note='SIMULATED. The gate is imposed on the choices of a model that '
-        'was trained without it, and without a balance loss.',
+        note=' The gate is imposed on the choices of a model that was trained '
+        'without it, and without a balance loss.',
       ),
       Claim(
         f'shadowing saves more without a balance loss, on {cluster}',
@@ -238,47 +279,29 @@ def claims() -> list[Claim]:
     Claim(
       'shadowing saves more on trevor than on johnny',
       f'{SPEED_UP}: {" > ".join(shadowed)}',
-      [_cell(c, 'shadowing_alone') for c in (TREVOR, JOHNNY)],
+      [simulate.published(CLUSTERS[c], SHADOWED) for c in (TREVOR, JOHNNY)],
       'SIMULATED. The clusters differ in devices, experts, links and peaks.',
     )
   )
-  return simulated_claims + _gate_claims()
-
-
-def _gate_claims() -> list[Claim]:
-  """Claims on the quality that the gate costs, which is trained for real."""
-  first, *other_claims = gate_arms.CLAIMS
-  cells = [
-    f'fastermoe2022/table3/FasterMoE {name} the gate/iterations'
-    for name in ('with', 'without')
-  ]
-  first = dataclasses.replace(
-    first,
-    published=cells,
-    note=(
-      'The paper counts thousands of iterations to a loss; here models are '
-      'trained for real.'
-    ),
-  )
-  return [first, *other_claims]
+  return simulated_claims + gate_arms.CLAIMS
 
 
 STUDY = Study(
   name='fastermoe_tables',
   title='FasterMoE: what its parts would save, SIMULATED',
   source='FasterMoE, section 5',
-  config=config,
+  config=gate_arms.config,
   arms=arms,
   rows=rows,
   presets={'quick': Preset(200, 2), 'full': Preset(500, 5)},
-  columns=[*simulated_runs.columns('*'), *gate_arms.COLUMNS],
+  columns=[*columns('*'), *gate_arms.COLUMNS],
   claims=claims(),
   written='2026-11-28',
   figure=Figure(
     [SPEED_UP, REACHED, SHADOWED_SHARE],
     without=[*dict.fromkeys(TRAINED.values()), *_gate_names()],
   ),
-  runner=TrainingRunner(simulated_runs.measure),
+  runner=TrainingRunner(measure),
   progress=byte_models.LOSS.name,
   remarks=(
     'Columns named SIMULATED are from a cost model, and no time was measured '

@@ -191,13 +191,10 @@ def _anchor(title: str) -> str:
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Collects the summaries and writes the page."""
-  parser = cli.Parser(
-    prog='python -m experiments.report', description=__doc__.split('\n')[0]
-  )
-  parser.add_argument(
-    '--results', default='results', help='folder to which studies wrote'
-  )
-  parser.add_argument('--output', default=str(HERE), help='folder of the page')
+  parser = cli.parser('experiments.report', __doc__)
+  add = parser.add_argument
+  add('--results', default='results', help='folder to which studies wrote')
+  add('--output', default=str(HERE), help='folder of the page')
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
   summaries = read(output / KEPT, results)

@@ -111,11 +111,7 @@ def disturbed(
     seconds: Seconds after which the run is left alone.
     draw: Source of random numbers.
   """
-  tally, deadline, attempt = (
-    Tally(),
-    time.monotonic() + seconds,
-    0,
-  )
+  tally, deadline, attempt = (Tally(), time.monotonic() + seconds, 0)
   while True:
     count, mesh = next(meshes)
     expected = read_on_one_device(workdir, spec)
@@ -227,31 +223,16 @@ def order(draw: random.Random) -> Iterator[tuple[int, dict[str, int]]]:
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the soak; the exit status is 1 if anything was lost."""
-  parser = cli.Parser(
-    prog='python -m experiments.soak', description=__doc__.split('\n')[0]
-  )
-  add = parser.add_argument
-  add(
-    '--minutes',
-    type=cli.number(float, above=0),
-    default=10.0,
-    help='approximate duration',
-  )
-  add(
-    '--seed',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help='seed of the disturbances',
-  )
-  add(
-    '--folder',
-    default='',
-    help="folder of the runs, which is kept; '': a temporary one",
-  )
+  parser = cli.parser('experiments.soak', __doc__)
+  add, positive = parser.add_argument, cli.number(float, above=0)
+  add('--minutes', type=positive, default=10.0, help='approximate duration')
+  text = 'seed of the disturbances'
+  add('--seed', type=cli.NOT_NEGATIVE, default=0, help=text)
+  text = "folder of the runs, which is kept; '': a temporary one"
+  add('--folder', default='', help=text)
   options = parser.parse_args(argv)
   folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix='soak-'))
-  cache = folder / 'compiled'
-  jax.config.update('jax_compilation_cache_dir', str(cache))
+  jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
   faults = soak(folder, options.minutes, options.seed)
   if faults:
     print(f'what happened is in {folder}')

@@ -20,15 +20,12 @@ from experiments import (
 )
 from experiments.benchmarks import (
   checkouts,
-  decoding_products,
+  moe_layer,
   nanogpt_steps,
   peer_steps,
   timing,
   train_step_programs,
 )
-from experiments.benchmarks import moe_layer_cases as cases_lib
-from experiments.benchmarks import moe_layer_programs as programs_lib
-from experiments.benchmarks import moe_layer_rows as rows_lib
 from moe_jax import models
 from moe_jax.cli import load_config
 from moe_jax.layers import Dropless, Gather
@@ -36,7 +33,7 @@ from moe_jax.runs.checkpointer import Checkpointer
 from tests.training import tiny
 
 N, M, F, E, K = 24, 8, 12, 4, 2
-SIZES = programs_lib.Sizes(num_tokens=N, width=M, hidden=F)
+SIZES = moe_layer.Sizes(num_tokens=N, width=M, hidden=F)
 
 
 def test_every_case_runs_once_a_round_and_the_first_one_turns():
@@ -79,8 +76,8 @@ def test_folder_name():
 @pytest.mark.parametrize('K', [1, 3])
 def test_choices_differ_and_are_skewed_as_they_say(K):
   rng = np.random.default_rng(0)
-  zipf = cases_lib.draw_choices(rng, 'zipf', 20_000, 5, K)
-  even = cases_lib.draw_choices(rng, 'uniform', 20_000, 5, K)
+  zipf = moe_layer.draw_choices(rng, 'zipf', 20_000, 5, K)
+  even = moe_layer.draw_choices(rng, 'uniform', 20_000, 5, K)
   for choices in (zipf, even):
     assert choices.shape == (20_000, K)
     assert (np.diff(np.sort(choices, axis=1), axis=1) > 0).all()
@@ -94,18 +91,18 @@ def test_choices_differ_and_are_skewed_as_they_say(K):
 def test_an_unknown_routing_names_those_that_exist():
   rng = np.random.default_rng(0)
   with pytest.raises(ValueError, match=r"unknown routing 'skewed'.*'zipf'"):
-    cases_lib.draw_choices(rng, 'skewed', N, E, K)
+    moe_layer.draw_choices(rng, 'skewed', N, E, K)
 
 
 @pytest.fixture(scope='module')
 def bound_cases():
   """All cases, compiled once: (layer, compilations, inputs and outputs)."""
-  layer = cases_lib.Layer.draw(SIZES, E)
-  compilations = cases_lib.compile_cases(layer, K, backward=True, ragged=True)
+  layer = moe_layer.Layer.draw(SIZES, E)
+  compilations = moe_layer.compile_cases(layer, K, backward=True, ragged=True)
   by_routing = {}
-  for routing in cases_lib.ROUTINGS:
-    inputs = cases_lib.Inputs.draw(layer, routing, K)
-    programs = dict(cases_lib.bind(layer, compilations, inputs))
+  for routing in moe_layer.ROUTINGS:
+    inputs = moe_layer.Inputs.draw(layer, routing, K)
+    programs = moe_layer.bind(layer, compilations, inputs)
     by_routing[routing] = inputs, {n: p.run() for n, p in programs.items()}
   return layer, compilations, by_routing
 
@@ -114,7 +111,7 @@ def bound_cases():
 def test_the_router_sends_tokens_where_the_draw_says(bound_cases):
   _, _, by_routing = bound_cases
   for inputs, results in by_routing.values():
-    for name in programs_lib.LAYERS:
+    for name in moe_layer.LAYERS:
       load = results[name][1].stats.load
       np.testing.assert_array_equal(load, inputs.load)
   loads = {routing: inputs.load for routing, (inputs, _) in by_routing.items()}
@@ -128,7 +125,7 @@ def test_a_router_that_chooses_otherwise_is_an_error(bound_cases):
   inputs, _ = by_routing['zipf']
   other = dataclasses.replace(inputs, load=inputs.load[::-1])
   with pytest.raises(ValueError, match=r'not the .* that were drawn'):
-    dict(cases_lib.bind(layer, compilations, other))
+    moe_layer.bind(layer, compilations, other)
 
 
 def assert_same(a, b):
@@ -142,14 +139,14 @@ def test_products_of_the_same_groups_compute_the_same(bound_cases):
   # A baseline with less work would make the layer look slow, or fast.
   _, _, by_routing = bound_cases
   _, results = by_routing['zipf']
-  ffn = programs_lib.GROUPED[0]
-  for name in (programs_lib.GROUPED[1], programs_lib.RAGGED):
+  ffn = moe_layer.GROUPED[0]
+  for name in (moe_layer.GROUPED[1], moe_layer.RAGGED):
     assert_same(results[name], results[ffn])
-  equal = results[ffn + programs_lib.EQUAL]
-  for name in programs_lib.BATCHED:
+  equal = results[ffn + moe_layer.EQUAL]
+  for name in moe_layer.BATCHED:
     assert_same(results[name], equal)
   assert not np.allclose(equal[0], results[ffn][0])  # the groups do differ
-  assert_same(results[programs_lib.PLAIN_DENSE], results[programs_lib.DENSE])
+  assert_same(results[moe_layer.PLAIN_DENSE], results[moe_layer.DENSE])
 
 
 @pytest.mark.slow
@@ -173,28 +170,28 @@ def test_the_layer_is_its_experts_on_its_choices(bound_cases):
 
 
 def test_the_limit_is_the_fastest_of_the_same_shapes():
-  equal = [name + programs_lib.EQUAL for name in programs_lib.GROUPED]
+  equal = [name + moe_layer.EQUAL for name in moe_layer.GROUPED]
   times = {
-    programs_lib.BATCHED[0]: [3.0, 3.0],
-    programs_lib.BATCHED[1]: [2.0, 9.0],
+    moe_layer.BATCHED[0]: [3.0, 3.0],
+    moe_layer.BATCHED[1]: [2.0, 9.0],
     equal[0]: [4.0, 4.0],
     equal[1]: [5.0, 5.0],
-    programs_lib.GROUPED[0]: [3.5, 3.5],
-    programs_lib.GROUPED[1]: [1.0, 9.0],
-    programs_lib.DENSE: [0.1, 0.1],  # no grouped product
+    moe_layer.GROUPED[0]: [3.5, 3.5],
+    moe_layer.GROUPED[1]: [1.0, 9.0],
+    moe_layer.DENSE: [0.1, 0.1],  # no grouped product
   }
-  limit = rows_lib.fastest_limit
-  assert limit(times, 'gather', 'zipf') == programs_lib.BATCHED[0]
-  assert limit(times, 'dropless', 'zipf') == programs_lib.GROUPED[0]
-  assert limit(times, 'dropless', 'uniform') == programs_lib.BATCHED[0]
+  limit = bench_moe_layer.fastest_limit
+  assert limit(times, 'gather', 'zipf') == moe_layer.BATCHED[0]
+  assert limit(times, 'dropless', 'zipf') == moe_layer.GROUPED[0]
+  assert limit(times, 'dropless', 'uniform') == moe_layer.BATCHED[0]
 
 
 def test_groups_that_cannot_be_equal_are_refused():
-  layer = cases_lib.Layer.draw(dataclasses.replace(SIZES, num_tokens=23), E)
+  layer = moe_layer.Layer.draw(dataclasses.replace(SIZES, num_tokens=23), E)
   with pytest.raises(
     ValueError, match=r'num_experts=4 does not divide 1 \* 23'
   ):
-    cases_lib.compile_cases(layer, 1, backward=False, ragged=False)
+    moe_layer.compile_cases(layer, 1, backward=False, ragged=False)
 
 
 @pytest.mark.slow
@@ -204,7 +201,7 @@ def test_the_layer_benchmark_writes_every_row(
   # Its programs are those of `bound_cases`, as all have arrays of one seed.
   calls, (drawn_layer, compilations, _) = [], bound_cases
   monkeypatch.setattr(
-    cases_lib, 'compile_cases', lambda *a, **b: calls.append(a) or compilations
+    moe_layer, 'compile_cases', lambda *a, **b: calls.append(a) or compilations
   )
   bench_moe_layer.main(
     [
@@ -222,22 +219,22 @@ def test_the_layer_benchmark_writes_every_row(
   assert results['facts']['device'] in (folder / 'table.md').read_text()
   rows = results['rows']
   cases = {
-    *programs_lib.LAYERS, programs_lib.DENSE, programs_lib.PLAIN_DENSE,
-    *programs_lib.BATCHED, programs_lib.RAGGED, *programs_lib.GROUPED,
-    *(name + programs_lib.EQUAL for name in programs_lib.GROUPED),
+    *moe_layer.LAYERS, moe_layer.DENSE, moe_layer.PLAIN_DENSE,
+    *moe_layer.BATCHED, moe_layer.RAGGED, *moe_layer.GROUPED,
+    *(name + moe_layer.EQUAL for name in moe_layer.GROUPED),
   }  # fmt: skip
   assert sorted((r['E'], r['routing'], r['case']) for r in rows) == sorted(
-    (E, routing, case) for routing in cases_lib.ROUTINGS for case in cases
+    (E, routing, case) for routing in moe_layer.ROUTINGS for case in cases
   )
   for row in rows:
     assert row['ms'] > 0 and row['fraction'] > 0
     # All rows have the same K.
-    if row['case'] in programs_lib.LAYERS:
+    if row['case'] in moe_layer.LAYERS:
       products = round(2 * row['served'] * N * K * 2 * M * F)
       assert row['flops'] == 3 * (products + 2 * N * M * E)
       assert row['limit'] in cases
-    if row['case'] == programs_lib.DENSE:
-      assert row[f'per_{programs_lib.DENSE}'] == 1
+    if row['case'] == moe_layer.DENSE:
+      assert row[f'per_{moe_layer.DENSE}'] == 1
   table = (folder / 'table.md').read_text(encoding='utf-8')
   assert table.count('| gather |') == 2 + 2  # tables of layers and of growth
   with (folder / 'rows.csv').open(encoding='utf-8') as file:
@@ -263,7 +260,7 @@ def test_a_step_that_is_timed_is_a_training_step():
   # The state has Adam's two moments with two counts, the step and the seed.
   state = 4 * (3 * params + 4)
   assert step.work.min_bytes == 4 * 4 * params + 2 * state
-  assert step.counts.argument_bytes >= state
+  assert step.numbers['argument_bytes'] >= state
 
 
 def test_variants_differ_from_the_config_in_what_they_say():
@@ -398,8 +395,8 @@ def test_a_dense_config_has_no_twin(tmp_path):
 def test_capacity_serves_what_fits():
   # Each expert serves two of six choices at most, so that expert 0 drops one.
   load = np.array([3, 2, 1])
-  assert rows_lib.served_share('gather', load) == 5 / 6
-  assert rows_lib.served_share('dropless', load) == 1
+  assert bench_moe_layer.served_share('gather', load) == 5 / 6
+  assert bench_moe_layer.served_share('dropless', load) == 1
 
 
 @pytest.mark.slow
@@ -428,7 +425,7 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   monkeypatch.setattr(
     bench_train_step,
     'turns',
-    lambda programs: contextlib.nullcontext(
+    lambda programs, *libraries: contextlib.nullcontext(
       {**programs(), bench_train_step.PAUSE: lambda: None}
     ),
   )
@@ -485,7 +482,7 @@ def test_a_peers_routing_stays_as_it_began(monkeypatch):
   model = peer_steps.transformers_model(options)
   monkeypatch.setattr(peer_steps, 'transformers_model', lambda _: model)
   batch = train_step_programs.random_batch(options)
-  step = peer_steps.transformers_step(options, batch)
+  (step,) = peer_steps.programs(options, batch).values()
 
   def used_kernels():
     return [
@@ -523,7 +520,7 @@ def test_experts_that_a_step_reads_are_those_of_random_choices(
   num_tokens, read
 ):
   sizes = bench_generation.SIZES
-  assert decoding_products.read_experts(num_tokens, sizes) == read
+  assert bench_generation.read_experts(num_tokens, sizes) == read
   rng = np.random.default_rng(0)
   choices = rng.permuted(
     np.tile(np.arange(sizes['num_local_experts']), (200, num_tokens, 1)),

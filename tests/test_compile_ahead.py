@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from experiments import compile_ahead
-from experiments.benchmarks import compile_ahead_tables as tables
 from moe_jax.analysis import roofline, sharded
 from moe_jax.analysis.sharded import Collectives
 from moe_jax.configs import base
@@ -54,7 +53,7 @@ def test_the_report_is_of_one_device(four_devices):
 @pytest.mark.slow
 def test_the_table_has_every_number(four_devices):
   console = Console(record=True, width=100)
-  console.print(tables.table(four_devices, 1.5e9))
+  console.print(compile_ahead.table(four_devices, 1.5e9))
   text = console.export_text()
   for words in (
     'optimizer state',
@@ -90,18 +89,18 @@ def test_the_largest_evaluation_decides_what_fits():
     generated_code_size_in_bytes=0,
   )
   step = sharded.Sharded(0, 0, memory, NOTHING_SENT)
-  report = tables.Report(step, evaluation, 1.0, 1)
+  report = compile_ahead.Report(step, evaluation, 1.0, 1)
   assert step.needed_bytes < report.needed_bytes == evaluation.needed_bytes
 
 
 def test_a_verdict_names_the_device_and_both_numbers():
-  (line,) = tables.verdicts('v5p:2x2x1', '', 10**10)
+  (line,) = compile_ahead.verdicts('v5p:2x2x1', '', 10**10)
   assert line == 'fits TPU v5p: 10 GB of 95 GB (11%)'
-  lines = tables.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
+  lines = compile_ahead.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
   assert lines == {'DOES NOT FIT TPU v5e: 20 GB of 16 GB (125%)': False}
   # CPUs stand in for any device.
   names = set(roofline.DEVICES) - {roofline.HERE}
-  assert len(tables.verdicts('cpu:64', '', 10**10)) == len(names)
+  assert len(compile_ahead.verdicts('cpu:64', '', 10**10)) == len(names)
 
 
 def test_flops_by_formula_are_split_over_devices():

@@ -22,19 +22,16 @@ SIZES = Sizes(M=10, F=5, bytes_per_element=2)
 
 
 def test_the_clusters_are_the_papers():
-  johnny, trevor = clusters.get('johnny'), clusters.get('trevor')
+  johnny, trevor, slice_ = clusters.CLUSTERS.values()
   assert (johnny.num_devices, trevor.num_devices) == (16, 64)
   assert johnny.network * 8 == 50e9 and trevor.network * 8 == 100e9
   assert johnny.topology.flops_per_second == 0.9 * 14e12
   # L = beta_net / (m beta_local) n.
   np.testing.assert_allclose(johnny.outgoing, 6.25 / (8 * 15.75))
   np.testing.assert_allclose(trevor.outgoing, 12.5 / (4 * 150))
-  slice_ = clusters.get('tpu:4x4')
   assert (slice_.num_devices, slice_.num_nodes) == (16, 1)
   for cluster in (johnny, trevor, slice_):
     assert 'assumed' in cluster.sources
-  with pytest.raises(ValueError, match="unknown topology 'johny'"):
-    clusters.get('johny')
 
 
 def choices_of(expert, logits=None, E=4) -> Chosen:
@@ -76,8 +73,6 @@ def test_draws_have_the_skew_of_the_paper():
   shares = np.sort(np.bincount(draw.expert[:, 0], minlength=16) / 20000)
   np.testing.assert_allclose(shares[-4:], 0.2, atol=0.02)
   np.testing.assert_allclose(shares[:-4], 0.2 / 12, atol=0.005)
-  with pytest.raises(ValueError, match="unknown counts 'zipf'"):
-    next(expert_counts.drawn('zipf', 16, 8, 1))
   # Four experts are popular, so that none is left for the other tokens.
   with pytest.raises(expert_counts.DoesNotDivide, match='num_experts=4'):
     next(expert_counts.drawn('skewed', 4, 8, 1))
@@ -119,7 +114,7 @@ def written_trace(folder, steps=3):
 
 def test_a_trace_is_read_as_counts(tmp_path):
   records = written_trace(tmp_path / 'trace')
-  johnny = clusters.get('johnny')
+  johnny = clusters.CLUSTERS['johnny']
   counts = expert_counts.counts_of(
     expert_counts.recorded(tmp_path / 'trace', most=2), johnny
   )
@@ -147,15 +142,15 @@ def test_arms_by_formula():
   np.testing.assert_allclose(base.flops, flops)
   best = arms[simulate.BEST_NUMBER]
   assert (best.seconds <= base.seconds * (1 + 1e-12)).all()
-  assert simulate.speed_up(base, base) == (1.0, 1.0)
-  faster = dict(arms, wrong=base._replace(seconds=base.bound / 2))
-  with pytest.raises(ValueError, match="'wrong' is faster than its bound"):
-    simulate.check_bound(faster)
+  numbers = simulate.numbers(base, base)
+  assert numbers['speed_up'] == numbers['best'] == 1.0
+  for arm in arms.values():  # none is faster than if all overlapped
+    assert (arm.seconds >= arm.bound * (1 - 1e-9)).all()
 
 
 def test_four_equal_experts_stop_the_printed_rule_at_the_first():
   # Four of 16 experts have a fifth of the tokens each, as in the paper.
-  johnny = clusters.get('johnny')
+  johnny = clusters.CLUSTERS['johnny']
   sizes = Sizes(clusters.WIDTH, clusters.HIDDEN, 4)
   counts = np.full((1, 16, 16), 68)
   counts[:, [1, 6, 9, 12]] = 819
@@ -172,7 +167,7 @@ def test_four_equal_experts_stop_the_printed_rule_at_the_first():
 
 
 def test_synchronous_points_of_the_roofline_lie_on_its_curve():
-  for cluster in map(clusters.get, clusters.NAMES):
+  for cluster in clusters.CLUSTERS.values():
     ratio, flops = simulate.even_points(cluster, SIZES)
     curve = cost_model.semi_ideal(cluster.topology.flops_per_second, ratio)
     np.testing.assert_allclose(flops, curve, rtol=1e-12)

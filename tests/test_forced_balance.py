@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import roofline, train_step_tables
+from experiments import bench_train_step
+from experiments.benchmarks import roofline
 from moe_jax import generate, run_config
 from moe_jax.analysis import hooks, record_evaluation, routes, traces
 from moe_jax.analysis.recording import Traces
@@ -113,5 +114,5 @@ def test_a_model_says_what_its_results_have_to():
 def test_the_table_of_a_benchmark_says_it():
   row = collections.defaultdict(float, case='sparse')
   peaks = roofline.Peaks(1.0, 1.0, 'float32', 1, 1)
-  text = train_step_tables.report('a.py', peaks, [row], [row], NOTE)
+  text = bench_train_step.report('a.py', peaks, [row], [row], NOTE)
   assert f'# A training step of a.py\n\n{NOTE}. ' in text

@@ -20,6 +20,7 @@ from scipy import stats
 
 from experiments import (
   eval_capacity,
+  fastermoe_tables,
   glam_capacity,
   kudugunta_table,
   megablocks_tables,
@@ -32,7 +33,7 @@ from experiments import (
   switch_table7,
 )
 from experiments.benchmarks import roofline
-from experiments.faster_moe import clusters, simulate, simulated_runs
+from experiments.faster_moe import clusters, simulate
 from experiments.launching import items
 from experiments.study import (
   byte_models,
@@ -473,11 +474,11 @@ def test_ratio_to_a_loss_is_told():
 
 def simulated_keys():
   """The names of all numbers of a run with a trace."""
-  for name in clusters.NAMES:
-    for source in (simulated_runs.TRACE, simulated_runs.SKEWED):
+  for name in clusters.CLUSTERS:
+    for source in (fastermoe_tables.TRACE, fastermoe_tables.SKEWED):
       for arm in simulate.ARMS:
-        prefix = simulated_runs.prefix_of(name, source, arm)
-        for column in simulated_runs.columns(prefix):
+        prefix = fastermoe_tables.prefix_of(name, source, arm)
+        for column in fastermoe_tables.columns(prefix):
           yield column.key
 
 

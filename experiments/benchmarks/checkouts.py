@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.study.tables import markdown_table
 from moe_jax.errors import InputError
 
 _SERVER = pathlib.Path(__file__).with_name('step_server.py')
 _HERE = _SERVER.parents[2]
-OLD, NEW = 'old', 'new'
 
 
 class Checkout:
@@ -96,7 +94,7 @@ def compare(
     seconds: Time for all steps together.
   """
   with serving(old) as before, serving(_HERE) as after:
-    sides = {OLD: before, NEW: after}
+    sides = {'old': before, 'new': after}
     for side in sides.values():
       side.ask({'config': config, 'cases': cases})
     times = timing.interleave(
@@ -113,8 +111,8 @@ def compare(
   rows = [
     _row(
       case,
-      arrays[OLD, case],
-      arrays[NEW, case],
+      arrays['old', case],
+      arrays['new', case],
       before.losses[case] == after.losses[case],
     )
     for case in cases
@@ -124,47 +122,30 @@ def compare(
 
 
 def _row(case, old, new, same_losses) -> dict[str, Any]:
-  row = {'case': case, 'rounds': len(old), 'same_losses': same_losses}
-  for name, values in (
-    (OLD, old),
-    (NEW, new),
-    ('change', new - old),
-    ('ratio', new / old),
-  ):
-    spread = timing.Spread.of(values.tolist())
-    row[name], row[f'{name}_low'], row[f'{name}_high'] = (
-      spread.median,
-      spread.low,
-      spread.high,
-    )
-  return row
+  spreads = {'old': old, 'new': new, 'change': new - old, 'ratio': new / old}
+  return {
+    'case': case,
+    'rounds': len(old),
+    'same_losses': same_losses,
+    **{name: timing.Spread.of(values) for name, values in spreads.items()},
+  }
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
   """The table of both checkouts' steps, in Markdown."""
-  f = timing.facts()
-  lines = []
-  for row in rows:
-    same = {True: 'the same bits', False: 'differ', None: ''}
-    spreads = {
-      name: timing.Spread(*(row[name + end] for end in ('_low', '', '_high')))
-      for name in (OLD, NEW, 'change', 'ratio')
-    }
-    lines.append(
-      {
-        'case': row['case'],
-        'old ms': f'{spreads[OLD]:.2f}',
-        'new ms': f'{spreads[NEW]:.2f}',
-        'new minus old, ms': f'{spreads["change"]:.2f}',
-        'new / old': f'{spreads["ratio"]:.3f}',
-        'losses': same[row['same_losses']],
-        'rounds': str(row['rounds']),
-      }
-    )
+  same = {True: 'the same bits', False: 'differ', None: ''}
+  columns = {
+    'case': '{case}',
+    'old ms': '{old:.2f}',
+    'new ms': '{new:.2f}',
+    'new minus old, ms': '{change:.2f}',
+    'new / old': '{ratio:.3f}',
+    'losses': lambda row: same[row['same_losses']],
+    'rounds': '{rounds}',
+  }
   return (
     f'# A training step of {title} in two checkouts\n\n'
-    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. Two '
-    'processes take turns; medians over rounds (quartiles in brackets), '
-    'differences and ratios within a round. Random tokens, full rows.\n\n'
-    f'{markdown_table(lines)}'
+    f'{timing.conditions()} Two processes take turns; differences are taken '
+    'within a round, too. Random tokens, full rows.\n\n'
+    f'{timing.table(rows, columns)}'
   )

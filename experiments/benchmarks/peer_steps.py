@@ -111,14 +111,7 @@ def transformers_model(options: RunConfig) -> Any:
 def programs(
   options: RunConfig, batch: Mapping[str, np.ndarray]
 ) -> dict[str, Callable[[], None]]:
-  """The step of transformers' model, by its name."""
-  return {NAME: transformers_step(options, batch)}
-
-
-def transformers_step(
-  options: RunConfig, batch: Mapping[str, np.ndarray]
-) -> Callable[[], None]:
-  """A function that takes one step of transformers' model on the batch."""
+  """A function that takes one step of transformers' model, by its name."""
   model = transformers_model(options)
   import torch
 
@@ -145,4 +138,4 @@ def transformers_step(
     )
     optimizer.step()
 
-  return run
+  return {NAME: run}

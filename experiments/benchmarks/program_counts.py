@@ -9,7 +9,7 @@ of one and of two microbatches.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from jax.stages import Compiled
 
@@ -22,37 +22,30 @@ from moe_jax.training.run_options import RunOptions
 _ENCODER, _DECODER = 'encoder', 'decoder'
 
 
-class Counts(NamedTuple):
+def counts(compiled: Compiled) -> dict[str, float]:
   """The numbers that XLA counts in a program; the body of a loop counts once.
 
-  Attributes:
-    flops: FLOPs, two for a multiply-add and one for an elementwise operation.
-      A program with a loop takes more than these.
-    bytes_accessed: Bytes that instructions read and write, as if there were no
+  They are NaN where the platform gives none.
+
+  Returns:
+    Numbers by name:
+    - xla_flops: FLOPs, two for a multiply-add and one for an elementwise
+      operation. A program with a loop takes more than these.
+    - xla_bytes: bytes that instructions read and write, as if there were no
       caches.
-    argument_bytes: Bytes of the arguments.
-    output_bytes: Bytes of the results, gradients included.
-    temp_bytes: Bytes that are allocated while the program runs, besides
+    - argument_bytes: bytes of the arguments.
+    - output_bytes: bytes of the results, gradients included.
+    - temp_bytes: bytes that are allocated while the program runs, besides
       arguments and results.
   """
-
-  flops: float
-  bytes_accessed: float
-  argument_bytes: int
-  output_bytes: int
-  temp_bytes: int
-
-
-def counts(compiled: Compiled) -> Counts:
-  """The counts of a program; NaN where the platform gives none."""
   cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-  return Counts(
-    flops=float(cost.get('flops', 'nan')),
-    bytes_accessed=float(cost.get('bytes accessed', 'nan')),
-    argument_bytes=memory.argument_size_in_bytes,
-    output_bytes=memory.output_size_in_bytes,
-    temp_bytes=memory.temp_size_in_bytes,
-  )
+  return {
+    'xla_flops': float(cost.get('flops', 'nan')),
+    'xla_bytes': float(cost.get('bytes accessed', 'nan')),
+    'argument_bytes': memory.argument_size_in_bytes,
+    'output_bytes': memory.output_size_in_bytes,
+    'temp_bytes': memory.temp_size_in_bytes,
+  }
 
 
 def extrapolate(

@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import data
-from moe_jax.data import (
-  SPLITS,
-  PythonStdlibSource,
-  pieces,
-  store,
-)
+from moe_jax.data import SPLITS, PythonStdlibSource, pieces, store
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.tokenizers import Tokenizer
 
@@ -65,85 +60,57 @@ class Corpus:
     return np.array(training)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reads:
-  """The rows that one process read.
-
-  Attributes:
-    rows_per_second: Rows of batches, shuffled as in training.
-    checked: Number of documents that are those of the source.
-    wrong: Number of documents that are not.
-    open_seconds: Time to open the prepared data.
-    peak_bytes: The most memory that the process held.
-    mapped_bytes: The part of it that is in maps of files, which the system
-      takes back when it needs room.
-  """
-
-  rows_per_second: float
-  checked: int
-  wrong: int
-  open_seconds: float
-  peak_bytes: int
-  mapped_bytes: int
-
-
 def read_at_random(
-  options: data.DataOptions,
-  corpus: Corpus,
-  training: np.ndarray,
-  *,
-  processes: int = 2,
-  batch_size: int = 64,
-  batches: int = 200,
-  documents: int = 2000,
-) -> list[Reads]:
-  """The reads of each process of its own rows of every batch, all at once.
+  options: data.DataOptions, corpus: Corpus, training: np.ndarray
+) -> list[dict[str, float]]:
+  """What two processes measured that read their rows of every batch at once.
 
   Args:
     options: The prepared data.
     corpus: The documents that were written.
     training: Which documents are for training, [D].
-    processes: Number of processes.
-    batch_size: Rows of a batch, of which each process reads its share.
-    batches: Number of batches.
-    documents: Number of documents that each process compares.
+
+  Returns:
+    Numbers of each process by name:
+    - rows_per_second: rows of batches, shuffled as in training.
+    - checked: number of documents that are those of the source.
+    - wrong: number of documents that are not.
+    - open_seconds: time to open the prepared data.
+    - peak_bytes: the most memory that the process held.
+    - mapped_bytes: the part of it that is in maps of files, which the system
+      takes back when it needs room.
   """
   context = multiprocessing.get_context('spawn')
-  jobs = [
-    (options, corpus, training, p, processes, batch_size, batches, documents)
-    for p in range(processes)
-  ]
-  with context.Pool(processes) as pool:
+  jobs = [(options, corpus, training, p) for p in range(_PROCESSES)]
+  with context.Pool(_PROCESSES) as pool:
     return pool.starmap(_read, jobs, chunksize=1)
 
 
-def _read(
-  options, corpus, training, process, processes, batch_size, batches, documents
-) -> Reads:
+def _read(options, corpus, training, process) -> dict[str, float]:
   begin = time.perf_counter()
   dataset = data.load(options)
   opened = time.perf_counter() - begin
-  rows = batch_size // processes
+  rows = _BATCH_SIZE // _PROCESSES
   stream = data.batch_dataset(
     dataset.splits['train'],
-    batch_size=batch_size,
+    batch_size=_BATCH_SIZE,
     seed=0,
     share=np.arange(process * rows, (process + 1) * rows),
   )
   begin = time.perf_counter()
-  for i in range(batches):
+  for i in range(_BATCHES):
     batch = stream[i]
     assert batch['tokens'].shape == (rows, options.seq_len)
   seconds = time.perf_counter() - begin
-  wrong = _wrong(options, corpus, training, dataset.tokenizer, documents)
-  return Reads(
-    rows_per_second=batches * rows / seconds,
-    checked=documents - wrong,
-    wrong=wrong,
-    open_seconds=opened,
-    peak_bytes=pieces.peak_memory(),
-    mapped_bytes=_mapped(),
-  )
+  wrong = _wrong(options, corpus, training, dataset.tokenizer)
+  return {
+    'rows_per_second': _BATCHES * rows / seconds,
+    'checked': _DOCUMENTS - wrong,
+    'wrong': wrong,
+    'open_seconds': opened,
+    'peak_bytes': pieces.peak_memory(),
+    'mapped_bytes': _mapped(),
+  }
 
 
 def _wrong(
@@ -151,9 +118,8 @@ def _wrong(
   corpus: Corpus,
   training: np.ndarray,
   tokenizer: Tokenizer,
-  count: int,
 ) -> int:
-  """The number of `count` documents that differ from the source's."""
+  """The number of documents, drawn at random, that are not the source's."""
   texts = options.source.texts(options.selection)
   folder = pieces.make(texts, options.tokenizer, options.selection).folder
   tokens, starts = store.read(folder, 'train', texts.streams)
@@ -161,7 +127,7 @@ def _wrong(
   assert len(numbers) == len(starts), (len(numbers), len(starts))
   ends = np.append(starts[1:], len(tokens))
   wrong = 0
-  for index in np.random.default_rng().integers(0, len(starts), count):
+  for index in np.random.default_rng().integers(0, len(starts), _DOCUMENTS):
     ids = tokens[starts[index] : ends[index]]
     expected = tokenizer.encode(corpus.document(int(numbers[index])))
     wrong += not np.array_equal(ids, np.append(expected, tokenizer.eos_id))
@@ -175,5 +141,8 @@ def _mapped() -> int:
   return int(lines['RssFile'].split()[0]) * 1024
 
 
+_PROCESSES = 2
+_BATCH_SIZE, _BATCHES = 64, 200  # rows of a batch are shared by the processes
+_DOCUMENTS = 2000  # documents that each process compares
 _FILE_BYTES = 2**28
 _LONGEST = 6000  # largest number of characters of a document

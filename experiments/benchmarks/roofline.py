@@ -11,12 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.analysis.roofline import (
-  SIZES,
-  least_seconds,
-  matmul,
-  product_rate,
-)
+from moe_jax.analysis.roofline import SIZES, least_seconds, matmul, product_rate
 
 _COPY_BYTES = 1 << 28
 
@@ -71,50 +66,6 @@ class Work:
       self.flops / peaks.flops_per_second,
       self.min_bytes / peaks.bytes_per_second,
     )
-
-
-def ffn_work(
-  *,
-  num_tokens: int,
-  width: int,
-  hidden: int,
-  num_experts: int = 1,
-  num_selected: int | float = 1,
-  num_kernels: int = 2,
-  router: bool = False,
-  backward: bool = False,
-  itemsize: int = 4,
-) -> Work:
-  """The work of a feed-forward layer, dense or sparse.
-
-  With N tokens of M values and W values in all kernels, the forward pass reads
-  kernels and tokens and writes the output, W + 2 N M values. The backward pass
-  reads kernels, tokens and the gradient of the output, and writes the gradients
-  of kernels and tokens, 2 W + 3 N M values. Rows of experts and hidden values
-  are taken to stay in caches, and nothing is computed twice.
-
-  Args:
-    num_tokens: N, the number of tokens.
-    width: M, the width of the residual stream.
-    hidden: F, the width of the hidden layer of one expert.
-    num_experts: E, the number of experts, each with kernels of its own; 1 for a
-      dense layer.
-    num_selected: Number of choices of a token that are served: K, or fewer on
-      average.
-    num_kernels: Number of kernels: 2, or 3 with a gated activation.
-    router: Whether the kernel and the products of a router count.
-    backward: Whether the gradients of kernels and tokens are computed, too.
-    itemsize: Bytes of a value.
-  """
-  N, M, F, E = num_tokens, width, hidden, num_experts
-  kernels = E * num_kernels * M * F
-  flops = round(2 * N * num_selected * num_kernels * M * F)
-  if router:
-    kernels += M * E
-    flops += 2 * N * M * E
-  if backward:
-    return Work(3 * flops, itemsize * (3 * kernels + 5 * N * M))
-  return Work(flops, itemsize * (kernels + 2 * N * M))
 
 
 def measure_peaks(dtype: str = 'float32', *, quick: bool = False) -> Peaks:

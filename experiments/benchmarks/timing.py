@@ -5,7 +5,6 @@ cases of one round meet the machine in the same state, so that ratios are taken
 round by round, and their median is reported.
 """
 
-import argparse
 import csv
 import dataclasses
 import datetime
@@ -16,14 +15,20 @@ import platform
 import re
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.stages import Compiled
+from matplotlib.figure import Figure
 
 from experiments.benchmarks import program_counts, roofline
+from experiments.study.tables import markdown_table
+from moe_jax import cli
+
+Row = Mapping[str, Any]
+Cell = str | Callable[[Row], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +37,12 @@ class Program:
 
   Attributes:
     run: Calls the function and waits for its result.
-    compile_seconds: Time of tracing, lowering and compiling.
-    counts: XLA's own counts of the program's FLOPs and bytes.
+    numbers: Columns of a row: the time of tracing, lowering and compiling, and
+      XLA's own counts; see `program_counts.counts`.
   """
 
   run: Callable[[], Any]
-  compile_seconds: float
-  counts: program_counts.Counts
+  numbers: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Spread:
     """The quartiles of values, one for each round."""
     return cls(*(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))))
 
+  def __truediv__(self, number: float) -> 'Spread':
+    """The quartiles of all values divided by a number."""
+    return Spread(self.low / number, self.median / number, self.high / number)
+
   def __format__(self, spec: str) -> str:
     """The median and the quartiles as text, '1.12 (1.08-1.19)'."""
     low, middle, high = (
@@ -62,27 +70,25 @@ class Spread:
     return f'{middle} ({low}-{high})'
 
 
-def compile_ahead(function: Callable[..., Any], *args: Any) -> 'Compilation':
-  """Compiles the function for arguments of these shapes; none is donated."""
+def compile_ahead(
+  function: Callable[..., Any], *args: Any
+) -> Callable[..., Program]:
+  """Compiles the function for arguments of these shapes; none is donated.
+
+  Returns:
+    A function of such arguments that gives the program that is called on them.
+  """
   start = time.perf_counter()
   compiled = jax.jit(function).lower(*args).compile()
-  return Compilation(compiled, time.perf_counter() - start)
+  numbers = {
+    'compile_seconds': time.perf_counter() - start,
+    **program_counts.counts(compiled),
+  }
 
+  def on(*args: Any) -> Program:
+    return Program(lambda: jax.block_until_ready(compiled(*args)), numbers)
 
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-  """A compiled function, and the seconds that compiling took."""
-
-  compiled: Compiled
-  seconds: float
-
-  def on(self, *args: Any) -> Program:
-    """The program that calls the function with these arguments."""
-    return Program(
-      run=lambda: jax.block_until_ready(self.compiled(*args)),
-      compile_seconds=self.seconds,
-      counts=program_counts.counts(self.compiled),
-    )
+  return on
 
 
 def interleave(
@@ -161,21 +167,14 @@ def reached(
   return {
     'flops': work.flops,
     'min_bytes': work.min_bytes,
-    'roofline_ms': 1e3 * Spread.of(limits).median,
+    'roofline_ms': milliseconds(limits).median,
     'fraction': ratio(limits, times).median,
   }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags that all benchmarks have which measure peaks."""
-  parser.add_argument(
-    '--output', default='results', help='folder of the results'
-  )
-  parser.add_argument(
-    '--rough_peaks',
-    action='store_true',
-    help="measure the machine's peaks on small arrays, for a trial",
-  )
+def milliseconds(times: Sequence[float]) -> Spread:
+  """Quartiles of seconds, one for each round, in milliseconds."""
+  return Spread.of([1e3 * seconds for seconds in times])
 
 
 def device_name() -> str:
@@ -228,33 +227,166 @@ def command_of(argv: Sequence[str]) -> list[str]:
   return words
 
 
+def parser(name: str, text: str | None, *, peaks: bool = True) -> cli.Parser:
+  """The parser of a benchmark's command, with the flags that all of them have.
+
+  Args:
+    name: Name of the benchmark's module.
+    text: Docstring of the module.
+    peaks: Whether the benchmark measures the machine's peaks.
+  """
+  parser = cli.parser(f'experiments.{name}', text)
+  add = parser.add_argument
+  add('--output', default='results', help='folder of the results')
+  if peaks:
+    text = "measure the machine's peaks on small arrays, for a trial"
+    add('--rough_peaks', action='store_true', help=text)
+  return parser
+
+
+def conditions(peaks: roofline.Peaks | None = None) -> str:
+  """Sentences on the machine and the date, and on how all cases were timed."""
+  f = facts()
+  measured = f'; {peaks.describe()}' if peaks else ''
+  return (
+    f'{f["device"]} ({f["devices"]}, {f["cores"]} cores), {f["date"]}, jax '
+    f'{f["jax"]}{measured}. Cases ran interleaved: medians, and medians of '
+    'ratios within a round (quartiles in brackets).'
+  )
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
+  """A table in Markdown, with a line for each row.
+
+  Args:
+    rows: Values by name, a row for each measured case.
+    columns: The format of a cell's text, or a function that gives it, by the
+      column's title. A format names values of the row, '{ms:.1f}'; the cell is
+      empty where the row lacks one.
+  """
+  return markdown_table(
+    [{title: _cell(row, x) for title, x in columns.items()} for row in rows]
+  )
+
+
+def _cell(row: Row, cell: Cell) -> str:
+  try:
+    return cell.format_map(row) if isinstance(cell, str) else cell(row)
+  except KeyError:
+    return ''
+
+
+def _of_xla(name: str, unit: float, spec: str) -> Cell:
+  """A cell of XLA's count, with a star where a program has a dynamic loop."""
+
+  def cell(row: Row) -> str:
+    loops = any(
+      word in row['case'] for word in ('sorted', 'dropless', 'grouped')
+    )
+    return f'{row[name] / unit:{spec}}{" *" if loops else ""}'
+
+  return cell
+
+
+# Columns on the work of a case, of rows that have what `reached` and
+# `Program.numbers` give.
+WORK: Mapping[str, Cell] = {
+  'roofline ms': '{roofline_ms:.1f}',
+  'reached': '{fraction:.0%}',
+  'GFLOP': lambda row: f'{row["flops"] / 1e9:.1f}',
+  'GFLOP (XLA)': _of_xla('xla_flops', 1e9, '.1f'),
+  'MB at least': lambda row: f'{row["min_bytes"] / 1e6:,.0f}',
+  'MB (XLA)': _of_xla('xla_bytes', 1e6, ',.0f'),
+  'temporary MiB': lambda row: f'{row["temp_bytes"] / 2**20:,.1f}',
+  'compile s': '{compile_seconds:.1f}',
+}
+
+
+ABOUT_WORK = (
+  '* XLA counts a loop of dynamic trip count once, so that its own figures are '
+  "not the program's work there. Reached is roofline / measured. Roofline: the "
+  'larger of GFLOP / peak matmul and MB at least / peak copy, both peaks timed '
+  'again in every round, as the machine drifts; GFLOP and MB at least are by '
+  'formula'
+)
+
+
+def flat(row: Row) -> dict[str, Any]:
+  """The row with three columns, a median and quartiles, for each spread."""
+  columns = {}
+  for name, value in row.items():
+    if isinstance(value, Spread):
+      columns |= {f'{name}_low': value.low, f'{name}_high': value.high}
+      value = value.median
+    columns[name] = value
+  return columns
+
+
+def draw_bars(
+  path: pathlib.Path,
+  ratios: Mapping[str, Spread],
+  axis: str,
+  limits: Mapping[str, float] = types.MappingProxyType({}),
+) -> None:
+  """Draws the ratio of each case as a bar, with quartiles.
+
+  Args:
+    path: File of the picture.
+    ratios: Ratios by label of the bar, in the order of the bars.
+    axis: Label of the axis.
+    limits: Ratio of the fastest bare products, which is drawn as a black mark,
+      by label of the bar.
+  """
+  figure = Figure(figsize=(7.5, 1 + 0.3 * len(ratios)), layout='constrained')
+  axes, spreads = figure.subplots(), ratios.values()
+  below = [spread.median - spread.low for spread in spreads]
+  above = [spread.high - spread.median for spread in spreads]
+  medians = [spread.median for spread in spreads]
+  axes.barh([*ratios], medians, xerr=[below, above])
+  if limits:
+    style = dict(markersize=12, label='fastest bare products')
+    axes.plot([*limits.values()], [*limits], 'k|', **style)
+    axes.legend(frameon=False)
+  axes.axvline(1, color='0.5', linewidth=0.8)
+  axes.invert_yaxis()
+  axes.set_xlabel(axis)
+  axes.set_title(device_name(), loc='left')
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(path, dpi=120)
+
+
 def write(
   output: str,
   name: str,
   text: str,
-  rows: Sequence[Mapping[str, Any]],
+  rows: Sequence[Row],
   metadata: Mapping[str, Any],
 ) -> pathlib.Path:
-  """Writes `table.md`, `rows.csv` and `results.json`; returns their folder.
+  """Writes `table.md`, `rows.csv` and `results.json`, and prints the text.
 
   Args:
     output: The results' root; the folder is `<output>/<name>/<device>`.
     name: Name of the experiment.
     text: Content of `table.md`.
-    rows: Numbers by column, a row for each measured case.
+    rows: Numbers and spreads by column, a row for each measured case.
     metadata: Entries that the JSON holds beside the rows and `facts`.
+
+  Returns:
+    The folder of the files.
   """
   folder = pathlib.Path(output) / name / folder_name(device_name())
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.md').write_text(text, encoding='utf-8')
-  columns = list(dict.fromkeys(key for row in rows for key in row))
+  lines = [flat(row) for row in rows]
+  columns = list(dict.fromkeys(key for line in lines for key in line))
   with (folder / 'rows.csv').open('w', newline='', encoding='utf-8') as file:
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(lines)
   provenance = {**facts(), 'command': command_of(sys.argv)}
-  results = {'facts': provenance, **metadata, 'rows': list(rows)}
+  results = {'facts': provenance, **metadata, 'rows': lines}
   (folder / 'results.json').write_text(
     json.dumps(results, indent=2) + '\n', encoding='utf-8'
   )
+  print(f'\n{text}\nwritten: {folder}')
   return folder

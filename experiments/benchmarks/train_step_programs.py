@@ -58,14 +58,13 @@ class Step:
 
   Attributes:
     run: Takes one step and waits for its result.
-    compile_seconds: Time of tracing, lowering and compiling.
-    counts: XLA's own counts of the program's FLOPs and bytes.
+    numbers: Columns of a row: the time of tracing, lowering and compiling, and
+      XLA's own counts; see `program_counts.counts`.
     work: FLOPs and bytes that the step needs at least, by formula.
   """
 
   run: Callable[[], None]
-  compile_seconds: float
-  counts: program_counts.Counts
+  numbers: Mapping[str, float]
   work: Work
 
 
@@ -76,7 +75,10 @@ def compile_step(options: RunConfig) -> Step:
   batch = programs.put(random_batch(options))
   start = time.perf_counter()
   step = programs.train_step.lower(programs.abstract_state, batch).compile()
-  seconds = time.perf_counter() - start
+  numbers = {
+    'compile_seconds': time.perf_counter() - start,
+    **program_counts.counts(step),
+  }
   states = []
 
   def run():
@@ -85,9 +87,7 @@ def compile_step(options: RunConfig) -> Step:
     states.append(state)
     jax.block_until_ready((state, metrics))
 
-  return Step(
-    run, seconds, program_counts.counts(step), step_work(options, programs)
-  )
+  return Step(run, numbers, step_work(options, programs))
 
 
 def step_work(options: RunConfig, programs: Programs) -> Work:

@@ -18,7 +18,7 @@ PAUSE = 'pause'
 
 
 @contextmanager
-def turns(programs: Callable[[], Runs]) -> Iterator[Runs]:
+def turns(programs: Callable[[], Runs], *libraries: str) -> Iterator[Runs]:
   """The programs as functions that run them in the other process.
 
   The last function is a pause, as the threads of PyTorch wait for their next
@@ -27,35 +27,31 @@ def turns(programs: Callable[[], Runs]) -> Iterator[Runs]:
   Args:
     programs: A function that can be pickled, and that the other process calls
       for the programs by name.
+    *libraries: Names of the libraries that the programs need.
+
+  Raises:
+    SystemExit: One of the libraries is not installed.
   """
-  context = multiprocessing.get_context('spawn')
-  parent_end, child_end = context.Pipe()
-  process = context.Process(
-    target=_serve, args=(child_end, programs), daemon=True
-  )
-  process.start()
-  child_end.close()
-
-  def run(name):
-    parent_end.send(name)
-    parent_end.recv()
-
-  try:
-    names = parent_end.recv()
-    pause = {PAUSE: functools.partial(time.sleep, 0.1)}
-    yield {name: functools.partial(run, name) for name in names} | pause
-  finally:
-    parent_end.close()
-    process.join()
-
-
-def check_installed(*names: str) -> None:
-  """Raises SystemExit if one of the libraries is not installed."""
-  for name in names:
+  for name in libraries:
     if importlib.util.find_spec(name) is None:
       raise SystemExit(
         f"--peer needs the 'experiments' extra: {name} is not installed"
       )
+  context = multiprocessing.get_context('spawn')
+  connection, other_end = context.Pipe()
+  serve = functools.partial(_serve, other_end, programs)
+  process = context.Process(target=serve, daemon=True)
+  process.start()
+  other_end.close()
+
+  def run(name):
+    connection.send(name)
+    connection.recv()
+
+  with connection:  # the process ends where the connection is closed
+    runs = {name: functools.partial(run, name) for name in connection.recv()}
+    yield runs | {PAUSE: functools.partial(time.sleep, 0.1)}
+  process.join()
 
 
 def _serve(connection: Connection, programs: Callable[[], Runs]) -> None:

@@ -1,1 +1,1 @@
-"""The machinery of the simulated studies of FasterMoE."""
+"""Machines, counts and simulated arms of FasterMoE; arms of its gate."""

@@ -7,13 +7,11 @@ are nominal numbers of the vendors, and assumptions here.
 
 import dataclasses
 
-from moe_jax.config import unknown
 from moe_jax.parallel import topology
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.shadowing import Speeds
 from moe_jax.parallel.topology import Topology
 
-NAMES = ('johnny', 'trevor', 'tpu:4x4')
 # The share of its peak that a device reaches in products.
 GEMM = 0.9
 # Devices of a group of the smart schedule, FMOE_FASTER_GROUP_SIZE of FastMoE.
@@ -74,36 +72,18 @@ class Cluster:
     return Speeds.of_bytes(flops, self.network, sizes)
 
 
-def get(name: str) -> Cluster:
-  """The machine of that name, one of `NAMES`.
-
-  The first two are the paper's clusters, with elements of float32; the third is
-  a slice of TPUs as a torus, with elements of bfloat16.
-
-  Raises:
-    ValueError: There is no such machine.
-  """
-  if name == 'johnny':
-    published = 'johnny, 16xV100'
-    return _v100s(name, 2, 8, 14e12, 15.75e9, 'PCIe', 6.25e9, published)
-  if name == 'trevor':
-    published = 'trevor, 64 GPUs'
-    return _v100s(name, 16, 4, 15.7e12, 150e9, 'SXM2', 12.5e9, published)
-  if name == 'tpu:4x4':
-    return _tpus(name)
-  raise unknown('topology', name, NAMES)
-
-
 def _v100s(
   name: str,
   num_nodes: int,
   per_node: int,
   peak: float,
-  local: float,
   socket: str,
+  link: str,
+  local: float,
   network: float,
   published: str,
 ) -> Cluster:
+  """One of the paper's clusters, with elements of float32."""
   machine = topology.nodes(
     name,
     num_nodes=num_nodes,
@@ -112,7 +92,6 @@ def _v100s(
     network=network,
     flops_per_second=GEMM * peak,
   )
-  link = {'PCIe': 'PCIe 3.0 x16', 'SXM2': 'NVLink'}[socket]
   words = (
     f'{name}: {num_nodes} nodes of {per_node} V100-{socket}, EDR at '
     f'{network * 8e-9:g} Gb/s a node, products at {GEMM:.0%} of the peak (from '
@@ -124,8 +103,8 @@ def _v100s(
   return Cluster(machine, network, local, num_nodes, 4, published, words)
 
 
-def _tpus(name: str) -> Cluster:
-  peak, link = 197e12, 50e9
+def _tpus(name: str, peak: float = 197e12, link: float = 50e9) -> Cluster:
+  """A slice of TPUs as a torus, with elements of bfloat16."""
   machine = topology.torus(
     name, (4, 4), link=link, flops_per_second=GEMM * peak
   )
@@ -138,3 +117,15 @@ def _tpus(name: str) -> Cluster:
     'is given one link as the bandwidth of each device'
   )
   return Cluster(machine, link, link, 1, 2, '', words)
+
+
+_PCIE = 'PCIe', 'PCIe 3.0 x16', 15.75e9
+_SXM2 = 'SXM2', 'NVLink', 150e9
+CLUSTERS = {
+  cluster.name: cluster
+  for cluster in (
+    _v100s('johnny', 2, 8, 14e12, *_PCIE, 6.25e9, 'johnny, 16xV100'),
+    _v100s('trevor', 16, 4, 15.7e12, *_SXM2, 12.5e9, 'trevor, 64 GPUs'),
+    _tpus('tpu:4x4'),
+  )
+}

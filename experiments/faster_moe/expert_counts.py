@@ -4,7 +4,6 @@ A batch's tokens are laid over the W devices in blocks, in their order. All
 choices count, those that a capacity dropped as well, since FastMoE drops none.
 """
 
-import functools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -15,7 +14,6 @@ import numpy as np
 
 from experiments.faster_moe.clusters import Cluster
 from moe_jax.analysis import traces
-from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.routing.limited_rules import limited_choice
 from moe_jax.shapes import Float, Int
@@ -137,10 +135,7 @@ def drawn(
 
   Raises:
     DoesNotDivide: There are too few experts for the skew.
-    ValueError: There is no such name.
   """
-  if name not in DRAWN:
-    raise unknown('counts', name, DRAWN)
   rng, E = np.random.default_rng(seed), num_experts
   if name == 'skewed' and E <= HOT:
     raise DoesNotDivide(
@@ -178,9 +173,18 @@ def counts_of(
   """
   step, layer, counts, gated = [], [], [], []
   rows = leaving = 1.0
+  W = cluster.num_devices
   for one in chosen:
-    _check(one, cluster)
-    per_device = len(one.expert) // cluster.num_devices
+    sizes = {
+      'num_experts': one.num_experts,
+      'tokens of a batch': len(one.expert),
+    }
+    for name, size in sizes.items():
+      if size % W:
+        raise DoesNotDivide(
+          f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
+        )
+    per_device = len(one.expert) // W
     rows = (tokens_per_device or per_device) / per_device
     step.append(one.step)
     layer.append(one.layer)
@@ -202,18 +206,6 @@ def counts_of(
   )
 
 
-def _check(chosen: Chosen, cluster: Cluster) -> None:
-  W = cluster.num_devices
-  for name, size in (
-    ('num_experts', chosen.num_experts),
-    ('tokens of a batch', len(chosen.expert)),
-  ):
-    if size % W:
-      raise DoesNotDivide(
-        f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
-      )
-
-
 def _count(
   expert: Int[np.ndarray, 'N K'], E: int, cluster: Cluster, rows: float
 ) -> Int[np.ndarray, 'E W']:
@@ -226,10 +218,7 @@ def _count(
 
 
 def _limited(
-  chosen: Chosen,
-  logits: Float[np.ndarray, 'N E'],
-  cluster: Cluster,
-  limit: int,
+  chosen: Chosen, logits: Float[np.ndarray, 'N E'], cluster: Cluster, limit: int
 ) -> Int[np.ndarray, 'N K']:
   """The choices under the topology-aware gate."""
   N, K = chosen.expert.shape
@@ -246,6 +235,6 @@ def _limited(
   return np.where(real[:, None], np.asarray(limited).reshape(N, K), -1)
 
 
-_limit = functools.partial(
-  jax.jit, static_argnames=('num_selected', 'num_nodes', 'limit')
-)(limited_choice)
+_limit = jax.jit(
+  limited_choice, static_argnames=('num_selected', 'num_nodes', 'limit')
+)

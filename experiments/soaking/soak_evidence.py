@@ -163,21 +163,5 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
 
 
 def describe(tally: Tally) -> str:
-  """The counts in one line of text."""
-  killed = tally.counts['kill one'] + tally.counts['kill all']
-  stopped = tally.counts['stop one'] + tally.counts['stop all']
-  kinds = ('altered', 'cut short', 'without manifest')
-  spoilt = sum(tally.counts[f'checkpoints {kind}'] for kind in kinds)
-  lost, doubled = tally.counts['batches lost'], tally.counts['batches doubled']
-  return (
-    f'{killed} SIGKILLs ({tally.counts["kill one"]} to one process), {stopped} '
-    f'SIGTERMs ({tally.counts["stop one"]} to one), {spoilt} corruptions, '
-    f'moments: {tally.counts["at start"]} start, '
-    f'{tally.counts["at training"]} training, '
-    f'{tally.counts["at evaluation"]} evaluation; '
-    f'{tally.counts["starters refused"]} second starters refused, '
-    f'{tally.counts["failing storages"]} starts with failing storage, '
-    f'{tally.counts["restarts"]} starts, '
-    f'{tally.counts["steps repeated"]} steps '
-    f'repeated, {lost} batches lost, {doubled} doubled'
-  )
+  """All counts in one line of text."""
+  return ', '.join(f'{n} {what}' for what, n in sorted(tally.counts.items()))

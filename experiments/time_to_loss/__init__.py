@@ -1,1 +1,1 @@
-"""Models, arms and rows of the study `switch_speed`."""
+"""Models of the study `switch_speed`, their choice, and annealed runs."""

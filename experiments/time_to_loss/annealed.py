@@ -110,9 +110,7 @@ class Branch(Hook):
     short, long = (run_config.read(j.config) for j in (job, longer))
     self._at = _stable_steps(short)
     expected = dataclasses.replace(
-      long,
-      total_steps=short.total_steps,
-      log_every_steps=short.log_every_steps,
+      long, total_steps=short.total_steps, log_every_steps=short.log_every_steps
     )
     warmups = {
       o.optimizer.schedule.warmup_in(o.total_steps) for o in (short, long)

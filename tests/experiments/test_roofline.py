@@ -5,12 +5,13 @@ import math
 import pytest
 
 from experiments.benchmarks import roofline
+from experiments.benchmarks.moe_layer import Sizes
 
 N, M, F, E, K = 10, 3, 7, 5, 2
 
 
-def work(**options):
-  return roofline.ffn_work(num_tokens=N, width=M, hidden=F, **options)
+def work(E=1, K=1, backward=False, router=False, **sizes):
+  return Sizes(N, M, F, **sizes).work(E, K, backward=backward, router=router)
 
 
 def test_a_dense_layer_forward():
@@ -20,13 +21,13 @@ def test_a_dense_layer_forward():
 
 
 def test_a_sparse_layer_reads_every_expert_and_serves_every_choice():
-  counts = work(num_experts=E, num_selected=K)
+  counts = work(E, K)
   assert counts.flops == 2 * work().flops
   assert counts.min_bytes == 4 * (5 * 2 * 21 + 2 * 30)
 
 
 def test_backward():
-  counts = work(num_experts=E, num_selected=K, backward=True)
+  counts = work(E, K, backward=True)
   assert counts.flops == 3 * 2 * work().flops
   # Kernels are read twice and their gradients written once; x is read twice; y,
   # dy and dx pass once.
@@ -34,7 +35,7 @@ def test_backward():
 
 
 def test_router_third_kernel_and_type():
-  counts = work(num_experts=E, num_kernels=3, router=True, itemsize=2)
+  counts = work(E, router=True, activation='swiglu', dtype='bfloat16')
   assert counts.flops == 2 * 10 * 3 * 21 + 2 * 10 * 3 * 5
   assert counts.min_bytes == 2 * (5 * 3 * 21 + 3 * 5 + 2 * 30)
 

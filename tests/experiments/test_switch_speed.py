@@ -14,8 +14,8 @@ from experiments.study import times as times_lib
 from experiments.study.results import SUMMARY
 from experiments.study.step_bursts import Burst
 from experiments.study.times import StepTime
-from experiments.time_to_loss import screening, speed_arms, speed_rows
-from experiments.time_to_loss.speed_arms import (
+from experiments.time_to_loss import speed_models
+from experiments.time_to_loss.speed_models import (
   SpeedModel,
   SpeedPreset,
   arm_name,
@@ -33,7 +33,7 @@ PRESET = SpeedPreset(1000, 2, models=(FOUR, EIGHT, WIDE), most=2, rates=RATES)
 def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
   """The result of a run with what rows read; experts have 16 of 40 GFLOP."""
   return {
-    screening.LOSS.key: loss,
+    speed_models.LOSS.key: loss,
     'eval/main/loss': loss + 0.01,
     'train/drop_rate': 0.25,
     'learning_rate': rate,
@@ -77,27 +77,21 @@ def test_a_step_time_is_told(monkeypatch):
   assert 'an unknown number of' in text and 'BUSY' not in text
 
 
-@pytest.mark.parametrize('lengths', [(0.5,), (1.0, 0.5), ()])
-def test_the_longest_runs_are_as_long_as_the_twins(lengths):
-  with pytest.raises(ValueError, match='do not ascend to 1'):
-    SpeedPreset(10, 1, lengths=lengths)
-
-
 def test_names_of_arms_are_read_back():
   for model in (FOUR, EIGHT, WIDE.twin):
     for rate in (0.0, 2e-3):
       arm = model.arm(PRESET, 0.7, rate)
-      assert speed_arms.parsed(arm.name) == (model.name, 0.7, rate)
+      assert speed_models.parsed(arm.name) == (model.name, 0.7, rate)
       assert arm.overrides['total_steps'] == 700
-  assert speed_arms.twin_of(EIGHT.name) == EIGHT.twin.name
+  assert speed_models.twin_of(EIGHT.name) == EIGHT.twin.name
   with pytest.raises(ValueError, match="'dense' is not the name of an arm"):
-    speed_arms.parsed('dense')
+    speed_models.parsed('dense')
 
 
 def test_arms_are_timed_beside_the_twin_of_their_width():
   models = (FOUR, WIDE, WIDE.twin, FOUR.twin)
   arms = [m.arm(PRESET, x) for m in models for x in (0.5, 1.0)]
-  assert speed_arms.groups(arms) == [
+  assert speed_models.groups(arms) == [
     [arm_name(FOUR.twin.name, 1.0), arm_name(FOUR.name, 1.0)],
     [arm_name(WIDE.twin.name, 1.0), arm_name(WIDE.name, 1.0)],
   ]
@@ -105,13 +99,13 @@ def test_arms_are_timed_beside_the_twin_of_their_width():
 
 def screened(model: SpeedModel, loss: float, time: float):
   """The trial of a model: its result and its step time."""
-  rate = speed_arms.SCREENED_RATE[model.width]
+  rate = speed_models.SCREENED_RATE[model.width]
   name = model.arm(PRESET, PRESET.trial, rate).name
   return {name: [result(loss, rate)]}, {name: time}
 
 
 def test_the_screening_chooses_by_predicted_seconds():
-  stage = screening.screen(PRESET)
+  stage = speed_models.screen(PRESET)
   trials = stage.arms([], None)
   assert [arm.x for arm in trials] == [0.3, 0.6, 0.3, 0.6, 0.3, 0.3, 0.3]
   # With twice the steps both twins go from 2 to 1.
@@ -127,7 +121,7 @@ def test_the_screening_chooses_by_predicted_seconds():
     trial, trial_time = screened(model, loss, time)
     results |= trial
     times |= trial_time
-  predictions = screening.predictions(results, times)
+  predictions = speed_models.predictions(results, times)
   np.testing.assert_allclose(
     [predictions[m.name].seconds for m in (FOUR, EIGHT, WIDE)],
     [0.6, 1.1 / np.sqrt(2), 2.0],
@@ -145,7 +139,7 @@ def test_the_screening_chooses_by_predicted_seconds():
 
 
 def test_every_model_has_the_best_of_the_same_rates():
-  stage = screening.search_rates(PRESET)
+  stage = speed_models.search_rates(PRESET)
   arms = [FOUR.twin.arm(PRESET, 1.0), FOUR.arm(PRESET, 0.5)]
   trials = stage.arms(arms, None)
   # The twin is tried at the length of its reported runs.
@@ -154,7 +148,7 @@ def test_every_model_has_the_best_of_the_same_rates():
   best = {FOUR.twin.name: 1e-3, FOUR.name: 4e-3}
   results = {}
   for arm in trials:
-    model, _, rate = speed_arms.parsed(arm.name)
+    model, _, rate = speed_models.parsed(arm.name)
     # A run that diverged is no best one.
     other = float('nan') if rate == 1e-3 else 1.5
     results[arm.name] = [result(1.0 if rate == best[model] else other)]
@@ -165,7 +159,7 @@ def test_every_model_has_the_best_of_the_same_rates():
   # A screened trial at one of the rates is the same run.
   again = FOUR.arm(PRESET, PRESET.trial, 4e-3)
   assert again in trials
-  text = speed_rows.remarks({**results, **{a.name: [] for a in arms}})
+  text = switch_speed.remarks({**results, **{a.name: [] for a in arms}})
   assert 'searched among 0.001, 0.002, 0.004, on a seed' in text
   assert f'at an end of these for {FOUR.twin.name}; {FOUR.name}' in text
   assert f'The first choice is {FOUR.name}.' in text
@@ -184,21 +178,21 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
     Burst({dense: [0.5], arms: [0.65]}, PEAKS, 0.0, ''),
   ]
   times = {n: StepTime.of(n, dense, bursts) for n in (dense, arms)}
-  twin, row, first = speed_rows.rows(results, times)
+  twin, row, first = switch_speed.rows(results, times)
   # Half of the loss between 0.25 and 1 is half of the way in logarithms.
   steps = [0.5, 0.5 * np.sqrt(2)]
-  np.testing.assert_allclose(row.values[speed_rows.STEPS], steps)
-  np.testing.assert_allclose(row.values[speed_rows.TIME], [1.2, 1.3])
+  np.testing.assert_allclose(row.values[switch_speed.STEPS], steps)
+  np.testing.assert_allclose(row.values[switch_speed.TIME], [1.2, 1.3])
   seconds = [1.2 * steps[0], 1.3 * steps[1]]
-  np.testing.assert_allclose(row.values[speed_rows.SECONDS], seconds)
-  np.testing.assert_allclose(twin.values[speed_rows.MS], [500, 500])
+  np.testing.assert_allclose(row.values[switch_speed.SECONDS], seconds)
+  np.testing.assert_allclose(twin.values[switch_speed.MS], [500, 500])
   # A quarter of the choices is dropped: 0.18 s of products, and 0.05 or 0.1 s
   # of the optimizer, over the twin's 0.5 s.
-  np.testing.assert_allclose(twin.values[speed_rows.FLOOR], [0.46, 0.46])
-  np.testing.assert_allclose(row.values[speed_rows.FLOOR], [0.56, 0.56])
+  np.testing.assert_allclose(twin.values[switch_speed.FLOOR], [0.46, 0.46])
+  np.testing.assert_allclose(row.values[switch_speed.FLOOR], [0.56, 0.56])
   expected = [0.56 * share for share in steps]
-  np.testing.assert_allclose(row.values[speed_rows.LEAST], expected)
-  assert (first.name, first.values) == (speed_rows.FIRST, row.values)
+  np.testing.assert_allclose(row.values[switch_speed.LEAST], expected)
+  assert (first.name, first.values) == (switch_speed.FIRST, row.values)
 
 
 def test_seeds_beyond_the_ends_of_the_lengths_are_counted():
@@ -206,7 +200,7 @@ def test_seeds_beyond_the_ends_of_the_lengths_are_counted():
   results = {arm_name(FOUR.twin.name, 1.0): [result(x) for x in (2.5, 1.5, 1)]}
   for name, loss in zip(names, (2.0, 1.2), strict=True):
     results[name] = [result(loss)] * 3
-  text = speed_rows.remarks(results)
+  text = switch_speed.remarks(results)
   assert f'1 of 3 seeds of {FOUR.name} have the dense loss at the sh' in text
   assert f'1 of 3 seeds of {FOUR.name} have not reached the dense loss' in text
 
@@ -219,7 +213,8 @@ def test_all_lengths_have_one_warm_up():
     assert 0 < 2 * warmup <= preset.trial * preset.steps
     models = [m.name for m in preset.models]
     assert len(models) == len(set(models))
-    assert set(preset.models) <= set(speed_arms.GRID)
+    assert set(preset.models) <= set(speed_models.GRID)
+    assert list(preset.lengths) == sorted({*preset.lengths, 1.0})
 
 
 def test_runs_that_a_search_chooses_are_no_items():
@@ -243,7 +238,9 @@ SMALL = {
   'data.source.python_stdlib.modules': tiny.MODULES,
   'model.num_layers': 1,
   'model.moe.group_size': 16,
-  **{f'evals.{name}.num_batches': 2 for name in ('main', screening.NO_DROPS)},
+  **{
+    f'evals.{name}.num_batches': 2 for name in ('main', speed_models.NO_DROPS)
+  },
 }
 
 
@@ -272,10 +269,10 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   folder = command.main(study, argv)
   summary = json.loads((folder / SUMMARY).read_text())
   names = [row['name'] for row in summary['rows']]
-  assert names == [FOUR.twin.name, FOUR.name, speed_rows.FIRST]
+  assert names == [FOUR.twin.name, FOUR.name, switch_speed.FIRST]
   values = summary['rows'][1]['values']
-  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 0
-  assert values[speed_rows.RATE.name] == [4e-3]
+  assert values[switch_speed.TIME][0] > 0 and values[switch_speed.FLOOR][0] > 0
+  assert values[switch_speed.RATE.name] == [4e-3]
   assert len(summary['claims']) == 5 and ' 1 burst on ' in summary['timing']
   # The same command makes and times nothing again.
   monkeypatch.setattr(step_bursts, 'measured', None)

@@ -1,13 +1,21 @@
-"""The models that `switch_speed` may compare, and their arms."""
+"""The models that `switch_speed` may compare, their arms, and their choice.
+
+Short runs choose the models that go on, and their learning rates. The rules
+were written before any result was seen.
+"""
 
 import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from experiments.study import byte_models
-from experiments.study.parts import Arm, Preset
+from experiments.study.parts import Arm, Column, Preset, Results
+from experiments.study.study import Exploration
+from experiments.time_to_loss.annealed import ratio_to
 from moe_jax.errors import InputError
 
 # Keys of `model.moe` by the name of the room that experts have for tokens.
@@ -104,9 +112,6 @@ class SpeedPreset(Preset):
       fraction of the steps.
     lengths: Lengths of a sparse model's runs, as fractions of the steps,
       ascending to 1.
-
-  Raises:
-    ValueError: The lengths are not so.
   """
 
   models: Sequence[SpeedModel] = ()
@@ -115,11 +120,6 @@ class SpeedPreset(Preset):
   rates: Sequence[float] = ()
   trial: float = 0.3
   lengths: Sequence[float] = (0.5, 0.7, 1.0)
-
-  def __post_init__(self):
-    ascending = sorted(set(self.lengths))
-    if list(self.lengths) != ascending or ascending[-1:] != [1.0]:
-      raise InputError(f'lengths={self.lengths} do not ascend to 1')
 
   @property
   def twin(self) -> SpeedModel:
@@ -166,9 +166,7 @@ def reported(names: Sequence[str]) -> dict[str, list[float]]:
     model, length, rate = parsed(name)
     if not rate:
       lengths.setdefault(model, []).append(length)
-  return {
-    model: sorted(model_lengths) for model, model_lengths in lengths.items()
-  }
+  return {model: sorted(several) for model, several in lengths.items()}
 
 
 def twin_of(model: str) -> str:
@@ -201,3 +199,136 @@ def not_run(names: Mapping[str, Any]) -> Iterator[str]:
   for family, models in missing.items():
     whole_family = len(models) == 2 * len(EXPERTS)
     yield family + ('' if whole_family else f': top-{", ".join(models)}')
+
+
+# The evaluation that gives every token room, whose loss is compared.
+NO_DROPS = 'no_drops'
+LOSS = Column('loss', f'eval/{NO_DROPS}/loss', 'nats/byte')
+# A seed that no reported run has.
+SEEDS = (100,)
+# Lengths of the dense twin's trials, in lengths of a sparse model's.
+_TWIN_LENGTHS = (1, 2)
+
+
+class Prediction(NamedTuple):
+  """Seconds of a model to the dense loss, foreseen by short runs.
+
+  Both numbers are ratios to those of the dense twin.
+
+  Attributes:
+    time: Time of a step.
+    seconds: That time multiplied by the steps of the trial over those in which
+      the twin, annealed, has the same loss.
+  """
+
+  time: float
+  seconds: float
+
+
+def screen(preset: SpeedPreset) -> Exploration:
+  """Short runs of all models and of their twins at one rate for each width.
+
+  The models of the preset's width with the smallest predicted seconds to the
+  dense loss go on, with their twin.
+  """
+
+  models, twins = preset.models, dict.fromkeys(m.twin for m in preset.models)
+  trials = [(twin, length) for twin in twins for length in _TWIN_LENGTHS]
+  trials += [(model, 1) for model in models]
+
+  def arms(*_: Any) -> list[Arm]:
+    return [
+      model.arm(preset, preset.trial * length, SCREENED_RATE[model.width])
+      for model, length in trials
+    ]
+
+  def chosen(so_far, results, times) -> list[Arm]:
+    ranked, twin = ranking(predictions(results, times)), preset.twin.name
+    best = [m for m in ranked if twin_of(m) == twin][: preset.most]
+    return [arm for name in (twin, *best) for arm in so_far if arm.line == name]
+
+  return Exploration(arms, chosen, SEEDS, groups)
+
+
+def search_rates(preset: SpeedPreset) -> Exploration:
+  """Runs of all arms' models, dense ones too, at the preset's rates.
+
+  Each model goes on with the rate of the lowest loss. A dense twin is run at
+  its full length, so that its rate is the best for the loss that is the target,
+  and a sparse model at that of a trial, so that the search favours the twin.
+  """
+
+  by_name = {m.name: m for model in preset.models for m in (model, model.twin)}
+
+  def arms(so_far, _) -> list[Arm]:
+    return [
+      by_name[name].arm(preset, length, rate)
+      for name, length in dict.fromkeys(
+        (arm.line, 1.0 if arm.line == twin_of(arm.line) else preset.trial)
+        for arm in so_far
+      )
+      for rate in preset.rates
+    ]
+
+  def chosen(so_far, results, _) -> list[Arm]:
+    best = best_rates(results, preset.rates)
+    key = 'optimizer.learning_rate'
+    return [
+      Arm(a.name, {**a.overrides, key: best[a.line]}, a.line, a.x)
+      for a in so_far
+    ]
+
+  return Exploration(arms, chosen, SEEDS)
+
+
+def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
+  """The rate of the lowest loss of each model that was tried at all of them."""
+  losses: dict[tuple[str, float], dict[float, float]] = {}
+  for name, runs in results.items():
+    model, length, rate = parsed(name)
+    if rate in rates:
+      losses.setdefault((model, length), {})[rate] = loss_of(runs)
+  return {
+    # A run that diverged has no loss.
+    model: min(
+      loss_by_rate,
+      key=lambda rate: np.nan_to_num(loss_by_rate[rate], nan=np.inf),
+    )
+    for (model, _), loss_by_rate in losses.items()
+    if len(loss_by_rate) == len(rates)
+  }
+
+
+def predictions(
+  results: Results, times: Mapping[str, float]
+) -> dict[str, Prediction]:
+  """Predictions of the models that were screened, by name.
+
+  A model that has its twin's loss after half of the steps takes half of them.
+  The twin's loss is taken as linear in the logarithm of its length.
+  """
+  predicted = {}
+  for name, time in times.items():
+    model, length, rate = parsed(name)
+    twin = twin_of(model)
+    lengths = [length * factor for factor in _TWIN_LENGTHS]
+    twins = [arm_name(twin, x, rate) for x in lengths]
+    if not rate or model == twin or not results.keys() >= {name, *twins}:
+      continue
+    losses = [loss_of(results[arm]) for arm in twins]
+    steps = length / ratio_to(loss_of(results[name]), lengths, losses)
+    predicted[model] = Prediction(float(time), steps * float(time))
+  return predicted
+
+
+def ranking(predicted: Mapping[str, Prediction]) -> list[str]:
+  """Models by predicted seconds; those without a prediction are last."""
+  return sorted(
+    predicted,
+    key=lambda model: np.nan_to_num(predicted[model].seconds, nan=np.inf),
+  )
+
+
+def loss_of(runs: Sequence[Mapping[str, float]]) -> float:
+  """The mean loss of runs."""
+  return float(np.mean([LOSS.of(run) for run in runs]))
