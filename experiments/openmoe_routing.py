@@ -58,10 +58,10 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from experiments.study.validation_routing import row_at
 from moe_jax import routing
 from moe_jax.analysis import plot_style, routing_measures
+from moe_jax.analysis.intervals import Interval
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
   POSITION,

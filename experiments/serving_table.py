@@ -51,9 +51,9 @@ from experiments.study.parts import (
 from experiments.study.results import PICTURE
 from experiments.study.starts import Start
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from moe_jax import data, run_config
 from moe_jax.analysis import counts, plot_style
+from moe_jax.analysis.intervals import Interval
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk

@@ -50,10 +50,11 @@ from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row
 from experiments.study.starts import Start, in_order, started
 from experiments.study.step_bursts import Burst
-from experiments.study.tables import Interval, markdown_table
+from experiments.study.tables import markdown_table
 from experiments.study.times import StepTime
 from moe_jax import cli, devices, run_config
 from moe_jax.analysis import cost
+from moe_jax.analysis.intervals import Interval
 from moe_jax.config import difference, lock, merge, section_of
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.run_config import RunConfig
