@@ -44,6 +44,7 @@ COMMANDS = {
   'moe-compress': 'moe_jax.compression.__main__:main',
   'moe-routes': 'moe_jax.analysis.routes:main',
   'moe-prepare': 'moe_jax.data.prepare:main',
+  'moe-sweep': 'moe_jax.sweep:main',
 }
 
 

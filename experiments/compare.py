@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments.study.tables import Interval, markdown_table
+from experiments.study.tables import markdown_table
 from moe_jax import cli
+from moe_jax.analysis.intervals import Interval
 from moe_jax.config import flatten
 from moe_jax.errors import InputError
 from moe_jax.runs import metrics, workdir

@@ -34,7 +34,7 @@ from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
-from experiments.study.tables import Interval
+from moe_jax.analysis.intervals import Interval
 from moe_jax.configs import base
 from moe_jax.data import instructions
 from moe_jax.evaluation import SourceLosses, SourceScores

@@ -1,4 +1,4 @@
-"""Runs many configs on this machine, or one of them as several processes.
+"""Runs many configs on this machine, or makes their job files for a cluster.
 
     python -m experiments.launch --config=configs/tiny_switch.py \
       --sweep seed=0,1,2 --sweep model.moe.num_experts=4,8 --output=runs/sweep
@@ -7,36 +7,43 @@
     python -m experiments.launch --config=configs/tiny_switch.py \
       --processes=2 --devices_per_process=4 --output=runs/two \
       --config.model.moe.num_experts=16
+    python -m experiments.launch --config=configs/mixtral_8x7b.py \
+      --to=sbatch --topology=8x8xh100 --output=/scratch/runs --submit \
+      --option=--time=24:00:00 --config.microbatches=8
+    python -m experiments.launch --config=configs/mixtral_8x7b.py \
+      --to=jobset --topology=v5p-128 --image=my-image --volume=runs:/shared \
+      --output=/shared/runs --config.mesh.expert=4 --config.microbatches=8
 
 Every item is `python -m moe_jax.main` in a process, with its own workdir and
 `launch.log`. The same command again skips what is finished and goes on with
 what is not; an item that fails does not stop the others. `--sweep`s multiply.
 Overrides of all items are given as to `moe_jax.main`. `--items` is a Python
-file with `get_items() -> list[experiments.launching.items.Item]`. The exit
-status is 0 if all are done, 1 if one failed, 130 if it was stopped.
+file with `get_items() -> list[moe_jax.items.Item]`. The exit status is 0 if all
+are done, 1 if one failed, 130 if it was stopped.
+
+With --to an item becomes a job on the devices of --topology, which its mesh has
+to fit; the job is started again when it is preempted, and goes on. The job file
+is printed, or with --submit written to `runs/jobs` and submitted.
 """
 
 import argparse
 import functools
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
+from experiments.launching import job_files
 from experiments.launching import processes as processes_lib
-from experiments.launching.items import (
-  Item,
-  check,
-  is_finished,
-  make_command,
-  read_items,
-  swept,
-)
+from experiments.launching.items import make_command, read_items
 from experiments.launching.processes import Command
 from moe_jax import cli
-from moe_jax.errors import InputError
+from moe_jax.items import Item, check, last_message, pair, swept
 
-_OURS = 'moe_jax: '
-_LONGEST = 200
+LOCAL = 'local'
+# Options that have an effect on this machine alone, and on clusters alone.
+_OF_LOCAL = ('workers', 'accelerator', 'devices', 'processes')
+_OF_LOCAL += ('devices_per_process', 'grace_seconds')
+_OF_CLUSTERS = ('topology', 'submit', 'name', 'image', 'cluster', 'volume')
+_OF_CLUSTERS += ('restarts', 'option')
 
 
 def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
@@ -45,28 +52,15 @@ def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
   for command in commands:
     lines.append(f'{outcomes[command.name]:12}{command.name}')
     if outcomes[command.name] == processes_lib.FAILED:
-      ends = {log: _end_of(log) for log in command.logs}
-      own_logs = [log for log, end in ends.items() if end.startswith(_OURS)]
+      ends = {log: last_message(log) for log in command.logs}
+      own_logs = [
+        log for log, end in ends.items() if end.startswith('moe_jax:')
+      ]
       # When one process is lost, the others' logs end with errors that only
       # say so: prefer the logs that end with a message of this package.
       for log in own_logs or ends:
         lines.append(f'            {log}: {ends[log]}')
   return '\n'.join(lines)
-
-
-def _end_of(log: pathlib.Path) -> str:
-  """Last line of a log, or its last message of this package if it has one."""
-  text = log.read_text(encoding='utf-8', errors='replace')
-  lines = [line for line in text.splitlines() if line.strip()] or ['(empty)']
-  messages = [line for line in lines if line.startswith(_OURS)]
-  return (messages or lines)[-1][:_LONGEST]
-
-
-def _pair(text: str) -> tuple[str, str]:
-  key, equals, value = text.partition('=')
-  if not equals or not key:
-    raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
-  return key.removeprefix('config.'), value
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -83,13 +77,35 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   source.add_argument('--items', help='Python file with get_items()')
   add(
     '--sweep',
-    type=_pair,
+    type=pair,
     action='append',
     default=[],
     metavar='KEY=V1,V2',
     help='values of a config key; each value makes an item',
   )
   add('--output', default='runs/launch', help='folder of the workdirs')
+  add('--to', default=LOCAL, choices=[LOCAL, *job_files.TARGETS])
+  _add_local(parser)
+  _add_clusters(parser)
+  options, overrides = cli.parse_command(parser, argv, lambda options: True)
+  without_effect = _OF_CLUSTERS if options.to == LOCAL else _OF_LOCAL
+  for name in without_effect:
+    if getattr(options, name) != parser.get_default(name):
+      parser.error(f'--{name} has no effect with --to={options.to}')
+  if options.to != LOCAL and not options.topology:
+    parser.error(f'--to={options.to} needs --topology, such as 2x8xh100')
+  if bool(options.accelerator) != (options.devices > 0):
+    parser.error('--accelerator and --devices go together')
+  if options.accelerator and (options.processes > 1 or options.workers > 1):
+    parser.error('--accelerator runs one item a device, in one process each')
+  if options.items and (options.sweep or overrides):
+    parser.error('--items has its own overrides')
+  return options, overrides
+
+
+def _add_local(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of runs on this machine."""
+  add = parser.add_argument_group(f'with --to={LOCAL}').add_argument
   add(
     '--workers',
     type=cli.POSITIVE,
@@ -126,38 +142,36 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     default=120.0,
     help='seconds that a stopped item may take to save',
   )
-  options, overrides = parser.parse_known_args(argv)
-  if bool(options.accelerator) != (options.devices > 0):
-    parser.error('--accelerator and --devices go together')
-  if options.accelerator and (options.processes > 1 or options.workers > 1):
-    parser.error('--accelerator runs one item a device, in one process each')
-  if options.items and (options.sweep or overrides):
-    parser.error('--items has its own overrides')
-  return options, overrides
 
 
-def _pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
-  """Pairs (key, value) of the words of overrides on the command line.
-
-  Args:
-    overrides: Words '--config.key=value', or '--config.key' and 'value'.
-
-  Raises:
-    ValueError: A word is no override, or a key has no value.
-  """
-  pairs, words = [], list(overrides)
-  while words:
-    name, equals, value = words.pop(0).partition('=')
-    if not name.startswith('--config.'):
-      raise InputError(
-        f'unexpected argument {name!r}; overrides are --config.key=value'
-      )
-    if not equals:
-      if not words:
-        raise InputError(f'{name} has no value')
-      value = words.pop(0)
-    pairs.append((name.removeprefix('--config.'), value))
-  return pairs
+def _add_clusters(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of jobs on clusters."""
+  add = parser.add_argument_group('with another --to').add_argument
+  add('--topology', default='', help='2x8xh100, v5p-128, 2xv6e-16, v5p:4x4x4')
+  add('--submit', action='store_true', help='submit the jobs')
+  add('--name', default='', help="first part of the jobs' names")
+  add('--image', default='', help='container with moe_jax (jobset, xpk)')
+  add('--cluster', default='', help='name of the cluster (xpk)')
+  add(
+    '--volume',
+    default='',
+    metavar='NAME:/FOLDER',
+    help='storage that all machines mount there: a persistent volume claim '
+    '(jobset), or a URL of a bucket (skypilot)',
+  )
+  add(
+    '--restarts',
+    type=cli.NOT_NEGATIVE,
+    default=20,
+    help='number of times that a job which fails is started again',
+  )
+  add(
+    '--option',
+    action='append',
+    default=[],
+    help='further option of sbatch, kubectl apply, xpk workload create or sky '
+    'jobs launch: --option=--partition=gpu; repeatable',
+  )
 
 
 def items_of(
@@ -167,21 +181,14 @@ def items_of(
 
   Args:
     options: Parsed command line.
-    overrides: Words of the overrides of all items.
+    overrides: Flags of all items, such as '--config.seed=1'.
 
   Raises:
-    ValueError: The file is wrong (see `read_items`), a key is given twice, or
-      a word is no override.
+    ValueError: The file is wrong (see `read_items`), or a key is given twice.
   """
   if options.items:
     return read_items(options.items)
-  shared = _pairs_of(overrides)
-  keys = [key for key, _ in [*shared, *options.sweep]]
-  for key in keys:
-    if keys.count(key) > 1:
-      raise InputError(f'{key} is given twice')
-  sweeps = {key: values.split(',') for key, values in options.sweep}
-  return swept(options.config, dict(shared), sweeps, options.output)
+  return swept(options.config, overrides, options.sweep, options.output)
 
 
 def run(
@@ -204,7 +211,7 @@ def run(
   print_now = functools.partial(print, flush=True)
   outcomes, missing = {}, []
   for item, command in zip(items, commands, strict=True):
-    if is_finished(item):
+    if item.is_finished():
       print_now(f'{command.name}: finished before')
       outcomes[command.name] = processes_lib.DONE
     else:
@@ -220,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   options, overrides = parse(argv)
   items = items_of(options, overrides)
   check(items)
+  if options.to != LOCAL:
+    return job_files.run(items, options)
   environments = processes_lib.places(
     options.workers, options.accelerator, options.devices
   )

@@ -32,8 +32,9 @@ from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.starts import Start
 from experiments.study.study import Study
-from experiments.study.tables import Interval, ratios
+from experiments.study.tables import ratios
 from experiments.study.tasks import TASKS
+from moe_jax.analysis.intervals import Interval
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 

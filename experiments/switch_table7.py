@@ -29,8 +29,8 @@ from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from experiments.switch_table6 import DENSE, GAIN, LONG, SHARE, teacher_of
+from moe_jax.analysis.intervals import Interval
 
 EXPERTS = (2, 4, 8, 16, 32)
 COMPRESSION = Column('compression', unit='% of parameters', digits=1)

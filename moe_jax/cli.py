@@ -62,6 +62,7 @@ CONSOLE = {
   'moe_jax.generate': 'moe-generate',
   'moe_jax.interop': 'moe-interop',
   'moe_jax.main': 'moe-train',
+  'moe_jax.sweep': 'moe-sweep',
 }
 _MOE_JAX = 'moe_jax'
 _NUMBER = re.compile(r'-[\d.]+(e[+-]?\d+)?')

@@ -81,6 +81,32 @@ class MeshOptions(Options):
     expert = math.gcd(num_experts, num_devices) if num_experts else 1
     return cls(data=num_devices // expert, expert=expert)
 
+  @property
+  def changed(self) -> dict[str, int]:
+    """The sizes that are not 1, by option."""
+    return {
+      k: size for k, size in dataclasses.asdict(self).items() if size != 1
+    }
+
+  def sizes_on(self, num_devices: int) -> tuple[list[int], list[int]]:
+    """The size of each axis within a slice, and the slices that it spans.
+
+    Raises:
+      ValueError: The product of the sizes is not the number of devices.
+    """
+    shape = [getattr(self, name) for name in MESH_AXES]
+    spans = [getattr(self, DCN + name) for name in MESH_AXES]
+    product = math.prod(size for size in (*shape, *spans) if size != -1)
+    hint = '; -1 takes what is left of them'
+    if -1 in shape:
+      shape[shape.index(-1)], hint = max(num_devices // product, 1), ''
+    if math.prod((*shape, *spans)) != num_devices:
+      raise InputError(
+        f'mesh={self.changed}: the sizes given multiply to {product}, which '
+        f'does not fit {num_devices} devices{hint}'
+      )
+    return shape, spans
+
   def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these devices, by default all of JAX's.
 
@@ -95,26 +121,15 @@ class MeshOptions(Options):
         slices; or TPUs are in several slices and no dcn_ size says so.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dataclasses.asdict(self)
-    stated = {name: size for name, size in sizes.items() if size != 1}
-    shape = [sizes[name] for name in MESH_AXES]
-    spans = [sizes[DCN + name] for name in MESH_AXES]
-    product = math.prod(size for size in (*shape, *spans) if size != -1)
-    hint = '; -1 takes what is left of them'
-    if -1 in shape:
-      shape[shape.index(-1)], hint = max(len(devices) // product, 1), ''
-    if math.prod((*shape, *spans)) != len(devices):
-      raise InputError(
-        f'mesh={stated}: the sizes given multiply to {product}, which does not '
-        f'fit {len(devices)} devices{hint}'
-      )
+    shape, spans = self.sizes_on(len(devices))
     num_slices = len(_slices(devices))
     if math.prod(spans) > 1:
       grid = _grid_over_slices(spans, shape, devices)
     elif devices[0].platform == 'tpu' and num_slices > 1:
       raise InputError(
-        f'{len(devices)} TPUs are in {num_slices} slices, and mesh={stated} '
-        f'spans one: set {DCN}data={num_slices} or more of the {DCN} sizes'
+        f'{len(devices)} TPUs are in {num_slices} slices, and '
+        f'mesh={self.changed} spans one: set {DCN}data={num_slices} or more of '
+        f'the {DCN} sizes'
       )
     else:
       grid = _grid_in_slice(shape, devices)

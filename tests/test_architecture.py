@@ -20,7 +20,8 @@ FLOORS = (
   {'compression', 'evaluation'},
   {'run_config'},
   {'analysis', 'interop'},
-  {'configs', 'generate', 'main'},
+  {'configs', 'generate', 'items', 'main'},
+  {'sweep'},
 )
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that are open to these alone, although they are below more: layers and

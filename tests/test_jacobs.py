@@ -16,7 +16,8 @@ from experiments.origins_1991.descent import TARGETS, Cases, Descent
 from experiments.origins_1991.mixture import Mixture
 from experiments.study import command, results, verdicts
 from experiments.study.parts import Row
-from experiments.study.tables import Interval, ratios
+from experiments.study.tables import ratios
+from moe_jax.analysis.intervals import Interval
 
 RATES = TARGETS['pairs'].rates
 

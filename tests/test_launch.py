@@ -14,7 +14,6 @@ import pytest
 from experiments import launch
 from experiments.launching import items as items_lib
 from experiments.launching import processes
-from experiments.launching.items import Item
 from experiments.launching.processes import (
   DONE,
   FAILED,
@@ -22,18 +21,20 @@ from experiments.launching.processes import (
   WAITING,
   Command,
 )
+from moe_jax import items
+from moe_jax.items import Item
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = 'configs/tiny_switch.py:runlocal'
 
 
-def command(folder, name, *scripts, complete=True, env=None):
+def command(folder, name, *scripts, env=None):
   """Processes that run Python scripts, which need no jax."""
   return Command(
     name=name,
     commands=lambda: [[sys.executable, '-c', script] for script in scripts],
     logs=[folder / f'{name}.{i}.log' for i in range(len(scripts))],
-    complete=lambda: complete,
+    done=(folder / f'{name}.done').touch,
     env=env or {},
   )
 
@@ -51,7 +52,6 @@ def test_a_failure_stops_no_other(tmp_path):
   commands = [
     command(tmp_path, 'bad', 'print("moe_jax: no"); raise SystemExit(3)'),
     command(tmp_path, 'good', 'print("fine")'),
-    command(tmp_path, 'half', 'pass', complete=False),
     # The second process stops by itself, without a signal.
     command(tmp_path, 'preempted', 'raise SystemExit(75)', SLOWER),
   ]
@@ -59,9 +59,9 @@ def test_a_failure_stops_no_other(tmp_path):
   assert outcomes == {
     'bad': FAILED,
     'good': DONE,
-    'half': STOPPED,
     'preempted': STOPPED,
   }
+  assert [path.name for path in tmp_path.glob('*.done')] == ['good.done']
   assert commands[-1].logs[1].read_text() == 'saved\n'
   assert (tmp_path / 'good.0.log').read_text() == 'fine\n'
   lines = launch.summary(commands, outcomes).splitlines()
@@ -127,7 +127,7 @@ STUCK = (
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_has_runs_save_and_starts_no_more(tmp_path, number):
   commands = [
-    command(tmp_path, 'saves', SAVES, complete=False),
+    command(tmp_path, 'saves', SAVES),
     command(tmp_path, 'stuck', STUCK),
     command(tmp_path, 'later', 'print("never")'),
   ]
@@ -170,26 +170,29 @@ def test_a_second_signal_kills_what_the_first_asked_to_stop(tmp_path):
 
 
 def test_sweeps_multiply():
-  items = items_lib.swept(
+  made = items.swept(
     'configs/x.py',
-    {'batch_size': 4},
-    {'seed': ['0', '1'], 'model.width': ['8', '16']},
+    ['--config.batch_size=4', '--config.mesh.all'],
+    [('seed', '0,1'), ('model.width', '8,16')],
     'out',
   )
-  assert [item.workdir for item in items] == [
+  assert [item.workdir for item in made] == [
     'out/seed=0,width=8',
     'out/seed=0,width=16',
     'out/seed=1,width=8',
     'out/seed=1,width=16',
   ]
-  assert items[2].flags() == [
+  assert made[2].flags() == [
     '--config.batch_size=4',
+    '--config.mesh.all=true',
     '--config.seed=1',
     '--config.model.width=8',
   ]
-  twins = {'data.seq_len': ['8'], 'other.seq_len': ['9']}
-  (twin,) = items_lib.swept('configs/x.py', {}, twins, 'out')
+  twins = [('data.seq_len', '8'), ('other.seq_len', '9')]
+  (twin,) = items.swept('configs/x.py', [], twins, 'out')
   assert twin.workdir == 'out/data.seq_len=8,other.seq_len=9'
+  with pytest.raises(ValueError, match='seed is given twice'):
+    items.swept('configs/x.py', ['--config.seed=1'], [('seed', '0,1')], 'out')
 
 
 @pytest.mark.parametrize(
@@ -206,9 +209,9 @@ def test_sweeps_multiply():
   ],
 )
 def test_bad_items_fail_before_any_starts(overrides, folders, message):
-  items = [Item(SHRUNK, overrides, folder) for folder in folders]
+  bad = [Item(SHRUNK, overrides, folder) for folder in folders]
   with pytest.raises(ValueError, match=message):
-    items_lib.check(items)
+    items.check(bad)
 
 
 def test_items_come_from_a_python_file(tmp_path):
@@ -217,8 +220,8 @@ def test_items_come_from_a_python_file(tmp_path):
     'def get_items():\n'
     f"  return [({SHRUNK!r}, {{'seed': s}}, f'out/{{s}}') for s in (3, 5)]\n"
   )
-  items = items_lib.read_items(str(path))
-  assert items[1] == Item(SHRUNK, {'seed': 5}, 'out/5')
+  read = items_lib.read_items(str(path))
+  assert read[1] == Item(SHRUNK, {'seed': 5}, 'out/5')
   for bad in (('x.py', {}), ('x.py', 'out', {}), 'abc'):
     path.write_text(f'def get_items():\n  return [{bad!r}]\n')
     with pytest.raises(ValueError) as error:
@@ -256,15 +259,11 @@ def test_overrides_of_all_items_are_those_of_main():
       '2',
     ]
   )
-  items = launch.items_of(options, overrides)
-  assert [dict(item.overrides) for item in items] == [
+  made = launch.items_of(options, overrides)
+  assert [dict(item.overrides) for item in made] == [
     {'batch_size': '8', 'model.moe.num_experts': '2', 'seed': seed}
     for seed in '01'
   ]
-  with pytest.raises(ValueError, match=r'--batch_size.*--config.key=value'):
-    launch.items_of(options, ['--batch_size=8'])
-  with pytest.raises(ValueError, match='seed is given twice'):
-    launch.items_of(options, ['--config.seed=1'])
 
 
 # Settings that are 0, so that nothing but training steps is run.
@@ -283,7 +282,7 @@ def test_a_run_trains_once(tmp_path, monkeypatch, capfd):
   ]
   status, output = launch.main(command), capfd.readouterr()
   assert status == 0, output
-  entry = json.loads((tmp_path / 'seed=1' / items_lib.FINISHED).read_text())
+  entry = json.loads((tmp_path / 'seed=1' / items.FINISHED).read_text())
   assert entry['overrides'] == {**dict.fromkeys(NOT_RUN, '0'), 'seed': '1'}
   assert launch.main(command) == 0
   assert capfd.readouterr().out.count('finished before') == 1

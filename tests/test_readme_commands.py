@@ -50,6 +50,7 @@ TESTED_APART = {
   r'moe_jax\.generate .*runs/instruct': 'test_generate.py',
   r'moe_jax\.generate .*runs/lora': 'finetuning/test_adapters.py',
   r'moe_jax\.main .*--config\.trace\.': 'analysis/test_recording.py',
+  r'moe_jax\.sweep ': 'test_sweep.py',
   r'moe_jax\.analysis\.record_evaluation .*=traces': (
     'analysis/test_recording.py'
   ),

@@ -34,7 +34,7 @@ from experiments import (
 )
 from experiments.benchmarks import roofline
 from experiments.faster_moe import clusters, simulate
-from experiments.launching import items
+from experiments.launching.items import read_items
 from experiments.study import (
   byte_models,
   command,
@@ -51,12 +51,14 @@ from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row
 from experiments.study.starts import Start, in_order, started
 from experiments.study.step_bursts import Burst
-from experiments.study.tables import Interval, markdown_table
+from experiments.study.tables import markdown_table
 from experiments.study.times import StepTime
 from moe_jax import cli, devices, run_config
 from moe_jax.analysis import cost
+from moe_jax.analysis.intervals import Interval
 from moe_jax.config import difference, lock, merge, section_of
 from moe_jax.devices import forget_programs, keep_freed_memory
+from moe_jax.items import check
 from moe_jax.run_config import RunConfig
 from moe_jax.training import loop, setup
 from tests import tiny_study
@@ -797,8 +799,8 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   # The launched run has the study's folder and config, so that the study reads
   # its result.
   monkeypatch.chdir(ROOT)
-  launch_items = items.read_items('experiments/shazeer_table6.py')
-  items.check(launch_items)
+  launch_items = read_items('experiments/shazeer_table6.py')
+  check(launch_items)
   study = shazeer_table6.STUDY
   quick = study.presets['quick']
   output = pathlib.Path('results') / study.name

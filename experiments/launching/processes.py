@@ -33,15 +33,14 @@ class Command:
     name: Name of the command in printed lines.
     commands: Returns the words of each process; called when it is started.
     logs: Files to which the processes' outputs are appended, one for each.
-    complete: Returns whether the command's work is complete; called after all
-      processes have ended with status 0.
+    done: Function that is called once all processes have ended with status 0.
     env: Environment variables of the processes.
   """
 
   name: str
   commands: Callable[[], Sequence[Sequence[str]]]
   logs: Sequence[pathlib.Path]
-  complete: Callable[[], bool]
+  done: Callable[[], None]
   env: Environment = dataclasses.field(default_factory=dict)
 
 
@@ -52,7 +51,7 @@ class Processes:
   """
 
   def __init__(self, command: Command, environment: Environment):
-    self._complete = command.complete
+    self._done = command.done
     self._files: list[IO[bytes]] = []
     self._processes: list[subprocess.Popen] = []
     for words, log in zip(command.commands(), command.logs, strict=True):
@@ -87,7 +86,10 @@ class Processes:
     codes = {process.returncode for process in self._processes}
     if not codes <= set(_NO_FAILURE):
       return FAILED
-    return DONE if codes == {0} and self._complete() else STOPPED
+    if codes != {0}:
+      return STOPPED
+    self._done()
+    return DONE
 
   def signal(self, number: int) -> None:
     """Sends a signal to all processes that still run, and their children."""

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure as Canvas
 
 from experiments.study import claims
 from experiments.study.parts import Figure
-from experiments.study.tables import Bounds, Interval, bounds_of
+from experiments.study.tables import bounds_of
 from moe_jax.analysis import plot_style
+from moe_jax.analysis.intervals import Bounds, Interval
 
 # Markers by the side of the paper's row: below, above or beside the other row.
 _SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}

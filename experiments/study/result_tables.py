@@ -6,12 +6,8 @@ from typing import Any
 import numpy as np
 
 from experiments.study.parts import Revision
-from experiments.study.tables import (
-  Bounds,
-  Interval,
-  bounds_of,
-  markdown_table,
-)
+from experiments.study.tables import bounds_of, markdown_table
+from moe_jax.analysis.intervals import Bounds, Interval
 
 OLDER = '†'  # the mark of cells that are older than the study
 

@@ -15,9 +15,9 @@ import numpy as np
 from experiments.study import code_digest, judging
 from experiments.study.parts import Claim, Revision, Row
 from experiments.study.study import Study
-from experiments.study.tables import Interval
 from experiments.study.tasks import Task
 from experiments.study.verdicts import WITHHELD, Verdict, verdict
+from moe_jax.analysis.intervals import Interval
 
 # Arguments of results that are older than the record of arguments: only those
 # of full presets were stored.

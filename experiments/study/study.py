@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
-from experiments.launching.items import Item
 from experiments.study.jobs import (
   Job,
   jobs_of,
@@ -43,6 +42,7 @@ from experiments.study.starts import (
 from experiments.study.tasks import TASKS, Task
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
+from moe_jax.items import Item
 
 # Names of the arms whose steps are timed together; ratios are to the first.
 Groups = Sequence[Sequence[str]]

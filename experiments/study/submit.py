@@ -24,8 +24,8 @@ from experiments.study.executors import Where
 from experiments.study.jobs import Job
 from experiments.study.parts import Column, Result, Results
 from experiments.study.runner import Runner
-from experiments.study.tables import Interval
 from moe_jax import cli
+from moe_jax.analysis.intervals import Interval
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.errors import InputError
 

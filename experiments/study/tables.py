@@ -1,75 +1,16 @@
-"""Intervals over paired seeds, and tables in Markdown."""
+"""Ratios by seed, bounds of a row's numbers, and tables in Markdown."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-# Smallest and largest possible number, None for no bound.
-Bounds = Sequence[float | None] | None
+from moe_jax.analysis.intervals import Bounds
 
 
 def bounds_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> Bounds:
   """The bounds of a stored row's numbers; None for a row of differences."""
   return None if row.get('difference') else column.get('bounds')
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-  """A mean over seeds with the half width of its 95 % confidence interval.
-
-  The interval is Student's; with a single seed it is infinite.
-  """
-
-  mean: float
-  half_width: float
-
-  @classmethod
-  def of(cls, values: Sequence[float]) -> 'Interval':
-    """The interval for values, one of each seed."""
-    n = len(values)
-    if n < 2:
-      return cls(float(np.mean(values)), float('inf'))
-    error = np.std(values, ddof=1) / np.sqrt(n)
-    return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * error))
-
-  def ends(self, bounds: Bounds = None) -> tuple[float, float]:
-    """Both ends of the interval, inside of what the number can be.
-
-    Args:
-      bounds: Smallest and largest possible number; None for no bound. They do
-        not concern a mean beyond them, such as that of a difference of losses.
-    """
-    low, high = bounds or (None, None)
-    low = None if low is not None and self.mean < low else low
-    high = None if high is not None and self.mean > high else high
-    ends = self.mean - self.half_width, self.mean + self.half_width
-    return (
-      ends[0] if low is None else max(ends[0], low),
-      ends[1] if high is None else min(ends[1], high),
-    )
-
-  def text(self, spec: str, bounds: Bounds = None) -> str:
-    """The interval by the format `spec`; both ends where it passes a bound."""
-    ends = self.ends(bounds)
-    if np.isinf(self.half_width) or ends == self.ends():
-      return f'{self:{spec}}'
-    return f'{self.mean:{spec}} ({ends[0]:{spec}} to {ends[1]:{spec}})'
-
-  def sign(self) -> int:
-    """Sign of the mean where the interval excludes 0, else 0."""
-    if not abs(self.mean) > self.half_width:
-      return 0
-    return 1 if self.mean > 0 else -1
-
-  def __format__(self, spec: str) -> str:
-    """Mean and half width as text, such as '1.3580 ± 0.0040'."""
-    width = f'{self.half_width:{spec.lstrip("+")}}'
-    if np.isinf(self.half_width):
-      width = 'unknown'
-    return f'{self.mean:{spec}} ± {width}'
 
 
 def ratios(values: np.ndarray, base: np.ndarray) -> np.ndarray:

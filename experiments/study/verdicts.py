@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from experiments.study import claims
 from experiments.study.parts import Claim, Row
-from experiments.study.tables import Interval
+from moe_jax.analysis.intervals import Interval
 from moe_jax.config import unknown
 
 REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'

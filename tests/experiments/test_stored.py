@@ -30,7 +30,8 @@ from experiments.study.parts import (
   Revision,
   Row,
 )
-from experiments.study.tables import Interval, bounds_of
+from experiments.study.tables import bounds_of
+from moe_jax.analysis.intervals import Interval
 from moe_jax.run_config import RunConfig
 from tests import tiny_study
 from tests.training import tiny

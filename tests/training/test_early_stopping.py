@@ -6,8 +6,6 @@ import signal
 import jax
 import pytest
 
-from experiments.launching import items
-from experiments.launching.items import Item
 from moe_jax import finetuning, run_config
 from moe_jax.config import OptionError, option
 from moe_jax.configs import base
@@ -263,13 +261,6 @@ def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
   config = options(init_from={'workdir': str(early[0]), 'best': True})
   train(config, tmp_path)
   assert f'the parameters of step 2 of {early[0]}' in capsys.readouterr().out
-
-
-def test_studies_count_an_early_end_as_finished(early, monkeypatch):
-  workdir, _ = early
-  item = Item('x', {}, str(workdir))
-  monkeypatch.setattr(items, '_options', lambda item: options())
-  assert items.note_finished(item)
 
 
 @pytest.mark.parametrize(

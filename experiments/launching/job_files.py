@@ -1,0 +1,177 @@
+"""Files of jobs on clusters, made from the templates beside this file."""
+
+import argparse
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jinja2
+
+from experiments.launching import topologies
+from experiments.launching.topologies import Topology
+from moe_jax import run_config
+from moe_jax.errors import InputError
+from moe_jax.items import Item
+from moe_jax.runs import workdir
+
+FOLDER = pathlib.Path('runs/jobs')  # of job files that are submitted
+_LONGEST_NAME = 40  # of a workload of xpk; names of pods are longer
+
+
+class _Target(NamedTuple):
+  """A way to submit jobs.
+
+  Attributes:
+    suffix: Ending of the job file.
+    submit: Words that submit the file, whose path follows.
+    flags: Options of the command line that are needed; others of
+      `_FLAGS` have no effect.
+    runs_on: Devices of a job: 'nodes' of GPUs, a 'slice' of TPUs, or several
+      'slices'.
+  """
+
+  suffix: str
+  submit: Sequence[str]
+  flags: Sequence[str]
+  runs_on: Sequence[str]
+
+
+_FLAGS = ('image', 'cluster', 'volume')
+TARGETS = {
+  'sbatch': _Target('sh', ['sbatch'], [], ['nodes']),
+  'jobset': _Target(
+    'yaml',
+    ['kubectl', 'apply', '-f'],
+    ['image', 'volume'],
+    ['nodes', 'slice', 'slices'],
+  ),
+  'xpk': _Target('sh', ['bash'], ['image', 'cluster'], ['slice', 'slices']),
+  'skypilot': _Target(
+    'yaml', ['sky', 'jobs', 'launch'], ['volume'], ['nodes', 'slice']
+  ),
+}
+
+
+def check(options: argparse.Namespace, topology: Topology) -> None:
+  """Refuses what the target `options.to` cannot run, or has no use for.
+
+  Raises:
+    ValueError: The devices do not exist there, or an option is missing or has
+      no effect.
+  """
+  target = TARGETS[options.to]
+  several = 'slices' if topology.groups > 1 else 'slice'
+  devices = several if topology.shape else 'nodes'
+  if devices not in target.runs_on:
+    others = [name for name, t in TARGETS.items() if devices in t.runs_on]
+    raise InputError(
+      f'--to={options.to} cannot run on {topology}; have --to={others}'
+    )
+  for flag in _FLAGS:
+    if bool(getattr(options, flag)) != (flag in target.flags):
+      problem = 'needs' if flag in target.flags else 'does not use'
+      raise InputError(f'--to={options.to} {problem} --{flag}')
+
+
+def job_name(item: Item, first: str = '') -> str:
+  """The name of an item's job: letters, digits and '-', as Kubernetes has it.
+
+  Args:
+    item: The run.
+    first: First part of the name; '' is the config's name. A second part tells
+      swept values.
+
+  Raises:
+    ValueError: The name is too long, or does not begin with a letter.
+  """
+  words = [first or pathlib.PurePath(item.config.replace(':', '-')).stem]
+  words += [name for name in [pathlib.Path(item.workdir).name] if '=' in name]
+  name = re.sub('[^a-z0-9]+', '-', '-'.join(words).lower()).strip('-')
+  if not name[:1].isalpha() or len(name) > _LONGEST_NAME:
+    raise InputError(
+      f'the job name {name!r} has to begin with a letter and have at most '
+      f'{_LONGEST_NAME} letters, digits and -; give another --name'
+    )
+  return name
+
+
+def render(item: Item, options: argparse.Namespace) -> str:
+  """The text of an item's job file.
+
+  Args:
+    item: The run.
+    options: The command line of `experiments.launch`.
+
+  Raises:
+    ValueError: The mesh does not fit the topology, the workdir would be lost
+      with the job, or the target has no such devices.
+  """
+  topology = topologies.topology_of(options.topology)
+  check(options, topology)
+  mesh = topologies.mesh_on(
+    run_config.options_of(item.config, item.flags())[0], topology
+  )
+  sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.items())
+  folder = workdir.folder_of(item.workdir)
+  volume, _, mount = options.volume.rpartition(':')
+  if options.to != 'sbatch' and not folder.is_relative_to(mount or '/'):
+    raise InputError(
+      f'the workdir {folder} would be lost with the machines: give an --output '
+      f'below {mount or "the folder of an attached storage"}'
+    )
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+  )
+  filters = {'json': json.dumps, 'quote': shlex.quote, 'wrapped': wrapped}
+  environment.filters |= filters
+  return environment.get_template(f'{options.to}.jinja').render(
+    summary=f'{item.config} on {topology}; mesh: {sizes}',
+    name=job_name(item, options.name),
+    topology=topology,
+    command=['python', '-m', *item.words()],
+    volume=volume,
+    mount=mount,
+    options=options,
+  )
+
+
+def wrapped(words: Sequence[str], indent: int) -> str:
+  """Words for a shell: three on the first line, each other on one of its own.
+
+  Args:
+    words: The words, which are quoted where the shell needs it.
+    indent: Number of spaces before all lines but the first.
+  """
+  lines = [shlex.join(words[:3]), *map(shlex.quote, words[3:])]
+  return f' \\\n{" " * indent}'.join(lines)
+
+
+def run(items: Sequence[Item], options: argparse.Namespace) -> int:
+  """Prints the job file of each item, or writes and submits all of them.
+
+  Returns:
+    The exit status: 0, or that of the first command that failed.
+  """
+  target = TARGETS[options.to]
+  texts = [render(item, options) for item in items]
+  if not options.submit:
+    print('---\n'.join(texts), end='')
+    return 0
+  FOLDER.mkdir(parents=True, exist_ok=True)
+  # The other templates have these options among their own.
+  words = options.option if target.suffix == 'yaml' else []
+  for item, text in zip(items, texts):
+    path = FOLDER / f'{job_name(item, options.name)}.{target.suffix}'
+    path.write_text(text, encoding='utf-8')
+    command = [*target.submit, str(path), *words]
+    print(shlex.join(command), flush=True)
+    if status := subprocess.run(command).returncode:
+      return status
+  return 0
