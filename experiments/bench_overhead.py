@@ -115,10 +115,10 @@ class Loop:
       self._state, metrics = self._take(batch)
       run.recorder.add(self._step, metrics, batch)
       if saves and not i:
-        with run.recorder.paused(self._step):
+        with run.recorder.paused('checkpoint'):
           run.checkpoints.save(self._step, self._state)
           run.message(f'step {self._step}: saving a checkpoint')
-    with run.recorder.paused(self._step):
+    with run.recorder.paused('checkpoint'):
       run.checkpoints.wait()
     jax.block_until_ready(self._state)
 

@@ -200,8 +200,19 @@ def peak(
   """
   devices = jax.devices() if devices is None else devices
   kind, count = devices[0].device_kind, num_processors(devices)
-  peaks = _DEVICES[_NAME_OF_KIND[kind]].peaks if kind in _NAME_OF_KIND else {}
-  if dtype in peaks:
-    return Peak(count * peaks[dtype], f'{count} x {kind} by its data sheet')
+  if rate := vendor_rate(dtype, devices):
+    return Peak(rate, f'{count} x {kind} by its data sheet')
   rate, n = product_rate(dtype, SIZES[:1] if quick else SIZES)
   return Peak(count * rate, f'a measured product of {n} x {n} matrices')
+
+
+def vendor_rate(dtype: str, devices: Sequence[jax.Device]) -> float:
+  """FLOPs per second of devices, as the vendor prints them; 0 if unknown.
+
+  Args:
+    dtype: Type of the operands of the products.
+    devices: The devices, of one kind.
+  """
+  name = _NAME_OF_KIND.get(devices[0].device_kind)
+  peaks = _DEVICES[name].peaks if name else {}
+  return num_processors(devices) * peaks.get(dtype, 0.0)

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from moe_jax.cli import print_line
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
+from moe_jax.runs import goodput
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.watchdog import Watchdog, watching
 from moe_jax.runs.workdir import folder_of
@@ -87,7 +88,7 @@ def train_and_evaluate(
       f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )
-  folder = folder_of(workdir)
+  begun, folder = goodput.now(), folder_of(workdir)
   folders = [folder, *filter(None, [options.checkpoint.directory])]
   with (
     owned(folders) as confirm,
@@ -108,7 +109,7 @@ def train_and_evaluate(
     watchdog.mark('the restore')
     run, state, due = begin(run, initial)
     at = _Position(int(state.step), state, due)
-    stack.enter_context(run.recorder.recording(at.step, due))
+    stack.enter_context(run.recorder.recording(at.step, due, begun))
     should_stop = stack.enter_context(catching_sigterm())
     for hook in hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')
@@ -180,7 +181,8 @@ def _train(
   while not (stop or _has_ended(run, at)):
     step = at.step + 1
     watchdog.mark(f'the data of step {step}')
-    batch = next(batches)
+    with run.recorder.waiting():
+      batch = next(batches)
     watchdog.mark(f'step {step}')
     at.state, metrics = run.train_step(at.state, batch)
     at.step = step
@@ -217,7 +219,7 @@ def _evaluate(
   early, measured, step = run.early_stopping, set[str](), at.step
   try:
     while True:
-      with run.recorder.paused(step):
+      with run.recorder.paused('evaluation'):
         rows = evaluation_rows(
           [e for e in run.evaluations if e.name in at.due],
           run.programs.variables(at.state),
@@ -264,7 +266,7 @@ def _save(
     best: The number that decides which checkpoint is the best; None where it is
       not measured.
   """
-  with run.recorder.paused(at.step):
+  with run.recorder.paused('checkpoint'):
     run.recorder.confirm()
     for hook in hooks:
       hook.paused()

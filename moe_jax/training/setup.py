@@ -19,6 +19,7 @@ from moe_jax.models import Model
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.recorder import Recorder
+from moe_jax.runs.trackers import check_installed
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation, make_evaluations
 from moe_jax.training.losses import loss_weights
@@ -154,6 +155,7 @@ def set_up(
   row_parts = options.sharding.row_parts(mesh)
   config, defaults = section_of(options), section_of(type(options))
   options.check_rows(row_parts)
+  check_installed(options.tracker_names)
   checked = workdir_lib.check(workdir, config, resume=resume, defaults=defaults)
   options, tokenizer_notes = with_tokenizer(options, config, checked.folder)
   dataset = data.load(options.data)
@@ -190,6 +192,7 @@ def set_up(
     checkpoints=checkpoints,
     tell=dataset.tell,
     confirm=confirm,
+    trackers=options.tracker_names,
   )
   check_same(
     {
