@@ -4,7 +4,7 @@ The rest of the time is told by its cause. All times are of process 0.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 STEPS = 'steps'
@@ -29,21 +29,15 @@ def now() -> float:
 class Goodput:
   """The seconds of a run, by cause, of all its processes one after another."""
 
-  def __init__(
-    self,
-    last: Mapping[str, Any],
-    begun: float,
-    clock: Callable[[], float] = now,
-  ):
+  def __init__(self, last: Mapping[str, Any], begun: float):
     """Begins with the restart of a process.
 
     Args:
       last: The last row of the run's metrics that has a goodput; {} where a
         run begins.
-      begun: The time at which the process began with the run.
-      clock: Function that returns the time, in seconds since 1970.
+      begun: The time of `now` at which the process began with the run.
     """
-    self._clock, self._cause = clock, 'restart'
+    self._cause = 'restart'
     total = last.get('train/run_seconds', 0.0)
     self._seconds = {
       cause: total * last.get(f'train/lost_to_{cause}', 0.0) for cause in CAUSES
@@ -59,7 +53,7 @@ class Goodput:
 
   def turn_to(self, cause: str) -> str:
     """Counts the time from now on for `cause`; returns the cause until now."""
-    before, moment = self._cause, self._clock()
+    before, moment = self._cause, now()
     self._seconds[before] += moment - self._since
     self._cause, self._since = cause, moment
     return before

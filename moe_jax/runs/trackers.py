@@ -119,7 +119,7 @@ def check_installed(names: Iterable[str]) -> None:
     if importlib.util.find_spec(name) is None:
       raise InputError(
         f'trackers names {name!r}, and the package {name} is not installed: '
-        f'`pip install {name}`, or leave it out'
+        "`pip install 'moe_jax[trackers]'`, or leave it out"
       )
 
 

@@ -9,6 +9,7 @@ import time
 
 import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from moe_jax.devices import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
@@ -103,19 +104,25 @@ def test_who_is_lost_is_named(
   assert bool(settled) == (index == 0 or bool(values))
 
 
-def test_all_go_on_when_all_are_done(play, statuses, tmp_path):
+def test_all_go_on_when_all_are_done(play, statuses, tmp_path, monkeypatch):
+  arrived = threading.Event()
+  monkeypatch.setattr(
+    multihost_utils,
+    'sync_global_devices',
+    lambda name: arrived.wait(20),
+  )
   folder = tmp_path / 'processes'
   watchdog, thread = play(0)
   wait_for((folder / 'token.0').exists)
-  say(folder, 1, 1, is_done=True)
+  say(folder, 1, 1)
   thread.join()
   ending = threading.Thread(target=watchdog.finish)
   ending.start()
-  wait_for(lambda: '"end": "over"' in (folder / 'token.0').read_text())
-  assert ending.is_alive()  # the other has not read it
-  (folder / 'token.1').unlink()
+  wait_for(lambda: '"the end"' in (folder / 'token.0').read_text())
+  assert ending.is_alive()  # the other is not there
+  arrived.set()
   ending.join()
-  wait_for(lambda: not folder.exists())
+  assert not folder.exists()
   assert not statuses
 
 
