@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import datetime
-import functools
 import os
 import sys
 import threading
@@ -117,21 +116,20 @@ class Progress:
     Without a bar a line names the evaluation, if it takes long.
     """
     text = f'evaluating {name}'
-    if self._bar is None:
-      line = threading.Timer(
-        _LONG_SECONDS, self.message, [f'step {step}: {text}']
-      )
-      line.start()
-      end = line.cancel
-    else:
-      show = functools.partial(self._bar.update, self._task, refresh=True)
+    if self._bar is not None:
       facts = self._bar.tasks[self._task].fields['facts']
-      end = functools.partial(show, facts=facts)
-      show(facts=text)
+      self._bar.update(self._task, facts=text, refresh=True)
+      yield
+      self._bar.update(self._task, facts=facts, refresh=True)
+      return
+    line = threading.Timer(
+      _LONG_SECONDS, self.message, [f'step {step}: {text}']
+    )
+    line.start()
     try:
       yield
     finally:
-      end()
+      line.cancel()
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""

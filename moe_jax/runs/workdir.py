@@ -107,18 +107,16 @@ class Workdir(NamedTuple):
   Attributes:
     folder: The folder, which need not exist.
     checkpoints: The directory of its checkpoints.
-    changes: A line for each key of the config whose value in the folder's
-      config differs.
     class_digests: The sha256 of each file with a user's own class.
-    class_changes: A line for each file in `class_digests` that has changed
-      since the run began.
+    notes: A line for each key of the config whose value in the folder's config
+      differs, and for each file in `class_digests` that has changed since the
+      run began.
   """
 
   folder: pathlib.Path
   checkpoints: epath.Path
-  changes: list[str]
   class_digests: dict[str, str]
-  class_changes: list[str]
+  notes: list[str]
 
 
 def check(
@@ -144,14 +142,6 @@ def check(
       directory may hold another run's.
   """
   folder = folder_of(workdir)
-  digests = class_digests(classes_in(config))
-  old_digests = _json(folder / PLUGINS)
-  class_changes = [
-    f'WARNING: the file of {name!r} has changed since the run wrote it '
-    f'down: sha256 {old!s:.12} -> {digest:.12}'
-    for name, digest in digests.items()
-    if (old := old_digests.get(name)) not in (None, digest)
-  ]
   changes = []
   if (folder / CONFIG).exists():
     stored = flatten(kept_config(folder))
@@ -170,7 +160,16 @@ def check(
   checkpoints = _checked_directory(
     folder, cast(Any, config)['checkpoint']['directory'], resume
   )
-  return Workdir(folder, checkpoints, changes, digests, class_changes)
+  digests = class_digests(classes_in(config))
+  old_digests = _json(folder / PLUGINS)
+  notes = [f'going on with another config: {line}' for line in changes]
+  notes += [
+    f'WARNING: the file of {name!r} has changed since the run wrote it '
+    f'down: sha256 {old!s:.12} -> {digest:.12}'
+    for name, digest in digests.items()
+    if (old := old_digests.get(name)) not in (None, digest)
+  ]
+  return Workdir(folder, checkpoints, digests, notes)
 
 
 def _checked_directory(

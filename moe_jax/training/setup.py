@@ -165,10 +165,9 @@ def set_up(
   model = options.model.build(options.sharding.rules)
   programs = make_programs(options, model, mesh)
   notes = (
-    *(f'going on with another config: {line}' for line in checked.changes),
+    *checked.notes,
     *tokenizer_notes,
     *setup_notes(options, model, mesh),
-    *checked.class_changes,
   )
   evaluations = make_evaluations(
     options.model,
