@@ -317,12 +317,11 @@ def classes_in(config: Section) -> tuple[str, ...]:
   Args:
     config: A config, or a section of one, as nested mappings.
   """
-  names = set()
-  for key, value in config.items():
-    if isinstance(value, Mapping | ConfigDict):
-      names.update(classes_in(value))
-    elif key == 'kind' and isinstance(value, str) and ':' in value:
-      names.add(value)
+  names = {
+    value
+    for key, value in flatten(config).items()
+    if f'.{key}'.endswith('.kind') and isinstance(value, str) and ':' in value
+  }
   return tuple(sorted(names))
 
 
