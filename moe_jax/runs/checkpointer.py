@@ -6,6 +6,7 @@ Checkpoints are written asynchronously, verified, and restored bit for bit.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
 
 _LOG = logging.getLogger(__name__)
+# The loggers to which Orbax's messages go.
+_LOGGERS = logging.getLogger('absl'), logging.getLogger('asyncio')
 
 
 class Restored(NamedTuple):
@@ -61,7 +64,7 @@ class Checkpointer(Directory):
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last_step: int | None = None  # the step last saved or restored
     self._save_count = 0
-    self._filtered: list[logging.Logger] = []
+    self._filter = functools.partial(_not_from_orbax)  # of this object alone
 
   @property
   def last_step(self) -> int | None:
@@ -151,10 +154,8 @@ class Checkpointer(Directory):
 
   def __enter__(self) -> Self:
     # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
-    for logger in map(logging.getLogger, ('absl', 'asyncio')):
-      if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-        self._filtered.append(logger)
+    for logger in _LOGGERS:
+      logger.addFilter(self._filter)
     return self
 
   def __exit__(self, *exc_info) -> None:
@@ -167,8 +168,8 @@ class Checkpointer(Directory):
     finally:
       self._thread.shutdown()
       self._orbax.close()
-      for logger in self._filtered:
-        logger.removeFilter(_not_from_orbax)
+      for logger in _LOGGERS:
+        logger.removeFilter(self._filter)
 
   def restore(
     self,
@@ -346,9 +347,6 @@ class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
   save's time.
   """
 
-  def __init__(self):
-    super().__init__(enable_write_sharding_file=False)
-
   async def serialize(self, values, infos, args=None):
     for info in infos:
       info.byte_limiter = None  # with a limit, Orbax makes no transaction
@@ -358,7 +356,7 @@ class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
 def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
   """Orbax's checkpointer, for states of `jax.Array` or numpy copies of them."""
   handlers = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, _OneTransactionHandler()),
+    (jax.Array, _OneTransactionHandler(enable_write_sharding_file=False)),
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
   )
   return ocp.AsyncCheckpointer(

@@ -116,20 +116,21 @@ class Progress:
     Without a bar a line names the evaluation, if it takes long.
     """
     text = f'evaluating {name}'
-    if self._bar is not None:
-      facts = self._bar.tasks[self._task].fields['facts']
-      self._bar.update(self._task, facts=text, refresh=True)
-      yield
-      self._bar.update(self._task, facts=facts, refresh=True)
-      return
     line = threading.Timer(
       _LONG_SECONDS, self.message, [f'step {step}: {text}']
     )
-    line.start()
+    facts = ''
+    if self._bar is None:
+      line.start()
+    else:
+      facts = self._bar.tasks[self._task].fields['facts']
+      self._bar.update(self._task, facts=text, refresh=True)
     try:
       yield
     finally:
       line.cancel()
+      if self._bar is not None:
+        self._bar.update(self._task, facts=facts, refresh=True)
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""

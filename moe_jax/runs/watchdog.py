@@ -291,6 +291,6 @@ def _has_ended(pid: int) -> bool:
   """Whether a process of this machine is known to have ended."""
   try:
     with open(os.pidfd_open(pid), 'rb', buffering=0) as handle:
-      return bool(wait([handle], 0))
+      return bool(wait([handle.fileno()], 0))
   except (OSError, AttributeError) as error:  # not all systems tell
     return isinstance(error, ProcessLookupError)
