@@ -140,6 +140,7 @@ class JsonLines:
     self._unwritten = b''
 
   def write(self, step: int, row: Row) -> None:
+    """Appends a row, behind those that still wait in memory."""
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
     self._append(text.encode() + b'\n')
@@ -159,6 +160,7 @@ class JsonLines:
         _log.warning('%s: rows wait in memory: %s', self._path, error)
 
   def close(self) -> None:
+    """Tries once more to write the rows in memory, and closes the file."""
     if self._unwritten:
       self._append(b'')
     if num_lost := self._unwritten.count(b'\n'):

@@ -42,6 +42,7 @@ class TensorBoard:
     self._write(first_step, session_log={'status': 'START'})
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
+    """Adds the numbers of a row."""
     value = [{'tag': k, 'simple_value': v} for k, v in row.items()]
     self._write(step, summary={'value': value})
 
@@ -51,6 +52,7 @@ class TensorBoard:
     self._writer.flush()
 
   def close(self) -> None:
+    """Closes the file."""
     with contextlib.suppress(OSError):
       self._writer.close()
 
@@ -76,9 +78,11 @@ class WeightsAndBiases:
     self.id = self._run.id
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
+    """Adds the numbers of a row, merged with others of the step."""
     self._run.log(dict(row), step=step)
 
   def close(self) -> None:
+    """Ends the run there, which may wait for its upload."""
     self._run.finish()
 
 
@@ -99,12 +103,13 @@ class MLflow:
       mlflow.log_params(flatten(kept_config(folder)))
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
-    # Training does not wait for the server.
+    """Adds the numbers of a row, in the background."""
     self._mlflow.log_metrics(
       dict(row), step=step, run_id=self.id, synchronous=False
     )
 
   def close(self) -> None:
+    """Waits until the server has all rows, and ends the run there."""
     self._mlflow.flush_async_logging()
     self._mlflow.end_run()
 

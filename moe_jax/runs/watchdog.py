@@ -55,8 +55,8 @@ class Process:
     pid: The id of the process.
     stages: Number of stages that the process has begun.
     stage: Name of the last stage, such as 'step 3'.
-    failure: The error of the process, which then ends by itself.
-    end: The reason for which all processes end, in the file of process 0.
+    failure: The error of the process, which then ends by itself; in the file of
+      process 0 also another reason for which all processes end.
     beat: Number of times that the file was written.
     heard: Time at which this process read the file, in seconds of the monotonic
       clock.
@@ -67,7 +67,6 @@ class Process:
   stages: int = 0
   stage: str = 'the start'
   failure: str = ''
-  end: str = ''
   beat: int = 0
   heard: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -125,6 +124,7 @@ class Watchdog:
     self._this = self._processes[self._index]
     self._this.machine, self._this.pid = _machine(), os.getpid()
     self._num_stages, self._last_move = 0, time.monotonic()
+    self._has_failed, self._is_ending = False, threading.Event()
 
   def start(self) -> None:
     """Waits until the other processes' files are seen, and starts the thread.
@@ -168,11 +168,11 @@ class Watchdog:
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
       self._silence = min(self._silence, MOMENT_SECONDS)
-      if self._over.wait(2 * MOMENT_SECONDS):  # the thread ends this process
-        time.sleep(_SAVE_SECONDS + MOMENT_SECONDS)
+      if self._is_ending.wait(2 * MOMENT_SECONDS):
+        time.sleep(_SAVE_SECONDS + 2 * MOMENT_SECONDS)
     text = f'process {self._index} failed: {type(error).__name__}: {error}'
-    self._this.failure = text[:_LONGEST_TEXT]
-    self._over.wait(2 * MOMENT_SECONDS)
+    self._has_failed, self._this.failure = True, text[:_LONGEST_TEXT]
+    self._over.wait(3 * MOMENT_SECONDS)
 
   def finish(self) -> None:
     """Waits until all processes have called this."""
@@ -205,20 +205,15 @@ class Watchdog:
     try:
       while not self._over.wait(self._tick):
         self._exchange()
-        if self._index == 0:
-          if reason := self._reason_to_end():
-            self._end_others(reason)
-            self._end(reason)
-        elif reason := self._processes[0].end:
-          self._file(self._index).unlink(missing_ok=True)
+        if reason := self._reason_to_end():
           self._end(reason)
-        elif reason := self._loss(0):
-          self._end(reason, settle=False)
     except Exception as error:
       self._end(f'its watchdog failed: {type(error).__name__}: {error}')
 
   def _reason_to_end(self) -> str | None:
-    """The reason for which all processes have to end; None if there is none."""
+    """The reason for which this process has to end; None if there is none."""
+    if self._index:
+      return self._processes[0].failure or self._loss(0)
     failures = [process.failure for process in self._processes.values()]
     losses = map(self._loss, self._processes)
     if reason := next(filter(None, [*failures, *losses]), ''):
@@ -249,32 +244,26 @@ class Watchdog:
       return None
     return f'process {index} {how}; it had got to {process.stage}'
 
-  def _end_others(self, reason: str) -> None:
-    """In process 0, makes all others end that are not lost, within a moment."""
-    self._this.end, deadline = reason, time.monotonic() + MOMENT_SECONDS
-    # Each other process removes its file once it has read why the run ends.
-    while time.monotonic() < deadline and any(
-      self._file(i).exists() and not self._loss(i) for i in self._others
-    ):
-      self._exchange()
-      time.sleep(0.1)
-    shutil.rmtree(self._folder, ignore_errors=True)
-
-  def _end(self, reason: str, settle: bool = True) -> None:
+  def _end(self, reason: str) -> None:
     """Ends this process, unless it ends by itself: at the end, or by its error.
 
-    Args:
-      reason: Text that is printed.
-      settle: Whether to wait first for a pending save, which needs process 0.
+    Process 0 waits until all others have read the reason in its file.
     """
-    is_over = self._over.is_set()
+    ends_by_itself = self._over.is_set() or self._has_failed
+    self._is_ending.set()
+    if self._index == 0:
+      self._this.failure = reason
+      self._exchange()
+      time.sleep(MOMENT_SECONDS)
+      shutil.rmtree(self._folder, ignore_errors=True)
     self._over.set()
-    if is_over or self._this.failure:
+    if ends_by_itself:
       return
     text = f'moe_jax: process {self._index} of {self._size} ends: {reason}'
     print(text, file=sys.stderr, flush=True)
-    if settle and self.before_end is not None:
-      # The main thread cannot call `before_end`, as it waits in a collective.
+    # A pending save needs process 0. The main thread cannot wait for the save,
+    # as it waits in a collective operation.
+    if self.before_end is not None and not (self._index and self._loss(0)):
       with contextlib.suppress(Exception):
         self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()
