@@ -206,13 +206,7 @@ class Recorder:
     row |= self._goodput.row()
     self._write(step, {f'train/{k}': v for k, v in row.items()})
     if self._progress is not None:
-      self._progress.update(
-        step,
-        loss=row['loss'],
-        tokens_per_second=row.get('tokens_per_second'),
-        drop_rate=row.get('drop_rate'),
-        step_seconds=row.get('step_seconds'),
-      )
+      self._progress.update(step, row)
     self._sums, self._steps, self._busy_seconds = None, 0, busy_seconds
 
   def _flush(self) -> None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 
 from etils import epath
 
-from moe_jax.config import ConfigDict, Section, difference, flatten
+from moe_jax.config import Section, difference, flatten, plain
 from moe_jax.data import tokenizers
+from moe_jax.data.cache_folders import sha256
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import FILE_PREFIX
@@ -145,11 +146,11 @@ def check(
   changes = []
   if (folder / CONFIG).exists():
     stored = flatten(kept_config(folder))
-    usual = flatten(_plain(defaults or {}))
+    usual = flatten(defaults or {})
     changes = [
       f'{key}: {old!r} -> {new!r}'
-      for key, (old, new) in difference(stored, _plain(config)).items()
-      if key in stored or key not in usual or new != usual[key]
+      for key, (old, new) in difference(stored, config).items()
+      if key in stored or key not in usual or plain(new) != plain(usual[key])
     ]
   if changes and not resume:
     raise InputError(
@@ -222,12 +223,12 @@ def claim(folder: pathlib.Path, config: Section) -> None:
     OSError: The folder cannot be made or written.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  path, values = folder / CONFIG, _plain(config)
+  path = folder / CONFIG
   if path.exists():
-    if kept_config(folder) == values:
+    if not difference(kept_config(folder), config):
       return
     set_aside(path)
-  text = _text(values)
+  text = _text(plain(config))
   # The sha256 is written first: a kill leaves no config with another's sha256.
   write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
   write_text(path, text)
@@ -333,7 +334,7 @@ def class_digests(names: Iterable[str]) -> dict[str, str]:
   Raises:
     ValueError: A module has no file.
   """
-  sha256 = {}
+  digests = {}
   for name in names:
     module = name.partition(':')[0]
     if module.split('.')[0] == _PACKAGE:
@@ -341,15 +342,8 @@ def class_digests(names: Iterable[str]) -> dict[str, str]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
       raise InputError(f'{name!r}: {module} has no file')
-    data = pathlib.Path(spec.origin).read_bytes()
-    sha256[name] = hashlib.sha256(data).hexdigest()
-  return sha256
-
-
-def _plain(config: Section) -> dict[str, Any]:
-  """A config as JSON gives it back, to be compared with that of a file."""
-  values = config.to_dict() if isinstance(config, ConfigDict) else config
-  return json.loads(json.dumps(values))
+    digests[name] = sha256(pathlib.Path(spec.origin))
+  return digests
 
 
 def _sha256(text: str) -> str:
