@@ -154,6 +154,7 @@ setup(
     'test-without-torch': TEST,
     'data': [PARQUET],
     'beam': ['apache-beam>=2.65'],
+    'trackers': ['mlflow-skinny>=3', 'wandb>=0.19'],
     'colab': [*NOTEBOOK, DIGITS],
     'slurm': [SLURM],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', TORCH, TRANSFORMERS],

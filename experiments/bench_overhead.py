@@ -103,11 +103,11 @@ def training_loop(
         if records:
           run.recorder.add(step, metrics, batch)
         if saves and not i:
-          with run.recorder.paused(step):
+          with run.recorder.paused('checkpoint'):
             run.checkpoints.save(step, state)
             run.message(f'step {step}: saving a checkpoint')
       if records:
-        with run.recorder.paused(step):
+        with run.recorder.paused('checkpoint'):
           run.checkpoints.wait()
       jax.block_until_ready(state)
       for hook in hooks:

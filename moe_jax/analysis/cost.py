@@ -366,6 +366,17 @@ def run_flops(options: RunOptions, model: Model) -> int:
   return rows * row_flops + steps * training.step_flops
 
 
+def least_step_seconds(options: RunOptions, model: Model, mesh: Mesh) -> float:
+  """Seconds of a step at the peak speed that the devices' vendor prints.
+
+  They are 0 where the vendor's number is not known, or the FLOPs are not
+  counted. Arguments are those of `run_line`.
+  """
+  dtype = getattr(options.model, 'numerics', Numerics()).dtype
+  rate = roofline.vendor_rate(dtype, list(mesh.devices.flat))
+  return run_flops(options, model) / options.total_steps / rate if rate else 0.0
+
+
 def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
   """A line on a run's size, and on its time at the speed of matrix products.
 

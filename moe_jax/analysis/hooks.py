@@ -50,6 +50,7 @@ class Facts(Hook):
     """Prints lines on data, model and devices; warns of a non-causal model.
 
     The last line says why nothing is printed for a while before the first step.
+    The recorder is told the least time of a step, for `mfu`.
     """
     lines = facts(run.options, run.model, run.programs, run.mesh)
     for line in (run.dataset.describe(), *lines):
@@ -59,6 +60,8 @@ class Facts(Hook):
         'compiling the step; the first line of progress comes after it and '
         'may take half a minute, or minutes for a large model'
       )
+    seconds = cost.least_step_seconds(run.options, run.model, run.mesh)
+    run.recorder.least_step_seconds = seconds
 
 
 class MeshSummary(Hook):

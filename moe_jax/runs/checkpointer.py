@@ -6,6 +6,7 @@ Checkpoints are written asynchronously, verified, and restored bit for bit.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -18,13 +19,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.config import Options, option, unknown
-from moe_jax.devices import is_first
+from moe_jax.devices import from_first, is_first
 from moe_jax.errors import InputError
 from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.metrics import Row
 from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
+
+_LOG = logging.getLogger(__name__)
+# The loggers to which Orbax's messages go.
+_LOGGERS = logging.getLogger('absl'), logging.getLogger('asyncio')
 
 
 class Restored(NamedTuple):
@@ -59,7 +64,7 @@ class Checkpointer(Directory):
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last_step: int | None = None  # the step last saved or restored
     self._save_count = 0
-    self._filtered: list[logging.Logger] = []
+    self._filter = functools.partial(_not_from_orbax)  # of this object alone
 
   @property
   def last_step(self) -> int | None:
@@ -149,10 +154,8 @@ class Checkpointer(Directory):
 
   def __enter__(self) -> Self:
     # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
-    for logger in map(logging.getLogger, ('absl', 'asyncio')):
-      if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-        self._filtered.append(logger)
+    for logger in _LOGGERS:
+      logger.addFilter(self._filter)
     return self
 
   def __exit__(self, *exc_info) -> None:
@@ -165,8 +168,8 @@ class Checkpointer(Directory):
     finally:
       self._thread.shutdown()
       self._orbax.close()
-      for logger in self._filtered:
-        logger.removeFilter(_not_from_orbax)
+      for logger in _LOGGERS:
+        logger.removeFilter(self._filter)
 
   def restore(
     self,
@@ -204,36 +207,59 @@ class Checkpointer(Directory):
         none is good; or a pending save failed.
     """
     self.wait()
-    skipped: list[tuple[int, str]] = []
-    while True:
-      found_step, skipped = self.find(step, skipped)
-      if found_step is None:
-        return None
+    folders, skipped = self.folders(), list[tuple[int, str]]()
+    if step is not None and step not in folders:
+      raise InputError(
+        f'no checkpoint {step} in {self.path}; have {self.steps()}'
+      )
+    candidates = folders[::-1] if step is None else [step]
+    good_steps = self.good_steps(candidates if is_first() else (), skipped)
+    # Process 0 verifies for all processes.
+    while (found_step := int(from_first(next(good_steps, -1)))) >= 0:
       manifest, target = self.manifest(found_step), abstract_state
       if found_step == 0 and first is not None:
-        target = manifest_lib.part_in(manifest, first)
-      folder = self.folder(found_step)
-      manifest_lib.check_tree(manifest, target, folder, partial, cast)
+        stored = {path.split('/')[0] for path in manifest.tree}
+        always = next(iter(first), None)
+        target = {k: v for k, v in first.items() if k == always or k in stored}
+      saved, wanted = manifest.tree, manifest_lib.describe(target)
+      if partial:
+        saved = {path: saved[path] for path in saved if path in wanted}
+      if text := manifest_lib.difference(saved, wanted, cast=cast):
+        folder = self.folder(found_step)
+        raise InputError(f'{folder} holds another state\n{text}')
       state = self._load(found_step, target, partial)
       if not (bad := finite.not_finite(state)):
         self._last_step = found_step
         return Restored(state, manifest.extra, found_step, skipped)
-      skipped = [*skipped, (found_step, f'not finite: {finite.listed(bad)}')]
+      skipped.append((found_step, f'not finite: {finite.listed(bad)}'))
+    if not folders:
+      return None
+    reasons = '; '.join(f'{number}: {reason}' for number, reason in skipped)
+    message = f'no good checkpoint in {self.path} ({reasons})'
+    if step is not None or self.steps():
+      raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
+    _LOG.warning(message)
+    return None
 
   def _amend(
-    self,
-    manifest: manifest_lib.Manifest,
-    before: concurrent.futures.Future | None,
+    self, added: manifest_lib.Manifest, before: concurrent.futures.Future | None
   ) -> None:
-    """Changes `extra` and `metrics` of a manifest, and deletes old checkpoints.
+    """Adds to `extra` and `metrics` of a manifest; deletes old checkpoints.
 
-    This runs on the checkpointer's thread, after its pending save.
+    Values of the same name are replaced. This runs on the checkpointer's
+    thread, after its pending save.
     """
     if before is not None:
       before.result()
-    if is_first():
-      self.amend(manifest)
-      self.prune()
+    if not is_first():
+      return
+    old = self.manifest(added.step)
+    new = dataclasses.replace(
+      old, extra=old.extra | added.extra, metrics=old.metrics | added.metrics
+    )
+    if new != old:
+      self.retry(manifest_lib.write, self.folder(added.step), new)
+    self.prune()
 
   def _write(self, step: int, state: Any) -> epath.Path:
     """Lets Orbax begin to write, and returns the folder it writes to."""
@@ -321,9 +347,6 @@ class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
   save's time.
   """
 
-  def __init__(self):
-    super().__init__(enable_write_sharding_file=False)
-
   async def serialize(self, values, infos, args=None):
     for info in infos:
       info.byte_limiter = None  # with a limit, Orbax makes no transaction
@@ -333,7 +356,7 @@ class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
 def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
   """Orbax's checkpointer, for states of `jax.Array` or numpy copies of them."""
   handlers = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, _OneTransactionHandler()),
+    (jax.Array, _OneTransactionHandler(enable_write_sharding_file=False)),
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
   )
   return ocp.AsyncCheckpointer(

@@ -165,35 +165,6 @@ def describe(state: Any) -> dict[str, str]:
   }
 
 
-def part_in(manifest: Manifest, target: Mapping[str, Any]) -> dict[str, Any]:
-  """The collections of `target` that a checkpoint has, and always the first."""
-  stored = {path.split('/')[0] for path in manifest.tree}
-  first = next(iter(target), None)
-  return {k: v for k, v in target.items() if k == first or k in stored}
-
-
-def check_tree(
-  manifest: Manifest, target: Any, folder: epath.Path, partial: bool, cast: bool
-) -> None:
-  """Checks that a checkpoint has the arrays that are wanted.
-
-  Args:
-    manifest: The checkpoint's manifest.
-    target: The tree that is to be restored.
-    folder: The checkpoint's folder, for the message.
-    partial: Whether the checkpoint may hold more arrays.
-    cast: Whether all floating-point types count as equal.
-
-  Raises:
-    ValueError: Paths, shapes or dtypes differ; they are listed.
-  """
-  wanted, saved = describe(target), manifest.tree
-  if partial:
-    saved = {path: saved[path] for path in saved if path in wanted}
-  if differences := difference(saved, wanted, cast=cast):
-    raise InputError(f'{folder} holds another state\n{differences}')
-
-
 def difference(
   saved: Mapping[str, str], wanted: Mapping[str, str], *, cast: bool = False
 ) -> str:

@@ -6,11 +6,11 @@ and metrics such as `train/loss`, `train/layer_1/load` or `eval/valid/loss`
 or infinity; they are written as the strings 'NaN', 'Infinity' and '-Infinity',
 which `read_metrics` turns back into floats.
 
-`workdir/tensorboard` has the same numbers, but not the lists: a chart for every
-expert of every layer would bury the others. `analysis.plot_style` draws them.
+`workdir/tensorboard` and trackers (`moe_jax.runs.trackers`) have the same
+numbers, but not the lists: a chart for every expert of every layer would bury
+the others. `analysis.plot_style` draws them.
 """
 
-import contextlib
 import itertools
 import json
 import logging
@@ -18,14 +18,14 @@ import math
 import operator
 import os
 import pathlib
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.runs.workdir import set_aside
+from moe_jax.runs.trackers import TensorBoard, begin_tracker
+from moe_jax.runs.workdir import folder_of, set_aside
 
 FILE_NAME = 'metrics.jsonl'
 Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers
@@ -37,10 +37,9 @@ _log = logging.getLogger(__name__)
 class MetricsWriter:
   """Appends rows to the metrics of a workdir, in one process of a run.
 
-  The operating system has the whole row when `write` returns, so killing the
-  process loses no row. A full disk leaves no half row: rows that do not fit
-  stay in memory and are written with the next row, and TensorBoard gets no more
-  rows.
+  Each writer of the rows has `write(step, row)` and `close()`. A writer that
+  fails gets no more rows, except for the file `metrics.jsonl`, in which no row
+  may be missing.
   """
 
   def __init__(
@@ -49,6 +48,7 @@ class MetricsWriter:
     *,
     resume_step: int | None,
     due: Collection[str] = (),
+    trackers: Sequence[str] = (),
   ):
     """Opens the files in the workdir, which is made if it does not exist.
 
@@ -60,25 +60,28 @@ class MetricsWriter:
         renamed to the first free of `metrics.0.jsonl`, `metrics.1.jsonl`, ...
       due: Names of evaluations that are made at the step of the checkpoint:
         their rows of that step are dropped, too.
+      trackers: Names in `trackers.TRACKERS` of those that get the rows, too.
 
     Raises:
       OSError: The folder cannot be made, read or written.
-      ValueError: `workdir` is a URL, where no file can be appended to.
+      ValueError: `workdir` is a URL, where no file can be appended to; or a
+        tracker cannot begin.
     """
-    if '://' in str(workdir):
-      raise InputError(f'workdir={workdir!r} must be a local folder')
-    folder = pathlib.Path(workdir)
+    folder = folder_of(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE_NAME
+    path, is_new = folder / FILE_NAME, resume_step is None
     if path.exists() and path.stat().st_size:
       if resume_step is None:
         aside = set_aside(path)
         _log.warning('a new record begins; the old one is now %s', aside)
       else:
         _drop_after(path, resume_step, due)
-    self._rows = _AppendOnly(path)
+    self._lines = JsonLines(path)
     first_step = 0 if resume_step is None else resume_step + 1
-    self._events = _Events(folder / 'tensorboard', first_step)
+    tensorboard = TensorBoard(folder / 'tensorboard', first_step)
+    self._others: list[Any] = [tensorboard]
+    for name in trackers:
+      self._others.append(begin_tracker(name, folder, is_new))
 
   def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
     """Appends one row; a step may have several, such as one for each eval.
@@ -96,23 +99,73 @@ class MetricsWriter:
       raise InputError("'step' is the row's own key; values cannot set it")
     row = {key: python_numbers(key, value) for key, value in values.items()}
     step = operator.index(step)
-    encoded = {key: _encode(value) for key, value in row.items()}
-    text = json.dumps({'step': step} | encoded, allow_nan=False)
-    self._rows.append(text.encode() + b'\n')
-    scalars = {k: v for k, v in row.items() if not isinstance(v, list)}
-    if scalars:
-      self._events.append(step, scalars)
+    self._lines.write(step, row)
+    numbers = {k: v for k, v in row.items() if not isinstance(v, list)}
+    for writer in [*self._others] if numbers else ():
+      try:
+        writer.write(step, numbers)
+      except Exception as error:  # trackers have errors of their own
+        name = type(writer).__name__
+        _log.warning('%s gets no more rows: %s', name, error)
+        self._others.remove(writer)
 
   def close(self) -> None:
     """Tries once more to write the rows in memory, and closes the files."""
-    self._rows.close()
-    self._events.close()
+    self._lines.close()
+    for writer in self._others:
+      try:
+        writer.close()
+      except Exception as error:
+        _log.warning('%s: %s', type(writer).__name__, error)
 
   def __enter__(self) -> 'MetricsWriter':
     return self
 
   def __exit__(self, *exc) -> None:
     self.close()
+
+
+class JsonLines:
+  """Appends rows to a file of JSON lines, also where the disk fills up.
+
+  The operating system has the whole row when `write` returns, so killing the
+  process loses no row. A full disk leaves no half row: rows that do not fit
+  stay in memory and are written with the next row.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    # The file is unbuffered, so that no row is lost with the process.
+    self._file = path.open('ab', buffering=0)
+    self._unwritten = b''
+
+  def write(self, step: int, row: Row) -> None:
+    """Appends a row, behind those that still wait in memory."""
+    encoded = {key: _encode(value) for key, value in row.items()}
+    text = json.dumps({'step': step} | encoded, allow_nan=False)
+    self._append(text.encode() + b'\n')
+
+  def _append(self, line: bytes) -> None:
+    is_first = not self._unwritten
+    self._unwritten += line
+    size, rest = self._file.seek(0, os.SEEK_END), memoryview(self._unwritten)
+    try:
+      while rest:
+        rest = rest[self._file.write(rest) :]
+      self._unwritten = b''
+    except OSError as error:
+      # A part may have been written; the next row must not follow it.
+      self._file.truncate(size)
+      if is_first:
+        _log.warning('%s: rows wait in memory: %s', self._path, error)
+
+  def close(self) -> None:
+    """Tries once more to write the rows in memory, and closes the file."""
+    if self._unwritten:
+      self._append(b'')
+    if num_lost := self._unwritten.count(b'\n'):
+      _log.error('%s: lost its last %d rows', self._path, num_lost)
+    self._file.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -176,81 +229,6 @@ def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
   copy.replace(path)
   if unreadable:
     _log.warning('%s: dropped unreadable lines %s', path, unreadable)
-
-
-class _AppendOnly:
-  """A file to which whole records are appended, even when the disk fills up."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    # The file is unbuffered, so that no record is lost with the process.
-    self._file = path.open('ab', buffering=0)
-    self._unwritten: list[bytes] = []
-
-  def append(self, record: bytes) -> None:
-    self._unwritten.append(record)
-    unwritten_bytes = memoryview(b''.join(self._unwritten))
-    size = self._file.seek(0, os.SEEK_END)
-    try:
-      while unwritten_bytes:
-        unwritten_bytes = unwritten_bytes[self._file.write(unwritten_bytes) :]
-      self._unwritten.clear()
-    except OSError as error:
-      # A part may have been written; the next record must not follow it.
-      self._file.truncate(size)
-      if len(self._unwritten) == 1:
-        _log.warning('%s: rows wait in memory: %s', self._path, error)
-
-  def close(self) -> None:
-    if self._unwritten:
-      self.append(b'')
-    if self._unwritten:
-      num_lost = sum(map(bool, self._unwritten))
-      _log.error('%s: lost its last %d records', self._path, num_lost)
-    self._file.close()
-
-
-class _Events:
-  """A new file of scalars for TensorBoard, which goes on at `first_step`.
-
-  TensorBoard drops the scalars of this and later steps from earlier files.
-
-  tensorboardX's summary writer is not used: on a full disk its thread dies, and
-  its full queue then blocks the training loop for ever.
-  """
-
-  def __init__(self, folder: pathlib.Path, first_step: int):
-    # Imported where it is used: most users of this module write no metrics.
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2
-
-    self._proto: Any = event_pb2
-    folder.mkdir(exist_ok=True)
-    # TensorBoard reads files in the order of their names. The number makes
-    # names differ where a run is restarted within the same second.
-    number = sum(1 for _ in folder.iterdir())
-    self._writer: Any = EventsWriter(str(folder / 'events'), f'.{number:04d}')
-    self._write(first_step, session_log={'status': 'START'})
-
-  def append(self, step: int, values: Mapping[str, float]) -> None:
-    value = [{'tag': k, 'simple_value': v} for k, v in values.items()]
-    self._write(step, summary={'value': value})
-
-  def _write(self, step: int, **what: Any) -> None:
-    if self._writer is None:
-      return
-    event = self._proto.Event(wall_time=time.time(), step=step, **what)
-    try:
-      self._writer.write_event(event)
-      self._writer.flush()
-    except OSError as error:
-      _log.warning('TensorBoard gets no more rows: %s', error)
-      self._writer = None
-
-  def close(self) -> None:
-    if self._writer is not None:
-      with contextlib.suppress(OSError):
-        self._writer.close()
 
 
 def python_numbers(key: str, value: Any) -> Any:

@@ -3,13 +3,12 @@
 import collections
 import contextlib
 import datetime
-import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
 
 from rich import console, progress, table
 
@@ -66,37 +65,27 @@ class Progress:
         '', total=total_steps, completed=start_step, facts=''
       )
 
-  def update(
-    self,
-    step: int,
-    *,
-    loss: float,
-    tokens_per_second: float | None,
-    drop_rate: float | None = None,
-    step_seconds: float | None = None,
-  ) -> None:
+  def update(self, step: int, row: Mapping[str, Any]) -> None:
     """Shows the state after `step` steps.
 
     Args:
       step: Number of steps taken, those before `start_step` included.
-      loss: The loss, in nats per token.
-      tokens_per_second: Tokens per second on all devices; None, before it is
-        known, is not shown.
-      drop_rate: Fraction of assignments that were dropped; None, for a model
-        without experts, is not shown.
-      step_seconds: Mean seconds of the last steps, which predict the time left
-        at the first update.
+      row: The `loss`, in nats per token, and where they are known
+        `tokens_per_second`, on all devices, `drop_rate`, the fraction of
+        assignments that were dropped, and `step_seconds`, the mean of the last
+        steps, which predicts the time left at the first update.
     """
     # On a bar units are short, so that the bar fits into 80 columns.
     unit, counted = ('', 'tok') if self._bar else (' nats/token', 'tokens')
-    facts = [f'loss {loss:.4f}{unit}']
-    if tokens_per_second is not None:
-      facts.append(f'{tokens_per_second:,.0f} {counted}/s')
-    if drop_rate is not None:
-      facts.append(f'dropped {100 * drop_rate:.1f}%')
+    facts = [f'loss {row["loss"]:.4f}{unit}']
+    if 'tokens_per_second' in row:
+      facts.append(f'{row["tokens_per_second"]:,.0f} {counted}/s')
+    if 'drop_rate' in row:
+      facts.append(f'dropped {100 * row["drop_rate"]:.1f}%')
     self._updates.append((step, self._clock()))
     (first_step, first_time), (_, now) = self._updates[0], self._updates[-1]
     # The time before the first update is mostly spent on compiling.
+    step_seconds = row.get('step_seconds')
     if step > first_step:
       step_seconds = (now - first_time) / (step - first_step)
     if step_seconds is not None:
@@ -117,21 +106,21 @@ class Progress:
     Without a bar a line names the evaluation, if it takes long.
     """
     text = f'evaluating {name}'
+    line = threading.Timer(
+      _LONG_SECONDS, self.message, [f'step {step}: {text}']
+    )
+    facts = ''
     if self._bar is None:
-      line = threading.Timer(
-        _LONG_SECONDS, self.message, [f'step {step}: {text}']
-      )
       line.start()
-      end = line.cancel
     else:
-      show = functools.partial(self._bar.update, self._task, refresh=True)
       facts = self._bar.tasks[self._task].fields['facts']
-      end = functools.partial(show, facts=facts)
-      show(facts=text)
+      self._bar.update(self._task, facts=text, refresh=True)
     try:
       yield
     finally:
-      end()
+      line.cancel()
+      if self._bar is not None:
+        self._bar.update(self._task, facts=facts, refresh=True)
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""

@@ -7,23 +7,24 @@ If the loss, the gradient or the new state of a step is not finite, the arrays
 of its global batch are kept, by name, in `workdir/nonfinite/<step>.npz`.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
 import pathlib
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax.cli import print_line
 from moe_jax.devices import fetch, is_first
 from moe_jax.errors import ReportedError
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.runs import finite, summary
+from moe_jax.runs import finite, goodput, summary
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
-from moe_jax.runs.metrics import MetricsWriter, Row
+from moe_jax.runs.metrics import FILE_NAME, MetricsWriter, Row, read_metrics
 from moe_jax.runs.progress import Progress
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics, add
 
@@ -56,6 +57,9 @@ class Recorder:
     checkpoints: The run's checkpoints, which an error names.
     tell: Makes a text of the row of an evaluation that measures no loss.
     confirm: Raises ValueError if another job has taken the folder.
+    trackers: Names of the trackers that get the rows, too.
+    least_step_seconds: The seconds that a step would take at the peak speed of
+      the devices; 0 where the peak is unknown.
   """
 
   workdir: pathlib.Path
@@ -69,6 +73,8 @@ class Recorder:
   checkpoints: Checkpointer
   tell: Callable[[Row], str]
   confirm: Callable[[], None] = lambda: None
+  trackers: Sequence[str] = ()
+  least_step_seconds: float = 0.0
 
   def __post_init__(self):
     self._writer: MetricsWriter | None = None
@@ -76,26 +82,45 @@ class Recorder:
     self._pending: tuple[int, StepMetrics, Batch] | None = None
     self._sums: LossSums | None = None
     self._steps = 0
-    self._clock: float | None = None  # None until the first step is compiled
+    self._is_compiled = False
+    self._busy_seconds = 0.0  # until the last row
     self._last_scalars: Row = {}  # of the step that was read last
+    self._ended: concurrent.futures.Future[float] | None = None
 
   @contextlib.contextmanager
-  def recording(self, start: int, due: Collection[str] = ()) -> Iterator[None]:
+  def recording(
+    self, start: int, due: Collection[str] = (), begun: float | None = None
+  ) -> Iterator[None]:
     """Records a run that begins, or goes on, while the body runs.
 
     Args:
       start: The number of steps that are taken already.
       due: Names of the evaluations after step `start` that are still to be
         made.
+      begun: The time of `goodput.now` at which the process began with the run;
+        None is now.
     """
     self._kept_steps = kept_steps(self.workdir)
     self._skipped = sum(n <= start for n in self._kept_steps)
+    last = {}
     with contextlib.ExitStack() as stack:
       if is_first():
         self._writer = stack.enter_context(
-          MetricsWriter(self.workdir, resume_step=start or None, due=due)
+          MetricsWriter(
+            self.workdir,
+            resume_step=start or None,
+            due=due,
+            trackers=self.trackers,
+          )
         )
+        rows = read_metrics(self.workdir / FILE_NAME)
+        last = next((r for r in rows[::-1] if 'train/goodput' in r), {})
         self._progress = stack.enter_context(Progress(self.total_steps, start))
+      self._goodput = goodput.Goodput(last, begun or goodput.now())
+      self._goodput.turn_to('compile')
+      self._thread = concurrent.futures.ThreadPoolExecutor(1, 'end of step')
+      # A step that waits for a process that is lost does not end.
+      stack.callback(self._thread.shutdown, wait=False)
       try:
         yield
       finally:
@@ -119,21 +144,31 @@ class Recorder:
       NonFiniteError: More than `max_nonfinite_steps` steps were not
         finite.
     """
+    self._ended = self._thread.submit(_time_of_end, metrics.loss)
     self._flush()
     self._pending = step, metrics, batch
 
   @contextlib.contextmanager
-  def paused(self, step: int):
-    """Reads the metrics of `step`; the body's time does not count as training.
+  def paused(self, cause: str) -> Iterator[None]:
+    """Reads the metrics of the last step; no step is taken while the body runs.
 
     Args:
-      step: The last step that was added.
+      cause: The reason for the pause: 'evaluation' or 'checkpoint'.
     """
     self._flush()
-    start = time.perf_counter()
+    before = self._goodput.turn_to(cause)
     yield
-    if self._clock is not None:
-      self._clock += time.perf_counter() - start
+    self._goodput.turn_to(before)
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time in which the body waits for a batch, and no step runs."""
+    start, before = goodput.now(), self._goodput.turn_to('data')
+    yield
+    self._goodput.turn_to(before)
+    if self._ended is not None:
+      end = self._ended.result() if self._ended.done() else goodput.now()
+      self._goodput.move(max(end - start, 0.0), 'data', before)
 
   def evaluating(
     self, step: int, name: str
@@ -160,22 +195,19 @@ class Recorder:
     """Writes the averages since the last row, at `step`, if there are any."""
     if self._sums is None:
       return
-    now = time.perf_counter()
-    seconds = max(now - cast(float, self._clock), 1e-9)
+    busy_seconds = self._goodput.busy_seconds
     row = {**summary.summarize(self._sums, self.moes), **self._last_scalars}
     if self._steps:
-      row['tokens_per_second'] = self._steps * self.batch_tokens / seconds
-      row['step_seconds'] = seconds / self._steps
+      seconds = max(busy_seconds - self._busy_seconds, 1e-9) / self._steps
+      row['tokens_per_second'] = self.batch_tokens / seconds
+      row['step_seconds'] = seconds
+      if self.least_step_seconds:
+        row['mfu'] = self.least_step_seconds / seconds
+    row |= self._goodput.row()
     self._write(step, {f'train/{k}': v for k, v in row.items()})
     if self._progress is not None:
-      self._progress.update(
-        step,
-        loss=row['loss'],
-        tokens_per_second=row.get('tokens_per_second'),
-        drop_rate=row.get('drop_rate'),
-        step_seconds=row.get('step_seconds'),
-      )
-    self._sums, self._steps, self._clock = None, 0, now
+      self._progress.update(step, row)
+    self._sums, self._steps, self._busy_seconds = None, 0, busy_seconds
 
   def _flush(self) -> None:
     if self._pending is None:
@@ -195,10 +227,12 @@ class Recorder:
       if step in self._kept_steps and is_first():  # now it is finite
         _batch_file(self.workdir, step).unlink(missing_ok=True)
       self._sums = sums if self._sums is None else add(self._sums, sums)
-    if self._clock is None:
-      self._clock = time.perf_counter()
-    else:
+    if self._is_compiled:
       self._steps += 1
+    else:
+      self._is_compiled = True
+      self._goodput.turn_to(goodput.STEPS)
+      self._busy_seconds = self._goodput.busy_seconds
     due = step % self.log_every_steps == 0 or step == self.total_steps
     self._last_scalars = {
       'total_loss': loss,
@@ -257,6 +291,11 @@ class Recorder:
       f'optimizer.learning_rate or raise moe.z_weight, and {advice}'
     )
     return '\n'.join(lines)
+
+
+def _time_of_end(array: Any) -> float:
+  jax.block_until_ready(array)
+  return goodput.now()
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:

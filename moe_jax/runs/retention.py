@@ -15,12 +15,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from moe_jax.devices import from_first, is_first
-from moe_jax.errors import InputError, ReportedError
+from moe_jax.errors import ReportedError
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.manifest import MOST_STEPS, BadCheckpoint, Manifest
 from moe_jax.runs.storage_errors import Retry, storage_path
@@ -105,87 +104,27 @@ class Directory:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
     return manifest
 
-  def amend(self, additions: Manifest) -> None:
-    """Adds values to a step's manifest, or replaces values of the same name.
-
-    Args:
-      additions: The step, with the `extra` and the `metrics` to add.
-
-    Raises:
-      BadCheckpoint: The manifest is missing, or it is damaged or of another
-        step.
-    """
-    old = self.manifest(additions.step)
-    new = dataclasses.replace(
-      old,
-      extra={**old.extra, **additions.extra},
-      metrics={**old.metrics, **additions.metrics},
-    )
-    if new != old:
-      self.retry(manifest_lib.write, self.folder(additions.step), new)
-
   def newest_good(self) -> int | None:
     """The newest step whose checkpoint has all files as written, or None."""
-    return self.verified()[0]
+    return next(self.good_steps(self.folders()[::-1], []), None)
 
-  def verified(
-    self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
-  ) -> tuple[int | None, list[tuple[int, str]]]:
-    """Verifies checkpoints from the newest on, until one is good.
+  def good_steps(
+    self, candidates: Iterable[int], bad: list[tuple[int, str]]
+  ) -> Iterator[int]:
+    """Yields the steps whose checkpoints have all files as written.
 
     Args:
-      step: The only step to verify; None verifies all.
-      refused: (step, reason) of known bad checkpoints, newest first; only older
-        checkpoints are verified.
-
-    Returns:
-      The step of the good checkpoint, or None; and (step, reason) of each bad
-      checkpoint.
+      candidates: The steps to verify, one after another.
+      bad: A list, which gets (step, reason) of each other step.
     """
-    refused = list(refused)
-    for candidate in reversed(self.folders() if step is None else [step]):
-      if refused and candidate >= refused[-1][0]:
-        continue
+    for step in candidates:
       try:
-        manifest = self.manifest(candidate)
-        self.retry(manifest_lib.verify, self.folder(candidate), manifest)
-        return candidate, refused
-      except BadCheckpoint as bad:
-        refused.append((candidate, str(bad)))
+        self.retry(manifest_lib.verify, self.folder(step), self.manifest(step))
+        yield step
+      except BadCheckpoint as error:
+        bad.append((step, str(error)))
       except OSError as error:
-        reason = f'{error.filename} unreadable ({error.strerror})'
-        refused.append((candidate, reason))
-    return None, refused
-
-  def find(
-    self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
-  ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The step to restore, as `verified` gives it; every process calls this.
-
-    Process 0 verifies for all processes, and only process 0 gets the list of
-    bad checkpoints.
-
-    Raises:
-      ValueError: `step` does not exist.
-      CheckpointError: `step` is not good; or some checkpoints are finished and
-        none is good.
-    """
-    folders, good, refused = self.folders(), None, list(refused)
-    if step is not None and step not in folders:
-      raise InputError(
-        f'no checkpoint {step} in {self.path}; have {self.steps()}'
-      )
-    if is_first():
-      good, refused = self.verified(step, refused)
-    good = int(from_first(-1 if good is None else good))
-    if good >= 0 or not folders:
-      return (good if good >= 0 else None), refused
-    reasons = '; '.join(f'{number}: {reason}' for number, reason in refused)
-    message = f'no good checkpoint in {self.path} ({reasons})'
-    if step is not None or self.steps():
-      raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
-    _LOG.warning(message)
-    return None, refused
+        bad.append((step, f'{error.filename} unreadable ({error.strerror})'))
 
   def make_room(self, step: int, last: int | None) -> None:
     """Prepares the directory for a save.

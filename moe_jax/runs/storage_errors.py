@@ -62,7 +62,13 @@ class Retry(NamedTuple):
 def is_transient(error: BaseException | None) -> bool:
   """Whether another try may succeed after an error, or after its cause."""
   while error is not None:
-    if _of_connection(error):
+    # Names are compared, since requests, aiohttp and gcsfs, whose errors have a
+    # status or a code, need not be installed.
+    names = [kind.__name__ for kind in type(error).__mro__]
+    statuses = [str(getattr(error, n, None)) for n in ('code', 'status')]
+    if any(name.endswith('ConnectionError') for name in names):
+      return True
+    if any(map(_HTTP.fullmatch, statuses)):
       return True
     if isinstance(error, OSError) and error.errno is not None:
       return error.errno in _TRANSIENT
@@ -72,21 +78,6 @@ def is_transient(error: BaseException | None) -> bool:
       return True
     error = error.__cause__
   return False
-
-
-def _of_connection(error: BaseException) -> bool:
-  """Whether a connection failed, in Python, requests, aiohttp or gcsfs.
-
-  Names are compared, as these packages need not be installed.
-  """
-  names = (kind.__name__ for kind in type(error).__mro__)
-  if any(name.endswith('ConnectionError') for name in names):
-    return True
-  statuses = (getattr(error, name, None) for name in ('code', 'status'))
-  return any(
-    isinstance(status, int | str) and _HTTP.fullmatch(f'{status}')
-    for status in statuses
-  )
 
 
 def storage_path(path: str | os.PathLike[str]) -> epath.Path:

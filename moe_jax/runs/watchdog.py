@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 
 import jax
+from jax.experimental import multihost_utils
 
 from moe_jax.devices import Timeouts, is_first, text_from_first
 from moe_jax.errors import InputError
@@ -38,13 +39,11 @@ MOMENT_SECONDS = 5.0
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-
 # The most seconds that an ending process waits for a pending save.
 _SAVE_SECONDS = 10.0
 # All files have one size and are written in place: a full disk does not prevent
 # it, and network file systems show the new content to whoever opens the file.
 _BYTES, _LONGEST_TEXT = 4096, 800
-_OVER = 'over'
 
 
 @dataclasses.dataclass
@@ -56,9 +55,8 @@ class Process:
     pid: The id of the process.
     stages: Number of stages that the process has begun.
     stage: Name of the last stage, such as 'step 3'.
-    is_done: Whether the process has reached the end and waits for the others.
-    failure: The error of the process, which then ends by itself.
-    end: The reason for which all processes end, in the file of process 0.
+    failure: The error of the process, which then ends by itself; in the file of
+      process 0 also another reason for which all processes end.
     beat: Number of times that the file was written.
     heard: Time at which this process read the file, in seconds of the monotonic
       clock.
@@ -68,9 +66,7 @@ class Process:
   pid: int = 0
   stages: int = 0
   stage: str = 'the start'
-  is_done: bool = False
   failure: str = ''
-  end: str = ''
   beat: int = 0
   heard: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -99,10 +95,10 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
   watchdog.start()
   try:
     yield watchdog
+    watchdog.finish()
   except BaseException as error:
     watchdog.fail(error)
     raise
-  watchdog.finish()
 
 
 class Watchdog:
@@ -128,6 +124,7 @@ class Watchdog:
     self._this = self._processes[self._index]
     self._this.machine, self._this.pid = _machine(), os.getpid()
     self._num_stages, self._last_move = 0, time.monotonic()
+    self._has_failed, self._is_ending = False, threading.Event()
 
   def start(self) -> None:
     """Waits until the other processes' files are seen, and starts the thread.
@@ -141,9 +138,7 @@ class Watchdog:
     deadline = time.monotonic() + SHARED_SECONDS
     while unseen := [i for i in self._others if not self._processes[i].beat]:
       if time.monotonic() > deadline:
-        self._file(self._index).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-          self._folder.rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)
         raise InputError(
           f'process {self._index} does not see what process {unseen[0]} writes '
           f'to {self._folder}: --workdir must be on storage that all processes '
@@ -173,17 +168,19 @@ class Watchdog:
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
       self._silence = min(self._silence, MOMENT_SECONDS)
-      if self._over.wait(2 * MOMENT_SECONDS):  # the thread ends this process
-        time.sleep(_SAVE_SECONDS + MOMENT_SECONDS)
+      if self._is_ending.wait(2 * MOMENT_SECONDS):
+        time.sleep(_SAVE_SECONDS + 2 * MOMENT_SECONDS)
     text = f'process {self._index} failed: {type(error).__name__}: {error}'
-    self._this.failure = text[:_LONGEST_TEXT]
-    self._over.wait(2 * MOMENT_SECONDS)
+    self._has_failed, self._this.failure = True, text[:_LONGEST_TEXT]
+    self._over.wait(3 * MOMENT_SECONDS)
 
   def finish(self) -> None:
     """Waits until all processes have called this."""
     self.mark('the end')
-    self._this.is_done = True
-    self._over.wait()
+    multihost_utils.sync_global_devices('the end')
+    self._over.set()
+    if self._index == 0:
+      shutil.rmtree(self._folder, ignore_errors=True)
 
   def _file(self, index: int) -> pathlib.Path:
     return self._folder / f'{self._token}.{index}'
@@ -208,80 +205,65 @@ class Watchdog:
     try:
       while not self._over.wait(self._tick):
         self._exchange()
-        if self._index == 0:
-          self._lead()
-        elif end := self._processes[0].end:
-          self._file(self._index).unlink(missing_ok=True)
-          self._end(end)
-        elif loss := self._loss(0):
-          self._end(loss, settle=False)
+        if reason := self._reason_to_end():
+          self._end(reason)
     except Exception as error:
       self._end(f'its watchdog failed: {type(error).__name__}: {error}')
 
-  def _lead(self) -> None:
-    """In process 0, tells the other processes when and why to end."""
-    processes, seconds = self._processes.values(), MOMENT_SECONDS
-    if all(process.is_done for process in processes):
-      end, seconds = _OVER, self._silence
-    elif not (end := self._end_reason()):
-      return
-    self._this.end, deadline = end, time.monotonic() + seconds
-    # Each other process removes its file once it has read why the run ends.
-    while time.monotonic() < deadline and any(
-      self._file(i).exists() and not self._loss(i) for i in self._others
-    ):
-      self._exchange()
-      time.sleep(0.1)
-    shutil.rmtree(self._folder, ignore_errors=True)
-    self._end(end)
-
-  def _loss(self, index: int) -> str | None:
-    """The way in which another process is lost; None if it is not."""
-    other = self._processes[index]
-    silent = time.monotonic() - other.heard
-    if other.machine == self._this.machine and _has_ended(other.pid):
-      how = 'died'
-    elif silent > self._silence:
-      how = f'does not answer, for {silent:.0f} s'
-    else:
-      return None
-    return f'process {index} {how}; it had got to {other.stage}'
-
-  def _end_reason(self) -> str | None:
-    """The reason for which all processes have to end; None if there is none."""
-    awake = {i: p for i, p in self._processes.items() if not p.is_done}
-    failures = [process.failure for process in awake.values()]
-    if reason := next(filter(None, [*failures, *map(self._loss, awake)]), ''):
+  def _reason_to_end(self) -> str | None:
+    """The reason for which this process has to end; None if there is none."""
+    if self._index:
+      return self._processes[0].failure or self._loss(0)
+    failures = [process.failure for process in self._processes.values()]
+    losses = map(self._loss, self._processes)
+    if reason := next(filter(None, [*failures, *losses]), ''):
       return reason
-    num_stages = sum(process.stages for process in self._processes.values())
-    if num_stages != self._num_stages:
-      self._num_stages, self._last_move = num_stages, time.monotonic()
-    if not 0 < self._stall < time.monotonic() - self._last_move or not awake:
+    stages = {i: process.stages for i, process in self._processes.items()}
+    if sum(stages.values()) != self._num_stages:
+      self._num_stages, self._last_move = sum(stages.values()), time.monotonic()
+    if not 0 < self._stall < time.monotonic() - self._last_move:
       return None
-    least = min(process.stages for process in awake.values())
-    behind = [i for i, process in awake.items() if process.stages == least]
+    behind = [i for i, n in stages.items() if n == min(stages.values())]
     who = f'processes {", ".join(map(str, behind))} are behind: they have'
     if len(behind) == self._size:
       who = 'no process is behind: all have'
     elif len(behind) == 1:
       who = f'process {behind[0]} is stuck: it has'
-    stage = awake[behind[0]].stage
+    stage = self._processes[behind[0]].stage
     return f'nothing moved for {self._stall} s; {who} got to {stage}'
 
-  def _end(self, reason: str, settle: bool = True) -> None:
-    """Ends this process, unless it ends by itself: done, or with an error.
+  def _loss(self, index: int) -> str | None:
+    """The way in which another process is lost; None if it is not."""
+    process = self._processes[index]
+    silent = time.monotonic() - process.heard
+    if process.machine == self._this.machine and _has_ended(process.pid):
+      how = 'died'
+    elif silent > self._silence:
+      how = f'does not answer, for {silent:.0f} s'
+    else:
+      return None
+    return f'process {index} {how}; it had got to {process.stage}'
 
-    Args:
-      reason: Text that is printed.
-      settle: Whether to wait first for a pending save, which needs process 0.
+  def _end(self, reason: str) -> None:
+    """Ends this process, unless it ends by itself: at the end, or by its error.
+
+    Process 0 waits until all others have read the reason in its file.
     """
+    ends_by_itself = self._over.is_set() or self._has_failed
+    self._is_ending.set()
+    if self._index == 0:
+      self._this.failure = reason
+      self._exchange()
+      time.sleep(MOMENT_SECONDS)
+      shutil.rmtree(self._folder, ignore_errors=True)
     self._over.set()
-    if reason == _OVER or self._this.failure:
+    if ends_by_itself:
       return
     text = f'moe_jax: process {self._index} of {self._size} ends: {reason}'
     print(text, file=sys.stderr, flush=True)
-    if settle and self.before_end is not None:
-      # The main thread cannot call `before_end`, as it waits in a collective.
+    # A pending save needs process 0. The main thread cannot wait for the save,
+    # as it waits in a collective operation.
+    if self.before_end is not None and not (self._index and self._loss(0)):
       with contextlib.suppress(Exception):
         self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()
@@ -297,12 +279,7 @@ def _machine() -> str:
 def _has_ended(pid: int) -> bool:
   """Whether a process of this machine is known to have ended."""
   try:
-    handle = os.pidfd_open(pid)
-  except ProcessLookupError:
-    return True
-  except (OSError, AttributeError):  # not all systems tell
-    return False
-  try:
-    return bool(wait([handle], 0))
-  finally:
-    os.close(handle)
+    with open(os.pidfd_open(pid), 'rb', buffering=0) as handle:
+      return bool(wait([handle.fileno()], 0))
+  except (OSError, AttributeError) as error:  # not all systems tell
+    return isinstance(error, ProcessLookupError)

@@ -5,13 +5,14 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from etils import epath
 
-from moe_jax.config import ConfigDict, Section, difference, flatten
+from moe_jax.config import Section, difference, flatten, plain
 from moe_jax.data import tokenizers
+from moe_jax.data.cache_folders import sha256
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import FILE_PREFIX
@@ -120,18 +121,16 @@ class Workdir(NamedTuple):
   Attributes:
     folder: The folder, which need not exist.
     checkpoints: The directory of its checkpoints.
-    changes: A line for each key of the config whose value in the folder's
-      config differs.
     class_digests: The sha256 of each file with a user's own class.
-    class_changes: A line for each file in `class_digests` that has changed
-      since the run began.
+    notes: A line for each key of the config whose value in the folder's config
+      differs, and for each file in `class_digests` that has changed since the
+      run began.
   """
 
   folder: pathlib.Path
   checkpoints: epath.Path
-  changes: list[str]
   class_digests: dict[str, str]
-  class_changes: list[str]
+  notes: list[str]
 
 
 def check(
@@ -157,22 +156,14 @@ def check(
       directory may hold another run's.
   """
   folder = folder_of(workdir)
-  digests = class_digests(classes_in(config))
-  old_digests = _json(folder / PLUGINS)
-  class_changes = [
-    f'WARNING: the file of {name!r} has changed since the run wrote it '
-    f'down: sha256 {old!s:.12} -> {digest:.12}'
-    for name, digest in digests.items()
-    if (old := old_digests.get(name)) not in (None, digest)
-  ]
   changes = []
   if (folder / CONFIG).exists():
     stored = flatten(kept_config(folder))
-    usual = flatten(_plain(defaults or {}))
+    usual = flatten(defaults or {})
     changes = [
       f'{key}: {old!r} -> {new!r}'
-      for key, (old, new) in difference(stored, _plain(config)).items()
-      if key in stored or key not in usual or new != usual[key]
+      for key, (old, new) in difference(stored, config).items()
+      if key in stored or key not in usual or plain(new) != plain(usual[key])
     ]
   if changes and not resume:
     raise InputError(
@@ -183,7 +174,16 @@ def check(
   checkpoints = _checked_directory(
     folder, cast(Any, config)['checkpoint']['directory'], resume
   )
-  return Workdir(folder, checkpoints, changes, digests, class_changes)
+  digests = class_digests(classes_in(config))
+  old_digests = _json(folder / PLUGINS)
+  notes = [f'going on with another config: {line}' for line in changes]
+  notes += [
+    f'WARNING: the file of {name!r} has changed since the run wrote it '
+    f'down: sha256 {old!s:.12} -> {digest:.12}'
+    for name, digest in digests.items()
+    if (old := old_digests.get(name)) not in (None, digest)
+  ]
+  return Workdir(folder, checkpoints, digests, notes)
 
 
 def _checked_directory(
@@ -238,12 +238,12 @@ def claim(folder: pathlib.Path, config: Section) -> None:
   """
   folder.mkdir(parents=True, exist_ok=True)
   write_text(folder / CONFIG_PY, _CONFIG_PY)
-  path, values = folder / CONFIG, _plain(config)
+  path = folder / CONFIG
   if path.exists():
-    if kept_config(folder) == values:
+    if not difference(kept_config(folder), config):
       return
     set_aside(path)
-  text = _text(values)
+  text = _text(plain(config))
   # The sha256 is written first: a kill leaves no config with another's sha256.
   write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
   write_text(path, text)
@@ -333,12 +333,11 @@ def classes_in(config: Section) -> tuple[str, ...]:
   Args:
     config: A config, or a section of one, as nested mappings.
   """
-  names = set()
-  for key, value in config.items():
-    if isinstance(value, Mapping | ConfigDict):
-      names.update(classes_in(value))
-    elif key == 'kind' and isinstance(value, str) and ':' in value:
-      names.add(value)
+  names = {
+    value
+    for key, value in flatten(config).items()
+    if f'.{key}'.endswith('.kind') and isinstance(value, str) and ':' in value
+  }
   return tuple(sorted(names))
 
 
@@ -350,7 +349,7 @@ def class_digests(names: Iterable[str]) -> dict[str, str]:
   Raises:
     ValueError: A module has no file.
   """
-  sha256 = {}
+  digests = {}
   for name in names:
     module = name.partition(':')[0]
     if module.split('.')[0] == _PACKAGE:
@@ -358,15 +357,8 @@ def class_digests(names: Iterable[str]) -> dict[str, str]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
       raise InputError(f'{name!r}: {module} has no file')
-    data = pathlib.Path(spec.origin).read_bytes()
-    sha256[name] = hashlib.sha256(data).hexdigest()
-  return sha256
-
-
-def _plain(config: Section) -> dict[str, Any]:
-  """A config as JSON gives it back, to be compared with that of a file."""
-  values = config.to_dict() if isinstance(config, ConfigDict) else config
-  return json.loads(json.dumps(values))
+    digests[name] = sha256(pathlib.Path(spec.origin))
+  return digests
 
 
 def _sha256(text: str) -> str:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from moe_jax.cli import print_line
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
+from moe_jax.runs import goodput
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.watchdog import Watchdog, watching
 from moe_jax.runs.workdir import folder_of
@@ -78,7 +79,7 @@ def train_and_evaluate(
       f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )
-  folder = folder_of(workdir)
+  begun, folder = goodput.now(), folder_of(workdir)
   folders = [folder, *filter(None, [options.checkpoint.directory])]
   with (
     owned(folders) as confirm,
@@ -99,7 +100,7 @@ def train_and_evaluate(
     watchdog.mark('the restore')
     run, state, due = begin(run, initial)
     at = _Loop(run, hooks, watchdog, int(state.step), state, due)
-    stack.enter_context(run.recorder.recording(at.step, due))
+    stack.enter_context(run.recorder.recording(at.step, due, begun))
     at.should_stop = stack.enter_context(catching_sigterm())
     for hook in hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')
@@ -173,7 +174,8 @@ def _train(at: _Loop) -> None:
   while not (stop or _has_ended(at)):
     step = at.step + 1
     watchdog.mark(f'the data of step {step}')
-    batch = next(batches)
+    with run.recorder.waiting():
+      batch = next(batches)
     watchdog.mark(f'step {step}')
     at.state, metrics = run.train_step(at.state, batch)
     at.step = step
@@ -206,7 +208,7 @@ def _evaluate(at: _Loop) -> bool:
   at.watchdog.mark(f'evaluations of step {step}')
   try:
     while True:
-      with run.recorder.paused(step):
+      with run.recorder.paused('evaluation'):
         rows = evaluation_rows(
           [e for e in run.evaluations if e.name in at.due],
           run.programs.variables(at.state),
@@ -250,7 +252,7 @@ def _save(at: _Loop, best: float | None = None) -> None:
       not measured.
   """
   run = at.run
-  with run.recorder.paused(at.step):
+  with run.recorder.paused('checkpoint'):
     run.recorder.confirm()
     for hook in at.hooks:
       hook.paused()

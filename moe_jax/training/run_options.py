@@ -30,6 +30,7 @@ from moe_jax.models.recorded import Apply, recording
 from moe_jax.models.selection import expression_problems
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpointer import CheckpointOptions
+from moe_jax.runs.trackers import TRACKERS
 from moe_jax.training.early_stopping import EarlyStoppingOptions
 from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
 from moe_jax.training.losses import AUX_SCHEDULES, AuxSchedule
@@ -277,6 +278,13 @@ class RunOptions(Options):
     'over these steps.',
     minimum=1,
   )
+  trackers: str = option(
+    '',
+    'Services that get the numbers of each row of metrics, too: wandb (Weights '
+    '& Biases), mlflow, or both with a comma between them. Their environment '
+    'variables, such as WANDB_PROJECT and MLFLOW_TRACKING_URI, say where; an '
+    'empty string names none.',
+  )
   logits_z_weight: float = option(
     0.0,
     'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
@@ -351,6 +359,11 @@ class RunOptions(Options):
   sample: SampleOptions = option(SampleOptions(), 'Text at the end of the run.')
 
   @property
+  def tracker_names(self) -> tuple[str, ...]:
+    """The names in the option `trackers`."""
+    return tuple(filter(None, map(str.strip, self.trackers.split(','))))
+
+  @property
   def local_axes(self) -> tuple[str, ...]:
     """The mesh axes over which gradients are exchanged once a step."""
     if not self.exchange_once:
@@ -386,6 +399,11 @@ class RunOptions(Options):
         f'profile.start_step={start} is beyond the last step, total_steps='
         f'{self.total_steps}'
       )
+    for name in self.tracker_names:
+      if name not in TRACKERS:
+        yield f'trackers={self.trackers!r}: ' + unknown_text(
+          'tracker', name, TRACKERS
+        )
     yield from self._task_problems()
     yield from self._best_problems()
     for name, entry in self.evals.items():

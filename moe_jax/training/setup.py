@@ -27,6 +27,7 @@ from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.recorder import Recorder
+from moe_jax.runs.trackers import check_installed
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation, Setting, make_evaluations
 from moe_jax.training.losses import loss_weights
@@ -179,6 +180,7 @@ def set_up(
   row_parts = options.sharding.row_parts(mesh)
   config, defaults = section_of(options), section_of(type(options))
   options.check_rows(row_parts)
+  check_installed(options.tracker_names)
   checked = workdir_lib.check(workdir, config, resume=resume, defaults=defaults)
   options, tokenizer_notes = with_tokenizer(options, config, checked.folder)
   dataset = data.load(options.data)
@@ -188,10 +190,9 @@ def set_up(
   model = options.model.build(options.sharding.rules)
   programs = make_programs(options, model, mesh)
   notes = (
-    *(f'going on with another config: {line}' for line in checked.changes),
+    *checked.notes,
     *tokenizer_notes,
     *setup_notes(options, model, mesh),
-    *checked.class_changes,
   )
   setting = Setting(model, dataset, options.data, checked.folder, programs.put)
   evaluations = make_evaluations(
@@ -209,6 +210,7 @@ def set_up(
     checkpoints=checkpoints,
     tell=dataset.tell,
     confirm=confirm,
+    trackers=options.tracker_names,
   )
   check_same(
     {

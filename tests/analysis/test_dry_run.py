@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import time
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from moe_jax import data, devices
@@ -229,3 +231,17 @@ def test_flops_and_bytes_by_formula():
   assert 0 <= moments < 100
   seeds = needs.checkpoint - needs.parameters - needs.optimizer
   assert 0 <= seeds < 100
+
+
+def test_the_least_time_of_a_step_is_that_at_the_vendors_peak():
+  numerics = {'numerics': {'dtype': 'bfloat16'}}
+  options = tiny.options(total_steps=7, model=numerics).filled(257)
+  chip = types.SimpleNamespace(platform='tpu', device_kind='TPU v4')
+  mesh = types.SimpleNamespace(devices=np.array([[chip], [chip], [chip]]))
+  model = options.build()
+  seconds = cost.least_step_seconds(options, model, mesh)
+  flops = 3 * 4 * cost.count(model, 24).example_flops  # four rows
+  assert seconds == pytest.approx(flops / (3 * 275e12))
+  # Of a processor the vendor prints none.
+  mesh = options.mesh.make(jax.devices())
+  assert cost.least_step_seconds(options, model, mesh) == 0.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import types
 
 import jax
@@ -54,8 +55,12 @@ def train(folder, *hooks, devices=1, **overrides):
 def rows(folder):
   """The metrics of a run without its times."""
   metric_rows = metrics.read_metrics(folder / metrics.FILE_NAME)
-  times = ('train/tokens_per_second', 'train/step_seconds', 'time')
-  return [{k: v for k, v in r.items() if k not in times} for r in metric_rows]
+  times = re.compile(
+    r'train/(tokens_per_second|.*_seconds|goodput|lost_to_\w+|time)'
+  )
+  return [
+    {k: v for k, v in r.items() if not times.fullmatch(k)} for r in metric_rows
+  ]
 
 
 def assert_equal(a, b):

@@ -224,7 +224,7 @@ def test_rows_lost_at_the_end_are_told(tmp_path, file_limit, caplog):
     file_limit(3)
     writer.write(2, {'a': 1})
     writer.write(3, {'a': 1})
-  assert 'metrics.jsonl: lost its last 2 records' in caplog.text
+  assert 'metrics.jsonl: lost its last 2 rows' in caplog.text
   assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [
     1
   ]
@@ -255,5 +255,5 @@ def test_other_values_are_refused(tmp_path, value):
 
 
 def test_a_url_is_no_workdir():
-  with pytest.raises(ValueError, match=r'gs://bucket/run.*local'):
+  with pytest.raises(ValueError, match=r'gs://bucket/run.*give a folder'):
     MetricsWriter('gs://bucket/run', resume_step=None)

@@ -48,13 +48,15 @@ def test_plain_lines_have_the_facts():
   with Progress(3000, 1000, out, clock) as progress:
     progress.message('resumed from step 1000 [b]')
     clock.now = 60.0
-    progress.update(1100, loss=2.34567, tokens_per_second=12345.6)
+    progress.update(1100, dict(loss=2.34567, tokens_per_second=12345.6))
     clock.now = 70.0
-    progress.update(1200, loss=2.0, tokens_per_second=999.5, drop_rate=0.0123)
+    progress.update(
+      1200, dict(loss=2.0, tokens_per_second=999.5, drop_rate=0.0123)
+    )
     # The run is slower now: 300 steps in 80 s, so that 1,600 more take 426.7 s.
     clock.now = 140.0
     progress.update(
-      1400, loss=float('nan'), tokens_per_second=5.0, drop_rate=0.0
+      1400, dict(loss=float('nan'), tokens_per_second=5.0, drop_rate=0.0)
     )
   assert out.getvalue().splitlines() == [
     'resumed from step 1000 [b]',
@@ -72,7 +74,7 @@ def test_time_left_follows_the_speed_of_late():
   # After 30 updates at 1 s a step and 30 at 2 s the first are forgotten.
   for step in range(1, 61):
     clock.now += 1 if step <= 30 else 2
-    progress.update(step, loss=1.0, tokens_per_second=1.0)
+    progress.update(step, dict(loss=1.0, tokens_per_second=1.0))
   assert out.getvalue().splitlines()[29].endswith('0:16:10 left')  # 970 s
   assert out.getvalue().splitlines()[59].endswith('0:31:20 left')  # 1,880 s
 
@@ -82,12 +84,14 @@ def test_a_terminal_gets_a_bar_that_messages_do_not_break(monkeypatch):
   monkeypatch.setenv('COLUMNS', '80')
   clock = Clock()
   with terminal() as (out, chunks), Progress(3000, 100, out, clock) as progress:
-    progress.update(200, loss=2.5, tokens_per_second=12345.6)
+    progress.update(200, dict(loss=2.5, tokens_per_second=12345.6))
     clock.now = 10.0
-    progress.update(300, loss=2.25, tokens_per_second=12345.6, drop_rate=0.0123)
+    progress.update(
+      300, dict(loss=2.25, tokens_per_second=12345.6, drop_rate=0.0123)
+    )
     progress.message('saved [bold]step 300')
     clock.now = 20.0
-    progress.update(3000, loss=2.0, tokens_per_second=1.0)
+    progress.update(3000, dict(loss=2.0, tokens_per_second=1.0))
   (shown,) = chunks
   assert '\x1b[2K' in shown  # the bar is redrawn in its line
   rows = re.split(r'[\r\n]+', re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown))
@@ -106,7 +110,7 @@ def test_a_bar_names_the_evaluation_that_runs(monkeypatch):
   monkeypatch.setenv('TERM', 'xterm')
   monkeypatch.setenv('COLUMNS', '80')
   with terminal() as (out, chunks), Progress(3000, 100, out) as progress:
-    progress.update(200, loss=2.5, tokens_per_second=12345.6)
+    progress.update(200, dict(loss=2.5, tokens_per_second=12345.6))
     with progress.evaluating(200, 'capacity_2'):
       pass
   (shown,) = chunks
@@ -133,7 +137,7 @@ def test_a_line_names_an_evaluation_that_takes_long(monkeypatch):
 def test_a_dumb_terminal_gets_lines(monkeypatch):
   monkeypatch.setenv('TERM', 'dumb')
   with terminal() as (out, shown), Progress(10, 0, out) as progress:
-    progress.update(5, loss=1.0, tokens_per_second=2.0)
+    progress.update(5, dict(loss=1.0, tokens_per_second=2.0))
   assert shown == ['step 5/10  loss 1.0000 nats/token  2 tokens/s\r\n']
 
 

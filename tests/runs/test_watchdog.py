@@ -9,6 +9,7 @@ import time
 
 import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from moe_jax.devices import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
@@ -58,15 +59,13 @@ def wait_for(condition, seconds=20.0):
 
 
 def test_a_stall_before_the_first_mark_is_seen(play, statuses, tmp_path, capfd):
-  folder, beat = tmp_path / 'processes', 1
+  folder, beat, told = tmp_path / 'processes', 1, ''
   _, thread = play(0, stall_timeout_seconds=1)
   wait_for((folder / 'token.0').exists)
-  while not statuses:  # the other lives, and reads why it ends
-    if 'nothing moved' in (folder / 'token.0').read_text():
-      (folder / 'token.1').unlink()
-      break
+  while 'nothing moved' not in told:  # the other lives, and reads why it ends
     say(folder, 1, beat := beat + 1)
     time.sleep(TICK / 2)
+    told = (folder / 'token.0').read_text()
   wait_for(lambda: statuses == [1])
   thread.join()
   assert (
@@ -82,7 +81,7 @@ def test_a_stall_before_the_first_mark_is_seen(play, statuses, tmp_path, capfd):
     (0, {'failure': 'process 1 failed: OSError: x'}, 'process 1 failed: OSErr'),
     (0, {}, 'process 1 does not answer, for 1 s; it had got to step 7'),
     (1, {}, 'process 0 does not answer, for 1 s; it had got to step 7'),
-    (1, {'end': 'process 2 died'}, 'process 2 died'),
+    (1, {'failure': 'process 2 died'}, 'process 2 died'),
   ],
 )
 def test_who_is_lost_is_named(
@@ -103,19 +102,25 @@ def test_who_is_lost_is_named(
   assert bool(settled) == (index == 0 or bool(values))
 
 
-def test_all_go_on_when_all_are_done(play, statuses, tmp_path):
+def test_all_go_on_when_all_are_done(play, statuses, tmp_path, monkeypatch):
+  arrived = threading.Event()
+  monkeypatch.setattr(
+    multihost_utils,
+    'sync_global_devices',
+    lambda name: arrived.wait(20),
+  )
   folder = tmp_path / 'processes'
   watchdog, thread = play(0)
   wait_for((folder / 'token.0').exists)
-  say(folder, 1, 1, is_done=True)
+  say(folder, 1, 1)
   thread.join()
   ending = threading.Thread(target=watchdog.finish)
   ending.start()
-  wait_for(lambda: '"end": "over"' in (folder / 'token.0').read_text())
-  assert ending.is_alive()  # the other has not read it
-  (folder / 'token.1').unlink()
+  wait_for(lambda: '"the end"' in (folder / 'token.0').read_text())
+  assert ending.is_alive()  # the other is not there
+  arrived.set()
   ending.join()
-  wait_for(lambda: not folder.exists())
+  assert not folder.exists()
   assert not statuses
 
 

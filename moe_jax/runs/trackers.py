@@ -1,0 +1,150 @@
+"""Places where the numbers of a run are looked at, besides its metrics file.
+
+TensorBoard reads a folder of the workdir. Weights & Biases and MLflow are
+services, chosen by the option `trackers` of a config and set up by environment
+variables of their own, such as WANDB_PROJECT and MLFLOW_TRACKING_URI. Each is a
+class with `write(step, row)` and `close()`; a row has numbers by name.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moe_jax.config import flatten
+from moe_jax.errors import InputError
+from moe_jax.runs.workdir import kept_config
+
+
+class TensorBoard:
+  """A new file of scalars for TensorBoard, which goes on at `first_step`.
+
+  TensorBoard drops the scalars of this and later steps from earlier files.
+
+  tensorboardX's summary writer is not used: on a full disk its thread dies, and
+  its full queue then blocks the training loop for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    # Imported where it is used: most users of this module write no metrics.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+
+    self._proto: Any = event_pb2
+    folder.mkdir(exist_ok=True)
+    # TensorBoard reads files in the order of their names. The number makes
+    # names differ where a run is restarted within the same second.
+    number = sum(1 for _ in folder.iterdir())
+    self._writer: Any = EventsWriter(str(folder / 'events'), f'.{number:04d}')
+    self._write(first_step, session_log={'status': 'START'})
+
+  def write(self, step: int, row: Mapping[str, float]) -> None:
+    """Adds the numbers of a row."""
+    value = [{'tag': k, 'simple_value': v} for k, v in row.items()]
+    self._write(step, summary={'value': value})
+
+  def _write(self, step: int, **what: Any) -> None:
+    event = self._proto.Event(wall_time=time.time(), step=step, **what)
+    self._writer.write_event(event)
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Closes the file."""
+    with contextlib.suppress(OSError):
+      self._writer.close()
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases, which has the config and a row for each step.
+
+  Weights & Biases ignores rows of steps that it has, so a run that goes on from
+  a checkpoint adds to its run there only what is new.
+  """
+
+  def __init__(self, folder: pathlib.Path, run_id: str | None):
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    self._run = wandb.init(
+      id=run_id,
+      resume='allow',
+      name=os.environ.get('WANDB_NAME', folder.name),
+      dir=folder,
+      config=kept_config(folder),
+      allow_val_change=True,  # where a run goes on with another config
+    )
+    self.id = self._run.id
+
+  def write(self, step: int, row: Mapping[str, float]) -> None:
+    """Adds the numbers of a row, merged with others of the step."""
+    self._run.log(dict(row), step=step)
+
+  def close(self) -> None:
+    """Ends the run there, which may wait for its upload."""
+    self._run.finish()
+
+
+class MLflow:
+  """A run of MLflow, which has the config as parameters, and the metrics.
+
+  The rows of steps that are taken again, after a checkpoint, are there twice.
+  """
+
+  def __init__(self, folder: pathlib.Path, run_id: str | None):
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    name = os.environ.get('MLFLOW_RUN_NAME', folder.name)
+    # A caller may have a run of its own that is active.
+    run = mlflow.start_run(run_id=run_id, run_name=name, nested=True)
+    self._mlflow, self.id = mlflow, run.info.run_id
+    if run_id is None:  # parameters cannot change
+      mlflow.log_params(flatten(kept_config(folder)))
+
+  def write(self, step: int, row: Mapping[str, float]) -> None:
+    """Adds the numbers of a row, in the background."""
+    self._mlflow.log_metrics(
+      dict(row), step=step, run_id=self.id, synchronous=False
+    )
+
+  def close(self) -> None:
+    """Waits until the server has all rows, and ends the run there."""
+    self._mlflow.flush_async_logging()
+    self._mlflow.end_run()
+
+
+# Each tracker with the package that it needs, by the name in a config.
+TRACKERS = {'wandb': WeightsAndBiases, 'mlflow': MLflow}
+
+
+def check_installed(names: Iterable[str]) -> None:
+  """Raises ValueError where the package of a tracker is not installed."""
+  for name in names:
+    if importlib.util.find_spec(name) is None:
+      raise InputError(
+        f'trackers names {name!r}, and the package {name} is not installed: '
+        "`pip install 'moe_jax[trackers]'`, or leave it out"
+      )
+
+
+def begin_tracker(name: str, folder: pathlib.Path, is_new: bool) -> Any:
+  """A tracker that begins a run, or goes on with that of the workdir.
+
+  Args:
+    name: The name of the tracker in `TRACKERS`.
+    folder: The workdir, which keeps the id of the tracker's run.
+    is_new: Whether a new run begins, even if the workdir has an id.
+
+  Raises:
+    ValueError: The tracker's package refuses to begin, as where no user is
+      logged in.
+  """
+  path = folder / f'{name}.id'
+  run_id = path.read_text() if path.exists() and not is_new else None
+  try:
+    tracker = TRACKERS[name](folder, run_id)
+  except Exception as error:  # each package has errors of its own
+    raise InputError(f'the tracker {name!r} cannot begin: {error}') from error
+  path.write_text(tracker.id)
+  return tracker
