@@ -104,6 +104,10 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without an EOS."""
 
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """The ids of each document's text, integers [N], without an EOS."""
+    return [self.encode(text) for text in texts]
+
   def encode_inputs(self, text: str, *, added: bool = True) -> np.ndarray:
     """The ids of a model's input, int32 [N].
 
@@ -218,6 +222,11 @@ def from_json(saved: Mapping[str, Any]) -> Tokenizer:
   if not isinstance(kind, str) or kind not in _SAVED:
     raise unknown('tokenizer kind', kind, _SAVED)
   return _SAVED[kind].from_state(state)
+
+
+def digest(text: str) -> str:
+  """16 hexadecimal digits of the text's sha256."""
+  return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

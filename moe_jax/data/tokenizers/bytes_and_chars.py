@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.contracts import Ids, Token, Tokenizer, TokenizerOptions
-from moe_jax.data.tokenizers.given import GivenOptions, digest
+from moe_jax.data.contracts import (
+  Ids,
+  Token,
+  Tokenizer,
+  TokenizerOptions,
+  digest,
+)
+from moe_jax.data.tokenizers.tokenizer_files import GivenOptions
 from moe_jax.errors import InputError
 
 _NAMED = 8  # characters that a message names
@@ -23,7 +29,11 @@ class Bytes(Tokenizer, kind='bytes'):
 
   def encode(self, text: str) -> np.ndarray:
     """The UTF-8 bytes of `text`, int32 [N]."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return self.encode_batch([text])[0].astype(np.int32)
+
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """The UTF-8 bytes of each text, uint8."""
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
