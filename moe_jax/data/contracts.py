@@ -274,34 +274,28 @@ class Selection:
         raise unknown(f'split of {source}', split, SPLITS)
 
 
-class Pieces(abc.ABC):
-  """Texts in pieces that processes read independently; can be pickled.
+class Pieces:
+  """Texts in pieces, by default in a single one.
+
+  A subclass overrides `sizes` and `read` where several processes are to read
+  pieces independently, and can then be pickled.
 
   Attributes:
     sizes: Number of bytes of each piece in the files that it is read from.
   """
 
-  sizes: tuple[int, ...]
-
-  @abc.abstractmethod
-  def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The documents or pairs of piece `number`, each as (split, its texts).
-
-    They are the same, in the same order, at every call.
-    """
-
-
-class OnePiece(Pieces):
-  """Texts in a single piece, all of 'train' before all of 'validation'."""
-
-  sizes = (0,)
+  sizes: tuple[int, ...] = (0,)
 
   def __init__(self, entries: Callable[[str], Iterator[tuple[str, ...]]]):
-    """Takes a function from a split to its texts or pairs."""
+    """Takes a function from a split to its documents, as (text,), or pairs."""
     self._entries = entries
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The texts of both splits, each as (split, its texts)."""
+    """The documents or pairs of piece `number`, each as (split, its texts).
+
+    They are the same, in the same order, at every call; of a single piece, all
+    of 'train' come before all of 'validation'.
+    """
     del number
     return (
       (split, entry) for split in SPLITS for entry in self._entries(split)
@@ -331,7 +325,7 @@ class Texts:
 
   def in_pieces(self) -> Pieces:
     """The documents in pieces, at least one."""
-    return self.pieces or OnePiece(
+    return self.pieces or Pieces(
       lambda split: ((text,) for text in self.texts(split))
     )
 
@@ -360,7 +354,7 @@ class Pairs:
 
   def in_pieces(self) -> Pieces:
     """The pairs in a single piece."""
-    return OnePiece(self.pairs)
+    return Pieces(self.pairs)
 
   def with_prefix(self, prefix: str) -> 'Pairs':
     """The same pairs with `prefix` before all inputs."""

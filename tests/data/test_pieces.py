@@ -205,6 +205,9 @@ class Broken(Pieces):
 
   sizes = (10, 20, 30)
 
+  def __init__(self):
+    super().__init__(list)
+
   def read(self, number):
     if number == 1:
       raise RuntimeError('row 3 is broken')

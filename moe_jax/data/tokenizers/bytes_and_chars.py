@@ -1,6 +1,5 @@
 """Tokenizers of UTF-8 bytes, and of the characters that a data set has."""
 
-import collections
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -81,20 +80,16 @@ class Chars(Tokenizer, kind='chars'):
 
     Raises:
       ValueError: Some characters were not given at construction; the message
-        names them and counts them.
+        names them.
     """
     try:
       return np.fromiter(map(self._ids.__getitem__, text), np.int32, len(text))
     except KeyError:
-      counts = collections.Counter(c for c in text if c not in self._ids)
-    examples = ', '.join(
-      f'{character!r} ({count} times)' if count > 1 else repr(character)
-      for character, count in counts.most_common(_NAMED)
-    )
-    more = f' and {len(counts) - _NAMED} more' * (len(counts) > _NAMED)
-    noun = 'character' if len(counts) == 1 else f'{len(counts)} characters'
+      missing = sorted({*text} - self._ids.keys())
+    examples = ', '.join(map(repr, missing[:_NAMED]))
+    more = f' and {len(missing) - _NAMED} more' * (len(missing) > _NAMED)
     raise InputError(
-      f'{noun} {examples}{more} not in the vocabulary of {self.vocab_size} '
+      f'character {examples}{more} not in the vocabulary of {self.vocab_size} '
       'characters, those of the corpus that it was made of; replace them in '
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
     )
