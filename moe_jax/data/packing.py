@@ -7,6 +7,7 @@ row of `ExampleRows`.
 
 import abc
 import collections
+import functools
 import operator
 from collections.abc import Mapping
 
@@ -34,7 +35,8 @@ class Rows(abc.ABC):
 
   layout: Layout | None = None
 
-  @property
+  # A subclass may set this attribute itself, in place of the property.
+  @functools.cached_property
   def parts(self) -> Mapping[str, 'Rows']:
     """The rows of each source by name, each shuffled by itself in training."""
     return {'': self}

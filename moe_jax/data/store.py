@@ -75,9 +75,9 @@ def write_piece(
       counts[split]['texts'] += len(kept)
     for stream, side in zip(streams, zip(*kept)):
       parts = [part for text_ids in side for part in (text_ids, end)]
-      tokens = _checked(np.concatenate(parts), tokenizer).astype(dtype)
+      tokens = _checked(np.concatenate(parts), tokenizer)
       lengths = np.array([len(text_ids) + len(end) for text_ids in side])
-      files[split, stream, 'tokens'].write(tokens)
+      files[split, stream, 'tokens'].write(tokens.astype(dtype, copy=False))
       files[split, stream, 'lengths'].write(lengths.astype(np.uint32))
       counts[split][stream] += tokens.size
 
