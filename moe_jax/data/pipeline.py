@@ -86,8 +86,8 @@ def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
 
   def draw(row: Numbers) -> Batch:
     epochs, positions = np.divmod(row, len(rows))
-    # This is the order of `grain.MapDataset.shuffle`, which takes twice as long
-    # for each row.
+    # This is the order of `grain.MapDataset.shuffle`, whose shuffle has four
+    # rounds, too, and takes twice as long for each row.
     pairs = zip(positions.tolist(), epochs.tolist())
     indices = [
       index_shuffle(position, len(rows) - 1, (stream_seed + epoch) % 2**32, 4)
