@@ -77,8 +77,8 @@ def write_piece(
       parts = [part for text_ids in side for part in (text_ids, end)]
       tokens = _checked(np.concatenate(parts), tokenizer)
       lengths = np.array([len(text_ids) + len(end) for text_ids in side])
-      files[split, stream, 'tokens'].write(tokens.astype(dtype, copy=False))
-      files[split, stream, 'lengths'].write(lengths.astype(np.uint32))
+      files[split, stream, 'tokens'].write(tokens.astype(dtype).tobytes())
+      files[split, stream, 'lengths'].write(lengths.astype('uint32').tobytes())
       counts[split][stream] += tokens.size
 
   with contextlib.ExitStack() as stack:
