@@ -255,7 +255,13 @@ def sha256s(
     memory: File that keeps the digests; it is written anew if its content has
       changed, but not within `reading_only` or where it cannot be written.
   """
-  old_entries, new_entries, digests = _read_entries(memory), {}, {}
+  try:
+    old_entries: Any = parse_json(read_text(memory), memory)
+  except (OSError, InputError):
+    old_entries = {}
+  if not isinstance(old_entries, dict):
+    old_entries = {}
+  new_entries, digests = {}, {}
   for path in paths:
     name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
     entry = old_entries.get(name, [])
@@ -276,11 +282,3 @@ def sha256(path: pathlib.Path) -> str:
   """The sha256 of a file in hexadecimal digits, read now."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _read_entries(memory: pathlib.Path) -> dict[str, Any]:
-  try:
-    entries = parse_json(read_text(memory), memory)
-  except (OSError, InputError):
-    return {}
-  return entries if isinstance(entries, dict) else {}

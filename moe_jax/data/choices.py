@@ -202,10 +202,7 @@ class DocstringChoiceSource(ChoiceSourceOptions):
     source = DocstringsSource(self.modules).pairs(selection)
 
     def items(split: str) -> Sequence[Item]:
-      pairs = (
-        (function, docstring.split('\n')[0].strip())
-        for function, docstring in source.pairs(split)
-      )
+      pairs = ((f, d.split('\n')[0].strip()) for f, d in source.pairs(split))
       return with_distractors(list(filter(all, pairs)))
 
     return ItemSource(f'first lines of {source.name}', items)

@@ -104,6 +104,10 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without an EOS."""
 
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """The ids of each document's text, integers [N], without an EOS."""
+    return [self.encode(text) for text in texts]
+
   def encode_inputs(self, text: str, *, added: bool = True) -> np.ndarray:
     """The ids of a model's input, int32 [N].
 
@@ -220,6 +224,11 @@ def from_json(saved: Mapping[str, Any]) -> Tokenizer:
   return _SAVED[kind].from_state(state)
 
 
+def digest(text: str) -> str:
+  """16 hexadecimal digits of the text's sha256."""
+  return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
   """The splits of a source that are read, and the folder of prepared data.
@@ -265,34 +274,28 @@ class Selection:
         raise unknown(f'split of {source}', split, SPLITS)
 
 
-class Pieces(abc.ABC):
-  """Texts in pieces that processes read independently; can be pickled.
+class Pieces:
+  """Texts in pieces, by default in a single one.
+
+  A subclass overrides `sizes` and `read` where several processes are to read
+  pieces independently, and can then be pickled.
 
   Attributes:
     sizes: Number of bytes of each piece in the files that it is read from.
   """
 
-  sizes: tuple[int, ...]
-
-  @abc.abstractmethod
-  def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The documents or pairs of piece `number`, each as (split, its texts).
-
-    They are the same, in the same order, at every call.
-    """
-
-
-class OnePiece(Pieces):
-  """Texts in a single piece, all of 'train' before all of 'validation'."""
-
-  sizes = (0,)
+  sizes: tuple[int, ...] = (0,)
 
   def __init__(self, entries: Callable[[str], Iterator[tuple[str, ...]]]):
-    """Takes a function from a split to its texts or pairs."""
+    """Takes a function from a split to its documents, as (text,), or pairs."""
     self._entries = entries
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The texts of both splits, each as (split, its texts)."""
+    """The documents or pairs of piece `number`, each as (split, its texts).
+
+    They are the same, in the same order, at every call; of a single piece, all
+    of 'train' come before all of 'validation'.
+    """
     del number
     return (
       (split, entry) for split in SPLITS for entry in self._entries(split)
@@ -322,7 +325,7 @@ class Texts:
 
   def in_pieces(self) -> Pieces:
     """The documents in pieces, at least one."""
-    return self.pieces or OnePiece(
+    return self.pieces or Pieces(
       lambda split: ((text,) for text in self.texts(split))
     )
 
@@ -351,7 +354,7 @@ class Pairs:
 
   def in_pieces(self) -> Pieces:
     """The pairs in a single piece."""
-    return OnePiece(self.pairs)
+    return Pieces(self.pairs)
 
   def with_prefix(self, prefix: str) -> 'Pairs':
     """The same pairs with `prefix` before all inputs."""

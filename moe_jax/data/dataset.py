@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.config import CUSTOM, Options, choice, fields_of, no_effect, option
 from moe_jax.data import pieces, store, tokenizers
-from moe_jax.data.cache_folders import FORMAT, NotPreparedError, prepared
+from moe_jax.data.cache_folders import FORMAT, NotPreparedError
 from moe_jax.data.contracts import (
   SPLITS,
   Dataset,
@@ -172,16 +172,15 @@ class DataOptions(Options):
   def shrunk(self) -> 'DataOptions':
     """The same task in short rows, on bytes of Python's standard library."""
     embedded = _EMBEDDED[self.task.reads]
-    return DataOptions(
+    return dataclasses.replace(
+      self,
       source=PythonStdlibSource() if self.mixture.sources else embedded,
       mixture=self.mixture.shrunk_with(embedded),
       tokenizer=tokenizers.BytesOptions(),
-      task=self.task,
       seq_len=32,
       target_len=24 if self.target_len else 0,
-      pack=self.pack,
-      cache_dir=self.cache_dir,
-      cache_digests=self.cache_digests,
+      train_split='train',
+      validation_split='validation',
     )
 
 
@@ -316,17 +315,12 @@ def shared_tokenizer(options: DataOptions) -> TokenizerOptions:
   sources = sorted(options.mixture.sources.items())
   corpora = [options.task.open(source, selection) for _, source in sources]
 
-  def write(folder: pathlib.Path) -> None:
-    texts = (t for c in corpora for split in SPLITS for t in c.texts(split))
-    tokenizer.fit(texts).save(folder / 'tokenizer.json')
-
   identities = [corpus.identity for corpus in corpora]
   key = f'{FORMAT} {identities} {tokenizer.identity()}'
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
   folder = selection.cache / 'tokenizers' / name
   url = selection.url('tokenizers', name)
-  path = prepared(folder, write, url=url) / 'tokenizer.json'
-  return tokenizers.Fitted(tokenizers.load(path))
+  return tokenizers.Fitted(pieces.fit(tokenizer, corpora, folder, url))
 
 
 def read_pairs(

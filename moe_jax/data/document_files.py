@@ -114,6 +114,10 @@ class PartBytes:
         lines_before += block.count(b'\n')
     return lines_before + self.lines + 1
 
+  def where(self) -> str:
+    """The name, for messages, of the line after the `lines` counted."""
+    return f'{self.path}, line {self.line()}'
+
 
 def is_text(path: Path) -> bool:
   """Whether the name of a file says that it is text, compressed or not."""
@@ -235,46 +239,50 @@ def _cut(buffer: bytes, at: int) -> int:
   return most + _continuation_length(buffer[most : most + 4])
 
 
-def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
-  """The texts of lines of JSON; empty lines are passed over."""
+def _values(source: PartBytes) -> Iterator[tuple[bytes, Any]]:
+  """Yields the stripped bytes and the value of each line that has content."""
   while line := source.take('readline', MOST_LINE_BYTES + 1):
     if len(line) > MOST_LINE_BYTES:
-      raise InputError(_too_long(f'{source.path}, line {source.line()}'))
-    if line.strip():
+      raise InputError(_too_long(source.where()))
+    if content := line.strip():
       try:
-        text = _json_text(parse_json(_decoded(line, ''), ''), field)
+        value = parse_json(_decoded(line, ''), '')
       except InputError as error:
-        where = f'{source.path}, line {source.line()}'
-        raise InputError(f'{where}{error}') from None
-      yield text
+        raise InputError(f'{source.where()}{error}') from None
+      yield content, value
     source.lines += 1
 
 
-def _json_text(value: Any, field: str) -> str:
-  """The text under the key `field` of a line's value.
+def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
+  """The texts under the key `field` of the lines of JSON."""
+  for _, value in _values(source):
+    if problem := _text_problem(value, field):
+      raise InputError(f'{source.where()}{problem}')
+    yield value[field]
 
-  The message of an error begins after the line's number, which a caller adds.
+
+def _text_problem(value: Any, field: str) -> str:
+  """The reason why a value has no text under the key `field`; '' if it has.
+
+  The reason begins after the number of the value's line, which a caller adds.
   """
   if not isinstance(value, dict):
     kind = type(value).__name__
-    raise InputError(
-      f' is no object with a text under the key {field!r}, but a {kind}'
-    )
+    return f' is no object with a text under the key {field!r}, but a {kind}'
   if field not in value:
     keys = ', '.join(map(repr, sorted(value)))
-    raise InputError(
+    return (
       f' has no key {field!r}; its keys: {keys}; choose one with '
       'data.source.files.field'
     )
   text = value[field]
   if not isinstance(text, str):
-    raise InputError(f': the key {field!r} has no text but {text!r:.80}')
+    return f': the key {field!r} has no text but {text!r:.80}'
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    reason = f'has a half of a character: {error}'
-    raise InputError(f': {field!r} {reason}') from None
-  return text
+    return f': {field!r} has a half of a character: {error}'
+  return ''
 
 
 def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
@@ -286,11 +294,8 @@ def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
   for path in paths:
     with path.open('rb') as raw:
       source = PartBytes(path, _opened(raw, path))
-      while line := source.take('readline', -1):
-        source.lines += 1
-        if line.strip():
-          where = f'{path}, line {source.lines}'
-          yield where, line.strip(), parse_json(_decoded(line, where), where)
+      for content, value in _values(source):
+        yield f'{path}, line {source.lines + 1}', content, value
 
 
 def check_text(text: Any, where: str) -> None:

@@ -126,14 +126,9 @@ class MixedRows(Rows):
 
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
     """Takes the rows of each source by name, all of one task and shape."""
-    self._parts, self._schedule = dict(parts), schedule
+    self.parts, self._schedule = parts, schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
     self.layout = next(iter(parts.values())).layout  # the same for all sources
-
-  @property
-  def parts(self) -> Mapping[str, Rows]:
-    """The rows of each source by name."""
-    return self._parts
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
     """The index of each training row's source, and of the row in its source."""
@@ -148,7 +143,7 @@ class MixedRows(Rows):
     # Rows beyond the last are padding, which the last source gives.
     source = np.searchsorted(self._ends[:-1], indices, side='right')
     row = indices - np.append(0, self._ends)[source]
-    sources = [*self._parts.values()]
+    sources = [*self.parts.values()]
     return joined(
       source,
       lambda p, chosen: sources[p].draw(row[chosen], seed, epochs[chosen]),
@@ -156,7 +151,7 @@ class MixedRows(Rows):
 
   def describe(self) -> str:
     """The number of rows and of sources."""
-    return f'{len(self):,} rows of {len(self._parts)} sources'
+    return f'{len(self):,} rows of {len(self.parts)} sources'
 
 
 def joined(source: Numbers, draw: Callable[[int, Numbers], Batch]) -> Batch:

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
@@ -134,16 +134,12 @@ def make(
   parts = folder.with_name(f'{folder.name}.parts')
   url, report = selection.url('tokens', folder.name), Report(folder)
 
-  def fit(unfinished: pathlib.Path) -> None:
-    texts = (text for split in SPLITS for text in corpus.texts(split))
-    tokenizer.fit(texts).save(unfinished / 'tokenizer.json')
-
   def write(unfinished: pathlib.Path) -> None:
     nonlocal report
-    path = prepared(parts / 'tokenizer', fit, url=url and f'{url}/tokenizer')
-    fitted = load(path / 'tokenizer.json')
+    tokenizer_url = url and f'{url}/tokenizer'
+    fitted = fit(tokenizer, [corpus], parts / 'tokenizer', tokenizer_url)
     work = Work(parts, corpus.in_pieces(), corpus.streams, fitted, url)
-    report = _make_pieces(work, engine)._replace(folder=folder)
+    report = Report(folder, *_make_pieces(work, engine))
     pieces = [work.path(number) for number in range(len(work.pieces.sizes))]
     try:
       store.join(pieces, unfinished, fitted, corpus.streams)
@@ -159,6 +155,25 @@ def make(
       raise
   shutil.rmtree(parts, ignore_errors=True)
   return report
+
+
+def fit(
+  options: TokenizerOptions,
+  corpora: Sequence[Texts | Pairs],
+  folder: pathlib.Path,
+  url: str,
+) -> Tokenizer:
+  """The tokenizer of `options`, fitted to all texts of all corpora.
+
+  It is kept in `folder` and at the URL, if that is not '', and is taken from
+  there if it was fitted before.
+  """
+
+  def write(unfinished: pathlib.Path) -> None:
+    texts = (t for c in corpora for split in SPLITS for t in c.texts(split))
+    options.fit(texts).save(unfinished / 'tokenizer.json')
+
+  return load(prepared(folder, write, url=url) / 'tokenizer.json')
 
 
 def _folder_of(
@@ -186,33 +201,21 @@ def _folder_of(
   return other if equal else folder
 
 
-def _make_pieces(work: Work, engine: Engine) -> Report:
-  """Has the engine tokenize the pieces of `work` that are missing."""
+def _make_pieces(work: Work, engine: Engine) -> tuple[int, int, int]:
+  """Has the engine tokenize the pieces of `work` that are missing.
+
+  Returns:
+    The fields of a `Report` after its folder.
+  """
   sizes = work.pieces.sizes
   todo = [i for i in range(len(sizes)) if not _is_whole(work.path(i))]
-  total = sum(sizes)
-  done = skipped = total - sum(sizes[number] for number in todo)
-
-  def finished(number: int) -> None:
-    nonlocal done
+  done = skipped = sum(sizes) - sum(sizes[number] for number in todo)
+  engine.on_progress(done, sum(sizes))
+  run = run_pool if engine.runner == POOL or len(todo) < 2 else run_beam
+  for number in run(work, todo, engine):
     done += sizes[number]
-    engine.on_progress(done, total)
-
-  engine.on_progress(done, total)
-  if engine.runner == POOL or len(todo) < 2:
-    run_pool(work, todo, engine.processes, finished)
-  else:
-    run_beam(work, todo, engine)
-    for number in todo:
-      if not work.url and not work.path(number).is_dir():
-        raise InputError(
-          f'{work.path(number)} is not here, as {engine.runner} writes on '
-          'other machines: set data.cache_dir to a folder at a URL'
-        )
-      make_piece(work, number)  # copies it from the URL
-      finished(number)
-  existing = len(sizes) - len(todo)
-  return Report(work.folder, existing, total - skipped, peak_memory())
+    engine.on_progress(done, sum(sizes))
+  return len(sizes) - len(todo), done - skipped, peak_memory()
 
 
 def peak_memory() -> int:
@@ -226,38 +229,34 @@ def peak_memory() -> int:
 
 
 def run_pool(
-  work: Work,
-  numbers: Sequence[int],
-  processes: int,
-  finished: Callable[[int], None],
-) -> None:
-  """Tokenizes pieces of a source in a pool of processes.
+  work: Work, numbers: Sequence[int], engine: Engine
+) -> Iterator[int]:
+  """Tokenizes the pieces `numbers` of a source in a pool of processes.
 
-  Args:
-    work: The texts, and the folder for their tokens.
-    numbers: The indices of the pieces to make.
-    processes: The number of processes; with 1, or fewer than two pieces, this
-      process makes the pieces itself.
-    finished: Function that is called with the index of each finished piece.
+  With one process, or fewer than two pieces, this process makes the pieces
+  itself.
+
+  Yields:
+    The index of each piece when it is finished.
 
   Raises:
     ValueError: A piece cannot be made, or a process was killed, maybe for lack
       of memory.
   """
-  if processes == 1 or len(numbers) < 2:
+  if engine.processes == 1 or len(numbers) < 2:
     for number in numbers:
       make_piece(work, number)
-      finished(number)
+      yield number
     return
   context = multiprocessing.get_context('spawn')
   pool = futures.ProcessPoolExecutor(
-    min(processes, len(numbers)), context, _begin_worker, (work,)
+    min(engine.processes, len(numbers)), context, _begin_worker, (work,)
   )
   try:
     jobs = {pool.submit(_work, number): number for number in numbers}
     for job in futures.as_completed(jobs):
       job.result()
-      finished(jobs[job])
+      yield jobs[job]
   except futures.BrokenExecutor:
     raise InputError(
       'a process was killed while it tokenized, maybe for lack of memory: take '
@@ -297,8 +296,18 @@ def _end_with_parent() -> None:
   os._exit(1)
 
 
-def run_beam(work: Work, numbers: Sequence[int], engine: Engine) -> None:
-  """Tokenizes the pieces `numbers` of a source by a runner of Apache Beam."""
+def run_beam(
+  work: Work, numbers: Sequence[int], engine: Engine
+) -> Iterator[int]:
+  """Tokenizes the pieces `numbers` of a source by a runner of Apache Beam.
+
+  Yields:
+    The index of each piece when it is on this machine.
+
+  Raises:
+    ValueError: Beam is not installed, or its machines have written pieces to
+      folders of their own.
+  """
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -311,3 +320,11 @@ def run_beam(work: Work, numbers: Sequence[int], engine: Engine) -> None:
   with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
     indices = pipeline | beam.Create(numbers) | beam.Reshuffle()
     _ = indices | beam.Map(lambda number: make_piece(work, number))
+  for number in numbers:
+    if not work.url and not work.path(number).is_dir():
+      raise InputError(
+        f'{work.path(number)} is not here, as {engine.runner} writes on '
+        'other machines: set data.cache_dir to a folder at a URL'
+      )
+    make_piece(work, number)  # copies it from the URL
+    yield number

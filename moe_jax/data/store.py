@@ -16,6 +16,7 @@ Texts have one stream for each split, `documents`; pairs have two, `inputs` and
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -34,6 +35,7 @@ _TOKENS = {
   'inputs': 'input_tokens',
   'targets': 'target_tokens',
 }
+_BATCH_BYTES = 2**20  # of UTF-8 of a split, which are tokenized together
 Stream = tuple[np.ndarray, np.ndarray]  # tokens, and where each text begins
 
 
@@ -43,7 +45,7 @@ def write_piece(
   tokenizer: Tokenizer,
   streams: Sequence[str],
 ) -> None:
-  """Tokenizes the texts of a piece, one at a time, into `folder`.
+  """Tokenizes the texts of a piece into `folder`, about a MiB at a time.
 
   Documents without a token, and pairs with a side without tokens, are left out,
   but belong to the digest. Documents end in the EOS, if the tokenizer has one;
@@ -59,42 +61,45 @@ def write_piece(
   Raises:
     ValueError: A text is no text, or an id is not in the vocabulary.
   """
-  eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  dtype, digest = _dtype(tokenizer), Digest()
+  dtype, digest, split_before = _dtype(tokenizer), Digest(), ''
+  documents_end = streams == DOCUMENTS and tokenizer.eos_id is not None
+  end = np.array([tokenizer.eos_id] if documents_end else [], dtype)
   counts = {split: collections.Counter() for split in SPLITS}
-  split_before = ''
+  waiting = {split: [] for split in SPLITS}  # texts that have no tokens yet
+
+  def write(split: str) -> None:
+    ids = [tokenizer.encode_batch(side) for side in zip(*waiting[split])]
+    kept = [sides for sides in zip(*ids) if all(side.size for side in sides)]
+    waiting[split].clear()
+    if kept:
+      counts[split]['texts'] += len(kept)
+    for stream, side in zip(streams, zip(*kept)):
+      parts = [part for text_ids in side for part in (text_ids, end)]
+      tokens = _checked(np.concatenate(parts), tokenizer)
+      lengths = np.array([len(text_ids) + len(end) for text_ids in side])
+      files[split, stream, 'tokens'].write(tokens.astype(dtype).tobytes())
+      files[split, stream, 'lengths'].write(lengths.astype('uint32').tobytes())
+      counts[split][stream] += tokens.size
+
   with contextlib.ExitStack() as stack:
-
-    def opened(name: str):
-      return stack.enter_context((folder / name).open('wb'))
-
     files = {
-      (split, stream): [
-        opened(f'{split}.{stream}.tokens'),
-        opened(f'{split}.{stream}.lengths'),
-      ]
-      for split in SPLITS
-      for stream in streams
+      names: stack.enter_context((folder / '.'.join(names)).open('wb'))
+      for names in itertools.product(SPLITS, streams, ('tokens', 'lengths'))
     }
     for split, sides in texts:
       if split != split_before:
         digest.split(split)
         split_before = split
+      number = counts[split]['bytes'] // _BATCH_BYTES
       for text in sides:
         encoded = utf8(text)
         digest.text(encoded)
         counts[split]['bytes'] += len(encoded)
-      ids = [_checked(tokenizer.encode(text), tokenizer) for text in sides]
-      if not all(side.size for side in ids):
-        continue
-      counts[split]['texts'] += 1
-      for stream, side in zip(streams, ids):
-        if streams == DOCUMENTS:
-          side = np.append(side, np.array(eos, side.dtype))
-        tokens, lengths = files[split, stream]
-        tokens.write(side.astype(dtype).tobytes())
-        lengths.write(np.uint32(side.size).tobytes())
-        counts[split][stream] += side.size
+      waiting[split].append(sides)
+      if counts[split]['bytes'] // _BATCH_BYTES > number:
+        write(split)
+    for split in SPLITS:
+      write(split)
   piece = {'splits': counts, 'sha256': digest.hexdigest()}
   (folder / 'piece.json').write_text(json.dumps(piece), encoding='utf-8')
 

@@ -19,8 +19,8 @@ from moe_jax import data
 from moe_jax.config import choice, option
 from moe_jax.data import DataOptions
 from moe_jax.data.choices import ChoiceSourceOptions, SameSource
-from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Layout, Lengths
+from moe_jax.data.packing import packed
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.evaluation import prompts

@@ -232,3 +232,5 @@ def test_an_unknown_word_is_a_value_error(tmp_path):
   model = tokenizers.Json(json.dumps(content))
   with pytest.raises(ValueError, match='cannot encode'):
     model.encode('zzz')
+  with pytest.raises(ValueError, match='cannot encode'):
+    model.encode_batch(['zzz'])

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data.examples import ExampleRows, packed
 from moe_jax.data.layouts import EncoderDecoderLayout, Example, Lengths
+from moe_jax.data.packing import ExampleRows, packed
 
 
 def test_by_hand():

@@ -125,14 +125,14 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
 ):
   options = small_pieces('cache')
 
-  def stop(tokenizer, text):
-    if text.startswith('b30 '):
+  def stop(tokenizer, texts):
+    if any(text.startswith('b30 ') for text in texts):
       raise ValueError('stopped')
-    return encode(tokenizer, text)
+    return encode(tokenizer, texts)
 
-  encode = tokenizers.Bytes.encode
+  encode = tokenizers.Bytes.encode_batch
   with monkeypatch.context() as stopping:
-    stopping.setattr(tokenizers.Bytes, 'encode', stop)
+    stopping.setattr(tokenizers.Bytes, 'encode_batch', stop)
     with pytest.raises(ValueError, match='stopped'):
       made(options)
   folder = folder_in(options.cache_dir)
@@ -205,6 +205,9 @@ class Broken(Pieces):
 
   sizes = (10, 20, 30)
 
+  def __init__(self):
+    super().__init__(list)
+
   def read(self, number):
     if number == 1:
       raise RuntimeError('row 3 is broken')
@@ -224,7 +227,7 @@ class Broken(Pieces):
 def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
   work = pieces.Work(tmp_path, Broken(), DOCUMENTS, tokenizers.Bytes())
   with pytest.raises(error, match=message):
-    pieces.run_pool(work, [0, number], 2, lambda number: None)
+    list(pieces.run_pool(work, [0, number], Engine(processes=2)))
 
 
 def test_pairs_have_their_folder(small_pieces):

@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+import grain
 import numpy as np
 import pytest
 
@@ -40,6 +41,19 @@ def test_every_epoch_has_every_row_once_in_its_own_order():
   for epoch in epochs:
     assert sorted(epoch) == list(range(NUM_ROWS))
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.mark.parametrize('num_rows', [1, 2, NUM_ROWS, 2**16 + 1])
+def test_the_order_is_that_of_grain(num_rows):
+  seed = int(np.random.SeedSequence(5).generate_state(1)[0])
+  order = grain.MapDataset.range(num_rows).shuffle(seed)
+  # The tokens are numbers of rows, in epochs that cut the stream nowhere else.
+  rows = PackedRows(np.arange(num_rows + 1), np.array([0]), 1)
+  ds = batch_dataset(rows, batch_size=6, seed=5)
+  for i in (0, 1, num_rows // 6, num_rows // 2, 2 * num_rows):
+    assert ds[i]['tokens'][:, 0].tolist() == [
+      order[row] for row in range(6 * i, 6 * i + 6)
+    ]
 
 
 def test_rows_arrive_whole():

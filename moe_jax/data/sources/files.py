@@ -128,33 +128,34 @@ class FilePieces(Pieces):
   def read(self, number: int) -> Iterator[tuple[str, tuple[str]]]:
     """The documents of all parts of a piece, in order."""
     for part in self._pieces[number]:
-      for name, text in self._documents(part, SPLITS):
-        for split in SPLITS:
-          if self._selection.name_of(split) == name:
-            yield split, (text,)
+      for split, text in self._documents(part, SPLITS):
+        yield split, (text,)
 
   def documents(self, split: str) -> Iterator[str]:
     """The documents of 'train' or of 'validation', of all pieces."""
-    name = self._selection.name_of(split)
     for part in itertools.chain.from_iterable(self._pieces):
-      for _, text in self._documents(part, (name,)):
+      for _, text in self._documents(part, [split]):
         yield text
 
   def _documents(
     self, part: Part, splits: Sequence[str]
   ) -> Iterator[tuple[str, str]]:
-    """The documents of a part that are in `splits`, the source's own names."""
-    if part.split in SPLITS and part.split not in splits:
+    """The documents of a part that are in `splits`, each with its split."""
+    names = [(self._selection.name_of(split), split) for split in splits]
+    if part.split in SPLITS and part.split not in dict(names):
       return
     _check_stamp(part)
     for text in document_files.read(part.span, self._field):
-      if part.split == _LAST_TENTH:
+      named = [(part.split, text)]
+      if part.split == _BY_HASH:
+        named = [(split_of(text), text)]
+      elif part.split == _LAST_TENTH:
         cut = int(len(text) * 0.9)
-        texts = {'train': text[:cut], 'validation': text[cut:]}
-      else:
-        by_hash = part.split == _BY_HASH
-        texts = {split_of(text) if by_hash else part.split: text}
-      yield from ((s, t) for s, t in texts.items() if s in splits)
+        named = zip(SPLITS, (text[:cut], text[cut:]))
+      for own_name, document in named:
+        for name, split in names:
+          if name == own_name:
+            yield split, document
     _check_stamp(part)
 
 

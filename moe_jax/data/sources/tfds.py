@@ -6,16 +6,15 @@ import hashlib
 import operator
 import os
 import pathlib
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import requests
 import tensorflow_datasets as tfds
 
 from moe_jax.config import option, unknown
 from moe_jax.data.cache_folders import check_may_prepare, locked
 from moe_jax.data.contracts import Pairs, Selection, SourceOptions, Texts
+from moe_jax.data.plain_files import first_line
 from moe_jax.errors import InputError
 
 Builder = tfds.core.DatasetBuilder
@@ -50,14 +49,9 @@ def prepared_builder(name: str) -> Builder:
       f'nor can it be prepared without TensorFlow; if it exists, {advice}'
     ) from error
   except Exception as error:  # builders and downloads raise any exception
-    reason = str(error).strip()
-    if isinstance(error, requests.exceptions.ConnectionError):
-      url = (error.request and error.request.url) or ''
-      host = urllib.parse.urlsplit(str(url)).netloc
-      reason = f'no connection to {host or "the server"}'
     raise InputError(
       f'TFDS dataset {name!r} could not be prepared here '
-      f'({type(error).__name__}: {reason}); {advice}'
+      f'({type(error).__name__}: {first_line(error)}); {advice}'
     ) from error
   return builder
 

@@ -8,8 +8,8 @@ from jaxtyping import Integer
 
 from moe_jax.config import option
 from moe_jax.data.contracts import TaskOptions
-from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
+from moe_jax.data.packing import ExampleRows
 from moe_jax.data.store import Stream
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend

@@ -17,7 +17,6 @@ from jaxtyping import Integer
 
 from moe_jax.config import option, unknown_text
 from moe_jax.data.contracts import TaskOptions
-from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import (
   Counts,
   Example,
@@ -26,7 +25,7 @@ from moe_jax.data.layouts import (
   RowShape,
   Window,
 )
-from moe_jax.data.packing import PackedRows, Rows
+from moe_jax.data.packing import ExampleRows, PackedRows, Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend, mode_name

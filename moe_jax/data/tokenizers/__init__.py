@@ -13,13 +13,13 @@ from moe_jax.data.tokenizers.bytes_and_chars import Bytes as Bytes
 from moe_jax.data.tokenizers.bytes_and_chars import BytesOptions, CharsOptions
 from moe_jax.data.tokenizers.bytes_and_chars import Chars as Chars
 from moe_jax.data.tokenizers.extra_ids import Extended as Extended
-from moe_jax.data.tokenizers.given import Fitted as Fitted
 from moe_jax.data.tokenizers.json_tokenizer import Json as Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import (
   SentencePiece as SentencePiece,
 )
 from moe_jax.data.tokenizers.text_stream import TextStream as TextStream
 from moe_jax.data.tokenizers.tokenizer_files import FileOptions, JsonOptions
+from moe_jax.data.tokenizers.tokenizer_files import Fitted as Fitted
 from moe_jax.data.tokenizers.tokenizer_files import read as read
 from moe_jax.data.tokenizers.trained_tokenizer import TrainedOptions
 

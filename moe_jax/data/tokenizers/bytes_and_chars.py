@@ -1,14 +1,19 @@
 """Tokenizers of UTF-8 bytes, and of the characters that a data set has."""
 
-import collections
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.contracts import Ids, Token, Tokenizer, TokenizerOptions
-from moe_jax.data.tokenizers.given import GivenOptions, digest
+from moe_jax.data.contracts import (
+  Ids,
+  Token,
+  Tokenizer,
+  TokenizerOptions,
+  digest,
+)
+from moe_jax.data.tokenizers.tokenizer_files import GivenOptions
 from moe_jax.errors import InputError
 
 _NAMED = 8  # characters that a message names
@@ -23,7 +28,11 @@ class Bytes(Tokenizer, kind='bytes'):
 
   def encode(self, text: str) -> np.ndarray:
     """The UTF-8 bytes of `text`, int32 [N]."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return self.encode_batch([text])[0].astype(np.int32)
+
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """The UTF-8 bytes of each text, uint8."""
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -71,20 +80,16 @@ class Chars(Tokenizer, kind='chars'):
 
     Raises:
       ValueError: Some characters were not given at construction; the message
-        names them and counts them.
+        names them.
     """
     try:
       return np.fromiter(map(self._ids.__getitem__, text), np.int32, len(text))
     except KeyError:
-      counts = collections.Counter(c for c in text if c not in self._ids)
-    examples = ', '.join(
-      f'{character!r} ({count} times)' if count > 1 else repr(character)
-      for character, count in counts.most_common(_NAMED)
-    )
-    more = f' and {len(counts) - _NAMED} more' * (len(counts) > _NAMED)
-    noun = 'character' if len(counts) == 1 else f'{len(counts)} characters'
+      missing = sorted({*text} - self._ids.keys())
+    examples = ', '.join(map(repr, missing[:_NAMED]))
+    more = f' and {len(missing) - _NAMED} more' * (len(missing) > _NAMED)
     raise InputError(
-      f'{noun} {examples}{more} not in the vocabulary of {self.vocab_size} '
+      f'character {examples}{more} not in the vocabulary of {self.vocab_size} '
       'characters, those of the corpus that it was made of; replace them in '
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
     )

@@ -2,13 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from moe_jax.data.contracts import Ids, Token, Tokenizer, from_json
-from moe_jax.data.tokenizers.given import digest
+from moe_jax.data.contracts import Ids, Token, Tokenizer, digest, from_json
 from moe_jax.errors import InputError
 
 EOS = '<eos>'
@@ -84,6 +83,10 @@ class Extended(Tokenizer, kind='extended'):
   def encode(self, text: str) -> np.ndarray:
     """The ids that `base` gives to `text`, int32 [N]."""
     return self.base.encode(text)
+
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """The ids that `base` gives to each text."""
+    return self.base.encode_batch(texts)
 
   def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
     """The ids of an input, int32 [N], with an EOS if `end_inputs`.

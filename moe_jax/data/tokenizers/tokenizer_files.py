@@ -1,11 +1,12 @@
-"""Reads tokenizers that exist: those of runs, and files of other libraries."""
+"""Tokenizers that are given: of runs, of other libraries' files, or fitted."""
 
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterable
 
-from moe_jax.config import option
-from moe_jax.data.contracts import Tokenizer, load
+from moe_jax.config import option, required
+from moe_jax.data.contracts import Tokenizer, TokenizerOptions, load
 from moe_jax.data.plain_files import (
   first_line,
   matching,
@@ -15,7 +16,6 @@ from moe_jax.data.plain_files import (
   read_text,
 )
 from moe_jax.data.tokenizers.extra_ids import without_endings
-from moe_jax.data.tokenizers.given import GivenOptions
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.errors import InputError
@@ -78,6 +78,52 @@ def _file_of(folder: pathlib.Path) -> pathlib.Path:
     f'{folder} has no tokenizer.json and no *.model, only {names!s:.200}; give '
     f'the path of {_READS}'
   )
+
+
+class GivenOptions(TokenizerOptions):
+  """Contract of the options of a tokenizer that depends on no texts."""
+
+  @required
+  def given(self) -> Tokenizer:
+    """The tokenizer of these options, which is read anew at each call.
+
+    Raises:
+      ValueError: A file is missing or bad.
+    """
+    raise NotImplementedError
+
+  def identity(self) -> str:
+    """The tokenizer's own identity."""
+    return self.given().identity
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer, whatever the texts are."""
+    del texts
+    return self.given()
+
+  def known_vocab_size(self) -> int:
+    """V, the size of the tokenizer's vocabulary."""
+    return self.given().vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted(GivenOptions):
+  """A tokenizer that exists already, in place of options that would make it.
+
+  Attributes:
+    tokenizer: The tokenizer.
+    replaced: The options that the tokenizer replaces, under which tokens may be
+      in the cache; None if it replaces no options.
+  """
+
+  tokenizer: Tokenizer
+  replaced: TokenizerOptions | None = dataclasses.field(
+    default=None, compare=False
+  )
+
+  def given(self) -> Tokenizer:
+    """The tokenizer that exists already."""
+    return self.tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

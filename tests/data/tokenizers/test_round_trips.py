@@ -55,6 +55,34 @@ def test_round_trip_through_a_file(tokenizer, tmp_path):
         t.token_name(outside)
 
 
+def normalizing():
+  """Returns a model of words that changes their text and adds a space."""
+  model = hf.Tokenizer(hf.models.Unigram([('?', 0.0), ('\u2581a', -1.0)], 0))
+  model.normalizer = hf.normalizers.NFKC()
+  model.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+  model.add_special_tokens(['</s>'])
+  return model
+
+
+@pytest.mark.parametrize(
+  'tokenizer',
+  [
+    *all_kinds(),
+    tokenizers.Json(normalizing().to_str()),
+    tokenizers.Extended(tokenizers.Bytes(), ['<added>'], end_inputs=True),
+  ],
+  ids=lambda t: t.identity,
+)
+def test_many_texts_are_encoded_like_each(tokenizer):
+  texts = [TEXT, '', TEXT[::-1], 'a </s><|endoftext|>', '\uff41 a\u0301']
+  if isinstance(tokenizer, tokenizers.Chars):
+    texts = texts[:3]
+  batch = tokenizer.encode_batch(texts)
+  assert [ids.tolist() for ids in batch] == [
+    tokenizer.encode(text).tolist() for text in texts
+  ]
+
+
 @given(st.text(st.characters(exclude_categories=['Cs'])))
 def test_bytes_know_every_text(text):
   tokenizer = tokenizers.Bytes()
