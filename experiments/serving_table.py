@@ -54,7 +54,7 @@ from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.configs import base
 from moe_jax.evaluation import SourceScores
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import workdir
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.experts.dispatch_options import (
@@ -27,7 +28,6 @@ from moe_jax.layers.experts.dispatch_options import (
 )
 from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows
 from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.layout import Layout, layout_of
 from moe_jax.parallel.slot_exchange import StackedExperts, exchange_slots
