@@ -53,7 +53,7 @@ class RaggedExchange(Options):
       rows: The rows of this device, sorted by expert.
       sizes: The number of rows of each expert.
       experts: The function (rows sorted by expert, the number of rows of each
-        expert of this device [J]) -> outputs.
+        expert of this device [J]) -> outputs, which is called once.
 
     Returns:
       The outputs, and the number of rows without room. Outputs are zero for

@@ -26,11 +26,11 @@ from moe_jax.layers.experts.dispatch_options import (
   Dropless,
   Gather,
 )
-from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows
 from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.layout import Layout, layout_of
 from moe_jax.parallel.slot_exchange import StackedExperts, exchange_slots
+from moe_jax.parallel.sorted_exchange import SortedExperts, exchange_sorted
 from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.shapes import Array, Float, PRNGKey, checked, type_text
 
@@ -71,15 +71,31 @@ def apply_experts(
     return few_tokens.apply_one_by_one(ffn, fold, x, routing), None
   if isinstance(dispatch, few_tokens.Batched) and few_tokens.are_few(x):
     return few_tokens.apply_all_experts(ffn, params, x, routing), None
+  E, M, dtype = routing.num_experts, x.shape[-1], ffn.shared.dtype
+  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, dtype)
   if isinstance(dispatch, Dropless):
-    key = next_key()
-    return apply_to_sorted_rows(ffn, params, x, routing, dispatch, layout, key)
+    compute = functools.partial(ffn.compute_sorted, backend=dispatch.backend)
+    experts = SortedExperts(compute, params, axes, sizes)
+    x, key = x.astype(dtype), next_key()
+    if layout is None:
+      return experts.summed(params, x, routing, key), None
+    if ffn.use_bias:
+      # A bias that each device added to its part of F would count several
+      # times.
+      layout = dataclasses.replace(layout, hidden=())
+    return exchange_sorted(
+      experts,
+      x,
+      routing,
+      layout=layout,
+      exchange=dispatch.exchange,
+      shadowing=dispatch.shadowing,
+      key=key,
+    )
 
   def compute(params, rows):
     return ffn.compute(params, rows, lambda h: ffn.dropped(h, next_key()))
 
-  E, M = routing.num_experts, x.shape[-1]
-  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, x.dtype)
   experts = StackedExperts(compute, params, axes, sizes)
   return _apply_in_slots(experts, x, routing, dispatch, layout)
 
