@@ -44,7 +44,7 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.layers.experts.shared_expert import (
+from moe_jax.layers.experts.experts import (
   SHARED_EXPERT,
   SharedExpertOptions,
 )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import Kinds, Options, option
 from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.routing.capacity import PerToken
 from moe_jax.routing.dispatch import take_tokens
 from moe_jax.routing.rows import decided
@@ -38,6 +39,22 @@ class RaggedExchange(Options):
     above=0,
     maximum=1,
   )
+
+  def leak(self, shadowing: Shadowing) -> str | None:
+    """The reason why later tokens change earlier outputs; None if they do not.
+
+    They do where the buffers of the exchange are too small for all rows: the
+    rows of a device's last experts drop first, whichever tokens they are of.
+    """
+    del shadowing
+    fraction = self.capacity_fraction
+    if fraction == 1.0:
+      return None
+    return (
+      f"the dispatch's exchange.capacity_fraction={fraction} drops the rows of "
+      'the last experts of a device first, so that later tokens change earlier '
+      'outputs; use capacity_fraction=1.0'
+    )
 
   def exchange_rows(
     self,

@@ -83,7 +83,7 @@ def exchange_sorted(
     key: The key of dropout; None: nothing is dropped.
   """
 
-  def on_each_device(x, routing, params, key):
+  def of_device(x, routing, params, key):
     """The output for one device's groups, and counts of the rows it sends.
 
     A device holds some of the experts, or a part of the hidden width F of all.
@@ -121,12 +121,8 @@ def exchange_sorted(
 
   groups = layout.spec(layout.groups)
   specs = layout.parameter_specs(experts.axes)
-  y, stats = jax.shard_map(
-    on_each_device,
-    mesh=layout.mesh,
-    in_specs=(groups, groups, specs, PartitionSpec()),
-    out_specs=groups,
-    check_vma=False,
+  y, stats = layout.on_each_device(
+    of_device, (groups, groups, specs, PartitionSpec()), groups
   )(x, routing, experts.params, key)
   return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
 

@@ -20,9 +20,7 @@ from moe_jax.layers import parameters
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import shazeer_rules
-from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z
 from moe_jax.routing.dispatch import sorted_rows
-from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
 from moe_jax.shapes import Array, Float32
 
@@ -128,9 +126,6 @@ class HierarchicalRouter(contract.Router):
 
   `w` and `w_noise` are the kernels of the primary gate, which is over branches;
   `w_branch` and `w_branch_noise` [a, M, b] are those of the gates in branches.
-  The paper has no balance loss for two levels. Entropy, squared logits and
-  z-loss are the primary gate's plus those of the chosen branches, weighted by
-  the primary gate.
   """
 
   options: Hierarchical
@@ -138,10 +133,9 @@ class HierarchicalRouter(contract.Router):
   def route(self, x, mask, train, token_info, layer):
     x = x.astype(jnp.float32)
     primary, secondary = self.options.levels(self.sizes)
-    logits, noise = self._primary_logits(x, primary, train)
-    branch = _level(primary, logits, noise)
-    logits, noise = self._branch_logits(x, branch.index, secondary, train)
-    expert = _level(secondary, logits, noise)
+    branch = _level(primary, self._primary_logits(x, primary, train))
+    logits = self._branch_logits(x, branch.index, secondary, train)
+    expert = _level(secondary, logits)
     shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
     experts, gates = expert.index.reshape(shape), expert.gate.reshape(shape)
     index, gate = shazeer_rules.flat_choices(
@@ -155,19 +149,18 @@ class HierarchicalRouter(contract.Router):
       mask=mask,
       slot_priority=self.options.slot_priority,
     )
-    return chosen, _aux(chosen, gate, branch, expert, mask)
+    return chosen, shazeer_rules.levels_aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
-    """The logits of the primary gate, without noise and with it."""
+    """The logits of the primary gate, [G, S, a]."""
     axes, size = ('embed', None), level.num_experts
-    clean = steps.product(self, 'w', self._init(axes), x, size)
-    if not self.options.noisy:
-      return clean, None
-    std = steps.product(self, 'w_noise', self._init(axes), x, size)
-    return clean, self._noisy(clean, std, train)
+    clean, std = steps.product(self, 'w', self._init(axes), x, size), None
+    if self.options.noisy:
+      std = steps.product(self, 'w_noise', self._init(axes), x, size)
+    return self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """Logits [G, S * K1, b] in the chosen branches, without and with noise."""
+    """The logits of the gates of chosen branches, [G, S * K1, b]."""
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
@@ -179,10 +172,8 @@ class HierarchicalRouter(contract.Router):
     products = on_each_device(
       _branch_products, (x, branch_index), (w,), (PartitionSpec(),)
     )
-    if not self.options.noisy:
-      return products, None
-    noise = self._noisy(products[..., :b], products[..., b:], train)
-    return products[..., :b], noise
+    std = products[..., b:] if self.options.noisy else None
+    return self._noisy(products[..., :b], std, train)
 
   def _init(self, axes, batch_axis=()):
     if self.options.noisy:
@@ -192,35 +183,22 @@ class HierarchicalRouter(contract.Router):
     )
 
   def _noisy(self, clean, std, train):
+    if std is None:
+      return routing.NoisyLogits(clean, clean, None)
     key = self.make_rng(contract.NOISE) if train else None
     return routing.noisy_logits(clean, std, key)
 
 
-class _Level(NamedTuple):
-  """The decisions of one level, for N tokens or N choices of branches.
-
-  Attributes:
-    clean: float32 [G, N, E], the logits without noise.
-    index: int32 [G, N, K], the chosen branches or experts.
-    gate: float32 [G, N, K], the weights of `index`, before drops.
-    probability: float32 [G, N, E], P of `load_probability`; None without noise.
-  """
-
-  clean: Array
-  index: Array
-  gate: Array
-  probability: Array | None
-
-
-def _level(sizes, clean, noise) -> _Level:
+def _level(
+  sizes: LevelSizes, logits: routing.NoisyLogits
+) -> shazeer_rules.GateLevel:
   E, K, gates = sizes
-  logits = clean if noise is None else noise.noisy
-  best = steps.largest(logits, min(K + 1, E))
+  best = steps.largest(logits.noisy, min(K + 1, E))
   index, probability = best[..., :K], None
-  if noise is not None:
-    probability = routing.load_probability(noise, K, best)
-  gate = routing.choice_gates(logits, index, gates)
-  return _Level(clean, index, gate, probability)
+  if logits.std is not None:
+    probability = routing.load_probability(logits, K, best)
+  gate = routing.choice_gates(logits.noisy, index, gates)
+  return shazeer_rules.GateLevel(logits.clean, index, gate, probability)
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
@@ -234,32 +212,3 @@ def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   with jax.default_matmul_precision('highest'):
     logits = grouped_matmul(rows, w, chosen.rows_per_expert())
   return sorted_rows.combine(logits, chosen)
-
-
-def _aux(chosen, gate, branch, expert, mask) -> routing.MoeAux:
-  """The losses and statistics, as sums over real tokens."""
-  index, E = chosen.expert_index, chosen.num_experts
-  importance = routing.importance_loss(gate, index, mask, E)
-  load = jnp.zeros(len(mask), jnp.float32)
-  if branch.probability is not None:
-    probability = expert.probability.reshape(*branch.index.shape, -1)
-    expected_load = shazeer_rules.hierarchical_load(
-      branch.probability, probability, branch.index, mask
-    )
-    load = cv_squared(expected_load)
-
-  def summed(per_token):
-    return shazeer_rules.over_levels(
-      per_token, branch.clean, branch.gate, expert.clean, mask
-    )
-
-  losses = {
-    'z_loss': summed(token_z),
-    'importance_loss': over_groups(importance, mask),
-    'load_loss': over_groups(load, mask),
-  }
-  stats = routing.routing_stats(chosen, None, mask)._replace(
-    entropy=jax.lax.stop_gradient(summed(token_entropy)),
-    logit_square=jax.lax.stop_gradient(summed(token_square)),
-  )
-  return routing.MoeAux(losses, stats, routing.no_exchange())
