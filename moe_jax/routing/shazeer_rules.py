@@ -52,13 +52,12 @@ class NoisyLogits(NamedTuple):
     noisy: float32 [G, S, E], clean + N(0, 1) * std; equal to clean where no
       noise was drawn.
     std: float32 [G, S, E], the standard deviation of the noise,
-      Softplus(x Wnoise), also where no noise was drawn; None where a router has
-      no noise at all.
+      Softplus(x Wnoise), also where no noise was drawn.
   """
 
   clean: Array
   noisy: Array
-  std: Leaf
+  std: Array
 
 
 @checked

@@ -76,7 +76,7 @@ def apply_experts(
   if isinstance(dispatch, few_tokens.Batched) and few_tokens.are_few(x):
     return few_tokens.apply_all_experts(ffn, params, x, routing), None
   E, M, dtype = routing.num_experts, x.shape[-1], ffn.shared.dtype
-  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, dtype)
+  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, jnp.dtype(dtype))
   if isinstance(dispatch, Dropless):
     products = functools.partial(ffn.compute_sorted, backend=dispatch.backend)
     by_row = SortedExperts(products, params, axes, sizes)

@@ -133,9 +133,10 @@ class HierarchicalRouter(contract.Router):
   def route(self, x, mask, train, token_info, layer):
     x = x.astype(jnp.float32)
     primary, secondary = self.options.levels(self.sizes)
-    branch = _level(primary, self._primary_logits(x, primary, train))
-    logits = self._branch_logits(x, branch.index, secondary, train)
-    expert = _level(secondary, logits)
+    logits, noise = self._primary_logits(x, primary, train)
+    branch = _level(primary, logits, noise)
+    logits, noise = self._branch_logits(x, branch.index, secondary, train)
+    expert = _level(secondary, logits, noise)
     shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
     experts, gates = expert.index.reshape(shape), expert.gate.reshape(shape)
     index, gate = shazeer_rules.flat_choices(
@@ -152,15 +153,16 @@ class HierarchicalRouter(contract.Router):
     return chosen, shazeer_rules.levels_aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
-    """The logits of the primary gate, [G, S, a]."""
+    """The logits of the primary gate, [G, S, a], without and with noise."""
     axes, size = ('embed', None), level.num_experts
-    clean, std = steps.product(self, 'w', self._init(axes), x, size), None
-    if self.options.noisy:
-      std = steps.product(self, 'w_noise', self._init(axes), x, size)
-    return self._noisy(clean, std, train)
+    clean = steps.product(self, 'w', self._init(axes), x, size)
+    if not self.options.noisy:
+      return clean, None
+    std = steps.product(self, 'w_noise', self._init(axes), x, size)
+    return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """The logits of the gates of chosen branches, [G, S * K1, b]."""
+    """Logits [G, S * K1, b] in the chosen branches, without and with noise."""
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
@@ -172,8 +174,10 @@ class HierarchicalRouter(contract.Router):
     products = on_each_device(
       _branch_products, (x, branch_index), (w,), (PartitionSpec(),)
     )
-    std = products[..., b:] if self.options.noisy else None
-    return self._noisy(products[..., :b], std, train)
+    if not self.options.noisy:
+      return products, None
+    noise = self._noisy(products[..., :b], products[..., b:], train)
+    return products[..., :b], noise
 
   def _init(self, axes, batch_axis=()):
     if self.options.noisy:
@@ -183,22 +187,19 @@ class HierarchicalRouter(contract.Router):
     )
 
   def _noisy(self, clean, std, train):
-    if std is None:
-      return routing.NoisyLogits(clean, clean, None)
     key = self.make_rng(contract.NOISE) if train else None
     return routing.noisy_logits(clean, std, key)
 
 
-def _level(
-  sizes: LevelSizes, logits: routing.NoisyLogits
-) -> shazeer_rules.GateLevel:
+def _level(sizes, clean, noise) -> shazeer_rules.GateLevel:
   E, K, gates = sizes
-  best = steps.largest(logits.noisy, min(K + 1, E))
+  logits = clean if noise is None else noise.noisy
+  best = steps.largest(logits, min(K + 1, E))
   index, probability = best[..., :K], None
-  if logits.std is not None:
-    probability = routing.load_probability(logits, K, best)
-  gate = routing.choice_gates(logits.noisy, index, gates)
-  return shazeer_rules.GateLevel(logits.clean, index, gate, probability)
+  if noise is not None:
+    probability = routing.load_probability(noise, K, best)
+  gate = routing.choice_gates(logits, index, gates)
+  return shazeer_rules.GateLevel(clean, index, gate, probability)
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
