@@ -40,8 +40,8 @@ from experiments.benchmarks.turns import PAUSE, turns
 from moe_jax import cli
 from moe_jax.config import merge
 from moe_jax.devices import keep_freed_memory
-from moe_jax.layers.imposed import FORCED
 from moe_jax.models.stack import REMATS
+from moe_jax.routing.rules_without_logits import FORCED
 
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'

@@ -36,7 +36,7 @@ from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.layers.experts.shared_expert import (
+from moe_jax.layers.experts.experts import (
   SHARED_EXPERT,
   SharedExpertOptions,
 )

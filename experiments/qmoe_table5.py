@@ -26,7 +26,7 @@ from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax.compression.quantize import quantize
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.kernels.kernel_format import KernelFormat
 
 TRAINED = 'trained'
 # The bits of a weight by format, for the figure; QMoE calls ternary 1.5 bits.

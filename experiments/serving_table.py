@@ -49,7 +49,7 @@ from moe_jax.configs import base
 from moe_jax.errors import InputError
 from moe_jax.evaluation import SourceScores
 from moe_jax.generation import trained_run
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.models import code_trees
 from moe_jax.models.trees import init_params
 from moe_jax.run_config import RunConfig

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.compression.calibration import Rows
+from moe_jax.kernels.kernel_format import Grid, KernelFormat
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.layers.kernel_format import Grid, KernelFormat
 from moe_jax.shapes import Array, Bool, Float, Float32, Int8, UInt8, checked
 
 # The share of the mean of the Hessian's diagonal that is added to the diagonal,

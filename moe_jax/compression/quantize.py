@@ -27,10 +27,10 @@ from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import unknown
 from moe_jax.data.cache_folders import check_free
 from moe_jax.errors import InputError
-from moe_jax.layers import kernel_format
+from moe_jax.kernels import kernel_format
+from moe_jax.kernels.kernel_format import FORMATS, KernelFormat
 from moe_jax.layers.experts import SCOPE
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.layers.kernel_format import FORMATS, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.description import Path
 from moe_jax.models.trees import flatten, unflatten

@@ -11,9 +11,9 @@ import jax
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
 from moe_jax.finetuning import optimizer_state
+from moe_jax.finetuning.meaning import difference
 from moe_jax.finetuning.upcycling import InitFrom, Plan, plan
 from moe_jax.models import Model, ModelOptions, code_trees
-from moe_jax.models.meaning import difference
 from moe_jax.models.trees import abstract_router_state
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import PRNGKey

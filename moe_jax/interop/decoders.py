@@ -37,8 +37,11 @@ from moe_jax.interop.config_keys import (
 )
 from moe_jax.interop.mapping import Name, Names
 from moe_jax.layers.attention import AttentionOptions
-from moe_jax.layers.experts import Dropless, FeedForwardExpert
-from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.experts import (
+  Dropless,
+  FeedForwardExpert,
+  SharedExpertOptions,
+)
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import RmsNorm

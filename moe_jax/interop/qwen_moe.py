@@ -25,7 +25,7 @@ from moe_jax.interop import config_keys, decoders
 from moe_jax.interop.architecture import layers, sparse_flags
 from moe_jax.interop.config_keys import Values
 from moe_jax.interop.decoders import gated_ffn, weight
-from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.experts import SharedExpertOptions
 from moe_jax.models import DecoderOptions
 
 _DEFAULTS = dict(

@@ -19,6 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from moe_jax.errors import InputError
+from moe_jax.finetuning.meaning import difference
 from moe_jax.interop import checkpoint_folder
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
@@ -27,7 +28,6 @@ from moe_jax.interop.tensor_files import SAFETENSORS, ProblemsError
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import has_merged, with_copies
-from moe_jax.models.meaning import difference
 from moe_jax.models.trees import variables as as_variables
 
 # Keys that are not carried over: keys of older versions of transformers, which

@@ -1,4 +1,4 @@
-"""Products of rows sorted by expert, and codes of ternary kernels."""
+"""Products of rows sorted by expert, and kernels in codes of few bits."""
 
 from moe_jax.kernels.grouped_products import (
   BACKENDS,

@@ -11,13 +11,14 @@ from flax import linen as nn
 
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
-from moe_jax.kernels import cpu
+from moe_jax.kernels import cpu, grouped_ffn, grouped_matmul
+from moe_jax.kernels.grouped_products import AUTO
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.parameters import Initializer, Names
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.shapes import Array, Float, PRNGKey, checked
+from moe_jax.shapes import Array, Float, Int32, PRNGKey, checked
 
 
 class Activation(NamedTuple):
@@ -252,6 +253,39 @@ class FfnLayer:
     h = dropout(act.hidden(*products))
     y = product(h, p['w_out'], transposed_alone=not act.cheap)
     return biased(y, 'b_out')
+
+  def compute_sorted(
+    self,
+    p: dict[str, Any],
+    x: Float[Array, 'N M'],
+    group_sizes: Int32[Array, ' E'],
+    dropout_key: PRNGKey | None = None,
+    backend: str = AUTO,
+  ) -> Float[Array, 'N M']:
+    """The outputs of E layers for rows that are sorted by layer.
+
+    Args:
+      p: The parameters of the layers, each [E, ...].
+      x: The rows. The output of rows that belong to no layer is undefined.
+      group_sizes: The number of rows of each layer.
+      dropout_key: The key of dropout; None: nothing is dropped.
+      backend: The backend of the grouped products.
+    """
+    if not self.use_bias and dropout_key is None:
+      w_ins = tuple(p[name] for name in self.first_kernels)
+      hidden = self.activation.hidden
+      return grouped_ffn(x, w_ins, p['w_out'], group_sizes, hidden, backend)
+
+    def add_bias(y, b):
+      return y + jnp.repeat(b, group_sizes, 0, total_repeat_length=len(y))
+
+    return self.compute(
+      p,
+      x,
+      product=lambda x, w, **_: grouped_matmul(x, w, group_sizes, backend),
+      add_bias=add_bias,
+      dropout=lambda h: self.dropped(h, dropout_key),
+    )
 
   def dropped(self, h: Array, key: PRNGKey | None) -> Array:
     """Hidden values after dropout: some are 0, and the others are scaled up.

@@ -14,9 +14,8 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax.errors import InputError
-from moe_jax.layers.experts.shared_expert import SHARED_EXPERT, SharedExpert
+from moe_jax.layers.experts.experts import SHARED_EXPERT, SharedExpert
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.imposed import AT_RANDOM, forced_choices
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN, TokenInfo
@@ -30,6 +29,7 @@ from moe_jax.routing import (
   to_experts,
 )
 from moe_jax.routing.rows import without_nan
+from moe_jax.routing.rules_without_logits import AT_RANDOM, forced_choices
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, checked, type_text
 
 
@@ -116,10 +116,10 @@ class MoE(nn.Module):
 
   def _imposed_choices(self, given, mask, train, layer):
     """The choices imposed on the router, cut into groups; None without any."""
-    kind = self.options.force_balance
+    o, kind = self.options, self.options.force_balance
     if given is not None:
-      if self.options.retained.rows:
-        raise InputError(f'the batch gives choices: {self.options.replays()}')
+      if o.retained.rows:
+        raise InputError(f'the batch gives choices: {o.replays()}')
       if kind:
         raise InputError(
           f'force_balance={kind!r}, and the batch gives choices, too'
@@ -127,8 +127,9 @@ class MoE(nn.Module):
       return jax.tree.map(lambda x: in_groups(x, mask.shape[1]), given)
     if not kind:
       return None
+    E, K = o.num_experts, o.num_selected
     key = self.make_rng(NOISE) if train and kind == AT_RANDOM else None
-    return forced_choices(kind, mask, self.options.sizes, layer, key)
+    return forced_choices(kind, mask, E, K, layer, key)
 
   def _mask_outputs(self, routing, train):
     """Masks experts' outputs at random in training, by setting gates to zero.

@@ -5,20 +5,25 @@ from collections.abc import Iterator
 from typing import Self
 
 from moe_jax.config import Options, choice, fields_of, option
-from moe_jax.layers.experts import DISPATCHES, EXPERTS, Dispatch, ExpertOptions
-from moe_jax.layers.experts.experts import Twin
-from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.experts import (
+  DISPATCHES,
+  EXPERTS,
+  Dispatch,
+  ExpertOptions,
+  SharedExpertOptions,
+  Twin,
+)
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.imposed import ImposedOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS, Causality, RouterOptions, Sizes
 from moe_jax.layers.routers.contract import no_choices_taken
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
+from moe_jax.routing.rules_without_logits import AT_RANDOM, FORCED, IN_TURN
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeOptions(ImposedOptions):
+class MoeOptions(Options):
   """The options of the sparse layers of a model, mixtures of experts."""
 
   num_experts: int = option(
@@ -100,6 +105,23 @@ class MoeOptions(ImposedOptions):
     Retained(),
     'Experts of the sparse layers that merging or pruning left with fewer.',
   )
+  force_balance: str = option(
+    '',
+    'Choice of experts whatever the logits are, for measurements of speed: '
+    f'{IN_TURN!r} gives choices to the experts in turn, {AT_RANDOM!r} draws '
+    'them, anew at each step in training. In generation a row has the same '
+    'experts at every token. Gates are those of the logits. An empty string '
+    'leaves the choice to the router.',
+    choices=('', *FORCED),
+  )
+  replay: str = option(
+    '',
+    'Folder of the trace of another run on the same batches, whose choices of '
+    'experts and drops each training step takes over from its record of the '
+    'step; evaluations choose by themselves. An empty string leaves the choice '
+    'to the router.',
+    same_function=True,
+  )
 
   @property
   def sizes(self) -> Sizes:
@@ -134,6 +156,20 @@ class MoeOptions(ImposedOptions):
     most = max(row.count(expert) for row in rows for expert in row)
     return min(most * slots, min(most, self.num_selected) * group_size)
 
+  @property
+  def forced(self) -> str:
+    """The warning for readers of results that choices are forced; '' if not.
+
+    Every output of a model with forced choices has to show this text.
+    """
+    if not self.force_balance:
+      return ''
+    return (
+      f'moe.force_balance={self.force_balance!r}: experts are chosen whatever '
+      "the router's logits are; speeds are those of such loads, and losses are "
+      'not those of a model with a router'
+    )
+
   def replays(self) -> str | None:
     """The reason why no choices can be imposed on a layer; None if they can."""
     if self.retained.rows:
@@ -146,9 +182,10 @@ class MoeOptions(ImposedOptions):
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
-    The reason is the router's, or that of the dispatch on a mesh.
+    The reason is the router's, or that of the exchange on a mesh.
     """
-    return self.causality.leak or self.dispatch.leak()
+    dispatch = self.dispatch
+    return self.causality.leak or dispatch.exchange.leak(dispatch.shadowing)
 
   def in_layer(self, layer: int) -> 'MoeOptions':
     """The options of one layer, where pruning or merging left fewer experts.
@@ -170,9 +207,7 @@ class MoeOptions(ImposedOptions):
     if not self.num_experts:
       return
     yield from self.router.problems_with(self.sizes)
-    yield from self.imposed_problems(self.router)
-    if self.retained.rows and (self.force_balance or self.replay):
-      yield f'retained.expert_of: {self.replays()}'
+    yield from self._imposed_problems()
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     if self.shared_expert.hidden and not self.expert.has_width:
@@ -198,6 +233,23 @@ class MoeOptions(ImposedOptions):
         f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
         "tokens; use the capacity 'all', or the dispatch 'gather' or 'sorted'"
       )
+
+  def _imposed_problems(self) -> Iterator[str]:
+    """The reasons why the options cannot impose choices on the router."""
+    forced, replay, router = self.force_balance, self.replay, self.router
+    if forced and replay:
+      yield (
+        f'force_balance={forced!r} with replay={replay!r}: experts are chosen '
+        'by one of them'
+      )
+    elif forced or replay:
+      reason = self.replays()
+      if forced and router.by_expert and not router.mixes:
+        name = type(router).__name__
+        reason = f'the experts of {name} choose tokens, equally many each'
+      if reason is not None:
+        name = 'force_balance' if forced else 'replay'
+        yield f'{name}={forced or replay!r}: {reason}'
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
     """The layer's options, with experts' defaults filled in from the model's.

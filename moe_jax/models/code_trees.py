@@ -9,8 +9,8 @@ from typing import Any
 
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.layers.experts import EXPERTS, FeedForwardExpert, QuantizedExpert
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import ModelOptions
 from moe_jax.models.expert_arrays import with_moes

@@ -15,7 +15,6 @@ from moe_jax.config import OptionError, no_effect, option
 from moe_jax.errors import InputError
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import BlockConfig, Context
-from moe_jax.layers.imposed import check_given
 from moe_jax.layers.routers.contract import TokenInfo
 from moe_jax.layers.shared import RULES
 from moe_jax.models.base import Model, ModelOptions
@@ -26,6 +25,7 @@ from moe_jax.models.layer_options import StackOptions
 from moe_jax.models.stack import Padding, Stack, StackConfig
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux, rules_without_logits
+from moe_jax.routing.given_choice_rule import check_given
 from moe_jax.shapes import Array, Bool, Float32, Int, checked
 
 

@@ -190,7 +190,7 @@ class Stacks(tuple[LayerStack, ...]):
   def forced_balance(self) -> str:
     """The warning that experts are forced, not chosen by routers; '' if not so.
 
-    See `layers.imposed.ImposedOptions.forced`.
+    See `MoeOptions.forced`.
     """
     return next(filter(None, (moe.forced for moe in self.mixtures)), '')
 

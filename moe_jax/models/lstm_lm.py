@@ -8,7 +8,6 @@ over the whole vocabulary.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
 
 import flax.struct
 import jax
@@ -19,7 +18,6 @@ from moe_jax.config import fields_of, option
 from moe_jax.layers import lstm
 from moe_jax.layers.experts import Twin
 from moe_jax.layers.ffn import FeedForward
-from moe_jax.layers.imposed import check_given, given_to_layer
 from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.moe_options import MoeOptions
@@ -32,6 +30,7 @@ from moe_jax.models.description import Layer, LayerStack, Stacks
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux, empty_aux
+from moe_jax.routing.given_choice_rule import check_given, given_to_layer
 from moe_jax.routing.rows import without_nan
 from moe_jax.shapes import Array, Bool, Float32, Int, Leaf, checked
 
@@ -81,45 +80,26 @@ class LstmLmOptions(ModelOptions):
     values += self.feed_forward_parameters(self.width, dense=0)
     return super().least_parameters() + values
 
+  @property
+  def mixture(self) -> MoeOptions | None:
+    """The mixture of sparse layers, with sizes; None in a model without one."""
+    if not self.has_experts:
+      return None
+    return self.moe.within(self.ffn, self.dropout)
+
+  @property
+  def twin(self) -> Twin:
+    """The dense feed-forward in place of `mixture` in a model without experts.
+
+    Its single hidden layer is as wide as K experts; each of several hidden
+    layers is as wide as one expert.
+    """
+    moe = self.moe.within(self.ffn, self.dropout)
+    return moe.twin() if self.lstm.twin_depth == 1 else moe.expert.twin(1)
+
   def build(self, rules: Rules = RULES) -> 'LstmLm':
     self.check_filled()
-    moe = self.moe.within(self.ffn, self.dropout)
-    depth = self.lstm.twin_depth
-    # A dense twin's single hidden layer is as wide as K experts; each of
-    # several hidden layers is as wide as one expert.
-    twin = moe.twin() if depth == 1 else moe.expert.twin(1)
-    return LstmLm(
-      self.embedding_config(rules),
-      LstmLayersConfig(
-        sparse=self.sparse,
-        lstm=self.lstm,
-        shared=self.shared(self.num_layers, rules),
-        moe=moe if self.has_experts else None,
-        twin=twin if any(self.sparse) and not self.has_experts else None,
-        dropout=self.dropout,
-      ),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class LstmLayersConfig:
-  """The options of the layers between embedding and logits.
-
-  Attributes:
-    sparse: A flag for each layer: True for a mixture, False for an LSTM.
-    lstm: The options of LSTMs.
-    shared: The settings that all layers of the model share.
-    moe: The options of mixtures; None in a model without experts.
-    twin: The dense feed-forward in place of `moe` in a dense twin, or None.
-    dropout: The rate at which outputs of layers are dropped in training.
-  """
-
-  sparse: tuple[bool, ...]
-  lstm: LstmOptions
-  shared: Shared
-  moe: MoeOptions | None = None
-  twin: Twin | None = None
-  dropout: float = 0.0
+    return LstmLm(self.embedding_config(rules), self)
 
 
 class LstmCache(flax.struct.PyTreeNode):
@@ -145,25 +125,27 @@ class LstmLm(Model):
 
   Attributes:
     embedding: The configuration of embeddings and logits.
-    between: The configuration of the layers between embeddings and logits.
+    options: The options of the layers between embeddings and logits.
   """
 
   embedding: EmbeddingConfig
-  between: LstmLayersConfig
+  options: LstmLmOptions
 
   def setup(self) -> None:
     """Makes the submodules; embedding tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
-    c = self.between
-    self.layers = [_Layer(c, sparse, i) for i, sparse in enumerate(c.sparse)]
+    o, shared = self.options, self.embedding.shared
+    self.layers = [
+      _Layer(o, shared, sparse, i) for i, sparse in enumerate(o.sparse)
+    ]
 
   @property
   def stacks(self) -> Stacks:
-    c = self.between
+    moe = self.options.mixture
     layers = (
-      Layer(c.moe if sparse else None, (f'layers_{i}',))
-      for i, sparse in enumerate(c.sparse)
+      Layer(moe if sparse else None, (f'layers_{i}',))
+      for i, sparse in enumerate(self.options.sparse)
     )
     return Stacks([LayerStack(tuple(layers))])
 
@@ -202,8 +184,8 @@ class LstmLm(Model):
 
   def _run(self, tokens, segment_ids, positions, train, states, given=None):
     """The logits, the layers' losses and statistics, and the last states."""
-    sparse = self.between.sparse
-    check_given(given, sparse if self.between.moe else ())
+    sparse = self.options.sparse
+    check_given(given, sparse if self.options.mixture else ())
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
     x = without_nan(segment_ids > 0, x)
     auxes, new_states = [], []
@@ -247,11 +229,11 @@ class LstmLm(Model):
       ValueError: Experts choose tokens, so that the model cannot decode.
     """
     del max_len
-    c = self.between
-    check_decodes(c.moe)
-    state = lstm.start(c.lstm, c.shared, batch_size, self.embedding.width)
+    o, embedding = self.options, self.embedding
+    check_decodes(o.mixture)
+    state = lstm.start(o.lstm, embedding.shared, batch_size, embedding.width)
     return LstmCache(
-      tuple(None if sparse else state for sparse in c.sparse),
+      tuple(None if sparse else state for sparse in o.sparse),
       jnp.zeros(batch_size, jnp.int32),
     )
 
@@ -262,38 +244,38 @@ class LstmLm(Model):
     The arrays are the same, without boxes.
     """
     del batch_size, platform, window
-    moe = self.between.moe
+    options, moe = self.options, self.options.mixture
     check_decodes(moe)
-    moe = moe and serving_all(moe, causal=True)
-    between = dataclasses.replace(self.between, moe=moe)
+    if moe is not None:
+      moe = serving_all(moe, causal=True)
+      options = dataclasses.replace(options, moe=moe)
     variables = {**variables, 'params': nn.meta.unbox(variables['params'])}
-    return self.clone(between=between), variables
+    return self.clone(options=options), variables
 
 
 class _Layer(nn.Module):
   """x + dropout(lstm(x)), or x + dropout(sigmoid(feed_forward(x)))."""
 
-  between: LstmLayersConfig
+  options: LstmLmOptions
+  shared: Shared
   sparse: bool
   number: int
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state, given):
     """The residual stream, losses and statistics, and an LSTM's last state."""
-    c = self.between
-    aux = empty_aux(1, 1) if c.moe is None else c.moe.dense_aux()
+    o, shared, moe = self.options, self.shared, self.options.mixture
+    aux = empty_aux(1, 1) if moe is None else moe.dense_aux()
     if not self.sparse:
-      y, state = Lstm(c.lstm, c.shared, name='lstm')(x, segment_ids, state)
-    elif c.moe is not None:
-      moe = MoE(c.moe, c.shared, name='moe')
-      mask = segment_ids > 0
-      y, aux = moe(x, mask, train, layer=self.number, given=given)
+      y, state = Lstm(o.lstm, shared, name='lstm')(x, segment_ids, state)
+    elif moe is not None:
+      mixture, mask = MoE(moe, shared, name='moe'), segment_ids > 0
+      y, aux = mixture(x, mask, train, layer=self.number, given=given)
       y = jax.nn.sigmoid(y)
     else:
-      twin = cast(Twin, c.twin)
-      ffn = FeedForward(
-        twin.ffn, c.shared, twin.dropout, depth=c.lstm.twin_depth, name='ffn'
-      )
-      y = jax.nn.sigmoid(ffn(x, train))
-    y = nn.Dropout(c.dropout, deterministic=not train)(y)
+      ffn, dropout = o.twin
+      depth = o.lstm.twin_depth
+      layer = FeedForward(ffn, shared, dropout, depth=depth, name='ffn')
+      y = jax.nn.sigmoid(layer(x, train))
+    y = nn.Dropout(o.dropout, deterministic=not train)(y)
     return x + y, aux, state

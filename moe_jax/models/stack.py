@@ -16,10 +16,10 @@ from moe_jax.kernels.grouped_products import PRODUCT as GROUPED_PRODUCT
 from moe_jax.kernels.rows_product import PRODUCT
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
-from moe_jax.layers.imposed import given_to_layer
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux
+from moe_jax.routing.given_choice_rule import given_to_layer
 from moe_jax.routing.rows import DECISION, without_nan
 from moe_jax.routing.stats import with_room
 from moe_jax.shapes import Array, Bool, Float, Int, Int32

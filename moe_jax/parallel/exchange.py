@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.config import Kinds, Options, option, required
 from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.routing.capacity import PerToken
 from moe_jax.shapes import Array, Float, Leaf
 
@@ -44,6 +45,21 @@ class Exchange(Options):
   def capacity(self, slots: int) -> int:
     """How many of an expert's `slots` on a device the exchange has room for."""
     return PerToken(self.capacity_fraction).per_expert(slots, 1, 1)
+
+  def leak(self, shadowing: Shadowing) -> str | None:
+    """The reason why later tokens change earlier outputs; None if they do not.
+
+    They do where the exchange drops rows and experts are shadowed: the choices
+    of all tokens decide which experts are shadowed, and so which rows may drop.
+    """
+    fraction = self.capacity_fraction
+    if fraction == 1.0 or not shadowing.experts:
+      return None
+    return (
+      f"the dispatch's exchange.capacity_fraction={fraction} drops rows that "
+      f'shadowing.experts={shadowing.experts} may spare, as all tokens decide, '
+      'so that later tokens change earlier outputs; use capacity_fraction=1.0'
+    )
 
   def cut(
     self, layout: Layout, rows: Float[Array, 'E R M']

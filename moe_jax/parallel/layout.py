@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -51,6 +52,24 @@ class Layout:
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
     """The partition spec of an array whose dimensions are split over `axes`."""
     return PartitionSpec(*(names or None for names in axes))
+
+  def on_each_device(
+    self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+  ) -> Callable[..., Any]:
+    """The function mapped over the mesh; each device calls it on its own parts.
+
+    Args:
+      function: The function of parts of arrays.
+      in_specs: The partition specs of its arguments.
+      out_specs: The partition specs of its results.
+    """
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      check_vma=False,
+    )
 
   def parameter_specs(
     self, axes: Mapping[str, Sequence[str | None]], *leading: tuple[str, ...]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import Kinds, Options, option
 from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.routing.capacity import PerToken
 from moe_jax.routing.dispatch import take_tokens
 from moe_jax.routing.rows import decided
@@ -39,6 +40,22 @@ class RaggedExchange(Options):
     maximum=1,
   )
 
+  def leak(self, shadowing: Shadowing) -> str | None:
+    """The reason why later tokens change earlier outputs; None if they do not.
+
+    They do where the buffers of the exchange are too small for all rows: the
+    rows of a device's last experts drop first, whichever tokens they are of.
+    """
+    del shadowing
+    fraction = self.capacity_fraction
+    if fraction == 1.0:
+      return None
+    return (
+      f"the dispatch's exchange.capacity_fraction={fraction} drops the rows of "
+      'the last experts of a device first, so that later tokens change earlier '
+      'outputs; use capacity_fraction=1.0'
+    )
+
   def exchange_rows(
     self,
     layout: Layout,
@@ -53,7 +70,7 @@ class RaggedExchange(Options):
       rows: The rows of this device, sorted by expert.
       sizes: The number of rows of each expert.
       experts: The function (rows sorted by expert, the number of rows of each
-        expert of this device [J]) -> outputs.
+        expert of this device [J]) -> outputs, which is called once.
 
     Returns:
       The outputs, and the number of rows without room. Outputs are zero for

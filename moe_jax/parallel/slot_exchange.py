@@ -109,9 +109,8 @@ def exchange_slots(
     return y if staying is None else y + sums_of(staying_rows[0], staying)
 
   with jax.named_scope('dispatch'):
-    pieces, staying_rows, shadowed, choices, stats = _on_devices(
+    pieces, staying_rows, shadowed, choices, stats = layout.on_each_device(
       depart,
-      layout,
       (groups_spec, groups_spec),
       (
         pieces_spec,
@@ -135,20 +134,10 @@ def exchange_slots(
       for i, rows in enumerate(outputs)
     ]
   with jax.named_scope('combine'):
-    y = _on_devices(
-      arrive, layout, (pieces_spec, staying_spec, groups_spec), groups_spec
+    y = layout.on_each_device(
+      arrive, (pieces_spec, staying_spec, groups_spec), groups_spec
     )(pieces, staying_rows, choices)
   return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
-
-
-def _on_devices(function, layout, in_specs, out_specs):
-  return jax.shard_map(
-    function,
-    mesh=layout.mesh,
-    in_specs=in_specs,
-    out_specs=out_specs,
-    check_vma=False,
-  )
 
 
 def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
@@ -179,9 +168,8 @@ def _in_shadow(
     params = gathered(layout, params, shadowed[0])
     return {name: w[None] for name, w in params.items()}
 
-  params = _on_devices(
+  params = layout.on_each_device(
     local,
-    layout,
     (layout.parameter_specs(experts.axes), layout.spec(layout.group_only)),
     layout.parameter_specs(experts.axes, layout.group_only, ()),
   )(experts.params, shadowed)

@@ -1,11 +1,13 @@
 """The balancing losses of the literature, one function per equation.
 
-Every function works per group, on real tokens only, returns float32 [G] and
-is unweighted: coefficients, and the average over groups, are the caller's. A
-group without real tokens has loss 0.
+Losses are of real tokens alone, and unweighted. A function with the name of an
+equation returns the loss of each group, float32 [G], which is 0 in a group
+without real tokens; `over_groups`, `balance_of_rows` and `choice_losses` return
+sums over the real tokens of all groups.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -53,66 +55,71 @@ def balance_loss(
   return E * (share * mean_prob).sum(-1)
 
 
-class BalanceSums(NamedTuple):
-  """Sums over each of U parts of a batch, from which balance losses are made.
-
-  Attributes:
-    load: float32 [U, E], the number of choices of each expert, before drops.
-    prob: float32 [U, E], the sum of the real tokens' probabilities.
-    tokens: float32 [U], the number of real tokens.
-    num_choices: The number of choices of each token that the load counts.
-  """
-
-  load: Array
-  prob: Array
-  tokens: Array
-  num_choices: int
-
-
 @checked
-def balance_sums(
+def balance_of_rows(
   router_probs: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
-  size: int,
+  row_length: int,
+  rows: Mapping[str, int],
   choices: str = 'all',
-) -> BalanceSums:
-  """The sums over each part of a batch, for `balance_of_parts`.
+) -> dict[str, Float32[Array, '']]:
+  """The balance losses of sets of consecutive rows, whatever the groups are.
 
-  A part is `size` consecutive tokens of a group; `size` divides S. The other
-  arguments are those of `balance_loss`.
+  The loss of each set is multiplied by its number of real tokens, so that the
+  sum divided by the number of all real tokens is the mean.
+
+  Args:
+    router_probs, expert_index, mask, choices: As in `balance_loss`.
+    row_length: T, the number of tokens of a row of the batch; a group is a part
+      of a row, or several rows.
+    rows: The number of rows of a set, for each loss; the last set may have
+      fewer.
   """
   if choices == 'first':
     expert_index = expert_index[..., :1]
+  # Tokens are cut into parts, each of which lies in one row and in one group.
+  size = math.gcd(mask.shape[1], row_length)
   probs, index, mask = (
     x.reshape(-1, size, *x.shape[2:])
     for x in (router_probs, expert_index, mask)
   )
-  return BalanceSums(
-    load_per_expert(index, mask[..., None], probs.shape[-1]),
+  E, K = probs.shape[-1], index.shape[-1]
+  sums = (
+    load_per_expert(index, mask[..., None], E),
     jnp.where(mask[..., None], probs, 0.0).sum(1),
     mask.sum(-1).astype(jnp.float32),
-    index.shape[-1],
   )
 
+  def loss(count):
+    """The sum of the losses of sets of `count` parts."""
 
-def balance_of_parts(sums: BalanceSums, count: int) -> Float32[Array, '']:
-  """The sum of balance losses, each over `count` consecutive parts of a batch.
+    def sum_parts(x):
+      padding = -len(x) % count
+      x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+      return x.reshape(-1, count, *x.shape[1:]).sum(1)
 
-  Each loss is multiplied by the number of real tokens in its parts, so that the
-  sum divided by the number of all real tokens is the mean. The last loss may be
-  over fewer parts.
+    load, prob, tokens = map(sum_parts, sums)
+    real = jnp.maximum(tokens, 1.0)[:, None]
+    share = load / (real * K)
+    return (E * (share * prob / real).sum(-1) * tokens).sum()
+
+  return {name: loss(n * row_length // size) for name, n in rows.items()}
+
+
+def balance_probs(
+  logits: Float32[Array, '*G E'], scores: str
+) -> Float32[Array, '*G E']:
+  """The probabilities whose means the balance loss multiplies with loads.
+
+  Args:
+    logits: The logits.
+    scores: 'softmax' over experts, or 'sigmoid': the sigmoid of each logit,
+      divided by the sum of all sigmoids of the token.
   """
-
-  def sum_parts(x):
-    padding = -len(x) % count
-    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, count, *x.shape[1:]).sum(1)
-
-  load, prob, tokens = map(sum_parts, sums[:3])
-  E, real = load.shape[-1], jnp.maximum(tokens, 1.0)[:, None]
-  share = load / (real * sums.num_choices)
-  return (E * (share * prob / real).sum(-1) * tokens).sum()
+  if scores == 'sigmoid':
+    logits = jax.nn.log_sigmoid(logits)
+  return jax.nn.softmax(logits)
 
 
 @checked
@@ -186,3 +193,32 @@ def over_groups(
 ) -> Float32[Array, '']:
   """The sum over groups of a loss times the group's number of real tokens."""
   return (per_group * mask.sum(-1).astype(jnp.float32)).sum()
+
+
+@checked
+def choice_losses(
+  logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  gate: Float32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  balance_choices: str,
+  balance_scores: str = 'softmax',
+) -> dict[str, Float32[Array, '']]:
+  """The balance loss, the z-loss and the importance loss of tokens' choices.
+
+  Args:
+    logits: The logits without noise, of which balance loss and z-loss are made.
+    expert_index: The chosen experts.
+    gate: The gates of the choices, as if all were served.
+    mask: False for padding.
+    balance_choices: The choices that the balance loss counts.
+    balance_scores: The probabilities of the balance loss; see `balance_probs`.
+  """
+  E, probs = logits.shape[-1], balance_probs(logits, balance_scores)
+  balance = balance_loss(probs, expert_index, mask, balance_choices)
+  importance = importance_loss(gate, expert_index, mask, E)
+  return {
+    'balance_loss': over_groups(balance, mask),
+    'z_loss': over_groups(z_loss(logits, mask), mask),
+    'importance_loss': over_groups(importance, mask),
+  }

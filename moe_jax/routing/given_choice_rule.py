@@ -6,12 +6,15 @@ all experts the same load.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.config import unknown
+from moe_jax.errors import InputError
 from moe_jax.routing.assignments import Routing
 from moe_jax.routing.capacity import check_capacity, check_selected
 from moe_jax.routing.rows import decided, stable_argsort
@@ -41,6 +44,50 @@ class GivenChoices(NamedTuple):
   def in_place_of(self, index: Int32[Array, 'G S K']) -> Int32[Array, 'G S K']:
     """The imposed experts; where none is imposed, the router's own, `index`."""
     return jnp.where(self.expert >= 0, self.expert.astype(index.dtype), index)
+
+  def may_take(self, num_experts: int) -> Bool[Array, 'G S E']:
+    """Whether each expert may take each token, where experts choose tokens.
+
+    An expert may take the tokens that are imposed on it, and takes all of them.
+    Every expert may take a token all of whose choices are open.
+    """
+    chosen = jax.nn.one_hot(self.expert, num_experts, dtype=jnp.bool_)
+    return chosen.any(2) | (self.expert == OPEN).all(2, keepdims=True)
+
+
+def check_given(given: GivenChoices | None, sparse: Sequence[bool]) -> None:
+  """Raises ValueError unless choices are [B, T, L, K] of L sparse layers.
+
+  Args:
+    given: The choices that are imposed on a stack of layers, if any.
+    sparse: A flag for each layer, whether it has experts.
+  """
+  if given is None:
+    return
+  shape, L = given.expert.shape, sum(sparse)
+  if len(shape) != 4 or shape[2] != L:
+    raise InputError(
+      f'given.expert has shape {shape}, and [B, T, L, K] is needed for the '
+      f'L={L} sparse layers'
+    )
+
+
+def given_to_layer(
+  given: GivenChoices | None,
+  sparse: Sequence[bool],
+  layer: int | Int32[Array, ''],
+) -> GivenChoices | None:
+  """The choices [B, T, K] of one layer, whose index may be traced.
+
+  For a layer that is not sparse these are the choices of another layer, and the
+  layer has to ignore them.
+  """
+  if given is None:
+    return None
+  index = jnp.asarray(np.cumsum(sparse, dtype=np.int32) - 1)[layer]
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, index, 2, keepdims=False), given
+  )
 
 
 @checked

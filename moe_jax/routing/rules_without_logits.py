@@ -14,10 +14,14 @@ import jax.numpy as jnp
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.routing.capacity import check_selected
+from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey, UInt32, checked
 
 HASH_OF = ('token', 'bigram', 'position')
+FORCED = IN_TURN, AT_RANDOM = 'round_robin', 'random'
+# The seed of forced random choices in evaluation and generation.
+_SEED = 0
 
 
 @checked
@@ -183,3 +187,31 @@ def choice_in_turn(
   number = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask  # [G, S]
   turn = begins[:, None, None] + (number % E * K)[..., None]
   return (turn + jnp.arange(K, dtype=jnp.int32)[None, None]) % E
+
+
+def forced_choices(
+  kind: str,
+  mask: Bool[Array, 'G S'],
+  num_experts: int,
+  num_selected: int,
+  layer: int | Int[Array, ''],
+  key: PRNGKey | None,
+) -> GivenChoices:
+  """The choices that are forced on a layer, whatever its router's logits are.
+
+  Args:
+    kind: 'round_robin' gives choices to the experts in turn, 'random' draws
+      them.
+    mask: False for padding.
+    num_experts: The number E of experts.
+    num_selected: K, in [1, E].
+    layer: The index of the layer; each layer has other choices.
+    key: The key of random choices; None: they are the same each time.
+  """
+  sizes = dict(num_experts=num_experts, num_selected=num_selected)
+  if kind == IN_TURN:
+    return GivenChoices(choice_in_turn(mask, first=layer, **sizes))
+  if key is None:
+    key = jax.random.fold_in(jax.random.key(_SEED), layer)
+  G, S = mask.shape
+  return GivenChoices(random_choice(key, num_groups=G, group_size=S, **sizes))

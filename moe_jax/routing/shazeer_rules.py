@@ -19,17 +19,29 @@ renormalised over the experts that took it.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.routing.assignments import Routing
+from moe_jax.routing.aux_losses import (
+  cv_squared,
+  importance_loss,
+  over_groups,
+  token_z,
+)
 from moe_jax.routing.capacity import check_selected, check_slots
 from moe_jax.routing.expert_choice_rule import expert_choice, likeliest_tokens
+from moe_jax.routing.stats import (
+  MoeAux,
+  no_exchange,
+  routing_stats,
+  token_entropy,
+  token_square,
+)
 from moe_jax.routing.token_choice_rule import at_choices, choose
-from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey, checked
+from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, PRNGKey, checked
 
 
 class NoisyLogits(NamedTuple):
@@ -159,31 +171,71 @@ def hierarchical_load(
   return (share[..., None] * expert_load).reshape(G, -1)
 
 
-@checked
-def over_levels(
-  per_token: Callable[[Array], Array],
-  branch_logits: Float32[Array, 'G S A'],
-  branch_gate: Float32[Array, 'G S K1'],
-  expert_logits: Float32[Array, 'G P B'],
-  mask: Bool[Array, 'G S'],
-) -> Float32[Array, '']:
-  """The sum over real tokens of a measure of the logits of both levels.
+class GateLevel(NamedTuple):
+  """The decisions of one of two levels, for N tokens or N choices of branches.
 
-  The measure of the primary gate's logits is added to those of the chosen
-  branches' logits, weighted by the primary gate. The weights have no gradient,
-  so that the z-loss does not move tokens to branches with small logits.
+  Attributes:
+    clean: float32 [G, N, E], the logits without noise.
+    index: int32 [G, N, K], the chosen branches or experts.
+    gate: float32 [G, N, K], the weights of `index`, before drops.
+    probability: float32 [G, N, E], P of `load_probability`; None without noise.
+  """
+
+  clean: Array
+  index: Array
+  gate: Array
+  probability: Leaf
+
+
+def levels_aux(
+  chosen: Routing,
+  gate: Float32[Array, 'G S K'],
+  branch: GateLevel,
+  expert: GateLevel,
+  mask: Bool[Array, 'G S'],
+) -> MoeAux:
+  """The losses and statistics of two levels, as sums over real tokens.
+
+  Entropy, squared logits and z-loss are the primary gate's plus those of the
+  chosen branches, weighted by the primary gate. The paper has no balance loss
+  for two levels.
 
   Args:
-    per_token: The measure, from logits to a number for each token.
-    branch_logits: The primary gate's logits.
-    branch_gate: The weights of the chosen branches.
-    expert_logits: The logits within each chosen branch, P = S * K1.
+    chosen: The routing among all experts.
+    gate: The gates of its choices, before any is dropped.
+    branch: The level of the primary gate.
+    expert: The level of the gates of the chosen branches.
     mask: False for padding.
   """
-  inner = per_token(expert_logits).reshape(branch_gate.shape)
-  gate = jax.lax.stop_gradient(branch_gate)
-  measure = per_token(branch_logits) + (gate * inner).sum(-1)  # [G, S]
-  return jnp.where(mask, measure, 0.0).sum()
+  index, E = chosen.expert_index, chosen.num_experts
+  importance = importance_loss(gate, index, mask, E)
+  load = jnp.zeros(len(mask), jnp.float32)
+  if branch.probability is not None:
+    probability = expert.probability.reshape(*branch.index.shape, -1)
+    expected_load = hierarchical_load(
+      branch.probability, probability, branch.index, mask
+    )
+    load = cv_squared(expected_load)
+
+  def summed(per_token):
+    """The sum over real tokens of a measure of the logits of both levels."""
+    inner = per_token(expert.clean).reshape(branch.gate.shape)
+    # Without a gradient of the weights, the z-loss does not move tokens to
+    # branches with small logits.
+    weight = jax.lax.stop_gradient(branch.gate)
+    measure = per_token(branch.clean) + (weight * inner).sum(-1)  # [G, S]
+    return jnp.where(mask, measure, 0.0).sum()
+
+  losses = {
+    'z_loss': summed(token_z),
+    'importance_loss': over_groups(importance, mask),
+    'load_loss': over_groups(load, mask),
+  }
+  stats = routing_stats(chosen, None, mask)._replace(
+    entropy=jax.lax.stop_gradient(summed(token_entropy)),
+    logit_square=jax.lax.stop_gradient(summed(token_square)),
+  )
+  return MoeAux(losses, stats, no_exchange())
 
 
 @checked

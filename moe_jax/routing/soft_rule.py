@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from moe_jax.routing.assignments import Routing, TokenChoices
 from moe_jax.routing.rows import decided
-from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, Leaf, checked
 
 # A finite logit, whose softmax is 0 next to any other logit; -inf alone would
 # give NaN.
 _NEVER = -1e30
+# A vector whose squared length is below this number is not made of unit length.
+_LEAST = 1e-12
 
 
 @functools.partial(
@@ -106,6 +108,23 @@ class SoftRouting:
 
 # The routings that a router may return; `dispatch.einsum` takes them all.
 AnyRouting = Routing | SoftRouting
+
+
+def soft_logits(
+  x: Float[Array, 'G S M'],
+  slots: Float32[Array, 'M E C'],
+  scale: Float32[Array, ' 1'],
+) -> Float32[Array, 'G S E C']:
+  """The cosines of tokens x and the vectors of slots, times the scale."""
+  x = _of_unit_length(x.astype(jnp.float32), -1)
+  slots = scale[:, None, None] * _of_unit_length(slots, 0)
+  return jnp.einsum('GSM,MEC->GSEC', x, slots, precision='highest')
+
+
+def _of_unit_length(x: Float32[Array, '*N'], axis: int) -> Float32[Array, '*N']:
+  """The vectors along an axis, divided by their lengths; 0 stays 0."""
+  square = (x**2).sum(axis, keepdims=True)
+  return x / jnp.sqrt(jnp.maximum(square, _LEAST))
 
 
 @checked

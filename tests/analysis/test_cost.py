@@ -12,9 +12,9 @@ from experiments.study import claims
 from moe_jax import models, run_config
 from moe_jax.analysis import cost, counts, explain_cost
 from moe_jax.configs import glam_64b64e, mixtral_8x7b, openmoe_8b, shazeer_lstm
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Einsum, FeedForwardExpert
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.positions import Learned, NoPositions, Relative
 from moe_jax.layers.routers import NoisyTopK, TokenChoice
 from moe_jax.models import code_trees

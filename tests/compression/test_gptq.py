@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import gptq
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.kernels.kernel_format import KernelFormat
 from tests import reference
 
 FORMATS = {name: KernelFormat(name) for name in ('ternary', 'int2', 'int4')}

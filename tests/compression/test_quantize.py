@@ -24,7 +24,7 @@ from moe_jax.compression import (
   whole_run,
 )
 from moe_jax.config import OptionError
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.models import RunShape, code_trees
 from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.models.trees import describe, flatten

@@ -9,7 +9,7 @@ from moe_jax.compression import quantize, whole_run
 from moe_jax.generation import trained_run
 from moe_jax.interop import import_run
 from moe_jax.interop.export_run import export_run
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.models import code_trees
 from tests.interop import folders
 

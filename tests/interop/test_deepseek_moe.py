@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax import cli, interop, run_config
+from moe_jax.finetuning.meaning import difference
 from moe_jax.interop import checkpoint_folder, saving
-from moe_jax.models.meaning import difference
 from tests.interop import plain_decoder as plain
 
 V = 41

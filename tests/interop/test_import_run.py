@@ -13,10 +13,10 @@ from moe_jax import cli, generate, interop, run_config
 from moe_jax.config import merge, section_of
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
+from moe_jax.finetuning import meaning
 from moe_jax.interop import __main__ as interop_command
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
-from moe_jax.models import meaning
 from moe_jax.run_config import RunConfig
 from moe_jax.training import loop, setup, trained
 from moe_jax.training.setup import Hook

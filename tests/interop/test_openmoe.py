@@ -11,9 +11,9 @@ import pytest
 from moe_jax import cli, generation, interop, run_config
 from moe_jax.configs import openmoe_8b
 from moe_jax.data.plain_files import read_json
+from moe_jax.finetuning.meaning import difference
 from moe_jax.interop import checkpoint_folder, saving
 from moe_jax.interop.quirks import EvenSlots
-from moe_jax.models.meaning import difference
 from moe_jax.routing.capacity import All
 from tests.interop import plain_decoder as plain
 

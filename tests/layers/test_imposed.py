@@ -10,7 +10,6 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.layers.experts import FeedForwardExpert
-from moe_jax.layers.imposed import FORCED, forced_choices
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import (
@@ -22,6 +21,7 @@ from moe_jax.layers.routers import (
 )
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.capacity import PerAssignment
+from moe_jax.routing.rules_without_logits import FORCED, forced_choices
 from tests import reference
 from tests.layers.routers.run import info_of
 from tests.models import tiny
@@ -137,15 +137,13 @@ def test_random_choices_are_new_in_training_and_fixed_in_evaluation():
   @jax.jit
   def chosen(layer):
     mask = jnp.ones((G, S), bool)
-    return forced_choices('random', mask, options.sizes, layer, None).expert
+    return forced_choices('random', mask, E, K, layer, None).expert
 
   choices = [np.asarray(chosen(layer)) for layer in (0, 0, 1)]
   np.testing.assert_array_equal(choices[0], choices[1])
   assert (choices[0] != choices[2]).any()
   # In turn, the number of a layer is its first expert.
-  in_turn = forced_choices(
-    'round_robin', jnp.ones((1, 2), bool), options.sizes, 3, None
-  )
+  in_turn = forced_choices('round_robin', jnp.ones((1, 2), bool), E, K, 3, None)
   assert in_turn.expert.tolist() == [[[3, 4], [0, 1]]]
 
 

@@ -55,7 +55,7 @@ def test_it_is_its_layers_in_a_row():
     for i, name in enumerate(['lstm', 'moe', 'lstm']):
       variables = {'params': params[f'layers_{i}'][name]}
       if name == 'lstm':
-        y = Lstm(MODEL.between.lstm).apply(variables, x, jnp.asarray(IDS))[0]
+        y = Lstm(MODEL.options.lstm).apply(variables, x, jnp.asarray(IDS))[0]
       else:
         layer = MoE(MODEL.stacks.moe)
         y, moe_aux = layer.apply(variables, x, jnp.asarray(IDS) > 0)

@@ -192,7 +192,7 @@ def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
 
 
 def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
-  """The scores of a block's queries; hidden keys have the least number."""
+  """The scores of a block's queries; those of hidden keys are the least."""
   B, N, s = k.shape[:3]
   q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))
@@ -207,7 +207,7 @@ def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
 
 
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
-  """Zero where a query sees a key, the least number elsewhere."""
+  """What hides keys from scores: 0 where a query sees a key, else the least."""
   segment_ids, key_segment_ids = ids
   if segment_ids is not None and key_segment_ids is not None:
     segment_ids = block.queries(segment_ids)

@@ -38,9 +38,18 @@ class Slots(NamedTuple):
   numbers: Leaf | None = None
 
   def at(self, layer: int | Int[Array, '']) -> 'Slots':
-    """The keys and values of one layer."""
-    key, value = at_layer(self.key, layer), at_layer(self.value, layer)
-    return self._replace(key=key, value=value)
+    """The keys and values of one layer.
+
+    The index may be traced where all layers share an array; where each layer
+    has its own, it is a Python int.
+    """
+
+    def of_layer(cached):
+      if isinstance(cached, tuple):
+        return cached[layer]
+      return jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+
+    return self._replace(key=of_layer(self.key), value=of_layer(self.value))
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -154,15 +163,15 @@ class KVCache(flax.struct.PyTreeNode):
     T, length = key.shape[1], self._num_slots(layer)
     if length == self.max_len:
       cache = self.write(layer, key, value)
-      return cache, Slots(*cache._at(layer), self.filled)
+      return cache, cache.slots(layer)
     if T == 1:
       cache = self.write(layer, key, value)
       numbers = _ring_numbers(self.length, length)
-      return cache, self._numbered(*cache._at(layer), numbers)
+      return cache, self._numbered(*cache.slots(layer)[:2], numbers)
     first = self.length - length  # the index of the oldest slot
     key, value = (
       _in_order(old, new, self.length)
-      for old, new in zip(self._at(layer), (key, value))
+      for old, new in zip(self.slots(layer)[:2], (key, value))
     )
     numbers = first + jnp.arange(length + T, dtype=jnp.int32)
     cache = self.replace(
@@ -176,8 +185,9 @@ class KVCache(flax.struct.PyTreeNode):
     layer_keys = self.key[layer] if isinstance(self.key, tuple) else self.key
     return layer_keys.shape[-2]
 
-  def _at(self, layer: int | Int[Array, '']) -> tuple[Array, Array]:
-    return at_layer(self.key, layer), at_layer(self.value, layer)
+  def slots(self, layer: int | Int[Array, '']) -> Slots:
+    """The slots of one layer, in the order in which its arrays hold them."""
+    return Slots(self.key, self.value, self.filled).at(layer)
 
   def _numbered(self, key, value, numbers: Int32[Array, ' S']) -> Slots:
     """`Slots` whose `numbers` are the indices of the slots in their row.
@@ -262,13 +272,3 @@ def _with_layer(cached, layer, layer_array):
   if isinstance(cached, tuple):
     return (*cached[:layer], layer_array, *cached[layer + 1 :])
   return jax.lax.dynamic_update_index_in_dim(cached, layer_array, layer, 0)
-
-
-def at_layer(
-  cached: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N _ D'], ...],
-  layer: int | Int[Array, ''],
-) -> Float[Array, 'B N _ D']:
-  """One layer's keys or values; `layer` is an int where `cached` is a tuple."""
-  if isinstance(cached, tuple):
-    return cached[layer]
-  return jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)

@@ -1,20 +1,18 @@
 """Scaled dot-product attention within segments, fused if the platform can."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import PartitionSpec
 
 from moe_jax.errors import InputError
 from moe_jax.kernels.cpu import add_to_each
 from moe_jax.layers.attention import blockwise
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
-from moe_jax.partitioning import MESH_AXES, spread
+from moe_jax.parallel.heads import on_rows_and_heads
 from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
@@ -268,7 +266,7 @@ def splash(
     y = cast(Array, jax.vmap(row)(q, k, v, segment_ids))
     return y.swapaxes(1, 2)
 
-  return _on_each_device(local, query, key, value, ids, sinks)
+  return on_rows_and_heads(local, query, key, value, ids, sinks)
 
 
 def _splash_kernel(T, H, keys, interpret):
@@ -288,29 +286,3 @@ def _splash_kernel(T, H, keys, interpret):
     block_sizes=splash_attention.BlockSizes(**sides),
     interpret=interpret,
   )
-
-
-def _on_each_device(f, query, key, value, segment_ids, sinks):
-  """The result of f, each device computing its own rows and heads.
-
-  A compiler could not split a kernel itself. Rows or heads that do not divide
-  by their mesh axes are computed whole on each device.
-  """
-  axis_sizes = spread(query)
-  if not axis_sizes:
-    return f(query, key, value, segment_ids, sinks)
-  *row_axes, head_axis = MESH_AXES
-  row_axes = tuple(name for name in row_axes if name in axis_sizes)
-  if query.shape[0] % math.prod(axis_sizes[name] for name in row_axes):
-    row_axes = ()
-  if head_axis not in axis_sizes or key.shape[2] % axis_sizes[head_axis]:
-    head_axis = None
-  heads_spec = PartitionSpec(row_axes or None, None, head_axis, None)
-  ids_spec = PartitionSpec(row_axes or None, None)
-  return jax.shard_map(
-    f,
-    mesh=jax.typeof(query).sharding.mesh,
-    in_specs=(*[heads_spec] * 3, ids_spec, PartitionSpec(head_axis)),
-    out_specs=heads_spec,
-    check_vma=False,
-  )(query, key, value, segment_ids, sinks)

@@ -75,7 +75,7 @@ def masked_softmax(
 
 
 def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:
-  """The numbers that hide keys from scores: 0 if visible, else the least.
+  """The numbers that hide keys from scores: 0 if visible, else the least float.
 
   A selection (`where`) would keep the mask, as large as the scores, for the
   backward pass, although the gradient of hidden scores is zero anyway.

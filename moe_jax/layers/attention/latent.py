@@ -192,10 +192,10 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1), value
 
   def _attend_slots(self, attention, query, key, value):
-    """Few queries attend to short vectors [B, 1, S, R + r] without expansion.
+    """The result of attention to short vectors [B, 1, S, R + r].
 
-    The kernel of the keys then multiplies the queries, and the kernel of the
-    values multiplies the sums of vectors.
+    Few queries do not expand the vectors: the kernel of the keys multiplies the
+    queries, and the kernel of the values multiplies the sums of vectors.
     """
     c = self.options
     if not c.absorbs(query.shape[1]):

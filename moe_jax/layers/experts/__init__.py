@@ -17,12 +17,12 @@ from moe_jax.layers.experts.dispatch_options import Sorted as Sorted
 from moe_jax.layers.experts.experts import ROLE as ROLE
 from moe_jax.layers.experts.experts import ExpertOptions, FeedForwardExpert
 from moe_jax.layers.experts.experts import ModuleExpert as ModuleExpert
+from moe_jax.layers.experts.experts import (
+  SharedExpertOptions as SharedExpertOptions,
+)
 from moe_jax.layers.experts.experts import Twin as Twin
 from moe_jax.layers.experts.experts import apply_experts as apply_experts
 from moe_jax.layers.experts.quantized_experts import QuantizedExpert
-from moe_jax.layers.experts.shared_expert import (
-  SharedExpertOptions as SharedExpertOptions,
-)
 from moe_jax.parallel.exchange import EXCHANGES
 from moe_jax.parallel.ragged import RAGGED_EXCHANGES
 

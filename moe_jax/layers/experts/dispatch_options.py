@@ -7,7 +7,7 @@ between devices.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moe_jax.config import Options, choice, option
 from moe_jax.kernels.grouped_products import AUTO, BACKENDS
@@ -27,6 +27,9 @@ class Dispatch(Options):
   """The base of the options of dispatches.
 
   Attributes:
+    exchange: The exchange of rows between devices, an `Exchange` or a
+      `RaggedExchange`.
+    shadowing: The experts that are sent to all devices.
     by_slot: Whether every expert has equally many rows, filled or not.
     by_mask: Whether tokens move by a product with a mask of all slots.
     drops: Whether a capacity that binds may drop choices.
@@ -36,12 +39,8 @@ class Dispatch(Options):
   by_mask: ClassVar[bool] = False
   drops: ClassVar[bool] = True
 
-  def leak(self) -> str | None:
-    """The reason why later tokens change earlier outputs; None if they do not.
-
-    The text is a clause with the reason and an alternative.
-    """
-    return None
+  exchange: Any
+  shadowing: Shadowing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +60,6 @@ class Gather(Dispatch):
     'split over several; it has no effect on one device.',
   )
   shadowing: Shadowing = _SHADOWING
-
-  def leak(self):
-    """The reason why later tokens change earlier outputs, or None.
-
-    They do where the exchange drops rows and experts are shadowed: the choices
-    of all tokens decide which experts are shadowed, and so which rows may drop.
-    """
-    fraction = self.exchange.capacity_fraction
-    if fraction == 1.0 or not self.shadowing.experts:
-      return None
-    return (
-      f"the dispatch's exchange.capacity_fraction={fraction} drops rows that "
-      f'shadowing.experts={self.shadowing.experts} may spare, as all tokens '
-      'decide, so that later tokens change earlier outputs; use '
-      'capacity_fraction=1.0'
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,21 +94,6 @@ class Dropless(Dispatch):
     'over several; it has no effect on one device.',
   )
   shadowing: Shadowing = _SHADOWING
-
-  def leak(self):
-    """The reason why later tokens change earlier outputs, or None.
-
-    They do where the buffers of the exchange are too small for all rows: the
-    rows of a device's last experts drop first, whichever tokens they are of.
-    """
-    fraction = self.exchange.capacity_fraction
-    if fraction == 1.0:
-      return None
-    return (
-      f"the dispatch's exchange.capacity_fraction={fraction} drops the rows of "
-      'the last experts of a device first, so that later tokens change earlier '
-      'outputs; use capacity_fraction=1.0'
-    )
 
 
 @dataclasses.dataclass(frozen=True)

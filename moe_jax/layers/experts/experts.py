@@ -3,6 +3,7 @@
 An expert's options give the module that applies E of them to groups of tokens:
 the module makes parameters, and the function moves tokens to their experts as
 the options of the dispatch say, multiplies, and sums outputs by their gates.
+Every token also meets the shared expert, if a layer has one.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from flax import linen as nn
 
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
+from moe_jax.kernels.kernel_format import KernelFormat
+from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.experts.dispatch_options import (
@@ -25,17 +28,18 @@ from moe_jax.layers.experts.dispatch_options import (
   Dropless,
   Gather,
 )
-from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows
-from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
-from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.layout import Layout, layout_of
 from moe_jax.parallel.slot_exchange import StackedExperts, exchange_slots
+from moe_jax.parallel.sorted_exchange import SortedExperts, exchange_sorted
 from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.shapes import Array, Float, PRNGKey, checked, type_text
 
 # The role of the parameters of experts.
 ROLE = 'expert'
+# The name of the shared expert's module, and the role of its parameters.
+SHARED_EXPERT = 'shared_expert'
 
 
 def apply_experts(
@@ -71,15 +75,31 @@ def apply_experts(
     return few_tokens.apply_one_by_one(ffn, fold, x, routing), None
   if isinstance(dispatch, few_tokens.Batched) and few_tokens.are_few(x):
     return few_tokens.apply_all_experts(ffn, params, x, routing), None
+  E, M, dtype = routing.num_experts, x.shape[-1], ffn.shared.dtype
+  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, jnp.dtype(dtype))
   if isinstance(dispatch, Dropless):
-    key = next_key()
-    return apply_to_sorted_rows(ffn, params, x, routing, dispatch, layout, key)
+    products = functools.partial(ffn.compute_sorted, backend=dispatch.backend)
+    by_row = SortedExperts(products, params, axes, sizes)
+    x, key = x.astype(dtype), next_key()
+    if layout is None:
+      return by_row.summed(params, x, routing, key), None
+    if ffn.use_bias:
+      # A bias that each device added to its part of F would count several
+      # times.
+      layout = dataclasses.replace(layout, hidden=())
+    return exchange_sorted(
+      by_row,
+      x,
+      routing,
+      layout=layout,
+      exchange=dispatch.exchange,
+      shadowing=dispatch.shadowing,
+      key=key,
+    )
 
   def compute(params, rows):
     return ffn.compute(params, rows, lambda h: ffn.dropped(h, next_key()))
 
-  E, M = routing.num_experts, x.shape[-1]
-  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, x.dtype)
   experts = StackedExperts(compute, params, axes, sizes)
   return _apply_in_slots(experts, x, routing, dispatch, layout)
 
@@ -367,3 +387,67 @@ def _as_rows(name: str, y: Any, rows: Array) -> Array:
       'expert returns rows [R, M] of the same shape'
     )
   return y.astype(rows.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExpertOptions(Options):
+  """Options of the expert that serves every token of a sparse layer."""
+
+  hidden: int = option(
+    0,
+    'Width of the hidden layer of the shared expert, which has the activation '
+    'and the dropout of the other experts. Several shared experts are one of '
+    "their widths together (DeepSeek checkpoints' n_shared_experts times "
+    'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE); 0: '
+    'there is none.',
+    minimum=0,
+  )
+  gated: bool = option(
+    False,
+    "Whether the shared expert's output for a token is multiplied by the "
+    'sigmoid of a learned product with the token (Qwen2-MoE).',
+  )
+
+  def problems(self) -> Iterator[str]:
+    if not self.hidden:
+      yield from self.in_vain('unless hidden is at least 1')
+
+  def shrunk(self) -> Self:
+    return dataclasses.replace(self, hidden=40 if self.hidden else 0)
+
+
+class SharedExpert(nn.Module):
+  """A feed-forward for every token, times the sigmoid of a gate if it has one.
+
+  Its output is added to that of the chosen experts (section 3.2 of
+  arXiv:2401.06066), so that several shared experts are the same as one expert
+  whose width is the sum of theirs.
+
+  Attributes:
+    options: The options of the expert.
+    twin: The feed-forward layer that the expert is.
+    shared: The settings that all layers of the model share.
+  """
+
+  options: SharedExpertOptions
+  twin: Twin
+  shared: Shared = Shared()
+
+  @nn.compact
+  @checked
+  def __call__(
+    self, x: Float[Array, 'B T M'], train: bool = False
+  ) -> Float[Array, 'B T M']:
+    """Returns the expert's output for every token; dropout only if `train`."""
+    ffn, dropout = self.twin
+    dtype = self.shared.dtype
+    layer = FeedForward(ffn, self.shared, dropout, SHARED_EXPERT, name='ffn')
+    y = layer(x.astype(dtype), train)
+    if not self.options.gated:
+      return y
+    init = parameters.kernel(self.shared, ('embed', None), role=SHARED_EXPERT)
+    w = self.param('w_gate', init, (x.shape[-1], 1), self.shared.param_dtype)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    w, precision = w.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    logit = rows_matmul(rows, w, precision).reshape(*x.shape[:-1], 1)
+    return y * jax.nn.sigmoid(logit).astype(dtype)

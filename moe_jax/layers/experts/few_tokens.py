@@ -36,7 +36,7 @@ class Unrolled(Dropless):
 
 @dataclasses.dataclass(frozen=True)
 class Batched(Dropless):
-  """The dispatch of few tokens to all experts; of many tokens as `Dropless`."""
+  """The dispatch that gives few tokens to all experts, and sorts many."""
 
 
 def are_few(x: Float[Array, 'G S M']) -> bool:
@@ -136,7 +136,11 @@ def fold_unrolled(
   step: Callable[[int, Any, Array], Array],
   y: Float[Array, 'N M'],
 ) -> Float[Array, 'N M']:
-  """The fold of `apply_one_by_one` over experts with arrays of their own."""
+  """Takes y = step(e, p, y) for each used expert e, if experts have own arrays.
+
+  This is the argument `fold` of `apply_one_by_one`, given the parameters p of
+  each expert.
+  """
   for e, p in enumerate(experts):
     y = jax.lax.cond(
       used[e], lambda p, y, e=e: step(e, p, y), lambda p, y: y, p, y

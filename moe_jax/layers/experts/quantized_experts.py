@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import option
+from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.layers.experts.dispatch_options import SCOPE, Dispatch
 from moe_jax.layers.experts.experts import FeedForwardExpert
 from moe_jax.layers.experts.few_tokens import apply_one_by_one
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Parameter
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import AnyRouting

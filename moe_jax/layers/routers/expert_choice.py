@@ -8,14 +8,9 @@ every token.
 import dataclasses
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-
 from moe_jax import routing
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing.given_choice_rule import OPEN, GivenChoices
-from moe_jax.shapes import Array, Bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +58,6 @@ class ExpertChoiceRouter(contract.Router):
         logits, capacity=capacity, mask=mask, taken_by=may_take
       )
 
-    may_take = taken_by(given, self.sizes.num_experts)
+    may_take = given and given.may_take(self.sizes.num_experts)
     chosen = on_each_device(choose, (logits, mask, may_take))
     return chosen, steps.slot_aux(self, chosen, logits, mask)
-
-
-def taken_by(
-  given: GivenChoices | None, num_experts: int
-) -> Bool[Array, 'G S E'] | None:
-  """Whether each expert may take each token; None where no choice is imposed.
-
-  An expert may take the tokens that are imposed on it, and takes all of them.
-  Every expert may take a token all of whose choices are open.
-  """
-  if given is None:
-    return None
-  chosen = jax.nn.one_hot(given.expert, num_experts, dtype=jnp.bool_)
-  return chosen.any(2) | (given.expert == OPEN).all(2, keepdims=True)

@@ -20,9 +20,7 @@ from moe_jax.layers import parameters
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import shazeer_rules
-from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z
 from moe_jax.routing.dispatch import sorted_rows
-from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
 from moe_jax.shapes import Array, Float32
 
@@ -128,9 +126,6 @@ class HierarchicalRouter(contract.Router):
 
   `w` and `w_noise` are the kernels of the primary gate, which is over branches;
   `w_branch` and `w_branch_noise` [a, M, b] are those of the gates in branches.
-  The paper has no balance loss for two levels. Entropy, squared logits and
-  z-loss are the primary gate's plus those of the chosen branches, weighted by
-  the primary gate.
   """
 
   options: Hierarchical
@@ -155,10 +150,10 @@ class HierarchicalRouter(contract.Router):
       mask=mask,
       slot_priority=self.options.slot_priority,
     )
-    return chosen, _aux(chosen, gate, branch, expert, mask)
+    return chosen, shazeer_rules.levels_aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
-    """The logits of the primary gate, without noise and with it."""
+    """The logits of the primary gate, [G, S, a], without and with noise."""
     axes, size = ('embed', None), level.num_experts
     clean = steps.product(self, 'w', self._init(axes), x, size)
     if not self.options.noisy:
@@ -196,23 +191,7 @@ class HierarchicalRouter(contract.Router):
     return routing.noisy_logits(clean, std, key)
 
 
-class _Level(NamedTuple):
-  """The decisions of one level, for N tokens or N choices of branches.
-
-  Attributes:
-    clean: float32 [G, N, E], the logits without noise.
-    index: int32 [G, N, K], the chosen branches or experts.
-    gate: float32 [G, N, K], the weights of `index`, before drops.
-    probability: float32 [G, N, E], P of `load_probability`; None without noise.
-  """
-
-  clean: Array
-  index: Array
-  gate: Array
-  probability: Array | None
-
-
-def _level(sizes, clean, noise) -> _Level:
+def _level(sizes, clean, noise) -> shazeer_rules.GateLevel:
   E, K, gates = sizes
   logits = clean if noise is None else noise.noisy
   best = steps.largest(logits, min(K + 1, E))
@@ -220,7 +199,7 @@ def _level(sizes, clean, noise) -> _Level:
   if noise is not None:
     probability = routing.load_probability(noise, K, best)
   gate = routing.choice_gates(logits, index, gates)
-  return _Level(clean, index, gate, probability)
+  return shazeer_rules.GateLevel(clean, index, gate, probability)
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
@@ -234,32 +213,3 @@ def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   with jax.default_matmul_precision('highest'):
     logits = grouped_matmul(rows, w, chosen.rows_per_expert())
   return sorted_rows.combine(logits, chosen)
-
-
-def _aux(chosen, gate, branch, expert, mask) -> routing.MoeAux:
-  """The losses and statistics, as sums over real tokens."""
-  index, E = chosen.expert_index, chosen.num_experts
-  importance = routing.importance_loss(gate, index, mask, E)
-  load = jnp.zeros(len(mask), jnp.float32)
-  if branch.probability is not None:
-    probability = expert.probability.reshape(*branch.index.shape, -1)
-    expected_load = shazeer_rules.hierarchical_load(
-      branch.probability, probability, branch.index, mask
-    )
-    load = cv_squared(expected_load)
-
-  def summed(per_token):
-    return shazeer_rules.over_levels(
-      per_token, branch.clean, branch.gate, expert.clean, mask
-    )
-
-  losses = {
-    'z_loss': summed(token_z),
-    'importance_loss': over_groups(importance, mask),
-    'load_loss': over_groups(load, mask),
-  }
-  stats = routing.routing_stats(chosen, None, mask)._replace(
-    entropy=jax.lax.stop_gradient(summed(token_entropy)),
-    logit_square=jax.lax.stop_gradient(summed(token_square)),
-  )
-  return routing.MoeAux(losses, stats, routing.no_exchange())

@@ -15,11 +15,7 @@ from moe_jax.config import option
 from moe_jax.layers import parameters
 from moe_jax.layers.routers import contract, steps
 from moe_jax.routing.capacity import CAPACITIES
-from moe_jax.routing.soft_rule import soft_routing
-from moe_jax.shapes import Array, Float32
-
-# A vector whose squared length is below this number is not made of unit length.
-_LEAST = 1e-12
+from moe_jax.routing.soft_rule import soft_logits, soft_routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +73,6 @@ class SoftRouter(contract.Router):
     )
     w = self.param('w', kernel, (M, E, p), jnp.float32)
     init = parameters.scale((None,), role=steps.ROLE)
-    scale = self.param('scale', init, (1,), jnp.float32)[:, None, None]
-    x = of_unit_length(x.astype(jnp.float32), -1)
-    w = scale * of_unit_length(w, 0)
-    logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
-    chosen = soft_routing(logits, mask)
+    scale = self.param('scale', init, (1,), jnp.float32)
+    chosen = soft_routing(soft_logits(x, w, scale), mask)
     return chosen, steps.choice_aux(self, {}, chosen, None, mask)
-
-
-def of_unit_length(x: Float32[Array, '*N'], axis: int) -> Float32[Array, '*N']:
-  """The vectors along an axis, divided by their lengths; 0 stays 0."""
-  square = (x**2).sum(axis, keepdims=True)
-  return x / jnp.sqrt(jnp.maximum(square, _LEAST))

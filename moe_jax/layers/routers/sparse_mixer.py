@@ -10,6 +10,7 @@ from typing import ClassVar
 from moe_jax import routing
 from moe_jax.config import option
 from moe_jax.layers.routers import contract, shared_options, steps
+from moe_jax.routing.aux_losses import choice_losses
 from moe_jax.routing.sparse_mixer_rule import sparse_mixer
 
 
@@ -76,7 +77,7 @@ class SparseMixerRouter(contract.Router):
       slot_priority=o.slot_priority,
       given=given,
     )
-    losses = steps.choice_losses(
+    losses = choice_losses(
       logits, index, gate, mask, o.balance_choices, o.balance_scores
     )
     losses |= steps.scope_losses(self, logits, index, mask)

@@ -5,7 +5,6 @@ whatever the model's dtype (Table 2 of arXiv:2101.03961).
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,12 +17,17 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers import contract
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing import aux_losses
-from moe_jax.routing.aux_losses import over_groups
+from moe_jax.routing.aux_losses import (
+  balance_of_rows,
+  balance_probs,
+  choice_losses,
+  cv_squared,
+  over_groups,
+)
 from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.token_choice_rule import choice_problems
-from moe_jax.shapes import Array, Bool, Float, Float32, Int32, checked
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
 # Functions that round float32 numbers to the precision of a type, by the type's
 # name. The rounded numbers, and all that is computed from them, stay float32.
@@ -261,56 +265,12 @@ def slot_aux(
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
   """The losses and statistics of a router whose experts choose tokens."""
-  importance = aux_losses.cv_squared(chosen.gate.sum(-1))
+  importance = cv_squared(chosen.gate.sum(-1))
   losses = {
     'z_loss': over_groups(routing.z_loss(logits, mask), mask),
     'importance_loss': over_groups(importance, mask),
   }
   return choice_aux(module, losses, chosen, logits, mask)
-
-
-@checked
-def choice_losses(
-  logits: Float32[Array, 'G S E'],
-  expert_index: Int32[Array, 'G S K'],
-  gate: Float32[Array, 'G S K'],
-  mask: Bool[Array, 'G S'],
-  balance_choices: str,
-  balance_scores: str = 'softmax',
-) -> dict[str, Float32[Array, '']]:
-  """The balance loss, the z-loss and the importance loss of tokens' choices.
-
-  Args:
-    logits: The logits without noise, of which balance loss and z-loss are made.
-    expert_index: The chosen experts.
-    gate: The gates of the choices, as if all were served.
-    mask: False for padding.
-    balance_choices: The choices that the balance loss counts.
-    balance_scores: The probabilities of the balance loss; see `balance_probs`.
-  """
-  E, probs = logits.shape[-1], balance_probs(logits, balance_scores)
-  balance = routing.balance_loss(probs, expert_index, mask, balance_choices)
-  importance = routing.importance_loss(gate, expert_index, mask, E)
-  return {
-    'balance_loss': over_groups(balance, mask),
-    'z_loss': over_groups(routing.z_loss(logits, mask), mask),
-    'importance_loss': over_groups(importance, mask),
-  }
-
-
-def balance_probs(
-  logits: Float32[Array, '*G E'], scores: str
-) -> Float32[Array, '*G E']:
-  """The probabilities whose means the balance loss multiplies with loads.
-
-  Args:
-    logits: The logits.
-    scores: 'softmax' over experts, or 'sigmoid': the sigmoid of each logit,
-      divided by the sum of all sigmoids of the token.
-  """
-  if scores == 'sigmoid':
-    logits = jax.nn.log_sigmoid(logits)
-  return jax.nn.softmax(logits)
 
 
 def scope_losses(
@@ -330,24 +290,17 @@ def scope_losses(
   """
   o, (G, S) = module.options, mask.shape
   T = module.sizes.row_length or S
-  rows_of = {
+  rows = {
     'sequence_balance_loss': 1,
     'batch_balance_loss': o.batch_balance_rows,
     'global_balance_loss': -(-G * S // T),
   }
-  losses, weights = dict.fromkeys(rows_of, jnp.float32(0)), o.loss_weights()
-  rows_of = {name: rows for name, rows in rows_of.items() if weights[name]}
-  if not rows_of:
+  losses, weights = dict.fromkeys(rows, jnp.float32(0)), o.loss_weights()
+  rows = {name: count for name, count in rows.items() if weights[name]}
+  if not rows:
     return losses
-  # Tokens are cut into parts, each of which lies in one row and in one group.
-  unit, probs = math.gcd(S, T), balance_probs(logits, o.balance_scores)
-  sums = aux_losses.balance_sums(
-    probs, expert_index, mask, unit, o.balance_choices
-  )
-  return losses | {
-    name: aux_losses.balance_of_parts(sums, rows * T // unit)
-    for name, rows in rows_of.items()
-  }
+  probs, choices = balance_probs(logits, o.balance_scores), o.balance_choices
+  return losses | balance_of_rows(probs, expert_index, mask, T, rows, choices)
 
 
 def scope_problems(options: Any, sizes: contract.Sizes) -> Iterator[str]:

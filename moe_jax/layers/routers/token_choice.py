@@ -17,6 +17,7 @@ from moe_jax.config import option
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import balance_bias
+from moe_jax.routing.aux_losses import choice_losses
 from moe_jax.routing.limited_rules import (
   GROUP_SCORES,
   OUTSIDE,
@@ -227,7 +228,7 @@ class TokenChoiceRouter(contract.Router):
       **steps.queue_options(self, train),
     )
     gate = self.gates(logits, index)
-    losses = steps.choice_losses(
+    losses = choice_losses(
       logits, index, gate, mask, o.balance_choices, o.balance_scores
     )
     counted = steps.largest(logits, K) if o.keeps_state else index

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers.attention.cache import KVCache, at_layer
+from moe_jax.layers.attention.cache import KVCache
 
 L, B, N, S, D = 3, 2, 1, 5, 4
 
@@ -35,7 +35,7 @@ def test_rows_of_unequal_length_share_their_slots(stacked):
     cache.filled, [[1, 1, 1, 1, 0], [0, 0, 1, 1, 0]]
   )
   np.testing.assert_array_equal(cache.next_position, [4, 2])
-  cached_keys = np.asarray(at_layer(cache.key, layer))  # [B, N, S, D]
+  cached_keys = np.asarray(cache.slots(layer).key)  # [B, N, S, D]
   np.testing.assert_array_equal(cached_keys[:, :, :3], keys.swapaxes(1, 2))
   np.testing.assert_array_equal(cached_keys[:, 0, 3], keys[:, 0, 0] + 100)
   assert not cached_keys[:, :, 4].any()
@@ -110,7 +110,7 @@ def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
       np.testing.assert_array_equal(filled[:, slot], expected)
       if token >= 0:
         assert key[0, 0, slot, 0] == token + 1
-    cached_keys = np.asarray(at_layer(cache.key, layer))
+    cached_keys = np.asarray(cache.slots(layer).key)
     assert cached_keys.shape == (B, N, length, D)
     for token in range(max(stop - length, 0), stop):
       assert cached_keys[0, 0, token % length, 0] == token + 1

@@ -12,6 +12,12 @@ from flax import linen as nn
 
 from moe_jax.config import OptionError
 from moe_jax.kernels.cpu import FEW_TOKENS
+from moe_jax.kernels.kernel_format import (
+  FORMATS,
+  TERNARY,
+  KernelFormat,
+  fill_up,
+)
 from moe_jax.layers import (
   Dropless,
   Einsum,
@@ -22,7 +28,6 @@ from moe_jax.layers import (
   Shared,
 )
 from moe_jax.layers.experts import QuantizedExpert
-from moe_jax.layers.kernel_format import FORMATS, TERNARY, KernelFormat, fill_up
 from moe_jax.layers.routers import Soft
 from moe_jax.routing.capacity import All, PerAssignment
 

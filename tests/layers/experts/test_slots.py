@@ -28,7 +28,6 @@ from moe_jax.layers import (
   Sorted,
 )
 from moe_jax.layers.experts.experts import FeedForwardExperts, apply_experts
-from moe_jax.layers.experts.sorted_rows import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
 from moe_jax.routing import Routing
@@ -284,7 +283,7 @@ def test_sorted_rows_meet_the_expert_of_their_group(
   live = (jnp.arange(len(rows)) < sum(SIZES))[:, None]
 
   def loss(params, rows):
-    y = sorted_feed_forward(layer, params, rows, sizes, backend)
+    y = layer.compute_sorted(params, rows, sizes, backend=backend)
     y = jnp.where(live, y, 0)
     return (y * target).sum(), y
 
@@ -316,7 +315,7 @@ def test_dropout_of_sorted_rows():
 
   @jax.jit
   def run(key=None):
-    return sorted_feed_forward(layer, params, rows, sizes, 'auto', key)
+    return layer.compute_sorted(params, rows, sizes, key)
 
   plain = run()
   mean = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)

@@ -8,8 +8,8 @@ import pytest
 from moe_jax import All, PerToken
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
-from moe_jax.layers.routers.sentence import sentence_ids, sentence_means, spread
 from moe_jax.models.base import RunShape
+from moe_jax.routing.sentence_rule import sentence_ids, sentence_means, spread
 from tests.layers.routers import run
 from tests.models import tiny
 

@@ -6,8 +6,8 @@ import pytest
 
 from moe_jax import All, PerToken, TokenChoice
 from moe_jax.config import fields_of
+from moe_jax.finetuning.meaning import difference
 from moe_jax.layers.routers import ROUTERS, Hierarchical
-from moe_jax.models.meaning import difference
 from tests.models import tiny
 
 

@@ -24,8 +24,6 @@ from moe_jax.shapes import Array, Float, Float32, Int8, UInt8, checked
 BITS = {'int8': 8, 'int4': 4, 'int2': 2}
 TERNARY = 'ternary'
 FORMATS = (*BITS, TERNARY)
-
-
 # Arrays [*E, 1, O] by name, which say what number each code of a kernel
 # [*E, I, O] stands for.
 Grid = Mapping[str, Array]
@@ -66,7 +64,7 @@ class StoredArray(NamedTuple):
   Attributes:
     shape: The shape of the array.
     dtype: The type of the array.
-    form: The use of the array, as in `parameters.Role`.
+    form: The use of the array, as in `layers.parameters.Role`.
   """
 
   shape: tuple[int, ...]

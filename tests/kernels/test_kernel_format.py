@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import kernel_format
-from moe_jax.layers.kernel_format import BITS, KernelFormat
+from moe_jax.kernels import kernel_format
+from moe_jax.kernels.kernel_format import BITS, KernelFormat
 from tests import reference
 
 E, I, O = 2, 9, 5
