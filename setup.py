@@ -31,7 +31,6 @@ TEST = [
   'pytest>=8.0',
   'pytest-xdist>=3.5',
   'ruff>=0.6',
-  'scipy>=1.11',
   'setuptools>=77',
   SLURM,
   TRANSFORMERS,
@@ -130,6 +129,7 @@ setup(
     'rich>=13.0',
     'sacrebleu>=2.4',
     'safetensors>=0.4.5',
+    'scipy>=1.11',
     'sentencepiece>=0.2.1',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.7',
@@ -157,6 +157,6 @@ setup(
     'trackers': ['mlflow-skinny>=3', 'wandb>=0.19'],
     'colab': [*NOTEBOOK, DIGITS],
     'slurm': [SLURM],
-    'experiments': [DIGITS, DJANGO, 'scipy>=1.11', TORCH, TRANSFORMERS],
+    'experiments': [DIGITS, DJANGO, TORCH, TRANSFORMERS],
   },
 )

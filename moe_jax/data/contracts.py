@@ -73,6 +73,9 @@ class Tokenizer(abc.ABC):
     super().__init_subclass__(**more)
     cls.kind = kind or f'{cls.__module__}:{cls.__qualname__}'
     _SAVED[cls.kind] = cls
+    # A class that changes how a text is encoded changes it for batches, too.
+    if 'encode' in vars(cls) and 'encode_batch' not in vars(cls):
+      cls.encode_batch = Tokenizer.encode_batch
 
   # A subclass may set these attributes itself, in place of the properties.
 

@@ -62,8 +62,6 @@ def write_piece(
     ValueError: A text is no text, or an id is not in the vocabulary.
   """
   dtype, digest, split_before = _dtype(tokenizer), Digest(), ''
-  documents_end = streams == DOCUMENTS and tokenizer.eos_id is not None
-  end = np.array([tokenizer.eos_id] if documents_end else [], dtype)
   counts = {split: collections.Counter() for split in SPLITS}
   waiting = {split: [] for split in SPLITS}  # texts that have no tokens yet
 
@@ -74,9 +72,11 @@ def write_piece(
     if kept:
       counts[split]['texts'] += len(kept)
     for stream, side in zip(streams, zip(*kept)):
-      parts = [part for text_ids in side for part in (text_ids, end)]
-      tokens = _checked(np.concatenate(parts), tokenizer)
-      lengths = np.array([len(text_ids) + len(end) for text_ids in side])
+      tokens = _checked(np.concatenate(side), tokenizer)
+      lengths = np.array([len(ids) for ids in side])
+      if streams == DOCUMENTS and tokenizer.eos_id is not None:
+        tokens = np.insert(tokens, lengths.cumsum(), tokenizer.eos_id)
+        lengths += 1
       files[split, stream, 'tokens'].write(tokens.astype(dtype).tobytes())
       files[split, stream, 'lengths'].write(lengths.astype('uint32').tobytes())
       counts[split][stream] += tokens.size

@@ -155,7 +155,7 @@ def test_a_folder_of_a_run(tmp_path):
   assert not problems
   assert 'going on with another config: seed: 0 -> 3' in text
   names = {path.name for path in tmp_path.iterdir()}
-  assert names == {workdir.CONFIG, workdir.CONFIG_SHA256}
+  assert names == {workdir.CONFIG, workdir.CONFIG_SHA256, workdir.CONFIG_PY}
   folders.write(tmp_path / 'run', steps=(3,))
   shorter = tiny.options(total_steps=2)
   _, (problem,) = report(shorter, tmp_path / 'run', resume=True)
