@@ -72,12 +72,12 @@ def write_piece(
     if kept:
       counts[split]['texts'] += len(kept)
     for stream, side in zip(streams, zip(*kept)):
-      tokens = _checked(np.concatenate(side), tokenizer)
+      tokens = _checked(np.concatenate(side), tokenizer).astype(dtype)
       lengths = np.array([len(ids) for ids in side])
       if streams == DOCUMENTS and tokenizer.eos_id is not None:
         tokens = np.insert(tokens, lengths.cumsum(), tokenizer.eos_id)
         lengths += 1
-      files[split, stream, 'tokens'].write(tokens.astype(dtype).tobytes())
+      files[split, stream, 'tokens'].write(tokens.tobytes())
       files[split, stream, 'lengths'].write(lengths.astype('uint32').tobytes())
       counts[split][stream] += tokens.size
 

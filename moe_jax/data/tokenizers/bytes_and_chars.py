@@ -88,10 +88,10 @@ class Chars(Tokenizer, kind='chars'):
       missing = sorted({*text} - self._ids.keys())
     examples = ', '.join(map(repr, missing[:_NAMED]))
     more = f' and {len(missing) - _NAMED} more' * (len(missing) > _NAMED)
+    noun = f'{len(missing)} characters' if len(missing) > 1 else 'character'
     raise InputError(
-      f'{len(missing)} of the characters are not in the vocabulary of '
-      f'{self.vocab_size} characters: {examples}{more}. The vocabulary has '
-      'those of the corpus that it was made of; replace them in '
+      f'{noun} {examples}{more} not in the vocabulary of {self.vocab_size} '
+      'characters, those of the corpus that it was made of; replace them in '
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
     )
 
