@@ -79,7 +79,7 @@ class LayerStack:
   def of_blocks(
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
-    """The description of a stack of blocks, in the loops it is compiled to."""
+    """The description of a stack of blocks, compiled to loops over layers."""
     layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):

@@ -1,4 +1,4 @@
-"""The arrays of single sparse layers, and models with other arrays in them.
+"""The arrays of single sparse layers, and models with some arrays replaced.
 
 Merging, pruning and exports read a model layer by layer and build a model with
 fewer experts, or with copies of experts. Arrays are told apart by their roles

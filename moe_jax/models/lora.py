@@ -84,7 +84,7 @@ class _Kernel(NamedTuple):
   Attributes:
     shape: The shape of the kernel.
     axes: The logical names of its dimensions.
-    role: The role of the kernel.
+    role: The part of the model that the kernel belongs to, and its use there.
     stacked: The number of leading dimensions that stack kernels.
     inputs: The number of dimensions that are contracted with activations.
   """
@@ -155,7 +155,7 @@ class Adapters:
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
     """The parameters with new factors: A is drawn, B is zero.
 
-    The variance of A is that of a kernel, one over the size of its inputs.
+    The variance of A is 1 / I for a kernel of I inputs, as that of a kernel.
 
     Args:
       params: The model's parameters, without factors.

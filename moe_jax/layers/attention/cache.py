@@ -140,7 +140,9 @@ class KVCache(flax.struct.PyTreeNode):
   def follow(
     self, tokens: Int[Array, 'B T'], token_mask: Bool[Array, 'B T']
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
-    """Keeps the newest tokens; also returns the token before each, or -1.
+    """Keeps each row's newest token id; also returns the id before each token.
+
+    The id before the first token of a row is -1.
 
     Padding may stand only in front of the new tokens.
     """

@@ -105,7 +105,7 @@ class Causality(NamedTuple):
 
   Attributes:
     leak: The reason why later tokens change earlier outputs, a clause that ends
-      in an alternative; None if they do not.
+      with what to choose instead; None if they do not.
     drops: Whether a choice can be dropped because its expert is full.
     undecodable: The reason why tokens cannot be routed one by one, as they are
       generated; None if they can.
@@ -216,7 +216,8 @@ class RouterOptions(Options):
       state: The module's variables before the step; the variables of several
         layers may be stacked.
       load: The number of choices of each expert in the whole batch, before
-        drops. Zeros may follow the router's experts.
+        drops. Zeros follow those of the router's experts where other layers
+        have more experts.
       rate: The amount by which a step changes the variables; None: the option's
         value. It may be an array that is an argument of the compiled step.
     """

@@ -21,7 +21,7 @@ LOAD = 'load'
 
 @dataclasses.dataclass(frozen=True)
 class NoisyTopK(contract.RouterOptions):
-  """The options of noisy top-K gating; the paper's gates are renormalised."""
+  """The options of noisy top-K gating; the paper has gates 'renormalized'."""
 
   takes_choices: ClassVar[bool] = True
   has_columns: ClassVar[bool] = True

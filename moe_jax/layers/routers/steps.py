@@ -1,7 +1,7 @@
 """The steps that several routers share, as functions of a router's module.
 
-They compute logits, choices, losses and statistics. All numbers are float32
-whatever the model's dtype (Table 2 of arXiv:2101.03961).
+The functions compute logits, choices, losses and statistics. All numbers are
+float32 whatever the model's dtype (Table 2 of arXiv:2101.03961).
 """
 
 import functools
@@ -52,7 +52,7 @@ EXPERTS_CHOOSE = (
 def jittered(
   module: contract.Router, x: Float[Array, 'G S M'], jitter: float, train: bool
 ) -> Float32[Array, 'G S M']:
-  """The input x in float32, in training with noise of the size `jitter`."""
+  """The input x in float32; in training times U(1 - jitter, 1 + jitter)."""
   x = x.astype(jnp.float32)
   if train and jitter > 0:
     low, high = 1.0 - jitter, 1.0 + jitter
@@ -153,7 +153,7 @@ def with_linear_gates(
   clean: Float32[Array, 'G S E'] | None = None,
   **queue: Any,
 ) -> tuple[routing.Routing, routing.MoeAux]:
-  """The routing of choices by logits, with the losses of `choice_losses`.
+  """The routing of choices that logits made, and its losses and statistics.
 
   Args:
     module: The router, whose options have `gates` and `balance_choices`.

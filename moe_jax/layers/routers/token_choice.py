@@ -1,8 +1,9 @@
 """Token choice: each token chooses the K experts of its largest logits.
 
 Switch (https://arxiv.org/abs/2101.03961), GShard, ST-MoE, Mixtral, Loss-Free
-Balancing, OLMoE, Qwen3-MoE and DeepSeek-V2 and V3 are settings of its options.
-The rules are `moe_jax.routing.token_choice_rule` and `limited_rules`.
+Balancing, OLMoE, Qwen3-MoE and DeepSeek-V2 and V3 are settings of
+`TokenChoice`. The rules are `moe_jax.routing.token_choice_rule` and
+`limited_rules`.
 """
 
 import dataclasses
