@@ -95,7 +95,7 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x)).
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x)).
 
   Attributes:
     config: The options that the block shares with the others of its stack.

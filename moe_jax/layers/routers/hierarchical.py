@@ -122,7 +122,7 @@ class LevelSizes(NamedTuple):
 
 
 class HierarchicalRouter(contract.Router):
-  """Two levels of linear gates; see `Router`.
+  """The router of two levels of linear gates: over branches, then in them.
 
   `w` and `w_noise` are the kernels of the primary gate, which is over branches;
   `w_branch` and `w_branch_noise` [a, M, b] are those of the gates in branches.

@@ -56,7 +56,10 @@ class NoisyTopK(contract.RouterOptions):
 
 
 class NoisyTopKRouter(contract.Router):
-  """Two linear layers, noise, then token choice; see `Router`."""
+  """The router of two linear layers, for logits and for their noise.
+
+  Tokens choose by the noisy logits.
+  """
 
   options: NoisyTopK
 

@@ -159,7 +159,7 @@ class TopologyAware(contract.RouterOptions):
 
 
 class TopologyAwareRouter(contract.Router):
-  """A linear layer, then choices under a limit; see `Router`."""
+  """The router of a linear layer, whose choices keep to the limit."""
 
   options: TopologyAware
 
