@@ -170,7 +170,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """Yields a text for each option that wrongly differs in the two stacks."""
+  """Yields a text for each option in which the two stacks must not differ."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:

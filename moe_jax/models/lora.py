@@ -265,9 +265,9 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
 def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
   """The `_Kernel` at a path, whose inputs and outputs follow from its axes.
 
-  Of two dimensions that are not stacked the first is the input. Of more, a
-  first 'embed' or 'latent' is the only input, or a last 'embed' the only
-  output.
+  Of two dimensions that are not stacked, the first is the input. Where there
+  are more, the first is the only input if it is 'embed' or 'latent'; otherwise
+  the last is the only output if it is 'embed'.
   """
   stacked = 0
   while axes[stacked] in _STACKED:

@@ -171,7 +171,10 @@ def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
 def queries_by_head(
   x: Float[Array, 'B t H D'], num_heads: int
 ) -> Float[Array, 'B N R D']:
-  """The R = t H / N queries that share each of the N heads of keys."""
+  """The queries that share each of N heads of keys, in one dimension R.
+
+  R = t H / N, for t tokens and H heads of queries, is head by head.
+  """
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
   return x.reshape(B, N, H // N * t, D)

@@ -80,7 +80,7 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """One head of short vectors as keys, and values of width 0."""
+    """The shapes of one head of short vectors, as keys, and of no values."""
     return (1, self.cached_width), (1, 0)
 
   @property

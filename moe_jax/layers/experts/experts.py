@@ -105,7 +105,7 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The gated sums of experts' outputs, if all have equally many rows."""
+  """The gated sums of outputs of experts that all have equally many rows."""
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(

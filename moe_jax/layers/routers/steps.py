@@ -229,7 +229,11 @@ def threshold_problems(options: Any) -> Iterator[str]:
 
 
 def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
-  """Yields a text if the capacity can drop tokens that choose one expert."""
+  """Yields a text if the capacity binds, for routers by sentence or by task.
+
+  All tokens of a sentence or a task choose the same experts, so that most of
+  them would be dropped.
+  """
   if sizes.capacity.binds:
     yield (
       f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r} can drop most '
