@@ -51,9 +51,7 @@ class RotaryScaling(Options):
   def changes_at(self) -> int | None:
     """The first position that only long documents have.
 
-    None: no document counts as long.
-
-    In long documents the pairs turn by other angles.
+    In long documents the pairs turn by other angles. None: no document is long.
     """
 
   @property

@@ -96,7 +96,7 @@ class EncoderDecoderOptions(DecoderOptions):
     return self.encoder_half, *super().halves
 
   def with_halves(self, *halves):
-    """The same model with other layers in encoder and decoder.
+    """The options of the same model with other layers in encoder and decoder.
 
     `encoder.overrides` becomes the options of the encoder's layers that differ
     from those that the decoder's options would give them.

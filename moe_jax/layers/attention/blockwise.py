@@ -229,7 +229,8 @@ def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
 def _rows_of_bias(block, d_scores, num_keys) -> Float32[Array, 'N J t S']:
   """The gradient of the bias of a block's queries, summed over sequences.
 
-  The sum is computed as a product with ones, as in `kernels.cpu.add_to_each`.
+  J = H / N query heads share each of N heads of keys. The sum is computed as a
+  product with ones, as in `kernels.cpu.add_to_each`.
   """
   B, N, _, s = d_scores.shape
   ones = jnp.ones((1, B), d_scores.dtype)

@@ -30,14 +30,17 @@ class TopologyAware(contract.RouterOptions):
   """The options of the topology-aware gate.
 
   The losses count the choices that tokens make under the limit; the loss of
-  FastMoE's gate counts first choices before the limit. Tokens that stay
-  on the node of their group fill only the experts of that node, one of Q nodes.
-  A capacity, which holds for an expert in a group, so drops more tokens; where
-  it binds, a factor Q times as large drops as little as without a limit. The
-  parameters are those of token choice, which is this router without a limit, so
-  that an evaluation can set the router's kind to token choice. Experts cannot
-  be merged, as the index of a logit tells the device of its expert, and a
-  merged expert has several logits.
+  FastMoE's gate counts first choices before the limit.
+
+  Tokens that stay on the node of their group fill only the experts of that
+  node, one of Q nodes, so that a capacity, which holds for an expert in a
+  group, drops more of them. Where the capacity binds, a factor Q times as large
+  drops as little as without a limit.
+
+  The parameters are those of token choice, which is this router without a
+  limit, so that an evaluation can set the router's kind to token choice.
+  Experts cannot be merged, as the index of a logit tells the device of its
+  expert, and a merged expert has several logits.
   """
 
   takes_choices: ClassVar[bool] = True
