@@ -242,7 +242,7 @@ class ModelOptions(LayerOptions):
     return (self,)
 
   def with_halves(self, *halves: Any) -> Any:
-    """The options of the same model with `halves` as those of its stacks."""
+    """The options of the same model with `halves` in place of its own."""
     (options,) = halves
     return options
 

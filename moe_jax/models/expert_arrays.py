@@ -118,7 +118,7 @@ def assembled(
   """The variables of a new model that has other arrays in some layers.
 
   Args:
-    model: The model of the variables.
+    model: The model that the variables belong to.
     variables: The parameters, and the state of routers if they keep one.
     new: The new model, whose layers may be stacked in other loops.
     changes: The new arrays, by the index of the layer and the path in the

@@ -257,7 +257,7 @@ class LstmLm(Model):
 
 
 class _Layer(nn.Module):
-  """x + dropout(lstm(x)), or x + dropout(sigmoid(feed_forward(x)))."""
+  """Adds dropout(lstm(x)) or dropout(sigmoid(feed_forward(x))) to x."""
 
   options: LstmLmOptions
   shared: Shared

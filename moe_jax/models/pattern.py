@@ -147,7 +147,7 @@ def shortest_period(kinds: tuple[Hashable, ...]) -> int:
 
 
 def _count_repeats(kinds, p):
-  """The number of times that the first p kinds occur in succession in front."""
+  """The number of copies of its first p kinds that `kinds` begins with."""
   n = 0
   while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
     n += 1

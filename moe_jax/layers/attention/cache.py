@@ -128,8 +128,8 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
     """Reserves the next T slots; also returns the positions of the new tokens.
 
-    Then each layer fills the slots by `append` or `write`, and `advance` ends
-    the step. Padding gets the position of the token behind it.
+    After this call each layer fills the slots by `append` or `write`, and
+    `advance` ends the step. Padding gets the position of the token behind it.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1

@@ -121,7 +121,7 @@ def largest(
 def chosen_experts(
   scores: Float32[Array, 'G S E'], count: int, given: GivenChoices | None
 ) -> Int32[Array, 'G S K']:
-  """The experts of the largest scores, or the experts that are imposed."""
+  """The experts of the `count` largest scores, or those that are imposed."""
   index = largest(scores, count)
   return index if given is None else given.in_place_of(index)
 
@@ -252,7 +252,7 @@ def choice_aux(
   logits: Float32[Array, 'G S E'] | None,
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses, and the statistics of a routing and of its logits if any.
+  """The losses, with the statistics of a routing and of its logits, if any.
 
   The logits are those without noise, and are also kept for analysis.
   """
