@@ -160,7 +160,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def task_sequences(self) -> tuple[str, ...]:
-    """The prefixes of the `sequences` whose tokens some layer routes by task."""
+    """The prefixes of those `sequences` whose tokens are routed by task."""
     return tuple(
       stack.prefix
       for stack in self
