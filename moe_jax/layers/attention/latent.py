@@ -178,7 +178,7 @@ class LatentAttention(Attention):
   def _up_kernel(self, dtype):
     """The kernel [R, H, D] that expands short vectors.
 
-    D is the width of the key and the value of a head, which are made in this
+    D is the width of a head's unrotated key plus that of its value, in this
     order.
     """
     c, axes = self.options, ('latent', 'heads', 'kv')
