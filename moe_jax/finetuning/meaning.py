@@ -42,14 +42,18 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
 
 
 def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
-  """The options in which two models differ, as (old, new); None if missing."""
+  """The options in which two models differ, each as (old value, new value).
+
+  A value is None where the model lacks the option.
+  """
   return config.difference(meaning(old), meaning(new))
 
 
 def _layers(half: Any, width: int) -> dict[str, Any]:
   """The options that decide what the layers of an encoder or decoder compute.
 
-  They are as in `meaning`; `width` is M, the width of the layers' input.
+  Names and values are as in `meaning`; `width` is M, the width of the layers'
+  input.
   """
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0

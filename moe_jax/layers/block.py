@@ -18,7 +18,7 @@ from moe_jax.layers.shared import Shared
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.shapes import Array, Bool, Float, Int, Leaf
 
-# The name of a block's attention to an encoder's output.
+# The name of the submodule of a block that attends to an encoder's output.
 CROSS_ATTENTION = 'cross_attention'
 
 
@@ -95,7 +95,7 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x)).
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x)).
 
   Attributes:
     config: The options that the block shares with the others of its stack.
@@ -152,7 +152,10 @@ class Block(nn.Module):
     return self.config.norm.module(self.config.shared, name)(x)
 
   def _attention(self, h, context, cache, layer, cross=False):
-    """The output of attention for tokens h, and the cache after them."""
+    """The output of attention at the tokens h, and the cache after h.
+
+    The cache is None outside of decoding.
+    """
     c, positions, ids = self.config, context.positions, context.segment_ids
     name, causal, bias = 'attention', c.causal, context.bias
     keys = dict(memory=None, key_segment_ids=context.key_segment_ids)

@@ -22,19 +22,21 @@ from moe_jax.shapes import Array, Float, Int32, PRNGKey, checked
 
 
 class Activation(NamedTuple):
-  """An elementwise function, and the products that its values multiply.
+  """An elementwise function, and the products with x that it takes and scales.
 
   Attributes:
     function: The elementwise function.
     kernels: Names of the kernels that multiply x, in the order of `hidden`. The
       function is applied to the first product; the other products multiply its
       value.
-    cheap: Whether XLA computes the function again rather than read its result.
+    cheap: Whether the function costs so little that XLA computes it again
+      rather than read its stored result.
     saved_arrays: The number of arrays as wide as the hidden values that the
       forward pass keeps for the backward pass, products included.
-    limit: The largest value of the gate's product, and the largest absolute
-      value of the other products; None for no limit.
-    shift: The number that is added to the product that is gated.
+    limit: The largest value of the first product, and the largest absolute
+      value of the other products; larger ones are clipped. None for no limit.
+    shift: The number that is added to the second product before the function's
+      value multiplies it.
   """
 
   function: Callable[[Array], Array]
@@ -128,7 +130,8 @@ class FfnLayer:
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of the parameters.
+    role: The part of the model that the parameters belong to, as in
+      `parameters.Role`.
   """
 
   options: FfnOptions
@@ -143,7 +146,7 @@ class FfnLayer:
 
   @property
   def use_bias(self) -> bool:
-    """Whether products add a bias; the gate's product only if `gate_bias`."""
+    """Whether the products with w_in and w_out add a bias."""
     bias = self.options.bias
     return self.shared.use_bias if not bias else bias == 'all'
 
@@ -183,7 +186,10 @@ class FfnLayer:
     return p
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
-    """The sizes of the layer as an expert, whose rows are of type `dtype`."""
+    """What the cost model of parallelism knows of the layer as an expert.
+
+    The rows that travel to the expert are of type `dtype`.
+    """
     kernels = len(self.first_kernels) + 1
     row = jnp.dtype(dtype).itemsize
     parameter = jnp.dtype(self.shared.param_dtype).itemsize
@@ -196,9 +202,10 @@ class FfnLayer:
   def specs(
     self, stack: tuple[int, ...], width: int
   ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
-    """The shape, axes and form of each parameter, in the order of their draws.
+    """The shape, axes and form of each parameter, in the order of drawing them.
 
-    The form 'residual' is a kernel whose product is added to the residual.
+    A parameter of the form 'residual' is a kernel whose product is added to the
+    residual stream.
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
@@ -238,8 +245,9 @@ class FfnLayer:
       p: The parameters of the layer, or of E layers.
       x: The rows.
       dropout: The function that drops hidden values.
-      product: The function product(rows, kernel, transposed_alone=...).
-      add_bias: The function add_bias(products, bias).
+      product: The function that multiplies rows by a kernel, with the arguments
+        of `rows_matmul`.
+      add_bias: The function add_bias(products, bias) that returns their sum.
     """
     act, dtype = self.activation, self.shared.dtype
 
@@ -290,7 +298,7 @@ class FfnLayer:
   def dropped(self, h: Array, key: PRNGKey | None) -> Array:
     """Hidden values after dropout: some are 0, and the others are scaled up.
 
-    The key is that of the draw; without a key nothing is dropped.
+    The key decides which values are dropped; None drops nothing.
     """
     if key is None:
       return h

@@ -134,7 +134,8 @@ class MoE(nn.Module):
   def _mask_outputs(self, routing, train):
     """Masks experts' outputs at random in training, by setting gates to zero.
 
-    Outside of training each gate is multiplied by the chance of being kept.
+    Outside of training each gate is multiplied by the probability with which
+    training does not mask it.
     """
     rate = self.options.output_masking
     if not rate:
@@ -187,7 +188,11 @@ def _result_of(
 def _to_merged(
   options: MoeOptions, chosen: AnyRouting, layer: int | Int[Array, '']
 ) -> Routing:
-  """The routing to the merged experts to which chosen router columns lead."""
+  """Turns choices of router columns into choices of merged experts.
+
+  A router has a column for each expert before merging; the option `retained`
+  says which merged expert each column leads to.
+  """
   chosen, rows = cast(Routing, chosen), options.retained.rows
   table = np.zeros((max(rows) + 1, options.num_experts), np.int32)
   table[list(rows)] = list(rows.values())
@@ -222,7 +227,7 @@ def to_groups(
 def to_rows(
   values: Shaped[Array, 'G S N'], batch_size: int, length: int
 ) -> Shaped[Array, 'B T N']:
-  """Values of tokens in groups as rows of the batch, without the padding."""
+  """Puts values of tokens in groups into rows of the batch, without padding."""
   values = values.reshape(-1, values.shape[-1])[: batch_size * length]
   return values.reshape(batch_size, length, -1)
 

@@ -82,10 +82,11 @@ NORMS = Kinds(
 def rms_normed(
   x: Float[Array, '*B'], scale: Float[Array, '*n'], epsilon: float
 ) -> Float[Array, '*B']:
-  """x over its root mean square times `scale`; statistics are float32.
+  """x divided by its root mean square, then times `scale`, in float32.
 
-  The mean is over as many of the last dimensions as the scale has, on all
-  devices that they are split over.
+  The mean of squares is over as many of the last dimensions as the scale has,
+  and over all devices that these dimensions are split over. The result has the
+  type of x.
   """
   axes = tuple(range(-scale.ndim, 0))
   x32 = x.astype(jnp.float32)

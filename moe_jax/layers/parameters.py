@@ -127,7 +127,7 @@ def table(
 
 
 def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
-  """A tree of parameters in boxes, with a role for each that has none.
+  """Puts parameters into boxes, and gives a role to each that has none.
 
   Args:
     variables: The parameters of a module that sets no roles, with or without

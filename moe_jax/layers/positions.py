@@ -34,7 +34,7 @@ class Positions(Options):
   scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
-    """The options, with the longest row `max_len` in place of a length of 0."""
+    """The options, in which a table length of 0 is replaced by `max_len`."""
     return self
 
   def problems_with(
@@ -174,7 +174,10 @@ class Rotary(Positions):
 
 
 def _last_positions(positions, segment_ids) -> Int[Array, 'B t']:
-  """The last position in the segment of each token; without ids, in a row."""
+  """The last position of each token's segment, [B, T].
+
+  Where `segment_ids` is None, it is the last position of each row, [B, 1].
+  """
   if segment_ids is None:
     return positions.max(axis=1, keepdims=True)
   # The compiler fuses the comparison, so that no array [B, T, T] is stored.
@@ -234,7 +237,7 @@ class Sinusoidal(Positions):
   )
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Adds `sinusoids`, except at padding and at the token id offset - 1."""
+    """Adds `sinusoids`, except at padding and at tokens of id `offset` - 1."""
     vectors = sinusoids(positions + self.offset, x.shape[-1])
     has_position = token_mask & (tokens != self.offset - 1)
     return x + jnp.where(has_position[..., None], vectors, 0).astype(x.dtype)
@@ -280,7 +283,8 @@ class RelativePositionBias(nn.Module):
   Source: section 2.1 of arXiv:1910.10683 (T5).
 
   Attributes:
-    options: The numbers of buckets and of distances.
+    options: The options, which set the number of buckets and the distance from
+      which on distances share a bucket.
     num_heads: The number H of heads.
     bidirectional: Whether later keys have buckets by distance, half of all
       buckets; if not, later keys have the bucket of distance 0, and causal
@@ -339,7 +343,8 @@ def distance_bucket(
 
   The ranges of all other buckets grow logarithmically, and distances from
   `max_distance` on share the last bucket. Buckets are computed in float32, as
-  in the training of public checkpoints: an edge can be a distance off.
+  in the training of public checkpoints, so that the first distance of a bucket
+  can differ by one from that of exact arithmetic.
   """
   exact = num_buckets // 2
   share = np.log(np.maximum(distance, exact).astype(np.float32) / exact)

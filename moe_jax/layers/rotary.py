@@ -49,14 +49,14 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The first position that only long documents have; None: none is long.
+    """The first position that only long documents have.
 
-    In long documents the pairs turn by other angles.
+    In long documents the pairs turn by other angles. None: no document is long.
     """
 
   @property
   def latent_factor(self) -> float:
-    """The factor of the scores of multi-head latent attention."""
+    """The number by which multi-head latent attention multiplies its scores."""
     return 1.0
 
 
@@ -168,7 +168,7 @@ class Yarn(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class LongRope(RotaryScaling):
-  """Each pair turns slower by a factor of its own, which has two values.
+  """Each pair turns slower by a factor of its own, another in long documents.
 
   `long_factor` lists the factors in long documents, segments of a row with a
   token at a position of `original_len` or more, and `short_factor` the factors
@@ -216,7 +216,7 @@ class LongRope(RotaryScaling):
     return self.original_len
 
   def problems_with(self, theta, width):
-    """Yields a text for each list of factors that has not one for each pair."""
+    """Yields a text for each list whose length is not the number of pairs."""
     pairs = width // 2
     for name in ('short_factor', 'long_factor'):
       count = len(getattr(self, name))

@@ -21,7 +21,7 @@ RULES = ShardingOptions().rules
 
 @dataclasses.dataclass(frozen=True)
 class Init(Options):
-  """The contract of initialisations of a model's kernels and tables."""
+  """The contract of initialisations of a model's kernels and embeddings."""
 
   embedding_std: float = option(
     0.02,
@@ -64,7 +64,7 @@ class FanIn(Init):
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser; the fan-in is that of one stacked kernel."""
+    """Returns the initialiser; the fan-in is that of one of stacked kernels."""
     return nn.initializers.variance_scaling(
       self.scale / shrink, 'fan_in', 'truncated_normal', **axes
     )

@@ -242,7 +242,7 @@ class ModelOptions(LayerOptions):
     return (self,)
 
   def with_halves(self, *halves: Any) -> Any:
-    """The same model with other options for each of its `halves`."""
+    """The options of the same model with `halves` in place of its own."""
     (options,) = halves
     return options
 
@@ -286,9 +286,9 @@ class ModelOptions(LayerOptions):
   def least_parameters(self) -> int:
     """A lower bound on the number of parameters, computed from the options.
 
-    The time to compute it does not depend on the number. This class counts the
-    tables of embeddings, logits and positions alone; a kind of model adds its
-    layers.
+    Computing the bound takes no longer for a larger model. This class counts
+    the tables of embeddings, logits and positions alone; a kind of model adds
+    its layers.
     """
     tables = 1 if self.embedding.tie else 2
     rows = tables * self.vocab_size + self.positions.table_len

@@ -216,7 +216,10 @@ class Decoder(Model):
   def run_decoder(
     self, tokens: Int[Array, 'B T'], context: Context, train: bool
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
-    """The logits, and the layers' losses and statistics, given a context."""
+    """The logits, and the layers' losses and statistics.
+
+    The context has all arrays that the blocks read besides the tokens.
+    """
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )

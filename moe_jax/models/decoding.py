@@ -29,7 +29,7 @@ from moe_jax.routing.capacity import All
 def check_generates(model: Model) -> None:
   """Raises ValueError where a model cannot generate token by token.
 
-  An encoder reads its tokens at once.
+  Encoders are not checked, as they read all their tokens at once.
   """
   if type(model).for_decoding is Model.for_decoding:
     raise InputError(

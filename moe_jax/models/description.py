@@ -79,7 +79,7 @@ class LayerStack:
   def of_blocks(
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
-    """The description of a stack of blocks, in the loops it is compiled to."""
+    """The description of a stack of blocks, compiled to loops over layers."""
     layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):
@@ -96,7 +96,7 @@ class LayerStack:
 class Stacks(tuple[LayerStack, ...]):
   """The stacks of a model, an encoder's first.
 
-  Layers are numbered through all stacks.
+  A layer's index in the model counts from the first layer of the first stack.
   """
 
   __slots__ = ()
@@ -160,7 +160,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def task_sequences(self) -> tuple[str, ...]:
-    """The prefixes in `sequences` whose layers route by the tokens' tasks."""
+    """The prefixes of those `sequences` whose tokens are routed by task."""
     return tuple(
       stack.prefix
       for stack in self
@@ -247,7 +247,10 @@ class Stacks(tuple[LayerStack, ...]):
 
 
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
-  """The tree with another part at a path of at most one name; see `subtree`."""
+  """The tree in which `part` replaces `subtree(tree, path)`.
+
+  The path has at most one name.
+  """
   return {**tree, path[0]: part} if path else part
 
 

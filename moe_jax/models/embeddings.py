@@ -64,7 +64,7 @@ class EmbeddingOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
-  """The options and the sizes of the tables of a model.
+  """The options and the sizes of a model's embedding tables.
 
   Attributes:
     options: The options of embeddings and of logits.
@@ -93,7 +93,7 @@ class EmbeddingConfig:
 class Embeddings(nn.Module):
   """The module of the embedding tables and the logits.
 
-  A model puts its parameters into the model's own scope.
+  Its parameters lie in the scope of the model, not in a scope of their own.
   """
 
   config: EmbeddingConfig

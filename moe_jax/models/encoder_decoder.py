@@ -96,10 +96,10 @@ class EncoderDecoderOptions(DecoderOptions):
     return self.encoder_half, *super().halves
 
   def with_halves(self, *halves):
-    """The same model with other layers in encoder and decoder.
+    """The options of the same model with other layers in encoder and decoder.
 
-    `encoder.overrides` becomes all that the encoder's layers have otherwise
-    than the decoder's options would give.
+    `encoder.overrides` becomes the options of the encoder's layers that differ
+    from those that the decoder's options would give them.
     """
     encoder, decoder = halves
     L = encoder.num_layers
@@ -170,7 +170,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """Yields a text for each option that wrongly differs in the two stacks."""
+  """Yields a text for each option in which the two stacks must not differ."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:
@@ -248,17 +248,21 @@ class EncoderDecoder(Decoder):
       encoder_segment_ids: The index, from 1, of each token's example in its
         row; 0 is padding. A decoder's token sees the encoder's tokens of its
         own example. Default: one example a row.
-      segment_ids: The same for the decoder's tokens.
+      segment_ids: The index, from 1, of the example of each of the decoder's
+        tokens, as in `encoder_segment_ids`.
       encoder_positions: The position of each token in its example. Default:
         the position in the row.
-      positions: The same for the decoder's tokens.
+      positions: The position of each of the decoder's tokens in its example.
+        Default: the position in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
       encoder_task_ids: The task of each of the encoder's tokens, which an
         encoder's router by task needs.
-      task_ids: The same for the decoder's tokens and router.
+      task_ids: The task of each of the decoder's tokens, which a decoder's
+        router by task needs.
       encoder_given: Choices that are imposed on the routers of the encoder's L
         sparse layers, [B, S, L, K].
-      given: The same for the decoder's sparse layers, [B, T, L, K].
+      given: Choices that are imposed on the routers of the decoder's L sparse
+        layers, [B, T, L, K].
 
     Raises:
       ValueError: Only one of the two sequences has segments, or a router lacks

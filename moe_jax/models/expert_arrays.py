@@ -1,4 +1,4 @@
-"""The arrays of single sparse layers, and models with other arrays in them.
+"""The arrays of single sparse layers, and models with some arrays replaced.
 
 Merging, pruning and exports read a model layer by layer and build a model with
 fewer experts, or with copies of experts. Arrays are told apart by their roles
@@ -118,7 +118,7 @@ def assembled(
   """The variables of a new model that has other arrays in some layers.
 
   Args:
-    model: The model of the variables.
+    model: The model that the variables belong to.
     variables: The parameters, and the state of routers if they keep one.
     new: The new model, whose layers may be stacked in other loops.
     changes: The new arrays, by the index of the layer and the path in the

@@ -84,7 +84,7 @@ class _Kernel(NamedTuple):
   Attributes:
     shape: The shape of the kernel.
     axes: The logical names of its dimensions.
-    role: The role of the kernel.
+    role: The part of the model that the kernel belongs to, and its use there.
     stacked: The number of leading dimensions that stack kernels.
     inputs: The number of dimensions that are contracted with activations.
   """
@@ -155,7 +155,7 @@ class Adapters:
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
     """The parameters with new factors: A is drawn, B is zero.
 
-    The variance of A is that of a kernel, one over the size of its inputs.
+    The variance of A is 1 / I for a kernel of I inputs, as that of a kernel.
 
     Args:
       params: The model's parameters, without factors.
@@ -265,9 +265,9 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
 def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
   """The `_Kernel` at a path, whose inputs and outputs follow from its axes.
 
-  Of two dimensions that are not stacked the first is the input. Of more, a
-  first 'embed' or 'latent' is the only input, or a last 'embed' the only
-  output.
+  Of two dimensions that are not stacked, the first is the input. Where there
+  are more, the first is the only input if it is 'embed' or 'latent'; otherwise
+  the last is the only output if it is 'embed'.
   """
   stacked = 0
   while axes[stacked] in _STACKED:

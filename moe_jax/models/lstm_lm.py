@@ -82,7 +82,10 @@ class LstmLmOptions(ModelOptions):
 
   @property
   def mixture(self) -> MoeOptions | None:
-    """The mixture of sparse layers, with sizes; None in a model without one."""
+    """The mixture of experts of the sparse layers, with all sizes filled in.
+
+    None in a model without experts.
+    """
     if not self.has_experts:
       return None
     return self.moe.within(self.ffn, self.dropout)
@@ -254,7 +257,7 @@ class LstmLm(Model):
 
 
 class _Layer(nn.Module):
-  """x + dropout(lstm(x)), or x + dropout(sigmoid(feed_forward(x)))."""
+  """Adds dropout(lstm(x)) or dropout(sigmoid(feed_forward(x))) to x."""
 
   options: LstmLmOptions
   shared: Shared

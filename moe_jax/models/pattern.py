@@ -63,10 +63,10 @@ def sparse_numbers(
 
 
 def shrunk_pattern(layers: str, num_layers: int) -> tuple[str, int]:
-  """The same kind of pattern for few layers, and how many layers, at least 2.
+  """A pattern like `layers` for a small model, and its number of layers.
 
-  'every 6' takes 6 layers and '1,3' takes 4; 'last 26' of 27 layers becomes
-  'last 2' of 3, after one dense layer.
+  The number is at least 2. 'every 6' takes 6 layers and '1,3' takes 4; 'last
+  26' of 27 layers becomes 'last 2' of 3, after one dense layer.
   """
   word, _, number = layers.strip().partition(' ')
   if word == 'last':
@@ -101,11 +101,11 @@ class Segment(NamedTuple):
 def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
   """Cuts the L layers into loops, in order.
 
-  A kind is any value that is equal for layers of one kind, such as a flag
-  whether the layer is sparse. If the whole stack has a period of up to
-  `MAX_PERIOD` layers, it is one loop. Other stacks ('last 2' of 24, a first
-  dense layer) are cut from the front: each time the pattern is taken that
-  repeats over the most layers, and the shortest if several do.
+  A layer's kind is any value, such as a flag whether the layer is sparse;
+  layers of equal kinds can share the body of a loop. If the whole stack has a
+  period of up to `MAX_PERIOD` layers, it is one loop. Other stacks ('last 2' of
+  24, a first dense layer) are cut from the front: each time the pattern is
+  taken that repeats over the most layers, and the shortest if several do.
   """
   period = shortest_period(kinds)
   if period <= MAX_PERIOD:
@@ -147,7 +147,7 @@ def shortest_period(kinds: tuple[Hashable, ...]) -> int:
 
 
 def _count_repeats(kinds, p):
-  """The number of times that the first p kinds occur in succession in front."""
+  """The number of copies of its first p kinds that `kinds` begins with."""
   n = 0
   while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
     n += 1

@@ -18,9 +18,9 @@ class LayerChoices(NamedTuple):
   Attributes:
     expert: int [B, T, N], the index of the expert; -1 where there is no
       choice: in padding, and where experts choose and this expert did not. N is
-      K where tokens choose, and E where experts choose; in the latter case it
-      is, in recorded traces, the most experts of any token, and the largest
-      gate is first.
+      K where tokens choose, and E where experts choose. In recorded traces,
+      where experts choose, N is instead the most experts of any token, and a
+      token's choices are in descending order of their gates.
     gate: float [B, T, N], the weight of the expert's output before output
       masking, float16 or float32; 0 where the choice is not kept.
     kept: bool [B, T, N], whether the router's queues served the choice. Rows

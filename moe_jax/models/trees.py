@@ -94,7 +94,7 @@ def describe(model: Model) -> ParameterTrees:
 def _initializer(model: Model) -> Any:
   """The compiled function from a key to a model's variables, in boxes.
 
-  Tracing a model takes seconds, so that equal models share it.
+  Equal models share the function, as tracing a model takes seconds.
   """
   try:
     return _cached_initializer(cast(Hashable, model))

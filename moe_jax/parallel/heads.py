@@ -20,11 +20,11 @@ def on_rows_and_heads(
 ) -> Float[Array, 'B T H U']:
   """The result of f, which each device calls on its own rows and heads.
 
-  A compiler could not split a kernel itself. Rows or heads that do not divide
-  by their mesh axes are computed whole on each device.
+  A compiler could not split f over devices where f is a kernel. Rows or heads
+  that do not divide by their mesh axes are computed whole on each device.
 
   Args:
-    f: The function of the arrays that follow.
+    f: The function f(query, key, value, segment_ids, sinks).
     query: The queries.
     key: The keys; the last mesh axis splits heads if it divides N.
     value: The values.

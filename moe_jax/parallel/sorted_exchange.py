@@ -31,7 +31,7 @@ class SortedExperts(NamedTuple):
       that of dropout, or None.
     params: The parameters, [E, ...].
     axes: The logical axes of each parameter.
-    sizes: The sizes of an expert.
+    sizes: The sizes of an expert, from which shadowing computes costs.
   """
 
   compute: Callable[..., Array]

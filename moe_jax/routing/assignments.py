@@ -96,7 +96,7 @@ class Routing:
     return cls(expert_index, slot, gate, kept, E, C, token_index, group_size)
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `HasShapes`."""
+    """The array type of each field; see `shapes.HasShapes`."""
     # When `of_experts` leaves out experts, the arrays keep the slots of all
     # experts, so that their second axis is not E, but has a name of its own.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'

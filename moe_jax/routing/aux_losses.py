@@ -73,8 +73,8 @@ def balance_of_rows(
     router_probs, expert_index, mask, choices: As in `balance_loss`.
     row_length: T, the number of tokens of a row of the batch; a group is a part
       of a row, or several rows.
-    rows: The number of rows of a set, for each loss; the last set may have
-      fewer.
+    rows: The number of rows of a set, by the name of the loss in the result;
+      the last set may have fewer rows.
   """
   if choices == 'first':
     expert_index = expert_index[..., :1]
@@ -92,7 +92,7 @@ def balance_of_rows(
   )
 
   def loss(count):
-    """The sum of the losses of sets of `count` parts."""
+    """The sum of the losses of sets of `count` consecutive parts of rows."""
 
     def sum_parts(x):
       padding = -len(x) % count

@@ -300,7 +300,7 @@ _sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 
 def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
-  """x[index], zero where index is N."""
+  """x[index], or zeros where the index is N, the length of x."""
   # A row of zeros behind x is cheaper than mode='fill', which selects between
   # values and zeros after the gather.
   x = jnp.concatenate([x, jnp.zeros_like(x[:1])])

@@ -167,8 +167,8 @@ def choice_in_turn(
 
   In each group the loads of two experts differ by one at most. So do the loads
   over a whole batch without padding, since each group begins with the expert
-  after the last one of the group before it. A group with padding counts as full
-  for this. Choices of padding mean nothing.
+  after the last one of the group before it; this expert is computed as if no
+  group had padding. Choices of padding mean nothing.
 
   Args:
     mask: False for padding.

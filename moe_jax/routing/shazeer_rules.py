@@ -1,8 +1,8 @@
 """The rules of Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538).
 
-Noisy top-k gating (section 2.1): the noise, and the smooth load estimator of
-Appendix A; the choice itself is `token_choice` on the noisy logits with
-`gates='renormalized'`.
+Of noisy top-k gating (section 2.1), this file has the noise, and the smooth
+load estimator of Appendix A; the choice itself is `token_choice` on the noisy
+logits with `gates='renormalized'`.
 
 Two levels of gates over a * b experts (Appendix B): a primary gate chooses
 among a branches, and each branch's own gate among its b experts; the expert of
@@ -172,7 +172,7 @@ def hierarchical_load(
 
 
 class GateLevel(NamedTuple):
-  """The decisions of one of two levels, for N tokens or N choices of branches.
+  """What one of two levels of gates decided, for N tokens or branch choices.
 
   Attributes:
     clean: float32 [G, N, E], the logits without noise.
@@ -194,7 +194,7 @@ def levels_aux(
   expert: GateLevel,
   mask: Bool[Array, 'G S'],
 ) -> MoeAux:
-  """The losses and statistics of two levels, as sums over real tokens.
+  """The losses and statistics of two levels of gates, summed over real tokens.
 
   Entropy, squared logits and z-loss are the primary gate's plus those of the
   chosen branches, weighted by the primary gate. The paper has no balance loss

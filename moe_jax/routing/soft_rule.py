@@ -44,7 +44,7 @@ class SoftRouting:
   gate: Leaf
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `HasShapes`."""
+    """The array type of each field; see `shapes.HasShapes`."""
     return {
       'share': Float32[Array, 'G S E C'],
       'gate': Float32[Array, 'G S E C'],

@@ -198,7 +198,7 @@ class MoeAux(NamedTuple):
   exchange: ExchangeStats
 
   def __getattr__(self, name: str) -> Array:
-    """The loss with the name of the attribute."""
+    """The loss of this name: `aux.z_loss` is `aux.losses['z_loss']`."""
     if name not in self.losses:
       raise AttributeError(f'no loss {name!r}; have {sorted(self.losses)}')
     return self.losses[name]

@@ -1,7 +1,7 @@
 """Multi-head and grouped-query attention, of a sequence to itself or another.
 
-`AttentionBase` is the contract of the kinds of attention; the other kind,
-multi-head latent attention, is in `latent.py`.
+`AttentionBase` is the contract of the kinds of attention. Multi-head latent
+attention is a kind of its own, in `latent.py`.
 """
 
 import dataclasses
@@ -286,14 +286,15 @@ class Attention(nn.Module):
 
   @nn.compact
   def _project_all(self, x, source, position_args, attend):
-    """The output of attend(query, *cached), projected to the width of x.
+    """The output of `attend`, projected to the width of x.
 
     Args:
       x: Tokens, which are projected to queries.
       source: Tokens, which are projected to what a cache keeps; None where
         the cache has everything already.
       position_args: The positions of tokens, and their segments.
-      attend: A function of queries [B, T, H, D] and what a cache keeps.
+      attend: The function attend(query, *cached) of queries [B, T, H, D] and of
+        the keys and values that a cache keeps.
     """
     dtype, cached = self.shared.dtype, (None, None)
     query = self._queries(x.astype(dtype), position_args)
@@ -396,7 +397,7 @@ def _only_real(x: X, segment_ids: Array | None) -> X | Array:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions(AttentionBase):
-  """The options of attention whose heads have keys and values of their own."""
+  """The options of multi-head and grouped-query attention."""
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ('query', 'key', 'value', 'out')
 
@@ -462,7 +463,7 @@ class AttentionOptions(AttentionBase):
     return Attention
 
   def within(self, width: int) -> Self:
-    """The options with the width of a head and the key heads filled in.
+    """The options with a head's width and the number of key heads filled in.
 
     Raises:
       OptionError: head_width is 0, and num_heads does not divide the width.
@@ -480,7 +481,8 @@ class AttentionOptions(AttentionBase):
   def for_encoder(self) -> Self:
     """The options of attention in an encoder, made from those in a decoder.
 
-    Every query head has a key head, as sharing only shrinks a decoder's cache.
+    Every query head gets a key head of its own, as heads share keys only to
+    make a decoder's cache smaller.
     """
     return dataclasses.replace(super().for_encoder(), num_kv_heads=0)
 

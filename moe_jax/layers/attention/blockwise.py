@@ -65,7 +65,7 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 
 
 def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
-  """Attention block by block; arguments and result are those of `attend`."""
+  """Computes what `dot_product.einsum` does, a block of queries at a time."""
   # A query that may see no key has the mean of all values, as in `einsum`; a
   # query always sees its own key where `ids` and `key_ids` are the same array.
   block_rules = keys
@@ -84,9 +84,10 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
   """The output, and the arrays that the backward pass reads.
 
-  For each query of a block the backward pass reads two numbers [B, N, R, 1],
-  from which it computes the softmax again: the largest score, and the sum of
-  the exponentials of all scores less the largest.
+  For each of the R queries of a block that share one of N heads of keys, the
+  backward pass reads two numbers [B, N, R, 1], from which it computes the
+  softmax again: the largest score, and the sum of the exponentials of all
+  scores less the largest.
   """
   outputs, statistics = [], []
   for block in query_blocks:
@@ -170,7 +171,10 @@ def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
 def queries_by_head(
   x: Float[Array, 'B t H D'], num_heads: int
 ) -> Float[Array, 'B N R D']:
-  """The R = t H / N queries that share each of the N heads of keys."""
+  """The queries that share each of N heads of keys, in one dimension R.
+
+  R = t H / N, for t tokens and H heads of queries, is head by head.
+  """
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
   return x.reshape(B, N, H // N * t, D)
@@ -185,14 +189,14 @@ def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
 
 
 def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
-  """The sink of each query of a block, in the order of `queries_by_head`."""
+  """The sink logit for each query of a block, ordered as `queries_by_head`."""
   head_sinks = sinks.reshape(num_heads, -1)
   rows = jnp.repeat(head_sinks, block.stop - block.first, axis=1)
   return rows[None, :, :, None]
 
 
 def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
-  """The scores of a block's queries; those of hidden keys are the least."""
+  """The scores of a block's queries, plus `_mask`, which hides keys."""
   B, N, s = k.shape[:3]
   q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))
@@ -207,7 +211,10 @@ def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
 
 
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
-  """What hides keys from scores: 0 where a query sees a key, else the least."""
+  """What is added to scores: 0 where a query sees a key, else the least float.
+
+  None where all queries see all keys.
+  """
   segment_ids, key_segment_ids = ids
   if segment_ids is not None and key_segment_ids is not None:
     segment_ids = block.queries(segment_ids)
@@ -222,7 +229,8 @@ def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
 def _rows_of_bias(block, d_scores, num_keys) -> Float32[Array, 'N J t S']:
   """The gradient of the bias of a block's queries, summed over sequences.
 
-  The sum is computed as a product with ones, as in `kernels.cpu.add_to_each`.
+  J = H / N query heads share each of N heads of keys. The sum is computed as a
+  product with ones, as in `kernels.cpu.add_to_each`.
   """
   B, N, _, s = d_scores.shape
   ones = jnp.ones((1, B), d_scores.dtype)

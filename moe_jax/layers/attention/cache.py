@@ -59,13 +59,14 @@ class KVCache(flax.struct.PyTreeNode):
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
       window may have fewer slots S, with slot s at index s % S. In latent
       attention they are short vectors and the rotated keys that heads share.
-    value: The values, of the same shapes; in latent attention, of width 0.
+    value: The values, in the layout of the keys; in latent attention, of width
+    0.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
     last_token: int32 [B], the id of each row's newest token; -1: none yet.
-    memory: The keys and values of an encoder, the same at every step; None in a
-      decoder-only model.
+    memory: The keys and values of an encoder's output, which steps do not
+      change; None in a decoder-only model.
     task_ids: int32 [B], the task of each row; None where no router reads it.
   """
 
@@ -92,8 +93,8 @@ class KVCache(flax.struct.PyTreeNode):
     """An empty cache.
 
     Args:
-      lengths: The number of slots that each layer keeps, the same where layers
-        are stacked.
+      lengths: The number of slots that each layer keeps, which must be equal
+        for all layers where `stacked`.
       stacked: Whether layers share an array.
       batch_size: The number of rows.
       max_len: The number of slots that all tokens of a row take.
@@ -127,8 +128,8 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
     """Reserves the next T slots; also returns the positions of the new tokens.
 
-    Then each layer fills the slots by `append` or `write`, and `advance` ends
-    the step. Padding gets the position of the token behind it.
+    After this call each layer fills the slots by `append` or `write`, and
+    `advance` ends the step. Padding gets the position of the token behind it.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
@@ -140,7 +141,9 @@ class KVCache(flax.struct.PyTreeNode):
   def follow(
     self, tokens: Int[Array, 'B T'], token_mask: Bool[Array, 'B T']
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
-    """Keeps the newest tokens; also returns the token before each, or -1.
+    """Keeps each row's newest token id; also returns the id before each token.
+
+    The id before the first token of a row is -1.
 
     Padding may stand only in front of the new tokens.
     """

@@ -108,7 +108,7 @@ def attend(
 
 
 def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
-  """For each implementation that cannot serve these arguments, the reason."""
+  """The reasons why implementations cannot serve these arguments, by name."""
   dtype, T = str(query.dtype), query.shape[1]
   D = max(query.shape[3], value.shape[3])
   no_dropout = (dropout is not None, 'it has no dropout')

@@ -80,7 +80,7 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """One head of short vectors as keys, and values of width 0."""
+    """The shapes of one head of short vectors, as keys, and of no values."""
     return (1, self.cached_width), (1, 0)
 
   @property
@@ -139,7 +139,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """The rules for keys, with a scale of scores that YaRN also multiplies."""
+    """The rules for keys, with the factor of YaRN in the scale of scores."""
     scored, _ = self.options.head_widths
     scale = scored**-0.5 * self.positions.scaling.latent_factor
     return super()._keys._replace(scale=scale)
@@ -156,9 +156,10 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1)
 
   def _cached(self, x, position_args):
-    """The short vectors with a rotated key of width r, [B, S, 1, R + r].
+    """The short vector and the rotated key of each token, [B, S, 1, R + r].
 
-    The values have width 0.
+    R is the width of a short vector, and r that of a rotated key. The values of
+    the cache have width 0.
     """
     c, axes = self.options, ('embed', 'latent')
     short = self._project(x, 'kv_down', axes, (c.cached_width,))[:, :, None]
@@ -175,7 +176,11 @@ class LatentAttention(Attention):
     return rms_normed(x, scale, self.options.norm_epsilon)
 
   def _up_kernel(self, dtype):
-    """The kernel [R, H, D] that expands short vectors to keys, then values."""
+    """The kernel [R, H, D] that expands short vectors.
+
+    D is the width of a head's unrotated key plus that of its value, in this
+    order.
+    """
     c, axes = self.options, ('latent', 'heads', 'kv')
     shape = c.num_heads, c.plain_width + c.value_width
     w = self._kernel('kv_up', axes, (c.kv_rank,), shape)

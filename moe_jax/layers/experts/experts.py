@@ -105,7 +105,7 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The gated sums of experts' outputs, if all have equally many rows."""
+  """The gated sums of outputs of experts that all have equally many rows."""
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -165,7 +165,10 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The `Layout` on a mesh; None on one device, and during initialisation."""
+  """The layout of groups and experts on a mesh.
+
+  None on one device, and during initialisation.
+  """
   if module.is_initializing():
     return None
   return layout_of(shared.rules, x, num_experts=num_experts, hidden=hidden)
@@ -293,7 +296,7 @@ class FeedForwardExpert(ExpertOptions):
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
-    """The computation of one expert; needs the defaults that `within` fills."""
+    """The computation of one expert; `within` must have filled in defaults."""
     return FfnLayer(self.twin(1).ffn, shared, self.dropout, ROLE)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:

@@ -31,7 +31,7 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch of experts with arrays of their own, made by `unrolled`."""
+  """The dispatch for experts that each have own arrays, as from `unrolled`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ class QuantizedExperts(nn.Module):
       return self.format.decoded_experts(p)
 
     def fold(used, step, y):
-      order = jnp.argsort(~used)  # stable: those that are used come first
+      order = jnp.argsort(~used)  # stable: used experts come first
       return jax.lax.fori_loop(
         0, used.sum(), lambda i, y: step(order[i], decoded(order[i]), y), y
       )

@@ -42,7 +42,7 @@ class Sizes:
     num_experts: E, the number of experts that a router tells apart: it has E
       logits for each token, and counts E loads.
     num_selected: K, the number of experts that a token chooses. Where experts
-      choose tokens, it only enters into their capacity.
+      choose tokens, K only enters into the capacity of experts.
     capacity: The rule for the number of a group's tokens that an expert serves.
     row_length: T, the number of tokens of a row of the batch; a group is a part
       of a row, or several rows. 0: a row is as long as a group.
@@ -91,7 +91,7 @@ class TokenInfo(NamedTuple):
     return TokenInfo(**{name: getattr(self, name) for name in names})
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field that is not None; see `HasShapes`."""
+    """The array type of each field that is not None; see `shapes.HasShapes`."""
     given = (name for name, x in self._asdict().items() if x is not None)
     return dict.fromkeys(given, Int[Array, 'B T'])
 
@@ -105,7 +105,7 @@ class Causality(NamedTuple):
 
   Attributes:
     leak: The reason why later tokens change earlier outputs, a clause that ends
-      in an alternative; None if they do not.
+      with what to choose instead; None if they do not.
     drops: Whether a choice can be dropped because its expert is full.
     undecodable: The reason why tokens cannot be routed one by one, as they are
       generated; None if they can.
@@ -216,7 +216,8 @@ class RouterOptions(Options):
       state: The module's variables before the step; the variables of several
         layers may be stacked.
       load: The number of choices of each expert in the whole batch, before
-        drops. Zeros may follow the router's experts.
+        drops. Zeros follow those of the router's experts where other layers
+        have more experts.
       rate: The amount by which a step changes the variables; None: the option's
         value. It may be an array that is an argument of the compiled step.
     """
@@ -257,7 +258,7 @@ class Router(nn.Module):
     layer: int | Int[Array, ''] = 0,
     given: GivenChoices | None = None,
   ) -> tuple[AnyRouting, MoeAux]:
-    """Routes each group by itself, without padding.
+    """Routes each group of tokens by itself; padding is not routed.
 
     Args:
       x: Token representations.

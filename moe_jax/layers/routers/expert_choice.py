@@ -39,12 +39,12 @@ class ExpertChoice(contract.RouterOptions):
         "among a group's tokens; evaluate the model by its loss, or train one "
         'with another router'
       ),
-      room_in_generation=False,  # it would be another model
+      room_in_generation=False,  # such a model would be another one
     )
 
 
 class ExpertChoiceRouter(contract.Router):
-  """A linear layer, then expert choice; see `Router`."""
+  """The router whose experts choose by the logits of a linear layer."""
 
   options: ExpertChoice
 

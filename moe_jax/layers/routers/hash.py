@@ -41,7 +41,7 @@ class Hash(contract.RouterOptions):
 
 
 class HashRouter(contract.Router):
-  """Choices by hash, without parameters; see `Router`."""
+  """The router that chooses experts by hash; it has no parameters."""
 
   options: Hash
 

@@ -1,9 +1,9 @@
 """The hierarchical router: a gate over branches, and a gate in each branch.
 
-Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). There are a
-branches of b experts. The gate of a branch is computed for the tokens that
-chose the branch alone, so that the work per token grows with a + b, not with
-their product. The rule is `routing.shazeer_rules`.
+Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). There are
+`a` branches of b experts each. The gate of a branch is computed for the tokens
+that chose the branch alone, so that the work per token grows with a + b, not
+with their product. The rule is `routing.shazeer_rules`.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ class LevelSizes(NamedTuple):
 
 
 class HierarchicalRouter(contract.Router):
-  """Two levels of linear gates; see `Router`.
+  """The router of two levels of linear gates: over branches, then in them.
 
   `w` and `w_noise` are the kernels of the primary gate, which is over branches;
   `w_branch` and `w_branch_noise` [a, M, b] are those of the gates in branches.
@@ -162,7 +162,10 @@ class HierarchicalRouter(contract.Router):
     return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """Logits [G, S * K1, b] in the chosen branches, without and with noise."""
+    """Logits [G, S * K1, b] in the chosen branches, without and with noise.
+
+    K1 is the number of branches that a token chooses.
+    """
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
@@ -203,7 +206,10 @@ def _level(sizes, clean, noise) -> shazeer_rules.GateLevel:
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
-  """Products of tokens and kernels of their chosen branches; P = S * K1."""
+  """Products of tokens and kernels of their chosen branches.
+
+  P = S * K1 is the number of choices of branches in a group of S tokens.
+  """
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1
   index, kept = branch_index.reshape(G, P, 1), jnp.ones((G, P, 1), bool)

@@ -21,7 +21,7 @@ LOAD = 'load'
 
 @dataclasses.dataclass(frozen=True)
 class NoisyTopK(contract.RouterOptions):
-  """The options of noisy top-K gating; the paper's gates are renormalised."""
+  """The options of noisy top-K gating; the paper has gates 'renormalized'."""
 
   takes_choices: ClassVar[bool] = True
   has_columns: ClassVar[bool] = True
@@ -56,7 +56,10 @@ class NoisyTopK(contract.RouterOptions):
 
 
 class NoisyTopKRouter(contract.Router):
-  """Two linear layers, noise, then token choice; see `Router`."""
+  """The router of two linear layers, for logits and for their noise.
+
+  Tokens choose by the noisy logits.
+  """
 
   options: NoisyTopK
 

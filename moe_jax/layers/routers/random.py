@@ -41,7 +41,7 @@ class Random(contract.RouterOptions):
 
 
 class RandomRouter(contract.Router):
-  """Choices at random, without parameters; see `Router`."""
+  """The router that draws experts at random; it has no parameters."""
 
   options: Random
 

@@ -53,7 +53,10 @@ class Sentence(contract.RouterOptions):
 
 
 class SentenceRouter(contract.Router):
-  """A linear layer on means of sentences, then token choice; see `Router`."""
+  """The router whose logits are a linear layer on the means of sentences.
+
+  All tokens of a sentence then choose by the logits of its mean.
+  """
 
   options: Sentence
 

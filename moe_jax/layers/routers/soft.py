@@ -53,7 +53,7 @@ class Soft(contract.RouterOptions):
         'Soft MoE mixes all tokens of a group, and later ones do not exist yet '
         'while a text is generated; an encoder can have this router'
       ),
-      room_in_generation=False,  # it mixes as in training
+      room_in_generation=False,  # slots mix as in training
     )
 
 

@@ -53,7 +53,7 @@ class SparseMixer(contract.RouterOptions):
 
 
 class SparseMixerRouter(contract.Router):
-  """A linear layer, then SparseMixer; see `Router`."""
+  """The router that applies SparseMixer to the logits of a linear layer."""
 
   options: SparseMixer
 

@@ -1,7 +1,7 @@
 """The steps that several routers share, as functions of a router's module.
 
-They compute logits, choices, losses and statistics. All numbers are float32
-whatever the model's dtype (Table 2 of arXiv:2101.03961).
+The functions compute logits, choices, losses and statistics. All numbers are
+float32 whatever the model's dtype (Table 2 of arXiv:2101.03961).
 """
 
 import functools
@@ -52,7 +52,7 @@ EXPERTS_CHOOSE = (
 def jittered(
   module: contract.Router, x: Float[Array, 'G S M'], jitter: float, train: bool
 ) -> Float32[Array, 'G S M']:
-  """The input x in float32, in training with noise of the size `jitter`."""
+  """The input x in float32; in training times U(1 - jitter, 1 + jitter)."""
   x = x.astype(jnp.float32)
   if train and jitter > 0:
     low, high = 1.0 - jitter, 1.0 + jitter
@@ -121,7 +121,7 @@ def largest(
 def chosen_experts(
   scores: Float32[Array, 'G S E'], count: int, given: GivenChoices | None
 ) -> Int32[Array, 'G S K']:
-  """The experts of the largest scores, or the experts that are imposed."""
+  """The experts of the `count` largest scores, or those that are imposed."""
   index = largest(scores, count)
   return index if given is None else given.in_place_of(index)
 
@@ -153,7 +153,7 @@ def with_linear_gates(
   clean: Float32[Array, 'G S E'] | None = None,
   **queue: Any,
 ) -> tuple[routing.Routing, routing.MoeAux]:
-  """The routing of choices by logits, with the losses of `choice_losses`.
+  """The routing of choices that logits made, and its losses and statistics.
 
   Args:
     module: The router, whose options have `gates` and `balance_choices`.
@@ -229,7 +229,11 @@ def threshold_problems(options: Any) -> Iterator[str]:
 
 
 def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
-  """Yields a text if the capacity can drop tokens that choose one expert."""
+  """Yields a text if the capacity binds, for routers by sentence or by task.
+
+  All tokens of a sentence or a task choose the same experts, so that most of
+  them would be dropped.
+  """
   if sizes.capacity.binds:
     yield (
       f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r} can drop most '
@@ -248,7 +252,7 @@ def choice_aux(
   logits: Float32[Array, 'G S E'] | None,
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses, and the statistics of a routing and of its logits if any.
+  """The losses, with the statistics of a routing and of its logits, if any.
 
   The logits are those without noise, and are also kept for analysis.
   """

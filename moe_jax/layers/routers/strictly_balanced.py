@@ -47,7 +47,7 @@ class StrictlyBalanced(contract.RouterOptions):
 
 
 class StrictlyBalancedRouter(contract.Router):
-  """A linear layer, then strictly balanced gating; see `Router`."""
+  """The router of strictly balanced gating, with a linear layer's logits."""
 
   options: StrictlyBalanced
 

@@ -57,7 +57,10 @@ class Task(contract.RouterOptions):
 
 
 class TaskRouter(contract.Router):
-  """A table of logits with a row for each task, then token choice."""
+  """The router whose logits are a table with a row for each task.
+
+  A token chooses by the logits of its task.
+  """
 
   options: Task
 

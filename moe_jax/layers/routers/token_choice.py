@@ -1,8 +1,9 @@
 """Token choice: each token chooses the K experts of its largest logits.
 
 Switch (https://arxiv.org/abs/2101.03961), GShard, ST-MoE, Mixtral, Loss-Free
-Balancing, OLMoE, Qwen3-MoE and DeepSeek-V2 and V3 are settings of its options.
-The rules are `moe_jax.routing.token_choice_rule` and `limited_rules`.
+Balancing, OLMoE, Qwen3-MoE and DeepSeek-V2 and V3 are settings of
+`TokenChoice`. The rules are `moe_jax.routing.token_choice_rule` and
+`limited_rules`.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from moe_jax.routing.limited_rules import (
 from moe_jax.routing.token_choice_rule import GATES
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
-PUBLISHED_RATE = 0.001  # of Loss-Free Balancing and DeepSeek-V3
+# The rate of the balancing bias in Loss-Free Balancing and DeepSeek-V3.
+PUBLISHED_RATE = 0.001
 _BIAS = 'balance_bias'
 
 
@@ -206,7 +208,7 @@ class TokenChoice(contract.RouterOptions):
 
 
 class TokenChoiceRouter(contract.Router):
-  """A linear layer, then token choice; see `Router`.
+  """The router whose tokens choose by the logits of a linear layer.
 
   A subclass may override `logits`, `scores` and `gates`.
   """
@@ -296,7 +298,7 @@ class TokenChoiceRouter(contract.Router):
     expert_index: Int32[Array, 'G S K'],
     kept: Bool[Array, 'G S K'] | None = None,
   ) -> Float32[Array, 'G S K']:
-    """The weights of chosen experts, before `gate_scale`.
+    """The gates of chosen experts, before their factor `gate_scale`.
 
     Args:
       logits: The logits.

@@ -30,13 +30,17 @@ class TopologyAware(contract.RouterOptions):
   """The options of the topology-aware gate.
 
   The losses count the choices that tokens make under the limit; the loss of
-  FastMoE's gate counts first choices before the limit. A capacity is that of an
-  expert in a group, and a group whose tokens stay fills the experts of its node
-  alone, one of Q nodes: where the capacity binds, a factor Q times as large
-  drops as little as without a limit. The parameters are those of token choice,
-  which is this router without a limit: an evaluation can override the router's
-  kind. Experts cannot be merged, as the index of a logit tells the device of
-  its expert, and a merged expert has several logits.
+  FastMoE's gate counts first choices before the limit.
+
+  Tokens that stay on the node of their group fill only the experts of that
+  node, one of Q nodes, so that a capacity, which holds for an expert in a
+  group, drops more of them. Where the capacity binds, a factor Q times as large
+  drops as little as without a limit.
+
+  The parameters are those of token choice, which is this router without a
+  limit, so that an evaluation can set the router's kind to token choice.
+  Experts cannot be merged, as the index of a logit tells the device of its
+  expert, and a merged expert has several logits.
   """
 
   takes_choices: ClassVar[bool] = True
@@ -129,8 +133,9 @@ class TopologyAware(contract.RouterOptions):
   def causality(self, sizes):
     """Later tokens change earlier outputs, as they compete to leave the node.
 
-    They do not where the option lets no token leave. Groups so small that
-    their limit is 0 are not told apart, as their size is not known here.
+    They do not where the option lets no token leave. Groups so small that their
+    limit rounds to 0 count as if tokens could leave, as the size of groups is
+    not known here.
     """
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
     if not self.limits:
@@ -157,7 +162,7 @@ class TopologyAware(contract.RouterOptions):
 
 
 class TopologyAwareRouter(contract.Router):
-  """A linear layer, then choices under a limit; see `Router`."""
+  """The router of a linear layer, whose choices keep to the limit."""
 
   options: TopologyAware
 
