@@ -40,7 +40,8 @@ class ItemSource(NamedTuple):
   Attributes:
     name: Description of the source for messages.
     items: Function from a split to its items, which may be read one by one.
-      Items of 'train' serve as examples, items of 'validation' are asked.
+      Items of 'validation' are asked; items of 'train' serve as examples that
+      are put before a question.
   """
 
   name: str
@@ -48,11 +49,11 @@ class ItemSource(NamedTuple):
 
 
 class ChoiceSourceOptions(Options):
-  """Contract of a source of questions.
+  """Contract of the options of a source of questions with several answers.
 
   Attributes:
     has_train_split: Whether 'train' and 'validation' have different items, so
-      that examples do not give away the answers.
+      that examples from 'train' do not give away the answers.
   """
 
   has_train_split: ClassVar[bool] = True
@@ -68,7 +69,7 @@ class ChoiceSourceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """Examples from the train split of the source whose questions are asked."""
+  """Takes examples from the train split of the source whose items are asked."""
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
@@ -209,10 +210,12 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 
 
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
-  """An item for each pair, with wrong answers from other pairs.
+  """An item for each (prompt, answer), with wrong answers from other pairs.
 
-  The j-th wrong answer to pair i of P is the answer of pair i + j P / 4, or of
-  the next pair with another answer. The index of the right answer is i mod 4.
+  With P pairs, the j-th wrong answer of pair i is the answer of pair
+  (i + j P / 4) mod P, rounded down, or of the next pair whose answer the item
+  does not have yet; after the last pair comes the first. The index of the right
+  answer is i mod 4.
 
   Raises:
     ValueError: There are fewer than four different answers.

@@ -192,7 +192,10 @@ class MixtureOptions(Options):
     return {n: float(min(size, limit)) ** power for n, size in sizes.items()}
 
   def shrunk_with(self, embedded: SourceOptions) -> 'MixtureOptions':
-    """The same mixture, small; `embedded` replaces sources that read files."""
+    """This mixture for a small run: `embedded` replaces sources of files.
+
+    The same sources stay held out.
+    """
     sources = {
       name: source.shrunk() if source.is_embedded else embedded
       for name, source in self.sources.items()

@@ -1,9 +1,10 @@
 """The corpus from Python: source files of the running Python's own library.
 
-Its functions and their docstrings are pairs. Tests and installed packages are
-left out; so are, unless they are named, packages that distributions leave out
-(tkinter, idlelib, ensurepip) and code tables (encodings). Different Pythons
-give different corpora: compare results only if the digest is the same.
+A second source gives its functions and their docstrings as pairs. Tests and
+installed packages are left out; so are, unless they are named, packages that
+distributions leave out (tkinter, idlelib, ensurepip) and code tables
+(encodings). Different Pythons give different corpora: compare results only if
+the digest is the same.
 """
 
 import ast

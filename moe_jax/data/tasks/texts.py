@@ -489,7 +489,7 @@ class Mixture(WindowTask):
   def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples that windows of `n` tokens give.
 
-    Each is the largest of all denoisers.
+    Each length is the largest that any of the denoisers gives.
     """
     by_task = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))

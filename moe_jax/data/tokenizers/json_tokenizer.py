@@ -308,7 +308,14 @@ def _content(token: Any) -> Any:
 
 
 def _chat_template(folder: pathlib.Path, template: Any) -> Any:
-  """The template in its own file, or else in `tokenizer_config.json`."""
+  """The chat template in a file of its own, or else `template`.
+
+  Args:
+    folder: The model's folder.
+    template: The value of 'chat_template' in `tokenizer_config.json`: a text, a
+      list of objects with name and template, or None. Of a list the template
+      named 'default' is taken.
+  """
   path = plain(folder, 'chat_template.jinja')
   if path is not None:
     return read_text(path)

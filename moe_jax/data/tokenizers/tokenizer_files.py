@@ -1,4 +1,4 @@
-"""Tokenizers that are given: of runs, of other libraries' files, or fitted."""
+"""Tokenizers that exist already: a run's, another library's, or fitted ones."""
 
 import dataclasses
 import os
