@@ -136,7 +136,7 @@ def check(items: Sequence[Item]) -> None:
 
 
 def last_message(log: pathlib.Path) -> str:
-  """Last line of a log, or its last message of this package if it has one."""
+  """The last message of this package in a log, or else the log's last line."""
   text = log.read_text(encoding='utf-8', errors='replace')
   lines = [line for line in text.splitlines() if line.strip()] or ['(empty)']
   messages = [line for line in lines if line.startswith(_OURS)]

@@ -9,10 +9,10 @@ that gigabytes are not read whenever a run starts, digests of large files are
 remembered: a remembered digest is taken while the file has the same size, times
 and inode, by which git notices changes, too. A digest is remembered only if
 the file was at rest for some seconds when it was read. A damaged folder is
-named in an error and not made anew: damage tells of a failing disk or of a
-program that wrote there, other processes may be reading the folder, and only
-its user knows. Where the cache also has a URL, a folder that exists at the URL
-is copied from there, and any other folder is copied to the URL once it is made.
+named in an error and not made anew: the disk may be failing, a program may have
+written to the folder, or other processes may be reading it, and only its user
+can tell. Where the cache also has a URL, a folder that exists at the URL is
+copied from there, and any other folder is copied to the URL once it is made.
 `whole_folder` makes a folder outside the cache.
 """
 
@@ -79,7 +79,7 @@ def prepared(
   digests: bool = True,
   url: str = '',
 ) -> pathlib.Path:
-  """Fills `folder` by `write` unless it exists, and returns it.
+  """Fills `folder` by `write`, unless `folder` exists, and returns its path.
 
   `write` fills a temporary folder in the same parent, which is then renamed to
   `folder`, so that `folder` is complete once it exists. If several processes

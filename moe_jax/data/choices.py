@@ -73,7 +73,7 @@ class SameSource(ChoiceSourceOptions):
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
-  """The item of a prompt, its answers and the label, which are checked.
+  """Checks a prompt, its answers and the right one's index; returns the item.
 
   Raises:
     ValueError: A field is missing, empty or out of range, or two answers are
@@ -195,7 +195,7 @@ class DocstringChoiceSource(ChoiceSourceOptions):
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """An item for each function, with wrong answers from the same split.
+    """An item for each function with a docstring; all answers are of one split.
 
     Raises:
       ValueError: A module is not of the standard library.

@@ -97,7 +97,7 @@ class Tokenizer(abc.ABC):
 
   @functools.cached_property
   def label(self) -> str:
-    """Text about the tokenizer for the lines at the start of a run."""
+    """Text about the tokenizer that a run prints at its start."""
     return self.identity
 
   @abc.abstractmethod
@@ -544,7 +544,7 @@ class TaskOptions(Options):
     return source.pairs(selection).with_prefix(self.input_prefix)
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer with the ids that the task adds; by default none."""
+    """`base` with the ids that the task adds; by default a task adds none."""
     del shape
     return base
 

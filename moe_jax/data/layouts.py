@@ -65,7 +65,7 @@ class Layout(abc.ABC):
 
   @abc.abstractmethod
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:
-    """The lengths to which such examples are cut, so that each fits a row.
+    """The lengths to which examples are cut, so that each fits a row.
 
     Args:
       inputs: Number of input tokens of each example, uncut.

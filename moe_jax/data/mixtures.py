@@ -167,7 +167,7 @@ class MixtureOptions(Options):
       )
 
   def cluster(self, name: str) -> str:
-    """The name of the cluster, a group of similar sources, of a source.
+    """The name of a source's cluster, a group of similar sources.
 
     A source without a cluster is a cluster by itself, under its own name.
     """

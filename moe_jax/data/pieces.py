@@ -83,7 +83,7 @@ class Report(NamedTuple):
 
   Attributes:
     folder: The folder of the tokens.
-    num_existing: Number of pieces that existed already.
+    num_existing: Number of pieces that existed before the call.
     bytes_read: Number of bytes of files that were read.
     peak_bytes: The most bytes of memory that one process of this host held.
   """

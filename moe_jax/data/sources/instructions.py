@@ -55,7 +55,7 @@ class Dice:
     return low + self.below(high - low + 1)
 
   def one(self, items: Sequence[T]) -> T:
-    """A random item."""
+    """A random one of the items."""
     return items[self.below(len(items))]
 
   def sample(self, items: Sequence[T], count: int) -> list[T]:
@@ -787,7 +787,7 @@ class InstructionSource(SourceOptions):
 
   @property
   def cluster(self) -> str:
-    """The cluster of the task."""
+    """Name of the cluster of similar tasks to which the task belongs."""
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:

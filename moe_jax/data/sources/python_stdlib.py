@@ -80,8 +80,8 @@ class PythonStdlibSource(SourceOptions):
     """A document for each file; about one file in 20 is for validation.
 
     Raises:
-      ValueError: A module is not of the standard library, or the files of the
-        modules do not give two splits.
+      ValueError: A module is not of the standard library, or all files of
+        the modules are in one split.
     """
     modules = self.modules.split(',') if self.modules else MODULES
     files = list(source_files(modules))

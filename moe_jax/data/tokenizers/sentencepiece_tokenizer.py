@@ -61,7 +61,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
-    """The token's piece in quotes; the name of a control symbol or a byte."""
+    """The token's piece in quotes; a control symbol's or byte's name without."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'

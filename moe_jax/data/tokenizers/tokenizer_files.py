@@ -93,11 +93,11 @@ class GivenOptions(TokenizerOptions):
     raise NotImplementedError
 
   def identity(self) -> str:
-    """The tokenizer's own identity."""
+    """The identity of the tokenizer that these options give."""
     return self.given().identity
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer, whatever the texts are."""
+    """The tokenizer of these options, which does not depend on the texts."""
     del texts
     return self.given()
 
