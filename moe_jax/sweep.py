@@ -113,7 +113,8 @@ def _train(items: Sequence[Item], metric: str) -> bool:
   """Trains the runs that are not finished; returns whether none failed.
 
   Raises:
-    SystemExit: SIGTERM or Ctrl-C stopped a run; the same call goes on.
+    SystemExit: SIGTERM or Ctrl-C stopped a run; when this function is called
+      again with these items, the run goes on.
     ValueError: A run has no such metric.
   """
   failed = False

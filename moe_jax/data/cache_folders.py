@@ -153,7 +153,7 @@ def _new_folder(folder: pathlib.Path, alone: bool) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[bool]:
-  """Holds a lock on `path` while the body runs, by a file in the same folder.
+  """Holds a lock on `path` while the body runs, by a file beside `path`.
 
   Yields whether the lock is held.
 

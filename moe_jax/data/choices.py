@@ -116,7 +116,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     """An item for each line that is not empty.
 
     Raises:
-      ValueError: No file matches, all are empty, or a line is no item.
+      ValueError: No file matches, all files are empty, or a line is no item.
     """
     del selection
     paths = matching(self.pattern)

@@ -240,8 +240,9 @@ def load(options: DataOptions) -> Dataset:
   Raises:
     ValueError: The data is missing or bad; a text has a character that the
       tokenizer lacks; a split is empty; a row is too short for the task, or
-      there are too few sentinels; the period of a mixture is too short for a
-      weight. The message names the source of a mixture.
+      there are too few sentinels; the period of a mixture is too short to
+      have a row of every source that is learned from. Where the data of one
+      source of a mixture is at fault, the message names the source.
     NotPreparedError: A source is missing in the cache within `reading_only`.
   """
   mixture, parts = options.mixture, {}

@@ -104,7 +104,7 @@ class EncoderDecoderLayout(Layout):
     self.longest_text = max(self.capacity)
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 2']:
-    """The tokens that each example takes in the encoder and in the decoder."""
+    """The number of each example's tokens in the encoder and in the decoder."""
     return np.stack([lengths.inputs, lengths.targets], axis=1)
 
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:

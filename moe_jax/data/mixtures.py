@@ -194,7 +194,7 @@ class MixtureOptions(Options):
   def shrunk_with(self, embedded: SourceOptions) -> 'MixtureOptions':
     """This mixture for a small run: `embedded` replaces sources of files.
 
-    The same sources stay held out.
+    Sources that are held out stay held out.
     """
     sources = {
       name: source.shrunk() if source.is_embedded else embedded

@@ -65,7 +65,7 @@ class Engine(NamedTuple):
   """The processes, or the runner of Apache Beam, that make the pieces.
 
   Attributes:
-    processes: Number of processes of the pool; 1 is this process.
+    processes: Number of processes of the pool; 1 stands for this process alone.
     runner: POOL, or the name of a runner of Apache Beam.
     arguments: Beam's own flags, such as '--region=europe-west1'.
     on_progress: Function that is called with the number of bytes of the source
@@ -167,8 +167,8 @@ def fit(
 ) -> Tokenizer:
   """The tokenizer of `options`, fitted to all texts of all corpora.
 
-  The tokenizer is kept in `folder`, and at the URL if that is not ''. If it was
-  fitted before, it is read from one of these.
+  The tokenizer is kept in `folder`, and at `url` if that is not ''. If it was
+  fitted before, it is read from `folder` or from `url`.
   """
 
   def write(unfinished: pathlib.Path) -> None:
@@ -294,7 +294,7 @@ def _work(number: int) -> None:
 
 
 def _end_with_parent() -> None:
-  """Ends this process when its parent has ended, in whatever way."""
+  """Ends this process when its parent process has ended, in whatever way."""
   if (parent := multiprocessing.parent_process()) is not None:
     parent.join()
   os._exit(1)

@@ -1,7 +1,7 @@
 """Reads files that others wrote, such as the files of a downloaded model.
 
-A file is read only if it lies in the given folder, is neither a pipe nor a
-device, and has at most `MOST_BYTES` bytes.
+`plain` finds a file only if it lies in the given folder and is neither a pipe
+nor a device; no file of more than `MOST_BYTES` bytes is read.
 """
 
 import fnmatch
@@ -62,7 +62,7 @@ def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
 def matching(
   folder: pathlib.Path, patterns: Sequence[str]
 ) -> Iterator[pathlib.Path]:
-  """The plain files in a folder whose names match a pattern, in order.
+  """The plain files in a folder whose names match a pattern, sorted by name.
 
   Raises:
     ValueError: Something that is neither a plain file nor a folder has a name

@@ -118,8 +118,8 @@ def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   """The pairs of some languages, in the order of a hash.
 
-  A message has one translation in each language: the translation without a
-  context, or else the first.
+  A message has one translation in each language: the first that belongs to no
+  gettext context, or else the first of all.
 
   Args:
     languages: Names such as 'de', 'pt_BR'; an empty list is all languages.

@@ -308,7 +308,7 @@ def _content(token: Any) -> Any:
 
 
 def _chat_template(folder: pathlib.Path, template: Any) -> Any:
-  """The chat template in a file of its own, or else `template`.
+  """The chat template in a file of its own, or else `template`; '' for none.
 
   Args:
     folder: The model's folder.
