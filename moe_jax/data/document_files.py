@@ -358,7 +358,7 @@ CODECS = {
 
 
 def _opened(raw: Any, path: Path) -> io.BufferedIOBase:
-  """The bytes of an open file, decompressed if its name asks for it."""
+  """The bytes of an open file, decompressed if `path` ends as in `CODECS`."""
   if not is_compressed(path):
     return raw
   return io.BufferedReader(CODECS[path.suffix.lower()](raw), _BLOCK)

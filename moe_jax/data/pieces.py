@@ -282,8 +282,8 @@ def _begin_worker(work: Work) -> None:
 def _work(number: int) -> None:
   """Tokenizes the piece with the index `number` in a worker process.
 
-  A defect of a user's class is sent to the parent as text: an error that cannot
-  be sent would end the pool, as a kill does.
+  An error in a user's class is sent to the parent process as text: an error
+  that cannot be pickled would end the pool, as the death of a worker does.
   """
   try:
     make_piece(_WORKER['work'], number)

@@ -200,7 +200,7 @@ def _read(name: str, dtype: str, count: int) -> np.ndarray:
 
 
 class Digest:
-  """The sha256 of the texts of all splits; each text's length precedes it."""
+  """The sha256 of the texts of all splits, each preceded by its length."""
 
   def __init__(self):
     self._sha256 = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Files and folders at URLs, such as `gs://bucket/books`, read by fsspec.
 
 fsspec reads `gs://` with gcsfs, `s3://` with s3fs and `hf://` with
-huggingface_hub, each of which is installed by its own name.
+huggingface_hub, which are packages that have to be installed, too.
 """
 
 import glob
