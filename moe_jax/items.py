@@ -40,12 +40,16 @@ class Item:
     return [f'--config.{key}={value}' for key, value in self.overrides.items()]
 
   def words(self) -> list[str]:
-    """The module that trains, and all its arguments."""
+    """The arguments of `python -m` that start the run: module and flags."""
     main = ['moe_jax.main', f'--config={self.config}']
     return [*main, f'--workdir={self.workdir}', *self.flags()]
 
   def is_finished(self) -> bool:
-    """Whether `note_finished` was called for this very run in its workdir."""
+    """Whether the workdir has a note that a run equal to this one is finished.
+
+    `note_finished` writes the note. Two runs are equal if their configs and
+    their overrides are equal.
+    """
     path = pathlib.Path(self.workdir) / FINISHED
     return path.exists() and json.loads(path.read_text()) == self._described()
 
@@ -73,13 +77,15 @@ def swept(
   sweeps: Sequence[tuple[str, str]],
   output: str,
 ) -> list[Item]:
-  """Makes an item for every combination of swept values, last key fastest.
+  """Makes an item for every combination of swept values.
+
+  The value of the last key changes fastest from item to item.
 
   Args:
     config: Config of every item, 'configs/name.py'.
-    overrides: Flags of all items, such as '--config.seed=1'; one without a
-      value is a boolean that becomes true.
-    sweeps: Keys with their values, between which are commas: ('seed', '0,1').
+    overrides: Flags of all items, such as '--config.seed=1'; a flag without a
+      value sets its key to true.
+    sweeps: Keys, each with its values, separated by commas: ('seed', '0,1').
     output: Folder of the items' workdirs.
 
   Raises:
@@ -106,7 +112,7 @@ def swept(
 
 
 def check(items: Sequence[Item]) -> None:
-  """Reads every config before anything starts.
+  """Checks the config of every item, to be called before any run starts.
 
   Raises:
     ValueError: A config does not exist or is wrong, or two items share a
@@ -130,7 +136,7 @@ def check(items: Sequence[Item]) -> None:
 
 
 def last_message(log: pathlib.Path) -> str:
-  """Last line of a log, or its last message of this package if it has one."""
+  """The last message of this package in a log, or else the log's last line."""
   text = log.read_text(encoding='utf-8', errors='replace')
   lines = [line for line in text.splitlines() if line.strip()] or ['(empty)']
   messages = [line for line in lines if line.startswith(_OURS)]

@@ -43,11 +43,12 @@ VERDICTS = {-1: 'lower', 0: 'not resolved', 1: 'higher'}
 
 
 def last_value(item: Item, metric: str) -> float:
-  """The last value of a metric in a run's rows.
+  """The last value of a metric in the rows of metrics that a run has written.
 
   Args:
     item: The run.
-    metric: Name of the metric; that of an evaluation may lack 'eval/'.
+    metric: Name of the metric; 'eval/' at the beginning of the name of an
+      evaluation's metric may be left out.
 
   Raises:
     ValueError: No row has a number of that name.
@@ -59,17 +60,19 @@ def last_value(item: Item, metric: str) -> float:
   for name in (metric, f'eval/{metric}'):
     if name in last:
       return last[name]
-  # Metrics of single layers are many.
+  # The message leaves out metrics of single layers, which are many.
   names = [name for name in last if name != 'step' and '/layer_' not in name]
   raise unknown('metric', metric, names)
 
 
 def compare(arms: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-  """A row for each arm, as JSON can hold it: None stands for NaN or infinity.
+  """A row of the table for each arm, a combination of swept values.
+
+  JSON can hold the rows: None stands for NaN or infinity.
 
   Args:
-    arms: Values of the metric by arm and seed. The first arm is what the others
-      are compared with, on the seeds that both have.
+    arms: Values of the metric by arm and seed. Each other arm is compared with
+      the first, on the seeds that both have.
   """
   rows, base = [], next(iter(arms.values()))
   for name, values in arms.items():
@@ -91,7 +94,7 @@ def _finite(value: float) -> float | None:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
-  """The table of the rows of `compare`."""
+  """The table to print, made of the rows that `compare` returns."""
   columns = ('seeds', metric, 'minus the first')
   table = Table('arm', *(Column(c, justify='right') for c in columns), '')
   for row in rows:
@@ -110,7 +113,8 @@ def _train(items: Sequence[Item], metric: str) -> bool:
   """Trains the runs that are not finished; returns whether none failed.
 
   Raises:
-    SystemExit: SIGTERM or Ctrl-C stopped a run; the same call goes on.
+    SystemExit: SIGTERM or Ctrl-C stopped a run; when this function is called
+      again with these items, the run goes on.
     ValueError: A run has no such metric.
   """
   failed = False
@@ -134,7 +138,7 @@ def _status_of(item: Item, log: pathlib.Path) -> int:
   At SIGTERM or Ctrl-C the run saves and stops; a second signal kills it.
 
   Raises:
-    SystemExit: There was such a signal.
+    SystemExit: SIGTERM or Ctrl-C came while the run was trained.
   """
   log.parent.mkdir(parents=True, exist_ok=True)
   with log.open('ab') as file:
@@ -191,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
-  """Trains what is missing, and prints and stores the table."""
+  """Trains the runs that are not finished, and prints and stores the table."""
   metric, output = options.metric, pathlib.Path(options.output)
   sweeps = [*options.sweep, ('seed', options.seeds)]
   items = swept(options.config, overrides, sweeps, options.output)

@@ -9,11 +9,11 @@ that gigabytes are not read whenever a run starts, digests of large files are
 remembered: a remembered digest is taken while the file has the same size, times
 and inode, by which git notices changes, too. A digest is remembered only if
 the file was at rest for some seconds when it was read. A damaged folder is
-named in an error and not made anew: damage tells of a failing disk or of a
-program that wrote there, other processes may be reading the folder, and only
-its user knows. Where the cache also has a URL, a folder that is there is copied
-from there, and any other folder is copied there once it is made. `whole_folder`
-makes a folder outside the cache.
+named in an error and not made anew: the disk may be failing, a program may have
+written to the folder, or other processes may be reading it, and only its user
+can tell. Where the cache also has a URL, a folder that exists at the URL is
+copied from there, and any other folder is copied to the URL once it is made.
+`whole_folder` makes a folder outside the cache.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.urls import LIST, stamp_of
 from moe_jax.errors import InputError, writing
 
-FORMAT = 3  # version of folders, a part of their names
+FORMAT = 3  # version of the cache's folders, a part of their names
 SMALL = 2**20
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
@@ -51,7 +51,10 @@ class NotPreparedError(InputError):
 
 @contextlib.contextmanager
 def reading_only() -> Iterator[None]:
-  """Refuses, while the body runs, to prepare what the cache lacks."""
+  """Forbids, while the body of `with` runs, to prepare data for the cache.
+
+  Code that would have to prepare data then raises NotPreparedError.
+  """
   before = _READ_ONLY.set(True)
   try:
     yield
@@ -60,7 +63,11 @@ def reading_only() -> Iterator[None]:
 
 
 def check_may_prepare(description: str) -> None:
-  """Raises NotPreparedError within `reading_only`, and names `description`."""
+  """Raises NotPreparedError within `reading_only`.
+
+  Args:
+    description: Text that names the data to prepare, for the message.
+  """
   if _READ_ONLY.get():
     raise NotPreparedError(f'{description} is not prepared yet')
 
@@ -72,20 +79,21 @@ def prepared(
   digests: bool = True,
   url: str = '',
 ) -> pathlib.Path:
-  """Fills `folder` by `write` unless it exists, and returns it.
+  """Fills `folder` by `write`, unless `folder` exists, and returns its path.
 
   `write` fills a temporary folder in the same parent, which is then renamed to
   `folder`, so that `folder` is complete once it exists. If several processes
-  need it at once, one process writes and the others wait; where the file system
-  has no locks, several write and all take the folder that is renamed first.
+  need `folder` at once, one process writes and the others wait. Where the file
+  system has no locks, several processes write, and all use the folder that is
+  renamed first.
 
   Args:
-    folder: The folder.
+    folder: Path of the folder.
     write: The function that fills the folder that it is given.
-    digests: Whether digests of large files of a folder that exists are checked.
-    url: URL of a folder with the same files. If the folder there is whole, it
-      is copied from there, else `folder` is written and copied there. '' stands
-      for no URL.
+    digests: Whether digests of large files are checked if `folder` exists.
+    url: URL of a folder with the same files. If the folder at the URL is whole,
+      it is copied to `folder`; otherwise `folder` is written and copied to the
+      URL. '' stands for no URL.
 
   Raises:
     ValueError: A file of the folder is damaged or missing.
@@ -120,11 +128,12 @@ def prepared(
 
 @contextlib.contextmanager
 def _new_folder(folder: pathlib.Path, alone: bool) -> Iterator[pathlib.Path]:
-  """Makes a folder of this process alone, for the body to rename to `folder`.
+  """Yields a new folder of this process, which the body renames to `folder`.
 
-  It lies in a temporary folder beside `folder`. If the body has not renamed it,
-  it is removed with all that it holds. Where `alone` says that no other process
-  is writing `folder`, what a killed process has left is removed first.
+  The new folder lies in a temporary folder beside `folder`. If the body has not
+  renamed the new folder, it is removed with all that it holds. Where `alone`
+  says that no other process is writing `folder`, temporary folders that killed
+  processes have left are removed first.
   """
   parent, prefix = folder.parent, f'.{folder.name}.unfinished-'
   for left in parent.glob(f'{glob.escape(prefix)}*') if alone else ():
@@ -144,7 +153,7 @@ def _new_folder(folder: pathlib.Path, alone: bool) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[bool]:
-  """Holds a lock on `path` while the body runs, by a file in the same folder.
+  """Holds a lock on `path` while the body runs, by a file beside `path`.
 
   Yields whether the lock is held.
 
@@ -163,11 +172,11 @@ def locked(path: pathlib.Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a new folder for a user's files; it becomes `folder` after the body.
+  """Yields a new folder for the body to fill, then renames it to `folder`.
 
-  The new folder is renamed, so that `folder` is whole once it exists. Of two
-  commands that write it at once the second fails. What a killed command has
-  left in the same parent is removed, where the file system has locks.
+  So `folder` is whole once it exists. Of two commands that write `folder` at
+  once the second fails. Where the file system has locks, unfinished folders
+  that killed commands have left beside `folder` are removed.
 
   Raises:
     ValueError: `folder` is neither new nor empty.
@@ -188,10 +197,10 @@ def check_free(folder: pathlib.Path) -> None:
 
 
 def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
-  """Raises ValueError, with advice, unless the files are as they were written.
+  """Raises ValueError unless a folder's files are as they were written.
 
-  Digests of large files are checked only with `digests`. The message calls the
-  folder `where`, if that is given.
+  Digests of large files are checked only with `digests`. The message advises to
+  delete the folder, and calls it `where` if that is given.
   """
   try:
     text = read_text(folder / LIST)
@@ -231,7 +240,10 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
 
 
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The files of a folder by name, without the list of them."""
+  """The path of each file of a folder, but `LIST`, by its path in the folder.
+
+  Files `.nfs*`, which NFS keeps for deleted files in use, are left out, too.
+  """
   paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob('*')}
   return {
     name: path
@@ -241,7 +253,7 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _text(facts: dict[str, list]) -> str:
-  """The list of files: [size, sha256] of each by its path."""
+  """The content of the file `LIST`: JSON of each file's [size, sha256]."""
   return json.dumps(facts, indent=1, sort_keys=True) + '\n'
 
 
@@ -279,6 +291,6 @@ def sha256s(
 
 
 def sha256(path: pathlib.Path) -> str:
-  """The sha256 of a file in hexadecimal digits, read now."""
+  """The sha256 of a file's present content, in hexadecimal digits."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

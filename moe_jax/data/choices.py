@@ -40,7 +40,8 @@ class ItemSource(NamedTuple):
   Attributes:
     name: Description of the source for messages.
     items: Function from a split to its items, which may be read one by one.
-      Items of 'train' serve as examples, items of 'validation' are asked.
+      Items of 'validation' are asked; items of 'train' serve as examples that
+      are put before a question.
   """
 
   name: str
@@ -48,11 +49,11 @@ class ItemSource(NamedTuple):
 
 
 class ChoiceSourceOptions(Options):
-  """Contract of a source of questions.
+  """Contract of the options of a source of questions with several answers.
 
   Attributes:
     has_train_split: Whether 'train' and 'validation' have different items, so
-      that examples do not give away the answers.
+      that examples from 'train' do not give away the answers.
   """
 
   has_train_split: ClassVar[bool] = True
@@ -68,11 +69,11 @@ class ChoiceSourceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """Examples from the train split of the source whose questions are asked."""
+  """Takes examples from the train split of the source whose items are asked."""
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
-  """The item of a prompt, its answers and the label, which are checked.
+  """Checks a prompt, its answers and the right one's index; returns the item.
 
   Raises:
     ValueError: A field is missing, empty or out of range, or two answers are
@@ -115,7 +116,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     """An item for each line that is not empty.
 
     Raises:
-      ValueError: No file matches, all are empty, or a line is no item.
+      ValueError: No file matches, all files are empty, or a line is no item.
     """
     del selection
     paths = matching(self.pattern)
@@ -194,7 +195,7 @@ class DocstringChoiceSource(ChoiceSourceOptions):
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """An item for each function, with wrong answers from the same split.
+    """An item for each function with a docstring; all answers are of one split.
 
     Raises:
       ValueError: A module is not of the standard library.
@@ -209,10 +210,12 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 
 
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
-  """An item for each pair, with wrong answers from other pairs.
+  """An item for each (prompt, answer), with wrong answers from other pairs.
 
-  The j-th wrong answer to pair i of P is the answer of pair i + j P / 4, or of
-  the next pair with another answer. The index of the right answer is i mod 4.
+  With P pairs, the j-th wrong answer of pair i is the answer of pair
+  (i + j P / 4) mod P, rounded down, or of the next pair whose answer the item
+  does not have yet; after the last pair comes the first. The index of the right
+  answer is i mod 4.
 
   Raises:
     ValueError: There are fewer than four different answers.

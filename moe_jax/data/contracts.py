@@ -100,7 +100,7 @@ class Tokenizer(abc.ABC):
 
   @functools.cached_property
   def label(self) -> str:
-    """Text about the tokenizer for the lines at the start of a run."""
+    """Text about the tokenizer that a run prints at its start."""
     return self.identity
 
   @abc.abstractmethod
@@ -141,7 +141,7 @@ class Tokenizer(abc.ABC):
   def from_state(cls, state: Mapping[str, Any]) -> 'Tokenizer':
     """The tokenizer whose method `state` gave `state`.
 
-    By default the state has the arguments of the class by name.
+    By default the state is a mapping of the arguments of the class by name.
     """
     return cls(**state)
 
@@ -242,7 +242,7 @@ class Selection:
       take any split expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
       `moe_jax.devices.cache_root` names. If it is a URL, data that lies there
-      is first copied to a folder within that folder.
+      is first copied to a folder within `cache_root`.
     cache_digests: Whether large files of prepared data are read through before
       use, to check their digests.
   """
@@ -259,7 +259,8 @@ class Selection:
   def cache(self) -> pathlib.Path:
     """The folder of this machine that has prepared data.
 
-    Each URL has a folder of its own, so that all that is in it is at the URL.
+    Where `cache_dir` is a URL, the folder belongs to this URL alone, so that
+    all that the folder has is at the URL, too.
     """
     if not (url := self.url()):
       return cache_root(self.cache_dir)
@@ -278,7 +279,7 @@ class Selection:
 
 
 class Pieces:
-  """Texts in pieces, by default in a single one.
+  """The documents or pairs of a source in pieces, by default in one piece.
 
   A subclass overrides `sizes` and `read` where several processes are to read
   pieces independently, and can then be pickled.
@@ -296,8 +297,8 @@ class Pieces:
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The documents or pairs of piece `number`, each as (split, its texts).
 
-    They are the same, in the same order, at every call; of a single piece, all
-    of 'train' come before all of 'validation'.
+    Every call gives the same ones in the same order. Where there is a single
+    piece, all of 'train' come before all of 'validation'.
     """
     del number
     return (
@@ -360,7 +361,7 @@ class Pairs:
     return Pieces(self.pairs)
 
   def with_prefix(self, prefix: str) -> 'Pairs':
-    """The same pairs with `prefix` before all inputs."""
+    """These pairs with `prefix` before all inputs."""
     if not prefix:
       return self
     return dataclasses.replace(
@@ -396,8 +397,9 @@ class SourceOptions(Options):
     only_in: 'texts' or 'pairs', by the name of each option that has an effect
       only where texts or only where pairs are read. All other options always
       have an effect.
-    is_embedded: Whether the source needs no file. With ':runlocal', such a
-      source stays in a mixture, and all other sources are replaced.
+    is_embedded: Whether the source needs no file. In the small run that the
+      argument ':runlocal' makes of a config, such a source stays in a mixture,
+      and all other sources are replaced.
     metric: Name of the score of `moe_jax.evaluation.scores` by which answers to
       the source's pairs are judged, unless it has `questions` of its own.
   """
@@ -498,7 +500,11 @@ class Dataset:
     return '\n'.join(lines)
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """The metrics of an evaluation as text, to be printed after its name."""
+    """The metrics of an evaluation as text, to be printed after its name.
+
+    Args:
+      row: The metrics by name.
+    """
     return ', '.join(f'{name} {value:.4g}' for name, value in row.items())
 
 
@@ -506,17 +512,18 @@ class TaskOptions(Options):
   """Contract of a task: the rows that it cuts from streams of tokens.
 
   The cache has whole streams of tokens, by the content of the source and the
-  tokenizer, so that other lengths and tasks can use the same streams. Other
-  code depends on these attributes and never on a task's name.
+  tokenizer, so that rows of other lengths and other tasks can use the same
+  streams. Code outside of tasks depends on these attributes and never on a
+  task's name.
 
   Attributes:
-    reads: What the task reads of a source: 'texts', whose stream is tokens and
-      starts, or 'pairs', with a stream of inputs and a stream of targets.
+    reads: What the task reads of a source: 'texts', tokenized to one stream, or
+      'pairs', tokenized to a stream of inputs and a stream of targets.
     label: Name of the task that a run prints; '' (of a language model) prints
       none.
     makes_examples: Whether a row has examples, each of inputs and targets. Only
-      such rows can have an encoder's side or be shared.
-    generates: Whether a model can generate text for the inputs that can be
+      such rows can have an encoder's side or hold several short examples.
+    generates: Whether text that a model generates from the inputs can be
       compared with the targets.
     answers_go_on: Whether targets directly continue the text of the inputs in a
       decoder-only model, without a token in between.
@@ -540,7 +547,7 @@ class TaskOptions(Options):
     return source.pairs(selection).with_prefix(self.input_prefix)
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer with the ids that the task adds; by default none."""
+    """`base` with the ids that the task adds; by default a task adds none."""
     del shape
     return base
 

@@ -88,9 +88,10 @@ class DataOptions(Options):
 
   @property
   def tasks(self) -> tuple[str, ...]:
-    """The names of a mixture's sources, its tasks, in the order of task ids.
+    """The sorted names of a mixture's sources; each source counts as a task.
 
-    Held-out sources are among them; () where there is no mixture.
+    The index of a name is the task id of the source. Held-out sources are among
+    them. The tuple is empty where there is no mixture.
     """
     return tuple(sorted(self.mixture.sources))
 
@@ -115,8 +116,8 @@ class DataOptions(Options):
 
     The tokenizer may have ids that the run's task added. Where the task of
     these options would add the same ids, they are first removed from the
-    tokenizer, since the task adds them anyway; so the data of the same run
-    stays what it was. Ids that another task added stay.
+    tokenizer, since the task adds them anyway; so, with the options of that run
+    itself, the data stays what it was. Ids that another task added stay.
     """
     run_tokenizer = without_endings(tokenizer)
     if isinstance(run_tokenizer, tokenizers.Extended):
@@ -127,9 +128,9 @@ class DataOptions(Options):
     return dataclasses.replace(self, tokenizer=fitted)
 
   def with_tokenizer_of(self, *folders: str | pathlib.Path) -> 'DataOptions':
-    """The options with the tokenizer of the first run that has a tokenizer.
+    """The options with the tokenizer of the first run folder that has one.
 
-    If no folder of a run has a tokenizer, the options are returned unchanged.
+    If none of `folders` has a tokenizer, the options are returned unchanged.
 
     Raises:
       ValueError: The tokenizer cannot be read.
@@ -170,7 +171,12 @@ class DataOptions(Options):
           yield f'{path}{text}'
 
   def shrunk(self) -> 'DataOptions':
-    """The same task in short rows, on bytes of Python's standard library."""
+    """Options of a small run of the same task, without any files of the user.
+
+    Rows are short, tokens are bytes, and the source is Python's standard
+    library. Of a mixture only sources that need no file stay; the standard
+    library replaces each of the others.
+    """
     embedded = _EMBEDDED[self.task.reads]
     return dataclasses.replace(
       self,
@@ -234,15 +240,17 @@ def load(options: DataOptions) -> Dataset:
   Raises:
     ValueError: The data is missing or bad; a text has a character that the
       tokenizer lacks; a split is empty; a row is too short for the task, or
-      there are too few sentinels; the period of a mixture is too short for a
-      weight. The message names the source of a mixture.
+      there are too few sentinels; the period of a mixture is too short to
+      have a row of every source that is learned from. Where the data of one
+      source of a mixture is at fault, the message names the source.
     NotPreparedError: A source is missing in the cache within `reading_only`.
   """
   mixture, parts = options.mixture, {}
   if not mixture.sources:
     return _load(options, options.source, options.tokenizer)
   tokenizer = shared_tokenizer(options)
-  # A config keeps no order, and a run must be the same when it is read again.
+  # A config keeps no order of its sources, and a run must be the same when its
+  # config is read again.
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):
     try:
       part = _load(options, source, tokenizer)
@@ -278,7 +286,7 @@ def load(options: DataOptions) -> Dataset:
 def _load(
   options: DataOptions, source: SourceOptions, tokenizer: TokenizerOptions
 ) -> Dataset:
-  """The dataset of a source alone; its tokens are memory-mapped."""
+  """The dataset of a single source; its tokens are memory-mapped."""
   task, shape = options.task, options.shape
   corpus = task.open(source, options.selection)
   folder = pieces.make(corpus, tokenizer, options.selection).folder
@@ -300,10 +308,11 @@ def _load(
 
 
 def shared_tokenizer(options: DataOptions) -> TokenizerOptions:
-  """The tokenizer of a mixture, fitted to all texts if it depends on them.
+  """The options of the one tokenizer that all sources of a mixture share.
 
-  A tokenizer that is fitted is kept in the cache, and is found there by its
-  options and the identities of the texts.
+  If the tokenizer depends on texts, this function fits it to the texts of all
+  sources and keeps it in the cache, where it is found again by its options and
+  the identities of the texts.
 
   Raises:
     ValueError: The data of a source is missing or bad.

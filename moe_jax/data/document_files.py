@@ -1,14 +1,15 @@
-"""Documents in files: plain text, JSON lines and parquet, one at a time.
+"""Reads documents from files of plain text, JSON lines or parquet.
 
     for span in spans(path):
       for text in read(span): ...
 
 The name of a file says how it is read: `.jsonl` and `.ndjson` are JSON lines,
 `.parquet` is parquet, and everything else is text in UTF-8. Text and lines may
-be compressed: `.gz`, `.bz2`, `.xz`, `.zst`. Documents are the texts of lines
-and rows; a file of text of up to `WHOLE_BYTES` bytes that is not compressed is
-a document; longer and compressed text is cut (see `_cut_text`). Parquet and
-`.zst` need pyarrow, which `pip install moe_jax[data]` brings.
+be compressed: `.gz`, `.bz2`, `.xz`, `.zst`. Each line of JSON and each row of
+parquet holds a document. A file of text of up to `WHOLE_BYTES` bytes that is
+not compressed is one document; longer and compressed text is cut (see
+`_cut_text`). Parquet and `.zst` need pyarrow, which `pip install moe_jax[data]`
+brings.
 """
 
 import bz2
@@ -73,9 +74,10 @@ class PartBytes:
 
   Attributes:
     path: The file.
-    stream: Its bytes, uncompressed; the next ones are those to take.
-    begin: The first byte of the part.
-    left: Number of bytes of the part that are not taken yet, at most.
+    stream: The uncompressed bytes; its position is the first byte of the part
+      that is not taken yet.
+    begin: Offset in the file of the part's first byte.
+    left: Upper bound on the number of bytes of the part that are not taken yet.
     lines: Number of lines that the caller has counted.
   """
 
@@ -86,7 +88,7 @@ class PartBytes:
   lines: int = 0
 
   def take(self, method: str, most: int) -> bytes:
-    """The next bytes; b'' at the end.
+    """Takes the next bytes of the part; b'' at its end.
 
     Args:
       method: The stream's method, 'read' or 'readline'.
@@ -206,10 +208,12 @@ def _too_long(where: str) -> str:
 
 
 def _cut_text(source: PartBytes) -> Iterator[str]:
-  """Documents of at least `LEAST_BYTES`; the last may be shorter.
+  """Yields documents of at least `LEAST_BYTES` bytes; the last may be shorter.
 
-  A document ends after the first empty line beyond `LEAST_BYTES`, or after the
-  first line beyond twice as many, or where a character ends at `MOST_BYTES`.
+  A document ends after the first empty line that lies between `LEAST_BYTES` and
+  twice as many bytes from the document's beginning. Without such a line, it
+  ends with the first line that ends beyond twice `LEAST_BYTES`. If that line is
+  too long, the document ends where a character ends at `MOST_BYTES`.
   """
   buffer, at, more = b'', 0, True
   while True:
@@ -240,7 +244,10 @@ def _cut(buffer: bytes, at: int) -> int:
 
 
 def _values(source: PartBytes) -> Iterator[tuple[bytes, Any]]:
-  """Yields the stripped bytes and the value of each line that has content."""
+  """Yields the stripped bytes and the value of each line that is not blank.
+
+  A line holds a value of JSON.
+  """
   while line := source.take('readline', MOST_LINE_BYTES + 1):
     if len(line) > MOST_LINE_BYTES:
       raise InputError(_too_long(source.where()))
@@ -264,7 +271,7 @@ def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
 def _text_problem(value: Any, field: str) -> str:
   """The reason why a value has no text under the key `field`; '' if it has.
 
-  The reason begins after the number of the value's line, which a caller adds.
+  The caller puts the file and the number of the value's line before the reason.
   """
   if not isinstance(value, dict):
     kind = type(value).__name__
@@ -299,7 +306,11 @@ def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
 
 
 def check_text(text: Any, where: str) -> None:
-  """Raises ValueError unless a value of a line is a text that is not empty."""
+  """Raises ValueError unless `text` is a text that is not empty.
+
+  A text with half of a surrogate pair is refused, too. The message calls the
+  value `where`.
+  """
   if not isinstance(text, str) or not text:
     raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
   if any('\ud800' <= character <= '\udfff' for character in text):
@@ -347,16 +358,16 @@ CODECS = {
 
 
 def _opened(raw: Any, path: Path) -> io.BufferedIOBase:
-  """The bytes of an open file, decompressed if its name asks for it."""
+  """The bytes of an open file, decompressed if `path` ends as in `CODECS`."""
   if not is_compressed(path):
     return raw
   return io.BufferedReader(CODECS[path.suffix.lower()](raw), _BLOCK)
 
 
 def _parquet_spans(path: Path, most: int) -> Iterator[Span]:
-  """The stretches of row groups, in order.
+  """Yields spans of consecutive row groups of a parquet file, in order.
 
-  A stretch ends with the row group by which it reaches `most` bytes.
+  A span ends with the row group by which it reaches `most` bytes.
 
   Raises:
     ValueError: The file is no parquet file, or pyarrow is not installed.
@@ -375,7 +386,7 @@ def _parquet_spans(path: Path, most: int) -> Iterator[Span]:
 def _parquet_texts(
   path: Path, begin: int, end: int, column: str
 ) -> Iterator[str]:
-  """The texts of a column in row groups.
+  """Yields the texts of a column in the row groups `begin` to `end` - 1.
 
   Raises:
     ValueError: The file is damaged, there is no such column of texts, or a row

@@ -65,7 +65,12 @@ class Layout(abc.ABC):
 
   @abc.abstractmethod
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:
-    """The lengths to which examples are cut, so that each fits a row."""
+    """The lengths to which examples are cut, so that each fits a row.
+
+    Args:
+      inputs: Number of input tokens of each example, uncut.
+      targets: Number of target tokens of each example, uncut.
+    """
 
   @abc.abstractmethod
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
@@ -99,11 +104,11 @@ class EncoderDecoderLayout(Layout):
     self.longest_text = max(self.capacity)
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 2']:
-    """The inputs' length for the encoder, the targets' for the decoder."""
+    """The number of each example's tokens in the encoder and in the decoder."""
     return np.stack([lengths.inputs, lengths.targets], axis=1)
 
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:
-    """The lengths that cut each side to the length of its own rows."""
+    """Cuts inputs to the length of an encoder's row, targets to a decoder's."""
     inputs = np.minimum(inputs, self.max_inputs)
     targets = np.minimum(targets, self.max_targets)
     return Lengths(inputs, targets, inputs + targets)
@@ -143,7 +148,7 @@ class DecoderLayout(Layout):
     return lengths.total[:, None] - 1
 
   def cut(self, inputs: Counts, targets: Counts) -> Lengths:
-    """The lengths that cut inputs first, but to no less than half of a row."""
+    """Cuts inputs first, to no less than half of a row, and then targets."""
     room = self.seq_len + 1
     min_inputs = np.minimum(inputs, room // 2)
     targets = np.minimum(targets, room - min_inputs)

@@ -1,7 +1,8 @@
 """The order in which rows of several sources follow each other.
 
 A period of rows is laid out once. Which source gives row p of the stream, and
-which of the source's rows it is, follows from p by division.
+which of the source's rows that is, follows from the quotient and the remainder
+of p divided by the length of the period.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
 
 
 class Schedule:
-  """The source of each row of an endless stream, and its row in that source.
+  """The source of each row of an endless stream, and the row's index there.
 
   The rows of every source are spread evenly: after any number of rows, each of
   n sources is at most 1 - 1 / (2n - 2) rows from its share (Tijdeman 1980, The
@@ -138,7 +139,7 @@ class MixedRows(Rows):
     return int(self._ends[-1])
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, which count all rows of the first source first."""
+    """The rows at `indices`, counted from the first source to the last."""
     indices = np.asarray(indices, np.int64)
     # Rows beyond the last are padding, which the last source gives.
     source = np.searchsorted(self._ends[:-1], indices, side='right')
@@ -163,7 +164,8 @@ def joined(source: Numbers, draw: Callable[[int, Numbers], Batch]) -> Batch:
       the batch to a batch of these rows alone.
 
   Returns:
-    The arrays, [R, ...] each.
+    The batch's arrays by name, [R, ...] each, with R rows in the order of
+    `source`.
   """
   batch: Batch = {}
   sources = np.unique(source).tolist()

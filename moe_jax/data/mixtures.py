@@ -167,7 +167,7 @@ class MixtureOptions(Options):
       )
 
   def cluster(self, name: str) -> str:
-    """The name of the cluster, a group of similar sources, of a source.
+    """The name of a source's cluster, a group of similar sources.
 
     A source without a cluster is a cluster by itself, under its own name.
     """
@@ -192,7 +192,10 @@ class MixtureOptions(Options):
     return {n: float(min(size, limit)) ** power for n, size in sizes.items()}
 
   def shrunk_with(self, embedded: SourceOptions) -> 'MixtureOptions':
-    """The same mixture, small; `embedded` replaces sources that read files."""
+    """This mixture for a small run: `embedded` replaces sources of files.
+
+    Sources that are held out stay held out.
+    """
     sources = {
       name: source.shrunk() if source.is_embedded else embedded
       for name, source in self.sources.items()

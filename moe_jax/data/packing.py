@@ -27,7 +27,9 @@ Numbers = Int[np.ndarray, ' R']  # indices of rows, or their epochs
 
 
 class Rows(abc.ABC):
-  """Random access to rows; a row is a dict of arrays, a batch stacks rows.
+  """Random access to rows of tokens; a batch stacks rows.
+
+  A row is a dict of arrays by name.
 
   Attributes:
     layout: Layout of the examples; None for rows that hold no examples.
@@ -65,8 +67,9 @@ class Rows(abc.ABC):
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, with the noise that training has in their epochs.
 
-    A row depends on its index, its epoch (from 0) and the seed alone. An index
-    of `len(self)` or more gives a row of padding.
+    The noise is what a task draws at random, such as which spans of a text are
+    cut out. A row depends on its index, its epoch (from 0) and the seed alone.
+    An index of `len(self)` or more gives a row of padding.
     """
 
   @abc.abstractmethod

@@ -1,11 +1,12 @@
-"""The tokens of a source, made once, in pieces, by a pool or by Apache Beam.
+"""Tokenizes a source once, in pieces, by a pool of processes or Apache Beam.
 
-`make_piece` is a pure function of the index of a piece: it writes a folder,
-always with the same bytes, renames it when it is whole, and leaves a piece that
-exists as it is. So any process may make any piece, in any order and repeatedly,
-and work that was killed goes on where it ended. `make` has all pieces made and
-joins them. A run calls `make` when it starts, and so does the command of
-`prepare.py`, with more processes.
+A piece holds the tokens of a part of the source's texts. `make_piece` is a pure
+function of the index of a piece: it writes a folder, always with the same
+bytes, renames it when it is whole, and leaves a piece that exists as it is. So
+any process may make any piece, in any order and repeatedly, and work that was
+killed goes on where it ended. `make` has all pieces made and joins them. A run
+calls `make` when it starts, and so does the command of `prepare.py`, with more
+processes.
 """
 
 import hashlib
@@ -41,11 +42,12 @@ class Work(NamedTuple):
 
   Attributes:
     folder: Folder of finished pieces.
-    pieces: The texts.
+    pieces: The texts to tokenize, in pieces.
     streams: The streams of tokens; see `store.write_piece`.
     tokenizer: The tokenizer.
-    url: URL of a folder of the same pieces. Pieces that are there are copied
-      from there, and others are copied there; '' stands for no URL.
+    url: URL of a folder of the same pieces. Pieces that exist at the URL are
+      copied from there, and others are made and copied to the URL; '' stands
+      for no URL.
   """
 
   folder: pathlib.Path
@@ -63,7 +65,7 @@ class Engine(NamedTuple):
   """The processes, or the runner of Apache Beam, that make the pieces.
 
   Attributes:
-    processes: Number of processes of the pool; 1 is this process.
+    processes: Number of processes of the pool; 1 stands for this process alone.
     runner: POOL, or the name of a runner of Apache Beam.
     arguments: Beam's own flags, such as '--region=europe-west1'.
     on_progress: Function that is called with the number of bytes of the source
@@ -81,7 +83,7 @@ class Report(NamedTuple):
 
   Attributes:
     folder: The folder of the tokens.
-    num_existing: Number of pieces that existed already.
+    num_existing: Number of pieces that existed before the call.
     bytes_read: Number of bytes of files that were read.
     peak_bytes: The most bytes of memory that one process of this host held.
   """
@@ -165,8 +167,8 @@ def fit(
 ) -> Tokenizer:
   """The tokenizer of `options`, fitted to all texts of all corpora.
 
-  It is kept in `folder` and at the URL, if that is not '', and is taken from
-  there if it was fitted before.
+  The tokenizer is kept in `folder`, and at `url` if that is not ''. If it was
+  fitted before, it is read from `folder` or from `url`.
   """
 
   def write(unfinished: pathlib.Path) -> None:
@@ -179,10 +181,12 @@ def fit(
 def _folder_of(
   corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
 ) -> pathlib.Path:
-  """The folder where the tokens are, or will be.
+  """The folder where a source's tokens are, or will be.
 
-  The tokens of a tokenizer that was fitted to the same texts may be in the
-  folder of the options by which it was fitted; that folder is then taken.
+  The folder's name is a hash of the identities of texts and tokenizer. Options
+  of the class `Fitted` hold a tokenizer that exists and replaces other options.
+  If the folder of those other options has tokens of an equal tokenizer, that
+  folder is returned.
   """
 
   def folder_for(options: TokenizerOptions) -> pathlib.Path:
@@ -231,7 +235,7 @@ def peak_memory() -> int:
 def run_pool(
   work: Work, numbers: Sequence[int], engine: Engine
 ) -> Iterator[int]:
-  """Tokenizes the pieces `numbers` of a source in a pool of processes.
+  """Tokenizes the pieces with the indices `numbers` in a pool of processes.
 
   With one process, or fewer than two pieces, this process makes the pieces
   itself.
@@ -276,10 +280,10 @@ def _begin_worker(work: Work) -> None:
 
 
 def _work(number: int) -> None:
-  """Tokenizes piece `number` in a worker process.
+  """Tokenizes the piece with the index `number` in a worker process.
 
-  A defect of a user's class is sent to the parent as text: an error that cannot
-  be sent would end the pool, as a kill does.
+  An error in a user's class is sent to the parent process as text: an error
+  that cannot be pickled would end the pool, as the death of a worker does.
   """
   try:
     make_piece(_WORKER['work'], number)
@@ -290,7 +294,7 @@ def _work(number: int) -> None:
 
 
 def _end_with_parent() -> None:
-  """Ends this process when its parent has ended, in whatever way."""
+  """Ends this process when its parent process has ended, in whatever way."""
   if (parent := multiprocessing.parent_process()) is not None:
     parent.join()
   os._exit(1)
@@ -299,7 +303,7 @@ def _end_with_parent() -> None:
 def run_beam(
   work: Work, numbers: Sequence[int], engine: Engine
 ) -> Iterator[int]:
-  """Tokenizes the pieces `numbers` of a source by a runner of Apache Beam.
+  """Tokenizes the pieces with the indices `numbers` by a runner of Apache Beam.
 
   Yields:
     The index of each piece when it is on this machine.

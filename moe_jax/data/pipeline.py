@@ -40,11 +40,11 @@ def batch_dataset(
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
   may span two epochs. A row has different noise in each epoch. `PackedRows`
-  have no noise, but from the second epoch on their stream is read round from an
-  offset below T that depends on the epoch, so that a token does not meet the
-  same context again; a stream that fits one row stays as it is. Which rows a
-  batch has does not depend on `share`. In a mixture, each source is shuffled by
-  itself, and has epochs of its own.
+  have no noise, but from the second epoch on their stream is read in a circle
+  from an offset below T that depends on the epoch, so that a token does not
+  meet the same context again; a stream that fits one row stays as it is. Which
+  rows a batch has does not depend on `share`. In a mixture, each source is
+  shuffled by itself, and has epochs of its own.
 
   Args:
     rows: Rows to draw from.

@@ -1,6 +1,7 @@
 """Reads files that others wrote, such as the files of a downloaded model.
 
-Nothing is read outside a folder, from a pipe or a device, or without a bound.
+`plain` finds a file only if it lies in the given folder and is neither a pipe
+nor a device; no file of more than `MOST_BYTES` bytes is read.
 """
 
 import fnmatch
@@ -36,8 +37,8 @@ def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
   refused, as a link in a download could lead to any file of this machine.
 
   Raises:
-    ValueError: The name leads elsewhere, or to a pipe or anything else that is
-      no regular file.
+    ValueError: The name leads out of the folder, or to a pipe or anything else
+      that is no regular file.
   """
   if not is_name(name):
     raise InputError(f'{name!r} is no name of a file in {folder}')
@@ -61,11 +62,11 @@ def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
 def matching(
   folder: pathlib.Path, patterns: Sequence[str]
 ) -> Iterator[pathlib.Path]:
-  """The plain files in a folder whose names match a pattern, in order.
+  """The plain files in a folder whose names match a pattern, sorted by name.
 
   Raises:
-    ValueError: Something that is neither a plain file nor a folder has such a
-      name.
+    ValueError: Something that is neither a plain file nor a folder has a name
+      that matches a pattern.
   """
   for path in sorted(folder.iterdir()):
     is_match = any(fnmatch.fnmatchcase(path.name, p) for p in patterns)

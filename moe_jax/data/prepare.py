@@ -38,7 +38,7 @@ from moe_jax.errors import InputError
 def prepare(
   options: DataOptions, engine: Engine = Engine(), *, console: Console
 ) -> dict[str, Report]:
-  """Makes the tokens of every source.
+  """Tokenizes every source of the data into the cache.
 
   Args:
     options: The options under `data` of a config.
@@ -114,7 +114,7 @@ def _lines(
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately.
 
-  What follows '--' are flags of the runner.
+  Arguments that follow '--' are flags of the runner of Apache Beam.
   """
   argv = sys.argv[1:] if argv is None else [*argv]
   end = argv.index('--') if '--' in argv else len(argv)

@@ -47,9 +47,10 @@ def write_piece(
 ) -> None:
   """Tokenizes the texts of a piece into `folder`, about a MiB at a time.
 
-  Documents without a token, and pairs with a side without tokens, are left out,
-  but belong to the digest. Documents end in the EOS, if the tokenizer has one;
-  sides of pairs do not, so that they can be cut first.
+  Documents without a token, and pairs with a side without tokens, are left out
+  of the streams, but their texts belong to the digest. Documents end in the
+  EOS, if the tokenizer has one. The sides of pairs do not, so that a task can
+  cut them before it adds the EOS.
 
   Args:
     folder: An empty folder.
@@ -199,13 +200,13 @@ def _read(name: str, dtype: str, count: int) -> np.ndarray:
 
 
 class Digest:
-  """The sha256 of the texts of all splits; each text's length precedes it."""
+  """The sha256 of the texts of all splits, each preceded by its length."""
 
   def __init__(self):
     self._sha256 = hashlib.sha256()
 
   def split(self, name: str) -> None:
-    """Begins the split `name`, to which the texts that follow belong."""
+    """Begins the split `name`; the texts that are added next belong to it."""
     self._sha256.update(f'split {name}\n'.encode())
 
   def text(self, encoded: bytes) -> None:
@@ -219,7 +220,7 @@ class Digest:
 
 
 def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """The ids of a text, as they are; ids that the file's type lacks are refused.
+  """Returns the ids unchanged if all are in the tokenizer's vocabulary.
 
   Raises:
     ValueError: The ids are not integers in [0, vocab_size).
@@ -236,7 +237,7 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _dtype(tokenizer: Tokenizer) -> str:
-  """The name of the smallest numpy type that holds all ids."""
+  """The name of the smallest numpy type that holds all ids of a tokenizer."""
   return np.min_scalar_type(tokenizer.vocab_size - 1).name
 
 

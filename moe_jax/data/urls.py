@@ -1,7 +1,7 @@
 """Files and folders at URLs, such as `gs://bucket/books`, read by fsspec.
 
 fsspec reads `gs://` with gcsfs, `s3://` with s3fs and `hf://` with
-huggingface_hub, each of which is installed by its own name.
+huggingface_hub, which are packages that have to be installed, too.
 """
 
 import glob
@@ -53,7 +53,8 @@ def matching(pattern: str) -> Sequence[Path]:
 def stamp_of(path: Path) -> list:
   """A list that changes with a file: its size, its times and its inode.
 
-  For a file at a URL it has the size and fsspec's own key of the version.
+  For a file at a URL the list has the size, and the key by which fsspec tells
+  versions of the file apart.
   """
   if not isinstance(path, pathlib.Path):
     return [path.stat().st_size, path.fs.ukey(path.path)]
@@ -62,7 +63,7 @@ def stamp_of(path: Path) -> list:
 
 
 def upload(folder: pathlib.Path, url: str) -> None:
-  """Copies the files of a folder to a URL, the list of them last."""
+  """Copies the files of a folder to a URL; the file `LIST` comes last."""
   files = _file_system(url)
   names = [p.relative_to(folder).as_posix() for p in folder.rglob('*')]
   for name in sorted(names, key=lambda name: name == LIST):

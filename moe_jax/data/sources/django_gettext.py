@@ -34,7 +34,9 @@ class GettextSource(SourceOptions):
   metric: ClassVar[str] = 'chrf'
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """Pairs of a language with a message, `de: Save`, and the translation.
+    """Pairs whose inputs are `de: Save`, a language and a message in English.
+
+    The targets are the translation into that language.
 
     A message is in the same split in every language.
 
@@ -103,7 +105,10 @@ def locate() -> pathlib.Path:
 
 @functools.cache
 def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """The catalogues by language; cached, as the search takes many folders."""
+  """The paths of the catalogues by language.
+
+  The result is cached, as the search goes through many folders.
+  """
   by_language = {}
   for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
     by_language.setdefault(path.parts[-3], []).append(path)
@@ -113,8 +118,8 @@ def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   """The pairs of some languages, in the order of a hash.
 
-  A message has one translation in each language: the translation without a
-  context, or else the first.
+  A message has one translation in each language: the first that belongs to no
+  gettext context, or else the first of all.
 
   Args:
     languages: Names such as 'de', 'pt_BR'; an empty list is all languages.
@@ -133,7 +138,8 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
     for message, translation in _merged(catalogues[language]).items()
     if translation.strip()
   }
-  # A hash orders the pairs, so that neighbours in a row have nothing in common.
+  # A hash orders the pairs, so that neighbouring pairs, which may share a row
+  # of tokens, have nothing in common.
   return sorted(
     every, key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest()
   )

@@ -1,4 +1,4 @@
-"""Text files of a user, given by a pattern."""
+"""Documents in a user's files, whose paths match a pattern."""
 
 import dataclasses
 import hashlib

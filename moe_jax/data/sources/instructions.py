@@ -39,7 +39,7 @@ _SMALL = 40  # examples of a run with ':runlocal'
 
 
 class Dice:
-  """Random draws that a text decides, the same on every machine."""
+  """Random draws, seeded by a text, which are the same on every machine."""
 
   def __init__(self, text: str):
     # Python promises that its method `random` gives the same numbers for a seed
@@ -55,7 +55,7 @@ class Dice:
     return low + self.below(high - low + 1)
 
   def one(self, items: Sequence[T]) -> T:
-    """A random item."""
+    """A random one of the items."""
     return items[self.below(len(items))]
 
   def sample(self, items: Sequence[T], count: int) -> list[T]:
@@ -87,7 +87,11 @@ class Drawn(NamedTuple):
 
   @property
   def subject(self) -> str:
-    """The key, or else the question; each is in one split only."""
+    """What the example is about: the key or, without a key, the question.
+
+    All examples of a subject are in one split, so that training never shows
+    the answer to a question of validation.
+    """
     return self.key or self.question
 
 
@@ -110,7 +114,7 @@ class InstructionTask:
   metric: str = 'exact_match'
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """The content of example `index` of a split, and dice to draw its words.
+    """The content of example `index`, and dice to draw its template and shots.
 
     Raises:
       ValueError: The task has no example of the split.
@@ -129,18 +133,19 @@ class InstructionTask:
     """Example `index` of a split.
 
     Args:
-      split: 'train' or 'validation'; no key is in both.
-      index: Index of the example, from 0; there is no last example.
+      split: 'train' or 'validation'; no `Drawn.subject` is in both.
+      index: Index of the example, from 0, without an upper bound.
       num_shots: Number of other examples, always of 'train', that stand before
-        the example with their answers, in the words of the same template; all
-        have different keys.
+        the example with their answers, in the words of the example's template.
+        No two of all these have the same subject.
 
     Raises:
-      ValueError: As `drawn`, or the task has too few examples.
+      ValueError: The task has no example of the split, or too few examples of
+        'train' with different subjects.
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
-    # No two examples have one subject, as it might give the answer.
+    # A shot with the subject of the example might give the answer away.
     examples = {drawn.subject: drawn}
     for _ in range(_MOST_DRAWS):
       if len(examples) > num_shots:
@@ -170,7 +175,10 @@ _LETTERS = string.ascii_lowercase
 def _task(
   cluster: str, *templates: str, metric: str = 'exact_match'
 ) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
-  """A decorator that adds a function's task to `TASKS` under its name."""
+  """A decorator that adds a task to `TASKS`, drawn by the decorated function.
+
+  The task has the function's name, without an underscore at its beginning.
+  """
 
   def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
     name = draw.__name__.removeprefix('_')
@@ -226,7 +234,10 @@ class Function(NamedTuple):
 
 @functools.cache
 def functions() -> tuple[Function, ...]:
-  """The short functions that have a docstring, each source once."""
+  """The short functions of Python's library that have a docstring.
+
+  Of functions with equal source the first is taken.
+  """
   by_source = {}
   for _, text in source_files(MODULES):
     for _, source, docstring in documented_functions(text):
@@ -242,7 +253,12 @@ def functions() -> tuple[Function, ...]:
 
 @functools.cache
 def shorter(**most: int) -> tuple[Function, ...]:
-  """The functions with at most so many characters in each of these parts."""
+  """The functions of which some parts are short, as in `shorter(source=90)`.
+
+  Args:
+    **most: The largest number of characters by the part's name, a field of
+      `Function`.
+  """
   return tuple(
     f
     for f in functions()
@@ -252,7 +268,10 @@ def shorter(**most: int) -> tuple[Function, ...]:
 
 @functools.cache
 def digest() -> str:
-  """A text that is equal only for equal functions."""
+  """A text that is equal only for equal versions and modules of Python.
+
+  The modules are those of `MODULES`, from which `functions` are taken.
+  """
   sources = content_digest(source_files(MODULES))
   return f'Python {platform.python_version()} {sources}'
 
@@ -307,7 +326,11 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """Different answers in random order: the right answer and some of `texts`."""
+  """The right answer and some of `texts`, in random order.
+
+  Returns:
+    `count` answers, all different.
+  """
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
@@ -347,7 +370,7 @@ def _parses(dice: Dice) -> Drawn:
     parses = bool(ast.parse(text))
   except SyntaxError:
     parses = False
-  # A function is in one split, whole and broken.
+  # By this key a function is in one split, whether it is whole or broken.
   return _yes_no(text, parses, key=function.source)
 
 
@@ -622,7 +645,7 @@ def _to_morse(dice: Dice) -> Drawn:
 )
 def _from_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
-  # The word decides the split, as in the other direction.
+  # By this key a word is in the same split as in the task `to_morse`.
   return Drawn(' '.join(MORSE[letter] for letter in word), word, key=word)
 
 
@@ -764,7 +787,7 @@ class InstructionSource(SourceOptions):
 
   @property
   def cluster(self) -> str:
-    """The cluster of the task."""
+    """Name of the cluster of similar tasks to which the task belongs."""
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:
@@ -787,7 +810,7 @@ class InstructionSource(SourceOptions):
     )
 
   def shrunk(self) -> 'InstructionSource':
-    """The same task with few examples."""
+    """This source with few examples, for a small run."""
     return dataclasses.replace(
       self,
       num_train=min(self.num_train, _SMALL),

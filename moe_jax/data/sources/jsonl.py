@@ -81,7 +81,7 @@ class JsonlSource(SourceOptions):
 
 
 def pairs_of(value: Any, where: str) -> list[Pair]:
-  """The pairs of one line, which messages call `where`.
+  """The pairs of one line of JSON, which messages call `where`.
 
   Raises:
     ValueError: The value is no example.

@@ -1,9 +1,10 @@
 """The corpus from Python: source files of the running Python's own library.
 
-Its functions and their docstrings are pairs. Tests and installed packages are
-left out; so are, unless they are named, packages that distributions leave out
-(tkinter, idlelib, ensurepip) and code tables (encodings). Different Pythons
-give different corpora: compare results only if the digest is the same.
+A second source gives its functions and their docstrings as pairs. Tests and
+installed packages are left out; so are, unless they are named, packages that
+distributions leave out (tkinter, idlelib, ensurepip) and code tables
+(encodings). Different Pythons give different corpora: compare results only if
+the digest is the same.
 """
 
 import ast
@@ -79,8 +80,8 @@ class PythonStdlibSource(SourceOptions):
     """A document for each file; about one file in 20 is for validation.
 
     Raises:
-      ValueError: A module is not of the standard library, or the files of the
-        modules do not give two splits.
+      ValueError: A module is not of the standard library, or all files of
+        the modules are in one split.
     """
     modules = self.modules.split(',') if self.modules else MODULES
     files = list(source_files(modules))

@@ -57,7 +57,7 @@ def prepared_builder(name: str) -> Builder:
 
 
 def identity(builder: Builder) -> str:
-  """Text that changes with the dataset, without reading its examples."""
+  """Text that changes with the dataset, made without reading its examples."""
   digest = hashlib.sha256(builder.info.as_json.encode())
   for split in builder.info.splits.values():
     for path in map(os.fspath, split.filepaths):
@@ -96,7 +96,8 @@ def checked_builder(
     selection: The splits.
 
   Raises:
-    ValueError: As `prepared_builder`, or a feature or split is unknown.
+    ValueError: The dataset, a feature or a split is unknown, or the dataset
+      cannot be prepared here.
   """
   builder = prepared_builder(name)
   names = list(_names_of(builder.info.features))

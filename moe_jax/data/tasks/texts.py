@@ -180,7 +180,7 @@ class PrefixLM(WindowTask):
     window that fills both sides has only one possible split.
 
     Raises:
-      ValueError: A row has no room.
+      ValueError: A row has no room for an example.
     """
     sizes = np.arange(2, self.layout.longest_text + 1)
     shortest, longest = self.suffixes(sizes)
@@ -205,7 +205,7 @@ class PrefixLM(WindowTask):
     return Lengths(inputs, longest, n + self._marks)
 
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
-    """One example of the window."""
+    """One example of the window, split at a position that is drawn."""
     (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
     split = len(window) - generator.integers(shortest, longest, endpoint=True)
     marks = self.mode_id, self.eos_id
@@ -258,7 +258,7 @@ class SpanCorruptionTask(TaskOptions):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(WindowTask):
-  """Inputs with sentinels for spans of a window, and targets with the spans.
+  """Makes inputs with sentinels in place of spans, and targets of the spans.
 
   The window `a b c d e f` with `b` and `d e` cut out becomes the inputs
   `a <0> c <1> f <eos>` and the targets `<0> b <1> d e <2> <eos>`.
@@ -489,7 +489,7 @@ class Mixture(WindowTask):
   def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples that windows of `n` tokens give.
 
-    Each is the largest of all denoisers.
+    Each length is the largest that any of the denoisers gives.
     """
     by_task = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))

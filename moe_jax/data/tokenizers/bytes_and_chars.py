@@ -20,7 +20,7 @@ _NAMED = 8  # characters that a message names
 
 
 class Bytes(Tokenizer, kind='bytes'):
-  """UTF-8 bytes with ids 0 to 255, and an EOS with id 256."""
+  """The tokenizer of UTF-8 bytes, whose ids are 0 to 255; 256 is the EOS."""
 
   vocab_size = 257
   eos_id = 256

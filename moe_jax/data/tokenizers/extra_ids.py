@@ -133,7 +133,7 @@ class Extended(Tokenizer, kind='extended'):
     return self.names[token - self.base.vocab_size]
 
   def state(self) -> dict[str, Any]:
-    """`base` as JSON, the added names, and whether inputs end in an EOS."""
+    """A dict of `base`, the added names, and whether inputs end in an EOS."""
     return {
       'base': self.base.to_json(),
       'names': list(self.names),

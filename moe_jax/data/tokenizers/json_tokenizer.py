@@ -248,7 +248,7 @@ class Json(Tokenizer, kind='json'):
     return self.model.id_to_token(int(token)) or f'<{token}>'
 
   def state(self) -> dict[str, Any]:
-    """The whole model and, where they were given, the special tokens."""
+    """A dict with the model and, if they were given, the special tokens."""
     saved = {'model': json.loads(self.model.to_str())}
     if self._saved_special is not None:
       saved['special'] = dataclasses.asdict(self._saved_special)
@@ -256,7 +256,7 @@ class Json(Tokenizer, kind='json'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Json':
-    """The tokenizer, with the special tokens that were saved."""
+    """The tokenizer that `state` describes, with its special tokens."""
     special = state.get('special')
     if special is not None:
       special = SpecialTokens(**{**special, 'eos': tuple(special['eos'])})
@@ -308,7 +308,14 @@ def _content(token: Any) -> Any:
 
 
 def _chat_template(folder: pathlib.Path, template: Any) -> Any:
-  """The template in its own file, or else in `tokenizer_config.json`."""
+  """The chat template in a file of its own, or else `template`; '' for none.
+
+  Args:
+    folder: The model's folder.
+    template: The value of 'chat_template' in `tokenizer_config.json`: a text, a
+      list of objects with name and template, or None. Of a list the template
+      named 'default' is taken.
+  """
   path = plain(folder, 'chat_template.jinja')
   if path is not None:
     return read_text(path)

@@ -61,7 +61,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
-    """The token's piece in quotes; the name of a control symbol or a byte."""
+    """The token's piece in quotes, or the name of a control symbol or byte."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
@@ -83,5 +83,5 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'SentencePiece':
-    """The tokenizer of the file's content in `state`."""
+    """The tokenizer whose model `state` holds in base 64."""
     return cls(base64.b64decode(state['model'], validate=True))

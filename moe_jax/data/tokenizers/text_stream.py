@@ -50,7 +50,7 @@ class TextStream:
     return new
 
   def end(self) -> str:
-    """Returns the rest of the text, U+FFFD for bytes that are no character."""
+    """Returns the rest of the text; U+FFFD stands for bytes of no character."""
     text = self._text()
     new, self._returned = text[self._returned :], len(text)
     return new

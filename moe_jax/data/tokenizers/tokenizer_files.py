@@ -1,4 +1,4 @@
-"""Tokenizers that are given: of runs, of other libraries' files, or fitted."""
+"""Tokenizers that exist already: a run's, another library's, or fitted ones."""
 
 import dataclasses
 import os
@@ -93,11 +93,11 @@ class GivenOptions(TokenizerOptions):
     raise NotImplementedError
 
   def identity(self) -> str:
-    """The tokenizer's own identity."""
+    """The identity of the tokenizer that these options give."""
     return self.given().identity
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer, whatever the texts are."""
+    """The tokenizer of these options, which does not depend on the texts."""
     del texts
     return self.given()
 

@@ -73,7 +73,7 @@ class TrainedOptions(TokenizerOptions):
 
 
 def spread(texts: Iterable[str], most: int) -> list[str]:
-  """Every document, or every second, fourth, ... one, so that all fit `most`.
+  """Chooses every document, or every second, fourth, ..., up to a size.
 
   Args:
     texts: The documents, which need not fit into memory.
