@@ -39,7 +39,7 @@ _SMALL = 40  # examples of a run with ':runlocal'
 
 
 class Dice:
-  """Random draws, seeded by a text, which are the same on every machine."""
+  """Random draws that a text decides, the same on every machine."""
 
   def __init__(self, text: str):
     # Python promises that its method `random` gives the same numbers for a seed
@@ -55,7 +55,7 @@ class Dice:
     return low + self.below(high - low + 1)
 
   def one(self, items: Sequence[T]) -> T:
-    """A random one of the items."""
+    """A random item."""
     return items[self.below(len(items))]
 
   def sample(self, items: Sequence[T], count: int) -> list[T]:
@@ -87,11 +87,7 @@ class Drawn(NamedTuple):
 
   @property
   def subject(self) -> str:
-    """What the example is about: the key or, without a key, the question.
-
-    All examples of a subject are in one split, so that training never shows
-    the answer to a question of validation.
-    """
+    """The key, or else the question; each is in one split only."""
     return self.key or self.question
 
 
@@ -114,7 +110,7 @@ class InstructionTask:
   metric: str = 'exact_match'
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """The content of example `index`, and dice to draw its template and shots.
+    """The content of example `index` of a split, and dice to draw its words.
 
     Raises:
       ValueError: The task has no example of the split.
@@ -133,19 +129,18 @@ class InstructionTask:
     """Example `index` of a split.
 
     Args:
-      split: 'train' or 'validation'; no `Drawn.subject` is in both.
-      index: Index of the example, from 0, without an upper bound.
+      split: 'train' or 'validation'; no key is in both.
+      index: Index of the example, from 0; there is no last example.
       num_shots: Number of other examples, always of 'train', that stand before
-        the example with their answers, in the words of the example's template.
-        No two of all these have the same subject.
+        the example with their answers, in the words of the same template; all
+        have different keys.
 
     Raises:
-      ValueError: The task has no example of the split, or too few examples of
-        'train' with different subjects.
+      ValueError: As `drawn`, or the task has too few examples.
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
-    # A shot with the subject of the example might give the answer away.
+    # No two examples have one subject, as it might give the answer.
     examples = {drawn.subject: drawn}
     for _ in range(_MOST_DRAWS):
       if len(examples) > num_shots:
@@ -175,10 +170,7 @@ _LETTERS = string.ascii_lowercase
 def _task(
   cluster: str, *templates: str, metric: str = 'exact_match'
 ) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
-  """A decorator that adds a task to `TASKS`, drawn by the decorated function.
-
-  The task has the function's name, without an underscore at its beginning.
-  """
+  """A decorator that adds a function's task to `TASKS` under its name."""
 
   def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
     name = draw.__name__.removeprefix('_')
@@ -234,10 +226,7 @@ class Function(NamedTuple):
 
 @functools.cache
 def functions() -> tuple[Function, ...]:
-  """The short functions of Python's library that have a docstring.
-
-  Of functions with equal source the first is taken.
-  """
+  """The short functions that have a docstring, each source once."""
   by_source = {}
   for _, text in source_files(MODULES):
     for _, source, docstring in documented_functions(text):
@@ -253,12 +242,7 @@ def functions() -> tuple[Function, ...]:
 
 @functools.cache
 def shorter(**most: int) -> tuple[Function, ...]:
-  """The functions of which some parts are short, as in `shorter(source=90)`.
-
-  Args:
-    **most: The largest number of characters by the part's name, a field of
-      `Function`.
-  """
+  """The functions with at most so many characters in each of these parts."""
   return tuple(
     f
     for f in functions()
@@ -268,10 +252,7 @@ def shorter(**most: int) -> tuple[Function, ...]:
 
 @functools.cache
 def digest() -> str:
-  """A text that is equal only for equal versions and modules of Python.
-
-  The modules are those of `MODULES`, from which `functions` are taken.
-  """
+  """A text that is equal only for equal functions."""
   sources = content_digest(source_files(MODULES))
   return f'Python {platform.python_version()} {sources}'
 
@@ -326,11 +307,7 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """The right answer and some of `texts`, in random order.
-
-  Returns:
-    `count` answers, all different.
-  """
+  """Different answers in random order: the right answer and some of `texts`."""
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
@@ -370,7 +347,7 @@ def _parses(dice: Dice) -> Drawn:
     parses = bool(ast.parse(text))
   except SyntaxError:
     parses = False
-  # By this key a function is in one split, whether it is whole or broken.
+  # A function is in one split, whole and broken.
   return _yes_no(text, parses, key=function.source)
 
 
@@ -645,7 +622,7 @@ def _to_morse(dice: Dice) -> Drawn:
 )
 def _from_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
-  # By this key a word is in the same split as in the task `to_morse`.
+  # The word decides the split, as in the other direction.
   return Drawn(' '.join(MORSE[letter] for letter in word), word, key=word)
 
 
@@ -787,7 +764,7 @@ class InstructionSource(SourceOptions):
 
   @property
   def cluster(self) -> str:
-    """Name of the cluster of similar tasks to which the task belongs."""
+    """The cluster of the task."""
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:
@@ -810,7 +787,7 @@ class InstructionSource(SourceOptions):
     )
 
   def shrunk(self) -> 'InstructionSource':
-    """This source with few examples, for a small run."""
+    """The same task with few examples."""
     return dataclasses.replace(
       self,
       num_train=min(self.num_train, _SMALL),
