@@ -1,4 +1,4 @@
-"""A directory of checkpoints: which exist, which are good, which are kept.
+"""A directory of checkpoints: tells which are good, and deletes old ones.
 
 The folder `<step>` is a checkpoint with a manifest. It is written under the
 name `<step>.saving1` and renamed once it has a manifest, and is renamed to
@@ -36,7 +36,7 @@ class CheckpointError(ReportedError, RuntimeError):
 
 @dataclasses.dataclass
 class Directory:
-  """The checkpoints of a directory, by step, to read and to delete.
+  """Finds, verifies and deletes the checkpoints of a directory, by step.
 
   Attributes:
     directory: The directory, which the first save makes; for one run at a time.
@@ -91,7 +91,7 @@ class Directory:
     return choose(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
-    """The manifest of `step`.
+    """Reads the manifest of the checkpoint of a step.
 
     Raises:
       BadCheckpoint: There is no manifest, or it is damaged or of another step.

@@ -38,7 +38,7 @@ class Schedule(Options):
 
   @required
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate by the number of steps since the warm-up.
+    """Returns the function from steps since the warm-up to the learning rate.
 
     Args:
       peak: The learning rate at the end of the warm-up.
@@ -47,7 +47,7 @@ class Schedule(Options):
     raise NotImplementedError
 
   def rate(self, peak: float, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by the number of optimizer steps taken.
+    """Returns the function from optimizer steps taken to the learning rate.
 
     Raises:
       ValueError: The curve, of a user's schedule, gives no numbers.
@@ -68,7 +68,7 @@ class Schedule(Options):
     return optax.join_schedules([lambda step: rise(step + 1), curve], [warmup])
 
   def shrunk(self) -> Self:
-    """The same schedule with a warm-up of one step."""
+    """A copy of the schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
 
 
@@ -133,7 +133,10 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the rate: the peak, then a line to 0 that no warm-up overlaps."""
+    """Returns the peak, then a line to 0, as a function of steps after warm-up.
+
+    Where the line would begin within the warm-up, it begins at its end.
+    """
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)
