@@ -50,7 +50,7 @@ class Half(NamedTuple):
 
   @property
   def attention(self) -> AttentionBase:
-    """The attention of a layer, with its sizes filled in."""
+    """The options of a layer's attention, with sizes that follow from M."""
     return self.stack.block.attention.within(self.width)
 
   @property
@@ -152,7 +152,7 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def training_slots(moe: MoeOptions, group_size: int) -> int:
-  """The slots of an expert in training, in a group of `group_size` tokens."""
+  """The number of slots of an expert, in training, in one group of tokens."""
   (routing, _), _ = _in_training(moe.router, moe.sizes, group_size, 1)
   return group_size if routing.capacity is None else routing.capacity
 
@@ -291,7 +291,7 @@ class Cost(NamedTuple):
     return self.decoder.total - self.decoder.attention + self.step_attention
 
   def describe(self) -> str:
-    """The counts in two or three lines for a person."""
+    """The counts as two or three lines of text."""
     lines = [
       f'parameters: {short(self.total_params)} in all, '
       f'{short(self.active_params)} active per token, '

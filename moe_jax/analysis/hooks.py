@@ -231,7 +231,7 @@ class RoutingReport(Hook):
 
 
 def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
-  """The tables of the routing report, of some validation batches."""
+  """Makes the tables of the routing report from some validation batches."""
   counts: routing_report.Counts = {}
   losses = Losses(
     model=run.model,

@@ -39,7 +39,7 @@ Rates = Float[np.ndarray, 'n']
 
 
 class Tokens(NamedTuple):
-  """N real tokens, batch after batch and row after row, and who follows whom.
+  """The N tokens of some batches that are no padding, by batch and by row.
 
   Attributes:
     flat_index: int [N], the index of each token among all tokens of the
@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The real tokens of the records' batches; `rng` draws each `stranger`."""
+  """The tokens in records that are no padding; `rng` draws each `stranger`."""
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -150,7 +150,7 @@ Layers = Mapping[int, Layer]
 def layers_of(
   header: Header, records: Iterable[Record], seed: int = 0
 ) -> dict[int, Layer]:
-  """The choices in records, read into memory, by the index of the layer.
+  """Joins the choices of all records in memory, by the index of the layer.
 
   Args:
     header: The header of the trace.
@@ -479,8 +479,8 @@ def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
   """The information of labels on the first choices in each layer.
 
   Returns:
-    By the name of the labels ('token id', 'position' in the document, 'source'
-    where the trace has several) and by layer.
+    The information, by the name of the label ('token id', 'position' in the
+    document, 'source' where the trace has several) and by layer.
   """
   by_label = {TOKEN: {}, POSITION: {}, SOURCE: {}}
   for number, layer in layers.items():
@@ -501,7 +501,8 @@ def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
 def flows(layers: Layers) -> dict[tuple[int, int], Table]:
   """Tables of first choices in two consecutive sparse layers.
 
-  A row is a token's choice in the earlier layer, a column in the later one.
+  A table's rows stand for the experts that tokens choose in the earlier layer,
+  its columns for those in the later layer.
 
   Returns:
     The tables, by the indices of the two layers.
@@ -518,7 +519,7 @@ def flows(layers: Layers) -> dict[tuple[int, int], Table]:
 
 
 def transitions(layers: Layers) -> dict[int, Information]:
-  """The information of a token's first choice on its next layer's first choice.
+  """How much a token's first choice tells about that in the next sparse layer.
 
   Returns:
     The information, by the index of the later of the two sparse layers.
@@ -583,7 +584,8 @@ def churn(
 ) -> dict[int, float]:
   """Share of tokens whose first choice differs between records, by layer.
 
-  Tokens that have a choice in neither record are left out; NaN if none is left.
+  Tokens that have a choice in neither record are left out; the share is NaN if
+  no token is left.
 
   Args:
     records: Records at one step, or of one trace.

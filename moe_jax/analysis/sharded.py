@@ -117,7 +117,8 @@ def op_name_of(program: Program) -> dict[str, str]:
   An instruction without an `op_name` takes the most frequent one of the
   instructions in the computations that it calls; else of those that read its
   result; else of those whose results it reads; else of the loops or calls that
-  run its computation; else ''. Each rule is repeated until it names nothing.
+  run its computation; else ''. Each of these rules is applied to all
+  instructions again and again, until it gives no further one an `op_name`.
   """
   bodies = _by_computation(program)
   readers, callers = (collections.defaultdict(list) for _ in range(2))

@@ -189,7 +189,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(
   path: pathlib.Path,
 ) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-  """Yields (number from 1, line, row); row is None if the line has no metrics."""
+  """Yields (number from 1, line, row); row is None where a line holds none."""
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
       try:
