@@ -152,7 +152,7 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def training_slots(moe: MoeOptions, group_size: int) -> int:
-  """The number of slots of an expert, in training, in one group of tokens."""
+  """The number of an expert's slots, in training, for a group of this size."""
   (routing, _), _ = _in_training(moe.router, moe.sizes, group_size, 1)
   return group_size if routing.capacity is None else routing.capacity
 
@@ -192,7 +192,10 @@ def _in_training(
 
 
 def group_rows(moe: MoeOptions, S: int) -> int:
-  """The number of rows of all experts of a layer in a group, empty rows too."""
+  """The number of rows that a layer's experts compute for a group of S tokens.
+
+  Rows without a token are counted, too.
+  """
   slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained
   is_dropless = not moe.dispatch.by_slot and not moe.router.by_expert

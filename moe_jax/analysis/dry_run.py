@@ -130,7 +130,7 @@ class DryRun:
   def _filled(
     self, mesh: Mesh
   ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
-    """The options, the notes and the data of a run that is not set up.
+    """The options, the notes and the data of a run that could not be set up.
 
     The options get the vocabulary's size from the data, or from a tokenizer
     whose size is known; they are None if neither tells it. The data is None

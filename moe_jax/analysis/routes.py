@@ -289,7 +289,8 @@ def pictures(
 def drop_figure(rows: Sequence[Row]) -> Figure:
   """Draws the shares of unserved choices over layers, by rank and by quarter.
 
-  The quarters are those of a row of tokens. `rows` are of the table of drops.
+  The quarters are those of a row of tokens. `rows` are those of the table of
+  drops.
   """
   panels = {
     'Choices that are not served': r'choice \d+|tokens unserved',

@@ -101,13 +101,13 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
 
 
 class Layer(NamedTuple):
-  """The choices of one sparse layer in all batches.
+  """The choices of one sparse layer in all batches of some records.
 
   Attributes:
     info: The description of the layer.
     header: The header of the trace that the choices are from.
     length: Number T of tokens of a row, padding included.
-    tokens: The N tokens.
+    tokens: The N tokens of the batches, without padding.
     expert: int [N, K], the tokens' choices before any is dropped.
     gate: float [N, K], the gates of the choices; 0 for a choice that is not
       kept.
@@ -195,7 +195,10 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
 def joint_counts(
   row: Numbers, column: Numbers, shape: tuple[int, int]
 ) -> Table:
-  """The table of how often each (row, column) occurs; -1 is not counted."""
+  """The table, of size `shape`, that counts pairs of a row and a column index.
+
+  A pair in which an index is -1 is not counted.
+  """
   is_counted = (row >= 0) & (column >= 0)
   pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
   return np.bincount(pair_code, minlength=shape[0] * shape[1]).reshape(shape)

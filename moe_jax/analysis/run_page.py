@@ -114,7 +114,7 @@ def write(
 
   Args:
     run: The run.
-    state: What the run does: 'In training'.
+    state: What the run does, such as 'In training'.
     message: Message of the error that ended the run; '' without an error.
     environment: Texts on devices, versions and the time of the start, by name.
   """
@@ -208,7 +208,7 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
 
 
 def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  """The numbers of the page by name; '' for a number that is not known."""
+  """The facts about a run that its page shows, by name; '' where not known."""
 
   def values(key: str) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), int | float)]

@@ -439,7 +439,7 @@ def _group_size(text: str, num_devices: int) -> int:
 
 
 def _type_bytes(text: str) -> int:
-  """Bytes of all arrays in the text of a type."""
+  """Bytes of all arrays in a type's text, such as '(f32[4], f32[8])'."""
   total = 0
   for dtype, shape in _ARRAY.findall(text):
     size = math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)

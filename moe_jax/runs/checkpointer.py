@@ -275,9 +275,10 @@ class Checkpointer(Directory):
   def _finish(
     self, folder: epath.Path | None, manifest: manifest_lib.Manifest, copy: Any
   ) -> None:
-    """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
+    """Waits until Orbax has written a folder, and makes it a checkpoint.
 
-    This runs on the checkpointer's thread.
+    The manifest is added, the folder gets its final name, and old checkpoints
+    are deleted. This runs on the checkpointer's thread.
     """
     # With a copy on the host another try repeats the whole save, so that no
     # single step of it is repeated.

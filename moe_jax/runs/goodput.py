@@ -52,7 +52,7 @@ class Goodput:
     return self._seconds[STEPS] + self._seconds['data']
 
   def turn_to(self, cause: str) -> str:
-    """Counts the time from now on for `cause`; returns the cause until now."""
+    """Counts time from now on for `cause`; returns the cause before it."""
     before, moment = self._cause, now()
     self._seconds[before] += moment - self._since
     self._cause, self._since = cause, moment
@@ -64,7 +64,7 @@ class Goodput:
     self._seconds[target] += seconds
 
   def row(self) -> dict[str, float]:
-    """A row of metrics: each cause's share of the run's time, and that time.
+    """A row of metrics with the run's seconds and each cause's share of them.
 
     The shares add up to 1.
     """

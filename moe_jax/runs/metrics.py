@@ -37,9 +37,9 @@ _log = logging.getLogger(__name__)
 class MetricsWriter:
   """Appends rows to the metrics of a workdir, in one process of a run.
 
-  Each writer of the rows has `write(step, row)` and `close()`. A writer that
-  fails gets no more rows, except for the file `metrics.jsonl`, in which no row
-  may be missing.
+  The rows go to the file `metrics.jsonl`, to TensorBoard and to trackers, each
+  by an object with `write(step, row)` and `close()`. TensorBoard or a tracker
+  gets no more rows once it fails; in `metrics.jsonl` no row may be missing.
   """
 
   def __init__(
@@ -84,7 +84,7 @@ class MetricsWriter:
       self._others.append(begin_tracker(name, folder, is_new))
 
   def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
-    """Appends a row of metrics; a step may have several, as of evaluations.
+    """Appends a row of metrics; a step may have several rows.
 
     Args:
       step: Number of optimizer steps taken.
@@ -189,7 +189,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(
   path: pathlib.Path,
 ) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-  """Yields (number from 1, line, row); row is None where a line holds none."""
+  """Yields each line of a file of metrics as (number from 1, line, row).
+
+  The row is None if the line is no row of metrics.
+  """
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
       try:

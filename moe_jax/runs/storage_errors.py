@@ -84,7 +84,7 @@ def storage_path(path: str | os.PathLike[str]) -> epath.Path:
   """A local path made absolute, or a URL as it is.
 
   Raises:
-    ValueError: No file system has such URLs.
+    ValueError: No installed file system has URLs with this beginning.
   """
   try:
     expanded = epath.Path(path).expanduser()

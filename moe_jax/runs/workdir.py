@@ -297,7 +297,10 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
-  """The identity of a tokenizer's own ids, and the names that a task added."""
+  """The identity of a tokenizer's ids, and the names of ids that a task added.
+
+  The ids that the task added are not part of the identity.
+  """
   if isinstance(tokenizer, tokenizers.Extended):
     return tokenizer.base.ids_identity, tokenizer.names
   return tokenizer.ids_identity, ()

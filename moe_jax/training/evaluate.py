@@ -105,7 +105,7 @@ class EvaluationOptions(Options):
   )
 
   def overridden(self, model: ModelOptions) -> ModelOptions:
-    """The options of the evaluation's model.
+    """The options of a model, with the overrides of this evaluation.
 
     Raises:
       OptionError: The message lists all problems of the overrides.
@@ -263,7 +263,7 @@ def _check_row(name: str, row: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Measures the loss, and statistics of the routers.
+  """A function that measures the loss, and statistics of the routers.
 
   Instances with equal attributes are equal and give equal metrics, so one
   measurement serves all evaluations that have such instances.

@@ -450,7 +450,10 @@ class Muon(Optimizer):
     return per_matrix(transforms, axes)
 
   def _orthogonal(self, names: tuple[str | None, ...]) -> Transform:
-    """Muon's transformation of a kernel without its stacked axes."""
+    """Muon's transformation of one kernel out of the stacked ones.
+
+    `names` are the logical axes of the stacked parameter.
+    """
     sides = dimensions(names[len(stacked(names)) :])
 
     def scaled(matrix: Any, params: Any) -> Any:

@@ -29,7 +29,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """The functions that a run executes on its devices, and their parts.
+  """The functions that a run executes on its devices, and what they work on.
 
   Attributes:
     init_state: () -> the state before the first step, sharded.

@@ -74,7 +74,7 @@ class Schedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """Half a cosine from the peak down to a fraction of it at the run's end."""
+  """A rate that falls along half a cosine from the peak to a fraction of it."""
 
   final_fraction: float = option(
     0.1,
@@ -91,7 +91,7 @@ class Cosine(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class InverseSqrt(Schedule):
-  """The peak times the square root of warm-up steps over steps taken."""
+  """A rate of the peak times the square root of warm-up steps / steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
     """Returns the learning rate on the curve, by steps since the warm-up.
@@ -104,7 +104,7 @@ class InverseSqrt(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-  """The learning rate stays at its peak until the end of the run."""
+  """A rate that stays at its peak until the end of the run."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
     """Returns the peak learning rate at every step."""

@@ -29,7 +29,7 @@ from moe_jax.partitioning import path_name
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """The parameters that train.
+  """The parameters of a run that train; all others keep their values.
 
   Attributes:
     expression: The expression that selects the parameters.
