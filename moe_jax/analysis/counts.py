@@ -407,10 +407,10 @@ def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
 
 
 def _slack(lengths: Sequence[tuple[MoeOptions, int]], batch_size: int) -> float:
-  """Rows that experts multiply, divided by the number of choices.
+  """Rows that experts multiply, divided by the number of choices of experts.
 
-  Both are sums over the sparse layers, each with the length T of its sequence;
-  see `Cost.capacity_slack`.
+  Both are sums over the sparse layers, whose options `lengths` has together
+  with the number T of tokens of their sequence; see `Cost.capacity_slack`.
   """
   rows = choices = 0.0
   for moe, T in lengths:

@@ -239,7 +239,7 @@ class Recorder:
         self._message(f'the trace of choices ends: {error!r}')
 
   def close(self) -> None:
-    """Writes the records that still wait, and ends the thread."""
+    """Waits until the thread has written all records, and ends it."""
     self.flush()
     self._thread.shutdown()
 
@@ -253,7 +253,7 @@ class Recorder:
 
 
 class Traces(Hook):
-  """Records the choices of experts in the steps that `config.trace` names.
+  """Records the choices of experts in steps and evaluations of `config.trace`.
 
   This hook has to come after hooks that change or compile the step.
   """

@@ -406,7 +406,7 @@ class Information(NamedTuple):
 
 
 def information(table: Table, rng: np.random.Generator) -> Information:
-  """The information of labels on experts; each choice's label is shuffled.
+  """How much labels tell about experts, against labels shuffled over choices.
 
   Instead of labels, random tables with the same sums of rows and columns are
   drawn; their distribution is that of tables of shuffled labels. Labels that
@@ -429,7 +429,7 @@ def information(table: Table, rng: np.random.Generator) -> Information:
 
 
 def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
-  """The information of labels on experts, compared with shuffled tables.
+  """How much labels tell about experts, against tables of shuffled labels.
 
   Args:
     table: Number of choices of each expert with each label.
@@ -453,7 +453,7 @@ def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
 def document_information(
   label: Numbers, counts: Int[np.ndarray, 'N E'], num_labels: int
 ) -> Information:
-  """The information of labels of documents, such as sources, on experts.
+  """How much labels of documents, such as sources, tell about experts.
 
   Choices within a document are alike for many reasons. So whole documents
   exchange their labels, by the same permutations in all layers.
@@ -479,7 +479,7 @@ ByLabel = Mapping[str, Mapping[int, Information]]
 
 
 def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
-  """The information of labels on the first choices in each layer.
+  """How much labels of tokens tell about their first choices in each layer.
 
   Returns:
     The information, by the name of the label ('token id', 'position' in the
@@ -508,7 +508,7 @@ def flows(layers: Layers) -> dict[tuple[int, int], Table]:
   its columns for those in the later layer.
 
   Returns:
-    The tables, by the indices of the two layers.
+    The tables, by the indices of the earlier and the later layer.
   """
   tables, last = {}, {}
   for number, layer in layers.items():

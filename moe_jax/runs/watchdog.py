@@ -202,7 +202,10 @@ class Watchdog:
           self._processes[index] = Process(**values)
 
   def _watch(self) -> None:
-    """Runs on the watchdog's thread; if it fails, the process ends, too."""
+    """Watches the other processes until the run is over or has to end.
+
+    This runs on the watchdog's thread. If it fails, the process ends, too.
+    """
     try:
       while not self._over.wait(self._tick):
         self._exchange()

@@ -311,9 +311,9 @@ def clipped(largest: float) -> Transform:
 def _in_float32(inner: Transform) -> Transform:
   """Wraps a transformation, which gets float32 gradients and parameters.
 
-  The transformation's state would else have the type of the parameters. In
-  bfloat16, rounded to the nearest, a running mean does not move where it
-  changes by little.
+  Otherwise the transformation's state would have the type of the parameters. In
+  bfloat16, rounded to the nearest, a running mean does not move where its
+  change is small.
   """
   cast: Any = optax.tree_utils.tree_cast
 

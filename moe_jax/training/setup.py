@@ -87,7 +87,7 @@ class Run:
   row_offset: int = 0
 
   def extra(self, step: int) -> dict[str, Any]:
-    """The values that a checkpoint of a step has for `begin` to go on from."""
+    """The values that are saved with a step's state, for `begin` to read."""
     return {
       _DATA: self.dataset.digest,
       _NUM_ROWS: len(self.dataset.splits['train']),

@@ -213,12 +213,12 @@ def chosen_masks(
   trees: ParameterTrees,
   names: frozenset[str],
 ) -> dict[str, np.ndarray]:
-  """The masks of the parameters of experts that train, by name.
+  """Masks of the experts that train, by the name of the stacked parameter.
 
   Args:
     chosen: The chosen experts.
     model: The model.
-    trees: Shapes, axes and roles of its parameters.
+    trees: Shapes, axes and roles of the model's parameters.
     names: The names of the parameters that train.
 
   Raises:
