@@ -231,7 +231,7 @@ class DryRun:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
 
   def _start_lines(self) -> Iterator[str]:
-    """A line on the run `init_from`, whose parameters this run begins with."""
+    """A line on the checkpoint of another run that this run begins with."""
     init_from = self.options.init_from
     if not init_from.workdir:
       return

@@ -190,9 +190,9 @@ class Recorder:
   ) -> None:
     """Records the choices in a batch; waits only if several batches still wait.
 
-    Every process calls this method, and the first process writes. If there are
-    several, each of them waits until the batch is computed, since its rows are
-    gathered from all processes.
+    Every process calls this method, and the first process writes. Of several
+    processes each waits until the batch is computed, since the rows of the
+    batch are gathered from all processes.
 
     Args:
       kind, step, number: The fields `kind`, `step` and `batch` of its records.

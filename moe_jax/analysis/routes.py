@@ -397,7 +397,7 @@ def _panels(
 
 
 def _over(counts: Int[np.ndarray, 'rows columns'], chance: Ratios) -> Ratios:
-  """Counts divided by the counts by chance; NaN where chance gives below 5."""
+  """Divides counts by those that chance gives; NaN where those are below 5."""
   undefined = np.full(chance.shape, math.nan)
   return np.divide(counts, chance, out=undefined, where=chance >= _MIN_CHANCE)
 

@@ -247,7 +247,7 @@ def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
 
 
 def repeats(one: Experts, other: Experts) -> Int[np.ndarray, '3']:
-  """Compares the choices of N pairs of tokens.
+  """Compares the choices of N pairs of tokens, of which `one` has the first.
 
   Returns:
     The number of pairs in which both tokens made a choice; how many of these

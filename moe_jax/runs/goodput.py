@@ -22,7 +22,7 @@ _START = time.time() - time.perf_counter()
 
 
 def now() -> float:
-  """The time in seconds since 1970, by a clock that never goes back."""
+  """Seconds since 1970, by a clock that never goes back within a process."""
   return _START + time.perf_counter()
 
 

@@ -35,7 +35,8 @@ class Manifest:
 
   Attributes:
     step: The optimizer step after which the checkpoint was saved.
-    tree: Every array of the state, `{'params/w': 'float32[3,4]'}`.
+    tree: The dtype and shape of every array of the state by its path, such as
+      `{'params/w': 'float32[3,4]'}`.
     extra: JSON values that the caller saves with the state.
     metrics: Metrics of this step, by which the best checkpoint is chosen.
     files: Size in bytes and sha256 in hex of each file, by the file's path

@@ -84,7 +84,8 @@ def owned(
 ) -> Iterator[Callable[[], None]]:
   """Owns folders while the body runs; every process of a run enters this.
 
-  Process 0 owns them for all, and its errors are raised in all.
+  Process 0 owns the folders for all processes, and its errors are raised in
+  every process.
 
   Args:
     folders: Local folders or URLs; missing ones are made, and removed again if

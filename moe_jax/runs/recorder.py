@@ -91,10 +91,10 @@ class Recorder:
   def recording(
     self, start: int, due: Collection[str] = (), begun: float | None = None
   ) -> Iterator[None]:
-    """Records a run that begins, or goes on, while the body runs.
+    """Records the metrics of a run while the body runs.
 
     Args:
-      start: The number of steps that are taken already.
+      start: The number of steps that are taken already; 0 where the run begins.
       due: Names of the evaluations after step `start` that are still to be
         made.
       begun: The time of `goodput.now` at which the process began with the run;
@@ -162,7 +162,7 @@ class Recorder:
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Counts the time in which the body waits for a batch, and no step runs."""
+    """Counts the time that the body waits for a batch while no step runs."""
     start, before = goodput.now(), self._goodput.turn_to('data')
     yield
     self._goodput.turn_to(before)

@@ -31,7 +31,7 @@ _TRIES = 20
 
 
 class CheckpointError(ReportedError, RuntimeError):
-  """A checkpoint could not be written or read; all others are untouched."""
+  """A checkpoint could not be written or read; all other ones are untouched."""
 
 
 @dataclasses.dataclass
@@ -73,7 +73,10 @@ class Directory:
     return [path.name for path in self.path.iterdir()]
 
   def steps(self) -> list[int]:
-    """The steps of checkpoints with a manifest, ascending; none is verified."""
+    """The steps of checkpoints with a manifest, ascending.
+
+    The files of the checkpoints are not verified.
+    """
     name = manifest_lib.NAME
     return [n for n in self.folders() if (self.folder(n) / name).exists()]
 
@@ -115,7 +118,8 @@ class Directory:
 
     Args:
       candidates: The steps to verify, one after another.
-      bad: A list, which gets (step, reason) of each other step.
+      bad: A list, to which (step, reason) is added for each candidate whose
+        checkpoint is not good.
     """
     for step in candidates:
       try:

@@ -84,8 +84,8 @@ def summarize(
 
   The loss is in nats per token. The drop rate is that of
   `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
-  assignments for which each expert was chosen, before drops. With
-  `moe.force_balance` a row has `forced_balance`, which is 1.
+  all choices that fall on each expert, before drops. With `moe.force_balance` a
+  row has `forced_balance`, which is 1.
 
   Args:
     sums: Sums as `host` gives them.

@@ -90,7 +90,8 @@ class WeightsAndBiases:
 class MLflow:
   """A run of MLflow, which has the config as parameters, and the metrics.
 
-  Steps that are taken again, after a checkpoint, have their rows there twice.
+  A step that is taken again, by a run that goes on from a checkpoint, has its
+  row there twice.
   """
 
   def __init__(self, folder: pathlib.Path, run_id: str | None):

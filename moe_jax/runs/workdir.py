@@ -413,7 +413,8 @@ def _current(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
   A removed option had no effect at the value that `_GONE` gives. A section that
   is left empty is removed, too. A removed option of another value stays, and
-  reading the config then refuses its name.
+  reading the config then refuses its name. A removed value becomes the value in
+  `_SAME` that gives the same results.
   """
   current = {}
   for key, value in section.items():

@@ -281,7 +281,7 @@ class Losses:
   put: Placing
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of the measured rows, moved to the devices."""
+    """Yields batches of the rows of data to measure, moved to the devices."""
     batches = eval_batches(
       self.rows,
       batch_size=self.put.batch_size,

@@ -71,7 +71,7 @@ def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
 
 
 def normalizers(model: Model, batch: Batch) -> Normalizers:
-  """The normalisers of a whole batch."""
+  """The divisors for a whole batch, before it is split into microbatches."""
   weight = jnp.maximum(batch['loss_weights'].sum(), 1e-9)
   return Normalizers(weight, model.stacks.routed_tokens(batch))
 

@@ -85,7 +85,7 @@ class Cosine(Schedule):
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate on the cosine, by steps since the warm-up."""
+    """Returns the function from steps since the warm-up to the cosine rate."""
     return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
 
 
@@ -94,7 +94,7 @@ class InverseSqrt(Schedule):
   """A rate of the peak times the square root of warm-up steps / steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate on the curve, by steps since the warm-up.
+    """Returns the function from steps since the warm-up to the learning rate.
 
     Without a warm-up the curve begins as after a warm-up of one step.
     """
@@ -135,7 +135,7 @@ class Trapezoid(Schedule):
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
     """Returns the peak, then a line to 0, as a function of steps after warm-up.
 
-    Where the line would begin within the warm-up, it begins at its end.
+    Where the line would begin within the warm-up, it begins after the warm-up.
     """
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
