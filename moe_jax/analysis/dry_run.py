@@ -244,7 +244,7 @@ class DryRun:
           step = max(checkpoints.steps(), default=None)
     if step is not None:
       yield f'begins with: the parameters of step {step} of {folder}'
-    elif not self.problems:  # else they say that there is no run
+    elif not self.problems:  # else the problems say that there is no run
       self._refuse(f'init_from.workdir={folder} has no finished checkpoint')
 
 

@@ -195,7 +195,10 @@ class Constant(AuxSchedule):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(AuxSchedule):
-  """A factor that changes from a first to a final value in a straight line."""
+  """A factor that changes in a straight line from a first to a final value.
+
+  After the line it keeps the final value.
+  """
 
   final_factor: float = option(
     0.0,

@@ -419,7 +419,7 @@ class RunOptions(Options):
     yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
-    """The contradictions of model, data and `sample.task` about tasks."""
+    """The contradictions between model, data and `sample.task` about tasks."""
     model, data = self.model, self.data
     tasks, by_task = data.tasks, model.routes_by_task
     if model.has_encoder != data.shape.encoder_decoder:

@@ -74,7 +74,10 @@ class Schedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """A rate that falls along half a cosine from the peak to a fraction of it."""
+  """A rate that falls along half a cosine from the peak to a fraction of it.
+
+  The rate has this fraction at the end of the run.
+  """
 
   final_fraction: float = option(
     0.1,
