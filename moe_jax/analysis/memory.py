@@ -122,7 +122,7 @@ def evaluation(
 
 
 def _kept_by_layers(half: Half, B: int) -> int:
-  """Bytes that a stack's layers keep for the backward pass, scores left out."""
+  """Bytes, less attention scores, that layers keep for the backward pass."""
   c, block, moe = half.stack, half.stack.block, half.moe
   n, L, M = B * half.length, len(c.sparse), half.width
   b = jnp.dtype(block.shared.dtype).itemsize
