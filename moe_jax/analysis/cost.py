@@ -313,7 +313,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
 
 
 def variants(options: RunOptions, model: Model):
-  """The options of a run for each usual choice of what trains, by name."""
+  """Yields a name and the run options of each usual choice of what trains."""
   sparse = bool(model.stacks.sparse_layers)
   plain = dataclasses.replace(
     options, trainable='all', trained_experts='', lora=LoraOptions()
@@ -443,7 +443,7 @@ class RunBytes(NamedTuple):
     return max(self.step, self.evaluation)
 
   def describe(self) -> str:
-    """The bytes on a device in a line."""
+    """A line of text on the bytes that each device holds."""
     names = ('parameters', 'optimizer state', 'gradients', 'activations')
     phrases = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
     line = f'{", ".join(phrases)}: about {in_bytes(self.step)} on each device'
@@ -455,13 +455,13 @@ class RunBytes(NamedTuple):
 def run_bytes(
   options: RunOptions, model: Model, programs: Programs, mesh: Mesh
 ) -> RunBytes:
-  """Counts the bytes of a run.
+  """Counts the bytes that a run takes on each device, and in a checkpoint.
 
   Args:
     options: The options of the run, after `filled`.
     model: Its model.
-    programs: Its programs.
-    mesh: The devices.
+    programs: Its programs, whose shardings say what a device holds.
+    mesh: The mesh of devices.
   """
   state = programs.abstract_state
   activations = evaluation = 0

@@ -50,7 +50,7 @@ class Half(NamedTuple):
 
   @property
   def attention(self) -> AttentionBase:
-    """The attention of a layer, with its sizes filled in."""
+    """The options of a layer's attention, with sizes that follow from M."""
     return self.stack.block.attention.within(self.width)
 
   @property
@@ -152,7 +152,7 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def training_slots(moe: MoeOptions, group_size: int) -> int:
-  """The slots of an expert in training, in a group of `group_size` tokens."""
+  """The number of an expert's slots, in training, for a group of this size."""
   (routing, _), _ = _in_training(moe.router, moe.sizes, group_size, 1)
   return group_size if routing.capacity is None else routing.capacity
 
@@ -192,7 +192,10 @@ def _in_training(
 
 
 def group_rows(moe: MoeOptions, S: int) -> int:
-  """The number of rows of all experts of a layer in a group, empty rows too."""
+  """The number of rows that a layer's experts compute for a group of S tokens.
+
+  Rows without a token are counted, too.
+  """
   slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained
   is_dropless = not moe.dispatch.by_slot and not moe.router.by_expert
@@ -291,7 +294,7 @@ class Cost(NamedTuple):
     return self.decoder.total - self.decoder.attention + self.step_attention
 
   def describe(self) -> str:
-    """The counts in two or three lines for a person."""
+    """The counts as two or three lines of text."""
     lines = [
       f'parameters: {short(self.total_params)} in all, '
       f'{short(self.active_params)} active per token, '
@@ -404,10 +407,10 @@ def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
 
 
 def _slack(lengths: Sequence[tuple[MoeOptions, int]], batch_size: int) -> float:
-  """Rows that experts multiply, divided by the number of choices.
+  """Rows that experts multiply, divided by the number of choices of experts.
 
-  Both are sums over the sparse layers, each with the length T of its sequence;
-  see `Cost.capacity_slack`.
+  Both are sums over the sparse layers, whose options `lengths` has together
+  with the number T of tokens of their sequence; see `Cost.capacity_slack`.
   """
   rows = choices = 0.0
   for moe, T in lengths:

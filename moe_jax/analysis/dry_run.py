@@ -130,7 +130,7 @@ class DryRun:
   def _filled(
     self, mesh: Mesh
   ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
-    """The options, the notes and the data of a run that is not set up.
+    """The options, the notes and the data of a run that could not be set up.
 
     The options get the vocabulary's size from the data, or from a tokenizer
     whose size is known; they are None if neither tells it. The data is None
@@ -231,7 +231,7 @@ class DryRun:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
 
   def _start_lines(self) -> Iterator[str]:
-    """A line on the other run whose parameters this run begins with."""
+    """A line on the checkpoint of another run that this run begins with."""
     init_from = self.options.init_from
     if not init_from.workdir:
       return
@@ -244,7 +244,7 @@ class DryRun:
           step = max(checkpoints.steps(), default=None)
     if step is not None:
       yield f'begins with: the parameters of step {step} of {folder}'
-    elif not self.problems:  # else they say that there is no run
+    elif not self.problems:  # else the problems say that there is no run
       self._refuse(f'init_from.workdir={folder} has no finished checkpoint')
 
 

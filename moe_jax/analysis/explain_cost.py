@@ -76,8 +76,8 @@ def explain(options: RunOptions, num_steps: int) -> Table:
     num_steps: Number of steps that are timed; as many again are profiled.
 
   Returns:
-    A row for each part of the step, in milliseconds and percent. The parts sum
-    to the step.
+    A table with a row for each part of the step, in milliseconds and percent.
+    The times of the parts sum to the time of the step.
 
   Raises:
     ValueError: The options or the data are bad.

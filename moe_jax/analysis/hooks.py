@@ -99,7 +99,7 @@ class Profile(Hook):
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return None
     self._folder = run.workdir / 'profile'
-    if c.all_processes:  # processes of one host would overwrite each other's
+    if c.all_processes:  # else processes of a host would write the same files
       self._folder /= f'process_{jax.process_index()}'
     self._message, self._step = run.message, None
     steps = range(c.start_step, c.start_step + c.num_steps)
@@ -231,7 +231,7 @@ class RoutingReport(Hook):
 
 
 def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
-  """The tables of the routing report, of some validation batches."""
+  """Makes the tables of the routing report from some validation batches."""
   counts: routing_report.Counts = {}
   losses = Losses(
     model=run.model,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-# Smallest and largest possible number, None for no bound.
+# The smallest and the largest value that a number may have; None for no bound.
 Bounds = Sequence[float | None] | None
 
 
@@ -22,7 +22,7 @@ class Interval:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Interval':
-    """The interval for values, one of each seed."""
+    """The interval for the mean of values, of which each seed gives one."""
     n = len(values)
     if n < 2:
       return cls(float(np.mean(values)), float('inf'))
@@ -30,11 +30,12 @@ class Interval:
     return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * error))
 
   def ends(self, bounds: Bounds = None) -> tuple[float, float]:
-    """Both ends of the interval, inside of what the number can be.
+    """Both ends of the interval, cut to the values that the number may have.
 
     Args:
-      bounds: Smallest and largest possible number; None for no bound. They do
-        not concern a mean beyond them, such as that of a difference of losses.
+      bounds: The smallest and the largest value that the number may have; None
+        for no bound. A bound is ignored if the mean itself lies beyond it, as
+        may be with a difference of losses.
     """
     low, high = bounds or (None, None)
     low = None if low is not None and self.mean < low else low
@@ -46,7 +47,11 @@ class Interval:
     )
 
   def text(self, spec: str, bounds: Bounds = None) -> str:
-    """The interval by the format `spec`; both ends where it passes a bound."""
+    """The interval as text, with numbers in the format `spec`.
+
+    The text has the mean and the half width, or the mean and both ends where a
+    bound cuts the interval.
+    """
     ends = self.ends(bounds)
     if np.isinf(self.half_width) or ends == self.ends():
       return f'{self:{spec}}'

@@ -122,7 +122,7 @@ def evaluation(
 
 
 def _kept_by_layers(half: Half, B: int) -> int:
-  """Bytes that a stack's layers keep for the backward pass, without scores."""
+  """Bytes, less attention scores, that layers keep for the backward pass."""
   c, block, moe = half.stack, half.stack.block, half.moe
   n, L, M = B * half.length, len(c.sparse), half.width
   b = jnp.dtype(block.shared.dtype).itemsize
@@ -163,7 +163,7 @@ def _kept_by_layers(half: Half, B: int) -> int:
 
 
 def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
-  """Bytes of the hidden values that a feed-forward keeps of each of its rows.
+  """Bytes of the hidden values that a feed-forward keeps for each input vector.
 
   Args:
     block: The blocks that the feed-forward belongs to.

@@ -1,4 +1,4 @@
-"""Colours, lines and markers of every figure; curves and loads of a run.
+"""The style of every figure, and the figures of a run's losses and loads.
 
 A figure is read by the colour-blind and on grey paper, too: the colours of
 lines are Okabe and Ito's (Color Universal Design, https://jfly.uni-koeln.de/color/),
@@ -221,7 +221,7 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
 
   Args:
     values: The values.
-    window: Number of values in a window, odd and not more than there are.
+    window: Number of values in a window, odd and at most the number of values.
   """
   finite, ones = np.isfinite(values), np.ones(window)
   count = np.convolve(finite, ones, 'same')

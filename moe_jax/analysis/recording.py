@@ -1,4 +1,4 @@
-"""Recording of experts' choices, in the training and the evaluations of a run.
+"""Records the choices of experts in the training and evaluations of a run.
 
 Arrays are copied from the devices while the devices compute; a thread makes
 records of the arrays, and writes the records.
@@ -33,8 +33,8 @@ from moe_jax.training.setup import Hook, Run
 FOLDER = 'trace'
 # The most batches that may wait for the thread; the devices hold their arrays.
 _QUEUE_SIZE = 8
-# The key of a batch, without the prefix of its sequence, that holds the array
-# of each of these fields of a record.
+# For each of these fields of a record the key of its array in a batch, without
+# the prefix of the sequence.
 _KEYS = {
   'tokens': 'tokens',
   'positions': 'positions',
@@ -124,7 +124,8 @@ def records_of(
     model: The model.
     kind, step, number: The fields `kind`, `step` and `batch` of the records.
     batch: The arrays of the batch, on the host.
-    choices: The choices of layers, on the host.
+    choices: The choices of each sparse layer, by the index of the layer, on the
+      host.
   """
   stacks = model.stacks
   for prefix in stacks.sequences:
@@ -189,9 +190,9 @@ class Recorder:
   ) -> None:
     """Records the choices in a batch; waits only if several batches still wait.
 
-    Every process calls this method, and the first process writes. If there are
-    several, each of them waits until the batch is computed, since its rows are
-    gathered from all processes.
+    Every process calls this method, and the first process writes. Of several
+    processes each waits until the batch is computed, since the rows of the
+    batch are gathered from all processes.
 
     Args:
       kind, step, number: The fields `kind`, `step` and `batch` of its records.
@@ -214,11 +215,11 @@ class Recorder:
       self._waiting.append(self._thread.submit(*call))
 
   def measure(self, name: str, losses: Losses, apply: Apply) -> Measure:
-    """The measurement of an evaluation's losses that also records all choices.
+    """Returns a function that measures an evaluation and records its choices.
 
     Args:
       name: The name of the evaluation.
-      losses: The measurement without recording.
+      losses: The evaluation's measurement without recording.
       apply: Applies the model, and returns its choices too.
     """
 
@@ -238,7 +239,7 @@ class Recorder:
         self._message(f'the trace of choices ends: {error!r}')
 
   def close(self) -> None:
-    """Writes the records that still wait, and ends the thread."""
+    """Waits until the thread has written all records, and ends it."""
     self.flush()
     self._thread.shutdown()
 
@@ -252,7 +253,7 @@ class Recorder:
 
 
 class Traces(Hook):
-  """Records the choices of experts in the steps that `config.trace` names.
+  """Records the choices of experts in steps and evaluations of `config.trace`.
 
   This hook has to come after hooks that change or compile the step.
   """
@@ -305,7 +306,7 @@ class Traces(Hook):
 
 
 def _recorded_step(step: Step, o: TraceOptions, recorder: Recorder) -> Step:
-  """The step, with its choices given to a recorder, and not to the metrics."""
+  """Wraps a training step; its choices go to a recorder, not to the metrics."""
   num_steps: int | None = None
 
   def recorded(state, batch):

@@ -41,7 +41,7 @@ Batch = dict[str, Any]
 
 
 def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
-  """The batch with arrays by which the model makes the choices of records.
+  """Adds arrays to a batch that make the model repeat the choices of records.
 
   Without records the arrays leave the choices to the routers. One compiled
   program serves both, so that a recorded pass and its replay are equal to the
@@ -125,7 +125,7 @@ def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _prefix(record: Record) -> str:
-  """The beginning of a batch's keys of the sequence that a record is of."""
+  """The prefix of a batch's keys for a record's sequence: '' or 'encoder_'."""
   return record.sequence and f'{record.sequence}_'
 
 
@@ -219,17 +219,17 @@ def _is_recorded(run: Run) -> bool:
 
 
 def _open_step(run: Run) -> Step:
-  """The step, with arrays of replay that leave all choices to the routers."""
+  """Wraps a run's step with arrays that leave all choices to the routers."""
   shapes = run.options.batch_shapes(run.model)
   choices = run.programs.put(no_choices(run.model, shapes))
   return lambda state, batch: run.train_step(state, {**batch, **choices})
 
 
 def _replayed_step(run: Run, trace: Trace) -> Step:
-  """The step, with the choices that the trace has of the same training step.
+  """Wraps a run's step, which repeats the choices of a trace step by step.
 
-  The step raises ValueError if the record of its number is of other tokens or
-  documents than its batch, or if the record's file is damaged.
+  A step raises ValueError if the trace's record of this step is of other tokens
+  or documents than the batch, or if the record's file is damaged.
   """
   options, put = run.options, run.programs.put
   replicated = partitioning.sharding(run.mesh, options.sharding.rules, ())
@@ -266,7 +266,7 @@ def _equal(in_batch: Batch, in_record: Batch) -> jax.Array:
 
 
 def _by_step(trace: Trace, start: int) -> Iterator[list[Record]]:
-  """The records of each training step from `start` on, in order."""
+  """Yields the records of each training step in a trace, from `start` on."""
   records = trace.records(TRAIN, range(start, trace.steps_of(TRAIN)[-1] + 1))
   for _, step_records in itertools.groupby(records, lambda record: record.step):
     yield list(step_records)

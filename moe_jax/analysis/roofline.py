@@ -21,13 +21,16 @@ _REPEATS = 7
 def product_rate(
   dtype: str = 'float32', sizes: Sequence[int] = ()
 ) -> tuple[float, int]:
-  """FLOPs per second of the fastest of some square matmuls, and its rows.
+  """FLOPs per second of the fastest of some square matmuls, and its size.
 
   Args:
     dtype: Type of the operands.
     sizes: Numbers of rows, in rising order; after the first product that takes
-      long, larger ones are not tried. () is a single number that is large
-      enough for this platform, and takes less than a second in all.
+      long, larger ones are not tried. () tries a single number, which is large
+      enough for this platform and takes less than a second in all.
+
+  Returns:
+    The FLOPs per second, and the number of rows of the fastest matmul.
   """
   if not sizes:
     sizes = (1024 if jax.local_devices()[0].platform == 'cpu' else 8192,)
@@ -163,12 +166,12 @@ def peak(
   *,
   quick: bool = False,
 ) -> Peak:
-  """The peak of devices of one kind, from the vendor or else measured.
+  """The peak FLOPs per second of devices of one kind, as printed or measured.
 
-  Where the vendor's number is not known, as on a CPU, it is the speed of the
-  fastest of some large square products on the first device: less than the
-  hardware could reach. CPU devices of a process share its cores, and count as
-  one.
+  The vendor's number is taken. Where it is not known, as on a CPU, the peak is
+  the speed of the fastest of some large square products on the first device:
+  less than the hardware could reach. CPU devices of a process share its cores,
+  and count as one.
 
   Args:
     dtype: Type of the operands of the products.

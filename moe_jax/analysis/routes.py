@@ -116,8 +116,10 @@ def tables(
 
   Args:
     layers: The choices in the trace.
-    by_label: The information of labels on experts, by layer.
-    churn: The shares of first choices that changed, by layer.
+    by_label: The information of labels on experts, by the name of the label and
+      by layer.
+    churn: The shares of first choices that changed, by the two steps and by
+      layer.
   """
   yield ValueTable(
     'Load of experts',
@@ -234,7 +236,8 @@ def pictures(
 
   Args:
     layers: The choices in a trace.
-    by_label: The information of labels on experts, by layer.
+    by_label: The information of labels on experts, by the name of the label and
+      by layer.
     loads: The rows of the table of loads, one for each layer.
     drops: The rows of the table of drops.
   """
@@ -284,7 +287,11 @@ def pictures(
 
 
 def drop_figure(rows: Sequence[Row]) -> Figure:
-  """The shares of unserved choices by layer, for each rank and row quarter."""
+  """Draws the shares of unserved choices over layers, by rank and by quarter.
+
+  The quarters are those of a row of tokens. `rows` are those of the table of
+  drops.
+  """
   panels = {
     'Choices that are not served': r'choice \d+|tokens unserved',
     'The same by quarter of the row': r'quarter \d',
@@ -308,7 +315,7 @@ def _columns(rows: Sequence[Row], pattern: str) -> dict[str, list[float]]:
 def _lines(
   layers: Iterable[int], panels: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> Figure:
-  """Shares over layers, as the lines of one panel for each title.
+  """Draws shares over layers, as lines in one panel for each title.
 
   Lines without any value are left out.
   """
@@ -390,7 +397,7 @@ def _panels(
 
 
 def _over(counts: Int[np.ndarray, 'rows columns'], chance: Ratios) -> Ratios:
-  """Counts divided by chance; NaN where fewer than 5 are due to chance."""
+  """Divides counts by those that chance gives; NaN where those are below 5."""
   undefined = np.full(chance.shape, math.nan)
   return np.divide(counts, chance, out=undefined, where=chance >= _MIN_CHANCE)
 

@@ -39,7 +39,7 @@ Rates = Float[np.ndarray, 'n']
 
 
 class Tokens(NamedTuple):
-  """N real tokens, batch after batch and row after row, and who follows whom.
+  """The N tokens of some batches that are no padding, by batch and by row.
 
   Attributes:
     flat_index: int [N], the index of each token among all tokens of the
@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The real tokens of the records' batches; `rng` draws each `stranger`."""
+  """The tokens in records that are no padding; `rng` draws each `stranger`."""
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -101,13 +101,13 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
 
 
 class Layer(NamedTuple):
-  """The choices of one sparse layer in all batches.
+  """The choices of one sparse layer in all batches of some records.
 
   Attributes:
     info: The description of the layer.
     header: The header of the trace that the choices are from.
     length: Number T of tokens of a row, padding included.
-    tokens: The N tokens.
+    tokens: The N tokens of the batches, without padding.
     expert: int [N, K], the tokens' choices before any is dropped.
     gate: float [N, K], the gates of the choices; 0 for a choice that is not
       kept.
@@ -150,7 +150,7 @@ Layers = Mapping[int, Layer]
 def layers_of(
   header: Header, records: Iterable[Record], seed: int = 0
 ) -> dict[int, Layer]:
-  """The choices in records, read into memory, by the index of the layer.
+  """Joins the choices of all records in memory, by the index of the layer.
 
   Args:
     header: The header of the trace.
@@ -195,7 +195,10 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
 def joint_counts(
   row: Numbers, column: Numbers, shape: tuple[int, int]
 ) -> Table:
-  """The table of how often each (row, column) occurs; -1 is not counted."""
+  """The table, of size `shape`, that counts pairs of a row and a column index.
+
+  A pair in which an index is -1 is not counted.
+  """
   is_counted = (row >= 0) & (column >= 0)
   pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
   return np.bincount(pair_code, minlength=shape[0] * shape[1]).reshape(shape)
@@ -244,7 +247,7 @@ def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
 
 
 def repeats(one: Experts, other: Experts) -> Int[np.ndarray, '3']:
-  """Compares the choices of N pairs of tokens.
+  """Compares the choices of N pairs of tokens, of which `one` has the first.
 
   Returns:
     The number of pairs in which both tokens made a choice; how many of these
@@ -403,7 +406,7 @@ class Information(NamedTuple):
 
 
 def information(table: Table, rng: np.random.Generator) -> Information:
-  """The information of labels on experts; each choice's label is shuffled.
+  """How much labels tell about experts, against labels shuffled over choices.
 
   Instead of labels, random tables with the same sums of rows and columns are
   drawn; their distribution is that of tables of shuffled labels. Labels that
@@ -426,7 +429,7 @@ def information(table: Table, rng: np.random.Generator) -> Information:
 
 
 def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
-  """The information of labels on experts, compared with shuffled tables.
+  """How much labels tell about experts, against tables of shuffled labels.
 
   Args:
     table: Number of choices of each expert with each label.
@@ -450,7 +453,7 @@ def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
 def document_information(
   label: Numbers, counts: Int[np.ndarray, 'N E'], num_labels: int
 ) -> Information:
-  """The information of labels of documents, such as sources, on experts.
+  """How much labels of documents, such as sources, tell about experts.
 
   Choices within a document are alike for many reasons. So whole documents
   exchange their labels, by the same permutations in all layers.
@@ -476,11 +479,11 @@ ByLabel = Mapping[str, Mapping[int, Information]]
 
 
 def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
-  """The information of labels on the first choices in each layer.
+  """How much labels of tokens tell about their first choices in each layer.
 
   Returns:
-    By the name of the labels ('token id', 'position' in the document, 'source'
-    where the trace has several) and by layer.
+    The information, by the name of the label ('token id', 'position' in the
+    document, 'source' where the trace has several) and by layer.
   """
   by_label = {TOKEN: {}, POSITION: {}, SOURCE: {}}
   for number, layer in layers.items():
@@ -501,10 +504,11 @@ def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
 def flows(layers: Layers) -> dict[tuple[int, int], Table]:
   """Tables of first choices in two consecutive sparse layers.
 
-  A row is a token's choice in the earlier layer, a column in the later one.
+  A table's rows stand for the experts that tokens choose in the earlier layer,
+  its columns for those in the later layer.
 
   Returns:
-    The tables, by the indices of the two layers.
+    The tables, by the indices of the earlier and the later layer.
   """
   tables, last = {}, {}
   for number, layer in layers.items():
@@ -518,7 +522,7 @@ def flows(layers: Layers) -> dict[tuple[int, int], Table]:
 
 
 def transitions(layers: Layers) -> dict[int, Information]:
-  """The information of a token's first choice on its next layer's first choice.
+  """How much a token's first choice tells about that in the next sparse layer.
 
   Returns:
     The information, by the index of the later of the two sparse layers.
@@ -583,7 +587,8 @@ def churn(
 ) -> dict[int, float]:
   """Share of tokens whose first choice differs between records, by layer.
 
-  Tokens that have a choice in neither record are left out; NaN if none is left.
+  Tokens that have a choice in neither record are left out; the share is NaN if
+  no token is left.
 
   Args:
     records: Records at one step, or of one trace.

@@ -49,7 +49,7 @@ class Page(Hook):
   _problem = ''
 
   def start(self, run: Run) -> None:
-    """Writes the run's `config.py`; a thread writes the first `index.html`."""
+    """Collects facts about the machine; a thread then writes the first page."""
     if not is_first():
       return
     self._run, self._outer_error = run, sys.exception()
@@ -64,7 +64,7 @@ class Page(Hook):
     self.paused()
 
   def paused(self) -> None:
-    """Has the thread draw the page, unless it is drawing or did so just now."""
+    """Has the thread draw the page, unless it draws one or just drew one."""
     if self._run is not None and time.monotonic() >= self._pause_until:
       self._pause_until = math.inf
       self._thread.submit(self._write, self._run, 'In training')
@@ -114,9 +114,9 @@ def write(
 
   Args:
     run: The run.
-    state: What the run does: 'In training'.
+    state: What the run does, such as 'In training'.
     message: Message of the error that ended the run; '' without an error.
-    environment: Devices, versions and times.
+    environment: Texts on devices, versions and the time of the start, by name.
   """
   folder = run.workdir
   path, sample = folder / metrics.FILE_NAME, folder / SAMPLE
@@ -208,7 +208,7 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
 
 
 def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  """The numbers of the page by name; '' for a number that is not known."""
+  """The facts about a run that its page shows, by name; '' where not known."""
 
   def values(key: str) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), int | float)]

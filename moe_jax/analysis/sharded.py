@@ -117,7 +117,8 @@ def op_name_of(program: Program) -> dict[str, str]:
   An instruction without an `op_name` takes the most frequent one of the
   instructions in the computations that it calls; else of those that read its
   result; else of those whose results it reads; else of the loops or calls that
-  run its computation; else ''. Each rule is repeated until it names nothing.
+  run its computation; else ''. Each of these rules is applied to all
+  instructions again and again, until it gives no further one an `op_name`.
   """
   bodies = _by_computation(program)
   readers, callers = (collections.defaultdict(list) for _ in range(2))
@@ -438,7 +439,7 @@ def _group_size(text: str, num_devices: int) -> int:
 
 
 def _type_bytes(text: str) -> int:
-  """Bytes of all arrays in the text of a type."""
+  """Bytes of all arrays in a type's text, such as '(f32[4], f32[8])'."""
   total = 0
   for dtype, shape in _ARRAY.findall(text):
     size = math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)

@@ -78,7 +78,7 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-  """One sparse layer of the model.
+  """The description of one sparse layer, whose choices a trace has.
 
   Attributes:
     num_experts: The number E of experts that choices go to.
@@ -175,10 +175,10 @@ class Trace:
 def begin(folder: Folder, header: Header, step: int = 0) -> None:
   """Makes the folder of a trace with its header, or goes on with a trace.
 
-  From a trace that is there, the records are deleted that a run makes anew from
-  a step on: training's records at `step` and later, and evaluations' records
-  later than `step`. Evaluations at `step` itself are still valid; if such an
-  evaluation is repeated, its records are overwritten.
+  If the folder has a trace, those of its records are deleted that a run makes
+  again when it goes on from `step`: the records of training at `step` and
+  later, and those of evaluations after `step`. Evaluations at `step` itself are
+  still valid; if such an evaluation is repeated, its records are overwritten.
   """
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,13 @@ def check(folder: Folder, header: Header) -> None:
 
 
 def differences(there: Any, here: Any, names: Iterable[str]) -> Iterator[str]:
-  """A line for each attribute in which two headers, or two layers, differ."""
+  """Yields a line for each attribute that differs between two objects.
+
+  Args:
+    there: A header, or the description of a layer, from a trace.
+    here: The header or description to compare with it.
+    names: The names of the attributes that are compared.
+  """
   for name in names:
     if (a := getattr(there, name)) != (b := getattr(here, name)):
       yield f'{name}: {a!r} there, {b!r} here'
@@ -258,7 +264,7 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
 
 
 def write(folder: Folder, header: Header, records: Iterable[Record]) -> None:
-  """Writes a complete trace of routers' choices; only one process calls this.
+  """Writes a complete trace to an empty folder; only one process calls this.
 
   Raises:
     ValueError: The folder is not empty.

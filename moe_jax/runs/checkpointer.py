@@ -57,7 +57,7 @@ class Checkpointer(Directory):
 
   def __post_init__(self):
     super().__post_init__()
-    # Several processes would have to agree on another try to write arrays.
+    # Several processes would have to agree to try again to write arrays.
     self._array_retry = self.retry if jax.process_count() == 1 else Retry()
     self._orbax = _orbax_checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
@@ -83,7 +83,7 @@ class Checkpointer(Directory):
 
     This waits for the previous save. If `step` is `last_step`, the arrays are
     not saved again, and nothing is waited for: `extra` and `metrics` are added
-    to the values of its checkpoint, or replace values of the same name.
+    to the values of that step's checkpoint, or replace values of the same name.
     Checkpoints in the directory at or after `step`, or after the restored step,
     are set aside. Every process has to call this.
 
@@ -162,7 +162,7 @@ class Checkpointer(Directory):
     self.close()
 
   def close(self) -> None:
-    """Does what `wait` does and ends the threads."""
+    """Waits for the pending save as `wait` does, and ends the threads."""
     try:
       self.wait()
     finally:
@@ -244,7 +244,7 @@ class Checkpointer(Directory):
   def _amend(
     self, added: manifest_lib.Manifest, before: concurrent.futures.Future | None
   ) -> None:
-    """Adds to `extra` and `metrics` of a manifest; deletes old checkpoints.
+    """Adds values to a saved step's manifest, then deletes old checkpoints.
 
     Values of the same name are replaced. This runs on the checkpointer's
     thread, after its pending save.
@@ -262,7 +262,7 @@ class Checkpointer(Directory):
     self.prune()
 
   def _write(self, step: int, state: Any) -> epath.Path:
-    """Lets Orbax begin to write, and returns the folder it writes to."""
+    """Starts Orbax's write of a state, and returns the folder it writes to."""
     self._save_count += 1  # a new folder, as a failed save may still be writing
     folder = self.folder(step, f'.saving{self._save_count}')
     try:
@@ -275,9 +275,10 @@ class Checkpointer(Directory):
   def _finish(
     self, folder: epath.Path | None, manifest: manifest_lib.Manifest, copy: Any
   ) -> None:
-    """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
+    """Waits until Orbax has written a folder, and makes it a checkpoint.
 
-    This runs on the checkpointer's thread.
+    The manifest is added, the folder gets its final name, and old checkpoints
+    are deleted. This runs on the checkpointer's thread.
     """
     # With a copy on the host another try repeats the whole save, so that no
     # single step of it is repeated.
@@ -308,7 +309,7 @@ class Checkpointer(Directory):
       self.remove_leftovers()
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
-    """Reads arrays in the given dtypes and shardings."""
+    """Reads a checkpoint's arrays in the dtypes and shardings of a tree."""
     # Without a sharding Orbax would use the devices of the run that saved.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -354,7 +355,7 @@ class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
 
 
 def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
-  """Orbax's checkpointer, for states of `jax.Array` or numpy copies of them."""
+  """Makes Orbax's checkpointer for states of `jax.Array` or numpy arrays."""
   handlers = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, _OneTransactionHandler(enable_write_sharding_file=False)),
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
@@ -435,7 +436,7 @@ class CheckpointOptions(Options):
     return f'{self.best_eval}/{self.best_metric}'
 
   def best_of(self, rows: Mapping[str, Row]) -> float | None:
-    """The number that decides which checkpoint is the best.
+    """Picks from evaluations' rows the number that decides the best checkpoint.
 
     Args:
       rows: The rows of evaluations, by name.
@@ -454,7 +455,7 @@ class CheckpointOptions(Options):
     return float(row[self.best_metric])
 
   def checkpointer(self, directory: str | os.PathLike) -> Checkpointer:
-    """The checkpoints of a run in a directory."""
+    """Makes the `Checkpointer` with these options for a directory."""
     return Checkpointer(
       directory,
       keep_newest=self.keep_newest,
@@ -465,5 +466,5 @@ class CheckpointOptions(Options):
     )
 
   def shrunk(self) -> 'CheckpointOptions':
-    """The same options with a checkpoint at the end of the run only."""
+    """A copy of these options with a checkpoint at the end of the run only."""
     return dataclasses.replace(self, every_steps=0)

@@ -1,4 +1,4 @@
-"""The arrays of a state that have a value which is not finite.
+"""Finds the arrays of a train state that have a value which is not finite.
 
 Integers and booleans are always finite. No optimizer or router of this project
 keeps an infinity on purpose, so no array is excepted (a test takes a step with
@@ -32,8 +32,8 @@ def without_opt_state(state: Any) -> Any:
 
   Running means of finite gradients and their squares, or of finite updates, are
   finite where they were before the step. A step whose gradient has a finite
-  norm and whose new parameters are finite thus has a finite optimizer state,
-  and to read that state would be two passes more over the memory of all
+  norm and whose new parameters are finite thus has a finite optimizer state.
+  It is not read, since that would take two more passes over the memory of all
   experts. A state that is restored or saved is checked whole (`not_finite`).
   """
   return state.replace(opt_state=())
@@ -76,7 +76,7 @@ def listed(paths: list[str]) -> str:
 
 
 def _floating(tree: Any) -> dict[str, Any]:
-  """The floating-point leaves, by path."""
+  """The floating-point leaves of a tree, by path."""
   return {
     path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

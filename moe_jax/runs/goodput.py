@@ -1,6 +1,6 @@
 """Goodput: the share of a run's wall time that its steps take.
 
-The rest of the time is told by its cause. All times are of process 0.
+The rest of the time is counted by its cause. All times are of process 0.
 """
 
 import time
@@ -22,19 +22,19 @@ _START = time.time() - time.perf_counter()
 
 
 def now() -> float:
-  """The time in seconds since 1970, which never goes back in a process."""
+  """Seconds since 1970, by a clock that never goes back within a process."""
   return _START + time.perf_counter()
 
 
 class Goodput:
-  """The seconds of a run, by cause, of all its processes one after another."""
+  """Counts a run's seconds by cause, with those before each restart."""
 
   def __init__(self, last: Mapping[str, Any], begun: float):
-    """Begins with the restart of a process.
+    """Begins to count at the cause 'restart', from the seconds counted so far.
 
     Args:
-      last: The last row of the run's metrics that has a goodput; {} where a
-        run begins.
+      last: The last row of the run's metrics that has a goodput, which holds
+        the seconds counted so far; {} where a run begins.
       begun: The time of `now` at which the process began with the run.
     """
     self._cause = 'restart'
@@ -47,24 +47,27 @@ class Goodput:
 
   @property
   def busy_seconds(self) -> float:
-    """Seconds of steps and of the data that they waited for, so far."""
+    """Seconds that steps have taken, with their waits for data, so far."""
     self.turn_to(self._cause)
     return self._seconds[STEPS] + self._seconds['data']
 
   def turn_to(self, cause: str) -> str:
-    """Counts the time from now on for `cause`; returns the cause until now."""
+    """Counts time from now on for `cause`; returns the cause before it."""
     before, moment = self._cause, now()
     self._seconds[before] += moment - self._since
     self._cause, self._since = cause, moment
     return before
 
   def move(self, seconds: float, source: str, target: str) -> None:
-    """Counts seconds for another cause than they were counted for."""
+    """Counts seconds for the cause `target` that were counted for `source`."""
     self._seconds[source] -= seconds
     self._seconds[target] += seconds
 
   def row(self) -> dict[str, float]:
-    """The shares of the time since the run began, which add up to 1."""
+    """A row of metrics with the run's seconds and each cause's share of them.
+
+    The shares add up to 1.
+    """
     self.turn_to(self._cause)
     total = sum(self._seconds.values())
     shares = {c: n / max(total, 1e-9) for c, n in self._seconds.items()}

@@ -35,8 +35,9 @@ class Manifest:
 
   Attributes:
     step: The optimizer step after which the checkpoint was saved.
-    tree: Every array of the state, `{'params/w': 'float32[3,4]'}`.
-    extra: The caller's own JSON values.
+    tree: The dtype and shape of every array of the state by its path, such as
+      `{'params/w': 'float32[3,4]'}`.
+    extra: JSON values that the caller saves with the state.
     metrics: Metrics of this step, by which the best checkpoint is chosen.
     files: Size in bytes and sha256 in hex of each file, by the file's path
       within the folder.
@@ -168,7 +169,7 @@ def describe(state: Any) -> dict[str, str]:
 def difference(
   saved: Mapping[str, str], wanted: Mapping[str, str], *, cast: bool = False
 ) -> str:
-  """The differences of two trees as text; '' if there is none.
+  """The differences between two trees of arrays as text; '' if there is none.
 
   There is a line for each kind of difference: missing (wanted, not saved),
   unexpected (saved, not wanted), and different in shape or dtype.

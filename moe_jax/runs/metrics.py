@@ -37,9 +37,9 @@ _log = logging.getLogger(__name__)
 class MetricsWriter:
   """Appends rows to the metrics of a workdir, in one process of a run.
 
-  Each writer of the rows has `write(step, row)` and `close()`. A writer that
-  fails gets no more rows, except for the file `metrics.jsonl`, in which no row
-  may be missing.
+  The rows go to the file `metrics.jsonl`, to TensorBoard and to trackers, each
+  by an object with `write(step, row)` and `close()`. TensorBoard or a tracker
+  gets no more rows once it fails; in `metrics.jsonl` no row may be missing.
   """
 
   def __init__(
@@ -50,17 +50,17 @@ class MetricsWriter:
     due: Collection[str] = (),
     trackers: Sequence[str] = (),
   ):
-    """Opens the files in the workdir, which is made if it does not exist.
+    """Opens the files of metrics in a workdir, which is made if missing.
 
     Args:
       workdir: A local folder.
       resume_step: The step of the checkpoint from which the run goes on. Later
         rows are dropped, since they are measured again, and so is a row that a
-        killed process left half written. None begins a new file; an old one is
+        killed process left half written. None begins a new file; an old file is
         renamed to the first free of `metrics.0.jsonl`, `metrics.1.jsonl`, ...
       due: Names of evaluations that are made at the step of the checkpoint:
         their rows of that step are dropped, too.
-      trackers: Names in `trackers.TRACKERS` of those that get the rows, too.
+      trackers: Names, in `trackers.TRACKERS`, of trackers that get the rows.
 
     Raises:
       OSError: The folder cannot be made, read or written.
@@ -84,7 +84,7 @@ class MetricsWriter:
       self._others.append(begin_tracker(name, folder, is_new))
 
   def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
-    """Appends one row; a step may have several, such as one for each eval.
+    """Appends a row of metrics; a step may have several rows.
 
     Args:
       step: Number of optimizer steps taken.
@@ -140,7 +140,7 @@ class JsonLines:
     self._unwritten = b''
 
   def write(self, step: int, row: Row) -> None:
-    """Appends a row, behind those that still wait in memory."""
+    """Appends a row of metrics, behind the rows that still wait in memory."""
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
     self._append(text.encode() + b'\n')
@@ -189,7 +189,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(
   path: pathlib.Path,
 ) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-  """Yields (number from 1, line, row); row is None if the line holds no row."""
+  """Yields each line of a file of metrics as (number from 1, line, row).
+
+  The row is None if the line is no row of metrics.
+  """
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
       try:
@@ -208,9 +211,9 @@ def _is_row(row: Any) -> bool:
 
 
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
-  """Rewrites the file, all or nothing, with only its rows up to `step`.
+  """Rewrites a file of metrics, all or nothing, without rows after `step`.
 
-  Rows of the evaluations `due` go only up to the step before.
+  Rows of the evaluations `due` are dropped at `step` itself, too.
   """
   prefixes = tuple(f'eval/{name}/' for name in due)
   copy = path.with_name(f'{path.name}.tmp')

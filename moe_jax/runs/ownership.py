@@ -1,4 +1,4 @@
-"""One job owns a folder: its workdir, and its directory of checkpoints.
+"""Lets only one job write to a run's workdir and directory of checkpoints.
 
 A job holds the lock `owner.lock` while it runs, which the system frees when the
 process ends, however it ends: a restart after a kill waits for nothing, and the
@@ -33,12 +33,12 @@ _MOST_BYTES = 10_000  # no owner's file is longer
 
 
 class Owner(NamedTuple):
-  """The content of an owner's file.
+  """The job that owns a folder, as `owner.json` in the folder describes it.
 
   Attributes:
-    id: A random text.
-    host: The machine's name.
-    pid: The id of the process.
+    id: A random text, which no other job has.
+    host: The name of the machine on which the job's process 0 runs.
+    pid: The id of that process.
     since: The time at which the process took the folder, for messages.
   """
 
@@ -56,7 +56,7 @@ class OwnedError(InputError):
 
 
 def read(folder: epath.Path) -> Owner | None:
-  """The owner in a folder's file; None if the file is missing or damaged."""
+  """Reads a folder's `owner.json`; None if the file is missing or damaged."""
   try:
     with (folder / OWNER).open('rb') as file:
       values = json.loads(file.read(_MOST_BYTES))
@@ -66,7 +66,7 @@ def read(folder: epath.Path) -> Owner | None:
 
 
 def holder(folder: epath.Path) -> Owner | None:
-  """The owner of a folder whose lock is held now; nothing is written."""
+  """The owner of a folder if a job holds its lock now; nothing is written."""
   try:
     if (folder / LOCK).exists():
       with _lock(folder):
@@ -84,7 +84,8 @@ def owned(
 ) -> Iterator[Callable[[], None]]:
   """Owns folders while the body runs; every process of a run enters this.
 
-  Process 0 owns them for all, and its errors are raised in all.
+  Process 0 owns the folders for all processes, and its errors are raised in
+  every process.
 
   Args:
     folders: Local folders or URLs; missing ones are made, and removed again if

@@ -72,8 +72,8 @@ class Progress:
       step: Number of steps taken, those before `start_step` included.
       row: The `loss`, in nats per token, and where they are known
         `tokens_per_second`, on all devices, `drop_rate`, the fraction of
-        assignments that were dropped, and `step_seconds`, the mean of the last
-        steps, which predicts the time left at the first update.
+        choices of experts that were dropped, and `step_seconds`, the mean of
+        the last steps, which predicts the time left at the first update.
     """
     # On a bar units are short, so that the bar fits into 80 columns.
     unit, counted = ('', 'tok') if self._bar else (' nats/token', 'tokens')

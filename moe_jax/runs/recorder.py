@@ -1,4 +1,4 @@
-"""Recording of training metrics: averages, progress, and steps not finite.
+"""Records a run's metrics, shows progress, keeps batches of non-finite steps.
 
 The metrics of step n - 1 are read after step n was dispatched, so that reading
 them never makes the device wait.
@@ -55,7 +55,7 @@ class Recorder:
     moes: The mixture of experts of each layer, as in `Stacks.moes`.
     state: The shapes of the train state.
     checkpoints: The run's checkpoints, which an error names.
-    tell: Makes a text of the row of an evaluation that measures no loss.
+    tell: Makes a text of an evaluation's row of metrics without a loss.
     confirm: Raises ValueError if another job has taken the folder.
     trackers: Names of the trackers that get the rows, too.
     least_step_seconds: The seconds that a step would take at the peak speed of
@@ -91,10 +91,10 @@ class Recorder:
   def recording(
     self, start: int, due: Collection[str] = (), begun: float | None = None
   ) -> Iterator[None]:
-    """Records a run that begins, or goes on, while the body runs.
+    """Records the metrics of a run while the body runs.
 
     Args:
-      start: The number of steps that are taken already.
+      start: The number of steps that are taken already; 0 where the run begins.
       due: Names of the evaluations after step `start` that are still to be
         made.
       begun: The time of `goodput.now` at which the process began with the run;
@@ -162,7 +162,7 @@ class Recorder:
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Counts the time in which the body waits for a batch, and no step runs."""
+    """Counts the time that the body waits for a batch while no step runs."""
     start, before = goodput.now(), self._goodput.turn_to('data')
     yield
     self._goodput.turn_to(before)
@@ -179,7 +179,7 @@ class Recorder:
     return self._progress.evaluating(step, name)
 
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
-    """Writes and prints the rows of evaluations, given by name."""
+    """Writes and prints the rows of metrics of evaluations, given by name."""
     losses = {}
     for name, row in results.items():
       self._write(step, {f'eval/{name}/{k}': v for k, v in row.items()})
@@ -192,7 +192,10 @@ class Recorder:
       self.message(f'step {step}: evaluation, nats/token: {text}')
 
   def write_averages(self, step: int) -> None:
-    """Writes the averages since the last row, at `step`, if there are any."""
+    """Writes the averages over the steps since the last row, if there are any.
+
+    The row of metrics gets the step `step`.
+    """
     if self._sums is None:
       return
     busy_seconds = self._goodput.busy_seconds
@@ -243,7 +246,7 @@ class Recorder:
       self.write_averages(step)
 
   def _skip(self, step: int, text: str, sums: LossSums, batch: Batch) -> None:
-    """Keeps the batch of a step that is not finite; raises if too many are.
+    """Keeps the batch of a step that is not finite; raises after too many.
 
     The file is written all or nothing; every process calls this.
 
@@ -299,7 +302,7 @@ def _time_of_end(array: Any) -> float:
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps whose batches are on disk, also from before a restart."""
+  """The steps, also of before a restart, whose batches are in the workdir."""
   numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 

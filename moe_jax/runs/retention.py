@@ -1,4 +1,4 @@
-"""A directory of checkpoints: which exist, which are good, which are kept.
+"""A directory of checkpoints: tells which are good, and deletes old ones.
 
 The folder `<step>` is a checkpoint with a manifest. It is written under the
 name `<step>.saving1` and renamed once it has a manifest, and is renamed to
@@ -31,12 +31,12 @@ _TRIES = 20
 
 
 class CheckpointError(ReportedError, RuntimeError):
-  """A checkpoint could not be written or read; all others are untouched."""
+  """A checkpoint could not be written or read; all other ones are untouched."""
 
 
 @dataclasses.dataclass
 class Directory:
-  """The checkpoints of a directory, by step, to read and to delete.
+  """Finds, verifies and deletes the checkpoints of a directory, by step.
 
   Attributes:
     directory: The directory, which the first save makes; for one run at a time.
@@ -73,7 +73,10 @@ class Directory:
     return [path.name for path in self.path.iterdir()]
 
   def steps(self) -> list[int]:
-    """The steps of checkpoints with a manifest, ascending; none is verified."""
+    """The steps of checkpoints with a manifest, ascending.
+
+    The files of the checkpoints are not verified.
+    """
     name = manifest_lib.NAME
     return [n for n in self.folders() if (self.folder(n) / name).exists()]
 
@@ -91,7 +94,7 @@ class Directory:
     return choose(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
-    """The manifest of `step`.
+    """Reads the manifest of the checkpoint of a step.
 
     Raises:
       BadCheckpoint: There is no manifest, or it is damaged or of another step.
@@ -115,7 +118,8 @@ class Directory:
 
     Args:
       candidates: The steps to verify, one after another.
-      bad: A list, which gets (step, reason) of each other step.
+      bad: A list, to which (step, reason) is added for each candidate whose
+        checkpoint is not good.
     """
     for step in candidates:
       try:

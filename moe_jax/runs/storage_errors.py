@@ -1,4 +1,4 @@
-"""Paths of storage, a line on each error, and another try after some errors."""
+"""Paths of storage, texts of its errors, and retries after transient errors."""
 
 import errno
 import itertools
@@ -84,7 +84,7 @@ def storage_path(path: str | os.PathLike[str]) -> epath.Path:
   """A local path made absolute, or a URL as it is.
 
   Raises:
-    ValueError: No file system has such URLs.
+    ValueError: No installed file system has URLs with this beginning.
   """
   try:
     expanded = epath.Path(path).expanduser()
@@ -97,7 +97,7 @@ def storage_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def describe(error: BaseException) -> str:
-  """One line on an error: the end of a long text, which has the cause."""
+  """One line on an error; of a long text only the end, which has the cause."""
   text = str(error).split('\n', 1)[0]
   text = re.split(r" \[\w+='", text)[0]  # tensorstore appends its whole spec
   if len(text) > _LONGEST_CAUSE:

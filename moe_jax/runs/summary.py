@@ -1,4 +1,4 @@
-"""The sums over the tokens of a step, and the row of metrics made of them."""
+"""Sums over the tokens of a batch, and the row of metrics made of the sums."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -80,18 +80,18 @@ def sparse_layers(sums: LossSums) -> list[int]:
 def summarize(
   sums: LossSums, moes: Sequence[MoeOptions | None] = ()
 ) -> dict[str, Any]:
-  """A row with `loss`, `drop_rate`, and `layer_<i>/...` for each router.
+  """A row of metrics with `loss`, `drop_rate`, and `layer_<i>/...` by router.
 
   The loss is in nats per token. The drop rate is that of
   `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
-  assignments for which each expert was chosen, before drops. With
-  `moe.force_balance` a row has `forced_balance`, which is 1.
+  all choices that fall on each expert, before drops. With `moe.force_balance` a
+  row has `forced_balance`, which is 1.
 
   Args:
     sums: Sums as `host` gives them.
-    moes: The mixture of experts of each layer, as in `Stacks.moes`, which says
-      how many experts and choices the layer has. Default: all layers have
-      equally many.
+    moes: The options of each layer's mixture of experts, None for a dense
+      layer, as in `Stacks.moes`; they say how many experts and choices the
+      layer has. Default: all layers have equally many.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}

@@ -1,4 +1,4 @@
-"""Places where the numbers of a run are looked at, besides its metrics file.
+"""Writers of a run's metrics for TensorBoard, Weights & Biases and MLflow.
 
 TensorBoard reads a folder of the workdir. Weights & Biases and MLflow are
 services, chosen by the option `trackers` of a config and set up by environment
@@ -20,9 +20,10 @@ from moe_jax.runs.workdir import kept_config
 
 
 class TensorBoard:
-  """A new file of scalars for TensorBoard, which goes on at `first_step`.
+  """A new file of scalars for TensorBoard, which begins at `first_step`.
 
-  TensorBoard drops the scalars of this and later steps from earlier files.
+  TensorBoard drops the scalars of `first_step` and later steps that earlier
+  files of the folder have.
 
   tensorboardX's summary writer is not used: on a full disk its thread dies, and
   its full queue then blocks the training loop for ever.
@@ -42,7 +43,7 @@ class TensorBoard:
     self._write(first_step, session_log={'status': 'START'})
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
-    """Adds the numbers of a row."""
+    """Adds the numbers of a row of metrics."""
     value = [{'tag': k, 'simple_value': v} for k, v in row.items()]
     self._write(step, summary={'value': value})
 
@@ -60,8 +61,8 @@ class TensorBoard:
 class WeightsAndBiases:
   """A run of Weights & Biases, which has the config and a row for each step.
 
-  Weights & Biases ignores rows of steps that it has, so a run that goes on from
-  a checkpoint adds to its run there only what is new.
+  Weights & Biases ignores rows of steps that it already has, so a run that goes
+  on from a checkpoint adds only the rows of new steps.
   """
 
   def __init__(self, folder: pathlib.Path, run_id: str | None):
@@ -78,18 +79,19 @@ class WeightsAndBiases:
     self.id = self._run.id
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
-    """Adds the numbers of a row, merged with others of the step."""
+    """Adds the numbers of a row, merged with other rows of the step."""
     self._run.log(dict(row), step=step)
 
   def close(self) -> None:
-    """Ends the run there, which may wait for its upload."""
+    """Ends the run of Weights & Biases; this may wait for its upload."""
     self._run.finish()
 
 
 class MLflow:
   """A run of MLflow, which has the config as parameters, and the metrics.
 
-  The rows of steps that are taken again, after a checkpoint, are there twice.
+  A step that is taken again, by a run that goes on from a checkpoint, has its
+  row there twice.
   """
 
   def __init__(self, folder: pathlib.Path, run_id: str | None):
@@ -109,7 +111,7 @@ class MLflow:
     )
 
   def close(self) -> None:
-    """Waits until the server has all rows, and ends the run there."""
+    """Waits until the server has all rows, and ends the run of MLflow."""
     self._mlflow.flush_async_logging()
     self._mlflow.end_run()
 
@@ -129,11 +131,11 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def begin_tracker(name: str, folder: pathlib.Path, is_new: bool) -> Any:
-  """A tracker that begins a run, or goes on with that of the workdir.
+  """Makes a tracker, which begins a run or goes on with the workdir's run.
 
   Args:
     name: The name of the tracker in `TRACKERS`.
-    folder: The workdir, which keeps the id of the tracker's run.
+    folder: The workdir, in which a file keeps the id of the tracker's run.
     is_new: Whether a new run begins, even if the workdir has an id.
 
   Raises:

@@ -39,7 +39,7 @@ MOMENT_SECONDS = 5.0
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# The most seconds that an ending process waits for a pending save.
+# The most seconds that an ending process waits for a pending checkpoint.
 _SAVE_SECONDS = 10.0
 # All files have one size and are written in place: a full disk does not prevent
 # it, and network file systems show the new content to whoever opens the file.
@@ -48,10 +48,11 @@ _BYTES, _LONGEST_TEXT = 4096, 800
 
 @dataclasses.dataclass
 class Process:
-  """The state of one process of a run, as its file has it.
+  """The state of one process of a run, which the process writes to its file.
 
   Attributes:
-    machine: Text that is the same for processes whose ids can be compared.
+    machine: Text that is equal for processes of one machine and namespace of
+      ids, which alone can see from an id whether the process runs.
     pid: The id of the process.
     stages: Number of stages that the process has begun.
     stage: Name of the last stage, such as 'step 3'.
@@ -102,7 +103,7 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
 
 
 class Watchdog:
-  """The watchdog of one process; see `watching`.
+  """Tells the other processes of this one's stages, and ends it with them.
 
   Attributes:
     before_end: Function that is called before this process ends because of
@@ -127,7 +128,7 @@ class Watchdog:
     self._has_failed, self._is_ending = False, threading.Event()
 
   def start(self) -> None:
-    """Waits until the other processes' files are seen, and starts the thread.
+    """Waits to see the other processes' files, then starts the watching thread.
 
     Raises:
       ValueError: The files are not seen, as the processes share no folder.
@@ -175,7 +176,7 @@ class Watchdog:
     self._over.wait(3 * MOMENT_SECONDS)
 
   def finish(self) -> None:
-    """Waits until all processes have called this."""
+    """Waits until all processes have called this method, and stops watching."""
     self.mark('the end')
     multihost_utils.sync_global_devices('the end')
     self._over.set()
@@ -186,7 +187,7 @@ class Watchdog:
     return self._folder / f'{self._token}.{index}'
 
   def _exchange(self) -> None:
-    """Writes this process' file and reads those of others."""
+    """Writes this process' file, and reads the files of other processes."""
     self._this.beat += 1
     self._this.heard = time.monotonic()
     text = json.dumps(dataclasses.asdict(self._this), ensure_ascii=False)
@@ -201,7 +202,10 @@ class Watchdog:
           self._processes[index] = Process(**values)
 
   def _watch(self) -> None:
-    """Runs on the watchdog's thread; if it fails, the process ends, too."""
+    """Watches the other processes until the run is over or has to end.
+
+    This runs on the watchdog's thread. If it fails, the process ends, too.
+    """
     try:
       while not self._over.wait(self._tick):
         self._exchange()
@@ -233,7 +237,7 @@ class Watchdog:
     return f'nothing moved for {self._stall} s; {who} got to {stage}'
 
   def _loss(self, index: int) -> str | None:
-    """The way in which another process is lost; None if it is not."""
+    """A sentence on how another process is lost; None if it is not lost."""
     process = self._processes[index]
     silent = time.monotonic() - process.heard
     if process.machine == self._this.machine and _has_ended(process.pid):
@@ -245,9 +249,10 @@ class Watchdog:
     return f'process {index} {how}; it had got to {process.stage}'
 
   def _end(self, reason: str) -> None:
-    """Ends this process, unless it ends by itself: at the end, or by its error.
+    """Ends this process, and process 0 first tells all others the reason.
 
-    Process 0 waits until all others have read the reason in its file.
+    Process 0 writes the reason to its file and waits until all others have read
+    it. A process that has finished or failed is left to end by itself.
     """
     ends_by_itself = self._over.is_set() or self._has_failed
     self._is_ending.set()
@@ -271,7 +276,7 @@ class Watchdog:
 
 
 def _machine() -> str:
-  """The names of this machine and of its namespace of processes."""
+  """The names of this machine and of its namespace of process ids, as text."""
   namespace = pathlib.Path('/proc/self/ns/pid')
   return f'{os.uname().nodename} {namespace.exists() and namespace.readlink()}'
 

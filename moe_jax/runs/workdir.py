@@ -116,12 +116,13 @@ def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 class Workdir(NamedTuple):
-  """A run's folder, which a config may use.
+  """A folder that `check` has found a run may use.
 
   Attributes:
     folder: The folder, which need not exist.
-    checkpoints: The directory of its checkpoints.
-    class_digests: The sha256 of each file with a user's own class.
+    checkpoints: The directory of the run's checkpoints.
+    class_digests: The sha256 of the file of each user's class that the run's
+      config names, by the class's name.
     notes: A line for each key of the config whose value in the folder's config
       differs, and for each file in `class_digests` that has changed since the
       run began.
@@ -140,7 +141,7 @@ def check(
   resume: bool = False,
   defaults: Section | None = None,
 ) -> Workdir:
-  """The folder, if a run with this config may use it; nothing is written.
+  """Checks that a run with this config may use a folder; writes nothing.
 
   Args:
     workdir: A folder of this machine or mounted on it, which need not exist.
@@ -189,10 +190,10 @@ def check(
 def _checked_directory(
   folder: pathlib.Path, directory: str, resume: bool
 ) -> epath.Path:
-  """The directory of checkpoints, which has to be the run's own.
+  """The directory of a run's checkpoints; raises ValueError if it may not be.
 
-  In another run's directory the run would begin anew, or go on from the other's
-  checkpoints.
+  With another directory than before the run would begin anew, and in another
+  run's directory it would go on from that run's checkpoints.
   """
   is_used = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
   old, new = checkpoints_of(folder), checkpoints_of(folder, directory)
@@ -252,8 +253,9 @@ def claim(folder: pathlib.Path, config: Section) -> None:
 def check_unedited(folder: pathlib.Path) -> None:
   """Raises ValueError where the config is not as the run wrote it.
 
-  Parameters may fit a model that computes something else. Folders of earlier
-  versions, which wrote no sha256 of the config, are taken as they are.
+  The parameters may fit an edited config, whose model computes something else.
+  Folders of earlier versions, which have no sha256 of the config, are not
+  checked.
   """
   path = folder / CONFIG_SHA256
   found = _sha256(_text(_json(folder / CONFIG)))
@@ -269,7 +271,8 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
   """Checks that token ids mean the same as in the run that a folder holds.
 
   The task of the data may add ids after those of the tokenizer in the folder.
-  A file that cannot be read, as a kill of older code left one, says nothing.
+  A tokenizer's file that cannot be read, such as one that a killed run of an
+  earlier version left, is ignored.
 
   Args:
     folder: The folder of the run.
@@ -294,7 +297,10 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
-  """The identity of a tokenizer's own ids, and the names that a task added."""
+  """The identity of a tokenizer's ids, and the names of ids that a task added.
+
+  The ids that the task added are not part of the identity.
+  """
   if isinstance(tokenizer, tokenizers.Extended):
     return tokenizer.base.ids_identity, tokenizer.names
   return tokenizer.ids_identity, ()
@@ -308,13 +314,14 @@ def record_plugins(folder: pathlib.Path, config: Section) -> None:
 
 
 def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
-  """Raises ValueError for a class that a folder names and the user forbids.
+  """Raises ValueError for a class whose module the user has not allowed.
 
-  Names in a config file or on the command line are the user's own; a folder
-  may have been written by somebody else, and importing runs code.
+  A run's folder may have been written by somebody else, and importing a class
+  that it names runs code. Names in a config file or on the command line are
+  the user's own and are not checked.
 
   Args:
-    names: Names of classes, 'module:name'.
+    names: Names of the classes that a folder names, 'module:name'.
     allowed: Modules and packages that the user allows.
   """
   allowed = {_PACKAGE, *allowed}
@@ -328,7 +335,7 @@ def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
 
 
 def classes_in(config: Section) -> tuple[str, ...]:
-  """The users' classes that a config names, sorted.
+  """The names, 'module:name', of the users' classes in a config, sorted.
 
   Args:
     config: A config, or a section of one, as nested mappings.
@@ -342,12 +349,16 @@ def classes_in(config: Section) -> tuple[str, ...]:
 
 
 def class_digests(names: Iterable[str]) -> dict[str, str]:
-  """The sha256 of the file of each class, by its name.
+  """The sha256 of the file that defines each class, by the class's name.
 
-  Modules of this package are left out: their version is that of the package.
+  Classes of this package are left out, as the package's version stands for
+  their code.
+
+  Args:
+    names: Names of classes, 'module:name'.
 
   Raises:
-    ValueError: A module has no file.
+    ValueError: The module of a class has no file.
   """
   digests = {}
   for name in names:
@@ -398,10 +409,12 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _current(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A section without retired options of their usual values.
+  """A section of a config, without removed options that had no effect.
 
-  A section that is left empty goes, too. An option of another value stays, and
-  reading the config refuses its name.
+  A removed option had no effect at the value that `_GONE` gives. A section that
+  is left empty is removed, too. A removed option of another value stays, and
+  reading the config then refuses its name. A removed value becomes the value in
+  `_SAME` that gives the same results.
   """
   current = {}
   for key, value in section.items():
@@ -429,7 +442,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
-  """Renames a file to the first free name with a number; returns the name."""
+  """Renames a file to the first free name with a number; returns the path."""
   number = 0
   while (
     aside := path.with_name(f'{path.stem}.{number}{path.suffix}')
@@ -439,7 +452,7 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that at any moment it is the old or the new one."""
+  """Writes a text file, which at any moment has its whole old or new text."""
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_text(text, encoding='utf-8')
   unfinished.replace(path)

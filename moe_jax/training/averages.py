@@ -46,7 +46,7 @@ class AveragedState(TrainState):
 
 
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
-  """The first state of a run, with a running mean that covers no step yet.
+  """Returns a run's first state with a running mean that covers no step yet.
 
   Where decay is 0, the state is returned as it is, without a mean.
   """

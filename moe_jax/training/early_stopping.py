@@ -1,7 +1,7 @@
 """Early stopping: a run ends where an evaluation no longer gets better.
 
-Its state is kept in the manifest of each checkpoint, so that a run that goes on
-counts as if it had not been broken.
+The state of early stopping is kept in the manifest of each checkpoint, so that
+a resumed run goes on counting as if it had never been interrupted.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class EarlyStoppingOptions(Options):
       yield from self.in_vain('unless patience is at least 1')
 
 
-# The counts of `EarlyStopping` that a checkpoint keeps.
+# Names of the attributes of `EarlyStopping` that a checkpoint keeps.
 _KEPT = ('last_step', 'best', 'best_step', 'reference', 'count')
 
 
@@ -79,7 +79,7 @@ class EarlyStopping:
 
   @property
   def _rule(self) -> dict[str, Any]:
-    """The names and values that say which measurement is better."""
+    """The metric, its better direction and the least change, by name."""
     return {
       'metric': self.checkpoint.best_name,
       'best_is_highest': self.checkpoint.best_is_highest,
@@ -95,10 +95,11 @@ class EarlyStopping:
     return {EXTRA: {**self._rule, **counts, 'ended': self.ended}}
 
   def restore(self, extra: Mapping[str, Any]) -> None:
-    """Goes on with the counts in a checkpoint's extra values, or counts anew.
+    """Takes the counts from a checkpoint's extra values, if they still apply.
 
-    It counts anew where another metric decides, or another rule says which
-    value is better, since the stored counts are of other comparisons.
+    They do not apply where the checkpoint has another metric, direction or
+    least change than the options, as its counts are of other comparisons. Then
+    nothing is taken, and the run counts anew.
     """
     stored = extra.get(EXTRA, {})
     if self._rule.items() <= stored.items():
@@ -107,9 +108,9 @@ class EarlyStopping:
         setattr(self, name, stored[name])
 
   def add(self, step: int, value: float | None) -> None:
-    """Takes the measurement of a step; None, if there is none, counts nothing.
+    """Counts the measurement of a step; None, for no measurement, is ignored.
 
-    A value that is not finite never counts as better. Every process calls
+    A value that is not finite never counts as better. Every process has to call
     this.
     """
     if value is None or not self.options.patience:

@@ -1,4 +1,4 @@
-"""The contract of kinds of evaluation, the kind 'loss', and evaluations to run.
+"""Evaluations of a run: the contract of their kinds, and the kind 'loss'.
 
 Each entry of `config.evals` is an evaluation, with a name, a period and its own
 overrides of the model.
@@ -60,8 +60,8 @@ class Setting:
     dataset: The run's data.
     data: The options of the dataset.
     workdir: The run's folder, which need not exist yet.
-    put: Moves batches of numpy arrays to the devices, and has their number of
-      rows.
+    put: Moves batches of numpy arrays to the devices, and knows how many rows a
+      batch has.
     name: The name of the evaluation, an entry of `config.evals`.
   """
 
@@ -74,7 +74,7 @@ class Setting:
 
 
 def every_steps_option(every_steps: int) -> Any:
-  """A field for the period of an evaluation, with its default."""
+  """The field of an evaluation's options for its period, with its default."""
   return option(
     every_steps,
     'Number of optimizer steps between two measurements of the evaluation, '
@@ -84,7 +84,7 @@ def every_steps_option(every_steps: int) -> Any:
 
 
 def num_batches_option() -> Any:
-  """A field for the number of batches that an evaluation takes of a split."""
+  """The field of an evaluation's options for the number of its batches."""
   return option(
     0, 'Number of batches, spread over the split; 0 takes all.', minimum=0
   )
@@ -105,7 +105,7 @@ class EvaluationOptions(Options):
   )
 
   def overridden(self, model: ModelOptions) -> ModelOptions:
-    """The options of the evaluation's model.
+    """The options of a model, with the overrides of this evaluation.
 
     Raises:
       OptionError: The message lists all problems of the overrides.
@@ -116,8 +116,8 @@ class EvaluationOptions(Options):
   def measure(self, setting: Setting) -> Measure:
     """Returns the function from variables and a step to a row of metrics.
 
-    The row has a number, or a flat list of numbers, for each name. Where two
-    evaluations return equal functions, one measurement serves both.
+    The row has a number, or a flat list of numbers, by the name of each metric.
+    Where two evaluations return equal functions, one measurement serves both.
 
     Raises:
       ValueError: The run lacks what the evaluation needs.
@@ -127,13 +127,13 @@ class EvaluationOptions(Options):
   def row_names(self, data: DataOptions) -> Collection[str]:
     """Shell patterns of the names of all metrics that `measure` can give.
 
-    Without any pattern, or where a subclass overrides `measure`, the names are
-    known only once a row of metrics is measured.
+    Without any pattern, or where a subclass overrides `measure` but not this
+    method, the names are known only once a row of metrics is measured.
     """
     return ()
 
   def shrunk(self) -> Self:
-    """The same evaluation with a period of two steps."""
+    """A copy of these options with a period of two steps."""
     return dataclasses.replace(self, every_steps=2)
 
 
@@ -155,11 +155,11 @@ class LossEvaluation(EvaluationOptions):
     return Losses(setting.model, self.num_batches, rows, setting.put)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """Shell patterns of the names of the metrics of `summary.summarize`."""
+    """Shell patterns of the metrics' names that `summary.summarize` gives."""
     return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
 
   def shrunk(self) -> Self:
-    """The same evaluation on one batch."""
+    """A copy of these options with a period of two steps and one batch."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
@@ -177,7 +177,7 @@ class Evaluation:
   Attributes:
     name: The name of the entry.
     every_steps: Its period in optimizer steps; with 0 it runs only at the end.
-    measure: Function from variables and a step to its row.
+    measure: Function from variables and a step to a row of metrics.
   """
 
   name: str
@@ -196,8 +196,8 @@ class Stopped(Exception):
 def between_batches() -> None:
   """Raises `Stopped` if a signal stops the run.
 
-  An evaluation calls this on its own thread before each batch, in every process
-  equally often.
+  An evaluation calls this before each batch, in the thread in which it runs,
+  and equally often in every process.
   """
   if _SHOULD_STOP.get()():
     raise Stopped
@@ -211,7 +211,9 @@ def evaluation_rows(
   should_stop: Callable[[], bool] = lambda: False,
   showing: Callable[[str], Any] = contextlib.nullcontext,
 ) -> dict[str, Row]:
-  """Each evaluation's row of metrics, by name; equal ones are measured once.
+  """Runs evaluations; returns the row of metrics of each, by its name.
+
+  Evaluations with equal functions are measured once.
 
   Args:
     evaluations: The evaluations.
@@ -261,15 +263,15 @@ def _check_row(name: str, row: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Measures the loss, and statistics of the routers.
+  """A function that measures the loss, and statistics of the routers.
 
   Instances with equal attributes are equal and give equal metrics, so one
   measurement serves all evaluations that have such instances.
 
   Attributes:
     model: The model that is evaluated.
-    num_batches: Number of batches; 0 takes all rows.
-    rows: The rows of the split.
+    num_batches: Number of batches; 0 takes all rows of data.
+    rows: The rows of data of the split.
     put: Moves batches of numpy arrays to the devices.
   """
 
@@ -279,7 +281,7 @@ class Losses:
   put: Placing
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of the measured rows, moved to the devices."""
+    """Yields batches of the rows of data to measure, moved to the devices."""
     batches = eval_batches(
       self.rows,
       batch_size=self.put.batch_size,
@@ -321,7 +323,10 @@ class Losses:
 
 
 def behind(results: Iterator[R]) -> Iterator[R]:
-  """Yields each result once the next few are begun, so that no device waits."""
+  """Yields each result once `_IN_FLIGHT` later ones have been begun.
+
+  So the devices compute while the caller reads a result.
+  """
   pending = collections.deque[R]()
   for result in results:
     pending.append(result)
@@ -332,11 +337,11 @@ def behind(results: Iterator[R]) -> Iterator[R]:
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
-  """The compiled function (variables, batch) to the sums of the batch.
+  """Returns the compiled function (variables, batch) -> sums over the batch.
 
   The batch is one that `put` has moved. The sums are those of the losses and
-  of the routers' statistics. The model has neither noise nor dropout. Equal
-  models share the function.
+  of the routers' statistics. The model is applied without noise and dropout.
+  Equal models share the function.
   """
 
   def eval_step(variables, batch):
@@ -366,7 +371,7 @@ def make_evaluations(
   Args:
     entries: The options of each evaluation, by name.
     options: The training model's options, with the sizes that the data decides.
-    rules: The sharding table.
+    rules: The sharding table: the mesh axes that split each logical axis.
     run: The parts of the run, with the training model.
 
   Raises:

@@ -32,7 +32,7 @@ from moe_jax.training.step import TrainState
 
 
 class Interrupted(KeyboardInterrupt):
-  """Ctrl-C, or a notebook's stop button, stopped a run, which has saved."""
+  """Ctrl-C, or a notebook's stop button, stopped a run that has been saved."""
 
 
 def train_and_evaluate(
@@ -49,11 +49,11 @@ def train_and_evaluate(
   If `workdir` has checkpoints of the same options, the run goes on from the
   newest; on SIGTERM it saves and returns, also within an evaluation. On Ctrl-C
   (in a notebook, when the cell is interrupted) it saves and raises
-  `Interrupted`, unless the caller has a handler of its own; a second one stops
-  at once. Several processes all call this with the same arguments: if one gets
-  a signal, all save and return after the same step, and if one is lost, the
-  others end (`runs/watchdog.py`). Only process 0 prints and writes, except for
-  each process' part of the checkpoints.
+  `Interrupted`, unless the caller has a handler of its own; a second Ctrl-C
+  stops it at once. Several processes all call this with the same arguments: if
+  one gets a signal, all save and return after the same step, and if one is
+  lost, the others end (`runs/watchdog.py`). Only process 0 prints and writes,
+  except for each process' part of the checkpoints.
 
   Args:
     options: The run's options; `moe_jax.run_config.read` makes them from a
@@ -136,7 +136,7 @@ def train_and_evaluate(
 
 @dataclasses.dataclass
 class _Loop:
-  """A run in its loop: the step at which it is, and what is left to do there.
+  """A run in its training loop, with its state after the last step taken.
 
   Attributes:
     run: The run.
@@ -276,7 +276,10 @@ _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 
 @contextlib.contextmanager
 def _handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
-  """Handles a signal while the body runs, as only the main thread may do."""
+  """Handles a signal while the body runs; does nothing outside the main thread.
+
+  Python lets only the main thread set a handler.
+  """
   try:
     old_handler = signal.signal(number, handler)
   except ValueError:  # not the main thread: signals are the caller's

@@ -46,11 +46,12 @@ class LossWeights:
   """Coefficients of the losses that are added to a model's own.
 
   Attributes:
-    routers: Coefficients of the routers' losses by name, 'balance_loss':
-      numbers, or scalar arrays, which are arguments of the compiled step
-      instead of constants.
+    routers: Coefficients of the routers' losses by the loss's name, such as
+      'balance_loss': numbers, or scalar arrays, which are arguments of the
+      compiled step instead of constants.
     logits_z: Coefficient of the mean squared logsumexp of the output logits
-      (T5's and ST-MoE's other z-loss); a number or a scalar array, too.
+      (the z-loss of T5, which ST-MoE has beside its router z-loss); a number or
+      a scalar array, too.
     num_averaged: Number by which the sum of the routers' losses over layers is
       divided: 1 adds layers (Switch), the number of sparse layers averages them
       (flaxformer).
@@ -62,7 +63,7 @@ class LossWeights:
 
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
-  """The coefficients of a model's routers, with `logits_z` for its logits."""
+  """The coefficients of a model's router losses, with `logits_z` as given."""
   stacks, moe = model.stacks, model.stacks.moe
   mean = moe is not None and moe.layer_reduce == 'mean'
   num_averaged = len(stacks.mixtures) if mean else 1
@@ -70,7 +71,7 @@ def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
 
 
 def normalizers(model: Model, batch: Batch) -> Normalizers:
-  """The normalisers of a whole batch."""
+  """The divisors for a whole batch, before it is split into microbatches."""
   weight = jnp.maximum(batch['loss_weights'].sum(), 1e-9)
   return Normalizers(weight, model.stacks.routed_tokens(batch))
 
@@ -155,7 +156,7 @@ class AuxSchedule(Options):
     def changed(loss, weight):
       if not self._has(loss):
         return weight
-      # The Python number 0 is a loss that is not computed.
+      # The weight is the Python number 0 where the loss is not computed.
       return factor * weight if _counts(factor) and _counts(weight) else 0.0
 
     logits_z = changed(_LOGITS, weights.logits_z)
@@ -185,7 +186,7 @@ class AuxSchedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(AuxSchedule):
-  """The same factor at every step: 1 keeps losses' weights, 0 makes them 0."""
+  """A factor that no step changes: 1 keeps losses' weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
     """Returns the factor of losses' weights, a Python number, for any step."""
@@ -194,7 +195,10 @@ class Constant(AuxSchedule):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(AuxSchedule):
-  """A first factor, then a straight line to a final factor, which stays."""
+  """A factor that changes in a straight line from a first to a final value.
+
+  After the line it keeps the final value.
+  """
 
   final_factor: float = option(
     0.0,
@@ -218,7 +222,7 @@ class Linear(AuxSchedule):
   def factor_at(self, step: Leaf) -> Leaf:
     """The factor of losses' weights, linear in the step from `start_step` on.
 
-    It is `factor` before, and `final_factor` where the line has ended.
+    It is `factor` before `start_step`, and `final_factor` after the line's end.
     """
     if self.factor == self.final_factor:
       return self.factor

@@ -1,7 +1,8 @@
 """Optimizers: their options, which make an optax transformation.
 
 The first of the user's rules that selects a parameter gives its factor of
-weight decay or learning rate; if none does, the parameter's role gives it.
+weight decay or learning rate. If no rule does, the factor of decay is 1 for
+kernels and 0 for other parameters, and that of the learning rate is 1.
 
 A new optimizer is one class with its options and its preconditioner.
 """
@@ -108,7 +109,7 @@ class Optimizer(Options):
     raise NotImplementedError
 
   def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
-    """Lines about the optimizer of a model, printed at the start of a run.
+    """Yields lines about a model's optimizer, to print at the start of a run.
 
     Args:
       shapes: A tree like the parameters that train with the shape of each.
@@ -118,11 +119,11 @@ class Optimizer(Options):
     return iter(())
 
   def rate(self, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by the number of optimizer steps taken."""
+    """Returns the function from the number of steps taken to the rate."""
     return self.schedule.rate(self.learning_rate, total_steps)
 
   def next_rate(self, total_steps: int) -> Callable[[Any], Leaf]:
-    """Returns the learning rate of the next update, by the optimizer's state.
+    """Returns a function from the optimizer's state to the next update's rate.
 
     A step that is skipped is no update, and the schedule does not count it.
     """
@@ -280,9 +281,10 @@ def is_role(leaf: Any) -> bool:
 
 
 def _expression(pattern: str) -> str:
-  """The pattern of a rule as an expression that `trainable` could have.
+  """A rule's pattern in the form that the option `trainable` takes.
 
-  An empty regular expression is found in every name.
+  An empty pattern becomes the regular expression '.', which is found in every
+  name.
   """
   if pattern.startswith(_PART):
     return pattern.removeprefix(_PART).strip()
@@ -309,9 +311,9 @@ def clipped(largest: float) -> Transform:
 def _in_float32(inner: Transform) -> Transform:
   """Wraps a transformation, which gets float32 gradients and parameters.
 
-  The transformation's state would else have the type of the parameters. In
-  bfloat16, rounded to the nearest, a running mean does not move where it
-  changes by little.
+  Otherwise the transformation's state would have the type of the parameters. In
+  bfloat16, rounded to the nearest, a running mean does not move where its
+  change is small.
   """
   cast: Any = optax.tree_utils.tree_cast
 
@@ -370,7 +372,7 @@ def stacked(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
   return tuple(itertools.takewhile(STACKED_AXES.__contains__, names))
 
 
-# Parts of a model whose kernels are hidden matrices.
+# Parts of a model whose kernels are matrices between hidden values.
 _HIDDEN = ('attention', 'expert', 'ffn', 'lstm', 'shared_expert')
 
 
@@ -448,7 +450,10 @@ class Muon(Optimizer):
     return per_matrix(transforms, axes)
 
   def _orthogonal(self, names: tuple[str | None, ...]) -> Transform:
-    """Muon's transformation of a kernel without its stacked axes."""
+    """Muon's transformation of one kernel out of the stacked ones.
+
+    `names` are the logical axes of the stacked parameter.
+    """
     sides = dimensions(names[len(stacked(names)) :])
 
     def scaled(matrix: Any, params: Any) -> Any:
@@ -496,7 +501,7 @@ def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
 
 
 def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
-  """The inputs and the outputs of a kernel, by its logical axes.
+  """The dimensions of a kernel that are inputs, and those that are outputs.
 
   A kernel whose last axis is 'embed' leads from its other axes to the residual
   stream, and one whose last axis is the rank of an adapter, to the adapter's

@@ -1,4 +1,4 @@
-"""The programs of a run that devices execute, with their shardings."""
+"""The functions that a run executes on its devices, with their shardings."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """The programs of a run.
+  """The functions that a run executes on its devices, and what they work on.
 
   Attributes:
     init_state: () -> the state before the first step, sharded.
@@ -42,9 +42,9 @@ class Programs:
     optimizer: The optimizer of the step.
     trained: The parameters that train.
     adapters: The adapters of the model, whose factors are among the parameters.
-    variables: (state) -> the variables that the model's `apply` takes: means
-      in place of parameters if the run keeps them, and adapters merged into the
-      kernels; kernels with adapters are new arrays.
+    variables: (state) -> the variables that the model's `apply` takes: running
+      means in place of the parameters if the run keeps means, and adapters
+      merged into the kernels; kernels with adapters are new arrays.
   """
 
   init_state: Callable[[], TrainState]
@@ -59,7 +59,7 @@ class Programs:
 
 
 def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
-  """The programs of a run, of which none is compiled yet.
+  """Makes the `Programs` of a run, of which none is compiled yet.
 
   Args:
     options: The run's options, as `RunOptions.filled` returns them.
@@ -163,18 +163,18 @@ def make_step(
   balance_bias_rate: Leaf | None = None,
   loss: step_lib.Loss | None = None,
 ) -> Step:
-  """The pure function (state, batch) -> (state, metrics), not yet compiled.
+  """Returns a training step, (state, batch) -> (state, metrics), not compiled.
 
   Args:
     options: The run's options.
     model: Its model.
     adapters: The adapters of the model.
     trained: The parameters that train.
-    optimizer: Their optimizer.
+    optimizer: The optimizer of these parameters.
     change: Function that changes the weights of the losses.
-    balance_bias_rate: The rate of the balancing bias, instead of that of the
-      options.
-    loss: The loss of the model's outputs, instead of the model's own.
+    balance_bias_rate: The rate of the routers' balancing bias; None takes that
+      of the options.
+    loss: The loss of the model's outputs; None takes the model's own.
   """
 
   def moved(state, load):

@@ -68,11 +68,11 @@ def scale_by_adam(
 def rounded(
   x: Float32[Array, '*N'], noise: UInt32[Array, '*N']
 ) -> BFloat16[Array, '*N']:
-  """x as one of its two neighbours in bfloat16, on average x itself.
+  """Rounds x to one of its two neighbours in bfloat16, so that x is the mean.
 
   Args:
     x: Numbers; infinities and NaN are kept.
-    noise: Random numbers, of which 16 bits count.
+    noise: Random numbers, of which the 16 lowest bits count.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   # A carry from the bits that are cut off gives the next number in bfloat16,

@@ -66,7 +66,7 @@ class ProfileOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions(Options):
-  """The text sample at the end of a run."""
+  """Options of the text sample at the end of a run: the section `sample`."""
 
   prompt: str = option(
     '\n',
@@ -103,13 +103,13 @@ class SampleOptions(Options):
       )
 
   def shrunk(self) -> Self:
-    """The same sample with at most 16 tokens."""
+    """A copy of these options with at most 16 tokens of text."""
     return dataclasses.replace(self, num_tokens=min(self.num_tokens, 16))
 
 
 @dataclasses.dataclass(frozen=True)
 class InitFromOptions(Options):
-  """Another run whose parameters this run begins with."""
+  """Options of another run, whose parameters this run begins with."""
 
   workdir: str = option(
     '',
@@ -138,15 +138,16 @@ class InitFromOptions(Options):
   def with_tokenizer(
     self, data: DataOptions, *run_folder: pathlib.Path
   ) -> DataOptions:
-    """The options of the data, with the other run's tokenizer if it is kept.
+    """The options of the data, with the tokenizer of the run in `workdir`.
 
-    A run that has begun has the tokenizer in its own folder, and does not need
-    the other run.
+    They are returned unchanged without a `workdir` or `keep_tokenizer`. A run
+    that has begun has the tokenizer in its own folder, from which it is then
+    read, so that the run in `workdir` is not needed any more.
 
     Args:
       data: The options of the data.
-      *run_folder: Folder of the run that begins with the other, if it is
-        known; it need not exist.
+      *run_folder: Folder of the run that begins with the parameters of the run
+        in `workdir`, if it is known; it need not exist.
 
     Raises:
       ValueError: The tokenizer cannot be read.
@@ -241,7 +242,10 @@ class TraceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Options):
-  """All options of a run; a config has those of `run_config.RunConfig`."""
+  """All options of a run, as far as training knows them.
+
+  The options of a config are those of the subclass `run_config.RunConfig`.
+  """
 
   seed: int = option(
     0,
@@ -360,7 +364,7 @@ class RunOptions(Options):
 
   @property
   def tracker_names(self) -> tuple[str, ...]:
-    """The names in the option `trackers`."""
+    """The names of the services in the option `trackers`."""
     return tuple(filter(None, map(str.strip, self.trackers.split(','))))
 
   @property
@@ -415,7 +419,7 @@ class RunOptions(Options):
     yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
-    """The problems of the data's task, routing by task and `sample.task`."""
+    """The contradictions between model, data and `sample.task` about tasks."""
     model, data = self.model, self.data
     tasks, by_task = data.tasks, model.routes_by_task
     if model.has_encoder != data.shape.encoder_decoder:
@@ -443,7 +447,7 @@ class RunOptions(Options):
     return [n for n, e in self.evals.items() if isinstance(e, LossEvaluation)]
 
   def _best_problems(self) -> Iterator[str]:
-    """The problems of the number by which checkpoints are compared."""
+    """The problems of the options on best checkpoints and early stopping."""
     checkpoint, patience = self.checkpoint, self.early_stopping.patience
     best, metric = checkpoint.best_eval, checkpoint.best_metric
     if checkpoint.keep_best and best not in self.evals:
@@ -516,7 +520,7 @@ class RunOptions(Options):
     return dataclasses.replace(self, model=model)
 
   def least_bytes(self) -> Iterator[tuple[str, int]]:
-    """The arrays that may be large: the name of each, with its least bytes.
+    """Yields the name of each array that may be large, with its least bytes.
 
     Bytes are computed from the options before a model is built, since to build
     one with ten million layers takes minutes. The options have to be those that
@@ -549,7 +553,7 @@ class RunOptions(Options):
     return shapes
 
   def shrunk(self) -> Self:
-    """The same run with two steps, small sizes and one device."""
+    """A copy of the options with two steps, small sizes and one device."""
     return super().shrunk(
       total_steps=2,
       batch_size=4,

@@ -38,7 +38,7 @@ class Schedule(Options):
 
   @required
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate by the number of steps since the warm-up.
+    """Returns the function from steps since the warm-up to the learning rate.
 
     Args:
       peak: The learning rate at the end of the warm-up.
@@ -47,7 +47,7 @@ class Schedule(Options):
     raise NotImplementedError
 
   def rate(self, peak: float, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by the number of optimizer steps taken.
+    """Returns the function from optimizer steps taken to the learning rate.
 
     Raises:
       ValueError: The curve, of a user's schedule, gives no numbers.
@@ -68,13 +68,16 @@ class Schedule(Options):
     return optax.join_schedules([lambda step: rise(step + 1), curve], [warmup])
 
   def shrunk(self) -> Self:
-    """The same schedule with a warm-up of one step."""
+    """A copy of the schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """Half a cosine from the peak down to a fraction of it at the run's end."""
+  """A rate that falls along half a cosine from the peak to a fraction of it.
+
+  The rate has this fraction at the end of the run.
+  """
 
   final_fraction: float = option(
     0.1,
@@ -85,16 +88,16 @@ class Cosine(Schedule):
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate on the cosine, by steps since the warm-up."""
+    """Returns the function from steps since the warm-up to the cosine rate."""
     return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseSqrt(Schedule):
-  """The peak times the square root of warm-up steps over steps taken."""
+  """A rate of the peak times the square root of warm-up steps / steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate on the curve, by steps since the warm-up.
+    """Returns the function from steps since the warm-up to the learning rate.
 
     Without a warm-up the curve begins as after a warm-up of one step.
     """
@@ -104,7 +107,7 @@ class InverseSqrt(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-  """The learning rate stays at its peak until the end of the run."""
+  """A rate that stays at its peak until the end of the run."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
     """Returns the peak learning rate at every step."""
@@ -133,7 +136,10 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the rate: the peak, then a line to 0 that no warm-up overlaps."""
+    """Returns the peak, then a line to 0, as a function of steps after warm-up.
+
+    Where the line would begin within the warm-up, it begins after the warm-up.
+    """
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)

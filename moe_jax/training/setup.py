@@ -47,7 +47,7 @@ _NUM_ROWS, _NEXT_ROW = 'num_rows', 'next_row'
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The parts of a run, which hooks get, too; it is not changed in place.
+  """The parts of a run, as its hooks get them; no part is replaced in place.
 
   Attributes:
     options: The options, with the sizes of the model that the data decides.
@@ -87,7 +87,7 @@ class Run:
   row_offset: int = 0
 
   def extra(self, step: int) -> dict[str, Any]:
-    """The values that a checkpoint of a step has for `begin` to go on from."""
+    """The values that are saved with a step's state, for `begin` to read."""
     return {
       _DATA: self.dataset.digest,
       _NUM_ROWS: len(self.dataset.splits['train']),
@@ -239,7 +239,7 @@ def set_up(
 
 
 def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
-  """Lines on a warm-up that is cut, and on options that change nothing."""
+  """Yields lines on a warm-up that is cut and on options without an effect."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
@@ -334,7 +334,7 @@ def begin(
     initial: Gives the parameters where there is no checkpoint.
 
   Returns:
-    The run, with the rows of data that its next steps take; its state; and the
+    The run, with the `row_offset` at which its data goes on; its state; and the
     names of the evaluations of that state that are still to be made.
 
   Raises:
@@ -410,7 +410,7 @@ def begin(
 def resume_problem(run: Run) -> str | None:
   """The reason for which a run cannot go on from its newest checkpoint.
 
-  None if there is no reason, or no checkpoint after a step.
+  None if there is no reason, or no checkpoint of a step above 0.
   """
   step, total = max(run.checkpoints.steps(), default=0), run.options.total_steps
   if step > total:

@@ -24,7 +24,7 @@ from moe_jax.training import losses
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The state of training, which decides the next batch of data by `step`.
+  """The state of training; its `step` decides which batch of data comes next.
 
   Attributes:
     step: int32 [], number of optimizer steps taken.
@@ -65,7 +65,7 @@ def make_grad_fn(
   apply: Apply = plainly,
   local_axes: tuple[str, ...] = (),
 ) -> GradFn:
-  """A function for the loss, its sums and gradient, over all microbatches.
+  """Returns a function for the loss, sums and gradient over all microbatches.
 
   Args:
     model: The model.
@@ -77,7 +77,7 @@ def make_grad_fn(
       kernels with their adapters, from those of the train state and a key for
       dropout.
     scheduled: Returns the weights of the losses after a number of steps.
-    loss: Returns the loss of the model's outputs, instead of the model's own.
+    loss: Returns the loss of the model's outputs; None takes the model's own.
     apply: Applies the model, and may return the choices of experts.
     local_axes: The mesh axes over which each device adds the gradients of its
       own rows, of all microbatches, before they are exchanged.
@@ -155,7 +155,7 @@ def changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
 def over_slices(
   function: Callable[[Leaf, Batch], tuple[Any, Any]], batch: Batch, n: int
 ) -> tuple[Any, Any]:
-  """The sums and the rows of all slices of a batch, one after another.
+  """Computes a batch slice by slice; returns the sums and the joined rows.
 
   Args:
     function: Returns, from the index of a slice and the slice, a tree of sums,
@@ -182,7 +182,10 @@ def over_slices(
 
 
 def _sum_dtype(leaf: jax.ShapeDtypeStruct) -> jnp.dtype:
-  """The type of a sum: bfloat16 would lose what is much less than the sum."""
+  """The type in which a leaf is summed: for floating point at least float32.
+
+  In bfloat16 a summand much smaller than the sum would be lost.
+  """
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   return jnp.promote_types(leaf.dtype, jnp.float32) if is_float else leaf.dtype
 
@@ -236,9 +239,9 @@ def skipping_nonfinite(train_step):
 
   A step is finite if its loss, its gradient and the state after it are.
 
-  `step` is counted all the same, so that the next step has other data and
-  another key. Counts within the optimizer's state (the schedule's and Adam's
-  step) do not go on.
+  The state's `step` is counted all the same, so that the next step has other
+  data and another key. Counts within the optimizer's state (the schedule's and
+  Adam's step) do not go on.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

@@ -1,4 +1,4 @@
-"""The parameters that train, and the effect of their choice on a step.
+"""The parameters that train, and what a step does to all other parameters.
 
     config.trainable = 'experts + router'
 
@@ -29,7 +29,7 @@ from moe_jax.partitioning import path_name
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """The parameters that train.
+  """The parameters of a run that train; all others keep their values.
 
   Attributes:
     expression: The expression that selects the parameters.
@@ -46,7 +46,7 @@ class Trained:
   def part(
     self, tree: Any, is_leaf: Callable[[Any], bool] | None = None
   ) -> Any:
-    """A tree like the parameters, with None for those that do not train."""
+    """Replaces leaves of a tree by None for parameters that do not train."""
 
     def trained_leaf(path, leaf):
       return leaf if path_name(path) in self.names else None
@@ -62,7 +62,7 @@ class Trained:
     return sha.hexdigest() if self.masks else ''
 
   def count(self, tree: Any) -> int:
-    """The number of values of a tree, without experts that do not train."""
+    """The number of values of parameters, less experts that do not train."""
 
     def size_of(path, leaf):
       mask = self.masks.get(path_name(path))
@@ -147,17 +147,18 @@ _EXPERT, _LAYERS = 'expert', 'layers'
 class ChosenExperts:
   """The experts that train, by layer, while all other experts do not.
 
-  Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906. Experts are
-  stacked in one array, so a mask tells them apart: gradient and update of the
-  masked experts are exactly zero and their bits stay. The gradient of an array
-  is computed all the same, and the optimizer has state for all of its experts.
+  This is expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906.
+  Experts are stacked in one array, so a mask tells them apart: gradient and
+  update of the experts that do not train are exactly zero and their bits stay.
+  The gradient of the array is computed all the same, and the optimizer has
+  state for all of its experts.
 
   Attributes:
     num_experts: E, the number of experts of a layer.
     layers: The indices of the chosen experts of each sparse layer, by the index
       of the layer.
-    about: Other values of the file, such as the rule and the run by which the
-      experts were chosen.
+    about: Other values of the file of chosen experts, such as the rule and the
+      run by which they were chosen.
   """
 
   num_experts: int
@@ -212,12 +213,12 @@ def chosen_masks(
   trees: ParameterTrees,
   names: frozenset[str],
 ) -> dict[str, np.ndarray]:
-  """The masks of the parameters of experts that train, by name.
+  """Masks of the experts that train, by the name of the stacked parameter.
 
   Args:
     chosen: The chosen experts.
     model: The model.
-    trees: Shapes, axes and roles of its parameters.
+    trees: Shapes, axes and roles of the model's parameters.
     names: The names of the parameters that train.
 
   Raises:

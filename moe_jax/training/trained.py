@@ -65,7 +65,7 @@ class Described(NamedTuple):
   def data_problems(
     self, data: DataOptions, tokenizer: Tokenizer
   ) -> Iterator[str]:
-    """The problems of data in which ids or tasks do not mean what the run's do.
+    """Yields the ways in which data has other token ids or tasks than the run.
 
     A run without a tokenizer fits data of any tokens. Task i of a batch is
     source i of `data.mixture`, which matters to models that route by task.
@@ -265,13 +265,14 @@ def restore_variables(
   Args:
     workdir: The run's folder.
     model: A model with these parameters, which decides their dtypes.
-    rules: The table by which arrays are split.
+    rules: The sharding table: the mesh axes that split each logical axis.
     adapters: The adapters of the run, if their factors shall not be merged into
       the kernels; None merges them. A checkpoint of step 0 has no factors.
     mesh: Any mesh; a dimension that its axes do not divide is whole. None means
       the first local device.
     step: The step of the checkpoint; None is the newest good one.
-    cast: Whether other floating-point types may have been saved.
+    cast: Whether arrays may have been saved in another floating-point type, and
+      are then converted to the model's.
     router_state: Whether 'router_state' is read, too.
 
   Raises:
@@ -324,13 +325,14 @@ def write(
   variables: Mapping[str, Any],
   extra: dict[str, Any] | None = None,
 ) -> None:
-  """Writes a run that begins with given variables, beside its tokenizer.
+  """Writes the folder of a run that begins with given variables.
 
   The folder gets the config, and a checkpoint of step 0 with only parameters
-  (and a balancing bias where the model keeps one).
+  (and a balancing bias where the model keeps one). The tokenizer's file is
+  written by the caller.
 
   Args:
-    folder: The folder, which the caller renames once it is whole.
+    folder: The folder, which the caller renames once it is complete.
     config: The config of the run.
     variables: 'params' of the run's model, and 'router_state' if it has one.
     extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
@@ -348,14 +350,15 @@ def derive(
   *,
   router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-  """Makes a run's folder from another run's, with parameters of its own.
+  """Makes a new run's folder from a base run's folder and new parameters.
 
-  The new config is that of the base, without the sections `lora`, `init_from`
-  and `distill`. Tokenizer and imported files are copied; where the base took
-  its tokenizer from the run of `init_from`, the new config names the copy.
+  The new config is that of the base run, without the sections `lora`,
+  `init_from` and `distill`. Tokenizer and imported files are copied; where the
+  base run took its tokenizer from the run that its `init_from` names, the new
+  config names the copied tokenizer.
 
   Args:
-    base: Folder of a run.
+    base: Folder of the base run.
     output: A folder that is new or empty.
     params: The parameters of the new model.
     changes: Sections of the config that replace those of the base, by name.
@@ -363,7 +366,7 @@ def derive(
       keep none.
 
   Returns:
-    The new folder, whole.
+    The new folder.
 
   Raises:
     ValueError: `output` is not free.
@@ -390,11 +393,11 @@ def derive(
 def _with_kept_tokenizer(
   config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
 ) -> dict[str, Any]:
-  """The config of the base run, with the tokenizer that the run really used.
+  """The config of the base run, with the tokenizer that this run really used.
 
-  A run that began from another run (`init_from`) used that run's tokenizer, not
-  its own `data.tokenizer`. The new run has no `init_from`, so its config names
-  the file of that tokenizer in `output`.
+  A base run that began from another run (`init_from`) may have used that run's
+  tokenizer, not its own `data.tokenizer`. The new run in `output` has no
+  `init_from`, so the config names the copy of that tokenizer in `output`.
   """
   init_from, path = config.get('init_from', {}), base / TOKENIZER
   is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)
@@ -406,7 +409,7 @@ def _with_kept_tokenizer(
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:
-  """A config's values, with the name of a folder in place of an old name."""
+  """A config's values, in which the path `new` replaces the path `old`."""
   if isinstance(values, Mapping):
     return {key: _with_folder(value, old, new) for key, value in values.items()}
   return new if values == old else values
