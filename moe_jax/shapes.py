@@ -153,7 +153,7 @@ def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
 
 
 def array_of(name: str, value: Any, hint: Any) -> Shape:
-  """The shape of one array, for `check_shapes`."""
+  """Returns an array with the shape that its type hint asks for."""
   return Shape(name, value, (_any_array(hint),))
 
 
@@ -191,7 +191,10 @@ class _Reader(NamedTuple):
     return cls(hints, tuple(part for part in parts if not _is_array(part)))
 
   def shapes(self, name: str, value: Any) -> Iterator[Shape]:
-    """The shapes to check of an argument, after a check of its type."""
+    """Yields the arrays of an argument, each with the shape that it must have.
+
+    The argument's type is checked first.
+    """
     if isinstance(value, HasShapes):
       yield from shapes_in(name, value)
     elif self.hints and hasattr(value, 'shape'):

@@ -66,7 +66,7 @@ def last_value(item: Item, metric: str) -> float:
 
 
 def compare(arms: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-  """A row of the table for each arm, a combination of swept values.
+  """A row of the printed table for each arm, a combination of swept values.
 
   JSON can hold the rows: None stands for NaN or infinity.
 

@@ -73,7 +73,10 @@ class MeshSummary(Hook):
   """
 
   def start(self, run: Run) -> Run | None:
-    """Prints a few lines about the devices; none about a single device."""
+    """Prints lines on what each device of the run holds and sends to others.
+
+    A run on a single device gets no such lines.
+    """
     if run.mesh.size == 1:
       return None
     state = run.programs.abstract_state

@@ -32,7 +32,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
     step: The step of the other run's checkpoint.
 
   Returns:
-    The state and a phrase about it.
+    The state, and a phrase that says at the start of the run what was copied.
 
   Raises:
     ValueError: The other run's state does not fit: the other run has another

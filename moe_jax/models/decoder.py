@@ -149,7 +149,7 @@ class DecoderOptions(ModelOptions, StackOptions):
 
   def least_parameters(self) -> int:
     values = super().least_parameters()
-    # A decoder's layers also attend to an encoder, if there is one.
+    # Where there is an encoder, each layer of a decoder also attends to it.
     for half in (*self.halves, *[self] * self.has_encoder):
       values += half.num_layers * half.attention.kernel_values(self.width)
     return values + sum(

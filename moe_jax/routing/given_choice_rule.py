@@ -320,7 +320,7 @@ def places_by_sum(
 def places_by_sort(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """The result of `places_by_sum`, from a sort, whose cost has no factor E."""
+  """Returns what `places_by_sum` does, by a sort, whose time is without E."""
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
   sorted_key = key[order]

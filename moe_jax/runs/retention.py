@@ -62,7 +62,7 @@ class Directory:
     return self.path / f'{step}{suffix}'
 
   def folders(self) -> list[int]:
-    """Every step with a folder, good or not, ascending."""
+    """The steps that have a checkpoint, even a damaged one, ascending."""
     names = self.retry(self._names)
     steps = (int(name) for name in names if _STEP.fullmatch(name))
     return sorted(step for step in steps if step < MOST_STEPS)

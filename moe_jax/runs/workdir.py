@@ -42,8 +42,8 @@ _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 _PACKAGE = 'moe_jax'
 # Options that were removed and that configs of earlier runs may have, with the
 # value at which the option had no effect. None is for an option that never
-# changed a result, and for the section of a removed kind, which had no effect
-# unless the kind was chosen.
+# changed a result, and for a section whose kind (of a source, a model, ...) was
+# removed: it had no effect unless that kind was chosen.
 _GONE: dict[str, Any] = {
   'aux_losses.num_steps': 1000,
   'data.source.cipher': None,

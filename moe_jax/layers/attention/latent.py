@@ -80,7 +80,11 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of one head of short vectors, as keys, and of no values."""
+    """The shapes, (heads, width), of what the cache keeps for a token.
+
+    It keeps one latent vector, which heads share, in the place of keys, and
+    nothing in the place of values.
+    """
     return (1, self.cached_width), (1, 0)
 
   @property

@@ -303,7 +303,7 @@ class FeedForwardExpert(ExpertOptions):
     return FeedForwardExperts(self.ffn(shared), dispatch, name=SCOPE)
 
   def twin(self, num_selected: int) -> Twin:
-    """A dense layer of `num_selected` times the width of an expert."""
+    """The dense layer that is `num_selected` times as wide as an expert."""
     width = self.hidden * num_selected
     return Twin(FfnOptions(width, self.activation, self.bias), self.dropout)
 

@@ -23,7 +23,7 @@ def loss_weight(default: float, loss: str) -> Any:
   )
 
 
-# Options on logits.
+# Options that change the logits of a router.
 
 JITTER = option(
   0.0,

@@ -105,7 +105,7 @@ def product(
   return logits.reshape(G, S, -1)
 
 
-# Functions that choose experts and serve choices.
+# Functions that choose experts, and that give their slots to the choices.
 
 
 def largest(
