@@ -201,7 +201,7 @@ class ExampleRows(Rows):
     """Example `index`; its noise, if it has any, is drawn by `generator`."""
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`; what a row draws at random depends on its epoch."""
+    """The rows at `indices`; what a row draws at random varies by epoch."""
     rows = []
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
       generator = np.random.default_rng([seed, epoch, index])
