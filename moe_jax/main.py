@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
-  """Describes the config, tries the run or trains; returns the exit status."""
+  """Trains, or does what a flag asks instead; returns the exit status.
+
+  --describe prints the keys of the config, and --dry_run what the run would do.
+  """
   if flags.describe is not None:
     config = cli.config_of(flags.config, overrides)
     cli.say(run_config.describe(config, flags.describe))

@@ -252,7 +252,7 @@ def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
 
 
 def default_hooks() -> list[Hook]:
-  """The hooks of `moe_jax.main`."""
+  """Returns the hooks that `moe_jax.main` gives to a run without others."""
   # Facts are printed before the summary, which compiles.
   hooks = Replaying(), Facts(), MeshSummary(), Profile(), Traces()
   return [*hooks, RoutingReport(), Sample(), Page()]

@@ -287,10 +287,13 @@ def pictures(
 
 
 def drop_figure(rows: Sequence[Row]) -> Figure:
-  """Draws the shares of unserved choices over layers, by rank and by quarter.
+  """Draws over layers which share of the tokens' choices is not served.
 
-  The quarters are those of a row of tokens. `rows` are those of the table of
-  drops.
+  One panel has a line for each of a token's K choices, the other a line for
+  each quarter of the tokens of a sequence.
+
+  Args:
+    rows: A row for each layer, as in the command's table of drops.
   """
   panels = {
     'Choices that are not served': r'choice \d+|tokens unserved',

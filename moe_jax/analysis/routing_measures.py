@@ -388,7 +388,7 @@ class Information(NamedTuple):
 
   @property
   def fraction(self) -> float:
-    """`net` divided by the entropy of the experts; NaN if the entropy is 0."""
+    """The share of the experts' entropy that is `net`; NaN if it is 0."""
     return self.net / self.entropy if self.entropy else math.nan
 
   @property

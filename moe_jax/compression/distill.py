@@ -274,7 +274,7 @@ def _begin_with(
     f'beginning with the weights of step {teacher.step} of {teacher.folder}: '
     f'{description}; the optimizer is new'
   )
-  # Feed-forwards are not copied, so their settings may differ.
+  # The teacher's feed-forwards are not copied: the student's may differ.
   ffns = ('model.ffn.', 'model.encoder.ffn.')
   settings = start_lib.changes(teacher.options.model, run.options.model)
   if changes := ', '.join(x for x in settings if not x.startswith(ffns)):

@@ -159,7 +159,7 @@ class Ended(Hook):
   ended: bool = False
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Notes that the run has ended."""
+    """Sets `ended`, as nothing of the run is left to do."""
     self.ended = True
 
 

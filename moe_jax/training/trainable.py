@@ -175,7 +175,7 @@ class ChosenExperts:
     path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
 
   def describe(self) -> str:
-    """A line with the number of chosen experts, in all and by layer."""
+    """A line with the number of experts that train, in all and by layer."""
     count = sum(len(experts) for experts in self.layers.values())
     total = self.num_experts * len(self.layers)
     by_layer = ', '.join(f'layer {i}: {len(e)}' for i, e in self.layers.items())

@@ -33,7 +33,7 @@ class Seq2SeqTask(TaskOptions):
   )
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer with an EOS."""
+    """The tokenizer whose inputs and targets end in an EOS."""
     del shape
     return extend(base, end_inputs=True)
 

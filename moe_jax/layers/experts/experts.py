@@ -292,7 +292,7 @@ class FeedForwardExpert(ExpertOptions):
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """Yields no reason, as any dispatch serves feed-forward layers."""
+    """Yields no reason, as each dispatch serves feed-forward layers."""
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
