@@ -76,7 +76,8 @@ def compare(arms: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
   """
   rows, base = [], next(iter(arms.values()))
   for name, values in arms.items():
-    row: dict[str, Any] = {'arm': name, 'values': values}
+    finite = {seed: _finite(value) for seed, value in values.items()}
+    row: dict[str, Any] = {'arm': name, 'values': finite}
     if values:
       row['mean'] = _finite(sum(values.values()) / len(values))
     differences = [values[seed] - base[seed] for seed in values if seed in base]

@@ -84,6 +84,7 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have():
   nan = sweep.compare(
     {'a': {'0': 1.0, '1': 1.0}, 'b': dict.fromkeys('01', NAN)}
   )
+  assert nan[1]['values'] == {'0': None, '1': None}
   assert nan[1]['mean'] is None and nan[1]['verdict'] == 'not resolved'
 
 

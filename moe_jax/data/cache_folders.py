@@ -191,7 +191,12 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_free(folder: pathlib.Path) -> None:
-  """Raises ValueError if `folder` is neither new nor empty."""
+  """Raises ValueError for a mount point or a folder that is not empty."""
+  if os.path.ismount(folder):
+    raise InputError(
+      f'{folder} is a mount point, in whose place no whole folder can be put; '
+      f'give a new folder in it, such as {folder / "run"}'
+    )
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
 

@@ -32,7 +32,11 @@ from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.runs.trackers import TRACKERS
 from moe_jax.training.early_stopping import EarlyStoppingOptions
-from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
+from moe_jax.training.evaluate import (
+  DEFAULT_EVALS,
+  EvaluationOptions,
+  LossEvaluation,
+)
 from moe_jax.training.losses import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
@@ -343,7 +347,7 @@ class RunOptions(Options):
   # of which training knows none.
   init_from: InitFromOptions = InitFromOptions()
   evals: Mapping[str, EvaluationOptions] = dataclasses.field(
-    default_factory=dict
+    default_factory=lambda: dict(DEFAULT_EVALS)
   )
   mesh: MeshOptions = option(
     MeshOptions(), 'Sizes of the axes of the mesh of devices.'
@@ -460,6 +464,12 @@ class RunOptions(Options):
       names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
       if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
         yield unknown_text('checkpoint.best_metric', metric, names)
+      elif not names and metric == 'loss' and best not in self.loss_evals:
+        yield (
+          f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; "
+          f'have {sorted(self.loss_evals)}; name its metric in '
+          'checkpoint.best_metric, or set checkpoint.keep_best=False'
+        )
     if patience and not checkpoint.keep_best:
       yield (
         f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '

@@ -342,7 +342,7 @@ def begin(
       another model, or after the last step; or `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
-  if problem := resume_problem(run):
+  if problem := _average_problem(run):
     raise InputError(problem)
   abstract, first = run.programs.abstract_state, None
   base = run.programs.adapters.base(abstract.params)
@@ -356,6 +356,8 @@ def begin(
         f'{run.workdir} was trained on data of sha256 {digest}, this is '
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
+    if problem := _end_problem(run, restored.step):
+      raise InputError(problem)
     workdir_lib.check_kept_ids(run.workdir, run.dataset.tokenizer)
     if not restored.step:
       note = 'beginning with the parameters of the checkpoint of step 0'
@@ -410,23 +412,34 @@ def begin(
 def resume_problem(run: Run) -> str | None:
   """The reason for which a run cannot go on from its newest checkpoint.
 
-  None if there is no reason, or no checkpoint of a step above 0.
+  None if there is no reason, or no checkpoint of a step above 0. Whether the
+  checkpoint is good is not asked.
   """
-  step, total = max(run.checkpoints.steps(), default=0), run.options.total_steps
-  if step > total:
-    return (
-      f'{run.workdir} has a checkpoint of step {step}, and total_steps='
-      f'{total}: give at least as many steps, or another --workdir'
-    )
-  config = workdir_lib.kept_config(run.workdir) if step else {}
-  old, new = (
-    config.get('optimizer', {}).get('ema', 0.0),
-    run.options.optimizer.ema,
+  step = max(run.checkpoints.steps(), default=0)
+  return _average_problem(run) or _end_problem(run, step)
+
+
+def _end_problem(run: Run, step: int) -> str | None:
+  """The problem of a checkpoint after the run's last step."""
+  if step <= run.options.total_steps:
+    return None
+  return (
+    f'{run.workdir} has a checkpoint of step {step}, and total_steps='
+    f'{run.options.total_steps}: give at least as many steps, or another '
+    '--workdir'
   )
-  if step and bool(old) != bool(new):
-    return (
-      f'optimizer.ema={new}, and the run began with {old}: it goes on with a '
-      'mean of its parameters, whose decay may change, or without one, as it '
-      'began; another run, in another --workdir, may begin from it by init_from'
-    )
-  return None
+
+
+def _average_problem(run: Run) -> str | None:
+  """The problem of a mean of parameters that a run did not begin with."""
+  if not any(run.checkpoints.steps()):
+    return None
+  optimizer = workdir_lib.kept_config(run.workdir).get('optimizer', {})
+  old, new = optimizer.get('ema', 0.0), run.options.optimizer.ema
+  if bool(old) == bool(new):
+    return None
+  return (
+    f'optimizer.ema={new}, and the run began with {old}: it goes on with a '
+    'mean of its parameters, whose decay may change, or without one, as it '
+    'began; another run, in another --workdir, may begin from it by init_from'
+  )

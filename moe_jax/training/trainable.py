@@ -194,8 +194,9 @@ def read_chosen(path: str) -> ChosenExperts:
     E, layers = values.pop('num_experts'), values.pop('layers')
     chosen = {int(i): tuple(experts) for i, experts in layers.items()}
     for i, experts in chosen.items():
-      if not set(experts) <= set(range(E)):
-        text = f'layer {i} has {list(experts)}, not numbers below {E}'
+      numbers = {e for e in experts if type(e) is int and 0 <= e < E}
+      if len(numbers) < len(experts):
+        text = f'layer {i} has {list(experts)}, not distinct numbers below {E}'
         raise InputError(text)
     if not any(chosen.values()):
       raise InputError('it chooses no expert')

@@ -63,7 +63,7 @@ class Described(NamedTuple):
   microbatches: int = 1
 
   def data_problems(
-    self, data: DataOptions, tokenizer: Tokenizer
+    self, data: DataOptions, tokenizer: Tokenizer | None
   ) -> Iterator[str]:
     """Yields the ways in which data has other token ids or tasks than the run.
 
@@ -73,14 +73,14 @@ class Described(NamedTuple):
     Args:
       data: The options of the data.
       tokenizer: The tokenizer of the data, whose ids may include those that a
-        task added, such as an EOS.
+        task added, such as an EOS; None asks for the tasks alone.
     """
-    ids, run_tokenizer = tokenizer.ids_identity, self.tokenizer
-    if run_tokenizer is not None and run_tokenizer.ids_identity != ids:
+    own, ids = (t and t.ids_identity for t in (self.tokenizer, tokenizer))
+    if own and ids and own != ids:
       yield (
-        f'it was trained on tokens of {run_tokenizer.ids_identity}, the data '
-        f'is of {ids}; to take its tokenizer for other texts, give '
-        "data.tokenizer.kind='file' and its folder as data.tokenizer.file.path"
+        f'it was trained on tokens of {own}, the data is of {ids}; to take its '
+        "tokenizer for other texts, give data.tokenizer.kind='file' and its "
+        'folder as data.tokenizer.file.path'
       )
     if self.model.routes_by_task and self.data.tasks != data.tasks:
       yield (
@@ -102,6 +102,9 @@ class Described(NamedTuple):
       ValueError: The data has other tokens or tasks than the run.
     """
     options = options or self.data
+    # Loading may take hours, and tasks are known before.
+    for problem in self.data_problems(options, None):
+      raise InputError(f'{workdir} does not fit the data: {problem}')
     dataset = load(options)
     for problem in self.data_problems(options, dataset.tokenizer):
       raise InputError(f'{workdir} does not fit the data: {problem}')

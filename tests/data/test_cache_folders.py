@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import pytest
 
 from moe_jax.data import cache_folders
-from moe_jax.data.cache_folders import prepared, whole_folder
+from moe_jax.data.cache_folders import check_free, prepared, whole_folder
 
 
 def write(folder):
@@ -68,6 +69,11 @@ def test_of_two_who_write_a_folder_of_a_user_the_second_fails(tmp_path):
   assert 'x is there already; give a new' in process.communicate(timeout=60)[1]
   assert (tmp_path / 'x' / 'a').read_text() == 'whole'
   assert os.listdir(tmp_path) == ['x']
+
+
+def test_a_mount_point_is_refused_before_anything_is_written():
+  with pytest.raises(ValueError, match='/proc is a mount point'):
+    check_free(pathlib.Path('/proc'))
 
 
 @pytest.mark.slow

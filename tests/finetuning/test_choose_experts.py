@@ -175,7 +175,8 @@ class _Hashable(dict):
   [
     ({1: (0,)}, 'experts', r'by layer \{1: 4\}, the model has \{1: 4, 3: 4\}'),
     ({1: (), 3: ()}, 'experts', 'chooses no expert'),
-    ({1: (4,), 3: (0,)}, 'experts', r'layer 1 has \[4\], not numbers below 4'),
+    ({1: (4,), 3: (0,)}, 'experts', r'layer 1 has \[4\], not distinct numbers'),
+    ({1: (1, 1), 3: (0,)}, 'experts', r'layer 1 has \[1, 1\], not distinct'),
     (CHOSEN, 'attention', 'trained_experts has no effect'),
   ],
 )

@@ -25,6 +25,7 @@ from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training import loop, setup
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Hook
+from tests.generation.folders import damage
 from tests.training import tiny
 
 DROPOUT = {'dropout': 0.1, **tiny.router(jitter=0.1)}
@@ -409,6 +410,17 @@ def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
     train_and_evaluate(shorter, workdir, resume=True)
   # The run's own config still goes on in the folder.
   assert int(train_and_evaluate(OPTIONS, workdir).step) == 6
+
+
+def test_a_damaged_checkpoint_after_the_last_step_is_passed_over(
+  unbroken, tmp_path
+):
+  workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
+  steps = sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  damage(workdir, steps[-1])
+  shorter = tiny.options(model=DROPOUT, total_steps=steps[-1] - 1)
+  state = train_and_evaluate(shorter, workdir, resume=True)
+  assert int(state.step) == steps[-1] - 1
 
 
 def test_other_data_is_refused(unbroken, tmp_path):

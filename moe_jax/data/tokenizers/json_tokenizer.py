@@ -174,8 +174,11 @@ class Json(Tokenizer, kind='json'):
 
     The variable TOKENIZERS_PARALLELISM=false leaves one thread.
     """
-    encode = self.model.encode_batch_fast
-    encodings = _encoded(encode, [*texts], add_special_tokens=False)
+    texts, encode = [*texts], self.model.encode_batch_fast
+    try:
+      encodings = _encoded(encode, texts, add_special_tokens=False)
+    except InputError:  # The message of a single text names that text.
+      return [self.encode(text) for text in texts]
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode_inputs(

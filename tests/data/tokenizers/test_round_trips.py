@@ -149,6 +149,22 @@ def test_json_by_hand(tmp_path):
   assert tokenizer.decode(forged_ids) == 'a</s>b'
 
 
+def test_a_text_that_cannot_be_encoded_is_named_among_others():
+  model = hf.Tokenizer(hf.models.WordLevel({'a': 0, 'b': 1}))
+  model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  tokenizer = tokenizers.Json(model.to_str())
+  with pytest.raises(ValueError, match="'a strange text'"):
+    tokenizer.encode_batch(['a b', 'a strange text', 'b'])
+
+
+def test_a_class_that_encodes_otherwise_encodes_batches_so():
+  class Upper(tokenizers.Bytes, kind='upper of a test'):
+    def encode(self, text):
+      return super().encode(text.upper())
+
+  assert Upper().encode_batch(['ab'])[0].tolist() == list(b'AB')
+
+
 def test_json_ignores_truncation_padding_and_unusual_eos():
   model = bpe('<stop>')
   model.enable_truncation(2)
