@@ -73,7 +73,7 @@ def map_once(
   )
   fitted = tokenizer.fit(())
   lines.map(
-    lambda batch: {'ids': [fitted.encode(text) for text in batch['text']]},
+    lambda batch: {'ids': fitted.encode_batch(batch['text'])},
     batched=True,
     remove_columns=lines.column_names,
   )
