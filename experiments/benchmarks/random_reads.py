@@ -63,7 +63,7 @@ class Corpus:
 def read_at_random(
   options: data.DataOptions, corpus: Corpus, training: np.ndarray
 ) -> list[dict[str, float]]:
-  """What two processes measured that read their rows of every batch at once.
+  """The measures of two processes that read their rows of a batch at once.
 
   Args:
     options: The prepared data.

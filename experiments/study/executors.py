@@ -38,7 +38,7 @@ _Function = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """Where runs are made.
+  """A place where runs are made: a pool of processes, SLURM or Ray.
 
   Attributes:
     executor: One of `EXECUTORS`.
@@ -217,7 +217,7 @@ class _RayCall:
     return bool(self._ray.wait([self._reference], timeout=0)[0])
 
   def result(self) -> Any:
-    """What the function returned; raises what it raised."""
+    """Returns what the function returned, or raises what it raised."""
     return self._ray.get(self._reference)
 
   def cancel(self) -> None:

@@ -74,7 +74,7 @@ def batches(run: Run, num_batches: int) -> list[Batch]:
 
 
 def spread_rows(run: Run, count: int) -> Batch:
-  """That many rows of the validation split, evenly spaced over it."""
+  """Returns rows of the validation split, evenly spaced over it."""
   rows = run.dataset.splits['validation']
   return rows.take(np.array(spread(len(rows), count)))
 
@@ -181,7 +181,7 @@ def choices(
   train: bool = True,
   logits: bool = False,
 ) -> Choices:
-  """What the tokens of a batch choose in each sparse layer.
+  """The experts that the tokens of a batch choose in each sparse layer.
 
   Args:
     model: The model.

@@ -1,4 +1,4 @@
-"""What imports and exports have to know of an architecture of transformers."""
+"""The facts on an architecture of transformers that imports and exports use."""
 
 import dataclasses
 import pathlib

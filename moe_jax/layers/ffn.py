@@ -186,7 +186,7 @@ class FfnLayer:
     return p
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
-    """What the cost model of parallelism knows of the layer as an expert.
+    """The sizes of the layer, as an expert, that the cost model asks for.
 
     The rows that travel to the expert are of type `dtype`.
     """

@@ -172,7 +172,7 @@ def hierarchical_load(
 
 
 class GateLevel(NamedTuple):
-  """What one of two levels of gates decided, for N tokens or branch choices.
+  """The choices of one of two levels of gates, for N tokens or branch choices.
 
   Attributes:
     clean: float32 [G, N, E], the logits without noise.

@@ -211,7 +211,7 @@ def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
 
 
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
-  """What is added to scores: 0 where a query sees a key, else the least float.
+  """The mask added to scores: 0 where a query sees a key, else the least float.
 
   None where all queries see all keys.
   """
