@@ -228,7 +228,7 @@ def test_optimizer_moments_live_where_their_parameters_do():
 
 def test_factored_statistics_are_split_as_the_dimensions_they_keep():
   # The row statistic of an expert of 4 x 6 keeps 4 and its column statistic 6.
-  # For experts of 4 x 4 it is unknown which of the two a statistic is.
+  # For experts of 4 x 4 both are split as the rows are.
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
   axes = ('layers', 'expert', 'embed', 'expert_mlp')
   boxed = {
@@ -247,7 +247,7 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
   fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
   want = {
     'w': {(3, 2, 4): (None, expert, fsdp), (3, 2, 6): (None, expert, tensor)},
-    'square': {(3, 2, 4): (None, expert, None)},
+    'square': {(3, 2, 4): (None, expert, fsdp)},
     'scale': {(3, 4): (None, fsdp)},
   }
   checked = set()

@@ -32,7 +32,7 @@ from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import setup, trained
 from moe_jax.training.programs import make_programs
-from moe_jax.training.setup import Hook, Run, resume_problem
+from moe_jax.training.setup import Hook, Run
 
 # Stands for the folder of a run that names none; this folder is never made.
 _NOWHERE = 'a-folder-that-is-not-there'
@@ -148,7 +148,7 @@ class DryRun:
       size = dataset.vocab_size if dataset else tokenizer.known_vocab_size()
       if size := options.model.vocab_size or size:
         filled = options.filled(size)
-        notes = [*notes, *setup.setup_notes(filled, filled.build(), mesh)]
+        notes = [*notes, *setup.warmup_notes(filled)]
     return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
@@ -223,7 +223,7 @@ class DryRun:
       yield f'workdir: {folder} {"exists" if folder.exists() else "is new"}'
     elif not steps:
       yield f'workdir: {folder} has a run without checkpoints: it begins anew'
-    elif problem := resume_problem(run):
+    elif problem := setup.end_problem(run, steps[-1]):
       self._refuse(problem)
     elif steps[-1] == run.options.total_steps:
       yield f'workdir: {folder} has a run that is at its end, step {steps[-1]}'

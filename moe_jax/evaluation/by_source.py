@@ -6,14 +6,13 @@ likeliest choice where there are choices, by generated text otherwise.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
 from moe_jax import data
 from moe_jax.config import option
-from moe_jax.data import DataOptions
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
 from moe_jax.evaluation import prompts
@@ -63,11 +62,6 @@ class SourceLosses(evaluate.EvaluationOptions):
       return summary_row(values, mixture)
 
     return losses_row
-
-  def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names of the losses and their means in the row of metrics."""
-    mixture = data.mixture
-    return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
 
   def shrunk(self) -> Self:
     """This evaluation at a laptop's size: on one batch of each source."""
@@ -131,13 +125,6 @@ class SourceScores(prompts.AskingEvaluation):
       return {**summary_row(in_order, setting.data.mixture), **details}
 
     return scores_row
-
-  def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names of the metrics that the function of `measure` returns."""
-    mixture = data.mixture
-    sources = list(mixture.sources or ['source'])
-    details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]
-    return [*summary_row(dict.fromkeys(sources, 0.0), mixture), *details]
 
   def _questions(
     self, setting: evaluate.Setting

@@ -7,7 +7,7 @@ GLaM (https://arxiv.org/abs/2112.06905), or in bytes, or not at all.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import jax
@@ -17,7 +17,6 @@ import optax
 
 from moe_jax import data
 from moe_jax.config import choice, option
-from moe_jax.data import DataOptions
 from moe_jax.data.choices import ChoiceSourceOptions, SameSource
 from moe_jax.data.layouts import Layout, Lengths
 from moe_jax.data.packing import packed
@@ -117,11 +116,6 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
       ]
     asker = prompts.asker_of(setting, self.answer_prefix)
     return Choice(setting, self, [*map(asker, items, shots)], asker.layout)
-
-  def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names of the metrics in the row that `Choice` returns."""
-    names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
-    return [*names, 'shots'] if self.num_shots else names
 
   def shrunk(self) -> Self:
     """This evaluation at a laptop's size, with three built-in questions."""

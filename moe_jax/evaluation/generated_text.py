@@ -1,14 +1,13 @@
 """The kind of evaluation 'generate': outputs compared with their targets."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from moe_jax import data, generation
 from moe_jax.config import option, unknown_text
-from moe_jax.data import DataOptions
 from moe_jax.data.mixing import TaskRows
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
@@ -94,10 +93,6 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     search = dict(num_beams=self.num_beams, length_penalty=self.length_penalty)
     pairs = self.pairs(setting)
     return generator(setting, scores, pairs, self.num_tokens, **search)
-
-  def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names of the metrics in the row that `Generate` returns."""
-    return (*names_of(self.metrics), 'examples')
 
   def pairs(self, setting: evaluate.Setting) -> list[Pair]:
     """The examples: pairs of texts from the source, or windows split in two.

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -23,8 +23,8 @@ from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.partitioning import Rules
-from moe_jax.runs import summary
-from moe_jax.runs.metrics import Row, python_numbers
+from moe_jax.runs import manifest, summary
+from moe_jax.runs.metrics import Row
 from moe_jax.training.losses import loss_sums
 from moe_jax.training.step import over_slices
 
@@ -124,14 +124,6 @@ class EvaluationOptions(Options):
     """
     raise NotImplementedError
 
-  def row_names(self, data: DataOptions) -> Collection[str]:
-    """Shell patterns of the names of all metrics that `measure` can give.
-
-    Without any pattern, or where a subclass overrides `measure` but not this
-    method, the names are known only once a row of metrics is measured.
-    """
-    return ()
-
   def shrunk(self) -> Self:
     """A copy of these options with a period of two steps."""
     return dataclasses.replace(self, every_steps=2)
@@ -153,10 +145,6 @@ class LossEvaluation(EvaluationOptions):
     """Returns the function that measures the loss on the split."""
     rows = setting.dataset.splits[self.split]
     return Losses(setting.model, self.num_batches, rows, setting.put)
-
-  def row_names(self, data: DataOptions) -> Collection[str]:
-    """Shell patterns of the metrics' names that `summary.summarize` gives."""
-    return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
 
   def shrunk(self) -> Self:
     """A copy of these options with a period of two steps and one batch."""
@@ -223,42 +211,23 @@ def evaluation_rows(
     showing: A context that shows the name of the evaluation that runs.
 
   Raises:
-    ValueError: An evaluation returns no row of numbers.
     Stopped: `should_stop` returned True.
   """
-  measured: dict[Any, Row] = {}
+  measured: list[tuple[Measure, Row]] = []
   rows: dict[str, Row] = {}
   token = _SHOULD_STOP.set(should_stop)
   try:
     for entry in evaluations:
-      if (key := _key(entry.measure)) not in measured:
+      equal = (row for measure, row in measured if measure == entry.measure)
+      row = next(equal, None)
+      if row is None:
         with showing(entry.name):
           row = entry.measure(variables, step)
-        _check_row(entry.name, row)
-        measured[key] = row
-      rows[entry.name] = measured[key]
+        measured.append((entry.measure, row))
+      rows[entry.name] = row
   finally:
     _SHOULD_STOP.reset(token)
   return rows
-
-
-def _key(measure: Measure) -> Any:
-  """A key that equal functions share: the function, or its id if unhashable."""
-  try:
-    hash(measure)
-  except TypeError:
-    return id(measure)
-  return measure
-
-
-def _check_row(name: str, row: Any) -> None:
-  if not isinstance(row, Mapping):
-    raise InputError(
-      f'evals.{name} returned {row!r:.120}; it must return a row of numbers, '
-      "{'accuracy': 0.5}"
-    )
-  for key, value in row.items():
-    python_numbers(f'evals.{name}: {key}', value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,9 +326,6 @@ def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
   return jax.jit(eval_step, out_shardings=sums)
 
 
-_MOST_LISTED = 10
-
-
 def make_evaluations(
   entries: Mapping[str, EvaluationOptions],
   options: ModelOptions,
@@ -381,43 +347,28 @@ def make_evaluations(
   evaluations, problems = [], []
   for name, entry in entries.items():
     model = entry.overridden(options).build(rules)
-    if lines := differing_parameters(run.model, model):
-      text = f'evals.{name}.model_overrides changes parameters:'
-      problems.append('\n'.join([text, *lines]))
+    if text := differing_parameters(run.model, model):
+      problems.append(
+        f'evals.{name}.model_overrides changes parameters ("saved" are those '
+        f'of the model that trains, "wanted" those of the evaluation):\n{text}'
+      )
       continue
     try:
-      setting = dataclasses.replace(run, name=name, model=model)
-      measure = entry.measure(setting)
-      if not callable(measure):
-        raise InputError(
-          f'`measure` of {type(entry).__name__} returned {measure!r:.80}; it '
-          'must return a function of variables and a step'
-        )
+      measure = entry.measure(dataclasses.replace(run, name=name, model=model))
+      evaluations.append(Evaluation(name, entry.every_steps, measure))
     except InputError as error:
       problems.append(f'evals.{name}: {error}')
-    else:
-      evaluations.append(Evaluation(name, entry.every_steps, measure))
   if problems:
     raise OptionError(problems)
   return evaluations
 
 
-def differing_parameters(model: Model, changed: Model) -> list[str]:
-  """A line for each parameter whose shape differs between two models.
+def differing_parameters(model: Model, changed: Model) -> str:
+  """Lines on the parameters whose shapes differ between two models.
 
-  At most `_MOST_LISTED` parameters are listed.
+  The text is '' if there are none. Types of floating-point numbers may differ.
   """
   if changed == model:
-    return []
-
-  def shapes_of(compared):
-    params = models.abstract_params(compared)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-
-  old, new = map(shapes_of, (model, changed))
-  return [
-    f'  {key}: {old.get(key)} -> {new.get(key)}'
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
-  ][:_MOST_LISTED]
+    return ''
+  trees = map(models.abstract_params, (model, changed))
+  return manifest.difference(*map(manifest.describe, trees), cast=True)

@@ -174,11 +174,6 @@ class AuxSchedule(Options):
       if name not in names:
         raise unknown('loss in aux_losses.losses', name, names)
 
-  def changes(self, weights: LossWeights) -> bool:
-    """Whether any loss that the schedule scales has a weight above 0."""
-    all_weights = {**weights.routers, _LOGITS: weights.logits_z}
-    return any(w for loss, w in all_weights.items() if self._has(loss))
-
   def _has(self, loss: str) -> bool:
     stands_for_all = loss != _LOGITS and set(_BUILTIN) <= set(self.losses)
     return stands_for_all or loss.removesuffix('_loss') in self.losses

@@ -233,9 +233,9 @@ def like_params(mesh: Mesh, state, params, param_shardings):
 
   A leaf is split like the parameter whose path its own path contains, or is
   whole if there is none. Moments have the parameter's shape; Adafactor's
-  statistics have some of its dimensions, which are split as in the parameter.
-  A dimension that could be either of two dimensions of equal size is whole
-  where those are split differently.
+  statistics have some of its dimensions, in the same order. Each dimension of a
+  leaf is split as the first dimension of the parameter that has its size and
+  comes after those already taken, and is whole if there is none.
 
   Args:
     mesh: The mesh of devices.
@@ -245,33 +245,21 @@ def like_params(mesh: Mesh, state, params, param_shardings):
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings)]
-  shapes_and_specs = {
-    tuple(map(str, path)): (leaf.shape, spec)
+  dimensions = {
+    tuple(map(str, path)): tuple(zip(leaf.shape, spec, strict=True))
     for (path, leaf), spec in zip(leaves, specs, strict=True)
   }
 
   def sharding_of(path, leaf):
     path = tuple(map(str, path))
     for start, end in itertools.combinations(range(len(path) + 1), 2):
-      if found := shapes_and_specs.get(path[start:end]):
-        return NamedSharding(mesh, _spec_of_subset(leaf.shape, *found))
+      if path[start:end] in dimensions:
+        left = iter(dimensions[path[start:end]])
+        spec = [
+          next((axes for size, axes in left if size == n), None)
+          for n in leaf.shape
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(sharding_of, state)
-
-
-def _spec_of_subset(shape, full_shape, spec) -> PartitionSpec:
-  """The sharding of an array whose dimensions are some of `full_shape`'s."""
-  choices = [
-    [spec[i] for i in dims]
-    for dims in itertools.combinations(range(len(full_shape)), len(shape))
-    if tuple(full_shape[i] for i in dims) == shape
-  ]
-  if not choices:  # the shapes agree in leading, stacked dimensions alone
-    equal_dims = itertools.takewhile(
-      lambda pair: pair[0] == pair[1], zip(shape, full_shape)
-    )
-    return PartitionSpec(*spec[: len(list(equal_dims))])
-  return PartitionSpec(
-    *(axes[0] if len(set(axes)) == 1 else None for axes in zip(*choices))
-  )

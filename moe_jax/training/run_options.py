@@ -1,7 +1,6 @@
 """The options of a run, and the rules between sections of its config."""
 
 import dataclasses
-import fnmatch
 import functools
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
@@ -453,23 +452,10 @@ class RunOptions(Options):
   def _best_problems(self) -> Iterator[str]:
     """The problems of the options on best checkpoints and early stopping."""
     checkpoint, patience = self.checkpoint, self.early_stopping.patience
-    best, metric = checkpoint.best_eval, checkpoint.best_metric
+    best = checkpoint.best_eval
     if checkpoint.keep_best and best not in self.evals:
       text = unknown_text('evaluation checkpoint.best_eval', best, self.evals)
       yield f'{text}; or set checkpoint.keep_best=False'
-    elif checkpoint.keep_best:
-      entry = self.evals[best]
-      # A class that overrides `measure` alone does not tell its metrics' names.
-      kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
-      names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
-      if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
-        yield unknown_text('checkpoint.best_metric', metric, names)
-      elif not names and metric == 'loss' and best not in self.loss_evals:
-        yield (
-          f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; "
-          f'have {sorted(self.loss_evals)}; name its metric in '
-          'checkpoint.best_metric, or set checkpoint.keep_best=False'
-        )
     if patience and not checkpoint.keep_best:
       yield (
         f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '

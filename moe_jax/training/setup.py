@@ -30,7 +30,6 @@ from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.trackers import check_installed
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation, Setting, make_evaluations
-from moe_jax.training.losses import loss_weights
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
@@ -189,11 +188,7 @@ def set_up(
   check_room(options.least_bytes(), list(mesh.devices.flat))
   model = options.model.build(options.sharding.rules)
   programs = make_programs(options, model, mesh)
-  notes = (
-    *checked.notes,
-    *tokenizer_notes,
-    *setup_notes(options, model, mesh),
-  )
+  notes = (*checked.notes, *tokenizer_notes, *warmup_notes(options))
   setting = Setting(model, dataset, options.data, checked.folder, programs.put)
   evaluations = make_evaluations(
     options.evals, options.model, options.sharding.rules, setting
@@ -238,33 +233,14 @@ def set_up(
   )
 
 
-def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
-  """Yields lines on a warm-up that is cut and on options without an effect."""
+def warmup_notes(options: RunOptions) -> Iterator[str]:
+  """Yields a line where the run is too short for the whole warm-up."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
       f'warm-up: {steps} steps, half of total_steps={total}, in place of '
       f'optimizer.schedule.warmup_steps={schedule.warmup_steps}'
     )
-  weights = loss_weights(model, options.logits_z_weight)
-  factors = options.aux_losses
-  if factors != type(options)().aux_losses and not factors.changes(weights):
-    yield (
-      f'aux_losses: this model gives none of {list(factors.losses)} a weight; '
-      'their schedule changes nothing'
-    )
-  rules = dict(options.sharding.rules)
-  if any(mesh.shape[a] > 1 for a in rules['expert'] if a in rules['batch']):
-    return
-  dispatches = [moe.dispatch for moe in model.stacks.mixtures]
-  for dispatch in dict.fromkeys(dispatches):
-    for name in ('exchange', 'shadowing'):
-      value, default = getattr(dispatch, name, None), type(dispatch)()
-      if value != getattr(default, name, None):
-        yield (
-          f'moe.dispatch: {name}={value} has no effect, since no mesh axis of '
-          'several devices splits both the batch and the experts'
-        )
 
 
 R = TypeVar('R', bound=RunOptions)
@@ -342,8 +318,6 @@ def begin(
       another model, or after the last step; or `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
-  if problem := _average_problem(run):
-    raise InputError(problem)
   abstract, first = run.programs.abstract_state, None
   base = run.programs.adapters.base(abstract.params)
   restored = run.checkpoints.restore(
@@ -356,7 +330,7 @@ def begin(
         f'{run.workdir} was trained on data of sha256 {digest}, this is '
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
-    if problem := _end_problem(run, restored.step):
+    if problem := end_problem(run, restored.step):
       raise InputError(problem)
     workdir_lib.check_kept_ids(run.workdir, run.dataset.tokenizer)
     if not restored.step:
@@ -399,9 +373,7 @@ def begin(
     next_row = next_row * num_rows // earlier_num_rows
     run.message(
       f'the data has {num_rows:,} rows, {earlier_num_rows:,} before: the run '
-      f'goes on with row {next_row:,}, at the same share of the data; as rows '
-      f'are shuffled, {next_row % num_rows / num_rows:.0%} of the rest of this '
-      'epoch was read before'
+      f'goes on with row {next_row:,}, at the same share of the data'
     )
   # The seed is the config's: another seed changes the order of the data, too.
   seed = jnp.full_like(restored.state.seed, run.options.seed)
@@ -409,37 +381,15 @@ def begin(
   return run, restored.state.replace(seed=seed), restored.extra.get(DUE, [])
 
 
-def resume_problem(run: Run) -> str | None:
-  """The reason for which a run cannot go on from its newest checkpoint.
+def end_problem(run: Run, step: int) -> str | None:
+  """The reason for which a run cannot go on from its checkpoint of a step.
 
-  None if there is no reason, or no checkpoint of a step above 0. Whether the
-  checkpoint is good is not asked.
+  None if the step is not after the run's last.
   """
-  step = max(run.checkpoints.steps(), default=0)
-  return _average_problem(run) or _end_problem(run, step)
-
-
-def _end_problem(run: Run, step: int) -> str | None:
-  """The problem of a checkpoint after the run's last step."""
   if step <= run.options.total_steps:
     return None
   return (
     f'{run.workdir} has a checkpoint of step {step}, and total_steps='
     f'{run.options.total_steps}: give at least as many steps, or another '
     '--workdir'
-  )
-
-
-def _average_problem(run: Run) -> str | None:
-  """The problem of a mean of parameters that a run did not begin with."""
-  if not any(run.checkpoints.steps()):
-    return None
-  optimizer = workdir_lib.kept_config(run.workdir).get('optimizer', {})
-  old, new = optimizer.get('ema', 0.0), run.options.optimizer.ema
-  if bool(old) == bool(new):
-    return None
-  return (
-    f'optimizer.ema={new}, and the run began with {old}: it goes on with a '
-    'mean of its parameters, whose decay may change, or without one, as it '
-    'began; another run, in another --workdir, may begin from it by init_from'
   )

@@ -150,14 +150,6 @@ def test_a_shared_step_has_the_schedule(tmp_path):
   np.testing.assert_allclose(shared.loss, plain.loss, rtol=1e-6)
 
 
-def test_a_schedule_of_weights_that_the_model_lacks_is_said(tmp_path):
-  dense = {'moe': {'layers': 'none', 'num_experts': 0}}
-  (note,) = made_run(tmp_path, model=dense, aux_losses=AUX).notes
-  assert note.startswith('aux_losses: this model gives none of')
-  assert not made_run(tmp_path, model=dense).notes
-  assert not made_run(tmp_path, model=HEAVY, aux_losses=AUX).notes
-
-
 def test_a_loss_that_no_router_has_is_refused_by_name(tmp_path):
   for names in (('balance', 'load'), ('load', 'logits_z')):
     made_run(tmp_path, aux_losses={'losses': names})

@@ -117,9 +117,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_mean(averaged_run, tmp_path):
 
 def test_without_means_their_run_is_not_gone_on_with(averaged_run):
   workdir, _ = averaged_run
-  with pytest.raises(
-    ValueError, match=r'ema=0\.0, and the run began with 0\.8'
-  ):
+  with pytest.raises(ValueError, match='unexpected: averages'):
     train(run_config.read(tiny.config(total_steps=8)), workdir, resume=True)
 
 

@@ -9,7 +9,6 @@ import pytest
 from moe_jax import finetuning, run_config
 from moe_jax.config import OptionError, option
 from moe_jax.configs import base
-from moe_jax.evaluation import SourceScores
 from moe_jax.runs import metrics
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions
 from moe_jax.runs.retention import Directory
@@ -282,26 +281,6 @@ def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
 def test_bad_options(overrides, message):
   with pytest.raises(OptionError, match=message):
     tiny.options(**{'early_stopping': {'patience': 2}, **overrides})
-
-
-@pytest.mark.parametrize(
-  ('entry', 'metric', 'have'),
-  [
-    (base.evaluation(), 'lose', "'loss'"),
-    (base.generate_evaluation(metrics='chrf'), 'bleu', "'chrf', 'examples'"),
-    (base.choice_evaluation(), 'acuracy', "'accuracy'"),
-    (base.choice_evaluation(), 'shots', "'accuracy'"),
-    (base.entry(SourceScores), 'sorce', "'source'"),
-  ],
-)
-def test_a_number_that_a_kind_does_not_have_is_named_at_once(
-  entry, metric, have
-):
-  config = tiny.config(checkpoint={'best_metric': metric}).unlock()
-  config.evals = {'train_capacity': entry}
-  message = f"unknown checkpoint.best_metric '{metric}'; .*{have}"
-  with pytest.raises(OptionError, match=message):
-    run_config.read(config.lock())
 
 
 def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
