@@ -27,7 +27,6 @@ from moe_jax.models.recorded import recording
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import trainable
 from moe_jax.training.evaluate import Losses
-from moe_jax.training.optimizer import is_names, is_role
 from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run
@@ -295,7 +294,6 @@ def facts(
   for text in model_warnings(model):
     yield f'WARNING: {text}'
   yield from _trained_lines(options, programs)
-  yield from optimizer_lines(options, programs)
   yield f'devices: {roofline.describe_mesh(mesh)}'
 
 
@@ -314,14 +312,4 @@ def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   yield (
     f'{subset}: {count:,} of {total:,} parameters train ({count / total:.1%}); '
     'the others keep their values'
-  )
-
-
-def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
-  """Lines on how the optimizer treats the parameters that are trained."""
-  trained, trees = programs.trained, programs.adapters.trees
-  yield from options.optimizer.facts(
-    trained.part(trees.shapes),
-    trained.part(programs.adapters.matrix_axes, is_leaf=is_names),
-    trained.part(trees.roles, is_leaf=is_role),
   )

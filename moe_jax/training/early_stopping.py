@@ -41,7 +41,7 @@ class EarlyStoppingOptions(Options):
 
 
 # Names of the attributes of `EarlyStopping` that a checkpoint keeps.
-_KEPT = ('last_step', 'best', 'best_step', 'reference', 'count')
+_KEPT = ('best', 'best_step', 'reference', 'count')
 
 
 @dataclasses.dataclass
@@ -53,7 +53,6 @@ class EarlyStopping:
   Attributes:
     options: The patience, and the least change that counts as better.
     checkpoint: The metric that is measured, and whether a higher one is better.
-    last_step: The step of the last measurement; 0 before the first.
     best: The best value so far; None before the first that is finite.
     best_step: The step of the best value.
     reference: The last value that was better than the reference before it by
@@ -65,7 +64,6 @@ class EarlyStopping:
 
   options: EarlyStoppingOptions
   checkpoint: CheckpointOptions
-  last_step: int = 0
   best: float | None = None
   best_step: int = 0
   reference: float | None = None
@@ -116,7 +114,6 @@ class EarlyStopping:
     if value is None or not self.options.patience:
       return
     value = from_first(value)
-    self.last_step = step
     if self._better(value, self.best, 0.0):
       self.best, self.best_step = value, step
     if self._better(value, self.reference, self.options.min_change):
@@ -143,8 +140,3 @@ class EarlyStopping:
       f'{self.checkpoint.best_name} has not been better in {self.count} '
       f'evaluations, {best}'
     )
-
-
-def has_ended(extra: Mapping[str, Any]) -> bool:
-  """Whether a run ended early at a checkpoint with these extra values."""
-  return bool(extra.get(EXTRA, {}).get('ended'))

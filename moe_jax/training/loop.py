@@ -19,7 +19,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from moe_jax.cli import print_line
-from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.runs import goodput
 from moe_jax.runs.ownership import owned
@@ -111,12 +110,6 @@ def train_and_evaluate(
       _train(at)
     run.checkpoints.wait()
     if ended := _has_ended(at):
-      if run.options.early_stopping.patience and is_first():
-        run.message(
-          f'the best checkpoint by {run.options.checkpoint.best_name} is that '
-          f'of step {run.checkpoints.best_step()}; moe_jax.generate --best and '
-          'init_from.best read it'
-        )
       for hook in hooks:
         watchdog.mark(f'the end of {type(hook).__name__}')
         hook.end(run, at.state)

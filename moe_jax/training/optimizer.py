@@ -20,7 +20,6 @@ import optax
 from optax import contrib
 
 from moe_jax.config import Kinds, Options, choice, option, required
-from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.models.lora import RANK
 from moe_jax.models.selection import expression_problems, names_of
@@ -107,16 +106,6 @@ class Optimizer(Options):
       roles: A tree like `axes` with the `Role` of each parameter.
     """
     raise NotImplementedError
-
-  def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
-    """Yields lines about a model's optimizer, to print at the start of a run.
-
-    Args:
-      shapes: A tree like the parameters that train with the shape of each.
-      axes: A tree like `shapes` with a tuple of logical axes for each.
-      roles: A tree like `shapes` with the `Role` of each.
-    """
-    return iter(())
 
   def rate(self, total_steps: int) -> optax.Schedule:
     """Returns the function from the number of steps taken to the rate."""
@@ -472,23 +461,6 @@ class Muon(Optimizer):
       optax.stateless(scaled),
     )
 
-  def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
-    """A line on the number of parameters that Muon and Adam train."""
-    leaves = jax.tree.leaves(shapes)
-    roles = jax.tree.leaves(roles, is_leaf=is_role)
-    names = jax.tree.leaves(axes, is_leaf=is_names)
-    total, by_adam, parts = sum(leaf.size for leaf in leaves), 0, []
-    for leaf, *place in zip(leaves, roles, names, strict=True):
-      if not is_hidden(*place):
-        by_adam += leaf.size
-        role = ' '.join(filter(None, place[0]))
-        parts.append(role or 'parameters without a role')
-    yield (
-      f'optimizer: Muon trains {total - by_adam:,} parameters; Adam trains '
-      f'{by_adam:,}, at {self.adam_rate:g} of the rate'
-      + (f': {", ".join(dict.fromkeys(parts))}' if parts else '')
-    )
-
 
 def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
   """Whether a parameter is a kernel between hidden values, which Muon trains.
@@ -506,12 +478,7 @@ def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
   A kernel whose last axis is 'embed' leads from its other axes to the residual
   stream, and one whose last axis is the rank of an adapter, to the adapter's
   other factor; any other kernel has its first axis as input.
-
-  Raises:
-    ValueError: There are fewer than two axes.
   """
-  if len(names) < 2:
-    raise InputError(f'a kernel of axes {names} is no matrix')
   split = len(names) - 1 if names[-1] in ('embed', RANK) else 1
   return contrib.MuonDimensionNumbers(
     tuple(range(split)), tuple(range(split, len(names)))
