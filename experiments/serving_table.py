@@ -40,7 +40,7 @@ from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.study import Study
-from moe_jax import data, run_config
+from moe_jax import data, generation, run_config
 from moe_jax.analysis import counts
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
@@ -48,7 +48,6 @@ from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk
 from moe_jax.configs import base
 from moe_jax.errors import InputError
 from moe_jax.evaluation import SourceScores
-from moe_jax.generation import trained_run
 from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.models import code_trees
 from moe_jax.models.trees import init_params
@@ -168,13 +167,14 @@ def measure(
     ValueError: The prompts cannot be divided over the tasks, or a task has too
       few rows of validation for its own.
   """
-  run = trained_run.load(folder)
-  plain = code_trees.with_formats(run.options).build()
-  cost = counts.count(plain, run.data.seq_len, run.data.target_len)
+  run = generation.load(folder)
+  described = run.options
+  plain = code_trees.with_formats(described.model).build()
+  cost = counts.count(plain, described.data.seq_len, described.data.target_len)
   options = run_config.read(twin).filled(run.tokenizer.vocab_size)
   dense = options.build()
   params = init_params(dense, jax.random.key(0))
-  datasets = data.load(run.data).parts
+  datasets = data.load(described.data).parts
   num_prompts = kudugunta_table.PROMPTS
   prompts_per_task, remainder = divmod(num_prompts, len(datasets))
   if remainder:
@@ -182,7 +182,7 @@ def measure(
       f'{num_prompts} prompts cannot be divided over {len(datasets)} tasks'
     )
   prompts, tasks = [], []
-  for number, name in enumerate(run.data.tasks):
+  for number, name in enumerate(described.data.tasks):
     prompts += kudugunta_table.prompts_of(
       datasets[name].splits['validation'], prompts_per_task
     )
@@ -197,7 +197,7 @@ def measure(
         run.variables,
         run.tokenizer,
         prompts,
-        tasks if run.options.routes_by_task else None,
+        tasks if described.model.routes_by_task else None,
       ),
     },
     seconds=kudugunta_table.SECONDS,

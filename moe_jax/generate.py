@@ -120,7 +120,9 @@ def run(options: argparse.Namespace) -> None:
     loaded.variables,
     batch_size=len(texts) * options.num_beams,
     window=trained_run.window(
-      loaded.data, loaded.model, imported=loaded.imported
+      loaded.options.data,
+      loaded.model,
+      imported=trained_run.is_imported(loaded.folder),
     ),
   )
   arguments = _arguments(loaded, options, len(prompts))
@@ -195,7 +197,11 @@ def _encode(loaded, text: str, options) -> np.ndarray:
     return tokenizer.encode_chat([{'role': 'user', 'content': text}])
   keywords = {'language': language} if language else {}
   return trained_run.encode(
-    loaded.data.task, tokenizer, text, imported=loaded.imported, **keywords
+    loaded.options.data.task,
+    tokenizer,
+    text,
+    imported=trained_run.is_imported(loaded.folder),
+    **keywords,
   )
 
 
@@ -216,7 +222,10 @@ def _arguments(
     **{name: getattr(options, name) for name in names},
     'seed': options.seed or 0,
     'task_ids': trained_run.task_ids(
-      loaded.model, loaded.data, [options.task] * num_prompts, '--task'
+      loaded.model,
+      loaded.options.data,
+      [options.task] * num_prompts,
+      '--task',
     ),
   }
 
@@ -226,7 +235,7 @@ def _trace(folder: str, loaded, model, batch, choices) -> None:
   note = 'text that was generated, for which experts have room for all tokens'
   if model.stacks.capacity_binds:
     note = 'text that was generated, with the capacity of the checkpoint'
-  described = model, loaded.options, loaded.data, loaded.tokenizer
+  described = model, loaded.options.model, loaded.options.data, loaded.tokenizer
   size = len(batch['tokens'])
   traces.write(
     folder,

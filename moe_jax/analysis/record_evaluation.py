@@ -42,18 +42,19 @@ def record(options: argparse.Namespace) -> None:
   sizes = {'num_batches': options.num_batches, 'split': options.split}
   entry = LossEvaluation(**sizes, model_overrides=overrides)
   run = generation.load(workdir, options.step, allow=options.allow_module)
-  model_options = entry.overridden(run.options)
-  model = model_options.build(run.sharding.rules)
+  described = run.options
+  model_options = entry.overridden(described.model)
+  model = model_options.build(described.sharding.rules)
   if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
-  dataset = load_data(run.data)
+  dataset = load_data(described.data)
   header = make_header(
     model,
     model_options,
-    run.data,
+    described.data,
     dataset.tokenizer,
-    batch_size=run.batch_size,
-    microbatches=run.microbatches,
+    batch_size=described.batch_size,
+    microbatches=described.microbatches,
     data_digest=dataset.digest,
     has_logits=options.logits,
     dtype=dtype,
@@ -65,7 +66,7 @@ def record(options: argparse.Namespace) -> None:
     model=model,
     num_batches=options.num_batches,
     rows=dataset.splits[options.split],
-    put=Placing(device, run.batch_size, run.microbatches),
+    put=Placing(device, described.batch_size, described.microbatches),
   )
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorder.measure(KIND, losses, apply)

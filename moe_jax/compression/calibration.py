@@ -18,7 +18,6 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from moe_jax import data
-from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
@@ -29,6 +28,7 @@ from moe_jax.models.expert_arrays import Arrays, SparseLayer, sparse_layers
 from moe_jax.models.trees import unflatten
 from moe_jax.routing import AnyRouting, Routing
 from moe_jax.shapes import Array, Leaf
+from moe_jax.training.trained import Loaded
 
 # The most tokens that an expert keeps, as a multiple of the experts' mean.
 MOST_TOKENS = 4
@@ -51,7 +51,7 @@ class RoutedTokens(flax.struct.PyTreeNode):
 
 
 def batches(
-  run: WholeRun, num_batches: int, options: data.DataOptions | None = None
+  run: Loaded, num_batches: int, options: data.DataOptions | None = None
 ) -> list[dict[str, Any]]:
   """Batches of the training split, as a run of seed 0 reads them at its start.
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from moe_jax import cli
 from moe_jax.compression import whole_run
-from moe_jax.compression.whole_run import WholeRun, bytes_in_memory
+from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import SCOPE, FeedForwardExpert
@@ -35,6 +35,7 @@ from moe_jax.models.description import subtree, with_subtree
 from moe_jax.models.expert_arrays import with_moes
 from moe_jax.models.layer_options import LayerOptions
 from moe_jax.shapes import Array, Float32, Int32, Leaf
+from moe_jax.training.trained import Loaded
 
 Params = dict[str, Any]
 
@@ -208,7 +209,7 @@ def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
   )
 
 
-def of_run(run: WholeRun, task: str) -> Extracted:
+def of_run(run: Loaded, task: str) -> Extracted:
   """The model of one task of a run, by the task's name.
 
   Raises:
@@ -221,7 +222,7 @@ def of_run(run: WholeRun, task: str) -> Extracted:
   return extract(run.options.model, run.variables['params'], number)
 
 
-def describe(run: WholeRun, extracted: Extracted) -> str:
+def describe(run: Loaded, extracted: Extracted) -> str:
   """Lines on the experts kept, and on parameters and bytes before and after."""
   lines = []
   for layer in extracted.layers:

@@ -26,7 +26,6 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.compression.calibration import SCORES, Usage, measure
-from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import Option
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
@@ -35,6 +34,7 @@ from moe_jax.layers.retained import Retained
 from moe_jax.models import ModelOptions, code_trees, expert_arrays
 from moe_jax.models.expert_arrays import COLUMN, SparseLayer, sparse_layers
 from moe_jax.models.layer_options import LayerOptions
+from moe_jax.training.trained import Loaded
 
 SHARE = Option(above=0, maximum=1)
 Groups = tuple[tuple[int, ...], ...]
@@ -72,13 +72,13 @@ class Calibrated(NamedTuple):
     usage: The statistics of the experts of each sparse layer.
   """
 
-  run: WholeRun
+  run: Loaded
   layers: dict[int, SparseLayer]
   usage: dict[int, Usage]
 
 
 def calibrated(
-  run: WholeRun, num_batches: int, options: DataOptions | None = None
+  run: Loaded, num_batches: int, options: DataOptions | None = None
 ) -> Calibrated:
   """Measures the experts of a run on batches of its training data.
 
@@ -259,7 +259,7 @@ def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
 
 
 def smaller(
-  run: WholeRun, new_layers: Mapping[int, SmallerLayer]
+  run: Loaded, new_layers: Mapping[int, SmallerLayer]
 ) -> tuple[ModelOptions, dict[str, Any]]:
   """The options and the variables of the model with fewer experts.
 
@@ -306,7 +306,7 @@ def smaller(
   return options, variables
 
 
-def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
+def without(run: Loaded, lost: Mapping[int, Collection[int]]) -> Loaded:
   """The run in memory without some experts.
 
   A token that would choose a removed expert takes the next of its choices.

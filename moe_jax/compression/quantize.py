@@ -23,7 +23,6 @@ import numpy as np
 from moe_jax import cli
 from moe_jax.compression import calibration, gptq, whole_run
 from moe_jax.compression.gptq import Outcome
-from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import unknown
 from moe_jax.data.cache_folders import check_free
 from moe_jax.errors import InputError
@@ -34,6 +33,7 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.description import Path
 from moe_jax.models.trees import flatten, unflatten
+from moe_jax.training.trained import Loaded
 
 METHODS = ('gptq', 'rtn')
 BATCHES = 16
@@ -136,7 +136,7 @@ def quantize(
 
 
 def _coded(
-  run: WholeRun, format: KernelFormat
+  run: Loaded, format: KernelFormat
 ) -> tuple[ModelOptions, dict[int, tuple[Path, int]]]:
   """The options of the new model, and where the experts of each layer are.
 
@@ -164,7 +164,7 @@ def _coded(
 
 
 def _round(
-  run: WholeRun,
+  run: Loaded,
   params: Any,
   layer: int,
   p: dict[str, np.ndarray],

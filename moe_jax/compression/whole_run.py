@@ -5,65 +5,29 @@ The size of a model in memory and on disk is counted here, too.
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from moe_jax.config import section_of
 from moe_jax.layers.routers.contract import ROUTER_STATE
-from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models import MODELS, ModelOptions
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import trained
+from moe_jax.training.trained import Loaded
 
 
-class WholeRun(NamedTuple):
-  """A run with the variables of its model.
+def read(workdir: str | os.PathLike[str], **arguments: Any) -> Loaded:
+  """Reads a run onto the first local device, also one without a tokenizer.
 
-  Attributes:
-    folder: The run's folder.
-    options: The run's options, and its tokenizer if it has one.
-    model: The run's model.
-    variables: The variables that `model.apply` takes: 'params', with the run's
-      adapters merged into the kernels, and 'router_state' where the model has
-      it.
-    step: The step of the checkpoint.
+  Arguments and errors are those of `trained.load`.
   """
-
-  folder: pathlib.Path
-  options: trained.Described
-  model: Model
-  variables: dict[str, Any]
-  step: int
-
-
-def read(
-  workdir: str | os.PathLike[str],
-  *,
-  step: int | None = None,
-  allow: Iterable[str] = (),
-) -> WholeRun:
-  """Reads a run, trained or imported, onto the first local device.
-
-  Args:
-    workdir: The run's folder.
-    step: The step of the checkpoint; None is the newest good one.
-    allow: Modules whose classes, named in the run's folder, may be imported.
-
-  Raises:
-    ValueError: The folder holds no run, or none of its checkpoints is finished.
-    CheckpointError: No checkpoint is good.
-  """
-  folder = pathlib.Path(workdir).expanduser()
-  options = trained.read(folder, allow, tokenizer_needed=False)
-  rules = options.sharding.rules
-  model = options.model.build(rules)
-  restored = trained.restore_variables(folder, model, rules, step=step)
-  return WholeRun(folder, options, model, restored.state, restored.step)
+  return trained.load(workdir, tokenizer_needed=False, **arguments)
 
 
 def write(
-  run: WholeRun,
+  run: Loaded,
   output: str | os.PathLike[str],
   params: Any,
   model: ModelOptions | None = None,

@@ -2,7 +2,6 @@
 
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,21 +58,22 @@ def evaluate_all(
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
   run = generation.load(workdir, mesh=mesh, **arguments)
-  size, rules = run.batch_size, run.sharding.rules
-  shape = size, run.data.seq_len
+  options = run.options
+  size, rules = options.batch_size, options.sharding.rules
+  shape = size, options.data.seq_len
   sharding = partitioning.sharding(
     mesh, rules, ('batch', None), shape, 'a batch'
   )
   # A batch has as many microbatches as fit the mesh, which may be fewer than in
   # training.
   rows = size // partitioning.row_parts(mesh, rules)
-  microbatches = math.gcd(run.microbatches, rows)
+  microbatches = math.gcd(options.microbatches, rows)
   setting = Setting(
     run.model,
-    data.load(run.data),
-    run.data,
-    pathlib.Path(workdir).expanduser(),
+    data.load(options.data),
+    options.data,
+    run.folder,
     Placing(sharding, size, microbatches),
   )
-  evaluations = make_evaluations(entries, run.options, rules, setting)
+  evaluations = make_evaluations(entries, options.model, rules, setting)
   return evaluation_rows(evaluations, run.variables, run.step)

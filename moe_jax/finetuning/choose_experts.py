@@ -130,19 +130,17 @@ def choose(
       tokenizer or the tasks of the data are not the run's.
     CheckpointError: No checkpoint is good.
   """
-  run = trained.read(workdir, allow)
-  model = run.model.build(run.sharding.rules)
-  restored = trained.restore_variables(workdir, model, run.sharding.rules)
-  dataset = run.load_data(workdir, options)
+  run = trained.load(workdir, allow=allow)
+  dataset = run.options.load_data(workdir, options)
   stream = data.train_batches(
-    dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0
+    dataset.splits['train'], batch_size=run.options.batch_size, seed=0, start=0
   )
   batches = [next(stream) for _ in range(num_batches)]
-  by_layer = shares(model, restored.state, batches, score)
+  by_layer = shares(run.model, run.variables, batches, score)
   about = {
     'score': score,
     'share': share,
-    'workdir_step': restored.step,
+    'workdir_step': run.step,
     'data_digest': dataset.digest,
     'num_batches': num_batches,
     'shares': {
@@ -150,7 +148,7 @@ def choose(
       for i, layer_shares in by_layer.items()
     },
   }
-  E = model.stacks.mixtures[-1].num_experts
+  E = run.model.stacks.mixtures[-1].num_experts
   return ChosenExperts(E, chosen(by_layer, share), about)
 
 

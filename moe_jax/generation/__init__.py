@@ -5,4 +5,4 @@ from moe_jax.data.tokenizers import TextStream as TextStream
 from moe_jax.generation.beams import beam_search as beam_search
 from moe_jax.generation.decode_loop import generate as generate
 from moe_jax.generation.prefix import prepare as prepare
-from moe_jax.generation.trained_run import load as load
+from moe_jax.training.trained import load as load

@@ -1,104 +1,19 @@
-"""Loading of a run for generation: model, parameters, tokenizer."""
+"""What generation asks of a run: prompts, lengths, special ids, tasks."""
 
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from moe_jax import models
-from moe_jax.config import overridden, unknown
+from moe_jax.config import unknown
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.models import Model, ModelOptions, decoding
-from moe_jax.partitioning import ShardingOptions
+from moe_jax.models import Model, decoding
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Int
-from moe_jax.training import trained
-
-
-class Loaded(NamedTuple):
-  """Options, model, variables and tokenizer of a run.
-
-  Attributes:
-    options: The options of the model, with the sizes that the data decides.
-    data: The options of the data.
-    sharding: The options of how arrays are split over a mesh.
-    batch_size: The number of rows in a batch of the run.
-    microbatches: The number of slices of a batch of the run.
-    model: The model.
-    variables: The model's parameters, under 'params', and `router_state` if the
-      model has such a state.
-    tokenizer: The tokenizer.
-    imported: Whether the model began as a checkpoint of Hugging Face.
-    step: The optimizer step of the checkpoint that was read.
-    skipped: Newer checkpoints that were not good, each with the reason.
-  """
-
-  options: ModelOptions
-  data: DataOptions
-  sharding: ShardingOptions
-  batch_size: int
-  microbatches: int
-  model: Model
-  variables: dict[str, Any]
-  tokenizer: Tokenizer
-  imported: bool
-  step: int
-  skipped: list[tuple[int, str]]
-
-
-def load(
-  workdir: str | os.PathLike[str],
-  step: int | None = None,
-  *,
-  dtype: str = '',
-  mesh: Mesh | None = None,
-  allow: Iterable[str] = (),
-) -> Loaded:
-  """Loads a run with the variables of a checkpoint.
-
-  Parameters and the state of routers are read, each device's part by itself.
-
-  Args:
-    workdir: The run's folder.
-    step: The optimizer step of the checkpoint; None is the newest good one.
-    dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
-      the run's own. Routers stay float32.
-    mesh: The devices of the parameters, which are split by the run's own
-      sharding table; None is the first local device.
-    allow: Modules whose classes, named in the run's config, may be imported.
-
-  Raises:
-    ValueError: Something is missing from the folder, or does not fit the rest.
-    CheckpointError: No checkpoint is good.
-  """
-  run = trained.read(workdir, allow)
-  options = run.model
-  if dtype:
-    changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
-    options = overridden(models.MODELS, options, changes, 'model.')
-  rules = run.sharding.rules
-  model = options.build(rules)
-  restored = trained.restore_variables(
-    workdir, model, rules, mesh=mesh, step=step, cast=bool(dtype)
-  )
-  return Loaded(
-    options=options,
-    data=run.data,
-    sharding=run.sharding,
-    batch_size=run.batch_size,
-    microbatches=run.microbatches,
-    model=model,
-    variables=restored.state,
-    tokenizer=cast(Tokenizer, run.tokenizer),
-    imported=is_imported(workdir),
-    step=restored.step,
-    skipped=restored.skipped,
-  )
 
 
 def is_imported(workdir: str | os.PathLike[str]) -> bool:

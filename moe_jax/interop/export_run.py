@@ -152,16 +152,14 @@ def export_run(
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
-  run = trained.read(folder, allow, tokenizer_needed=False)
-  rules = run.sharding.rules
-  restored = trained.restore_variables(
-    folder, run.model.build(rules), rules, mesh=_mesh(folder)
+  run = trained.load(
+    folder, mesh=_mesh(folder), allow=allow, tokenizer_needed=False
   )
   imported_folder = folder / workdir_lib.IMPORTED
   output = pathlib.Path(output).expanduser()
   imported_config = plain_files.read_json(imported_folder / 'config.json')
   own_ids = {}
-  if (tokenizer := run.tokenizer) is not None:
+  if (tokenizer := run.options.tokenizer) is not None:
     own_ids = {
       'bos_token_id': tokenizer.bos_id,
       'eos_token_id': tokenizer.eos_id,
@@ -169,18 +167,18 @@ def export_run(
       'decoder_start_token_id': tokenizer.start_id,
     }
   imported_files = _imported_files(imported_folder)
-  model, params, lines = run.model, restored.state['params'], []
+  model, params, lines = run.options.model, run.variables['params'], []
   if code_trees.has_codes(model):
     model, params = code_trees.decoded(cast(Any, model), params)
     lines = ['kernels in codes were written as numbers']
-  if has_merged(run.model.build(rules)):
+  if has_merged(run.model):
     lines.append(
       'columns of routers lead to the same experts, of which transformers '
       'needs a copy for each: the bytes are those of all columns, and do not '
       'fall'
     )
   with whole_folder(output) as unfinished:
-    variables = {**restored.state, 'params': params}
+    variables = {**run.variables, 'params': params}
     save(model, variables, unfinished, config=imported_config or own_ids)
     target = architecture_of(plain_files.read_json(unfinished / 'config.json'))
     tokenizer_line = _export_tokenizer(imported_files, unfinished, tokenizer)
@@ -191,7 +189,7 @@ def export_run(
       'folder, and name them in auto_map of config.json'
     )
   return [
-    f'checkpoint of step {restored.step} written to {output}',
+    f'checkpoint of step {run.step} written to {output}',
     *lines,
     tokenizer_line,
   ]

@@ -9,16 +9,17 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax import data as data_lib
 from moe_jax import partitioning
-from moe_jax.config import Section, read_options, section_of
-from moe_jax.data import DataOptions, Dataset, load, tokenizers
+from moe_jax.config import Section, overridden, read_options, section_of
+from moe_jax.data import DataOptions, Dataset, tokenizers
 from moe_jax.data.cache_folders import whole_folder
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
@@ -102,10 +103,7 @@ class Described(NamedTuple):
       ValueError: The data has other tokens or tasks than the run.
     """
     options = options or self.data
-    # Loading may take hours, and tasks are known before.
-    for problem in self.data_problems(options, None):
-      raise InputError(f'{workdir} does not fit the data: {problem}')
-    dataset = load(options)
+    dataset = data_lib.load(options)
     for problem in self.data_problems(options, dataset.tokenizer):
       raise InputError(f'{workdir} does not fit the data: {problem}')
     return dataset
@@ -179,6 +177,75 @@ def read(
   model = model.filled(vocab_size, data.seq_len, len(data.tasks))
   slices = config.get('microbatches', 1)
   return Described(model, data, sharding, batch_size, tokenizer, slices)
+
+
+class Loaded(NamedTuple):
+  """A run with the variables of a checkpoint.
+
+  Attributes:
+    folder: The run's folder.
+    options: The run's options, and its tokenizer if it has one.
+    model: The run's model.
+    variables: The variables that `model.apply` takes: 'params', with the run's
+      adapters merged into the kernels, and 'router_state' where the model has
+      it.
+    step: The optimizer step of the checkpoint that was read.
+    skipped: Newer checkpoints that were not good, each with the reason.
+  """
+
+  folder: pathlib.Path
+  options: Described
+  model: Model
+  variables: dict[str, Any]
+  step: int
+  skipped: Sequence[tuple[int, str]] = ()
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The run's tokenizer, of a run that was read only if it has one."""
+    return cast(Tokenizer, self.options.tokenizer)
+
+
+def load(
+  workdir: str | os.PathLike[str],
+  step: int | None = None,
+  *,
+  dtype: str = '',
+  mesh: Mesh | None = None,
+  allow: Iterable[str] = (),
+  tokenizer_needed: bool = True,
+) -> Loaded:
+  """Reads a run, trained or imported, with the variables of a checkpoint.
+
+  Parameters and the state of routers are read, each device's part by itself.
+
+  Args:
+    workdir: The run's folder.
+    step: The optimizer step of the checkpoint; None is the newest good one.
+    dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
+      the run's own. Routers stay float32.
+    mesh: The devices of the parameters, which are split by the run's own
+      sharding table; None is the first local device.
+    allow: Modules whose classes, named in the run's config, may be imported.
+    tokenizer_needed: Whether a folder without a tokenizer is refused.
+
+  Raises:
+    ValueError: Something is missing from the folder, or does not fit the rest.
+    CheckpointError: No checkpoint is good.
+  """
+  options = read(workdir, allow, tokenizer_needed=tokenizer_needed)
+  if dtype:
+    changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
+    changed = overridden(MODELS, options.model, changes, 'model.')
+    options = options._replace(model=changed)
+  rules = options.sharding.rules
+  model = options.model.build(rules)
+  restored = restore_variables(
+    workdir, model, rules, mesh=mesh, step=step, cast=bool(dtype)
+  )
+  folder = pathlib.Path(workdir).expanduser()
+  step, skipped = restored.step, restored.skipped
+  return Loaded(folder, options, model, restored.state, step, skipped)
 
 
 def _where_runs_are(folder: pathlib.Path) -> str:

@@ -9,14 +9,13 @@ import numpy as np
 from moe_jax import layers
 from moe_jax.compression.calibration import measure
 from moe_jax.compression.fewer import Calibrated, smaller
-from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.routing.capacity import All
-from moe_jax.training.trained import Described
+from moe_jax.training.trained import Described, Loaded
 from tests.models import tiny
 
 E, K, M, F = 5, 2, 12, 20
@@ -40,7 +39,7 @@ def run_of(change=lambda params: params, **moe):
   model = options.build()
   params = change(tiny.params_of(model))
   described = Described(options, DataOptions(), ShardingOptions(), 3, None)
-  return WholeRun(pathlib.Path('run'), described, model, {'params': params}, 1)
+  return Loaded(pathlib.Path('run'), described, model, {'params': params}, 1)
 
 
 def batch(seed=0):
@@ -65,7 +64,7 @@ def smaller_run(run, smaller_layers):
   """The run with fewer experts, which are given for each layer."""
   options, variables = smaller(run, smaller_layers)
   described = run.options._replace(model=options)
-  return WholeRun(run.folder, described, options.build(), variables, 0)
+  return Loaded(run.folder, described, options.build(), variables, 0)
 
 
 @functools.cache

@@ -8,11 +8,10 @@ import pytest
 
 from moe_jax.compression import extract
 from moe_jax.compression.fewer import SmallerLayer, only, smaller
-from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.partitioning import ShardingOptions
-from moe_jax.training.trained import Described
+from moe_jax.training.trained import Described, Loaded
 from tests.compression.test_extract import KINDS, N, logits, options_of
 from tests.models import tiny
 
@@ -27,7 +26,7 @@ def run_of(change):
     lambda path, leaf: change(path[-1].key, leaf), tiny.params_of(model)
   )
   described = Described(options, DataOptions(), ShardingOptions(), 3, None)
-  return WholeRun(pathlib.Path('run'), described, model, {'params': params}, 1)
+  return Loaded(pathlib.Path('run'), described, model, {'params': params}, 1)
 
 
 def assert_same_logits(run, options, variables):

@@ -22,6 +22,7 @@ from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.generation import trained_run
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.training import trained
 from tests.generation import folders
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
@@ -29,19 +30,20 @@ from tests.training import tiny as tiny_runs
 
 def test_the_newest_good_checkpoints_parameters_are_read(tmp_path):
   params = folders.write(tmp_path, steps=(2, 5))
-  loaded = trained_run.load(tmp_path)
-  assert (loaded.step, loaded.skipped, loaded.imported) == (5, [], False)
+  loaded = trained.load(tmp_path)
+  assert (loaded.step, loaded.skipped) == (5, [])
+  assert not trained_run.is_imported(loaded.folder)
   assert loaded.model == tiny_runs.model_of(tiny_runs.options())
   assert loaded.variables.keys() == {'params'}
   jax.tree.map(
     np.testing.assert_array_equal, loaded.variables['params'], params[5]
   )
   assert loaded.tokenizer.identity == 'bytes'
-  assert loaded.options.vocab_size == 257
-  old_params = trained_run.load(tmp_path, step=2).variables['params']
+  assert loaded.options.model.vocab_size == 257
+  old_params = trained.load(tmp_path, step=2).variables['params']
   jax.tree.map(np.testing.assert_array_equal, old_params, params[2])
   folders.damage(tmp_path, 5)
-  loaded = trained_run.load(tmp_path)
+  loaded = trained.load(tmp_path)
   assert loaded.step == 2 and loaded.skipped[0][0] == 5
 
 
@@ -50,7 +52,7 @@ def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   mesh = partitioning.make_mesh(
     dict(data=1, fsdp=2, expert=2, tensor=2), jax.devices()[:8]
   )
-  loaded = trained_run.load(tmp_path, dtype='bfloat16', mesh=mesh)
+  loaded = trained.load(tmp_path, dtype='bfloat16', mesh=mesh)
   types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
   bfloat16_options = tiny_runs.options(model={'numerics': types})
   assert loaded.model == tiny_runs.model_of(bfloat16_options)
@@ -67,7 +69,7 @@ def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   assert loaded_params['embedding'].addressable_shards[0].data.shape == (257, 4)
   folders.damage(tmp_path, 3)
   with pytest.raises(CheckpointError, match='no good checkpoint'):
-    trained_run.load(tmp_path, dtype='bfloat16')
+    trained.load(tmp_path, dtype='bfloat16')
 
 
 def test_what_training_alone_needs_is_not_read(tmp_path):
@@ -97,14 +99,14 @@ def bytes_read():
 
 def test_what_is_no_run_is_said(tmp_path):
   with pytest.raises(ValueError, match=r'it has no config\.json'):
-    trained_run.load(tmp_path)
+    trained.load(tmp_path)
   folders.write(tmp_path, steps=())
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(ValueError, match='no finished checkpoint'):
-    trained_run.load(tmp_path)
+    trained.load(tmp_path)
   (tmp_path / 'config.json').write_text('{"model": {"width": 3}}')
   with pytest.raises(ValueError, match=r'config\.json cannot be read: '):
-    trained_run.load(tmp_path)
+    trained.load(tmp_path)
 
 
 def test_a_config_that_was_edited_is_refused(tmp_path):
@@ -112,14 +114,14 @@ def test_a_config_that_was_edited_is_refused(tmp_path):
   path, sha256 = (tmp_path / name for name in ('config.json', 'config.sha256'))
   config = json.loads(path.read_text())
   path.write_text(json.dumps(config))  # other blanks
-  trained_run.load(tmp_path)
+  trained.load(tmp_path)
   # No shape of a parameter depends on it.
   config['model']['moe']['num_selected'] += 1
   path.write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r'config\.json has changed .*\.sha256'):
-    trained_run.load(tmp_path)
+    trained.load(tmp_path)
   sha256.unlink()  # as in runs of earlier versions
-  trained_run.load(tmp_path)
+  trained.load(tmp_path)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
@@ -128,7 +130,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
   with Checkpointer(tmp_path / 'checkpoints', keep_best=False) as checkpoints:
     checkpoints.save(1, state)
   with pytest.raises(ValueError, match='holds another state'):
-    trained_run.load(tmp_path)
+    trained.load(tmp_path)
 
 
 def test_prompts_are_documents_or_inputs():
