@@ -25,13 +25,12 @@ a message of what is wrong.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from moe_jax import cli, run_config
 from moe_jax.analysis.dry_run import DryRun
 from moe_jax.analysis.hooks import default_hooks
 from moe_jax.compression.distill import Distilling
-from moe_jax.config import flatten, section_of
 from moe_jax.devices import (
   PROGRAMS_HELP,
   connected,
@@ -93,8 +92,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
     cli.say(run_config.describe(config, flags.describe))
     return 0
   processes = flags.coordinator, flags.num_processes, flags.process_id
-  options, ignored = run_config.options_of(flags.config, overrides)
-  lines = [*replaced_lines(flags.config, options), *ignored]
+  options, lines = run_config.options_of(flags.config, overrides)
   if flags.dry_run:
     if any(flag is not None for flag in processes):
       cli.fail(
@@ -111,23 +109,6 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
     cli.reported(flags.traceback),
   ):
     return _train(flags, options, lines)
-
-
-def replaced_lines(spec: str, options: RunConfig) -> Iterator[str]:
-  """A line for each part of the data that ':runlocal' has replaced."""
-  base, _, argument = spec.rpartition(':')
-  if argument != 'runlocal':
-    return
-  before, after, chosen_values = (
-    flatten(config.to_dict()['data'])
-    for config in (
-      cli.load_config(base), cli.load_config(spec), section_of(options)
-    )
-  )  # fmt: skip
-  for key, new in after.items():
-    old = before.get(key, new)
-    if key.endswith('kind') and old != new == chosen_values.get(key):
-      yield f'runlocal: data.{key} {old!r} -> {new!r}'
 
 
 def _dry_run(

@@ -125,36 +125,6 @@ def test_training_takes_a_name(words, tmp_path, monkeypatch):
   assert (options.seed, options.total_steps) == (5, 2)
 
 
-@pytest.mark.parametrize(
-  ('flags', 'says'),
-  [
-    ([], ["runlocal: data.source.kind 'files' -> 'python_stdlib'"]),
-    (
-      [
-        '--config.data.source.kind=files',
-        '--config.data.source.files.pattern=*.txt',
-      ],
-      [],
-    ),
-  ],
-)
-def test_data_that_runlocal_replaces_is_named(
-  flags, says, tmp_path, monkeypatch
-):
-  (tmp_path / 'own.py').write_text(
-    'from moe_jax.configs import base\n\n\n'
-    'def get_config(arg=""):\n'
-    '  config = base.get_config()\n'
-    '  config.data.source.kind = "files"\n'
-    '  config.data.source.files.pattern = "*.txt"\n'
-    '  return base.finish(config, arg)\n'
-  )
-  monkeypatch.chdir(tmp_path)
-  spec = 'own.py:runlocal'
-  options, _ = run_config.options_of(spec, flags)
-  assert list(moe_jax.main.replaced_lines(spec, options)) == says
-
-
 def module_of(entry):
   module, _, function = entry.partition(':')
   return importlib.import_module(module), function

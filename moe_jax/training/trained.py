@@ -39,7 +39,6 @@ _FIRST_SAVE = (
   'a run writes the first one after checkpoint.every_steps steps, when it is '
   'stopped, and at its end'
 )
-_MOST_LISTED = 5
 # The last commit that reads configs whose keys have since been renamed.
 _READS_OLDER = 'd9e62315'
 
@@ -64,7 +63,7 @@ class Described(NamedTuple):
   microbatches: int = 1
 
   def data_problems(
-    self, data: DataOptions, tokenizer: Tokenizer | None
+    self, data: DataOptions, tokenizer: Tokenizer
   ) -> Iterator[str]:
     """Yields the ways in which data has other token ids or tasks than the run.
 
@@ -74,10 +73,11 @@ class Described(NamedTuple):
     Args:
       data: The options of the data.
       tokenizer: The tokenizer of the data, whose ids may include those that a
-        task added, such as an EOS; None asks for the tasks alone.
+        task added, such as an EOS.
     """
-    own, ids = (t and t.ids_identity for t in (self.tokenizer, tokenizer))
-    if own and ids and own != ids:
+    own = self.tokenizer and self.tokenizer.ids_identity
+    ids = tokenizer.ids_identity
+    if own not in (None, ids):
       yield (
         f'it was trained on tokens of {own}, the data is of {ids}; to take its '
         "tokenizer for other texts, give data.tokenizer.kind='file' and its "
@@ -128,10 +128,10 @@ def read(
   """
   folder = workdir_lib.folder_of(workdir)
   if not (folder / CONFIG).exists():
-    raise InputError(
-      f'{folder} holds no trained run: it has no {CONFIG}'
-      f'{_where_runs_are(folder)}'
-    )
+    reason = f'it has no {CONFIG}'
+    if not folder.exists():
+      reason = 'there is no such folder; give a --workdir of a training run'
+    raise InputError(f'{folder} holds no trained run: {reason}')
   has_tokenizer = (folder / TOKENIZER).exists()
   if tokenizer_needed and not has_tokenizer:
     raise InputError(
@@ -145,12 +145,6 @@ def read(
     has_checkpoints = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
     raise InputError(f'{checkpoints}: {describe_error(error)}') from None
-  if not has_checkpoints and (folder / 'weights').is_dir():
-    raise InputError(
-      f'{folder} has its weights in a format of before, without a checkpoint; '
-      'make it again: quantise, extract, merge or prune the run that it was '
-      'made of'
-    )
   if not has_checkpoints:
     raise InputError(
       f'{folder} holds no trained run: no {checkpoints.name}; {_FIRST_SAVE}'
@@ -246,18 +240,6 @@ def load(
   folder = pathlib.Path(workdir).expanduser()
   step, skipped = restored.step, restored.skipped
   return Loaded(folder, options, model, restored.state, step, skipped)
-
-
-def _where_runs_are(folder: pathlib.Path) -> str:
-  """The end of an error message about a folder that holds no run.
-
-  It says that the folder does not exist, or names folders within it that hold
-  runs; '' if there are none.
-  """
-  if not folder.exists():
-    return ', as there is no such folder; give a --workdir of a training run'
-  run_folders = sorted(str(path.parent) for path in folder.glob(f'*/{CONFIG}'))
-  return f'; runs are in {run_folders[:_MOST_LISTED]}' if run_folders else ''
 
 
 def best_step(workdir: str | os.PathLike[str]) -> int:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -240,14 +239,6 @@ def test_runs_without_kernels_to_round_are_refused(int2, tmp_path):
   folders.write(dense, model={'moe': {'num_experts': 0}})
   with pytest.raises(ValueError, match='no experts to quantise'):
     encode(dense, 'new', 'int8')
-
-
-def test_a_folder_of_weights_without_a_checkpoint_is_made_again(int8, tmp_path):
-  old = tmp_path / 'old'
-  shutil.copytree(int8, old)
-  (old / 'checkpoints').rename(old / 'weights')
-  with pytest.raises(ValueError, match='without a checkpoint; make it again'):
-    whole_run.read(old)
 
 
 @pytest.mark.slow
