@@ -1,4 +1,4 @@
-"""What generation asks of a run: prompts, lengths, special ids, tasks."""
+"""Makes prompts, lengths, special ids and tasks that fit a trained run."""
 
 import os
 import pathlib

@@ -64,7 +64,8 @@ class Run:
     recorder: Writes and prints rows of metrics.
     message: Prints a line in process 0, above the bar of progress.
     notes: Lines to print at the start: changes of the config and of users'
-      files since the run began, and options without an effect.
+      files since the run began, another tokenizer than the config's, and a
+      warm-up that is shorter than the config asks for.
     row_offset: Index of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
   """

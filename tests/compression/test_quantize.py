@@ -156,7 +156,9 @@ def test_bits_add_up_to_the_bytes_of_stored_arrays(folder, tmp_path):
 def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   new = ternary
   run = generation.load(new)
-  options, params = code_trees.decoded(run.options, run.variables['params'])
+  options, params = code_trees.decoded(
+    run.options.model, run.variables['params']
+  )
   prompts = [[7, 70, 111], [40, 41, 42]]
   texts = [
     generation.generate(model, variables, prompts, num_tokens=6).tokens

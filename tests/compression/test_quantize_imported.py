@@ -38,7 +38,7 @@ def test_an_imported_checkpoint(tmp_path):
   quantized = generation.load(new)
   assert len(lines) >= len(quantized.model.stacks.sparse_layers)
   options, params = code_trees.decoded(
-    quantized.options, quantized.variables['params']
+    quantized.options.model, quantized.variables['params']
   )
   variables = {'params': params}
   ids = trained_run.special_ids(quantized.model, quantized.tokenizer)
