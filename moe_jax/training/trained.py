@@ -426,9 +426,16 @@ def derive(
   base = pathlib.Path(base).expanduser().resolve()
   output = pathlib.Path(output).expanduser().resolve()
   config = kept_config(base) | dict(changes or {})
-  config = _with_kept_tokenizer(config, base, output)
-  for section in ('lora', 'init_from', 'distill'):
-    config.pop(section, None)
+  # A base run that began from another run may have used that run's tokenizer,
+  # not its own `data.tokenizer`; the new config has no `init_from` to say so.
+  begin = config.get('init_from', {})
+  takes_tokenizer = begin.get('workdir') and begin.get('keep_tokenizer', True)
+  if takes_tokenizer and (base / TOKENIZER).exists():
+    kept = tokenizers.FileOptions(str(output / TOKENIZER))
+    section = section_of(kept, tokenizers.TOKENIZERS).to_dict()
+    config['data'] = {**config.get('data', {}), 'tokenizer': section}
+  for name in ('lora', 'init_from', 'distill'):
+    config.pop(name, None)
   config.get('checkpoint', {}).pop('directory', None)
   for name in (IMPORTED, TOKENIZER):
     config = _with_folder(config, str(base / name), str(output / name))
@@ -440,24 +447,6 @@ def derive(
       shutil.copytree(imported, unfinished / imported.name)
     write(unfinished, config, trees.variables(params, router_state))
   return output
-
-
-def _with_kept_tokenizer(
-  config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
-) -> dict[str, Any]:
-  """The config of the base run, with the tokenizer that this run really used.
-
-  A base run that began from another run (`init_from`) may have used that run's
-  tokenizer, not its own `data.tokenizer`. The new run in `output` has no
-  `init_from`, so the config names the copy of that tokenizer in `output`.
-  """
-  init_from, path = config.get('init_from', {}), base / TOKENIZER
-  is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)
-  if not is_kept or not path.exists():
-    return config
-  kept = tokenizers.FileOptions(str(output / TOKENIZER))
-  section = section_of(kept, tokenizers.TOKENIZERS).to_dict()
-  return config | {'data': {**config.get('data', {}), 'tokenizer': section}}
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:
