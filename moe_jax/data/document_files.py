@@ -253,8 +253,8 @@ def _values(
 
   Args:
     source: The lines.
-    read: Function whose result takes the place of the line's value. The message
-      of an InputError that it raises is put after the name of the line.
+    read: Function from a line's value to what is yielded in its place. File and
+      line are put before the message of an InputError that the function raises.
   """
   while line := source.take('readline', MOST_LINE_BYTES + 1):
     if len(line) > MOST_LINE_BYTES:
@@ -272,8 +272,8 @@ def _text_of(value: Any, field: str) -> str:
   """The text that an object has under the key `field`; it may be empty.
 
   Raises:
-    ValueError: The value is no such object. The message begins as it follows
-      the name of the value.
+    ValueError: The value is no such object. The caller puts the file and the
+      number of the value's line before the message.
   """
   if not isinstance(value, dict):
     kind = type(value).__name__

@@ -170,8 +170,8 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
   """The elements of `source`, which a thread makes in advance.
 
   The thread begins with the first `next` and ends with the iterator. Unlike
-  grain's own prefetching, the iterator never waits for a thread that has ended:
-  the last that a thread does, whatever ends it, is to say so.
+  grain's own prefetching, the iterator never waits for a thread that has ended,
+  as the thread puts None into the queue at its end, whatever ends it.
 
   Args:
     source: Iterator that only the thread uses.
