@@ -109,11 +109,3 @@ def test_a_split_without_pairs_is_refused(tmp_path):
   pairs = {'train': [('ab', 'c')], 'validation': [('', 'c')]}
   with pytest.raises(ValueError, match="'validation' has no pair"):
     write_pairs(tmp_path, pairs, tokenizers.Bytes())
-
-
-def test_a_cut_stream_of_pairs_is_named(tmp_path):
-  splits = {'train': [('ab', 'c')], 'validation': [('d', 'e')]}
-  write_pairs(tmp_path, splits, tokenizers.Bytes())
-  (tmp_path / 'train.targets.starts').write_bytes(b'')
-  with pytest.raises(ValueError, match=r'train\.targets\.starts is missing'):
-    read_pairs(tmp_path, 'train')
