@@ -33,7 +33,7 @@ from experiments.benchmarks.random_reads import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import cli, data
 from moe_jax.data import cache_folders
-from moe_jax.data.pieces import Engine, Report, make
+from moe_jax.data.pieces import Engine, make
 
 NAME, BEAM = 'bench_prepare', 'FnApiRunner'
 _BPE_TOKENS = 8192
@@ -52,8 +52,8 @@ def prepare_once(
   tokenizer: data.TokenizerOptions,
   folder: pathlib.Path,
   engine: Engine,
-) -> Report:
-  """Tokenizes the files into an empty cache."""
+) -> pathlib.Path:
+  """Tokenizes the files into an empty cache; returns the tokens' folder."""
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
   options = options_of(pattern, tokenizer, folder)
   corpus = options.source.texts(options.selection)
@@ -152,25 +152,25 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   begin = time.perf_counter()
   pattern = f'{folder}/large/*.jsonl'
   pool = Engine(processes=processes)
-  preparation = prepare_once(pattern, tokenizer, folder / 'cache', pool)
+  tokens = prepare_once(pattern, tokenizer, folder / 'cache', pool)
   seconds = time.perf_counter() - begin
   read = _size(folder / 'large')
   options = options_of(pattern, tokenizer, folder / 'cache')
   facts = {
     'gigabytes': read / 1e9,
     'documents': len(training),
-    'token_gigabytes': _size(preparation.folder) / 1e9,
+    'token_gigabytes': _size(tokens) / 1e9,
     'processes': processes,
     'seconds': seconds,
     'mb_per_second': read / seconds / 1e6,
-    'peak_mib': preparation.peak_bytes / 2**20,
+    'peak_mib': random_reads.peak_memory() / 2**20,
     'load': os.getloadavg()[0],
   }
   if beam := engines(()).get(BEAM):
     begin = time.perf_counter()
     theirs = prepare_once(pattern, tokenizer, folder / 'beam', beam)
     facts['beam_seconds'] = time.perf_counter() - begin
-    lists = [r.folder / cache_folders.LIST for r in (preparation, theirs)]
+    lists = [f / cache_folders.LIST for f in (tokens, theirs)]
     facts['same_bytes'] = lists[0].read_bytes() == lists[1].read_bytes()
     shutil.rmtree(folder / 'beam')
   print(f'prepared: {facts}', flush=True)

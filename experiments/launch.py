@@ -36,7 +36,7 @@ from experiments.launching import processes as processes_lib
 from experiments.launching.items import make_command, read_items
 from experiments.launching.processes import Command
 from moe_jax import cli
-from moe_jax.items import Item, check, last_message, pair, swept
+from moe_jax.items import Item, add_sweep, check, last_message, swept
 
 LOCAL = 'local'
 # Options that have an effect on this machine alone, and on clusters alone.
@@ -75,14 +75,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument('--config', help='config of every item: configs/name.py')
   source.add_argument('--items', help='Python file with get_items()')
-  add(
-    '--sweep',
-    type=pair,
-    action='append',
-    default=[],
-    metavar='KEY=V1,V2',
-    help='values of a config key; each value makes an item',
-  )
+  add_sweep(parser)
   add('--output', default='runs/launch', help='folder of the workdirs')
   add('--to', default=LOCAL, choices=[LOCAL, *job_files.TARGETS])
   _add_local(parser)

@@ -12,6 +12,7 @@ beside the key `kind`), and an open section `custom` for the options of a user's
 own class.
 """
 
+import abc
 import copy
 import dataclasses
 import difflib
@@ -23,8 +24,8 @@ import operator
 import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Self, TypeVar, Union, cast
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self, Union, cast
 
 import ml_collections
 from ml_collections import config_dict
@@ -34,7 +35,8 @@ from moe_jax.errors import InputError
 ConfigDict = ml_collections.ConfigDict
 # A ConfigDict does not count as a Mapping.
 Section = Mapping[str, Any] | ConfigDict
-F = TypeVar('F', bound=Callable[..., Any])
+# Marks a method of a contract that every subclass has to define.
+required = abc.abstractmethod
 MISSING = dataclasses.MISSING
 KIND, CUSTOM = 'kind', 'custom'
 SEEDS = 2**32  # seeds are stored as unsigned numbers of 32 bits
@@ -288,12 +290,6 @@ class Kinds:
     return {k: field for k, field in fields.items() if k not in fields_of(cls)}
 
 
-def required(method: F) -> F:
-  """Marks a method of a contract that every subclass has to define."""
-  method.is_required = True
-  return method
-
-
 def load_class(name: str, noun: str, base: type) -> type:
   """The class that 'module:name' names.
 
@@ -331,21 +327,14 @@ def load_class(name: str, noun: str, base: type) -> type:
       f'{noun} {name!r} is no dataclass, so that its options are unknown; put '
       '@dataclasses.dataclass(frozen=True) above it'
     )
-  missing = [
-    name
-    for name in dir(base)
-    if getattr(getattr(base, name), 'is_required', False)
-    and getattr(cls, name) is getattr(base, name)
-  ]
-  if missing:
+  if missing := ', '.join(sorted(cls.__abstractmethods__)):
     raise InputError(
-      f'{noun} {name!r} does not define {", ".join(missing)}, which {contract} '
-      'asks of it'
+      f'{noun} {name!r} does not define {missing}, which {contract} asks of it'
     )
   return cls
 
 
-class Options:
+class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
   """Base of dataclasses of options; an instance checks its fields at once.
 
   A subclass adds rules that concern several fields in `problems`.
@@ -669,7 +658,7 @@ def settle(
   """
   reader = _Reader()
   reader.read(root, config, path)
-  settled: Any = _unlocked_copy(config)
+  settled: Any = _copied(config)
   ignored: dict[str, Any] = {}
   in_vain = [x for x in reader.problems if isinstance(x, InVain)]
   names = tuple(f'{text.partition("=")[0]}.' for text in in_vain)
@@ -701,7 +690,7 @@ def settle(
     if last in parent:
       ignored[f'{holder}.{name}'] = parent[last]
       del parent[last]
-  return _locked_like(settled, config), ignored
+  return settled, ignored
 
 
 def _is_given(path: str, given: Collection[str]) -> bool:
@@ -830,9 +819,15 @@ class _Reader:
   def _choice(
     self, kinds, default, section, path, unchosen=None, described=Option()
   ):
-    """The options of the kind that a section names, or of the default kind."""
+    """The options of the kind that a section names, or of the default kind.
+
+    The section may be an entry of an open section. It has the options of its
+    kind alone, and maybe some of another kind, which were set before its kind
+    was overridden.
+    """
     if not self._is_section(section, path):
       return None
+    is_entry = described.holds_entries
     usual = None if default is None else kinds.name_of(default)
     name = section.get(KIND, usual)
     if name is None:
@@ -840,23 +835,29 @@ class _Reader:
         f'{path}{KIND} is missing: it has no default; name a kind'
       )
       return None
+    usual = name if is_entry else usual
     self.keys.append(Key(f'{path}{KIND}', name, usual, described, unchosen))
-    cls = self._class(kinds, name, path)
-    if cls is None:
+    try:
+      cls = kinds.get(name)
+    except InputError as error:
+      self.problems.append(f'{path}{KIND}={name!r}: {error}')
       return None
     reason = unchosen or f'with {path}{KIND}={name!r}'
-    custom = section.get(CUSTOM, {})
+    custom = {} if is_entry else section.get(CUSTOM, {})
     if not self._is_section(custom, f'{path}{CUSTOM}.'):
       return None
     own = name if name in kinds.builtin else CUSTOM
     for key, value in custom.items() if own != CUSTOM else ():
       key = f'{path}{CUSTOM}.{key}'
       self.keys.append(Key(key, value, MISSING, Option(), reason))
-    if kinds.inline:
-      values = {k: v for k, v in section.items() if k not in (KIND, CUSTOM)}
+    if kinds.inline or is_entry:
+      beside = (KIND,) if is_entry else (KIND, CUSTOM)
+      values = {k: v for k, v in section.items() if k not in beside}
       values |= custom if own == CUSTOM else {}
       default = default if isinstance(default, cls) else None
       others = kinds.others(cls)
+      if is_entry:
+        others = {k: field for k, field in others.items() if k in section}
       chosen = self._options(cls, default, values, path, unchosen, others)
       for field in others.values():
         self._value(field, section, path, reason)
@@ -878,13 +879,6 @@ class _Reader:
     self.problems.append(f'{name}={section!r} is no section')
     return False
 
-  def _class(self, kinds, name, path):
-    try:
-      return kinds.get(name)
-    except InputError as error:
-      self.problems.append(f'{path}{KIND}={name!r}: {error}')
-      return None
-
   def _entries(self, field, section, path):
     """The options of each entry of an open section, by its name."""
     chosen, kinds = {}, field.option.kinds
@@ -893,23 +887,8 @@ class _Reader:
     for name, entry in section.items():
       if isinstance(entry, Options):  # a default
         entry = {KIND: kinds.name_of(entry), **_section(entry)}
-      if not self._is_section(entry, f'{path}{name}.'):
-        continue
-      if KIND not in entry:
-        self.problems.append(f'{path}{name} has no {KIND!r}')
-        continue
-      kind, prefix = entry[KIND], f'{path}{name}.'
-      self.keys.append(Key(f'{prefix}{KIND}', kind, kind, field.option, None))
-      cls = self._class(kinds, kind, prefix)
-      if cls is None:
-        continue
-      # The entry may still have options of another kind, which were set before
-      # its kind was overridden.
-      others = {k: v for k, v in kinds.others(cls).items() if k in entry}
-      names = KIND, *others
-      chosen[name] = self._options(cls, None, entry, prefix, None, names)
-      for other in others.values():
-        self._value(other, entry, prefix, f'with {prefix}{KIND}={kind!r}')
+      arguments = kinds, None, entry, f'{path}{name}.', None, field.option
+      chosen[name] = self._choice(*arguments)
     return chosen
 
 
@@ -954,34 +933,35 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
     ValueError: An override's key does not exist (names the nearest), or its
       value has another type than the value that it replaces.
   """
-  merged = _unlocked_copy(config)
-  _merge_into(merged, config, overrides, path)
-  return _locked_like(merged, config)
+  merged = _copied(config)
+  _merge_into(merged, overrides, path)
+  return merged
 
 
-def _unlocked_copy(config: ConfigDict) -> ConfigDict:
+def _copied(config: ConfigDict) -> ConfigDict:
+  """A copy of a config, locked wherever `config` is."""
   # `copy.deepcopy` of a ConfigDict takes several times as long.
   values = config.to_dict(preserve_field_references=True)
-  return ConfigDict(copy.deepcopy(values))
+  return _locked_like(ConfigDict(copy.deepcopy(values)), config)
 
 
-def _merge_into(merged: Any, config: Any, overrides: Section, path: str):
+def _merge_into(merged: Any, overrides: Section, path: str):
   for key, value in overrides.items():
     key_path = f'{path}{key}'
     if key not in merged:
-      if not config.is_locked and path:  # an open section
+      if not merged.is_locked and path:  # an open section
         merged[key] = value
         continue
       names = [f'{path}{name}' for name in merged]
       raise OptionError([unknown_text('config key', key_path, names)])
-    if not isinstance(config[key], ConfigDict):
-      merged[key] = _replaced(config[key], value, key_path)
+    old = merged[key]
+    if not isinstance(old, ConfigDict):
+      merged[key] = _replaced(old, value, key_path)
     elif isinstance(value, Mapping | ConfigDict):
-      _merge_into(merged[key], config[key], value, f'{key_path}.')
+      _merge_into(old, value, f'{key_path}.')
     else:
-      names = [*config[key]]
       raise OptionError(
-        [f'{key_path}={value!r} replaces a section; give its keys: {names}']
+        [f'{key_path}={value!r} replaces a section; give its keys: {[*old]}']
       )
 
 
@@ -1005,7 +985,7 @@ def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
   if config.is_locked:
     merged.lock()  # sections below it, too
   for key, subsection in config.items():
-    if isinstance(subsection, ConfigDict) and key in merged:
+    if isinstance(subsection, ConfigDict):
       merged_subsection = cast(ConfigDict, merged[key])
       if not subsection.is_locked:
         merged_subsection.unlock()

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
+T = TypeVar('T')
 OFF = 'off'
 MOST_BYTES = 2 * 2**30
 PROGRAMS_HELP = (
@@ -396,22 +398,18 @@ def check_same(facts: Mapping[str, str]) -> None:
       )
 
 
-def from_first(number: float | int) -> float | int:
-  """The `number` of process 0, to the last bit; every process calls this."""
-  if jax.process_count() == 1:
-    return number
-  number_bytes = np.frombuffer(np.float64(number).tobytes(), np.uint8)
-  number_bytes = multihost_utils.broadcast_one_to_all(number_bytes).tobytes()
-  return float(np.frombuffer(number_bytes, np.float64)[0])
+def from_first(value: T) -> T:
+  """The number or text of process 0, to the last bit; every process calls this.
 
-
-def text_from_first(text: str) -> str:
-  """The text of process 0, up to 4,096 bytes; every process calls this."""
+  Of a text only the first 2,000 characters are given.
+  """
   if jax.process_count() == 1:
-    return text
-  text_bytes = np.frombuffer(text.encode()[:4096].ljust(4096, b'\0'), np.uint8)
-  text_bytes = multihost_utils.broadcast_one_to_all(text_bytes).tobytes()
-  return text_bytes.rstrip(b'\0').decode(errors='replace')
+    return value
+  kept = value[:2000] if isinstance(value, str) else value
+  content = json.dumps(kept, ensure_ascii=False, default=float).encode()
+  content_bytes = np.frombuffer(content.ljust(2**14), np.uint8)
+  content_bytes = multihost_utils.broadcast_one_to_all(content_bytes)
+  return json.loads(content_bytes.tobytes())
 
 
 def check_room(

@@ -71,6 +71,18 @@ def pair(text: str) -> tuple[str, str]:
   return key.removeprefix('config.'), value
 
 
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+  """Adds --sweep, the swept keys with their values, as `swept` takes them."""
+  parser.add_argument(
+    '--sweep',
+    type=pair,
+    action='append',
+    default=[],
+    metavar='KEY=V1,V2',
+    help='values of a config key; several of these options multiply',
+  )
+
+
 def swept(
   config: str,
   overrides: Sequence[str],
@@ -111,18 +123,16 @@ def swept(
   return items
 
 
-def check(items: Sequence[Item]) -> None:
-  """Checks the config of every item, to be called before any run starts.
+def check(items: Sequence[Item]) -> list[run_config.RunConfig]:
+  """Checks every item before any run starts; returns the items' options.
 
   Raises:
     ValueError: A config does not exist or is wrong, or two items share a
       workdir or a folder of checkpoints.
   """
   folders = [pathlib.Path(item.workdir) for item in items]
-  directories = [
-    run_config.options_of(item.config, item.flags())[0].checkpoint.directory
-    for item in items
-  ]
+  options = [run_config.options_of(i.config, i.flags())[0] for i in items]
+  directories = [of_item.checkpoint.directory for of_item in options]
   checkpoints = map(workdir_lib.checkpoints_of, folders, directories)
   for setting, paths in (
     ('workdir', folders),
@@ -133,6 +143,7 @@ def check(items: Sequence[Item]) -> None:
     for name in names:
       if names.count(name) > 1:
         raise InputError(f'two items have the {setting} {name}')
+  return options
 
 
 def last_message(log: pathlib.Path) -> str:

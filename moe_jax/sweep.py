@@ -30,11 +30,11 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from moe_jax import cli, run_config
+from moe_jax import cli
 from moe_jax.analysis.intervals import Interval
 from moe_jax.analysis.routing_report import wide_console
 from moe_jax.config import unknown
-from moe_jax.items import LOG, Item, check, last_message, pair, swept
+from moe_jax.items import LOG, Item, add_sweep, check, last_message, swept
 from moe_jax.runs import metrics, workdir
 
 TABLE = 'sweep.json'
@@ -174,15 +174,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = cli.parser('moe_jax.sweep', __doc__)
   cli.add_config(parser)
+  add_sweep(parser)
   add = parser.add_argument
-  add(
-    '--sweep',
-    type=pair,
-    action='append',
-    default=[],
-    metavar='KEY=V1,V2',
-    help='values of a config key; several of these options multiply',
-  )
   add('--seeds', default='0,1,2', help='seeds that each arm is trained with')
   add(
     '--metric',
@@ -200,11 +193,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
   metric, output = options.metric, pathlib.Path(options.output)
   sweeps = [*options.sweep, ('seed', options.seeds)]
   items = swept(options.config, overrides, sweeps, options.output)
-  check(items)
-  evaluations = run_config.options_of(items[0].config, items[0].flags())[
-    0
-  ].evals
-  known = ['train', *evaluations]
+  known = ['train', *check(items)[0].evals]
   if metric.removeprefix('eval/').partition('/')[0] not in known:
     raise unknown('metric', metric, [f'{name}/...' for name in known])
   is_complete = _train(items, metric)

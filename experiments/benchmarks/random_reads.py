@@ -5,6 +5,8 @@ import functools
 import json
 import multiprocessing
 import pathlib
+import re
+import resource
 import time
 from typing import Any
 
@@ -108,9 +110,21 @@ def _read(options, corpus, training, process) -> dict[str, float]:
     'checked': _DOCUMENTS - wrong,
     'wrong': wrong,
     'open_seconds': opened,
-    'peak_bytes': pieces.peak_memory(),
+    'peak_bytes': peak_memory(),
     'mapped_bytes': _mapped(),
   }
+
+
+def peak_memory() -> int:
+  """The most bytes of memory that this process or a child of it has held.
+
+  The unit of `ru_maxrss` is that of Linux.
+  """
+  children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+  # A process' own `ru_maxrss` counts the memory of the program that began it.
+  status = pathlib.Path('/proc/self/status').read_text()
+  peak = re.search(r'^VmHWM:\s+(\d+) kB$', status, re.MULTILINE)
+  return max(children, int(peak[1]) * 1024 if peak else 0)
 
 
 def _wrong(
@@ -121,7 +135,7 @@ def _wrong(
 ) -> int:
   """The number of documents, drawn at random, that are not the source's."""
   texts = options.source.texts(options.selection)
-  folder = pieces.make(texts, options.tokenizer, options.selection).folder
+  folder = pieces.make(texts, options.tokenizer, options.selection)
   tokens, starts = store.read(folder, 'train', texts.streams)
   numbers = np.flatnonzero(training)
   assert len(numbers) == len(starts), (len(numbers), len(starts))

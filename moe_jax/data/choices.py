@@ -4,7 +4,7 @@ To add a source, write its `ChoiceSourceOptions` here and list it at the end.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import grain
@@ -34,20 +34,6 @@ class Item(NamedTuple):
   label: int
 
 
-class ItemSource(NamedTuple):
-  """The questions of a source in its two splits.
-
-  Attributes:
-    name: Description of the source for messages.
-    items: Function from a split to its items, which may be read one by one.
-      Items of 'validation' are asked; items of 'train' serve as examples that
-      are put before a question.
-  """
-
-  name: str
-  items: Callable[[str], Sequence[Item]]
-
-
 class ChoiceSourceOptions(Options):
   """Contract of the options of a source of questions with several answers.
 
@@ -58,8 +44,13 @@ class ChoiceSourceOptions(Options):
 
   has_train_split: ClassVar[bool] = True
 
-  def items(self, selection: Selection = Selection()) -> ItemSource:
-    """The questions of both splits, each an `Item`.
+  def items(
+    self, split: str, selection: Selection = Selection()
+  ) -> Sequence[Item]:
+    """The questions of a split, which may be read one by one.
+
+    Questions of 'validation' are asked; questions of 'train' serve as examples
+    that are put before a question.
 
     Raises:
       ValueError: The data is missing or bad.
@@ -112,13 +103,15 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     required=True,
   )
 
-  def items(self, selection: Selection = Selection()) -> ItemSource:
+  def items(
+    self, split: str, selection: Selection = Selection()
+  ) -> Sequence[Item]:
     """An item for each line that is not empty.
 
     Raises:
       ValueError: No file matches, all files are empty, or a line is no item.
     """
-    del selection
+    del split, selection
     paths = matching(self.pattern)
     items, keys = [], set(Item._fields)
     for where, _, value in json_lines(paths):
@@ -127,8 +120,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
       items.append(check_item(**{key: value[key] for key in keys}, where=where))
     if not items:
       raise InputError(f'the {len(paths)} files of {self.pattern!r} are empty')
-    name = f'files:{self.pattern} ({len(items)} items)'
-    return ItemSource(name, lambda split: items)
+    return items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +143,9 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
     'TFDS feature with the index of the right answer; true is 1, false is 0.',
   )
 
-  def items(self, selection: Selection = Selection()) -> ItemSource:
+  def items(
+    self, split: str, selection: Selection = Selection()
+  ) -> Sequence[Item]:
     """An item for each example of the dataset.
 
     Raises:
@@ -175,12 +169,9 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
       label = int(tfds.value_of(example, self.label_feature))
       return check_item(texts[0], texts[1:], label, where)
 
-    def items(split: str) -> Sequence[Item]:
-      examples = tfds.open_split(builder, selection.name_of(split))
-      # Each item is read when it is accessed.
-      return cast(Any, grain.MapDataset.source(examples).map_with_index(item))
-
-    return ItemSource(f'tfds:{builder.info.full_name}', items)
+    examples = tfds.open_split(builder, selection.name_of(split))
+    # Each item is read when it is accessed.
+    return cast(Any, grain.MapDataset.source(examples).map_with_index(item))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,19 +185,17 @@ class DocstringChoiceSource(ChoiceSourceOptions):
     'standard library.',
   )
 
-  def items(self, selection: Selection = Selection()) -> ItemSource:
+  def items(
+    self, split: str, selection: Selection = Selection()
+  ) -> Sequence[Item]:
     """An item for each function with a docstring; all answers are of one split.
 
     Raises:
       ValueError: A module is not of the standard library.
     """
-    source = DocstringsSource(self.modules).pairs(selection)
-
-    def items(split: str) -> Sequence[Item]:
-      pairs = ((f, d.split('\n')[0].strip()) for f, d in source.pairs(split))
-      return with_distractors(list(filter(all, pairs)))
-
-    return ItemSource(f'first lines of {source.name}', items)
+    pairs = DocstringsSource(self.modules).pairs(selection).pairs(split)
+    first_lines = ((f, d.split('\n')[0].strip()) for f, d in pairs)
+    return with_distractors(list(filter(all, first_lines)))
 
 
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:

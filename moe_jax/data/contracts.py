@@ -184,7 +184,6 @@ class TokenizerOptions(Options):
     Raises:
       ValueError: A file is missing or bad.
     """
-    raise NotImplementedError
 
   @required
   def fit(self, texts: Iterable[str]) -> Tokenizer:
@@ -196,7 +195,6 @@ class TokenizerOptions(Options):
     Raises:
       ValueError: A file is missing or bad, or the texts are too few.
     """
-    raise NotImplementedError
 
   def known_vocab_size(self) -> int | None:
     """V, the size of the vocabulary; None if it depends on the texts."""
@@ -564,4 +562,3 @@ class TaskOptions(Options):
     Raises:
       ValueError: A row is too short for the task.
     """
-    raise NotImplementedError

@@ -231,8 +231,10 @@ class MixedDataset(Dataset):
     return '\n  '.join(['', *sorted(lines), *last] if lines else last)
 
 
-def load(options: DataOptions) -> Dataset:
-  """The dataset of `options`, tokenized now unless it is in the cache.
+def load(
+  options: DataOptions, engine: pieces.Engine = pieces.Engine()
+) -> Dataset:
+  """The dataset of `options`, tokenized by `engine` unless it is in the cache.
 
   One tokenizer serves all sources of a mixture; if it depends on texts, it is
   fitted to the texts of all sources.
@@ -247,13 +249,13 @@ def load(options: DataOptions) -> Dataset:
   """
   mixture, parts = options.mixture, {}
   if not mixture.sources:
-    return _load(options, options.source, options.tokenizer)
+    return _load(options, options.source, options.tokenizer, engine)
   tokenizer = shared_tokenizer(options)
   # A config keeps no order of its sources, and a run must be the same when its
   # config is read again.
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):
     try:
-      part = _load(options, source, tokenizer)
+      part = _load(options, source, tokenizer, engine)
     except NotPreparedError:
       raise
     except InputError as error:
@@ -284,12 +286,15 @@ def load(options: DataOptions) -> Dataset:
 
 
 def _load(
-  options: DataOptions, source: SourceOptions, tokenizer: TokenizerOptions
+  options: DataOptions,
+  source: SourceOptions,
+  tokenizer: TokenizerOptions,
+  engine: pieces.Engine,
 ) -> Dataset:
   """The dataset of a single source; its tokens are memory-mapped."""
   task, shape = options.task, options.shape
   corpus = task.open(source, options.selection)
-  folder = pieces.make(corpus, tokenizer, options.selection).folder
+  folder = pieces.make(corpus, tokenizer, options.selection, engine)
   about = store.read_about(folder)
   fitted = tokenizers.load(folder / 'tokenizer.json')
   vocabulary, splits, counts = task.vocabulary(fitted, shape), {}, {}

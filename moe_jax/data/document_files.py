@@ -14,6 +14,7 @@ brings.
 
 import bz2
 import dataclasses
+import functools
 import gzip
 import importlib
 import io
@@ -179,9 +180,11 @@ def read(span: Span, field: str = 'text') -> Iterator[str]:
         begin, end = (_boundary(raw, at, span) for at in (begin, end))
         source.begin, source.left = begin, end - begin
         raw.seek(begin)
-      yield from (
-        _cut_text(source) if is_text(path) else _json_texts(source, field)
-      )
+      if is_text(path):
+        yield from _cut_text(source)
+      else:
+        text_of = functools.partial(_text_of, field=field)
+        yield from (text for _, text in _values(source, text_of))
 
 
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
@@ -243,53 +246,49 @@ def _cut(buffer: bytes, at: int) -> int:
   return most + _continuation_length(buffer[most : most + 4])
 
 
-def _values(source: PartBytes) -> Iterator[tuple[bytes, Any]]:
-  """Yields the stripped bytes and the value of each line that is not blank.
+def _values(
+  source: PartBytes, read: Callable[[Any], Any] = lambda value: value
+) -> Iterator[tuple[bytes, Any]]:
+  """Yields each line of JSON that is not blank: its stripped bytes, its value.
 
-  A line holds a value of JSON.
+  Args:
+    source: The lines.
+    read: Function from a line's value to what is yielded in its place. File and
+      line are put before the message of an InputError that the function raises.
   """
   while line := source.take('readline', MOST_LINE_BYTES + 1):
     if len(line) > MOST_LINE_BYTES:
       raise InputError(_too_long(source.where()))
     if content := line.strip():
       try:
-        value = parse_json(_decoded(line, ''), '')
+        value = read(parse_json(_decoded(line, ''), ''))
       except InputError as error:
         raise InputError(f'{source.where()}{error}') from None
       yield content, value
     source.lines += 1
 
 
-def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
-  """The texts under the key `field` of the lines of JSON."""
-  for _, value in _values(source):
-    if problem := _text_problem(value, field):
-      raise InputError(f'{source.where()}{problem}')
-    yield value[field]
+def _text_of(value: Any, field: str) -> str:
+  """The text that an object has under the key `field`; it may be empty.
 
-
-def _text_problem(value: Any, field: str) -> str:
-  """The reason why a value has no text under the key `field`; '' if it has.
-
-  The caller puts the file and the number of the value's line before the reason.
+  Raises:
+    ValueError: The value is no such object. The caller puts the file and the
+      number of the value's line before the message.
   """
   if not isinstance(value, dict):
     kind = type(value).__name__
-    return f' is no object with a text under the key {field!r}, but a {kind}'
+    raise InputError(
+      f' is no object with a text under the key {field!r}, but a {kind}'
+    )
   if field not in value:
     keys = ', '.join(map(repr, sorted(value)))
-    return (
+    raise InputError(
       f' has no key {field!r}; its keys: {keys}; choose one with '
       'data.source.files.field'
     )
-  text = value[field]
-  if not isinstance(text, str):
-    return f': the key {field!r} has no text but {text!r:.80}'
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    return f': {field!r} has a half of a character: {error}'
-  return ''
+  if value[field] != '':
+    check_text(value[field], f': {field}')
+  return value[field]
 
 
 def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
@@ -313,8 +312,12 @@ def check_text(text: Any, where: str) -> None:
   """
   if not isinstance(text, str) or not text:
     raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
-  if any('\ud800' <= character <= '\udfff' for character in text):
-    raise InputError(f'{where}={text!r:.80} has a half of a character')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f'{where}={text!r:.80} has a half of a character: {error}'
+    ) from None
 
 
 def _suffix(path: Path) -> str:

@@ -13,11 +13,8 @@ import hashlib
 import multiprocessing
 import os
 import pathlib
-import re
-import resource
 import shutil
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +30,6 @@ from moe_jax.errors import InputError
 POOL = 'pool'  # runner of a pool of processes
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
-_KIBIBYTE = 1 if sys.platform == 'darwin' else 1024  # the unit of ru_maxrss
 _WORKER: dict[str, 'Work'] = {}  # what a worker process tokenizes
 
 
@@ -68,30 +64,14 @@ class Engine(NamedTuple):
     processes: Number of processes of the pool; 1 stands for this process alone.
     runner: POOL, or the name of a runner of Apache Beam.
     arguments: Beam's own flags, such as '--region=europe-west1'.
-    on_progress: Function that is called with the number of bytes of the source
-      that are tokenized by now, and with the number of all its bytes.
+    on_progress: Function that is called with the name of a source, the number
+      of its bytes that are tokenized by now, and the number of all its bytes.
   """
 
   processes: int = 1
   runner: str = POOL
   arguments: tuple[str, ...] = ()
-  on_progress: Callable[[int, int], None] = lambda done, total: None
-
-
-class Report(NamedTuple):
-  """The report of `make` on the folder of a source's tokens.
-
-  Attributes:
-    folder: The folder of the tokens.
-    num_existing: Number of pieces that existed before the call.
-    bytes_read: Number of bytes of files that were read.
-    peak_bytes: The most bytes of memory that one process of this host held.
-  """
-
-  folder: pathlib.Path
-  num_existing: int = 0
-  bytes_read: int = 0
-  peak_bytes: int = 0
+  on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
 
 
 def make_piece(work: Work, number: int) -> None:
@@ -124,7 +104,7 @@ def make(
   tokenizer: TokenizerOptions,
   selection: Selection,
   engine: Engine = Engine(),
-) -> Report:
+) -> pathlib.Path:
   """Makes the folder of a source's tokens, or verifies the folder if it exists.
 
   Raises:
@@ -134,15 +114,21 @@ def make(
   """
   folder = _folder_of(corpus, tokenizer, selection)
   parts = folder.with_name(f'{folder.name}.parts')
-  url, report = selection.url('tokens', folder.name), Report(folder)
+  url = selection.url('tokens', folder.name)
 
   def write(unfinished: pathlib.Path) -> None:
-    nonlocal report
     tokenizer_url = url and f'{url}/tokenizer'
     fitted = fit(tokenizer, [corpus], parts / 'tokenizer', tokenizer_url)
     work = Work(parts, corpus.in_pieces(), corpus.streams, fitted, url)
-    report = Report(folder, *_make_pieces(work, engine))
-    pieces = [work.path(number) for number in range(len(work.pieces.sizes))]
+    sizes = work.pieces.sizes
+    todo = [i for i in range(len(sizes)) if not _is_whole(work.path(i))]
+    done = sum(sizes) - sum(sizes[number] for number in todo)
+    engine.on_progress(corpus.name, done, sum(sizes))
+    run = run_pool if engine.runner == POOL or len(todo) < 2 else run_beam
+    for number in run(work, todo, engine):
+      done += sizes[number]
+      engine.on_progress(corpus.name, done, sum(sizes))
+    pieces = [work.path(number) for number in range(len(sizes))]
     try:
       store.join(pieces, unfinished, fitted, corpus.streams)
     except InputError:  # a split is empty, and nobody needs the pieces
@@ -156,7 +142,7 @@ def make(
     if not folder.is_dir():
       raise
   shutil.rmtree(parts, ignore_errors=True)
-  return report
+  return folder
 
 
 def fit(
@@ -203,33 +189,6 @@ def _folder_of(
   except (InputError, OSError):  # the replaced file or its tokens are missing
     return folder
   return other if equal else folder
-
-
-def _make_pieces(work: Work, engine: Engine) -> tuple[int, int, int]:
-  """Has the engine tokenize the pieces of `work` that are missing.
-
-  Returns:
-    The fields of a `Report` after its folder.
-  """
-  sizes = work.pieces.sizes
-  todo = [i for i in range(len(sizes)) if not _is_whole(work.path(i))]
-  done = skipped = sum(sizes) - sum(sizes[number] for number in todo)
-  engine.on_progress(done, sum(sizes))
-  run = run_pool if engine.runner == POOL or len(todo) < 2 else run_beam
-  for number in run(work, todo, engine):
-    done += sizes[number]
-    engine.on_progress(done, sum(sizes))
-  return len(sizes) - len(todo), done - skipped, peak_memory()
-
-
-def peak_memory() -> int:
-  """The most bytes of memory that this process or a child of it has held."""
-  peaks = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _KIBIBYTE]
-  # A process' own `ru_maxrss` counts the memory of the program that began it.
-  if (status := pathlib.Path('/proc/self/status')).exists():
-    peak = re.search(r'^VmHWM:\s+(\d+) kB$', status.read_text(), re.MULTILINE)
-    peaks += [int(peak[1]) * 1024] if peak else []
-  return max(peaks)
 
 
 def run_pool(

@@ -23,8 +23,6 @@ _ENDLESS_ROWS = 2**52
 # Number of batches that are assembled in advance. One batch would be enough if
 # all steps took equally long.
 _PREFETCHED = 4
-# Seconds between checks whether the thread, while it is waited for, is alive.
-_LOOK_SECONDS = 1.0
 T = TypeVar('T')
 
 
@@ -172,7 +170,8 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
   """The elements of `source`, which a thread makes in advance.
 
   The thread begins with the first `next` and ends with the iterator. Unlike
-  grain's own prefetching, the iterator never waits for a thread that has ended.
+  grain's own prefetching, the iterator never waits for a thread that has ended,
+  as the thread puts None into the queue at its end, whatever ends it.
 
   Args:
     source: Iterator that only the thread uses.
@@ -180,8 +179,8 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
     most: Largest number of elements that are made in advance; at least 1.
 
   Raises:
-    DataError: `source` raised an exception, or the thread has died; `next`
-      raises it, and the iterator then ends.
+    DataError: `source` raised an exception; `next` raises it, and the iterator
+      then ends.
   """
   elements: queue.Queue[tuple[T] | None] = queue.Queue(most)
   closed = threading.Event()
@@ -203,20 +202,10 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
   thread.start()
   number = first
   try:
-    while True:
-      alive = thread.is_alive()
-      try:
-        element = elements.get(timeout=_LOOK_SECONDS)
-      except queue.Empty:
-        if alive:
-          continue
-        raise DataError('the thread that makes batches is gone') from None
-      if element is None:
-        break
+    while (element := elements.get()) is not None:
       yield element[0]
       number += 1
-    if failures:
-      error = failures[0]
+    for error in failures:
       raise DataError(
         f'batch {number} could not be made: {type(error).__name__}: {error}'
       ) from error

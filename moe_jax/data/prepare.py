@@ -18,97 +18,17 @@ tokenized by one process.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+from rich import progress
 
 from moe_jax import cli
-from moe_jax.data.dataset import DataOptions, load, shared_tokenizer
-from moe_jax.data.pieces import POOL, Engine, Report, make
+from moe_jax.data.dataset import DataOptions, load
+from moe_jax.data.pieces import POOL, Engine
 from moe_jax.errors import InputError
-
-
-def prepare(
-  options: DataOptions, engine: Engine = Engine(), *, console: Console
-) -> dict[str, Report]:
-  """Tokenizes every source of the data into the cache.
-
-  Args:
-    options: The options under `data` of a config.
-    engine: The processes or the runner that tokenize.
-    console: Console that shows the progress.
-
-  Returns:
-    The report on each folder, by the name of the source in the mixture; '' for
-    a single source.
-
-  Raises:
-    ValueError: The data is missing or bad.
-  """
-  task, selection, mixed = options.task, options.selection, options.mixture
-  tokenizer = shared_tokenizer(options) if mixed.sources else options.tokenizer
-  reports = {}
-  for name, source in sorted(mixed.sources.items()) or [('', options.source)]:
-    try:
-      corpus = task.open(source, selection)
-      with _bar(corpus.name, console) as on_progress:
-        own = engine._replace(on_progress=on_progress)
-        reports[name] = make(corpus, tokenizer, selection, own)
-    except InputError as error:
-      where = f'mixture.sources.{name}: ' * bool(name)
-      raise InputError(f'{where}{error}') from error
-  return reports
-
-
-@contextlib.contextmanager
-def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-  """Shows a bar of a source's progress; yields the function that moves it."""
-  with Progress(
-    *Progress.get_default_columns(),  # name, bar, percentage, time left
-    DownloadColumn(binary_units=True),
-    TransferSpeedColumn(),
-    console=console,
-  ) as progress:
-
-    def on_progress(done: int, total: int) -> None:
-      if not progress.tasks:  # pieces made before have no part in the speed
-        progress.add_task(name, completed=done, total=total)
-      progress.update(progress.tasks[0].id, completed=done)
-
-    yield on_progress
-
-
-def _lines(
-  options: DataOptions,
-  reports: Mapping[str, Report],
-  engine: Engine,
-  seconds: float,
-) -> Iterator[str]:
-  """Yields lines on what was done, and on the data if it is complete."""
-  read = sum(report.bytes_read for report in reports.values())
-  existing = sum(report.num_existing for report in reports.values())
-  peak = max(report.peak_bytes for report in reports.values())
-  if read:
-    rate = read / seconds / 1e6
-    by = f'{engine.processes} processes'
-    by = by if engine.runner == POOL else engine.runner
-    yield (
-      f'read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {rate:.2f} MB/s by '
-      f'{by}; at most {peak / 2**20:,.0f} MiB of memory in one of them'
-    )
-  if existing:
-    yield f'{existing} pieces were there already'
-  # The first run that uses the folder reads it through, to check its digests.
-  yield load(dataclasses.replace(options, cache_digests=False)).describe()
-  folders = sorted({str(report.folder) for report in reports.values()})
-  yield f'tokens: {", ".join(folders)}'
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -146,11 +66,23 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   begin: Any = config.get('init_from', {})
   if begin.get('workdir') and begin.get('keep_tokenizer', True):
     data = data.with_tokenizer_of(begin.get('workdir'))
-  engine = Engine(options.processes, options.runner, tuple(options.arguments))
-  start = time.perf_counter()
-  reports = prepare(data, engine, console=Console())
-  seconds = time.perf_counter() - start
-  cli.say(_lines(data, reports, engine, seconds))
+  columns = progress.Progress.get_default_columns()  # name, bar, ..., time left
+  sizes = progress.DownloadColumn(binary_units=True)
+  with progress.Progress(
+    *columns, sizes, progress.TransferSpeedColumn()
+  ) as bars:
+    bar_of = {}
+
+    def on_progress(name: str, done: int, total: int) -> None:
+      if name not in bar_of:  # pieces made before have no part in the speed
+        bar_of[name] = bars.add_task(name, completed=done, total=total)
+      bars.update(bar_of[name], completed=done)
+
+    arguments = tuple(options.arguments)
+    engine = Engine(options.processes, options.runner, arguments, on_progress)
+    dataset = load(data, engine)
+  cache = data.selection.cache / 'tokens'
+  cli.say([dataset.describe(), f'tokens: {cache}'])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -164,18 +164,17 @@ def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
   """Memory maps of a split's tokens [N] and of its texts' starts, int64 [D].
 
   Pairs have a tuple of two such streams, of inputs and of targets.
-
-  Raises:
-    ValueError: A file has another size than was written.
   """
-  about = read_about(folder)
-  counts, read_streams = about['splits'][split], []
-  for stream in streams:
-    path = f'{folder}/{split}.{stream}'
-    texts = counts['documents' if streams == DOCUMENTS else 'pairs']
-    tokens = _read(f'{path}.tokens', about['dtype'], counts[_TOKENS[stream]])
-    read_streams.append((tokens, _read(f'{path}.starts', 'int64', texts)))
-  return read_streams[0] if streams == DOCUMENTS else tuple(read_streams)
+  dtypes = {'tokens': read_about(folder)['dtype'], 'starts': 'int64'}
+  read_streams = tuple(
+    tuple(
+      # A plain array over the mapped file, as indexing a memmap gives memmaps.
+      np.asarray(np.memmap(f'{folder}/{split}.{stream}.{name}', dtype, 'r'))
+      for name, dtype in dtypes.items()
+    )
+    for stream in streams
+  )
+  return read_streams[0] if streams == DOCUMENTS else read_streams
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
@@ -185,18 +184,6 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return parse_json(read_text(path), path)
-
-
-def _read(name: str, dtype: str, count: int) -> np.ndarray:
-  path, size = pathlib.Path(name), np.dtype(dtype).itemsize * count
-  if not path.is_file() or path.stat().st_size != size:
-    raise InputError(
-      f'{path} is missing or not of its {size} bytes; delete {path.parent}, '
-      'and it is made anew'
-    )
-  # The result is a plain array over the mapped file, as indexing a np.memmap
-  # gives memmaps.
-  return np.asarray(np.memmap(path, dtype, mode='r', shape=(count,)))
 
 
 class Digest:

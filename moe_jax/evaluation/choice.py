@@ -96,19 +96,18 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
       )
     splits = self.train_split, self.validation_split
     selection = data.Selection(splits, setting.data.cache_dir)
-    source = self.source.items(selection)
-    asked = source.items('validation')
+    asked = self.source.items('validation', selection)
     if not len(asked):
-      raise InputError(f'{source.name} has no items')
+      raise InputError(f'{self.source} has no items')
     items = [asked[i] for i in data.spread(len(asked), self.num_items)]
     shots: list[list[data.Item]] = [[] for _ in items]
     if self.num_shots:
-      if not isinstance(self.shots_source, SameSource):
-        source = self.shots_source.items(selection)
-      pool = source.items('train')
+      is_same = isinstance(self.shots_source, SameSource)
+      source = self.source if is_same else self.shots_source
+      pool = source.items('train', selection)
       N, K, P = len(items), self.num_shots, len(pool)
       if P < K:
-        raise InputError(f'num_shots={K} of {P} train items of {source.name}')
+        raise InputError(f'num_shots={K} of {P} train items of {source}')
       # The N * K indices of the examples of all N questions are spread over the
       # P train items, so that the K examples of a question differ.
       shots = [

@@ -22,7 +22,7 @@ import filelock
 from etils import epath
 
 from moe_jax.cli import complain
-from moe_jax.devices import is_first, text_from_first
+from moe_jax.devices import from_first, is_first
 from moe_jax.errors import InputError
 from moe_jax.runs.storage_errors import describe, storage_path
 
@@ -124,7 +124,7 @@ def owned(
         _take(path, owner, stack)
     except InputError as first_error:
       error = first_error
-    if text := text_from_first(str(error or '')):
+    if text := from_first(str(error or '')):
       raise error or InputError(text)
     yield confirm
 

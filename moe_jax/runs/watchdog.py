@@ -27,7 +27,7 @@ from multiprocessing.connection import wait
 import jax
 from jax.experimental import multihost_utils
 
-from moe_jax.devices import Timeouts, is_first, text_from_first
+from moe_jax.devices import Timeouts, from_first, is_first
 from moe_jax.errors import InputError
 
 FOLDER = 'processes'
@@ -133,7 +133,7 @@ class Watchdog:
     Raises:
       ValueError: The files are not seen, as the processes share no folder.
     """
-    self._token = text_from_first(os.urandom(8).hex())
+    self._token = from_first(os.urandom(8).hex())
     self._folder.mkdir(parents=True, exist_ok=True)
     self._file(self._index).touch()
     deadline = time.monotonic() + SHARED_SECONDS

@@ -105,7 +105,7 @@ def lines(content, *phrases):
     raw = content if isinstance(content, bytes) else content.encode()
     path.write_bytes(raw)
     frozen(folder)
-    ChoiceFilesSource(str(path)).items()
+    ChoiceFilesSource(str(path)).items('validation')
 
   return Case(f'jsonl:{content[:70]!r}', call, ('q.jsonl', *phrases))
 

@@ -231,7 +231,8 @@ ITEM = {'prompt': 'p', 'answers': ['a', 'b'], 'label': 1}
 @given(rewritten(ITEM) | damaged(json.dumps(ITEM).encode() * 2))
 def test_questions(content):
   survives(
-    {'q': content}, lambda folder: ChoiceFilesSource(f'{folder}/q').items()
+    {'q': content},
+    lambda folder: ChoiceFilesSource(f'{folder}/q').items('validation'),
   )
 
 

@@ -38,10 +38,9 @@ def test_wrong_answers_are_those_of_pairs_far_away():
 
 
 def test_which_docstring_is_a_functions():
-  source = PART.items()
-  train, validation = source.items('train'), source.items('validation')
+  train, validation = PART.items('train'), PART.items('validation')
   assert len(train) > 100 and len(validation) > 5
-  assert source.items('train') == train
+  assert PART.items('train') == train
   (loads,) = (
     item for item in train + validation if item.prompt.startswith('def loads(')
   )
@@ -59,11 +58,10 @@ def line(**changes):
 def test_lines_of_files(tmp_path):
   (tmp_path / 'b.jsonl').write_text(line(prompt='ü') + '\n')
   (tmp_path / 'a.jsonl').write_text(line(note='z') + '\n\n' + line(label=0))
-  source = ChoiceFilesSource(f'{tmp_path}/*.jsonl').items()
-  items = source.items('validation')
+  items = ChoiceFilesSource(f'{tmp_path}/*.jsonl').items('validation')
   assert items[0] == Item('q', ('x', 'y'), 1)
   assert [item.label for item in items] == [1, 0, 1]
-  assert items[2].prompt == 'ü' and '3 items' in source.name
+  assert items[2].prompt == 'ü'
 
 
 @pytest.mark.parametrize(
@@ -82,15 +80,15 @@ def test_lines_of_files(tmp_path):
 def test_a_line_that_is_no_item(tmp_path, text, message):
   (tmp_path / 'a.jsonl').write_text(line() + '\n' + text)
   with pytest.raises(ValueError, match=message):
-    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items()
+    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items('validation')
 
 
 def test_sources_that_do_not_exist(tmp_path):
   with pytest.raises(ValueError, match=r'no file matches .*no\.jsonl'):
-    ChoiceFilesSource(f'{tmp_path}/no.jsonl').items()
+    ChoiceFilesSource(f'{tmp_path}/no.jsonl').items('validation')
   (tmp_path / 'a.jsonl').write_text('\n')
   with pytest.raises(ValueError, match=r'1 files of .* are empty'):
-    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items()
+    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items('validation')
 
 
 class Quiz(tfds.core.GeneratorBasedBuilder):
@@ -143,7 +141,7 @@ def test_features_of_a_tfds_dataset(folder, monkeypatch):
 
   def items(split, answers, label):
     source = ChoiceTfdsSource('quiz', 'goal', answers, label)
-    return list(source.items(Selection(splits)).items(split))
+    return list(source.items(split, Selection(splits)))
 
   items_of_choices = items('train', 'choices', 'key') + items(
     'validation', 'choices', 'key'

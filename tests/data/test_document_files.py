@@ -136,7 +136,7 @@ def assert_refused(path, content, *phrases, field='body'):
     (b'{', 'line 9 is no JSON'),
     (b'[3]', "line 9 is no object with a text under the key 'body', but a li"),
     (b'{"n": 1, "m": 2}', "line 9 has no key 'body'; its keys: 'm', 'n'; cho"),
-    (b'{"body": 3}', "line 9: the key 'body' has no text but 3"),
+    (b'{"body": 3}', 'line 9: body=3 is to be a text'),
     (b'{"body": "\\ud800"}', 'line 9'),
     (b'\xff', 'line 9 is not UTF-8'),
   ],

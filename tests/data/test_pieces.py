@@ -38,7 +38,7 @@ def small_pieces(tmp_path, monkeypatch):
 
 
 def made(options, engine=Engine()):
-  """Makes the tokens; returns the report."""
+  """Makes the tokens; returns their folder."""
   corpus = options.source.texts(options.selection)
   return make(corpus, options.tokenizer, options.selection, engine)
 
@@ -63,11 +63,11 @@ def test_the_command_makes_what_a_run_makes_by_itself(small_pieces):
   folder = folder_in(small_pieces('run').cache_dir)
   options, progress = small_pieces('theirs'), []
   engine = Engine(on_progress=lambda *done: progress.append(done))
-  report = made(options, engine)
-  assert progress[0][0] == 0 and progress[-1][0] == progress[-1][1]
-  assert report.folder == folder_in(options.cache_dir)
-  assert report.folder.name == folder.name
-  assert digests_of(report.folder) == digests_of(folder)
+  theirs = made(options, engine)
+  assert progress[0][1] == 0 and progress[-1][1] == progress[-1][2]
+  assert theirs == folder_in(options.cache_dir)
+  assert theirs.name == folder.name
+  assert digests_of(theirs) == digests_of(folder)
   # A run that finds the folder learns from the same rows.
   loaded = data.load(options)
   assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
@@ -147,11 +147,11 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
   damaged_file.write_bytes(damaged_file.read_bytes()[::-1])
   (folder / '00002' / 'files.json').write_text('{')
   (folder / '.00003-1').mkdir()  # a process was killed
-  report = made(options)
-  assert report.num_existing == len(finished) - 2
-  assert digests_of(report.folder) == digests_of(
-    made(small_pieces('fresh')).folder
-  )
+  sizes, progress = options.source.texts().pieces.sizes, []
+  again = made(options, Engine(on_progress=lambda *all: progress.append(all)))
+  whole = [0, *range(3, len(finished))]  # the others were damaged
+  assert progress[0][1] == sum(sizes[number] for number in whole)
+  assert digests_of(again) == digests_of(made(small_pieces('fresh')))
 
 
 def test_the_folder_that_another_process_made_meanwhile_is_taken(
@@ -168,7 +168,7 @@ def test_the_folder_that_another_process_made_meanwhile_is_taken(
     return join(*args)
 
   monkeypatch.setattr(store, 'join', finish_other_first)
-  assert made(options).folder == folder_in(options.cache_dir)
+  assert made(options) == folder_in(options.cache_dir)
   assert len(data.load(options).splits['train'])
 
 
@@ -233,7 +233,7 @@ def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
 def test_pairs_have_their_folder(small_pieces):
   options = small_pieces('cache')
   pairs = data.InstructionSource(num_train=16).pairs(options.selection)
-  report = make(
+  folder = make(
     pairs, options.tokenizer, options.selection, Engine(processes=2)
   )
-  assert (report.folder / 'train.inputs.tokens').exists()
+  assert (folder / 'train.inputs.tokens').exists()

@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from moe_jax.data import pipeline
 from moe_jax.data.pipeline import DataError, ahead
 
 
@@ -92,17 +91,6 @@ def test_a_thread_that_is_struck_between_elements_is_no_hang():
   )
   with pytest.raises(DataError, match='batch 1 could not be made: SystemExit'):
     next(stream)
-
-
-def test_a_thread_that_is_gone_without_a_word_is_no_hang(monkeypatch):
-  class Mute(threading.Thread):
-    def run(self):
-      pass
-
-  monkeypatch.setattr(pipeline.threading, 'Thread', Mute)
-  monkeypatch.setattr(pipeline, '_LOOK_SECONDS', 0.01)
-  with pytest.raises(DataError, match='is gone'):
-    next(ahead(iter(range(3)), first=0, most=1))
 
 
 def test_a_stream_that_is_given_up_ends_its_thread():

@@ -237,7 +237,7 @@ def test_what_is_refused(tmp_path):
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     (source / name).rename(tmp_path / name)
   (source / 'spiece.model').write_bytes(b'')
-  with pytest.raises(ValueError, match=r'no tokenizer\.json, only spiece'):
+  with pytest.raises(ValueError, match=r'no tokenizer\.json.*/spiece\.model$'):
     import_run(source, tmp_path / 'run')
   (source / 'spiece.model').unlink()
   lines = import_run(source, tmp_path / 'run')

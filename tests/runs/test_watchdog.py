@@ -23,7 +23,7 @@ def play(monkeypatch, tmp_path):
   """Starts the watchdog of one of two processes; gives its folder."""
   monkeypatch.setattr(watchdog_lib, 'TICK_SECONDS', TICK)
   monkeypatch.setattr(watchdog_lib, 'MOMENT_SECONDS', 4 * TICK)
-  monkeypatch.setattr(watchdog_lib, 'text_from_first', lambda text: 'token')
+  monkeypatch.setattr(watchdog_lib, 'from_first', lambda text: 'token')
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
 
   def begin(index, **timeouts):

@@ -141,19 +141,14 @@ class Json(Tokenizer, kind='json'):
     """
     path = plain(folder, 'tokenizer.json')
     if path is None:
-      note = advice = ''
-      if models := [
-        name for name in SENTENCEPIECE_FILES if plain(folder, name)
-      ]:
-        note = f', only {models[0]}'
-        advice = (
-          '; or name it, --config.data.tokenizer.kind=file '
-          f'--config.data.tokenizer.file.path={folder / models[0]}'
-        )
+      models = [name for name in SENTENCEPIECE_FILES if plain(folder, name)]
+      model = folder / next(iter(models), 'tokenizer.model')
       raise InputError(
-        f'{folder} has no tokenizer.json{note}. Make one where transformers '
-        'and sentencepiece are installed: AutoTokenizer.from_pretrained('
-        f'{str(folder)!r}).save_pretrained({str(folder)!r}){advice}'
+        f'{folder} has no tokenizer.json. Make one where transformers and '
+        'sentencepiece are installed: AutoTokenizer.from_pretrained('
+        f'{str(folder)!r}).save_pretrained({str(folder)!r}); or name a '
+        'SentencePiece model, --config.data.tokenizer.kind=file '
+        f'--config.data.tokenizer.file.path={model}'
       )
     try:
       text = read_text(path)

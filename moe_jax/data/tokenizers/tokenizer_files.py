@@ -90,7 +90,6 @@ class GivenOptions(TokenizerOptions):
     Raises:
       ValueError: A file is missing or bad.
     """
-    raise NotImplementedError
 
   def identity(self) -> str:
     """The identity of the tokenizer that these options give."""
