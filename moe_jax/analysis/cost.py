@@ -1,4 +1,4 @@
-"""The cost of a model: parameters, FLOPs, bytes, devices with room for it.
+"""The cost of a model: its parameters, and FLOPs and bytes of their use.
 
     python -m moe_jax.analysis.cost --config=moe_jax:mixtral_8x7b
     python -m moe_jax.analysis.cost --config=moe_jax:switch_base:e8 --batch=4
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import datetime
 import math
-import operator
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
@@ -118,24 +117,31 @@ def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
   return (count(model, seq_len).decoder.total - logits) // 2, layers
 
 
-def memory_table(model: Model, work: Workload) -> Table:
-  """The table of bytes of activations, expert rows and exchanges of a batch."""
+def memory_table(model: Model, work: Workload, num_generated: int = 1) -> Table:
+  """The table of the bytes that a training step and generation take.
+
+  Args:
+    model: A model of blocks.
+    work: Sizes of the batch that a training step computes.
+    num_generated: Number of rows that are generated at once.
+  """
   stacks = halves(model, work.seq_len, work.target_len)
   lengths = ' and '.join(str(half.length) for half in stacks)
-  decoder = stacks[-1].stack
+  decoder = stacks[-1]
   table = Table(
     'Arrays',
     Column('Bytes', justify='right'),
     title=f'Bytes of a training step on a batch of {work.batch_size} x '
-    f'{lengths} tokens, activations in {decoder.block.shared.dtype}',
+    f'{lengths} tokens, activations in {decoder.stack.block.shared.dtype}, '
+    f'and of generating {num_generated} x {decoder.length} tokens',
     caption='Kept bytes are what the forward pass leaves for the backward '
-    'pass. Weights, gradients, the state of the optimizer and temporary arrays '
-    'of the compiled program come on top.',
+    'pass. In training, weights, gradients, the state of the optimizer and '
+    'temporary arrays of the compiled program come on top.',
   )
   B, layers = work.batch_size, 'kept by all layers, without attention scores'
   kept = memory.activations(model, *work[:3])
   rows = {
-    f'{layers} (remat={decoder.remat!r})': kept.layers,
+    f'{layers} (remat={decoder.stack.remat!r})': kept.layers,
     'kept attention scores, unless attention is fused': kept.scores,
     'kept output logits, in float32': kept.logits,
   }
@@ -151,6 +157,10 @@ def memory_table(model: Model, work: Workload) -> Table:
       n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
       rows[f'{stack}one all-to-all, as {devices} sends it'] = sent
       rows[f'{stack}the {n} all-to-alls of a training step'] = n * sent
+  for dtype in memory.DTYPES:
+    rows[f'generating: weights in {dtype}'] = memory.weight_bytes(model, dtype)
+  size = num_generated, decoder.length, decoder.memory_len
+  rows['generating: a full cache'] = memory.cache_bytes(model, *size)
   for name, num_bytes in rows.items():
     table.add_row(name, in_bytes(num_bytes))
   return table
@@ -186,50 +196,6 @@ def training_table(options: RunOptions, model: Model) -> Table:
     costs = training_cost(variant, model)
     table.add_row(name, *(form(n) for form, n in zip(forms.values(), costs)))
   return table
-
-
-def fit_table(model: Model, work: Workload) -> Table:
-  """The table of bytes of weights and cache, and of devices with room for them.
-
-  The cache is float32 if the weights are float32, and bfloat16 otherwise.
-
-  Args:
-    model: A model of blocks.
-    work: Sizes of the batch that is generated.
-  """
-  table = Table(
-    '',
-    *(Column(dtype, justify='right') for dtype in memory.DTYPES),
-    title=f'Memory to generate {work.batch_size} x '
-    f'{work.target_len or work.seq_len} tokens, by type of the weights',
-    caption='Weights and a full cache are compared with all of the memory that '
-    'the vendor of a device names. Where they do not fit, the number of '
-    'devices that they take is given. int8 takes one byte for each weight.',
-  )
-  *_, decoder = halves(model, work.seq_len, work.target_len)
-  size = work.batch_size, decoder.length, decoder.memory_len
-  weights = [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES]
-  cached = ['float32' if d == 'float32' else 'bfloat16' for d in memory.DTYPES]
-  caches = [memory.cache_bytes(model, *size, dtype) for dtype in cached]
-  totals = list(map(operator.add, weights, caches))
-  table.add_row('weights', *map(in_bytes, weights))
-  table.add_row('cache', *map(in_bytes, caches))
-  for device in map(roofline.device_of, roofline.DEVICES):
-    table.add_row(
-      f'{device.name}, {in_bytes(device.num_bytes)}',
-      *(_fits(total, device) for total in totals),
-    )
-  return table
-
-
-def _fits(num_bytes: int, device: roofline.Device) -> str:
-  """The cell of a table that says whether so many bytes fit into a device."""
-  if not device.num_bytes:
-    return 'unknown'
-  if num_bytes <= device.num_bytes:
-    share = num_bytes / device.num_bytes
-    return f'fits ({share:.0%})' if share >= 0.005 else 'fits (<1%)'
-  return f'needs {-(-num_bytes // device.num_bytes)}'
 
 
 def with_own_vocabulary(options: RunOptions) -> RunOptions:
@@ -522,15 +488,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   model = options.build()
   lengths = options.data.seq_len, options.data.target_len
   num_parts = arguments.expert_parallel or max(options.mesh.expert, 1)
-  one_row, training_batch = (
-    Workload(arguments.batch or rows, *lengths, num_parts)
-    for rows in (1, options.shape().rows)
-  )
+  rows = arguments.batch or options.shape().rows
+  work = Workload(rows, *lengths, num_parts)
   console = wide_console()
-  console.print(compute_table(model, training_batch))
+  console.print(compute_table(model, work))
   if model.stacks.blocks:
-    console.print(memory_table(model, training_batch))
-    console.print(fit_table(model, one_row))
+    console.print(memory_table(model, work, arguments.batch or 1))
   if len(model.stacks.blocks) == 1:
     console.print(training_table(options, model))
 
