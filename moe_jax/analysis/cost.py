@@ -38,72 +38,92 @@ from moe_jax.training.run_options import RunOptions
 
 
 class Workload(NamedTuple):
-  """The sizes of the batch whose costs are counted.
+  """The sizes of the batches whose costs are counted.
 
   Attributes:
-    batch_size: Number of rows in the batch.
+    batch_size: Number of rows in a batch of training.
     seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
       row.
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
     num_parts: Number of devices that the experts are split over.
+    num_generated: Number of rows that are generated at once.
   """
 
   batch_size: int
   seq_len: int
   target_len: int = 0
   num_parts: int = 1
+  num_generated: int = 1
 
 
-def compute_table(model: Model, work: Workload) -> Table:
-  """The table of the parameters and the FLOPs of a model."""
+def cost_table(model: Model, work: Workload) -> Table:
+  """The table of what a model's parameters, FLOPs and bytes consist of.
+
+  Bytes are counted of models of blocks alone.
+  """
   c = count(model, work.seq_len, work.target_len, work.batch_size)
   read, written = 'prefill, per token read', 'decoding, per token generated'
-  caption = 'A multiply-add counts as two FLOPs.'
+  sentences = ['A multiply-add counts as two FLOPs.']
   if c.encoder:
     read, written = 'encoder, per token read', 'decoder, per token generated'
-    caption += (
-      f' Attention is counted in full, over {c.encoder_len} tokens read and '
+    sentences.append(
+      f'Attention is counted in full, over {c.encoder_len} tokens read and '
       f'{c.decoder_len} written; FLOPs of training are their mean.'
     )
   elif model.stacks.blocks:
-    caption += f' Attention is counted in full, over {c.decoder_len} tokens.'
+    sentences.append(
+      f'Attention is counted in full, over {c.decoder_len} tokens.'
+    )
   if c.expert_params:
-    caption += (
-      f' Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
+    sentences.append(
+      f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
       'expert; rows without a token are not counted.'
     )
-  if not model.stacks.blocks:
+  counts = {
+    'Parameters': {
+      'all experts': c.expert_params,
+      'all but the experts': c.total_params - c.expert_params,
+      'embedding tables among those': c.embedding_params,
+      'used for one token': c.active_params,
+    },
+    'FLOPs': {
+      'training, per token': c.training_flops,
+      read: c.prefill_flops,
+      written: c.decode_flops,
+      'forward pass, per example': c.example_flops,
+    },
+  }
+  arrays = {}
+  if model.stacks.blocks:
+    arrays = array_bytes(model, work)
+    sentences.append(
+      'Kept bytes are what the forward pass leaves for the backward pass. In '
+      'training, weights, gradients, the state of the optimizer and temporary '
+      'arrays of the compiled program come on top.'
+    )
+  else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
-    caption += (
-      ' Without embedding and softmax a token takes '
+    sentences.append(
+      'Without embedding and softmax a token takes '
       f'{multiply_adds / 1e6:,.1f}M multiply-adds, and there are '
       f'{params / 1e6:,.1f}M parameters. Memory is counted of models of blocks '
       'alone.'
     )
   table = Table(
-    'Parameters',
-    Column('', justify='right'),
-    'FLOPs',
+    '',
     Column('', justify='right'),
     title=f'{short(c.total_params)} parameters in memory, '
     f'{short(c.active_params)} in compute per token',
-    caption=caption,
+    caption=' '.join(sentences),
+    show_header=False,
   )
-  parts = {
-    'all experts': c.expert_params,
-    'all but the experts': c.total_params - c.expert_params,
-    'embedding tables among those': c.embedding_params,
-    'used for one token': c.active_params,
-  }
-  phases = {
-    'training, per token': c.training_flops,
-    read: c.prefill_flops,
-    written: c.decode_flops,
-    'forward pass, per example': c.example_flops,
-  }
-  for (part, n), (phase, m) in zip(parts.items(), phases.items()):
-    table.add_row(part, short(n), phase, short(m))
+  for form, sections in ((short, counts), (in_bytes, arrays)):
+    for heading, rows in sections.items():
+      table.add_section()
+      table.add_row(heading, style='bold')
+      for name, n in rows.items():
+        table.add_row(f'  {name}', form(n))
   return table
 
 
@@ -117,30 +137,21 @@ def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
   return (count(model, seq_len).decoder.total - logits) // 2, layers
 
 
-def memory_table(model: Model, work: Workload, num_generated: int = 1) -> Table:
-  """The table of the bytes that a training step and generation take.
+def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
+  """The bytes of arrays in a training step and in generation.
 
   Args:
     model: A model of blocks.
-    work: Sizes of the batch that a training step computes.
-    num_generated: Number of rows that are generated at once.
+    work: Sizes of the batches.
+
+  Returns:
+    The bytes by the use of the arrays, with its sizes, and by the array.
   """
   stacks = halves(model, work.seq_len, work.target_len)
-  lengths = ' and '.join(str(half.length) for half in stacks)
-  decoder = stacks[-1]
-  table = Table(
-    'Arrays',
-    Column('Bytes', justify='right'),
-    title=f'Bytes of a training step on a batch of {work.batch_size} x '
-    f'{lengths} tokens, activations in {decoder.stack.block.shared.dtype}, '
-    f'and of generating {num_generated} x {decoder.length} tokens',
-    caption='Kept bytes are what the forward pass leaves for the backward '
-    'pass. In training, weights, gradients, the state of the optimizer and '
-    'temporary arrays of the compiled program come on top.',
-  )
-  B, layers = work.batch_size, 'kept by all layers, without attention scores'
+  decoder, B = stacks[-1], work.batch_size
   kept = memory.activations(model, *work[:3])
-  rows = {
+  layers = 'kept by all layers, without attention scores'
+  training = {
     f'{layers} (remat={decoder.stack.remat!r})': kept.layers,
     'kept attention scores, unless attention is fused': kept.scores,
     'kept output logits, in float32': kept.logits,
@@ -152,18 +163,24 @@ def memory_table(model: Model, work: Workload, num_generated: int = 1) -> Table:
     num_rows = memory.expert_rows(moe, B, half.length)
     dispatch = f'{DISPATCHES.name_of(moe.dispatch)}, {num_rows} rows'
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
-    rows[name] = memory.dispatch_bytes(half, B)
+    training[name] = memory.dispatch_bytes(half, B)
     if sent := memory.all_to_all_bytes(half, B, work.num_parts):
       n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
-      rows[f'{stack}one all-to-all, as {devices} sends it'] = sent
-      rows[f'{stack}the {n} all-to-alls of a training step'] = n * sent
-  for dtype in memory.DTYPES:
-    rows[f'generating: weights in {dtype}'] = memory.weight_bytes(model, dtype)
-  size = num_generated, decoder.length, decoder.memory_len
-  rows['generating: a full cache'] = memory.cache_bytes(model, *size)
-  for name, num_bytes in rows.items():
-    table.add_row(name, in_bytes(num_bytes))
-  return table
+      training[f'{stack}one all-to-all, as {devices} sends it'] = sent
+      training[f'{stack}the {n} all-to-alls of a training step'] = n * sent
+  size = work.num_generated, decoder.length, decoder.memory_len
+  generation = {
+    f'weights in {dtype}': memory.weight_bytes(model, dtype)
+    for dtype in memory.DTYPES
+  }
+  generation['a full cache'] = memory.cache_bytes(model, *size)
+  lengths = ' and '.join(str(half.length) for half in stacks)
+  dtype = decoder.stack.block.shared.dtype
+  return {
+    f'Bytes of a training step on a batch of {B} x {lengths} tokens, '
+    f'activations in {dtype}': training,
+    f'Bytes to generate {size[0]} x {size[1]} tokens': generation,
+  }
 
 
 def training_table(options: RunOptions, model: Model) -> Table:
@@ -489,11 +506,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   lengths = options.data.seq_len, options.data.target_len
   num_parts = arguments.expert_parallel or max(options.mesh.expert, 1)
   rows = arguments.batch or options.shape().rows
-  work = Workload(rows, *lengths, num_parts)
+  work = Workload(rows, *lengths, num_parts, arguments.batch or 1)
   console = wide_console()
-  console.print(compute_table(model, work))
-  if model.stacks.blocks:
-    console.print(memory_table(model, work, arguments.batch or 1))
+  console.print(cost_table(model, work))
   if len(model.stacks.blocks) == 1:
     console.print(training_table(options, model))
 

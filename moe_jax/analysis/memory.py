@@ -46,7 +46,6 @@ def cache_bytes(
   batch_size: int,
   max_len: int,
   encoder_len: int = 0,
-  dtype: str = '',
 ) -> int:
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
@@ -56,10 +55,9 @@ def cache_bytes(
     max_len: Number of tokens of a row, its prompt included.
     encoder_len: Number of tokens that the encoder reads, whose keys and values
       cross-attention keeps.
-    dtype: Type of keys and values; '' stands for the type of the activations.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
-  itemsize = jnp.dtype(dtype or decoder.stack.block.shared.dtype).itemsize
+  itemsize = jnp.dtype(decoder.stack.block.shared.dtype).itemsize
   # Generation does not stack the parameters of layers.
   stack = dataclasses.replace(decoder.stack, stacked=False)
   memory_len = encoder_len if decoder.memory_len else 0

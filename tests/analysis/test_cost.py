@@ -416,7 +416,7 @@ def test_the_count_is_what_xla_counts():
 
 def test_the_table_says_it():
   model = build('MoE-256-h')
-  table = cost.compute_table(model, cost.Workload(1, 16))
+  table = cost.cost_table(model, cost.Workload(1, 16))
   for words in ('takes 8.4M multiply-adds', 'there are 272.9M parameters'):
     assert words in table.caption
 
@@ -435,10 +435,7 @@ def test_mixtral_is_47b_in_memory_and_13b_in_compute():
   options = run_config.read(mixtral_8x7b.get_config())
   model = options.build()
   work = cost.Workload(1, options.data.seq_len, num_parts=options.mesh.expert)
-  text = text_of(
-    cost.compute_table(model, work),
-    cost.memory_table(model, work),
-  )
+  text = text_of(cost.cost_table(model, work))
   assert '46.7B parameters in memory, 12.9B in compute per token' in text
   rows = {
     cells[0]: cells[1:]
@@ -447,35 +444,32 @@ def test_mixtral_is_47b_in_memory_and_13b_in_compute():
   }
   weights = {'float32': '187 GB', 'bfloat16': '93.4 GB', 'int8': '46.7 GB'}
   for dtype, num_bytes in weights.items():
-    assert rows[f'generating: weights in {dtype}'] == [num_bytes]
+    assert rows[f'weights in {dtype}'] == [num_bytes]
   # The cache has 2 * 32 layers * 8 heads of 128, for 32768 tokens in bfloat16.
-  assert rows['generating: a full cache'] == ['4.3 GB']
+  assert rows['a full cache'] == ['4.3 GB']
   assert 'one all-to-all, as each of 8 devices sends it' in rows
 
 
 def test_tables_of_an_encoder_decoder_name_both_halves():
   model = tiny.build(kind='encoder_decoder')
-  work = cost.Workload(3, T, target_len=6, num_parts=5)
-  text = text_of(
-    cost.compute_table(model, work),
-    cost.memory_table(model, work, 3),
-  )
+  work = cost.Workload(3, T, target_len=6, num_parts=5, num_generated=3)
+  text = text_of(cost.cost_table(model, work))
   text = ' '.join(text.split())
   for part in (
     'over 10 tokens read and 6 written',
     'a batch of 3 x 10 and 6 tokens',
     'encoder: rows to and from the experts of a sparse layer (gather, 45 rows)',
     'decoder: the 8 all-to-alls of a training step',
-    'of generating 3 x 6 tokens',
+    'Bytes to generate 3 x 6 tokens',
   ):
     assert part in text
 
 
 def test_a_dense_model_has_no_rows_of_experts():
   model = tiny.build(dict(layers='none'))
-  text = text_of(cost.memory_table(model, cost.Workload(2, T)))
-  assert 'kept by all layers' in text
-  assert 'experts' not in text
+  training, *_ = cost.array_bytes(model, cost.Workload(2, T)).values()
+  assert any('kept by all layers' in name for name in training)
+  assert not any('experts' in name for name in training)
 
 
 @pytest.mark.parametrize(
