@@ -1,4 +1,4 @@
-"""The cost of a model: its parameters, and FLOPs and bytes of their use.
+"""Counts what a model costs: parameters, FLOPs and bytes.
 
     python -m moe_jax.analysis.cost --config=moe_jax:mixtral_8x7b
     python -m moe_jax.analysis.cost --config=moe_jax:switch_base:e8 --batch=4
@@ -145,7 +145,8 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
     work: Sizes of the batches.
 
   Returns:
-    The bytes by the use of the arrays, with its sizes, and by the array.
+    The bytes of each array by its name, under a heading for the training step
+    and one for generation, which name the sizes of their batch.
   """
   stacks = halves(model, work.seq_len, work.target_len)
   decoder, B = stacks[-1], work.batch_size
