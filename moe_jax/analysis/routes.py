@@ -255,7 +255,7 @@ def pictures(layers: Layers) -> Iterator[tuple[str, Figure]]:
     for (a, b), table in measures.flows(layers).items()
   }
   if flows:
-    title = 'Tokens from an expert to an expert of the next layer / chance'
+    title = 'Tokens from an expert to an expert\nof the next layer / chance'
     yield 'transitions', _panels(flows, (title, 'next expert', 'expert'))
 
 
@@ -307,7 +307,7 @@ def _panels(
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
-  size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
+  size = max(columns * side, 4.8), 1 + lines * (side * 0.95)
   figure, all_axes, _ = plot_style.heat_maps(panels, labels, columns, size)
   for axes in all_axes:
     axes.set_aspect('equal')
