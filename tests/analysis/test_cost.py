@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.study import claims
 from moe_jax import models, run_config
-from moe_jax.analysis import cost, counts, explain_cost
+from moe_jax.analysis import cost, counts
 from moe_jax.configs import glam_64b64e, mixtral_8x7b, openmoe_8b, shazeer_lstm
 from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.layers.attention import LatentOptions
@@ -504,18 +504,18 @@ def test_the_command_prints_the_tables_of_overrides(capsys, monkeypatch):
 # Flags are read as in `tests/test_main.py`, which has more mistakes.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('main', 'flag', 'nearest'),
+  ('flag', 'nearest'),
   [
-    (explain_cost.main, '--config.model.widht=64', 'model.width'),
-    (cost.main, '--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
+    ('--config.model.widht=64', 'model.width'),
+    ('--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
   ],
 )
 def test_an_unknown_key_is_refused_in_one_line(
-  main, flag, nearest, capsys, monkeypatch
+  flag, nearest, capsys, monkeypatch
 ):
   monkeypatch.chdir(ROOT)
   with pytest.raises(SystemExit) as exit_info:
-    main(['--config=configs/tiny_switch.py', flag])
+    cost.main(['--config=configs/tiny_switch.py', flag])
   assert exit_info.value.code == 1
   captured = capsys.readouterr()
   assert captured.out == ''
