@@ -266,7 +266,7 @@ def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
     ValueError: The device is unknown.
   """
   kind = topology.partition(':')[0]
-  names = [name for name in roofline.DEVICES if name != roofline.HERE]
+  names = [*roofline.DEVICES]
   if device or kind in roofline.DEVICES:
     names = [device or kind]
   lines = {}
@@ -276,7 +276,7 @@ def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
     lines[
       f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '
       f'{cost.in_bytes(needed_bytes)} of {cost.in_bytes(candidate.num_bytes)} '
-      f'({needed_bytes / max(candidate.num_bytes, 1):.0%})'
+      f'({needed_bytes / candidate.num_bytes:.0%})'
     ] = fits
   return lines
 

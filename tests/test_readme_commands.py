@@ -44,7 +44,6 @@ TESTED_APART = {
   r'moe_jax\.interop export --workdir=runs/tiny_mixtral ': (
     'test_readme_commands.py'
   ),
-  r'moe_jax\.analysis\.explain_cost ': 'analysis/test_explain_cost.py',
   r'moe_jax\.generate .*--best': 'test_generate.py',
   r'moe_jax\.generate .*--trace': 'analysis/test_recording.py',
   r'moe_jax\.generate .*runs/instruct': 'test_generate.py',

@@ -1,4 +1,4 @@
-"""The cost of a model: parameters, FLOPs, bytes, devices with room for it.
+"""Counts what a model costs: parameters, FLOPs and bytes.
 
     python -m moe_jax.analysis.cost --config=moe_jax:mixtral_8x7b
     python -m moe_jax.analysis.cost --config=moe_jax:switch_base:e8 --batch=4
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import datetime
 import math
-import operator
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
@@ -39,72 +38,92 @@ from moe_jax.training.run_options import RunOptions
 
 
 class Workload(NamedTuple):
-  """The sizes of the batch whose costs are counted.
+  """The sizes of the batches whose costs are counted.
 
   Attributes:
-    batch_size: Number of rows in the batch.
+    batch_size: Number of rows in a batch of training.
     seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
       row.
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
     num_parts: Number of devices that the experts are split over.
+    num_generated: Number of rows that are generated at once.
   """
 
   batch_size: int
   seq_len: int
   target_len: int = 0
   num_parts: int = 1
+  num_generated: int = 1
 
 
-def compute_table(model: Model, work: Workload) -> Table:
-  """The table of the parameters and the FLOPs of a model."""
+def cost_table(model: Model, work: Workload) -> Table:
+  """The table of what a model's parameters, FLOPs and bytes consist of.
+
+  Bytes are counted of models of blocks alone.
+  """
   c = count(model, work.seq_len, work.target_len, work.batch_size)
   read, written = 'prefill, per token read', 'decoding, per token generated'
-  caption = 'A multiply-add counts as two FLOPs.'
+  sentences = ['A multiply-add counts as two FLOPs.']
   if c.encoder:
     read, written = 'encoder, per token read', 'decoder, per token generated'
-    caption += (
-      f' Attention is counted in full, over {c.encoder_len} tokens read and '
+    sentences.append(
+      f'Attention is counted in full, over {c.encoder_len} tokens read and '
       f'{c.decoder_len} written; FLOPs of training are their mean.'
     )
   elif model.stacks.blocks:
-    caption += f' Attention is counted in full, over {c.decoder_len} tokens.'
+    sentences.append(
+      f'Attention is counted in full, over {c.decoder_len} tokens.'
+    )
   if c.expert_params:
-    caption += (
-      f' Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
+    sentences.append(
+      f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
       'expert; rows without a token are not counted.'
     )
-  if not model.stacks.blocks:
+  counts = {
+    'Parameters': {
+      'all experts': c.expert_params,
+      'all but the experts': c.total_params - c.expert_params,
+      'embedding tables among those': c.embedding_params,
+      'used for one token': c.active_params,
+    },
+    'FLOPs': {
+      'training, per token': c.training_flops,
+      read: c.prefill_flops,
+      written: c.decode_flops,
+      'forward pass, per example': c.example_flops,
+    },
+  }
+  arrays = {}
+  if model.stacks.blocks:
+    arrays = array_bytes(model, work)
+    sentences.append(
+      'Kept bytes are what the forward pass leaves for the backward pass. In '
+      'training, weights, gradients, the state of the optimizer and temporary '
+      'arrays of the compiled program come on top.'
+    )
+  else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
-    caption += (
-      ' Without embedding and softmax a token takes '
+    sentences.append(
+      'Without embedding and softmax a token takes '
       f'{multiply_adds / 1e6:,.1f}M multiply-adds, and there are '
       f'{params / 1e6:,.1f}M parameters. Memory is counted of models of blocks '
       'alone.'
     )
   table = Table(
-    'Parameters',
-    Column('', justify='right'),
-    'FLOPs',
+    '',
     Column('', justify='right'),
     title=f'{short(c.total_params)} parameters in memory, '
     f'{short(c.active_params)} in compute per token',
-    caption=caption,
+    caption=' '.join(sentences),
+    show_header=False,
   )
-  parts = {
-    'all experts': c.expert_params,
-    'all but the experts': c.total_params - c.expert_params,
-    'embedding tables among those': c.embedding_params,
-    'used for one token': c.active_params,
-  }
-  phases = {
-    'training, per token': c.training_flops,
-    read: c.prefill_flops,
-    written: c.decode_flops,
-    'forward pass, per example': c.example_flops,
-  }
-  for (part, n), (phase, m) in zip(parts.items(), phases.items()):
-    table.add_row(part, short(n), phase, short(m))
+  for form, sections in ((short, counts), (in_bytes, arrays)):
+    for heading, rows in sections.items():
+      table.add_section()
+      table.add_row(heading, style='bold')
+      for name, n in rows.items():
+        table.add_row(f'  {name}', form(n))
   return table
 
 
@@ -118,24 +137,23 @@ def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
   return (count(model, seq_len).decoder.total - logits) // 2, layers
 
 
-def memory_table(model: Model, work: Workload) -> Table:
-  """The table of bytes of activations, expert rows and exchanges of a batch."""
+def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
+  """The bytes of arrays in a training step and in generation.
+
+  Args:
+    model: A model of blocks.
+    work: Sizes of the batches.
+
+  Returns:
+    The bytes of each array by its name, under a heading for the training step
+    and one for generation, which name the sizes of their batch.
+  """
   stacks = halves(model, work.seq_len, work.target_len)
-  lengths = ' and '.join(str(half.length) for half in stacks)
-  decoder = stacks[-1].stack
-  table = Table(
-    'Arrays',
-    Column('Bytes', justify='right'),
-    title=f'Bytes of a training step on a batch of {work.batch_size} x '
-    f'{lengths} tokens, activations in {decoder.block.shared.dtype}',
-    caption='Kept bytes are what the forward pass leaves for the backward '
-    'pass. Weights, gradients, the state of the optimizer and temporary arrays '
-    'of the compiled program come on top.',
-  )
-  B, layers = work.batch_size, 'kept by all layers, without attention scores'
+  decoder, B = stacks[-1], work.batch_size
   kept = memory.activations(model, *work[:3])
-  rows = {
-    f'{layers} (remat={decoder.remat!r})': kept.layers,
+  layers = 'kept by all layers, without attention scores'
+  training = {
+    f'{layers} (remat={decoder.stack.remat!r})': kept.layers,
     'kept attention scores, unless attention is fused': kept.scores,
     'kept output logits, in float32': kept.logits,
   }
@@ -146,14 +164,24 @@ def memory_table(model: Model, work: Workload) -> Table:
     num_rows = memory.expert_rows(moe, B, half.length)
     dispatch = f'{DISPATCHES.name_of(moe.dispatch)}, {num_rows} rows'
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
-    rows[name] = memory.dispatch_bytes(half, B)
+    training[name] = memory.dispatch_bytes(half, B)
     if sent := memory.all_to_all_bytes(half, B, work.num_parts):
       n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
-      rows[f'{stack}one all-to-all, as {devices} sends it'] = sent
-      rows[f'{stack}the {n} all-to-alls of a training step'] = n * sent
-  for name, num_bytes in rows.items():
-    table.add_row(name, in_bytes(num_bytes))
-  return table
+      training[f'{stack}one all-to-all, as {devices} sends it'] = sent
+      training[f'{stack}the {n} all-to-alls of a training step'] = n * sent
+  size = work.num_generated, decoder.length, decoder.memory_len
+  generation = {
+    f'weights in {dtype}': memory.weight_bytes(model, dtype)
+    for dtype in memory.DTYPES
+  }
+  generation['a full cache'] = memory.cache_bytes(model, *size)
+  lengths = ' and '.join(str(half.length) for half in stacks)
+  dtype = decoder.stack.block.shared.dtype
+  return {
+    f'Bytes of a training step on a batch of {B} x {lengths} tokens, '
+    f'activations in {dtype}': training,
+    f'Bytes to generate {size[0]} x {size[1]} tokens': generation,
+  }
 
 
 def training_table(options: RunOptions, model: Model) -> Table:
@@ -186,50 +214,6 @@ def training_table(options: RunOptions, model: Model) -> Table:
     costs = training_cost(variant, model)
     table.add_row(name, *(form(n) for form, n in zip(forms.values(), costs)))
   return table
-
-
-def fit_table(model: Model, work: Workload) -> Table:
-  """The table of bytes of weights and cache, and of devices with room for them.
-
-  The cache is float32 if the weights are float32, and bfloat16 otherwise.
-
-  Args:
-    model: A model of blocks.
-    work: Sizes of the batch that is generated.
-  """
-  table = Table(
-    '',
-    *(Column(dtype, justify='right') for dtype in memory.DTYPES),
-    title=f'Memory to generate {work.batch_size} x '
-    f'{work.target_len or work.seq_len} tokens, by type of the weights',
-    caption='Weights and a full cache are compared with all of the memory that '
-    'the vendor of a device names. Where they do not fit, the number of '
-    'devices that they take is given. int8 takes one byte for each weight.',
-  )
-  *_, decoder = halves(model, work.seq_len, work.target_len)
-  size = work.batch_size, decoder.length, decoder.memory_len
-  weights = [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES]
-  cached = ['float32' if d == 'float32' else 'bfloat16' for d in memory.DTYPES]
-  caches = [memory.cache_bytes(model, *size, dtype) for dtype in cached]
-  totals = list(map(operator.add, weights, caches))
-  table.add_row('weights', *map(in_bytes, weights))
-  table.add_row('cache', *map(in_bytes, caches))
-  for device in map(roofline.device_of, roofline.DEVICES):
-    table.add_row(
-      f'{device.name}, {in_bytes(device.num_bytes)}',
-      *(_fits(total, device) for total in totals),
-    )
-  return table
-
-
-def _fits(num_bytes: int, device: roofline.Device) -> str:
-  """The cell of a table that says whether so many bytes fit into a device."""
-  if not device.num_bytes:
-    return 'unknown'
-  if num_bytes <= device.num_bytes:
-    share = num_bytes / device.num_bytes
-    return f'fits ({share:.0%})' if share >= 0.005 else 'fits (<1%)'
-  return f'needs {-(-num_bytes // device.num_bytes)}'
 
 
 def with_own_vocabulary(options: RunOptions) -> RunOptions:
@@ -522,15 +506,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   model = options.build()
   lengths = options.data.seq_len, options.data.target_len
   num_parts = arguments.expert_parallel or max(options.mesh.expert, 1)
-  one_row, training_batch = (
-    Workload(arguments.batch or rows, *lengths, num_parts)
-    for rows in (1, options.shape().rows)
-  )
+  rows = arguments.batch or options.shape().rows
+  work = Workload(rows, *lengths, num_parts, arguments.batch or 1)
   console = wide_console()
-  console.print(compute_table(model, training_batch))
-  if model.stacks.blocks:
-    console.print(memory_table(model, training_batch))
-    console.print(fit_table(model, one_row))
+  console.print(cost_table(model, work))
   if len(model.stacks.blocks) == 1:
     console.print(training_table(options, model))
 

@@ -54,6 +54,11 @@ class Half(NamedTuple):
     return self.stack.block.attention.within(self.width)
 
   @property
+  def itemsize(self) -> int:
+    """Bytes of a number in the type of the activations."""
+    return jnp.dtype(self.stack.block.shared.dtype).itemsize
+
+  @property
   def keys(self) -> int:
     """Number of tokens that each token attends to, masked ones counted."""
     crosses = self.stack.block.cross

@@ -132,8 +132,9 @@ class DryRun:
   ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
     """The options, the notes and the data of a run that could not be set up.
 
-    The options get the vocabulary's size from the data, or from a tokenizer
-    whose size is known; they are None if neither tells it. The data is None
+    The notes are the lines that the run would print when it is set up. The
+    options get the vocabulary's size from the data, or from a tokenizer whose
+    size is known; they are None if neither tells the size. The data is None
     unless it is prepared.
     """
     options, notes, dataset, filled = self.options, [], None, None

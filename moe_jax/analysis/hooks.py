@@ -49,7 +49,8 @@ class Facts(Hook):
     """Prints lines on data, model and devices; warns of a non-causal model.
 
     The last line says why nothing is printed for a while before the first step.
-    The recorder is told the least time of a step, for `mfu`.
+    The run's recorder of metrics gets the least time of a step, from which it
+    computes `mfu`, the share of the devices' peak speed that training reaches.
     """
     lines = facts(run.options, run.model, run.programs, run.mesh)
     for line in (run.dataset.describe(), *lines):

@@ -6,12 +6,9 @@ Gradients, the state of an optimizer and temporary arrays are not counted.
 import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from moe_jax.analysis import counts
 from moe_jax.analysis.counts import Half, group_rows, group_size, halves
 from moe_jax.errors import InputError
-from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import ACTIVATIONS, FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
@@ -46,7 +43,6 @@ def cache_bytes(
   batch_size: int,
   max_len: int,
   encoder_len: int = 0,
-  dtype: str = '',
 ) -> int:
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
@@ -56,10 +52,8 @@ def cache_bytes(
     max_len: Number of tokens of a row, its prompt included.
     encoder_len: Number of tokens that the encoder reads, whose keys and values
       cross-attention keeps.
-    dtype: Type of keys and values; '' stands for the type of the activations.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
-  itemsize = jnp.dtype(dtype or decoder.stack.block.shared.dtype).itemsize
   # Generation does not stack the parameters of layers.
   stack = dataclasses.replace(decoder.stack, stacked=False)
   memory_len = encoder_len if decoder.memory_len else 0
@@ -67,7 +61,7 @@ def cache_bytes(
   # Besides keys and values, the cache has a flag for each slot, the next
   # position and the last token of each row, and its length.
   flags = max_len + memory_len
-  cached_bytes = slots * decoder.attention.cached_values * itemsize
+  cached_bytes = slots * decoder.attention.cached_values * decoder.itemsize
   return batch_size * (cached_bytes + flags + 8) + 4
 
 
@@ -125,7 +119,7 @@ def _kept_by_layers(half: Half, B: int) -> int:
   """Bytes, less attention scores, that layers keep for the backward pass."""
   c, block, moe = half.stack, half.stack.block, half.moe
   n, L, M = B * half.length, len(c.sparse), half.width
-  b = jnp.dtype(block.shared.dtype).itemsize
+  b = half.itemsize
   total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
   if c.remat == 'full':
     return total
@@ -138,19 +132,19 @@ def _kept_by_layers(half: Half, B: int) -> int:
   # The dense feed-forwards that follow those of experts within a layer.
   extra = sum(c.sparse) if has_extra else 0
   dense = L - sum(c.sparse) + extra
-  total += dense * n * _kept_hidden(block, block.ffn, keeps_all)
+  total += dense * n * _kept_hidden(half, block.ffn, keeps_all)
   if block.moe is not None and moe is None:  # a dense twin
-    hidden = _kept_hidden(block, block.moe.twin().ffn, keeps_all)
+    hidden = _kept_hidden(half, block.moe.twin().ffn, keeps_all)
     total += sum(c.sparse) * n * hidden
   rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
   if moe is not None:
     # The products without slots have a gradient that keeps their inputs alone.
     keeps_slots = keeps_all and moe.dispatch.by_slot
-    hidden = _kept_hidden(block, moe.expert.twin(1).ffn, keeps_slots)
+    hidden = _kept_hidden(half, moe.expert.twin(1).ffn, keeps_slots)
     columns = sum(layer_moe.num_experts for layer_moe in half.moes)
     total += rows * (hidden + M * b) + n * 4 * columns
     if (shared := moe.shared_twin) is not None:
-      hidden = _kept_hidden(block, shared.ffn, keeps_all)
+      hidden = _kept_hidden(half, shared.ffn, keeps_all)
       total += len(half.moes) * n * hidden
   if keeps_all:
     # Each norm keeps three float32 arrays, and its output twice, once as what
@@ -162,15 +156,15 @@ def _kept_by_layers(half: Half, B: int) -> int:
   return total
 
 
-def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
+def _kept_hidden(half: Half, ffn: FfnOptions, keeps_all: bool) -> int:
   """Bytes of the hidden values that a feed-forward keeps for each input vector.
 
   Args:
-    block: The blocks that the feed-forward belongs to.
+    half: The stack that the feed-forward belongs to.
     ffn: The width and the activation of the feed-forward.
     keeps_all: Whether arrays between products are kept too.
   """
-  b, act = jnp.dtype(block.shared.dtype).itemsize, ACTIVATIONS[ffn.activation]
+  b, act = half.itemsize, ACTIVATIONS[ffn.activation]
   if not keeps_all:
     return len(act.kernels) * ffn.hidden * b
   signs = ffn.hidden if act.cheap else 0
@@ -185,8 +179,7 @@ def _kept_scores(half: Half, B: int) -> int:
   bias = 4 * H * T * T if has_bias else 0
   if c.remat != 'none':
     return bias
-  per_score = 4 + jnp.dtype(block.shared.dtype).itemsize
-  return bias + len(c.sparse) * B * H * T * half.keys * per_score
+  return bias + len(c.sparse) * B * H * T * half.keys * (4 + half.itemsize)
 
 
 def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
@@ -207,17 +200,17 @@ def dispatch_bytes(half: Half, batch_size: int) -> int:
   A dispatch by masks also has a mask of one byte for each of the group's
   tokens, choices and slots, [G, S, K, E, C]. Where experts choose tokens, the
   mask has no dimension K.
+
+  Args:
+    half: A stack with sparse layers, of which the last one counts.
+    batch_size: Number of rows in the batch.
   """
-  moe = half.moe
-  if moe is None:
-    return 0
-  rows = expert_rows(moe, batch_size, half.length)
-  itemsize = jnp.dtype(half.stack.block.shared.dtype).itemsize
-  masks = 0
+  moe, masks = half.moes[-1], 0
   if moe.dispatch.by_mask:
     S = group_size(moe, batch_size, half.length)
-    masks = S * (1 if moe.router.by_expert else moe.num_selected) * rows
-  return 2 * rows * half.width * itemsize + masks
+    masks = S * (1 if moe.router.by_expert else moe.num_selected)
+  num_rows = expert_rows(moe, batch_size, half.length)
+  return num_rows * (2 * half.width * half.itemsize + masks)
 
 
 def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
@@ -229,17 +222,19 @@ def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   dropless layers are counted as if all devices got equally many rows; shadowed
   experts and rows for which a device has no room are not considered.
 
+  Args:
+    half: A stack with sparse layers, of which the last one counts.
+    batch_size: Number of rows in the batch.
+    num_parts: Number of devices.
+
   Raises:
     ValueError: The number of experts does not divide by the devices.
   """
-  moe = half.moe
-  if moe is None:
-    return 0
+  moe = half.moes[-1]
   E = moe.num_retained
   if num_parts < 1 or E % num_parts:
     raise InputError(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'
     )
-  rows = expert_rows(moe, batch_size, half.length)
-  itemsize = jnp.dtype(half.stack.block.shared.dtype).itemsize
-  return rows * half.width * itemsize * (num_parts - 1) // num_parts**2
+  num_bytes = expert_rows(moe, batch_size, half.length) * half.width
+  return num_bytes * half.itemsize * (num_parts - 1) // num_parts**2

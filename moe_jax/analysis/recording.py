@@ -31,7 +31,8 @@ from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, Run
 
 FOLDER = 'trace'
-# The most batches that may wait for the thread; the devices hold their arrays.
+# The most batches that may wait for the thread that writes records. Until a
+# batch is written, the devices hold its arrays.
 _QUEUE_SIZE = 8
 # For each of these fields of a record the key of its array in a batch, without
 # the prefix of the sequence.

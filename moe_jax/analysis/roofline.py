@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.config import unknown
-from moe_jax.devices import memory_of
 
 # Numbers of rows of the matmuls of which the fastest is the measured peak.
 SIZES = tuple(1 << n for n in range(9, 15))
@@ -67,16 +66,13 @@ def least_seconds(run: Callable[[], jax.Array]) -> float:
   return min(times)
 
 
-HERE = 'here'
-
-
 class Device(NamedTuple):
   """A kind of device that a model might run on.
 
   Attributes:
     name: Name of the device, as a table prints it.
     num_bytes: Bytes of all memory of the device, including what a runtime
-      reserves; 0 where the number is unknown.
+      reserves.
     kinds: Regular expression of the device's names in JAX (`device_kind`).
     peaks: FLOPs per second of dense products by type of the operands, as the
       vendor prints them. A type for which the vendor prints several speeds,
@@ -85,8 +81,8 @@ class Device(NamedTuple):
 
   name: str
   num_bytes: int
-  kinds: str = ''
-  peaks: Mapping[str, float] = {}
+  kinds: str
+  peaks: Mapping[str, float]
 
 
 def _device(name: str, gigabytes: int, kinds: str, teraflops: int) -> Device:
@@ -96,7 +92,7 @@ def _device(name: str, gigabytes: int, kinds: str, teraflops: int) -> Device:
 
 # Memory and FLOPs per second as vendors print them, in powers of ten, without
 # sparsity.
-_DEVICES = {
+DEVICES = {
   # From NVIDIA's data sheets; the H100 is the SXM version.
   'h100': _device('H100-80GB', 80, 'NVIDIA H100 80GB HBM3', 989),
   'h200': _device('H200-141GB', 141, 'NVIDIA H200', 989),
@@ -110,7 +106,6 @@ _DEVICES = {
   'v5p': _device('TPU v5p', 95, 'TPU v5p?', 459),
   'v6e': _device('TPU v6e', 32, 'TPU v6 lite', 918),
 }
-DEVICES = (*_DEVICES, HERE)
 
 
 class Peak(NamedTuple):
@@ -127,18 +122,14 @@ class Peak(NamedTuple):
 
 
 def device_of(name: str) -> Device:
-  """The device of that name; 'here' is the first device of this machine.
+  """The device of that name.
 
   Raises:
     ValueError: The name is none of `DEVICES`.
   """
-  if name in _DEVICES:
-    return _DEVICES[name]
-  if name != HERE:
+  if name not in DEVICES:
     raise unknown('device', name, DEVICES)
-  device = jax.devices()[0]
-  noun = 'machine' if device.platform == 'cpu' else device.device_kind
-  return Device(f'this {noun}', memory_of([device]))
+  return DEVICES[name]
 
 
 def num_processors(devices: Sequence[jax.Device]) -> int:
@@ -194,6 +185,6 @@ def vendor_rate(dtype: str, devices: Sequence[jax.Device]) -> float:
     devices: The devices, of one kind.
   """
   kind = devices[0].device_kind
-  known = (d for d in _DEVICES.values() if re.fullmatch(d.kinds, kind))
+  known = (d for d in DEVICES.values() if re.fullmatch(d.kinds, kind))
   peaks = next((device.peaks for device in known), {})
   return num_processors(devices) * peaks.get(dtype, 0.0)

@@ -2,8 +2,8 @@
 
     python -m moe_jax.analysis.routes runs/tiny/trace --output=runs/tiny/routes
 
-Tables are printed; the folder gets six pictures: load, drops, entropy,
-information, co_activation and transitions.
+Tables are printed; the folder gets up to three pictures: `load`,
+`co_activation` and `transitions`.
 """
 
 import argparse
@@ -12,13 +12,12 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from scipy.stats.contingency import expected_freq
 
 from moe_jax import cli
@@ -96,15 +95,14 @@ def run(options: argparse.Namespace) -> None:
   )
   if trace.header.note:
     print(f'Note: {trace.header.note}')
-  console, shown = wide_console(), [*tables(layers, by_label, churn)]
-  for table in shown:
+  console = wide_console()
+  for table in tables(layers, by_label, churn):
     if table.rows:
       console.print(table.terminal())
       console.print(f'{table.note}\n', highlight=False)
-  loads, drops, *_ = (table.rows for table in shown)
   output = pathlib.Path(options.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
-  for name, figure in pictures(layers, by_label, loads, drops):
+  for name, figure in pictures(layers):
     plot_style.save(figure, output / f'{name}.png')
   print(f'\nThe pictures are in {output}. {plot_style.HOW_TO_READ}')
 
@@ -112,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
 def tables(
   layers: Layers, by_label: ByLabel, churn: Mapping[str, Mapping[int, float]]
 ) -> Iterator[ValueTable]:
-  """The tables of a trace, loads and drops first; some may have no rows.
+  """The tables of a trace; some of them may have no rows.
 
   Args:
     layers: The choices in the trace.
@@ -224,9 +222,7 @@ def _pair_row(number: int, layer: Layer) -> Row:
   }
 
 
-def pictures(
-  layers: Layers, by_label: ByLabel, loads: Sequence[Row], drops: Sequence[Row]
-) -> Iterator[tuple[str, Figure]]:
+def pictures(layers: Layers) -> Iterator[tuple[str, Figure]]:
   """Yields the pictures of the choices in a trace, by name.
 
   Pictures of pairs of choices or of layers are drawn only if there are pairs.
@@ -236,10 +232,6 @@ def pictures(
 
   Args:
     layers: The choices in a trace.
-    by_label: The information of labels on experts, by the name of the label and
-      by layer.
-    loads: The rows of the table of loads, one for each layer.
-    drops: The rows of the table of drops.
   """
   n = max(len(layer.load) for layer in layers.values())
   relative = np.full((len(layers), n), math.nan)
@@ -250,25 +242,6 @@ def pictures(
   figure, (axes,), _ = plot_style.heat_maps({'': relative}, labels, 1, size)
   axes.set_yticks(range(len(layers)), labels=map(str, layers))
   yield 'load', figure
-  yield 'drops', drop_figure(drops)
-  entropies = {'Entropy / ln E': _columns(loads, '.*entropy / ln E')}
-  yield 'entropy', _lines(layers, entropies)
-
-  def of_labels(field: str) -> dict[str, list[float]]:
-    return {
-      name: [getattr(infos.get(n), field, math.nan) for n in layers]
-      for name, infos in by_label.items()
-    }
-
-  # The first label is the token's id, which every layer has.
-  ids = next(iter(by_label.values()))
-  base_rate = {'base rate': [info.base_rate for info in ids.values()]}
-  guesses = of_labels('accuracy') | base_rate
-  panels = {
-    'Information, less that of shuffled labels': of_labels('adjusted'),
-    'Best guess of the expert from the label': guesses,
-  }
-  yield 'information', _lines(layers, panels)
   pairs = {
     f'layer {n}': _over(pairs, measures.expected_pairs(pairs))
     for n, layer in layers.items()
@@ -282,66 +255,8 @@ def pictures(
     for (a, b), table in measures.flows(layers).items()
   }
   if flows:
-    title = 'Tokens from an expert to an expert of the next layer / chance'
+    title = 'Tokens from an expert to an expert\nof the next layer / chance'
     yield 'transitions', _panels(flows, (title, 'next expert', 'expert'))
-
-
-def drop_figure(rows: Sequence[Row]) -> Figure:
-  """Draws over layers which share of the tokens' choices is not served.
-
-  One panel has a line for each of a token's K choices, the other a line for
-  each quarter of the tokens of a sequence.
-
-  Args:
-    rows: A row for each layer, as in the command's table of drops.
-  """
-  panels = {
-    'Choices that are not served': r'choice \d+|tokens unserved',
-    'The same by quarter of the row': r'quarter \d',
-  }
-  return _lines(
-    [row['layer'] for row in rows],
-    {title: _columns(rows, pattern) for title, pattern in panels.items()},
-  )
-
-
-def _columns(rows: Sequence[Row], pattern: str) -> dict[str, list[float]]:
-  """The columns of a table whose names match `pattern`, by name."""
-  names = dict.fromkeys(name for row in rows for name in row)
-  return {
-    name: [row.get(name, math.nan) for row in rows]
-    for name in names
-    if re.fullmatch(pattern, name)
-  }
-
-
-def _lines(
-  layers: Iterable[int], panels: Mapping[str, Mapping[str, Sequence[float]]]
-) -> Figure:
-  """Draws shares over layers, as lines in one panel for each title.
-
-  Lines without any value are left out.
-  """
-  figure = Figure(figsize=(_WIDTH, 3.6), layout='constrained')
-  all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-  labels = [*map(str, layers)]
-  for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
-    for i, (label, values) in enumerate(lines.items()):
-      if not np.isnan(values).all():
-        axes.plot(values, **plot_style.series(i), label=label)
-    values = [0, *itertools.chain(*lines.values())]
-    lowest, highest = np.nanmin(values), np.nanmax(values)
-    room = 0.3 * (highest - lowest) or 1  # for the legend
-    axes.set_title(title, loc='left', fontsize='medium')
-    axes.set_xticks(range(len(labels)), labels=labels)
-    axes.set(xlabel='layer', xlim=(-0.6, len(labels) - 0.4))
-    axes.set_ylim(lowest - room * (lowest < 0), highest + room)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    axes.grid(alpha=0.25)
-    axes.spines[['top', 'right']].set_visible(False)
-    if axes.lines:
-      axes.legend(frameon=False, fontsize='small')
-  return figure
 
 
 def coloured_text(
@@ -392,7 +307,7 @@ def _panels(
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
-  size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
+  size = max(columns * side, 4.8), 1 + lines * (side * 0.95)
   figure, all_axes, _ = plot_style.heat_maps(panels, labels, columns, size)
   for axes in all_axes:
     axes.set_aspect('equal')

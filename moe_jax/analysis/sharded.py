@@ -37,7 +37,6 @@ _COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(
   r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)(\((.*?)\)(?:, .*)?)$'
 )
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(
   r'(?:calls|to_apply|body|condition|\w+_computations?)='
   r'(\{[^}]*\}|[%\w.\-]+)'
@@ -58,24 +57,18 @@ class Instruction(NamedTuple):
   """One instruction of a compiled program.
 
   Attributes:
-    name: Name of the instruction, unique in the program, by which profiles
-      name it too.
     computation: Name of the computation that the instruction stands in.
     type: Text of the type of its result, which may be a tuple in parentheses.
     opcode: Name of the operation, such as 'all-gather'.
-    op_name: The scopes and the primitive that the instruction was traced from;
-      '' for instructions that the compiler made.
     operands: Names of the instructions whose results it reads, in order.
     calls: Names of the computations that the instruction runs, such as the body
       of a loop.
     text: Text of the instruction behind its opcode: operands and attributes.
   """
 
-  name: str
   computation: str
   type: str
   opcode: str
-  op_name: str
   operands: tuple[str, ...]
   calls: tuple[str, ...]
   text: str
@@ -96,87 +89,16 @@ def parse(text: str) -> Program:
       computation = header[1]
     elif parts := _INSTRUCTION.match(line):
       name, type_, opcode, rest, operands = parts.groups()
-      op_name = _OP_NAME.search(rest)
       callees = re.findall(r'[\w.\-]+', ' '.join(_CALLS.findall(rest)))
       program[name] = Instruction(
-        name,
         computation,
         type_,
         opcode,
-        op_name[1] if op_name else '',
         tuple(re.findall(r'%([\w.\-]+)', operands)),
         tuple(dict.fromkeys(callees)),
         rest,
       )
   return program
-
-
-def op_name_of(program: Program) -> dict[str, str]:
-  """The `op_name` of each instruction, also of those that the compiler made.
-
-  An instruction without an `op_name` takes the most frequent one of the
-  instructions in the computations that it calls; else of those that read its
-  result; else of those whose results it reads; else of the loops or calls that
-  run its computation; else ''. Each of these rules is applied to all
-  instructions again and again, until it gives no further one an `op_name`.
-  """
-  bodies = _by_computation(program)
-  readers, callers = (collections.defaultdict(list) for _ in range(2))
-  for name, instruction in program.items():
-    for operand in instruction.operands:
-      readers[operand].append(name)
-    for computation in instruction.calls:
-      callers[computation].append(name)
-  op_names = {name: i.op_name for name, i in program.items()}
-  for neighbours in (
-    lambda i: [other for c in i.calls for other in bodies[c]],
-    lambda i: readers[i.name],
-    lambda i: i.operands,
-    lambda i: callers[i.computation],
-  ):
-    found = {'': ''}
-    while found:
-      found = {}
-      for name, instruction in program.items():
-        names = [op_names[n] for n in neighbours(instruction) if op_names[n]]
-        if names and not op_names[name]:
-          found[name] = max(names, key=names.count)
-      op_names |= found
-  return op_names
-
-
-def leaves(program: Program, executed: set[str]) -> set[str]:
-  """The executed instructions whose times may be summed.
-
-  A loop, a call or a conditional lasts as long as the instructions that it
-  runs, so it is left out where the profile lists any of these instructions.
-
-  Args:
-    program: The program.
-    executed: Names of the instructions that a profile lists. Those that the
-      program lacks are leaves.
-  """
-  busy = {program[name].computation for name in executed if name in program}
-  bodies = _by_computation(program)
-
-  @functools.cache
-  def runs_executed(computation: str) -> bool:
-    callees = (c for name in bodies[computation] for c in program[name].calls)
-    return computation in busy or any(map(runs_executed, callees))
-
-  return {
-    name
-    for name in executed
-    if name not in program or not any(map(runs_executed, program[name].calls))
-  }
-
-
-def _by_computation(program: Program) -> dict[str, list[str]]:
-  """The names of the instructions that stand in each computation."""
-  bodies = collections.defaultdict(list)
-  for name, instruction in program.items():
-    bodies[instruction.computation].append(name)
-  return bodies
 
 
 class Traffic(NamedTuple):

@@ -19,8 +19,6 @@ from moe_jax.routing import empty_aux, token_choice
 from tests.models import tiny
 from tests.models.tiny import B, T
 
-WORK = cost.Workload(B, T, num_parts=5)
-
 
 def figures(model):
   """All numbers that are counted for a model."""

@@ -1,6 +1,5 @@
 """The command that analyses a trace, its tables and pictures."""
 
-import math
 import re
 
 import numpy as np
@@ -67,9 +66,7 @@ def write(folder, header=HEADER, seed=0, kinds=('train', 'valid')):
   return str(folder)
 
 
-PICTURES = {
-  'load', 'drops', 'entropy', 'information', 'co_activation', 'transitions'
-}  # fmt: skip
+PICTURES = {'load', 'co_activation', 'transitions'}
 
 
 def test_a_report_has_tables_and_pictures(tmp_path, capsys, monkeypatch):
@@ -131,20 +128,6 @@ def test_records_in_which_training_drops_come_first(tmp_path, capsys):
   first, *_ = capsys.readouterr().out.splitlines()
   assert "'train_capacity' at 1 steps, 0 to 0." in first
   assert first.endswith('records: all_tokens.')
-
-
-def test_pictures_show_the_numbers_of_the_tables():
-  rows = [
-    {'layer': 1, 'choice 1': 0.5, 'tokens unserved': 0.25, 'quarter 1': 0.75},
-    {'layer': 4, 'choice 1': 0.0, 'choice 2': 0.125, 'quarter 1': 1.0},
-  ]
-  drops, places = routes.drop_figure(rows).axes
-  lasts = {line.get_label(): line.get_ydata()[-1] for line in drops.lines}
-  assert [*lasts] == ['choice 1', 'tokens unserved', 'choice 2']
-  assert lasts['choice 2'] == 0.125 and math.isnan(lasts['tokens unserved'])
-  assert [text.get_text() for text in drops.get_xticklabels()] == ['1', '4']
-  (line,) = places.lines
-  assert [*line.get_ydata()] == [0.75, 1.0]
 
 
 def test_a_text_has_the_colours_and_numbers_of_its_experts():
