@@ -39,8 +39,6 @@ _FIRST_SAVE = (
   'stopped, and at its end'
 )
 _MOST_LISTED = 5
-# The last commit that reads configs whose keys have since been renamed.
-_READS_OLDER = 'd9e62315'
 
 
 class Described(NamedTuple):
@@ -242,8 +240,7 @@ def _section_of(folder: pathlib.Path, name: str, root: Any) -> Any:
     return read_options(root, kept_config(folder).get(name, {}), f'{name}.')
   except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(
-      f'{folder / CONFIG} cannot be read: {error}; if it was made before '
-      f'2026-12-01, commit {_READS_OLDER} of moe_jax reads it'
+      f'{folder / CONFIG} cannot be read: {error}; {workdir_lib.OLDER}'
     ) from None
 
 
