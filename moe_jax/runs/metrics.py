@@ -11,15 +11,14 @@ numbers, but not the lists: a chart for every expert of every layer would bury
 the others. `analysis.plot_style` draws them.
 """
 
-import itertools
+import contextlib
 import json
 import logging
 import math
-import operator
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, SupportsInt
 
 import numpy as np
 
@@ -34,7 +33,7 @@ _NON_FINITE = ('NaN', 'Infinity', '-Infinity')
 _log = logging.getLogger(__name__)
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager['MetricsWriter']):
   """Appends rows to the metrics of a workdir, in one process of a run.
 
   The rows go to the file `metrics.jsonl`, to TensorBoard and to trackers.
@@ -86,7 +85,7 @@ class MetricsWriter:
     for name in trackers:
       self._others.append(begin_tracker(name, folder, is_new))
 
-  def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
+  def write(self, step: SupportsInt, values: Mapping[str, Any]) -> None:
     """Appends a row of metrics; a step may have several rows.
 
     Args:
@@ -101,7 +100,7 @@ class MetricsWriter:
     if 'step' in values:
       raise InputError("'step' is the row's own key; values cannot set it")
     row = {key: python_numbers(key, value) for key, value in values.items()}
-    step = operator.index(step)
+    step = int(step)
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
     self._append(text.encode() + b'\n')
@@ -141,9 +140,6 @@ class MetricsWriter:
       except Exception as error:
         _log.warning('%s: %s', type(writer).__name__, error)
 
-  def __enter__(self) -> 'MetricsWriter':
-    return self
-
   def __exit__(self, *exc) -> None:
     self.close()
 
@@ -179,15 +175,8 @@ def _lines(
         row = json.loads(line)
       except (ValueError, RecursionError):
         row = None
-      yield number, line, row if _is_row(row) else None
-
-
-def _is_row(row: Any) -> bool:
-  if not isinstance(row, dict) or type(row.get('step')) is not int:
-    return False
-  lists = (v if isinstance(v, list) else [v] for v in row.values())
-  values = itertools.chain.from_iterable(lists)
-  return all(isinstance(v, int | float) or v in _NON_FINITE for v in values)
+      is_row = isinstance(row, dict) and type(row.get('step')) is int
+      yield number, line, row if is_row else None
 
 
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
