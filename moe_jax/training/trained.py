@@ -28,8 +28,8 @@ from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs import manifest
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
-from moe_jax.runs.retention import Directory
+from moe_jax.runs.checkpointer import Checkpointer, Restored
+from moe_jax.runs.retention import CheckpointOptions, Directory
 from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import CONFIG, IMPORTED, TOKENIZER, kept_config
 from moe_jax.training import averages, trainable
@@ -199,11 +199,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   """
   folder = workdir_lib.folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
-  directory = Directory(
-    workdir_lib.checkpoints_of(folder),
-    best_metric=options.best_name,
-    best_is_highest=options.best_is_highest,
-  )
+  directory = Directory(workdir_lib.checkpoints_of(folder), options)
   if (step := directory.best_step()) is None:
     raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
@@ -299,7 +295,7 @@ def restore_variables(
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     means = {'averages': averages.Averages(steps, mean)}
   directory = workdir_lib.checkpoints_of(folder)
-  with Checkpointer(directory, keep_best=False) as checkpoints:
+  with Checkpointer(directory) as checkpoints:
     restored = checkpoints.restore(
       trees.variables(abstract, routers) | means,
       step=step,
@@ -337,7 +333,7 @@ def write(
     variables: 'params' of the run's model, and 'router_state' if it has one.
     extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
   """
-  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS) as saver:
     saver.save(0, dict(variables), extra=extra)
   workdir_lib.claim(folder, config)
 
