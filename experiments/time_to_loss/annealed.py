@@ -141,9 +141,7 @@ class Branch(Hook):
     """Saves the state, unless the longer run was given it before."""
     if self._longer.is_finished:
       return
-    with Checkpointer(
-      checkpoints_of(self._longer.workdir, ''), keep_best=False
-    ) as checkpointer:
+    with Checkpointer(checkpoints_of(self._longer.workdir, '')) as checkpointer:
       newest = checkpointer.newest_good()
       if newest is None or newest < self._at:
         checkpointer.save(self._at, state, extra=run.extra(self._at))

@@ -56,7 +56,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
       f'checkpoint of step {step} of {folder} does not fit this run '
       f'{_settings(run, folder)}; set it to False for a new optimizer\n{error}'
     ) from None
-  with Checkpointer(directory, keep_best=False) as checkpoints:
+  with Checkpointer(directory) as checkpoints:
     restored = checkpoints.restore(
       {'opt_state': target}, step=step, partial=True, cast=True
     )

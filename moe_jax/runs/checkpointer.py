@@ -1,4 +1,4 @@
-"""Checkpoints of a train state, and their options.
+"""Saves and restores checkpoints of a train state.
 
 Checkpoints are written asynchronously, verified, and restored bit for bit.
 """
@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -18,12 +17,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax.config import Options, option, unknown
 from moe_jax.devices import from_first, is_first
 from moe_jax.errors import InputError
 from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
-from moe_jax.runs.metrics import Row
 from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
 
@@ -98,17 +95,11 @@ class Checkpointer(Directory):
       Whether arrays are saved.
 
     Raises:
-      ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` lack
-        the `best_metric`.
+      ValueError: A leaf is no jax array, or `extra` is not JSON.
       CheckpointError: A value of `state` is not finite, this save could not
         start, or the previous save failed.
     """
     manifest = manifest_lib.make(step, state, extra or {}, metrics or {})
-    if metrics and self.keep_best and self.best_metric not in metrics:
-      raise InputError(
-        f'no best_metric {self.best_metric!r} in metrics; have '
-        f'{sorted(metrics)}'
-      )
     if step == self.last_step:
       before = self._pending[1] if self._pending else None
       self._pending = step, self._thread.submit(self._amend, manifest, before)
@@ -126,6 +117,7 @@ class Checkpointer(Directory):
       copy = jax.device_get(state) if tries > 1 else None
       folder = self._array_retry(self._write, step, state)
     except Exception as error:
+      self._clear_away()
       raise self._failure(step, describe(error)) from None
     future = self._thread.submit(self._finish, folder, manifest, copy)
     self._pending = step, future
@@ -146,11 +138,6 @@ class Checkpointer(Directory):
       self._pending = None
       raise self._failure(step, describe(error)) from None
     self._pending, self._last_step = None, step
-
-  def settle(self, seconds: float) -> None:
-    """Waits up to `seconds` for a pending save, on any thread; never raises."""
-    if (pending := self._pending) is not None:
-      concurrent.futures.wait([pending[1]], seconds)
 
   def __enter__(self) -> Self:
     # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
@@ -213,9 +200,17 @@ class Checkpointer(Directory):
         f'no checkpoint {step} in {self.path}; have {self.steps()}'
       )
     candidates = folders[::-1] if step is None else [step]
-    good_steps = self.good_steps(candidates if is_first() else (), skipped)
+
+    def good_steps():
+      for candidate in candidates:
+        if problem := self.problem(candidate):
+          skipped.append((candidate, problem))
+        else:
+          yield candidate
+
     # Process 0 verifies for all processes.
-    while (found_step := int(from_first(next(good_steps, -1)))) >= 0:
+    good = good_steps() if is_first() else iter(())
+    while (found_step := int(from_first(next(good, -1)))) >= 0:
       manifest, target = self.manifest(found_step), abstract_state
       if found_step == 0 and first is not None:
         stored = {path.split('/')[0] for path in manifest.tree}
@@ -265,11 +260,7 @@ class Checkpointer(Directory):
     """Starts Orbax's write of a state, and returns the folder it writes to."""
     self._save_count += 1  # a new folder, as a failed save may still be writing
     folder = self.folder(step, f'.saving{self._save_count}')
-    try:
-      self._orbax.save(folder, ocp.args.PyTreeSave(state))
-    except Exception:
-      self._clear_away()
-      raise
+    self._orbax.save(folder, ocp.args.PyTreeSave(state))
     return folder
 
   def _finish(
@@ -286,8 +277,8 @@ class Checkpointer(Directory):
 
     def finish():
       nonlocal folder
-      folder = folder or self._write(manifest.step, copy)
       try:
+        folder = folder or self._write(manifest.step, copy)
         self._orbax.wait_until_finished()
         if is_first():
           retry(manifest_lib.write, folder, manifest)
@@ -305,8 +296,9 @@ class Checkpointer(Directory):
     """Removes a failed save's files, as the disk is probably full."""
     with contextlib.suppress(Exception):
       self._orbax.wait_until_finished()  # else the next save raises its errors
-    if is_first():
-      self.remove_leftovers()
+    with contextlib.suppress(OSError):
+      if is_first():
+        self.remove_leftovers()
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
     """Reads a checkpoint's arrays in the dtypes and shardings of a tree."""
@@ -372,99 +364,3 @@ def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
       create_directories_asynchronously=False
     ),
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointOptions(Options):
-  """Options of a run's checkpoints: the section `checkpoint` of the config."""
-
-  directory: str = option(
-    '',
-    "Folder or bucket for this run's checkpoints alone, such as "
-    "'gs://bucket/run'; an empty string puts them into the workdir.",
-  )
-  every_steps: int = option(
-    500,
-    'Number of optimizer steps between two checkpoints. One is also written at '
-    'the end of the run and on SIGTERM; 0 writes only those.',
-    minimum=0,
-  )
-  keep_newest: int = option(
-    2, 'Number of the newest checkpoints that are kept.', minimum=1
-  )
-  keep_best: bool = option(
-    True,
-    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
-    'kept besides the newest ones.',
-  )
-  best_eval: str = option(
-    'train_capacity',
-    'Name of the evaluation that decides which checkpoint is the best. A '
-    'checkpoint of a step without that evaluation is never the best.',
-  )
-  best_metric: str = option(
-    'loss',
-    'Number of the evaluation checkpoint.best_eval that decides which '
-    "checkpoint is the best, such as 'exact_match'.",
-    required=True,
-  )
-  best_is_highest: bool = option(
-    False,
-    'Whether the checkpoint with the highest number is the best, as for an '
-    'accuracy; otherwise the lowest is.',
-  )
-  tries: int = option(
-    3,
-    'Number of times that writing or reading a checkpoint is tried when '
-    'storage reports an error that may pass (a full disk does not). Above 1, '
-    'the host keeps a copy of what is being saved. Several processes try only '
-    'once to write arrays.',
-    minimum=1,
-  )
-  retry_seconds: float = option(
-    1.0,
-    'Seconds before the second try to write or read a checkpoint; each further '
-    'wait is twice as long, and 0 does not wait.',
-    minimum=0,
-  )
-
-  @property
-  def best_name(self) -> str:
-    """The name of the number that decides which checkpoint is the best."""
-    if self.best_metric == 'loss':
-      return self.best_eval
-    return f'{self.best_eval}/{self.best_metric}'
-
-  def best_of(self, rows: Mapping[str, Row]) -> float | None:
-    """Picks from evaluations' rows the number that decides the best checkpoint.
-
-    Args:
-      rows: The rows of evaluations, by name.
-
-    Returns:
-      The number; None if the evaluation that measures it is not in `rows`.
-
-    Raises:
-      ValueError: The evaluation's row lacks the number.
-    """
-    row = rows.get(self.best_eval)
-    if row is None or self.best_metric not in row:
-      if row is not None and self.keep_best:
-        raise unknown('checkpoint.best_metric', self.best_metric, row)
-      return None
-    return float(row[self.best_metric])
-
-  def checkpointer(self, directory: str | os.PathLike) -> Checkpointer:
-    """Makes the `Checkpointer` with these options for a directory."""
-    return Checkpointer(
-      directory,
-      keep_newest=self.keep_newest,
-      keep_best=self.keep_best,
-      best_metric=self.best_name,
-      best_is_highest=self.best_is_highest,
-      retry=Retry(self.tries, self.retry_seconds),
-    )
-
-  def shrunk(self) -> 'CheckpointOptions':
-    """A copy of these options with a checkpoint at the end of the run only."""
-    return dataclasses.replace(self, every_steps=0)

@@ -141,16 +141,12 @@ def verify(folder: epath.Path, manifest: Manifest) -> None:
   def problem(entry):
     path, (size, digest) = entry
     try:
-      # Sizes are compared first: a truncated file is refused without being
-      # read.
-      stored_size = (folder / path).stat().length
-      if stored_size != size:
-        return f'{path} has {stored_size} bytes, not {size}'
-      if _size_and_digest(folder / path)[1] != digest:
-        return f'{path} altered'
+      stored_size, stored_digest = _size_and_digest(folder / path)
     except FileNotFoundError:
       return f'{path} missing'
-    return None
+    if stored_size != size:
+      return f'{path} has {stored_size} bytes, not {size}'
+    return None if stored_digest == digest else f'{path} altered'
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for reason in filter(None, pool.map(problem, manifest.files.items())):

@@ -11,15 +11,14 @@ numbers, but not the lists: a chart for every expert of every layer would bury
 the others. `analysis.plot_style` draws them.
 """
 
-import itertools
+import contextlib
 import json
 import logging
 import math
-import operator
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, SupportsInt
 
 import numpy as np
 
@@ -34,12 +33,14 @@ _NON_FINITE = ('NaN', 'Infinity', '-Infinity')
 _log = logging.getLogger(__name__)
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager['MetricsWriter']):
   """Appends rows to the metrics of a workdir, in one process of a run.
 
-  The rows go to the file `metrics.jsonl`, to TensorBoard and to trackers, each
-  by an object with `write(step, row)` and `close()`. TensorBoard or a tracker
-  gets no more rows once it fails; in `metrics.jsonl` no row may be missing.
+  The rows go to the file `metrics.jsonl`, to TensorBoard and to trackers.
+  TensorBoard or a tracker gets no more rows once it fails; in `metrics.jsonl`
+  no row may be missing. The operating system has the whole row when `write`
+  returns, so killing the process loses no row. A full disk leaves no half row:
+  rows that do not fit stay in memory and are written with the next row.
   """
 
   def __init__(
@@ -69,21 +70,22 @@ class MetricsWriter:
     """
     folder = folder_of(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    path, is_new = folder / FILE_NAME, resume_step is None
-    if path.exists() and path.stat().st_size:
+    self._path, is_new = folder / FILE_NAME, resume_step is None
+    if self._path.exists() and self._path.stat().st_size:
       if resume_step is None:
-        aside = set_aside(path)
+        aside = set_aside(self._path)
         _log.warning('a new record begins; the old one is now %s', aside)
       else:
-        _drop_after(path, resume_step, due)
-    self._lines = JsonLines(path)
+        _drop_after(self._path, resume_step, due)
+    # The file is unbuffered, so that no row is lost with the process.
+    self._file, self._unwritten = self._path.open('ab', buffering=0), b''
     first_step = 0 if resume_step is None else resume_step + 1
-    tensorboard = TensorBoard(folder / 'tensorboard', first_step)
-    self._others: list[Any] = [tensorboard]
+    # Each has the methods `write(step, row)` and `close()`.
+    self._others: list[Any] = [TensorBoard(folder / 'tensorboard', first_step)]
     for name in trackers:
       self._others.append(begin_tracker(name, folder, is_new))
 
-  def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
+  def write(self, step: SupportsInt, values: Mapping[str, Any]) -> None:
     """Appends a row of metrics; a step may have several rows.
 
     Args:
@@ -98,8 +100,10 @@ class MetricsWriter:
     if 'step' in values:
       raise InputError("'step' is the row's own key; values cannot set it")
     row = {key: python_numbers(key, value) for key, value in values.items()}
-    step = operator.index(step)
-    self._lines.write(step, row)
+    step = int(step)
+    encoded = {key: _encode(value) for key, value in row.items()}
+    text = json.dumps({'step': step} | encoded, allow_nan=False)
+    self._append(text.encode() + b'\n')
     numbers = {k: v for k, v in row.items() if not isinstance(v, list)}
     for writer in [*self._others] if numbers else ():
       try:
@@ -109,43 +113,8 @@ class MetricsWriter:
         _log.warning('%s gets no more rows: %s', name, error)
         self._others.remove(writer)
 
-  def close(self) -> None:
-    """Tries once more to write the rows in memory, and closes the files."""
-    self._lines.close()
-    for writer in self._others:
-      try:
-        writer.close()
-      except Exception as error:
-        _log.warning('%s: %s', type(writer).__name__, error)
-
-  def __enter__(self) -> 'MetricsWriter':
-    return self
-
-  def __exit__(self, *exc) -> None:
-    self.close()
-
-
-class JsonLines:
-  """Appends rows to a file of JSON lines, also where the disk fills up.
-
-  The operating system has the whole row when `write` returns, so killing the
-  process loses no row. A full disk leaves no half row: rows that do not fit
-  stay in memory and are written with the next row.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    # The file is unbuffered, so that no row is lost with the process.
-    self._file = path.open('ab', buffering=0)
-    self._unwritten = b''
-
-  def write(self, step: int, row: Row) -> None:
-    """Appends a row of metrics, behind the rows that still wait in memory."""
-    encoded = {key: _encode(value) for key, value in row.items()}
-    text = json.dumps({'step': step} | encoded, allow_nan=False)
-    self._append(text.encode() + b'\n')
-
   def _append(self, line: bytes) -> None:
+    """Appends a line to the file, behind the lines that wait in memory."""
     is_first = not self._unwritten
     self._unwritten += line
     size, rest = self._file.seek(0, os.SEEK_END), memoryview(self._unwritten)
@@ -160,12 +129,19 @@ class JsonLines:
         _log.warning('%s: rows wait in memory: %s', self._path, error)
 
   def close(self) -> None:
-    """Tries once more to write the rows in memory, and closes the file."""
-    if self._unwritten:
-      self._append(b'')
+    """Tries once more to write the rows in memory, and closes the files."""
+    self._append(b'')
     if num_lost := self._unwritten.count(b'\n'):
       _log.error('%s: lost its last %d rows', self._path, num_lost)
     self._file.close()
+    for writer in self._others:
+      try:
+        writer.close()
+      except Exception as error:
+        _log.warning('%s: %s', type(writer).__name__, error)
+
+  def __exit__(self, *exc) -> None:
+    self.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -199,15 +175,8 @@ def _lines(
         row = json.loads(line)
       except (ValueError, RecursionError):
         row = None
-      yield number, line, row if _is_row(row) else None
-
-
-def _is_row(row: Any) -> bool:
-  if not isinstance(row, dict) or type(row.get('step')) is not int:
-    return False
-  lists = (v if isinstance(v, list) else [v] for v in row.values())
-  values = itertools.chain.from_iterable(lists)
-  return all(isinstance(v, int | float) or v in _NON_FINITE for v in values)
+      is_row = isinstance(row, dict) and type(row.get('step')) is int
+      yield number, line, row if is_row else None
 
 
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:

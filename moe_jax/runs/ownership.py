@@ -29,7 +29,6 @@ from moe_jax.runs.storage_errors import describe, storage_path
 FILE_PREFIX = 'owner.'  # the names of all files about the owner begin with it
 OWNER = f'{FILE_PREFIX}json'
 LOCK = f'{FILE_PREFIX}lock'
-_MOST_BYTES = 10_000  # no owner's file is longer
 
 
 class Owner(NamedTuple):
@@ -58,8 +57,7 @@ class OwnedError(InputError):
 def read(folder: epath.Path) -> Owner | None:
   """Reads a folder's `owner.json`; None if the file is missing or damaged."""
   try:
-    with (folder / OWNER).open('rb') as file:
-      values = json.loads(file.read(_MOST_BYTES))
+    values = json.loads((folder / OWNER).read_bytes())
     return Owner(*(str(values[name]) for name in Owner._fields))
   except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
     return None

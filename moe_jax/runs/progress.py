@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich import console, progress, table
 
 from moe_jax.cli import print_line
+from moe_jax.devices import is_first
 
 # The number of last updates whose speed predicts the time left. They are enough
 # to even out a pause for an evaluation, and few enough to follow a machine that
@@ -23,7 +24,7 @@ _LONG_SECONDS = 30.0
 
 
 class Progress:
-  """Display of a run's step, loss, speed and time left.
+  """Display of a run's step, loss, speed and time left, in process 0 alone.
 
   On a terminal the display is one bar, which is redrawn at each update and not
   by a thread. In a file, a pipe or a notebook each update prints a line, such
@@ -52,7 +53,8 @@ class Progress:
     self._clock = clock
     self._updates = collections.deque(maxlen=_WINDOW)
     self._bar = None
-    if self._out.isatty() and os.environ.get('TERM') != 'dumb':
+    is_terminal = self._out.isatty() and os.environ.get('TERM') != 'dumb'
+    if is_terminal and is_first():
       self._bar = progress.Progress(
         progress.MofNCompleteColumn(table_column=table.Column(no_wrap=True)),
         progress.BarColumn(bar_width=None),
@@ -106,31 +108,29 @@ class Progress:
     Without a bar a line names the evaluation, if it takes long.
     """
     text = f'evaluating {name}'
-    line = threading.Timer(
-      _LONG_SECONDS, self.message, [f'step {step}: {text}']
-    )
-    facts = ''
     if self._bar is None:
-      line.start()
+      line = f'step {step}: {text}'
+      timer = threading.Timer(_LONG_SECONDS, self.message, [line])
+      timer.start()
+      try:
+        yield
+      finally:
+        timer.cancel()
     else:
       facts = self._bar.tasks[self._task].fields['facts']
       self._bar.update(self._task, facts=text, refresh=True)
-    try:
       yield
-    finally:
-      line.cancel()
-      if self._bar is not None:
-        self._bar.update(self._task, facts=facts, refresh=True)
+      self._bar.update(self._task, facts=facts, refresh=True)
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""
-    if self._bar is None:
-      print_line(text, self._out)
-    else:
+    if self._bar is not None:
       # Lines that the terminal wraps, and not rich, can be copied whole.
       self._bar.console.print(
         text, markup=False, highlight=False, soft_wrap=True
       )
+    elif is_first():
+      print_line(text, self._out)
 
   def __enter__(self) -> 'Progress':
     if self._bar is not None:

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.cli import print_line
 from moe_jax.devices import fetch, is_first
 from moe_jax.errors import ReportedError
 from moe_jax.layers.moe_options import MoeOptions
@@ -78,7 +77,7 @@ class Recorder:
 
   def __post_init__(self):
     self._writer: MetricsWriter | None = None
-    self._progress: Progress | None = None
+    self._progress = Progress(self.total_steps)
     self._pending: tuple[int, StepMetrics, Batch] | None = None
     self._sums: LossSums | None = None
     self._steps = 0
@@ -115,23 +114,18 @@ class Recorder:
         )
         rows = read_metrics(self.workdir / FILE_NAME)
         last = next((r for r in rows[::-1] if 'train/goodput' in r), {})
-        self._progress = stack.enter_context(Progress(self.total_steps, start))
+      self._progress = Progress(self.total_steps, start)
+      stack.enter_context(self._progress)
       self._goodput = goodput.Goodput(last, begun or goodput.now())
       self._goodput.turn_to('compile')
       self._thread = concurrent.futures.ThreadPoolExecutor(1, 'end of step')
       # A step that waits for a process that is lost does not end.
       stack.callback(self._thread.shutdown, wait=False)
-      try:
-        yield
-      finally:
-        self._progress = None
+      yield
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar of progress where there is one."""
-    if self._progress is not None:
-      self._progress.message(text)
-    elif is_first():
-      print_line(text)
+    self._progress.message(text)
 
   def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
     """Stores the metrics of a step, and reads those of the step before it.
@@ -174,8 +168,6 @@ class Recorder:
     self, step: int, name: str
   ) -> contextlib.AbstractContextManager:
     """Shows the name of an evaluation while the body runs."""
-    if self._progress is None:
-      return contextlib.nullcontext()
     return self._progress.evaluating(step, name)
 
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
@@ -208,8 +200,7 @@ class Recorder:
         row['mfu'] = self.least_step_seconds / seconds
     row |= self._goodput.row()
     self._write(step, {f'train/{k}': v for k, v in row.items()})
-    if self._progress is not None:
-      self._progress.update(step, row)
+    self._progress.update(step, row)
     self._sums, self._steps, self._busy_seconds = None, 0, busy_seconds
 
   def _flush(self) -> None:

@@ -1,4 +1,4 @@
-"""A directory of checkpoints: tells which are good, and deletes old ones.
+"""A directory of checkpoints: its options, what is good, what is deleted.
 
 The folder `<step>` is a checkpoint with a manifest. It is written under the
 name `<step>.saving1` and renamed once it has a manifest, and is renamed to
@@ -15,23 +15,110 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 
 from etils import epath
 
+from moe_jax.config import Options, option, unknown
 from moe_jax.errors import ReportedError
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.manifest import MOST_STEPS, BadCheckpoint, Manifest
+from moe_jax.runs.metrics import Row
 from moe_jax.runs.storage_errors import Retry, storage_path
 
 _LOG = logging.getLogger(__name__)
 _STEP = re.compile(r'0|[1-9][0-9]{0,9}')
 _LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
-_TRIES = 20
+_TRIES = 20  # to remove a folder to which a failed save may still write
 
 
 class CheckpointError(ReportedError, RuntimeError):
   """A checkpoint could not be written or read; all other ones are untouched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions(Options):
+  """Options of a run's checkpoints: the section `checkpoint` of the config."""
+
+  directory: str = option(
+    '',
+    "Folder or bucket for this run's checkpoints alone, such as "
+    "'gs://bucket/run'; an empty string puts them into the workdir.",
+  )
+  every_steps: int = option(
+    500,
+    'Number of optimizer steps between two checkpoints. One is also written at '
+    'the end of the run and on SIGTERM; 0 writes only those.',
+    minimum=0,
+  )
+  keep_newest: int = option(
+    2, 'Number of the newest checkpoints that are kept.', minimum=1
+  )
+  keep_best: bool = option(
+    True,
+    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
+    'kept besides the newest ones.',
+  )
+  best_eval: str = option(
+    'train_capacity',
+    'Name of the evaluation that decides which checkpoint is the best. A '
+    'checkpoint of a step without that evaluation is never the best.',
+  )
+  best_metric: str = option(
+    'loss',
+    'Number of the evaluation checkpoint.best_eval that decides which '
+    "checkpoint is the best, such as 'exact_match'.",
+    required=True,
+  )
+  best_is_highest: bool = option(
+    False,
+    'Whether the checkpoint with the highest number is the best, as for an '
+    'accuracy; otherwise the lowest is.',
+  )
+  tries: int = option(
+    3,
+    'Number of times that writing or reading a checkpoint is tried when '
+    'storage reports an error that may pass (a full disk does not). Above 1, '
+    'the host keeps a copy of what is being saved. Several processes try only '
+    'once to write arrays.',
+    minimum=1,
+  )
+  retry_seconds: float = option(
+    1.0,
+    'Seconds before the second try to write or read a checkpoint; each further '
+    'wait is twice as long, and 0 does not wait.',
+    minimum=0,
+  )
+
+  @property
+  def best_name(self) -> str:
+    """The name of the number that decides which checkpoint is the best."""
+    if self.best_metric == 'loss':
+      return self.best_eval
+    return f'{self.best_eval}/{self.best_metric}'
+
+  def best_of(self, rows: Mapping[str, Row]) -> float | None:
+    """Picks from evaluations' rows the number that decides the best checkpoint.
+
+    Args:
+      rows: The rows of evaluations, by name.
+
+    Returns:
+      The number; None if the evaluation that measures it is not in `rows`.
+
+    Raises:
+      ValueError: The evaluation's row lacks the number.
+    """
+    row = rows.get(self.best_eval)
+    if row is None or self.best_metric not in row:
+      if row is not None and self.keep_best:
+        raise unknown('checkpoint.best_metric', self.best_metric, row)
+      return None
+    return float(row[self.best_metric])
+
+  def shrunk(self) -> 'CheckpointOptions':
+    """A copy of these options with a checkpoint at the end of the run only."""
+    return dataclasses.replace(self, every_steps=0)
 
 
 @dataclasses.dataclass
@@ -40,22 +127,17 @@ class Directory:
 
   Attributes:
     directory: The directory, which the first save makes; for one run at a time.
-    keep_newest: Number of the newest checkpoints that are kept, at least 1.
-    keep_best: Whether the checkpoint with the best `best_metric` is kept, too.
-    best_metric: Name of a metric of the checkpoints; the lowest is the best.
-    best_is_highest: Whether the highest `best_metric` is the best instead.
-    retry: The rule by which storage is tried again after a transient error.
+    options: The options of the checkpoints; their own `directory` is not read.
+    path: The directory as an absolute path, or a URL.
+    retry: Calls a function again after a transient error of storage.
   """
 
   directory: str | os.PathLike
-  keep_newest: int = 2
-  keep_best: bool = True
-  best_metric: str = 'loss'
-  best_is_highest: bool = False
-  retry: Retry = Retry()
+  options: CheckpointOptions = CheckpointOptions()
 
   def __post_init__(self):
     self.path = storage_path(self.directory)
+    self.retry = Retry(self.options.tries, self.options.retry_seconds)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
     """The folder of a checkpoint; a suffix marks one being saved or deleted."""
@@ -81,16 +163,16 @@ class Directory:
     return [n for n in self.folders() if (self.folder(n) / name).exists()]
 
   def best_step(self) -> int | None:
-    """The step with the best finite `best_metric`, the earliest of equals."""
-    values = {}
+    """The step with the best finite metric, the earliest of equals."""
+    values, name = {}, self.options.best_name
     for step in self.steps():
       try:
-        value = self.manifest(step).metrics.get(self.best_metric, math.nan)
+        value = self.manifest(step).metrics.get(name, math.nan)
       except BadCheckpoint:
         continue
       if math.isfinite(value):
         values[step] = value
-    choose = max if self.best_is_highest else min
+    choose = max if self.options.best_is_highest else min
     return choose(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
@@ -109,26 +191,17 @@ class Directory:
 
   def newest_good(self) -> int | None:
     """The newest step whose checkpoint has all files as written, or None."""
-    return next(self.good_steps(self.folders()[::-1], []), None)
+    return next((n for n in self.folders()[::-1] if not self.problem(n)), None)
 
-  def good_steps(
-    self, candidates: Iterable[int], bad: list[tuple[int, str]]
-  ) -> Iterator[int]:
-    """Yields the steps whose checkpoints have all files as written.
-
-    Args:
-      candidates: The steps to verify, one after another.
-      bad: A list, to which (step, reason) is added for each candidate whose
-        checkpoint is not good.
-    """
-    for step in candidates:
-      try:
-        self.retry(manifest_lib.verify, self.folder(step), self.manifest(step))
-        yield step
-      except BadCheckpoint as error:
-        bad.append((step, str(error)))
-      except OSError as error:
-        bad.append((step, f'{error.filename} unreadable ({error.strerror})'))
+  def problem(self, step: int) -> str:
+    """The damage of a checkpoint; '' if all files are as they were written."""
+    try:
+      self.retry(manifest_lib.verify, self.folder(step), self.manifest(step))
+    except BadCheckpoint as error:
+      return str(error)
+    except OSError as error:
+      return f'{error.filename} unreadable ({error.strerror})'
+    return ''
 
   def make_room(self, step: int, last: int | None) -> None:
     """Prepares the directory for a save.
@@ -170,8 +243,8 @@ class Directory:
   def prune(self) -> None:
     """Deletes all checkpoints except the newest ones and the best."""
     steps = self.steps()
-    kept_steps: set[int | None] = set(steps[-self.keep_newest :])
-    if self.keep_best:
+    kept_steps: set[int | None] = set(steps[-self.options.keep_newest :])
+    if self.options.keep_best:
       kept_steps.add(self.best_step())
     for step in steps:
       if step in kept_steps:

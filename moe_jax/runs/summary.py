@@ -1,7 +1,7 @@
 """Sums over the tokens of a batch, and the row of metrics made of the sums."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ def sparse_layers(sums: LossSums) -> list[int]:
 
 
 def summarize(
-  sums: LossSums, moes: Sequence[MoeOptions | None] = ()
+  sums: LossSums, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
   """A row of metrics with `loss`, `drop_rate`, and `layer_<i>/...` by router.
 
@@ -91,7 +91,7 @@ def summarize(
     sums: Sums as `host` gives them.
     moes: The options of each layer's mixture of experts, None for a dense
       layer, as in `Stacks.moes`; they say how many experts and choices the
-      layer has. Default: all layers have equally many.
+      layer has.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}
@@ -106,27 +106,26 @@ def summarize(
 
 
 def layer_summary(
-  sums: LossSums, layer: int, moes: Sequence[MoeOptions | None] = ()
+  sums: LossSums, layer: int, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
-  """The metrics of one layer's router; see `summarize`.
+  """The metrics of the router of one layer, which is a sparse one.
 
   Raises:
     ValueError: A user's own router chose experts that the layer lacks.
   """
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
-  stats, moe = aux.stats, moes[layer] if moes else None
-  if moe is not None:
-    # Layers of an encoder and a decoder may differ in E and K, and zeros fill
-    # the statistics of all layers up to the largest.
-    E, K = moe.num_experts, moe.num_selected
-    stats = stats._replace(
-      load=stats.load[:E],
-      kept_load=stats.kept_load[:E],
-      overflowed=stats.overflowed[:K],
-      unsent=stats.unsent[:K],
-    )
+  moe = cast(MoeOptions, moes[layer])
+  # Layers of an encoder and a decoder may differ in E and K, and zeros fill
+  # the statistics of all layers up to the largest.
+  E, K = moe.num_experts, moe.num_selected
+  stats = aux.stats._replace(
+    load=aux.stats.load[:E],
+    kept_load=aux.stats.kept_load[:E],
+    overflowed=aux.stats.overflowed[:K],
+    unsent=aux.stats.unsent[:K],
+  )
   tokens, K = stats.tokens, len(stats.overflowed)
-  if moe is not None and not moe.router.by_expert:
+  if not moe.router.by_expert:
     counted = stats.load.sum()
     # In float32 a device adds counts beyond 2^24 with errors.
     if not np.isclose(counted, tokens * K, rtol=1e-5):

@@ -21,7 +21,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 
 import jax
@@ -39,8 +39,6 @@ MOMENT_SECONDS = 5.0
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# The most seconds that an ending process waits for a pending checkpoint.
-_SAVE_SECONDS = 10.0
 # All files have one size and are written in place: a full disk does not prevent
 # it, and network file systems show the new content to whoever opens the file.
 _BYTES, _LONGEST_TEXT = 4096, 800
@@ -103,14 +101,7 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
 
 
 class Watchdog:
-  """Tells the other processes of this one's stages, and ends it with them.
-
-  Attributes:
-    before_end: Function that is called before this process ends because of
-      another process; its argument is the seconds within which it must return.
-  """
-
-  before_end: Callable[[float], None] | None = None
+  """Tells the other processes of this one's stages, and ends it with them."""
 
   def __init__(self, timeouts: Timeouts, folder: pathlib.Path):
     self._index, self._size = jax.process_index(), jax.process_count()
@@ -125,7 +116,6 @@ class Watchdog:
     self._this = self._processes[self._index]
     self._this.machine, self._this.pid = _machine(), os.getpid()
     self._num_stages, self._last_move = 0, time.monotonic()
-    self._has_failed, self._is_ending = False, threading.Event()
 
   def start(self) -> None:
     """Waits to see the other processes' files, then starts the watching thread.
@@ -164,15 +154,14 @@ class Watchdog:
     """Makes the other processes end, with this process' `error` as the reason.
 
     An error that JAX raises is probably due to the death of another process. So
-    this method first waits for the watchdog's thread, which may notice that
-    death and end this process.
+    this method first gives the watchdog's thread the time to notice that death
+    and to end this process because of it.
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
       self._silence = min(self._silence, MOMENT_SECONDS)
-      if self._is_ending.wait(2 * MOMENT_SECONDS):
-        time.sleep(_SAVE_SECONDS + 2 * MOMENT_SECONDS)
+      time.sleep(3 * MOMENT_SECONDS)
     text = f'process {self._index} failed: {type(error).__name__}: {error}'
-    self._has_failed, self._this.failure = True, text[:_LONGEST_TEXT]
+    self._this.failure = text[:_LONGEST_TEXT]
     self._over.wait(3 * MOMENT_SECONDS)
 
   def finish(self) -> None:
@@ -204,23 +193,19 @@ class Watchdog:
   def _watch(self) -> None:
     """Watches the other processes until the run is over or has to end.
 
-    This runs on the watchdog's thread. If it fails, the process ends, too.
+    This runs on the watchdog's thread. If the thread fails, this process' file
+    does not change any more, so that the other processes end the run.
     """
-    try:
-      while not self._over.wait(self._tick):
-        self._exchange()
-        if reason := self._reason_to_end():
-          self._end(reason)
-    except Exception as error:
-      self._end(f'its watchdog failed: {type(error).__name__}: {error}')
+    while not self._over.wait(self._tick):
+      self._exchange()
+      if reason := self._reason_to_end():
+        self._end(reason)
 
   def _reason_to_end(self) -> str | None:
     """The reason for which this process has to end; None if there is none."""
     if self._index:
-      return self._processes[0].failure or self._loss(0)
-    failures = [process.failure for process in self._processes.values()]
-    losses = map(self._loss, self._processes)
-    if reason := next(filter(None, [*failures, *losses]), ''):
+      return self._problem(0)
+    if reason := next(filter(None, map(self._problem, self._processes)), None):
       return reason
     stages = {i: process.stages for i, process in self._processes.items()}
     if sum(stages.values()) != self._num_stages:
@@ -228,18 +213,21 @@ class Watchdog:
     if not 0 < self._stall < time.monotonic() - self._last_move:
       return None
     behind = [i for i, n in stages.items() if n == min(stages.values())]
-    who = f'processes {", ".join(map(str, behind))} are behind: they have'
+    who = f'process {" and ".join(map(str, behind))}'
     if len(behind) == self._size:
-      who = 'no process is behind: all have'
-    elif len(behind) == 1:
-      who = f'process {behind[0]} is stuck: it has'
+      who = 'all processes'
     stage = self._processes[behind[0]].stage
-    return f'nothing moved for {self._stall} s; {who} got to {stage}'
+    return f'nothing moved for {self._stall} s; {who} got only to {stage}'
 
-  def _loss(self, index: int) -> str | None:
-    """A sentence on how another process is lost; None if it is not lost."""
+  def _problem(self, index: int) -> str | None:
+    """The reason for which a process ends, or how it is lost; None if it runs.
+
+    The text is a sentence that names the process.
+    """
     process = self._processes[index]
     silent = time.monotonic() - process.heard
+    if process.failure:
+      return process.failure
     if process.machine == self._this.machine and _has_ended(process.pid):
       how = 'died'
     elif silent > self._silence:
@@ -254,8 +242,7 @@ class Watchdog:
     Process 0 writes the reason to its file and waits until all others have read
     it. A process that has finished or failed is left to end by itself.
     """
-    ends_by_itself = self._over.is_set() or self._has_failed
-    self._is_ending.set()
+    ends_by_itself = self._over.is_set() or self._this.failure
     if self._index == 0:
       self._this.failure = reason
       self._exchange()
@@ -266,11 +253,6 @@ class Watchdog:
       return
     text = f'moe_jax: process {self._index} of {self._size} ends: {reason}'
     print(text, file=sys.stderr, flush=True)
-    # A pending save needs process 0. The main thread cannot wait for the save,
-    # as it waits in a collective operation.
-    if self.before_end is not None and not (self._index and self._loss(0)):
-      with contextlib.suppress(Exception):
-        self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()
     os._exit(1)
 

@@ -40,56 +40,11 @@ def get_config():
 '''
 _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 _PACKAGE = 'moe_jax'
-# Options that were removed and that configs of earlier runs may have, with the
-# value at which the option had no effect. None is for an option that never
-# changed a result, and for a section whose kind (of a source, a model, ...) was
-# removed: it had no effect unless that kind was chosen.
-_GONE: dict[str, Any] = {
-  'aux_losses.num_steps': 1000,
-  'data.source.cipher': None,
-  'data.source.digits': None,
-  'data.source.kv_recall': None,
-  'data.source.npz': None,
-  'data.source.tfds.image_feature': 'image',
-  'data.source.tfds.label_feature': 'label',
-  'data.source.tfds.max_shift': 4,
-  'data.source.vowels': None,
-  'model.adaptive': None,
-  'model.deep_moe': None,
-  'model.feature_shape': [],
-  'model.moe.dispatch.einsum.exchange.chunks': None,
-  'model.moe.dispatch.gather.exchange.chunks': None,
-  **{
-    f'model.moe.dispatch.{kind}.{name}': value
-    for kind in ('dropless', 'einsum', 'gather', 'sorted')
-    for name, value in {
-      'exchange.dtype': '',
-      'exchange.ring_group': None,
-      'shadowing.rule': 'algorithm_1',
-    }.items()
-  },
-  'model.moe.expert.format.group_size': 0,
-  'model.moe.expert.format.symmetric': False,
-  'model.moe.router.topology.limit_by': 'fraction',
-  'model.moe.router.topology.local_gb_per_second': 15.75,
-  'model.moe.router.topology.network_gb_per_second': 6.25,
-  'model.moe.router.topology.variant': 'published',
-  'model.numerics.kernels.group_size': 0,
-  'model.numerics.kernels.name': '',
-  'model.numerics.kernels.num_codes': 0,
-  'model.numerics.kernels.symmetric': False,
-  'trace.num_steps': 0,
-  'trace.start_step': 1,
-}
-# Values of options that were removed, with a value that gives the same results.
-_SAME: dict[str, dict[str, str]] = {
-  'model.moe.dispatch.dropless.backend': {'ragged_dot': 'auto'},
-  'model.moe.dispatch.dropless.exchange.kind': {'ring': 'all_to_all'},
-  'model.moe.dispatch.einsum.exchange.kind': {'all_to_all': 'constraint'},
-  'model.moe.dispatch.gather.exchange.kind': {'all_to_all': 'constraint'},
-  'model.moe.dispatch.sorted.backend': {'ragged_dot': 'auto'},
-  'model.moe.dispatch.sorted.exchange.kind': {'ring': 'all_to_all'},
-}
+# The end of an error about a config with keys that options no longer have.
+OLDER = (
+  'if it was made before 2026-12-01, commit d9e62315 of moe_jax reads it, with '
+  'options that have since been renamed or removed'
+)
 
 
 def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -166,12 +121,13 @@ def check(
       for key, (old, new) in difference(stored, config).items()
       if key in stored or key not in usual or plain(new) != plain(usual[key])
     ]
-  if changes and not resume:
-    raise InputError(
-      f'{folder} holds a run whose config differs:\n'
-      + '\n'.join(f'  {line}' for line in changes)
-      + '\nchoose another --workdir, or go on in it with --resume'
-    )
+    if changes and not resume:
+      lines = [f'  {line}' for line in changes]
+      lines.append('choose another --workdir, or go on in it with --resume')
+      if stored.keys() - flatten(config):
+        lines.append(OLDER)
+      text = '\n'.join(lines)
+      raise InputError(f'{folder} holds a run whose config differs:\n{text}')
   checkpoints = _checked_directory(
     folder, cast(Any, config)['checkpoint']['directory'], resume
   )
@@ -405,28 +361,7 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
       'names. Commit 7875f9b is the last that reads it: use that, or train '
       'again in another folder'
     )
-  return _current(config)
-
-
-def _current(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A section of a config, without removed options that had no effect.
-
-  A removed option had no effect at the value that `_GONE` gives. A section that
-  is left empty is removed, too. A removed option of another value stays, and
-  reading the config then refuses its name. A removed value becomes the value in
-  `_SAME` that gives the same results.
-  """
-  current = {}
-  for key, value in section.items():
-    name = f'{prefix}{key}'
-    if name in _GONE and _GONE[name] in (None, value):
-      continue
-    if isinstance(value, dict):
-      value = _current(value, f'{name}.')
-      if not value and any(gone.startswith(f'{name}.') for gone in _GONE):
-        continue
-    current[key] = _SAME.get(name, {}).get(str(value), value)
-  return current
+  return config
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_jax.config import Options, option
 from moe_jax.devices import from_first
-from moe_jax.runs.checkpointer import CheckpointOptions
+from moe_jax.runs.retention import CheckpointOptions
 
 # The name under which a checkpoint has the state of early stopping.
 EXTRA = 'early_stopping'

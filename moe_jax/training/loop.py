@@ -95,7 +95,6 @@ def train_and_evaluate(
       hook.check(run)
 
     stack.enter_context(run.checkpoints)
-    watchdog.before_end = run.checkpoints.settle
     watchdog.mark('the restore')
     run, state, due = begin(run, initial)
     at = _Loop(run, hooks, watchdog, int(state.step), state, due)

@@ -445,7 +445,9 @@ class Muon(Optimizer):
     sides = dimensions(names[len(stacked(names)) :])
 
     def scaled(matrix: Any, params: Any) -> Any:
-      inputs, outputs = (math.prod(matrix.shape[i] for i in s) for s in sides)
+      inputs, outputs = (
+        math.prod(matrix.shape[i] for i in side) for side in map(tuple, sides)
+      )
       if self.rms:
         return self.rms * math.sqrt(max(inputs, outputs)) * matrix
       return math.sqrt(max(1.0, outputs / inputs)) * matrix

@@ -28,7 +28,7 @@ from moe_jax.models.lora import LoraOptions
 from moe_jax.models.recorded import Apply, recording
 from moe_jax.models.selection import expression_problems
 from moe_jax.partitioning import MeshOptions, ShardingOptions
-from moe_jax.runs.checkpointer import CheckpointOptions
+from moe_jax.runs.retention import CheckpointOptions
 from moe_jax.runs.trackers import TRACKERS
 from moe_jax.training.early_stopping import EarlyStoppingOptions
 from moe_jax.training.evaluate import (

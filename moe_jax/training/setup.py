@@ -194,7 +194,7 @@ def set_up(
   evaluations = make_evaluations(
     options.evals, options.model, options.sharding.rules, setting
   )
-  checkpoints = options.checkpoint.checkpointer(checked.checkpoints)
+  checkpoints = Checkpointer(checked.checkpoints, options.checkpoint)
   recorder = Recorder(
     checked.folder,
     total_steps=options.total_steps,

@@ -29,8 +29,8 @@ from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs import manifest
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
-from moe_jax.runs.retention import Directory
+from moe_jax.runs.checkpointer import Checkpointer, Restored
+from moe_jax.runs.retention import CheckpointOptions, Directory
 from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import CONFIG, IMPORTED, TOKENIZER, kept_config
 from moe_jax.training import averages, trainable
@@ -39,8 +39,6 @@ _FIRST_SAVE = (
   'a run writes the first one after checkpoint.every_steps steps, when it is '
   'stopped, and at its end'
 )
-# The last commit that reads configs whose keys have since been renamed.
-_READS_OLDER = 'd9e62315'
 
 
 class Described(NamedTuple):
@@ -250,11 +248,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   """
   folder = workdir_lib.folder_of(workdir)
   options = _section_of(folder, 'checkpoint', CheckpointOptions)
-  directory = Directory(
-    workdir_lib.checkpoints_of(folder),
-    best_metric=options.best_name,
-    best_is_highest=options.best_is_highest,
-  )
+  directory = Directory(workdir_lib.checkpoints_of(folder), options)
   if (step := directory.best_step()) is None:
     raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
@@ -291,8 +285,7 @@ def _section_of(folder: pathlib.Path, name: str, root: Any) -> Any:
     return read_options(root, kept_config(folder).get(name, {}), f'{name}.')
   except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(
-      f'{folder / CONFIG} cannot be read: {error}; if it was made before '
-      f'2026-12-01, commit {_READS_OLDER} of moe_jax reads it'
+      f'{folder / CONFIG} cannot be read: {error}; {workdir_lib.OLDER}'
     ) from None
 
 
@@ -351,7 +344,7 @@ def restore_variables(
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     means = {'averages': averages.Averages(steps, mean)}
   directory = workdir_lib.checkpoints_of(folder)
-  with Checkpointer(directory, keep_best=False) as checkpoints:
+  with Checkpointer(directory) as checkpoints:
     restored = checkpoints.restore(
       trees.variables(abstract, routers) | means,
       step=step,
@@ -389,7 +382,7 @@ def write(
     variables: 'params' of the run's model, and 'router_state' if it has one.
     extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
   """
-  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS) as saver:
     saver.save(0, dict(variables), extra=extra)
   workdir_lib.claim(folder, config)
 

@@ -58,7 +58,7 @@ def rates(options, folder):
     )
     sums = summary.host(sums)
     total = sums if total is None else add(total, sums)
-  train_metrics = summary.summarize(total)
+  train_metrics = summary.summarize(total, run.model.stacks.moes)
   keys = [
     'drop_rate', 'drop_rate_choice_1', 'drop_rate_choice_2'
   ]  # fmt: skip

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.manifest import BadCheckpoint
+from moe_jax.runs.retention import CheckpointOptions
 from tests.bad_inputs.cases import Case, check
 
 GOOD = {
@@ -108,7 +109,7 @@ ABSTRACT = jax.eval_shape(functools.partial(state, 0))
 @pytest.fixture(scope='module')
 def saved_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('saved')
-  with Checkpointer(folder, keep_newest=9) as checkpoints:
+  with Checkpointer(folder, CheckpointOptions(keep_newest=9)) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, state(step))
   return folder
@@ -165,7 +166,7 @@ def unchecked_save(folder, step, bad_state, monkeypatch):
   """Saves as versions did that did not check whether values are finite."""
   with (
     monkeypatch.context() as patched,
-    Checkpointer(folder, keep_newest=9) as checkpoints,
+    Checkpointer(folder, CheckpointOptions(keep_newest=9)) as checkpoints,
   ):
     patched.setattr('moe_jax.runs.finite.not_finite', lambda state: [])
     checkpoints.save(step, bad_state)

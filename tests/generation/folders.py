@@ -8,6 +8,7 @@ from moe_jax.data import tokenizers
 from moe_jax.models.trees import init_router_state
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.retention import CheckpointOptions
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
 
@@ -36,7 +37,8 @@ def write(
     init_router_state(model),
   )
   checkpoints = Checkpointer(
-    folder / workdir_lib.CHECKPOINTS, keep_newest=3, keep_best=False
+    folder / workdir_lib.CHECKPOINTS,
+    CheckpointOptions(keep_newest=3, keep_best=False),
   )
   with checkpoints:
     for step in steps:

@@ -78,7 +78,7 @@ def test_a_run_that_is_not_finite_is_refused_by_name(
   nan_params = with_first(np.nan, params)
   with monkeypatch.context() as patched:
     patched.setattr(finite, 'not_finite', lambda tree: [])
-    with Checkpointer(tmp_path / CHECKPOINTS, keep_best=False) as checkpoints:
+    with Checkpointer(tmp_path / CHECKPOINTS) as checkpoints:
       checkpoints.save(99, {'params': nan_params})
   with pytest.raises(CheckpointError, match='99: not finite: params/'):
     generation.load(tmp_path, 99)

@@ -76,7 +76,7 @@ def test_what_training_alone_needs_is_not_read(tmp_path):
   params = {'w': jnp.asarray(np.random.default_rng(0).random(1000, 'f4'))}
   moments = np.random.default_rng(1).random(400_000, 'f4')  # 1.6 MB
   state = {'params': params, 'opt_state': {'m': jnp.asarray(moments)}}
-  with Checkpointer(tmp_path, keep_best=False) as checkpoints:
+  with Checkpointer(tmp_path) as checkpoints:
     checkpoints.save(1, state)
     weights = {'params': {'w': jax.ShapeDtypeStruct((1000,), jnp.bfloat16)}}
     num_read = {}
@@ -127,7 +127,7 @@ def test_a_config_that_was_edited_is_refused(tmp_path):
 def test_another_models_checkpoint_is_refused(tmp_path):
   folders.write(tmp_path, steps=())
   state = {'params': {'embedding': jnp.zeros((2, 3))}}
-  with Checkpointer(tmp_path / 'checkpoints', keep_best=False) as checkpoints:
+  with Checkpointer(tmp_path / 'checkpoints') as checkpoints:
     checkpoints.save(1, state)
   with pytest.raises(ValueError, match='holds another state'):
     trained.load(tmp_path)

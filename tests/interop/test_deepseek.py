@@ -185,7 +185,7 @@ def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
   exported = interop.load(tmp_path / 'out').variables
   jax.tree.map(np.testing.assert_array_equal, exported, imported)
   # A checkpoint of step 0 without a bias, which other commands may write.
-  with Checkpointer(checkpoints_of(workdir), keep_best=False) as checkpoints:
+  with Checkpointer(checkpoints_of(workdir)) as checkpoints:
     checkpoints.save(0, {'params': imported['params']})
   assert not any(bias.any() for bias in biases(initial_variables()))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.retention import CheckpointOptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE = 2_000_000  # 8 MB take long enough to write that a kill can hit it
@@ -42,7 +43,9 @@ def restore_and_check(checkpointer: Checkpointer) -> int:
 
 
 def child_saves_until_killed(directory: str) -> None:
-  with Checkpointer(directory, keep_newest=2) as checkpointer:
+  with Checkpointer(
+    directory, CheckpointOptions(keep_newest=2)
+  ) as checkpointer:
     step = restore_and_check(checkpointer)
     print(step, flush=True)
     while True:
@@ -144,7 +147,7 @@ def kill_and_check(directory, moments) -> None:
 
 
 def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
-  with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
+  with Checkpointer(tmp_path, CheckpointOptions(keep_newest=1)) as checkpointer:
     for step in range(4):
       checkpointer.save(step, make_state(step))
       deadline = time.monotonic() + 20

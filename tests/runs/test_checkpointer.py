@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.retention import CheckpointOptions
 
 
 @flax.struct.dataclass
@@ -53,9 +54,9 @@ def assert_same_bits(state, expected):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def save_all(directory, steps, **kwargs):
+def save_all(directory, steps, **options):
   """Saves `make_state(step)` for each of `steps`, one after the other."""
-  with Checkpointer(directory, **kwargs) as checkpointer:
+  with Checkpointer(directory, CheckpointOptions(**options)) as checkpointer:
     for step in steps:
       checkpointer.save(step, make_state(step), extra={'next_batch': step})
   return sorted(path.name for path in directory.iterdir())
@@ -217,7 +218,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_blocks(
 ):
   save_all(tmp_path, [1, 2, 3], keep_newest=3)
   DAMAGE[reason](tmp_path, 3)
-  with Checkpointer(tmp_path, keep_newest=2) as checkpointer:
+  with Checkpointer(tmp_path, CheckpointOptions(keep_newest=2)) as checkpointer:
     restored = checkpointer.restore(ABSTRACT)
     assert_same_bits(restored.state, make_state(2))
     assert restored.step == 2 and restored.extra == {'next_batch': 2}
@@ -238,7 +239,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_blocks(
 def test_a_wreck_newer_than_the_save_is_no_newest(tmp_path):
   save_all(tmp_path, [1, 5, 9], keep_newest=3)
   flip_bit(array_file(tmp_path, 9))
-  with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
+  with Checkpointer(tmp_path, CheckpointOptions(keep_newest=1)) as checkpointer:
     assert checkpointer.restore(ABSTRACT).step == 5
     checkpointer.save(6, make_state(6))
     checkpointer.wait()
@@ -248,7 +249,7 @@ def test_a_wreck_newer_than_the_save_is_no_newest(tmp_path):
 
 def test_a_given_up_future_is_set_aside_not_restored(tmp_path):
   save_all(tmp_path, [1, 2, 3, 4], keep_newest=4)
-  with Checkpointer(tmp_path, keep_newest=4) as checkpointer:
+  with Checkpointer(tmp_path, CheckpointOptions(keep_newest=4)) as checkpointer:
     assert checkpointer.restore(ABSTRACT, step=2).step == 2
     checkpointer.save(4, make_state(40))
   restored = restore(tmp_path)
@@ -296,10 +297,12 @@ def test_leftovers_are_removed_in_one_line_by_a_save_alone(tmp_path, caplog):
 def test_the_newest_and_the_best_are_kept(tmp_path):
   losses = [3.0, 1.0, float('nan'), 2.0, 1.0, 1.5]
   kept_steps = []
-  with Checkpointer(tmp_path, keep_newest=2) as checkpointer:
+  with Checkpointer(
+    tmp_path, CheckpointOptions(keep_newest=2, best_eval='valid')
+  ) as checkpointer:
     assert checkpointer.best_step() is None
     for step, loss in enumerate(losses):
-      checkpointer.save(step, make_state(), metrics={'loss': loss})
+      checkpointer.save(step, make_state(), metrics={'valid': loss})
       checkpointer.wait()
       kept_steps.append(checkpointer.steps())
     assert checkpointer.best_step() == 1
@@ -314,19 +317,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 def test_the_best_is_kept_where_it_is_measured_after_the_save(tmp_path):
   kept_steps = []
-  with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
+  with Checkpointer(
+    tmp_path, CheckpointOptions(keep_newest=1, best_eval='valid')
+  ) as checkpointer:
     for step, loss in enumerate([2.0, 3.0, 1.0, 4.0]):
       checkpointer.save(step, make_state())
       checkpointer.wait()
       kept_steps.append(checkpointer.steps())
-      checkpointer.save(step, make_state(), metrics={'loss': loss})
+      checkpointer.save(step, make_state(), metrics={'valid': loss})
     checkpointer.wait()
     kept_steps.append(checkpointer.steps())
   assert kept_steps == [[0], [0, 1], [0, 2], [2, 3], [2, 3]]
   # A measurement need not wait for the arrays.
-  with Checkpointer(tmp_path / 'other') as checkpointer:
+  with Checkpointer(
+    tmp_path / 'other', CheckpointOptions(best_eval='valid')
+  ) as checkpointer:
     assert checkpointer.save(1, make_state())
-    assert not checkpointer.save(1, make_state(), metrics={'loss': 1.0})
+    assert not checkpointer.save(1, make_state(), metrics={'valid': 1.0})
     assert not checkpointer.save(1, make_state(), extra={'more': True})
   restored = restore(tmp_path / 'other')
   assert restored.extra == {'more': True}
@@ -351,15 +358,13 @@ def test_only_while_one_is_used_are_lines_of_orbax_left_out(tmp_path, caplog):
 
 
 def test_the_best_may_be_by_another_metric(tmp_path):
-  with Checkpointer(
-    tmp_path, keep_newest=1, best_metric='error'
-  ) as checkpointer:
+  options = CheckpointOptions(
+    keep_newest=1, best_eval='valid', best_metric='error'
+  )
+  with Checkpointer(tmp_path, options) as checkpointer:
     for step, error in enumerate([0.5, jnp.float32(0.25), 0.75]):
-      checkpointer.save(step, make_state(), metrics={'error': error, 'loss': 1})
-    with pytest.raises(
-      ValueError, match=r"'error' in metrics; have \['loss'\]"
-    ):
-      checkpointer.save(9, make_state(), metrics={'loss': 1.0})
+      metrics = {'valid/error': error, 'valid': 1}
+      checkpointer.save(step, make_state(), metrics=metrics)
     checkpointer.wait()
     assert checkpointer.steps() == [1, 2]
 
@@ -370,7 +375,7 @@ def test_the_step_saved_or_restored_last_is_not_saved_again(tmp_path):
     checkpointer.restore(ABSTRACT)
     # The values beside the arrays are added.
     checkpointer.save(
-      4, make_state(5), extra={'ended': True}, metrics={'loss': 2.5}
+      4, make_state(5), extra={'ended': True}, metrics={'train_capacity': 2.5}
     )
     checkpointer.wait()
     assert checkpointer.best_step() == 4

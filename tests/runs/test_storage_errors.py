@@ -16,6 +16,7 @@ import pytest
 
 from moe_jax.runs import storage_errors
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.retention import CheckpointOptions
 from moe_jax.runs.storage_errors import Retry, is_transient
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -131,8 +132,8 @@ def restored(checkpoints):
   return checkpoint
 
 
-def save(folder, step, **options):
-  with Checkpointer(folder, **options) as checkpoints:
+def save(folder, step, options=CheckpointOptions()):
+  with Checkpointer(folder, options) as checkpoints:
     checkpoints.save(step, state(step))
 
 
@@ -141,7 +142,7 @@ def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
   # Folders are made before arrays are written, and renamed afterwards.
   failing = Failing(getattr(os, function), '2.saving', 'ESTALE', failures=2)
   monkeypatch.setattr(os, function, failing)
-  save(tmp_path, 2, retry=Retry(3, 0.01))
+  save(tmp_path, 2, options=CheckpointOptions(tries=3, retry_seconds=0.01))
   assert failing.left == 0
   monkeypatch.undo()
   with Checkpointer(tmp_path) as checkpoints:
@@ -168,7 +169,9 @@ def test_of_several_processes_the_first_names_again(
   tmp_path, monkeypatch, function, word
 ):
   failing = Failing(getattr(os, function), word, 'ESTALE', failures=1)
-  with OneOfSeveral(tmp_path, retry=Retry(2, 0.01)) as checkpoints:
+  with OneOfSeveral(
+    tmp_path, options=CheckpointOptions(tries=2, retry_seconds=0.01)
+  ) as checkpoints:
     checkpoints.save(2, state(2))
     monkeypatch.setattr(os, function, failing)
     checkpoints.wait()
@@ -184,7 +187,9 @@ def test_a_save_fails_in_the_end(tmp_path, monkeypatch, name, tries, calls):
   failing = Failing(os.mkdir, '2.saving', name, failures=9)
   monkeypatch.setattr(os, 'mkdir', failing)
   with pytest.raises(CheckpointError, match=r'(?s)checkpoint 2 .*step: 1'):
-    save(tmp_path, 2, retry=Retry(tries, 0.01))
+    save(
+      tmp_path, 2, options=CheckpointOptions(tries=tries, retry_seconds=0.01)
+    )
   assert failing.calls == calls
 
 
@@ -192,7 +197,9 @@ def test_what_is_written_again_is_what_was_given(tmp_path, monkeypatch):
   # By this time the caller has donated its arrays to a later step.
   failing = Failing(os.rename, '2.saving', 'EIO', failures=1)
   monkeypatch.setattr(os, 'rename', failing)
-  with Checkpointer(tmp_path, retry=Retry(2, 0.5)) as checkpoints:
+  with Checkpointer(
+    tmp_path, options=CheckpointOptions(tries=2, retry_seconds=0.5)
+  ) as checkpoints:
     arrays = state(2)
     checkpoints.save(2, arrays)
     for _ in range(3):  # unless its memory is held, this reuses it
@@ -213,7 +220,9 @@ def test_a_checkpoint_is_read_again_before_it_is_passed_over(
   )
   monkeypatch.setattr('io.open', failing)
   monkeypatch.setattr(builtins, 'open', failing)
-  with Checkpointer(tmp_path, retry=Retry(2, 0.01)) as checkpoints:
+  with Checkpointer(
+    tmp_path, options=CheckpointOptions(tries=2, retry_seconds=0.01)
+  ) as checkpoints:
     checkpoint = restored(checkpoints)
   assert failing.left == max(failures - 2, 0)
   assert checkpoint.step == step
@@ -221,7 +230,9 @@ def test_a_checkpoint_is_read_again_before_it_is_passed_over(
 
 
 def child(folder: str) -> None:
-  with Checkpointer(folder, retry=Retry(3, 0.01)) as checkpoints:
+  with Checkpointer(
+    folder, options=CheckpointOptions(tries=3, retry_seconds=0.01)
+  ) as checkpoints:
     if checkpoints.steps():
       restored(checkpoints)
     else:

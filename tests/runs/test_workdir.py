@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import run_config
-from moe_jax.config import difference, merge, section_of
+from moe_jax.config import merge, section_of
 from moe_jax.runs import workdir
 from moe_jax.training import loop, trained
 from tests.training import tiny
@@ -101,23 +101,24 @@ def test_options_that_a_folder_lacks_have_their_defaults(tmp_path):
     workdir.check(tmp_path, other, defaults=defaults)
 
 
-def test_options_that_are_gone_are_left_out_where_they_meant_nothing(tmp_path):
-  config, gone = tiny.config(), {'max_shift': 4, 'label_feature': 'label'}
-  earlier = merge(config, {}).to_dict()
-  earlier['model'] |= {'adaptive': {'num_experts': 4}, 'feature_shape': []}
-  earlier['model']['numerics']['kernels'] = {'name': '', 'group_size': 0}
-  earlier['data']['source']['tfds'] |= gone
-  dispatch = earlier['model']['moe']['dispatch']
-  dispatch['gather']['exchange'] |= {'kind': 'all_to_all', 'chunks': 2}
-  dispatch['dropless']['exchange']['kind'] = 'ring'
-  dispatch['dropless']['backend'] = 'ragged_dot'
+def test_a_folder_with_options_that_are_gone_names_the_commit(tmp_path):
+  config = tiny.config()
+  earlier = config.to_dict()
+  earlier['model'] |= {'feature_shape': []}
   workdir.claim(tmp_path, earlier)
-  workdir.check(tmp_path, config)
-  workdir.check_unedited(tmp_path)
-  assert not difference(workdir.kept_config(tmp_path), config)
-  earlier['data']['source']['tfds']['max_shift'] = 5
-  workdir.claim(tmp_path, earlier)
-  with pytest.raises(
-    ValueError, match=r'data\.source\.tfds\.max_shift: 5 -> N'
+  (tmp_path / workdir.TOKENIZER).write_text('{}')
+  (tmp_path / workdir.CHECKPOINTS).mkdir()
+  for refused in (
+    lambda: workdir.check(tmp_path, config),
+    lambda: trained.read(tmp_path),
   ):
+    with pytest.raises(
+      ValueError, match=r'(?s)model\.feature_shape.*commit d9e62315'
+    ):
+      refused()
+  workdir.check(tmp_path, config, resume=True)
+  # Of another config, whose options all exist, no commit is named.
+  workdir.claim(tmp_path, merge(config, {'seed': 1}))
+  with pytest.raises(ValueError, match='seed: 1 -> 0') as error:
     workdir.check(tmp_path, config)
+  assert 'commit' not in str(error.value)

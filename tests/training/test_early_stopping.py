@@ -10,8 +10,8 @@ from moe_jax import finetuning, run_config
 from moe_jax.config import OptionError, option
 from moe_jax.configs import base
 from moe_jax.runs import metrics
-from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions
-from moe_jax.runs.retention import Directory
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.retention import CheckpointOptions, Directory
 from moe_jax.training import loop, trained
 from moe_jax.training.early_stopping import (
   EarlyStopping,
