@@ -9,8 +9,7 @@ the tokens. Every implementation of experts that transformers offers and this
 device can run is timed; the table gives ratios to the default one and to the
 fastest, and the tokens must be the same. The matrix products of such a
 generation alone are timed beside them, since they are the limit of all.
-Writes `table.md`, `rows.csv` and `results.json` to
-`results/bench_generation/<device>`.
+Writes `table.md` and `results.json` to `results/bench_generation/<device>`.
 """
 
 import argparse
@@ -26,9 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.benchmarks.roofline import measure_peaks
 from moe_jax import cli, generation, interop
-from moe_jax.devices import keep_freed_memory
 from moe_jax.shapes import Array, Float
 
 NAME = 'bench_generation'
@@ -261,14 +258,10 @@ def measure(
         'fastest_peer': fastest,
         'per_fastest': timing.ratio(times[fastest], durations),
         'over_limit': timing.ratio(durations, times[LIMIT]),
-        'same_tokens': same_tokens.get(name),
+        **({'same_tokens': same_tokens[name]} if name in same_tokens else {}),
       }
     )
   return rows
-
-
-def _same_tokens(row: Mapping[str, Any]) -> str:
-  return '-' if row['same_tokens'] is None else f'{row["same_tokens"]:.1%}'
 
 
 COLUMNS = {
@@ -279,7 +272,7 @@ COLUMNS = {
   f"speed / {THEIRS}' default": '{per_default:.2f}',
   'speed / its fastest': '{per_fastest:.2f}',
   f'time / {LIMIT}': '{over_limit:.2f}',
-  'same tokens': _same_tokens,
+  'same tokens': '{same_tokens:.1%}',
 }
 
 
@@ -297,9 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   text = 'time for each batch size'
   add('--seconds', type=cli.SECONDS, default=40.0, help=text)
   options = parser.parse_args(argv)
-  keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
-  rows, peaks = [], measure_peaks('float32', quick=options.rough_peaks)
+  rows, peaks = [], timing.measured_peaks(options)
   with tempfile.TemporaryDirectory() as folder:
     theirs = transformers_model(sizes, pathlib.Path(folder))
     _, *ours = interop.load(folder)

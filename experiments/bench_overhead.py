@@ -8,7 +8,7 @@ and steps), the loop with metrics, with metrics and a trace of every step's
 choices of experts, and with metrics and a checkpoint, whose writing is waited
 for within the burst. Bursts have 100 steps, so that is a checkpoint every 100
 steps. A step that is recorded is another program, in a run of its own. Writes
-`table.md`, `rows.csv` and `results.json` to `results/bench_overhead/<device>`.
+`table.md` and `results.json` to `results/bench_overhead/<device>`.
 """
 
 import contextlib
@@ -116,19 +116,6 @@ def training_loop(
     yield next_burst
 
 
-def counted(
-  run: Callable[[], None], seconds: list[float]
-) -> Callable[[], None]:
-  """A case that adds the CPU seconds of each run, of all threads, to a list."""
-
-  def case():
-    begun = time.process_time()
-    run()
-    seconds.append(time.process_time() - begun)
-
-  return case
-
-
 def measure(
   run_options: RunConfig, *, burst: int, **options: Any
 ) -> list[dict[str, Any]]:
@@ -161,11 +148,18 @@ def measure(
         BOTH: functools.partial(loop, saves=True),
       }
       cpu = {name: list[float]() for name in cases}
+
+      def counted(name):
+        begun = time.process_time()  # of all threads
+        cases[name]()
+        cpu[name].append(time.process_time() - begun)
+
       times = timing.interleave(
-        {name: counted(case, cpu[name]) for name, case in cases.items()},
-        **options,
+        {name: functools.partial(counted, name) for name in cases}, **options
       )
-    saved = _size(pathlib.Path(folder) / 'checkpoints')
+    checkpoints = pathlib.Path(folder) / 'checkpoints'
+    newest = max(checkpoints.glob('[0-9]*'), key=lambda path: int(path.name))
+    saved = sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
   # The first round warms up.
   cpu = {name: seconds[1:] for name, seconds in cpu.items()}
   return [
@@ -180,12 +174,6 @@ def measure(
     }
     for case, durations in times.items()
   ]
-
-
-def _size(folder: pathlib.Path) -> int:
-  """Size of the newest checkpoint in the folder, in bytes."""
-  newest = max(folder.glob('[0-9]*'), key=lambda path: int(path.name))
-  return sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
 
 
 def report(

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import pathlib
 import time
-from typing import Any
 
 import numpy as np
 
@@ -76,9 +75,6 @@ def read_at_random(
     - checked: number of documents that are those of the source.
     - wrong: number of documents that are not.
     - open_seconds: time to open the prepared data.
-    - peak_bytes: the most memory that the process held.
-    - mapped_bytes: the part of it that is in maps of files, which the system
-      takes back when it needs room.
   """
   context = multiprocessing.get_context('spawn')
   jobs = [(options, corpus, training, p) for p in range(_PROCESSES)]
@@ -108,8 +104,6 @@ def _read(options, corpus, training, process) -> dict[str, float]:
     'checked': _DOCUMENTS - wrong,
     'wrong': wrong,
     'open_seconds': opened,
-    'peak_bytes': pieces.peak_memory(),
-    'mapped_bytes': _mapped(),
   }
 
 
@@ -132,13 +126,6 @@ def _wrong(
     expected = tokenizer.encode(corpus.document(int(numbers[index])))
     wrong += not np.array_equal(ids, np.append(expected, tokenizer.eos_id))
   return wrong
-
-
-def _mapped() -> int:
-  """Bytes of this process's memory that are in maps of files."""
-  with open('/proc/self/status', encoding='utf-8') as status:
-    lines: dict[str, Any] = dict(line.split(':', 1) for line in status)
-  return int(lines['RssFile'].split()[0]) * 1024
 
 
 _PROCESSES = 2
