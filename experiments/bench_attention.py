@@ -131,7 +131,7 @@ def measure(
 COLUMNS = {
   'shape': '{shape}',
   'documents in a row': '{documents}',
-  'implementation': '{implementation}',
+  'implementation': '{case}',
   'ms': '{ms.median:.2f}',
   'over einsum': '{per_einsum:.2f}',
   f'over {PEER}': '{per_pytorch:.2f}',

@@ -29,7 +29,6 @@ from moe_jax import cli, generation, interop
 from moe_jax.shapes import Array, Float
 
 NAME = 'bench_generation'
-Kernels = list[Float[Array, 'M N']]
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
 THEIRS = 'transformers'
 LIMIT = 'matrix products alone'
@@ -151,7 +150,23 @@ def products(
   Returns:
     A function without arguments, which waits for the last product.
   """
-  layers, head = _kernels(sizes)
+  M, F = sizes['hidden_size'], sizes['intermediate_size']
+  E = sizes['num_local_experts']
+  width = M // sizes['num_attention_heads'] * sizes['num_key_value_heads']
+  rng = np.random.default_rng(0)
+
+  def kernel(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  head = kernel(M, sizes['vocab_size'])
+  # The kernels of each layer, and those of each of its experts.
+  layers = [
+    (
+      [kernel(M, n) for n in (M, width, width, M, E)],
+      [[kernel(M, F), kernel(M, F), kernel(F, M)] for _ in range(E)],
+    )
+    for _ in range(sizes['num_hidden_layers'])
+  ]
   served = read_experts(batch_size, sizes)
   share = sizes['num_experts_per_tok'] / sizes['num_local_experts']
 
@@ -168,7 +183,7 @@ def products(
   @jax.jit
   def run(prompts, first):
     rows = math.ceil(len(prompts) * share)
-    read = through_layers(prompts, len(layers[0][1]), rows)
+    read = through_layers(prompts, E, rows)
 
     def step(_, x):
       x = through_layers(x, served, batch_size)
@@ -178,7 +193,6 @@ def products(
     first = _changed(first, read[:batch_size])
     return jax.lax.fori_loop(1, num_tokens, step, first)
 
-  M = sizes['hidden_size']
   prompts = jnp.ones((batch_size * prompt_len, M))
   first = jnp.ones((batch_size, M))
   return lambda: jax.block_until_ready(run(prompts, first))
@@ -189,26 +203,6 @@ def _changed(
 ) -> Float[Array, 'R M']:
   """x with so little of the product that it stays finite, yet waits for it."""
   return x + 1e-9 * product.mean(axis=1, keepdims=True)
-
-
-def _kernels(
-  sizes: Mapping[str, int],
-) -> tuple[list[tuple[Kernels, list[Kernels]]], Float[Array, 'M V']]:
-  """The kernels of each layer and of its experts, and that of the logits."""
-  M, F = sizes['hidden_size'], sizes['intermediate_size']
-  E = sizes['num_local_experts']
-  width = M // sizes['num_attention_heads'] * sizes['num_key_value_heads']
-  rng = np.random.default_rng(0)
-
-  def kernel(*shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-  layers = []
-  for _ in range(sizes['num_hidden_layers']):
-    kernels = [kernel(M, n) for n in (M, width, width, M, E)]
-    experts = [[kernel(M, F), kernel(M, F), kernel(F, M)] for _ in range(E)]
-    layers.append((kernels, experts))
-  return layers, kernel(M, sizes['vocab_size'])
 
 
 def measure(

@@ -1,7 +1,8 @@
 """What do metrics, traces and checkpoints add to a training step?
 
     python -m experiments.bench_overhead
-    python -m experiments.bench_overhead --files=shakespeare.txt
+    python -m experiments.bench_overhead --config.data.source.kind=files \
+      --config.data.source.files.pattern=shakespeare.txt
 
 Times bursts of the config's training loop, interleaved: the bare loop (batches
 and steps), the loop with metrics, with metrics and a trace of every step's
@@ -22,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 
 from experiments.benchmarks import timing
 from moe_jax import cli, run_config
@@ -41,31 +41,25 @@ TRACES = 'metrics and traces'
 AIM = 1.05
 
 
-def prepared(
-  config: ml_collections.ConfigDict, files: str = '', modules: str = ''
-) -> RunConfig:
-  """The run's options on one device, on the chosen text.
+def prepared(config: str, overrides: Sequence[str]) -> RunConfig:
+  """The run's options on one device, on the standard library's text as bytes.
 
   The run is a million steps long, so that no burst reaches its end.
 
   Args:
     config: Config of the run.
-    files: Pattern of the text files to train on, read as characters; '' takes
-      the standard library's text, as bytes.
-    modules: Modules of the standard library to train on; '' takes the whole
-      embedded corpus.
+    overrides: Flags that change keys, another text too: '--config.seed=1'.
   """
-  source = {'kind': 'python_stdlib', 'python_stdlib': {'modules': modules}}
-  tokenizer = 'bytes'
-  if files:
-    source = {'kind': 'files', 'files': {'pattern': files}}
-    tokenizer = 'chars'
   changes = {
     'total_steps': 10**6,
-    'data': {'source': source, 'tokenizer': {'kind': tokenizer}},
+    'data': {
+      'source': {'kind': 'python_stdlib'},
+      'tokenizer': {'kind': 'bytes'},
+    },
     'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
   }
-  return run_config.read(layered(RunConfig, config, changes))
+  base = layered(RunConfig, cli.load_config(config), changes)
+  return run_config.options_of(base, overrides)[0]
 
 
 @contextlib.contextmanager
@@ -207,16 +201,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   add = parser.add_argument
   text = 'config to time'
   add('--config', default='configs/shakespeare_switch.py', help=text)
-  add('--files', default='', help='pattern of text files to train on')
-  add('--modules', default='', help='modules of the standard library instead')
   add('--burst', type=cli.POSITIVE, default=100, help='steps of a burst')
   text = 'time for all cases'
   add('--seconds', type=cli.SECONDS, default=180.0, help=text)
-  options = parser.parse_args(argv)
+  options, overrides = cli.parse_command(parser, argv)
   keep_freed_memory()
-  run_options = prepared(
-    cli.load_config(options.config), options.files, options.modules
-  )
+  run_options = prepared(options.config, overrides)
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows, run_options.model.moe.forced)
   metadata = {'config': section_of(run_options).to_dict()}

@@ -8,9 +8,8 @@ processes, as bytes and by a BPE of 8,192 tokens that is trained on them; where
 they are installed, also by Apache Beam's FnApiRunner and by `datasets.map` of
 Hugging Face, each with one process. The cases are interleaved; the start of the
 processes is a part of their time. With `--large_gb` data of that size is
-prepared once by the processes, by Beam, too, whose files have to be the same,
-and then read at random by two processes, which compare documents with the
-source. Writes `table.md` and `results.json` to
+prepared once by the processes, and then read at random by two, which compare
+documents with the source. Writes `table.md` and `results.json` to
 `results/bench_prepare/<device>`.
 """
 
@@ -26,12 +25,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks import random_reads, timing
-from experiments.benchmarks.random_reads import Corpus
 from moe_jax import cli, data
-from moe_jax.data import cache_folders
 from moe_jax.data.pieces import Engine, Report, make
 
-NAME, BEAM = 'bench_prepare', 'FnApiRunner'
+NAME = 'bench_prepare'
 _BPE_TOKENS = 8192
 _BPE_DOCUMENTS = 2000
 
@@ -62,14 +59,6 @@ def map_once(options: data.DataOptions) -> None:
   )
 
 
-def beam_engine() -> dict[str, Engine]:
-  """The engine of Apache Beam by its name, if it is installed."""
-  if not importlib.util.find_spec('apache_beam'):
-    return {}
-  flags = ('--direct_num_workers=1',)
-  return {BEAM: Engine(runner=BEAM, arguments=flags)}
-
-
 def options_of(
   lines: pathlib.Path, tokenizer: data.TokenizerOptions, cache: pathlib.Path
 ) -> data.DataOptions:
@@ -86,17 +75,19 @@ def measure(
   folder: pathlib.Path, size: int, processes: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
   """A row for each tokenizer and number of processes."""
-  corpus, lines = Corpus(), folder / 'lines'
-  corpus.write(lines, size)
+  lines = folder / 'lines'
+  random_reads.write(lines, size)
   total = _size(lines)
-  texts = (corpus.document(-number) for number in range(1, _BPE_DOCUMENTS))
+  texts = (random_reads.document(-n) for n in range(1, _BPE_DOCUMENTS))
   bpe = data.TrainedOptions('bpe', _BPE_TOKENS).fit(texts)
   tokenizers = {
     'bytes': data.BytesOptions(),
     'BPE': data.tokenizers.Fitted(bpe),
   }
   engines = {f'pool of {n}': Engine(processes=n) for n in processes}
-  engines |= beam_engine()
+  if importlib.util.find_spec('apache_beam'):
+    flags = ('--direct_num_workers=1',)
+    engines['FnApiRunner'] = Engine(runner='FnApiRunner', arguments=flags)
   rows = []
   for name, tokenizer in tokenizers.items():
     options = options_of(lines, tokenizer, folder)
@@ -126,8 +117,8 @@ def measure(
 
 def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   """Prepares much text once, and reads it at random; numbers by name."""
-  corpus, lines = Corpus(), folder / 'large'
-  training = corpus.write(lines, int(gigabytes * 1e9))
+  lines = folder / 'large'
+  training = random_reads.write(lines, int(gigabytes * 1e9))
   options = options_of(lines, data.BytesOptions(), folder / 'cache')
   begin = time.perf_counter()
   preparation = prepare_once(options, Engine(processes=processes))
@@ -142,18 +133,10 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
     'peak_mib': preparation.peak_bytes / 2**20,
     'load': os.getloadavg()[0],
   }
-  for engine in beam_engine().values():
-    by_beam = dataclasses.replace(options, cache_dir=str(folder / 'beam'))
-    begin = time.perf_counter()
-    theirs = prepare_once(by_beam, engine)
-    facts['beam_seconds'] = time.perf_counter() - begin
-    lists = [r.folder / cache_folders.LIST for r in (preparation, theirs)]
-    facts['same_bytes'] = lists[0].read_bytes() == lists[1].read_bytes()
-    shutil.rmtree(folder / 'beam')
   print(f'prepared: {facts}', flush=True)
   for name, digests in (('first', True), ('unchecked', False)):
     case_options = dataclasses.replace(options, cache_digests=digests)
-    facts[name] = random_reads.read_at_random(case_options, corpus, training)
+    facts[name] = random_reads.read_at_random(case_options, training)
   return facts
 
 
@@ -201,10 +184,6 @@ def _large_text(run: Mapping[str, Any]) -> str:
     sum(read[name] for read in [*first, *unchecked])
     for name in ('checked', 'wrong')
   )
-  beam = ''
-  if 'beam_seconds' in run:
-    same = 'the same' if run['same_bytes'] else 'OTHER'
-    beam = f' By {BEAM} in {run["beam_seconds"]:.0f} s: {same} bytes.'
   return (
     f'\n{run["gigabytes"]:.2f} GB, {run["documents"]:,} documents, by '
     f'{run["processes"]} processes in {run["seconds"]:.0f} s: '
@@ -213,7 +192,7 @@ def _large_text(run: Mapping[str, Any]) -> str:
     f'{run["load"]:.1f}). Read at random by {len(unchecked)} processes: '
     f'{" and ".join(rates)} rows of 512 tokens a second; opened in '
     f'{opened:.1f} s where digests are checked, in {at_once:.1f} s where not; '
-    f'{right:,} documents were those of the source, {wrong} were not.{beam}\n'
+    f'{right:,} documents were those of the source, {wrong} were not.\n'
   )
 
 

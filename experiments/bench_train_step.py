@@ -1,6 +1,6 @@
 """What does a training step of a sparse model cost, against its dense twin?
 
-    python -m experiments.bench_train_step
+    python -m experiments.bench_train_step --config.model.num_layers=8
     python -m experiments.bench_train_step --peer
     python -m experiments.bench_train_step --against=OLD
 
@@ -29,9 +29,7 @@ from experiments.benchmarks.roofline import Peaks
 from experiments.benchmarks.train_step_programs import compile_step, prepared
 from experiments.benchmarks.turns import HERE, PAUSE, turns
 from moe_jax import cli
-from moe_jax.config import merge
 from moe_jax.models.stack import REMATS
-from moe_jax.routing.rules_without_logits import FORCED
 
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'
@@ -245,13 +243,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     help='another checkout, whose sparse and dense steps are timed against '
     'those of this one, and nothing else',
   )
-  text = 'choice of experts whatever the logits are: model.moe.force_balance'
-  add('--force_balance', choices=FORCED, help=text)
   text = 'time for all steps'
   add('--seconds', type=cli.SECONDS, default=40.0, help=text)
   text = 'numbers of layers of the models that are only compiled'
   add('--depths', type=cli.POSITIVE, nargs='+', default=DEPTHS, help=text)
-  options = parser.parse_args(argv)
+  options, overrides = cli.parse_command(
+    parser, argv, lambda options: not (options.peer or options.against)
+  )
   write = functools.partial(timing.write, options.output)
   if options.peer:
     peaks = timing.measured_peaks(options)
@@ -264,10 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = against_report(options.config, rows)
     write(f'{NAME}_against', text, rows, {})
     return
-  config = cli.load_config(options.config)
-  if options.force_balance:
-    forced = {'moe': {'force_balance': options.force_balance}}
-    config = merge(config, {'model': forced})
+  config = cli.config_of(options.config, overrides)
   if not config.model.moe.num_experts:
     raise SystemExit(f'{options.config} is dense: there is no twin to compare')
   peaks = timing.measured_peaks(options, config.model.numerics.dtype)

@@ -3,8 +3,7 @@
 import pytest
 
 from experiments import bench_prepare
-from experiments.benchmarks import timing
-from experiments.benchmarks.random_reads import Corpus
+from experiments.benchmarks import random_reads, timing
 from moe_jax import data
 
 ROW = {
@@ -33,10 +32,9 @@ def test_the_report_has_every_number():
 
 @pytest.mark.slow
 def test_documents_can_be_made_again_by_their_number(tmp_path):
-  corpus = Corpus()
-  training = corpus.write(tmp_path / 'lines', 200_000)
+  training = random_reads.write(tmp_path / 'lines', 200_000)
   texts = data.FilesSource(f'{tmp_path}/lines/*.jsonl').texts()
-  docs = [corpus.document(i) for i in range(len(training))]
+  docs = [random_reads.document(i) for i in range(len(training))]
   for split, train in zip(data.SPLITS, (True, False)):
     expected = [t for t, is_train in zip(docs, training) if is_train == train]
     assert list(texts.texts(split)) == expected

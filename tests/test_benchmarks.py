@@ -337,7 +337,7 @@ def test_the_overhead_benchmark_saves_once_a_burst(
   bench_overhead.main(
     [
       one_layer,
-      f'--modules={tiny.MODULES}',
+      f'--config.data.source.python_stdlib.modules={tiny.MODULES}',
       *['--burst=3', '--seconds=0'],
       f'--output={tmp_path}',
     ]
@@ -491,10 +491,10 @@ def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
   bench_attention.main([*output, f'--output={tmp_path}'])
   (results,) = tmp_path.glob('*/*/results.json')
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
-  names = [row['implementation'] for row in rows]
+  names = [row['case'] for row in rows]
   assert names == ['einsum', 'blocks', 'xla', 'PyTorch'] * 2
   for row in rows:
-    name = row['implementation'].lower()
+    name = row['case'].lower()
     assert row['ms'] > 0 and row.get(f'per_{name}', 1) == 1
   (table,) = tmp_path.glob('*/*/table.md')
   assert '| B=2 T=70 H=2 D=8 | 3 | PyTorch |' in table.read_text('utf-8')

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled, Wrapped
 
-from experiments.benchmarks import program_counts, roofline
+from experiments.benchmarks import roofline
 from experiments.study.tables import markdown_table
 from moe_jax import cli
 from moe_jax.devices import keep_freed_memory
@@ -74,15 +74,17 @@ def compiled(
   """Compiles a jitted function for arguments of these shapes.
 
   Returns:
-    The compiled function, and by name the seconds of tracing, lowering and
-    compiling, and XLA's own counts; see `program_counts.counts`.
+    The compiled function, and numbers by name: the seconds of tracing, lowering
+    and compiling, the bytes of the arguments, and those that are allocated
+    while the program runs, besides arguments and results.
   """
   start = time.perf_counter()
   program = function.lower(*args).compile()
-  seconds = time.perf_counter() - start
+  seconds, memory = time.perf_counter() - start, program.memory_analysis()
   return program, {
     'compile_seconds': seconds,
-    **program_counts.counts(program),
+    'argument_bytes': memory.argument_size_in_bytes,
+    'temp_bytes': memory.temp_size_in_bytes,
   }
 
 

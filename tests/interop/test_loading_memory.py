@@ -7,22 +7,9 @@ import pytest
 from experiments import bench_loading
 from experiments.benchmarks import random_checkpoint
 
-SMALL = dict(
-  random_checkpoint.BASE,
-  vocab_size=64,
-  hidden_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=6,
-  num_experts=8,
-  num_experts_per_tok=2,
-  moe_intermediate_size=16,
-)
-
 
 def test_all_bits_of_every_file_arrive_in_the_dtype_of_the_file(tmp_path):
-  written = random_checkpoint.write(tmp_path, SMALL, 15_000)
+  written = random_checkpoint.write(tmp_path, random_checkpoint.TINY, 15_000)
   assert written.files > 3 and written.largest_file <= 15_000
   for axes, copies in (({}, 1), ({'expert': 8}, 8)):
     row = bench_loading.load(tmp_path, axes)
