@@ -8,14 +8,14 @@ three: a call, and the gradient of queries, keys and values. Each time is a
 ratio to that of `einsum`, and, with `--peer`, to that of PyTorch's fused
 attention, which runs in a process of its own. The limit is the time of the
 seven products of all T x T scores at the machine's measured peak; causal blocks
-compute about half of them. Writes `table.md`, `rows.csv` and `results.json` to
+compute about half of them. Writes `table.md` and `results.json` to
 `results/bench_attention/<device>`.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.benchmarks.roofline import Peaks, measure_peaks
+from experiments.benchmarks.roofline import Peaks, Work
 from experiments.benchmarks.turns import PAUSE, Runs, turns
 from moe_jax import cli
-from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.attention.dot_product import attend
 
 NAME = 'bench_attention'
@@ -62,18 +61,20 @@ def program(implementation: str, case: Case) -> Callable[[], Any]:
     B, T = shape[:2]
     ids = jnp.broadcast_to(jnp.arange(T) // -(-T // 3) + 1, (B, T))
 
+  @jax.jit
   def forward_backward(query, key, value, ids, toward):
     f = functools.partial(attend, implementation=implementation)
     y, pull = jax.vjp(lambda *x: f(*x, ids), query, key, value)
     return y, pull(toward)
 
   arguments = query, key, value, ids, toward
-  return timing.compile_ahead(forward_backward, *arguments)(*arguments).run
+  compiled, _ = timing.compiled(forward_backward, *arguments)
+  return lambda: jax.block_until_ready(compiled(*arguments))
 
 
-def peer_programs(cases: Sequence[Case]) -> dict[Case, Callable[[], None]]:
+def programs(cases: Mapping[str, Case]) -> dict[str, Callable[[], None]]:
   """Functions that call PyTorch's fused attention and take its gradient."""
-  return {case: _peer_program(*case) for case in cases}
+  return {name: _peer_program(*case) for name, case in cases.items()}
 
 
 def _peer_program(shape, packed):
@@ -104,42 +105,37 @@ def _peer_program(shape, packed):
 def measure(
   case: Case, peer: Runs, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
-  """Times all implementations of one case; one row for each."""
+  """Times all implementations of one case, and a peer's; one row for each."""
   names = IMPLEMENTATIONS[jax.default_backend()]
-  runs = {name: program(name, case) for name in names}
-  if peer:
-    runs |= {PEER: peer[case], PAUSE: peer[PAUSE]}
-  times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
-  times.pop(PAUSE, None)
+  runs = {name: program(name, case) for name in names} | dict(peer)
   (B, T, H, D), packed = case
-  flops = _PRODUCTS * 2 * B * H * T * T * D
-  limits = [flops / peaks.flops_per_second for peaks in rounds]
+  work = Work(_PRODUCTS * 2 * B * H * T * T * D, min_bytes=0)
+  programs = {name: timing.Program(run, work) for name, run in runs.items()}
+  pause = PAUSE if peer else {}
+  times, rows = timing.measure(programs, peaks, pause, seconds=seconds)
   return [
     {
       'shape': f'B={B} T={T} H={H} D={D}',
       'documents': 3 if packed else 1,
-      'implementation': name,
-      'rounds': len(durations),
-      'ms': timing.milliseconds(durations).median,
-      'limit_ms': timing.milliseconds(limits).median,
+      **row,
       **{
-        f'per_{base.lower()}': timing.ratio(durations, times[base])
+        f'per_{base.lower()}': timing.ratio(times[name], times[base])
         for base in ('einsum', PEER)
         if base in times
       },
     }
-    for name, durations in times.items()
+    for name, row in rows.items()
   ]
 
 
 COLUMNS = {
   'shape': '{shape}',
   'documents in a row': '{documents}',
-  'implementation': '{implementation}',
-  'ms': '{ms:.2f}',
+  'implementation': '{case}',
+  'ms': '{ms.median:.2f}',
   'over einsum': '{per_einsum:.2f}',
   f'over {PEER}': '{per_pytorch:.2f}',
-  'limit, ms': '{limit_ms:.2f}',
+  'limit, ms': '{roofline_ms:.2f}',
 }
 
 
@@ -151,17 +147,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--peer', action='store_true', help="time PyTorch's attention, too")
   add('--seconds', type=cli.SECONDS, default=4.0, help='time for each shape')
   options = parser.parse_args(argv)
-  keep_freed_memory()
-  cases = [(shape, packed) for shape in SHAPES for packed in (False, True)]
-  peaks = measure_peaks('float32', quick=options.rough_peaks)
-  print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
-  rows = []
+  cases = {
+    f'{shape}, packed: {packed}': (shape, packed)
+    for shape in SHAPES
+    for packed in (False, True)
+  }
+  peaks, rows = timing.measured_peaks(options), []
   with contextlib.ExitStack() as stack:
-    peer: Runs = {}
+    peers: Runs = {}
     if options.peer:
-      programs = functools.partial(peer_programs, cases)
-      peer = stack.enter_context(turns(programs, 'torch'))
-    for case in cases:
+      arguments = {'cases': cases}
+      peers = stack.enter_context(turns(__file__, arguments, ('torch',)))
+    for name, case in cases.items():
+      peer = {PEER: peers[name]} if peers else {}
       rows += measure(case, peer, options.seconds, peaks)
   text = (
     '# Causal attention, forward and backward, float32\n\n'

@@ -9,8 +9,7 @@ the tokens. Every implementation of experts that transformers offers and this
 device can run is timed; the table gives ratios to the default one and to the
 fastest, and the tokens must be the same. The matrix products of such a
 generation alone are timed beside them, since they are the limit of all.
-Writes `table.md`, `rows.csv` and `results.json` to
-`results/bench_generation/<device>`.
+Writes `table.md` and `results.json` to `results/bench_generation/<device>`.
 """
 
 import argparse
@@ -26,13 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.benchmarks.roofline import measure_peaks
 from moe_jax import cli, generation, interop
-from moe_jax.devices import keep_freed_memory
 from moe_jax.shapes import Array, Float
 
 NAME = 'bench_generation'
-Kernels = list[Float[Array, 'M N']]
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
 THEIRS = 'transformers'
 LIMIT = 'matrix products alone'
@@ -154,7 +150,23 @@ def products(
   Returns:
     A function without arguments, which waits for the last product.
   """
-  layers, head = _kernels(sizes)
+  M, F = sizes['hidden_size'], sizes['intermediate_size']
+  E = sizes['num_local_experts']
+  width = M // sizes['num_attention_heads'] * sizes['num_key_value_heads']
+  rng = np.random.default_rng(0)
+
+  def kernel(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  head = kernel(M, sizes['vocab_size'])
+  # The kernels of each layer, and those of each of its experts.
+  layers = [
+    (
+      [kernel(M, n) for n in (M, width, width, M, E)],
+      [[kernel(M, F), kernel(M, F), kernel(F, M)] for _ in range(E)],
+    )
+    for _ in range(sizes['num_hidden_layers'])
+  ]
   served = read_experts(batch_size, sizes)
   share = sizes['num_experts_per_tok'] / sizes['num_local_experts']
 
@@ -171,7 +183,7 @@ def products(
   @jax.jit
   def run(prompts, first):
     rows = math.ceil(len(prompts) * share)
-    read = through_layers(prompts, len(layers[0][1]), rows)
+    read = through_layers(prompts, E, rows)
 
     def step(_, x):
       x = through_layers(x, served, batch_size)
@@ -181,7 +193,6 @@ def products(
     first = _changed(first, read[:batch_size])
     return jax.lax.fori_loop(1, num_tokens, step, first)
 
-  M = sizes['hidden_size']
   prompts = jnp.ones((batch_size * prompt_len, M))
   first = jnp.ones((batch_size, M))
   return lambda: jax.block_until_ready(run(prompts, first))
@@ -192,26 +203,6 @@ def _changed(
 ) -> Float[Array, 'R M']:
   """x with so little of the product that it stays finite, yet waits for it."""
   return x + 1e-9 * product.mean(axis=1, keepdims=True)
-
-
-def _kernels(
-  sizes: Mapping[str, int],
-) -> tuple[list[tuple[Kernels, list[Kernels]]], Float[Array, 'M V']]:
-  """The kernels of each layer and of its experts, and that of the logits."""
-  M, F = sizes['hidden_size'], sizes['intermediate_size']
-  E = sizes['num_local_experts']
-  width = M // sizes['num_attention_heads'] * sizes['num_key_value_heads']
-  rng = np.random.default_rng(0)
-
-  def kernel(*shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-  layers = []
-  for _ in range(sizes['num_hidden_layers']):
-    kernels = [kernel(M, n) for n in (M, width, width, M, E)]
-    experts = [[kernel(M, F), kernel(M, F), kernel(F, M)] for _ in range(E)]
-    layers.append((kernels, experts))
-  return layers, kernel(M, sizes['vocab_size'])
 
 
 def measure(
@@ -261,14 +252,10 @@ def measure(
         'fastest_peer': fastest,
         'per_fastest': timing.ratio(times[fastest], durations),
         'over_limit': timing.ratio(durations, times[LIMIT]),
-        'same_tokens': same_tokens.get(name),
+        **({'same_tokens': same_tokens[name]} if name in same_tokens else {}),
       }
     )
   return rows
-
-
-def _same_tokens(row: Mapping[str, Any]) -> str:
-  return '-' if row['same_tokens'] is None else f'{row["same_tokens"]:.1%}'
 
 
 COLUMNS = {
@@ -279,7 +266,7 @@ COLUMNS = {
   f"speed / {THEIRS}' default": '{per_default:.2f}',
   'speed / its fastest': '{per_fastest:.2f}',
   f'time / {LIMIT}': '{over_limit:.2f}',
-  'same tokens': _same_tokens,
+  'same tokens': '{same_tokens:.1%}',
 }
 
 
@@ -297,9 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   text = 'time for each batch size'
   add('--seconds', type=cli.SECONDS, default=40.0, help=text)
   options = parser.parse_args(argv)
-  keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
-  rows, peaks = [], measure_peaks('float32', quick=options.rough_peaks)
+  rows, peaks = [], timing.measured_peaks(options)
   with tempfile.TemporaryDirectory() as folder:
     theirs = transformers_model(sizes, pathlib.Path(folder))
     _, *ours = interop.load(folder)

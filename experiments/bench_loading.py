@@ -9,55 +9,101 @@ is VmHWM: all pages of the process that were resident at once, those of Python
 and of libraries included. Files are read, not mapped, so that the system's
 cache of them is not in it. Parameters that the sharding table leaves whole are
 on each device: next to none on the mesh `fsdp=8`; on `expert=4,fsdp=2` half of
-all but the experts. Writes `table.md`, `rows.csv` and `results.json` to
+all but the experts. Writes `table.md` and `results.json` to
 `results/bench_loading/<device>`. Linux only.
 """
 
+import collections
 import dataclasses
-import json
-import os
+import math
+import multiprocessing
 import pathlib
-import subprocess
-import sys
+import re
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
+
+import jax
+import numpy as np
 
 from experiments.benchmarks import random_checkpoint, timing
 from experiments.benchmarks.random_checkpoint import Written
-from moe_jax import cli
+from moe_jax import cli, interop, partitioning
 
 NAME = 'bench_loading'
-CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
+# The sizes of the axes of each mesh; none is one device.
+CASES = {}, {'fsdp': 8}, {'expert': 4, 'fsdp': 2}
 ROOM = 10**9  # bytes allowed beside the parameters and one file
-_CASE = 'experiments.benchmarks.loading_case'
+
+
+def memory() -> dict[str, int]:
+  """The resident bytes of this process by Linux' names; VmHWM is the peak."""
+  text = pathlib.Path('/proc/self/status').read_text(encoding='utf-8')
+  rows = re.findall(r'^(VmHWM|VmRSS):\s+(\d+) kB$', text, re.MULTILINE)
+  return {name: 1024 * int(kilobytes) for name, kilobytes in rows}
+
+
+def load(folder: pathlib.Path, axes: Mapping[str, int]) -> dict[str, Any]:
+  """Loads a checkpoint; numbers by name, bytes unless the name says otherwise.
+
+  Args:
+    folder: The checkpoint.
+    axes: The sizes of the mesh; {} is the first device alone.
+  """
+  mesh = partitioning.make_mesh(axes) if axes else None
+  jax.block_until_ready(jax.numpy.zeros(1))  # JAX has started
+  before, begin = memory(), time.perf_counter()
+  loaded = interop.load(folder, mesh=mesh)
+  jax.block_until_ready(loaded.variables)
+  seconds, after = time.perf_counter() - begin, memory()
+  dtypes, digest = collections.Counter(), 0
+  leaves = jax.tree.leaves(loaded.variables)
+  shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
+  for shard in shards:
+    dtypes[shard.data.dtype.name] += shard.data.nbytes
+    if shard.replica_id == 0:
+      digest += random_checkpoint.digest_of(np.asarray(shard.data))
+  return {
+    'before': before['VmRSS'],
+    'peak': after['VmHWM'],
+    'left': after['VmRSS'],
+    'placed': sum(dtypes.values()),
+    'once': sum(leaf.nbytes for leaf in leaves),
+    'dtypes': dict(dtypes),
+    'digest': digest % 2**64,
+    'seconds': seconds,
+  }
+
+
+def _start(num_devices: int) -> None:
+  """Gives a new process its CPU devices."""
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', num_devices)
 
 
 def measure(
-  folder: pathlib.Path, written: Written, cases: Sequence[str] = CASES
+  folder: pathlib.Path,
+  written: Written,
+  cases: Sequence[Mapping[str, int]] = CASES,
 ) -> list[dict[str, Any]]:
   """A row for each mesh, loaded in a process of its own.
 
   Args:
     folder: The checkpoint.
     written: Its sizes.
-    cases: The meshes; '' is one device.
+    cases: The sizes of the meshes; {} is one device.
 
   Raises:
     RuntimeError: A process failed, or loaded other values than were written.
   """
-  rows = []
-  for mesh in cases:
-    child = subprocess.run(
-      [sys.executable, '-m', _CASE, str(folder), mesh],
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-      stdout=subprocess.PIPE,
-      text=True,
-      check=False,
-    )
-    if child.returncode:
-      raise RuntimeError(f'loading onto {mesh!r} failed: {child.returncode}')
-    row = json.loads(child.stdout.splitlines()[-1])
+  rows, spawn = [], multiprocessing.get_context('spawn')
+  for axes in cases:
+    devices = (math.prod(axes.values()),)
+    with futures.ProcessPoolExecutor(1, spawn, _start, devices) as pool:
+      row = pool.submit(load, folder, axes).result()
+    mesh = ','.join(f'{name}={size}' for name, size in axes.items())
     if row['digest'] != written.digest:
       raise RuntimeError(
         f'the sum of all bits is {row["digest"]} on {mesh!r}, and '
@@ -70,12 +116,16 @@ def measure(
   return rows
 
 
+def _gigabytes(name: str) -> timing.Cell:
+  return lambda row: f'{row[name] / 1e9:.2f}'
+
+
 COLUMNS = {
   'devices': lambda row: row['mesh'] or '1',
-  'parameters placed, GB': lambda row: f'{row["placed"] / 1e9:.2f}',
-  'before, GB': lambda row: f'{row["before"] / 1e9:.2f}',
-  'peak, GB': lambda row: f'{row["peak"] / 1e9:.2f}',
-  'bound, GB': lambda row: f'{row["bound"] / 1e9:.2f}',
+  'parameters placed, GB': _gigabytes('placed'),
+  'before, GB': _gigabytes('before'),
+  'peak, GB': _gigabytes('peak'),
+  'bound, GB': _gigabytes('bound'),
   'within': lambda row: 'yes' if row['holds'] else 'NO',
   'seconds': '{seconds:.0f}',
 }

@@ -8,21 +8,18 @@ uniform and Zipf-skewed routing, forward and with the gradient of parameters and
 input. Every time is a ratio, taken within a round, to: the dense feed-forward
 times K, which has equal FLOPs; the fastest bare grouped products of the same
 shapes (the limit); `lax.ragged_dot`; and the roofline of this machine's
-measured peaks. Writes `table.md`, `rows.csv`, `results.json` and `ratios.png`
-to `results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
+measured peaks. Writes `table.md` and `results.json` to
+`results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
 cores, with E=256 in the second table alone; `cells` times both passes of E=8
 and 64, K=1 and 2, under uniform routing; `gpu` and `gpu_fine` are for one
 accelerator of 80 GB.
 """
 
-import argparse
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments.benchmarks import moe_layer, timing
 from experiments.benchmarks.moe_layer import (
@@ -32,27 +29,26 @@ from experiments.benchmarks.moe_layer import (
   EQUAL,
   GROUPED,
   LAYERS,
+  OTHERS,
   PASSES,
   PLAIN_DENSE,
   RAGGED,
   ROUTINGS,
   Sizes,
 )
-from experiments.benchmarks.roofline import Peaks, measure_peaks
+from experiments.benchmarks.roofline import Peaks
 from experiments.benchmarks.timing import Row
 from moe_jax import cli
-from moe_jax.devices import keep_freed_memory
 from moe_jax.layers import ACTIVATIONS
 
 NAME = 'bench_moe_layer'
 
 
-@dataclasses.dataclass(frozen=True)
-class Preset:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset(Sizes):
   """The settings that are timed, and for how long.
 
   Attributes:
-    sizes: Sizes and dtype of the layer (N, M, F).
     experts: Numbers of experts E.
     selected: Numbers of selected experts K, timed with the gradient.
     routings: Names of routings, from `ROUTINGS`.
@@ -64,7 +60,6 @@ class Preset:
       it costs E times the dense layer.
   """
 
-  sizes: Sizes
   experts: tuple[int, ...]
   selected: tuple[int, ...] = (1, 2)
   routings: tuple[str, ...] = ROUTINGS
@@ -75,33 +70,29 @@ class Preset:
   most_ragged: int = 8
 
 
-_CPU = Sizes(num_tokens=4096, width=256, hidden=1024)
+_CPU = dict(num_tokens=4096, width=256, hidden=1024)
+_GPU = dict(activation='swiglu', dtype='bfloat16')
 PRESETS = {
   'quick': Preset(
-    _CPU,
-    experts=(8, 64),
-    forward_selected=(1,),
-    scaling=(8, 64, 256),
-    seconds=5.0,
-  ),
-  'full': Preset(
-    _CPU,
-    experts=(8, 64, 256),
-    scaling=(8, 64, 256),
-    seconds=30.0,
-    most_ragged=64,
+    **_CPU, experts=(8, 64), forward_selected=(1,), scaling=(8, 64, 256)
   ),
   'cells': Preset(
-    _CPU, experts=(8, 64), routings=('uniform',), seconds=15.0, most_ragged=0
+    **_CPU, experts=(8, 64), routings=('uniform',), seconds=15.0, most_ragged=0
   ),
   'gpu': Preset(
-    Sizes(16_384, 4096, 14_336, 'swiglu', 'bfloat16'),
+    num_tokens=16_384,
+    width=4096,
+    hidden=14_336,
+    **_GPU,
     experts=(8,),
     selected=(2,),
     forward_selected=(2,),
   ),
   'gpu_fine': Preset(
-    Sizes(32_768, 2048, 768, 'swiglu', 'bfloat16'),
+    num_tokens=32_768,
+    width=2048,
+    hidden=768,
+    **_GPU,
     experts=(128,),
     selected=(8,),
     forward_selected=(8,),
@@ -110,88 +101,55 @@ PRESETS = {
 
 
 def measure_all(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
-  """The rows of every setting of the first table."""
+  """Times each E, K, pass and routing of the preset; a row for each case."""
   rows = []
   for E in preset.experts:
-    layer = moe_layer.Layer.draw(preset.sizes, E)
+    layer = moe_layer.Layer.draw(preset, E)
+    names = [*LAYERS, *OTHERS]
+    if preset.most_ragged < E:
+      names.remove(RAGGED)
     for K, backward in [
       *((K, True) for K in preset.selected),
       *((K, False) for K in preset.forward_selected),
     ]:
-      compiled = moe_layer.compile_cases(
-        layer, K, backward, ragged=preset.most_ragged >= E
-      )
+      compiled = moe_layer.compile_cases(layer, K, backward, names)
       for routing in preset.routings:
         setting = dict(E=E, K=K, routing=routing)
         setting['pass'] = PASSES[backward]
+        print(f'times {setting}', flush=True)
         inputs = moe_layer.Inputs.draw(layer, routing, K)
-        programs = moe_layer.bind(layer, compiled, inputs)
-        rows += measure_setting(preset, setting, programs, inputs.load, peaks)
-        shown = [row for row in rows[-len(programs) :] if row['case'] in LAYERS]
-        print(timing.table(shown, PROGRESS), flush=True)
+        programs = moe_layer.bind(layer, compiled, inputs, K, backward)
+        times, measured = timing.measure(
+          programs, peaks, seconds=preset.seconds
+        )
+        rows += [
+          {**setting, **row, **ratios(times, row['case'], K, routing)}
+          for row in measured.values()
+        ]
   return rows
 
 
-def measure_setting(
-  preset: Preset,
-  setting: Mapping[str, Any],
-  programs: Mapping[str, timing.Program],
-  load: np.ndarray,
-  peaks: Peaks,
-) -> list[dict[str, Any]]:
-  """Times all cases of one E, K, routing and pass; one row for each.
+def ratios(
+  times: Mapping[str, Sequence[float]], name: str, K: int, routing: str
+) -> dict[str, Any]:
+  """Ratios of a case's time to that of dense layers times K, and to its limit.
 
   Args:
-    preset: Sizes of the layer, and the approximate time for all cases, which
-      are interleaved.
-    setting: E, K, routing and pass, by name; every row begins with them.
-    programs: Programs on the arrays of this routing, by name.
-    load: Number of choices that each expert has, [E].
-    peaks: Measured peaks of the machine.
+    times: Seconds of each case in each round.
+    name: Name of the case.
+    K: Number of selected experts.
+    routing: Name of the routing.
   """
-  times, peaks_by_round = timing.with_probes(
-    {name: program.run for name, program in programs.items()},
-    peaks,
-    seconds=preset.seconds,
-  )
-  rows, backward = [], setting['pass'] == PASSES[True]
-  for name, program in programs.items():
-    durations, served = times[name], served_share(name, load)
-    is_dense = name in (DENSE, PLAIN_DENSE)
-    E, K = (1, 1) if is_dense else (setting['E'], setting['K'])
-    row = setting | _numbers(name, durations, program)
-    for base in (DENSE, PLAIN_DENSE):
-      row[f'per_{base}'] = timing.ratio(durations, times[base]) / K
-    if name in LAYERS:
-      row['limit'] = limit = fastest_limit(times, name, setting['routing'])
-      row['per_limit'] = timing.ratio(durations, times[limit])
-      if RAGGED in times:
-        row['per_ragged_dot'] = timing.ratio(durations, times[RAGGED])
-    work = preset.sizes.work(
-      E, K * served, backward=backward, router=name in LAYERS
-    )
-    row |= timing.reached(durations, work, peaks_by_round)
-    rows.append({**row, 'served': served})
-  return rows
-
-
-def _numbers(
-  name: str, times: Sequence[float], program: timing.Program
-) -> dict[str, Any]:
-  ms = timing.milliseconds(times)
-  return {'case': name, 'rounds': len(times), 'ms': ms, **program.numbers}
-
-
-def served_share(name: str, load: np.ndarray) -> float:
-  """Share of all choices that are served.
-
-  Layers of `DROPPING` have capacity factor 1 and drop what exceeds it; the
-  others serve every choice.
-  """
-  if name not in DROPPING:
-    return 1.0
-  capacity = -(-load.sum() // len(load))
-  return float(np.minimum(load, capacity).sum() / load.sum())
+  own, found = times[name], dict[str, Any]()
+  for base in (DENSE, PLAIN_DENSE):
+    times_K = 1 if name in (DENSE, PLAIN_DENSE) else K
+    found[f'per_{base}'] = timing.ratio(own, [times_K * t for t in times[base]])
+  if name in LAYERS:
+    found['limit'] = limit = fastest_limit(times, name, routing)
+    found['per_limit'] = timing.ratio(own, times[limit])
+    if RAGGED in times:
+      found['per_ragged_dot'] = timing.ratio(own, times[RAGGED])
+  return found
 
 
 def fastest_limit(
@@ -209,12 +167,10 @@ def fastest_limit(
   names = equal if layer in DROPPING else drawn_groups
   if layer == 'dropless' and routing == 'uniform':
     names = drawn_groups + equal
-  medians = {
-    name: timing.Spread.of(times[name]).median
-    for name in names
-    if name in times
-  }
-  return min(medians, key=medians.__getitem__)
+  return min(
+    (name for name in names if name in times),
+    key=lambda name: timing.Spread.of(times[name]).median,
+  )
 
 
 def measure_scaling(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
@@ -222,57 +178,33 @@ def measure_scaling(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
 
   K is 1 and the routing uniform, and the gradient is computed.
   """
-  programs, works = {}, {}
+  programs = {}
   for E in preset.scaling:
     tokens = E * preset.rows_per_expert
-    sizes = dataclasses.replace(preset.sizes, num_tokens=tokens)
-    layer = moe_layer.Layer.draw(sizes, E)
+    layer = moe_layer.Layer.draw(
+      dataclasses.replace(preset, num_tokens=tokens), E
+    )
+    compiled = moe_layer.compile_cases(layer, 1, True, LAYERS)
     inputs = moe_layer.Inputs.draw(layer, 'uniform', 1)
-    for name in LAYERS:
-      module = moe_layer.moe_layer(sizes, E, 1, name)
-      function = moe_layer.layer_function(module, backward=True)
-      arrays = moe_layer.arguments(name, layer, inputs)
-      programs[E, name] = timing.compile_ahead(function, *arrays)(*arrays)
-      works[E, name] = sizes.work(E, 1, backward=True, router=True)
-  times, peaks_by_round = timing.with_probes(
-    {key: program.run for key, program in programs.items()},
-    peaks,
-    seconds=3 * preset.seconds,
-    least=3,
-  )
-  over_roofline = {
-    key: [
-      t / work.seconds(p)
-      for t, p in zip(times[key], peaks_by_round, strict=True)
-    ]
-    for key, work in works.items()
-  }
+    bound = moe_layer.bind(layer, compiled, inputs, 1, True)
+    programs |= {(E, name): program for name, program in bound.items()}
+  _, rows = timing.measure(programs, peaks, seconds=3 * preset.seconds, least=3)
   first = preset.scaling[0]
   return [
     {
+      **row,
+      'case': name,
       'E': E,
       'tokens': E * preset.rows_per_expert,
-      **_numbers(name, times[E, name], program),
-      **timing.reached(times[E, name], works[E, name], peaks_by_round),
-      'over_roofline': timing.Spread.of(over_roofline[E, name]),
-      'growth': timing.ratio(
-        over_roofline[E, name], over_roofline[first, name]
-      ),
-      'gradient_bytes': preset.sizes.kernel_bytes(E),
+      'growth': rows[first, name]['fraction'] / row['fraction'],
+      'gradient_bytes': preset.kernel_bytes(E),
     }
-    for (E, name), program in programs.items()
+    for (E, name), row in rows.items()
   ]
 
 
 # Columns by title; see `timing.table`.
 SETTING = {name: f'{{{name}}}' for name in ('E', 'K', 'routing', 'pass')}
-PROGRESS = {
-  **SETTING,
-  'layer': '{case}',
-  '/ (dense * K)': f'{{per_{DENSE}:.2f}}',
-  '/ limit': '{per_limit:.2f}',
-  'rounds': '{rounds}',
-}
 OF_LAYERS = {
   **SETTING,
   'layer': '{case}',
@@ -292,37 +224,6 @@ OF_BASELINES = {
   '/ (dense * K)': f'{{per_{DENSE}.median:.2f}}',
   **timing.WORK,
 }
-OF_PASSES = {
-  'E': '{E}',
-  'K': '{K}',
-  'routing': '{routing}',
-  'layer': '{case}',
-  'forward+backward': f'{{per_{PLAIN_DENSE}:.2f}}',
-  '/ limit': '{per_limit:.2f}',
-  'forward': '{forward:.2f}',
-  'backward alone': '{backward:.2f}',
-}
-
-
-def both_passes(rows: Sequence[Row]) -> list[dict[str, Any]]:
-  """The rows of layers of which both passes were timed, and their ratios.
-
-  Both `forward` and `backward` are medians over that of plain dense times K.
-  """
-  keys = ('E', 'K', 'routing', 'case', 'pass')
-  ms = {tuple(row[key] for key in keys): row['ms'].median for row in rows}
-  both = []
-  for row in rows:
-    setting = row['E'], row['K'], row['routing']
-    first, whole = (ms.get((*setting, row['case'], p)) for p in PASSES.values())
-    if row['case'] not in LAYERS or row['pass'] != PASSES[True] or not first:
-      continue
-    dense, dense_whole = (
-      row['K'] * ms[*setting, PLAIN_DENSE, p] for p in PASSES.values()
-    )
-    backward = (whole - first) / (dense_whole - dense)
-    both.append({**row, 'forward': first / dense, 'backward': backward})
-  return both
 
 
 def scaling_table(rows: Sequence[Row]) -> str:
@@ -337,8 +238,8 @@ def scaling_table(rows: Sequence[Row]) -> str:
     'layer': '{case}',
     'ms': '{ms.median:.1f}',
     'roofline ms': '{roofline_ms:.1f}',
-    'time / roofline': '{over_roofline.median:.2f}',
-    f'relative to E={rows[0]["E"]}': '{growth:.2f}',
+    'reached': '{fraction:.0%}',
+    f'time / roofline, relative to E={rows[0]["E"]}': '{growth:.2f}',
     'temporary MiB': mib(lambda row: row['temp_bytes']),
     "weights' gradients MiB": mib(lambda row: row['gradient_bytes']),
     'temporary minus gradients MiB': mib(
@@ -352,13 +253,13 @@ def report(
   preset: Preset, peaks: Peaks, rows: Sequence[Row], scaling: Sequence[Row]
 ) -> str:
   """All tables and the meaning of their columns, in Markdown."""
-  s, both = preset.sizes, both_passes(rows)
   layers = [row for row in rows if row['case'] in LAYERS]
   others = [row for row in rows if row['case'] not in LAYERS]
   sections = [
     '# One sparse layer against dense layers and bare products\n\n'
-    f'{timing.conditions(peaks)} N={s.num_tokens:,} tokens, M={s.width:,}, '
-    f'F={s.hidden:,}, {s.activation}, {s.dtype}.\n\n'
+    f'{timing.conditions(peaks)} N={preset.num_tokens:,} tokens, '
+    f'M={preset.width:,}, F={preset.hidden:,}, {preset.activation}, '
+    f'{preset.dtype}.\n\n'
     '`gather` has capacity factor 1.0 per assignment, all tokens one group, '
     'and drops what is not served; `dropless` drops none. '
     'The layer includes router, losses and statistics; its gradient is that '
@@ -370,15 +271,9 @@ def report(
     timing.table(layers, OF_LAYERS),
     f'{timing.ABOUT_WORK}: every kernel read once forward and once backward, '
     'its gradient written once, activations in and out.\n',
+    '## Baselines\n',
+    timing.table(others, OF_BASELINES),
   ]
-  if both:
-    sections += [
-      '## Whole and backward alone\n\n'
-      'Over plain dense times K. Backward alone is the time with the gradient '
-      'less that of the forward pass, of medians.\n',
-      timing.table(both, OF_PASSES),
-    ]
-  sections += ['## Baselines\n', timing.table(others, OF_BASELINES)]
   if scaling:
     sections += [
       '## Growth with E\n\n'
@@ -389,42 +284,18 @@ def report(
   return '\n'.join(sections)
 
 
-def draw(rows: Sequence[Row], folder: pathlib.Path) -> None:
-  """Draws each layer's time over that of the dense layer times K."""
-  ratios, limits = {}, {}
-  for row in rows:
-    if row['case'] in LAYERS:
-      label = 'E={E} K={K}, {routing}, {pass}: {case}'.format_map(row)
-      ratios[label] = row[f'per_{DENSE}']
-      limits[label] = ratios[label].median / row['per_limit'].median
-  axis = 'time / (time of the dense layer * K)'
-  timing.draw_bars(folder / 'ratios.png', ratios, axis, limits)
-
-
-def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
-  """The preset, with the values of the command line in place of its own."""
-
-  def replaced(old):
-    names = [field.name for field in dataclasses.fields(old)]
-    given = {name: getattr(options, name, None) for name in names}
-    changes = {k: v for k, v in given.items() if v is not None}
-    return dataclasses.replace(old, **changes)
-
-  return replaced(dataclasses.replace(preset, sizes=replaced(preset.sizes)))
-
-
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures every setting; writes the tables and the plot."""
+  """Measures every setting and writes the tables."""
   parser, n = timing.parser(NAME, __doc__), cli.POSITIVE
   add = parser.add_argument
   add(
     '--preset',
     choices=list(PRESETS),
     default='quick',
-    help='quick: E=8 and 64, three minutes on two cores; full: E=256 too; '
-    'cells: E=8 and 64, uniform routing, each pass; gpu: the sizes of Mixtral '
-    'in bfloat16; gpu_fine: 128 narrow experts. The options below change one',
+    help='quick: E=8 and 64, three minutes on two cores; cells: the same E, '
+    'uniform routing, each pass; gpu: the sizes of Mixtral in bfloat16; '
+    'gpu_fine: 128 narrow experts. The options below change one',
   )
   add('--seconds', type=cli.SECONDS, help='how long each setting is timed')
   add('--tokens', type=n, dest='num_tokens', help='N, tokens of a batch')
@@ -440,7 +311,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--scaling', type=n, nargs='*', help='values of E of the second table')
   add('--rows_per_expert', type=n, help='tokens an expert, second table')
   options = parser.parse_args(argv)
-  preset = with_options(PRESETS[options.preset], options)
+  preset = PRESETS[options.preset]
+  given = {
+    field.name: value
+    for field in dataclasses.fields(preset)
+    if (value := getattr(options, field.name, None)) is not None
+  }
+  preset = dataclasses.replace(preset, **given)
   if 'gpu' in options.preset and jax.default_backend() == 'cpu':
     raise SystemExit(
       f"--preset={options.preset} needs an accelerator; there is only a 'cpu'"
@@ -448,9 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   for E in preset.experts:
     if max(preset.selected) > E:
       raise SystemExit(f'selected={max(preset.selected)} > experts={E}')
-  keep_freed_memory()
-  peaks = measure_peaks(preset.sizes.dtype, quick=options.rough_peaks)
-  print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
+  peaks = timing.measured_peaks(options, preset.dtype)
   rows = measure_all(preset, peaks)
   scaling = measure_scaling(preset, peaks) if preset.scaling else []
   metadata = {
@@ -459,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     'scaling': [timing.flat(row) for row in scaling],
   }
   text = report(preset, peaks, rows, scaling)
-  draw(rows, timing.write(options.output, NAME, text, rows, metadata))
+  timing.write(options.output, NAME, text, rows, metadata)
 
 
 if __name__ == '__main__':

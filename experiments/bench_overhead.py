@@ -1,14 +1,15 @@
 """What do metrics, traces and checkpoints add to a training step?
 
     python -m experiments.bench_overhead
-    python -m experiments.bench_overhead --files=shakespeare.txt
+    python -m experiments.bench_overhead --config.data.source.kind=files \
+      --config.data.source.files.pattern=shakespeare.txt
 
 Times bursts of the config's training loop, interleaved: the bare loop (batches
 and steps), the loop with metrics, with metrics and a trace of every step's
 choices of experts, and with metrics and a checkpoint, whose writing is waited
 for within the burst. Bursts have 100 steps, so that is a checkpoint every 100
 steps. A step that is recorded is another program, in a run of its own. Writes
-`table.md`, `rows.csv` and `results.json` to `results/bench_overhead/<device>`.
+`table.md` and `results.json` to `results/bench_overhead/<device>`.
 """
 
 import contextlib
@@ -22,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 
 from experiments.benchmarks import timing
 from moe_jax import cli, run_config
@@ -41,31 +41,25 @@ TRACES = 'metrics and traces'
 AIM = 1.05
 
 
-def prepared(
-  config: ml_collections.ConfigDict, files: str = '', modules: str = ''
-) -> RunConfig:
-  """The run's options on one device, on the chosen text.
+def prepared(config: str, overrides: Sequence[str]) -> RunConfig:
+  """The run's options on one device, on the standard library's text as bytes.
 
   The run is a million steps long, so that no burst reaches its end.
 
   Args:
     config: Config of the run.
-    files: Pattern of the text files to train on, read as characters; '' takes
-      the standard library's text, as bytes.
-    modules: Modules of the standard library to train on; '' takes the whole
-      embedded corpus.
+    overrides: Flags that change keys, another text too: '--config.seed=1'.
   """
-  source = {'kind': 'python_stdlib', 'python_stdlib': {'modules': modules}}
-  tokenizer = 'bytes'
-  if files:
-    source = {'kind': 'files', 'files': {'pattern': files}}
-    tokenizer = 'chars'
   changes = {
     'total_steps': 10**6,
-    'data': {'source': source, 'tokenizer': {'kind': tokenizer}},
+    'data': {
+      'source': {'kind': 'python_stdlib'},
+      'tokenizer': {'kind': 'bytes'},
+    },
     'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
   }
-  return run_config.read(layered(RunConfig, config, changes))
+  base = layered(RunConfig, cli.load_config(config), changes)
+  return run_config.options_of(base, overrides)[0]
 
 
 @contextlib.contextmanager
@@ -116,19 +110,6 @@ def training_loop(
     yield next_burst
 
 
-def counted(
-  run: Callable[[], None], seconds: list[float]
-) -> Callable[[], None]:
-  """A case that adds the CPU seconds of each run, of all threads, to a list."""
-
-  def case():
-    begun = time.process_time()
-    run()
-    seconds.append(time.process_time() - begun)
-
-  return case
-
-
 def measure(
   run_options: RunConfig, *, burst: int, **options: Any
 ) -> list[dict[str, Any]]:
@@ -161,11 +142,18 @@ def measure(
         BOTH: functools.partial(loop, saves=True),
       }
       cpu = {name: list[float]() for name in cases}
+
+      def counted(name):
+        begun = time.process_time()  # of all threads
+        cases[name]()
+        cpu[name].append(time.process_time() - begun)
+
       times = timing.interleave(
-        {name: counted(case, cpu[name]) for name, case in cases.items()},
-        **options,
+        {name: functools.partial(counted, name) for name in cases}, **options
       )
-    saved = _size(pathlib.Path(folder) / 'checkpoints')
+    checkpoints = pathlib.Path(folder) / 'checkpoints'
+    newest = max(checkpoints.glob('[0-9]*'), key=lambda path: int(path.name))
+    saved = sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
   # The first round warms up.
   cpu = {name: seconds[1:] for name, seconds in cpu.items()}
   return [
@@ -180,12 +168,6 @@ def measure(
     }
     for case, durations in times.items()
   ]
-
-
-def _size(folder: pathlib.Path) -> int:
-  """Size of the newest checkpoint in the folder, in bytes."""
-  newest = max(folder.glob('[0-9]*'), key=lambda path: int(path.name))
-  return sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
 
 
 def report(
@@ -219,16 +201,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   add = parser.add_argument
   text = 'config to time'
   add('--config', default='configs/shakespeare_switch.py', help=text)
-  add('--files', default='', help='pattern of text files to train on')
-  add('--modules', default='', help='modules of the standard library instead')
   add('--burst', type=cli.POSITIVE, default=100, help='steps of a burst')
   text = 'time for all cases'
   add('--seconds', type=cli.SECONDS, default=180.0, help=text)
-  options = parser.parse_args(argv)
+  options, overrides = cli.parse_command(parser, argv)
   keep_freed_memory()
-  run_options = prepared(
-    cli.load_config(options.config), options.files, options.modules
-  )
+  run_options = prepared(options.config, overrides)
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows, run_options.model.moe.forced)
   metadata = {'config': section_of(run_options).to_dict()}

@@ -138,33 +138,32 @@ def tables(groups: Groups) -> Iterator[list[dict[str, str]]]:
     for key in keys
   ]
   yield [row for row in rows if len({*row.values()} - {row['key']}) > 1]
-  names = dict.fromkeys(
-    name for group in groups.values() for run in group for name in run.last
-  )
+  # The last values of a metric by the run's seed, of each group.
+  last: dict[str, dict[str, dict[int, float]]] = {}
+  for letter, group in groups.items():
+    for run in group:
+      for name, value in run.last.items():
+        last.setdefault(name, {x: {} for x in groups})[letter][run.seed] = value
   yield [
-    {
-      'last value': name,
-      **{
-        letter: _number([run.last[name] for run in group if name in run.last])
-        for letter, group in groups.items()
-      },
-    }
-    for name in names
+    {'last value': name, **{x: _number([*v.values()]) for x, v in by.items()}}
+    for name, by in last.items()
   ]
-  yield list(_paired(groups))
+  yield list(_paired(last))
 
 
-def _paired(groups: Groups) -> Iterator[dict[str, str]]:
-  """Differences of each group to the first, of runs of equal seeds."""
-  (first, base), *others = groups.items()
-  base_of = {run.seed: run.last for run in base}
-  for letter, group in others:
-    pairs = [(run.last, base_of.get(run.seed, {})) for run in group]
-    for name in dict.fromkeys(name for last, _ in pairs for name in last):
+def _paired(
+  last: Mapping[str, Mapping[str, Mapping[int, float]]],
+) -> Iterator[dict[str, str]]:
+  """Differences of each group to the first, of runs of equal seeds.
+
+  Args:
+    last: Last values by name of the metric, letter of the group, and seed.
+  """
+  for name, by_group in last.items():
+    (first, base), *others = by_group.items()
+    for letter, values in others:
       differences = [
-        last[name] - base_last[name]
-        for last, base_last in pairs
-        if name in last and name in base_last
+        value - base[seed] for seed, value in values.items() if seed in base
       ]
       if differences:
         sign = Interval.of(differences).sign()

@@ -16,7 +16,6 @@ their matrices are not padded, so temporaries differ from those of an
 accelerator.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import logging
@@ -33,13 +32,11 @@ from jax.stages import Compiled, Lowered
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import program_counts
 from moe_jax import cli, run_config
 from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.trees import variables
-from moe_jax.run_config import RunConfig
 from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -142,20 +139,6 @@ def mesh_of(options: RunOptions, devices: list[jax.Device]) -> Mesh:
   return mesh
 
 
-def compile_step(options: RunOptions, mesh: Mesh) -> tuple[Compiled, Programs]:
-  """The training step of a run, compiled for a mesh.
-
-  Raises:
-    DoesNotFit: The compiler reports that memory is too small.
-  """
-  model = options.build()
-  programs = make_programs(options, model, mesh)
-  lowered = programs.train_step.lower(
-    programs.abstract_state, options.batch_shapes(model)
-  )
-  return _compiled(lowered), programs
-
-
 def largest_evaluation(options: RunOptions, programs: Programs) -> Evaluation:
   """The evaluation that needs most memory, compiled for the programs' mesh.
 
@@ -202,9 +185,18 @@ def _compiled(lowered: Lowered) -> Compiled:
 
 
 def report(options: RunOptions, mesh: Mesh) -> Report:
-  """Compiles the step and evaluations, and reads what they need and send."""
+  """Compiles the step and evaluations, and reads what they need and send.
+
+  Raises:
+    DoesNotFit: The compiler reports that memory is too small.
+  """
   start = time.perf_counter()
-  step, programs = compile_step(options, mesh)
+  model = options.build()
+  programs = make_programs(options, model, mesh)
+  lowered = programs.train_step.lower(
+    programs.abstract_state, options.batch_shapes(model)
+  )
+  step = _compiled(lowered)
   evaluation = largest_evaluation(options, programs)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -239,7 +231,7 @@ def table(report: Report, formula: float) -> Table:
   if sent.unknown_loops:
     caption += (
       f' {sent.unknown_loops} loops are as long as the data asks: what is in '
-      'them counts once, in collectives and in what XLA counts.'
+      'them counts once, in collectives.'
     )
   result = Table(title='a step, by device', caption=caption)
   result.add_column('what')
@@ -281,53 +273,11 @@ def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
   return lines
 
 
-def counted_flops(options: RunOptions, mesh: Mesh) -> str:
-  """FLOPs of a step on one device, counted by XLA with recomputation."""
-
-  def count(short: RunOptions) -> float:
-    return program_counts.counts(compile_step(short, mesh)[0])['xla_flops']
-
-  try:
-    return f'{program_counts.extrapolate(options, count):.3g}'
-  except DoesNotFit:  # the short models' unrolled layers need more memory
-    return 'a short model does not fit'
-
-
 def formula_flops(options: RunOptions, num_devices: int) -> float:
   """FLOPs of a step on one device, by formula, without recomputation."""
   lengths = options.data.seq_len, options.data.target_len
   price = cost.count(options.build(), *lengths, options.batch_size)
   return 3 * price.example_flops * options.batch_size / num_devices
-
-
-def run(options: RunConfig, command: argparse.Namespace) -> bool:
-  """Compiles the run and prints the report; whether it fits any device asked.
-
-  Raises:
-    ValueError: The topology or the device is unknown, or the run does not fit
-      the mesh.
-  """
-  if command.device:
-    roofline.device_of(command.device)  # refused before anything is compiled
-  options = cost.with_own_vocabulary(options)
-  if forced := options.build().stacks.forced_balance:
-    print(f'WARNING: {forced}')
-  devices = described_devices(command.topology, command.slices)
-  mesh = mesh_of(options, devices)
-  sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
-  print(f'{mesh.size} x {devices[0].device_kind}: {sizes}', flush=True)
-  formula = formula_flops(options, mesh.size)
-  try:
-    compiled = report(options, mesh)
-  except DoesNotFit as error:
-    print(f'DOES NOT FIT: {error}')
-    return False
-  Console().print(table(compiled, formula))
-  lines = verdicts(command.topology, command.device, compiled.needed_bytes)
-  print('\n'.join(lines), flush=True)
-  if command.flops:
-    print(f'FLOPs as XLA counts: {counted_flops(options, mesh)}')
-  return any(lines.values())
 
 
 @cli.reported()
@@ -342,14 +292,28 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--slices', type=cli.POSITIVE, default=1, help=text)
   text = "device whose memory must suffice; '': the topology's, or all known"
   add('--device', default='', help=text)
-  text = 'count FLOPs with XLA too, which compiles two to six short models'
-  on_off = argparse.BooleanOptionalAction
-  add('--flops', action=on_off, default=True, help=text)
   command, overrides = parser.parse_known_args(argv)
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')
   options, _ = run_config.options_of(command.config, overrides)
-  if not run(options, command):
+  if command.device:
+    roofline.device_of(command.device)  # refused before anything is compiled
+  options = cost.with_own_vocabulary(options)
+  if forced := options.build().stacks.forced_balance:
+    print(f'WARNING: {forced}')
+  devices = described_devices(command.topology, command.slices)
+  mesh = mesh_of(options, devices)
+  sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
+  print(f'{mesh.size} x {devices[0].device_kind}: {sizes}', flush=True)
+  try:
+    compiled = report(options, mesh)
+  except DoesNotFit as error:
+    print(f'DOES NOT FIT: {error}')
+    raise SystemExit(1) from None
+  Console().print(table(compiled, formula_flops(options, mesh.size)))
+  lines = verdicts(command.topology, command.device, compiled.needed_bytes)
+  print('\n'.join(lines), flush=True)
+  if not any(lines.values()):
     raise SystemExit(1)
 
 

@@ -21,68 +21,29 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import pathlib
 import random
 import re
-import shutil
 import signal
-import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from experiments.soaking import soak_run
-from experiments.soaking.soak_disturbances import (
-  HANG_SECONDS,
-  Processes,
-  start,
-  start_run,
-)
-from experiments.soaking.soak_evidence import (
-  Tally,
-  count_batches,
-  outcome,
-  witnessed,
-)
+from experiments.benchmarks import random_checkpoint, random_reads
+from experiments.launching.processes import Processes, start
+from experiments.soaking import soak_disturbances, soak_evidence, soak_run
+from experiments.soaking.soak_disturbances import FATAL
+from experiments.soaking.soak_evidence import Tally
 from moe_jax import cli
 from moe_jax.compression import whole_run
 from moe_jax.errors import InputError
-from moe_jax.runs.metrics import FILE_NAME, read_metrics
 
 STEPS, MOST_KILLS_OF_A_RUN = 75, 10
 MESHES = dict(data=2, expert=1), dict(data=1, expert=2)
-# Runs a module that kills itself when it is about to rename its nth file, and
-# prints how many files were renamed if it ended by itself.
-FATAL = """
-import os, runpy, sys
-from moe_jax.data.sources import files
-files.PIECE_BYTES = 2**18  # so that a small file has many pieces
-left, sys.argv = int(sys.argv[1]), sys.argv[2:]
-count = 0
-def fatal(rename):
-  def renamed(source, target, *arguments, **keywords):
-    global count
-    count += 1
-    if count == left:
-      print('killed before the name', os.path.basename(target), flush=True)
-      os.kill(os.getpid(), 9)
-    return rename(source, target, *arguments, **keywords)
-  return renamed
-os.rename, os.replace = fatal(os.rename), fatal(os.replace)
-try:
-  runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
-finally:
-  print('renamed', count, flush=True)
-"""
-
-
-Start = Callable[[pathlib.Path, int, int], Processes]
 
 
 @dataclasses.dataclass
@@ -103,7 +64,7 @@ class Work:
 
   name: str
   folder: pathlib.Path
-  start: Start
+  start: Callable[[pathlib.Path, int, int], Processes]
   result: Callable[[pathlib.Path], Any]
   is_read_half: bool = False
   seconds: float = 0.0
@@ -112,18 +73,16 @@ class Work:
 
   def measure(self) -> None:
     """Does the work without a kill, twice: the first time, it compiles."""
-    for name in ('warm', 'reference'):
+    for folder in self.folder / 'warm', self.folder / 'reference':
       began = time.monotonic()
-      processes = self.start(self.folder / name, 1, 0)
+      processes = self.start(folder, 1, 0)
       if not processes.wait(600) or any(p.returncode for p in processes.all):
-        raise SystemExit(f'{self.name} failed; see {self.folder / name}')
+        raise SystemExit(f'{self.name} failed; see {folder}')
       self.seconds = time.monotonic() - began
-    log = (self.folder / 'reference' / 'log_0.txt').read_text()
-    self.renames = int(log.split()[-1])
-    self.expected = self.result(self.folder / 'reference')
-    print(
-      f'{self.name}: {self.seconds:.1f} s, {self.renames} renames', flush=True
-    )
+      self.renames = int((folder / 'log_0.txt').read_text().split()[-1])
+    self.expected = self.result(folder)
+    counts = f'{self.seconds:.1f} s, {self.renames} renames'
+    print(f'{self.name}: {counts}', flush=True)
 
   def disturb(
     self, folder: pathlib.Path, draw: random.Random, tally: Tally
@@ -156,16 +115,18 @@ class Work:
           with contextlib.suppress(ProcessLookupError):
             kill(process.pid, signal.SIGKILL)
       elif by_rename and draw.random() < 0.5 and -signal.SIGKILL in codes:
-        processes.send(signal.SIGKILL, processes.all)
+        processes.send(signal.SIGKILL)
       killed_at = time.time()
-      if not processes.wait(HANG_SECONDS):
+      if not processes.wait(soak_disturbances.HANG_SECONDS):
         tally.fault(f'{self.name}: others hang after a kill')
       codes = [process.returncode for process in processes.all]
       if -signal.SIGKILL in codes:
         kills.append((attempt, killed_at))
         tally.counts[self.name] += 1
-        if self.is_read_half and self._is_half(folder):
-          tally.fault(f'{self.name}: a half run is read in {folder}')
+        # A half folder is refused, or else it has to be whole.
+        with contextlib.suppress(InputError):
+          if self.is_read_half and self.result(folder) != self.expected:
+            tally.fault(f'{self.name}: a half run is read in {folder}')
         continue
       if any(codes):
         tally.fault(f'{self.name}: ended with {codes} in {folder}')
@@ -173,12 +134,6 @@ class Work:
         tally.fault(f'{self.name}: another result in {folder}')
       return kills
     raise SystemExit(f'{self.name} does not end in {folder}')
-
-  def _is_half(self, folder: pathlib.Path) -> bool:
-    try:
-      return self.result(folder) != self.expected
-    except InputError:
-      return False  # The folder is refused.
 
 
 def training(
@@ -190,60 +145,36 @@ def training(
 
   def start_training(workdir, attempt, fatal):
     program = ['-c', FATAL, str(fatal), 'experiments.soaking.soak_run']
-    return start_run(
-      workdir, {**spec, 'attempt': attempt}, count, None, program
+    return soak_disturbances.start_run(
+      workdir, {**spec, 'attempt': attempt}, count, program=program
     )
 
   def result(workdir):
-    rows = read_metrics(workdir / FILE_NAME)
-    losses = [
-      (row['step'], name, row[name])
-      for row in rows
-      for name in sorted(row)
-      if name.endswith('loss')
-    ]
-    end = outcome(workdir)
-    parts = {name: end[name] for name in ('batches', 'arrays')}
-    return {**parts, 'losses': sorted(losses)}
+    end = soak_evidence.outcome(workdir)
+    return {name: end[name] for name in ('batches', 'arrays', 'losses')}
 
   name = f'training, {count} processes, {dict(mesh)}, {keep} kept'
   return Work(name, folder, start_training, result)
 
 
-def command(module: str, words: Sequence[str]) -> Start:
-  """The start of a command of moe_jax; '{}' in a word stands for the folder."""
+def command(
+  name: str,
+  folder: pathlib.Path,
+  module: str,
+  words: Sequence[str],
+  result: Callable[[pathlib.Path], Any],
+  is_read_half: bool = True,
+) -> Work:
+  """A command of moe_jax; '{}' in its words stands for the folder `out`."""
 
-  def begin(folder, attempt, fatal):
+  def begin(workdir, attempt, fatal):
     del attempt
-    program = ['-c', FATAL, str(fatal), module]
-    arguments = [word.replace('{}', str(folder / 'out')) for word in words]
-    log = folder / 'log_0.txt'
-    return Processes([start([*program, *arguments], log, {})])
+    program = [sys.executable, '-c', FATAL, str(fatal), module]
+    arguments = [word.replace('{}', str(workdir / 'out')) for word in words]
+    log, on_cpu = workdir / 'log_0.txt', {'JAX_PLATFORMS': 'cpu'}
+    return Processes([start([*program, *arguments], log, on_cpu)])
 
-  return begin
-
-
-def preparing(folder: pathlib.Path, engine: Sequence[str]) -> Work:
-  """Tokenizing of a text with a tokenizer that is trained on it."""
-  text = folder / 'text.jsonl'
-  folder.mkdir(parents=True)
-  source = pathlib.Path(subprocess.__file__).read_text(encoding='utf-8') * 4
-  draw = random.Random(0)
-  with text.open('w') as file:
-    while file.tell() < 12_000_000:
-      first = draw.randrange(len(source) - 3000)
-      part = source[first : first + draw.randrange(3000)]
-      file.write(json.dumps({'text': part}) + '\n')
-  flags = dict(cache_dir='{}') | {
-    'source.kind': 'files',
-    'source.files.pattern': text,
-    'tokenizer.kind': 'trained',
-    'tokenizer.trained.vocab_size': 400,
-  }
-  words = [f'--config.data.{key}={value}' for key, value in flags.items()]
-  words = ['--config=moe_jax:tiny_switch', *words, *engine]
-  name = f'preparing, {" ".join(engine)}'
-  return Work(name, folder, command('moe_jax.data.prepare', words), files_of)
+  return Work(name, folder, begin, result, is_read_half)
 
 
 def files_of(folder: pathlib.Path) -> dict[str, str]:
@@ -261,41 +192,6 @@ def arrays_of(folder: pathlib.Path) -> dict[str, str]:
   return soak_run.digests(whole_run.read(folder / 'out').variables)
 
 
-def new_run(folder: pathlib.Path, module: str, words: Sequence[str]) -> Work:
-  """A command that makes the folder of a run, which is read after each kill."""
-  return Work(words[0], folder, command(module, words), arrays_of, True)
-
-
-def write_mixtral(folder: pathlib.Path) -> pathlib.Path:
-  """Writes a tiny Mixtral of random weights in the files of transformers."""
-  width, hidden, experts, vocab, draw = 16, 24, 4, 264, np.random.default_rng(0)
-  shapes = {'model.embed_tokens': (vocab, width), 'lm_head': (vocab, width)}
-  shapes['model.norm'] = (width,)
-  for layer in (f'model.layers.{i}.' for i in range(2)):
-    for name in ('input_layernorm', 'post_attention_layernorm'):
-      shapes[layer + name] = (width,)
-    for name in 'qkvo':
-      shapes[f'{layer}self_attn.{name}_proj'] = (width, width)
-    sparse = f'{layer}block_sparse_moe.'
-    shapes[f'{sparse}gate'] = (experts, width)
-    for expert in (f'{sparse}experts.{i}.' for i in range(experts)):
-      shapes |= dict.fromkeys([expert + 'w1', expert + 'w3'], (hidden, width))
-      shapes[expert + 'w2'] = (width, hidden)
-  folder.mkdir(parents=True)
-  tensors = {
-    f'{name}.weight': draw.normal(size=shape).astype(np.float32)
-    for name, shape in shapes.items()
-  }
-  save_file(tensors, folder / 'model.safetensors')
-  config = dict(architectures=['MixtralForCausalLM'], model_type='mixtral')
-  config |= dict(hidden_size=width, intermediate_size=hidden)
-  config |= dict(num_attention_heads=2, num_key_value_heads=2)
-  config |= dict(num_local_experts=experts, num_experts_per_tok=2)
-  config |= dict(num_hidden_layers=2, vocab_size=vocab)
-  (folder / 'config.json').write_text(json.dumps(config))
-  return folder
-
-
 def kinds_of_work(folder: pathlib.Path) -> tuple[list[Work], list[Work]]:
   """Ways of training, and other work, each measured when it is left alone."""
   ways = itertools.product((1, 2), MESHES)
@@ -308,41 +204,42 @@ def kinds_of_work(folder: pathlib.Path) -> tuple[list[Work], list[Work]]:
     engines.append(['--runner=FnApiRunner', '--', '--direct_num_workers=1'])
   else:
     print('Apache Beam is not installed: only pools prepare text', flush=True)
-  mixtral = str(write_mixtral(folder / 'mixtral'))
+  text, imported = folder / 'text', folder / 'imported'
+  random_reads.write(text, 12_000_000)
+  random_checkpoint.write(imported, random_checkpoint.TINY, file_bytes=1e6)
   source = f'--run={trained[0].folder / "reference"}'
-  commands = {
-    'moe_jax.interop': [['import', mixtral, '--workdir={}']],
-    'moe_jax.compression': [
-      ['prune', source, '--output={}', '--share=0.5', '--batches=1'],
-      ['quantize', source, '--output={}', '--format=int4', '--method=rtn'],
-    ],
-  }
+  flags = [
+    '--config=moe_jax:tiny_switch',
+    '--config.data.cache_dir={}',
+    '--config.data.source.kind=files',
+    f'--config.data.source.files.pattern={text}/*.jsonl',
+    '--config.data.tokenizer.kind=trained',
+    '--config.data.tokenizer.trained.vocab_size=400',
+  ]
   others = [
-    preparing(folder / f'preparing_{i}', engine)
+    command(
+      f'preparing, {" ".join(engine)}',
+      folder / f'preparing_{i}',
+      'moe_jax.data.prepare',
+      [*flags, *engine],
+      files_of,
+      is_read_half=False,
+    )
     for i, engine in enumerate(engines)
-  ] + [
-    new_run(folder / words[0], module, words)
-    for module, lists in commands.items()
-    for words in lists
+  ]
+  prune = [source, '--output={}', '--share=0.5', '--batches=1']
+  quantize = [source, '--output={}', '--format=int4', '--method=rtn']
+  others += [
+    command(verb, folder / verb, f'moe_jax.{module}', [verb, *words], arrays_of)
+    for module, verb, words in (
+      ('interop', 'import', [str(imported), '--workdir={}']),
+      ('compression', 'prune', prune),
+      ('compression', 'quantize', quantize),
+    )
   ]
   for work in (*trained, *others):
     work.measure()
   return trained, others
-
-
-def next_steps(
-  workdir: pathlib.Path, kills: Sequence[tuple[int, float]]
-) -> list[float]:
-  """Seconds from each kill to the first step of the start that followed it."""
-  first: dict[int, float] = {}
-  for line in witnessed(workdir):
-    if 'step' in line:
-      first.setdefault(line['attempt'], line['time'])
-  return [
-    first[attempt + 1] - killed_at
-    for attempt, killed_at in kills
-    if attempt + 1 in first
-  ]
 
 
 def kill(folder: pathlib.Path, kills: int, seed: int) -> list[str]:
@@ -362,15 +259,19 @@ def kill(folder: pathlib.Path, kills: int, seed: int) -> list[str]:
     killed = work.disturb(workdir, draw, tally)
     if works is kinds[0]:
       batches = Tally(faults=tally.faults)
-      count_batches(workdir, work.expected['batches'], batches)
-      seconds += next_steps(workdir, killed)
-    print(
-      f'{tally.counts.total()} kills, {len(tally.faults)} faults; {work.name}: '
-      f'{len(killed)}',
-      flush=True,
-    )
-  for name, count in tally.counts.items():
-    print(f'{count} kills: {name}')
+      soak_evidence.count_batches(workdir, work.expected['batches'], batches)
+      steps: dict[int, float] = {}  # the time of each start's first step
+      for line in soak_evidence.witnessed(workdir):
+        if 'step' in line:
+          steps.setdefault(line['attempt'], line['time'])
+      seconds += [
+        steps[attempt + 1] - killed_at
+        for attempt, killed_at in killed
+        if attempt + 1 in steps
+      ]
+    counts = f'{tally.counts.total()} kills, {len(tally.faults)} faults'
+    print(f'{counts}; {work.name}: {len(killed)}', flush=True)
+  print(f'kills: {soak_evidence.describe(tally)}')
   logs = folder.glob('*/run_*/log_*')
   text = '\n'.join(log.read_text(errors='replace') for log in logs)
   names = re.findall(r'killed before the name (\S+)', text)
@@ -384,24 +285,14 @@ def kill(folder: pathlib.Path, kills: int, seed: int) -> list[str]:
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Kills work; the exit status is 1 if anything was lost."""
-  parser = cli.Parser(
-    prog='python -m experiments.kills', description=__doc__.split('\n')[0]
-  )
+  parser = cli.parser('experiments.kills', __doc__)
   add = parser.add_argument
   add('--kills', type=cli.POSITIVE, default=200, help='number of SIGKILLs')
   add('--seed', type=cli.NOT_NEGATIVE, default=0, help='seed of the kills')
   add('--folder', default='', help="new folder that is kept; '': temporary")
   options = parser.parse_args(argv)
-  folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix='kills-'))
-  began = time.monotonic()
-  faults = kill(folder, options.kills, options.seed)
-  minutes = (time.monotonic() - began) / 60
-  print(f'{minutes:.1f} minutes, {len(faults)} faults', flush=True)
-  if faults:
-    print(f'what happened is in {folder}')
-    raise SystemExit(1)
-  if not options.folder:
-    shutil.rmtree(folder, ignore_errors=True)
+  with soak_evidence.judged('kills', options.folder) as (folder, faults):
+    faults += kill(folder, options.kills, options.seed)
 
 
 if __name__ == '__main__':

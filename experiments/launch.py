@@ -28,22 +28,85 @@ is printed, or with --submit written to `runs/jobs` and submitted.
 
 import argparse
 import functools
+import importlib.util
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.launching import job_files
 from experiments.launching import processes as processes_lib
-from experiments.launching.items import make_command, read_items
 from experiments.launching.processes import Command
 from moe_jax import cli
-from moe_jax.items import Item, add_sweep, check, last_message, swept
+from moe_jax.errors import InputError
+from moe_jax.items import LOG, Item, add_sweep, check, last_message, swept
 
 LOCAL = 'local'
-# Options that have an effect on this machine alone, and on clusters alone.
-_OF_LOCAL = ('workers', 'accelerator', 'devices', 'processes')
-_OF_LOCAL += ('devices_per_process', 'grace_seconds')
-_OF_CLUSTERS = ('topology', 'submit', 'name', 'image', 'cluster', 'volume')
-_OF_CLUSTERS += ('restarts', 'option')
+
+
+def read_items(path: str) -> list[Item]:
+  """The items that `get_items()` of a Python file returns.
+
+  Raises:
+    ValueError: There is no such file or function, or the function returns
+      something that is no item.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise InputError(f'--items={path} does not exist')
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_items'):
+    raise InputError(f'{path} defines no get_items()')
+  return [_item(item, path) for item in module.get_items()]
+
+
+def _item(item: Any, path: str) -> Item:
+  match item:
+    case Item():
+      return item
+    case (str(), Mapping(), str() | pathlib.Path()):
+      return Item(*item)
+  raise InputError(
+    f'{path}: get_items() has {item!r}, which is no (config, overrides, '
+    'workdir): text, a dict and a path'
+  )
+
+
+def make_command(
+  item: Item, processes: int = 1, devices_per_process: int = 0
+) -> Command:
+  """The commands of an item's processes, with their logs and environment.
+
+  Args:
+    item: The run.
+    processes: Number of processes that run it together, connected over a port
+      of this machine.
+    devices_per_process: Number of fake CPU devices of each process; 0 uses the
+      real devices.
+  """
+  folder = pathlib.Path(item.workdir)
+  command = [sys.executable, '-m', *item.words()]
+
+  def commands():
+    if processes == 1:
+      return [command]
+    address = f'127.0.0.1:{processes_lib.free_port()}'
+    together = [f'--coordinator={address}', f'--num_processes={processes}']
+    return [
+      [*command, *together, f'--process_id={i}'] for i in range(processes)
+    ]
+
+  devices = {'JAX_PLATFORMS': 'cpu'}
+  devices['JAX_NUM_CPU_DEVICES'] = str(devices_per_process)
+  return Command(
+    name=str(folder),
+    commands=commands,
+    logs=[folder / (f'launch.{i}.log' if i else LOG) for i in range(processes)],
+    done=item.note_finished,
+    env=devices if devices_per_process else {},
+  )
 
 
 def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
@@ -78,13 +141,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add_sweep(parser)
   add('--output', default='runs/launch', help='folder of the workdirs')
   add('--to', default=LOCAL, choices=[LOCAL, *job_files.TARGETS])
-  _add_local(parser)
-  _add_clusters(parser)
+  of_local, of_clusters = _add_local(parser), _add_clusters(parser)
   options, overrides = cli.parse_command(parser, argv, lambda options: True)
-  without_effect = _OF_CLUSTERS if options.to == LOCAL else _OF_LOCAL
-  for name in without_effect:
-    if getattr(options, name) != parser.get_default(name):
-      parser.error(f'--{name} has no effect with --to={options.to}')
+  for flag in of_clusters if options.to == LOCAL else of_local:
+    if getattr(options, flag.dest) != flag.default:
+      parser.error(f'--{flag.dest} has no effect with --to={options.to}')
   if options.to != LOCAL and not options.topology:
     parser.error(f'--to={options.to} needs --topology, such as 2x8xh100')
   if bool(options.accelerator) != (options.devices > 0):
@@ -96,75 +157,49 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   return options, overrides
 
 
-def _add_local(parser: argparse.ArgumentParser) -> None:
-  """Adds the options of runs on this machine."""
+def _add_local(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+  """Adds the flags of runs on this machine."""
   add = parser.add_argument_group(f'with --to={LOCAL}').add_argument
-  add(
-    '--workers',
-    type=cli.POSITIVE,
-    default=1,
-    help='number of items at a time',
-  )
-  add(
-    '--accelerator',
-    choices=['gpu', 'tpu'],
-    default='',
-    help='kind of device, of which every item gets one',
-  )
-  add(
-    '--devices',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help='number of accelerators',
-  )
-  add(
-    '--processes',
-    type=cli.POSITIVE,
-    default=1,
-    help='processes of each item',
-  )
-  add(
-    '--devices_per_process',
-    type=cli.NOT_NEGATIVE,
-    default=0,
-    help='fake CPU devices of each process; 0: the real devices',
-  )
-  add(
-    '--grace_seconds',
-    type=cli.SECONDS,
-    default=120.0,
-    help='seconds that a stopped item may take to save',
-  )
+  count, seconds = cli.POSITIVE, cli.SECONDS
+  kind = 'kind of device, of which every item gets one'
+  fake = 'fake CPU devices of each process; 0: the real devices'
+  grace = 'seconds that a stopped item may take to save'
+  number = functools.partial(add, type=cli.NOT_NEGATIVE, default=0)
+  return [
+    add('--workers', type=count, default=1, help='number of items at a time'),
+    add('--accelerator', choices=['gpu', 'tpu'], default='', help=kind),
+    number('--devices', help='number of accelerators'),
+    add('--processes', type=count, default=1, help='processes of each item'),
+    number('--devices_per_process', help=fake),
+    add('--grace_seconds', type=seconds, default=120.0, help=grace),
+  ]
 
 
-def _add_clusters(parser: argparse.ArgumentParser) -> None:
-  """Adds the options of jobs on clusters."""
+def _add_clusters(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+  """Adds the flags of jobs on clusters."""
   add = parser.add_argument_group('with another --to').add_argument
-  add('--topology', default='', help='2x8xh100, v5p-128, 2xv6e-16, v5p:4x4x4')
-  add('--submit', action='store_true', help='submit the jobs')
-  add('--name', default='', help="first part of the jobs' names")
-  add('--image', default='', help='container with moe_jax (jobset, xpk)')
-  add('--cluster', default='', help='name of the cluster (xpk)')
-  add(
-    '--volume',
-    default='',
-    metavar='NAME:/FOLDER',
-    help='storage that all machines mount there: a persistent volume claim '
-    '(jobset), or a URL of a bucket (skypilot)',
+  topology = '2x8xh100, v5p-128, 2xv6e-16, v5p:4x4x4'
+  volume = (
+    'storage that all machines mount there: a persistent volume claim '
+    '(jobset), or a URL of a bucket (skypilot)'
   )
-  add(
-    '--restarts',
-    type=cli.NOT_NEGATIVE,
-    default=20,
-    help='number of times that a job which fails is started again',
+  restarts = 'number of times that a job which fails is started again'
+  option = (
+    'further option of sbatch, kubectl apply, xpk workload create or sky jobs '
+    'launch: --option=--partition=gpu; repeatable'
   )
-  add(
-    '--option',
-    action='append',
-    default=[],
-    help='further option of sbatch, kubectl apply, xpk workload create or sky '
-    'jobs launch: --option=--partition=gpu; repeatable',
-  )
+  text = functools.partial(add, default='')
+  count = cli.NOT_NEGATIVE
+  return [
+    text('--topology', help=topology),
+    add('--submit', action='store_true', help='submit the jobs'),
+    text('--name', help="first part of the jobs' names"),
+    text('--image', help='container with moe_jax (jobset, xpk)'),
+    text('--cluster', help='name of the cluster (xpk)'),
+    text('--volume', metavar='NAME:/FOLDER', help=volume),
+    add('--restarts', type=count, default=20, help=restarts),
+    add('--option', action='append', default=[], help=option),
+  ]
 
 
 def items_of(
@@ -184,36 +219,6 @@ def items_of(
   return swept(options.config, overrides, options.sweep, options.output)
 
 
-def run(
-  items: Sequence[Item],
-  commands: Sequence[Command],
-  environments: Sequence[processes_lib.Environment],
-  grace_seconds: float,
-) -> dict[str, str]:
-  """Runs the items that are not finished.
-
-  Args:
-    items: All items.
-    commands: The command of each item.
-    environments: Environment variables of each place in which an item can run.
-    grace_seconds: Seconds from asking an item to stop to killing it.
-
-  Returns:
-    The outcome of every item, by the name of its command.
-  """
-  print_now = functools.partial(print, flush=True)
-  outcomes, missing = {}, []
-  for item, command in zip(items, commands, strict=True):
-    if item.is_finished():
-      print_now(f'{command.name}: finished before')
-      outcomes[command.name] = processes_lib.DONE
-    else:
-      missing.append(command)
-  return outcomes | processes_lib.run_all(
-    missing, environments, grace_seconds, print_now
-  )
-
-
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs all items and returns the exit status."""
@@ -229,7 +234,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_command(item, options.processes, options.devices_per_process)
     for item in items
   ]
-  outcomes = run(items, commands, environments, options.grace_seconds)
+  print_now = functools.partial(print, flush=True)
+  outcomes, missing = {}, []
+  for item, command in zip(items, commands, strict=True):
+    if item.is_finished():
+      print_now(f'{command.name}: finished before')
+      outcomes[command.name] = processes_lib.DONE
+    else:
+      missing.append(command)
+  outcomes |= processes_lib.run_all(
+    missing, environments, options.grace_seconds, print_now
+  )
   print(summary(commands, outcomes))
   if processes_lib.FAILED in outcomes.values():
     return 1

@@ -67,10 +67,9 @@ def collect(results: pathlib.Path, archive: pathlib.Path) -> None:
   """Copies reported summaries, figures and benchmarks to the archive."""
   archive.mkdir(parents=True, exist_ok=True)
   for name, path in summaries_of(results).items():
+    picture = path.with_name(study_results.PICTURE)
     shutil.copyfile(path, archive / f'{name}.json')
-    shutil.copyfile(
-      path.with_name(study_results.PICTURE), archive / f'{name}.png'
-    )
+    shutil.copyfile(picture, archive / f'{name}.png')
   for path in sorted(results.glob('bench_*/*/results.json')):
     (archive / BENCHMARKS).mkdir(exist_ok=True)
     name = '-'.join(path.parts[-3:-1])  # the benchmark and the device
@@ -99,12 +98,9 @@ def read(
     for name, path in sorted(paths.items())
   ]
   if not summaries:
-    folders = [
-      str(folder) for folder in (results, archive) if folder is not None
-    ]
+    folders = ' or '.join(str(f) for f in (results, archive) if f)
     raise InputError(
-      f'no results of a study with --preset={PRESETS[0]} in '
-      f'{" or ".join(folders)}'
+      f'no results of a study with --preset={PRESETS[0]} in {folders}'
     )
   names: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:
@@ -174,12 +170,12 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
     for word in verdicts.WORDS:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
-  sections = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
-  sections += [pending_text] if (pending_text := pending(summaries)) else []
-  for summary in summaries:
-    picture = f'{KEPT}/{summary["name"]}.png'
-    sections.append(study_results.text_of(summary, picture))
-  return '\n'.join(sections)
+  texts = [
+    study_results.text_of(summary, f'{KEPT}/{summary["name"]}.png')
+    for summary in summaries
+  ]
+  head = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
+  return '\n'.join(filter(None, [*head, pending(summaries), *texts]))
 
 
 def _anchor(title: str) -> str:

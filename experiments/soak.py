@@ -18,8 +18,6 @@ the processes is `soaking/soak_run.py`, and what disturbs them is
 import dataclasses
 import pathlib
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,6 +38,7 @@ from experiments.soaking.soak_evidence import (
   check,
   count_batches,
   describe,
+  judged,
   of_attempt,
   outcome,
 )
@@ -207,8 +206,6 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
       verdict = f'{same} of {len(end["arrays"])} arrays bit for bit'
     print(f'{name}: {describe(tally)}; {verdict}', flush=True)
     faults += [f'{name}: {fault}' for fault in tally.faults]
-  minutes_taken = (time.monotonic() - began) / 60
-  print(f'{minutes_taken:.1f} minutes, {len(faults)} faults', flush=True)
   return faults
 
 
@@ -231,14 +228,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   text = "folder of the runs, which is kept; '': a temporary one"
   add('--folder', default='', help=text)
   options = parser.parse_args(argv)
-  folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix='soak-'))
-  jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
-  faults = soak(folder, options.minutes, options.seed)
-  if faults:
-    print(f'what happened is in {folder}')
-    raise SystemExit(1)
-  if not options.folder:
-    shutil.rmtree(folder, ignore_errors=True)
+  with judged('soak', options.folder) as (folder, faults):
+    compiled = str(folder / 'compiled')
+    jax.config.update('jax_compilation_cache_dir', compiled)
+    faults += soak(folder, options.minutes, options.seed)
 
 
 if __name__ == '__main__':

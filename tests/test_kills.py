@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from experiments import kills
-from experiments.soaking.soak_disturbances import Processes, start
+from experiments.launching.processes import Processes, start
+from experiments.soaking.soak_disturbances import FATAL
 from experiments.soaking.soak_evidence import Tally
 from moe_jax.errors import InputError
 
@@ -40,7 +41,7 @@ def test_what_a_kill_leaves_half_or_doubles_is_a_fault(
   tmp_path, program, fault
 ):
   def begin(folder, attempt, fatal):
-    arguments = ['-c', SLOWLY + PROGRAMS[program], str(folder)]
+    arguments = [sys.executable, '-c', SLOWLY + PROGRAMS[program], str(folder)]
     return Processes([start(arguments, folder / 'log_0.txt', {})])
 
   # No kill comes by a rename, as these programs do not count theirs.
@@ -69,7 +70,7 @@ def test_a_program_dies_before_the_rename_that_is_drawn(tmp_path):
   outputs = []
   for fatal in ('2', '0'):
     child = subprocess.run(
-      [sys.executable, '-c', kills.FATAL, fatal, 'renames'],
+      [sys.executable, '-c', FATAL, fatal, 'renames'],
       cwd=tmp_path,
       capture_output=True,
       text=True,

@@ -12,7 +12,6 @@ import time
 import pytest
 
 from experiments import launch
-from experiments.launching import items as items_lib
 from experiments.launching import processes
 from experiments.launching.processes import (
   DONE,
@@ -220,22 +219,22 @@ def test_items_come_from_a_python_file(tmp_path):
     'def get_items():\n'
     f"  return [({SHRUNK!r}, {{'seed': s}}, f'out/{{s}}') for s in (3, 5)]\n"
   )
-  read = items_lib.read_items(str(path))
+  read = launch.read_items(str(path))
   assert read[1] == Item(SHRUNK, {'seed': 5}, 'out/5')
   for bad in (('x.py', {}), ('x.py', 'out', {}), 'abc'):
     path.write_text(f'def get_items():\n  return [{bad!r}]\n')
     with pytest.raises(ValueError) as error:
-      items_lib.read_items(str(path))
+      launch.read_items(str(path))
     for part in (repr(bad), '(config, overrides, workdir)'):
       assert part in str(error.value)
   path.write_text('')
   with pytest.raises(ValueError, match='defines no get_items'):
-    items_lib.read_items(str(path))
+    launch.read_items(str(path))
 
 
 def test_processes_of_one_run_know_each_other(tmp_path):
   item = Item(SHRUNK, {}, str(tmp_path))
-  pair = items_lib.make_command(item, processes=2, devices_per_process=3)
+  pair = launch.make_command(item, processes=2, devices_per_process=3)
   first, second = pair.commands()
   assert first[:-1] == second[:-1]
   assert [c[-1] for c in (first, second)] == [

@@ -3,12 +3,12 @@
 import json
 import random
 import signal
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from experiments.launching.processes import Processes, start
 from experiments.soaking import soak_disturbances, soak_evidence
 
 REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
@@ -100,11 +100,8 @@ def test_a_gradient_that_differs_or_is_no_number_is_seen(tmp_path):
 
 def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
   monkeypatch.setattr(soak_disturbances, 'HANG_SECONDS', 0.3)
-  processes = object.__new__(soak_disturbances.Processes)
   code = 'import signal, time; signal.signal(15, lambda *a: 0); time.sleep(60)'
-  processes.all = [
-    subprocess.Popen([sys.executable, '-c', code]) for _ in range(2)
-  ]
+  processes = programs(tmp_path, code, code)
   draw = random.Random(0)
   monkeypatch.setattr(draw, 'uniform', lambda a, b: 0.5)
   monkeypatch.setattr(soak_disturbances, 'MOMENTS', ('start',))
@@ -115,12 +112,11 @@ def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
   assert all(p.returncode == -signal.SIGKILL for p in processes.all)
 
 
-def programs(*codes):
-  processes = object.__new__(soak_disturbances.Processes)
-  processes.all = [
-    subprocess.Popen([sys.executable, '-c', code]) for code in codes
-  ]
-  return processes
+def programs(folder, *codes):
+  log = folder / 'log.txt'
+  return Processes(
+    [start([sys.executable, '-c', code], log, {}) for code in codes]
+  )
 
 
 @pytest.mark.parametrize(
@@ -128,10 +124,10 @@ def programs(*codes):
   [('', 'exit(1)', 1, 0), ('', '', 0, 0), ('exit(1)', 'exit(1)', 2, 1)],
 )
 def test_of_two_who_start_at_once_one_must_go_on(
-  first, second, refused, faults
+  tmp_path, first, second, refused, faults
 ):
   tally = soak_evidence.Tally()
-  pair = [programs(code) for code in (first, second)]
+  pair = [programs(tmp_path, code) for code in (first, second)]
   for starter in pair:
     starter.wait(30)
   winner = soak_disturbances.contest(*pair, tally)
@@ -139,7 +135,7 @@ def test_of_two_who_start_at_once_one_must_go_on(
   assert len(tally.faults) == faults
   assert winner is pair[0] or not refused or faults
   script = 'import time; time.sleep(60)'
-  pair = [programs(script), programs('exit(1)')]
+  pair = [programs(tmp_path, code) for code in (script, 'exit(1)')]
   assert soak_disturbances.contest(*pair, tally) is pair[0]
   pair[0].wait(0)
 

@@ -34,7 +34,7 @@ from experiments import (
 )
 from experiments.benchmarks import roofline
 from experiments.faster_moe import clusters, simulate
-from experiments.launching.items import read_items
+from experiments.launch import read_items
 from experiments.study import (
   byte_models,
   command,

@@ -7,7 +7,7 @@ the layer's own router sends to these experts.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,7 @@ BATCHED = ('batched matmul', 'batched rows_matmul')
 GROUPED = ('grouped_ffn', 'grouped_matmul')
 RAGGED = 'ragged_dot'
 EQUAL = ', equal groups'
+OTHERS = (DENSE, PLAIN_DENSE, *BATCHED, *GROUPED, RAGGED)
 # Names of the passes, by whether the gradient is computed.
 PASSES = {False: 'forward', True: 'forward+backward'}
 # The balance loss takes part in the gradient, as in training.
@@ -134,20 +135,18 @@ def layer_function(module: MoE, backward: bool) -> Callable[..., Any]:
   With `backward` it returns the gradients of params and x too.
   """
 
-  def forward(params, x):
-    y, aux = module.apply({'params': params}, x)
-    return (y, aux.balance_loss), aux
+  def run(params, x, dy):
+    def forward(params, x):
+      y, aux = module.apply({'params': params}, x)
+      return (y, aux.balance_loss), aux
 
-  def forward_backward(params, x, dy):
+    if not backward:
+      (y, _), aux = forward(params, x)
+      return y, aux
     (y, _), pull, aux = jax.vjp(forward, params, x, has_aux=True)
     return y, aux, pull((dy, _BALANCE_WEIGHT / aux.stats.tokens))
 
-  def forward_only(params, x, dy):
-    del dy
-    (y, _), aux = forward(params, x)
-    return y, aux
-
-  return forward_backward if backward else forward_only
+  return run
 
 
 def with_gradient(
@@ -158,15 +157,13 @@ def with_gradient(
   With `backward` it returns the gradients of params and x too.
   """
 
-  def forward_backward(params, x, dy, *more):
+  def run(params, x, dy, *more):
+    if not backward:
+      return function(params, x, *more)
     y, pull = jax.vjp(lambda p, x: function(p, x, *more), params, x)
     return y, pull(dy)
 
-  def forward_only(params, x, dy, *more):
-    del dy
-    return function(params, x, *more)
-
-  return forward_backward if backward else forward_only
+  return run
 
 
 def other_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
@@ -223,21 +220,18 @@ def draw_choices(
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """The parameters that all cases with the same E share.
+  """The parameters that all cases with the same number of experts share.
 
   Attributes:
     sizes: Sizes of the layer (N, M, F) and its dtype.
-    num_experts: Number of experts E.
-    params: Parameters of `MoE`: the router's and the experts' kernels.
-    dense: Parameters of the dense `FeedForward`, those of the first expert.
+    params: Parameters of `MoE`: the router's and the experts' kernels. Dense
+      layers have the kernels of the first expert.
     centres: Transpose of the router's kernel: a vector of each expert, all
       orthonormal, float [E, M].
   """
 
   sizes: Sizes
-  num_experts: int
   params: Any
-  dense: Any
   centres: np.ndarray
 
   @classmethod
@@ -262,13 +256,7 @@ class Layer:
     }
     centres = np.linalg.qr(rng.normal(size=(M, E)))[0].T
     router = {'w': jnp.asarray(centres.T, jnp.float32)}
-    return cls(
-      sizes,
-      E,
-      params={'router': router, 'experts': experts},
-      dense={name: kernel[0] for name, kernel in experts.items()},
-      centres=centres,
-    )
+    return cls(sizes, {'router': router, 'experts': experts}, centres)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +284,7 @@ class Inputs:
     A token is the weighted sum of its chosen experts' centres plus a little
     noise; the first choice has the largest weight.
     """
-    s, E = layer.sizes, layer.num_experts
+    s, E = layer.sizes, len(layer.centres)
     rng, N = np.random.default_rng(1), s.num_tokens
     choices = draw_choices(rng, routing, N, E, K)
     weights = 4.0 - np.arange(K) / K
@@ -317,61 +305,81 @@ class Inputs:
 
 def arguments(name: str, layer: Layer, inputs: Inputs) -> tuple[Any, ...]:
   """The arrays that a case's program is called on."""
+  experts = layer.params['experts']
   if name in LAYERS:
     return layer.params, inputs.x, inputs.dy
   if name in (DENSE, PLAIN_DENSE):
-    return layer.dense, inputs.x[0], inputs.dy[0]
-  load, E = inputs.load, layer.num_experts
+    first = {name: kernels[0] for name, kernels in experts.items()}
+    return first, inputs.x[0], inputs.dy[0]
+  load = inputs.load
   if name in BATCHED or name.endswith(EQUAL):
-    load = np.full(E, load.sum() // E)
-  group_sizes = jnp.asarray(load, jnp.int32)
-  return layer.params['experts'], inputs.rows, inputs.d_rows, group_sizes
+    load = np.full(len(load), load.sum() // len(load))
+  return experts, inputs.rows, inputs.d_rows, jnp.asarray(load, jnp.int32)
+
+
+Compiled = dict[str, tuple[Callable[..., Any], Mapping[str, float]]]
 
 
 def compile_cases(
-  layer: Layer, K: int, backward: bool, ragged: bool
-) -> dict[str, Callable[..., timing.Program]]:
-  """Compiles every program for one E, K and pass; all routings share them.
+  layer: Layer, K: int, backward: bool, names: Sequence[str]
+) -> Compiled:
+  """Compiles programs for one E, K and pass; all routings share them.
 
   Args:
     layer: Parameters of the layer.
     K: Number of selected experts.
     backward: Whether the gradient is computed too.
-    ragged: Whether `lax.ragged_dot` is compiled too.
+    names: Names of the programs, from `LAYERS` and `OTHERS`.
 
   Raises:
     ValueError: E does not divide the assignments, as equal groups need.
   """
-  s, E = layer.sizes, layer.num_experts
+  s, E = layer.sizes, len(layer.centres)
   if K * s.num_tokens % E:
     raise InputError(f'num_experts={E} does not divide {K} * {s.num_tokens}')
   functions = {
     name: layer_function(moe_layer(s, E, K, name), backward) for name in LAYERS
   }
   for name, function in other_functions(s).items():
-    if name != RAGGED or ragged:
-      functions[name] = with_gradient(function, backward)
+    functions[name] = with_gradient(function, backward)
   inputs = Inputs.draw(layer, 'uniform', K)
   compiled = {
-    name: timing.compile_ahead(function, *arguments(name, layer, inputs))
-    for name, function in functions.items()
+    name: timing.compiled(
+      jax.jit(functions[name]), *arguments(name, layer, inputs)
+    )
+    for name in names
   }
-  return compiled | {name + EQUAL: compiled[name] for name in GROUPED}
+  equal = {name + EQUAL: compiled[name] for name in GROUPED if name in names}
+  return compiled | equal
 
 
 def bind(
-  layer: Layer,
-  compiled: Mapping[str, Callable[..., timing.Program]],
-  inputs: Inputs,
+  layer: Layer, compiled: Compiled, inputs: Inputs, K: int, backward: bool
 ) -> dict[str, timing.Program]:
-  """Binds compiled functions, which `compile_cases` gives, to their arrays.
+  """Compiled functions, of `compile_cases`, as programs on their arrays.
 
   Raises:
     ValueError: The layer's router does not choose as the draw did.
   """
-  programs = {
-    name: on(*arguments(name, layer, inputs)) for name, on in compiled.items()
-  }
+
+  def program(name):
+    function, numbers = compiled[name]
+    arrays = arguments(name, layer, inputs)
+    served = served_share(name, inputs.load)
+    is_dense = name in (DENSE, PLAIN_DENSE)
+    work = layer.sizes.work(
+      1 if is_dense else len(layer.centres),
+      1 if is_dense else K * served,
+      backward=backward,
+      router=name in LAYERS,
+    )
+    return timing.Program(
+      lambda: jax.block_until_ready(function(*arrays)),
+      work,
+      {'served': served, **numbers},
+    )
+
+  programs = {name: program(name) for name in compiled}
   for name in LAYERS:
     load = np.asarray(programs[name].run()[1].stats.load)
     if not np.array_equal(load, inputs.load):
@@ -380,3 +388,19 @@ def bind(
         f'{inputs.load.tolist()} that were drawn'
       )
   return programs
+
+
+def served_share(name: str, load: np.ndarray) -> float:
+  """Share of all choices that a case's program serves.
+
+  Layers of `DROPPING` have capacity factor 1 and drop what exceeds it; the
+  others serve every choice.
+
+  Args:
+    name: Name of the case.
+    load: Number of choices that each expert has, int [E].
+  """
+  if name not in DROPPING:
+    return 1.0
+  capacity = -(-load.sum() // len(load))
+  return float(np.minimum(load, capacity).sum() / load.sum())

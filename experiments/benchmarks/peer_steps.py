@@ -11,18 +11,18 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from experiments.benchmarks.train_step_programs import prepared, random_batch
 from moe_jax.cli import load_config
 from moe_jax.config import layered
 from moe_jax.run_config import RunConfig
 
 CONFIG = 'configs/switch_base.py'
 NAME = 'transformers'
-LIBRARIES = ('torch', 'transformers')
+HEADING = "# A Switch encoder-decoder's training step against transformers'"
 ABOUT = (
-  "# A Switch encoder-decoder's training step against transformers'",
   'M=256, F=1024, 4 + 4 layers, two sparse in each, E=8, 8 examples of 256 '
   'tokens in and 64 out, float32: forward, router losses, backward, clipping, '
-  "AdamW; transformers' step in a process of its own.",
+  "AdamW; transformers' step in a process of its own."
 )
 # Overrides of the config, the sizes of both models: M=256, F=1024, E=8, batches
 # of 8 examples with 256 input and 64 output tokens.
@@ -108,12 +108,12 @@ def transformers_model(options: RunConfig) -> Any:
   )
 
 
-def programs(
-  options: RunConfig, batch: Mapping[str, np.ndarray]
-) -> dict[str, Callable[[], None]]:
+def programs() -> dict[str, Callable[[], None]]:
   """A function that takes one step of transformers' model, by its name."""
-  model = transformers_model(options)
   import torch
+
+  options = prepared(config(), {})
+  model, batch = transformers_model(options), random_batch(options)
 
   model.train()
   optimizer = torch.optim.AdamW(

@@ -36,6 +36,18 @@ BASE: Mapping[str, Any] = dict(
   norm_topk_prob=True,
   tie_word_embeddings=False,
 )
+TINY: Mapping[str, Any] = dict(
+  BASE,
+  vocab_size=64,
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=6,
+  num_experts=8,
+  num_experts_per_tok=2,
+  moe_intermediate_size=16,
+)
 _LAYER_BYTES = 8e8
 _WIDTHS = 16  # experts' widths are multiples of this
 # All bits but the highest of the exponent: the value is below 2, and finite.

@@ -1,6 +1,5 @@
 """Texts of many gigabytes, and processes that read them prepared at random."""
 
-import dataclasses
 import functools
 import json
 import multiprocessing
@@ -8,7 +7,6 @@ import pathlib
 import re
 import resource
 import time
-from typing import Any
 
 import numpy as np
 
@@ -24,52 +22,42 @@ def _stdlib() -> str:
   return '\n'.join(text for split in SPLITS for text in texts.texts(split))
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-  """Documents, each a piece of the standard library's text behind its number.
+def document(number: int) -> str:
+  """A piece of the standard library's text behind its number."""
+  text = _stdlib()
+  # Fibonacci hashing: numbers far apart, and no generator for each document.
+  draw = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
+  begin = (draw >> 20) % len(text)
+  return f'{number}\n{text[begin : begin + draw % _LONGEST]}'
 
-  Attributes:
-    seed: Seed of the documents.
+
+def write(folder: pathlib.Path, size: int) -> np.ndarray:
+  """Writes documents as lines; returns which are for training, bool [D].
+
+  Args:
+    folder: New folder of the files, `000.jsonl` and so on.
+    size: Number of bytes of all files together, about.
   """
-
-  seed: int = 0
-
-  def document(self, number: int) -> str:
-    """The text of a document."""
-    text = _stdlib()
-    # Fibonacci hashing: numbers far apart, and no generator for each document.
-    draw = (number + 1 + self.seed * 2**40) * 0x9E3779B97F4A7C15 % 2**64
-    begin = (draw >> 20) % len(text)
-    return f'{number}\n{text[begin : begin + draw % _LONGEST]}'
-
-  def write(self, folder: pathlib.Path, size: int) -> np.ndarray:
-    """Writes files of lines; returns which documents are for training, [D].
-
-    Args:
-      folder: Folder of the files, `00.jsonl` and so on.
-      size: Number of bytes of all files together, about.
-    """
-    folder.mkdir(parents=True)
-    training, written, count = [], 0, 0
-    while written < size:
-      with (folder / f'{count:03}.jsonl').open('w', encoding='utf-8') as out:
-        begun = written
-        while written < size and written - begun < _FILE_BYTES:
-          text = self.document(len(training))
-          written += out.write(json.dumps({'text': text}) + '\n')
-          training.append(split_of(text) == 'train')
-      count += 1
-    return np.array(training)
+  folder.mkdir(parents=True)
+  training, written, count = [], 0, 0
+  while written < size:
+    with (folder / f'{count:03}.jsonl').open('w', encoding='utf-8') as out:
+      begun = written
+      while written < size and written - begun < _FILE_BYTES:
+        text = document(len(training))
+        written += out.write(json.dumps({'text': text}) + '\n')
+        training.append(split_of(text) == 'train')
+    count += 1
+  return np.array(training)
 
 
 def read_at_random(
-  options: data.DataOptions, corpus: Corpus, training: np.ndarray
+  options: data.DataOptions, training: np.ndarray
 ) -> list[dict[str, float]]:
   """The measures of two processes that read their rows of a batch at once.
 
   Args:
     options: The prepared data.
-    corpus: The documents that were written.
     training: Which documents are for training, [D].
 
   Returns:
@@ -78,17 +66,14 @@ def read_at_random(
     - checked: number of documents that are those of the source.
     - wrong: number of documents that are not.
     - open_seconds: time to open the prepared data.
-    - peak_bytes: the most memory that the process held.
-    - mapped_bytes: the part of it that is in maps of files, which the system
-      takes back when it needs room.
   """
   context = multiprocessing.get_context('spawn')
-  jobs = [(options, corpus, training, p) for p in range(_PROCESSES)]
+  jobs = [(options, training, p) for p in range(_PROCESSES)]
   with context.Pool(_PROCESSES) as pool:
     return pool.starmap(_read, jobs, chunksize=1)
 
 
-def _read(options, corpus, training, process) -> dict[str, float]:
+def _read(options, training, process) -> dict[str, float]:
   begin = time.perf_counter()
   dataset = data.load(options)
   opened = time.perf_counter() - begin
@@ -104,14 +89,12 @@ def _read(options, corpus, training, process) -> dict[str, float]:
     batch = stream[i]
     assert batch['tokens'].shape == (rows, options.seq_len)
   seconds = time.perf_counter() - begin
-  wrong = _wrong(options, corpus, training, dataset.tokenizer)
+  wrong = _wrong(options, training, dataset.tokenizer)
   return {
     'rows_per_second': _BATCHES * rows / seconds,
     'checked': _DOCUMENTS - wrong,
     'wrong': wrong,
     'open_seconds': opened,
-    'peak_bytes': peak_memory(),
-    'mapped_bytes': _mapped(),
   }
 
 
@@ -128,10 +111,7 @@ def peak_memory() -> int:
 
 
 def _wrong(
-  options: data.DataOptions,
-  corpus: Corpus,
-  training: np.ndarray,
-  tokenizer: Tokenizer,
+  options: data.DataOptions, training: np.ndarray, tokenizer: Tokenizer
 ) -> int:
   """The number of documents, drawn at random, that are not the source's."""
   texts = options.source.texts(options.selection)
@@ -143,16 +123,9 @@ def _wrong(
   wrong = 0
   for index in np.random.default_rng().integers(0, len(starts), _DOCUMENTS):
     ids = tokens[starts[index] : ends[index]]
-    expected = tokenizer.encode(corpus.document(int(numbers[index])))
+    expected = tokenizer.encode(document(int(numbers[index])))
     wrong += not np.array_equal(ids, np.append(expected, tokenizer.eos_id))
   return wrong
-
-
-def _mapped() -> int:
-  """Bytes of this process's memory that are in maps of files."""
-  with open('/proc/self/status', encoding='utf-8') as status:
-    lines: dict[str, Any] = dict(line.split(':', 1) for line in status)
-  return int(lines['RssFile'].split()[0]) * 1024
 
 
 _PROCESSES = 2

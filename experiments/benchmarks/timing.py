@@ -5,7 +5,7 @@ cases of one round meet the machine in the same state, so that ratios are taken
 round by round, and their median is reported.
 """
 
-import csv
+import argparse
 import dataclasses
 import datetime
 import json
@@ -21,11 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
+from jax.stages import Compiled, Wrapped
 
-from experiments.benchmarks import program_counts, roofline
+from experiments.benchmarks import roofline
 from experiments.study.tables import markdown_table
 from moe_jax import cli
+from moe_jax.devices import keep_freed_memory
 
 Row = Mapping[str, Any]
 Cell = str | Callable[[Row], str]
@@ -33,16 +34,17 @@ Cell = str | Callable[[Row], str]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled function with its arguments.
+  """A program that is timed.
 
   Attributes:
-    run: Calls the function and waits for its result.
-    numbers: Columns of a row: the time of tracing, lowering and compiling, and
-      XLA's own counts; see `program_counts.counts`.
+    run: Calls the program and waits for its result.
+    work: The least work of a call.
+    numbers: Further values of the program's row, by the name of the column.
   """
 
   run: Callable[[], Any]
-  numbers: Mapping[str, float]
+  work: roofline.Work
+  numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,6 @@ class Spread:
     """The quartiles of values, one for each round."""
     return cls(*(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))))
 
-  def __truediv__(self, number: float) -> 'Spread':
-    """The quartiles of all values divided by a number."""
-    return Spread(self.low / number, self.median / number, self.high / number)
-
   def __format__(self, spec: str) -> str:
     """The median and the quartiles as text, '1.12 (1.08-1.19)'."""
     low, middle, high = (
@@ -70,25 +68,24 @@ class Spread:
     return f'{middle} ({low}-{high})'
 
 
-def compile_ahead(
-  function: Callable[..., Any], *args: Any
-) -> Callable[..., Program]:
-  """Compiles the function for arguments of these shapes; none is donated.
+def compiled(
+  function: Wrapped, *args: Any
+) -> tuple[Compiled, dict[str, float]]:
+  """Compiles a jitted function for arguments of these shapes.
 
   Returns:
-    A function of such arguments that gives the program that is called on them.
+    The compiled function, and numbers by name: the seconds of tracing, lowering
+    and compiling, the bytes of the arguments, and those that are allocated
+    while the program runs, besides arguments and results.
   """
   start = time.perf_counter()
-  compiled = jax.jit(function).lower(*args).compile()
-  numbers = {
-    'compile_seconds': time.perf_counter() - start,
-    **program_counts.counts(compiled),
+  program = function.lower(*args).compile()
+  seconds, memory = time.perf_counter() - start, program.memory_analysis()
+  return program, {
+    'compile_seconds': seconds,
+    'argument_bytes': memory.argument_size_in_bytes,
+    'temp_bytes': memory.temp_size_in_bytes,
   }
-
-  def on(*args: Any) -> Program:
-    return Program(lambda: jax.block_until_ready(compiled(*args)), numbers)
-
-  return on
 
 
 def interleave(
@@ -153,23 +150,40 @@ def with_probes(
   return {name: times[name] for name in cases}, peaks_by_round
 
 
-def reached(
-  times: Sequence[float], work: roofline.Work, peaks: Sequence[roofline.Peaks]
-) -> dict[str, float]:
-  """The work of a case, its roofline, and the fraction of it reached.
+def measure(
+  programs: Mapping[Any, Program],
+  peaks: roofline.Peaks,
+  others: Mapping[Any, Callable[[], Any]] = types.MappingProxyType({}),
+  **options: Any,
+) -> tuple[dict[Any, list[float]], dict[Any, dict[str, Any]]]:
+  """Times programs, and gives a row of a table for each of them.
 
   Args:
-    times: Seconds of the case in each round.
-    work: Least work of the case.
-    peaks: Peaks of the machine in each round.
+    programs: Programs by name.
+    peaks: Peaks of the machine, which are measured again in every round.
+    others: Functions that are called in every round and have no row.
+    **options: Arguments of `interleave`.
+
+  Returns:
+    The seconds of each program in each round, and the rows of the programs:
+    time, least work, the least time of that work at the peaks, its fraction of
+    the time, and the program's own numbers.
   """
-  limits = [work.seconds(p) for p in peaks]
-  return {
-    'flops': work.flops,
-    'min_bytes': work.min_bytes,
-    'roofline_ms': milliseconds(limits).median,
-    'fraction': ratio(limits, times).median,
-  }
+  runs = {name: program.run for name, program in programs.items()}
+  times, rounds = with_probes({**runs, **others}, peaks, **options)
+  rows = {}
+  for name, program in programs.items():
+    limits = [program.work.seconds(of_round) for of_round in rounds]
+    rows[name] = {
+      'case': name,
+      'rounds': len(rounds),
+      'ms': milliseconds(times[name]),
+      **dataclasses.asdict(program.work),
+      'roofline_ms': milliseconds(limits).median,
+      'fraction': ratio(limits, times[name]).median,
+      **program.numbers,
+    }
+  return times, rows
 
 
 def milliseconds(times: Sequence[float]) -> Spread:
@@ -244,6 +258,23 @@ def parser(name: str, text: str | None, *, peaks: bool = True) -> cli.Parser:
   return parser
 
 
+def measured_peaks(
+  options: argparse.Namespace, dtype: str = 'float32'
+) -> roofline.Peaks:
+  """Measures and prints the machine's peaks, before anything else is timed.
+
+  From then on the process keeps memory that it frees, as training does.
+
+  Args:
+    options: The command line of a parser that `parser` has made.
+    dtype: Type of the operands of products.
+  """
+  keep_freed_memory()
+  peaks = roofline.measure_peaks(dtype, quick=options.rough_peaks)
+  print(f'{device_name()}; {peaks.describe()}', flush=True)
+  return peaks
+
+
 def conditions(peaks: roofline.Peaks | None = None) -> str:
   """Sentences on the machine and the date, and on how all cases were timed."""
   f = facts()
@@ -276,38 +307,21 @@ def _cell(row: Row, cell: Cell) -> str:
     return ''
 
 
-def _of_xla(name: str, unit: float, spec: str) -> Cell:
-  """A cell of XLA's count, with a star where a program has a dynamic loop."""
-
-  def cell(row: Row) -> str:
-    loops = any(
-      word in row['case'] for word in ('sorted', 'dropless', 'grouped')
-    )
-    return f'{row[name] / unit:{spec}}{" *" if loops else ""}'
-
-  return cell
-
-
-# Columns on the work of a case, of rows that have what `reached` and
-# `Program.numbers` give.
+# Columns on the work of a case, of rows that `measure` gives.
 WORK: Mapping[str, Cell] = {
   'roofline ms': '{roofline_ms:.1f}',
   'reached': '{fraction:.0%}',
   'GFLOP': lambda row: f'{row["flops"] / 1e9:.1f}',
-  'GFLOP (XLA)': _of_xla('xla_flops', 1e9, '.1f'),
   'MB at least': lambda row: f'{row["min_bytes"] / 1e6:,.0f}',
-  'MB (XLA)': _of_xla('xla_bytes', 1e6, ',.0f'),
   'temporary MiB': lambda row: f'{row["temp_bytes"] / 2**20:,.1f}',
   'compile s': '{compile_seconds:.1f}',
 }
 
 
 ABOUT_WORK = (
-  '* XLA counts a loop of dynamic trip count once, so that its own figures are '
-  "not the program's work there. Reached is roofline / measured. Roofline: the "
-  'larger of GFLOP / peak matmul and MB at least / peak copy, both peaks timed '
-  'again in every round, as the machine drifts; GFLOP and MB at least are by '
-  'formula'
+  'Reached is roofline / measured. Roofline: the larger of GFLOP / peak matmul '
+  'and MB at least / peak copy, both peaks timed again in every round, as the '
+  'machine drifts; GFLOP and MB at least are by formula'
 )
 
 
@@ -322,47 +336,14 @@ def flat(row: Row) -> dict[str, Any]:
   return columns
 
 
-def draw_bars(
-  path: pathlib.Path,
-  ratios: Mapping[str, Spread],
-  axis: str,
-  limits: Mapping[str, float] = types.MappingProxyType({}),
-) -> None:
-  """Draws the ratio of each case as a bar, with quartiles.
-
-  Args:
-    path: File of the picture.
-    ratios: Ratios by label of the bar, in the order of the bars.
-    axis: Label of the axis.
-    limits: Ratio of the fastest bare products, which is drawn as a black mark,
-      by label of the bar.
-  """
-  figure = Figure(figsize=(7.5, 1 + 0.3 * len(ratios)), layout='constrained')
-  axes, spreads = figure.subplots(), ratios.values()
-  below = [spread.median - spread.low for spread in spreads]
-  above = [spread.high - spread.median for spread in spreads]
-  medians = [spread.median for spread in spreads]
-  axes.barh([*ratios], medians, xerr=[below, above])
-  if limits:
-    style = dict(markersize=12, label='fastest bare products')
-    axes.plot([*limits.values()], [*limits], 'k|', **style)
-    axes.legend(frameon=False)
-  axes.axvline(1, color='0.5', linewidth=0.8)
-  axes.invert_yaxis()
-  axes.set_xlabel(axis)
-  axes.set_title(device_name(), loc='left')
-  axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path, dpi=120)
-
-
 def write(
   output: str,
   name: str,
   text: str,
   rows: Sequence[Row],
   metadata: Mapping[str, Any],
-) -> pathlib.Path:
-  """Writes `table.md`, `rows.csv` and `results.json`, and prints the text.
+) -> None:
+  """Writes `table.md` and `results.json`, and prints the text.
 
   Args:
     output: The results' root; the folder is `<output>/<name>/<device>`.
@@ -370,23 +351,16 @@ def write(
     text: Content of `table.md`.
     rows: Numbers and spreads by column, a row for each measured case.
     metadata: Entries that the JSON holds beside the rows and `facts`.
-
-  Returns:
-    The folder of the files.
   """
   folder = pathlib.Path(output) / name / folder_name(device_name())
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.md').write_text(text, encoding='utf-8')
-  lines = [flat(row) for row in rows]
-  columns = list(dict.fromkeys(key for line in lines for key in line))
-  with (folder / 'rows.csv').open('w', newline='', encoding='utf-8') as file:
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(lines)
-  provenance = {**facts(), 'command': command_of(sys.argv)}
-  results = {'facts': provenance, **metadata, 'rows': lines}
+  results = {
+    'facts': {**facts(), 'command': command_of(sys.argv)},
+    **metadata,
+    'rows': [flat(row) for row in rows],
+  }
   (folder / 'results.json').write_text(
     json.dumps(results, indent=2) + '\n', encoding='utf-8'
   )
   print(f'\n{text}\nwritten: {folder}')
-  return folder

@@ -1,15 +1,13 @@
 """Compiles training steps for `bench_train_step`, on random tokens."""
 
-import dataclasses
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from experiments.benchmarks import program_counts
+from experiments.benchmarks import timing
 from experiments.benchmarks.roofline import Work
 from moe_jax import run_config
 from moe_jax.analysis import cost
@@ -52,33 +50,14 @@ def random_batch(options: RunConfig) -> dict[str, np.ndarray]:
   return batch
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """A compiled training step and its own state.
-
-  Attributes:
-    run: Takes one step and waits for its result.
-    numbers: Columns of a row: the time of tracing, lowering and compiling, and
-      XLA's own counts; see `program_counts.counts`.
-    work: FLOPs and bytes that the step needs at least, by formula.
-  """
-
-  run: Callable[[], None]
-  numbers: Mapping[str, float]
-  work: Work
-
-
-def compile_step(options: RunConfig) -> Step:
-  """The training step of `prepared` options; the state is donated to it."""
+def compile_step(options: RunConfig) -> timing.Program:
+  """The training step of `prepared` options, with a state of its own."""
   model, mesh = options.build(), options.mesh.make(jax.devices()[:1])
   programs = make_programs(options, model, mesh)
   batch = programs.put(random_batch(options))
-  start = time.perf_counter()
-  step = programs.train_step.lower(programs.abstract_state, batch).compile()
-  numbers = {
-    'compile_seconds': time.perf_counter() - start,
-    **program_counts.counts(step),
-  }
+  step, numbers = timing.compiled(
+    programs.train_step, programs.abstract_state, batch
+  )
   states = []
 
   def run():
@@ -87,7 +66,7 @@ def compile_step(options: RunConfig) -> Step:
     states.append(state)
     jax.block_until_ready((state, metrics))
 
-  return Step(run, numbers, step_work(options, programs))
+  return timing.Program(run, step_work(options, programs), numbers)
 
 
 def step_work(options: RunConfig, programs: Programs) -> Work:

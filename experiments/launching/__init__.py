@@ -1,1 +1,1 @@
-"""Items of `experiments.launch`, and the processes that run them."""
+"""Processes, topologies and job files of `experiments.launch`."""

@@ -27,7 +27,7 @@ class _Target(NamedTuple):
 
   Attributes:
     suffix: Ending of the job file.
-    submit: Words that submit the file, whose path follows.
+    submit: Command that submits the file, whose path follows.
     flags: Options of the command line that are needed; others of
       `_FLAGS` have no effect.
     runs_on: Devices of a job: 'nodes' of GPUs, a 'slice' of TPUs, or several
@@ -35,24 +35,18 @@ class _Target(NamedTuple):
   """
 
   suffix: str
-  submit: Sequence[str]
+  submit: str
   flags: Sequence[str]
   runs_on: Sequence[str]
 
 
 _FLAGS = ('image', 'cluster', 'volume')
+_ALL = ('nodes', 'slice', 'slices')
 TARGETS = {
-  'sbatch': _Target('sh', ['sbatch'], [], ['nodes']),
-  'jobset': _Target(
-    'yaml',
-    ['kubectl', 'apply', '-f'],
-    ['image', 'volume'],
-    ['nodes', 'slice', 'slices'],
-  ),
-  'xpk': _Target('sh', ['bash'], ['image', 'cluster'], ['slice', 'slices']),
-  'skypilot': _Target(
-    'yaml', ['sky', 'jobs', 'launch'], ['volume'], ['nodes', 'slice']
-  ),
+  'sbatch': _Target('sh', 'sbatch', (), _ALL[:1]),
+  'jobset': _Target('yaml', 'kubectl apply -f', ('image', 'volume'), _ALL),
+  'xpk': _Target('sh', 'bash', ('image', 'cluster'), _ALL[1:]),
+  'skypilot': _Target('yaml', 'sky jobs launch', ('volume',), _ALL[:2]),
 }
 
 
@@ -63,17 +57,17 @@ def check(options: argparse.Namespace, topology: Topology) -> None:
     ValueError: The devices do not exist there, or an option is missing or has
       no effect.
   """
-  target = TARGETS[options.to]
   several = 'slices' if topology.groups > 1 else 'slice'
   devices = several if topology.shape else 'nodes'
-  if devices not in target.runs_on:
-    others = [name for name, t in TARGETS.items() if devices in t.runs_on]
+  able = [name for name, t in TARGETS.items() if devices in t.runs_on]
+  if options.to not in able:
     raise InputError(
-      f'--to={options.to} cannot run on {topology}; have --to={others}'
+      f'--to={options.to} cannot run on {topology}; have --to={able}'
     )
   for flag in _FLAGS:
-    if bool(getattr(options, flag)) != (flag in target.flags):
-      problem = 'needs' if flag in target.flags else 'does not use'
+    is_needed = flag in TARGETS[options.to].flags
+    if bool(getattr(options, flag)) != is_needed:
+      problem = 'needs' if is_needed else 'does not use'
       raise InputError(f'--to={options.to} {problem} --{flag}')
 
 
@@ -170,7 +164,7 @@ def run(items: Sequence[Item], options: argparse.Namespace) -> int:
   for item, text in zip(items, texts):
     path = FOLDER / f'{job_name(item, options.name)}.{target.suffix}'
     path.write_text(text, encoding='utf-8')
-    command = [*target.submit, str(path), *words]
+    command = [*target.submit.split(), str(path), *words]
     print(shlex.join(command), flush=True)
     if status := subprocess.run(command).returncode:
       return status

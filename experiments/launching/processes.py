@@ -13,13 +13,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO
 
 from moe_jax import cli
 from moe_jax.errors import InputError
 
 DONE, FAILED, STOPPED, WAITING = 'done', 'failed', 'stopped', 'not started'
-_NO_FAILURE = (0, cli.STOPPED)
 _POLL_SECONDS = 0.05
 # Environment variables of processes, by name.
 Environment = Mapping[str, str]
@@ -45,58 +43,72 @@ class Command:
 
 
 class Processes:
-  """The running processes of a command.
+  """Processes that work together.
 
   Each has a process group of its own, so that Ctrl-C does not reach it.
+
+  Attributes:
+    all: The processes, running or ended.
   """
 
-  def __init__(self, command: Command, environment: Environment):
-    self._done = command.done
-    self._files: list[IO[bytes]] = []
-    self._processes: list[subprocess.Popen] = []
-    for words, log in zip(command.commands(), command.logs, strict=True):
-      log.parent.mkdir(parents=True, exist_ok=True)
-      file = log.open('ab')
-      self._files.append(file)
-      self._processes.append(
-        subprocess.Popen(
-          words,
-          stdout=file,
-          stderr=subprocess.STDOUT,
-          stdin=subprocess.DEVNULL,
-          env={**os.environ, **environment, **command.env},
-          start_new_session=True,
-        )
-      )
+  def __init__(self, processes: Sequence[subprocess.Popen]):
+    """Takes processes that `start` has started."""
+    self.all = processes
 
-  def ended(self) -> bool:
-    """Whether all processes have ended.
+  def running(self) -> list[subprocess.Popen]:
+    """The processes that have not ended."""
+    return [process for process in self.all if process.poll() is None]
 
-    If one has failed, this sends SIGTERM to the others.
+  def send(
+    self, number: int, to: Sequence[subprocess.Popen] | None = None
+  ) -> None:
+    """Sends a signal to processes that still run, and to their children.
+
+    Args:
+      number: Number of the signal.
+      to: The processes that receive it; None is all of them.
     """
-    codes = [process.poll() for process in self._processes]
-    if any(code not in (None, *_NO_FAILURE) for code in codes):
-      self.signal(signal.SIGTERM)
-    return None not in codes
-
-  def outcome(self) -> str:
-    """`DONE`, `FAILED` or `STOPPED`; call this once all have ended."""
-    for file in self._files:
-      file.close()
-    codes = {process.returncode for process in self._processes}
-    if not codes <= set(_NO_FAILURE):
-      return FAILED
-    if codes != {0}:
-      return STOPPED
-    self._done()
-    return DONE
-
-  def signal(self, number: int) -> None:
-    """Sends a signal to all processes that still run, and their children."""
-    for process in self._processes:
+    for process in self.all if to is None else to:
       if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
           os.killpg(process.pid, number)
+
+  def wait(self, seconds: float) -> bool:
+    """Waits for all processes; kills those that have not ended in time.
+
+    Returns:
+      Whether all ended in time.
+    """
+    deadline = time.monotonic() + seconds
+    while self.running() and time.monotonic() < deadline:
+      time.sleep(_POLL_SECONDS)
+    in_time = not self.running()
+    self.send(signal.SIGKILL)
+    for process in self.all:
+      process.wait()
+    return in_time
+
+
+def start(
+  words: Sequence[str], log: pathlib.Path, variables: Environment
+) -> subprocess.Popen:
+  """Starts a process in a process group of its own.
+
+  Args:
+    words: The program and its arguments.
+    log: File that its output is appended to.
+    variables: Further variables of its environment.
+  """
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with log.open('ab') as file:
+    return subprocess.Popen(
+      words,
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      stdin=subprocess.DEVNULL,
+      env={**os.environ, **variables},
+      start_new_session=True,
+    )
 
 
 def run_all(
@@ -107,7 +119,8 @@ def run_all(
 ) -> dict[str, str]:
   """Runs every command and returns the outcome of each, by name.
 
-  A command that fails does not stop the others. At SIGTERM or Ctrl-C no further
+  A command that fails does not stop the others; where one of its processes has
+  failed, the others of the command get SIGTERM. At SIGTERM or Ctrl-C no further
   one begins, and those that run are asked to save and stop; they are killed if
   they take longer than `grace_seconds`, or at a second signal.
 
@@ -120,7 +133,12 @@ def run_all(
   """
   outcomes = {command.name: WAITING for command in commands}
   queue = list(commands)
-  running: dict[int, tuple[str, Processes]] = {}
+  running: dict[int, tuple[Command, Processes]] = {}
+
+  def send(number):
+    for _, processes in running.values():
+      processes.send(number)
+
   killing_at = None
   with _signals() as received:
     while running or (queue and not received):
@@ -128,22 +146,30 @@ def run_all(
         if i not in running and queue and not received:
           command = queue.pop(0)
           message(f'{command.name}: starts')
-          running[i] = command.name, Processes(command, environment)
+          variables = {**environment, **command.env}
+          pairs = zip(command.commands(), command.logs, strict=True)
+          started = [start(words, log, variables) for words, log in pairs]
+          running[i] = command, Processes(started)
       if received and killing_at is None:
         message('stopping: each run saves, and the same command goes on')
         killing_at = time.monotonic() + grace_seconds
-        for _, processes in running.values():
-          processes.signal(signal.SIGTERM)
+        send(signal.SIGTERM)
       if received and (len(received) > 1 or time.monotonic() > killing_at):
-        for _, processes in running.values():
-          processes.signal(signal.SIGKILL)
-      for i in [i for i, (_, x) in running.items() if x.ended()]:
-        name, processes = running.pop(i)
-        outcomes[name] = processes.outcome()
+        send(signal.SIGKILL)
+      for i, (command, processes) in list(running.items()):
+        codes = {process.poll() for process in processes.all}
+        failed = not codes <= {None, 0, cli.STOPPED}
+        if None in codes:
+          if failed:
+            processes.send(signal.SIGTERM)
+          continue
+        del running[i]
+        if codes == {0}:
+          command.done()
         # A command that was killed because the user stops has not failed.
-        if received and outcomes[name] == FAILED:
-          outcomes[name] = STOPPED
-        message(f'{name}: {outcomes[name]}')
+        ended = FAILED if failed and not received else STOPPED
+        outcomes[command.name] = DONE if codes == {0} else ended
+        message(f'{command.name}: {outcomes[command.name]}')
       if running:
         time.sleep(_POLL_SECONDS)
   return outcomes

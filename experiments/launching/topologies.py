@@ -41,10 +41,10 @@ class _Tpu(NamedTuple):
 TPUS = {
   'v4': _Tpu('tpu-v4-podslice', 'v4', 2, _CUBES),
   'v5e': _Tpu('tpu-v5-lite-podslice', 'v5litepod', 1, _FLAT),
-  'v5litepod': _Tpu('tpu-v5-lite-podslice', 'v5litepod', 1, _FLAT),
   'v5p': _Tpu('tpu-v5p-slice', 'v5p', 2, _CUBES),
   'v6e': _Tpu('tpu-v6e-slice', 'v6e', 1, _FLAT),
 }
+TPUS['v5litepod'] = TPUS['v5e']
 # Values of the label cloud.google.com/gke-accelerator.
 GPUS = {
   'a100': 'nvidia-tesla-a100',
@@ -109,19 +109,21 @@ def topology_of(name: str) -> Topology:
     )
   groups, kind, cores, shape = found.groups()
   tpu = TPUS[kind]
-  if cores:
-    named = {str(tpu.cores * _chips(shape)): shape for shape in tpu.shapes}
-    if cores not in named:
-      types = ', '.join(f'{kind}-{number}' for number in named)
-      raise InputError(f'--topology={name}: {kind} has the slices {types}')
-    shape = named[cores]
-  is_cube = tpu.shapes is _CUBES and _is_large_cube(shape)
-  if shape not in tpu.shapes and not is_cube:
-    raise InputError(
-      f'--topology={name}: {kind} has the slices {", ".join(tpu.shapes)}'
-      + ', and others whose sides divide by 4, the smallest first'
-      * (tpu.shapes is _CUBES)
-    )
+  named = {str(tpu.cores * _chips(shape)): shape for shape in tpu.shapes}
+  shape = shape or named.get(cores, '')
+  sides = [int(side) for side in shape.split('x') if side]
+  is_large_cube = (
+    tpu.shapes is _CUBES
+    and len(sides) == 3
+    and sides == sorted(sides)
+    and not any(side % 4 for side in sides)
+  )
+  if shape not in tpu.shapes and not is_large_cube:
+    slices = [f'{kind}-{number}' for number in named] if cores else tpu.shapes
+    text = f'--topology={name}: {kind} has the slices {", ".join(slices)}'
+    if tpu.shapes is _CUBES and not cores:
+      text += ', and others whose sides divide by 4, the smallest first'
+    raise InputError(text)
   chips = _chips(shape)
   kind = f'{tpu.prefix}-{tpu.cores * chips}'
   hosts = chips // _CHIPS_PER_HOST
@@ -130,12 +132,6 @@ def topology_of(name: str) -> Topology:
 
 def _chips(shape: str) -> int:
   return math.prod(int(side) for side in shape.split('x'))
-
-
-def _is_large_cube(shape: str) -> bool:
-  sides = [int(side) for side in shape.split('x')]
-  is_sorted = len(sides) == 3 and sides == sorted(sides)
-  return is_sorted and not any(side % 4 for side in sides)
 
 
 def mesh_on(options: RunConfig, topology: Topology) -> dict[str, int]:

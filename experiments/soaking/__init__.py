@@ -1,1 +1,1 @@
-"""The runs that `experiments/soak.py` makes, disturbances, checks of traces."""
+"""Runs that soak.py and kills.py watch, how they are disturbed, and checks."""

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.launching.processes import free_port
+from experiments.launching.processes import Processes, free_port, start
 from experiments.soaking.soak_evidence import Tally, of_attempt
 
 # Moments at which a run is disturbed: while Python and the run start, at any
@@ -23,39 +22,29 @@ from experiments.soaking.soak_evidence import Tally, of_attempt
 MOMENTS = ('start', 'training', 'training', 'training', 'evaluation')
 DISTURBANCES = ('kill one', 'kill all', 'stop one', 'stop all')
 HANG_SECONDS = 90.0
-
-
-class Processes:
-  """The processes of one run."""
-
-  def __init__(self, processes: Sequence[subprocess.Popen]):
-    """Takes processes that have been started."""
-    self.all = processes
-
-  def running(self) -> list[subprocess.Popen]:
-    """The processes that have not ended."""
-    return [process for process in self.all if process.poll() is None]
-
-  def send(self, number: int, processes: Sequence[subprocess.Popen]) -> None:
-    """Sends a signal to those of the processes that have not ended."""
-    for process in processes:
-      if process.poll() is None:
-        process.send_signal(number)
-
-  def wait(self, seconds: float) -> bool:
-    """Waits for all processes; kills those that have not ended in time.
-
-    Returns:
-      Whether all ended in time.
-    """
-    deadline = time.monotonic() + seconds
-    while self.running() and time.monotonic() < deadline:
-      time.sleep(0.05)
-    in_time = not self.running()
-    self.send(signal.SIGKILL, self.running())
-    for process in self.all:
-      process.wait()
-    return in_time
+# Runs a module that kills itself when it is about to rename its nth file, and
+# prints how many files were renamed if it ended by itself.
+FATAL = """
+import os, runpy, sys
+from moe_jax.data.sources import files
+files.PIECE_BYTES = 2**18  # so that a small file has many pieces
+left, sys.argv = int(sys.argv[1]), sys.argv[2:]
+count = 0
+def fatal(rename):
+  def renamed(source, target, *arguments, **keywords):
+    global count
+    count += 1
+    if count == left:
+      print('killed before the name', os.path.basename(target), flush=True)
+      os.kill(os.getpid(), 9)
+    return rename(source, target, *arguments, **keywords)
+  return renamed
+os.rename, os.replace = fatal(os.rename), fatal(os.replace)
+try:
+  runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+finally:
+  print('renamed', count, flush=True)
+"""
 
 
 def start_run(
@@ -65,7 +54,7 @@ def start_run(
   variables: Mapping[str, str] | None = None,
   program: Sequence[str] = ('-m', 'experiments.soaking.soak_run'),
 ) -> Processes:
-  """Starts a run's processes; each has an equal share of the mesh's devices.
+  """Starts a run's processes, on CPUs; each has as many of the mesh's devices.
 
   Args:
     workdir: Folder of the run.
@@ -75,9 +64,10 @@ def start_run(
     program: Arguments of Python, before those of `soak_run.py`.
   """
   devices = int(np.prod(list(spec['mesh'].values()))) // count
-  env = {'JAX_NUM_CPU_DEVICES': str(devices), **(variables or {})}
+  env = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+  env |= variables or {}
   coordination = [f'127.0.0.1:{free_port()}', str(count)]
-  command = [*program, str(workdir), json.dumps(spec)]
+  command = [sys.executable, *program, str(workdir), json.dumps(spec)]
   return Processes(
     [
       start(
@@ -88,27 +78,6 @@ def start_run(
       for i in range(count)
     ]
   )
-
-
-def start(
-  arguments: Sequence[str], log: pathlib.Path, variables: Mapping[str, str]
-) -> subprocess.Popen:
-  """Starts Python on the CPU, in a process group of its own.
-
-  Args:
-    arguments: Arguments of Python.
-    log: File that its output is added to.
-    variables: Further variables of its environment.
-  """
-  log.parent.mkdir(parents=True, exist_ok=True)
-  with log.open('ab') as file:
-    return subprocess.Popen(
-      [sys.executable, *arguments],
-      env=os.environ | {'JAX_PLATFORMS': 'cpu', **variables},
-      stdout=file,
-      stderr=subprocess.STDOUT,
-      start_new_session=True,
-    )
 
 
 def disturb(

@@ -5,15 +5,20 @@ run, and with what one device reads from the checkpoints.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.soaking import soak_run
+from moe_jax.runs import metrics
 
 # Largest difference allowed between a mesh's and one device's first step.
 TOLERANCE = 1e-5
@@ -72,11 +77,21 @@ def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-  """Batches, final digests, last loss and seconds a step of a finished run."""
+  """What a finished run has computed, by name.
+
+  Returns:
+    - batches: The digests of each batch's rows; see `batches_of`.
+    - arrays: The digests of the arrays of the final state.
+    - losses: All losses as (step, name, loss), sorted.
+    - loss: The evaluation's last loss.
+    - step_seconds: The median time of a step.
+  """
   lines = witnessed(workdir)
-  rows = [
-    json.loads(line)
-    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+  losses = [
+    (row['step'], name, value)
+    for row in metrics.read_metrics(workdir / metrics.FILE_NAME)
+    for name, value in row.items()
+    if name.endswith('loss')
   ]
   key = f'eval/{soak_run.EVAL}/loss'
   times = [
@@ -86,7 +101,8 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   return {
     'batches': batches_of(lines),
     'arrays': end['arrays'],
-    'loss': [row[key] for row in rows if key in row][-1],
+    'losses': sorted(losses),
+    'loss': [loss for _, name, loss in losses if name == key][-1],
     'step_seconds': float(np.median(np.diff(times))),
   }
 
@@ -160,6 +176,33 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
   for name in ('batches doubled', 'batches lost', 'batches of another step'):
     if tally.counts[name]:
       tally.fault(f'{tally.counts[name]} {name}')
+
+
+@contextlib.contextmanager
+def judged(name: str, folder: str) -> Iterator[tuple[pathlib.Path, list[str]]]:
+  """A folder for a command's runs, and a list for a line of each fault.
+
+  Once the command's runs are over, prints the time that they took and the
+  number of faults. A temporary folder is removed if there is none.
+
+  Args:
+    name: Name of the command.
+    folder: The folder, which is kept; '' makes a temporary one.
+
+  Raises:
+    SystemExit: There are faults; the exit status is 1.
+  """
+  path = pathlib.Path(folder or tempfile.mkdtemp(prefix=f'{name}-'))
+  began = time.monotonic()
+  faults: list[str] = []
+  yield path, faults
+  minutes = (time.monotonic() - began) / 60
+  print(f'{minutes:.1f} minutes, {len(faults)} faults', flush=True)
+  if faults:
+    print(f'what happened is in {path}')
+    raise SystemExit(1)
+  if not folder:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def describe(tally: Tally) -> str:

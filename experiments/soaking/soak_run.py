@@ -14,7 +14,6 @@ import json
 import pathlib
 import sys
 import time
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +41,6 @@ def make_options(
   seed: int,
   total_steps: int,
   mesh: Mapping[str, int],
-  evaluation: Mapping[str, Any] = types.MappingProxyType({}),
   keep_newest: int = 3,
 ) -> RunConfig:
   """Options of a run whose sparse model takes milliseconds for a step.
@@ -51,13 +49,10 @@ def make_options(
     seed: Seed of the run.
     total_steps: Number of its steps.
     mesh: Sizes of the axes of its mesh.
-    evaluation: Arguments of `base.evaluation` that differ from the usual ones.
     keep_newest: Number of the checkpoints that are kept.
   """
   config = base.get_config()
-  config.evals = {
-    EVAL: base.evaluation(**{'every_steps': 2 * SAVE_EVERY, **evaluation})
-  }
+  config.evals = {EVAL: base.evaluation(every_steps=2 * SAVE_EVERY)}
   config.checkpoint.keep_best = False
   config.checkpoint.keep_newest = keep_newest
   config.checkpoint.every_steps = SAVE_EVERY

@@ -5,27 +5,14 @@ import shutil
 import pytest
 
 from experiments import bench_loading
-from experiments.benchmarks import loading_case, random_checkpoint
-
-SMALL = dict(
-  random_checkpoint.BASE,
-  vocab_size=64,
-  hidden_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=6,
-  num_experts=8,
-  num_experts_per_tok=2,
-  moe_intermediate_size=16,
-)
+from experiments.benchmarks import random_checkpoint
 
 
 def test_all_bits_of_every_file_arrive_in_the_dtype_of_the_file(tmp_path):
-  written = random_checkpoint.write(tmp_path, SMALL, 15_000)
+  written = random_checkpoint.write(tmp_path, random_checkpoint.TINY, 15_000)
   assert written.files > 3 and written.largest_file <= 15_000
   for axes, copies in (({}, 1), ({'expert': 8}, 8)):
-    row = loading_case.measure(str(tmp_path), axes)
+    row = bench_loading.load(tmp_path, axes)
     assert row['digest'] == written.digest
     # Routers and norms of two layers are float32.
     single = 2 * 24 * 8 + 2 * (2 * 24 + 2 * 6) + 24
@@ -58,7 +45,7 @@ def test_a_gigabyte_and_more_on_eight_devices(tmp_path, monkeypatch):
   try:
     config = random_checkpoint.config_of(1.3e9)
     written = random_checkpoint.write(folder, config, 0.2e9)
-    (row,) = bench_loading.measure(folder, written, ['fsdp=8'])
+    (row,) = bench_loading.measure(folder, written, [{'fsdp': 8}])
   finally:
     shutil.rmtree(folder)  # pytest would keep it for the next runs
   assert row['placed'] == pytest.approx(1.3e9, rel=0.01)
