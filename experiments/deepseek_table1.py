@@ -28,18 +28,15 @@ cores; its runs took 37 core minutes. The claims were written before any run.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from experiments.study import byte_models, command, parts, validation_routing
+from flax import traverse_util
+
+from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.layers.experts.experts import (
-  SHARED_EXPERT,
-  SharedExpertOptions,
-)
+from moe_jax.layers.experts.experts import SHARED_EXPERT, SharedExpertOptions
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -47,7 +44,7 @@ HIDDEN = 256  # hidden width of all experts together that a token passes
 SWITCH, GSHARD, HASH = 'Switch', 'GShard', 'hash'
 FINE = 'fine-grained'
 DEEPSEEK = 'DeepSeekMoE'
-REMOVED = 'its shared expert removed'
+REMOVED = f'{DEEPSEEK}, its shared expert removed'
 WITHOUT = 'removed/loss'
 
 
@@ -107,30 +104,20 @@ def without_shared(run: Run, state: TrainState) -> dict[str, float]:
   options = dataclasses.replace(run.options, model=model)
   options = options.filled(run.dataset.vocab_size)
   evaluation = dataclasses.replace(
-    validation_routing.evaluation_of(run, byte_models.EVAL),
-    model=options.build(),
+    routing.evaluation_of(run), model=options.build()
   )
   variables = run.programs.variables(state)
-  reduced = variables | {'params': _without_shared(variables['params'])}
+  params = traverse_util.flatten_dict(variables['params'])
+  kept = {path: x for path, x in params.items() if SHARED_EXPERT not in path}
+  reduced = {**variables, 'params': traverse_util.unflatten_dict(kept)}
   return {WITHOUT: evaluation(reduced, int(state.step))['loss']}
-
-
-def _without_shared(params: Any) -> Any:
-  """A tree of parameters without those of shared experts."""
-  if not isinstance(params, Mapping):
-    return params
-  return {
-    k: _without_shared(v) for k, v in params.items() if k != SHARED_EXPERT
-  }
 
 
 def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and one for DeepSeekMoE without its shared expert."""
-  rows = [STUDY.row_of(Arm(name, {}), results) for name in results]
-  if DEEPSEEK in results:
-    losses = [run[WITHOUT] for run in results[DEEPSEEK]]
-    rows.append(Row(f'{DEEPSEEK}, {REMOVED}', {'loss': losses}))
-  return rows
+  table = [STUDY.row_of(Arm(name, {}), results) for name in results]
+  losses = [run[WITHOUT] for run in results[DEEPSEEK]]
+  return [*table, Row(REMOVED, {'loss': losses})]
 
 
 def claim(better: str, worse: str, *published: str) -> Claim:
@@ -139,17 +126,15 @@ def claim(better: str, worse: str, *published: str) -> Claim:
   Args:
     better: Name of the row with the lower loss.
     worse: Name of the other row.
-    *published: The paper's table and its two rows; none where the paper
-      has no such pair.
+    *published: The paper's table and row of both; none where the paper has no
+      such pair.
   """
-  table, *names = published or ('',)
-  cells = [f'deepseekmoe2024/{table}/{name}/pile_loss' for name in names]
+  cells = [f'deepseekmoe2024/{row}/pile_loss' for row in published]
   return Claim(
     f'{better} is better than {worse}', f'loss: {better} < {worse}', cells
   )
 
 
-CLASS = 'comparison_2b'
 STUDY = Study(
   name='deepseek_table1',
   title='Fine-grained and shared experts at equal parameters',
@@ -166,25 +151,24 @@ STUDY = Study(
     Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
   claims=[
-    claim(DEEPSEEK, GSHARD, CLASS, DEEPSEEK, GSHARD),
-    claim(DEEPSEEK, SWITCH, CLASS, DEEPSEEK, SWITCH),
-    claim(GSHARD, SWITCH, CLASS, GSHARD, SWITCH),
-    claim(SWITCH, HASH, CLASS, SWITCH, HASH),
-    claim(HASH, 'dense', CLASS, HASH, 'dense'),
-    claim(DEEPSEEK, 'dense', CLASS, DEEPSEEK, 'dense'),
+    *(
+      claim(better, worse, f'comparison_2b/{better}', f'comparison_2b/{worse}')
+      for better, worse in (
+        (DEEPSEEK, GSHARD),
+        (DEEPSEEK, SWITCH),
+        (GSHARD, SWITCH),
+        (SWITCH, HASH),
+        (HASH, 'dense'),
+        (DEEPSEEK, 'dense'),
+      )
+    ),
     claim(FINE, GSHARD),
     claim(DEEPSEEK, FINE),
-    claim(
-      DEEPSEEK,
-      f'{DEEPSEEK}, {REMOVED}',
-      'shared',
-      '1 shared',
-      'shared one removed',
-    ),
+    claim(DEEPSEEK, REMOVED, 'shared/1 shared', 'shared/shared one removed'),
   ],
   runner=TrainingRunner(without_shared),
-  figure=Figure(['loss', 'largest load'], without=[f'*{REMOVED}']),
-  remarks=("Loads are relative to the mean of each row's own experts."),
+  figure=Figure(['loss', 'largest load'], without=[REMOVED]),
+  remarks="Loads are relative to the mean of each row's own experts.",
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -24,9 +24,7 @@ and shares of tokens, not losses. The full preset, 7 arms and 5 seeds, took 18
 of its planned 20 minutes on two cores. The claims were written before any run.
 """
 
-import numpy as np
-
-from experiments.study import byte_models, command, parts, validation_routing
+from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
@@ -84,24 +82,14 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     `routing/layer_<i>/none` and `routing/layer_<i>/many`, nothing for a dense
     model.
   """
-  counts: dict[int, list[np.ndarray]] = {}
-  if not run.model.stacks.sparse_layers:
-    return {}
-  for record in validation_routing.last_records(
-    run, state, byte_models.EVAL, _BATCHES
-  ):
-    for layer, choices in record.layers.items():
-      served = (choices.kept & (choices.expert >= 0)).sum(-1)
-      counts.setdefault(layer, []).append(served[record.documents > 0])
   measures = {}
-  for layer, served_counts in counts.items():
-    served = np.concatenate(served_counts)
-    three_or_four = (served == 3) | (served == 4)
-    measures[f'layer_{layer}'] = {
+  for number, layer in routing.last_layers(run, state, _BATCHES).items():
+    served = (layer.kept & (layer.expert >= 0)).sum(1)
+    measures[f'layer_{number}'] = {
       'none': float((served == 0).mean()),
-      'many': float(three_or_four.mean()),
+      'many': float(((served == 3) | (served == 4)).mean()),
     }
-  return validation_routing.named(measures)
+  return routing.named(measures)
 
 
 AVERAGE = 'expert_choice2022/average11/100M-64E'
@@ -154,10 +142,8 @@ STUDY = Study(
   ],
   runner=TrainingRunner(measure),
   figure=Figure(['loss', UNSERVED, MANY]),
-  remarks=(
-    'Tokens without an expert are dropped by all their choices, or taken by '
-    'no expert; the residual alone carries them.'
-  ),
+  remarks='Tokens without an expert are dropped by all their choices, or taken '
+  'by no expert; the residual alone carries them.',
   tasks=DENOISING_TASKS,
   written='2026-11-28',
 )

@@ -25,9 +25,6 @@ from experiments.study.study import Study
 from moe_jax.config import difference
 from moe_jax.configs import tiny_finegrained, tiny_switch
 
-SWITCH, ALL_SERVED = 'Switch', 'Switch without drops'
-FINE, DENSE = 'fine-grained', 'dense'
-
 
 def config(steps: int) -> ml_collections.ConfigDict:
   """The config `tiny_switch` with so many steps, evaluated at its end."""
@@ -42,25 +39,16 @@ def arms(_: Preset) -> list[Arm]:
   whole = tiny_switch.get_config(), tiny_finegrained.get_config()
   changes = {key: new for key, (_, new) in difference(*whole).items()}
   return [
-    byte_models.dense(DENSE),
-    Arm(SWITCH, {}),
-    Arm(ALL_SERVED, byte_models.DROPLESS),
-    Arm(FINE, changes),
+    byte_models.dense(),
+    Arm('Switch', {}),
+    Arm('Switch without drops', byte_models.DROPLESS),
+    Arm('fine-grained', changes),
   ]
 
 
-def claim(text: str, lower: str, higher: str, *rows: str) -> Claim:
-  """A claim that one arm has a lower loss than another.
-
-  Args:
-    text: Text of the claim.
-    lower: Name of the arm with the lower loss.
-    higher: Name of the other arm.
-    *rows: The paper's rows of both; none where the paper has no such pair.
-  """
-  table = 'deepseekmoe2024/comparison_2b'
-  published = [f'{table}/{row}/pile_loss' for row in rows]
-  return Claim(text, f'loss: {lower} < {higher}', published)
+def cells(*rows: str) -> list[str]:
+  """Addresses of published losses."""
+  return [f'deepseekmoe2024/comparison_2b/{row}/pile_loss' for row in rows]
 
 
 STUDY = Study(
@@ -76,36 +64,31 @@ STUDY = Study(
     Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
   claims=[
-    claim(
+    Claim(
       'fine-grained experts are better than those of Switch',
-      FINE,
-      SWITCH,
-      'DeepSeekMoE',
-      'Switch',
+      'loss: fine-grained < Switch',
+      cells('DeepSeekMoE', 'Switch'),
     ),
-    claim(
+    Claim(
       'they are better than those of a Switch that serves all tokens',
-      FINE,
-      ALL_SERVED,
+      'loss: fine-grained < Switch without drops',
     ),
-    claim(
+    Claim(
       'they are better than the dense twin',
-      FINE,
-      DENSE,
-      'DeepSeekMoE',
-      'dense',
+      'loss: fine-grained < dense',
+      cells('DeepSeekMoE', 'dense'),
     ),
-    claim(
-      'Switch is better than the dense twin', SWITCH, DENSE, 'Switch', 'dense'
+    Claim(
+      'Switch is better than the dense twin',
+      'loss: Switch < dense',
+      cells('Switch', 'dense'),
     ),
   ],
-  timed=[SWITCH, FINE],
+  timed=['Switch', 'fine-grained'],
   figure=Figure(['loss', 'largest load']),
-  remarks=(
-    'FLOPs a token are equal but for the routers, of which the larger one '
-    'takes 1.5 % more. Loads are relative to the mean of 8 experts or of '
-    '64.'
-  ),
+  remarks='FLOPs a token are equal but for the routers, of which the larger '
+  'one takes 1.5 % more. Loads are relative to the mean of 8 experts or of '
+  '64.',
   written='2026-11-28',
 )
 get_config = STUDY.get_config

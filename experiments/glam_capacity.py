@@ -27,13 +27,12 @@ losses. The claims were written before any run.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import byte_models, command, parts, validation_routing
+from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -53,8 +52,6 @@ EXPERTS, ROWS = 16, 32
 TIGHT, WIDE, FREE = 'train 1', 'train 2', 'no drops in training'
 # Slots a token, by name; 0 drops nothing.
 ROOM = {'1': 1, '2': 2, 'no drops': 0}
-EVALUATED, GENERATED = 'evaluated', 'generated'
-DROPPED, SAME = 'dropped', 0.02
 
 
 def config(steps: int):
@@ -116,7 +113,7 @@ def measure_steps(
   )
   masks = [np.asarray(layer.kept) for layer in (chosen or {}).values()]
   return {
-    'loss': validation_routing.mean_loss(logits, batch),
+    'loss': routing.mean_loss(logits, batch),
     'dropped': float(1 - np.mean(masks)) if masks else 0.0,
   }
 
@@ -126,7 +123,7 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
 
   A model that decodes takes a row for one document.
   """
-  examples = validation_routing.spread_rows(run, 2 * num_rows)
+  examples = routing.spread_rows(run, 2 * num_rows)
   is_whole = (examples['segment_ids'] == 1).all(1)
   if (num_whole := int(is_whole.sum())) < num_rows:
     raise InputError(
@@ -159,13 +156,9 @@ def read(
   model: Model, variables: Variables, tokens: Int32[Array, 'B T']
 ) -> tuple[Float32[Array, 'B T V'], Choices]:
   """Logits at every token, and the choices of each step, token by token."""
-  prepared = generation.prepare(model, variables, batch_size=len(tokens))
-  logits, chosen = _read(*prepared, tokens)
-  return jnp.moveaxis(logits, 0, 1), chosen
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _read(model, variables, tokens):
+  model, variables = generation.prepare(
+    model, variables, batch_size=len(tokens)
+  )
   B, T = tokens.shape
 
   def step(cache, token):
@@ -179,7 +172,9 @@ def _read(model, variables, tokens):
     )
     return cache, (logits[:, 0], chosen)
 
-  return jax.lax.scan(step, model.make_cache(B, T), tokens.T)[1]
+  cache = model.make_cache(B, T)
+  logits, chosen = jax.lax.scan(step, cache, tokens.T)[1]
+  return jnp.moveaxis(logits, 0, 1), chosen
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -197,94 +192,62 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   }
 
 
-def row_name(arm: str, mode: str, room: str) -> str:
-  """Name of a model's row, with a capacity in evaluation or generation."""
-  return f'{arm}; {mode} {room}'
-
-
 def rows(results: parts.Results) -> list[Row]:
   """The dense twin, and each model with each capacity."""
   dense, *sparse = results
-  twin = [run[f'eval/{byte_models.EVAL}/loss'] for run in results[dense]]
-  table = [Row(dense, {'loss': twin})]
+  table = [parts.row_of(dense, results[dense], [byte_models.LOSS])]
   for arm in sparse:
-    for mode, key, lost in (
-      (EVALUATED, 'eval/slots_{}', 'drop_rate'),
-      (GENERATED, 'steps/{}', 'dropped'),
+    for mode, key, dropped in (
+      ('evaluated', 'eval/slots_', 'drop_rate'),
+      ('generated', 'steps/', 'dropped'),
     ):
       for name, slots in ROOM.items():
-        prefix = key.format(slots)
-        values = {
-          'loss': [run[f'{prefix}/loss'] for run in results[arm]],
-          DROPPED: [100 * run[f'{prefix}/{lost}'] for run in results[arm]],
-        }
-        table.append(Row(row_name(arm, mode, name), values))
+        columns = [
+          Column('loss', f'{key}{slots}/loss'),
+          parts.percent('dropped', f'{key}{slots}/{dropped}'),
+        ]
+        row_name = f'{arm}; {mode} {name}'
+        table.append(parts.row_of(row_name, results[arm], columns))
   return table
 
 
-def lower(text: str, row: tuple, than: tuple | str, column: str = 'loss'):
-  """A claim that a row has a lower number than another.
-
-  Args:
-    text: Text of the claim.
-    row: Arguments of `row_name` for the row.
-    than: Arguments of `row_name` for the other row, or its name.
-    column: Name of the column.
-  """
-  other = than if isinstance(than, str) else row_name(*than)
-  return Claim(text, f'{column}: {row_name(*row)} < {other}')
-
-
-def claims() -> list[Claim]:
-  """Claims on drops in training, in evaluation and in steps of generation."""
-  free = 'no drops'
-  return [
-    lower(
-      'of one slot a token in training, two in evaluation are better',
-      (TIGHT, EVALUATED, '2'),
-      (TIGHT, EVALUATED, '1'),
-    ),
-    lower(
-      'two slots a token are better than one, in training and evaluation',
-      (WIDE, EVALUATED, '2'),
-      (TIGHT, EVALUATED, '1'),
-    ),
-    lower(
-      'what was dropped in training is missed where nothing is dropped',
-      (WIDE, EVALUATED, free),
-      (TIGHT, EVALUATED, free),
-    ),
+CLAIMS = [
+  Claim(
+    'of one slot a token in training, two in evaluation are better',
+    'loss: train 1; evaluated 2 < train 1; evaluated 1',
+  ),
+  Claim(
+    'two slots a token are better than one, in training and evaluation',
+    'loss: train 2; evaluated 2 < train 1; evaluated 1',
+  ),
+  Claim(
+    'what was dropped in training is missed where nothing is dropped',
+    'loss: train 2; evaluated no drops < train 1; evaluated no drops',
+  ),
+  Claim(
+    "GShard's two slots a token lose nothing",
+    'loss: train 2; evaluated 2 = no drops in training; evaluated no drops '
+    'within 0.02',
+    note='The bound is half of what experts are worth in such models, about '
+    '0.04 nats a byte. A model with slots may see a little of the future; '
+    'one that drops nothing does not.',
+  ),
+  Claim(
+    'the sparse model beats its dense twin',
+    'loss: train 2; evaluated no drops < dense',
+  ),
+  Claim(
+    'at two slots a token the steps of generation drop more than a batch',
+    'dropped: train 2; evaluated 2 < train 2; generated 2',
+  ),
+  *(
     Claim(
-      "GShard's two slots a token lose nothing",
-      f'loss: {row_name(WIDE, EVALUATED, "2")} = '
-      f'{row_name(FREE, EVALUATED, free)} '
-      f'within {SAME}',
-      note='The bound is half of what experts are worth in such models, about '
-      '0.04 nats a byte. A model with slots may see a little of the future; '
-      'one that drops nothing does not.',
-    ),
-    lower(
-      'the sparse model beats its dense twin',
-      (WIDE, EVALUATED, free),
-      'dense',
-    ),
-    lower(
-      'at two slots a token the steps of generation drop more than a batch',
-      (WIDE, EVALUATED, '2'),
-      (WIDE, GENERATED, '2'),
-      DROPPED,
-    ),
-    *(
-      lower(
-        f'{arm}: {slots} slots a token lower the quality of generation',
-        (arm, GENERATED, free),
-        (arm, GENERATED, slots),
-      )
-      for arm, slots in ((WIDE, '2'), (WIDE, '1'), (TIGHT, '1'), (FREE, '2'))
-    ),
-  ]
-
-
+      f'{arm}: {slots} slots a token lower the quality of generation',
+      f'loss: {arm}; generated no drops < {arm}; generated {slots}',
+    )
+    for arm, slots in ((WIDE, 2), (WIDE, 1), (TIGHT, 1), (FREE, 2))
+  ),
+]
 STUDY = Study(
   name='glam_capacity',
   title='Capacity in training, evaluation and generation',
@@ -300,11 +263,11 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(DROPPED, 'eval/slots_1/drop_rate', '%', 1, bounds=parts.SHARE),
+    Column('dropped', 'eval/slots_1/drop_rate', '%', 1, bounds=parts.SHARE),
   ],
-  claims=claims(),
+  claims=CLAIMS,
   runner=TrainingRunner(measure),
-  figure=Figure(['loss', DROPPED], rows='slots a token'),
+  figure=Figure(['loss', 'dropped'], rows='slots a token'),
   remarks='"Generated" means that rows of a text are read token by token, 32 '
   'rows at a time, the tokens of a step being one group. These rows are not '
   'those of the evaluation. On 2026-11-29, when results were known, the words '

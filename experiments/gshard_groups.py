@@ -32,29 +32,17 @@ planned for 6 minutes more. The quick preset resolves drops, not losses. The
 claims were written before any run.
 """
 
+import itertools
 from collections.abc import Mapping
 
-import numpy as np
-
-from experiments.study import (
-  byte_models,
-  command,
-  domains,
-  parts,
-  validation_routing,
-)
+from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
-from experiments.study.validation_routing import named
 from moe_jax.analysis import cost
 from moe_jax.analysis.recording import header_of
-from moe_jax.analysis.routing_measures import (
-  SOURCE,
-  layers_of,
-  specialisation,
-)
+from moe_jax.analysis.routing_measures import SOURCE
 from moe_jax.layers.experts import Einsum
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -63,7 +51,7 @@ from moe_jax.training.step import TrainState
 GROUPS = {'32': 32, '128': 128, '512': 512, '2048': -1}
 SMALL, ROW, FOUR, BATCH = (f'GShard top-2, groups of {S}' for S in GROUPS)
 SMALL_ALL, BATCH_ALL = f'{SMALL}, all sent', f'{BATCH}, all sent'
-ROOMY, SERVED = 'no drops', 'evaluated without drops'
+SERVED = 'evaluated without drops'
 MASKS = {S: f'GShard top-2, masks, groups of {S}' for S in ('32', '2048')}
 TIMED = [BATCH, SMALL, *MASKS.values()]
 DROPPED, SECOND, UNSERVED = 'dropped', 'second served', 'without expert'
@@ -95,20 +83,16 @@ def arms(_: Preset) -> list[Arm]:
     'total_steps': 8,
     'log_every_steps': 8,
     'optimizer.schedule.warmup_steps': 1,
-  }
-  timed_alone |= {
-    f'evals.{x}.num_batches': 1 for x in (byte_models.EVAL, _NO_DROPS)
+    f'evals.{byte_models.EVAL}.num_batches': 1,
+    f'evals.{_NO_DROPS}.num_batches': 1,
   }
   return [
     *(Arm(name, {size: GROUPS[S], **timed_alone}) for S, name in MASKS.items()),
     Arm(SMALL_ALL, {size: 32, **send_all}),
     Arm(BATCH_ALL, {size: -1, **send_all}),
-    Arm(ROOMY, {size: -1, **byte_models.DROPLESS}),
+    Arm('no drops', {size: -1, **byte_models.DROPLESS}),
     *(
-      Arm(name, {size: S})
-      for name, S in zip(
-        (SMALL, ROW, FOUR, BATCH), GROUPS.values(), strict=True
-      )
+      Arm(f'GShard top-2, groups of {S}', {size: n}) for S, n in GROUPS.items()
     ),
   ]
 
@@ -123,29 +107,22 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     information of first choices about their domain as a share of their entropy.
     Of timed steps there is only the first.
   """
-  model, records = run.model, []
-  length, width = run.options.data.seq_len, run.options.model.width
-  experts = cost.count(model, length).decoder.experts / len(
-    model.stacks.sparse_layers
-  )
+  model, width = run.model, run.options.model.width
+  counted = cost.count(model, run.options.data.seq_len).decoder
+  experts = counted.experts / len(model.stacks.sparse_layers)
+  layers, measures = {}, {}
   if not isinstance(model.stacks.moe.dispatch, Einsum):
-    records += validation_routing.last_records(
-      run, state, byte_models.EVAL, _BATCHES, mixed=True
-    )
-  header, measures = header_of(run), {}
-  findings = specialisation(layers_of(header, records)) if records else {}
-  for layer, info in header.layers.items():
-    shares = measures[f'layer_{layer}'] = {}
+    layers = routing.last_layers(run, state, _BATCHES, mixed=True)
+  domain = routing.fractions(layers, domain=SOURCE)
+  for number, info in header_of(run).layers.items():
+    shares = measures[f'layer_{number}'] = {}
     if slots := info.capacity:
       shares['masks'] = 4 * info.num_experts * slots * width / experts
-    if records:
-      kept = np.concatenate(
-        [r.layers[layer].kept[r.documents > 0] for r in records]
-      )
-      shares['second'] = float(kept[:, 1].mean())
-      shares['none'] = float((~kept).all(1).mean())
-      shares['domain'] = findings[SOURCE][layer].fraction
-  return named(measures)
+    if layer := layers.get(number):
+      shares |= domain[number]
+      shares['second'] = float(layer.kept[:, 1].mean())
+      shares['none'] = float((~layer.kept).all(1).mean())
+  return routing.named(measures)
 
 
 def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
@@ -188,13 +165,10 @@ STUDY = Study(
     *(
       Claim(
         f'smaller groups drop more: {small} tokens against {large}',
-        f'{DROPPED}: {a} > {b}',
+        f'dropped: GShard top-2, groups of {small} > '
+        f'GShard top-2, groups of {large}',
       )
-      for (a, small), (b, large) in (
-        ((SMALL, 32), (ROW, 128)),
-        ((ROW, 128), (FOUR, 512)),
-        ((FOUR, 512), (BATCH, 2048)),
-      )
+      for small, large in itertools.pairwise(GROUPS)
     ),
     Claim(
       'small groups cost quality',
@@ -231,15 +205,13 @@ STUDY = Study(
   runner=TrainingRunner(measure),
   timed=TIMED,
   figure=Figure(['loss', DROPPED, SECOND, DOMAIN], without=['*masks*']),
-  remarks=(
-    'All rows with slots may leak: which second choices are served depends on '
-    'later tokens. Drops are those of training, where a choice that is not '
-    'sent is not dropped. Who is served is measured on validation batches of '
-    'all domains; losses with slots are those of batches of one domain each. '
-    'Rows of masks are timed; they are trained for 8 steps only. "Domain" is '
-    'the information that first choices have about the domain, in per cent of '
-    'their entropy.'
-  ),
+  remarks='All rows with slots may leak: which second choices are served '
+  'depends on later tokens. Drops are those of training, where a choice that '
+  'is not sent is not dropped. Who is served is measured on validation '
+  'batches of all domains; losses with slots are those of batches of one '
+  'domain each. Rows of masks are timed; they are trained for 8 steps only. '
+  '"Domain" is the information that first choices have about the domain, in '
+  'per cent of their entropy.',
   tasks=domains.TASKS,
   written='2026-11-29',
 )

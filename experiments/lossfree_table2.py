@@ -28,11 +28,10 @@ preset as it is now.
 
 import numpy as np
 
-from experiments.study import byte_models, command, parts
+from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax import data
 from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -83,16 +82,12 @@ def max_violation(run: Run, state: TrainState) -> dict[str, float]:
 
   MaxVio is (largest load - mean load) / mean load.
   """
-  step = compiled_eval_step(run.model, run.programs.put)
-  violations = []
-  for batch in data.eval_batches(
-    run.dataset.splits['validation'],
-    batch_size=run.options.batch_size,
-    num_batches=_BATCHES,
-    share=run.programs.put.rows,
-  ):
-    sums = step(run.programs.variables(state), run.programs.put.local(batch))
-    load = np.asarray(sums.aux.stats.load)  # [L, E]
+  put, variables = run.programs.put, run.programs.variables(state)
+  step, violations = compiled_eval_step(run.model, put), []
+  for batch in routing.batches(run, _BATCHES):
+    load = np.asarray(
+      step(variables, put.local(batch)).aux.stats.load
+    )  # [L, E]
     violations.append(load.max(-1) / load.mean(-1) - 1)
   return {'max_violation_batch': float(np.mean(violations))}
 
@@ -170,12 +165,10 @@ STUDY = Study(
     ['loss', GLOBAL, BATCH], 'weight of the loss, rate of the bias', log_x=True
   ),
   runner=TrainingRunner(max_violation),
-  remarks=(
-    'MaxVio is that of 40 validation batches together, or the mean of that of '
-    "each batch. The balance loss takes each expert's sigmoid by the sum of "
-    "all, as DeepSeek-V3's does. A bias by error moves by its rate times "
-    '(mean load - load) / mean load.'
-  ),
+  remarks='MaxVio is that of 40 validation batches together, or the mean of '
+  "that of each batch. The balance loss takes each expert's sigmoid by the "
+  "sum of all, as DeepSeek-V3's does. A bias by error moves by its rate times "
+  '(mean load - load) / mean load.',
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

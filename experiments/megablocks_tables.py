@@ -30,44 +30,34 @@ minutes and 6 of timing on two idle cores; its runs took 33 core minutes. The
 quick preset resolves loads, not losses. The claims were written before any run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command, parts, validation_routing
+from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
-from experiments.study.validation_routing import row_at
-from moe_jax.analysis.routing_measures import expert_counts
-from moe_jax.analysis.traces import Record
 from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 BLOCKS, FACTORS = (8, 32, 128), (1, 1.5, 2)
-FULLEST = 'slots of the fullest'
 # Ways of serving a routing, by the part of the metrics' names for each.
 WAYS = {
   **{f'blocks_{block}': f'blocks of {block}' for block in BLOCKS},
-  'fullest': FULLEST,
+  'fullest': 'slots of the fullest',
   **{f'slots_{factor}': f'{factor} slots a choice' for factor in FACTORS},
 }
 HIDDEN, FEW, MANY = 256, 8, 32
 # Lengths of the runs of one slot a choice, as multiples of the steps.
 LENGTHS = (0.7, 1.0, 1.4)
-DROPPED, ROWS, LOST, TIME = 'dropped', 'rows', 'would drop', 'step time'
 ON_CPU = (
   "Measured on a CPU, which has nothing in common with the paper's systems."
 )
 _BATCHES = 40
-
-
-def served(E: int, way: str) -> str:
-  """Name of the row of a way to serve the dropless model's routing."""
-  return f'{E} experts, {way}'
 
 
 def dropless(E: int) -> str:
@@ -110,15 +100,6 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def loads(
-  records: Sequence[Record], layer: int, num_experts: int
-) -> Iterator[Int[np.ndarray, ' E']]:
-  """The load of a layer in each batch, before any choice is dropped."""
-  for record in records:
-    real = record.documents > 0
-    yield expert_counts(record.layers[layer].expert[real], num_experts)
-
-
 def in_blocks(load: Int[np.ndarray, ' E'], block: int) -> float:
   """Rows for each choice, if every expert's are a multiple of `block`."""
   return float((-(-load // block) * block).sum() / load.sum())
@@ -154,18 +135,17 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """
   if run.model.stacks.moe.capacity.binds:
     return {}
-  records = [
-    *validation_routing.last_records(run, state, byte_models.EVAL, _BATCHES)
-  ]
   measures = {}
-  for layer in run.model.stacks.sparse_layers:
-    E = run.model.stacks.moe_of(layer).num_experts
-    by_batch = [rows_and_drops(load) for load in loads(records, layer, E)]
+  for number, layer in routing.last_layers(run, state, _BATCHES).items():
+    batch_tokens = layer.header.batch_size * layer.length
+    by_batch = [
+      rows_and_drops(load) for load in routing.loads(layer, batch_tokens)
+    ]
     for way in WAYS:
       rows, lost = np.mean([shares[way] for shares in by_batch], 0)
       shares = {'rows': float(rows), 'dropped': float(lost)}
-      measures[f'layer_{layer}/{way}'] = shares
-  return validation_routing.named(measures)
+      measures[f'layer_{number}/{way}'] = shares
+  return routing.named(measures)
 
 
 def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
@@ -174,7 +154,7 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   for name, runs in results.items():
     values = {c.name: [c.of(run) for run in runs] for c in COLUMNS[:2]}
     if name in times:
-      values[TIME] = list(times[name].ratios)
+      values['step time'] = list(times[name].ratios)
     trained_rows.append(Row(name, values))
   by_length = [
     [byte_models.LOSS.of(run) for run in results[slotted(1, length)]]
@@ -183,15 +163,15 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   ratios = np.resize(times[dropless(MANY)].ratios, len(by_length[0]))
   losses = [
     float(np.interp(np.log(ratio), np.log(LENGTHS), seed_losses))
-    for ratio, seed_losses in zip(
-      ratios, zip(*by_length, strict=True), strict=True
-    )
+    for ratio, *seed_losses in zip(ratios, *by_length, strict=True)
   ]
   return [
     *trained_rows,
     Row(SAME_TIME, {byte_models.LOSS.name: losses}),
     *(
-      row_at(served(E, name), results[dropless(E)], COLUMNS[2:4], f'*/{way}')
+      routing.row_at(
+        f'{E} experts, {name}', results[dropless(E)], COLUMNS[2:4], f'*/{way}'
+      )
       for E in (FEW, MANY)
       for way, name in WAYS.items()
     ),
@@ -200,60 +180,54 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
 
 COLUMNS = [
   byte_models.LOSS,
-  parts.percent(DROPPED, byte_models.DROP_RATE),
-  Column(ROWS, 'routing/*/rows', 'a choice', 2, bounds=parts.POSITIVE),
-  parts.percent(LOST, 'routing/*/dropped'),
-  Column(TIME, '', 'x of 1 slot', 2, bounds=parts.POSITIVE),
+  parts.percent('dropped', byte_models.DROP_RATE),
+  Column('rows', 'routing/*/rows', 'a choice', 2, bounds=parts.POSITIVE),
+  parts.percent('would drop', 'routing/*/dropped'),
+  Column('step time', '', 'x of 1 slot', 2, bounds=parts.POSITIVE),
 ]
 
 
-def claims() -> list[Claim]:
-  """Blocks against slots, few experts against many, quality and time."""
-  one_slot, two_slots, blocks = (
-    WAYS[x] for x in ('slots_1', 'slots_2', 'blocks_32')
-  )
-  return [
-    *(
-      Claim(
-        f'blocks of 32 pad less than the slots of the fullest, {E} experts',
-        f'{ROWS}: {served(E, blocks)} < {served(E, FULLEST)}',
-      )
-      for E in (FEW, MANY)
-    ),
-    *(
-      Claim(
-        f'more experts pad more: {way}',
-        f'{ROWS}: {served(MANY, way)} > {served(FEW, way)}',
-      )
-      for way in (blocks, FULLEST)
-    ),
+CLAIMS = [
+  *(
     Claim(
-      'more experts drop more at one slot a choice',
-      f'{LOST}: {served(MANY, one_slot)} > {served(FEW, one_slot)}',
-    ),
+      f'blocks of 32 pad less than the slots of the fullest, {E} experts',
+      f'rows: {E} experts, blocks of 32 < {E} experts, slots of the fullest',
+    )
+    for E in (FEW, MANY)
+  ),
+  *(
     Claim(
-      'two slots a choice still drop', f'{LOST}: {served(MANY, two_slots)} > 0'
-    ),
-    *(
-      Claim(
-        f'dropless is better than {factor} slots a choice, at equal steps',
-        f'loss: {dropless(MANY)} < {slotted(factor)}',
-      )
-      for factor in (1, 1.5)
-    ),
+      f'more experts pad more: {way}',
+      f'rows: 32 experts, {way} > 8 experts, {way}',
+    )
+    for way in ('blocks of 32', 'slots of the fullest')
+  ),
+  Claim(
+    'more experts drop more at one slot a choice',
+    'would drop: 32 experts, 1 slots a choice > 8 experts, 1 slots a choice',
+  ),
+  Claim(
+    'two slots a choice still drop',
+    'would drop: 32 experts, 2 slots a choice > 0',
+  ),
+  *(
     Claim(
-      'it is better than one slot a choice in equal time',
-      f'loss: {dropless(MANY)} < {SAME_TIME}',
-      note=ON_CPU,
-    ),
-    Claim(
-      'a dropless step takes less time than one with two slots a choice',
-      f'{TIME}: {dropless(MANY)} < {slotted(2)}',
-      note=ON_CPU,
-    ),
-  ]
-
-
+      f'dropless is better than {factor} slots a choice, at equal steps',
+      f'loss: {dropless(MANY)} < {slotted(factor)}',
+    )
+    for factor in (1, 1.5)
+  ),
+  Claim(
+    'it is better than one slot a choice in equal time',
+    f'loss: {dropless(MANY)} < {SAME_TIME}',
+    note=ON_CPU,
+  ),
+  Claim(
+    'a dropless step takes less time than one with two slots a choice',
+    f'step time: {dropless(MANY)} < {slotted(2)}',
+    note=ON_CPU,
+  ),
+]
 STUDY = Study(
   name='megablocks_tables',
   title='Dropless experts: padding, drops and quality',
@@ -268,14 +242,12 @@ STUDY = Study(
     'full': Preset(400, 5, burst_for_each_seed=True),
   },
   columns=COLUMNS,
-  claims=claims(),
+  claims=CLAIMS,
   runner=TrainingRunner(measure),
   timed=[*map(slotted, FACTORS), dropless(MANY)],
-  figure=Figure(['loss', DROPPED, ROWS, LOST]),
-  remarks=(
-    'Rows and drops of the ways to serve are computed from the routing of the '
-    'dropless models, which were trained without blocks or slots.'
-  ),
+  figure=Figure(['loss', 'dropped', 'rows', 'would drop']),
+  remarks='Rows and drops of the ways to serve are computed from the routing '
+  'of the dropless models, which were trained without blocks or slots.',
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -21,11 +21,6 @@ renormalised. Merging by router compares the weights of its columns, no logits,
 so that it stands for neither paper. Statistics are from batches of the training
 split.
 
-Found: to take away half of the experts costs 0.70 nats a byte by outputs and
-0.69 by REAP, three quarters 1.24 and 1.42, all without training; after a tenth
-of the steps a quarter of the experts is 0.18 behind, with the whole model as
-its teacher 0.16.
-
 The full preset's first 5 seeds took 46 core minutes and left ten claims open;
 four more seeds were then added, on 2026-11-30, to be run with the others anew.
 The runs of all nine took 69 core minutes.
@@ -34,7 +29,7 @@ The runs of all nine took 69 core minutes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
@@ -54,20 +49,14 @@ MERGES = {
   'merge by router': ('router', 'clusters'),
   'merge by router, cores': ('router', 'cores'),
 }
-PRUNES = {
-  'prune by usage': 'usage',
-  'prune by gate': 'gate',
-  'prune by REAP': 'reap',
-}
 ADDED = Column('added loss', unit='nats/byte')
 BYTES = parts.percent('bytes', 'bytes', bounds=parts.ANY)
 UNUSED = Column('unused', 'unused', 'experts', 1)
 BATCHES = 16  # number of training batches on which experts are measured
 PRUNED = 'pruned'  # the start of runs that are trained on
-METHOD, REMOVED = 'prune by REAP', 75  # the pruning that makes that start
-LONGER = f'{TRAINED}, trained on'
-ALONE = f'{METHOD}, {REMOVED} %, trained on'
-TAUGHT = f'{METHOD}, {REMOVED} %, distilled'
+LONGER = 'trained, trained on'
+ALONE = 'prune by REAP, 75 %, trained on'
+TAUGHT = 'prune by REAP, 75 %, distilled'
 
 
 def config(steps: int):
@@ -101,32 +90,35 @@ def merged(
     group_by: Name of the quantity by which experts are compared.
     rule: The rule of grouping.
   """
-  before = fewer.calibrated(whole_run.read(run), batches)
-  counts = fewer.numbers(str(left), before.layers)
-  layers = merge.merge(before, counts, group_by=group_by, rule=rule)
-  return _written(before, layers, new)
+  method = functools.partial(merge.merge, group_by=group_by, rule=rule)
+  return _smaller(run, new, left, batches, method)
 
 
 def pruned(
-  run: pathlib.Path,
-  new: pathlib.Path,
-  *,
-  left: int,
-  batches: int,
-  score: str,
+  run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int, score: str
 ) -> Mapping[str, float]:
   """Prunes the experts of a run by a score; see `merged`."""
+  method = functools.partial(fewer.prune, score=score)
+  return _smaller(run, new, left, batches, method)
+
+
+def _smaller(run, new, left, batches, method) -> dict[str, float]:
+  """Writes the run with smaller layers, which `method` makes of its layers.
+
+  Args:
+    run: The folder of the run.
+    new: The folder of the new one.
+    left: The number of experts that stay in each layer.
+    batches: The number of batches on which experts are measured.
+    method: Function of the measured run and of the number of experts that stay
+      in each layer; it returns the smaller layers.
+
+  Returns:
+    bytes, of the new parameters as a share of the old ones; unused, the number
+    of experts that no token of the batches chose.
+  """
   before = fewer.calibrated(whole_run.read(run), batches)
-  counts = fewer.numbers(str(left), before.layers)
-  layers = fewer.prune(before, counts, score=score)
-  return _written(before, layers, new)
-
-
-def _written(
-  before: fewer.Calibrated,
-  layers: Mapping[int, fewer.SmallerLayer],
-  new: pathlib.Path,
-) -> Mapping[str, float]:
+  layers = method(before, fewer.numbers(str(left), before.layers))
   options, variables = fewer.smaller(before.run, layers)
   params = variables['params']
   state = variables.get('router_state')
@@ -138,20 +130,12 @@ def _written(
   }
 
 
-def row_name(method: str, removed: int) -> str:
-  """The name of the row of a method with a share removed, in per cent."""
-  return f'{method}, {removed} %'
-
-
 def starts(_: Preset) -> list[Start]:
   """The run that all arms make smaller, and one that is trained on."""
   change = functools.partial(
-    pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[METHOD]
+    pruned, left=LEFT[75], batches=BATCHES, score='reap'
   )
-  return [
-    Start(TRAINED),
-    Start(PRUNED, start=TRAINED, change=change),
-  ]
+  return [Start(TRAINED), Start(PRUNED, start=TRAINED, change=change)]
 
 
 def trained_on(preset: Preset) -> list[Arm]:
@@ -162,7 +146,7 @@ def trained_on(preset: Preset) -> list[Arm]:
     'log_every_steps': steps,
     'optimizer.schedule.warmup_steps': steps // 10,
   }
-  small = shared | {'model.moe.num_experts': LEFT[REMOVED]}
+  small = shared | {'model.moe.num_experts': LEFT[75]}
   taught = small | {'distill.start': 'none'}
   return [
     Arm(LONGER, shared, start=TRAINED),
@@ -171,18 +155,18 @@ def trained_on(preset: Preset) -> list[Arm]:
   ]
 
 
-def arms(preset: Preset) -> list[Arm]:
-  """An arm for each method and number of experts, and arms trained on."""
+def made_smaller() -> list[Arm]:
+  """An arm for each method and number of experts."""
   changes = {
     method: functools.partial(merged, group_by=group_by, rule=rule)
     for method, (group_by, rule) in MERGES.items()
   } | {
-    method: functools.partial(pruned, score=score)
-    for method, score in PRUNES.items()
+    f'prune by {score}': functools.partial(pruned, score=score.lower())
+    for score in ('usage', 'gate', 'REAP')
   }
   return [
     Arm(
-      row_name(method, removed),
+      f'{method}, {removed} %',
       {},
       line=method,
       x=removed,
@@ -191,7 +175,7 @@ def arms(preset: Preset) -> list[Arm]:
     )
     for method, change in changes.items()
     for removed, num_left in LEFT.items()
-  ] + trained_on(preset)
+  ]
 
 
 def rows(results: parts.Results) -> list[Row]:
@@ -201,40 +185,74 @@ def rows(results: parts.Results) -> list[Row]:
   as many steps.
   """
   loss = byte_models.LOSS
-  whole = [*map(loss.of, results[TRAINED])]
-  longer = [*map(loss.of, results[LONGER])]
-  small = [*map(BYTES.of, results[PRUNED])]
+  whole, longer = ([*map(loss.of, results[n])] for n in (TRAINED, LONGER))
   all_bytes = [100.0] * len(whole)
 
-  def row(name: str, base: list[float], sizes: list[float], *point) -> Row:
-    values = parts.row_of(name, results[name], [loss, UNUSED]).values
-    pairs = zip(values[loss.name], base, strict=True)
+  def row(arm: Arm, base: list[float], sizes: list[float]) -> Row:
+    row = parts.row_of(
+      arm.name, results[arm.name], [loss, UNUSED], arm.line, arm.x
+    )
+    pairs = zip(row.values[loss.name], base, strict=True)
     added = [after - before for after, before in pairs]
     more = {ADDED.name: added, BYTES.name: sizes}
-    return Row(name, {**values, **more}, *point)
+    return dataclasses.replace(row, values={**row.values, **more})
 
-  smaller = [
-    row(name, whole, [*map(BYTES.of, results[name])], method, removed)
-    for method in (*MERGES, *PRUNES)
-    for removed in LEFT
-    for name in [row_name(method, removed)]
-  ]
+  small = [*map(BYTES.of, results[PRUNED])]
   return [
-    row(TRAINED, whole, all_bytes),
-    *smaller,
-    row(LONGER, longer, all_bytes),
-    row(ALONE, longer, small),
-    row(TAUGHT, longer, small),
+    row(Arm(TRAINED, {}), whole, all_bytes),
+    *(
+      row(arm, whole, [*map(BYTES.of, results[arm.name])])
+      for arm in made_smaller()
+    ),
+    row(Arm(LONGER, {}), longer, all_bytes),
+    row(Arm(ALONE, {}), longer, small),
+    row(Arm(TAUGHT, {}), longer, small),
   ]
 
 
-def compared(method: str, than: str, removed: int) -> str:
-  """A claim's comparison: one method has a lower loss than another."""
-  return f'loss: {row_name(method, removed)} < {row_name(than, removed)}'
+_OPEN = 'Not resolved with five seeds'
+# Results of five seeds, by the rows of claims whose verdict nine have changed.
+_BEFORE = {
+  ('merge by outputs', 'merge by router', 75): f'{_OPEN} (0.010 ± 0.107)',
+  ('prune by REAP', 'merge by outputs', 75): f'{_OPEN} (0.059 ± 0.112)',
+  ('prune by REAP', 'prune by usage', 75): (
+    'Shown with five seeds (-0.124 ± 0.115)'
+  ),
+  ('prune by REAP', 'prune by gate', 50): f'{_OPEN} (-0.006 ± 0.034)',
+  ('prune by REAP', 'prune by gate', 75): f'{_OPEN} (-0.091 ± 0.137)',
+}
 
 
-def by_similarity(better: str, worse: str, removed: int) -> Claim:
-  """A claim that one similarity of experts merges better than another.
+def claims(
+  text: str,
+  method: str,
+  than: str,
+  published: Sequence[str] = (),
+  note: str = '',
+) -> list[Claim]:
+  """Claims that one method has a lower loss than another, at both shares.
+
+  A claim says so where more seeds have changed its verdict.
+  """
+  changes = {
+    removed: [parts.more_seeds(before, 'nine', '2026-11-30')]
+    for (*names, removed), before in _BEFORE.items()
+    if names == [method, than]
+  }
+  return [
+    Claim(
+      f'{text}, {removed} % removed',
+      f'loss: {method}, {removed} % < {than}, {removed} %',
+      published,
+      note,
+      changes.get(removed, ()),
+    )
+    for removed in LEFT
+  ]
+
+
+def by_similarity(better: str, worse: str) -> list[Claim]:
+  """Claims that one similarity of experts merges better than another.
 
   No paper has a number for columns of the router.
   """
@@ -242,107 +260,57 @@ def by_similarity(better: str, worse: str, removed: int) -> Claim:
   if worse != 'router':
     published = [f'hcsmoe2024/similarity/{n}/score' for n in (better, worse)]
     note = 'The papers remove a quarter, and have scores of tasks.'
-  return Claim(
-    f'merging by {better} is better than by {worse}, {removed} % removed',
-    compared(f'merge by {better}', f'merge by {worse}', removed),
-    published,
-    note,
+  text = f'merging by {better} is better than by {worse}'
+  return claims(
+    text, f'merge by {better}', f'merge by {worse}', published, note
   )
 
 
-_OPEN = 'Not resolved with five seeds'
-# Results of five seeds, by the words of claims whose verdict nine have changed.
-_BEFORE = {
-  'merging by outputs is better than by router, 75 % removed': (
-    f'{_OPEN} (0.010 ± 0.107)'
+CLAIMS = [
+  *by_similarity('outputs', 'weights'),
+  *by_similarity('outputs', 'router'),
+  *by_similarity('weights', 'router'),
+  *claims(
+    'REAP prunes better than merging by outputs',
+    'prune by REAP',
+    'merge by outputs',
+    note='The paper says so of models that generate.',
   ),
-  'REAP prunes better than merging by outputs, 75 % removed': (
-    f'{_OPEN} (0.059 ± 0.112)'
+  *claims(
+    'REAP prunes better than usage does', 'prune by REAP', 'prune by usage'
   ),
-  'REAP prunes better than usage does, 75 % removed': (
-    'Shown with five seeds (-0.124 ± 0.115)'
+  *claims(
+    'REAP prunes better than gate does', 'prune by REAP', 'prune by gate'
   ),
-  'REAP prunes better than gate does, 50 % removed': (
-    f'{_OPEN} (-0.006 ± 0.034)'
+  Claim(
+    'a pruned model that is trained on is better than before',
+    f'loss: {ALONE} < prune by REAP, 75 %',
   ),
-  'REAP prunes better than gate does, 75 % removed': (
-    f'{_OPEN} (-0.091 ± 0.137)'
+  Claim(
+    'a pruned model recovers better with the whole one as its teacher',
+    f'loss: {TAUGHT} < {ALONE}',
   ),
-}
-
-
-def with_change(claim: Claim) -> Claim:
-  """The claim, which says so where more seeds have changed its verdict."""
-  if claim.text not in _BEFORE:
-    return claim
-  change = parts.more_seeds(_BEFORE[claim.text], 'nine', '2026-11-30')
-  return dataclasses.replace(claim, changes=[change])
-
-
-def claims() -> list[Claim]:
-  """Outputs are the best similarity, and pruning beats merging."""
-  paper_claims = [
-    by_similarity(better, worse, removed)
-    for better, worse in (
-      ('outputs', 'weights'),
-      ('outputs', 'router'),
-      ('weights', 'router'),
-    )
-    for removed in LEFT
-  ]
-  paper_claims += [
-    Claim(
-      f'REAP prunes better than merging by outputs, {removed} % removed',
-      compared('prune by REAP', 'merge by outputs', removed),
-      note='The paper says so of models that generate.',
-    )
-    for removed in LEFT
-  ]
-  return (
-    paper_claims
-    + [
-      Claim(
-        f'REAP prunes better than {score} does, {removed} % removed',
-        compared('prune by REAP', f'prune by {score}', removed),
-      )
-      for score in ('usage', 'gate')
-      for removed in LEFT
-    ]
-    + [
-      Claim(
-        'a pruned model that is trained on is better than before',
-        f'loss: {ALONE} < {row_name(METHOD, REMOVED)}',
-      ),
-      Claim(
-        'a pruned model recovers better with the whole one as its teacher',
-        f'loss: {TAUGHT} < {ALONE}',
-      ),
-    ]
-  )
-
-
+]
 STUDY = Study(
   name='merge_or_prune',
   title='Merging against pruning of experts',
   source='HC-SMoE, M-SMoE and REAP',
   config=config,
-  arms=arms,
+  arms=lambda preset: [*made_smaller(), *trained_on(preset)],
   rows=rows,
   starts=starts,
   presets={'quick': Preset(400, 3), 'full': Preset(2000, 9)},
   columns=[byte_models.LOSS, ADDED, BYTES, UNUSED],
-  claims=[with_change(claim) for claim in claims()],
+  claims=CLAIMS,
   written='2026-11-27',
   figure=Figure(['added loss'], 'experts removed, %'),
   length=lambda preset: (
     f'{preset.steps:,} steps, then merged or pruned, or trained on for '
     f'{max(preset.steps // 10, 1):,}'
   ),
-  remarks=(
-    'Runs that are trained on read the first batches of training again, at '
-    'the full learning rate; what they add is compared with the whole run '
-    'that is trained on as well.'
-  ),
+  remarks='Runs that are trained on read the first batches of training again, '
+  'at the full learning rate; what they add is compared with the whole run '
+  'that is trained on as well.',
 )
 get_config = STUDY.get_config
 

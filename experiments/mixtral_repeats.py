@@ -23,18 +23,10 @@ first layer and the bound of the controls (0.5 at first, 1 now) were changed.
 
 from collections import defaultdict
 
-from experiments.study import (
-  byte_models,
-  command,
-  domains,
-  parts,
-  validation_routing,
-)
-from experiments.study.byte_models import top_k
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study import byte_models, command, domains, parts, routing
+from experiments.study.parts import Claim, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.validation_routing import row_at
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
   layers_of,
@@ -45,14 +37,13 @@ from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 HIDDEN, EXPERTS, SELECTED = 256, 8, 2
-TOP2, FREE = 'top-2', 'top-2, no balance loss'
-HASH, RANDOM = 'hash of token', 'random'
+# Layers by name; the rows of each layer are of the arm 'top-2'.
 LAYERS = {'first layer': 0, 'middle layer': 2, 'last layer': 4}
 # Shares of repeats if all pairs of experts were equally likely, in %.
 FIRST_CHANCE, EITHER_CHANCE = (
   100 * share for share in uniform_repeats(EXPERTS, SELECTED)
 )
-NEAR = 2  # % of repeats that count as few more than random choices have
+_BATCHES = 10  # number of measured batches of each domain
 
 
 def config(steps: int):
@@ -65,34 +56,16 @@ def config(steps: int):
   return config
 
 
-def arms(_: Preset) -> list[Arm]:
-  """Mixtral's router with and without a balance loss, and two controls."""
-  no_loss = {'router.token_choice.balance_weight': 0.0}
-  kinds = ({'router.kind': kind} for kind in ('hash', 'random'))
-  raw = {'router.token_choice.gates': 'raw'}
-  return [
-    top_k(TOP2, SELECTED, HIDDEN),
-    top_k(FREE, SELECTED, HIDDEN, no_loss),
-    *(
-      top_k(name, SELECTED, HIDDEN, raw | kind)
-      for name, kind in zip((HASH, RANDOM), kinds, strict=True)
-    ),
-  ]
-
-
-FIRST, EITHER = 'first choice', 'either choice'
-ABOVE = 'above chance'
-DIFFERENT = 'different bytes'
 # Columns and the last parts of their keys.
 MEASURED = {
-  FIRST: 'first',
-  f'{FIRST}, {ABOVE}': 'first_above',
-  f'{FIRST}, {DIFFERENT}': 'different',
-  f'{FIRST}, {DIFFERENT}, {ABOVE}': 'different_above',
-  EITHER: 'any',
-  f'{EITHER}, {ABOVE}': 'any_above',
+  'first choice': 'first',
+  'first choice, above chance': 'first_above',
+  'first choice, different bytes': 'different',
+  'first choice, different bytes, above chance': 'different_above',
+  'either choice': 'any',
+  'either choice, above chance': 'any_above',
 }
-_BATCHES = 10  # number of measured batches of each domain
+COLUMNS = [byte_models.LOSS, *routing.columns(MEASURED)]
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -103,9 +76,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     too: see `MEASURED`, and `Persistence` for what they are.
   """
   header, by_domain = header_of(run), defaultdict(list)
-  for record in validation_routing.last_records(
-    run, state, byte_models.EVAL, _BATCHES
-  ):
+  for record in routing.last_records(run, state, _BATCHES):
     for subset in (header.sources[record.sources[0, 0]], 'all'):
       by_domain[subset].append(record)
   measures = {}
@@ -121,131 +92,113 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
         'any': repeats.any,
         'any_above': repeats.any - repeats.any_chance,
       }
-  return validation_routing.named(measures)
-
-
-def columns() -> list[Column]:
-  """Columns of the loss and of repeats, means over layers where not told."""
-  return [
-    byte_models.LOSS,
-    *(
-      parts.percent(name, f'routing/*/{key}', bounds=parts.ANY)
-      for name, key in MEASURED.items()
-    ),
-  ]
-
-
-def row_name(layer: str, domain: str = '') -> str:
-  """Name of the row of a layer of the first arm, in a domain or in all."""
-  return f'{TOP2}, {layer}{f", {domain}" if domain else ""}'
+  return routing.named(measures)
 
 
 def rows(results: parts.Results) -> list[Row]:
-  """A row for each arm, layer of the first arm, and domain in the middle."""
-  middle = LAYERS['middle layer']
-  key_of_row = {
-    row_name(layer): f'layer_{i}/all' for layer, i in LAYERS.items()
+  """A row for each layer of the first arm, domain in the middle, and arm."""
+  layer_keys = {
+    f'top-2, {name}': f'layer_{i}/all' for name, i in LAYERS.items()
   }
-  key_of_row |= {
-    row_name('middle layer', domain): f'layer_{middle}/{domain}'
+  layer_keys |= {
+    f'top-2, middle layer, {domain}': f'layer_{LAYERS["middle layer"]}/{domain}'
     for domain in domains.DOMAINS
   }
   layer_rows = [
-    row_at(name, results[TOP2], columns(), layer_key)
-    for name, layer_key in key_of_row.items()
+    routing.row_at(name, results['top-2'], COLUMNS, layer_key)
+    for name, layer_key in layer_keys.items()
   ]
   return layer_rows + [
-    row_at(name, runs, columns(), 'layer_*/all')
+    routing.row_at(name, runs, COLUMNS, 'layer_*/all')
     for name, runs in results.items()
   ]
 
 
-def claims() -> list[Claim]:
-  """More repeats than by chance, but for the first layer, in all domains."""
-  first, middle, last = map(row_name, LAYERS)
-  published = 'mixtral2024/repeats/layer 15, {}/low'.format
-  repeat_claims = []
-  for column, share, paper_column in (
-    (FIRST, FIRST_CHANCE, 'first choice'),
-    (EITHER, EITHER_CHANCE, 'first or second choice'),
-  ):
-    chance = f'{share:.4g}'
-    repeat_claims += [
-      Claim(
-        f'{column}: more repeats than of random choices, middle layer',
-        f'{column}: {middle} > {chance}',
-        [published(paper_column)],
-      ),
-      Claim(
-        f'{column}: more repeats than of random choices, last layer',
-        f'{column}: {last} > {chance}',
-      ),
-      Claim(
-        f'{column}: about as many as of random choices, first layer',
-        f'{column}: {first} = {chance} within {NEAR}',
-        note='The bound is ours.',
-      ),
-    ]
-  for row, name in ((middle, 'middle'), (last, 'last')):
-    repeat_claims.append(
-      Claim(
-        f'there are more repeats in the {name} layer than in the first',
-        f'{FIRST}, {ABOVE}: {row} > {first}',
-      )
+def repeated(column: str, share: float, published: str) -> list[Claim]:
+  """Claims on repeats in three layers against those of random choices.
+
+  Args:
+    column: Name of the column.
+    share: The share of random choices, in per cent.
+    published: Name of the paper's column.
+  """
+  more = f'{column}: more repeats than of random choices'
+  cell = f'mixtral2024/repeats/layer 15, {published}/low'
+  return [
+    Claim(
+      f'{more}, middle layer',
+      f'{column}: top-2, middle layer > {share:.4g}',
+      [cell],
+    ),
+    Claim(f'{more}, last layer', f'{column}: top-2, last layer > {share:.4g}'),
+    Claim(
+      f'{column}: about as many as of random choices, first layer',
+      f'{column}: top-2, first layer = {share:.4g} within 2',
+      note='The bound is ours.',
+    ),
+  ]
+
+
+CLAIMS = [
+  *repeated('first choice', FIRST_CHANCE, 'first choice'),
+  *repeated('either choice', EITHER_CHANCE, 'first or second choice'),
+  *(
+    Claim(
+      f'there are more repeats in the {layer} layer than in the first',
+      f'first choice, above chance: top-2, {layer} layer > top-2, first layer',
     )
-  repeat_claims += [
+    for layer in ('middle', 'last')
+  ),
+  *(
     Claim(
       f'more than by uneven loads and repeated bytes, {layer}',
-      f'{FIRST}, {DIFFERENT}, {ABOVE}: {row_name(layer)} > 0',
+      f'first choice, different bytes, above chance: top-2, {layer} > 0',
     )
     for layer in LAYERS
-  ]
-  repeat_claims += [
+  ),
+  *(
     Claim(
       f'more than by chance in every domain: {domain}',
-      f'{FIRST}, {ABOVE}: {row_name("middle layer", domain)} > 0',
+      f'first choice, above chance: top-2, middle layer, {domain} > 0',
     )
     for domain in domains.DOMAINS
-  ]
-  return repeat_claims + [
-    Claim(
-      'control: random choices repeat as often as computed',
-      f'{FIRST}: {RANDOM} = {FIRST_CHANCE:.4g} within 1',
-    ),
-    Claim(
-      'control: one of two random choices repeats as often as computed',
-      f'{EITHER}: {RANDOM} = {EITHER_CHANCE:.4g} within 1',
-    ),
-    Claim(
-      'learned choices follow the context: more repeats of different bytes '
-      'than with a hash of the token',
-      f'{FIRST}, {DIFFERENT}, {ABOVE}: {TOP2} > {HASH}',
-    ),
-    Claim(
-      'repeats do not come from the balance loss',
-      f'{FIRST}, {ABOVE}: {FREE} > 0',
-    ),
-  ]
-
-
+  ),
+  Claim(
+    'control: random choices repeat as often as computed',
+    f'first choice: random = {FIRST_CHANCE:.4g} within 1',
+  ),
+  Claim(
+    'control: one of two random choices repeats as often as computed',
+    f'either choice: random = {EITHER_CHANCE:.4g} within 1',
+  ),
+  Claim(
+    'learned choices follow the context: more repeats of different bytes than '
+    'with a hash of the token',
+    'first choice, different bytes, above chance: top-2 > hash of token',
+  ),
+  Claim(
+    'repeats do not come from the balance loss',
+    'first choice, above chance: top-2, no balance loss > 0',
+  ),
+]
 STUDY = Study(
   name='mixtral_repeats',
   title='Consecutive tokens share experts',
   source='Mixtral of Experts, section 5 (none of its numbers was verified)',
   config=config,
-  arms=arms,
+  arms=lambda _: routing.top_2_and_controls(HIDDEN),
   rows=rows,
   presets={'quick': Preset(300, 3), 'full': Preset(600, 5)},
-  columns=columns(),
-  claims=claims(),
-  figure=Figure([FIRST, f'{FIRST}, {ABOVE}', EITHER]),
-  runner=TrainingRunner(measure),
-  remarks=(
-    'Random choices of two of eight experts would repeat the first choice in '
-    f'{FIRST_CHANCE:.1f} % of cases, and one of the two in '
-    f'{EITHER_CHANCE:.1f} %. Rows of whole arms are means over five layers. '
-    'The tables of a hash are the same for all seeds.'
+  columns=COLUMNS,
+  claims=CLAIMS,
+  figure=Figure(
+    ['first choice', 'first choice, above chance', 'either choice']
   ),
+  runner=TrainingRunner(measure),
+  remarks='Random choices of two of eight experts would repeat the first '
+  f'choice in {FIRST_CHANCE:.1f} % of cases, and one of the two in '
+  f'{EITHER_CHANCE:.1f} %. Rows of whole arms are means over five layers. '
+  'The tables of a hash are the same for all seeds.',
   tasks=domains.TASKS,
   written='2026-11-28',
 )

@@ -41,37 +41,24 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import (
-  byte_models,
-  command,
-  domains,
-  parts,
-  validation_routing,
-)
+from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.byte_models import top_k
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.validation_routing import named, row_at
-from moe_jax import routing
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
-  POSITION,
-  SOURCE,
-  TOKEN,
   Information,
   Layer,
   drop_rates,
-  information_of,
   joint_counts,
   layers_of,
-  parts_of,
-  specialisation,
 )
 from moe_jax.analysis.traces import Header, Record
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.shapes import Bool, Float, Int
+from moe_jax.routing import even_choice
+from moe_jax.shapes import Bool, Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -84,10 +71,6 @@ OTHER_LABELS = ('context', 'position', 'domain')
 _BATCHES, _EARLY_BATCHES = 10, 2
 _SHUFFLES = 8
 HIDDEN = 256
-TOP2, TOP1, FREE = 'top-2', 'top-1', 'top-2, no balance loss'
-HASH, RANDOM = 'hash of token', 'random'
-# Numbers of the sparse layers, and the name of each in rows.
-LAYERS = {1: 'first sparse layer', 3: 'last sparse layer'}
 # Slots of all experts together, divided by the choices of a group.
 TRAINED, EVALUATED = 0.625, 1.0
 
@@ -114,11 +97,11 @@ def arms(_: Preset) -> list[Arm]:
   gates = {'router.token_choice.gates': 'raw'}
   no_loss = {'router.token_choice.balance_weight': 0.0}
   return [
-    top_k(TOP2, 2, HIDDEN, gates),
-    top_k(FREE, 2, HIDDEN, gates | no_loss),
-    top_k(TOP1, 1, HIDDEN),
-    top_k(HASH, 1, HIDDEN, {'router.kind': 'hash'}),
-    top_k(RANDOM, 2, HIDDEN, gates | {'router.kind': 'random'}),
+    top_k('top-2', 2, HIDDEN, gates),
+    top_k('top-2, no balance loss', 2, HIDDEN, gates | no_loss),
+    top_k('top-1', 1, HIDDEN),
+    top_k('hash of token', 1, HIDDEN, {'router.kind': 'hash'}),
+    top_k('random', 2, HIDDEN, gates | {'router.kind': 'random'}),
   ]
 
 
@@ -139,62 +122,41 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       dropped_later, shuffled_later: last less first quarter, in the order of
       the text and in a random one.
   """
-  model = validation_routing.evaluated_model(run, byte_models.EVAL)
-  header, seed = header_of(run), run.options.seed
-
-  def recorded(variables, step: int, num_batches: int) -> list[Record]:
-    batches = validation_routing.batches(run, num_batches)
-    return [
-      *validation_routing.records(
-        model, variables, batches, step=step, seed=seed
-      )
-    ]
-
+  header, recorded = header_of(run), routing.last_records(run, state, _BATCHES)
+  early = routing.batches(run, _EARLY_BATCHES)
   history = {
-    step: recorded(variables, step, _EARLY_BATCHES)
-    for step, variables in validation_routing.states(run, state)
+    step: routing.records(run, step, variables, early)
+    for step, variables in routing.states(run, state)
   }
-  last = run.programs.variables(state)
-  records = recorded(last, int(state.step), _BATCHES)
-  shares, over_time = information(header, records), changes(header, history)
-  measures = {}
-  for layer in model.stacks.sparse_layers:
-    dropped = drops(header, records, layer, model.stacks.moe_of(layer))
-    measures[f'layer_{layer}'] = shares[layer] | over_time[layer] | dropped
-  return named(measures)
-
-
-def information(
-  header: Header, records: Sequence[Record]
-) -> dict[int, dict[str, float]]:
-  """The information in first choices, as shares of their entropy, by layer."""
-  findings = specialisation(layers_of(header, records))
-  names = {'token': TOKEN, 'position': POSITION, 'domain': SOURCE}
-  shares = {}
-  for layer in header.layers:
-    fractions = {
-      name: findings[label][layer].fraction for name, label in names.items()
+  layers = layers_of(header, recorded)
+  over_time, measures = changes(header, history), {}
+  shares = routing.fractions(
+    layers,
+    token=routing_measures.TOKEN,
+    position=routing_measures.POSITION,
+    domain=routing_measures.SOURCE,
+  )
+  for number, of_layer in shares.items():
+    of_layer['context'] = context(recorded, number).fraction
+    for label in OTHER_LABELS:
+      of_layer[f'token_less_{label}'] = of_layer['token'] - of_layer[label]
+    moe = routing.evaluation_of(run).model.stacks.moe_of(number)
+    measures[f'layer_{number}'] = {
+      **of_layer,
+      **over_time[number],
+      **drops(layers[number], recorded, number, moe),
     }
-    fractions['context'] = context(records, layer).fraction
-    differences = {
-      f'token_less_{n}': fractions['token'] - fractions[n] for n in OTHER_LABELS
-    }
-    shares[layer] = fractions | differences
-  return shares
+  return routing.named(measures)
 
 
 def context(records: Sequence[Record], layer: int) -> Information:
   """The information of first choices on the token before a known token."""
-  rng, triples = np.random.default_rng(0), []
-  for record in records:
-    tokens = routing_measures.real_tokens([record], rng)
-    first = record.layers[layer].expert[..., 0].reshape(-1)[tokens.flat_index]
-    current, previous = tokens.after, tokens.after - 1
-    triples.append(
-      (first[current], tokens.token[previous], tokens.token[current])
-    )
-  expert, previous, token = map(np.concatenate, zip(*triples, strict=True))
-  return where_known(expert, previous, token, rng)
+  rng = np.random.default_rng(0)
+  tokens = routing_measures.real_tokens(records, rng)
+  choices = [record.layers[layer].expert[..., 0].ravel() for record in records]
+  expert = np.concatenate(choices)[tokens.flat_index]
+  current, before = tokens.after, tokens.token[tokens.after - 1]
+  return where_known(expert[current], before, tokens.token[current], rng)
 
 
 def where_known(
@@ -227,7 +189,8 @@ def where_known(
     return joint_counts(pair, permuted, shape)
 
   table = joint_counts(pair, expert, shape)
-  return information_of(table, [shuffled() for _ in range(_SHUFFLES)])
+  shuffles = (shuffled() for _ in range(_SHUFFLES))
+  return routing_measures.information_of(table, shuffles)
 
 
 def changes(
@@ -250,49 +213,55 @@ def changes(
   for layer, measures in numbers.items():
     last_tokens = favourites[last][layer].by_token
     for share in EARLY:
-      step = min(steps, key=lambda step: abs(100 * step / last - share))
-      early_tokens = favourites[step][layer].by_token
+      early_tokens = favourites[routing.nearest(steps, share)][layer].by_token
       same = early_tokens.argmax(1) == last_tokens.argmax(1)
       measures[f'agreement_{share}'] = float(
         np.average(same, weights=last_tokens.sum(1))
       )
-    halves: dict[str, list[float]] = {'churn_early': [], 'churn_late': []}
-    for step, of_layers in churn.items():
-      half = 'churn_late' if 2 * step > last else 'churn_early'
-      halves[half].append(of_layers[layer])
-    if all(halves.values()):
-      measures |= {name: float(np.mean(half)) for name, half in halves.items()}
-      measures['churn_ends'] = measures['churn_early'] - measures['churn_late']
+    begin, end = (
+      float(
+        np.mean([x[layer] for n, x in churn.items() if (2 * n > last) == late])
+      )
+      for late in (False, True)
+    )
+    measures |= {'churn_early': begin, 'churn_late': end}
+    measures['churn_ends'] = begin - end
   return numbers
 
 
 def drops(
-  header: Header, records: Sequence[Record], layer: int, moe: MoeOptions
+  layer: Layer, records: Sequence[Record], number: int, moe: MoeOptions
 ) -> dict[str, float]:
   """The share of choices that are dropped in each quarter of a row.
 
   Groups are single rows. The random order is another one in each row.
+
+  Args:
+    layer: The choices of a layer in the records.
+    records: The records.
+    number: Number of the layer.
+    moe: Options of the layer.
   """
-  rng, reordered = np.random.default_rng(0), []
-  for record in records:
-    choices = record.layers[layer]
-    kept = in_random_order(choices.expert, record.documents > 0, moe, rng)
-    layers = {layer: choices._replace(kept=kept)}
-    reordered.append(record._replace(layers=layers))
+  rng = np.random.default_rng(0)
+  by_row = np.concatenate(
+    [
+      in_random_order(
+        record.layers[number].expert, record.documents > 0, moe, rng
+      )
+      for record in records
+    ]
+  )
+  kept = by_row.reshape(-1, by_row.shape[-1])[layer.tokens.flat_index]
+  part = routing_measures.parts_of(layer.tokens.column, layer.length, QUARTERS)
   in_order, shuffled = (
-    _by_quarter(layers_of(header, series)[layer])
-    for series in (records, reordered)
+    drop_rates(layer.expert, served, part, QUARTERS)
+    for served in (layer.kept, kept)
   )
   return {
     **{f'dropped_{i + 1}': float(share) for i, share in enumerate(in_order)},
     'dropped_later': float(in_order[-1] - in_order[0]),
     'shuffled_later': float(shuffled[-1] - shuffled[0]),
   }
-
-
-def _by_quarter(layer: Layer) -> Float[np.ndarray, ' quarters']:
-  part = parts_of(layer.tokens.column, layer.length, QUARTERS)
-  return drop_rates(layer.expert, layer.kept, part, QUARTERS)
 
 
 def in_random_order(
@@ -311,7 +280,7 @@ def in_random_order(
   """
   B, T = real.shape
   order = rng.permuted(np.tile(np.arange(T), (B, 1)), axis=1)
-  served = routing.even_choice(
+  served = even_choice(
     jnp.asarray(np.take_along_axis(expert, order[..., None], 1).clip(0)),
     num_experts=moe.num_experts,
     capacity=moe.sizes.slots(T),
@@ -321,128 +290,112 @@ def in_random_order(
   return np.take_along_axis(np.asarray(served.kept), back, 1)
 
 
-def columns() -> list[Column]:
-  """Columns of the loss, and means over the sparse layers of measurements."""
-  return [
-    byte_models.LOSS,
-    *(
-      # Agreement has no sign, unlike information and differences.
-      parts.percent(
-        name,
-        f'routing/*/{key}',
-        bounds=parts.SHARE if key.startswith('agreement') else parts.ANY,
-      )
-      for name, key in MEASURED.items()
-    ),
-  ]
-
-
-def agreement(share: int) -> str:
-  """Name of the column of agreement at a share of the run, in per cent."""
-  return f'agreement at {share} %'
-
-
-LATE, SHUFFLED = 'last less first quarter', 'the same in random order'
-MORE_THAN = {label: f'token less {label}' for label in OTHER_LABELS}
-# Names of columns, and the last part of their keys.
-MEASURED = {
-  'token': 'token',
-  **{label: label for label in MORE_THAN},
-  **{name: f'token_less_{label}' for label, name in MORE_THAN.items()},
-  **{agreement(share): f'agreement_{share}' for share in EARLY},
-  'early churn': 'churn_early',
-  'late churn': 'churn_late',
-  'churn that ends': 'churn_ends',
-  **{f'dropped, quarter {i}': f'dropped_{i}' for i in range(1, 1 + QUARTERS)},
-  LATE: 'dropped_later',
-  SHUFFLED: 'shuffled_later',
-}
+COLUMNS = [
+  byte_models.LOSS,
+  *routing.columns(
+    {
+      **{label: label for label in ('token', *OTHER_LABELS)},
+      **{f'token less {x}': f'token_less_{x}' for x in OTHER_LABELS},
+    }
+  ),
+  *(
+    parts.percent(f'agreement at {share} %', f'routing/*/agreement_{share}')
+    for share in EARLY
+  ),
+  *routing.columns(
+    {
+      'early churn': 'churn_early',
+      'late churn': 'churn_late',
+      'churn that ends': 'churn_ends',
+      **{f'dropped, quarter {i}': f'dropped_{i}' for i in (1, 2, 3, 4)},
+      'last less first quarter': 'dropped_later',
+      'the same in random order': 'shuffled_later',
+    }
+  ),
+]
 
 
 def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, and for each sparse layer of the first one."""
   arm_rows = [
-    row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()
+    routing.row_at(name, runs, COLUMNS, 'layer_*')
+    for name, runs in results.items()
   ]
   return arm_rows + [
-    row_at(of_layer(name), results[TOP2], columns(), f'layer_{layer}')
-    for layer, name in LAYERS.items()
+    routing.row_at(f'top-2, {name}', results['top-2'], COLUMNS, layer)
+    for name, layer in (
+      ('first sparse layer', 'layer_1'),
+      ('last sparse layer', 'layer_3'),
+    )
   ]
 
 
-def of_layer(name: str) -> str:
-  """Name of the row of one sparse layer of the first arm."""
-  return f'{TOP2}, {name}'
-
-
-def claims() -> list[Claim]:
-  """Claims of the paper on the first arm, and claims on the controls."""
-  first, last = map(of_layer, LAYERS.values())
-  return [
-    *(
-      Claim(
-        f'the id of a token says more about its expert than the {label}{arm}',
-        f'{name}: {row} > 0',
-      )
-      for row, arm in ((TOP2, ''), (TOP1, ', top-1'))
-      for label, name in MORE_THAN.items()
-    ),
-    Claim('most of the choice follows from the id', f'token: {TOP2} > 50'),
+CLAIMS = [
+  *(
     Claim(
-      'the id decides less in the deeper layer', f'token: {last} < {first}'
-    ),
+      f'the id of a token says more about its expert than the {label}{arm}',
+      f'token less {label}: {row} > 0',
+    )
+    for row, arm in (('top-2', ''), ('top-1', ', top-1'))
+    for label in OTHER_LABELS
+  ),
+  Claim('most of the choice follows from the id', 'token: top-2 > 50'),
+  Claim(
+    'the id decides less in the deeper layer',
+    'token: top-2, last sparse layer < top-2, first sparse layer',
+  ),
+  Claim(
+    'the id decides less with a balance loss than without',
+    'token: top-2 < top-2, no balance loss',
+  ),
+  Claim(
+    'decided early: four in five favourites of the end are there after a fifth '
+    'of the run',
+    'agreement at 20 %: top-2 > 80',
+    note='The bound is a reading of "early", from before any run.',
+  ),
+  Claim(
+    'the router has learned: favourites of the end are not those before '
+    'training',
+    'agreement at 0 %: top-2 < 50',
+    note='"Not" means fewer than half of the favourites.',
+  ),
+  Claim(
+    'choices change less in the second half of the run',
+    'churn that ends: top-2 > 0',
+    note='The learning rate falls, too.',
+  ),
+  Claim('later tokens are dropped more', 'last less first quarter: top-2 > 0'),
+  Claim(
+    'later tokens are dropped more, top-1', 'last less first quarter: top-1 > 0'
+  ),
+  Claim(
+    'later tokens are dropped more than the queue drops random choices',
+    'last less first quarter: top-2 > random',
+    changes=['Added after a trial of 20 steps, before these runs.'],
+  ),
+  Claim(
+    'it is the order of the queue: in random order later tokens are dropped no '
+    'more',
+    'the same in random order: top-2 = 0 within 1',
+  ),
+  *(
     Claim(
-      'the id decides less with a balance loss than without',
-      f'token: {TOP2} < {FREE}',
-    ),
-    Claim(
-      'decided early: four in five favourites of the end are there after a '
-      'fifth of the run',
-      f'{agreement(20)}: {TOP2} > 80',
-      note='The bound is a reading of "early", from before any run.',
-    ),
-    Claim(
-      'the router has learned: favourites of the end are not those before '
-      'training',
-      f'{agreement(0)}: {TOP2} < 50',
-      note='"Not" means fewer than half of the favourites.',
-    ),
-    Claim(
-      'choices change less in the second half of the run',
-      f'churn that ends: {TOP2} > 0',
-      note='The learning rate falls, too.',
-    ),
-    Claim('later tokens are dropped more', f'{LATE}: {TOP2} > 0'),
-    Claim('later tokens are dropped more, top-1', f'{LATE}: {TOP1} > 0'),
-    Claim(
-      'later tokens are dropped more than the queue drops random choices',
-      f'{LATE}: {TOP2} > {RANDOM}',
-      changes=['Added after a trial of 20 steps, before these runs.'],
-    ),
-    Claim(
-      'it is the order of the queue: in random order later tokens are dropped '
-      'no more',
-      f'{SHUFFLED}: {TOP2} = 0 within 1',
-    ),
-    *(
-      Claim(
-        f'control: a random router knows nothing of the {label}',
-        f'{label}: {RANDOM} = 0 within 0.5',
-      )
-      for label in ('token', *OTHER_LABELS)
-    ),
-    Claim(
-      'control: a random router has no favourites',
-      f'{agreement(20)}: {RANDOM} < 50',
-    ),
-    Claim('control: a hash knows the token alone', f'token: {HASH} > 99'),
-    Claim(
-      'control: nothing is left of a hash for the context',
-      f'context: {HASH} = 0 within 0.5',
-    ),
-  ]
-
-
+      f'control: a random router knows nothing of the {label}',
+      f'{label}: random = 0 within 0.5',
+    )
+    for label in ('token', *OTHER_LABELS)
+  ),
+  Claim(
+    'control: a random router has no favourites',
+    'agreement at 20 %: random < 50',
+  ),
+  Claim('control: a hash knows the token alone', 'token: hash of token > 99'),
+  Claim(
+    'control: nothing is left of a hash for the context',
+    'context: hash of token = 0 within 0.5',
+  ),
+]
 STUDY = Study(
   name='openmoe_routing',
   title='Token ids decide, early, and later tokens are dropped',
@@ -451,20 +404,20 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={'quick': Preset(300, 3), 'full': Preset(600, 5)},
-  columns=columns(),
-  claims=claims(),
-  figure=Figure(['token', 'context', agreement(20), LATE]),
+  columns=COLUMNS,
+  claims=CLAIMS,
+  figure=Figure(
+    ['token', 'context', 'agreement at 20 %', 'last less first quarter']
+  ),
   runner=TrainingRunner(measure),
   written='2026-11-28',
-  remarks=(
-    'Information is in per cent of the entropy of first choices, less that of '
-    'shuffled labels; those of domains are shuffled by rows. A random router '
-    'draws anew for each batch. Agreement at 0 % is that of the parameters '
-    'before training. Means are over both sparse layers. Both choices of a '
-    'token queue before those of the next: in a system where all first '
-    'choices queue before second ones, the drops of top-2 along a row are '
-    'others, and only those of top-1 are the same.'
-  ),
+  remarks='Information is in per cent of the entropy of first choices, less '
+  'that of shuffled labels; those of domains are shuffled by rows. A random '
+  'router draws anew for each batch. Agreement at 0 % is that of the '
+  'parameters before training. Means are over both sparse layers. Both '
+  'choices of a token queue before those of the next: in a system where all '
+  'first choices queue before second ones, the drops of top-2 along a row are '
+  'others, and only those of top-1 are the same.',
   tasks=domains.TASKS,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

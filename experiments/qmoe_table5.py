@@ -17,6 +17,7 @@ narrow, so that the metadata of an output unit are a far larger part of the bits
 a weight than in the paper.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -31,7 +32,6 @@ from moe_jax.kernels.kernel_format import KernelFormat
 TRAINED = 'trained'
 # The bits of a weight by format, for the figure; QMoE calls ternary 1.5 bits.
 FORMATS = {'int8': 8.0, 'int4': 4.0, 'int2': 2.0, 'ternary': 1.5}
-METHODS = {'RTN': 'rtn', 'GPTQ': 'gptq'}
 SAME = 0.002
 BATCHES = 16  # number of training batches that GPTQ reads
 ADDED = Column('added loss', unit='nats/byte')
@@ -59,47 +59,33 @@ def quantized(
   )
 
 
-def row_name(method: str, format: str) -> str:
-  """The name of the row of a method, 'RTN' or 'GPTQ', and a format."""
-  return f'{method} {format}'
-
-
-def starts(_: Preset) -> list[Start]:
-  """The trained run that all arms quantise."""
-  return [Start(TRAINED)]
-
-
-def arms(_: Preset) -> list[Arm]:
-  """An arm for each format and method."""
-  return [
-    Arm(
-      row_name(name, format),
-      {},
-      line=name,
-      x=bits,
-      start=TRAINED,
-      change=functools.partial(
-        quantized, format=format, method=method, batches=BATCHES
-      ),
-    )
-    for name, method in METHODS.items()
-    for format, bits in FORMATS.items()
-  ]
+ARMS = [
+  Arm(
+    f'{method} {format}',
+    {},
+    line=method,
+    x=bits,
+    start=TRAINED,
+    change=functools.partial(
+      quantized, format=format, method=method.lower(), batches=BATCHES
+    ),
+  )
+  for method in ('RTN', 'GPTQ')
+  for format, bits in FORMATS.items()
+]
 
 
 def rows(results: parts.Results) -> list[Row]:
   """The trained run, and each way of quantising it."""
-  before = [*map(byte_models.LOSS.of, results[TRAINED])]
-  loss = byte_models.LOSS.name
-  table = [Row(TRAINED, {loss: before, ADDED.name: [0.0] * len(before)})]
-  for name in METHODS:
-    for format, bits in FORMATS.items():
-      arm = row_name(name, format)
-      columns = [byte_models.LOSS, ZEROS, CODES, METADATA]
-      values = parts.row_of(arm, results[arm], columns).values
-      pairs = zip(values[loss], before, strict=True)
-      added = {ADDED.name: [after - base for after, base in pairs]}
-      table.append(Row(arm, {**values, **added}, name, bits))
+  loss = byte_models.LOSS
+  before = [*map(loss.of, results[TRAINED])]
+  table = [Row(TRAINED, {loss.name: before, ADDED.name: [0.0] * len(before)})]
+  for arm in ARMS:
+    columns = [loss, ZEROS, CODES, METADATA]
+    row = parts.row_of(arm.name, results[arm.name], columns, arm.line, arm.x)
+    pairs = zip(row.values[loss.name], before, strict=True)
+    added = {ADDED.name: [after - base for after, base in pairs]}
+    table.append(dataclasses.replace(row, values={**row.values, **added}))
   return table
 
 
@@ -108,56 +94,52 @@ def published(*columns: str) -> list[str]:
   return [f'qmoe2023/c4_loss/base128/{column}' for column in columns]
 
 
-def claims() -> list[Claim]:
-  """GPTQ is better where bits are few, and most ternary weights are 0."""
-  return [
+CLAIMS = [
+  Claim(
+    'GPTQ is better than RTN at 2 bits',
+    'loss: GPTQ int2 < RTN int2',
+    published('qmoe_2bit', 'rtn_2bit'),
+  ),
+  Claim(
+    'GPTQ is better than RTN with ternary values',
+    'loss: GPTQ ternary < RTN ternary',
+    published('qmoe_ternary', 'rtn_ternary'),
+  ),
+  Claim(
+    'with GPTQ, ternary values are worse than 2 bits',
+    'loss: GPTQ ternary > GPTQ int2',
+    published('qmoe_ternary', 'qmoe_2bit'),
+  ),
+  Claim(
+    'with GPTQ, 2 bits are worse than the trained model',
+    f'loss: GPTQ int2 > {TRAINED}',
+    published('qmoe_2bit', 'bf16'),
+  ),
+  Claim(
+    'more ternary weights than weights of 2 bits are 0',
+    'zeros: GPTQ ternary > GPTQ int2',
+    [f'qmoe2023/size/base128/{n}' for n in ('zeros_ternary', 'zeros_2bit')],
+  ),
+  Claim('GPTQ is better than RTN at 4 bits', 'loss: GPTQ int4 < RTN int4'),
+  *(
     Claim(
-      'GPTQ is better than RTN at 2 bits',
-      'loss: GPTQ int2 < RTN int2',
-      published('qmoe_2bit', 'rtn_2bit'),
-    ),
-    Claim(
-      'GPTQ is better than RTN with ternary values',
-      'loss: GPTQ ternary < RTN ternary',
-      published('qmoe_ternary', 'rtn_ternary'),
-    ),
-    Claim(
-      'with GPTQ, ternary values are worse than 2 bits',
-      'loss: GPTQ ternary > GPTQ int2',
-      published('qmoe_ternary', 'qmoe_2bit'),
-    ),
-    Claim(
-      'with GPTQ, 2 bits are worse than the trained model',
-      f'loss: GPTQ int2 > {TRAINED}',
-      published('qmoe_2bit', 'bf16'),
-    ),
-    Claim(
-      'more ternary weights than weights of 2 bits are 0',
-      'zeros: GPTQ ternary > GPTQ int2',
-      [f'qmoe2023/size/base128/{n}' for n in ('zeros_ternary', 'zeros_2bit')],
-    ),
-    Claim('GPTQ is better than RTN at 4 bits', 'loss: GPTQ int4 < RTN int4'),
-    *(
-      Claim(
-        f'8 bits lose nothing with {name}',
-        f'loss: {row_name(name, "int8")} = {TRAINED} within {SAME}',
-      )
-      for name in METHODS
-    ),
-  ]
-
-
+      f'8 bits lose nothing with {name}',
+      f'loss: {name} int8 = {TRAINED} within {SAME}',
+    )
+    for name in ('RTN', 'GPTQ')
+  ),
+]
 STUDY = Study(
   name='qmoe_table5',
   title='Experts in few bits, by rounding and by GPTQ',
   source='QMoE, Table 5',
   config=config,
-  arms=arms,
+  arms=lambda _: ARMS,
   rows=rows,
-  starts=starts,
+  starts=lambda _: [Start(TRAINED)],
   presets={'quick': Preset(500, 3), 'full': Preset(2000, 5)},
   columns=[byte_models.LOSS, ADDED, ZEROS, CODES, METADATA],
-  claims=claims(),
+  claims=CLAIMS,
   written='2026-11-27',
   figure=Figure(['added loss', 'zeros'], 'bits', log_x=True),
   length=lambda preset: f'{preset.steps:,} steps, then quantised',

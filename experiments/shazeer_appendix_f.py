@@ -34,11 +34,10 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments import shazeer_table7
-from experiments.study import byte_models, command, parts
+from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.validation_routing import spread_rows
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.layers.routers.contract import ROUTING
 from moe_jax.models import LstmLm
@@ -81,7 +80,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   See `compare` for the numbers.
   """
   B = run.options.batch_size
-  examples = spread_rows(run, 2 * B)
+  examples = routing.spread_rows(run, 2 * B)
   batch, other_batch = (
     {key: jnp.asarray(value[part]) for key, value in examples.items()}
     for part in (slice(None, B), slice(B, None))

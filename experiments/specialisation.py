@@ -28,32 +28,19 @@ minutes. The claims were written before any run.
 """
 
 import string
-from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
 
-from experiments.study import (
-  byte_models,
-  command,
-  domains,
-  finetuned,
-  parts,
-  validation_routing,
-)
+from experiments.study import byte_models, command, domains, parts, routing
+from experiments.study.finetuned import minus
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from experiments.study.validation_routing import (
-  HALVES,
-  layers_by_half,
-  named,
-  row_at,
-)
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
-from moe_jax.analysis.traces import Header, Record
+from moe_jax.analysis.routing_measures import Layers
 from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -72,27 +59,21 @@ KINDS = (
 # Number of batches of each source, at the end and at earlier checkpoints.
 _BATCHES, _EARLY_BATCHES = 10, 4
 DOMAINS, LANGUAGES = 'domains', 'languages'
-FREE, RANDOM = 'no balance loss', 'random experts'
-LAYERS = 2
-# Rows of what is learned in two parts of the run.
-FIFTH, REST = (
-  f'{DOMAINS}, encoder, learned in {part}'
-  for part in ('the first fifth', 'the rest')
-)
-CODES = ('de', 'es', 'fr', 'ru')
 # Sources of the mixtures as text, which arms can exchange.
 LINES = {
   DOMAINS: ', '.join(
     f"{name}:python_stdlib('{modules}')*1"
     for name, modules in domains.DOMAINS.items()
   ),
-  LANGUAGES: ', '.join(f'{code}:django_gettext({code})*1' for code in CODES),
+  LANGUAGES: ', '.join(
+    f'{code}:django_gettext({code})*1' for code in ('de', 'es', 'fr', 'ru')
+  ),
 }
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
   """The config of the arms on domains; its mixture is written as text."""
-  config = byte_models.decoder(steps, num_layers=LAYERS, num_selected=2)
+  config = byte_models.decoder(steps, num_layers=2, num_selected=2)
   config.batch_size = 16
   config.data.task.kind = 'span_corruption'
   config.data.seq_len, config.data.target_len = 128, 32
@@ -122,82 +103,53 @@ def arms(_: Preset) -> list[Arm]:
   free = {'model.moe.router.token_choice.balance_weight': 0.0}
   return [
     Arm(DOMAINS, {}),
-    Arm(f'{DOMAINS}, {FREE}', free),
-    Arm(f'{DOMAINS}, {RANDOM}', {'model.moe.router.kind': 'random'}),
+    Arm('domains, no balance loss', free),
+    Arm('domains, random experts', {'model.moe.router.kind': 'random'}),
     Arm(LANGUAGES, translated),
-    Arm(f'{LANGUAGES}, {FREE}', {**translated, **free}),
+    Arm('languages, no balance loss', {**translated, **free}),
   ]
 
 
-TOKEN, KIND, PLACE = 'token id', 'kind of character', 'position'
-SOURCE, MARKS = 'domain or language', 'punctuation'
-LESS = f'token id less {SOURCE}'
 MEASURED = {
-  TOKEN: 'token',
-  KIND: 'kind',
-  PLACE: 'position',
-  SOURCE: 'source',
-  LESS: 'token_less_source',
+  'token id': 'token',
+  'kind of character': 'kind',
+  'position': 'position',
+  'domain or language': 'source',
+  'token id less domain or language': 'token_less_source',
 }
 COLUMNS = [
   byte_models.TOKEN_LOSS,
-  *(
-    parts.percent(name, f'routing/*/{key}', bounds=parts.ANY)
-    for name, key in MEASURED.items()
-  ),
-  Column(MARKS, 'routing/*/punctuation', 'nats', 2),
+  *routing.columns(MEASURED),
+  Column('punctuation', 'routing/*/punctuation', 'nats', 2),
 ]
-
-
-def layer_key(
-  half: str, layer: int | str = '*', share: int | None = None
-) -> str:
-  """The key of measured layers: a half, a layer from 1, a share of the run.
-
-  Args:
-    half: One of `HALVES`.
-    layer: Number of the layer in its half; '*' stands for all.
-    share: Share of the run in %; None is its end.
-  """
-  before = '' if share is None else f'at_{share}/'
-  return f'{before}{half}_{layer}'
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Measures a run at its end, and at early checkpoints.
 
   Returns:
-    Numbers by name, `routing/<layer key>/<what>`; see `layer_key` and
+    Numbers by name, `routing/encoder_1/<what>` at the end and
+    `routing/at_20/encoder_1/<what>` after a share of the run in per cent; see
     `layer_information`.
   """
-  model = validation_routing.evaluated_model(run, byte_models.EVAL)
-  header, last = header_of(run), int(state.step)
-  states = dict(validation_routing.states(run, state))
+  by_step = dict(routing.states(run, state))
   chosen = {
-    share: min(states, key=lambda step: abs(100 * step / last - share))
-    for share in EARLY
+    f'at_{share}/': routing.nearest([*by_step], share) for share in EARLY
   }
   measures = {}
-  for share, step in {**chosen, None: last}.items():
-    batches = _BATCHES if share is None else _EARLY_BATCHES
-    records = validation_routing.records(
-      model,
-      states[step],
-      validation_routing.batches(run, batches),
-      step=step,
-      seed=run.options.seed,
-    )
-    by_layer = layer_information(header, [*records])
+  for prefix, step in {**chosen, '': int(state.step)}.items():
+    inputs = routing.batches(run, _EARLY_BATCHES if prefix else _BATCHES)
+    recorded = routing.records(run, step, by_step[step], inputs)
+    layers = routing_measures.layers_of(header_of(run), recorded)
+    information = layer_information(layers)
     measures |= {
-      layer_key(*name.split('_'), share): by_layer[layer]
-      for name, layer in layers_by_half(header).items()
+      prefix + name: information[layer]
+      for name, layer in routing.by_half(layers).items()
     }
-  return named(measures)
+  return routing.named(measures)
 
 
-def layer_information(
-  header: Header, records: Sequence[Record]
-) -> dict[int, dict[str, float]]:
+def layer_information(layers: Layers) -> dict[int, dict[str, float]]:
   """Information of first choices about tokens, by layer.
 
   Returns:
@@ -209,32 +161,21 @@ def layer_information(
     - punctuation: entropy of the choices of all tokens less that of punctuation
       in nats; above 0 if punctuation goes to fewer experts.
   """
-  layers = routing_measures.layers_of(header, records)
-  labels = {
-    'token': routing_measures.TOKEN,
-    'position': routing_measures.POSITION,
-    'source': routing_measures.SOURCE,
-  }
-  by_label = routing_measures.specialisation(layers)
-  by_layer = {}
-  for number, layer in layers.items():
-    table = layer.by_token
-    measures = {
-      name: by_label[label][number].fraction
-      for name, label in labels.items()
-      if number in by_label.get(label, ())
-    }
+  by_layer = routing.fractions(
+    layers,
+    token=routing_measures.TOKEN,
+    position=routing_measures.POSITION,
+    source=routing_measures.SOURCE,
+  )
+  for number, measures in by_layer.items():
+    table = layers[number].by_token
     kinds = routing_measures.information(
       by_kind(table), np.random.default_rng(number)
     )
     marks = routing_measures.entropy(table[[*PUNCTUATION]].sum(0))
-    measures |= {
-      'kind': kinds.fraction,
-      'punctuation': routing_measures.entropy(table.sum(0)) - marks,
-    }
-    if 'source' in measures:
-      measures['token_less_source'] = measures['token'] - measures['source']
-    by_layer[number] = measures
+    measures['kind'] = kinds.fraction
+    measures['punctuation'] = routing_measures.entropy(table.sum(0)) - marks
+    measures['token_less_source'] = measures['token'] - measures['source']
   return by_layer
 
 
@@ -245,109 +186,91 @@ def by_kind(table: Int[np.ndarray, 'V E']) -> Int[np.ndarray, 'kinds E']:
   return np.stack([*of_kinds, rest]).astype(np.int64)
 
 
-def row(
-  arm: str, half: str, layer: int | str = '*', share: int | None = None
-) -> str:
-  """Name of the row of a half, one of its layers, or a share of the run."""
-  name = f'{arm}, {half}' + (f' {layer}' if layer != '*' else '')
-  return name + (f', at {share} %' if share is not None else '')
-
-
 def rows(results: parts.Results) -> list[Row]:
   """Halves of each arm, and layers and early checkpoints of the usual ones."""
-  cells = [(arm, half, '*', None) for arm in results for half in HALVES]
-  for arm in (DOMAINS, LANGUAGES):
-    for half in HALVES:
-      cells += [(arm, half, i + 1, None) for i in range(LAYERS)]
-      cells += [(arm, half, '*', share) for share in EARLY]
-  by_cell = {
-    (name := row(*cell)): row_at(
-      name,
-      results[cell[0]],
-      # The loss is that of the whole model at its end.
-      COLUMNS[cell[2:] != ('*', None) :],
-      layer_key(*cell[1:]),
-    )
-    for cell in cells
+  table = {
+    (name := f'{arm}, {half}'): routing.row_at(name, runs, COLUMNS, f'{half}_*')
+    for arm, runs in results.items()
+    for half in routing.HALVES
   }
-  ends = by_cell[row(DOMAINS, 'encoder')]
-  none, fifth = (
-    by_cell[row(DOMAINS, 'encoder', '*', share)] for share in EARLY
-  )
-  learned = (
-    finetuned.minus(FIFTH, fifth, none),
-    finetuned.minus(REST, ends, fifth),
-  )
-  return [*by_cell.values(), *learned]
-
-
-def claims() -> list[Claim]:
-  """Directions of both papers, and claims on the control."""
-  encoder, decoder = (row(DOMAINS, half) for half in HALVES)
-  paper_note = 'The paper has examples of tokens, no measure.'
+  for arm in (DOMAINS, LANGUAGES):
+    for half in routing.HALVES:
+      layer_keys = {f' {i}': f'{half}_{i}' for i in (1, 2)}
+      layer_keys |= {f', at {x} %': f'at_{x}/{half}_*' for x in EARLY}
+      for end, layer_key in layer_keys.items():
+        name = f'{arm}, {half}{end}'
+        # The loss is that of the whole model at its end.
+        table[name] = routing.row_at(name, results[arm], COLUMNS[1:], layer_key)
+  last = table['domains, encoder']
+  none, fifth = (table[f'domains, encoder, at {share} %'] for share in EARLY)
+  learned = 'domains, encoder, learned in '
   return [
-    *(
-      Claim(
-        f'the id of a token decides more than its {label}, {half}',
-        f'{LESS}: {row(arm, half)} > 0',
-      )
-      for arm, label in ((DOMAINS, 'domain'), (LANGUAGES, 'language'))
-      for half in HALVES
-    ),
-    Claim(
-      'choices follow token ids more in the encoder than in the decoder',
-      f'{TOKEN}: {encoder} > {decoder}',
-      note=paper_note,
-    ),
-    Claim(
-      'choices follow kinds of characters more in the encoder',
-      f'{KIND}: {encoder} > {decoder}',
-      note=paper_note,
-    ),
-    Claim(
-      'punctuation goes to fewer experts than all tokens do, encoder',
-      f'{MARKS}: {encoder} > 0',
-      note=paper_note,
-      changes=[
-        parts.more_seeds(
-          'Not resolved with five seeds (0.27 ± 0.27)', 'ten', '2026-11-30'
-        )
-      ],
-    ),
-    Claim(
-      'token ids decide less in the last layer of the encoder than in the '
-      'first',
-      f'{TOKEN}: {row(DOMAINS, "encoder", LAYERS)} < '
-      f'{row(DOMAINS, "encoder", 1)}',
-      note='Later layers see more of the context.',
-    ),
-    Claim(
-      'what the encoder says about domains is learned',
-      f'{SOURCE}: {encoder} > {row(DOMAINS, "encoder", "*", 0)}',
-    ),
-    Claim(
-      'a balance loss holds experts back from domains, encoder',
-      f'{SOURCE}: {encoder} < {row(f"{DOMAINS}, {FREE}", "encoder")}',
-    ),
-    Claim(
-      'what choices say about ids is learned early, encoder',
-      f'{TOKEN}: {FIFTH} > {REST}',
-      note=(
-        '"Early" means more in the first fifth of the run than in all the rest.'
-      ),
-    ),
-    *(
-      Claim(
-        f'control: random experts say nothing about the {column}',
-        f'{column}: {row(f"{DOMAINS}, {RANDOM}", "encoder")} = 0 within 0.5',
-        note='Shuffled labels are taken off; the bound is that of '
-        '`openmoe_routing`.',
-      )
-      for column in (TOKEN, SOURCE)
-    ),
+    *table.values(),
+    minus(f'{learned}the first fifth', fifth, none),
+    minus(f'{learned}the rest', last, fifth),
   ]
 
 
+NOTE = 'The paper has examples of tokens, no measure.'
+CLAIMS = [
+  *(
+    Claim(
+      f'the id of a token decides more than its {label}, {half}',
+      f'token id less domain or language: {label}s, {half} > 0',
+    )
+    for label in ('domain', 'language')
+    for half in routing.HALVES
+  ),
+  Claim(
+    'choices follow token ids more in the encoder than in the decoder',
+    'token id: domains, encoder > domains, decoder',
+    note=NOTE,
+  ),
+  Claim(
+    'choices follow kinds of characters more in the encoder',
+    'kind of character: domains, encoder > domains, decoder',
+    note=NOTE,
+  ),
+  Claim(
+    'punctuation goes to fewer experts than all tokens do, encoder',
+    'punctuation: domains, encoder > 0',
+    note=NOTE,
+    changes=[
+      parts.more_seeds(
+        'Not resolved with five seeds (0.27 ± 0.27)', 'ten', '2026-11-30'
+      )
+    ],
+  ),
+  Claim(
+    'token ids decide less in the last layer of the encoder than in the first',
+    'token id: domains, encoder 2 < domains, encoder 1',
+    note='Later layers see more of the context.',
+  ),
+  Claim(
+    'what the encoder says about domains is learned',
+    'domain or language: domains, encoder > domains, encoder, at 0 %',
+  ),
+  Claim(
+    'a balance loss holds experts back from domains, encoder',
+    'domain or language: domains, encoder < domains, no balance loss, encoder',
+  ),
+  Claim(
+    'what choices say about ids is learned early, encoder',
+    'token id: domains, encoder, learned in the first fifth > '
+    'domains, encoder, learned in the rest',
+    note='"Early" means more in the first fifth of the run than in all the '
+    'rest.',
+  ),
+  *(
+    Claim(
+      f'control: random experts say nothing about the {column}',
+      f'{column}: domains, random experts, encoder = 0 within 0.5',
+      note='Shuffled labels are taken off; the bound is that of '
+      '`openmoe_routing`.',
+    )
+    for column in ('token id', 'domain or language')
+  ),
+]
 STUDY = Study(
   name='specialisation',
   title='What experts specialise in',
@@ -355,22 +278,17 @@ STUDY = Study(
   config=config,
   arms=arms,
   rows=rows,
-  presets={
-    'quick': parts.trial(150, 3),
-    'full': Preset(450, 10),
-  },
+  presets={'quick': parts.trial(150, 3), 'full': Preset(450, 10)},
   columns=COLUMNS,
-  claims=claims(),
+  claims=CLAIMS,
   figure=Figure(
-    [TOKEN, KIND, PLACE, SOURCE, MARKS],
+    [*MEASURED][:4] + ['punctuation'],
     without=['*, at *', '*, learned in *', '*coder [0-9]'],
   ),
   runner=TrainingRunner(measure),
-  remarks=(
-    'Rows of a half are means over its two layers. Losses of the two '
-    'mixtures are of different tasks. Random experts are drawn anew for '
-    'each batch. Rows at 0 % are of the parameters before training.'
-  ),
+  remarks='Rows of a half are means over its two layers. Losses of the two '
+  'mixtures are of different tasks. Random experts are drawn anew for '
+  'each batch. Rows at 0 % are of the parameters before training.',
   tasks={
     'mixtures': Task(
       {},

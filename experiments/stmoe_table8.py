@@ -38,7 +38,6 @@ TABLE8 = ((1, 0.75), (2, 0.75), (1, 1.25), (2, 1.25), (2, 2), (3, 2))
 WITH_PRIORITY = ((1, 0.75), (2, 0.75))
 # Slots a token at evaluation: the training's own, or the same for all.
 OWN, EVALUATED = 'as trained', (2, 3)
-DROPPED, SAME = 'dropped', 0.05
 PRIORITY = ', priority'
 
 
@@ -54,20 +53,15 @@ def config(steps: int):
   return config
 
 
-def model_name(K: int, slots: float, priority: bool = False) -> str:
-  """Name of a model, by its choices and slots a token in training."""
-  return f'top-{K}, CF {slots:g}{PRIORITY * priority}'
-
-
-def _arm(K: int, slots: float, priority: bool) -> Arm:
+def _arm(K: int, slots: float, end: str = '') -> Arm:
   changes = {'capacity.per_token.factor': float(slots)}
   router = 'router.token_choice'
   if K > 1:
     changes[f'{router}.slot_priority'] = 'choice_major'
     changes[f'{router}.second_policy'] = 'threshold'
-  if priority:
+  if end == PRIORITY:
     changes[f'{router}.slot_priority'] = 'batch_priority'
-  name = model_name(K, slots, priority)
+  name = f'top-{K}, CF {slots:g}{end}'
   # All experts are as wide as the dense layer.
   return top_k('wide ' * (K > 1) + name, K, K * HIDDEN, changes)
 
@@ -76,8 +70,8 @@ def arms(_: Preset) -> list[Arm]:
   """The dense twin, the models of Table 8, and those with priority."""
   return [
     byte_models.dense(),
-    *(_arm(K, slots, False) for K, slots in TABLE8),
-    *(_arm(K, slots, True) for K, slots in WITH_PRIORITY),
+    *(_arm(K, slots) for K, slots in TABLE8),
+    *(_arm(K, slots, PRIORITY) for K, slots in WITH_PRIORITY),
   ]
 
 
@@ -111,75 +105,62 @@ def cell(model: str, slots: int | str = OWN) -> str:
   return f'stmoe2022/table8/{model}/{column}'
 
 
-def better(
-  text: str, better_row: tuple, worse_row: tuple, note: str = ''
-) -> Claim:
-  """A claim that a row has a lower loss than another, with published numbers.
+def better(text: str, model: str, than: str, slots: int | str = OWN) -> Claim:
+  """A claim that a model has a lower loss than another, in the paper as well.
 
   Args:
     text: Text of the claim.
-    better_row: Arguments of `row` for the better row.
-    worse_row: Arguments of `row` for the other one.
-    note: Reason why there are no published numbers; '' where there are.
+    model: Name of the model.
+    than: Name of the other model, which is evaluated as it was trained.
+    slots: Slots a token with which the first model is evaluated.
   """
-  published = [] if note else [cell(*better_row), cell(*worse_row)]
-  return Claim(
-    text, f'loss: {row(*better_row)} < {row(*worse_row)}', published, note
-  )
+  compared = f'loss: {row(model, slots)} < {row(than)}'
+  return Claim(text, compared, [cell(model, slots), cell(than)])
 
 
-def claims() -> list[Claim]:
-  """More room, in evaluation and in training, and priority."""
-  more = [
+CLAIMS = [
+  *(
     better(
-      f'{model}: two slots a token are better at evaluation',
-      (model, 2),
-      (model, OWN),
+      f'{model}: two slots a token are better at evaluation', model, model, 2
     )
-    for model in (model_name(1, 0.75), model_name(2, 0.75), model_name(2, 1.25))
-  ]
-  more += [
+    for model in ('top-1, CF 0.75', 'top-2, CF 0.75', 'top-2, CF 1.25')
+  ),
+  *(
     better(
       f'top-{K}: 1.25 slots are better than 0.75',
-      (model_name(K, 1.25), OWN),
-      (model_name(K, 0.75), OWN),
+      f'top-{K}, CF 1.25',
+      f'top-{K}, CF 0.75',
     )
     for K in (1, 2)
-  ]
-  dense = ['stmoe2022/table8/top-1, CF 1.25/nlp_train_cf']
-  dense.append('stmoe2022/table8/Dense-L/nlp_train_cf')
-  top1, top2 = model_name(1, 0.75), model_name(2, 0.75)
-  first, second = (model_name(K, 0.75, True) for K in (1, 2))
-  return more + [
-    better(
-      'top-2 with two slots is better', (model_name(2, 2), OWN), (top2, OWN)
-    ),
-    Claim(
-      'top-3 is as good as top-2 with two slots',
-      f'loss: {row(model_name(3, 2))} = {row(model_name(2, 2))} within {SAME}',
-      [cell(model_name(3, 2)), cell(model_name(2, 2))],
-      'Experts are worth 0.096 nats a token there; the bound is half of that.',
-    ),
-    Claim(
-      'top-1 beats the dense twin',
-      f'loss: {row(model_name(1, 1.25))} < dense',
-      dense,
-    ),
-    better('top-1: priority helps at 0.75', (first, OWN), (top1, OWN)),
-    better(
-      'top-2: priority helps at 0.75',
-      (second, OWN),
-      (top2, OWN),
-      'Not in the paper, which has priority with top-1 alone.',
-    ),
-    Claim(
-      'more choices drop more at equal slots',
-      f'{DROPPED}: {row(top2)} > {row(top1)}',
-      note='Shares of choices, of which top-2 has twice as many.',
-    ),
-  ]
-
-
+  ),
+  better('top-2 with two slots is better', 'top-2, CF 2', 'top-2, CF 0.75'),
+  Claim(
+    'top-3 is as good as top-2 with two slots',
+    f'loss: {row("top-3, CF 2")} = {row("top-2, CF 2")} within 0.05',
+    [cell('top-3, CF 2'), cell('top-2, CF 2')],
+    'Experts are worth 0.096 nats a token there; the bound is half of that.',
+  ),
+  Claim(
+    'top-1 beats the dense twin',
+    f'loss: {row("top-1, CF 1.25")} < dense',
+    [cell('top-1, CF 1.25'), cell('Dense-L')],
+  ),
+  better(
+    'top-1: priority helps at 0.75',
+    'top-1, CF 0.75, priority',
+    'top-1, CF 0.75',
+  ),
+  Claim(
+    'top-2: priority helps at 0.75',
+    f'loss: {row("top-2, CF 0.75, priority")} < {row("top-2, CF 0.75")}',
+    note='Not in the paper, which has priority with top-1 alone.',
+  ),
+  Claim(
+    'more choices drop more at equal slots',
+    f'dropped: {row("top-2, CF 0.75")} > {row("top-1, CF 0.75")}',
+    note='Shares of choices, of which top-2 has twice as many.',
+  ),
+]
 STUDY = Study(
   name='stmoe_table8',
   title='Top-1, top-2 and top-3 by capacity, with batch priority',
@@ -194,14 +175,12 @@ STUDY = Study(
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    parts.percent(DROPPED, byte_models.DROP_RATE, '% of choices'),
+    parts.percent('dropped', byte_models.DROP_RATE, '% of choices'),
   ],
-  claims=claims(),
-  figure=Figure(['loss', DROPPED], rows='CF: slots a token in training'),
-  remarks=(
-    'Experts are as wide with several choices as with one, so that models '
-    'with equal slots a token multiply as many rows.'
-  ),
+  claims=CLAIMS,
+  figure=Figure(['loss', 'dropped'], rows='CF: slots a token in training'),
+  remarks='Experts are as wide with several choices as with one, so that '
+  'models with equal slots a token multiply as many rows.',
   tasks=DENOISING_TASKS,
   written='2026-11-29',
 )

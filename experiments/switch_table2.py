@@ -36,9 +36,9 @@ from experiments.stmoe_tables2_4 import (
 from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.jobs import nested
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.routing import evaluation_of
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.validation_routing import evaluated_model
 from moe_jax.analysis import counts, memory
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -90,9 +90,9 @@ def arms(_: Preset) -> list[Arm]:
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Losses over the run, logits, flipped choices, and bytes that would move."""
   numbers = {**stability(run), **router_logits.rounding(run, state)}
-  exact = evaluated_model(run, EXACT)
+  exact = evaluation_of(run, EXACT).model
   for name in FLIPPED:
-    other = evaluated_model(run, name)
+    other = evaluation_of(run, name).model
     flipped = router_logits.changed(run, state, exact, other)
     for layer, share in flipped.items():
       numbers[f'routing/layer_{layer}/{name}'] = share

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import validation_routing
+from experiments.study import routing
+from moe_jax.analysis.recording import header_of, records_of
+from moe_jax.analysis.routing_measures import Layers, layers_of
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
-from moe_jax.models.recorded import LayerChoices
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -26,13 +27,13 @@ def rounding(run: Run, state: TrainState) -> dict[str, float]:
     another where their logits are rounded to bfloat16.
   """
   measures = {}
-  for layer, (records, masks) in _layers(run, state, run.model).items():
-    logits = np.concatenate([r.logits[m] for r, m in zip(records, masks)])
-    measures[f'layer_{layer}'] = {
+  for number, layer in _layers(run, state, run.model).items():
+    logits = np.asarray(layer.logits)
+    measures[f'layer_{number}'] = {
       'largest_logit': float(np.abs(logits).max()),
       'rounded': rounded_choices(logits),
     }
-  return validation_routing.named(measures)
+  return routing.named(measures)
 
 
 def rounded_choices(logits: np.ndarray) -> float:
@@ -58,15 +59,11 @@ def changed(
     other: The other model.
     train: Whether the other model's routers have the noise of training.
   """
-  second = _layers(run, state, other, train)
-  shares = {}
-  for layer, (records, masks) in _layers(run, state, one).items():
-    different = [
-      (a.expert[..., 0] != b.expert[..., 0])[mask]
-      for a, b, mask in zip(records, second[layer][0], masks, strict=True)
-    ]
-    shares[layer] = float(np.concatenate(different).mean())
-  return shares
+  others = _layers(run, state, other, train)
+  return {
+    number: float((layer.first != others[number].first).mean())
+    for number, layer in _layers(run, state, one).items()
+  }
 
 
 def explored(run: Run, state: TrainState) -> dict[str, float]:
@@ -82,19 +79,15 @@ def explored(run: Run, state: TrainState) -> dict[str, float]:
 
 def _layers(
   run: Run, state: TrainState, model: Model, train: bool = False
-) -> dict[int, tuple[list[LayerChoices], list[np.ndarray]]]:
-  """Records of all batches by layer, and masks of their real tokens."""
-  layers: dict[int, tuple[list, list]] = {}
-  variables = run.programs.variables(state)
+) -> Layers:
+  """The choices of each sparse layer in validation batches, with logits."""
+  variables, recorded = run.programs.variables(state), []
   key = jax.random.key(run.options.seed)
-  for number, batch in enumerate(validation_routing.batches(run, _BATCHES)):
+  for number, batch in enumerate(routing.batches(run, _BATCHES)):
     router, dropout = jax.random.split(jax.random.fold_in(key, number))
     rngs = {NOISE: router, 'dropout': dropout}
-    choices = validation_routing.choices(
-      model, variables, batch, rngs, train, logits=True
+    chosen = jax.device_get(
+      routing.choices(model, variables, batch, rngs, train, logits=True)
     )
-    for layer, record in (jax.device_get(choices) or {}).items():
-      records, masks = layers.setdefault(layer, ([], []))
-      records.append(record)
-      masks.append(batch['segment_ids'] > 0)
-  return layers
+    recorded += records_of(model, 'validation', 0, number, batch, chosen)
+  return layers_of(header_of(run), recorded) if recorded else {}

@@ -3,7 +3,9 @@
 import numpy as np
 
 from experiments import megablocks_tables as megablocks
-from moe_jax.analysis.traces import LayerChoices, Record
+from experiments.study import routing
+from moe_jax.analysis.routing_measures import layers_of
+from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 
 # Load of 12 choices among four experts, one of which is idle.
 LOAD = np.array([7, 0, 4, 1])
@@ -35,5 +37,9 @@ def test_a_load_is_of_the_real_tokens_of_a_batch():
   documents = np.array([[1, 1, 0]])  # the last token is padding
   choices = LayerChoices(expert, expert / 9, expert > 1)
   record = Record('validation', 0, 0, *[documents] * 3, {5: choices})
-  (load,) = megablocks.loads([record], 5, 4)
-  np.testing.assert_array_equal(load, [1, 1, 2, 0])
+  other = record._replace(documents=np.array([[1, 0, 0]]))
+  header = Header({5: LayerInfo(4, 2)}, vocab_size=2)
+  layer = layers_of(header, [record, other])[5]
+  np.testing.assert_array_equal(
+    routing.loads(layer, 3), [[1, 1, 2, 0], [1, 0, 1, 0]]
+  )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import openmoe_routing, specialisation
+from moe_jax.analysis.routing_measures import layers_of
 from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
@@ -35,7 +36,8 @@ def test_choices_that_follow_the_kind_of_character():
     layers={1: LayerChoices(expert, kept / 2, kept)},
   )
   header = Header({1: LayerInfo(3, 1)}, vocab_size=301, sources=('a', 'b'))
-  info = specialisation.layer_information(header, [record])[1]
+  layers = layers_of(header, [record])
+  info = specialisation.layer_information(layers)[1]
   np.testing.assert_allclose([info['kind'], info['token']], 1, atol=0.02)
   np.testing.assert_allclose([info['source'], info['position']], 0, atol=0.02)
   # All commas have one expert, all tokens three.
@@ -46,11 +48,6 @@ def test_choices_that_follow_the_kind_of_character():
   np.testing.assert_allclose(
     info['token_less_source'], info['token'] - info['source']
   )
-
-
-def test_places_of_halves_are_not_those_of_checkpoints():
-  assert specialisation.layer_key('encoder', 2) == 'encoder_2'
-  assert specialisation.layer_key('decoder', share=20) == 'at_20/decoder_*'
 
 
 @pytest.mark.parametrize('study', [specialisation, openmoe_routing])
