@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
@@ -445,9 +446,7 @@ class Muon(Optimizer):
     sides = dimensions(names[len(stacked(names)) :])
 
     def scaled(matrix: Any, params: Any) -> Any:
-      inputs, outputs = (
-        math.prod(matrix.shape[i] for i in side) for side in map(tuple, sides)
-      )
+      inputs, outputs = (int(np.take(matrix.shape, s).prod()) for s in sides)
       if self.rms:
         return self.rms * math.sqrt(max(inputs, outputs)) * matrix
       return math.sqrt(max(1.0, outputs / inputs)) * matrix
