@@ -29,7 +29,6 @@ minutes. The claims were written before any run.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 
 import ml_collections
@@ -55,8 +54,8 @@ MODELS = {
 # Distinct text as a share of the text that a run of full length reads, and the
 # number of times that it is read.
 TEXTS = ((1 / 8, 1), (1 / 8, 8), (1 / 2, 2), (1, 1), (2, 1))
-# Lengths of the runs that are interpolated, by model; the last amount is read.
-LENGTHS = {WIDE: (1 / 4, 1 / 2)}
+# Further lengths of the wide model's runs, on new text, for interpolation.
+LENGTHS = (1 / 4, 1 / 2)
 TOKENS = 1024  # number of bytes that a step reads
 GAIN = 'sparse minus dense of equal FLOPs'
 FLOPS, TIME = 'of equal FLOPs', 'in equal time'
@@ -79,25 +78,28 @@ def of_text(model: str, share: float, epochs: int) -> str:
   return f'{model}, text x {share:g}, {epochs} epoch{"s" * (epochs > 1)}'
 
 
-def of_length(model: str, length: float) -> str:
-  """Name of the arm of a model that trains for another length, on new text."""
-  return f'{model}, {length:g} x the steps'
+def of_length(length: float) -> str:
+  """Name of the arm of the wide model that trains for another length."""
+  return f'{WIDE}, {length:g} x the steps'
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Each model on each text, and other lengths of the dense ones."""
+  """Each model on each text, and other lengths of the wide dense one."""
+  runs = [
+    (model, *text, of_text(model, *text)) for model in MODELS for text in TEXTS
+  ]
+  runs += [(WIDE, length, 1, of_length(length)) for length in LENGTHS]
   all_arms = []
-  for model, changes in MODELS.items():
-    runs = [(of_text(model, *text), *text) for text in TEXTS]
-    runs += [(of_length(model, x), x, 1) for x in LENGTHS.get(model, ())]
-    for name, share, epochs in runs:
-      lengths = {
-        'data.source.python_stdlib.train_bytes': round(
-          preset.steps * TOKENS * share
-        ),
-        'total_steps': max(round(preset.steps * share * epochs), 2),
-      }
-      all_arms.append(Arm(name, {**changes, **lengths}))
+  for model, share, epochs, name in runs:
+    train_bytes = round(preset.steps * TOKENS * share)
+    overrides = {
+      **MODELS[model],
+      'data.source.python_stdlib.train_bytes': train_bytes,
+      'total_steps': max(round(preset.steps * share * epochs), 2),
+    }
+    read = 'read once' if epochs == 1 else 'read again up to 1 x'
+    line = '' if share in LENGTHS and epochs == 1 else f'{model}, {read}'
+    all_arms.append(Arm(name, overrides, line))
   return all_arms
 
 
@@ -164,53 +166,48 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   A row at equal FLOPs or in equal time has the loss that a dense model would
   have after fewer or more steps than the sparse one, on new text.
   """
-  by_name = {}
+  table, loss = {}, byte_models.LOSS.name
   for arm in arms(Preset(8, 1)):
     if arm.name in results:
-      row = STUDY.row_of(arm, results)
-      by_name[arm.name] = finetuned.with_gap(row)
-  for model in MODELS:
-    for text in TEXTS:
-      if (name := of_text(model, *text)) in by_name:
-        once = 'read once' if text[1] == 1 else 'read again up to 1 x'
-        x = float(np.mean(by_name[name].values[DISTINCT]))
-        by_name[name] = Row(name, by_name[name].values, f'{model}, {once}', x)
+      row = finetuned.with_gap(STUDY.row_of(arm, results))
+      if arm.line:
+        row = dataclasses.replace(row, x=float(np.mean(row.values[DISTINCT])))
+      table[arm.name] = row
   for text in TEXTS:
-    pair = [by_name.get(of_text(model, *text)) for model in (SPARSE, TWIN)]
-    if all(pair):
+    sparse, twin = (table.get(of_text(m, *text)) for m in (SPARSE, TWIN))
+    if sparse and twin:
+      gain = {
+        column: np.subtract(sparse.values[column], twin.values[column]).tolist()
+        for column in (loss, GAP)
+      }
       name = of_text(GAIN, *text)
-      gain = finetuned.minus(name, *pair)
-      losses = {c: gain.values[c] for c in (byte_models.LOSS.name, GAP)}
-      by_name[name] = dataclasses.replace(gain, values=losses)
-  ratio = {m: times[of_text(m, 1, 1)].ratios for m in MODELS if times}
-  by_name |= {
-    name: Row(
-      name, {byte_models.LOSS.name: _losses_at(by_name, model, lengths)}
-    )
-    for name, model, lengths in (
-      (f'{WIDE} {FLOPS}', WIDE, [1 / wide_flops()]),
-      *((f'{m} {TIME}', m, np.divide(ratio[SPARSE], ratio[m])) for m in ratio),
-    )
-    if model != SPARSE
-  }
-  return list(by_name.values())
+      table[name] = Row(name, gain, difference=True)
+  lengths = {(WIDE, FLOPS): [1 / wide_flops()]}
+  if times:
+    sparse_ratios, *others = (times[name].ratios for name in TIMED)
+    for model, ratios in zip((TWIN, WIDE), others, strict=True):
+      lengths[model, TIME] = np.divide(sparse_ratios, ratios)
+  for (model, cost_name), at in lengths.items():
+    losses = {loss: _losses_at(table, model, at)}
+    name = f'{model} {cost_name}'
+    table[name] = Row(name, losses)
+  return list(table.values())
 
 
 def _losses_at(
-  by_name: Mapping[str, Row], model: str, lengths: Sequence[float]
+  table: Mapping[str, Row], model: str, lengths: Sequence[float]
 ) -> list[float]:
   """Losses of a model on new text by seed, at the lengths in turn."""
   names = {share: of_text(model, share, 1) for share, n in TEXTS if n == 1}
-  names |= {x: of_length(model, x) for x in LENGTHS.get(model, ())}
-  row_by_length = {
-    x: by_name[name] for x, name in sorted(names.items()) if name in by_name
-  }
-  losses = [row.values[byte_models.LOSS.name] for row in row_by_length.values()]
-  logs = np.log([*row_by_length])
+  names |= {x: of_length(x) for x in LENGTHS if model == WIDE}
+  known = sorted(x for x, name in names.items() if name in table)
+  losses = np.transpose(
+    [table[names[x]].values[byte_models.LOSS.name] for x in known]
+  )
   return [
-    float(np.interp(np.log(length), logs, seed_losses))
+    float(np.interp(np.log(length), np.log(known), seed_losses))
     for length, seed_losses in zip(
-      itertools.cycle(lengths), zip(*losses, strict=True), strict=False
+      np.resize(lengths, len(losses)), losses, strict=True
     )
   ]
 
@@ -299,7 +296,7 @@ STUDY = Study(
     ['loss', GAP],
     'distinct text, MB',
     log_x=True,
-    without=[f'{GAIN}*', *(of_length(WIDE, x) for x in LENGTHS[WIDE])],
+    without=[f'{GAIN}*', *map(of_length, LENGTHS)],
   ),
   runner=TrainingRunner(measure),
   timed=TIMED,

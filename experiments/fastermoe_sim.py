@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.faster_moe import expert_counts, simulate
@@ -47,7 +46,6 @@ from experiments.faster_moe.simulate import (
   Simulated,
 )
 from experiments.study import claims
-from experiments.study.claims import Published
 from experiments.study.tables import markdown_table
 from moe_jax import cli, run_config
 from moe_jax.errors import InputError
@@ -56,21 +54,20 @@ from moe_jax.parallel.cost_model import Sizes
 
 # Tokens of a device that are drawn.
 DRAWN = 1024
-_COLORS = {name: f'C{i}' for i, name in enumerate(ARMS)}
-_COLORS[SYNCHRONOUS] = 'black'
-_MARKERS = dict(zip(ARMS, 'os^vD<>P', strict=True))
-
-
+_STYLES = {
+  name: {'color': f'C{i}', 'marker': marker}
+  for i, (name, marker) in enumerate(zip(ARMS, 'os^vD<>P', strict=True))
+}
 ABOUT = """# FasterMoE, SIMULATED
 
 Nothing here was measured on a cluster: seconds are those of a cost model on
 described machines, of the experts of a layer in a training step, without
 attention, optimizer and the rest of a model. The paper's speed-ups are of whole
-training iterations ("*": from a secondary source). n_max is the number of rows
-of the busiest device, r the number of shadowed experts (1 where there is none),
-F the hidden width of an expert (3/2 of it with three kernels); where n_max >
-r F, parameters are less traffic than rows. The overlap bound is
-max(communication, computation) of a step.
+training iterations. n_max is the number of rows of the busiest device, r the
+number of shadowed experts (1 where there is none), F the hidden width of an
+expert (3/2 of it with three kernels); where n_max > r F, parameters are less
+traffic than rows. The overlap bound is max(communication, computation) of a
+step.
 """
 
 
@@ -91,13 +88,10 @@ class Case(NamedTuple):
   counts: Counts
   arms: Mapping[str, Simulated]
 
-
-def published(cluster: Cluster, arm: str) -> Published | None:
-  """The paper's speed-up of an arm; None where no verified one is known."""
-  name = simulate.published(cluster, arm)
-  if not name or (cell := claims.find(name)).mark == 'unverified':
-    return None
-  return cell
+  @property
+  def title(self) -> str:
+    """The choices and the machine, in words."""
+    return f'{self.source} on {self.cluster.name}'
 
 
 def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
@@ -137,12 +131,12 @@ def table(case: Case) -> str:
   lines = []
   for name, arm in case.arms.items():
     numbers = simulate.numbers(case.arms[SYNCHRONOUS], arm)
-    r = float(np.maximum(arm.shadowed, 1).mean())
+    number = np.maximum(arm.shadowed.sum(-1), 1)
+    pays = arm.largest > shadowing.least_rows(number, case.sizes)
     shadowed = f'{100 * numbers["shadowed"]:.1f}' if ARMS[name].shadows else ''
-    paper, cell = '', published(case.cluster, name)
-    if cell is not None:
-      paper = f'{"up to " * (name == SHADOWED)}{cell.value:.2f}'
-      paper += ' *' * (cell.mark == 'secondary')
+    paper = ''
+    if address := simulate.published(case.cluster, name):
+      paper = 'up to ' * (name == SHADOWED) + claims.find(address).cite()
     lines.append(
       {
         'SIMULATED': name,
@@ -153,8 +147,8 @@ def table(case: Case) -> str:
         'overlap bound reached, %': f'{100 * numbers["reached"]:.0f}',
         'experts shadowed, %': shadowed,
         'n_max': f'{arm.largest.mean():,.0f}',
-        'r F': f'{r:.2f} x {F:,.0f} = {r * F:,.0f}',
-        'n_max > r F, % of cases': f'{100 * arm.pays.mean():.0f}',
+        'r F': f'{number.mean():.2f} x {F:,.0f} = {number.mean() * F:,.0f}',
+        'n_max > r F, % of cases': f'{100 * pays.mean():.0f}',
       }
     )
   return markdown_table(lines)
@@ -165,7 +159,6 @@ def heading(case: Case) -> str:
   counts, sizes = case.counts, case.sizes
   R, E, W = counts.counts.shape
   rows = counts.counts.sum() / (R * W)
-  steps, layers = (len(np.unique(x)) for x in (counts.step, counts.layer))
   gate = 'No gate, for lack of nodes or of recorded logits.'
   if counts.gated is not None:
     gate = (
@@ -173,12 +166,10 @@ def heading(case: Case) -> str:
       "the node (by the paper's formula, rounded down to whole tokens)."
     )
   return (
-    f'SIMULATED, {case.source} on {case.cluster.name}: {E} experts on {W} '
-    f'devices, {steps} step{"s" * (steps != 1)} of {layers} '
-    f'layer{"s" * (layers != 1)}, {rows:,.0f} rows a device (each counted row '
-    f'stands for {counts.rows:g}); M={sizes.M:,}, F={sizes.F:,}, '
-    f'{sizes.kernels} kernels, {sizes.bytes_per_element} bytes an element. '
-    f'{gate}'
+    f'SIMULATED, {case.title}: {E} experts on {W} devices, batches times '
+    f'layers: {R}, {rows:,.0f} rows a device (each counted row stands for '
+    f'{counts.rows:g}); M={sizes.M:,}, F={sizes.F:,}, {sizes.kernels} kernels, '
+    f'{sizes.bytes_per_element} bytes an element. {gate}'
   )
 
 
@@ -190,58 +181,12 @@ def page(cases: Sequence[Case], command: str, remarks: Sequence[str]) -> str:
     command: The command that made it.
     remarks: Sentences about the whole page.
   """
-  sources = {case.cluster.name: case.cluster.sources for case in cases}
+  sources = dict.fromkeys(case.cluster.sources for case in cases)
   lines = [ABOUT, f'Made by `{command}`.', '']
-  lines += [f'- {text}' for text in (*sources.values(), *remarks)]
+  lines += [f'- {text}' for text in (*sources, *remarks)]
   for case in cases:
-    lines += ['', f'## {case.source} on {case.cluster.name}', '']
-    lines += [heading(case), '', table(case)]
+    lines += ['', f'## {case.title}', '', heading(case), '', table(case)]
   return '\n'.join([*lines, ''])
-
-
-def speed_ups(cases: Sequence[Case], path: pathlib.Path) -> None:
-  """Draws the speed-up of every arm, a panel for each case.
-
-  A bar is the speed-up over all layers and steps, a dot that of the best one,
-  and a black line the paper's.
-  """
-  sources = list(dict.fromkeys(case.source for case in cases))
-  names = list(dict.fromkeys(case.cluster.name for case in cases))
-  shape = len(sources), len(names)
-  figure = Figure(
-    figsize=(2.5 + 3.0 * shape[1], 1.0 + 2.2 * shape[0]), layout='constrained'
-  )
-  axes = figure.subplots(*shape, squeeze=False, sharex='col')
-  for ax in axes.flat:
-    ax.set_visible(False)
-  for case in cases:
-    column = names.index(case.cluster.name)
-    ax = axes[sources.index(case.source), column]
-    ax.set_visible(True)
-    _bars(ax, case, labelled=column == 0)
-  figure.supxlabel(
-    'SIMULATED speed-up over synchronous: bar, all layers and steps;\n'
-    'dot, the best; black line, the paper (whole iterations, measured)',
-    fontsize=8,
-  )
-  figure.savefig(path, dpi=110)
-
-
-def _bars(ax: Axes, case: Case, *, labelled: bool) -> None:
-  base, names = case.arms[SYNCHRONOUS], list(ARMS)[1:]
-  for y, name in enumerate(names):
-    if name not in case.arms:
-      continue
-    numbers = simulate.numbers(base, case.arms[name])
-    ax.barh(y, numbers['speed_up'], color=_COLORS[name], alpha=0.7)
-    ax.plot(numbers['best'], y, 'o', color=_COLORS[name], ms=4)
-    if cell := published(case.cluster, name):
-      ax.plot([cell.value] * 2, [y - 0.45, y + 0.45], 'k-', lw=2)
-  ax.axvline(1, color='gray', lw=0.8, ls=':')
-  ax.set_yticks(range(len(names)), names if labelled else [], fontsize=7)
-  ax.tick_params('x', labelsize=7)
-  ax.set_ylim(len(names) - 0.5, -0.5)
-  ax.set_title(f'SIMULATED: {case.source} on {case.cluster.name}', fontsize=8)
 
 
 def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
@@ -250,53 +195,41 @@ def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
   Crosses are synchronous layers whose devices have equally many rows, with an
   eighth to 64 times the hidden width: they lie on the semi-ideal curve. Other
   points are those of each machine's first case.
-
-  Args:
-    cases: The cases.
-    path: File of the picture.
   """
-  first = {case.cluster.name: case for case in reversed(cases)}
-  shown = [case for case in cases if first[case.cluster.name] is case]
-  figure = Figure(figsize=(1 + 4.2 * len(shown), 4.8), layout='constrained')
-  axes = figure.subplots(1, len(shown), squeeze=False)[0]
+  first: dict[str, Case] = {}
+  for case in cases:
+    first.setdefault(case.cluster.name, case)
+  figure = Figure(figsize=(1 + 4.2 * len(first), 4.8), layout='constrained')
+  axes = figure.subplots(1, len(first), squeeze=False)[0]
   handles = {}
-  for ax, case in zip(axes, shown, strict=True):
-    _curves(ax, case.cluster, case.sizes)
-    for name, arm in case.arms.items():
-      style = dict(color=_COLORS[name], ms=3, alpha=0.4, label=name)
-      ax.plot(arm.ratio, arm.flops / 1e12, _MARKERS[name], **style)
-    ax.set_xscale('log')
-    ax.set_yscale('log')
-    ax.set_xlabel('R_CC, computation over communication', fontsize=8)
-    ax.set_title(
-      f'SIMULATED: {case.source} on {case.cluster.name}, M={case.sizes.M:,}, '
-      f'F={case.sizes.F:,}',
-      fontsize=8,
+  for ax, case in zip(axes, first.values(), strict=True):
+    x, y = simulate.even_points(case.cluster, case.sizes)
+    line = np.geomspace(x.min() / 2, max(x.max(), 8), 200)
+    peak = case.cluster.topology.flops_per_second
+    ideal, semi_ideal = (
+      curve(peak, line) / 1e12
+      for curve in (cost_model.ideal, cost_model.semi_ideal)
     )
-    ax_handles, labels = ax.get_legend_handles_labels()
-    handles |= dict(zip(labels, ax_handles, strict=True))
+    ax.plot(line, ideal, 'k-', lw=1, label='ideal')
+    ax.plot(line, semi_ideal, 'k--', lw=1, label='semi-ideal')
+    label = 'synchronous, even rows, F/8 to 64 F'
+    ax.plot(x, y / 1e12, 'kx', ms=5, label=label)
+    for name, arm in case.arms.items():
+      style = _STYLES[name] | dict(ls='', ms=3, alpha=0.4, label=name)
+      ax.plot(arm.ratio, arm.flops / 1e12, **style)
+    ax.set(xscale='log', yscale='log')
+    ax.set_xlabel('R_CC, computation over communication', fontsize=8)
+    sizes = f'M={case.sizes.M:,}, F={case.sizes.F:,}'
+    ax.set_title(f'SIMULATED: {case.title}, {sizes}', fontsize=8)
+    handles |= {x.get_label(): x for x in ax.get_lines()}
   axes[0].set_ylabel('SIMULATED TFLOP/s of a device', fontsize=8)
   figure.legend(
-    handles.values(),
-    handles,
+    handles=[*handles.values()],
     loc='outside lower center',
-    ncols=1 + len(shown),
+    ncols=1 + len(first),
     fontsize=7,
   )
   figure.savefig(path, dpi=110)
-
-
-def _curves(ax: Axes, cluster: Cluster, sizes: Sizes) -> None:
-  peak = cluster.topology.flops_per_second
-  x, y = simulate.even_points(cluster, sizes)
-  line = np.geomspace(x.min() / 2, max(x.max(), 8), 200)
-  for curve, style in (
-    (cost_model.ideal, 'k-'),
-    (cost_model.semi_ideal, 'k--'),
-  ):
-    name = curve.__name__.replace('_', '-')
-    ax.plot(line, curve(peak, line) / 1e12, style, lw=1, label=name)
-  ax.plot(x, y / 1e12, 'kx', ms=5, label='synchronous, even rows, F/8 to 64 F')
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -353,7 +286,6 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   if not simulated:
     raise InputError('nothing can be simulated: ' + '; '.join(remarks))
   roofline(simulated, folder / 'roofline.png')
-  speed_ups(simulated, folder / 'speed_ups.png')
   words = sys.argv[1:] if argv is None else argv
   command = shlex.join(['python', '-m', 'experiments.fastermoe_sim', *words])
   text = page(simulated, command, remarks)

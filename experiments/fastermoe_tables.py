@@ -31,8 +31,6 @@ the published one, contrary to what we had expected; and one on the gate that
 FastMoE ships, which five seeds could not tell from the published one.
 """
 
-from collections.abc import Iterator
-
 from experiments.faster_moe import expert_counts, gate_arms, simulate
 from experiments.faster_moe.clusters import CLUSTERS, HIDDEN, TOKENS, WIDTH
 from experiments.faster_moe.simulate import (
@@ -43,14 +41,7 @@ from experiments.faster_moe.simulate import (
   SHADOWED,
 )
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis.recording import FOLDER
@@ -69,12 +60,9 @@ OUTGOING = 0.14
 # Batches of drawn counts, and tokens of a device in each.
 STEPS, DRAWN = 20, 256
 FREE, EVEN = 'no balance loss', 'balance loss'
-# Names of trained arms, by cluster and by whether there is a balance loss.
-TRAINED = {
-  (cluster, kind): f'{kind}, {experts} experts'
-  for kind in (FREE, EVEN)
-  for cluster, experts in ((JOHNNY, 16), (TREVOR, 64), (SLICE, 16))
-}
+# Weights of the balance loss, by kind of the trained arms.
+WEIGHTS = {FREE: 0.0, EVEN: 0.01}
+TRAINED = [f'{kind}, {E} experts' for kind in WEIGHTS for E in (16, 64)]
 # Simulated arms with a row, by cluster and source of the choices.
 SHOWN = {
   (JOHNNY, FREE): list(simulate.ARMS)[1:],
@@ -86,10 +74,7 @@ SHOWN = {
   (TREVOR, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
 }
 RECORDED = 40  # approximate number of recorded batches of a run
-_CONSTRUCTED = (
-  ' By construction it is never slower; by how much it is faster is '
-  'the finding.'
-)
+GATES = [arm.name for arm in gate_arms.arms()]
 
 
 def columns(prefix: str) -> list[Column]:
@@ -97,10 +82,8 @@ def columns(prefix: str) -> list[Column]:
   return [
     Column(SPEED_UP, f'{prefix}/speed_up', 'x', 2),
     Column(BEST_LAYER, f'{prefix}/best', 'x', 2),
-    Column(REACHED, f'{prefix}/reached', '%', 0, lambda share: 100 * share),
-    Column(
-      SHADOWED_SHARE, f'{prefix}/shadowed', '%', 1, lambda share: 100 * share
-    ),
+    parts.percent(REACHED, f'{prefix}/reached', digits=0, bounds=parts.ANY),
+    parts.percent(SHADOWED_SHARE, f'{prefix}/shadowed', bounds=parts.ANY),
     Column(UNEVEN, f'{prefix}/uneven', '', 1),
   ]
 
@@ -140,26 +123,26 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return numbers
 
 
-def _trained(steps: int) -> Iterator[Arm]:
-  """The arms whose choices are replayed, of which none sees later tokens."""
+def arms(preset: Preset) -> list[Arm]:
+  """The arms whose choices are replayed, and those with the gate.
+
+  No arm whose choices are replayed sees later tokens.
+  """
   router = 'model.moe.router'
-  for name in dict.fromkeys(TRAINED.values()):
-    balance = 0.0 if name.startswith(FREE) else 0.01
+  trained = []
+  for name in TRAINED:
+    kind, experts = name.removesuffix(' experts').split(', ')
     overrides = {
       f'{router}.kind': 'token_choice',
       f'{router}.token_choice.gates': 'renormalized',
-      f'{router}.token_choice.balance_weight': balance,
-      'model.moe.num_experts': int(name.split()[-2]),
+      f'{router}.token_choice.balance_weight': WEIGHTS[kind],
+      'model.moe.num_experts': int(experts),
       'model.moe.allow_future_leak': False,
-      'trace.every_steps': max(steps // RECORDED, 1),
+      'trace.every_steps': max(preset.steps // RECORDED, 1),
       'trace.logits': True,
     }
-    yield Arm(name, overrides)
-
-
-def arms(preset: Preset) -> list[Arm]:
-  """The arms whose choices are replayed, and those with the gate."""
-  return [*_trained(preset.steps), *gate_arms.arms()]
+    trained.append(Arm(name, overrides))
+  return [*trained, *gate_arms.arms()]
 
 
 def row_name(cluster: str, kind: str, arm: str) -> str:
@@ -172,118 +155,98 @@ def rows(results: parts.Results) -> list[Row]:
   """Rows of the simulated arms, of the trained models and of the gate."""
   table = []
   for (cluster, kind), shown in SHOWN.items():
-    trained = TRAINED[cluster, FREE if kind == SKEWED else kind]
-    source = SKEWED if kind == SKEWED else TRACE
+    # Draws are those of the runs without a balance loss, by their seeds.
+    source, of_runs = (SKEWED, FREE) if kind == SKEWED else (TRACE, kind)
+    runs = results[f'{of_runs}, {CLUSTERS[cluster].num_devices} experts']
     for arm in shown:
       prefix = prefix_of(cluster, source, arm)
-      runs = results[trained]
       values = {c.name: [*map(c.of, runs)] for c in columns(prefix)}
       table.append(Row(row_name(cluster, kind, arm), values))
-  for arm in (*dict.fromkeys(TRAINED.values()), *_gate_names()):
+  for arm in (*TRAINED, *GATES):
     table.append(parts.row_of(arm, results[arm], gate_arms.COLUMNS))
   return table
 
 
-def _gate_names() -> list[str]:
-  return [arm.name for arm in gate_arms.arms()]
-
-
-def _faster(
-  text: str,
-  cluster: str,
-  arm: str,
-  than: str = '',
-  kind: str = FREE,
-  note: str = '',
-) -> Claim:
-  """A claim that an arm is faster than another one of the same choices.
-
-  Without another one it is faster than the synchronous one, as in the paper.
-  """
-  row, other, cells = row_name(cluster, kind, arm), '1', ()
-  about = 'SIMULATED.'
-  if than:
-    other = row_name(cluster, kind, than)
-  else:
-    cells = [simulate.published(CLUSTERS[cluster], arm)]
-    about = (
-      f'The paper has {"up to that, " * (arm == SHADOWED)}speed-ups of whole '
-      'iterations, measured; here is the mean of layers, SIMULATED.'
-    )
-  formula = f'{SPEED_UP}: {row} > {other}'
-  return Claim(f'{text}, on {cluster}', formula, cells, about + note)
+_CONSTRUCTED = (
+  ' By construction it is never slower; by how much it is faster is the '
+  'finding.'
+)
+# Claims about both clusters: the text; the source of the choices, an arm and
+# one that is slower ('': the synchronous one, as in the paper); a note.
+_FASTER = (
+  ('shadowing is faster', (FREE, SHADOWED, ''), ''),
+  ('the schedule is faster', (FREE, SCHEDULED, ''), ''),
+  (
+    'both together are faster',
+    (FREE, BOTH, ''),
+    " The references do not say whether the paper's has the gate.",
+  ),
+  (
+    'shadowing is faster where four experts are equally popular',
+    (SKEWED, SHADOWED, ''),
+    ' Added after the result was seen.',
+  ),
+  ('both are faster than shadowing', (FREE, BOTH, SHADOWED), ''),
+  ('both are faster than the schedule', (FREE, BOTH, SCHEDULED), ''),
+  (
+    'the best number of shadowed experts is faster than the published rule',
+    (FREE, BEST_NUMBER, SHADOWED),
+    _CONSTRUCTED,
+  ),
+  (
+    'where four experts are equally popular, the best number is faster than '
+    'the published rule',
+    (SKEWED, BEST_NUMBER, SHADOWED),
+    _CONSTRUCTED,
+  ),
+  (
+    'the gate makes both together faster still',
+    (FREE, ALL, BOTH),
+    ' The gate is imposed on the choices of a model that was trained without '
+    'it, and without a balance loss.',
+  ),
+)
 
 
 def claims() -> list[Claim]:
   """The paper's claims, simulated; gaps of its rule; the cost of its gate."""
   simulated_claims = []
+  shadowed = {c: row_name(c, FREE, SHADOWED) for c in (TREVOR, JOHNNY)}
   for cluster in (JOHNNY, TREVOR):
+    for text, (kind, arm, slower), note in _FASTER:
+      than, cells, about = row_name(cluster, kind, slower), (), 'SIMULATED.'
+      if not slower:
+        than, cells = '1', [simulate.published(CLUSTERS[cluster], arm)]
+        about = (
+          f'The paper has {"up to that, " * (arm == SHADOWED)}speed-ups of '
+          'whole iterations, measured; here is the mean of layers, SIMULATED.'
+        )
+      faster = f'{SPEED_UP}: {row_name(cluster, kind, arm)} > {than}'
+      simulated_claims.append(
+        Claim(f'{text}, on {cluster}', faster, cells, about + note)
+      )
     simulated_claims += [
-      _faster('shadowing is faster', cluster, SHADOWED),
-      _faster('the schedule is faster', cluster, SCHEDULED),
-      _faster(
-        'both together are faster',
-        cluster,
-        BOTH,
-        note=" The references do not say whether the paper's has the gate.",
-      ),
-      _faster(
-        'shadowing is faster where four experts are equally popular',
-        cluster,
-        SHADOWED,
-        kind=SKEWED,
-        note=' Added after the result was seen.',
-      ),
-      _faster('both are faster than shadowing', cluster, BOTH, SHADOWED),
-      _faster('both are faster than the schedule', cluster, BOTH, SCHEDULED),
-      _faster(
-        'the best number of shadowed experts is faster than the published rule',
-        cluster,
-        BEST_NUMBER,
-        SHADOWED,
-        note=_CONSTRUCTED,
-      ),
-      _faster(
-        'where four experts are equally popular, the best number is faster '
-        'than the published rule',
-        cluster,
-        BEST_NUMBER,
-        SHADOWED,
-        SKEWED,
-        _CONSTRUCTED,
-      ),
-      _faster(
-        'the gate makes both together faster still',
-        cluster,
-        ALL,
-        BOTH,
-        note=' The gate is imposed on the choices of a model that was trained '
-        'without it, and without a balance loss.',
-      ),
       Claim(
         f'shadowing saves more without a balance loss, on {cluster}',
-        f'{SPEED_UP}: {row_name(cluster, FREE, SHADOWED)} > '
+        f'{SPEED_UP}: {shadowed[cluster]} > '
         f'{row_name(cluster, EVEN, SHADOWED)}',
         note='SIMULATED.',
       ),
       Claim(
         f'about a fifth of the experts are shadowed, on {cluster}',
-        f'{SHADOWED_SHARE}: {row_name(cluster, FREE, SHADOWED)} = 19 within 5',
+        f'{SHADOWED_SHARE}: {shadowed[cluster]} = 19 within 5',
         ['fastermoe2022/shadowing/shadowing/experts_shadowed'],
         'SIMULATED. The bound is a quarter of the published share.',
         ['Until 2026-11-28, when the result was seen, it was 10.'],
       ),
     ]
-  shadowed = (row_name(c, FREE, SHADOWED) for c in (TREVOR, JOHNNY))
-  simulated_claims.append(
-    Claim(
-      'shadowing saves more on trevor than on johnny',
-      f'{SPEED_UP}: {" > ".join(shadowed)}',
-      [simulate.published(CLUSTERS[c], SHADOWED) for c in (TREVOR, JOHNNY)],
-      'SIMULATED. The clusters differ in devices, experts, links and peaks.',
-    )
+  more_on_trevor = Claim(
+    'shadowing saves more on trevor than on johnny',
+    f'{SPEED_UP}: {" > ".join(shadowed.values())}',
+    [simulate.published(CLUSTERS[c], SHADOWED) for c in shadowed],
+    'SIMULATED. The clusters differ in devices, experts, links and peaks.',
   )
-  return simulated_claims + gate_arms.CLAIMS
+  return [*simulated_claims, more_on_trevor, *gate_arms.CLAIMS]
 
 
 STUDY = Study(
@@ -298,8 +261,7 @@ STUDY = Study(
   claims=claims(),
   written='2026-11-28',
   figure=Figure(
-    [SPEED_UP, REACHED, SHADOWED_SHARE],
-    without=[*dict.fromkeys(TRAINED.values()), *_gate_names()],
+    [SPEED_UP, REACHED, SHADOWED_SHARE], without=[*TRAINED, *GATES]
   ),
   runner=TrainingRunner(measure),
   progress=byte_models.LOSS.name,

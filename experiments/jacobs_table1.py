@@ -94,6 +94,11 @@ COLUMNS = (
 )
 
 
+# Pairs (a, b): equation 1.a should make experts specialise more than 1.b.
+ORDER = (2, 1), (3, 1), (3, 2)
+ADDED = ['Added on 2026-11-26, when results of the others were known.']
+
+
 def _published(text: str, row: str, sign: str, than: str) -> Claim:
   """A claim of the paper about epochs of two systems, at their best rates."""
   names = [name.removesuffix(', competitive') for name in (row, than)]
@@ -106,9 +111,6 @@ def _own(text: str, compared: str, changes: Sequence[str] = ()) -> Claim:
   return Claim(text, compared, note='The paper has no number.', changes=changes)
 
 
-# Pairs (a, b): equation 1.a should make experts specialise more than 1.b.
-ORDER = (2, 1), (3, 1), (3, 2)
-ADDED = ['Added on 2026-11-26, when results of the others were known.']
 CLAIMS = (
   _published('4 experts need fewer epochs', FOUR, '<', BP_6),
   _published('8 experts need fewer epochs', EIGHT, '<', BP_12),
@@ -231,36 +233,38 @@ def rows(results: parts.Results) -> list[Row]:
   A run that never reached the criterion counts with its number of epochs, which
   is less than it would have needed.
   """
-  rows = []
-  for name in ROWS:
-    runs, base = results[name], results[BP_6 + SHARED * name.endswith(SHARED)]
-    values = {column.name: [*map(column.of, runs)] for column in COLUMNS}
-    epochs = np.array(values['epochs'])
-    deviation = epochs.std(ddof=min(1, len(epochs) - 1))
-    values['SD of epochs'] = [deviation] * len(epochs)
-    of_base = np.array([run['epochs'] for run in base], float)
-    values['epochs over BP, 6 hidden'] = list(ratios(epochs, of_base))
-    rows.append(Row(name, values))
-  return rows
+  epochs = {
+    name: np.array([run['epochs'] for run in results[name]], float)
+    for name in ROWS
+  }
+  table = []
+  for name, own in epochs.items():
+    base = epochs[BP_6 + SHARED * name.endswith(SHARED)]
+    values = dict(STUDY.row_of(Arm(name, {}), results).values)
+    deviation = own.std(ddof=min(1, len(own) - 1))
+    values['SD of epochs'] = [deviation] * len(own)
+    values['epochs over BP, 6 hidden'] = ratios(own, base).tolist()
+    table.append(Row(name, values))
+  return table
 
 
 def remarks(results: parts.Results) -> str:
   """Text below the table: runs that failed, and what the columns mean."""
-  failures, last = [], 0
+  failed, missed = [], []
   for name in ROWS:
-    missed = [run['epochs'] for run in results[name] if not run['reached']]
-    if missed:
-      last = int(max(missed))
-      failures.append(f'{name}: {len(missed)} of {len(results[name])}')
-  failed = 'All runs reached the criterion.'
-  if failures:
-    failed = (
-      f'Runs that did not reach the criterion in {last:,} epochs, and count as '
-      f'if they did at the last: {"; ".join(failures)}.'
+    epochs = [run['epochs'] for run in results[name] if not run['reached']]
+    if epochs:
+      failed.append(f'{name}: {len(epochs)} of {len(results[name])}')
+      missed += epochs
+  text = 'All runs reached the criterion.'
+  if failed:
+    text = (
+      f'Runs that did not reach the criterion in {int(max(missed)):,} epochs, '
+      f'and count as if they did at the last: {"; ".join(failed)}.'
     )
   rates = dict.fromkeys(name.partition(AT_RATE)[2] for name in results)
-  text = (
-    f'{failed} Rates were chosen among {", ".join(filter(None, rates))} with '
+  text += (
+    f' Rates were chosen among {", ".join(filter(None, rates))} with '
     f'{len(EXPLORED)} seeds that are not reported. "In use" is the likeliest '
     'expert of more than 1 % of training cases, "ever heard" one with a '
     'proportion above 1 % in any, "alone" what the likeliest expert of each '

@@ -2,12 +2,11 @@
 
     python -m experiments.report
 
-Copies `results/<study>/full/summary.json` of every study that has one, or that
-of its preset `long`, with its figure, to `experiments/results`, and writes
-`experiments/RESULTS.md` from all summaries there; a study that was not run
-again keeps its earlier summary. Claims are judged as the study
-has them today, and figures drawn. The page refuses to mix corpora: studies of
-one task must have seen the same bytes.
+Copies `results/<study>/full/summary.json` of every study that has one, with its
+figure, to `experiments/results`, and writes `experiments/RESULTS.md` from all
+summaries there; a study that was not run again keeps its earlier summary.
+Claims are judged as the study has them today, and figures drawn. The page
+refuses to mix corpora: studies of one task must have seen the same bytes.
 """
 
 import importlib
@@ -31,12 +30,11 @@ KEPT = 'results'
 PAGE = 'RESULTS.md'
 MISSES = 'misses.md'
 BENCHMARKS = 'benchmarks'
-# The presets whose results are reported; of those that a study has the last.
-PRESETS = ('full', 'long')
+PRESET = 'full'
 _ABOUT = """\
 These are published tables that were run again at a size that two cores can
 train; `python -m experiments.report` makes this page from the result of each
-study's full preset, or its long one. Models here are thousands of times smaller
+study's full preset. Models here are thousands of times smaller
 than the papers', so it is directions that are compared, never values. A
 direction counts as reproduced only where the paired 95 % interval of the
 difference excludes zero on the paper's side; else it is "opposite" or "not
@@ -55,12 +53,9 @@ command that made it, and with its device and date: the code has changed since.
 
 
 def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Paths of the summaries of the largest reported preset, by study."""
-  return {
-    path.parts[-3]: path
-    for preset in PRESETS
-    for path in sorted(results.glob(f'*/{preset}/{study_results.SUMMARY}'))
-  }
+  """Paths of the summaries of full presets, by study."""
+  paths = sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}'))
+  return {path.parts[-3]: path for path in paths}
 
 
 def collect(results: pathlib.Path, archive: pathlib.Path) -> None:
@@ -100,7 +95,7 @@ def read(
   if not summaries:
     folders = ' or '.join(str(f) for f in (results, archive) if f)
     raise InputError(
-      f'no results of a study with --preset={PRESETS[0]} in {folders}'
+      f'no results of a study with --preset={PRESET} in {folders}'
     )
   names: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:

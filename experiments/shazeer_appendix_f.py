@@ -30,8 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import path_aware_map
 
 from experiments import shazeer_table7
 from experiments.study import byte_models, command, parts, routing
@@ -39,8 +38,8 @@ from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.routers import StrictlyBalanced
-from moe_jax.layers.routers.contract import ROUTING
 from moe_jax.models import LstmLm
+from moe_jax.models.recorded import recording
 from moe_jax.runs.summary import Batch
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -51,9 +50,9 @@ Variables = dict[str, Any]
 
 def config(steps: int):
   """The config that the rows share."""
-  config = shazeer_table7.config(steps).unlock()
-  config.model.moe.num_experts, config.model.moe.num_selected = E, K
-  return config.lock()
+  config = shazeer_table7.config(steps)
+  config.model.moe.update(num_experts=E, num_selected=K)
+  return config
 
 
 def arms(_: Preset) -> list[Arm]:
@@ -79,16 +78,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
   See `compare` for the numbers.
   """
-  B = run.options.batch_size
-  examples = routing.spread_rows(run, 2 * B)
-  batch, other_batch = (
-    {key: jnp.asarray(value[part]) for key, value in examples.items()}
-    for part in (slice(None, B), slice(B, None))
-  )
-  half = batch['tokens'].shape[1] // 2
-  elsewhere = batch | {
-    'tokens': batch['tokens'].at[:, half:].set(other_batch['tokens'][:, half:])
-  }
+  B, half = run.options.batch_size, run.options.data.seq_len // 2
+  rows = jax.tree.map(jnp.asarray, routing.spread_rows(run, 2 * B))
+  batch = {name: values[:B] for name, values in rows.items()}
+  other_ends = rows['tokens'][B:, half:]
+  elsewhere = batch | {'tokens': batch['tokens'].at[:, half:].set(other_ends)}
   return compare(run.model, run.programs.variables(state), batch, elsewhere)
 
 
@@ -115,26 +109,29 @@ def compare(
     - foreseen: loss of the first halves, with training's choices, where another
       row's second half follows, less that where their own does; in nats a byte.
   """
-  apply = functools.partial(_apply, model)
-  real = (batch['segment_ids'] > 0).reshape(-1)
-  (as_trained, trained), (as_inferred, inferred) = (
-    apply(variables, batch, train) for train in (True, False)
-  )
-  followed = apply(variables, elsewhere, True)[0]
-  half = followed.shape[1] // 2
+  real = batch['segment_ids'] > 0
+  as_trained, trained = _apply(model, variables, batch, True)
+  as_inferred, inferred = _apply(model, variables, batch, False)
+  followed, _ = _apply(model, variables, elsewhere, True)
   trained, inferred = trained[real], inferred[real]
+  # The last byte of a first half predicts one of the second half, which may
+  # have been replaced.
+  last = batch['tokens'].shape[1] // 2 - 1
+  first_weights = batch['loss_weights'].at[:, last:].set(0.0)
+  first_halves = batch | {'loss_weights': first_weights}
   numbers = {
     'agreement': agreement(trained, inferred),
     'experts': inferred.sum(-1).mean(),
     'none': (~inferred.any(-1)).mean(),
-    'lost': _loss(as_inferred, batch) - _loss(as_trained, batch),
-    'foreseen': _loss(followed, batch, half) - _loss(as_trained, batch, half),
+    'lost': routing.mean_loss(as_inferred, batch)
+    - mean_loss(as_trained, batch),
+    'foreseen': routing.mean_loss(followed, first_halves)
+    - routing.mean_loss(as_trained, first_halves),
   }
   if isinstance(model.stacks.moe.router, StrictlyBalanced):
     at_start = with_thresholds(variables, 1 / E)
-    numbers['unlearned'] = agreement(
-      trained, apply(at_start, batch, False)[1][real]
-    )
+    _, unlearned = _apply(model, at_start, batch, False)
+    numbers['unlearned'] = agreement(trained, unlearned[real])
   return {name: float(value) for name, value in numbers.items()}
 
 
@@ -142,49 +139,27 @@ def compare(
 def _apply(
   model: LstmLm, variables: Variables, batch: Batch, train: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """The logits [B, T, V] of a batch, and the choices of the router."""
-  (logits, _), collections = model.apply(
+  """The logits [B, T, V], and which experts a token has, bool [B, T, E]."""
+  (logits, _), choices = recording(
+    model,
     variables,
     **model.inputs(batch),
     train=train,
     rngs={name: jax.random.key(7) for name in ('router', 'dropout')},
-    mutable=['intermediates'],
   )
-  return logits, chosen(collections)
+  (layer,) = (choices or {}).values()
+  # The index -1, of no expert, is a row of zeros.
+  return logits, jax.nn.one_hot(layer.expert, E, dtype=bool).any(-2)
 
 
 def with_thresholds(variables: Variables, value: float) -> Variables:
   """The variables with all learned thresholds of the router set to `value`."""
-  flat = flatten_dict(variables)
-  (name,) = (path for path in flat if path[-1] == 'b_threshold')
-  return unflatten_dict(flat | {name: jnp.full_like(flat[name], value)})
-
-
-def _loss(logits, batch: Batch, until: int | None = None) -> jax.Array:
-  """Mean loss in nats a byte, of the first `until` bytes of each row or all."""
-  cut = slice(None, until)
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits[:, cut], batch['targets'][:, cut]
+  return path_aware_map(
+    lambda path, leaf: (
+      jnp.full_like(leaf, value) if path[-1] == 'b_threshold' else leaf
+    ),
+    variables,
   )
-  weights = batch['loss_weights'][:, cut]
-  # The last byte of a first half predicts one of the second half, which may
-  # have been replaced.
-  weights = weights if until is None else weights.at[:, -1].set(0.0)
-  return (nats * weights).sum() / weights.sum()
-
-
-def chosen(collections) -> jax.Array:
-  """Choices of the model's only router, bool [N, E], from intermediates."""
-  (router,) = (
-    value['moe']['router']
-    for value in collections['intermediates'].values()
-    if 'moe' in value
-  )
-  (routing,) = router[ROUTING]
-  if routing.token_index is None:
-    index = routing.expert_index.reshape(-1, K)
-    return jax.nn.one_hot(index, E).sum(1) > 0
-  return routing.slot_shares().any(-1).reshape(-1, E)
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ TWO_LEVELS = 'MoE-32-h'
 
 def config(steps: int):
   """The config that the rows share: the paper's, narrower and shorter."""
-  config = shazeer_lstm.get_config('MoE-32').unlock()
+  config = shazeer_lstm.get_config('MoE-32')
   config.model.width = 48
   config.model.dropout = 0.0
   config.model.lstm.unroll = 4
@@ -44,7 +44,7 @@ def config(steps: int):
   byte_models.shorten(config, steps)
   config.sample.num_tokens = 0
   config.evals = {byte_models.EVAL: byte_models.evaluation()}
-  return config.lock()
+  return config
 
 
 def arms(_: Preset) -> list[Arm]:

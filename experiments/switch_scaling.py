@@ -21,18 +21,16 @@ model gains time, and 64 experts lose 8 ± 3 % of it, as a step of so narrow a
 model costs 1.3 to 2.1 dense ones on a CPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
-from experiments.time_to_loss.annealed import ratio_to
 
 # Pairs (E, K). K experts together have the hidden width of the dense twin.
-SWITCH = [(2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1)]
-TOP_2 = [(16, 2), (64, 2)]
-QUICK_WITHOUT = [f'{model},*' for model in ('top-1 of 2', 'top-1 of 8')]
-QUICK_WITHOUT += ['top-1 of 32,*', 'top-2 of 16,*']
+MODELS = [*((E, 1) for E in (2, 4, 8, 16, 32, 64)), (16, 2), (64, 2)]
 # Lengths of runs, as fractions of the dense twin's steps.
 LENGTHS = (0.3, 0.6, 1.0)
 HIDDEN = 128
@@ -49,62 +47,81 @@ def config(steps: int):
 def arms(preset: Preset) -> list[Arm]:
   """An arm for each model and length; the dense twin has the full length."""
   arms = [byte_models.dense()]
-  for E, K in SWITCH + TOP_2:
+  for E, K in MODELS:
     for length in LENGTHS:
-      name = arm_name(E, K, length)
-      arm = byte_models.top_k(name, K, HIDDEN, {'num_experts': E})
+      arm = byte_models.top_k(
+        arm_name(E, K, length), K, HIDDEN, {'num_experts': E}
+      )
       steps = {'total_steps': round(length * preset.steps)}
       arms.append(Arm(arm.name, {**arm.overrides, **steps}))
   return arms
 
 
-def model_name(E: int, K: int) -> str:
-  """Name of a model's row."""
-  return f'top-{K} of {E}'
-
-
-def arm_name(E: int, K: int, length: float) -> str:
+def arm_name(E: int, K: int, length: float = 1.0) -> str:
   """Name of the arm of a model trained for one length."""
-  return f'{model_name(E, K)}, {length} of the steps'
+  return f'top-{K} of {E}, {length} of the steps'
 
 
 def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each model, with its steps and seconds to the dense loss."""
-  target = STUDY.row_of(byte_models.dense(), results).values['loss']
-  rows = [Row('dense', {'loss': target, TIME: [1.0] * len(target)})]
-  for E, K in SWITCH + TOP_2:
-    arms = [arm_name(E, K, length) for length in LENGTHS]
-    if arms[-1] not in results:
+
+  def losses(arm: str) -> np.ndarray:
+    return np.array([*map(byte_models.LOSS.of, results[arm])])
+
+  target = losses('dense')
+  values = {'loss': target, TIME: np.ones(len(target))}
+  table = [Row('dense', {k: v.tolist() for k, v in values.items()})]
+  for E, K in MODELS:
+    if arm_name(E, K) not in results:
       continue
-    losses = [
-      STUDY.row_of(Arm(arm, {}), results).values['loss'] for arm in arms
-    ]
-    step = times[arms[-1]]
-    ratios = [
-      ratio_to(goal, LENGTHS, by_length)
-      for goal, *by_length in zip(target, *losses, strict=True)
-    ]
-    shorter, whole = (
-      [loss - twin for loss, twin in zip(of_length, target, strict=True)]
-      for of_length in (losses[1], losses[-1])
+    by_length = [losses(arm_name(E, K, length)) for length in LENGTHS]
+    steps = np.array(
+      [
+        ratio_to(goal, LENGTHS, seed_losses)
+        for goal, *seed_losses in zip(target, *by_length, strict=True)
+      ]
     )
+    step_time = times[arm_name(E, K)]
     values = {
-      'loss': losses[-1],
-      'minus dense': whole,
-      SHORT: shorter,
-      STEPS: ratios,
-      SECONDS: [ratio * step for ratio in ratios],
-      TIME: [step] * len(ratios),
+      'loss': by_length[-1],
+      'minus dense': by_length[-1] - target,
+      SHORT: by_length[1] - target,
+      STEPS: steps,
+      SECONDS: steps * step_time,
+      TIME: np.full(len(steps), step_time),
     }
     line = 'Switch' if K == 1 else f'top-{K}'
-    rows.append(Row(model_name(E, K), values, line, float(E)))
-  return rows
+    row_values = {k: v.tolist() for k, v in values.items()}
+    table.append(Row(f'top-{K} of {E}', row_values, line, float(E)))
+  return table
+
+
+def ratio_to(
+  target: float, lengths: Sequence[float], losses: Sequence[float]
+) -> float:
+  """The length of training at which the loss would be `target`.
+
+  This is a prediction: the loss is taken as linear in the logarithm of the
+  length, between the two lengths around the target or, beyond the ends, through
+  the nearest two. NaN where the loss does not fall between these two.
+
+  Args:
+    target: Loss to reach.
+    lengths: Lengths of training, ascending.
+    losses: Final loss at each length.
+  """
+  logs = np.log(lengths)
+  above = sum(loss > target for loss in losses)
+  i = int(np.clip(above, 1, len(losses) - 1))
+  slope = (losses[i] - losses[i - 1]) / (logs[i] - logs[i - 1])
+  if not slope < 0:
+    return float('nan')
+  return float(np.exp(logs[i] + (target - losses[i]) / slope))
 
 
 TIME = 'step time / dense'
 SHORT = f'minus dense, at {LENGTHS[1]} of its steps'
 SPEEDUP = 'switch2021/scaling/64E'
-INVERSE = 'Their ratio is the inverse of the published speed-up.'
 OTHER_TIME = (
   "A question of our own: the paper's speed-up in time is that of a system of "
   'many accelerators, with which a CPU has nothing in common.'
@@ -119,7 +136,7 @@ STUDY = Study(
     'quick': Preset(
       500,
       2,
-      without=QUICK_WITHOUT,
+      without=[*(f'top-1 of {E},*' for E in (2, 8, 32)), 'top-2 of 16,*'],
       underpowered='after 500 steps the gap has hardly opened',
     ),
     'full': Preset(2500, 3),
@@ -137,7 +154,7 @@ STUDY = Study(
       '64 experts reach the dense loss in fewer steps',
       f'{STEPS}: top-1 of 64 < 1',
       [f'{SPEEDUP}/step_speedup'],
-      INVERSE,
+      'Their ratio is the inverse of the published speed-up.',
     ),
     Claim(
       '64 experts reach the dense loss in less time',
@@ -147,8 +164,7 @@ STUDY = Study(
     ),
     Claim('few experts help already', f'{STEPS}: top-1 of 4 < 1'),
     Claim(
-      'more experts, lower loss: 16 against 4',
-      'loss: top-1 of 16 < top-1 of 4',
+      'more experts, lower loss: 16 against 4', 'loss: top-1 of 16 < top-1 of 4'
     ),
     Claim(
       'more experts, lower loss: 64 against 16',
@@ -167,7 +183,7 @@ STUDY = Study(
     'is one number, its quartiles above.'
   ),
   written='2026-11-25',
-  timed=['dense', *(arm_name(E, K, 1.0) for E, K in SWITCH + TOP_2)],
+  timed=['dense', *(arm_name(E, K) for E, K in MODELS)],
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -89,46 +89,59 @@ def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
   The dense twin has rows at equal steps, at more steps and at equal time.
   """
 
-  def row(name, arm, line='', x=None):
-    values = dict(STUDY.row_of(Arm(arm, {}, line, x), results).values)
+  def row(name: str, arm: str, line: str = '', x: float | None = None) -> Row:
+    values = dict(STUDY.row_of(Arm(arm, {}), results).values)
     if arm in times:
       values[TIME] = [times[arm]] * len(results[arm])
     return Row(name, values, line, x)
 
-  rows = [row(name, name) for name in ('dense', *LONGER.values())]
+  table = [row(name, name) for name in ('dense', *LONGER.values())]
   # For each seed the dense twin's losses at the three lengths.
-  twins = list(zip(*(twin.values['loss'] for twin in rows), strict=True))
-  for model, unit, leaks in (
+  twins = list(zip(*(twin.values['loss'] for twin in table), strict=True))
+  for model, suffix, unit in (
     ('Switch', '', ''),
-    (WIDE, ' a token', LEAKS),
-    (TOP2, ' an assignment', LEAKS),
+    (WIDE, LEAKS, ' a token'),
+    (TOP2, LEAKS, ' an assignment'),
   ):
-    line = model + leaks + f', slots{unit}' * bool(unit)
+    line = model + suffix + f', slots{unit}' * bool(unit)
     for factor in FACTORS:
       arm = f'{model} {factor}'
       if arm in results:  # a quick preset leaves some out
-        name = f'{model}{leaks}, CF {factor}{unit}'
-        rows.append(row(name, arm, line, factor))
+        name = f'{model}{suffix}, CF {factor}{unit}'
+        table.append(row(name, arm, line, factor))
   for arm in TIMED[1:]:
     log_seconds = np.log(times[arm])
     losses = [
       float(np.interp(log_seconds, np.log([1.0, *LONGER]), t)) for t in twins
     ]
     values = {'loss': losses, TIME: [times[arm]] * len(losses)}
-    rows.append(Row(f'dense, in the time of {arm}', values))
-  return rows
+    table.append(Row(f'dense, in the time of {arm}', values))
+  return table
 
 
-def claim(text: str, compared: str, *models: str) -> Claim:
-  """A claim with two rows of the paper's table, after 100k steps.
+def switch(factor: float) -> str:
+  """The name of Switch's row at a capacity factor."""
+  return f'Switch, CF {factor}'
 
-  Args:
-    text: Text of the claim.
-    compared: Comparison of rows of our table; see `Claim`.
-    *models: Names of the paper's rows.
-  """
-  cells = [f'switch2021/table1/{model}/nlp_100k' for model in models]
-  return Claim(text, compared, cells)
+
+def top_2(factor: float) -> str:
+  """The name of the row of top-2 with experts as wide, factors per token."""
+  return f'{WIDE}{LEAKS}, CF {factor} a token'
+
+
+# The paper's rows.
+PUBLISHED = {
+  'dense': 'T5-Base',
+  **{switch(factor): f'Switch CF {factor}' for factor in FACTORS},
+  **{top_2(factor): f'MoE CF {factor}' for factor in FACTORS},
+}
+
+
+def claim(text: str, better: str, worse: str) -> Claim:
+  """A claim about two rows of the paper's table, after 100k steps."""
+  rows = [PUBLISHED[better], PUBLISHED[worse]]
+  cells = [f'switch2021/table1/{row}/nlp_100k' for row in rows]
+  return Claim(text, f'loss: {better} < {worse}', cells)
 
 
 TIME = 'step time / dense'
@@ -158,53 +171,20 @@ STUDY = Study(
     Column(TIME, digits=2),
   ],
   claims=[
+    claim('Switch beats dense at equal FLOPs', switch(1.25), 'dense'),
     claim(
-      'Switch beats dense at equal FLOPs',
-      'loss: Switch, CF 1.25 < dense',
-      'Switch CF 1.25',
-      'T5-Base',
-    ),
-    claim(
-      'top-2 beats dense, with twice the rows to multiply',
-      f'loss: {WIDE}{LEAKS}, CF 2.0 a token < dense',
-      'MoE CF 2.0',
-      'T5-Base',
+      'top-2 beats dense, with twice the rows to multiply', top_2(2.0), 'dense'
     ),
     Claim(
       'Switch beats dense in equal time',
-      'loss: Switch, CF 1.25 < dense, in the time of Switch 1.25',
+      f'loss: {switch(1.25)} < dense, in the time of Switch 1.25',
       note='The paper has hours to a quality, which T5-Base never reaches.',
     ),
-    claim(
-      'top-2 beats Switch at CF 2',
-      f'loss: {WIDE}{LEAKS}, CF 2.0 a token < Switch, CF 2.0',
-      'MoE CF 2.0',
-      'Switch CF 2.0',
-    ),
-    claim(
-      'Switch beats top-2 at CF 1.25',
-      f'loss: Switch, CF 1.25 < {WIDE}{LEAKS}, CF 1.25 a token',
-      'Switch CF 1.25',
-      'MoE CF 1.25',
-    ),
-    claim(
-      'Switch beats top-2 at CF 1',
-      f'loss: Switch, CF 1.0 < {WIDE}{LEAKS}, CF 1.0 a token',
-      'Switch CF 1.0',
-      'MoE CF 1.0',
-    ),
-    claim(
-      'more room helps Switch, 1 to 1.25',
-      'loss: Switch, CF 1.25 < Switch, CF 1.0',
-      'Switch CF 1.25',
-      'Switch CF 1.0',
-    ),
-    claim(
-      'more room helps top-2, 1 to 2',
-      f'loss: {WIDE}{LEAKS}, CF 2.0 a token < {WIDE}{LEAKS}, CF 1.0 a token',
-      'MoE CF 2.0',
-      'MoE CF 1.0',
-    ),
+    claim('top-2 beats Switch at CF 2', top_2(2.0), switch(2.0)),
+    claim('Switch beats top-2 at CF 1.25', switch(1.25), top_2(1.25)),
+    claim('Switch beats top-2 at CF 1', switch(1.0), top_2(1.0)),
+    claim('more room helps Switch, 1 to 1.25', switch(1.25), switch(1.0)),
+    claim('more room helps top-2, 1 to 2', top_2(2.0), top_2(1.0)),
   ],
   figure=Figure(
     ['loss', 'dropped'], 'capacity factor: slots a token, or as said'

@@ -25,14 +25,9 @@ steps, was planned for 18 minutes on two idle cores; its runs took 58 core
 minutes. The claims were written before any run.
 """
 
-import dataclasses
+import numpy as np
 
-from experiments.stmoe_tables2_4 import (
-  MEANING,
-  STABILITY,
-  stability,
-  tolerant,
-)
+from experiments.stmoe_tables2_4 import MEANING, STABILITY, stability, tolerant
 from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.jobs import nested
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
@@ -74,17 +69,13 @@ def config(steps: int):
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each precision and rate."""
-  return [
-    Arm(
-      name + rate,
-      {
-        'optimizer.learning_rate': peak,
-        **{f'model.{key}': value for key, value in changes.items()},
-      },
-    )
-    for rate, peak in RATES.items()
-    for name, changes in PRECISIONS.items()
-  ]
+  arms = []
+  for rate, peak in RATES.items():
+    for name, changes in PRECISIONS.items():
+      overrides = {f'model.{key}': value for key, value in changes.items()}
+      overrides['optimizer.learning_rate'] = peak
+      arms.append(Arm(name + rate, overrides))
+  return arms
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -96,13 +87,12 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     flipped = router_logits.changed(run, state, exact, other)
     for layer, share in flipped.items():
       numbers[f'routing/layer_{layer}/{name}'] = share
-  (half,) = counts.halves(run.model, run.options.data.seq_len)
-  size = run.options.batch_size
-  exchange_bytes = memory.all_to_all_bytes(half, size, E)
-  tokens = size * run.options.data.seq_len
+  B, T = run.options.batch_size, run.options.data.seq_len
+  (half,) = counts.halves(run.model, T)
   for layer in run.model.stacks.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.
-    numbers[f'routing/layer_{layer}/moved'] = 4 * E * exchange_bytes / tokens
+    moved = 4 * E * memory.all_to_all_bytes(half, B, E) / (B * T)
+    numbers[f'routing/layer_{layer}/moved'] = moved
   return numbers
 
 
@@ -110,15 +100,13 @@ def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with what the router adds and what evaluation does."""
   table = []
   for name, runs in results.items():
-    row = STUDY.row_of(Arm(name, {}), results)
-    whole, outside = (row.values[column] for column in FLIPPED.values())
-    differences = {
-      MORE: [a - b for a, b in zip(whole, outside, strict=True)],
-      AFTER: [
-        run[f'eval/{LOW}/loss'] - run[f'eval/{EXACT}/loss'] for run in runs
-      ],
-    }
-    table.append(dataclasses.replace(row, values={**row.values, **differences}))
+    values = dict(STUDY.row_of(Arm(name, {}), results).values)
+    whole, outside = (values[column] for column in FLIPPED.values())
+    values[MORE] = np.subtract(whole, outside).tolist()
+    values[AFTER] = [
+      run[f'eval/{LOW}/loss'] - run[f'eval/{EXACT}/loss'] for run in runs
+    ]
+    table.append(Row(name, values))
   return table
 
 
@@ -145,10 +133,7 @@ def claims() -> list[Claim]:
       'a higher rate makes larger logits',
       f'{LOGIT}: {EXACT}{LAST} > {EXACT}{FIRST}',
     ),
-    Claim(
-      'bfloat16 in evaluation alone costs',
-      f'{AFTER}: {EXACT}{FIRST} > 0',
-    ),
+    Claim('bfloat16 in evaluation alone costs', f'{AFTER}: {EXACT}{FIRST} > 0'),
   ]
 
 
@@ -160,10 +145,7 @@ STUDY = Study(
   config=config,
   arms=arms,
   rows=rows,
-  presets={
-    'quick': parts.trial(60, 3, [f'*{LAST}']),
-    'full': Preset(400, 5),
-  },
+  presets={'quick': parts.trial(60, 3, [f'*{LAST}']), 'full': Preset(400, 5)},
   columns=[
     byte_models.LOSS,
     *STABILITY,

@@ -22,28 +22,19 @@ Three seeds of the quick preset tell no spreads apart. The full preset, 8 arms,
 took 53 core minutes. The claims were written before any run.
 """
 
-import dataclasses
-
 import numpy as np
 
-from experiments.study import byte_models, command, finetuned, parts
+from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 
 SCALES = {'1.0x': 1.0, '0.1x': 0.1}
-RATES = {'': 0.01, ', raised rate': 0.03}
+RAISED = ', raised rate'
+RATES = {'': 0.01, RAISED: 0.03}
 MODELS = {'dense': {'model.moe.num_experts': 0}, 'sparse': {}}
 DISTANCE = 'distance from the median'
-
-
-def arm_name(model: str, scale: str, rate: str = '') -> str:
-  """The name of a row: 'sparse, 0.1x, raised rate'."""
-  return f'{model}, {scale}{rate}'
-
-
-def gain(model: str, rate: str = '') -> str:
-  """The name of the row of 1.0x minus 0.1x of a model."""
-  return f'{model}, 1.0x minus 0.1x{rate}'
+# What stands between model and rate in the names of rows of differences.
+GAIN = ', 1.0x minus 0.1x'
 
 
 def config(steps: int):
@@ -54,94 +45,59 @@ def config(steps: int):
 
 
 def arms(_: Preset) -> list[Arm]:
-  """An arm for each model, rate and scale of the initialisation."""
+  """An arm for each model, rate and scale: 'sparse, 0.1x, raised rate'."""
+  scale, peak = 'model.numerics.init.scale', 'optimizer.learning_rate'
   return [
-    Arm(
-      arm_name(model, scale, rate),
-      {
-        **changes,
-        'model.numerics.init.scale': value,
-        'optimizer.learning_rate': peak,
-      },
-    )
+    Arm(f'{model}, {s}{rate}', {**changes, scale: SCALES[s], peak: RATES[rate]})
     for model, changes in MODELS.items()
-    for rate, peak in RATES.items()
-    for scale, value in SCALES.items()
+    for rate in RATES
+    for s in SCALES
   ]
 
 
 def rows(results: parts.Results) -> list[Row]:
   """A row of each arm with its spread, and of what the scale is worth."""
-  by_name = {}
-  for name in results:
-    row = STUDY.row_of(Arm(name, {}), results)
-    losses = np.array(row.values['loss'])
+  table, gains = {}, []
+  for arm in results:
+    values = STUDY.row_of(Arm(arm, {}), results).values
+    losses = np.array(values['loss'])
     distance = np.abs(losses - np.median(losses)).tolist()
-    values = {**row.values, DISTANCE: distance}
-    by_name[name] = dataclasses.replace(row, values=values)
-  gains = []
+    table[arm] = Row(arm, {**values, DISTANCE: distance})
   for model in MODELS:
     for rate in RATES:
-      usual, small = (by_name.get(arm_name(model, s, rate)) for s in SCALES)
-      if usual and small:
-        difference = finetuned.minus(gain(model, rate), usual, small)
-        only = {'loss': difference.values['loss']}
-        gains.append(dataclasses.replace(difference, values=only))
-  return [*by_name.values(), *gains]
-
-
-def claim(
-  text: str, column: str, smaller: str, larger: str, published: str = ''
-) -> Claim:
-  """A claim that one row's number is below another's.
-
-  Args:
-    text: Text of the claim.
-    column: Name of the column.
-    smaller: Name of the row with the smaller number.
-    larger: Name of the other row.
-    published: Name of the paper's column, of both scales; '' where it has none.
-  """
-  cells = [f'switch2021/table3/{s}/{published}' for s in ('0.1x', '1.0x')]
-  cells = cells if published else []
-  return Claim(text, f'{column}: {smaller} < {larger}', cells)
+      names = [f'{model}, {scale}{rate}' for scale in SCALES]
+      if table.keys() >= {*names}:
+        usual, small = (table[name].values['loss'] for name in names)
+        gain = {'loss': np.subtract(usual, small).tolist()}
+        gains.append(Row(f'{model}{GAIN}{rate}', gain, difference=True))
+  return [*table.values(), *gains]
 
 
 def claims() -> list[Claim]:
   """The paper's claims at both rates, and ours about the dense twin."""
   paper_claims = []
   for rate in RATES:
-    small, usual = (arm_name('sparse', s, rate) for s in ('0.1x', '1.0x'))
-    paper_claims += [
-      claim(f'0.1x has a lower loss{rate}', 'loss', small, usual, 'nlp'),
-      claim(f'0.1x has less spread{rate}', DISTANCE, small, usual, 'sd'),
-      claim(
-        f'the smaller scale is worth more to the sparse model{rate}',
-        'loss',
-        gain('dense', rate),
-        gain('sparse', rate),
-      ),
-    ]
-  raised = ', raised rate'
+    small, usual = f'sparse, 0.1x{rate}', f'sparse, 1.0x{rate}'
+    for text, column, cell in (
+      ('0.1x has a lower loss', 'loss', 'nlp'),
+      ('0.1x has less spread', DISTANCE, 'sd'),
+    ):
+      cells = [f'switch2021/table3/{s}/{cell}' for s in ('0.1x', '1.0x')]
+      compared = f'{column}: {small} < {usual}'
+      paper_claims.append(Claim(text + rate, compared, cells))
+    text = f'the smaller scale is worth more to the sparse model{rate}'
+    compared = f'loss: dense{GAIN}{rate} < sparse{GAIN}{rate}'
+    paper_claims.append(Claim(text, compared))
   return [
     *paper_claims,
-    claim(
+    Claim(
       'the dense model has a lower loss at 0.1x, too, at the raised rate',
-      'loss',
-      arm_name('dense', '0.1x', raised),
-      arm_name('dense', '1.0x', raised),
+      f'loss: dense, 0.1x{RAISED} < dense, 1.0x{RAISED}',
     ),
-    claim(
-      'sparse beats dense at 0.1x',
-      'loss',
-      arm_name('sparse', '0.1x'),
-      arm_name('dense', '0.1x'),
-    ),
-    claim(
+    Claim('sparse beats dense at 0.1x', 'loss: sparse, 0.1x < dense, 0.1x'),
+    Claim(
       'at 1.0x the raised rate spreads sparse runs more',
-      DISTANCE,
-      arm_name('sparse', '1.0x'),
-      arm_name('sparse', '1.0x', raised),
+      f'{DISTANCE}: sparse, 1.0x < sparse, 1.0x{RAISED}',
     ),
   ]
 

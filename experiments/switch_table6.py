@@ -46,19 +46,16 @@ STARTED = 'distilled, non-expert start'
 MIXED = 'distilled, non-expert start, mixed labels'
 JOINED = 'distilled, concatenated start, mixed labels'
 # Options of `config.distill`, by arm.
-_SOFT = {'hard_weight': 0.0, 'soft_weight': 1.0}
-_HARD = {'hard_weight': 1.0, 'soft_weight': 0.0}
 STUDENTS = {
-  PLAIN: {**_SOFT, 'start': 'none'},
-  STARTED: {**_SOFT, 'start': 'non_experts'},
+  PLAIN: {'hard_weight': 0.0, 'soft_weight': 1.0, 'start': 'none'},
+  STARTED: {'hard_weight': 0.0, 'soft_weight': 1.0, 'start': 'non_experts'},
   MIXED: {'start': 'non_experts'},
   JOINED: {'start': 'concatenated'},
-  ALONE: {**_HARD, 'start': 'non_experts'},
+  ALONE: {'hard_weight': 1.0, 'soft_weight': 0.0, 'start': 'non_experts'},
 }
 GAIN = Column('gain', unit='nats/byte')
 SHARE = Column('share kept', unit='% of gain', digits=1)
 PARAMETERS = 'parameters'
-_PAPER = 'switch2021/table6'
 BEHIND = (
   "A student that begins with its teacher's weights has the teacher's steps "
   'behind it, which the dense twin has not, and reads the batches that the '
@@ -141,7 +138,13 @@ def gain_of(results: parts.Results, name: str) -> np.ndarray:
   return losses(results, DENSE) - losses(results, name)
 
 
-def row_of(results: parts.Results, name: str, teacher: str, **row: Any) -> Row:
+def row_of(
+  results: parts.Results,
+  name: str,
+  teacher: str,
+  line: str = '',
+  x: float | None = None,
+) -> Row:
   """The row of a run, with its gain and the share of a teacher's.
 
   The share is NaN, which stays empty, unless the interval of the teacher's gain
@@ -151,22 +154,18 @@ def row_of(results: parts.Results, name: str, teacher: str, **row: Any) -> Row:
     results: The results of all runs.
     name: The name of the run.
     teacher: The name of the teacher whose gain is the denominator.
-    **row: Other fields of the row; `values` are added to its own.
+    line: Name of the figure's line, as in `Row`.
+    x: Coordinate along the x axis, as in `Row`.
   """
-  gain = gain_of(results, name)
-  values = {
-    byte_models.LOSS.name: losses(results, name).tolist(),
-    **row.pop('values', {}),
-  }
+  gain, teacher_gain = (gain_of(results, run) for run in (name, teacher))
+  values = {byte_models.LOSS.name: losses(results, name)}
   if name != DENSE:
-    values[GAIN.name] = gain.tolist()
+    values[GAIN.name] = gain
   if name not in (DENSE, teacher):
-    teacher_gain = gain_of(results, teacher)
-    share = np.full_like(gain, np.nan)
+    values[SHARE.name] = np.full_like(gain, np.nan)
     if Interval.of(teacher_gain).sign() > 0:
-      share = 100 * ratios(gain, teacher_gain)
-    values[SHARE.name] = share.tolist()
-  return Row(name, values, **row)
+      values[SHARE.name] = 100 * ratios(gain, teacher_gain)
+  return Row(name, {k: v.tolist() for k, v in values.items()}, line, x)
 
 
 def rows(results: parts.Results) -> Sequence[Row]:
@@ -194,11 +193,25 @@ def remarks(results: parts.Results) -> str:
   )
 
 
-_TASKS = {'cipher': TASKS['cipher'], **TASKS}
+# The paper's rows.
+_PUBLISHED = {
+  TEACHER: 'teacher 3.8B',
+  DENSE: 'T5-Base',
+  PLAIN: 'distillation',
+  STARTED: '+ init non-expert weights',
+  MIXED: '+ 0.75 hard, 0.25 soft mix',
+  ALONE: 'init without distillation',
+}
 
 
-def _published(*rows: str) -> list[str]:
-  return [f'{_PAPER}/{row}/nlp' for row in rows]
+def cells(*arms: str) -> list[str]:
+  """Addresses of the paper's negative log perplexities of some arms."""
+  return [f'switch2021/table6/{_PUBLISHED[arm]}/nlp' for arm in arms]
+
+
+def better(text: str, arm: str, other: str) -> Claim:
+  """A claim of the paper that one arm has a lower loss than another."""
+  return Claim(text, f'loss: {arm} < {other}', cells(arm, other))
 
 
 STUDY = Study(
@@ -215,41 +228,21 @@ STUDY = Study(
   },
   columns=[byte_models.LOSS, GAIN, SHARE],
   claims=[
-    Claim(
-      'the teacher is better than its dense twin',
-      f'loss: {TEACHER} < {DENSE}',
-      _published('teacher 3.8B', 'T5-Base'),
-    ),
-    Claim(
-      'soft labels help',
-      f'loss: {PLAIN} < {DENSE}',
-      _published('distillation', 'T5-Base'),
-    ),
-    Claim(
-      'to begin with non-expert weights helps a student',
-      f'loss: {STARTED} < {PLAIN}',
-      _published('+ init non-expert weights', 'distillation'),
-    ),
-    Claim(
-      'to mix in hard labels helps further',
-      f'loss: {MIXED} < {STARTED}',
-      _published('+ 0.75 hard, 0.25 soft mix', '+ init non-expert weights'),
-    ),
+    better('the teacher is better than its dense twin', TEACHER, DENSE),
+    better('soft labels help', PLAIN, DENSE),
+    better('to begin with non-expert weights helps a student', STARTED, PLAIN),
+    better('to mix in hard labels helps further', MIXED, STARTED),
     Claim(
       'to begin with non-expert weights does not help without a teacher',
       f'loss: {ALONE} > {DENSE}',
-      _published('init without distillation', 'T5-Base'),
+      cells(ALONE, DENSE),
       note='The paper has 0.003 between the two.',
     ),
-    Claim(
-      'with a teacher a start is worth more than without',
-      f'loss: {MIXED} < {ALONE}',
-      _published('+ 0.75 hard, 0.25 soft mix', 'init without distillation'),
-    ),
+    better('with a teacher a start is worth more than without', MIXED, ALONE),
     Claim(
       'a student keeps a part of the gain',
       f'share kept: {MIXED} > 0',
-      [f'{_PAPER}/+ 0.75 hard, 0.25 soft mix/gap_kept'],
+      [f'switch2021/table6/{_PUBLISHED[MIXED]}/gap_kept'],
     ),
     Claim(
       'a student keeps less than all of the gain', f'share kept: {MIXED} < 100'
@@ -268,7 +261,7 @@ STUDY = Study(
   length=length,
   written='2026-11-27',
   figure=Figure(['loss', 'share kept']),
-  tasks=_TASKS,
+  tasks={'cipher': TASKS['cipher'], **TASKS},
 )
 get_config = STUDY.get_config
 

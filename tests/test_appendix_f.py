@@ -12,43 +12,11 @@ from experiments import shazeer_appendix_f
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.positions import NoPositions
 from moe_jax.layers.routers import StrictlyBalanced
-from moe_jax.routing import Routing
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 from tests.models.tiny import B, T
 
 E, K = shazeer_appendix_f.E, shazeer_appendix_f.K
-
-
-def sown(routing):
-  """Intermediates as a router in the middle of three layers has sown them."""
-  router = {'routing': (routing,)}
-  return {'intermediates': {'layers_1': {'moe': {'router': router}}}}
-
-
-def test_choices_of_tokens_are_a_mask():
-  index = np.array([[[3, 0, 5, 15]], [[2, 1, 0, 7]]])  # [G, S, K]
-  zeros = jnp.zeros(index.shape)
-  routing = Routing(jnp.array(index), zeros, zeros, zeros > 0, E, 1)
-  mask = shazeer_appendix_f.chosen(sown(routing))
-  expected = np.zeros((2, E), bool)
-  expected[0, [3, 0, 5, 15]] = expected[1, [2, 1, 0, 7]] = True
-  np.testing.assert_array_equal(mask, expected)
-
-
-def test_choices_of_experts_are_a_mask():
-  # There are two groups of three tokens, and experts have two slots; 3 marks an
-  # empty slot.
-  index = np.full((2, E, 2), 3)
-  index[0, 4] = [2, 0]
-  index[1, 4] = [1, 3]
-  index[1, 9] = [1, 2]
-  slots = Routing.of_slots(jnp.array(index, jnp.int32), jnp.ones((2, E, 2)), 3)
-  mask = np.asarray(shazeer_appendix_f.chosen(sown(slots)))
-  assert mask.shape == (6, E)
-  rows, experts = np.nonzero(mask)
-  pairs = sorted(zip(rows.tolist(), experts.tolist(), strict=True))
-  assert pairs == [(0, 4), (2, 4), (4, 4), (4, 9), (5, 9)]
 
 
 def test_agreement_is_of_the_pairs_that_either_makes():

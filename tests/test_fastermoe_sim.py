@@ -35,7 +35,7 @@ def test_the_clusters_are_the_papers():
 
 
 def choices_of(expert, logits=None, E=4) -> Chosen:
-  return Chosen(0, 0, np.array(expert), logits, E)
+  return Chosen(np.array(expert), logits, E)
 
 
 def test_tokens_are_laid_over_devices_in_blocks():
@@ -118,20 +118,17 @@ def test_a_trace_is_read_as_counts(tmp_path):
   counts = expert_counts.counts_of(
     expert_counts.recorded(tmp_path / 'trace', most=2), johnny
   )
-  assert counts.step.tolist() == [0, 0, 2, 2]
-  assert counts.layer.tolist() == [1, 3, 1, 3]
-  expert = records[2].layers[3].expert.reshape(16, 2 * 2)  # 2 tokens a device
-  for w in range(16):
-    expected = np.bincount(expert[w], minlength=16)
-    assert (counts.counts[3, :, w] == expected).all()
+  order = [(records[step], layer) for step in (0, 2) for layer in (1, 3)]
+  for (record, layer), found in zip(order, counts.counts, strict=True):
+    expert = record.layers[layer].expert.reshape(16, 2 * 2)  # 2 tokens a device
+    for w in range(16):
+      assert (found[:, w] == np.bincount(expert[w], minlength=16)).all()
 
 
 def test_arms_by_formula():
   rng = np.random.default_rng(1)
   counts = rng.integers(0, 40, (5, 4, 4)) ** 2
-  arms = simulate.simulate(
-    SMALL, Counts(np.arange(5), np.zeros(5, int), counts, counts, 1.0), SIZES
-  )
+  arms = simulate.simulate(SMALL, Counts(counts, counts, 1.0), SIZES)
   assert set(arms) == set(simulate.ARMS)
   base = arms[simulate.SYNCHRONOUS]
   step = cost_model.step(TWO_BY_TWO, counts, SIZES)
@@ -154,10 +151,8 @@ def test_four_equal_experts_stop_the_printed_rule_at_the_first():
   sizes = Sizes(clusters.WIDTH, clusters.HIDDEN, 4)
   counts = np.full((1, 16, 16), 68)
   counts[:, [1, 6, 9, 12]] = 819
-  arms = simulate.simulate(
-    johnny, Counts(np.zeros(1), np.zeros(1), counts, None, 1.0), sizes
-  )
-  number = {name: int(arm.shadowed[0]) for name, arm in arms.items()}
+  arms = simulate.simulate(johnny, Counts(counts, None, 1.0), sizes)
+  number = {name: int(arm.shadowed[0].sum()) for name, arm in arms.items()}
   assert number[simulate.SHADOWED] == 1
   assert number[simulate.BEST_NUMBER] == 4
   seconds = {name: float(arm.seconds[0]) for name, arm in arms.items()}
@@ -188,15 +183,14 @@ def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch, capsys):
   )
   assert 'num_experts=16 is not divisible by the 64 devices of trevor' in text
   assert text.count('| SIMULATED |') == text.count('\nSIMULATED, ') == 3
-  assert 'up to 1.95 *' in text and 'nan' not in text
+  assert 'up to 1.95 (' in text and 'nan' not in text
   # The trace has logits, and the draws have none. The formula's share of two
   # tokens is none.
   gate = (
     "lets 0.0 % of a device's tokens leave the node (by the paper's formula"
   )
   assert text.count(gate) == 1 and text.count('No gate, for lack of ') == 2
-  pictures = {path.name for path in folder.glob('*.png')}
-  assert pictures == {'roofline.png', 'speed_ups.png'}
+  assert (folder / 'roofline.png').exists()
 
 
 def test_the_layer_of_any_config():

@@ -8,8 +8,6 @@ are nominal numbers of the vendors, and assumptions here.
 import dataclasses
 
 from moe_jax.parallel import topology
-from moe_jax.parallel.cost_model import Sizes
-from moe_jax.parallel.shadowing import Speeds
 from moe_jax.parallel.topology import Topology
 
 # The share of its peak that a device reaches in products.
@@ -65,11 +63,6 @@ class Cluster:
     """
     per_node = self.num_devices // self.num_nodes
     return min(1.0, self.network / (per_node * self.local))
-
-  def speeds(self, sizes: Sizes) -> Speeds:
-    """The speeds that Algorithm 1 is given."""
-    flops = self.topology.flops_per_second
-    return Speeds.of_bytes(flops, self.network, sizes)
 
 
 def _v100s(

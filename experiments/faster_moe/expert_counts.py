@@ -32,15 +32,11 @@ class Chosen(NamedTuple):
   """The choices of all tokens of a batch in one layer.
 
   Attributes:
-    step: Number of optimizer steps taken before.
-    layer: Number of the layer.
     expert: The experts of each token, -1 for none, [N, K].
     logits: The logits of all experts, [N, E]; None if they are not recorded.
     num_experts: E, the number of experts.
   """
 
-  step: int
-  layer: int
   expert: Int[np.ndarray, 'N K']
   logits: Float[np.ndarray, 'N E'] | None
   num_experts: int
@@ -50,10 +46,8 @@ class Counts(NamedTuple):
   """The rows of a series of batches, on the devices of a cluster.
 
   Attributes:
-    step: The number of steps before each, [R].
-    layer: The number of the layer of each, [R].
-    counts: The number of rows of each device that choose each expert, [R, E,
-      W].
+    counts: The number of rows of each device that choose each expert, in each
+      of R batches and layers.
     gated: The same under the topology-aware gate; None where a cluster has no
       nodes, or logits are not recorded.
     rows: The number of simulated rows that each recorded row stands for.
@@ -61,8 +55,6 @@ class Counts(NamedTuple):
       rounded down to whole tokens; 1.0 where there is no gate.
   """
 
-  step: Int[np.ndarray, ' R']
-  layer: Int[np.ndarray, ' R']
   counts: Int[np.ndarray, 'R E W']
   gated: Int[np.ndarray, 'R E W'] | None
   rows: float
@@ -91,14 +83,11 @@ def recorded(folder: str | pathlib.Path, most: int = 0) -> Iterator[Chosen]:
     if record.sequence:
       continue
     for layer, choices in record.layers.items():
-      logits = choices.logits
-      yield Chosen(
-        record.step,
-        layer,
-        _flat(choices.expert),
-        None if logits is None else _flat(logits),
-        trace.header.layers[layer].num_experts,
+      expert, logits = (
+        None if values is None else values.reshape(-1, values.shape[-1])
+        for values in (choices.expert, choices.logits)
       )
+      yield Chosen(expert, logits, trace.header.layers[layer].num_experts)
 
 
 def about(folder: str | pathlib.Path) -> str:
@@ -114,10 +103,6 @@ def about(folder: str | pathlib.Path) -> str:
     f'{header.batch_size} rows of {header.seq_len} tokens a batch, model '
     f'{header.model_digest[:12]}, data {header.data_digest[:12]} (sha256)'
   )
-
-
-def _flat(values: np.ndarray) -> np.ndarray:
-  return values.reshape(-1, values.shape[-1])
 
 
 def drawn(
@@ -137,18 +122,18 @@ def drawn(
     DoesNotDivide: There are too few experts for the skew.
   """
   rng, E = np.random.default_rng(seed), num_experts
-  if name == 'skewed' and E <= HOT:
-    raise DoesNotDivide(
-      f'num_experts={E} leaves none beside the {HOT} popular ones'
-    )
   share = np.full(E, 1 / E)
   if name == 'skewed':
+    if E <= HOT:
+      raise DoesNotDivide(
+        f'num_experts={E} leaves none beside the {HOT} popular ones'
+      )
     share[:] = (1 - HOT * SHARE) / (E - HOT)
     share[rng.permutation(E)[:HOT]] = SHARE
-  for step in range(steps):
+  for _ in range(steps):
     expert = rng.choice(E, (num_tokens, 1), p=share)
     rng.random((num_tokens, 1))  # so that stored results come out again
-    yield Chosen(step, 0, expert, None, E)
+    yield Chosen(expert, None, E)
 
 
 def counts_of(
@@ -171,68 +156,50 @@ def counts_of(
     DoesNotDivide: A batch or the experts cannot be divided over the devices.
     ValueError: There are no choices.
   """
-  step, layer, counts, gated = [], [], [], []
+  counts, gated = [], []
   rows = leaving = 1.0
-  W = cluster.num_devices
+  W, Q = cluster.num_devices, cluster.num_nodes
   for one in chosen:
-    sizes = {
-      'num_experts': one.num_experts,
-      'tokens of a batch': len(one.expert),
-    }
-    for name, size in sizes.items():
+    N, K = one.expert.shape
+    for name, size in (
+      ('num_experts', one.num_experts),
+      ('tokens of a batch', N),
+    ):
       if size % W:
         raise DoesNotDivide(
           f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
         )
-    per_device = len(one.expert) // W
+    per_device = N // W
     rows = (tokens_per_device or per_device) / per_device
-    step.append(one.step)
-    layer.append(one.layer)
-    counts.append(_count(one.expert, one.num_experts, cluster, rows))
-    if cluster.num_nodes > 1 and one.logits is not None:
+    counts.append(_count(one.expert, one.num_experts, W, rows))
+    if Q > 1 and one.logits is not None:
       limit = int(outgoing * per_device)
       leaving = limit / per_device
-      limited = _limited(one, one.logits, cluster, limit)
-      gated.append(_count(limited, one.num_experts, cluster, rows))
+      real = (one.expert >= 0).any(-1)
+      limited = _limit(
+        jnp.asarray(one.logits.reshape(W, per_device, -1), jnp.float32),
+        jnp.asarray(np.arange(W) // (W // Q), jnp.int32),
+        jnp.asarray(real.reshape(W, per_device)),
+        num_selected=K,
+        num_nodes=Q,
+        limit=limit,
+      )
+      expert = np.where(real[:, None], np.asarray(limited).reshape(N, K), -1)
+      gated.append(_count(expert, one.num_experts, W, rows))
   if not counts:
     raise InputError('no choices to simulate')
-  return Counts(
-    np.array(step),
-    np.array(layer),
-    np.stack(counts),
-    np.stack(gated) if gated else None,
-    rows,
-    leaving,
-  )
+  all_gated = np.stack(gated) if gated else None
+  return Counts(np.stack(counts), all_gated, rows, leaving)
 
 
 def _count(
-  expert: Int[np.ndarray, 'N K'], E: int, cluster: Cluster, rows: float
+  expert: Int[np.ndarray, 'N K'], E: int, W: int, rows: float
 ) -> Int[np.ndarray, 'E W']:
-  W = cluster.num_devices
   device = np.repeat(np.arange(W), expert.size // W)
   flat = expert.reshape(-1)
   counts = np.zeros((E, W), np.int64)
   np.add.at(counts, (flat[flat >= 0], device[flat >= 0]), 1)
   return np.rint(counts * rows).astype(np.int64)
-
-
-def _limited(
-  chosen: Chosen, logits: Float[np.ndarray, 'N E'], cluster: Cluster, limit: int
-) -> Int[np.ndarray, 'N K']:
-  """The choices under the topology-aware gate."""
-  N, K = chosen.expert.shape
-  W, Q = cluster.num_devices, cluster.num_nodes
-  real = (chosen.expert >= 0).any(-1)
-  limited = _limit(
-    jnp.asarray(logits.reshape(W, N // W, -1), jnp.float32),
-    jnp.asarray(np.arange(W) // (W // Q), jnp.int32),
-    jnp.asarray(real.reshape(W, N // W)),
-    num_selected=K,
-    num_nodes=Q,
-    limit=limit,
-  )
-  return np.where(real[:, None], np.asarray(limited).reshape(N, K), -1)
 
 
 _limit = jax.jit(

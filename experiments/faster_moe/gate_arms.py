@@ -10,16 +10,12 @@ that losses under a limit are not those of a model that generates; `FREE` is the
 loss of the same parameters without a limit, which is.
 """
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.study import byte_models
-from experiments.study.parts import Arm, Claim, Column
-from moe_jax import data, routing
-from moe_jax.layers.routers.contract import LOGITS, ROUTING, sown
+from experiments.study import routing as study_routing
+from experiments.study.parts import ANY, Arm, Claim, Column, percent
+from moe_jax import routing
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -33,8 +29,8 @@ FREE, AWAY, KEPT = 'loss, no limit', 'leave', 'kept at home'
 COLUMNS = [
   byte_models.LOSS,
   Column(FREE, f'eval/{_FREE}/loss', 'nats/byte'),
-  Column(AWAY, 'gate/leaving', '%', 1, lambda share: 100 * share),
-  Column(KEPT, 'gate/kept_at_home', '%', 1, lambda share: 100 * share),
+  percent(AWAY, 'gate/leaving', bounds=ANY),
+  percent(KEPT, 'gate/kept_at_home', bounds=ANY),
 ]
 
 
@@ -96,36 +92,6 @@ CLAIMS = [
 ]
 
 
-@functools.cache
-def _counter(model):
-  """A compiled function of variables and a batch: `_who_leaves`, summed."""
-
-  @jax.jit
-  def counts(variables, batch):
-    _, collections = model.apply(
-      variables, **model.inputs(batch), mutable=['intermediates']
-    )
-    layers = model.stacks.layer_trees(collections['intermediates'])
-    real = batch['segment_ids'] != 0  # a group is a sequence
-    kept = [sown(layers[i]) for i in model.stacks.sparse_layers]
-    return sum(_who_leaves(model.stacks.moe.router, one, real) for one in kept)
-
-  return counts
-
-
-def _who_leaves(router, kept, real):
-  """Numbers of tokens, of those that want to leave their node, and that do."""
-  logits, index = kept[LOGITS], kept[ROUTING].expert_index
-  node = router.nodes(len(real))[:, None, None]
-  per_node = logits.shape[-1] // router.num_nodes
-
-  def leaving(index):
-    return ((index // per_node != node).any(-1) & real).sum()
-
-  wanted = routing.choose(logits, index.shape[-1])
-  return jnp.stack([real.sum(), leaving(wanted), leaving(index)])
-
-
 def shares(run: Run, state: TrainState) -> dict[str, float]:
   """Shares of the tokens of validation batches, the mean of all layers.
 
@@ -135,16 +101,24 @@ def shares(run: Run, state: TrainState) -> dict[str, float]:
     - gate/leaving: share of tokens that have one.
     - gate/kept_at_home: share of tokens that want one and have none.
   """
-  counter, put = _counter(run.model), run.programs.put
-  total = np.zeros(3)
-  for batch in data.eval_batches(
-    run.dataset.splits['validation'],
-    batch_size=run.options.batch_size,
-    num_batches=_BATCHES,
-    share=put.rows,
-  ):
-    total += np.array(counter(run.programs.variables(state), put.local(batch)))
-  _, wanting, leaving = total / total[0]
+  moe, totals = run.model.stacks.moe, np.zeros(3)
+  experts_of_node = moe.num_experts // moe.router.num_nodes
+  variables = run.programs.variables(state)
+  for batch in study_routing.batches(run, _BATCHES):
+    real = batch['segment_ids'] > 0
+    # A group is a sequence.
+    home = np.asarray(moe.router.nodes(len(real)))[:, None, None]
+    layers = study_routing.choices(
+      run.model, variables, batch, {}, train=False, logits=True
+    )
+    for layer in (layers or {}).values():
+      wanted = routing.choose(layer.logits, moe.num_selected)
+      wanting, leaving = (
+        (np.asarray(index) // experts_of_node != home).any(-1)[real].sum()
+        for index in (wanted, layer.expert)
+      )
+      totals += real.sum(), wanting, leaving
+  _, wanting, leaving = totals / totals[0]
   return {
     'gate/wanting': float(wanting),
     'gate/leaving': float(leaving),

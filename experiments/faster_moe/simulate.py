@@ -9,6 +9,7 @@ from experiments.faster_moe.clusters import GROUP, Cluster
 from experiments.faster_moe.expert_counts import Counts
 from moe_jax.parallel import cost_model, shadowing
 from moe_jax.parallel.cost_model import Sizes
+from moe_jax.parallel.shadowing import Speeds
 from moe_jax.shapes import Bool, Float, Int
 
 # Batches whose exchanges are computed at once, which bounds memory.
@@ -73,85 +74,62 @@ class Simulated(NamedTuple):
     bound: Seconds if all that is sent and all products overlapped.
     ratio: Seconds of products over those of what is sent.
     flops: Mean FLOPs per second of a device.
-    shadowed: Number of shadowed experts.
-    num_experts: E, the number of experts.
+    shadowed: Whether each expert is shadowed.
     uneven: Largest over mean number of rows of an expert.
     largest: n_max, rows of the busiest device before experts are shadowed.
-    pays: Whether n_max > r F, for r shadowed experts, or one where there is
-      none; with three kernels F counts for 3/2.
   """
 
   seconds: Float[np.ndarray, ' R']
   bound: Float[np.ndarray, ' R']
   ratio: Float[np.ndarray, ' R']
   flops: Float[np.ndarray, ' R']
-  shadowed: Int[np.ndarray, ' R']
-  num_experts: int
+  shadowed: Bool[np.ndarray, 'R E']
   uneven: Float[np.ndarray, ' R']
   largest: Int[np.ndarray, ' R']
-  pays: Bool[np.ndarray, ' R']
 
 
 def simulate(
   cluster: Cluster, counts: Counts, sizes: Sizes
 ) -> dict[str, Simulated]:
   """Simulates all arms; those with a gate only where it has been applied."""
-  return {
-    name: _simulate(
-      arm, cluster, counts.gated if arm.gated else counts.counts, sizes
-    )
-    for name, arm in ARMS.items()
-    if not (arm.gated and counts.gated is None)
-  }
+  simulated = {}
+  for name, arm in ARMS.items():
+    rows = counts.gated if arm.gated else counts.counts
+    if rows is not None:
+      parts = np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE))
+      steps = [_simulate(arm, cluster, part, sizes) for part in parts]
+      simulated[name] = Simulated(*map(np.concatenate, zip(*steps)))
+  return simulated
 
 
 def _simulate(
   arm: Arm, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
 ) -> Simulated:
-  R, E, W = counts.shape
-  seconds, bound, ratio, masks = [], [], [], []
-  for part in np.split(counts, range(_AT_ONCE, R, _AT_ONCE)):
-    mask = _shadowed(arm.shadows, cluster, part, sizes)
-    step = cost_model.step(cluster.topology, part, sizes, shadowed=mask)
-    bound.append(step.overlapped)
-    ratio.append(step.ratio)
-    masks.append(mask)
-    if arm.scheduled:
-      groups = cluster.num_devices // GROUP
-      step = cost_model.step(
-        cluster.topology, part, sizes, num_groups=groups, shadowed=mask
-      )
-    seconds.append(step.scheduled if arm.scheduled else step.sequential)
-  all_seconds = np.concatenate(seconds)
-  number = np.concatenate(masks).sum(-1)
-  load = counts.sum(-1)
-  largest = counts.reshape(R, W, -1).sum(-1).max(-1)
-  return Simulated(
-    all_seconds,
-    np.concatenate(bound),
-    np.concatenate(ratio),
-    achieved(cluster, sizes, load.sum(-1), all_seconds),
-    number,
-    E,
-    load.max(-1) / load.mean(-1),
-    largest,
-    largest > shadowing.least_rows(np.maximum(number, 1), sizes),
-  )
-
-
-def _shadowed(
-  shadows: str, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
-) -> Bool[np.ndarray, 'R E']:
-  """The experts that are shadowed."""
-  if shadows == BEST:
-    return _best(cluster, counts, sizes)
-  R, E, _ = counts.shape
-  shadowed = np.zeros((R, E + 1), bool)
-  if shadows:
-    speeds = cluster.speeds(sizes)
+  (R, E, W), machine = counts.shape, cluster.topology
+  shadowed = np.zeros((R, E + 1), bool)  # the last is of unused places
+  if arm.shadows == RULE:
+    speeds = Speeds.of_bytes(machine.flops_per_second, cluster.network, sizes)
     for mask, one in zip(shadowed, counts, strict=True):
       mask[shadowing.choose(one, sizes, speeds, most=E)] = True
-  return shadowed[:, :E]
+  shadowed = shadowed[:, :E]
+  if arm.shadows == BEST:
+    shadowed = _best(cluster, counts, sizes)
+  step = cost_model.step(machine, counts, sizes, shadowed=shadowed)
+  seconds = step.sequential
+  if arm.scheduled:
+    seconds = cost_model.step(
+      machine, counts, sizes, num_groups=W // GROUP, shadowed=shadowed
+    ).scheduled
+  load = counts.sum(-1)
+  return Simulated(
+    seconds,
+    step.overlapped,
+    step.ratio,
+    achieved(cluster, sizes, load.sum(-1), seconds),
+    shadowed,
+    load.max(-1) / load.mean(-1),
+    counts.reshape(R, W, -1).sum(-1).max(-1),
+  )
 
 
 def _best(
@@ -206,7 +184,7 @@ def numbers(base: Simulated, arm: Simulated) -> dict[str, float]:
     'speed_up': float(base.seconds.sum() / arm.seconds.sum()),
     'best': float((base.seconds / arm.seconds).max()),
     'reached': float(arm.bound.sum() / arm.seconds.sum()),
-    'shadowed': float(arm.shadowed.mean()) / arm.num_experts,
+    'shadowed': float(arm.shadowed.sum(-1).mean()) / arm.shadowed.shape[-1],
     'uneven': float(arm.uneven.mean()),
   }
 

@@ -171,36 +171,29 @@ def measure(name: str, model: DeepMoe, params: Any) -> dict[str, Any]:
     np.tile(places, (len(images), 1)),
     digits.CANVAS[name],
   )
-  logits, gates = jax.device_get(_compiled(model)(params, examples))
+  logits, all_gates = jax.device_get(_applied(model, params, examples))
   wrong = logits.argmax(-1) != np.repeat(labels, len(places))
   numbers: dict[str, Any] = {'test_error': 100 * float(wrong.mean())}
-  for i, layer in enumerate(gates, 1):
-    layer = layer.reshape(len(images), len(places), -1).astype(np.float64)
-    of_layer = _of_layer(layer, labels)
-    by_place = layer.mean(0).T.reshape(-1, side, side)
-    of_layer['by_place'] = by_place.round(5).tolist()
+  for i, gates in enumerate(all_gates, 1):
+    gates = gates.reshape(len(images), len(places), -1).astype(np.float64)
+    place, digit = about_place(gates), about_class(gates, labels)
+    importance = gates.mean((0, 1))
+    by_place = gates.mean(0).T.reshape(-1, side, side)
+    of_layer = {
+      'place': place.excess,
+      'class': digit.excess,
+      'place_less_class': place.excess - digit.excess,
+      'place_by_chance': place.by_chance,
+      'class_by_chance': digit.by_chance,
+      'importance_cv': load_summary(importance)['load_cv'],
+      'in_use': int((importance > USED).sum()),
+      'by_class': by_class(gates, labels).T.round(5).tolist(),
+      'by_place': by_place.round(5).tolist(),
+    }
     numbers |= {f'layer_{i}/{key}': value for key, value in of_layer.items()}
   return numbers
 
 
-@functools.lru_cache(maxsize=4)
-def _compiled(model: DeepMoe):
-  return jax.jit(lambda params, x: model.apply({'params': params}, x))
-
-
-def _of_layer(
-  gates: Float[np.ndarray, 'N P E'], labels: Int[np.ndarray, ' N']
-) -> dict[str, Any]:
-  place = about_place(gates)
-  digit = about_class(gates, labels)
-  importance = gates.mean((0, 1))
-  return {
-    'place': place.excess,
-    'class': digit.excess,
-    'place_less_class': place.excess - digit.excess,
-    'place_by_chance': place.by_chance,
-    'class_by_chance': digit.by_chance,
-    'importance_cv': load_summary(importance)['load_cv'],
-    'in_use': int((importance > USED).sum()),
-    'by_class': by_class(gates, labels).T.round(5).tolist(),
-  }
+@functools.partial(jax.jit, static_argnames='model')
+def _applied(model: DeepMoe, params: Any, x: np.ndarray):
+  return model.apply({'params': params}, x)

@@ -40,35 +40,15 @@ class Data(Options):
 class Training(Options):
   """Options of one run: sizes of the gated layers, balancing, and training."""
 
-  seed: int = option(
-    0,
-    'Seed of weights, order and places.',
-    minimum=0,
-  )
-  total_steps: int = option(
-    4000,
-    'Number of optimizer steps.',
-    minimum=1,
-  )
-  batch_size: int = option(
-    32,
-    'Number of images in a batch.',
-    minimum=1,
-  )
-  learning_rate: float = option(
-    2e-3,
-    'Peak of the learning rate.',
-    above=0,
-  )
+  seed: int = option(0, 'Seed of weights, order and places.', minimum=0)
+  total_steps: int = option(4000, 'Number of optimizer steps.', minimum=1)
+  batch_size: int = option(32, 'Number of images in a batch.', minimum=1)
+  learning_rate: float = option(2e-3, 'Peak of the learning rate.', above=0)
   num_experts: tuple[int, ...] = option(
-    (4, 4),
-    'Number of experts in each gated layer.',
-    minimum=1,
+    (4, 4), 'Number of experts in each gated layer.', minimum=1
   )
   hidden: tuple[int, ...] = option(
-    (64, 32),
-    'Number of units of an expert, by layer.',
-    minimum=1,
+    (64, 32), 'Number of units of an expert, by layer.', minimum=1
   )
   gate_hidden: tuple[int, ...] = option(
     (16, 16),
@@ -138,19 +118,19 @@ def make_step(options: Training, optimizer: optax.GradientTransformation):
   return step
 
 
-def adam(learning_rate: float, total_steps: int):
-  """Adam with clipping, a warm-up of 100 steps, and a cosine to a tenth."""
-  return optax.chain(
-    clipped(1.0),
-    optax.scale_by_adam(0.9, 0.98),
-    optax.scale_by_learning_rate(Cosine().rate(learning_rate, total_steps)),
-  )
-
-
 @functools.lru_cache(maxsize=8)
 def _compiled(options: Training):
-  """The compiled start and steps of all seeds with these options."""
-  optimizer = adam(options.learning_rate, options.total_steps)
+  """The compiled start and steps of all seeds with these options.
+
+  The optimizer is Adam with clipping, a warm-up of 100 steps, and a cosine to a
+  tenth.
+  """
+  rate = Cosine().rate(options.learning_rate, options.total_steps)
+  optimizer = optax.chain(
+    clipped(1.0),
+    optax.scale_by_adam(0.9, 0.98),
+    optax.scale_by_learning_rate(rate),
+  )
   side = digits.CANVAS[options.data.name]
 
   def start(seed):
@@ -167,10 +147,9 @@ def _compiled(options: Training):
 def train(options: Training) -> Any:
   """The parameters of a trained model."""
   start, steps = _compiled(dataclasses.replace(options, seed=0))
-  name = options.data.name
   batches = digits.batches(
-    digits.load(name)[0],
-    digits.CANVAS[name],
+    digits.load(options.data.name)[0],
+    digits.CANVAS[options.data.name],
     options.seed,
     options.batch_size,
     options.total_steps,

@@ -62,36 +62,20 @@ class Data(Options):
 class Descent(Options):
   """Options of one run of full-batch gradient descent."""
 
-  seed: int = option(
-    0,
-    'Seed of the weights at the start.',
-    minimum=0,
-  )
+  seed: int = option(0, 'Seed of the weights at the start.', minimum=0)
   total_steps: int = option(
-    8000,
-    'Number of epochs after which the run is given up.',
-    minimum=1,
+    8000, 'Number of epochs after which the run is given up.', minimum=1
   )
   learning_rate: float = option(
-    1.0,
-    'Learning rate, for the mean loss over cases.',
-    above=0,
+    1.0, 'Learning rate, for the mean loss over cases.', above=0
   )
-  num_experts: int = option(
-    4,
-    'Number of experts.',
-    minimum=1,
-  )
+  num_experts: int = option(4, 'Number of experts.', minimum=1)
   expert_hidden: int = option(
     0,
     'Number of hidden logistic units of an expert; 0: the expert is linear.',
     minimum=0,
   )
-  loss: str = option(
-    'competitive',
-    'Error that is minimised.',
-    choices=LOSSES,
-  )
+  loss: str = option('competitive', 'Error that is minimised.', choices=LOSSES)
   targets: str = option(
     'pairs',
     "Output of an expert: 'pairs' is logistic, and runs stop at a squared "

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
+from experiments.study.annealed import AnnealedRunner, Branch
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm
 from experiments.study.runner import train
-from experiments.time_to_loss.annealed import AnnealedRunner, Branch, reached_at
+from experiments.switch_speed import reached_at
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.metrics import FILE_NAME, read_metrics
 from moe_jax.runs.workdir import CHECKPOINTS

@@ -9,9 +9,6 @@ and only the steps in which a shorter run decays are taken again.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
-
-import numpy as np
 
 from experiments.study.jobs import Job
 from experiments.study.runner import TrainingRunner, train
@@ -22,53 +19,6 @@ from moe_jax.runs.workdir import checkpoints_of
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.schedules import Trapezoid
 from moe_jax.training.setup import Hook, Run
-
-
-def ratio_to(
-  target: float, lengths: Sequence[float], losses: Sequence[float]
-) -> float:
-  """The length of training at which the loss would be `target`.
-
-  This is a prediction: the loss is taken as linear in the logarithm of the
-  length, between the two lengths around the target or, beyond the ends, through
-  the nearest two. NaN where the loss does not fall between these two.
-
-  Args:
-    target: Loss to reach.
-    lengths: Lengths of training, ascending.
-    losses: Final loss at each length.
-  """
-  logs = np.log(lengths)
-  above = sum(loss > target for loss in losses)
-  i = int(np.clip(above, 1, len(losses) - 1))
-  slope = (losses[i] - losses[i - 1]) / (logs[i] - logs[i - 1])
-  if not slope < 0:
-    return float('nan')
-  return float(np.exp(logs[i] + (target - losses[i]) / slope))
-
-
-def reached_at(
-  target: float, lengths: Sequence[float], losses: Sequence[float]
-) -> float:
-  """The length of training at which the loss first was `target`.
-
-  Between two lengths the lowest loss so far is taken as linear in the logarithm
-  of the length; nothing is extrapolated. A target that the shortest length
-  reaches counts as reached there, and one that no length reaches at the longest
-  length, which is less than the truth. A run that diverged reaches nothing.
-
-  Args:
-    target: Loss to reach.
-    lengths: Lengths of training, ascending.
-    losses: Final loss at each length.
-  """
-  lowest = np.fmin.accumulate(losses)
-  is_finite = np.isfinite(lowest)
-  if not is_finite.any():
-    return lengths[-1]
-  # `interp` needs ascending points, and keeps the first and last value beyond.
-  logs = np.log(lengths)[is_finite]
-  return float(np.exp(np.interp(-target, -lowest[is_finite], logs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +58,16 @@ class Branch(Hook):
 
   def __init__(self, job: Job, longer: Job):
     short, long = (run_config.read(j.config) for j in (job, longer))
-    self._at = _stable_steps(short)
+    (warmup, self._at), (long_warmup, long_at) = map(_phases, (short, long))
     expected = dataclasses.replace(
       long, total_steps=short.total_steps, log_every_steps=short.log_every_steps
     )
-    warmups = {
-      o.optimizer.schedule.warmup_in(o.total_steps) for o in (short, long)
-    }
-    if short != expected or len(warmups) > 1 or self._at > _stable_steps(long):
+    if short != expected or warmup != long_warmup or self._at > long_at:
       raise InputError(
         f'{job.name} and {longer.name} are no runs of one model and schedule '
         f'that differ in total_steps={short.total_steps} and '
-        f'{long.total_steps} alone; their warm-ups have {sorted(warmups)} '
-        'steps'
+        f'{long.total_steps} alone; their warm-ups have '
+        f'{sorted({warmup, long_warmup})} steps'
       )
     self._longer = longer
 
@@ -147,8 +94,8 @@ class Branch(Hook):
         checkpointer.save(self._at, state, extra=run.extra(self._at))
 
 
-def _stable_steps(options: RunOptions) -> int:
-  """The number of steps before the learning rate falls.
+def _phases(options: RunOptions) -> tuple[int, int]:
+  """The steps of the warm-up, and those before the learning rate falls.
 
   Raises:
     ValueError: The schedule is no trapezoid.
@@ -160,6 +107,4 @@ def _stable_steps(options: RunOptions) -> int:
       "first steps only with 'trapezoid'"
     )
   warmup = schedule.warmup_in(options.total_steps)
-  return max(
-    cast(Trapezoid, schedule).stable_steps(options.total_steps), warmup
-  )
+  return warmup, max(schedule.stable_steps(options.total_steps), warmup)

@@ -1,1 +1,0 @@
-"""Models of the study `switch_speed`, their choice, and annealed runs."""
