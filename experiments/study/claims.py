@@ -31,7 +31,6 @@ from moe_jax.errors import InputError
 CLAIMS = pathlib.Path(__file__).with_name('claims.json')
 MARKS = ('checked', 'secondary', 'unverified')
 BETTER = ('lower', 'higher', None)
-LEVELS = ('paper', 'table', 'row', 'column')
 HIDDEN = 'unverified, not shown'
 _SECONDARY = ', secondary source'
 _ROUGHLY = re.compile(r'(~|[<>]=?)(-?\d+(?:\.\d+)?)')
@@ -124,21 +123,18 @@ def find(address: str) -> Published:
   """The published number at an address, 'paper/table/row/column'.
 
   Raises:
-    ValueError: There is no such number; the message names the nearest one and
-      what exists there.
+    ValueError: There is no such number; the message names the part of the path
+      that is wrong, and what exists there.
   """
   if address in load():
     return load()[address]
   known_paths = [name.split('/') for name in load()]
-  path = address.split('/') + [''] * len(LEVELS)
-  for depth, level in enumerate(LEVELS):
-    choices = {names[depth] for names in known_paths}
-    if path[depth] not in choices:
-      raise unknown(f'{level} in {address!r}:', path[depth], choices)
-    known_paths = [
-      names for names in known_paths if names[depth] == path[depth]
-    ]
-  raise InputError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
+  for depth, part in enumerate([*address.split('/'), '']):
+    choices = {x for names in known_paths for x in names[depth : depth + 1]}
+    if part not in choices:
+      break
+    known_paths = [names for names in known_paths if names[depth] == part]
+  raise unknown(f'part of {address!r}:', part, choices)
 
 
 def is_checked(citation: str) -> bool:
