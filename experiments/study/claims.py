@@ -42,12 +42,8 @@ class Published:
 
   Attributes:
     address: Path of the number in the file, 'paper/table/row/column'.
-    paper: Title of the paper.
-    url: Address of the paper on the web.
     table: The paper's name of the table, or another source of the number in the
       paper: 'text', 'abstract'.
-    row: Name of the number's row.
-    column: Name of the number's column.
     value: The number.
     relation: Relation of the true number to `value`: '' where they are equal,
       or '~', '<', '<=', '>' or '>='.
@@ -62,11 +58,7 @@ class Published:
   """
 
   address: str
-  paper: str
-  url: str
   table: str
-  row: str
-  column: str
   value: float
   relation: str = ''
   unit: str = ''
@@ -114,7 +106,7 @@ def load(path: pathlib.Path = CLAIMS) -> Mapping[str, Published]:
   for slug, paper in _object(papers, path.name).items():
     paper = _object(paper, slug, ('title', 'url', 'year', 'tables'))
     for name, table in _object(paper['tables'], slug).items():
-      for cell in _cells(f'{slug}/{name}', table, paper):
+      for cell in _cells(f'{slug}/{name}', table):
         cells[cell.address] = cell
   return types.MappingProxyType(cells)
 
@@ -142,9 +134,7 @@ def is_checked(citation: str) -> bool:
   return citation != HIDDEN and _SECONDARY not in citation
 
 
-def _cells(
-  table_address: str, table: Any, paper: Mapping
-) -> Iterator[Published]:
+def _cells(table_address: str, table: Any) -> Iterator[Published]:
   """The numbers of one table; a cell's own fields override its column's."""
   needs = ('table', 'mark', 'about', 'columns', 'rows')
   table = _object(table, table_address, needs, optional=('note',))
@@ -159,9 +149,9 @@ def _cells(
         continue
       address = f'{table_address}/{row}/{column}'
       fields = {
-        **{'address': address, 'row': row, 'column': column},
-        **{'paper': paper['title'], 'url': paper['url']},
-        **{'table': table['table'], 'mark': table['mark']},
+        'address': address,
+        'table': table['table'],
+        'mark': table['mark'],
         **dict(zip(('unit', 'better'), columns[column], strict=False)),
         **_cell(value, address),
       }
