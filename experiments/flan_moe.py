@@ -25,8 +25,7 @@ layers is worse by very little. Verdicts on what instruction tuning adds to
 sparse minus dense are withheld, and what either loss does is not resolved.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -46,26 +45,23 @@ TARGET = 'recall'  # the held-out cluster that models are fine-tuned on
 CHOICES = {'recall': 'contains', 'number_series': 'direction'}
 MODELS = tuple(finetuned.MODELS)
 SAME = 0.05
-# The changes of ablations in instruction tuning, by the arm's name.
-_TRAINABLE = {
-  'gate frozen': 'all - router',
-  'experts frozen': 'all - experts',
-  'sparse layers frozen': 'all - experts - router',
-}
+# Stages of training, with which the names of arms and of the starts end.
+PLAIN, INSTRUCTED = 'not instructed', 'instructed'
+DIRECT, LATER = 'fine-tuned directly', 'instructed, then fine-tuned'
 _ROUTER = 'model.moe.router.token_choice'
-_LOSSES = {
-  'balance loss alone': {f'{_ROUTER}.z_weight': 0.0},
-  'z-loss alone': {f'{_ROUTER}.balance_weight': 0.0},
-  'no auxiliary loss': {
-    f'{_ROUTER}.z_weight': 0.0,
-    f'{_ROUTER}.balance_weight': 0.0,
-  },
-}
+_NO_Z_LOSS = {f'{_ROUTER}.z_weight': 0.0}
+_NO_BALANCE_LOSS = {f'{_ROUTER}.balance_weight': 0.0}
+# The changes of ablations in instruction tuning, by the arm's name.
 ABLATIONS = {
-  **{name: {'trainable': part} for name, part in _TRAINABLE.items()},
-  **_LOSSES,
+  'gate frozen': {'trainable': 'all - router'},
+  'experts frozen': {'trainable': 'all - experts'},
+  'sparse layers frozen': {'trainable': 'all - experts - router'},
+  'balance loss alone': _NO_Z_LOSS,
+  'z-loss alone': _NO_BALANCE_LOSS,
+  'no auxiliary loss': {**_NO_Z_LOSS, **_NO_BALANCE_LOSS},
 }
 MORE = 'sparse minus dense'
+TUNED_SPARSE = 'sparse, instructed'
 ADDED = f'what instruction tuning adds to {MORE}'
 _LOSS = f'eval/{byte_models.EVAL}/loss'
 LEARNED_LOSS = Column('instructed', _LOSS, 'nats/token')
@@ -80,20 +76,9 @@ OVER_CHANCE = {
 }
 
 
-def not_instructed(model: str) -> str:
-  """The name of the arm that is evaluated as pre-training left it."""
-  return f'{model}, not instructed'
-
-
-def instructed(model: str) -> str:
-  """The name of the start that is tuned on tasks with instructions."""
-  return f'{model}, instructed'
-
-
-def tuned(model: str, *, first: bool) -> str:
-  """The name of the arm that is fine-tuned, instructed first or directly."""
-  how = 'instructed, then fine-tuned' if first else 'fine-tuned directly'
-  return f'{model}, {how}'
+def at(model: str, stage: str) -> str:
+  """The name of an arm, or of a start, by the stage of its training."""
+  return f'{model}, {stage}'
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
@@ -113,7 +98,7 @@ def starts(preset: Preset) -> list[Start]:
   return [
     *finetuned.pretrained(preset),
     *(
-      Start(instructed(model), start=start, overrides=overrides)
+      Start(at(model, INSTRUCTED), start=start, overrides=overrides)
       for model, (start, overrides) in finetuned.MODELS.items()
     ),
   ]
@@ -139,62 +124,45 @@ def arms(preset: Preset) -> list[Arm]:
     if task.cluster == TARGET:
       target[f'data.mixture.sources.{name}.num_train'] = 50
   all_arms = []
-  for model in MODELS:
-    start, changes = finetuned.MODELS[model]
+  for model, (start, changes) in finetuned.MODELS.items():
     all_arms += [
-      Arm(not_instructed(model), {**changes, **as_it_is}, start=start),
-      Arm(tuned(model, first=False), {**changes, **target}, start=start),
-      Arm(
-        tuned(model, first=True),
-        {**changes, **target},
-        start=instructed(model),
-      ),
+      Arm(at(model, stage), {**changes, **more}, start=before)
+      for stage, more, before in (
+        (PLAIN, as_it_is, start),
+        (DIRECT, target, start),
+        (LATER, target, at(model, INSTRUCTED)),
+      )
     ]
-  all_arms += [
+  return all_arms + [
     Arm(name, changes, start=finetuned.SPARSE)
     for name, changes in ABLATIONS.items()
   ]
-  return all_arms
 
 
 def rows(results: parts.Results) -> list[Row]:
   """Rows of all runs, and of what sparse has over dense."""
-  by_name = {}
-
-  def add(name: str, columns: Sequence[Column]) -> None:
-    values = {c.name: [c.of(run) for run in results[name]] for c in columns}
-    values |= _choices(results, name) if ZERO_SHOT in columns else {}
-    by_name[name] = Row(name, values)
-
+  columns_of = {}
   for model in MODELS:
-    add(not_instructed(model), [ZERO_SHOT])
-    add(instructed(model), [LEARNED_LOSS, ZERO_SHOT])
-  for name in ABLATIONS:
+    columns_of[at(model, PLAIN)] = [ZERO_SHOT]
+    columns_of[at(model, INSTRUCTED)] = [LEARNED_LOSS, ZERO_SHOT]
+  columns_of |= {name: [LEARNED_LOSS, ZERO_SHOT] for name in ABLATIONS}
+  for stage in (DIRECT, LATER):
+    columns_of |= {at(model, stage): [TUNED_LOSS] for model in MODELS}
+  by_name = {}
+  for name, columns in columns_of.items():
     if name in results:  # a quick preset leaves some out
-      add(name, [LEARNED_LOSS, ZERO_SHOT])
-  for first in (False, True):
-    for model in MODELS:
-      add(tuned(model, first=first), [TUNED_LOSS])
-  for name, name_of in (
-    (f'not instructed: {MORE}', not_instructed),
-    (f'instructed: {MORE}', instructed),
-    (f'fine-tuned directly: {MORE}', functools.partial(tuned, first=False)),
-    (
-      f'instructed, then fine-tuned: {MORE}',
-      functools.partial(tuned, first=True),
-    ),
+      values = {c.name: [*map(c.of, results[name])] for c in columns}
+      values |= _choices(results, name) if ZERO_SHOT in columns else {}
+      by_name[name] = Row(name, values)
+  for stage in (PLAIN, INSTRUCTED, DIRECT, LATER):
+    name, pair = f'{stage}: {MORE}', (by_name[at(m, stage)] for m in MODELS)
+    by_name[name] = finetuned.minus(name, *pair)
+  for how, after, before in (
+    ('zero-shot', INSTRUCTED, PLAIN),
+    ('fine-tuned', LATER, DIRECT),
   ):
-    by_name[name] = finetuned.minus(
-      name, *(by_name[name_of(model)] for model in MODELS)
-    )
-  for name, after, before in (
-    ('zero-shot: ', 'instructed: ', 'not instructed: '),
-    ('fine-tuned: ', 'instructed, then fine-tuned: ', 'fine-tuned directly: '),
-  ):
-    name += ADDED
-    by_name[name] = finetuned.minus(
-      name, by_name[after + MORE], by_name[before + MORE]
-    )
+    name, pair = f'{how}: {ADDED}', (f'{x}: {MORE}' for x in (after, before))
+    by_name[name] = finetuned.minus(name, *(by_name[x] for x in pair))
   return list(by_name.values())
 
 
@@ -206,33 +174,32 @@ def _choices(results: parts.Results, name: str) -> dict[str, list[float]]:
   runs = results[name]
   nats = [f'eval/choices/{task}.nats' for task in CHOICES.values()]
   values = {NATS.name: [sum(run[n] for n in nats) / len(nats) for run in runs]}
-  for cluster, task in CHOICES.items():
-    if beats_chance(results, task):
-      values[OVER_CHANCE[cluster].name] = [*map(_over(task), runs)]
+  for cluster in CHOICES:
+    if instructed_dense(results, cluster).sign() > 0:
+      values[OVER_CHANCE[cluster].name] = _over_chance(runs, cluster)
   return values
 
 
-def _over(task: str) -> Callable[[parts.Result], float]:
-  """Function from a result to the points of a task's accuracy over chance."""
-  prefix = f'eval/choices/{task}'
-  return lambda run: run[prefix] - run[f'{prefix}.chance']
+def _over_chance(runs: Sequence[parts.Result], cluster: str) -> list[float]:
+  """The points of accuracy over chance of each run on the cluster's task."""
+  key = f'eval/choices/{CHOICES[cluster]}'
+  return [run[key] - run[f'{key}.chance'] for run in runs]
 
 
-def beats_chance(results: parts.Results, task: str) -> bool:
-  """Whether the instructed dense model's accuracy is above chance."""
-  points = [*map(_over(task), results[instructed('dense')])]
-  return Interval.of(points).sign() > 0
+def instructed_dense(results: parts.Results, cluster: str) -> Interval:
+  """Points over chance of the instructed dense model, which it is judged by."""
+  return Interval.of(_over_chance(results[at('dense', INSTRUCTED)], cluster))
 
 
 def at_floor(results: parts.Results) -> str:
   """A sentence on each held-out cluster that is or is not at floor."""
   lines = []
   for cluster, task in CHOICES.items():
-    points = [*map(_over(task), results[instructed('dense')])]
-    beats = 'is counted' if beats_chance(results, task) else 'is at floor'
+    points = instructed_dense(results, cluster)
+    beats = 'is counted' if points.sign() > 0 else 'is at floor'
     lines.append(
       f'The held-out cluster {cluster} {beats}: on its task "{task}" the '
-      f'instructed dense model is {Interval.of(points):.1f} points over chance.'
+      f'instructed dense model is {points:.1f} points over chance.'
     )
   return ' '.join(lines)
 
@@ -281,32 +248,28 @@ STUDY = Study(
     *(
       Claim(
         f'instruction tuning helps a {model} model zero-shot',
-        f'zero-shot: {instructed(model)} < {not_instructed(model)}',
+        f'zero-shot: {at(model, INSTRUCTED)} < {at(model, PLAIN)}',
       )
       for model in MODELS
     ),
     Claim(
       'freezing the gate makes no difference',
-      f'instructed: gate frozen = {instructed("sparse")} within {SAME}',
+      f'instructed: gate frozen = {TUNED_SPARSE} within {SAME}',
     ),
     *(
       Claim(
         f'instruction tuning is worse with {name}',
-        f'instructed: {name} > {instructed("sparse")}',
+        f'instructed: {name} > {TUNED_SPARSE}',
       )
       for name in ('experts frozen', 'sparse layers frozen')
     ),
-    Claim(
-      'the z-loss helps',
-      'instructed: z-loss alone < no auxiliary loss',
-    ),
-    Claim(
-      'the balance loss helps',
-      'instructed: balance loss alone < no auxiliary loss',
+    *(
+      Claim(f'the {x} helps', f'instructed: {x} alone < no auxiliary loss')
+      for x in ('z-loss', 'balance loss')
     ),
     Claim(
       'both losses are better than none',
-      f'instructed: {instructed("sparse")} < no auxiliary loss',
+      f'instructed: {TUNED_SPARSE} < no auxiliary loss',
     ),
   ],
   remarks=at_floor,

@@ -73,13 +73,12 @@ def config(steps: int) -> ml_collections.ConfigDict:
   m.moe.expert.hidden = 128  # two of them are a dense layer's 256
   m.moe.router.token_choice.gates = 'renormalized'
   m.moe.capacity.per_assignment.factor = 2.0
-  losses = base.entry(SourceLosses, every_steps=0)
   config.evals = {
-    NEW: losses,
+    NEW: base.entry(SourceLosses, every_steps=0),
     LEARNED: base.entry(SourceLosses, every_steps=0, split='train'),
   }
   rate = {
-    'optimizer.schedule.kind': 'trapezoid',
+    f'{_RATE}.kind': 'trapezoid',
     f'{_RATE}.decay_fraction': 0.5,
     f'{_RATE}.warmup_steps': min(50, steps // 8),
   }
@@ -128,31 +127,29 @@ FEW, MANY = 'small languages', 'large languages'
 ALL = 'all languages'
 FEW_LEARNED, GAP = 'small languages, learned text', 'gap of small languages'
 COLUMNS = [
-  Column(name, unit='nats/byte', bounds=bounds)
-  for name, bounds in (
-    (FEW, parts.POSITIVE),
-    (MANY, parts.POSITIVE),
-    (FEW_LEARNED, parts.POSITIVE),
-    (GAP, (-np.inf, np.inf)),
-  )
-] + [Column(ALL, f'eval/{NEW}/mean', 'nats/byte', bounds=parts.POSITIVE)]
+  *(
+    Column(name, unit='nats/byte', bounds=parts.POSITIVE)
+    for name in (FEW, MANY, FEW_LEARNED)
+  ),
+  Column(GAP, unit='nats/byte'),
+  Column(ALL, f'eval/{NEW}/mean', 'nats/byte', bounds=parts.POSITIVE),
+]
 
 
 def rows(results: parts.Results) -> list[Row]:
   """A row for each arm, of means over small and over large languages."""
 
-  def mean(run, evaluation, languages):
-    return float(np.mean([run[f'eval/{evaluation}/{x}'] for x in languages]))
+  def means(runs, evaluation, languages):
+    keys = [f'eval/{evaluation}/{language}' for language in languages]
+    return [float(np.mean([run[key] for key in keys])) for run in runs]
 
   table = []
   for name, runs in results.items():
     if name != LARGE_ALONE:
-      small = [mean(run, NEW, SMALL) for run in runs]
-      learned = [mean(run, LEARNED, SMALL) for run in runs]
-      gaps = [a - b for a, b in zip(small, learned, strict=True)]
-      large = [mean(run, NEW, LARGE) for run in runs]
-      values = {FEW: small, MANY: large, FEW_LEARNED: learned, GAP: gaps}
-      values[ALL] = [COLUMNS[-1].of(run) for run in runs]
+      small, learned = (means(runs, x, SMALL) for x in (NEW, LEARNED))
+      values = {FEW: small, MANY: means(runs, NEW, LARGE), FEW_LEARNED: learned}
+      values[GAP] = [a - b for a, b in zip(small, learned, strict=True)]
+      values[ALL] = [*map(COLUMNS[-1].of, runs)]
       table.append(Row(name, values))
   return table
 

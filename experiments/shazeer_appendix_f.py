@@ -124,7 +124,7 @@ def compare(
     'experts': inferred.sum(-1).mean(),
     'none': (~inferred.any(-1)).mean(),
     'lost': routing.mean_loss(as_inferred, batch)
-    - mean_loss(as_trained, batch),
+    - routing.mean_loss(as_trained, batch),
     'foreseen': routing.mean_loss(followed, first_halves)
     - routing.mean_loss(as_trained, first_halves),
   }

@@ -21,7 +21,6 @@ the smallest task of reasoning the sparse model has the smaller gap and the
 lower loss; on the largest the difference, 0.012 ± 0.018, is not resolved.
 """
 
-import dataclasses
 import itertools
 import math
 
@@ -40,7 +39,9 @@ REASONING = ('caesar', 'atbash', 'add', 'subtract')
 KNOWLEDGE = 'kv_recall'
 # The names of the sources of each task.
 TASKS = {'reasoning': REASONING, 'knowledge': (KNOWLEDGE,)}
-MORE = 'sparse minus dense'
+MODELS, MORE = tuple(finetuned.MODELS), 'sparse minus dense'
+COLUMNS = [finetuned.LOSS, finetuned.TRAINED_LOSS, finetuned.GAP]
+COLUMNS.append(finetuned.DROPPED)
 # Loss of a model that knows no value: four letters of 16, and a sure end.
 CHANCE = math.log(16) * VALUE_LETTERS / (VALUE_LETTERS + 1)
 _ABOVE_FLOOR = 0.01  # least distance of a loss below chance, in nats/token
@@ -65,28 +66,20 @@ def row(task: str, size: int, model: str) -> str:
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each task, size and model."""
-  all_arms = []
-  for task, size, model in itertools.product(TASKS, SIZES, finetuned.MODELS):
-    start, overrides = finetuned.MODELS[model]
-    sources = 'data.mixture.sources'
+  all_arms, mixture = [], 'data.mixture'
+  for task, size, model in itertools.product(TASKS, SIZES, MODELS):
+    start, changes = finetuned.MODELS[model]
+    overrides = dict(changes)
     if task == 'knowledge':
-      sized = {f'{sources}.{KNOWLEDGE}.num_pairs': size}
+      overrides[f'{mixture}.sources.{KNOWLEDGE}.num_pairs'] = size
     else:
-      num_train = round(size / len(REASONING))
-      sized = {f'{sources}.{name}.num_train': num_train for name in REASONING}
-    weights = {
-      f'data.mixture.weights.{name}': float(name in TASKS[task])
-      for name in (*REASONING, KNOWLEDGE)
-    }
-    all_arms.append(
-      Arm(
-        row(task, size, model),
-        {**overrides, **sized, **weights},
-        line=f'{task}, {model}',
-        x=size,
-        start=start,
-      )
-    )
+      for name in REASONING:
+        num_train = round(size / len(REASONING))
+        overrides[f'{mixture}.sources.{name}.num_train'] = num_train
+    for name in (*REASONING, KNOWLEDGE):
+      overrides[f'{mixture}.weights.{name}'] = float(name in TASKS[task])
+    name, line = row(task, size, model), f'{task}, {model}'
+    all_arms.append(Arm(name, overrides, line, size, start))
   return all_arms
 
 
@@ -99,16 +92,16 @@ def rows(results: parts.Results) -> list[Row]:
       is_gap = arm.name.startswith('reasoning')
       by_name[arm.name] = finetuned.with_gap(arm_row) if is_gap else arm_row
   for task, size in itertools.product(TASKS, SIZES):
-    if row(task, size, 'sparse') in by_name:
-      pair = [by_name[row(task, size, model)] for model in finetuned.MODELS]
-      name = row(task, size, MORE)
+    name, names = row(task, size, MORE), [row(task, size, m) for m in MODELS]
+    if names[0] in by_name:
+      pair = [by_name[other] for other in names]
       by_name[name] = finetuned.minus(name, *pair)
       means = [np.mean(r.values[finetuned.LOSS.name]) for r in pair]
       if task == 'knowledge' and min(means) > CHANCE - _ABOVE_FLOOR:
-        by_name[name] = Row(
-          name,
-          {c: [math.nan] * len(v) for c, v in by_name[name].values.items()},
-        )
+        empty = {
+          c: [math.nan] * len(v) for c, v in by_name[name].values.items()
+        }
+        by_name[name] = Row(name, empty)
   for task in TASKS:
     name = f'{task}, from {SIZES[0]:,} to {SIZES[-1]:,}, {MORE}'
     ends = [by_name[row(task, SIZES[i], MORE)] for i in (-1, 0)]
@@ -116,56 +109,15 @@ def rows(results: parts.Results) -> list[Row]:
   return list(by_name.values())
 
 
-def compared(column: str, task: str, size: int, sign: str) -> str:
-  """The comparison of the sparse model with the dense one on a task."""
-  return f'{column}: {row(task, size, MORE)} {sign} 0'
+def claim(text: str, compared: str, task: str = '') -> Claim:
+  """A claim on sparse minus dense, and the paper's scores of both on a task."""
+  models = ('st_moe_l', 'dense_l') if task else ()
+  cells = [f'stmoe2022/table10/{task}/{model}' for model in models]
+  return Claim(text, compared, cells, withheld=finetuned.OTHER_ORDER)
 
 
-def cells(task: str) -> list[str]:
-  """Addresses of published scores of the sparse model and of the dense one."""
-  return [f'stmoe2022/table10/{task}/{m}' for m in ('st_moe_l', 'dense_l')]
-
-
-def _claims() -> list[Claim]:
-  """The paper's claims on sparse and dense models, by the size of a task."""
-  claims = [
-    Claim(
-      'the smallest task has a larger gap in the sparse model',
-      compared('gap', 'reasoning', 250, '>'),
-    ),
-    Claim(
-      'the gap of the sparse model shrinks more as the task grows',
-      f'gap: reasoning, from 250 to 100,000, {MORE} < 0',
-    ),
-    Claim(
-      'the smallest task is learned worse by the sparse model',
-      compared('loss', 'reasoning', 250, '>'),
-      cells('CB'),
-    ),
-    Claim(
-      'the largest task is learned better by the sparse model',
-      compared('loss', 'reasoning', 100000, '<'),
-      cells('ARC-Challenge'),
-    ),
-    Claim(
-      'the gain of the sparse model grows with the size of the task',
-      f'loss: reasoning, from 250 to 100,000, {MORE} < 0',
-    ),
-    Claim(
-      'the sparse model knows more of the smallest set of facts',
-      compared('loss', 'knowledge', 250, '<'),
-    ),
-    Claim(
-      'the sparse model knows more of the largest set of facts',
-      compared('loss', 'knowledge', 100000, '<'),
-      cells('TriviaQA'),
-    ),
-  ]
-  return [
-    dataclasses.replace(c, withheld=finetuned.OTHER_ORDER) for c in claims
-  ]
-
-
+SMALLEST, LARGEST = (row('reasoning', SIZES[i], MORE) for i in (0, -1))
+GROWTH = f'reasoning, from 250 to 100,000, {MORE}'
 STUDY = Study(
   name='sparse_overfits',
   title='What sparse models lose on small tasks and gain on large ones',
@@ -176,20 +128,44 @@ STUDY = Study(
   starts=finetuned.pretrained,
   presets={
     'quick': Preset(
-      150,
-      3,
-      start_steps=300,
-      without=('*, 2,000, *', '*, 20,000, *'),
+      150, 3, start_steps=300, without=('*, 2,000, *', '*, 20,000, *')
     ),
     'full': Preset(400, 5, start_steps=600),
   },
-  columns=[
-    finetuned.LOSS,
-    finetuned.TRAINED_LOSS,
-    finetuned.GAP,
-    finetuned.DROPPED,
+  columns=COLUMNS,
+  claims=[
+    claim(
+      'the smallest task has a larger gap in the sparse model',
+      f'gap: {SMALLEST} > 0',
+    ),
+    claim(
+      'the gap of the sparse model shrinks more as the task grows',
+      f'gap: {GROWTH} < 0',
+    ),
+    claim(
+      'the smallest task is learned worse by the sparse model',
+      f'loss: {SMALLEST} > 0',
+      'CB',
+    ),
+    claim(
+      'the largest task is learned better by the sparse model',
+      f'loss: {LARGEST} < 0',
+      'ARC-Challenge',
+    ),
+    claim(
+      'the gain of the sparse model grows with the size of the task',
+      f'loss: {GROWTH} < 0',
+    ),
+    claim(
+      'the sparse model knows more of the smallest set of facts',
+      f'loss: {row("knowledge", SIZES[0], MORE)} < 0',
+    ),
+    claim(
+      'the sparse model knows more of the largest set of facts',
+      f'loss: {row("knowledge", SIZES[-1], MORE)} < 0',
+      'TriviaQA',
+    ),
   ],
-  claims=_claims(),
   remarks=(
     'The rule of the floor was added when the first result was seen: without '
     'it the largest set of facts, of which both models know nothing, was the '
@@ -201,10 +177,7 @@ STUDY = Study(
   ),
   written='2026-11-27',
   figure=Figure(
-    ['loss', 'gap'],
-    'number of examples',
-    log_x=True,
-    without=[f'*{MORE}'],
+    ['loss', 'gap'], 'number of examples', log_x=True, without=[f'*{MORE}']
   ),
   tasks=finetuned.tasks('ciphers, sums and random facts'),
 )

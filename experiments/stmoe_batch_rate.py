@@ -17,8 +17,8 @@ highest rate, though for the dense one no difference between batches of 4 and 16
 is resolved. Claims on sparse against dense are withheld.
 """
 
+import fnmatch
 import itertools
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -29,17 +29,16 @@ from experiments.study.study import Study
 BATCHES, RATES = (4, 16, 64), (3e-4, 1e-3, 3e-3)
 MODELS = finetuned.MODELS
 KEPT = 'sparse, slots of the optimizer kept'
+LOSS = finetuned.LOSS.name
+# Ends of the names of rows that are means over one of the two settings.
+OVER_RATES, OVER_BATCHES = ', mean over rates', ', mean over batches'
 # Names of the rows of differences between two settings.
 SMALL, HIGH = 'gain of a small batch', 'gain of a high rate'
 MORE = ': sparse minus dense'
 
 
-def cell(model: str, batch: int | str = '*', rate: float | str = '*') -> str:
-  """The name of an arm, or of the mean over one of the two settings."""
-  if batch == '*':
-    return f'{model}, rate {rate:g}, mean over batches'
-  if rate == '*':
-    return f'{model}, batch {batch}, mean over rates'
+def cell(model: str, batch: int, rate: float) -> str:
+  """The name of an arm."""
   return f'{model}, batch {batch}, rate {rate:g}'
 
 
@@ -48,57 +47,55 @@ def arms(preset: Preset) -> list[Arm]:
   all_arms = []
   for model, batch, rate in itertools.product(MODELS, BATCHES, RATES):
     steps = preset.steps * 16 // batch
-    start, overrides = MODELS[model]
+    start, changes = MODELS[model]
     overrides = {
-      **overrides,
+      **changes,
       'batch_size': batch,
       'optimizer.learning_rate': rate,
       'total_steps': steps,
       'optimizer.schedule.warmup_steps': steps // 10,
       'log_every_steps': max(steps // 10, 1),
     }
-    all_arms.append(
-      Arm(
-        cell(model, batch, rate),
-        overrides,
-        line=f'{model}, batch {batch}',
-        x=rate,
-        start=start,
-      )
-    )
+    name, line = cell(model, batch, rate), f'{model}, batch {batch}'
+    all_arms.append(Arm(name, overrides, line, rate, start))
   changes = {'init_from.keep_optimizer': True, 'optimizer.learning_rate': 1e-3}
   return [*all_arms, Arm(KEPT, changes, start=finetuned.SPARSE)]
 
 
 def rows(results: parts.Results) -> list[Row]:
   """The cells that were run, their means, and what sparse gains over dense."""
-  ran = [arm for arm in arms(Preset(1, 1)) if arm.name in results]
-  by_name = {arm.name: STUDY.row_of(arm, results) for arm in ran}
-  batches = [b for b in BATCHES if cell('dense', b, RATES[0]) in by_name]
-  rates = [r for r in RATES if cell('dense', batches[0], r) in by_name]
+  by_name = {
+    arm.name: STUDY.row_of(arm, results)
+    for arm in arms(Preset(1, 1))
+    if arm.name in results
+  }
+
+  def add_mean(name: str, pattern: str) -> None:
+    """Adds the mean of the cells that were run of those of a pattern."""
+    cells = fnmatch.filter(by_name, pattern)
+    if cells:  # a quick preset leaves some settings out
+      losses = [by_name[other].values[LOSS] for other in cells]
+      by_name[name] = Row(name, {LOSS: [*np.mean(losses, axis=0)]})
+
+  def add_difference(name: str, one: str, other: str) -> None:
+    by_name[name] = finetuned.minus(name, by_name[one], by_name[other])
+
   for model in MODELS:
-    for batch in batches:
-      cell_rows = [by_name[cell(model, batch, rate)] for rate in rates]
-      by_name[cell(model, batch)] = _mean(cell(model, batch), cell_rows)
-    for rate in rates:
-      cell_rows = [by_name[cell(model, batch, rate)] for batch in batches]
-      by_name[cell(model, rate=rate)] = _mean(cell(model, rate=rate), cell_rows)
+    for x in BATCHES:
+      add_mean(f'{model}, batch {x}{OVER_RATES}', f'{model}, batch {x}, rate *')
+    for x in RATES:
+      add_mean(
+        f'{model}, rate {x:g}{OVER_BATCHES}', f'{model}, batch *, rate {x:g}'
+      )
   for name, before, after in (
-    (SMALL, {'batch': batches[-1]}, {'batch': batches[0]}),
-    (HIGH, {'rate': rates[0]}, {'rate': rates[-1]}),
+    (SMALL, *(f'batch {BATCHES[i]}{OVER_RATES}' for i in (-1, 0))),
+    (HIGH, *(f'rate {RATES[i]:g}{OVER_BATCHES}' for i in (0, -1))),
   ):
     for model in MODELS:
-      gain = f'{name}, {model}'
-      one, other = by_name[cell(model, **before)], by_name[cell(model, **after)]
-      by_name[gain] = finetuned.minus(gain, one, other)
-    sparse, dense = (by_name[f'{name}, {model}'] for model in MODELS)
-    by_name[name + MORE] = finetuned.minus(name + MORE, sparse, dense)
+      pair = f'{model}, {before}', f'{model}, {after}'
+      add_difference(f'{name}, {model}', *pair)
+    add_difference(name + MORE, *(f'{name}, {model}' for model in MODELS))
   return list(by_name.values())
-
-
-def _mean(name: str, cell_rows: Iterable[Row]) -> Row:
-  losses = [row.values[finetuned.LOSS.name] for row in cell_rows]
-  return Row(name, {finetuned.LOSS.name: [*np.mean(losses, axis=0)]})
 
 
 def best_cells(results: parts.Results) -> str:
@@ -106,9 +103,8 @@ def best_cells(results: parts.Results) -> str:
   sentences = []
   for model in MODELS:
     means = {
-      arm.name: np.mean([finetuned.LOSS.of(r) for r in results[arm.name]])
-      for arm in arms(Preset(1, 1))
-      if arm.name in results and arm.line.startswith(model)
+      name: np.mean([finetuned.LOSS.of(run) for run in results[name]])
+      for name in fnmatch.filter(results, f'{model}, batch *, rate *')
     }
     best = min(means, key=means.__getitem__)
     sentences.append(

@@ -35,8 +35,8 @@ from experiments.study import byte_models, command, finetuned
 from experiments.study.parts import Arm, Claim, Figure, Preset
 from experiments.study.study import Study
 
-# Capacity factors of training and of evaluation.
-FACTORS = ((0.75, 2.0), (1.25, 2.0), (2.0, 3.0), (4.0, 5.0))
+# Capacity factors of evaluation, by that of training.
+FACTORS = {0.75: 2.0, 1.25: 2.0, 2.0: 3.0, 4.0: 5.0}
 AUX = {'aux': 0.01, 'no aux': 0.0}
 SAME = 0.05
 
@@ -53,29 +53,29 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return config
 
 
-def row(train: float, evaluated: float, aux: str) -> str:
-  """The name of a row, here and in the paper's table."""
-  return f'train {train:g}, eval {evaluated:g}, {aux}'
+# The names of rows, here and in the paper's table, by the factor of training:
+# with the balance loss and without it.
+ROWS = {
+  train: [f'train {train:g}, eval {evaluated:g}, {aux}' for aux in AUX]
+  for train, evaluated in FACTORS.items()
+}
 
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each pair of factors, with and without the balance loss."""
-  factor = 'capacity.per_token.factor'
-  return [
-    Arm(
-      row(train, evaluated, aux),
-      {
+  factor, all_arms = 'capacity.per_token.factor', []
+  for number, (aux, weight) in enumerate(AUX.items()):
+    for train, names in ROWS.items():
+      overrides = {
         f'model.moe.{factor}': train,
-        f'evals.{byte_models.EVAL}.model_overrides.moe.{factor}': evaluated,
+        f'evals.{byte_models.EVAL}.model_overrides.moe.{factor}': FACTORS[
+          train
+        ],
         'model.moe.router.token_choice.balance_weight': weight,
-      },
-      line=aux,
-      x=train,
-      start=finetuned.SPARSE,
-    )
-    for aux, weight in AUX.items()
-    for train, evaluated in FACTORS
-  ]
+      }
+      name = names[number]
+      all_arms.append(Arm(name, overrides, aux, train, finetuned.SPARSE))
+  return all_arms
 
 
 def cells(column: str, *rows: str) -> list[str]:
@@ -85,37 +85,36 @@ def cells(column: str, *rows: str) -> list[str]:
 
 def claims() -> list[Claim]:
   """Scores do not depend on capacity or loss; what is dropped does."""
-  fullest = {aux: row(*FACTORS[-1], aux) for aux in AUX}
-  all_claims = []
-  for aux in AUX:
-    for factors in FACTORS[:-1]:
-      name = row(*factors, aux)
-      all_claims.append(
-        Claim(
-          f'capacity factor {factors[0]:g}, {aux}, is as good as 4',
-          f'loss: {name} = {fullest[aux]} within {SAME}',
-          cells('superglue', name, fullest[aux]),
-        )
-      )
-  for factors in FACTORS:
-    with_loss, without = (row(*factors, aux) for aux in AUX)
-    all_claims.append(
+  dropped, fullest = finetuned.DROPPED.name, max(FACTORS)
+  return [
+    *(
       Claim(
-        f'at capacity factor {factors[0]:g} it is as good without the loss',
+        f'capacity factor {train:g}, {aux}, is as good as 4',
+        f'loss: {ROWS[train][i]} = {ROWS[fullest][i]} within {SAME}',
+        cells('superglue', ROWS[train][i], ROWS[fullest][i]),
+      )
+      for i, aux in enumerate(AUX)
+      for train in FACTORS
+      if train != fullest
+    ),
+    *(
+      Claim(
+        f'at capacity factor {train:g} it is as good without the loss',
         f'loss: {without} = {with_loss} within {SAME}',
         cells('superglue', without, with_loss),
       )
-    )
-  for factors in FACTORS[:2]:
-    with_loss, without = (row(*factors, aux) for aux in AUX)
-    all_claims.append(
+      for train, (with_loss, without) in ROWS.items()
+    ),
+    *(
       Claim(
-        f'at capacity factor {factors[0]:g} more is dropped without the loss',
-        f'{finetuned.DROPPED.name}: {without} > {with_loss}',
+        f'at capacity factor {train:g} more is dropped without the loss',
+        f'{dropped}: {without} > {with_loss}',
         cells('dropped', without, with_loss),
       )
-    )
-  return all_claims
+      for train, (with_loss, without) in ROWS.items()
+      if train < 2
+    ),
+  ]
 
 
 STUDY = Study(

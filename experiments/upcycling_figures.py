@@ -87,11 +87,13 @@ def config(steps: int) -> ml_collections.ConfigDict:
 
 def starts(preset: Preset) -> list[Start]:
   """The dense model, at a rate that does not fall, on the other text."""
-  rate = {'optimizer.schedule.decay_fraction': 0.0}
-  other = {'data.train_split': 'train[:50%]'}
-  longer = {_TOTAL: preset.start_steps, 'checkpoint.keep_best': False}
-  changes = {**_DENSE, **rate, **other, **longer}
-  return [Start(SUNK, overrides=changes)]
+  changes = {
+    'optimizer.schedule.decay_fraction': 0.0,
+    'data.train_split': 'train[:50%]',
+    _TOTAL: preset.start_steps,
+    'checkpoint.keep_best': False,
+  }
+  return [Start(SUNK, overrides={**_DENSE, **changes})]
 
 
 def at(model: str, extra: int = USUAL) -> str:
@@ -122,44 +124,45 @@ def _cost_ratio(name: str) -> float:
 
 def arms(preset: Preset) -> list[Arm]:
   """Each model at each cost, the variants, and models before training."""
-  full = preset.start_steps
-  all_arms = []
-  for model, changes in ((DENSE, _DENSE), (UPCYCLED, {}), (SCRATCH, {})):
+
+  def steps(extra: int, cost_ratio: float) -> dict[str, int]:
+    """Steps of a sparse model that costs `extra` % of the sunk cost."""
+    number = round(preset.start_steps * extra / 100 * cost_ratio)
+    return {_TOTAL: max(number, 2)}
+
+  all_arms, usual = [], _cost_ratio(UPCYCLED)
+  dense = {**_DENSE, 'init_from.keep_optimizer': True}
+  for model, changes, ratio, start in (
+    (DENSE, dense, 1, SUNK),
+    (UPCYCLED, {}, usual, SUNK),
+    (SCRATCH, {}, usual, ''),
+  ):
     for extra in EXTRA:
-      steps = (
-        full * extra / 100 * (1 if model == DENSE else _cost_ratio(UPCYCLED))
-      )
-      overrides = {**changes, _TOTAL: max(round(steps), 2)}
-      if model == DENSE:
-        overrides['init_from.keep_optimizer'] = True
-      start = '' if model == SCRATCH else SUNK
+      overrides = {**changes, **steps(extra, ratio)}
       all_arms.append(Arm(at(model, extra), overrides, model, extra, start))
   for name, changes in VARIANTS.items():
-    steps = max(round(full * USUAL / 100 * _cost_ratio(name)), 2)
-    all_arms.append(Arm(variant(name), {**changes, _TOTAL: steps}, start=SUNK))
+    overrides = {**changes, **steps(USUAL, _cost_ratio(name))}
+    all_arms.append(Arm(variant(name), overrides, start=SUNK))
   for gates in GATES:
-    no_training = {_TOTAL: 1, 'optimizer.learning_rate': 0.0}
-    router = {f'{_MOE}.router.token_choice.gates': gates}
-    all_arms.append(
-      Arm(untrained(gates), {**router, **no_training}, start=SUNK)
-    )
+    overrides = {_TOTAL: 1, 'optimizer.learning_rate': 0.0}
+    overrides[f'{_MOE}.router.token_choice.gates'] = gates
+    all_arms.append(Arm(untrained(gates), overrides, start=SUNK))
   return all_arms
 
 
 def rows(results: parts.Results) -> list[Row]:
   """The start, the arms that were run, and what upcycling gains by cost."""
-  ran = [
-    arm for arm in arms(Preset(1, 1, start_steps=1)) if arm.name in results
-  ]
-  by_name = {arm.name: STUDY.row_of(arm, results) for arm in ran}
-  by_name[SUNK] = STUDY.row_of(Arm(SUNK, {}), results)
+  ran = arms(Preset(1, 1, start_steps=1))
+  by_name = {
+    arm.name: STUDY.row_of(arm, results)
+    for arm in (*ran, Arm(SUNK, {}))
+    if arm.name in results
+  }
   for gain, other in ((OVER_DENSE, DENSE), (OVER_SCRATCH, SCRATCH)):
     for extra in EXTRA:
       name, pair = at(gain, extra), (at(other, extra), at(UPCYCLED, extra))
-      if all(arm_name in by_name for arm_name in pair):
-        by_name[name] = finetuned.minus(
-          name, *(by_name[arm_name] for arm_name in pair)
-        )
+      if by_name.keys() >= set(pair):
+        by_name[name] = finetuned.minus(name, *(by_name[x] for x in pair))
   return list(by_name.values())
 
 

@@ -100,7 +100,8 @@ def results(tmp_path_factory):
         name: sizes[: depth_of(arm)] for name, sizes in units.items()
       }
       arm = Arm(arm.name, {**arm.overrides, **small_sizes, 'batch_size': 8})
-      (job,) = STUDY.jobs(STUDY.shared(preset), [arm], [0], folder)
+      shared = STUDY.shared(preset)
+      ((job,),) = STUDY.runs(preset, shared, [arm], [0], folder)
       STUDY.runner([job])
       by_arm[arm.name] = [job.result()]
   return by_arm

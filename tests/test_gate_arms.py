@@ -52,9 +52,10 @@ def test_an_arm_runs_and_its_shares_are_those_of_its_limit(tmp_path):
     'model': {'num_layers': 1},
     'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
   }
-  shared = merge(STUDY.shared(STUDY.presets['quick']), small)
+  preset = STUDY.presets['quick']
+  shared = merge(STUDY.shared(preset), small)
   arms = [a for a in gate_arms.arms() if a.x == 0.14]
-  (job,) = STUDY.jobs(shared, arms, [0], tmp_path)
+  ((job,),) = STUDY.runs(preset, shared, arms, [0], tmp_path)
   result = runner.train(job, gate_arms.shares, jax.devices()[:1])
   wanting = result['gate/wanting']
   kept, leaving = result['gate/kept_at_home'], result['gate/leaving']

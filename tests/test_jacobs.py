@@ -214,8 +214,9 @@ def test_arms_are_explored_then_chosen():
   shared_rate = chosen['BP, 6 hidden' + jacobs_table1.SHARED].overrides
   assert (own_rate, shared_rate['learning_rate']) == (rates[0], rates[2])
   # Jobs can be made of all arms, and those of one system are one call.
-  jobs = study.jobs(shared, list(chosen.values()), range(2), pathlib.Path('x'))
-  groups = {study.runner.together(job) for job in jobs}
+  preset, folder = study.presets['full'], pathlib.Path('x')
+  (runs,) = study.runs(preset, shared, [*chosen.values()], range(2), folder)
+  groups = {study.runner.together(job) for job in runs}
   assert groups == set(jacobs_table1.SYSTEMS)
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from experiments import report
-from experiments.study import result_tables
 from experiments.study import results as study_results
 from experiments.study.parts import Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
@@ -67,7 +66,7 @@ def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
 
 def test_what_is_measured_once_has_no_interval():
   numbers = summary('first', 'one')
-  table = result_tables.results_table(numbers)
+  table = study_results.results_table(numbers)
   assert '| a | 1.0500 ± 0.6353 | 1.25 |' in table
   assert '| b | 1.0500 ± 0.6353 |  |' in table
 

@@ -47,12 +47,10 @@ from experiments.study import (
   verdicts,
 )
 from experiments.study import results as study_results
-from experiments.study.jobs import layered
-from experiments.study.parts import Arm, Claim, Column, Preset, Row
-from experiments.study.starts import Start, in_order, started
-from experiments.study.step_bursts import Burst
+from experiments.study.jobs import in_order, layered
+from experiments.study.parts import Arm, Claim, Column, Preset, Row, Start
 from experiments.study.tables import markdown_table
-from experiments.study.times import StepTime
+from experiments.study.times import Burst, StepTime
 from moe_jax import cli, devices, run_config
 from moe_jax.analysis import cost
 from moe_jax.analysis.intervals import Interval
@@ -305,8 +303,9 @@ def test_a_run_is_made_of_a_trained_one_and_evaluated(tmp_path):
     Arm('goes on', {'optimizer.learning_rate': 1e-9}, start='copy'),
   ]
   shared = study.shared(study.presets['quick'])
-  first = study.start_jobs(study.presets['quick'], shared, arms, [0], tmp_path)
-  later = study.jobs(shared, arms, [0], tmp_path / study.name, started(first))
+  *first, later = study.runs(
+    study.presets['quick'], shared, arms, [0], tmp_path
+  )
   for job in itertools.chain(*first, later):
     runner.train(job, None, jax.devices()[:1])
   results = {job.arm.name: job.result() for job in [*first[0], *later]}
@@ -593,10 +592,9 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   for preset in study.presets.values():
     arms = study.arms_of(preset)
     shared, seeds = study.shared(preset), range(2)
-    first = study.start_jobs(preset, shared, arms, seeds, tmp_path)
-    all_jobs = study.jobs(shared, arms, seeds, tmp_path, started(first))
+    levels = study.runs(preset, shared, arms, seeds, tmp_path)
     results = {}
-    for i, job in enumerate(itertools.chain(*first, all_jobs)):
+    for i, job in enumerate(itertools.chain(*levels)):
       number = 2.0 - 0.01 * i + 0.1 * job.seed
       result = stand_in(job.config, number) | measured_routing(study, number)
       results.setdefault(job.arm.name, []).append(result)
@@ -780,14 +778,13 @@ def test_every_way_to_make_a_run_runs(name, results_folder, monkeypatch):
   shared = brief(study.shared(quick))
   arms = [arm for arm in study.arms_of(quick) if arm.name in new_arms()[name]]
   # Studies share the runs that they begin with, as in one folder of results.
-  output = results_folder / name
-  first = study.start_jobs(quick, shared, arms, [0], results_folder)
+  *first, runs = study.runs(quick, shared, arms, [0], results_folder)
   for job in itertools.chain(*first):
     small = dataclasses.replace(job, config=brief(job.config))
     with submit.alone(results_folder / 'locks' / job.workdir.name):
       runner.train(small, None, jax.devices()[:1])
     assert (job.folder / 'checkpoints').exists()
-  for job in study.jobs(shared, arms, [0], output, started(first)):
+  for job in runs:
     result = runner.train(job, study.runner.measure, jax.devices()[:1])
     losses = fnmatch.filter(result, 'eval/*/loss')  # of one source or of each
     losses += fnmatch.filter(result, 'eval/*/mean')
@@ -803,13 +800,10 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   check(launch_items)
   study = shazeer_table6.STUDY
   quick = study.presets['quick']
-  output = pathlib.Path('results') / study.name
-  configs = {
-    str(job.workdir): job.config
-    for job in study.jobs(
-      study.shared(quick), study.arms_of(quick), range(quick.seeds), output
-    )
-  }
+  shared, arms = study.shared(quick), study.arms_of(quick)
+  seeds, results = range(quick.seeds), pathlib.Path('results')
+  (runs,) = study.runs(quick, shared, arms, seeds, results)
+  configs = {str(job.workdir): job.config for job in runs}
   assert {item.workdir for item in launch_items} == configs.keys()
   for item in launch_items[2:5]:
     options, _ = run_config.options_of(item.config, item.flags())

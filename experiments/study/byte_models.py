@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.study.jobs import layered
+from experiments.study.jobs import layered, nested
 from experiments.study.parts import POSITIVE, Arm, Column, percent
 from moe_jax import run_config
 from moe_jax.analysis import cost
@@ -27,10 +27,6 @@ _BATCHES = 40
 # have there and in the whole config.
 ROOM = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
 DROPLESS = {f'model.moe.{key}': kind for key, kind in ROOM.items()}
-# Arguments of `base.evaluation` for an evaluation that drops no token.
-ROOM_FOR_ALL = {
-  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
-}
 
 
 def columns_of(evaluation: str) -> list[Column]:
@@ -76,9 +72,8 @@ def decoder(
   m.width = width
   m.attention.num_heads = 4
   m.ffn.hidden = hidden
-  m.scan_layers = (
-    False  # a CPU would copy each layer's slice of scanned kernels
-  )
+  # A CPU would copy each layer's slice of scanned kernels.
+  m.scan_layers = False
   m.moe.num_experts = num_experts
   m.moe.num_selected = num_selected
   m.moe.layers = 'all'
@@ -188,7 +183,7 @@ def evaluation(**model: Any) -> ml_collections.ConfigDict:
 
 def no_drops() -> ml_collections.ConfigDict:
   """Config of an evaluation that drops no token."""
-  return evaluation(**ROOM_FOR_ALL)
+  return evaluation(moe=nested(ROOM))
 
 
 def dense(name: str = 'dense', **overrides: Any) -> Arm:
@@ -222,9 +217,8 @@ def top_k(
     'num_selected': K,
     'expert.hidden': hidden // K,
     'router.token_choice.gates': 'raw' if K == 1 else 'renormalized',
-    **(overrides or {}),
   }
-  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()})
+  return _arm(name, moe, overrides)
 
 
 def expert_choice(
@@ -248,9 +242,15 @@ def expert_choice(
     'capacity.kind': 'per_token',
     'capacity.per_token.factor': float(factor),
     'dispatch.kind': 'gather',
-    **(overrides or {}),
   }
-  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()})
+  return _arm(name, moe, overrides)
+
+
+def _arm(
+  name: str, moe: Mapping[str, Any], overrides: Mapping[str, Any] | None
+) -> Arm:
+  changes = {**moe, **(overrides or {})}
+  return Arm(name, {f'model.moe.{k}': v for k, v in changes.items()})
 
 
 def training_flops(

@@ -31,7 +31,6 @@ from moe_jax.errors import InputError
 CLAIMS = pathlib.Path(__file__).with_name('claims.json')
 MARKS = ('checked', 'secondary', 'unverified')
 BETTER = ('lower', 'higher', None)
-LEVELS = ('paper', 'table', 'row', 'column')
 HIDDEN = 'unverified, not shown'
 _SECONDARY = ', secondary source'
 _ROUGHLY = re.compile(r'(~|[<>]=?)(-?\d+(?:\.\d+)?)')
@@ -43,12 +42,8 @@ class Published:
 
   Attributes:
     address: Path of the number in the file, 'paper/table/row/column'.
-    paper: Title of the paper.
-    url: Address of the paper on the web.
     table: The paper's name of the table, or another source of the number in the
       paper: 'text', 'abstract'.
-    row: Name of the number's row.
-    column: Name of the number's column.
     value: The number.
     relation: Relation of the true number to `value`: '' where they are equal,
       or '~', '<', '<=', '>' or '>='.
@@ -63,11 +58,7 @@ class Published:
   """
 
   address: str
-  paper: str
-  url: str
   table: str
-  row: str
-  column: str
   value: float
   relation: str = ''
   unit: str = ''
@@ -115,7 +106,7 @@ def load(path: pathlib.Path = CLAIMS) -> Mapping[str, Published]:
   for slug, paper in _object(papers, path.name).items():
     paper = _object(paper, slug, ('title', 'url', 'year', 'tables'))
     for name, table in _object(paper['tables'], slug).items():
-      for cell in _cells(f'{slug}/{name}', table, paper):
+      for cell in _cells(f'{slug}/{name}', table):
         cells[cell.address] = cell
   return types.MappingProxyType(cells)
 
@@ -124,21 +115,18 @@ def find(address: str) -> Published:
   """The published number at an address, 'paper/table/row/column'.
 
   Raises:
-    ValueError: There is no such number; the message names the nearest one and
-      what exists there.
+    ValueError: There is no such number; the message names the part of the path
+      that is wrong, and what exists there.
   """
   if address in load():
     return load()[address]
   known_paths = [name.split('/') for name in load()]
-  path = address.split('/') + [''] * len(LEVELS)
-  for depth, level in enumerate(LEVELS):
-    choices = {names[depth] for names in known_paths}
-    if path[depth] not in choices:
-      raise unknown(f'{level} in {address!r}:', path[depth], choices)
-    known_paths = [
-      names for names in known_paths if names[depth] == path[depth]
-    ]
-  raise InputError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
+  for depth, part in enumerate([*address.split('/'), '']):
+    choices = {x for names in known_paths for x in names[depth : depth + 1]}
+    if part not in choices:
+      break
+    known_paths = [names for names in known_paths if names[depth] == part]
+  raise unknown(f'part of {address!r}:', part, choices)
 
 
 def is_checked(citation: str) -> bool:
@@ -146,9 +134,7 @@ def is_checked(citation: str) -> bool:
   return citation != HIDDEN and _SECONDARY not in citation
 
 
-def _cells(
-  table_address: str, table: Any, paper: Mapping
-) -> Iterator[Published]:
+def _cells(table_address: str, table: Any) -> Iterator[Published]:
   """The numbers of one table; a cell's own fields override its column's."""
   needs = ('table', 'mark', 'about', 'columns', 'rows')
   table = _object(table, table_address, needs, optional=('note',))
@@ -163,9 +149,9 @@ def _cells(
         continue
       address = f'{table_address}/{row}/{column}'
       fields = {
-        **{'address': address, 'row': row, 'column': column},
-        **{'paper': paper['title'], 'url': paper['url']},
-        **{'table': table['table'], 'mark': table['mark']},
+        'address': address,
+        'table': table['table'],
+        'mark': table['mark'],
         **dict(zip(('unit', 'better'), columns[column], strict=False)),
         **_cell(value, address),
       }

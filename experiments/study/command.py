@@ -4,20 +4,19 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
-import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.study import results, submit, times
 from experiments.study.executors import EXECUTORS, Where
 from experiments.study.jobs import Job
-from experiments.study.parts import Arm, Column, Preset, Results
-from experiments.study.starts import started
+from experiments.study.parts import Arm, Column, Results
 from experiments.study.study import Study
 from moe_jax import cli
 from moe_jax.config import settle, unknown
+from moe_jax.devices import keep_programs
 
 _START_HELP = "steps of the runs to begin with; 0: the preset's"
 _WORKERS_HELP = 'runs at a time; 0: one a core, on a cluster all'
@@ -93,137 +92,86 @@ def _resource(text: str) -> tuple[str, Any]:
 def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   """Makes the missing runs and writes table, figure and verdicts.
 
+  Explorations are run before the arms that they choose, and runs that others
+  begin with before these. The results of all of them go to the study's rows,
+  and the reported arms alone to the digests and configs that are kept.
+
   Returns:
     The folder of what was written.
 
   Raises:
     SystemExit: The run of `--only` is made, with status 0, or runs were
       stopped.
+    ValueError: A config is wrong, or a run failed.
   """
   options = parse(study, argv)
+  keep_programs()
   preset = study.presets[options.preset]
-  preset = dataclasses.replace(
-    preset,
-    steps=options.steps or preset.steps,
-    seeds=options.seeds or preset.seeds,
-    start_steps=options.start_steps or preset.start_steps,
-  )
-  runs = _run(study, preset, options)
-  output = pathlib.Path(options.output) / study.name
-  groups = study.timed_groups(runs.arms)
-  timed = {
-    **runs.times,
-    **times.step_times(groups, runs.jobs, output, preset.bursts),
+  given: dict[str, Any] = {
+    name: size
+    for name in ('seeds', 'steps', 'start_steps')
+    if (size := getattr(options, name))
   }
-  rows = study.make_rows(runs.arms, runs.results, timed)
+  preset = dataclasses.replace(preset, **given)
+  if options.task != study.task:
+    given['task'] = options.task
+  changed = [f'--{name}={value}' for name, value in given.items()]
+  changed += options.flags
+  preset_argument = [f'--preset={options.preset}'] * (len(study.presets) > 1)
+  arguments = [*preset_argument, *changed]
+  command = ['python', '-m', f'experiments.{study.name}', *arguments]
+  command.append(f'--output={options.output}')
+
+  output = pathlib.Path(options.output) / study.name
+  shared = study.shared(preset, options.task)
+  flagged = cli.config_of(shared, options.flags)
+  names = [cli.name_of(flag) for flag in options.flags]
+  shared, _ = settle(study.runner.options, flagged, names)
+  where = Where(options.executor, options.workers, dict(options.resource))
+  progress = next(c for c in study.columns if study.progress in ('', c.name))
+  made: Results = {}
+  run_names: list[str] = []
+
+  def run(arms: Sequence[Arm], seeds: Sequence[int], last: bool) -> list[Job]:
+    """Makes the runs of arms, the last ones or explored; adds all results."""
+    levels = study.runs(preset, shared, arms, seeds, output.parent)
+    run_names.extend(job.name for level in levels for job in level)
+    if last and options.only not in ('', *run_names):
+      raise unknown('run of --only', options.only, run_names)
+    for level in levels:
+      alone = [job for job in level if job.name == options.only]
+      column = progress if level is levels[-1] else _START_COLUMN
+      submit.run_all(study.runner, alone or level, column, where, command)
+      if alone:
+        raise SystemExit(0)
+      made.update(submit.read_all(level))
+    return levels[-1]
+
+  arms, timed = study.arms_of(preset), {}
+  for stage in study.explorations(preset) if study.explorations else []:
+    trial_arms = stage.arms(arms, shared)
+    jobs = run(trial_arms, stage.seeds, last=False)
+    if stage.timed is not None:
+      timed |= times.step_times(stage.timed(trial_arms), jobs, output)
+    arms = stage.chosen(arms, made, timed)
+  jobs = run(arms, range(preset.seeds), last=True)
+  groups = study.timed_groups(arms)
+  timed |= times.step_times(groups, jobs, output, preset.bursts)
   summary = results.summary_of(
     study,
     preset,
     study.tasks[options.task],
-    rows,
-    runs.results,
+    study.make_rows(arms, made, timed),
+    made,
     timed,
-    arguments=_arguments(study, options),
+    arguments=arguments,
     configs=study.digests(preset, options.task),
   )
-  configs = {job.arm.name: job.config for job in runs.jobs if not job.seed}
-  words = [word[1:].replace('/', '_') for word in _changed(study, options)]
+  configs = {job.arm.name: job.config for job in jobs if not job.seed}
+  words = [word[1:].replace('/', '_') for word in changed]
   folder = output / ''.join([options.preset, *words])
   text = results.write(folder, study.figure, summary, configs)
   if study.pictures is not None:
-    study.pictures(runs.results, folder)
+    study.pictures(made, folder)
   print(f'\n{text}\nwritten: {folder}')
   return folder
-
-
-@dataclasses.dataclass(frozen=True)
-class _Runs:
-  """The reported arms and their runs, and the results of all runs.
-
-  The results include those of explored arms, which are not reported, and of the
-  runs that arms begin with; the step times are those of explored arms.
-  """
-
-  arms: Sequence[Arm]
-  jobs: Sequence[Job]
-  results: Results
-  times: Mapping[str, times.StepTime]
-
-
-def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
-  """Makes the runs that are missing, explored ones first, and reads all.
-
-  Raises:
-    ValueError: A config is wrong, or a run failed.
-  """
-  output = pathlib.Path(options.output) / study.name
-  shared = study.shared(preset, options.task)
-  flagged = cli.config_of(shared, options.flags)
-  given = list(map(cli.name_of, options.flags))
-  shared, _ = settle(study.runner.options, flagged, given)
-  arms = study.arms_of(preset)
-  where = Where(options.executor, options.workers, dict(options.resource))
-  command = _command(study, options)
-  progress = next(c for c in study.columns if study.progress in ('', c.name))
-  start_results: Results = {}
-  names: list[str] = []
-
-  def make(jobs: Sequence[Job], column: Column) -> None:
-    names.extend(job.name for job in jobs)
-    is_last = options.only in names
-    if is_last:
-      jobs = [job for job in jobs if job.name == options.only]
-    submit.run_all(study.runner, jobs, column, where, command)
-    if is_last:
-      raise SystemExit(0)
-
-  def run(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    first = study.start_jobs(preset, shared, arms, seeds, output.parent)
-    jobs = study.jobs(shared, arms, seeds, output, started(first))
-    if options.only and not study.explorations:
-      all_names = [job.name for job in itertools.chain(*first, jobs)]
-      if options.only not in all_names:
-        raise unknown('run of --only', options.only, all_names)
-    for level in first:
-      make(level, _START_COLUMN)
-      start_results.update(submit.read_all(level))
-    make(jobs, progress)
-    return jobs
-
-  explored: Results = {}
-  timed: dict[str, times.StepTime] = {}
-  for stage in study.explorations(preset) if study.explorations else []:
-    trial_arms = stage.arms(arms, shared)
-    jobs = run(trial_arms, stage.seeds)
-    explored = {**explored, **submit.read_all(jobs)}
-    if stage.timed is not None:
-      timed |= times.step_times(stage.timed(trial_arms), jobs, output)
-    arms = stage.chosen(arms, explored, timed)
-  jobs = run(arms, range(preset.seeds))
-  if options.only:  # of an arm that the explorations did not choose
-    raise unknown('run of --only', options.only, names)
-  results = {**explored, **start_results, **submit.read_all(jobs)}
-  return _Runs(arms, jobs, results, timed)
-
-
-def _changed(study: Study, options: argparse.Namespace) -> list[str]:
-  """Arguments, other than the preset, that differ from their defaults."""
-  arguments = [
-    f'--{name}={value}'
-    for name in ('seeds', 'steps', 'start_steps', 'task')
-    if (value := getattr(options, name)) not in (0, study.task)
-  ]
-  return [*arguments, *options.flags]
-
-
-def _arguments(study: Study, options: argparse.Namespace) -> list[str]:
-  """Arguments of the command that reproduces the table."""
-  preset_argument = [f'--preset={options.preset}'] * (len(study.presets) > 1)
-  return [*preset_argument, *_changed(study, options)]
-
-
-def _command(study: Study, options: argparse.Namespace) -> list[str]:
-  """Words of the command that makes the runs in the same folder."""
-  words = ['python', '-m', f'experiments.{study.name}']
-  words += [*_arguments(study, options), f'--output={options.output}']
-  return words

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,16 +21,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
+
+from moe_jax.devices import keep_programs
 
 EXECUTORS = ('pool', 'submitit', 'ray')
 # Minutes after which submitit stops a run, unless `timeout_min` is given.
 _MINUTES = 24 * 60
 _WATCH_SECONDS = 0.5
-_CACHE = (
-  'jax_compilation_cache_dir',
-  'jax_persistent_cache_min_compile_time_secs',
-)
 _SPAWN = multiprocessing.get_context('spawn')
 _Function = Callable[..., Any]
 
@@ -65,28 +61,24 @@ def opened(
     num_calls: Number of calls that will be submitted.
     folder: Folder for the files of submitit.
   """
+  workers = where.workers
   if where.executor == 'submitit':
     submitit = importlib.import_module('submitit')
     executor = submitit.AutoExecutor(folder=folder)
     executor.update_parameters(**{'timeout_min': _MINUTES, **where.resources})
-    yield executor, min(where.workers or num_calls, num_calls)
   elif where.executor == 'ray':
-    yield _Ray(where.resources), min(where.workers or num_calls, num_calls)
+    executor = _Ray(where.resources)
   else:
-    workers = min(where.workers or usual(), num_calls)
-    with tempfile.TemporaryDirectory() as cache:
-      if workers == 1:
-        with _sharing_compiled(cache):
-          yield _ThisProcess(), 1
-        return
-      pool = _Pool(workers, cache)
-      try:
-        yield pool, workers
-      finally:
-        pool.close()
+    workers = min(workers or _usual(), num_calls)
+    executor = _Pool(workers) if workers > 1 else _ThisProcess()
+  try:
+    yield executor, min(workers or num_calls, num_calls)
+  finally:
+    if isinstance(executor, _Pool):
+      executor.close()
 
 
-def usual() -> int:
+def _usual() -> int:
   """Default number of workers: one for each core of a CPU, else one."""
   return len(_cores()) if jax.default_backend() == 'cpu' else 1
 
@@ -118,24 +110,21 @@ class _Pool:
   """Processes of this machine, each with a core of its own.
 
   Each is a pool of one, which makes many calls, so that programs compiled in
-  one serve the next; all share a cache of compiled programs. A process that is
-  lost takes its call with it, no other, and has a successor.
+  one serve the next. A process that is lost takes its call with it, no other,
+  and has a successor.
   """
 
-  def __init__(self, workers: int, cache: str):
-    self._cache, self._cores = cache, _cores()
+  def __init__(self, workers: int):
     self._pools = [self._pool(number) for number in range(workers)]
     self._calls: list[futures.Future | None] = [None] * workers
 
   def _pool(self, number: int) -> futures.ProcessPoolExecutor:
-    core = self._cores[number % len(self._cores)]
-    arguments = self._cache, core, os.getpid()
+    arguments = _cores()[number % len(_cores())], os.getpid()
     return futures.ProcessPoolExecutor(1, _SPAWN, _begin, arguments)
 
   def submit(self, function: _Function, *arguments: Any) -> futures.Future:
     """Calls a function in a process that is free; there has to be one."""
-    is_free = [call is None or call.done() for call in self._calls]
-    number = is_free.index(True)
+    number = [call is None or call.done() for call in self._calls].index(True)
     try:
       call = self._pools[number].submit(function, *arguments)
     except BrokenProcessPool:
@@ -150,18 +139,17 @@ class _Pool:
       pool.shutdown()
 
 
-def _begin(cache: str, core: int, parent: int) -> None:
+def _begin(core: int, parent: int) -> None:
   """Begins a process of the pool, which does not outlive its parent.
 
   Args:
-    cache: Folder of the shared cache of compiled programs.
     core: Core of the CPU that the process runs on.
     parent: Process id of the parent.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks it to stop
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {core})
-  _share_compiled(cache)
+  keep_programs()
 
   def watch():
     while os.getppid() == parent:
@@ -173,53 +161,18 @@ def _begin(cache: str, core: int, parent: int) -> None:
   atexit.register(os._exit, 0)
 
 
-@contextlib.contextmanager
-def _sharing_compiled(cache: str) -> Iterator[None]:
-  before = {name: getattr(jax.config, name) for name in _CACHE}
-  _share_compiled(cache)
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def _share_compiled(cache: str) -> None:
-  for name, value in zip(_CACHE, (cache, 0.2), strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()  # an open cache would keep its old folder
-
-
 class _Ray:
-  """A Ray cluster that is up, as `ray start --head` starts one."""
+  """A Ray cluster that is up, as `ray start --head` starts one.
+
+  A call that is cancelled goes on until this process ends, and Ray ends it.
+  """
 
   def __init__(self, options: Mapping[str, Any]):
-    self._ray = importlib.import_module('ray')
-    if not self._ray.is_initialized():
-      self._ray.init(address='auto')
-    self._options = {'max_retries': 0, **options}
+    ray = importlib.import_module('ray')
+    if not ray.is_initialized():
+      ray.init(address='auto')
+    self._remote = ray.remote(**{'max_retries': 0, **options})
 
-  def submit(self, function: _Function, *arguments: Any) -> '_RayCall':
+  def submit(self, function: _Function, *arguments: Any) -> futures.Future:
     """Calls a function on the cluster."""
-    remote = self._ray.remote(**self._options)(function)
-    return _RayCall(self._ray, remote.remote(*arguments))
-
-
-class _RayCall:
-  """A call on a Ray cluster."""
-
-  def __init__(self, ray: Any, reference: Any):
-    self._ray, self._reference = ray, reference
-
-  def done(self) -> bool:
-    """Whether the call has ended."""
-    return bool(self._ray.wait([self._reference], timeout=0)[0])
-
-  def result(self) -> Any:
-    """Returns what the function returned, or raises what it raised."""
-    return self._ray.get(self._reference)
-
-  def cancel(self) -> None:
-    """Ends the call, without saving."""
-    self._ray.cancel(self._reference, force=True)
+    return self._remote(function).remote(*arguments).future()

@@ -41,32 +41,32 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   figure.savefig(path, dpi=110)
 
 
+def heading(column: Mapping[str, Any]) -> str:
+  """Name and unit of a column."""
+  return column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
+
+
 def _against(
   spec: Figure, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]
 ) -> Canvas:
   """A figure with a panel for each of these columns along another column."""
   (across,) = (c for c in summary['columns'] if c['name'] == spec.against)
   figure = Canvas(figsize=(6 * len(panels), 4.4), layout='constrained')
-  for number, ax in enumerate(figure.subplots(1, len(panels))):
-    column = panels[number]
+  for column, ax in zip(panels, figure.subplots(1, len(panels)), strict=True):
     for i, row in enumerate(summary['rows']):
       x, y = _shown(row, across), _shown(row, column)
       colour = plot_style.COLOURS[i % len(plot_style.COLOURS)]
       style = dict(color=colour, marker=_MARKERS[i % len(_MARKERS)], ls='')
-      style |= {} if number else dict(label=row['name'])
+      if column is panels[0]:
+        style['label'] = row['name']
       yerr = np.transpose([bar(y, bounds_of(row, column))])
       ax.errorbar(x.mean, y.mean, yerr, **style, capsize=3)
     ax.set_xscale('log', base=2)
     ax.xaxis.set_major_formatter('{x:g}')
     ax.set_xlabel(f'{spec.x_label} ({across["unit"]})')
-    ax.set_ylabel(_heading(column))
+    ax.set_ylabel(heading(column))
   figure.legend(loc='outside right center', fontsize=8)
   return figure
-
-
-def _heading(column: Mapping[str, Any]) -> str:
-  """Name and unit of a column."""
-  return column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
 
 
 def _canvas(
@@ -74,10 +74,19 @@ def _canvas(
 ) -> Canvas:
   """A figure with a panel for each of these columns; see `draw`."""
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
-  names = _names(rows)
+  # Names in the legend, which fix colours: lines, then rows without x.
+  names = [row['line'] for row in rows if row['x'] is not None]
+  names += [row['name'] for row in rows if row['x'] is None]
+  names = list(dict.fromkeys(names))
   lines, across = grid(len(panels))
+  # The rows, by their index, of which any panel of a line has numbers.
   rows_by_line = [
-    _shown_rows(rows, panels[line * across :][:across]) for line in range(lines)
+    {
+      i: row
+      for i, row in enumerate(rows)
+      if any(_shown(row, column) for column in panels[line * across :][:across])
+    }
+    for line in range(lines)
   ]
   heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
   if not spec.x_label:
@@ -88,31 +97,32 @@ def _canvas(
   ).flat
   for ax in axes[len(panels) :]:
     ax.set_axis_off()
-  axes = axes[: len(panels)]
-  for ax, column in zip(axes, panels, strict=True):
+  handle_of = {}
+  for ax, column in zip(axes, panels):
     drawn = rows
     if spec.x_label:
       _lines(ax, spec, rows, column, names)
-      ax.set_ylabel(_heading(column))
+      ax.set_ylabel(heading(column))
     else:
       subplot = ax.get_subplotspec()
       first, shown = subplot.is_first_col(), rows_by_line[subplot.rowspan.start]
       _points(ax, shown, column, labels=first)
       drawn = list(shown.values())
-      ax.set_xlabel(_heading(column))
+      ax.set_xlabel(heading(column))
       ax.set_ylabel(textwrap.fill(spec.rows, _LETTERS) * first)
     _sides(ax, summary, drawn, column, along_x=bool(spec.x_label))
-  _legend(figure, axes, columns=3 if len(panels) > 1 else 1)
+    handles, labels = ax.get_legend_handles_labels()
+    handle_of |= dict(zip(labels, handles, strict=True))
+  if handle_of:
+    figure.legend(
+      handle_of.values(),
+      handle_of,
+      loc='outside lower center',
+      fontsize=8,
+      frameon=False,
+      ncols=3 if len(panels) > 1 else 1,
+    )
   return figure
-
-
-def _shown_rows(rows, panels) -> dict[int, Mapping[str, Any]]:
-  """The rows, by their index, of which any panel of a line has numbers."""
-  return {
-    i: row
-    for i, row in enumerate(rows)
-    if any(_shown(row, column) for column in panels)
-  }
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -125,41 +135,21 @@ def _height(rows: Mapping[int, Mapping[str, Any]]) -> float:
   return 1.2 + (0.16 + 0.14 * max(lines, default=1)) * len(rows)
 
 
-def _legend(figure: Canvas, axes, columns: int) -> None:
-  """Draws one legend below all panels, with the names that any of them has."""
-  handle_of = {}
-  for ax in axes:
-    handles, labels = ax.get_legend_handles_labels()
-    handle_of |= dict(zip(labels, handles, strict=True))
-  if handle_of:
-    figure.legend(
-      handle_of.values(),
-      handle_of,
-      loc='outside lower center',
-      fontsize=8,
-      frameon=False,
-      ncols=columns,
-    )
-
-
 def _sides(ax, summary, rows, column, *, along_x: bool) -> None:
   """Marks where the paper has the rows of checked claims about a column."""
   number_of = {row['name']: i for i, row in enumerate(rows)}
-  mean_of = {
-    row['name']: interval.mean
-    for row in summary['rows']
-    if (interval := _shown(row, column)) is not None
-  }
+  row_of = {row['name']: row for row in summary['rows']}
   for claim in summary.get('claims', ()):
-    published = claim['published']
+    published, value = claim['published'], claim['than']
     if claim['column'] != column['name'] or claim['row'] not in number_of:
       continue
     if not published or not all(map(claims.is_checked, published)):
       continue
-    value = claim['than']
-    value = mean_of.get(value) if isinstance(value, str) else value
-    if value is None:
-      continue
+    if isinstance(value, str):
+      interval = _shown(row_of[value], column) if value in row_of else None
+      if interval is None:
+        continue
+      value = interval.mean
     number = number_of[claim['row']]
     x = rows[number]['x']
     marker = _SIDES[claim['direction']][along_x]
@@ -183,9 +173,7 @@ def grid(panels: int) -> tuple[int, int]:
 
 def _shown(row, column) -> Interval | None:
   values = row['values'].get(column['name'], [])
-  if not values or None in values:
-    return None
-  return Interval.of(values)
+  return Interval.of(values) if values and None not in values else None
 
 
 def bar(interval: Interval, bounds: Bounds) -> tuple[float, float]:
@@ -196,35 +184,28 @@ def bar(interval: Interval, bounds: Bounds) -> tuple[float, float]:
   return max(interval.mean - low, 0.0), max(high - interval.mean, 0.0)
 
 
-def _names(rows) -> list[str]:
-  """Names in the legend, which fix colours: lines, then rows without x."""
-  lines = [row['line'] for row in rows if row['x'] is not None]
-  levels = [row['name'] for row in rows if row['x'] is None]
-  return list(dict.fromkeys(lines + levels))
-
-
 def _lines(ax, spec, rows, column, names: list[str]) -> None:
-  shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
-  lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
-  for line in lines:
-    points = sorted(
-      (row['x'], interval.mean, bar(interval, bounds_of(row, column)))
-      for row, interval in shown
-      if row['line'] == line and row['x'] is not None
-    )
-    xs, means, bars = zip(*points, strict=True)
+  lines: dict[str, list] = {}
+  levels: dict[str, float] = {}
+  for row in rows:
+    if (interval := _shown(row, column)) is None:
+      continue
+    if row['x'] is None:
+      levels[row['name']] = interval.mean
+    else:
+      point = interval.mean, bar(interval, bounds_of(row, column))
+      lines.setdefault(row['line'], []).append((row['x'], *point))
+  for line, points in lines.items():
+    xs, means, bars = zip(*sorted(points), strict=True)
     style = plot_style.series(names.index(line))
     ax.errorbar(xs, means, np.transpose(bars), **style, capsize=3, label=line)
-  for row, interval in shown:
-    if row['x'] is None:
-      style = plot_style.series(names.index(row['name']))
-      color, dashes = style['color'], style['linestyle']
-      ax.axhline(
-        interval.mean, color=color, linestyle=dashes, label=row['name']
-      )
+  for name, mean in levels.items():
+    style = plot_style.series(names.index(name))
+    color, dashes = style['color'], style['linestyle']
+    ax.axhline(mean, color=color, linestyle=dashes, label=name)
   if spec.log_x:
     ax.set_xscale('log', base=2)
-    ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
+    ticks = sorted({x for points in lines.values() for x, _, _ in points})
     # A whole number is printed as it is, another with one to three digits.
     labels = [f'{x:g}' if x == round(x) else f'{x:.3g}' for x in ticks]
     ax.set_xticks(ticks, labels)

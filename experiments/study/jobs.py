@@ -1,4 +1,9 @@
-"""The runs of a study: a config and a folder for every arm and seed."""
+"""The runs of a study: a config and a folder for every arm and seed.
+
+A start, a run that others begin with or learn from, is trained once for each
+seed, or made of another start. It keeps its last checkpoint in the folder
+`starts` beside the studies' own, so that studies with equal starts share them.
+"""
 
 import dataclasses
 import functools
@@ -13,13 +18,14 @@ from typing import Any
 
 import ml_collections
 
-from experiments.study.parts import Arm, Change, Result
+from experiments.study.parts import Arm, Change, Result, Start
 from moe_jax import config as config_lib
-from moe_jax.config import Options, keys_of, merge, read_options
+from moe_jax.config import Options, keys_of, merge, read_options, unknown
 from moe_jax.errors import InputError
 from moe_jax.runs.workdir import write_text
 
 RESULT = 'result.json'
+FOLDER = 'starts'
 _CHANGED = 'run'
 
 
@@ -168,6 +174,35 @@ def jobs_of(
       folder = f'seed{seed}-{digest}'
       jobs.append(Job(arm, seed, config, output / 'runs' / short / folder))
   return jobs
+
+
+def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
+  """The starts that arms need, in lists that need only earlier lists.
+
+  Raises:
+    ValueError: There is no start of a name, or starts begin with each other.
+  """
+  by_name = {start.name: start for start in starts}
+  levels: dict[str, int] = {}
+
+  def level(name: str, above: tuple[str, ...] = ()) -> int:
+    """The number of starts that come before one; notes it for all of them."""
+    if name not in by_name:
+      raise unknown('start', name, by_name)
+    if name in above:
+      raise InputError(f'starts begin with each other: {[*above, name]}')
+    before = by_name[name].arm.runs_before.values()
+    numbers = [level(other, (*above, name)) for other in before]
+    levels[name] = 1 + max(numbers, default=-1)
+    return levels[name]
+
+  for arm in arms:
+    for name in arm.runs_before.values():
+      level(name)
+  return [
+    [by_name[name] for name, depth in levels.items() if depth == number]
+    for number in range(max(levels.values(), default=-1) + 1)
+  ]
 
 
 def settings_digest(cls: type[Options], job: Job) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from experiments.study import claims
@@ -40,8 +41,8 @@ class Arm:
       name; they may choose another kind for a section (see `jobs.layered`).
     line: Name of the figure's line on which the arm is a point.
     x: Coordinate of the point along the x axis; None draws a horizontal line.
-    start: Name of the start whose parameters the runs begin with (see
-      `starts.py`); '' draws them from the seed.
+    start: Name of the `Start` whose parameters the runs begin with; '' draws
+      them from the seed.
     change: Function that makes the arm's runs from those of its start, instead
       of training (see `runner.py`); None trains.
     teacher: Name of the start that teaches the runs (`config.distill`); '' for
@@ -65,6 +66,36 @@ class Arm:
     """Names of the starts that the runs need, by the key of their folder."""
     starts = {'init_from.workdir': self.start, 'distill.teacher': self.teacher}
     return {key: name for key, name in starts.items() if name}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A run that arms begin with or learn from, or other starts begin with.
+
+  Attributes:
+    name: Name by which an arm chooses it.
+    config: Returns the config of the run, from the config that all arms share;
+      None takes that.
+    start: Name of the start that this one begins with; '' draws parameters.
+    change: Function that makes the run from that start, as in `Arm`.
+    teacher: Name of the start that teaches the run; '' for none.
+    overrides: Values that the run changes in that config, by dotted name.
+  """
+
+  name: str
+  config: (
+    Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict] | None
+  ) = None
+  start: str = ''
+  change: Change | None = None
+  teacher: str = ''
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def arm(self) -> Arm:
+    """The arm whose runs are those of the start."""
+    before = {'start': self.start, 'teacher': self.teacher}
+    return Arm(self.name, self.overrides, change=self.change, **before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,20 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
-from experiments.study import figures, judging, result_tables, stored
+from experiments.study import figures, stored, verdicts
 from experiments.study import times as times_lib
-from experiments.study.parts import Figure, Preset, Results, Row
-from experiments.study.result_tables import OLDER
+from experiments.study.parts import Figure, Preset, Results, Revision, Row
 from experiments.study.study import Study
+from experiments.study.tables import bounds_of, markdown_table
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
+from moe_jax.analysis.intervals import Bounds, Interval
 from moe_jax.runs.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
+OLDER = '†'  # the mark of cells that are older than the study
 
 
 def summary_of(
@@ -35,10 +38,8 @@ def summary_of(
 
   Args:
     study: The study.
-    preset: The preset that was run. Where it leaves out arms, claims about
-      rows that need them are left out.
-    task: The task that was run. Where it is not comparable, the claims are
-      without published numbers.
+    preset: The preset that was run; see `verdicts.judged`.
+    task: The task that was run; see `verdicts.judged`.
     rows: Rows of the table.
     results: Results of all runs, by arm.
     times: Ratios of step times to those of a group's first arm, by arm.
@@ -46,11 +47,11 @@ def summary_of(
     configs: Digests of the configs, see `Study.digests`.
   """
   runs = [run for arm in results.values() for run in arm]
-  facts, remarks = _facts([run['made'] for run in runs]), study.remarks
+  made, remarks = [run['made'] for run in runs], study.remarks
+  code = sorted({m['code'] for m in made if 'code' in m})
   return {
     'name': study.name,
-    'title': study.title,
-    'source': study.source,
+    **verdicts.judged(study, preset, task, rows),
     'task': task.label,
     'steps': preset.steps,
     'length': study.length(preset),
@@ -58,27 +59,17 @@ def summary_of(
     'overrides': dict(preset.overrides),
     'arguments': list(arguments),
     'digests': sorted({run['data_digest'] for run in runs}),
-    **facts,
-    'marks': stored.older_code(facts['code']),
+    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in made}),
+    'date': _all({m['date'][:10] for m in made}),
+    'jax': _all({m['jax'] for m in made}),
+    'minutes': round(sum(m['minutes'] for m in made), 1),
+    'code': code,
+    'marks': stored.older_code(code),
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
     'configs': dict(configs),
-    'columns': [*map(judging.described_column, study.columns)],
-    'rows': [judging.described_row(row) for row in rows],
-    'claims': judging.judged(study, preset, task, rows),
-    'written': study.written,
+    'columns': [*map(verdicts.described_column, study.columns)],
     'remarks': remarks if isinstance(remarks, str) else remarks(results),
-  }
-
-
-def _facts(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Device, date, jax version and code of runs, and their minutes in total."""
-  return {
-    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in provenances}),
-    'date': _all({m['date'][:10] for m in provenances}),
-    'jax': _all({m['jax'] for m in provenances}),
-    'minutes': round(sum(m['minutes'] for m in provenances), 1),
-    'code': sorted({m['code'] for m in provenances if 'code' in m}),
   }
 
 
@@ -93,48 +84,24 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     summary: Summary of the study.
     picture: Path of the figure, relative to the page.
   """
-  lines = [
-    f'## {summary["title"]}',
-    '',
-    f'{summary["source"]}. `{command(summary)}`: {conditions(summary)}',
-    '',
-    *aged(summary),
-    result_tables.results_table(summary),
-    '',
-    result_tables.claims_table(summary),
+  title, times = summary['title'], summary['times']
+  after = []
+  if times:
+    listed = '; '.join(f'{name} {time}' for name, time in times.items())
+    sentence = f'Step times, medians and quartiles: {listed}.'
+    after.append(f'{sentence} {summary.get("timing", "")}'.rstrip())
+  remarks = filter(None, (summary['remarks'], summary.get('misses')))
+  paragraphs = [
+    f'## {title}',
+    f'{summary["source"]}. `{command(summary)}`: {_conditions(summary)}',
+    *summary.get('marks', []),
+    *(_aged(summary, revision) for revision in summary.get('outdated', [])),
+    results_table(summary),
+    claims_table(summary),
+    *filter(None, (*after, ' '.join(remarks))),
+    f'![{title}]({picture})',
   ]
-  for paragraph in caveats(summary):
-    lines += ['', paragraph]
-  lines += ['', f'![{summary["title"]}]({picture})', '']
-  return '\n'.join(lines)
-
-
-def conditions(summary: Mapping[str, Any]) -> str:
-  """The data, length, device and date of the runs as Markdown."""
-  seeds = summary['seeds']
-  overrides = ''.join(f', `{k}={v}`' for k, v in summary['overrides'].items())
-  length = summary.get('length', f'{summary["steps"]:,} steps')
-  return (
-    f'{summary["task"]} (sha256 '
-    f'{", ".join(digest[:12] for digest in summary["digests"])}), '
-    f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
-    f'{overrides}; {summary["device"]}, {summary["date"]}, jax '
-    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs on one core. '
-    f'± is a 95 % confidence interval over seeds (Student).{_written(summary)}'
-  )
-
-
-def caveats(summary: Mapping[str, Any]) -> list[str]:
-  """The step times and the remarks, a paragraph each, in Markdown."""
-  paragraphs = []
-  if summary['times']:
-    times = [
-      f'{name} {step_time}' for name, step_time in summary['times'].items()
-    ]
-    listed = f'Step times, medians and quartiles: {"; ".join(times)}.'
-    paragraphs.append(f'{listed} {summary.get("timing", "")}'.rstrip())
-  remarks = ' '.join(filter(None, (summary['remarks'], summary.get('misses'))))
-  return paragraphs + [remarks] * bool(remarks)
+  return '\n\n'.join(paragraphs) + '\n'
 
 
 def command(summary: Mapping[str, Any]) -> str:
@@ -143,29 +110,91 @@ def command(summary: Mapping[str, Any]) -> str:
   return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
 
 
-def _written(summary: Mapping[str, Any]) -> str:
-  """A sentence on when the claims were written, or ''."""
-  date = summary.get('written')
-  if not date or date > summary['date'][:10]:
-    return ''
-  return f' Claims were written on {date}, before these runs.'
+def _conditions(summary: Mapping[str, Any]) -> str:
+  """The data, length, device and date of the runs as Markdown."""
+  seeds, date = summary['seeds'], summary.get('written')
+  overrides = ''.join(f', `{k}={v}`' for k, v in summary['overrides'].items())
+  length = summary.get('length', f'{summary["steps"]:,} steps')
+  written = ''
+  if date and date <= summary['date'][:10]:
+    written = f' Claims were written on {date}, before these runs.'
+  return (
+    f'{summary["task"]} (sha256 '
+    f'{", ".join(digest[:12] for digest in summary["digests"])}), '
+    f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
+    f'{overrides}; {summary["device"]}, {summary["date"]}, jax '
+    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs on one core. '
+    f'± is a 95 % confidence interval over seeds (Student).{written}'
+  )
 
 
-def aged(summary: Mapping[str, Any]) -> list[str]:
-  """Paragraphs on what a stored result is older than, each with a blank line.
+def _aged(summary: Mapping[str, Any], revision: Mapping[str, Any]) -> str:
+  """A paragraph on a revision of the study since its result was stored.
 
-  Cells that are concerned have the mark `OLDER` in the table.
+  Cells that the revision concerns have the mark `OLDER` in the table.
   """
-  paragraphs = list(summary.get('marks', []))
-  for revision in summary.get('outdated', []):
-    date_text = f' of {revision["date"]}' if revision['date'] else ''
-    paragraphs.append(
-      f'{OLDER} These results are older than the study{date_text}: '
-      f'{revision["what"]} Verdicts that rest on them are withheld until '
-      f'`{command(summary)}` has run again, about '
-      f'{summary["minutes"] / 2:.0f} minutes on two cores.'
+  date_text = f' of {revision["date"]}' if revision['date'] else ''
+  return (
+    f'{OLDER} These results are older than the study{date_text}: '
+    f'{revision["what"]} Verdicts that rest on them are withheld until '
+    f'`{command(summary)}` has run again, about '
+    f'{summary["minutes"] / 2:.0f} minutes on two cores.'
+  )
+
+
+def results_table(summary: Mapping[str, Any]) -> str:
+  """The table of the study's numbers; cells older than it have a mark."""
+  revisions = [Revision(**values) for values in summary.get('outdated', [])]
+  lines = []
+  for row in summary['rows']:
+    line = {'': row['name']}
+    for column in summary['columns']:
+      values = row['values'].get(column['name'], [])
+      cell = _cell(values, column['digits'], bounds_of(row, column))
+      is_old = any(r.concerns(row['name'], column['name']) for r in revisions)
+      line[figures.heading(column)] = cell + f' {OLDER}' * (
+        is_old and cell != ''
+      )
+    lines.append(line)
+  return markdown_table(lines)
+
+
+def _cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:
+  """A mean with its interval; both of its ends where it would pass a bound."""
+  if not values or None in values:
+    return ''
+  if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
+    return f'{values[0]:z.{digits}f}'
+  return Interval.of(values).text(f'z.{digits}f', bounds)
+
+
+def claims_table(summary: Mapping[str, Any]) -> str:
+  """The table of claims: published numbers, ours, verdicts; '' for no claim."""
+  digits = {c['name']: c['digits'] for c in summary['columns']}
+  lines = []
+  for claim in summary['claims']:
+    spec = f'z.{digits.get(claim["column"], 2)}f'
+    mean, width = claim['difference'], claim['half_width']
+    measured = 'not measured'
+    if mean is not None:
+      measured = f'{Interval(mean, np.inf if width is None else width):+{spec}}'
+    than, within = claim['than'], claim.get('within', 0.0)
+    than = than if isinstance(than, str) else f'{than:g}'
+    lines.append(
+      {
+        'claim': '. '.join(filter(None, (claim['text'], claim['note']))),
+        'published': ' against '.join(claim['published']),
+        'here': f'{claim["column"]}, {claim["row"]} minus {than}: {measured}'
+        + (f'; equal if within {within:g}' if within else ''),
+        'smallest that could be resolved': (
+          'none' if width is None else f'{width:{spec}}'
+        ),
+        'verdict': ': '.join(
+          filter(None, (f'**{claim["verdict"]}**', claim.get('reason')))
+        ),
+      }
     )
-  return [line for paragraph in paragraphs for line in (paragraph, '')]
+  return markdown_table(lines) if lines else ''
 
 
 def write(
@@ -192,23 +221,17 @@ def write(
     path = folder / 'configs' / f'{i:02d}.json'
     entry = {'arm': name, 'config': config.to_dict()}
     path.write_text(json.dumps(entry, indent=2, default=list) + '\n')
-  _write_csv(folder / 'rows.csv', summary)
+  with (folder / 'rows.csv').open('w', newline='', encoding='utf-8') as file:
+    writer = csv.writer(file)
+    writer.writerow(['row', 'column', 'unit', 'seed', 'value'])
+    for row in summary['rows']:
+      for column in summary['columns']:
+        head = row['name'], column['name'], column['unit']
+        values = row['values'].get(column['name'], [])
+        for seed, value in zip(summary['seeds'], values, strict=False):
+          writer.writerow([*head, seed, value])
   figures.draw(figure, summary, folder / PICTURE)
   # The summary is written last and atomically: wherever `report` finds one, it
   # expects the figure too.
   write_text(folder / SUMMARY, json.dumps(summary, indent=1) + '\n')
   return text
-
-
-def _write_csv(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
-  """Writes the table's numbers, with a line for each of every seed."""
-  with path.open('w', newline='', encoding='utf-8') as file:
-    writer = csv.writer(file)
-    writer.writerow(['row', 'column', 'unit', 'seed', 'value'])
-    for row in summary['rows']:
-      for column in summary['columns']:
-        values = row['values'].get(column['name'], [])
-        for seed, value in zip(summary['seeds'], values, strict=False):
-          writer.writerow(
-            [row['name'], column['name'], column['unit'], seed, value]
-          )

@@ -1,7 +1,9 @@
 """Makes the runs of a study, by training unless it has another runner."""
 
 import dataclasses
+import functools
 import hashlib
+import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +12,8 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+import moe_jax
 from experiments.benchmarks import timing
-from experiments.study import code_digest
 from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
@@ -123,14 +125,12 @@ def train(
   """
   if job.is_finished:
     return job.result()
-  start = time.perf_counter()
-  if job.arm.change is not None:
-    last = changed(job)
-  else:
-    last = _trained(job, measure, devices, hooks)
+  start, has_change = time.perf_counter(), job.arm.change is not None
+  last = changed(job) if has_change else _trained(job, measure, devices, hooks)
   job.write_result({**last, 'made': provenance(start)})
-  if not job.keeps:
-    _remove_parameters(job)
+  if not job.keeps:  # parameters of all runs would fill a disk
+    parameters = job.workdir / workdir_lib.CHECKPOINTS
+    shutil.rmtree(job.folder if has_change else parameters, ignore_errors=True)
   return job.result()
 
 
@@ -159,8 +159,22 @@ def provenance(start: float) -> dict[str, Any]:
     start: Value of `time.perf_counter` when the run began.
   """
   minutes = (time.perf_counter() - start) / 60
-  code = code_digest.digest()
-  return {**timing.facts(), 'code': code, 'minutes': minutes}
+  return {**timing.facts(), 'code': code_digest(), 'minutes': minutes}
+
+
+@functools.cache
+def code_digest() -> str:
+  """A short hash of the text of all modules of `moe_jax`, which decide a run.
+
+  Any change of their text counts, also one of a comment: it is a mark on stored
+  results, no reason to withhold them.
+  """
+  folder = pathlib.Path(moe_jax.__file__).parent
+  hashed = hashlib.sha256()
+  for path in sorted(folder.rglob('*.py')):
+    hashed.update(str(path.relative_to(folder)).encode() + b'\0')
+    hashed.update(path.read_bytes())
+  return hashed.hexdigest()[:12]
 
 
 def arrays_digest(splits: Sequence[Sequence[np.ndarray]], kind: str) -> str:
@@ -179,13 +193,6 @@ def arrays_digest(splits: Sequence[Sequence[np.ndarray]], kind: str) -> str:
   return sha256.hexdigest()
 
 
-def _remove_parameters(job: Job) -> None:
-  """Removes a run's parameters: those of all runs would fill a disk."""
-  has_change = job.arm.change is not None
-  folder = job.folder if has_change else job.workdir / workdir_lib.CHECKPOINTS
-  shutil.rmtree(folder, ignore_errors=True)
-
-
 def changed(job: Job) -> dict[str, Any]:
   """Makes a run of another one; returns its metrics.
 
@@ -200,10 +207,9 @@ def changed(job: Job) -> dict[str, Any]:
   numbers = job.arm.change(job.begins_with, job.folder)
   options = run_config.read(job.config)
   rows = evaluation.evaluate_all(job.folder, options.evals)
-  metrics = {
+  losses = {
     f'eval/{name}/{key}': value
     for name, row in rows.items()
     for key, value in row.items()
   }
-  digest = data.load(options.data).digest
-  return {**metrics, **numbers, 'data_digest': digest}
+  return {**losses, **numbers, 'data_digest': data.load(options.data).digest}

@@ -7,23 +7,23 @@ configs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.study import code_digest, judging
-from experiments.study.parts import Claim, Revision, Row
+from experiments.study import runner, verdicts
+from experiments.study.parts import Claim, Preset, Revision, Row
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from experiments.study.verdicts import WITHHELD, Verdict, verdict
+from experiments.study.verdicts import Verdict
 from moe_jax.analysis.intervals import Interval
 
 # Arguments of results that are older than the record of arguments: only those
 # of full presets were stored.
 _ARGUMENTS = ('--preset=full',)
 _PRESET = '--preset='
-_UNKNOWN = Interval(float('nan'), float('inf'))
 
 
 def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
@@ -37,36 +37,32 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     The summary, with the entries `outdated`, what the study has revised since
     (`Revision` as a dict), and `marks`, sentences on what else has changed.
   """
-  preset = study.presets.get(preset_of(summary))
-  if preset is None:
-    preset = next(iter(study.presets.values()))
-  ran_preset = dataclasses.replace(preset, steps=summary['steps'])
-  task = _task(summary, study)
-  today = {column.name: column for column in study.columns}
-  rows = [row_of(row) for row in summary['rows']]
-  outdated = _outdated(summary, study)
-  weak = judging.underpowered(study, ran_preset)
+  preset = study.presets[preset_of(summary)]
+  tasks = {task.label: task for task in study.tasks.values()}
+  # A task with a label of its own is not comparable.
+  other_task = Task({}, summary['task'], comparable=False)
+  today = {c.name: verdicts.described_column(c) for c in study.columns}
+  outdated = _outdated(summary, study, preset)
+  marks, size = [], (summary['steps'], len(summary['seeds']))
+  if (preset.steps, preset.seeds) != size:
+    marks.append(
+      f'The preset has {preset.steps:,} steps and {preset.seeds} seeds today.'
+    )
+  # Remarks of the runs' results are as stored.
+  remarks = {'remarks': study.remarks} if isinstance(study.remarks, str) else {}
   return {
     **summary,
-    **{'title': study.title, 'source': study.source},
-    'columns': [
-      judging.described_column(today[column['name']])
-      if column['name'] in today
-      else column
-      for column in summary['columns']
-    ],
-    'rows': [judging.described_row(row) for row in rows],
-    'claims': [
-      judging.described(_decided(claim, rows, outdated, weak))
-      for claim in judging.claims_of(study, preset, task, rows)
-    ],
-    'written': study.written,
-    # Remarks of the runs' results are as stored.
-    'remarks': study.remarks
-    if isinstance(study.remarks, str)
-    else summary['remarks'],
+    **verdicts.judged(
+      study,
+      dataclasses.replace(preset, steps=summary['steps']),
+      tasks.get(summary['task'], other_task),
+      [row_of(row) for row in summary['rows']],
+      functools.partial(_decided, outdated),
+    ),
+    **remarks,
+    'columns': [today.get(c['name'], c) for c in summary['columns']],
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
-    'marks': _marks(summary, study),
+    'marks': marks + older_code(summary.get('code', ())),
   }
 
 
@@ -83,49 +79,29 @@ def preset_of(summary: Mapping[str, Any]) -> str:
   return 'full'
 
 
-def _task(summary: Mapping[str, Any], study: Study) -> Task:
-  """The task of a summary; one with a label of its own is not comparable."""
-  for task in study.tasks.values():
-    if task.label == summary['task']:
-      return task
-  return Task({}, summary['task'], comparable=False)
-
-
 def row_of(stored: Mapping[str, Any]) -> Row:
   """A stored row; numbers that it lacks are NaN."""
   values = {
     name: [np.nan if v is None else v for v in numbers]
     for name, numbers in stored['values'].items()
   }
-  return Row(
-    stored['name'],
-    values,
-    stored['line'],
-    stored['x'],
-    stored.get('difference', False),
-  )
+  return Row(**{**stored, 'values': values})
 
 
-def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:
+def _outdated(
+  summary: Mapping[str, Any], study: Study, preset: Preset
+) -> list[Revision]:
   """Revisions since the result, and one for configs that are others today."""
-  digests, preset = (
-    summary.get('configs'),
-    study.presets.get(preset_of(summary)),
-  )
-  day = summary['date'][:10]
+  digests, day = summary.get('configs'), summary['date'][:10]
   # Results of a revision's day are newer than it if they keep digests.
   later = [
     r
     for r in study.revisions
     if day < r.date or (day == r.date and not digests)
   ]
-  if preset is None:
-    later.append(Revision('', 'The study has no such preset any more.'))
-  elif digests:
+  if digests:
     today = study.digests(preset)
-    changed = sorted(
-      name for name in digests if today.get(name) != digests[name]
-    )
+    changed = sorted(n for n in digests if today.get(n) != digests[n])
     if changed:
       names = ', '.join(changed)
       later.append(Revision('', f'Configs of today are others: {names}.'))
@@ -133,9 +109,9 @@ def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:
 
 
 def _decided(
-  claim: Claim, rows: Sequence[Row], outdated: Sequence[Revision], weak: str
+  outdated: Sequence[Revision], claim: Claim, rows: Sequence[Row], weak: str
 ) -> Verdict:
-  """The verdict by stored rows, withheld where these are outdated or lack."""
+  """Decides a claim by stored rows, unless they are outdated or missing."""
   columns_of = {row.name: row.values.keys() for row in rows}
   for name in sorted(claim.rows()):
     if any(revision.concerns(name, claim.column) for revision in outdated):
@@ -144,20 +120,9 @@ def _decided(
       reason = f'the stored result has no {claim.column!r} of {name!r}'
     else:
       continue
-    return Verdict(claim, _UNKNOWN, WITHHELD, reason)
-  return verdict(claim, rows, weak)
-
-
-def _marks(summary: Mapping[str, Any], study: Study) -> list[str]:
-  """Sentences on a preset, or code, that is another today."""
-  marks, preset = [], study.presets.get(preset_of(summary))
-  if preset is not None:
-    stored_size = summary['steps'], len(summary['seeds'])
-    if (preset.steps, preset.seeds) != stored_size:
-      marks.append(
-        f'The preset has {preset.steps:,} steps and {preset.seeds} seeds today.'
-      )
-  return marks + older_code(summary.get('code', ()))
+    unknown = Interval(float('nan'), float('inf'))
+    return Verdict(claim, unknown, verdicts.WITHHELD, reason)
+  return verdicts.verdict(claim, rows, weak)
 
 
 def older_code(digests: Sequence[str]) -> list[str]:
@@ -166,7 +131,7 @@ def older_code(digests: Sequence[str]) -> list[str]:
   Args:
     digests: Digests of the code that made the runs; none where none were kept.
   """
-  today = code_digest.digest()
+  today = runner.code_digest()
   if not set(digests) - {today}:
     return []
   subject = 'Some of the runs' if today in digests else 'The runs'

@@ -8,15 +8,15 @@ published differences they are compared; `command.main` does the rest:
 """
 
 import dataclasses
-import itertools
 import pathlib
-import types
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
 from experiments.study.jobs import (
+  FOLDER,
   Job,
+  in_order,
   jobs_of,
   layered,
   settings_digest,
@@ -30,15 +30,9 @@ from experiments.study.parts import (
   Results,
   Revision,
   Row,
+  Start,
 )
 from experiments.study.runner import Runner, TrainingRunner
-from experiments.study.starts import (
-  Start,
-  Started,
-  in_order,
-  start_jobs,
-  started,
-)
 from experiments.study.tasks import TASKS, Task
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
@@ -168,18 +162,7 @@ class Study:
     """The arms that the preset runs."""
     return [arm for arm in self.arms(preset) if preset.keeps(arm)]
 
-  def jobs(
-    self,
-    shared: ml_collections.ConfigDict,
-    arms: Sequence[Arm],
-    seeds: Sequence[int],
-    output: pathlib.Path,
-    started: Started = types.MappingProxyType({}),
-  ) -> list[Job]:
-    """The runs of the arms on all seeds; see `jobs_of`."""
-    return jobs_of(self.runner.options, shared, arms, seeds, output, started)
-
-  def start_jobs(
+  def runs(
     self,
     preset: Preset,
     shared: ml_collections.ConfigDict,
@@ -187,9 +170,27 @@ class Study:
     seeds: Sequence[int],
     results: pathlib.Path,
   ) -> list[list[Job]]:
-    """The runs that arms begin with, in the order of `starts.start_jobs`."""
-    levels = in_order(self.starts(preset) if self.starts else [], arms)
-    return start_jobs(self.runner.options, shared, levels, seeds, results)
+    """The runs of arms, in the last list, after those that they begin with.
+
+    Args:
+      preset: Preset, which the runs that arms begin with depend on.
+      shared: The config that all arms share.
+      arms: The arms.
+      seeds: The seeds.
+      results: Folder of all studies' results.
+    """
+    options, levels = self.runner.options, []
+    started: dict[tuple[str, int], Job] = {}
+    for level in in_order(self.starts(preset) if self.starts else [], arms):
+      jobs = []
+      for start in level:
+        config = start.config(shared) if start.config else shared
+        folder = results / FOLDER
+        jobs += jobs_of(options, config, [start.arm], seeds, folder, started)
+      levels.append([dataclasses.replace(job, keeps=True) for job in jobs])
+      started |= {(job.arm.name, job.seed): job for job in levels[-1]}
+    output = results / self.name
+    return [*levels, jobs_of(options, shared, arms, seeds, output, started)]
 
   def digests(self, preset: Preset, task: str = '') -> dict[str, str]:
     """Digests of what the preset's runs are, by name of the arm or start.
@@ -202,12 +203,11 @@ class Study:
       task: Name of a task; '' takes the default.
     """
     shared, arms = self.shared(preset, task), self.arms_of(preset)
-    folder = pathlib.Path('results')
-    starts = self.start_jobs(preset, shared, arms, [0], folder)
-    jobs = self.jobs(shared, arms, [0], folder / self.name, started(starts))
+    levels = self.runs(preset, shared, arms, [0], pathlib.Path('results'))
     return {
       job.arm.name: settings_digest(self.runner.options, job)
-      for job in itertools.chain(*starts, jobs)
+      for level in levels
+      for job in level
     }
 
   def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
@@ -243,16 +243,13 @@ class Study:
         f'the runs of {self.name} {which} other runs; use its own command, '
         f'python -m experiments.{self.name}'
       )
-    output = pathlib.Path('results') / self.name
-    items = []
-    jobs = self.jobs(
-      self.shared(chosen), self.arms_of(chosen), range(chosen.seeds), output
-    )
-    for job in jobs:
-      overrides = {'seed': job.seed, **job.arm.overrides}
-      spec = f'experiments/{self.name}.py:{preset}'
-      items.append(Item(spec, overrides, str(job.workdir)))
-    return items
+    spec, seeds = f'experiments/{self.name}.py:{preset}', range(chosen.seeds)
+    shared, arms = self.shared(chosen), self.arms_of(chosen)
+    (jobs,) = self.runs(chosen, shared, arms, seeds, pathlib.Path('results'))
+    return [
+      Item(spec, {'seed': job.seed, **job.arm.overrides}, str(job.workdir))
+      for job in jobs
+    ]
 
   def timed_groups(self, arms: Sequence[Arm]) -> Groups:
     """Names of the reported arms whose steps are timed, by group."""

@@ -11,26 +11,57 @@ deleted.
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
+from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from experiments.benchmarks import roofline, timing
-from experiments.study import step_bursts, submit
+from experiments.study import submit
 from experiments.study.jobs import Job
-from experiments.study.step_bursts import Burst
+from moe_jax import run_config
+from moe_jax.devices import keep_freed_memory
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training.setup import Run, set_up
 
-_LOOK_SECONDS = 1.0
 # Largest number of bursts that are measured for one that is not disturbed.
 _MOST = 3
 # Share of the cores that others may use on a machine that counts as idle.
 _IDLE = 0.05
-_EFFORT = step_bursts.Effort()
+# Arguments of `measured`.
+_EFFORT: dict[str, Any] = {'steps': 5, 'seconds': 30.0}
+_SPAWN = multiprocessing.get_context('spawn')
+
+
+@dataclasses.dataclass(frozen=True)
+class Burst:
+  """Interleaved rounds that were timed without a break.
+
+  Attributes:
+    seconds: Seconds of a step in each round, by name of the arm.
+    peaks: Peaks of the machine, medians over the rounds.
+    others: Number of cores that other processes used, on average; NaN where
+      the system does not say.
+    date: Date and time of the burst, in UTC.
+  """
+
+  seconds: Mapping[str, Sequence[float]]
+  peaks: roofline.Peaks
+  others: float
+  date: str
+
+  @classmethod
+  def read(cls, values: Mapping[str, Any]) -> 'Burst':
+    """The burst that `dataclasses.asdict` turned into values."""
+    return cls(**{**values, 'peaks': roofline.Peaks(**values['peaks'])})
 
 
 class StepTime(float):
@@ -73,7 +104,7 @@ class StepTime(float):
     step_time.spread = spread
     step_time.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
     step_time.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
-    step_time.peaks = step_bursts.median_peaks(x.peaks for x in bursts)
+    step_time.peaks = _median_peaks(x.peaks for x in bursts)
     step_time.others = max(x.others for x in bursts)
     step_time.dates = tuple(sorted({x.date[:10] for x in bursts}))
     return step_time
@@ -115,11 +146,8 @@ def describe(times: Mapping[str, StepTime]) -> str:
   numbers = sorted({len(t.ratios) for t in times.values()})
   other_cores = max(t.others for t in times.values())
   dates = sorted({date for t in times.values() for date in t.dates})
-  cores_text = (
-    'an unknown number'
-    if np.isnan(other_cores)
-    else f'at most {other_cores:.2f}'
-  )
+  unknown, known = 'an unknown number', f'at most {other_cores:.2f}'
+  cores_text = unknown if np.isnan(other_cores) else known
   sentence = (
     f'They were measured in {" or ".join(map(str, numbers))} '
     f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
@@ -140,7 +168,7 @@ def _bursts(
   No run of the study is made meanwhile.
   """
   configs = {name: job.config for name, job in timed.items()}
-  programs = [step_bursts.program_digest(config) for config in configs.values()]
+  programs = [program_digest(config) for config in configs.values()]
   # The file has the names of arms, which equal programs do not tell apart.
   machine = [timing.device_name(), str(os.cpu_count()), jax.__version__]
   key = ' '.join([*machine, *configs, *programs])
@@ -150,21 +178,15 @@ def _bursts(
     bursts = []
     if path.exists():
       bursts = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
-    if _needs_burst(bursts, number):
-      print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
-    while _needs_burst(bursts, number):
-      bursts.append(step_bursts.fresh(step_bursts.measured, configs, _EFFORT))
-      text = json.dumps(
-        [dataclasses.asdict(burst) for burst in bursts], indent=1
-      )
-      workdir_lib.write_text(path, text + '\n')
+    while (
+      sum(not _is_busy(burst.others) for burst in bursts) < number
+      and len(bursts) < _MOST * number
+    ):
+      print(f'timing the steps of {len(timed)} arms', flush=True)
+      bursts.append(_fresh(configs))
+      values = [dataclasses.asdict(burst) for burst in bursts]
+      workdir_lib.write_text(path, json.dumps(values, indent=1) + '\n')
   return sorted(bursts, key=lambda burst: burst.others)[:number]
-
-
-def _needs_burst(bursts: Sequence[Burst], number: int) -> bool:
-  """Whether another burst is measured."""
-  num_undisturbed = sum(not _is_busy(burst.others) for burst in bursts)
-  return num_undisturbed < number and len(bursts) < _MOST * number
 
 
 def _is_busy(other_cores: float) -> bool:
@@ -172,16 +194,98 @@ def _is_busy(other_cores: float) -> bool:
   return other_cores > _IDLE * (os.cpu_count() or 1)
 
 
-def _warning() -> str:
-  """Words on a machine that other processes are using now, if they are."""
-  begin, used_before = time.perf_counter(), step_bursts.used_seconds()
-  time.sleep(_LOOK_SECONDS)
-  other_cores = (step_bursts.used_seconds() - used_before) / (
-    time.perf_counter() - begin
+def _fresh(configs: Mapping[str, ml_collections.ConfigDict]) -> Burst:
+  """Measures a burst in a new process.
+
+  Accelerators belong to this process, so that it measures their steps itself.
+
+  Raises:
+    BrokenProcessPool: The process ended without a result.
+  """
+  if jax.default_backend() != 'cpu':
+    return measured(configs, **_EFFORT)
+  with futures.ProcessPoolExecutor(1, _SPAWN, keep_freed_memory) as pool:
+    return pool.submit(measured, configs, **_EFFORT).result()
+
+
+def measured(
+  configs: Mapping[str, ml_collections.ConfigDict],
+  steps: int,
+  seconds: float,
+  quick: bool = False,
+) -> Burst:
+  """Measures a burst of the steps of runs.
+
+  Args:
+    configs: Configs of the runs, by name.
+    steps: Number of steps that are timed at once.
+    seconds: Seconds after which no further round begins.
+    quick: Whether the machine's peaks are those of small arrays.
+  """
+  cases = {name: _stepping(config, steps) for name, config in configs.items()}
+  peaks = roofline.measure_peaks(quick=quick)
+  for case in cases.values():  # compiles, which is no part of a burst
+    case()
+  clocks = time.perf_counter, time.process_time, _used_seconds
+  begin = [clock() for clock in clocks]
+  by_case, by_round = timing.with_probes(cases, peaks, seconds=seconds)
+  elapsed, own, used = (c() - b for c, b in zip(clocks, begin, strict=True))
+  return Burst(
+    {name: [x / steps for x in rounds] for name, rounds in by_case.items()},
+    _median_peaks(by_round),
+    float(np.maximum(0.0, (used - own) / elapsed)),  # keeps NaN
+    timing.facts()['date'],
   )
-  if not _is_busy(other_cores):
-    return ''
-  return (
-    f'; WARNING: other processes use {other_cores:.1f} of {os.cpu_count()} '
-    'cores, which the table will say if it goes on'
+
+
+def _set_up(config: ml_collections.ConfigDict) -> Run:
+  with tempfile.TemporaryDirectory() as folder:
+    return set_up(run_config.read(config), folder)
+
+
+def program_digest(config: ml_collections.ConfigDict) -> str:
+  """The SHA-256 of the step's program before it is compiled."""
+  run = _set_up(config)
+  state = run.programs.abstract_state
+  program = run.train_step.lower(state, next(run.batches(0)))
+  return hashlib.sha256(program.as_text().encode()).hexdigest()
+
+
+def _stepping(
+  config: ml_collections.ConfigDict, steps: int
+) -> Callable[[], None]:
+  """A function that takes a few more steps of a run, and waits for them."""
+  run = _set_up(config)
+  state, batches = run.programs.init_state(), run.batches(0)
+
+  def take() -> None:
+    nonlocal state
+    for _ in range(steps):
+      state, _ = run.train_step(state, next(batches))
+    jax.block_until_ready(state)
+
+  return take
+
+
+def _median_peaks(peaks: Iterable[roofline.Peaks]) -> roofline.Peaks:
+  """The peaks with the median of each speed."""
+  first, *_ = peaks = list(peaks)
+  return dataclasses.replace(
+    first,
+    flops_per_second=float(np.median([p.flops_per_second for p in peaks])),
+    bytes_per_second=float(np.median([p.bytes_per_second for p in peaks])),
   )
+
+
+def _used_seconds() -> float:
+  """Seconds for which all processes have used the cores of this machine.
+
+  It is NaN where the system does not say.
+  """
+  try:
+    with open('/proc/stat', encoding='utf-8') as file:
+      ticks = [int(n) for n in file.readline().split()[1:9]]
+  except OSError:
+    return float('nan')
+  # The fourth and fifth are those of idle cores.
+  return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf('SC_CLK_TCK')

@@ -7,10 +7,15 @@ withheld where runs are too few or too short to decide anything.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from experiments.study import claims
-from experiments.study.parts import Claim, Row
+from experiments.study.parts import Claim, Column, Preset, Row
+from experiments.study.study import Study
+from experiments.study.tasks import Task
 from moe_jax.analysis.intervals import Interval
 from moe_jax.config import unknown
 
@@ -26,8 +31,7 @@ WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED, WITHHELD)
 LEAST_SEEDS = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
   """The verdict on a claim.
 
   Attributes:
@@ -43,6 +47,29 @@ class Verdict:
   difference: Interval
   word: str
   reason: str = ''
+
+  def described(self) -> dict[str, Any]:
+    """The verdict and its claim, as JSON can hold them."""
+    claim = self.claim
+    return {
+      'text': claim.text,
+      'column': claim.column,
+      'row': claim.row,
+      'than': claim.than,
+      'direction': claim.direction,
+      'within': claim.within,
+      'published': [claims.find(a).cite() for a in claim.published],
+      'difference': plain([self.difference.mean])[0],
+      'half_width': plain([self.difference.half_width])[0],
+      'verdict': self.word,
+      'reason': self.reason,
+      'note': ' '.join(filter(None, (claim.note, *claim.changes))),
+    }
+
+
+def plain(values: Sequence[float]) -> list[float | None]:
+  """The values for JSON, which has no NaN: None stands for it."""
+  return [float(v) if np.isfinite(v) else None for v in values]
 
 
 def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
@@ -73,9 +100,8 @@ def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
   marks = {claims.find(address).mark for address in claim.published}
   is_published = bool(marks) and 'unverified' not in marks
   yes, no = (REPRODUCED, OPPOSITE) if is_published else (SHOWN, REFUTED)
-  return Verdict(
-    claim, difference, {1: yes, -1: no, 0: UNRESOLVED}[_side(claim, difference)]
-  )
+  word = {1: yes, -1: no, 0: UNRESOLVED}[_side(claim, difference)]
+  return Verdict(claim, difference, word)
 
 
 def _side(claim: Claim, difference: Interval) -> int:
@@ -84,11 +110,8 @@ def _side(claim: Claim, difference: Interval) -> int:
   Two rows are equal where the whole interval is within the claim's bound (two
   one-sided tests), and unequal where all of it is beyond.
   """
-  match claim.direction:
-    case 'higher':
-      return difference.sign()
-    case 'lower':
-      return -difference.sign()
+  if claim.direction != 'equal':
+    return difference.sign() * (1 if claim.direction == 'higher' else -1)
   if abs(difference.mean) + difference.half_width < claim.within:
     return 1
   beyond = abs(difference.mean) - difference.half_width > claim.within
@@ -96,9 +119,73 @@ def _side(claim: Claim, difference: Interval) -> int:
 
 
 def _values(name: str, column: str, rows: Sequence[Row]) -> Sequence[float]:
-  matching = [row for row in rows if row.name == name]
-  if not matching:
+  values = {row.name: row.values for row in reversed(rows)}
+  if name not in values:
     raise unknown('row', name, [row.name for row in rows])
-  if column not in matching[0].values:
-    raise unknown('column', column, matching[0].values)
-  return matching[0].values[column]
+  if column not in values[name]:
+    raise unknown('column', column, values[name])
+  return values[name][column]
+
+
+def underpowered(study: Study, preset: Preset) -> str:
+  """The reason why runs of this size decide no claim; '' where they do.
+
+  A preset may say so itself, and runs that are shorter than those of every
+  preset are trials. Seeds are counted by claim, see `LEAST_SEEDS`.
+  """
+  reasons = [preset.underpowered]
+  for name in ('steps', 'start_steps'):
+    least = min((getattr(p, name) for p in study.presets.values()), default=0)
+    if (number := getattr(preset, name)) < least:
+      words = name.replace('_', ' of the ')
+      reasons.append(f'a trial of {number:,} {words}, of at least {least:,}')
+  return '; '.join(filter(None, reasons))
+
+
+def judged(
+  study: Study,
+  preset: Preset,
+  task: Task,
+  rows: Sequence[Row],
+  decide: Callable[[Claim, Sequence[Row], str], Verdict] = verdict,
+) -> dict[str, Any]:
+  """The entries of a summary that follow from rows and the study as it is now.
+
+  They are the study's title, source and date, the rows and the decided claims.
+
+  Args:
+    study: The study.
+    preset: The preset that was run. Where it leaves out arms, claims about
+      rows that need them are left out.
+    task: The task that was run. Where it is not comparable, the claims are
+      without published numbers.
+    rows: Rows of the table.
+    decide: Function that decides a claim; see `verdict`.
+  """
+  row_names, weak = {row.name for row in rows}, underpowered(study, preset)
+  judged_claims = [
+    claim if task.comparable else dataclasses.replace(claim, published=())
+    for claim in study.claims
+    if not preset.without or claim.rows() <= row_names
+  ]
+  return {
+    'title': study.title,
+    'source': study.source,
+    'written': study.written,
+    'rows': [described_row(row) for row in rows],
+    'claims': [
+      decide(claim, rows, weak).described() for claim in judged_claims
+    ],
+  }
+
+
+def described_row(row: Row) -> dict[str, Any]:
+  """A row as JSON can hold it."""
+  values = {name: plain(numbers) for name, numbers in row.values.items()}
+  return {**vars(row), 'values': values}
+
+
+def described_column(column: Column) -> dict[str, Any]:
+  """A column as JSON can hold it; bounds are None where there are none."""
+  shown = {name: getattr(column, name) for name in ('name', 'unit', 'digits')}
+  return {**shown, 'bounds': plain(column.bounds)}

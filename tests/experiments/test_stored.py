@@ -11,10 +11,9 @@ import pytest
 
 from experiments import merge_or_prune, report
 from experiments.study import (
-  code_digest,
   command,
   figures,
-  judging,
+  runner,
   stored,
   verdicts,
 )
@@ -144,11 +143,11 @@ def test_a_change_has_the_same_name_where_its_study_is_run(monkeypatch):
   ],
 )
 def test_trials_decide_nothing(preset, reason):
-  assert judging.underpowered(STUDY, preset) == reason
+  assert verdicts.underpowered(STUDY, preset) == reason
   rows = [stored.row_of(row) for row in summary()['rows']]
   study = dataclasses.replace(STUDY, claims=STUDY.claims[:2])
   task = STUDY.tasks['text']
-  for claim in judging.judged(study, preset, task, rows):
+  for claim in verdicts.judged(study, preset, task, rows)['claims']:
     assert claim['reason'] == reason
     word = verdicts.WITHHELD if reason else verdicts.SHOWN
     assert claim['verdict'] == word
@@ -171,7 +170,7 @@ def test_intervals_end_where_numbers_do():
   assert Interval(1.0, 3.0).ends([0.0, None]) == (0.0, 4.0)
   # A difference of losses is in their column, and may be negative.
   assert Interval(-1.0, 0.5).ends([0.0, None]) == (-1.5, -0.5)
-  row = judging.described_row(Row('a minus b', {}, difference=True))
+  row = verdicts.described_row(Row('a minus b', {}, difference=True))
   assert bounds_of(row, {'bounds': SHARE}) is None
   assert stored.row_of(row).difference
   assert Interval(5.0, 3.0).text('.0f', [0.0, None]) == '5 ± 3'
@@ -245,7 +244,7 @@ def test_a_new_table_says_that_some_of_its_runs_are_of_older_code():
   made = dict(device='a CPU', cores='2', date='2026-01-02', jax='1', minutes=1)
   runs = [
     {'data_digest': 'x', 'made': made | {'code': code}}
-    for code in ('older', code_digest.digest())
+    for code in ('older', runner.code_digest())
   ]
   study = dataclasses.replace(tiny_study.DENSE, claims=[])
   preset, task = study.presets['quick'], study.tasks['text']

@@ -9,11 +9,10 @@ import pytest
 from experiments import switch_speed
 from experiments.benchmarks import timing
 from experiments.benchmarks.roofline import Peaks
-from experiments.study import command, jobs, runner, step_bursts
+from experiments.study import command, jobs, runner
 from experiments.study import times as times_lib
 from experiments.study.results import SUMMARY
-from experiments.study.step_bursts import Burst
-from experiments.study.times import StepTime
+from experiments.study.times import Burst, StepTime
 from experiments.switch_speed import DENSE, SPARSE, TRIAL, arm_name
 from tests.training import tiny
 
@@ -161,13 +160,17 @@ SMALL = {
 
 @pytest.mark.slow
 def test_the_command_searches_runs_and_times(tmp_path, monkeypatch):
-  effort = step_bursts.Effort(1, 0.01, quick=True)
+  effort = {'steps': 1, 'seconds': 0.01, 'quick': True}
   monkeypatch.setattr(times_lib, '_EFFORT', effort)
   # Nothing that other processes use is too much, and a process is enough.
   monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 100)
-  monkeypatch.setattr(step_bursts, 'fresh', lambda call, *args: call(*args))
+  monkeypatch.setattr(
+    times_lib,
+    '_fresh',
+    lambda configs: times_lib.measured(configs, **effort),
+  )
   # The programs of steps, which digests are made of, are not traced for them.
-  monkeypatch.setattr(step_bursts, 'program_digest', jobs.config_hash)
+  monkeypatch.setattr(times_lib, 'program_digest', jobs.config_hash)
   preset = switch_speed.SpeedPreset(
     10, 1, SMALL, without=['*every 2nd*', '*of 16*', '*0.[57] *'], rates=(4e-3,)
   )
@@ -182,6 +185,6 @@ def test_the_command_searches_runs_and_times(tmp_path, monkeypatch):
   assert values[switch_speed.RATE.name] == [4e-3]
   assert len(summary['claims']) == 5 and ' 1 burst on ' in summary['timing']
   # The same command makes and times nothing again.
-  monkeypatch.setattr(step_bursts, 'measured', None)
+  monkeypatch.setattr(times_lib, 'measured', None)
   monkeypatch.setattr(runner, 'train_and_evaluate', None)
   assert command.main(study, argv) == folder

@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -111,13 +112,10 @@ def settings() -> dict[str, dict[str, list[Any]]]:
   for summary, study in studies():
     preset = study.presets[stored.preset_of(summary)]
     shared, arms = study.shared(preset), study.arms_of(preset)
-    folder = pathlib.Path('results')
-    starts = study.start_jobs(preset, shared, arms, [0], folder)
-    started = {(job.arm.name, 0): job for level in starts for job in level}
-    runs = study.jobs(shared, arms, [0], folder / study.name, started)
+    levels = study.runs(preset, shared, arms, [0], pathlib.Path('results'))
     options = study.runner.options
     values[study.name] = {}
-    for job in [*started.values(), *runs]:
+    for job in itertools.chain(*levels):
       leaves = [
         leaf
         for leaf in keys_of(options, job.config)
