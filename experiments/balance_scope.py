@@ -26,8 +26,7 @@ other work. The claims were written before any run.
 """
 
 from experiments.study import byte_models, command, domains, parts, routing
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
+from experiments.study.parts import Arm, Column, Figure, Preset
 from experiments.study.study import Study
 from moe_jax.analysis.routing_measures import SOURCE, TOKEN
 from moe_jax.training.setup import Run
@@ -87,41 +86,27 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return routing.named(measures)
 
 
-CLAIMS = [
-  *(
-    claim
+CLAIMS = {
+  **{
+    text: claim
     for w, narrow in ((0.01, 'a row'), (0.1, 'a row'), (0.1, 'two rows'))
-    for claim in (
-      Claim(
-        f'of weight {w}, a loss of the batch lets experts specialise more than '
-        f'one of {narrow}',
-        f'domain: the batch {w} > {narrow} {w}',
-      ),
-      Claim(
-        f'of weight {w}, a loss of the batch costs less quality than one of '
-        f'{narrow}',
-        f'loss: the batch {w} < {narrow} {w}',
-      ),
-    )
+    for text, claim in {
+      f'of weight {w}, a loss of the batch lets experts specialise more than '
+      f'one of {narrow}': f'domain: the batch {w} > {narrow} {w}',
+      f'of weight {w}, a loss of the batch costs less quality than one of '
+      f'{narrow}': f'loss: the batch {w} < {narrow} {w}',
+    }.items()
+  },
+  'a loss of each row takes specialisation away': 'domain: a row 0.1 < no loss',
+  'a loss of each row evens rows': 'MaxVio in a row: a row 0.1 < no loss',
+  'a loss of the batch leaves rows less even': (
+    'MaxVio in a row: the batch 0.1 > a row 0.1'
   ),
-  Claim(
-    'a loss of each row takes specialisation away',
-    'domain: a row 0.1 < no loss',
-  ),
-  Claim(
-    'a loss of each row evens rows', 'MaxVio in a row: a row 0.1 < no loss'
-  ),
-  Claim(
-    'a loss of the batch leaves rows less even',
-    'MaxVio in a row: the batch 0.1 > a row 0.1',
-  ),
-  *(
-    Claim(
-      f'a loss of {scope} evens the whole', f'MaxVio: {scope} 0.1 < no loss'
-    )
+  **{
+    f'a loss of {scope} evens the whole': f'MaxVio: {scope} 0.1 < no loss'
     for scope in ('a row', 'two rows', 'the batch')
-  ),
-]
+  },
+}
 STUDY = Study(
   name='balance_scope',
   title='Balance in each sequence or in the whole batch',
@@ -140,7 +125,7 @@ STUDY = Study(
     Column('MaxVio in a row', 'routing/*/row', digits=3),
   ],
   claims=CLAIMS,
-  runner=TrainingRunner(measure),
+  measure=measure,
   figure=Figure(['loss', 'domain', 'MaxVio', 'MaxVio in a row']),
   remarks='"Domain" and "token" are the information that first choices have '
   'about the domain and the token, in per cent of the entropy of choices.',

@@ -34,7 +34,6 @@ from flax import traverse_util
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.experts.experts import SHARED_EXPERT, SharedExpertOptions
 from moe_jax.training.setup import Run
@@ -120,7 +119,7 @@ def rows(results: parts.Results) -> list[Row]:
   return [*table, Row(REMOVED, {'loss': losses})]
 
 
-def claim(better: str, worse: str, *published: str) -> Claim:
+def claim(better: str, worse: str, *published: str) -> parts.Claims:
   """A claim that one row has a lower loss than another.
 
   Args:
@@ -130,9 +129,11 @@ def claim(better: str, worse: str, *published: str) -> Claim:
       such pair.
   """
   cells = [f'deepseekmoe2024/{row}/pile_loss' for row in published]
-  return Claim(
-    f'{better} is better than {worse}', f'loss: {better} < {worse}', cells
-  )
+  return {
+    f'{better} is better than {worse}': Claim(
+      f'loss: {better} < {worse}', cells
+    )
+  }
 
 
 STUDY = Study(
@@ -150,9 +151,9 @@ STUDY = Study(
     byte_models.LOSS,
     Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
-  claims=[
-    *(
-      claim(better, worse, f'comparison_2b/{better}', f'comparison_2b/{worse}')
+  claims={
+    **{
+      text: compared
       for better, worse in (
         (DEEPSEEK, GSHARD),
         (DEEPSEEK, SWITCH),
@@ -161,12 +162,15 @@ STUDY = Study(
         (HASH, 'dense'),
         (DEEPSEEK, 'dense'),
       )
-    ),
-    claim(FINE, GSHARD),
-    claim(DEEPSEEK, FINE),
-    claim(DEEPSEEK, REMOVED, 'shared/1 shared', 'shared/shared one removed'),
-  ],
-  runner=TrainingRunner(without_shared),
+      for text, compared in claim(
+        better, worse, f'comparison_2b/{better}', f'comparison_2b/{worse}'
+      ).items()
+    },
+    **claim(FINE, GSHARD),
+    **claim(DEEPSEEK, FINE),
+    **claim(DEEPSEEK, REMOVED, 'shared/1 shared', 'shared/shared one removed'),
+  },
+  measure=without_shared,
   figure=Figure(['loss', 'largest load'], without=[REMOVED]),
   remarks="Loads are relative to the mean of each row's own experts.",
   written='2026-11-28',

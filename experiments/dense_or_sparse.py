@@ -36,7 +36,6 @@ import numpy as np
 
 from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
@@ -212,65 +211,53 @@ def _losses_at(
   ]
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """Directions that plain reasoning predicts; no number was published."""
   once, eighth, repeated = (1, 1), (1 / 8, 1), (1 / 8, 8)
   sparse = of_text(SPARSE, *once)
   loss = 'loss: {} {} {}'.format
-  return [
-    Claim(
-      'at equal FLOPs and tokens sparse wins',
-      loss(sparse, '<', of_text(TWIN, *once)),
+  return {
+    'at equal FLOPs and tokens sparse wins': loss(
+      sparse, '<', of_text(TWIN, *once)
     ),
-    Claim(
-      'at equal parameters, memory of their state and tokens dense wins',
+    'at equal parameters, memory of their state and tokens dense wins': Claim(
       loss(sparse, '>', of_text(WIDE, *once)),
       note='The dense model costs more FLOPs and time.',
     ),
-    Claim(
-      'at equal parameters and FLOPs sparse wins',
+    'at equal parameters and FLOPs sparse wins': Claim(
       loss(sparse, '<', f'{WIDE} {FLOPS}'),
       note='The dense model reads fewer tokens.',
     ),
-    Claim(
-      'at equal parameters, memory of their state and time sparse wins',
-      loss(sparse, '<', f'{WIDE} {TIME}'),
+    'at equal parameters, memory of their state and time sparse wins': loss(
+      sparse, '<', f'{WIDE} {TIME}'
     ),
-    Claim(
-      'in equal time sparse wins against the twin',
-      loss(sparse, '<', f'{TWIN} {TIME}'),
-      note='The twin reads more tokens.',
+    'in equal time sparse wins against the twin': Claim(
+      loss(sparse, '<', f'{TWIN} {TIME}'), note='The twin reads more tokens.'
     ),
-    Claim(
-      'sparse gains more over its twin from eight times the text, read once',
-      loss(of_text(GAIN, *once), '<', of_text(GAIN, *eighth)),
+    'sparse gains more over its twin from eight times the text, read once': (
+      loss(of_text(GAIN, *once), '<', of_text(GAIN, *eighth))
     ),
-    Claim(
-      'sparse gains less from eight epochs of an eighth than from new text',
-      loss(of_text(GAIN, *repeated), '>', of_text(GAIN, *once)),
+    'sparse gains less from eight epochs of an eighth than from new text': loss(
+      of_text(GAIN, *repeated), '>', of_text(GAIN, *once)
     ),
-    *(
-      Claim(
-        f'repeated bytes are worth less than new ones, {model}',
-        loss(of_text(model, *repeated), '>', of_text(model, *once)),
+    **{
+      f'repeated bytes are worth less than new ones, {model}': loss(
+        of_text(model, *repeated), '>', of_text(model, *once)
       )
       for model in (SPARSE, TWIN)
+    },
+    'yet they are worth something: eight epochs are better than one': loss(
+      of_text(SPARSE, *repeated), '<', of_text(SPARSE, *eighth)
     ),
-    Claim(
-      'yet they are worth something: eight epochs are better than one',
-      loss(of_text(SPARSE, *repeated), '<', of_text(SPARSE, *eighth)),
+    'after eight epochs sparse overfits more than its twin': (
+      f'{GAP}: {of_text(GAIN, *repeated)} > 0'
     ),
-    Claim(
-      'after eight epochs sparse overfits more than its twin',
-      f'{GAP}: {of_text(GAIN, *repeated)} > 0',
-    ),
-    Claim(
-      'two epochs of half of the text are as good as one of all, sparse',
+    'two epochs of half of the text are as good as one of all, sparse': Claim(
       loss(of_text(SPARSE, 1 / 2, 2), '=', f'{sparse} within 0.03'),
       note='That a few epochs are worth nearly as much as new text is said of '
       'large dense models. The bound is ours.',
     ),
-  ]
+  }
 
 
 STUDY = Study(
@@ -298,7 +285,7 @@ STUDY = Study(
     log_x=True,
     without=[f'{GAIN}*', *map(of_length, LENGTHS)],
   ),
-  runner=TrainingRunner(measure),
+  measure=measure,
   timed=TIMED,
   remarks=(
     '"Text x 1" is as much text as a run of the usual number of steps '

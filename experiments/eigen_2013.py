@@ -98,38 +98,31 @@ STUDY = Study(
   arms=arms,
   presets={'quick': Preset(2000, 8), 'full': Preset(8000, 8)},
   columns=columns(),
-  claims=[
-    Claim(
-      "the first layer's gates follow the place more than the class",
-      f'{difference(1)}: {BALANCED} > 0',
-      note=NO_NUMBER,
+  claims={
+    "the first layer's gates follow the place more than the class": Claim(
+      f'{difference(1)}: {BALANCED} > 0', note=NO_NUMBER
     ),
-    Claim(
-      "the second layer's gates follow the class more than the place",
-      f'{difference(2)}: {BALANCED} < 0',
-      note=NO_NUMBER,
+    "the second layer's gates follow the class more than the place": Claim(
+      f'{difference(2)}: {BALANCED} < 0', note=NO_NUMBER
     ),
-    *(
-      Claim(
-        f'without the constraint the gates of layer {i} collapse: {effect}',
-        f'{column} {i}: {FREE} {sign} {BALANCED}',
+    **{
+      f'without the constraint the gates of layer {i} collapse: {effect}': (
+        f'{column} {i}: {FREE} {sign} {BALANCED}'
       )
       for i in LAYERS
       for effect, column, sign in (
         ('their sums are less even', 'CV', '>'),
         ('fewer experts are in use', 'experts in use', '<'),
       )
-    ),
-    Claim(
-      'the Deep MoE errs less than one expert a layer',
+    },
+    'the Deep MoE errs less than one expert a layer': Claim(
       f'test error: {BALANCED} < {row_name("one expert a layer", 2)}',
       note='One expert has about a quarter of the parameters.',
     ),
-    Claim(
-      'two layers err less than one',
-      f'test error: {BALANCED} < {row_name("lifted", 1)}',
+    'two layers err less than one': (
+      f'test error: {BALANCED} < {row_name("lifted", 1)}'
     ),
-  ],
+  },
   written='2026-11-25',
   figure=Figure(['test error', difference(1), difference(2), 'CV 2']),
   runner=DeepMoeRunner(),

@@ -98,36 +98,31 @@ STUDY = Study(
     Column('loss', 'eval/no_drops/loss', 'nats/token'),
     Column('dropped', 'eval/no_drops/drop_rate', '%', 1),
   ],
-  claims=[
-    Claim(
-      'trained at 0.75, a model is better evaluated at 2 than at 0.75',
+  claims={
+    'trained at 0.75, a model is better evaluated at 2 than at 0.75': Claim(
       f'loss: {PLAIN}, CF 2 < {PLAIN}, CF 0.75',
       [f'{WITHOUT}/nlp_eval_2', f'{WITHOUT}/nlp_train_cf'],
     ),
-    Claim(
-      'at 0.75, priority in training and evaluation lowers the loss',
+    'at 0.75, priority in training and evaluation lowers the loss': Claim(
       f'loss: {BPR}, CF 0.75 < {PLAIN}, CF 0.75',
       [f'{WITH}/nlp_train_cf', f'{WITHOUT}/nlp_train_cf'],
       ENCODER,
     ),
-    Claim(
-      'evaluated at 2, priority in training lowers the loss',
+    'evaluated at 2, priority in training lowers the loss': Claim(
       f'loss: {BPR}, CF 2 < {PLAIN}, CF 2',
       [f'{WITH}/nlp_eval_2', f'{WITHOUT}/nlp_eval_2'],
       ENCODER,
     ),
-    *(
-      Claim(
-        f'at {factor}, priority at evaluation alone lowers the loss',
-        f'loss: {BPR_LATER}, CF {factor:g} < {PLAIN}, CF {factor:g}',
+    **{
+      f'at {factor}, priority at evaluation alone lowers the loss': (
+        f'loss: {BPR_LATER}, CF {factor:g} < {PLAIN}, CF {factor:g}'
       )
       for factor in (0.1, 0.25, 0.5)
+    },
+    'at 0.25, a model trained with priority is better evaluated with it': (
+      f'loss: {BPR}, CF 0.25 < trained in priority; order of the text, CF 0.25'
     ),
-    Claim(
-      'at 0.25, a model trained with priority is better evaluated with it',
-      f'loss: {BPR}, CF 0.25 < trained in priority; order of the text, CF 0.25',
-    ),
-  ],
+  },
   figure=Figure(['loss', 'dropped'], 'capacity factor at evaluation', True),
   rows=rows,
   tasks=PREFIX_TASKS,

@@ -42,7 +42,6 @@ from experiments.faster_moe.simulate import (
 )
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis.recording import FOLDER
 from moe_jax.parallel.cost_model import Sizes
@@ -208,9 +207,9 @@ _FASTER = (
 )
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """The paper's claims, simulated; gaps of its rule; the cost of its gate."""
-  simulated_claims = []
+  simulated_claims = {}
   shadowed = {c: row_name(c, FREE, SHADOWED) for c in (TREVOR, JOHNNY)}
   for cluster in (JOHNNY, TREVOR):
     for text, (kind, arm, slower), note in _FASTER:
@@ -222,31 +221,34 @@ def claims() -> list[Claim]:
           'whole iterations, measured; here is the mean of layers, SIMULATED.'
         )
       faster = f'{SPEED_UP}: {row_name(cluster, kind, arm)} > {than}'
-      simulated_claims.append(
-        Claim(f'{text}, on {cluster}', faster, cells, about + note)
+      simulated_claims[f'{text}, on {cluster}'] = Claim(
+        faster, cells, about + note
       )
-    simulated_claims += [
-      Claim(
-        f'shadowing saves more without a balance loss, on {cluster}',
+    simulated_claims |= {
+      f'shadowing saves more without a balance loss, on {cluster}': Claim(
         f'{SPEED_UP}: {shadowed[cluster]} > '
         f'{row_name(cluster, EVEN, SHADOWED)}',
         note='SIMULATED.',
       ),
-      Claim(
-        f'about a fifth of the experts are shadowed, on {cluster}',
+      f'about a fifth of the experts are shadowed, on {cluster}': Claim(
         f'{SHADOWED_SHARE}: {shadowed[cluster]} = 19 within 5',
         ['fastermoe2022/shadowing/shadowing/experts_shadowed'],
         'SIMULATED. The bound is a quarter of the published share.',
         ['Until 2026-11-28, when the result was seen, it was 10.'],
       ),
-    ]
-  more_on_trevor = Claim(
-    'shadowing saves more on trevor than on johnny',
-    f'{SPEED_UP}: {" > ".join(shadowed.values())}',
-    [simulate.published(CLUSTERS[c], SHADOWED) for c in shadowed],
-    'SIMULATED. The clusters differ in devices, experts, links and peaks.',
-  )
-  return [*simulated_claims, more_on_trevor, *gate_arms.CLAIMS]
+    }
+  more_on_trevor = {
+    'shadowing saves more on trevor than on johnny': Claim(
+      f'{SPEED_UP}: {" > ".join(shadowed.values())}',
+      [simulate.published(CLUSTERS[c], SHADOWED) for c in shadowed],
+      'SIMULATED. The clusters differ in devices, experts, links and peaks.',
+    )
+  }
+  return {
+    **simulated_claims,
+    **more_on_trevor,
+    **gate_arms.CLAIMS,
+  }
 
 
 STUDY = Study(
@@ -263,7 +265,7 @@ STUDY = Study(
   figure=Figure(
     [SPEED_UP, REACHED, SHADOWED_SHARE], without=[*TRAINED, *GATES]
   ),
-  runner=TrainingRunner(measure),
+  measure=measure,
   progress=byte_models.LOSS.name,
   remarks=(
     'Columns named SIMULATED are from a cost model, and no time was measured '

@@ -63,27 +63,20 @@ STUDY = Study(
     Column('dropped', byte_models.DROP_RATE),
     Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
-  claims=[
-    Claim(
-      'fine-grained experts are better than those of Switch',
-      'loss: fine-grained < Switch',
-      cells('DeepSeekMoE', 'Switch'),
+  claims={
+    'fine-grained experts are better than those of Switch': Claim(
+      'loss: fine-grained < Switch', cells('DeepSeekMoE', 'Switch')
     ),
-    Claim(
-      'they are better than those of a Switch that serves all tokens',
-      'loss: fine-grained < Switch without drops',
+    'they are better than those of a Switch that serves all tokens': (
+      'loss: fine-grained < Switch without drops'
     ),
-    Claim(
-      'they are better than the dense twin',
-      'loss: fine-grained < dense',
-      cells('DeepSeekMoE', 'dense'),
+    'they are better than the dense twin': Claim(
+      'loss: fine-grained < dense', cells('DeepSeekMoE', 'dense')
     ),
-    Claim(
-      'Switch is better than the dense twin',
-      'loss: Switch < dense',
-      cells('Switch', 'dense'),
+    'Switch is better than the dense twin': Claim(
+      'loss: Switch < dense', cells('Switch', 'dense')
     ),
-  ],
+  },
   timed=['Switch', 'fine-grained'],
   figure=Figure(['loss', 'largest load']),
   remarks='FLOPs a token are equal but for the routers, of which the larger '

@@ -30,8 +30,15 @@ from collections.abc import Sequence
 import ml_collections
 
 from experiments.study import byte_models, command, finetuned, parts
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.starts import Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Start,
+)
 from experiments.study.study import Study
 from moe_jax.analysis.intervals import Interval
 from moe_jax.configs import base
@@ -219,59 +226,47 @@ STUDY = Study(
     'full': Preset(400, 5, start_steps=600),
   },
   columns=[LEARNED_LOSS, ZERO_SHOT, TUNED_LOSS, NATS, *OVER_CHANCE.values()],
-  claims=[
-    Claim(
-      'fine-tuned directly, the sparse model is behind',
+  claims={
+    'fine-tuned directly, the sparse model is behind': Claim(
       f'fine-tuned: fine-tuned directly: {MORE} > 0',
       withheld=finetuned.OTHER_ORDER,
     ),
-    Claim(
-      'instructed first, the sparse model is ahead',
+    'instructed first, the sparse model is ahead': Claim(
       f'fine-tuned: instructed, then fine-tuned: {MORE} < 0',
       withheld=finetuned.OTHER_ORDER,
     ),
-    Claim(
-      'sparse gains more from instruction tuning, fine-tuned after it',
-      f'fine-tuned: fine-tuned: {ADDED} < 0',
-      withheld=finetuned.OTHER_ORDER,
+    'sparse gains more from instruction tuning, fine-tuned after it': Claim(
+      f'fine-tuned: fine-tuned: {ADDED} < 0', withheld=finetuned.OTHER_ORDER
     ),
-    Claim(
-      'sparse gains more from instruction tuning, zero-shot',
-      f'zero-shot: zero-shot: {ADDED} < 0',
-      withheld=finetuned.OTHER_ORDER,
+    'sparse gains more from instruction tuning, zero-shot': Claim(
+      f'zero-shot: zero-shot: {ADDED} < 0', withheld=finetuned.OTHER_ORDER
     ),
-    Claim(
-      'sparse gains more in the likelihood of right choices, zero-shot',
-      f'right choice: zero-shot: {ADDED} < 0',
-      withheld=finetuned.OTHER_ORDER,
+    'sparse gains more in the likelihood of right choices, zero-shot': Claim(
+      f'right choice: zero-shot: {ADDED} < 0', withheld=finetuned.OTHER_ORDER
     ),
-    *(
-      Claim(
-        f'instruction tuning helps a {model} model zero-shot',
-        f'zero-shot: {at(model, INSTRUCTED)} < {at(model, PLAIN)}',
+    **{
+      f'instruction tuning helps a {model} model zero-shot': (
+        f'zero-shot: {at(model, INSTRUCTED)} < {at(model, PLAIN)}'
       )
       for model in MODELS
+    },
+    'freezing the gate makes no difference': (
+      f'instructed: gate frozen = {TUNED_SPARSE} within {SAME}'
     ),
-    Claim(
-      'freezing the gate makes no difference',
-      f'instructed: gate frozen = {TUNED_SPARSE} within {SAME}',
-    ),
-    *(
-      Claim(
-        f'instruction tuning is worse with {name}',
-        f'instructed: {name} > {TUNED_SPARSE}',
+    **{
+      f'instruction tuning is worse with {name}': (
+        f'instructed: {name} > {TUNED_SPARSE}'
       )
       for name in ('experts frozen', 'sparse layers frozen')
-    ),
-    *(
-      Claim(f'the {x} helps', f'instructed: {x} alone < no auxiliary loss')
+    },
+    **{
+      f'the {x} helps': f'instructed: {x} alone < no auxiliary loss'
       for x in ('z-loss', 'balance loss')
+    },
+    'both losses are better than none': (
+      f'instructed: {TUNED_SPARSE} < no auxiliary loss'
     ),
-    Claim(
-      'both losses are better than none',
-      f'instructed: {TUNED_SPARSE} < no auxiliary loss',
-    ),
-  ],
+  },
   remarks=at_floor,
   written='2026-11-27',
   figure=Figure(

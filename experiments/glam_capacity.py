@@ -34,7 +34,6 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax import generation
 from moe_jax.data.pipeline import spread
@@ -211,43 +210,36 @@ def rows(results: parts.Results) -> list[Row]:
   return table
 
 
-CLAIMS = [
-  Claim(
-    'of one slot a token in training, two in evaluation are better',
-    'loss: train 1; evaluated 2 < train 1; evaluated 1',
+CLAIMS = {
+  'of one slot a token in training, two in evaluation are better': (
+    'loss: train 1; evaluated 2 < train 1; evaluated 1'
   ),
-  Claim(
-    'two slots a token are better than one, in training and evaluation',
-    'loss: train 2; evaluated 2 < train 1; evaluated 1',
+  'two slots a token are better than one, in training and evaluation': (
+    'loss: train 2; evaluated 2 < train 1; evaluated 1'
   ),
-  Claim(
-    'what was dropped in training is missed where nothing is dropped',
-    'loss: train 2; evaluated no drops < train 1; evaluated no drops',
+  'what was dropped in training is missed where nothing is dropped': (
+    'loss: train 2; evaluated no drops < train 1; evaluated no drops'
   ),
-  Claim(
-    "GShard's two slots a token lose nothing",
+  "GShard's two slots a token lose nothing": Claim(
     'loss: train 2; evaluated 2 = no drops in training; evaluated no drops '
     'within 0.02',
     note='The bound is half of what experts are worth in such models, about '
     '0.04 nats a byte. A model with slots may see a little of the future; '
     'one that drops nothing does not.',
   ),
-  Claim(
-    'the sparse model beats its dense twin',
-    'loss: train 2; evaluated no drops < dense',
+  'the sparse model beats its dense twin': (
+    'loss: train 2; evaluated no drops < dense'
   ),
-  Claim(
-    'at two slots a token the steps of generation drop more than a batch',
-    'dropped: train 2; evaluated 2 < train 2; generated 2',
+  'at two slots a token the steps of generation drop more than a batch': (
+    'dropped: train 2; evaluated 2 < train 2; generated 2'
   ),
-  *(
-    Claim(
-      f'{arm}: {slots} slots a token lower the quality of generation',
-      f'loss: {arm}; generated no drops < {arm}; generated {slots}',
+  **{
+    f'{arm}: {slots} slots a token lower the quality of generation': (
+      f'loss: {arm}; generated no drops < {arm}; generated {slots}'
     )
     for arm, slots in ((WIDE, 2), (WIDE, 1), (TIGHT, 1), (FREE, 2))
-  ),
-]
+  },
+}
 STUDY = Study(
   name='glam_capacity',
   title='Capacity in training, evaluation and generation',
@@ -266,7 +258,7 @@ STUDY = Study(
     Column('dropped', 'eval/slots_1/drop_rate', '%', 1, bounds=parts.SHARE),
   ],
   claims=CLAIMS,
-  runner=TrainingRunner(measure),
+  measure=measure,
   figure=Figure(['loss', 'dropped'], rows='slots a token'),
   remarks='"Generated" means that rows of a text are read token by token, 32 '
   'rows at a time, the tokens of a step being one group. These rows are not '

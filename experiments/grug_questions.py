@@ -78,33 +78,21 @@ STUDY = Study(
     byte_models.max_violation('MaxVio'),
     Column(Z_LOSS, f'eval/{byte_models.EVAL}/layer_*/z_loss', digits=2),
   ],
-  claims=[
-    Claim(
-      'the shared expert is worth its FLOPs', f'loss: {NO_SHARED} > {BASE}'
+  claims={
+    'the shared expert is worth its FLOPs': f'loss: {NO_SHARED} > {BASE}',
+    'half a shared expert is as good as a whole one': (
+      f'loss: {HALF} = {BASE} within {SAME}'
     ),
-    Claim(
-      'half a shared expert is as good as a whole one',
-      f'loss: {HALF} = {BASE} within {SAME}',
+    'half a shared expert is better than none': f'loss: {HALF} < {NO_SHARED}',
+    'a frozen router costs': f'loss: {FROZEN} > {BASE}',
+    'a frozen router is as good as 0.65 of the steps with a trained one': (
+      f'loss: {FROZEN} = {SHORT} within {SAME}'
     ),
-    Claim(
-      'half a shared expert is better than none',
-      f'loss: {HALF} < {NO_SHARED}',
+    'the router z-loss can be left out': f'loss: {NO_Z} = {BASE} within {SAME}',
+    'without the router z-loss logits are larger': Claim(
+      f'{Z_LOSS}: {NO_Z} > {BASE}', note='A claim of ours.'
     ),
-    Claim('a frozen router costs', f'loss: {FROZEN} > {BASE}'),
-    Claim(
-      'a frozen router is as good as 0.65 of the steps with a trained one',
-      f'loss: {FROZEN} = {SHORT} within {SAME}',
-    ),
-    Claim(
-      'the router z-loss can be left out',
-      f'loss: {NO_Z} = {BASE} within {SAME}',
-    ),
-    Claim(
-      'without the router z-loss logits are larger',
-      f'{Z_LOSS}: {NO_Z} > {BASE}',
-      note='A claim of ours.',
-    ),
-  ],
+  },
   figure=Figure(['loss', 'MaxVio', Z_LOSS]),
   remarks=(
     'The router z-loss is the mean squared logsumexp of the logits, whatever '

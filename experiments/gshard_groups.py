@@ -37,7 +37,6 @@ from collections.abc import Mapping
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
 from moe_jax.analysis import cost
@@ -161,48 +160,41 @@ STUDY = Study(
     'full': Preset(500, 5, burst_for_each_seed=True),
   },
   columns=COLUMNS,
-  claims=[
-    *(
-      Claim(
-        f'smaller groups drop more: {small} tokens against {large}',
+  claims={
+    **{
+      f'smaller groups drop more: {small} tokens against {large}': (
         f'dropped: GShard top-2, groups of {small} > '
-        f'GShard top-2, groups of {large}',
+        f'GShard top-2, groups of {large}'
       )
       for small, large in itertools.pairwise(GROUPS)
-    ),
-    Claim(
-      'small groups cost quality',
+    },
+    'small groups cost quality': Claim(
       f'loss: {SMALL}, {SERVED} > {BATCH}, {SERVED}',
       note='Both are evaluated without drops.',
     ),
-    Claim(
-      'what small groups drop is missed: without drops their model is better',
-      f'loss: {SMALL}, {SERVED} < {SMALL}',
+    'what small groups drop is missed: without drops their model is better': (
+      f'loss: {SMALL}, {SERVED} < {SMALL}'
     ),
-    Claim(
-      'small groups hold experts back from domains of their own',
+    'small groups hold experts back from domains of their own': Claim(
       f'{DOMAIN}: {ROW} < {BATCH}',
       note='ST-MoE has groups of two to four sequences, and languages.',
     ),
-    Claim(
-      'second choices that are sampled are as good as all of them',
+    'second choices that are sampled are as good as all of them': Claim(
       f'loss: {BATCH}, {SERVED} = {BATCH_ALL}, {SERVED} within {SAME}',
       note='The bound is half of what experts are worth in such models, about '
       '0.04 nats a byte.',
     ),
-    Claim('sampling serves fewer', f'{SECOND}: {BATCH} < {BATCH_ALL}'),
-    Claim(
-      'masks take longer in larger groups',
+    'sampling serves fewer': f'{SECOND}: {BATCH} < {BATCH_ALL}',
+    'masks take longer in larger groups': Claim(
       f'{TIME}: {MASKS["2048"]} > {MASKS["32"]}',
       note='Measured on a CPU, whose ratio is not that of an accelerator.',
     ),
-    Claim(
-      'in a group of the batch masks take longer than gathered rows',
+    'in a group of the batch masks take longer than gathered rows': Claim(
       f'{TIME}: {MASKS["2048"]} > {BATCH}',
       note='Measured on a CPU, whose ratio is not that of an accelerator.',
     ),
-  ],
-  runner=TrainingRunner(measure),
+  },
+  measure=measure,
   timed=TIMED,
   figure=Figure(['loss', DROPPED, SECOND, DOMAIN], without=['*masks*']),
   remarks='All rows with slots may leak: which second choices are served '

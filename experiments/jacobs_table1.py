@@ -99,23 +99,22 @@ ORDER = (2, 1), (3, 1), (3, 2)
 ADDED = ['Added on 2026-11-26, when results of the others were known.']
 
 
-def _published(text: str, row: str, sign: str, than: str) -> Claim:
+def _published(row: str, sign: str, than: str) -> Claim:
   """A claim of the paper about epochs of two systems, at their best rates."""
   names = [name.removesuffix(', competitive') for name in (row, than)]
   cells = [f'jacobs1991/table1/{name}/mean_epochs' for name in names]
-  return Claim(text, f'epochs: {row} {sign} {than}', cells)
+  return Claim(f'epochs: {row} {sign} {than}', cells)
 
 
-def _own(text: str, compared: str, changes: Sequence[str] = ()) -> Claim:
+def _own(compared: str, changes: Sequence[str] = ()) -> Claim:
   """A claim of our own, which the paper has no number for."""
-  return Claim(text, compared, note='The paper has no number.', changes=changes)
+  return Claim(compared, note='The paper has no number.', changes=changes)
 
 
-CLAIMS = (
-  _published('4 experts need fewer epochs', FOUR, '<', BP_6),
-  _published('8 experts need fewer epochs', EIGHT, '<', BP_12),
-  Claim(
-    'about half of them',
+CLAIMS = {
+  '4 experts need fewer epochs': _published(FOUR, '<', BP_6),
+  '8 experts need fewer epochs': _published(EIGHT, '<', BP_12),
+  'about half of them': Claim(
     f'epochs over BP, 6 hidden: {FOUR} = 0.5 within 0.06',
     ['jacobs1991/speed/experts vs BP/epochs_ratio'],
     note='The bound is how far the two ratios of the published table, 0.51 and '
@@ -125,59 +124,49 @@ CLAIMS = (
       'to as many", below 0.75, which was no bound of the paper.'
     ],
   ),
-  _published('8 experts need fewer than 4', EIGHT, '<', FOUR),
-  _published('more hidden units need more', BP_12, '>', BP_6),
-  *(
-    Claim(
-      f'at most 3 of {count} experts end with proportions that are not 0',
+  '8 experts need fewer than 4': _published(EIGHT, '<', FOUR),
+  'more hidden units need more': _published(BP_12, '>', BP_6),
+  **{
+    f'at most 3 of {count} experts end with proportions that are not 0': Claim(
       f'experts ever heard: {count} experts, competitive < 3.5',
       ['jacobs1991/experts/4 or 8 experts/in_use'],
       'Above 1 % in any case counts as not 0. A mean below 3.5 rounds to 3',
     )
     for count in (4, 8)
-  ),
-  Claim(
-    '4 experts need fewer epochs, at one learning rate',
+  },
+  '4 experts need fewer epochs, at one learning rate': Claim(
     f'epochs: {FOUR}{SHARED} < {BP_6}{SHARED}',
     note='In the paper each has its own rate',
   ),
-  Claim(
-    '8 experts need fewer than 4, at one learning rate',
+  '8 experts need fewer than 4, at one learning rate': Claim(
     f'epochs: {EIGHT}{SHARED} < {FOUR}{SHARED}',
     note='In the paper each has its own rate',
   ),
-  _own(
-    'equation 1.3 needs fewer epochs than equation 1.2',
-    f'epochs: {FOUR} < {FOUR_BY[2]}',
+  'equation 1.3 needs fewer epochs than equation 1.2': _own(
+    f'epochs: {FOUR} < {FOUR_BY[2]}'
   ),
-  *(
-    _own(
-      f'a gate decides more with equation 1.{a} than 1.{b}',
-      f'gate entropy: {FOUR_BY[a]} < {FOUR_BY[b]}',
+  **{
+    f'a gate decides more with equation 1.{a} than 1.{b}': _own(
+      f'gate entropy: {FOUR_BY[a]} < {FOUR_BY[b]}'
     )
     for a, b in ORDER
-  ),
-  *(
-    _own(
-      f'who is chosen says more of a case with 1.{a} than with 1.{b}',
-      f'I(expert; case): {FOUR_BY[a]} > {FOUR_BY[b]}',
-      ADDED,
+  },
+  **{
+    f'who is chosen says more of a case with 1.{a} than with 1.{b}': _own(
+      f'I(expert; case): {FOUR_BY[a]} > {FOUR_BY[b]}', ADDED
     )
     for a, b in ORDER
-  ),
-  *(
-    _own(
-      f'more experts are in use with equation 1.3 than 1.{b}',
-      f'experts in use: {FOUR} > {FOUR_BY[b]}',
-      ADDED,
+  },
+  **{
+    f'more experts are in use with equation 1.3 than 1.{b}': _own(
+      f'experts in use: {FOUR} > {FOUR_BY[b]}', ADDED
     )
     for b in (1, 2)
+  },
+  "a case's likeliest expert does better alone with equation 1.3 than 1.1": (
+    _own(f'alone: {FOUR} > {FOUR_BY[1]}')
   ),
-  _own(
-    "a case's likeliest expert does better alone with equation 1.3 than 1.1",
-    f'alone: {FOUR} > {FOUR_BY[1]}',
-  ),
-)
+}
 
 
 def arms(_: Preset) -> list[Arm]:

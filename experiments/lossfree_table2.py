@@ -30,7 +30,6 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.setup import Run
@@ -92,11 +91,10 @@ def max_violation(run: Run, state: TrainState) -> dict[str, float]:
   return {'max_violation_batch': float(np.mean(violations))}
 
 
-def claim(text: str, compared: str, cell: str) -> Claim:
+def claim(compared: str, cell: str) -> Claim:
   """A claim about the paper's model of 1B parameters.
 
   Args:
-    text: Text of the claim.
     compared: Comparison of rows of our table; see `Claim`.
     cell: Name of the column of the paper's table.
   """
@@ -105,15 +103,15 @@ def claim(text: str, compared: str, cell: str) -> Claim:
     for balance in ('free', 'controlled')
   ]
   note = 'u is larger here, as runs are shorter.'
-  return Claim(text, compared, [f'{row}/{cell}' for row in rows], note)
+  return Claim(compared, [f'{row}/{cell}' for row in rows], note)
 
 
-def by_error(text: str, compared: str, cell: str) -> Claim:
+def by_error(compared: str, cell: str) -> Claim:
   """A claim about the rules of the bias; see `claim`."""
   rows = ('u*e, u=0.01', 'sign, u=1e-3')
   note = 'Rates are larger here, and the unit of the error is ours.'
   published = [f'lossfree2024/table3/{row}/{cell}' for row in rows]
-  return Claim(text, compared, published, note)
+  return Claim(compared, published, note)
 
 
 STUDY = Study(
@@ -131,40 +129,33 @@ STUDY = Study(
     byte_models.max_violation(GLOBAL),
     Column(BATCH, 'max_violation_batch', digits=3),
   ],
-  claims=[
-    claim(
-      'the bias balances better', f'{GLOBAL}: bias 0.01 < loss 0.001', 'max_vio'
+  claims={
+    'the bias balances better': claim(
+      f'{GLOBAL}: bias 0.01 < loss 0.001', 'max_vio'
     ),
-    claim('the bias costs less quality', 'loss: bias 0.01 < loss 0.001', 'ppl'),
-    Claim('the bias balances at all', f'{GLOBAL}: bias 0.01 < neither'),
-    Claim(
-      'a large weight costs quality: 0.1 against 0.001',
-      'loss: loss 0.1 > loss 0.001',
+    'the bias costs less quality': claim('loss: bias 0.01 < loss 0.001', 'ppl'),
+    'the bias balances at all': f'{GLOBAL}: bias 0.01 < neither',
+    'a large weight costs quality: 0.1 against 0.001': (
+      'loss: loss 0.1 > loss 0.001'
     ),
-    Claim(
-      'a large rate fluctuates: 0.1 against 0.01',
-      f'{BATCH}: bias 0.1 > bias 0.01',
+    'a large rate fluctuates: 0.1 against 0.01': (
+      f'{BATCH}: bias 0.1 > bias 0.01'
     ),
-    Claim(
-      'a small rate is slow: 0.001 against 0.01',
-      f'{GLOBAL}: bias 0.001 > bias 0.01',
+    'a small rate is slow: 0.001 against 0.01': (
+      f'{GLOBAL}: bias 0.001 > bias 0.01'
     ),
-    by_error(
-      'a bias by error balances better than by sign',
-      f'{GLOBAL}: error 0.1 < bias 0.01',
-      'max_vio',
+    'a bias by error balances better than by sign': by_error(
+      f'{GLOBAL}: error 0.1 < bias 0.01', 'max_vio'
     ),
-    by_error(
-      'a bias by error costs more quality than by sign',
-      'loss: error 0.1 > bias 0.01',
-      'ppl',
+    'a bias by error costs more quality than by sign': by_error(
+      'loss: error 0.1 > bias 0.01', 'ppl'
     ),
-    Claim('a bias by error balances at all', f'{GLOBAL}: error 0.1 < neither'),
-  ],
+    'a bias by error balances at all': f'{GLOBAL}: error 0.1 < neither',
+  },
   figure=Figure(
     ['loss', GLOBAL, BATCH], 'weight of the loss, rate of the bias', log_x=True
   ),
-  runner=TrainingRunner(max_violation),
+  measure=max_violation,
   remarks='MaxVio is that of 40 validation batches together, or the mean of '
   "that of each batch. The balance loss takes each expert's sigmoid by the "
   "sum of all, as DeepSeek-V3's does. A bias by error moves by its rate times "

@@ -37,7 +37,6 @@ import numpy as np
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
 from moe_jax.shapes import Int
@@ -187,47 +186,38 @@ COLUMNS = [
 ]
 
 
-CLAIMS = [
-  *(
-    Claim(
-      f'blocks of 32 pad less than the slots of the fullest, {E} experts',
-      f'rows: {E} experts, blocks of 32 < {E} experts, slots of the fullest',
+CLAIMS = {
+  **{
+    f'blocks of 32 pad less than the slots of the fullest, {E} experts': (
+      f'rows: {E} experts, blocks of 32 < {E} experts, slots of the fullest'
     )
     for E in (FEW, MANY)
-  ),
-  *(
-    Claim(
-      f'more experts pad more: {way}',
-      f'rows: 32 experts, {way} > 8 experts, {way}',
+  },
+  **{
+    f'more experts pad more: {way}': (
+      f'rows: 32 experts, {way} > 8 experts, {way}'
     )
     for way in ('blocks of 32', 'slots of the fullest')
+  },
+  'more experts drop more at one slot a choice': (
+    'would drop: 32 experts, 1 slots a choice > 8 experts, 1 slots a choice'
   ),
-  Claim(
-    'more experts drop more at one slot a choice',
-    'would drop: 32 experts, 1 slots a choice > 8 experts, 1 slots a choice',
+  'two slots a choice still drop': (
+    'would drop: 32 experts, 2 slots a choice > 0'
   ),
-  Claim(
-    'two slots a choice still drop',
-    'would drop: 32 experts, 2 slots a choice > 0',
-  ),
-  *(
-    Claim(
-      f'dropless is better than {factor} slots a choice, at equal steps',
-      f'loss: {dropless(MANY)} < {slotted(factor)}',
+  **{
+    f'dropless is better than {factor} slots a choice, at equal steps': (
+      f'loss: {dropless(MANY)} < {slotted(factor)}'
     )
     for factor in (1, 1.5)
+  },
+  'it is better than one slot a choice in equal time': Claim(
+    f'loss: {dropless(MANY)} < {SAME_TIME}', note=ON_CPU
   ),
-  Claim(
-    'it is better than one slot a choice in equal time',
-    f'loss: {dropless(MANY)} < {SAME_TIME}',
-    note=ON_CPU,
+  'a dropless step takes less time than one with two slots a choice': Claim(
+    f'step time: {dropless(MANY)} < {slotted(2)}', note=ON_CPU
   ),
-  Claim(
-    'a dropless step takes less time than one with two slots a choice',
-    f'step time: {dropless(MANY)} < {slotted(2)}',
-    note=ON_CPU,
-  ),
-]
+}
 STUDY = Study(
   name='megablocks_tables',
   title='Dropless experts: padding, drops and quality',
@@ -243,7 +233,7 @@ STUDY = Study(
   },
   columns=COLUMNS,
   claims=CLAIMS,
-  runner=TrainingRunner(measure),
+  measure=measure,
   timed=[*map(slotted, FACTORS), dropless(MANY)],
   figure=Figure(['loss', 'dropped', 'rows', 'would drop']),
   remarks='Rows and drops of the ways to serve are computed from the routing '

@@ -32,8 +32,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.starts import Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Start,
+)
 from experiments.study.study import Study
 from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.whole_run import bytes_in_memory
@@ -229,7 +236,7 @@ def claims(
   than: str,
   published: Sequence[str] = (),
   note: str = '',
-) -> list[Claim]:
+) -> parts.Claims:
   """Claims that one method has a lower loss than another, at both shares.
 
   A claim says so where more seeds have changed its verdict.
@@ -239,19 +246,18 @@ def claims(
     for (*names, removed), before in _BEFORE.items()
     if names == [method, than]
   }
-  return [
-    Claim(
-      f'{text}, {removed} % removed',
+  return {
+    f'{text}, {removed} % removed': Claim(
       f'loss: {method}, {removed} % < {than}, {removed} %',
       published,
       note,
       changes.get(removed, ()),
     )
     for removed in LEFT
-  ]
+  }
 
 
-def by_similarity(better: str, worse: str) -> list[Claim]:
+def by_similarity(better: str, worse: str) -> parts.Claims:
   """Claims that one similarity of experts merges better than another.
 
   No paper has a number for columns of the router.
@@ -266,31 +272,29 @@ def by_similarity(better: str, worse: str) -> list[Claim]:
   )
 
 
-CLAIMS = [
-  *by_similarity('outputs', 'weights'),
-  *by_similarity('outputs', 'router'),
-  *by_similarity('weights', 'router'),
-  *claims(
+CLAIMS = {
+  **by_similarity('outputs', 'weights'),
+  **by_similarity('outputs', 'router'),
+  **by_similarity('weights', 'router'),
+  **claims(
     'REAP prunes better than merging by outputs',
     'prune by REAP',
     'merge by outputs',
     note='The paper says so of models that generate.',
   ),
-  *claims(
+  **claims(
     'REAP prunes better than usage does', 'prune by REAP', 'prune by usage'
   ),
-  *claims(
+  **claims(
     'REAP prunes better than gate does', 'prune by REAP', 'prune by gate'
   ),
-  Claim(
-    'a pruned model that is trained on is better than before',
-    f'loss: {ALONE} < prune by REAP, 75 %',
+  'a pruned model that is trained on is better than before': (
+    f'loss: {ALONE} < prune by REAP, 75 %'
   ),
-  Claim(
-    'a pruned model recovers better with the whole one as its teacher',
-    f'loss: {TAUGHT} < {ALONE}',
+  'a pruned model recovers better with the whole one as its teacher': (
+    f'loss: {TAUGHT} < {ALONE}'
   ),
-]
+}
 STUDY = Study(
   name='merge_or_prune',
   title='Merging against pruning of experts',

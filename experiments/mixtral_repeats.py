@@ -25,7 +25,6 @@ from collections import defaultdict
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Claim, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import (
@@ -114,7 +113,7 @@ def rows(results: parts.Results) -> list[Row]:
   ]
 
 
-def repeated(column: str, share: float, published: str) -> list[Claim]:
+def repeated(column: str, share: float, published: str) -> parts.Claims:
   """Claims on repeats in three layers against those of random choices.
 
   Args:
@@ -124,63 +123,53 @@ def repeated(column: str, share: float, published: str) -> list[Claim]:
   """
   more = f'{column}: more repeats than of random choices'
   cell = f'mixtral2024/repeats/layer 15, {published}/low'
-  return [
-    Claim(
-      f'{more}, middle layer',
-      f'{column}: top-2, middle layer > {share:.4g}',
-      [cell],
+  return {
+    f'{more}, middle layer': Claim(
+      f'{column}: top-2, middle layer > {share:.4g}', [cell]
     ),
-    Claim(f'{more}, last layer', f'{column}: top-2, last layer > {share:.4g}'),
-    Claim(
-      f'{column}: about as many as of random choices, first layer',
+    f'{more}, last layer': f'{column}: top-2, last layer > {share:.4g}',
+    f'{column}: about as many as of random choices, first layer': Claim(
       f'{column}: top-2, first layer = {share:.4g} within 2',
       note='The bound is ours.',
     ),
-  ]
+  }
 
 
-CLAIMS = [
-  *repeated('first choice', FIRST_CHANCE, 'first choice'),
-  *repeated('either choice', EITHER_CHANCE, 'first or second choice'),
-  *(
-    Claim(
-      f'there are more repeats in the {layer} layer than in the first',
-      f'first choice, above chance: top-2, {layer} layer > top-2, first layer',
+CLAIMS = {
+  **repeated('first choice', FIRST_CHANCE, 'first choice'),
+  **repeated('either choice', EITHER_CHANCE, 'first or second choice'),
+  **{
+    f'there are more repeats in the {layer} layer than in the first': (
+      f'first choice, above chance: top-2, {layer} layer > top-2, first layer'
     )
     for layer in ('middle', 'last')
-  ),
-  *(
-    Claim(
-      f'more than by uneven loads and repeated bytes, {layer}',
-      f'first choice, different bytes, above chance: top-2, {layer} > 0',
+  },
+  **{
+    f'more than by uneven loads and repeated bytes, {layer}': (
+      f'first choice, different bytes, above chance: top-2, {layer} > 0'
     )
     for layer in LAYERS
-  ),
-  *(
-    Claim(
-      f'more than by chance in every domain: {domain}',
-      f'first choice, above chance: top-2, middle layer, {domain} > 0',
+  },
+  **{
+    f'more than by chance in every domain: {domain}': (
+      f'first choice, above chance: top-2, middle layer, {domain} > 0'
     )
     for domain in domains.DOMAINS
+  },
+  'control: random choices repeat as often as computed': (
+    f'first choice: random = {FIRST_CHANCE:.4g} within 1'
   ),
-  Claim(
-    'control: random choices repeat as often as computed',
-    f'first choice: random = {FIRST_CHANCE:.4g} within 1',
+  'control: one of two random choices repeats as often as computed': (
+    f'either choice: random = {EITHER_CHANCE:.4g} within 1'
   ),
-  Claim(
-    'control: one of two random choices repeats as often as computed',
-    f'either choice: random = {EITHER_CHANCE:.4g} within 1',
+  'learned choices follow the context: more repeats of different bytes than '
+  'with a hash of the token': (
+    'first choice, different bytes, above chance: top-2 > hash of token'
   ),
-  Claim(
-    'learned choices follow the context: more repeats of different bytes than '
-    'with a hash of the token',
-    'first choice, different bytes, above chance: top-2 > hash of token',
+  'repeats do not come from the balance loss': (
+    'first choice, above chance: top-2, no balance loss > 0'
   ),
-  Claim(
-    'repeats do not come from the balance loss',
-    'first choice, above chance: top-2, no balance loss > 0',
-  ),
-]
+}
 STUDY = Study(
   name='mixtral_repeats',
   title='Consecutive tokens share experts',
@@ -194,7 +183,7 @@ STUDY = Study(
   figure=Figure(
     ['first choice', 'first choice, above chance', 'either choice']
   ),
-  runner=TrainingRunner(measure),
+  measure=measure,
   remarks='Random choices of two of eight experts would repeat the first '
   f'choice in {FIRST_CHANCE:.1f} % of cases, and one of the two in '
   f'{EITHER_CHANCE:.1f} %. Rows of whole arms are means over five layers. '

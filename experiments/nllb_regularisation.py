@@ -35,8 +35,15 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.starts import Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Start,
+)
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.configs import base
@@ -159,51 +166,39 @@ BASELINE = "The dropout of the papers' baseline is not known; ours has none."
 ABLATION = 'nllb2022/ablation/very low-resource/low'
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """Directions of both papers."""
   strong = masked(0.2)
-  return [
-    Claim(
-      'a sparse model is worse on small languages', f'{FEW}: {MOE} > {DENSE}'
-    ),
-    Claim('it overfits them more', f'{GAP}: {MOE} > {DENSE}'),
-    Claim('it is better on large languages', f'{MANY}: {MOE} < {DENSE}'),
-    Claim(
-      'masking helps small languages',
+  return {
+    'a sparse model is worse on small languages': f'{FEW}: {MOE} > {DENSE}',
+    'it overfits them more': f'{GAP}: {MOE} > {DENSE}',
+    'it is better on large languages': f'{MANY}: {MOE} < {DENSE}',
+    'masking helps small languages': Claim(
       f'{FEW}: {strong} < {MOE}',
       ['elbayad2022/abstract/very low-resource/gain'],
       f'{SCORES} {BASELINE}',
     ),
-    Claim(
-      'masking lets small languages overfit less', f'{GAP}: {strong} < {MOE}'
-    ),
-    Claim(
-      'masking leaves large languages unharmed',
+    'masking lets small languages overfit less': f'{GAP}: {strong} < {MOE}',
+    'masking leaves large languages unharmed': Claim(
       f'{MANY}: {strong} = {MOE} within 0.05',
       note='The bound is ours, about 2 % of the loss.',
     ),
-    Claim('dropout helps small languages', f'{FEW}: {dropping(0.3)} < {MOE}'),
-    Claim(
-      'dropout lets small languages overfit less',
-      f'{GAP}: {dropping(0.3)} < {MOE}',
+    'dropout helps small languages': f'{FEW}: {dropping(0.3)} < {MOE}',
+    'dropout lets small languages overfit less': (
+      f'{GAP}: {dropping(0.3)} < {MOE}'
     ),
-    Claim(
-      'dropout and masking help small languages',
-      f'{FEW}: {BEST} < {MOE}',
-      [ABLATION],
-      f'{SCORES} {BASELINE}',
+    'dropout and masking help small languages': Claim(
+      f'{FEW}: {BEST} < {MOE}', [ABLATION], f'{SCORES} {BASELINE}'
     ),
-    Claim(
-      'with dropout, masking still helps small languages',
-      f'{FEW}: {BEST} < {dropping(0.3)}',
+    'with dropout, masking still helps small languages': (
+      f'{FEW}: {BEST} < {dropping(0.3)}'
     ),
-    Claim('a curriculum helps small languages', f'{FEW}: {CURRICULUM} < {MOE}'),
-    Claim(
-      'with a curriculum they are overfitted less',
+    'a curriculum helps small languages': f'{FEW}: {CURRICULUM} < {MOE}',
+    'with a curriculum they are overfitted less': Claim(
       f'{GAP}: {CURRICULUM} < {MOE}',
       note='With a curriculum small languages are read half as often.',
     ),
-  ]
+  }
 
 
 STUDY = Study(

@@ -44,7 +44,6 @@ import numpy as np
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
@@ -330,72 +329,56 @@ def rows(results: parts.Results) -> list[Row]:
   ]
 
 
-CLAIMS = [
-  *(
-    Claim(
-      f'the id of a token says more about its expert than the {label}{arm}',
-      f'token less {label}: {row} > 0',
+CLAIMS = {
+  **{
+    f'the id of a token says more about its expert than the {label}{arm}': (
+      f'token less {label}: {row} > 0'
     )
     for row, arm in (('top-2', ''), ('top-1', ', top-1'))
     for label in OTHER_LABELS
+  },
+  'most of the choice follows from the id': 'token: top-2 > 50',
+  'the id decides less in the deeper layer': (
+    'token: top-2, last sparse layer < top-2, first sparse layer'
   ),
-  Claim('most of the choice follows from the id', 'token: top-2 > 50'),
-  Claim(
-    'the id decides less in the deeper layer',
-    'token: top-2, last sparse layer < top-2, first sparse layer',
+  'the id decides less with a balance loss than without': (
+    'token: top-2 < top-2, no balance loss'
   ),
-  Claim(
-    'the id decides less with a balance loss than without',
-    'token: top-2 < top-2, no balance loss',
-  ),
-  Claim(
-    'decided early: four in five favourites of the end are there after a fifth '
-    'of the run',
+  'decided early: four in five favourites of the end are there after a fifth '
+  'of the run': Claim(
     'agreement at 20 %: top-2 > 80',
     note='The bound is a reading of "early", from before any run.',
   ),
-  Claim(
-    'the router has learned: favourites of the end are not those before '
-    'training',
+  'the router has learned: favourites of the end are not those before '
+  'training': Claim(
     'agreement at 0 %: top-2 < 50',
     note='"Not" means fewer than half of the favourites.',
   ),
-  Claim(
-    'choices change less in the second half of the run',
-    'churn that ends: top-2 > 0',
-    note='The learning rate falls, too.',
+  'choices change less in the second half of the run': Claim(
+    'churn that ends: top-2 > 0', note='The learning rate falls, too.'
   ),
-  Claim('later tokens are dropped more', 'last less first quarter: top-2 > 0'),
-  Claim(
-    'later tokens are dropped more, top-1', 'last less first quarter: top-1 > 0'
-  ),
-  Claim(
-    'later tokens are dropped more than the queue drops random choices',
+  'later tokens are dropped more': 'last less first quarter: top-2 > 0',
+  'later tokens are dropped more, top-1': 'last less first quarter: top-1 > 0',
+  'later tokens are dropped more than the queue drops random choices': Claim(
     'last less first quarter: top-2 > random',
     changes=['Added after a trial of 20 steps, before these runs.'],
   ),
-  Claim(
-    'it is the order of the queue: in random order later tokens are dropped no '
-    'more',
-    'the same in random order: top-2 = 0 within 1',
-  ),
-  *(
-    Claim(
-      f'control: a random router knows nothing of the {label}',
-      f'{label}: random = 0 within 0.5',
+  'it is the order of the queue: in random order later tokens are dropped no '
+  'more': 'the same in random order: top-2 = 0 within 1',
+  **{
+    f'control: a random router knows nothing of the {label}': (
+      f'{label}: random = 0 within 0.5'
     )
     for label in ('token', *OTHER_LABELS)
+  },
+  'control: a random router has no favourites': (
+    'agreement at 20 %: random < 50'
   ),
-  Claim(
-    'control: a random router has no favourites',
-    'agreement at 20 %: random < 50',
+  'control: a hash knows the token alone': 'token: hash of token > 99',
+  'control: nothing is left of a hash for the context': (
+    'context: hash of token = 0 within 0.5'
   ),
-  Claim('control: a hash knows the token alone', 'token: hash of token > 99'),
-  Claim(
-    'control: nothing is left of a hash for the context',
-    'context: hash of token = 0 within 0.5',
-  ),
-]
+}
 STUDY = Study(
   name='openmoe_routing',
   title='Token ids decide, early, and later tokens are dropped',
@@ -409,7 +392,7 @@ STUDY = Study(
   figure=Figure(
     ['token', 'context', 'agreement at 20 %', 'last less first quarter']
   ),
-  runner=TrainingRunner(measure),
+  measure=measure,
   written='2026-11-28',
   remarks='Information is in per cent of the entropy of first choices, less '
   'that of shuffled labels; those of domains are shuffled by rows. A random '

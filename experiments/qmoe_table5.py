@@ -23,8 +23,15 @@ import pathlib
 from collections.abc import Mapping
 
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.starts import Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Start,
+)
 from experiments.study.study import Study
 from moe_jax.compression.quantize import quantize
 from moe_jax.kernels.kernel_format import KernelFormat
@@ -94,41 +101,31 @@ def published(*columns: str) -> list[str]:
   return [f'qmoe2023/c4_loss/base128/{column}' for column in columns]
 
 
-CLAIMS = [
-  Claim(
-    'GPTQ is better than RTN at 2 bits',
-    'loss: GPTQ int2 < RTN int2',
-    published('qmoe_2bit', 'rtn_2bit'),
+CLAIMS = {
+  'GPTQ is better than RTN at 2 bits': Claim(
+    'loss: GPTQ int2 < RTN int2', published('qmoe_2bit', 'rtn_2bit')
   ),
-  Claim(
-    'GPTQ is better than RTN with ternary values',
-    'loss: GPTQ ternary < RTN ternary',
-    published('qmoe_ternary', 'rtn_ternary'),
+  'GPTQ is better than RTN with ternary values': Claim(
+    'loss: GPTQ ternary < RTN ternary', published('qmoe_ternary', 'rtn_ternary')
   ),
-  Claim(
-    'with GPTQ, ternary values are worse than 2 bits',
-    'loss: GPTQ ternary > GPTQ int2',
-    published('qmoe_ternary', 'qmoe_2bit'),
+  'with GPTQ, ternary values are worse than 2 bits': Claim(
+    'loss: GPTQ ternary > GPTQ int2', published('qmoe_ternary', 'qmoe_2bit')
   ),
-  Claim(
-    'with GPTQ, 2 bits are worse than the trained model',
-    f'loss: GPTQ int2 > {TRAINED}',
-    published('qmoe_2bit', 'bf16'),
+  'with GPTQ, 2 bits are worse than the trained model': Claim(
+    f'loss: GPTQ int2 > {TRAINED}', published('qmoe_2bit', 'bf16')
   ),
-  Claim(
-    'more ternary weights than weights of 2 bits are 0',
+  'more ternary weights than weights of 2 bits are 0': Claim(
     'zeros: GPTQ ternary > GPTQ int2',
     [f'qmoe2023/size/base128/{n}' for n in ('zeros_ternary', 'zeros_2bit')],
   ),
-  Claim('GPTQ is better than RTN at 4 bits', 'loss: GPTQ int4 < RTN int4'),
-  *(
-    Claim(
-      f'8 bits lose nothing with {name}',
-      f'loss: {name} int8 = {TRAINED} within {SAME}',
+  'GPTQ is better than RTN at 4 bits': 'loss: GPTQ int4 < RTN int4',
+  **{
+    f'8 bits lose nothing with {name}': (
+      f'loss: {name} int8 = {TRAINED} within {SAME}'
     )
     for name in ('RTN', 'GPTQ')
-  ),
-]
+  },
+}
 STUDY = Study(
   name='qmoe_table5',
   title='Experts in few bits, by rounding and by GPTQ',

@@ -25,7 +25,6 @@ import numpy as np
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.errors import InputError
 from moe_jax.training.setup import Run
@@ -151,49 +150,40 @@ STUDY = Study(
     parts.percent(CHANGED, 'leak/changed', bounds=parts.ANY),
     Column('max/mean load', byte_models.MAX_LOAD, digits=2),
   ],
-  claims=[
-    Claim(
-      'expert choice beats top-2',
+  claims={
+    'expert choice beats top-2': Claim(
       f'loss: {EC} < top-2',
       [f'{AVERAGE}/expert_choice', f'{AVERAGE}/gshard_top2'],
       NOTE,
     ),
-    Claim(
-      'expert choice beats top-2, as generated',
-      f'{GENERATED}: {EC} < top-2',
-      note='The honest comparison.',
+    'expert choice beats top-2, as generated': Claim(
+      f'{GENERATED}: {EC} < top-2', note='The honest comparison.'
     ),
-    Claim(
-      'expert choice beats top-1',
+    'expert choice beats top-1': Claim(
       f'loss: {EC} < top-1',
       [f'{AVERAGE}/expert_choice', f'{AVERAGE}/switch_top1'],
       NOTE,
     ),
-    Claim(
-      'expert choice beats a hash',
+    'expert choice beats a hash': Claim(
       f'loss: {EC} < hash of token',
       [f'{CAPPED}/EC/average', f'{CAPPED}/hash (mod x)/average'],
       NOTE,
     ),
-    Claim('expert choice is not causal', f'{CHANGED}: {EC} > 0'),
-    Claim(
-      'a hash beats dense',
-      'loss: hash of token < dense',
-      [f'{HASH}/Hash/ppl', f'{HASH}/dense/ppl'],
+    'expert choice is not causal': f'{CHANGED}: {EC} > 0',
+    'a hash beats dense': Claim(
+      'loss: hash of token < dense', [f'{HASH}/Hash/ppl', f'{HASH}/dense/ppl']
     ),
-    Claim(
-      'a hash beats Switch',
+    'a hash beats Switch': Claim(
       'loss: hash of token < top-1',
       [f'{HASH}/Hash/ppl', f'{HASH}/Switch 1x64/ppl'],
     ),
-    Claim(
-      'what is hashed matters: the position is worse',
-      'loss: hash of position > hash of token',
+    'what is hashed matters: the position is worse': (
+      'loss: hash of position > hash of token'
     ),
-    Claim('chance is worse than a learned choice', 'loss: random > top-1'),
-  ],
+    'chance is worse than a learned choice': 'loss: random > top-1',
+  },
   figure=Figure(['loss', GENERATED, CHANGED]),
-  runner=TrainingRunner(measure),
+  measure=measure,
   remarks='All hash rows have the tables of one seed: their intervals are of '
   'those tables.',
   written='2026-11-25',

@@ -37,8 +37,15 @@ from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
 from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.starts import Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Start,
+)
 from experiments.study.study import Study
 from moe_jax import data, generation, run_config
 from moe_jax.analysis import counts
@@ -325,33 +332,29 @@ def rows(results: parts.Results) -> list[Row]:
 _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'
 
 
-def _claims() -> list[Claim]:
+def _claims() -> parts.Claims:
   """The papers' claims on each method, as far as they can be compared here."""
   table6 = 'switch2021/table6'
-  return [
-    Claim(
-      'the sparse model is better than its dense twin',
+  return {
+    'the sparse model is better than its dense twin': Claim(
       f'loss: {SPARSE} < {DENSE}',
       [f'taskmoe2021/routing/{n}/bleu' for n in ('token-target', 'dense')],
       'The paper has BLEU, where higher is better; here it is the loss.',
     ),
-    Claim(
-      'a twin that learns from the sparse model is better than one alone',
+    'a twin that learns from the sparse model is better than one alone': Claim(
       f'loss: {DISTILLED} < {DENSE}',
       [f'{table6}/{n}/nlp' for n in ('+ 0.75 hard, 0.25 soft mix', 'T5-Base')],
       "The distilled twin begins with the teacher's weights, and so has the "
       "teacher's steps behind it, too.",
     ),
-    Claim(
-      'a twin that learns from it is better than one of twice the steps',
+    'a twin that learns from it is better than one of twice the steps': Claim(
       f'loss: {DISTILLED} < {LONG}',
       changes=[
         f'{_TRIAL}, in place of "the distilled twin keeps a part of the gain '
         'alone", a higher loss than that of the sparse model.'
       ],
     ),
-    Claim(
-      'an extracted model generates faster',
+    'an extracted model generates faster': Claim(
       f'speed: {EXTRACTED} > {SPARSE}',
       note='A question of our own: what the paper measures is the exchange of '
       '32 devices, which extraction makes needless.',
@@ -359,9 +362,8 @@ def _claims() -> list[Claim]:
         "Until 2026-11-28 the claim was held against the paper's throughput."
       ],
     ),
-    *(
-      Claim(
-        f'to prune to {share} is better than to merge',
+    **{
+      f'to prune to {share} is better than to merge': Claim(
         f'loss: pruned to {share} < merged to {share}',
         note='REAP says so of models that generate. In the decoder four '
         f'languages use {IN_USE} of the {EXPERTS} experts at most'
@@ -372,24 +374,19 @@ def _claims() -> list[Claim]:
         ),
       )
       for share, num_left in LEFT.items()
+    },
+    'experts in 8 bits lose nothing': f'loss: int8 = {SPARSE} within {SAME}',
+    'with experts in ternary codes the model is better than the dense twin': (
+      f'loss: ternary < {DENSE}'
     ),
-    Claim(
-      'experts in 8 bits lose nothing', f'loss: int8 = {SPARSE} within {SAME}'
+    'with experts in ternary codes the model is smaller than with 4 bits': (
+      'memory: ternary < int4'
     ),
-    Claim(
-      'with experts in ternary codes the model is better than the dense twin',
-      f'loss: ternary < {DENSE}',
-    ),
-    Claim(
-      'with experts in ternary codes the model is smaller than with 4 bits',
-      'memory: ternary < int4',
-    ),
-    Claim(
-      'decoding of ternary codes costs speed',
+    'decoding of ternary codes costs speed': Claim(
       'speed: ternary < int8',
       changes=[f'{_TRIAL}; before, against the sparse model.'],
     ),
-  ]
+  }
 
 
 STUDY = Study(

@@ -35,7 +35,6 @@ from flax.traverse_util import path_aware_map
 from experiments import shazeer_table7
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.models import LstmLm
@@ -190,39 +189,35 @@ STUDY = Study(
     Column('lost in inference', 'lost', 'nats/byte'),
     Column(FORESEEN, 'foreseen', 'nats/byte'),
   ],
-  claims=[
-    Claim(
-      'training is balanced as losses of importance and load do not balance it',
-      f'{TRAINED}: {STRICT} < {NOISY}',
+  claims={
+    'training is balanced as losses of importance and load do not balance it': (
+      f'{TRAINED}: {STRICT} < {NOISY}'
     ),
-    Claim(
-      'thresholds balance inference better than no loss does',
-      f'{INFERRED}: {STRICT} < {FREE}',
+    'thresholds balance inference better than no loss does': (
+      f'{INFERRED}: {STRICT} < {FREE}'
     ),
-    Claim(
-      'losses of importance and load balance inference better than thresholds',
-      f'{INFERRED}: {NOISY} < {STRICT}',
-      changes=[
-        'On 2026-11-26, after a first run, the claim was turned round; since '
-        '2026-11-28 it stands again as it was written.'
-      ],
+    'losses of importance and load balance inference better than thresholds': (
+      Claim(
+        f'{INFERRED}: {NOISY} < {STRICT}',
+        changes=[
+          'On 2026-11-26, after a first run, the claim was turned round; since '
+          '2026-11-28 it stands again as it was written.'
+        ],
+      )
     ),
-    Claim(
-      'strict balance lowers the loss',
+    'strict balance lowers the loss': Claim(
       f'loss: {STRICT} < {NOISY}',
       changes=[
         'Until 2026-11-26, when a first run had been seen, the same comparison '
         'read "costs no quality".'
       ],
     ),
-    Claim(
-      'thresholds agree with a batch more than with a row',
+    'thresholds agree with a batch more than with a row': Claim(
       f'{AGREE}: {STRICT} > {ROW}',
       note='A row has 64 tokens, an expert 16 of them.',
     ),
-    *(
-      Claim(
-        f'in training, choices {arm.split(", ")[1]} tell of later tokens',
+    **{
+      f'in training, choices {arm.split(", ")[1]} tell of later tokens': Claim(
         f'{FORESEEN}: {arm} > 0',
         changes=[
           'Measured otherwise until 2026-11-26, when first results had been '
@@ -230,10 +225,10 @@ STUDY = Study(
         ],
       )
       for arm in (STRICT, ROW)
-    ),
-  ],
+    },
+  },
   figure=Figure(['loss', INFERRED, AGREE]),
-  runner=TrainingRunner(measure),
+  measure=measure,
   written='2026-11-26',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

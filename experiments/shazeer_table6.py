@@ -32,7 +32,6 @@ import numpy as np
 
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD as SOWN_LOAD
@@ -135,12 +134,12 @@ PUBLISHED = {
 NONE, TENTH = '(0.0, 0.0)', '(0.1, 0.1)'
 
 
-def claim(text: str, column: str, smaller: str, larger: str) -> Claim:
+def claim(column: str, smaller: str, larger: str) -> Claim:
   """A claim that a number of one row of the paper's is below another row's."""
   cells = [
     f'shazeer2017/table6/{row}/{PUBLISHED[column]}' for row in (smaller, larger)
   ]
-  return Claim(text, f'{column}: {smaller} < {larger}', cells)
+  return Claim(f'{column}: {smaller} < {larger}', cells)
 
 
 STUDY = Study(
@@ -165,27 +164,21 @@ STUDY = Study(
     Column(LARGEST, 'max_over_mean', digits=2),
     Column(COUNTED, 'counted_max_over_mean', digits=2),
   ],
-  claims=[
-    claim('losses lower perplexity', 'loss', TENTH, NONE),
-    claim('losses even out importance', IMPORTANCE, TENTH, NONE),
-    claim('losses even out load', LOAD, TENTH, NONE),
-    claim('losses lower the largest load', LARGEST, TENTH, NONE),
-    claim('a hundredth is enough', LARGEST, '(0.01, 0.01)', NONE),
-    claim(
-      'the importance loss evens out importance more than the load loss does',
-      IMPORTANCE,
-      '(0.2, 0.0)',
-      '(0.0, 0.2)',
+  claims={
+    'losses lower perplexity': claim('loss', TENTH, NONE),
+    'losses even out importance': claim(IMPORTANCE, TENTH, NONE),
+    'losses even out load': claim(LOAD, TENTH, NONE),
+    'losses lower the largest load': claim(LARGEST, TENTH, NONE),
+    'a hundredth is enough': claim(LARGEST, '(0.01, 0.01)', NONE),
+    'the importance loss evens out importance more than the load loss does': (
+      claim(IMPORTANCE, '(0.2, 0.0)', '(0.0, 0.2)')
     ),
-    claim(
-      'the load loss evens out load more than the importance loss does',
-      LOAD,
-      '(0.0, 0.2)',
-      '(0.2, 0.0)',
+    'the load loss evens out load more than the importance loss does': claim(
+      LOAD, '(0.0, 0.2)', '(0.2, 0.0)'
     ),
-    claim('more weight, lower largest load', LARGEST, '(1.0, 1.0)', TENTH),
-    claim('a weight of 1 still lowers perplexity', 'loss', '(1.0, 1.0)', NONE),
-  ],
+    'more weight, lower largest load': claim(LARGEST, '(1.0, 1.0)', TENTH),
+    'a weight of 1 still lowers perplexity': claim('loss', '(1.0, 1.0)', NONE),
+  },
   remarks=(
     'Columns "of a batch" are of single training batches, averaged over 20 '
     'of them and over layers, as in the paper; Load is the expected number '
@@ -198,7 +191,7 @@ STUDY = Study(
   figure=Figure(
     ['loss', IMPORTANCE, LOAD, LARGEST], rows='weights (importance, load)'
   ),
-  runner=TrainingRunner(measure),
+  measure=measure,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -70,17 +70,16 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def claim(text: str, compared: str, *rows: str, note: str = '') -> Claim:
+def claim(compared: str, *rows: str, note: str = '') -> Claim:
   """A claim with two rows of the paper's table.
 
   Args:
-    text: Text of the claim.
     compared: Comparison of rows of our table; see `Claim`.
     *rows: Names of the paper's rows; they may have more experts than ours.
     note: Difference between this comparison and the paper's.
   """
   cells = [f'shazeer2017/table7/{row}/ppl_10_epochs' for row in rows]
-  return Claim(text, compared, cells, note)
+  return Claim(compared, cells, note)
 
 
 LARGEST = 'max/mean load'
@@ -96,31 +95,41 @@ STUDY = Study(
     byte_models.LOSS,
     Column(LARGEST, 'train/layer_*/load_max_over_mean', digits=2),
   ],
-  claims=[
-    claim('more experts, lower loss: 32 against 4', 'loss: MoE-32 < MoE-4',
-          'MoE-32', 'MoE-4'),
-    claim('experts beat more LSTMs', 'loss: MoE-32 < 4xLSTM',
-          'MoE-32', '4xLSTM-512'),
-    claim('experts beat one that is wide', 'loss: MoE-32 < MoE-1-Wide',
-          'MoE-32', 'MoE-1-Wide'),
-    claim('experts beat one that is deep', 'loss: MoE-32 < MoE-1-Deep',
-          'MoE-32', 'MoE-1-Deep'),
-    claim('four of four are hardly more than one that is wide',
-          'loss: MoE-4 < MoE-1-Wide', 'MoE-4', 'MoE-1-Wide'),
-    claim('two levels cost a little', f'loss: {TWO_LEVELS} > MoE-32',
-          'MoE-256-h', 'MoE-256', note=FEWER),
-    claim('two levels of experts beat more LSTMs',
-          f'loss: {TWO_LEVELS} < 4xLSTM', 'MoE-256-h', '4xLSTM-512',
-          note=FEWER),
-    Claim('more experts, lower loss: 16 against 4', 'loss: MoE-16 < MoE-4'),
-    Claim('two levels balance too', f'{LARGEST}: {TWO_LEVELS} < 2',
-          note='An aim of ours; 8 is the worst there can be.'),
-  ],
+  claims={
+    'more experts, lower loss: 32 against 4': claim(
+      'loss: MoE-32 < MoE-4', 'MoE-32', 'MoE-4'
+    ),
+    'experts beat more LSTMs': claim(
+      'loss: MoE-32 < 4xLSTM', 'MoE-32', '4xLSTM-512'
+    ),
+    'experts beat one that is wide': claim(
+      'loss: MoE-32 < MoE-1-Wide', 'MoE-32', 'MoE-1-Wide'
+    ),
+    'experts beat one that is deep': claim(
+      'loss: MoE-32 < MoE-1-Deep', 'MoE-32', 'MoE-1-Deep'
+    ),
+    'four of four are hardly more than one that is wide': claim(
+      'loss: MoE-4 < MoE-1-Wide', 'MoE-4', 'MoE-1-Wide'
+    ),
+    'two levels cost a little': claim(
+      f'loss: {TWO_LEVELS} > MoE-32', 'MoE-256-h', 'MoE-256', note=FEWER
+    ),
+    'two levels of experts beat more LSTMs': claim(
+      f'loss: {TWO_LEVELS} < 4xLSTM', 'MoE-256-h', '4xLSTM-512', note=FEWER
+    ),
+    'more experts, lower loss: 16 against 4': 'loss: MoE-16 < MoE-4',
+    'two levels balance too': Claim(
+      f'{LARGEST}: {TWO_LEVELS} < 2',
+      note='An aim of ours; 8 is the worst there can be.',
+    ),
+  },
   written='2026-11-25',
   figure=Figure(['loss', LARGEST], 'experts', log_x=True),
-  remarks=('Each model has the operations a step of two LSTMs and a mixture of '
-    'four experts; only routers come on top.'),
-)  # fmt: skip
+  remarks=(
+    'Each model has the operations a step of two LSTMs and a mixture of '
+    'four experts; only routers come on top.'
+  ),
+)
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ written before any run.
 
 from experiments.study import byte_models, command, parts
 from experiments.study.byte_models import expert_choice, top_k
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import Arm, Column, Figure, Preset
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
 
@@ -86,18 +86,17 @@ STUDY = Study(
     parts.percent('without expert', byte_models.DROP_RATE, bounds=parts.ANY),
     Column('max/mean load', byte_models.MAX_LOAD, digits=2),
   ],
-  claims=[
-    Claim('soft mixtures beat token choice', f'loss: soft, 16 < {TOP1}'),
-    Claim(
-      'soft mixtures beat token choice that drops nothing',
-      f'loss: soft, 16 < {ROOMY}',
+  claims={
+    'soft mixtures beat token choice': f'loss: soft, 16 < {TOP1}',
+    'soft mixtures beat token choice that drops nothing': (
+      f'loss: soft, 16 < {ROOMY}'
     ),
-    Claim('soft mixtures beat expert choice', f'loss: soft, 16 < {EC}'),
-    Claim('soft mixtures beat the dense twin', 'loss: soft, 16 < dense'),
-    Claim('more experts help: 16 against 4', 'loss: soft, 16 < soft, 4'),
-    Claim('more experts help: 64 against 16', 'loss: soft, 64 < soft, 16'),
-    Claim('expert choice beats token choice', f'loss: {EC} < {TOP1}'),
-  ],
+    'soft mixtures beat expert choice': f'loss: soft, 16 < {EC}',
+    'soft mixtures beat the dense twin': 'loss: soft, 16 < dense',
+    'more experts help: 16 against 4': 'loss: soft, 16 < soft, 4',
+    'more experts help: 64 against 16': 'loss: soft, 64 < soft, 16',
+    'expert choice beats token choice': f'loss: {EC} < {TOP1}',
+  },
   timed=['soft, 4', 'soft, 16', 'soft, 64', TOP1, EC],
   figure=Figure(['loss'], 'experts', log_x=True),
   remarks='Tokens without an expert are dropped, or taken by no expert. The '

@@ -109,11 +109,11 @@ def rows(results: parts.Results) -> list[Row]:
   return list(by_name.values())
 
 
-def claim(text: str, compared: str, task: str = '') -> Claim:
+def claim(compared: str, task: str = '') -> Claim:
   """A claim on sparse minus dense, and the paper's scores of both on a task."""
   models = ('st_moe_l', 'dense_l') if task else ()
   cells = [f'stmoe2022/table10/{task}/{model}' for model in models]
-  return Claim(text, compared, cells, withheld=finetuned.OTHER_ORDER)
+  return Claim(compared, cells, withheld=finetuned.OTHER_ORDER)
 
 
 SMALLEST, LARGEST = (row('reasoning', SIZES[i], MORE) for i in (0, -1))
@@ -133,39 +133,29 @@ STUDY = Study(
     'full': Preset(400, 5, start_steps=600),
   },
   columns=COLUMNS,
-  claims=[
-    claim(
-      'the smallest task has a larger gap in the sparse model',
-      f'gap: {SMALLEST} > 0',
+  claims={
+    'the smallest task has a larger gap in the sparse model': claim(
+      f'gap: {SMALLEST} > 0'
     ),
-    claim(
-      'the gap of the sparse model shrinks more as the task grows',
-      f'gap: {GROWTH} < 0',
+    'the gap of the sparse model shrinks more as the task grows': claim(
+      f'gap: {GROWTH} < 0'
     ),
-    claim(
-      'the smallest task is learned worse by the sparse model',
-      f'loss: {SMALLEST} > 0',
-      'CB',
+    'the smallest task is learned worse by the sparse model': claim(
+      f'loss: {SMALLEST} > 0', 'CB'
     ),
-    claim(
-      'the largest task is learned better by the sparse model',
-      f'loss: {LARGEST} < 0',
-      'ARC-Challenge',
+    'the largest task is learned better by the sparse model': claim(
+      f'loss: {LARGEST} < 0', 'ARC-Challenge'
     ),
-    claim(
-      'the gain of the sparse model grows with the size of the task',
-      f'loss: {GROWTH} < 0',
+    'the gain of the sparse model grows with the size of the task': claim(
+      f'loss: {GROWTH} < 0'
     ),
-    claim(
-      'the sparse model knows more of the smallest set of facts',
-      f'loss: {row("knowledge", SIZES[0], MORE)} < 0',
+    'the sparse model knows more of the smallest set of facts': claim(
+      f'loss: {row("knowledge", SIZES[0], MORE)} < 0'
     ),
-    claim(
-      'the sparse model knows more of the largest set of facts',
-      f'loss: {row("knowledge", SIZES[-1], MORE)} < 0',
-      'TriviaQA',
+    'the sparse model knows more of the largest set of facts': claim(
+      f'loss: {row("knowledge", SIZES[-1], MORE)} < 0', 'TriviaQA'
     ),
-  ],
+  },
   remarks=(
     'The rule of the floor was added when the first result was seen: without '
     'it the largest set of facts, of which both models know nothing, was the '

@@ -35,7 +35,6 @@ import numpy as np
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.finetuned import minus
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.analysis import routing_measures
@@ -212,27 +211,21 @@ def rows(results: parts.Results) -> list[Row]:
 
 
 NOTE = 'The paper has examples of tokens, no measure.'
-CLAIMS = [
-  *(
-    Claim(
-      f'the id of a token decides more than its {label}, {half}',
-      f'token id less domain or language: {label}s, {half} > 0',
+CLAIMS = {
+  **{
+    f'the id of a token decides more than its {label}, {half}': (
+      f'token id less domain or language: {label}s, {half} > 0'
     )
     for label in ('domain', 'language')
     for half in routing.HALVES
+  },
+  'choices follow token ids more in the encoder than in the decoder': Claim(
+    'token id: domains, encoder > domains, decoder', note=NOTE
   ),
-  Claim(
-    'choices follow token ids more in the encoder than in the decoder',
-    'token id: domains, encoder > domains, decoder',
-    note=NOTE,
+  'choices follow kinds of characters more in the encoder': Claim(
+    'kind of character: domains, encoder > domains, decoder', note=NOTE
   ),
-  Claim(
-    'choices follow kinds of characters more in the encoder',
-    'kind of character: domains, encoder > domains, decoder',
-    note=NOTE,
-  ),
-  Claim(
-    'punctuation goes to fewer experts than all tokens do, encoder',
+  'punctuation goes to fewer experts than all tokens do, encoder': Claim(
     'punctuation: domains, encoder > 0',
     note=NOTE,
     changes=[
@@ -241,36 +234,33 @@ CLAIMS = [
       )
     ],
   ),
-  Claim(
-    'token ids decide less in the last layer of the encoder than in the first',
-    'token id: domains, encoder 2 < domains, encoder 1',
-    note='Later layers see more of the context.',
+  'token ids decide less in the last layer of the encoder than in the first': (
+    Claim(
+      'token id: domains, encoder 2 < domains, encoder 1',
+      note='Later layers see more of the context.',
+    )
   ),
-  Claim(
-    'what the encoder says about domains is learned',
-    'domain or language: domains, encoder > domains, encoder, at 0 %',
+  'what the encoder says about domains is learned': (
+    'domain or language: domains, encoder > domains, encoder, at 0 %'
   ),
-  Claim(
-    'a balance loss holds experts back from domains, encoder',
-    'domain or language: domains, encoder < domains, no balance loss, encoder',
+  'a balance loss holds experts back from domains, encoder': (
+    'domain or language: domains, encoder < domains, no balance loss, encoder'
   ),
-  Claim(
-    'what choices say about ids is learned early, encoder',
+  'what choices say about ids is learned early, encoder': Claim(
     'token id: domains, encoder, learned in the first fifth > '
     'domains, encoder, learned in the rest',
     note='"Early" means more in the first fifth of the run than in all the '
     'rest.',
   ),
-  *(
-    Claim(
-      f'control: random experts say nothing about the {column}',
+  **{
+    f'control: random experts say nothing about the {column}': Claim(
       f'{column}: domains, random experts, encoder = 0 within 0.5',
       note='Shuffled labels are taken off; the bound is that of '
       '`openmoe_routing`.',
     )
     for column in ('token id', 'domain or language')
-  ),
-]
+  },
+}
 STUDY = Study(
   name='specialisation',
   title='What experts specialise in',
@@ -285,7 +275,7 @@ STUDY = Study(
     [*MEASURED][:4] + ['punctuation'],
     without=['*, at *', '*, learned in *', '*coder [0-9]'],
   ),
-  runner=TrainingRunner(measure),
+  measure=measure,
   remarks='Rows of a half are means over its two layers. Losses of the two '
   'mixtures are of different tasks. Random experts are drawn anew for '
   'each batch. Rows at 0 % are of the parameters before training.',

@@ -132,37 +132,27 @@ STUDY = Study(
     'full': Preset(300, 5, start_steps=600),
   },
   columns=[finetuned.LOSS],
-  claims=[
-    Claim(
-      'at the largest batch a sparse model wants the high rate',
+  claims={
+    'at the largest batch a sparse model wants the high rate': Claim(
       f'loss: {cell("sparse", 64, 3e-3)} < {cell("sparse", 64, 3e-4)}',
       ['stmoe2022/table20/lr 1e-3/score', 'stmoe2022/table20/lr 1e-4/score'],
       note='The rates here are 3e-3 and 3e-4.',
     ),
-    Claim(
-      'a sparse model gains from a small batch',
-      f'loss: {SMALL}, sparse > 0',
+    'a sparse model gains from a small batch': f'loss: {SMALL}, sparse > 0',
+    'a sparse model gains from a high rate': f'loss: {HIGH}, sparse > 0',
+    'it gains more from a small batch than its dense twin': Claim(
+      f'loss: {SMALL}{MORE} > 0', withheld=finetuned.OTHER_ORDER
     ),
-    Claim('a sparse model gains from a high rate', f'loss: {HIGH}, sparse > 0'),
-    Claim(
-      'it gains more from a small batch than its dense twin',
-      f'loss: {SMALL}{MORE} > 0',
-      withheld=finetuned.OTHER_ORDER,
+    'it gains more from a high rate than its dense twin': Claim(
+      f'loss: {HIGH}{MORE} > 0', withheld=finetuned.OTHER_ORDER
     ),
-    Claim(
-      'it gains more from a high rate than its dense twin',
-      f'loss: {HIGH}{MORE} > 0',
-      withheld=finetuned.OTHER_ORDER,
+    'the dense twin prefers the lowest rate to the highest': (
+      f'loss: {HIGH}, dense < 0'
     ),
-    Claim(
-      'the dense twin prefers the lowest rate to the highest',
-      f'loss: {HIGH}, dense < 0',
+    'resetting the slots of the optimizer hurts': (
+      f'loss: {cell("sparse", 16, 1e-3)} > {KEPT}'
     ),
-    Claim(
-      'resetting the slots of the optimizer hurts',
-      f'loss: {cell("sparse", 16, 1e-3)} > {KEPT}',
-    ),
-  ],
+  },
   remarks=best_cells,
   written='2026-11-27',
   figure=Figure(

@@ -53,27 +53,23 @@ STUDY = Study(
     'full': Preset(400, 6, start_steps=600),
   },
   columns=[finetuned.LOSS],
-  claims=[
-    *(
-      Claim(
-        f'sparse layers alone are worse than {name}',
-        f'loss: sparse layers > {name}',
+  claims={
+    **{
+      f'sparse layers alone are worse than {name}': (
+        f'loss: sparse layers > {name}'
       )
       for name in PARTS
       if name != 'sparse layers'
-    ),
-    *(
-      Claim(
-        f'{name} alone is as good as all', f'loss: {name} = all within {SAME}'
-      )
+    },
+    **{
+      f'{name} alone is as good as all': f'loss: {name} = all within {SAME}'
       for name in ('outside of sparse layers', 'attention')
-    ),
-    Claim(
-      'dense feed-forward layers alone are as good as all',
+    },
+    'dense feed-forward layers alone are as good as all': Claim(
       f'loss: dense feed-forward = all within {SAME}',
       note='The paper has them slightly best.',
     ),
-  ],
+  },
   timed=[*PARTS],
   written='2026-11-27',
   figure=Figure(['loss']),

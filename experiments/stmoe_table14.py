@@ -24,7 +24,6 @@ be run with the others anew. The runs of all nine took 47 core minutes.
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
 from moe_jax.analysis.routing_measures import TOKEN, entropy
@@ -116,67 +115,57 @@ def _unresolved(interval: str) -> str:
 
 
 SIXTH = 'The paper has six layers in the encoder, here are three.'
-CLAIMS = [
-  Claim(
-    'sentinels go to fewer experts in the encoder than in the decoder, first '
-    'layer',
+CLAIMS = {
+  'sentinels go to fewer experts in the encoder than in the decoder, first '
+  'layer': Claim(
     'entropy of sentinels: top-2, encoder 1 < top-2, decoder 1',
     cells('encoder 1', 'decoder'),
     changes=[_unresolved('0.38 ± 0.52')],
   ),
-  Claim(
-    'sentinels go to fewer experts in the encoder than in the decoder, last '
-    'layer',
+  'sentinels go to fewer experts in the encoder than in the decoder, last '
+  'layer': Claim(
     'entropy of sentinels: top-2, encoder 3 < top-2, decoder 3',
     cells('encoder 6', 'decoder'),
     SIXTH,
   ),
-  Claim(
-    "sentinels go to fewer experts in the encoder's last layer than in its "
-    'first',
+  "sentinels go to fewer experts in the encoder's last layer than in its "
+  'first': Claim(
     'entropy of sentinels: top-2, encoder 3 < top-2, encoder 1',
     cells('encoder 6', 'encoder 1'),
     SIXTH,
   ),
-  Claim(
-    'in the decoder sentinels go to nearly all experts alike',
+  'in the decoder sentinels go to nearly all experts alike': Claim(
     f'entropy of sentinels: top-2, decoder = {UNIFORM} within 0.2',
     cells('decoder', 'uniform over 32'),
     'The bound is ours.',
   ),
-  Claim(
-    'sentinels are concentrated more than tokens are, encoder',
-    'concentration: top-2, encoder > 0',
+  'sentinels are concentrated more than tokens are, encoder': (
+    'concentration: top-2, encoder > 0'
   ),
-  Claim(
-    'in the decoder sentinels are concentrated no more than tokens are',
+  'in the decoder sentinels are concentrated no more than tokens are': Claim(
     'concentration: top-2, decoder = 0 within 0.1',
     note='The paper finds no specialisation there. The bound is ours.',
   ),
-  Claim(
-    'choices follow token ids more in the encoder than in the decoder',
-    'token: top-2, encoder > top-2, decoder',
+  'choices follow token ids more in the encoder than in the decoder': (
+    'token: top-2, encoder > top-2, decoder'
   ),
-  Claim(
-    'it is not the balance loss that concentrates sentinels',
+  'it is not the balance loss that concentrates sentinels': Claim(
     'concentration: top-2, no balance loss, encoder > 0',
     changes=[_unresolved('0.11 ± 0.17')],
   ),
-  *(
-    Claim(
-      f'control: a random router spreads sentinels evenly, {half}',
-      f'entropy of sentinels: random, {half} = {UNIFORM} within 0.05',
+  **{
+    f'control: a random router spreads sentinels evenly, {half}': (
+      f'entropy of sentinels: random, {half} = {UNIFORM} within 0.05'
     )
     for half in routing.HALVES
-  ),
-  *(
-    Claim(
-      f'control: a hash concentrates sentinels, {half}',
-      f'concentration: hash of token, {half} > 0',
+  },
+  **{
+    f'control: a hash concentrates sentinels, {half}': (
+      f'concentration: hash of token, {half} > 0'
     )
     for half in routing.HALVES
-  ),
-]
+  },
+}
 STUDY = Study(
   name='stmoe_table14',
   title='Sentinels have experts of their own',
@@ -188,7 +177,7 @@ STUDY = Study(
   columns=COLUMNS,
   claims=CLAIMS,
   figure=Figure(['entropy of sentinels', 'concentration', 'token']),
-  runner=TrainingRunner(measure),
+  measure=measure,
   remarks=f'A uniform choice of 16 experts has {UNIFORM:.2f} nats. Entropies '
   'are of first choices before any is dropped. Rows of a half are means over '
   'its three layers. The tables of a hash are the same for all seeds.',

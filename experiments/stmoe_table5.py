@@ -31,7 +31,7 @@ cores; its runs took 81 core minutes. The claims were written before these runs.
 
 import ml_collections
 
-from experiments.study import byte_models, command, finetuned
+from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.parts import Arm, Claim, Figure, Preset
 from experiments.study.study import Study
 
@@ -83,38 +83,35 @@ def cells(column: str, *rows: str) -> list[str]:
   return [f'stmoe2022/table5/{name}/{column}' for name in rows]
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """Scores do not depend on capacity or loss; what is dropped does."""
   dropped, fullest = finetuned.DROPPED.name, max(FACTORS)
-  return [
-    *(
-      Claim(
-        f'capacity factor {train:g}, {aux}, is as good as 4',
+  return {
+    **{
+      f'capacity factor {train:g}, {aux}, is as good as 4': Claim(
         f'loss: {ROWS[train][i]} = {ROWS[fullest][i]} within {SAME}',
         cells('superglue', ROWS[train][i], ROWS[fullest][i]),
       )
       for i, aux in enumerate(AUX)
       for train in FACTORS
       if train != fullest
-    ),
-    *(
-      Claim(
-        f'at capacity factor {train:g} it is as good without the loss',
+    },
+    **{
+      f'at capacity factor {train:g} it is as good without the loss': Claim(
         f'loss: {without} = {with_loss} within {SAME}',
         cells('superglue', without, with_loss),
       )
       for train, (with_loss, without) in ROWS.items()
-    ),
-    *(
-      Claim(
-        f'at capacity factor {train:g} more is dropped without the loss',
+    },
+    **{
+      f'at capacity factor {train:g} more is dropped without the loss': Claim(
         f'{dropped}: {without} > {with_loss}',
         cells('dropped', without, with_loss),
       )
       for train, (with_loss, without) in ROWS.items()
       if train < 2
-    ),
-  ]
+    },
+  }
 
 
 STUDY = Study(

@@ -105,62 +105,53 @@ def cell(model: str, slots: int | str = OWN) -> str:
   return f'stmoe2022/table8/{model}/{column}'
 
 
-def better(text: str, model: str, than: str, slots: int | str = OWN) -> Claim:
+def better(model: str, than: str, slots: int | str = OWN) -> Claim:
   """A claim that a model has a lower loss than another, in the paper as well.
 
   Args:
-    text: Text of the claim.
     model: Name of the model.
     than: Name of the other model, which is evaluated as it was trained.
     slots: Slots a token with which the first model is evaluated.
   """
   compared = f'loss: {row(model, slots)} < {row(than)}'
-  return Claim(text, compared, [cell(model, slots), cell(than)])
+  return Claim(compared, [cell(model, slots), cell(than)])
 
 
-CLAIMS = [
-  *(
-    better(
-      f'{model}: two slots a token are better at evaluation', model, model, 2
+CLAIMS = {
+  **{
+    f'{model}: two slots a token are better at evaluation': better(
+      model, model, 2
     )
     for model in ('top-1, CF 0.75', 'top-2, CF 0.75', 'top-2, CF 1.25')
-  ),
-  *(
-    better(
-      f'top-{K}: 1.25 slots are better than 0.75',
-      f'top-{K}, CF 1.25',
-      f'top-{K}, CF 0.75',
+  },
+  **{
+    f'top-{K}: 1.25 slots are better than 0.75': better(
+      f'top-{K}, CF 1.25', f'top-{K}, CF 0.75'
     )
     for K in (1, 2)
-  ),
-  better('top-2 with two slots is better', 'top-2, CF 2', 'top-2, CF 0.75'),
-  Claim(
-    'top-3 is as good as top-2 with two slots',
+  },
+  'top-2 with two slots is better': better('top-2, CF 2', 'top-2, CF 0.75'),
+  'top-3 is as good as top-2 with two slots': Claim(
     f'loss: {row("top-3, CF 2")} = {row("top-2, CF 2")} within 0.05',
     [cell('top-3, CF 2'), cell('top-2, CF 2')],
     'Experts are worth 0.096 nats a token there; the bound is half of that.',
   ),
-  Claim(
-    'top-1 beats the dense twin',
+  'top-1 beats the dense twin': Claim(
     f'loss: {row("top-1, CF 1.25")} < dense',
     [cell('top-1, CF 1.25'), cell('Dense-L')],
   ),
-  better(
-    'top-1: priority helps at 0.75',
-    'top-1, CF 0.75, priority',
-    'top-1, CF 0.75',
+  'top-1: priority helps at 0.75': better(
+    'top-1, CF 0.75, priority', 'top-1, CF 0.75'
   ),
-  Claim(
-    'top-2: priority helps at 0.75',
+  'top-2: priority helps at 0.75': Claim(
     f'loss: {row("top-2, CF 0.75, priority")} < {row("top-2, CF 0.75")}',
     note='Not in the paper, which has priority with top-1 alone.',
   ),
-  Claim(
-    'more choices drop more at equal slots',
+  'more choices drop more at equal slots': Claim(
     f'dropped: {row("top-2, CF 0.75")} > {row("top-1, CF 0.75")}',
     note='Shares of choices, of which top-2 has twice as many.',
   ),
-]
+}
 STUDY = Study(
   name='stmoe_table8',
   title='Top-1, top-2 and top-3 by capacity, with batch priority',

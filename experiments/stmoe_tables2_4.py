@@ -34,7 +34,6 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.runs import metrics, recorder
 from moe_jax.training.setup import Run
@@ -190,30 +189,24 @@ STUDY = Study(
     Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=parts.POSITIVE),
     parts.percent(FLIPPED, 'routing/*/rounded', '% of tokens', 2),
   ],
-  claims=[
-    *(
-      Claim(
-        f'{row} costs quality',
-        f'loss: {row} > {BASE}',
-        cells('nlp', row, BASE),
+  claims={
+    **{
+      f'{row} costs quality': Claim(
+        f'loss: {row} > {BASE}', cells('nlp', row, BASE)
       )
       for row in (CLIP, NO_SCALE, NO_GEGLU, DROPOUT, JITTER)
+    },
+    'the z-loss costs no quality': Claim(
+      f'loss: {Z_LOSS} = {BASE} within {SAME}', cells('nlp', Z_LOSS, BASE)
     ),
-    Claim(
-      'the z-loss costs no quality',
-      f'loss: {Z_LOSS} = {BASE} within {SAME}',
-      cells('nlp', Z_LOSS, BASE),
-    ),
-    Claim(
-      'more runs are stable with the z-loss',
+    'more runs are stable with the z-loss': Claim(
       f'{STABLE.name}: {Z_LOSS}{HIGH} > {BASE}{HIGH}',
       cells('stable_runs', Z_LOSS, BASE),
       note='The paper has it at one rate, 3 of 3 against 4 of 6.',
     ),
-    *(
-      Claim(
-        f'the z-loss makes the {column} smaller{where}',
-        f'{column}: {Z_LOSS}{where} < {BASE}{where}',
+    **{
+      f'the z-loss makes the {column} smaller{where}': (
+        f'{column}: {Z_LOSS}{where} < {BASE}{where}'
       )
       for column, where in (
         (LOGIT, ''),
@@ -221,16 +214,13 @@ STUDY = Study(
         (FLIPPED, ''),
         (FLIPPED, ROUNDED),
       )
+    },
+    'bfloat16 outside of routers costs no quality': (
+      f'loss: {BASE}{ROUNDED} = {BASE} within {SAME}'
     ),
-    Claim(
-      'bfloat16 outside of routers costs no quality',
-      f'loss: {BASE}{ROUNDED} = {BASE} within {SAME}',
-    ),
-    Claim(
-      'clipped updates make rises smaller', f'{RISE.name}: {CLIP} < {BASE}'
-    ),
-  ],
-  runner=TrainingRunner(measure),
+    'clipped updates make rises smaller': f'{RISE.name}: {CLIP} < {BASE}',
+  },
+  measure=measure,
   figure=Figure(['loss', RISE.name, LOGIT, FLIPPED]),
   remarks=MEANING,
   written='2026-11-29',

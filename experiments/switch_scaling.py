@@ -149,33 +149,27 @@ STUDY = Study(
     Column(SECONDS, digits=2),
     Column(TIME, digits=2),
   ],
-  claims=[
-    Claim(
-      '64 experts reach the dense loss in fewer steps',
+  claims={
+    '64 experts reach the dense loss in fewer steps': Claim(
       f'{STEPS}: top-1 of 64 < 1',
       [f'{SPEEDUP}/step_speedup'],
       'Their ratio is the inverse of the published speed-up.',
     ),
-    Claim(
-      '64 experts reach the dense loss in less time',
+    '64 experts reach the dense loss in less time': Claim(
       f'{SECONDS}: top-1 of 64 < 1',
       note=OTHER_TIME,
       changes=['Until 2026-11-28 it was held against that speed-up.'],
     ),
-    Claim('few experts help already', f'{STEPS}: top-1 of 4 < 1'),
-    Claim(
-      'more experts, lower loss: 16 against 4', 'loss: top-1 of 16 < top-1 of 4'
+    'few experts help already': f'{STEPS}: top-1 of 4 < 1',
+    'more experts, lower loss: 16 against 4': 'loss: top-1 of 16 < top-1 of 4',
+    'more experts, lower loss: 64 against 16': (
+      'loss: top-1 of 64 < top-1 of 16'
     ),
-    Claim(
-      'more experts, lower loss: 64 against 16',
-      'loss: top-1 of 64 < top-1 of 16',
-    ),
-    Claim(
-      'below the dense loss at 0.6 of its steps',
+    'below the dense loss at 0.6 of its steps': Claim(
       f'{SHORT}: top-2 of 64 < 0',
       note='An aim of ours; read off, not interpolated.',
     ),
-  ],
+  },
   figure=Figure(['loss', STEPS, SECONDS], 'experts', log_x=True),
   rows=rows,
   remarks=(

@@ -357,27 +357,24 @@ STUDY = Study(
     Column(LEAST, digits=2),
     RATE,
   ],
-  claims=[
-    Claim(
-      'a sparse model reaches the dense loss in less time',
+  claims={
+    'a sparse model reaches the dense loss in less time': Claim(
       f'{SECONDS}: {FIRST} < 1',
       note=OTHER_TIME,
       changes=['Until 2026-11-28 it was held against that speed-up.'],
     ),
-    Claim(
-      'in three quarters of the time',
+    'in three quarters of the time': Claim(
       f'{SECONDS}: {FIRST} < 0.75',
       note='An aim of ours: a quarter is what would be worth a choice.',
     ),
-    Claim(
-      'in fewer steps',
+    'in fewer steps': Claim(
       f'{STEPS}: {FIRST} < 1',
       [f'{SPEEDUP}/step_speedup'],
       'Their ratio is the inverse of the published speed-up, of 64 experts.',
     ),
-    Claim('at equal steps its loss is lower', f'{MINUS}: {FIRST} < 0'),
-    Claim('its step costs more', f'{TIME}: {FIRST} > 1'),
-  ],
+    'at equal steps its loss is lower': f'{MINUS}: {FIRST} < 0',
+    'its step costs more': f'{TIME}: {FIRST} > 1',
+  },
   figure=Figure([STEPS, TIME, SECONDS], without=(DENSE, FIRST)),
   rows=rows,
   runner=AnnealedRunner(measured),

@@ -25,7 +25,6 @@ written before any run.
 
 from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 
 # Names of the paper's rows.
@@ -59,11 +58,13 @@ def cells(*rows: str) -> list[str]:
   return [f'switch2021/table11/{row}/nlp' for row in rows]
 
 
-def worse(row: str, than: str) -> Claim:
+def worse(row: str, than: str) -> parts.Claims:
   """A claim of the paper that one way to explore has a higher loss."""
-  return Claim(
-    f'{row} is worse than {than}', f'loss: {row} > {than}', cells(row, than)
-  )
+  return {
+    f'{row} is worse than {than}': Claim(
+      f'loss: {row} > {than}', cells(row, than)
+    )
+  }
 
 
 STUDY = Study(
@@ -82,39 +83,31 @@ STUDY = Study(
     parts.percent(EXPLORED, 'routing/*/explored', '% of tokens'),
     Column(MAX, 'train/layer_*/load_max_over_mean', digits=2),
   ],
-  claims=[
-    worse(SAMPLE, ARGMAX),
-    worse(SAMPLE, JITTER),
-    worse(SAMPLE, DROPOUT),
-    Claim(
-      f'{JITTER} is as good as none',
-      f'loss: {JITTER} = {ARGMAX} within {SAME}',
-      cells(JITTER, ARGMAX),
+  claims={
+    **worse(SAMPLE, ARGMAX),
+    **worse(SAMPLE, JITTER),
+    **worse(SAMPLE, DROPOUT),
+    f'{JITTER} is as good as none': Claim(
+      f'loss: {JITTER} = {ARGMAX} within {SAME}', cells(JITTER, ARGMAX)
     ),
-    Claim(
-      f'{DROPOUT} is as good as none',
+    f'{DROPOUT} is as good as none': Claim(
       f'loss: {DROPOUT} = {ARGMAX} within {SAME}',
       note='In the paper input dropout is worse by 0.009 nats a token.',
     ),
-    Claim('sparse with argmax beats the dense twin', f'loss: {ARGMAX} < dense'),
-    Claim(
-      'sampling explores more than input dropout',
-      f'{EXPLORED}: {SAMPLE} > {DROPOUT}',
+    'sparse with argmax beats the dense twin': f'loss: {ARGMAX} < dense',
+    'sampling explores more than input dropout': (
+      f'{EXPLORED}: {SAMPLE} > {DROPOUT}'
     ),
-    Claim(
-      'input dropout explores more than jitter',
-      f'{EXPLORED}: {DROPOUT} > {JITTER}',
+    'input dropout explores more than jitter': (
+      f'{EXPLORED}: {DROPOUT} > {JITTER}'
     ),
-    Claim('jitter of 0.01 sends some elsewhere', f'{EXPLORED}: {JITTER} > 0'),
-    Claim(
-      'ten times the jitter sends more elsewhere',
-      f'{EXPLORED}: {STRONG} > {JITTER}',
+    'jitter of 0.01 sends some elsewhere': f'{EXPLORED}: {JITTER} > 0',
+    'ten times the jitter sends more elsewhere': (
+      f'{EXPLORED}: {STRONG} > {JITTER}'
     ),
-    Claim(
-      'sampling evens out loads in training', f'{MAX}: {SAMPLE} < {ARGMAX}'
-    ),
-  ],
-  runner=TrainingRunner(router_logits.explored),
+    'sampling evens out loads in training': f'{MAX}: {SAMPLE} < {ARGMAX}',
+  },
+  measure=router_logits.explored,
   figure=Figure(['loss', EXPLORED, MAX]),
   remarks='Noise is of training alone; loads are those of training, with it.',
   written='2026-11-29',

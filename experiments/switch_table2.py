@@ -32,7 +32,6 @@ from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.jobs import nested
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.routing import evaluation_of
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.analysis import counts, memory
 from moe_jax.training.setup import Run
@@ -110,9 +109,9 @@ def rows(results: parts.Results) -> list[Row]:
   return table
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """The paper's claims at both rates, and ours on what rounding does."""
-  paper_claims = []
+  paper_claims = {}
   for rate in RATES:
     for text, sign, one, other in (
       ('bfloat16 is worse than float32', '>', LOW, EXACT),
@@ -122,19 +121,17 @@ def claims() -> list[Claim]:
       within = f' within {SAME}' if sign == '=' else ''
       cells = [f'switch2021/table2/{PAPER[name]}/nlp' for name in (one, other)]
       compared = f'loss: {one}{rate} {sign} {other}{rate}{within}'
-      paper_claims.append(Claim(text + rate, compared, cells))
-  return [
-    *paper_claims,
-    Claim(
-      'a rounded router flips choices that the rest does not',
-      f'{MORE}: {EXACT}{FIRST} > 0',
+      paper_claims[text + rate] = Claim(compared, cells)
+  return {
+    **paper_claims,
+    'a rounded router flips choices that the rest does not': (
+      f'{MORE}: {EXACT}{FIRST} > 0'
     ),
-    Claim(
-      'a higher rate makes larger logits',
-      f'{LOGIT}: {EXACT}{LAST} > {EXACT}{FIRST}',
+    'a higher rate makes larger logits': (
+      f'{LOGIT}: {EXACT}{LAST} > {EXACT}{FIRST}'
     ),
-    Claim('bfloat16 in evaluation alone costs', f'{AFTER}: {EXACT}{FIRST} > 0'),
-  ]
+    'bfloat16 in evaluation alone costs': f'{AFTER}: {EXACT}{FIRST} > 0',
+  }
 
 
 STUDY = Study(
@@ -159,7 +156,7 @@ STUDY = Study(
     Column(BYTES, 'routing/*/moved', 'bytes a token and layer', 0),
   ],
   claims=claims(),
-  runner=TrainingRunner(measure),
+  measure=measure,
   figure=Figure(['loss', LOGIT, FLIPPED[LOW], FLIPPED[SELECTIVE]]),
   remarks=(
     f'{MEANING} Flipped choices are means over layers, and those '

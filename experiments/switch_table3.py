@@ -73,9 +73,9 @@ def rows(results: parts.Results) -> list[Row]:
   return [*table.values(), *gains]
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """The paper's claims at both rates, and ours about the dense twin."""
-  paper_claims = []
+  paper_claims = {}
   for rate in RATES:
     small, usual = f'sparse, 0.1x{rate}', f'sparse, 1.0x{rate}'
     for text, column, cell in (
@@ -84,22 +84,20 @@ def claims() -> list[Claim]:
     ):
       cells = [f'switch2021/table3/{s}/{cell}' for s in ('0.1x', '1.0x')]
       compared = f'{column}: {small} < {usual}'
-      paper_claims.append(Claim(text + rate, compared, cells))
+      paper_claims[text + rate] = Claim(compared, cells)
     text = f'the smaller scale is worth more to the sparse model{rate}'
     compared = f'loss: dense{GAIN}{rate} < sparse{GAIN}{rate}'
-    paper_claims.append(Claim(text, compared))
-  return [
-    *paper_claims,
-    Claim(
-      'the dense model has a lower loss at 0.1x, too, at the raised rate',
-      f'loss: dense, 0.1x{RAISED} < dense, 1.0x{RAISED}',
+    paper_claims[text] = compared
+  return {
+    **paper_claims,
+    'the dense model has a lower loss at 0.1x, too, at the raised rate': (
+      f'loss: dense, 0.1x{RAISED} < dense, 1.0x{RAISED}'
     ),
-    Claim('sparse beats dense at 0.1x', 'loss: sparse, 0.1x < dense, 0.1x'),
-    Claim(
-      'at 1.0x the raised rate spreads sparse runs more',
-      f'{DISTANCE}: sparse, 1.0x < sparse, 1.0x{RAISED}',
+    'sparse beats dense at 0.1x': 'loss: sparse, 0.1x < dense, 0.1x',
+    'at 1.0x the raised rate spreads sparse runs more': (
+      f'{DISTANCE}: sparse, 1.0x < sparse, 1.0x{RAISED}'
     ),
-  ]
+  }
 
 
 STUDY = Study(

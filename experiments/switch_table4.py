@@ -92,39 +92,31 @@ STUDY = Study(
     'full': Preset(400, 6, start_steps=600),
   },
   columns=[finetuned.LOSS, finetuned.TRAINED_LOSS, finetuned.GAP],
-  claims=[
-    Claim(
-      'dropout of 0.3 everywhere is worse than 0.1',
+  claims={
+    'dropout of 0.3 everywhere is worse than 0.1': Claim(
       'loss: Switch d=0.3 > Switch d=0.1',
       cells('superglue', 'Switch d=0.3', 'Switch d=0.1'),
     ),
-    Claim(
-      '0.4 inside of experts is better than 0.1 everywhere',
+    '0.4 inside of experts is better than 0.1 everywhere': Claim(
       'loss: Switch d=0.1, ed=0.4 < Switch d=0.1',
       cells('glue', 'Switch d=0.1, ed=0.4', 'Switch d=0.1'),
       note="The paper's scores on SuperGLUE are equal.",
     ),
-    Claim(
-      '0.4 inside of experts is better than 0.3 everywhere',
+    '0.4 inside of experts is better than 0.3 everywhere': Claim(
       'loss: Switch d=0.1, ed=0.4 < Switch d=0.3',
       cells('superglue', 'Switch d=0.1, ed=0.4', 'Switch d=0.3'),
     ),
-    Claim(
-      'Switch is better than its dense twin on the small task',
-      f'loss: Switch d=0.1 < {DENSE}',
-      cells('superglue', 'Switch d=0.1', DENSE),
+    'Switch is better than its dense twin on the small task': Claim(
+      f'loss: Switch d=0.1 < {DENSE}', cells('superglue', 'Switch d=0.1', DENSE)
     ),
-    Claim(
-      'Switch overfits more than its dense twin',
-      f'gap: Switch d=0.1 > {DENSE}',
-      note='The paper has no number of it.',
+    'Switch overfits more than its dense twin': Claim(
+      f'gap: Switch d=0.1 > {DENSE}', note='The paper has no number of it.'
     ),
-    Claim(
-      'dropout inside of experts makes the gap smaller',
+    'dropout inside of experts makes the gap smaller': Claim(
       'gap: Switch d=0.1, ed=0.4 < Switch d=0.1',
       note='The paper has no number of it.',
     ),
-  ],
+  },
   figure=Figure(['loss', 'gap']),
   tasks=finetuned.tasks('20 examples of each generated task'),
   written='2026-11-27',

@@ -28,9 +28,15 @@ import ml_collections
 import numpy as np
 
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
-from experiments.study.starts import Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Start,
+)
 from experiments.study.study import Study
 from experiments.study.tables import ratios
 from experiments.study.tasks import TASKS
@@ -209,9 +215,9 @@ def cells(*arms: str) -> list[str]:
   return [f'switch2021/table6/{_PUBLISHED[arm]}/nlp' for arm in arms]
 
 
-def better(text: str, arm: str, other: str) -> Claim:
+def better(arm: str, other: str) -> Claim:
   """A claim of the paper that one arm has a lower loss than another."""
-  return Claim(text, f'loss: {arm} < {other}', cells(arm, other))
+  return Claim(f'loss: {arm} < {other}', cells(arm, other))
 
 
 STUDY = Study(
@@ -227,36 +233,30 @@ STUDY = Study(
     'full': Preset(800, 5, start_steps=800),
   },
   columns=[byte_models.LOSS, GAIN, SHARE],
-  claims=[
-    better('the teacher is better than its dense twin', TEACHER, DENSE),
-    better('soft labels help', PLAIN, DENSE),
-    better('to begin with non-expert weights helps a student', STARTED, PLAIN),
-    better('to mix in hard labels helps further', MIXED, STARTED),
-    Claim(
-      'to begin with non-expert weights does not help without a teacher',
+  claims={
+    'the teacher is better than its dense twin': better(TEACHER, DENSE),
+    'soft labels help': better(PLAIN, DENSE),
+    'to begin with non-expert weights helps a student': better(STARTED, PLAIN),
+    'to mix in hard labels helps further': better(MIXED, STARTED),
+    'to begin with non-expert weights does not help without a teacher': Claim(
       f'loss: {ALONE} > {DENSE}',
       cells(ALONE, DENSE),
       note='The paper has 0.003 between the two.',
     ),
-    better('with a teacher a start is worth more than without', MIXED, ALONE),
-    Claim(
-      'a student keeps a part of the gain',
+    'with a teacher a start is worth more than without': better(MIXED, ALONE),
+    'a student keeps a part of the gain': Claim(
       f'share kept: {MIXED} > 0',
       [f'switch2021/table6/{_PUBLISHED[MIXED]}/gap_kept'],
     ),
-    Claim(
-      'a student keeps less than all of the gain', f'share kept: {MIXED} < 100'
+    'a student keeps less than all of the gain': f'share kept: {MIXED} < 100',
+    'a student gains more than as many steps without a teacher': (
+      f'loss: {MIXED} < {LONG}'
     ),
-    Claim(
-      'a student gains more than as many steps without a teacher',
-      f'loss: {MIXED} < {LONG}',
+    'feed-forwards made of experts are a better start than new ones': (
+      f'loss: {JOINED} < {MIXED}'
     ),
-    Claim(
-      'feed-forwards made of experts are a better start than new ones',
-      f'loss: {JOINED} < {MIXED}',
-    ),
-  ],
-  runner=TrainingRunner(parameters),
+  },
+  measure=parameters,
   remarks=remarks,
   length=length,
   written='2026-11-27',

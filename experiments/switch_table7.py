@@ -30,7 +30,6 @@ import numpy as np
 from experiments import switch_table6
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.switch_table6 import DENSE, GAIN, LONG, SHARE, teacher_of
 from moe_jax.analysis.intervals import Interval
@@ -99,33 +98,27 @@ STUDY = Study(
     'full': Preset(1000, 5, start_steps=1000),
   },
   columns=[byte_models.LOSS, GAIN, SHARE, COMPRESSION],
-  claims=[
-    Claim(
-      'a teacher with more experts is better',
+  claims={
+    'a teacher with more experts is better': Claim(
       f'loss: {teacher_of(32)} < {teacher_of(2)}',
       [f'{_PAPER}/14.7B/teacher_nlp', f'{_PAPER}/1.1B/teacher_nlp'],
     ),
-    Claim(
-      'and so is its student',
+    'and so is its student': Claim(
       f'loss: {student_of(32)} < {student_of(2)}',
       [f'{_PAPER}/14.7B/student_nlp', f'{_PAPER}/1.1B/student_nlp'],
     ),
-    Claim(
-      'of a larger teacher a student keeps a smaller share of the gain',
+    'of a larger teacher a student keeps a smaller share of the gain': Claim(
       f'share kept: {student_of(32)} < {student_of(2)}',
       [f'{_PAPER}/14.7B/gap_kept', f'{_PAPER}/1.1B/gap_kept'],
     ),
-    Claim(
-      'but still a part of it',
-      f'share kept: {student_of(32)} > 0',
-      [f'{_PAPER}/14.7B/gap_kept'],
+    'but still a part of it': Claim(
+      f'share kept: {student_of(32)} > 0', [f'{_PAPER}/14.7B/gap_kept']
     ),
-    Claim(
-      'a student gains more than as many steps without a teacher',
-      f'loss: {student_of(32)} < {LONG}',
+    'a student gains more than as many steps without a teacher': (
+      f'loss: {student_of(32)} < {LONG}'
     ),
-  ],
-  runner=TrainingRunner(switch_table6.parameters),
+  },
+  measure=switch_table6.parameters,
   remarks=remarks,
   length=switch_table6.length,
   figure=Figure(['loss', 'share kept'], 'number of experts', log_x=True),

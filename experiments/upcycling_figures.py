@@ -40,8 +40,7 @@ import ml_collections
 
 from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import Arm, Claim, Figure, Preset, Row
-from experiments.study.starts import Start
+from experiments.study.parts import Arm, Claim, Figure, Preset, Row, Start
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.run_config import RunConfig
@@ -166,26 +165,27 @@ def rows(results: parts.Results) -> list[Row]:
   return list(by_name.values())
 
 
-def better(row: str, than: str, note: str = '', published: str = '') -> Claim:
+def better(
+  row: str, than: str, note: str = '', published: str = ''
+) -> parts.Claims:
   """A claim that one row has a lower loss than another."""
   cells = [f'upcycling2022/text/{published}/extra_training'] * bool(published)
-  return Claim(
-    f'{row}: better than {than}', f'loss: {row} < {than}', cells, note
-  )
+  return {
+    f'{row}: better than {than}': Claim(f'loss: {row} < {than}', cells, note)
+  }
 
 
-def claims() -> list[Claim]:
+def claims() -> parts.Claims:
   """Directions of the paper, and two exact ones of how gates are scaled."""
   usual, ends = at(UPCYCLED), (EXTRA[-1], EXTRA[0])
-  return [
-    better(usual, at(DENSE), published='vs continued dense'),
-    better(at(UPCYCLED, 100), at(DENSE, 100)),
-    better(usual, at(SCRATCH)),
-    better(
+  return {
+    **better(usual, at(DENSE), published='vs continued dense'),
+    **better(at(UPCYCLED, 100), at(DENSE, 100)),
+    **better(usual, at(SCRATCH)),
+    **better(
       at(UPCYCLED, 100), at(SCRATCH, 100), published='vs sparse from scratch'
     ),
-    Claim(
-      'what upcycling gains over training on grows with the extra cost',
+    'what upcycling gains over training on grows with the extra cost': Claim(
       f'loss: {at(OVER_DENSE, ends[0])} > {at(OVER_DENSE, ends[1])}',
       changes=[
         parts.more_seeds(
@@ -193,28 +193,29 @@ def claims() -> list[Claim]:
         )
       ],
     ),
-    Claim(
-      'what it gains over a sparse model from scratch shrinks',
-      'loss: {} < {}'.format(*(at(OVER_SCRATCH, x) for x in ends)),
+    'what it gains over a sparse model from scratch shrinks': (
+      'loss: {} < {}'.format(*(at(OVER_SCRATCH, x) for x in ends))
     ),
-    Claim(
-      'with gates that sum to one the upcycled model begins as the dense one',
-      f'loss: {untrained("renormalized")} = {SUNK} within {EXACT}',
-      note='They are equal but for rounding; the bound is ours.',
-    ),
-    better(untrained('renormalized'), untrained('raw')),
-    better(variant(MANY), variant(FEW), 'More experts have more parameters.'),
-    better(usual, variant(FIRST), 'A guess of ours.'),
-    better(usual, variant(EVERY), 'The paper makes half of the layers sparse.'),
-    *(
+    'with gates that sum to one the upcycled model begins as the dense one': (
       Claim(
-        f'{name}: no different from the usual way',
+        f'loss: {untrained("renormalized")} = {SUNK} within {EXACT}',
+        note='They are equal but for rounding; the bound is ours.',
+      )
+    ),
+    **better(untrained('renormalized'), untrained('raw')),
+    **better(variant(MANY), variant(FEW), 'More experts have more parameters.'),
+    **better(usual, variant(FIRST), 'A guess of ours.'),
+    **better(
+      usual, variant(EVERY), 'The paper makes half of the layers sparse.'
+    ),
+    **{
+      f'{name}: no different from the usual way': Claim(
         f'loss: {variant(name)} = {usual} within {SAME}',
         note='The bound is twice what five paired seeds are expected to tell.',
       )
       for name in (SMALL_ROUTER, NOISE)
-    ),
-  ]
+    },
+  }
 
 
 STUDY = Study(

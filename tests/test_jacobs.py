@@ -15,7 +15,7 @@ from experiments.origins_1991 import descent, vowels
 from experiments.origins_1991.descent import TARGETS, Cases, Descent
 from experiments.origins_1991.mixture import Mixture
 from experiments.study import command, results, verdicts
-from experiments.study.parts import Row
+from experiments.study.parts import Row, stated
 from experiments.study.tables import ratios
 from moe_jax.analysis.intervals import Interval
 
@@ -184,9 +184,10 @@ def example_rows():
 
 def test_claims_have_rows_columns_and_verdicts():
   examples = example_rows()
-  words = {verdicts.verdict(c, examples).word for c in jacobs_table1.CLAIMS}
+  claims = stated(jacobs_table1.CLAIMS).values()
+  words = {verdicts.verdict(c, examples).word for c in claims}
   assert words >= {verdicts.REPRODUCED, verdicts.OPPOSITE}
-  cells = [cell for c in jacobs_table1.CLAIMS for cell in c.published]
+  cells = [cell for c in claims for cell in c.published]
   assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import report
 from experiments.study import results as study_results
-from experiments.study.parts import Claim, Column, Figure, Preset, Row
+from experiments.study.parts import Column, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 
@@ -21,7 +21,9 @@ def summary(name: str, digest: str) -> dict:
     arms=lambda preset: [],
     presets={},
     columns=[Column('loss', 'loss'), Column('time', 'time', digits=2)],
-    claims=[Claim('a is better', 'loss: a < b')],
+    claims={
+      'a is better': 'loss: a < b',
+    },
     figure=Figure(['loss']),
   )
   rows = [

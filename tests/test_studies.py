@@ -48,7 +48,15 @@ from experiments.study import (
 )
 from experiments.study import results as study_results
 from experiments.study.jobs import in_order, layered
-from experiments.study.parts import Arm, Claim, Column, Preset, Row, Start
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Preset,
+  Row,
+  Start,
+  stated,
+)
 from experiments.study.tables import markdown_table
 from experiments.study.times import Burst, StepTime
 from moe_jax import cli, devices, run_config
@@ -105,7 +113,7 @@ PUBLISHED = ['shazeer2017/table6/(0.1, 0.1)/test_ppl']
 
 def loss_claim(row, than, direction, published=PUBLISHED) -> Claim:
   sign = '<' if direction == 'lower' else '>'
-  return Claim('of a tiny study', f'loss: {row} {sign} {than}', published)
+  return Claim(f'loss: {row} {sign} {than}', published)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +169,7 @@ def test_what_no_paper_printed_is_not_reproduced():
 )
 def test_that_two_rows_do_not_differ_needs_a_bound(mine, word):
   rows = [Row('a', {'loss': mine}), Row('b', {'loss': [1.2, 1.4, 1.3]})]
-  claim = Claim('no difference', 'loss: a = b within 0.05')
+  claim = Claim('loss: a = b within 0.05')
   assert verdicts.verdict(claim, rows).word == word
 
 
@@ -210,9 +218,9 @@ def test_a_claim_names_what_exists():
     verdicts.verdict(loss_claim('dens', 0.0, 'lower'), rows)
   for wrong in ('loss: a = b', 'a < b', 'loss a < b', 'loss: a <b'):
     with pytest.raises(ValueError, match=f'{wrong!r} is not .column: row < '):
-      Claim('', wrong)
+      Claim(wrong)
   with pytest.raises(ValueError, match="'table66'"):
-    Claim('', 'loss: a < b', ['shazeer2017/table66/x/y'])
+    Claim('loss: a < b', ['shazeer2017/table66/x/y'])
 
 
 def test_a_column_is_a_mean_over_what_matches():
@@ -337,7 +345,7 @@ def test_a_change_is_part_of_a_runs_name_and_needs_a_start(tmp_path):
 @pytest.mark.slow
 def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   claim = loss_claim('fast', 'slow', 'lower', ['hash2021/reddit/Hash/ppl'])
-  claims = [*tiny_study.DENSE.claims, claim]
+  claims = {**tiny_study.DENSE.claims, 'of a tiny study': claim}
   study = dataclasses.replace(tiny_study.DENSE, claims=claims)
   argv = ['--workers=1', '--seeds=1', f'--output={tmp_path}']
   folder = command.main(study, argv)
@@ -646,7 +654,7 @@ def test_a_share_of_no_clear_gain_is_left_out(taught, is_kept):
   rows = switch_table6.rows(results)
   share = rows[-1].values[switch_table6.SHARE.name]
   assert np.isfinite(share).all() == is_kept
-  claim = Claim('', f'share kept: {switch_table6.PLAIN} > 0')
+  claim = Claim(f'share kept: {switch_table6.PLAIN} > 0')
   word = verdicts.SHOWN if is_kept else verdicts.UNRESOLVED
   assert verdicts.verdict(claim, rows).word == word
   assert switch_table6.UNCLEAR in switch_table6.remarks(results)
@@ -658,7 +666,8 @@ def test_students_are_compared_with_as_many_steps_without_a_teacher():
       arms = {arm.name: arm for arm in study.arms_of(preset)}
       long = arms[switch_table6.LONG].overrides
       assert long['total_steps'] == preset.start_steps + preset.steps
-    rows = [c.row for c in study.claims if c.than == switch_table6.LONG]
+    claims = stated(study.claims).values()
+    rows = [c.row for c in claims if c.than == switch_table6.LONG]
     assert rows and {arms[row].teacher for row in rows} != {''}
 
 

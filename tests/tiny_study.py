@@ -44,12 +44,12 @@ STUDY = Study(
     Column('loss', f'eval/{EVAL}/loss', 'nats/byte'),
     Column('balance', f'eval/{EVAL}/layer_*/balance_loss'),
   ],
-  claims=[
-    Claim('little is better', 'loss: little < much'),
-    Claim(
-      'sparse is better', 'loss: little < dense', ['hash2021/reddit/Hash/ppl']
+  claims={
+    'little is better': 'loss: little < much',
+    'sparse is better': Claim(
+      'loss: little < dense', ['hash2021/reddit/Hash/ppl']
     ),
-  ],
+  },
   figure=Figure(['loss', 'balance'], 'weight', log_x=True),
 )
 
@@ -63,7 +63,9 @@ DENSE = dataclasses.replace(
     for name, rate in {'slow': 1e-4, 'fast': 1e-3, 'faster': 1e-2}.items()
   ],
   columns=STUDY.columns[:1],
-  claims=[Claim('a higher rate is better', 'loss: faster < slow')],
+  claims={
+    'a higher rate is better': 'loss: faster < slow',
+  },
   figure=Figure(['loss'], 'rate', log_x=True),
 )
 

@@ -70,9 +70,8 @@ def arms() -> list[Arm]:
   return [Arm(name_of(s), {share: s}, 'published', s) for s in SHARES]
 
 
-CLAIMS = [
-  Claim(
-    'a limit of 0.14 costs quality after equally many steps',
+CLAIMS = {
+  'a limit of 0.14 costs quality after equally many steps': Claim(
     f'loss: {name_of(0.14)} > {name_of(1.0)}',
     [
       f'fastermoe2022/table3/FasterMoE {name} the gate/iterations'
@@ -81,15 +80,13 @@ CLAIMS = [
     'The paper counts thousands of iterations to a loss; here models are '
     'trained for real.',
   ),
-  Claim(
-    'to stay on a node costs more than a limit of 0.14',
-    f'loss: {name_of(0.0)} > {name_of(0.14)}',
+  'to stay on a node costs more than a limit of 0.14': (
+    f'loss: {name_of(0.0)} > {name_of(0.14)}'
   ),
-  Claim(
-    'a limit of 0.5 costs less than one of 0.14',
-    f'loss: {name_of(0.5)} < {name_of(0.14)}',
+  'a limit of 0.5 costs less than one of 0.14': (
+    f'loss: {name_of(0.5)} < {name_of(0.14)}'
   ),
-]
+}
 
 
 def shares(run: Run, state: TrainState) -> dict[str, float]:

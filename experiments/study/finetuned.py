@@ -23,8 +23,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from experiments.study import byte_models
-from experiments.study.parts import ANY, Column, Preset, Row, percent
-from experiments.study.starts import Start
+from experiments.study.parts import ANY, Column, Preset, Row, Start, percent
 from experiments.study.tasks import Task
 from moe_jax.configs import base
 from moe_jax.data import InstructionSource, instructions

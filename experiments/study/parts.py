@@ -262,7 +262,6 @@ class Claim:
   """A published direction, and the two rows here that should show it.
 
   Attributes:
-    text: The claim in words.
     compared: The comparison, 'loss: top-2 < dense' or 'loss: top-2 > 1.5': the
       column, the row, and the other row or a number. A claim that two rows do
       not differ says by how much they may: 'loss: top-2 = top-1 within 0.01'.
@@ -284,7 +283,6 @@ class Claim:
     ValueError: `compared` is not of that form, or an address is unknown.
   """
 
-  text: str
   compared: str
   published: Sequence[str] = ()
   note: str = ''
@@ -320,6 +318,18 @@ class Claim:
   def rows(self) -> set[str]:
     """The names of the rows that are compared."""
     return {name for name in (self.row, self.than) if isinstance(name, str)}
+
+
+# Claims by their text; a comparison alone is a claim with nothing beside it.
+Claims = Mapping[str, str | Claim]
+
+
+def stated(claims: Claims) -> dict[str, Claim]:
+  """The claims by their text, also those that are a comparison alone."""
+  return {
+    text: Claim(claim) if isinstance(claim, str) else claim
+    for text, claim in claims.items()
+  }
 
 
 @dataclasses.dataclass(frozen=True)

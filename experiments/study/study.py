@@ -23,7 +23,7 @@ from experiments.study.jobs import (
 )
 from experiments.study.parts import (
   Arm,
-  Claim,
+  Claims,
   Column,
   Figure,
   Preset,
@@ -31,8 +31,9 @@ from experiments.study.parts import (
   Revision,
   Row,
   Start,
+  stated,
 )
-from experiments.study.runner import Runner, TrainingRunner
+from experiments.study.runner import Measure, Runner, TrainingRunner
 from experiments.study.tasks import TASKS, Task
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
@@ -80,7 +81,7 @@ class Study:
     presets: The presets by name; the first is the default. 'full' is the one
       that `experiments/report.py` takes.
     columns: Columns of the table.
-    claims: Claims that are tested, the paper's and our own.
+    claims: Claims that are tested by their text, the paper's and our own.
     figure: Description of the figure.
     rows: Returns the rows of the table, from the results of all arms and, in a
       study with `timed`, the ratios of step times by timed arm; None makes a
@@ -89,6 +90,8 @@ class Study:
       None where there are none. Their results are among those of the arms,
       by name of the start.
     runner: Object that makes the runs.
+    measure: Function of a trained run whose numbers are added to its result;
+      with one, runs are trained.
     explorations: Returns the preliminary runs of a preset, one stage after the
       other, which choose arms and their options; None for none.
     pictures: Writes further pictures to the folder of the table, from the
@@ -115,11 +118,12 @@ class Study:
   arms: Callable[[Preset], Sequence[Arm]]
   presets: Mapping[str, Preset]
   columns: Sequence[Column]
-  claims: Sequence[Claim]
+  claims: Claims
   figure: Figure
   rows: Callable[..., Sequence[Row]] | None = None
   starts: Callable[[Preset], Sequence[Start]] | None = None
   runner: Runner = TrainingRunner()
+  measure: Measure | None = None
   explorations: Callable[[Preset], Sequence[Exploration]] | None = None
   pictures: Callable[[Results, pathlib.Path], None] | None = None
   timed: Sequence[str] | Callable[[Sequence[Arm]], Groups] = ()
@@ -129,6 +133,11 @@ class Study:
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
   written: str = ''
   revisions: Sequence[Revision] = ()
+
+  def __post_init__(self):
+    stated(self.claims)  # an address or a comparison may be wrong
+    if self.measure is not None:
+      object.__setattr__(self, 'runner', TrainingRunner(self.measure))
 
   @property
   def task(self) -> str:

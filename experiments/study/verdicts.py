@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.study import claims
-from experiments.study.parts import Claim, Column, Preset, Row
+from experiments.study.parts import Claim, Column, Preset, Row, stated
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.analysis.intervals import Interval
@@ -49,10 +49,9 @@ class Verdict(NamedTuple):
   reason: str = ''
 
   def described(self) -> dict[str, Any]:
-    """The verdict and its claim, as JSON can hold them."""
+    """The verdict and its claim without its text, as JSON can hold them."""
     claim = self.claim
     return {
-      'text': claim.text,
       'column': claim.column,
       'row': claim.row,
       'than': claim.than,
@@ -163,19 +162,19 @@ def judged(
     decide: Function that decides a claim; see `verdict`.
   """
   row_names, weak = {row.name for row in rows}, underpowered(study, preset)
-  judged_claims = [
-    claim if task.comparable else dataclasses.replace(claim, published=())
-    for claim in study.claims
-    if not preset.without or claim.rows() <= row_names
-  ]
+  decided = []
+  for text, claim in stated(study.claims).items():
+    if not task.comparable:
+      claim = dataclasses.replace(claim, published=())
+    if not preset.without or claim.rows() <= row_names:
+      verdict_on = decide(claim, rows, weak)
+      decided.append({'text': text, **verdict_on.described()})
   return {
     'title': study.title,
     'source': study.source,
     'written': study.written,
     'rows': [described_row(row) for row in rows],
-    'claims': [
-      decide(claim, rows, weak).described() for claim in judged_claims
-    ],
+    'claims': decided,
   }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -39,11 +40,11 @@ PATHS = sorted((report.HERE / report.KEPT).glob('*.json'))
 STUDY = dataclasses.replace(
   tiny_study.STUDY,
   columns=[Column('loss, now'), Column('load')],
-  claims=[
-    Claim('little is better', 'load: little < much'),
-    Claim('little is better than dense', 'load: little < dense'),
-    Claim('its loss is lower', 'loss, now: little < much'),
-  ],
+  claims={
+    'little is better': 'load: little < much',
+    'little is better than dense': 'load: little < dense',
+    'its loss is lower': 'loss, now: little < much',
+  },
   written='2026-01-01',
 )
 
@@ -60,7 +61,7 @@ def summary(**changed):
   facts = dict(source='old', device='a CPU', jax='1', minutes=8.0, overrides={})
   about = dict(name='tiny_study', title='old', task=STUDY.tasks['text'].label)
   run = dict(steps=6, seeds=[0, 1, 2], date='2026-01-02', digests=['x'])
-  run |= dict(times={}, remarks='old', claims=[])
+  run |= dict(times={}, remarks='old', claims={})
   stored_before = {**about, **facts, **run, 'columns': columns, 'rows': rows}
   return {**stored_before, **changed}
 
@@ -77,7 +78,9 @@ def test_a_stored_result_is_judged_by_the_claims_of_today():
   assert '| load |' in text and '`python -m experiments.tiny_study' in text
   assert 'Claims were written on 2026-01-01' in text and '†' not in text
   assert '\nold\n' not in text
-  reversed_claims = [Claim('much is better', 'load: much < little')]
+  reversed_claims = {
+    'much is better': 'load: much < little',
+  }
   study = dataclasses.replace(STUDY, claims=reversed_claims)
   assert words(stored.judged_again(summary(), study)) == [verdicts.REFUTED]
 
@@ -145,7 +148,8 @@ def test_a_change_has_the_same_name_where_its_study_is_run(monkeypatch):
 def test_trials_decide_nothing(preset, reason):
   assert verdicts.underpowered(STUDY, preset) == reason
   rows = [stored.row_of(row) for row in summary()['rows']]
-  study = dataclasses.replace(STUDY, claims=STUDY.claims[:2])
+  claims = dict(itertools.islice(STUDY.claims.items(), 2))
+  study = dataclasses.replace(STUDY, claims=claims)
   task = STUDY.tasks['text']
   for claim in verdicts.judged(study, preset, task, rows)['claims']:
     assert claim['reason'] == reason
@@ -154,7 +158,7 @@ def test_trials_decide_nothing(preset, reason):
 
 
 def test_a_claim_whose_baseline_is_not_the_papers_is_withheld():
-  claim = dataclasses.replace(STUDY.claims[0], withheld='served otherwise')
+  claim = Claim('load: little < much', withheld='served otherwise')
   rows = [stored.row_of(row) for row in summary()['rows']]
   verdict = verdicts.verdict(claim, rows)
   assert (verdict.word, verdict.reason) == (
@@ -246,7 +250,7 @@ def test_a_new_table_says_that_some_of_its_runs_are_of_older_code():
     {'data_digest': 'x', 'made': made | {'code': code}}
     for code in ('older', runner.code_digest())
   ]
-  study = dataclasses.replace(tiny_study.DENSE, claims=[])
+  study = dataclasses.replace(tiny_study.DENSE, claims={})
   preset, task = study.presets['quick'], study.tasks['text']
   rows = [Row('slow', {'loss': [1.0, 2.0]})]
   texts = [

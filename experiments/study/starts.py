@@ -1,3 +1,0 @@
-"""Where studies find `Start`."""
-
-from experiments.study.parts import Start as Start
