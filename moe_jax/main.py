@@ -9,8 +9,8 @@
 
 The last two commands train nothing. The first of them prints every key of the
 config with its value, its default and what it means (--describe=model.moe those
-of a part, --describe=json a JSON schema); the second what the run would cost,
-need and do, with status 1 if it would be refused.
+of a part); the second what the run would cost, need and do, with status 1 if it
+would be refused.
 
 On several hosts the same command is started on each. The environment says which
 process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:

@@ -17,7 +17,6 @@ from moe_jax.config import (
   MISSING,
   OptionError,
   entries,
-  json_schema,
   keys_of,
   option,
   read_options,
@@ -111,16 +110,12 @@ def describe(
 
   Args:
     config: The config.
-    part: Dotted name of a section or key, which alone is described. ''
-      describes the whole config, and 'json' gives a JSON schema by which
-      editors complete such a config.
+    part: Dotted name of a section or key, which alone is described; ''
+      describes the whole config.
 
   Raises:
     ValueError: There is no such part.
   """
-  if part == 'json':
-    yield json.dumps(json_schema(RunConfig), indent=2)
-    return
   keys = keys_of(RunConfig, config)
   chosen = [
     key for key in keys if f'{key.path}.'.startswith(f'{part}.'.lstrip('.'))

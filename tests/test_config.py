@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jsonschema
 import ml_collections
 import pytest
 
@@ -22,7 +21,6 @@ from moe_jax.config import (
   entries,
   fields_of,
   flatten,
-  json_schema,
   keys_of,
   layered,
   merge,
@@ -382,56 +380,6 @@ def test_keys_have_their_values_defaults_and_sentences():
     if not key.endswith('custom') and not key.startswith(('extra', 'more'))
   }
   assert flat <= keys.keys()
-
-
-def test_a_json_schema_has_types_bounds_and_sentences():
-  schema = json.loads(json.dumps(json_schema(Whole)))['properties']
-  tokens = schema['rule']['properties']['tokens']['properties']
-  assert tokens['threshold'] == {
-    'description': 'Least gate.',
-    'type': 'number',
-    'exclusiveMinimum': 0,
-    'maximum': 1,
-    'default': 0.2,
-  }
-  assert tokens['gates']['enum'] == ['raw', 'even']
-  assert schema['rule']['properties']['kind']['default'] == 'tokens'
-  # Options of all kinds stand beside an inline kind.
-  shape = schema['shape']
-  assert shape['properties'].keys() == {
-    'kind', 'width', 'depth', 'sizes', 'custom'
-  }  # fmt: skip
-  assert shape['properties']['sizes'] == {
-    'description': 'Sizes.',
-    'type': 'array',
-    'items': {'type': 'integer', 'minimum': 1},
-    'default': [4, 5],
-  }
-  assert schema['inner']['properties']['width']['default'] == 8
-  assert shape['additionalProperties'] is False
-
-
-def given(values):
-  """Values as in a file of JSON, which leaves out what has to be given."""
-  if isinstance(values, dict):
-    return {k: given(v) for k, v in values.items() if v is not None}
-  return json.loads(json.dumps(values))
-
-
-def test_configs_are_valid_by_the_json_schema_of_runs():
-  schema = json_schema(RunConfig)
-  for name in ('base', 'tiny_seq2seq', 'deepseek_v3', 'shazeer_lstm'):
-    values = given(cli.load_config(f'moe_jax:{name}').to_dict())
-    jsonschema.validate(values, schema)
-  for section, key, value in (
-    ('optimizer', 'learning_rate', 'fast'),
-    ('optimizer', 'learning_rat', 0.1),
-    ('mesh', 'data', 0.5),
-    ('checkpoint', 'every_steps', -1),
-  ):
-    wrong = values | {section: values[section] | {key: value}}
-    with pytest.raises(jsonschema.ValidationError):
-      jsonschema.validate(wrong, schema)
 
 
 def example():
