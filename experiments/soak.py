@@ -41,6 +41,7 @@ from experiments.soaking.soak_evidence import (
   judged,
   of_attempt,
   outcome,
+  witnessed,
 )
 from moe_jax import cli
 from moe_jax.runs.workdir import CHECKPOINTS
@@ -115,6 +116,10 @@ def disturbed(
     count, mesh = next(meshes)
     expected = read_on_one_device(workdir, spec)
     if expected['begin'] > spec['total_steps']:
+      # A signal may have ended the run after its last save, in its evaluation.
+      if not any('end' in line for line in witnessed(workdir)):
+        last = {**spec, 'mesh': mesh, 'attempt': attempt + 1}
+        start_run(workdir, last, count).wait(3600)
       return tally
     attempt, alone = attempt + 1, time.monotonic() > deadline
     attempt_spec = {**spec, 'mesh': mesh, 'attempt': attempt}
