@@ -26,6 +26,7 @@ TEST = [
   DJANGO,
   PARQUET,
   'hypothesis>=6.100',
+  'import-linter>=2.5',
   'jsonschema>=4.18',
   'nbclient>=0.10',
   'pytest>=8.0',

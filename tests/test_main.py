@@ -116,6 +116,13 @@ def test_an_error_of_a_library_keeps_its_traceback():
     int('x')
 
 
+def test_an_interrupted_command_has_the_shells_status(capsys):
+  with pytest.raises(SystemExit) as ended, cli.reported():
+    raise KeyboardInterrupt
+  assert ended.value.code == 130
+  assert capsys.readouterr().err == 'moe_jax: interrupted\n'
+
+
 def test_a_platform_that_is_not_there_is_a_line():
   code = (
     'import jax; from moe_jax import cli\nwith cli.reported(): jax.devices()'

@@ -27,6 +27,7 @@ NOT_RUN = {
   'pip install': '.ci/run installs in fresh environments',
   '-m pytest': 'this is a part of it',
   'ruff ': '.ci/run checks the style',
+  'lint-imports': '.ci/run checks imports',
   'pyright ': '.ci/run checks types',
   'jupyter lab': 'serves until it is stopped',
   'srun ': 'needs a SLURM cluster',

@@ -141,7 +141,7 @@ def _kernels(op):
 def _parsed(attributes):
   config = ir.DictAttr(attributes['mhlo.backend_config'])
   # jaxlib can lack this in versions that `for_cuda` lets pass.
-  from jaxlib.triton import dialect as triton
+  from jaxlib.triton import dialect as triton  # noqa: TID251
 
   # Parsing verifies the module, and lowering does not.
   with ir.Context() as context:

@@ -106,7 +106,7 @@ def test_a_dataset_that_needs_a_manual_download(tmp_path, monkeypatch):
 
 def test_what_is_prepared_is_locked_even_in_a_new_folder(tmp_path, monkeypatch):
   folder, is_locked = tmp_path / 'new' / 'tfds', []
-  generate = Poems._generate_examples
+  generate = Poems._generate_examples  # noqa: SLF001
 
   def record_lock(*args):
     is_locked.append((folder / '.poems.lock').exists())

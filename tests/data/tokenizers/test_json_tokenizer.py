@@ -8,6 +8,8 @@ import tokenizers as hf
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import chat
+from tests.bad_inputs import checkpoints
 
 SPECIAL = ['<pad>', '</s>', '<unk>', '<s>', 'eng_Latn', 'fra_Latn']
 SENTINELS = ['<extra_id_2>', '<extra_id_1>', '<extra_id_0>']  # as in T5
@@ -211,3 +213,28 @@ def test_bad_folders(files, message, tmp_path):
     (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=message):
     tokenizers.Json.from_folder(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_template_without_end_is_stopped():
+  forever = '{% for a in range(99999) %}' * 3 + '{% endfor %}' * 3
+  limits = chat.Limits(cpu_seconds=9, wall_seconds=0.2)
+  with pytest.raises(ValueError, match=r'no answer in 0\.2 s'):
+    chat.render(forever, [], names={}, limits=limits)
+  assert chat.render('{{ 1 + 1 }}', [], names={}) == '2'
+
+
+def test_values_that_are_not_of_json_are_refused():
+  for value in (object(), {1, 2}, b'x', len):
+    with pytest.raises(ValueError, match='have to be JSON values'):
+      chat.render('x', [], names={}, tools=[value])
+
+
+def test_an_unknown_word_is_a_value_error(tmp_path):
+  content = json.loads(checkpoints.tokenizer_text())
+  content['model']['unk_token'] = '[none]'
+  model = tokenizers.Json(json.dumps(content))
+  with pytest.raises(ValueError, match='cannot encode'):
+    model.encode('zzz')
+  with pytest.raises(ValueError, match='cannot encode'):
+    model.encode_batch(['zzz'])
