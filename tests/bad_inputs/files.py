@@ -114,6 +114,10 @@ def question(**changes):
   return {k: v for k, v in values.items() if v is not ...}
 
 
+def questions(folder):
+  ChoiceFilesSource(str(folder / 'q.jsonl')).items('validation')
+
+
 BYTES = tokenizers.Bytes()
 DATA = [
   stored_texts('ids that wrap', ['a'], Ids(2**16), 'to 65536 | vocab_size=257'),
@@ -129,14 +133,7 @@ DATA = [
     for content, words in ((b'\x80\x04}\x94.', 'objects are never unpickled'),)
   ),
   *(
-    a_file(
-      'q.jsonl',
-      content,
-      f'q.jsonl | {words}',
-      lambda folder: ChoiceFilesSource(str(folder / 'q.jsonl')).items(
-        'validation'
-      ),
-    )
+    a_file('q.jsonl', content, f'q.jsonl | {words}', questions)
     for content, words in (
       ('{', 'line 1 is no JSON'),
       (DEEP, 'nested too deeply'),
