@@ -49,17 +49,17 @@ class Progress:
       clock: Function that returns seconds since any fixed moment.
     """
     self._total_steps = total_steps
-    self._out = sys.stdout if out is None else out
+    self._out, stream = out, out or sys.stdout
     self._clock = clock
     self._updates = collections.deque(maxlen=_WINDOW)
     self._bar = None
-    is_terminal = self._out.isatty() and os.environ.get('TERM') != 'dumb'
+    is_terminal = stream.isatty() and os.environ.get('TERM') != 'dumb'
     if is_terminal and is_first():
       self._bar = progress.Progress(
         progress.MofNCompleteColumn(table_column=table.Column(no_wrap=True)),
         progress.BarColumn(bar_width=None),
         progress.TextColumn('{task.fields[facts]}', markup=False),
-        console=console.Console(file=self._out, force_terminal=True),
+        console=console.Console(file=stream, force_terminal=True),
         auto_refresh=False,
         expand=True,
       )

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.analysis import routing_report
 from moe_jax.analysis.routing_report import count_tokens
+from moe_jax.layers import MoeOptions
 from moe_jax.layers.routers import ExpertChoice
 from moe_jax.models import Layer, LayerStack, Model, Stacks
 from moe_jax.models.recorded import recording
@@ -40,7 +41,8 @@ NAMES = [' ', '|', 'never seen', '[b]`x']
 class Layers(Model):
   """A model of dense layers and one sparse one, number 3."""
 
-  stacks = Stacks([LayerStack((Layer(),) * 4)])
+  moe = MoeOptions(num_experts=3, num_selected=2)
+  stacks = Stacks([LayerStack((*[Layer()] * 3, Layer(moe)))])
 
 
 def report(names=NAMES, counts=COUNTS, **changes):
@@ -127,20 +129,6 @@ def test_tables_by_hand():
 def markdown(tables, folder, warning=''):
   routing_report.write_report(folder, tables, warning)
   return (folder / 'routing_report.md').read_text()
-
-
-def test_undefined_numbers_are_dashes(tmp_path):
-  # A single expert has no entropy; without choices there is no load.
-  tables = report(
-    counts=np.zeros((4, 1), int),
-    load=np.zeros(1),
-    kept_load=np.zeros(1),
-    overflowed=np.array([math.nan]),
-    entropy=0.0,
-  )
-  assert tables[1].rows == []
-  line = '| 3 | - | - | - | - | 0.000 | - | 1.25 | 1 of 1 |'
-  assert line in markdown(tables, tmp_path)
 
 
 def test_markdown_has_a_row_per_layer_and_per_busy_expert(tmp_path):
