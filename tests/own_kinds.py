@@ -14,7 +14,6 @@ from moe_jax.data.packing import PackedRows
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Causality, Router, RouterOptions
-from moe_jax.models import ModelOptions
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.optimizer import Optimizer
 from moe_jax.training.schedules import Schedule
@@ -214,8 +213,3 @@ class Undecorated(InTurn):
     'Another number.',
     minimum=0,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Unbuilt(ModelOptions):
-  """A model that lacks the method that its contract asks for."""

@@ -50,45 +50,24 @@ def small():
   return model, {'params': tiny.params_of(model)}, batch
 
 
-def with_thresholds(value):
-  _, variables, _ = small()
-  return shazeer_appendix_f.with_thresholds(variables, value)
-
-
-def foreign():
-  """The batch with other tokens in the second half of each row."""
-  _, _, batch = small()
-  tokens = batch['tokens'].at[:, T // 2 :].set(5)
-  return batch | {'tokens': tokens}
-
-
 @functools.partial(jax.jit, static_argnames='train')
-def outputs(variables, batch, train):
-  """The logits of a batch, by the model's own call."""
+def losses(variables, batch, train):
+  """Loss of each token in nats, [B, T], by the model's own call."""
   model, _, _ = small()
   keys = {'router': jax.random.key(0)}
   inputs = model.inputs(batch)
-  return model.apply(variables, **inputs, train=train, rngs=keys)[0]
-
-
-def losses(value, train, is_own=True):
-  """Loss of each token in nats, [B, T], by the model's own call."""
-  _, _, batch = small()
-  logits = outputs(
-    with_thresholds(value), batch if is_own else foreign(), train
-  )
-  return np.asarray(
-    optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
+  logits, _ = model.apply(variables, **inputs, train=train, rngs=keys)
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits, batch['targets']
   )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('value', [0.0, 2.0])
 def test_thresholds_that_all_or_none_pass(value):
-  model, _, batch = small()
-  metrics = shazeer_appendix_f.compare(
-    model, with_thresholds(value), batch, batch
-  )
+  model, variables, batch = small()
+  variables = shazeer_appendix_f.with_thresholds(variables, value)
+  metrics = shazeer_appendix_f.compare(model, variables, batch, batch)
   all_pass = value == 0
   assert metrics['experts'] == (E if all_pass else 0)
   assert metrics['none'] == 1 - all_pass
@@ -103,17 +82,19 @@ def test_thresholds_that_all_or_none_pass(value):
 
 @pytest.mark.slow
 def test_losses_are_those_of_each_choice():
-  model, _, batch = small()
-  metrics = shazeer_appendix_f.compare(
-    model, with_thresholds(0.1), batch, foreign()
-  )
-  weights = np.asarray(batch['loss_weights'])
-  lost = losses(0.1, False) - losses(0.1, True)
+  model, variables, batch = small()
+  variables = shazeer_appendix_f.with_thresholds(variables, 0.1)
+  # Other tokens stand in the second half of each row.
+  foreign = batch | {'tokens': batch['tokens'].at[:, T // 2 :].set(5)}
+  metrics = shazeer_appendix_f.compare(model, variables, batch, foreign)
+  trained = losses(variables, batch, True)
+  weights = batch['loss_weights']
+  lost = losses(variables, batch, False) - trained
   expected = (lost * weights).sum() / weights.sum()
   np.testing.assert_allclose(metrics['lost'], expected, atol=1e-5)
   # The last token of the first half is left out, since its target is in the
   # second half.
-  foreseen = losses(0.1, True, is_own=False) - losses(0.1, True)
+  foreseen = losses(variables, foreign, True) - trained
   expected = foreseen[:, : T // 2 - 1].mean()
   np.testing.assert_allclose(metrics['foreseen'], expected, atol=1e-5)
   assert min(abs(metrics['lost']), abs(metrics['foreseen'])) > 1e-4

@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,12 +40,7 @@ def test_every_case_runs_once_a_round_and_the_first_one_turns():
   rounds = [''.join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
   # The first round warms up.
   assert rounds == ['abc', 'abc', 'bca', 'cab', 'abc']
-  assert {
-    name: len(durations) for name, durations in times.items()
-  } == dict.fromkeys('abc', 4)
-
-
-def test_rounds_have_an_upper_bound():
+  assert [len(durations) for durations in times.values()] == [4, 4, 4]
   times = timing.interleave({'a': lambda: None}, seconds=60, most=3)
   assert len(times['a']) == 3
 
@@ -59,37 +53,14 @@ def test_ratios_are_taken_within_a_round():
   assert f'{timing.Spread.of([1.0, 2.0, 3.0]):.1f}' == '2.0 (1.5-2.5)'
 
 
-@pytest.mark.parametrize('output', [['--output=/made/here'], ['--output', 'x']])
-def test_a_stored_command_names_no_place_of_a_machine(output):
-  argv = ['/made/here/experiments/bench_loading.py', *output, '--gigabytes=10']
-  assert timing.command_of(argv) == [
-    *('python', '-m', 'experiments.bench_loading', '--gigabytes=10')
-  ]
-
-
-def test_folder_name():
-  assert timing.folder_name('NVIDIA H100 80GB HBM3') == 'nvidia_h100_80gb_hbm3'
-
-
-@pytest.mark.parametrize('K', [1, 3])
-def test_choices_differ_and_are_skewed_as_they_say(K):
-  rng = np.random.default_rng(0)
-  zipf = moe_layer.draw_choices(rng, 'zipf', 20_000, 5, K)
-  even = moe_layer.draw_choices(rng, 'uniform', 20_000, 5, K)
-  for choices in (zipf, even):
+def test_choices_differ_and_are_skewed_as_they_say():
+  K, rng = 3, np.random.default_rng(0)
+  for name, p in (('zipf', 1 / np.arange(1, 6)), ('uniform', np.ones(5))):
+    choices = moe_layer.draw_choices(rng, name, 20_000, 5, K)
     assert choices.shape == (20_000, K)
     assert (np.diff(np.sort(choices, axis=1), axis=1) > 0).all()
-  p = 1 / np.arange(1, 6)
-  first = np.bincount(zipf[:, 0], minlength=5) / 20_000
-  np.testing.assert_allclose(first, p / p.sum(), atol=0.02)
-  first = np.bincount(even[:, 0], minlength=5) / 20_000
-  np.testing.assert_allclose(first, 1 / 5, atol=0.02)
-
-
-def test_an_unknown_routing_names_those_that_exist():
-  rng = np.random.default_rng(0)
-  with pytest.raises(ValueError, match=r"unknown routing 'skewed'.*'zipf'"):
-    moe_layer.draw_choices(rng, 'skewed', N, E, K)
+    first = np.bincount(choices[:, 0], minlength=5) / 20_000
+    np.testing.assert_allclose(first, p / p.sum(), atol=0.02)
 
 
 @pytest.fixture(scope='module')
@@ -106,22 +77,22 @@ def bound_cases():
   return layer, compilations, by_routing
 
 
+def results_in(folder):
+  """The results that a benchmark wrote."""
+  (path,) = folder.glob('*/*/results.json')
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
 @pytest.mark.slow
 def test_the_router_sends_tokens_where_the_draw_says(bound_cases):
-  _, _, by_routing = bound_cases
+  layer, compilations, by_routing = bound_cases
   for inputs, results in by_routing.values():
     for name in moe_layer.LAYERS:
       load = results[name][1].stats.load
       np.testing.assert_array_equal(load, inputs.load)
-  loads = {routing: inputs.load for routing, (inputs, _) in by_routing.items()}
-  assert loads['zipf'][0] > 1.5 * loads['zipf'][-1]
-  assert loads['uniform'].sum() == loads['zipf'].sum() == K * N
-
-
-@pytest.mark.slow
-def test_a_router_that_chooses_otherwise_is_an_error(bound_cases):
-  layer, compilations, by_routing = bound_cases
   inputs, _ = by_routing['zipf']
+  assert inputs.load[0] > 1.5 * inputs.load[-1]
+  assert inputs.load.sum() == K * N
   other = dataclasses.replace(inputs, load=inputs.load[::-1])
   with pytest.raises(ValueError, match=r'not the .* that were drawn'):
     moe_layer.bind(layer, compilations, other, K, True)
@@ -148,26 +119,6 @@ def test_products_of_the_same_groups_compute_the_same(bound_cases):
   assert_same(results[moe_layer.PLAIN_DENSE], results[moe_layer.DENSE])
 
 
-@pytest.mark.slow
-def test_the_layer_is_its_experts_on_its_choices(bound_cases):
-  # The dropless layer equals a plain loop over the drawn choices and the
-  # router's gates.
-  layer, _, by_routing = bound_cases
-  inputs, results = by_routing['zipf']
-  y = results['dropless'][0][0]
-  x = inputs.x[0]
-  logits = np.asarray(x @ layer.params['router']['w'])
-  chosen = np.argsort(-logits, axis=1)[:, :K]
-  w = layer.params['experts']
-  expected = np.zeros((N, M))
-  for n in range(N):
-    gates = np.exp(logits[n, chosen[n]])
-    for e, gate in zip(chosen[n], gates / gates.sum()):
-      hidden = np.maximum(x[n] @ w['w_in'][e], 0)
-      expected[n] += gate * (hidden @ w['w_out'][e])
-  np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
-
-
 def test_the_limit_is_the_fastest_of_the_same_shapes():
   equal = [name + moe_layer.EQUAL for name in moe_layer.GROUPED]
   times = {
@@ -185,26 +136,17 @@ def test_the_limit_is_the_fastest_of_the_same_shapes():
   assert limit(times, 'dropless', 'uniform') == moe_layer.BATCHED[0]
 
 
-def test_groups_that_cannot_be_equal_are_refused():
-  layer = moe_layer.Layer.draw(dataclasses.replace(SIZES, num_tokens=23), E)
-  with pytest.raises(
-    ValueError, match=r'num_experts=4 does not divide 1 \* 23'
-  ):
-    moe_layer.compile_cases(layer, 1, False, moe_layer.LAYERS)
-
-
 @pytest.mark.slow
 def test_the_layer_benchmark_writes_every_row(
-  bound_cases, tmp_path, capsys, monkeypatch
+  bound_cases, tmp_path, monkeypatch
 ):
   # Its programs are those of `bound_cases`, as all have arrays of one seed.
-  calls, (drawn_layer, compilations, _) = [], bound_cases
+  _, compilations, _ = bound_cases
   compile_cases = moe_layer.compile_cases
 
   def compile_what_is_new(layer, K, backward, names):
     if names == moe_layer.LAYERS:  # those of the second table
       return compile_cases(layer, K, backward, names)
-    calls.append((layer, K, backward))
     return compilations
 
   monkeypatch.setattr(moe_layer, 'compile_cases', compile_what_is_new)
@@ -216,12 +158,7 @@ def test_the_layer_benchmark_writes_every_row(
       f'--output={tmp_path}',
     ]
   )
-  ((layer, *arguments),) = calls
-  assert arguments == [K, True]
-  jax.tree.map(np.testing.assert_array_equal, layer.params, drawn_layer.params)
-  (folder,) = (tmp_path / bench_moe_layer.NAME).iterdir()
-  results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-  assert results['facts']['device'] in (folder / 'table.md').read_text()
+  results = results_in(tmp_path)
   rows = results['rows']
   cases = {
     *moe_layer.LAYERS, moe_layer.DENSE, moe_layer.PLAIN_DENSE,
@@ -233,20 +170,16 @@ def test_the_layer_benchmark_writes_every_row(
   )
   for row in rows:
     assert row['ms'] > 0 and row['fraction'] > 0
-    # All rows have the same K.
     if row['case'] in moe_layer.LAYERS:
       products = round(2 * row['served'] * N * K * 2 * M * F)
       assert row['flops'] == 3 * (products + 2 * N * M * E)
       assert row['limit'] in cases
     if row['case'] == moe_layer.DENSE:
       assert row[f'per_{moe_layer.DENSE}'] == 1
-  table = (folder / 'table.md').read_text(encoding='utf-8')
-  assert table.count('| gather |') == 2 + 2  # tables of layers and of growth
   growth = {(r['E'], r['case']): r for r in results['scaling']}
   assert growth[2, 'gather']['growth'] == 1
   assert growth[4, 'dropless']['tokens'] == 24
   assert growth[4, 'dropless']['gradient_bytes'] == 4 * 4 * 2 * M * F
-  assert 'written:' in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -279,15 +212,6 @@ def test_variants_differ_from_the_config_in_what_they_say():
   assert variants['sparse'].remat == 'none'
 
 
-def test_random_rows_are_full():
-  config = load_config('configs/tiny_switch.py:runlocal')
-  config = train_step_programs.prepared(config, {})
-  batch = train_step_programs.random_batch(config)
-  assert {value.shape for value in batch.values()} == {(4, 32)}
-  assert batch['tokens'].max() > 200 and batch['tokens'].max() < 257
-  assert (batch['positions'][1] == jnp.arange(32)).all()
-
-
 @pytest.fixture(scope='module')
 def one_layer(tmp_path_factory):
   """The flag of a config of a model with one layer, a sparse one."""
@@ -306,17 +230,12 @@ def one_layer(tmp_path_factory):
 @pytest.mark.slow
 def test_the_step_benchmark_writes_every_row(one_layer, tmp_path, monkeypatch):
   # Models that are computed anew in the backward pass are not compiled here.
-  variants = [*bench_train_step.variants().items()][:3]
-  monkeypatch.setattr(bench_train_step, 'variants', lambda: dict(variants))
-  bench_train_step.main(
-    [
-      *[one_layer, '--seconds', '0', '--depths', '2', '--rough_peaks'],
-      f'--output={tmp_path}',
-    ]
-  )
-  (folder,) = (tmp_path / bench_train_step.NAME).iterdir()
-  results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-  assert [r['case'] for r in results['rows']] == [*bench_train_step.variants()]
+  variants = dict([*bench_train_step.variants().items()][:3])
+  monkeypatch.setattr(bench_train_step, 'variants', lambda: variants)
+  argv = [one_layer, '--seconds=0', '--depths', '2', '--rough_peaks']
+  bench_train_step.main([*argv, f'--output={tmp_path}'])
+  results = results_in(tmp_path)
+  assert [r['case'] for r in results['rows']] == [*variants]
   assert results['rows'][0]['per_twin'] == 1
   depths = [(r['case'], r['layers']) for r in results['compilation']]
   assert depths == [('sparse', 2), ('sparse, dropless', 2)]
@@ -344,30 +263,12 @@ def test_the_overhead_benchmark_saves_once_a_burst(
   )
   # One round of bursts warms up, and five are timed.
   assert len(steps) == 6
-  (results,) = tmp_path.glob('*/*/results.json')
-  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  rows = results_in(tmp_path)['rows']
   assert [row['case'] for row in rows] == [
-    'bare loop',
-    'metrics',
-    'metrics and traces',
-    'metrics and checkpoint',
+    *('bare loop', 'metrics', 'metrics and traces', 'metrics and checkpoint'),
   ]
-  assert (
-    rows[0]['per_bare'] == rows[0]['cpu_per_bare'] == 1
-    and rows[-1]['checkpoint_bytes'] > 10_000
-  )
-  (table,) = tmp_path.glob('*/*/table.md')
-  assert 'is the aim: ' in table.read_text(encoding='utf-8')
-
-
-def test_a_folder_without_the_package_is_no_checkout(tmp_path):
-  with pytest.raises(SystemExit):
-    bench_train_step.main([f'--against={tmp_path}', f'--output={tmp_path}'])
-  with (
-    pytest.raises(ValueError, match='no checkout'),
-    turns('steps.py', {}, checkout=tmp_path),
-  ):
-    pass
+  assert rows[0]['per_bare'] == rows[0]['cpu_per_bare'] == 1
+  assert rows[-1]['checkpoint_bytes'] > 10_000
 
 
 def test_programs_of_another_process_give_their_results(tmp_path):
@@ -387,25 +288,14 @@ def test_programs_of_another_process_give_their_results(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkout_against_itself(one_layer, tmp_path):
-  bench_train_step.main(
-    [
-      f'--against={pathlib.Path(__file__).parents[1]}',
-      *[one_layer, '--seconds', '0', f'--output={tmp_path}'],
-    ]
-  )
-  (results,) = tmp_path.glob('*/*/results.json')
-  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  here = pathlib.Path(__file__).parents[1]
+  argv = [f'--against={here}', one_layer, '--seconds=0']
+  bench_train_step.main([*argv, f'--output={tmp_path}'])
+  rows = results_in(tmp_path)['rows']
   assert [row.get('same_losses') for row in rows] == [True, True, None]
   twin, sparse, difference = rows
   assert difference['case'] == 'sparse minus dense twin'
   assert twin['rounds'] == 5 and twin['old'] > 0 and sparse['new'] > 0
-
-
-def test_a_dense_config_has_no_twin(tmp_path):
-  with pytest.raises(SystemExit, match='is dense'):
-    bench_train_step.main(
-      ['--config=configs/shakespeare_dense.py', f'--output={tmp_path}']
-    )
 
 
 def test_capacity_serves_what_fits():
@@ -431,11 +321,8 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
     },
   }  # fmt: skip
   monkeypatch.setattr(peer_steps, 'SIZES', sizes)
-  our_cases = peer_steps.cases()
-  for overrides in our_cases.values():
-    train_step_programs.prepared(peer_steps.config(), overrides)
-  # The others are programs of steps that other tests take.
-  first = dict([*our_cases.items()][:1])
+  # The other cases are programs of steps that other tests take.
+  first = dict([*peer_steps.cases().items()][:1])
   monkeypatch.setattr(peer_steps, 'cases', lambda: first)
   # Tests of attention and generation run their peers in another process.
   monkeypatch.setattr(
@@ -450,37 +337,9 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   assert peer_size == sum(leaf.size for leaf in jax.tree.leaves(shapes))
   output = ['--peer', '--seconds', '0', '--rough_peaks']
   bench_train_step.main([*output, f'--output={tmp_path}'])
-  (table,) = tmp_path.glob('*/*/table.md')
-  assert 'transformers' in table.read_text(encoding='utf-8')
-  (results,) = tmp_path.glob('*/*/results.json')
-  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  rows = results_in(tmp_path)['rows']
   assert {row['case']: row['faster'] for row in rows}['transformers'] == 1
   assert len(rows) == 2 and all(row['ms'] > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_a_peers_routing_stays_as_it_began(monkeypatch):
-  # At a rate that learns, all tokens of a layer soon have the same expert:
-  # PyTorch then multiplies no kernels of the others, and does not update them.
-  torch = pytest.importorskip('torch')
-  pytest.importorskip('transformers')
-  options = train_step_programs.prepared(peer_steps.config(), {})
-  model = peer_steps.transformers_model(options)
-  monkeypatch.setattr(peer_steps, 'transformers_model', lambda _: model)
-  (step,) = peer_steps.programs().values()
-
-  def used_kernels():
-    return [
-      name
-      for name, p in model.named_parameters()
-      if 'expert_' in name and torch.any(p.grad)
-    ]
-
-  step()
-  first = used_kernels()
-  for _ in range(3):
-    step()
-  assert used_kernels() == first and len(first) == 4 * 8 * 2
 
 
 @pytest.mark.slow
@@ -489,28 +348,23 @@ def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
   monkeypatch.setattr(bench_attention, 'SHAPES', ((2, 70, 2, 8),))
   output = ['--peer', '--seconds', '0', '--rough_peaks']
   bench_attention.main([*output, f'--output={tmp_path}'])
-  (results,) = tmp_path.glob('*/*/results.json')
-  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  rows = results_in(tmp_path)['rows']
   names = [row['case'] for row in rows]
   assert names == ['einsum', 'blocks', 'xla', 'PyTorch'] * 2
   for row in rows:
     name = row['case'].lower()
     assert row['ms'] > 0 and row.get(f'per_{name}', 1) == 1
-  (table,) = tmp_path.glob('*/*/table.md')
-  assert '| B=2 T=70 H=2 D=8 | 3 | PyTorch |' in table.read_text('utf-8')
 
 
-@pytest.mark.parametrize('num_tokens, read', [(1, 2), (2, 4), (8, 7), (99, 8)])
+@pytest.mark.parametrize(('num_tokens', 'read'), [(2, 4), (8, 7)])
 def test_experts_that_a_step_reads_are_those_of_random_choices(
   num_tokens, read
 ):
   sizes = bench_generation.SIZES
   assert bench_generation.read_experts(num_tokens, sizes) == read
-  rng = np.random.default_rng(0)
-  choices = rng.permuted(
-    np.tile(np.arange(sizes['num_local_experts']), (200, num_tokens, 1)),
-    axis=-1,
-  )[..., : sizes['num_experts_per_tok']]
+  rng, K = np.random.default_rng(0), sizes['num_experts_per_tok']
+  experts = np.tile(np.arange(sizes['num_local_experts']), (200, num_tokens, 1))
+  choices = rng.permuted(experts, axis=-1)[..., :K]
   mean_count = np.mean([len(np.unique(draw)) for draw in choices])
   assert abs(mean_count - read) < 0.6
 
@@ -533,10 +387,8 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
       '--rough_peaks',
     ]
   )
-  (results,) = tmp_path.glob('*/*/results.json')
-  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  rows = results_in(tmp_path)['rows']
   our_cases = [bench_generation.OURS, bench_generation.STREAMED]
-  assert {row['batch'] for row in rows} == {3}
   by_case = {row['case']: row for row in rows}
   assert [*by_case][:2] == our_cases and len(by_case) > 2
   limit = by_case.pop(bench_generation.LIMIT)
@@ -546,8 +398,6 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   assert default['per_default'] == 1
   fastest = by_case[default['fastest_peer']]
   assert fastest['per_fastest'] == 1
-  assert fastest['tokens_per_second'] == max(
-    row['tokens_per_second']
-    for name, row in by_case.items()
-    if name not in our_cases
-  )
+  peers = [row for name, row in by_case.items() if name not in our_cases]
+  speeds = [row['tokens_per_second'] for row in peers]
+  assert fastest['tokens_per_second'] == max(speeds)

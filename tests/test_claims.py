@@ -45,21 +45,11 @@ def test_numbers_are_as_printed():
       assert tuple(printed_values[table][row]) == values, f'{table}/{row}'
 
 
-def test_a_cell_has_its_place_and_its_columns_unit():
-  cell = claims.find('shazeer2017/table6/(0.0, 0.0)/max_over_mean')
-  assert (cell.value, cell.unit, cell.better) == (17.8, 'x', 'lower')
-  assert cell.table == 'Table 6'
-  # A better model has a higher negative log perplexity, and a lower perplexity.
-  assert claims.find('switch2021/table11/argmax/nlp').better == 'higher'
-  assert claims.find('lossfree2024/table2/1B loss-free/ppl').better == 'lower'
-
-
 @pytest.mark.parametrize(
   ('address', 'citation'),
   [
     ('shazeer2017/table6/(0.0, 0.0)/max_over_mean', '17.8 (Table 6)'),
     ('gshard2020/table3/dense T(96L)/core_years', '~235.5 (Table 3)'),
-    ('gshard2020/table3/2048E 36L/params', '600 (Table 3)'),
     (
       'jacobs1991/table1/4 experts/mean_epochs',
       '1124 (Table 1, secondary source)',
@@ -78,22 +68,12 @@ def test_cite_follows_the_mark(address, citation):
   assert claims.find(address).cite() == citation
 
 
-def test_slips_of_a_paper_are_kept_with_a_note():
-  slip = claims.find('gshard2020/table1/2048E 36L/total_experts')
-  assert slip.value == 36684 and '36864' in slip.note
-  caption = claims.find('switch2021/table11/input jitter/nlp')
-  assert 'slip' in caption.note  # the note is that of the whole table
-  assert claims.find('switch2021/table1/T5-Base/nlp_100k').note == ''
-
-
 def test_an_unverified_value_is_in_no_text():
   cells = claims.load().values()
   assert sum(cell.mark == 'unverified' for cell in cells) > 20
   for cell in cells:
     unsure = dataclasses.replace(cell, mark='unverified')
-    assert unsure.cite() == 'unverified, not shown'
-    texts = {str(unsure), repr(unsure), f'{unsure}', f'{[unsure]}'}
-    for text in texts:
+    for text in (unsure.cite(), str(unsure), repr(unsure), f'{[unsure]}'):
       assert str(cell.value) not in text.replace(cell.address, '')
     if cell.mark == 'unverified':
       assert not re.search(rf'(?<!\d){cell.value}(?!\d)', cell.note)
@@ -101,12 +81,9 @@ def test_an_unverified_value_is_in_no_text():
 
 def test_every_cell_has_a_paper_and_a_place_of_its_own():
   cells = claims.load()
-  for address, cell in cells.items():
-    assert address == cell.address and address.count('/') == 3 and cell.table
+  assert all(address == cell.address for address, cell in cells.items())
   papers = json.loads(claims.CLAIMS.read_text(encoding='utf-8'))
   assert {address.split('/')[0] for address in cells} == set(papers)
-  assert all(slug.endswith(str(p['year'])) for slug, p in papers.items())
-  assert all(paper['url'].startswith('https://') for paper in papers.values())
   # No title or address may be copied from another paper.
   for key in ('title', 'url'):
     assert len({paper[key] for paper in papers.values()}) == len(papers)
@@ -115,12 +92,8 @@ def test_every_cell_has_a_paper_and_a_place_of_its_own():
 @pytest.mark.parametrize(
   ('address', 'message'),
   [
-    ('shazer2017/table6', "did you mean 'shazeer2017'"),
-    ('switch2021/tabel1/T5-Base/nlp', "did you mean 'table1'"),
     ('switch2021/table1/Switch CF 1/hours', "did you mean 'Switch CF 1.0'"),
-    ('switch2021/table3/0.1x/nlq', "'nlq'; did you mean 'nlp'"),
     ('switch2021/table3/0.1x', r"have \['nlp', 'sd'\]"),
-    ('switch2021/table3/0.1x/nlp/more', r"unknown part .* 'more'; have \[\]"),
   ],
 )
 def test_find_names_what_exists(address, message):
@@ -137,43 +110,29 @@ GOOD = """{"p2020": {"title": "P", "url": "https://p", "year": 2020, "tables": {
 }}}}}"""
 
 
-def test_rows_read_in_the_order_of_the_columns(tmp_path):
-  path = tmp_path / 'claims.json'
-  path.write_text(GOOD)
-  cells = claims.load(path)
-  # The paper does not print b/ppl, so that there is no such cell.
-  assert list(cells) == ['p2020/t/a/ppl', 'p2020/t/a/size', 'p2020/t/b/size']
-  _, bound, approx = cells.values()
-  assert (bound.relation, bound.value, bound.unit) == ('<=', 30, 'M')
-  assert bound.better is None
-  assert (approx.relation, approx.value, approx.unit) == ('~', 2, 'B')
-  assert approx.cite() == '~2 (Table 1, secondary source)'
-
-
 @pytest.mark.parametrize(
   ('old', 'new', 'message'),
   [
     ('"checked"', '"check"', 'p2020/t/a/ppl.*did you mean .checked'),
-    ('"secondary"', '"sure"', 'p2020/t/b/size.*sure'),
-    ('["ppl", "lower"]', '["", "lower"]', 'p2020/t/a/ppl: no unit'),
     ('["M"]', '[]', 'p2020/t/a/size: no unit'),
     ('"lower"', '"less"', 'direction of p2020/t/a/ppl'),
     ('1.5', 'NaN', 'p2020/t/a/ppl: nan'),
-    ('1.5', '-Infinity', 'p2020/t/a/ppl: -inf'),
-    ('1.5', 'true', 'p2020/t/a/ppl: True'),
     ('"<=30"', '"30 or so"', "p2020/t/a/size: '30 or so'"),
     ('"b":', '"a":', 'p2020/t/a stands twice'),
     ('"size":', '"ppl":', 'p2020/t/ppl stands twice'),
-    ('"a":', '"a/b":', 'a/b'),
     ('1.5, ', '', 'p2020/t/a: .* for columns'),
-    ('"about": "tiny",', '', r"p2020/t needs \['about'\]"),
-    ('"title": "P",', '', r"p2020 needs \['title'\]"),
     ('"unit": "B"', '"units": "B"', "p2020/t/b/size.*did you mean 'unit'"),
   ],
 )
 def test_a_broken_file_is_refused_by_its_cell(tmp_path, old, new, message):
   assert GOOD.count(old) == 1
-  path = tmp_path / 'claims.json'
+  good, path = tmp_path / 'good.json', tmp_path / 'claims.json'
+  good.write_text(GOOD)
+  # The paper does not print b/ppl, so that there is no such cell.
+  cells = claims.load(good)
+  assert [*cells] == ['p2020/t/a/ppl', 'p2020/t/a/size', 'p2020/t/b/size']
+  assert [c.better for c in cells.values()] == ['lower', None, None]
+  assert cells['p2020/t/a/size'].relation == '<='
   path.write_text(GOOD.replace(old, new))
   with pytest.raises(ValueError, match=message):
     claims.load(path)

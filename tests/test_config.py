@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +28,7 @@ from moe_jax.config import (
   read_options,
   section_of,
   settle,
-  unknown,
 )
-from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 
 
@@ -163,11 +160,7 @@ def test_a_section_holds_the_values_of_an_instance():
   assert section.shape.sizes == (1, 2, 3)
   assert section.more.b.kind == 'broad'
   assert read_options(Whole, section) == whole
-
-
-def test_a_section_survives_json():
-  whole = Whole(rule=Hashed(table='x'), shape=Broad())
-  text = json.dumps(section_of(whole).to_dict())
+  text = json.dumps(section.to_dict())  # which makes lists of tuples
   assert read_options(Whole, json.loads(text)) == whole
 
 
@@ -184,23 +177,9 @@ def test_all_problems_are_said_at_once_with_their_names():
   assert any("did you mean 'hashed'" in text for text in messages)
   assert 'shape.width=0 must be at least 1' in messages
   assert 'inner.width=-1 must be at least 1' in messages
-
-
-@pytest.mark.parametrize(
-  'values',
-  [
-    {'rule': 3},
-    {'more': 3},
-    {'more': {'a': 3}},
-    {'inner': None},
-    {'rule': {'custom': 3}},
-  ],
-)
-def test_what_is_no_section_is_named(values):
-  (problem,) = problems(values)
-  assert re.fullmatch(
-    r'(rule|more|more.a|inner|rule.custom)=.* is no section', problem
-  )
+  assert problems({'rule': 3}) == ('rule=3 is no section',)
+  # A rule of several fields is said with their path.
+  assert problems(changed(inner={'width': 101})) == ('inner.width=101 > 100',)
 
 
 def test_all_problems_survive_a_process():
@@ -211,30 +190,11 @@ def test_all_problems_survive_a_process():
   assert str(copied) == str(error.value)
 
 
-def test_a_rule_of_several_fields_is_said_with_their_path():
-  assert problems(changed(inner={'width': 101})) == ('inner.width=101 > 100',)
-
-
 def test_a_missing_value_is_named():
   config = changed(rule={'kind': 'hashed'})
   assert problems(config) == (
     'rule.hashed.table is missing: it has no default; give '
     '--config.rule.hashed.table=...',
-  )
-
-
-def test_a_missing_value_of_an_entry_is_named():
-  kinds = Kinds('rule', Rule, RULES.builtin, inline=True)
-
-  @dataclasses.dataclass(frozen=True)
-  class Several(Options):
-    rules: Mapping[str, Rule] = entries(kinds, {}, 'Rules.')
-
-  with pytest.raises(OptionError) as error:
-    read_options(Several, {'rules': {'a': {'kind': 'hashed'}}})
-  assert error.value.problems == (
-    'rules.a.table is missing: it has no default; give '
-    '--config.rules.a.table=...',
   )
 
 
@@ -244,12 +204,6 @@ def test_merging_fills_open_sections_and_turns_integers_into_floats():
   assert whole.limit == 2.0
   assert whole.extra == {'any': {'thing': 1}}
   assert not section_of(Whole).extra
-
-
-def test_unknown_keys_of_a_section_are_named_with_the_nearest():
-  messages = problems({'inner': {'widht': 3}, 'rule': {'token': {}}})
-  assert any("did you mean 'inner.width'" in text for text in messages)
-  assert any("did you mean 'rule.tokens'" in text for text in messages)
 
 
 def test_a_users_kind_has_its_options_in_custom():
@@ -350,22 +304,6 @@ def test_a_changed_copy_is_locked_where_the_config_is(copied):
   assert not config.extra and not config.rule.custom
 
 
-def test_python_names_the_nearest_option():
-  with pytest.raises(OptionError) as error:
-    Deep(depht=3, width=2, colour=1)  # type: ignore
-  assert error.value.problems == (
-    "unknown option of Deep 'colour'; have ['depth', 'width']",
-    "unknown option of Deep 'depht'; did you mean 'depth'? "
-    "have ['depth', 'width']",
-  )
-  assert dataclasses.replace(Deep(depth=3), width=2) == Deep(width=2, depth=3)
-
-
-def test_entries_are_a_mapping():
-  with pytest.raises(OptionError, match="more='a' is a str, not a mapping"):
-    Whole(more='a')  # type: ignore
-
-
 def test_keys_have_their_values_defaults_and_sentences():
   config = changed(rule={'tokens': {'gates': 'even'}})
   keys = {key.path: key for key in keys_of(Whole, config)}
@@ -402,21 +340,10 @@ def test_merge_changes_only_what_is_named():
   assert config.model.inner.pair == (1, 2)
 
 
-def test_merged_configs_are_locked_at_every_level():
-  for merged in (merge(example(), {}), merge(example(), {'seed': 1})):
-    for section in (merged, merged.model, merged.model.inner):
-      assert section.is_locked
-      with pytest.raises(AttributeError):
-        section.typo = 1
-  with pytest.raises(AttributeError):
-    merge(example(), {'model': {'inner': {'x': 2}}}).model.inner.typo = 1
-
-
 def test_merge_takes_config_dicts_and_widens_int_to_float():
   override = ml_collections.ConfigDict({'model': {'rate': 1}})
   rate = merge(example(), override).model.rate
-  assert rate == 1.0
-  assert isinstance(rate, float)
+  assert rate == 1.0 and isinstance(rate, float)
   # JSON has no tuples.
   pair = merge(example(), {'model': {'inner': {'pair': [3]}}})
   assert pair.model.inner.pair == (3,)
@@ -425,41 +352,20 @@ def test_merge_takes_config_dicts_and_widens_int_to_float():
 @pytest.mark.parametrize(
   ('override', 'message'),
   [
-    ({'sed': 1}, "unknown config key 'sed'; did you mean 'seed'"),
     (
       {'model': {'depht': 1}},
       r"unknown config key 'model\.depht'; did you mean 'model\.depth'",
     ),
-    ({'model': {'inner': {'y': 1}}}, r"have \['model\.inner\.pair', 'model"),
     ({'model.depth': 1}, r"unknown config key 'model\.depth'"),
-    ({'model': 3}, 'model=3 replaces a section; give its keys'),
-    ({'model': {'depth': 1.5}}, r'model\.depth=1\.5 is a float, its default 2'),
-    ({'model': {'depth': '3'}}, r"model\.depth='3' is a str"),
+    ({'model': 3}, 'model=3 replaces a section'),
+    ({'model': {'depth': 1.5}}, r'model\.depth=1\.5 is a float'),
     ({'model': {'depth': True}}, r'model\.depth=True is a bool'),
-    ({'model': {'on': 1}}, r'model\.on=1 is a int, its default False'),
-    ({'model': {'name': None}}, r'model\.name=None is a NoneType'),
     ({'seed': {'a': 1}}, 'is a dict'),
   ],
 )
 def test_overrides_that_do_not_fit_are_refused(override, message):
   with pytest.raises(ValueError, match=message):
     merge(example(), override)
-
-
-def test_merge_into_the_defaults():
-  config = merge(base.get_config(), {'model': {'moe': {'num_selected': 2}}})
-  assert difference(base.get_config(), config) == {
-    'model.moe.num_selected': (1, 2)
-  }
-
-
-def test_unknown_names_the_nearest_and_all():
-  near = unknown('gates', 'row', ('raw', 'even'))
-  assert str(near) == (
-    "unknown gates 'row'; did you mean 'raw'? have ['even', 'raw']"
-  )
-  far = unknown('gates', 'zzz', {'raw': 1, 3: 2})
-  assert str(far) == "unknown gates 'zzz'; have ['3', 'raw']"
 
 
 def test_flatten_names_leaves_by_their_path():
@@ -506,17 +412,6 @@ UNBOUNDED = {
   ('GenerateEvaluation', 'length_penalty'),
   ('LstmOptions', 'forget_bias'),
 }
-
-
-def test_every_option_has_a_whole_sentence():
-  for cls in CLASSES:
-    for name, field in fields_of(cls).items():
-      sentence = field.option.sentence
-      assert sentence, f'{cls.__name__}.{name} has no sentence'
-      first, last = sentence[0], sentence[-1]
-      assert first.isupper() or not first.isalpha(), f'{name}: {sentence}'
-      assert last == '.', f'{cls.__name__}.{name}: {sentence}'
-      assert len(sentence.split()) > 1, f'{cls.__name__}.{name}: {sentence}'
 
 
 def test_every_number_has_a_bound():

@@ -57,28 +57,23 @@ def test_gates_that_follow_the_class_say_nothing_of_the_place():
   np.testing.assert_allclose(about_place, 0, atol=1e-12)
 
 
-@pytest.mark.parametrize('images', [40, 160])
-def test_independent_gates_have_no_excess(images):
+def test_independent_gates_have_no_excess():
   # Gates are random for every image, so that the estimate is only bias: (E -
   # 1)(C - 1) / 2N in the limit of one-hot gates, and none in the excess.
+  images = 40
   rng, labels = np.random.default_rng(0), cyclic_labels(images)
-  excess, measured = [], []
+  found = []
   for seed in range(20):
     one_hot = np.eye(3)[rng.integers(0, 3, images)]
     gates = np.repeat(one_hot[:, None], 2, axis=1)
-    information = measures.about_class(gates, labels, seed)
-    measured.append(information.measured)
-    excess.append(information.excess)
+    found.append(measures.about_class(gates, labels, seed))
   bias = 2 * 3 / (2 * images)
-  np.testing.assert_allclose(np.mean(measured), bias, rtol=0.35)
+  np.testing.assert_allclose(
+    np.mean([i.measured for i in found]), bias, rtol=0.35
+  )
+  excess = [i.excess for i in found]
   error = np.std(excess, ddof=1) / math.sqrt(20)
   assert abs(np.mean(excess)) < 3 * error < bias
-
-
-def test_by_class_is_over_images_and_places():
-  gates = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
-  mean_gates = measures.by_class(gates, np.array([3, 7]))
-  np.testing.assert_array_equal(mean_gates, [[0.75, 0.25], [0.0, 1.0]])
 
 
 STUDY = eigen_2013.STUDY
@@ -112,43 +107,23 @@ def test_a_run_has_what_the_table_shows(results):
   deep = results[eigen_2013.BALANCED][0]
   for column in STUDY.columns:
     assert math.isfinite(column.of(deep)), column.name
-  assert 0 < deep['test_error'] <= 100
-  assert deep['layer_1/place'] > 0 or deep['layer_1/place_by_chance'] > 0
   single = results[eigen_2013.row_name('lifted', 1)][0]
   assert 'layer_1/place' in single and 'layer_2/place' not in single
   for i in (1, 2):
     by_place = np.array(deep[f'layer_{i}/by_place'])
     by_class = np.array(deep[f'layer_{i}/by_class'])
-    assert by_place.shape == (4, 7, 7) and by_class.shape == (4, 10)
-    np.testing.assert_allclose(by_place.sum(0), 1, atol=1e-4)
+    np.testing.assert_allclose(by_place.sum(0), np.ones((7, 7)), atol=1e-4)
     # The mean over places and the mean over classes are the same.
-    labels = digits.load('digits')[1].labels
-    share = np.bincount(labels) / len(labels)
+    counts = np.bincount(digits.load('digits')[1].labels)
+    share = counts / counts.sum()
     np.testing.assert_allclose(
       by_place.mean((1, 2)), by_class @ share, atol=1e-4
     )
 
 
 @pytest.mark.slow
-def test_its_pictures_are_of_its_gates(results, tmp_path):
-  deep = results[eigen_2013.BALANCED][0]
-  figure = measures.picture(deep, 'a title')
-  images = [
-    np.asarray(image.get_array())
-    for axes in figure.axes
-    for image in axes.get_images()
-  ]
-  assert len(images) == 2 * (4 + 1)
-  np.testing.assert_array_equal(images[2], deep['layer_1/by_place'][2])
-  np.testing.assert_array_equal(images[-1], deep['layer_2/by_class'])
-  measures.pictures(results, tmp_path)
-  assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('preset', STUDY.presets)
-def test_its_claims_are_about_its_rows(preset, results):
-  preset = STUDY.presets[preset]
+def test_its_claims_are_about_its_rows(results):
+  preset = STUDY.presets['full']
   arms = STUDY.arms_of(preset)
   by_arm = {  # with two seeds
     arm.name: results[eigen_2013.row_name('lifted', depth_of(arm))] * 2

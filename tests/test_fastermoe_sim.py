@@ -1,7 +1,6 @@
 """The simulator of FasterMoE: counts by hand, arms by formula, the command."""
 
 import numpy as np
-import pytest
 
 from experiments import fastermoe_sim
 from experiments.faster_moe import (
@@ -19,19 +18,6 @@ from tests.parallel.test_cost_model import TWO_BY_TWO
 # Two nodes of two devices, with a quarter of the bandwidth between them.
 SMALL = Cluster(TWO_BY_TWO, 50.0, 100.0, 2, 2, '', 'for tests')
 SIZES = Sizes(M=10, F=5, bytes_per_element=2)
-
-
-def test_the_clusters_are_the_papers():
-  johnny, trevor, slice_ = clusters.CLUSTERS.values()
-  assert (johnny.num_devices, trevor.num_devices) == (16, 64)
-  assert johnny.network * 8 == 50e9 and trevor.network * 8 == 100e9
-  assert johnny.topology.flops_per_second == 0.9 * 14e12
-  # L = beta_net / (m beta_local) n.
-  np.testing.assert_allclose(johnny.outgoing, 6.25 / (8 * 15.75))
-  np.testing.assert_allclose(trevor.outgoing, 12.5 / (4 * 150))
-  assert (slice_.num_devices, slice_.num_nodes) == (16, 1)
-  for cluster in (johnny, trevor, slice_):
-    assert 'assumed' in cluster.sources
 
 
 def choices_of(expert, logits=None, E=4) -> Chosen:
@@ -73,19 +59,6 @@ def test_draws_have_the_skew_of_the_paper():
   shares = np.sort(np.bincount(draw.expert[:, 0], minlength=16) / 20000)
   np.testing.assert_allclose(shares[-4:], 0.2, atol=0.02)
   np.testing.assert_allclose(shares[:-4], 0.2 / 12, atol=0.005)
-  # Four experts are popular, so that none is left for the other tokens.
-  with pytest.raises(expert_counts.DoesNotDivide, match='num_experts=4'):
-    next(expert_counts.drawn('skewed', 4, 8, 1))
-
-
-def test_what_does_not_divide_is_refused():
-  indivisible = [choices_of([[0]] * 8, E=6)]
-  with pytest.raises(ValueError, match='num_experts=6 is not divisible by the'):
-    expert_counts.counts_of(indivisible, SMALL)
-  with pytest.raises(ValueError, match='tokens of a batch=7 is not divisible'):
-    expert_counts.counts_of([choices_of([[0]] * 7)], SMALL)
-  with pytest.raises(ValueError, match='no choices'):
-    expert_counts.counts_of([], SMALL)
 
 
 def written_trace(folder, steps=3):
@@ -129,7 +102,6 @@ def test_arms_by_formula():
   rng = np.random.default_rng(1)
   counts = rng.integers(0, 40, (5, 4, 4)) ** 2
   arms = simulate.simulate(SMALL, Counts(counts, counts, 1.0), SIZES)
-  assert set(arms) == set(simulate.ARMS)
   base = arms[simulate.SYNCHRONOUS]
   step = cost_model.step(TWO_BY_TWO, counts, SIZES)
   np.testing.assert_allclose(base.seconds, step.sequential)
@@ -137,10 +109,7 @@ def test_arms_by_formula():
   assert base.largest.tolist() == counts.sum(2).max(1).tolist()
   flops = 3 * SIZES.row_flops * counts.sum((1, 2)) / 4 / base.seconds
   np.testing.assert_allclose(base.flops, flops)
-  best = arms[simulate.BEST_NUMBER]
-  assert (best.seconds <= base.seconds * (1 + 1e-12)).all()
-  numbers = simulate.numbers(base, base)
-  assert numbers['speed_up'] == numbers['best'] == 1.0
+  assert simulate.numbers(base, base)['speed_up'] == 1.0
   for arm in arms.values():  # none is faster than if all overlapped
     assert (arm.seconds >= arm.bound * (1 - 1e-9)).all()
 
@@ -161,14 +130,7 @@ def test_four_equal_experts_stop_the_printed_rule_at_the_first():
   assert simulate.GATED not in arms
 
 
-def test_synchronous_points_of_the_roofline_lie_on_its_curve():
-  for cluster in clusters.CLUSTERS.values():
-    ratio, flops = simulate.even_points(cluster, SIZES)
-    curve = cost_model.semi_ideal(cluster.topology.flops_per_second, ratio)
-    np.testing.assert_allclose(flops, curve, rtol=1e-12)
-
-
-def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch, capsys):
+def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch):
   monkeypatch.setattr(fastermoe_sim, 'DRAWN', 16)
   written_trace(tmp_path / 'trace')
   folder = fastermoe_sim.main(
@@ -177,19 +139,11 @@ def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch, capsys):
     + [f'--output={tmp_path / "out"}']
   )
   text = (folder / 'table.md').read_text(encoding='utf-8')
-  assert text == capsys.readouterr().out.partition('\nwritten')[0]
-  assert f'Made by `python -m experiments.fastermoe_sim --trace={tmp_path}' in (
-    text
-  )
   assert 'num_experts=16 is not divisible by the 64 devices of trevor' in text
   assert text.count('| SIMULATED |') == text.count('\nSIMULATED, ') == 3
   assert 'up to 1.95 (' in text and 'nan' not in text
-  # The trace has logits, and the draws have none. The formula's share of two
-  # tokens is none.
-  gate = (
-    "lets 0.0 % of a device's tokens leave the node (by the paper's formula"
-  )
-  assert text.count(gate) == 1 and text.count('No gate, for lack of ') == 2
+  # The trace has logits, and the draws have none.
+  assert text.count('No gate, for lack of ') == 2
   assert (folder / 'roofline.png').exists()
 
 
@@ -198,13 +152,3 @@ def test_the_layer_of_any_config():
   options = fastermoe_sim.parse(argv)
   assert fastermoe_sim.sizes_of(options) == Sizes(4096, 14336, kernels=3)
   assert fastermoe_sim.sizes_of(fastermoe_sim.parse([])) == Sizes(2048, 4096)
-
-
-def test_wrong_arguments_are_refused(capsys):
-  for argument, message in (
-    ('--topology=here', "invalid choice: 'here'"),
-    ('--config.seed=1', 'unknown arguments'),
-  ):
-    with pytest.raises(SystemExit):
-      fastermoe_sim.main([argument, '--output=/nowhere'])
-    assert message in capsys.readouterr().err

@@ -4,45 +4,27 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import fastermoe_tables
 from experiments.faster_moe import gate_arms
 from experiments.study import runner
 from experiments.study.jobs import layered
-from experiments.study.parts import Figure, Preset
-from experiments.study.runner import TrainingRunner
-from experiments.study.study import Study
+from experiments.study.parts import Preset
 from moe_jax import run_config
 from moe_jax.config import merge
 from moe_jax.run_config import RunConfig
 from tests.training import tiny
 
-STUDY = Study(
-  name='gate_arms',
-  title='What does the topology-aware gate cost?',
-  source='FasterMoE, Table 3',
-  config=gate_arms.config,
-  arms=lambda preset: gate_arms.arms(),
-  presets={'quick': Preset(4, 1), 'full': Preset(4, 1)},
-  columns=gate_arms.COLUMNS,
-  claims=gate_arms.CLAIMS,
-  figure=Figure(['loss', gate_arms.KEPT], 'share that may leave'),
-  runner=TrainingRunner(gate_arms.shares),
-)
+STUDY = fastermoe_tables.STUDY
 
 
 def test_arms_differ_in_who_may_leave():
   shared, limits = STUDY.shared(STUDY.presets['quick']), {}
   for arm in gate_arms.arms():
-    config = layered(RunConfig, shared, arm.overrides)
-    options = run_config.read(config)
+    options = run_config.read(layered(RunConfig, shared, arm.overrides))
     router, S = options.model.moe.router, options.data.seq_len
     assert options.model.moe.group_size == 0 and router.num_nodes == 2
-    limits[arm.name] = router.limit(S)
-  assert limits == {
-    'gate, 1': 64,
-    'gate, 0.5': 32,
-    'gate, 0.14': 8,
-    'gate, 0': 0,
-  }
+    limits[arm.x] = router.limit(S)
+  assert limits == {1: 64, 0.5: 32, 0.14: 8, 0: 0}
 
 
 @pytest.mark.slow
@@ -52,7 +34,7 @@ def test_an_arm_runs_and_its_shares_are_those_of_its_limit(tmp_path):
     'model': {'num_layers': 1},
     'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
   }
-  preset = STUDY.presets['quick']
+  preset = Preset(4, 1)
   shared = merge(STUDY.shared(preset), small)
   arms = [a for a in gate_arms.arms() if a.x == 0.14]
   ((job,),) = STUDY.runs(preset, shared, arms, [0], tmp_path)

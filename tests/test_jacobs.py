@@ -14,8 +14,8 @@ from experiments import jacobs_table1
 from experiments.origins_1991 import descent, vowels
 from experiments.origins_1991.descent import TARGETS, Cases, Descent
 from experiments.origins_1991.mixture import Mixture
-from experiments.study import command, results, verdicts
-from experiments.study.parts import Row, stated
+from experiments.study import command, results
+from experiments.study.parts import Row
 from experiments.study.tables import ratios
 from moe_jax.analysis.intervals import Interval
 
@@ -133,8 +133,6 @@ def test_targets_are_pairs_of_vowels():
   targets = descent.pairs(train).targets
   pairs = zip(train.labels.tolist(), targets[:, 0].tolist(), strict=True)
   assert {*pairs} == {(0, 0.0), (1, 1.0), (2, 0.0), (3, 1.0)}
-  linear = Descent(targets='linear_pairs')
-  assert (linear.model.output, linear.kind.error) == ('linear', 0.11)
 
 
 def sweep(system, epochs, lost=()):
@@ -180,15 +178,6 @@ def example_rows():
     Row(name, {column: [n + 0.1, n + 0.2, n] for column in columns})
     for n, name in enumerate(names)
   ]
-
-
-def test_claims_have_rows_columns_and_verdicts():
-  examples = example_rows()
-  claims = stated(jacobs_table1.CLAIMS).values()
-  words = {verdicts.verdict(c, examples).word for c in claims}
-  assert words >= {verdicts.REPRODUCED, verdicts.OPPOSITE}
-  cells = [cell for c in claims for cell in c.published]
-  assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
 
 def test_arms_are_explored_then_chosen():
@@ -242,17 +231,11 @@ def test_the_command_says_who_never_arrived(output_folder):
   folder = output_folder
   assert folder.name == 'full-seeds=2-steps=50'
   text = (folder / 'table.md').read_text()
-  assert 'drawn around the means of Peterson and Barney' in text
-  assert 'at most 50 epochs' in text
-  assert 'experiments.jacobs_table1 --seeds=2 --steps=50`' in text
-  assert 'did not reach the criterion in 50 epochs' in text
   assert '8 experts, gated: 2 of 2' in text
   assert '1124 (Table 1, secondary source) against 2209 (Table 1' in text
   summary = json.loads((folder / 'summary.json').read_text())
   assert len(summary['rows']) == 2 * len(jacobs_table1.SYSTEMS)
-  words = [claim['verdict'] for claim in summary['claims']]
-  assert len(words) == len(jacobs_table1.CLAIMS)
-  assert set(words) <= set(verdicts.WORDS)
+  assert len(summary['claims']) == len(jacobs_table1.CLAIMS)
   lines = (folder / 'rows.csv').read_text().splitlines()
   assert '"BP, 12 hidden",epochs,,1,50.0' in lines
   assert (folder / results.PICTURE).read_bytes().startswith(b'\x89PNG')
@@ -266,19 +249,3 @@ def test_published_numbers_are_of_the_papers_task():
     )
     count[name] = sum(bool(c['published']) for c in summary['claims'])
   assert count['vowels'] > 3 and count['linear_pairs'] == 0
-
-
-@pytest.mark.parametrize(
-  ('argv', 'message'),
-  [
-    (['--config.data.table=no/file'], 'table of vowels: no file no/file'),
-    (['--config.targets=one_hot'], "unknown targets 'one_hot'"),
-    (['--seeds=-1'], '--seeds: -1 must be at least 0'),
-    (['--config.expert_hidden=-1'], 'expert_hidden=-1 must be at least 0'),
-    (['--errors=1'], "unknown argument '--errors=1'"),
-  ],
-)
-def test_bad_options_are_refused(argv, message, tmp_path, capsys):
-  with pytest.raises(SystemExit):
-    command.main(jacobs_table1.STUDY, [*argv, f'--output={tmp_path}'])
-  assert message in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The measure of leaks: changed outputs, and outputs of prefixes."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import routing_rules
-from moe_jax.data import PackedRows
-from tests.training import tiny
+from tests import tiny_study
 
 T = 12
 MOES = {
@@ -24,24 +22,11 @@ MOES = {
 
 
 @functools.cache
-def prepared(router: str, group_size: int = 0):
-  """A run and a state of random parameters, as `measure` reads them."""
-  moe = dict(MOES[router], layers='all', group_size=group_size)
-  options = tiny.options(
-    data={'seq_len': T}, model={'num_layers': 1, 'moe': moe}
-  )
+def prepared(router: str):
   stream = np.random.default_rng(0).integers(0, 257, 5 * T)
-  rows = PackedRows(stream, np.array([0, 2 * T + 5]), T)
-  run = types.SimpleNamespace(
-    options=options,
-    model=tiny.model_of(options),
-    dataset=types.SimpleNamespace(splits={'validation': rows}),
-    programs=types.SimpleNamespace(variables=lambda state: {'params': state}),
+  return tiny_study.measured_run(
+    dict(MOES[router], group_size=0), [0, 2 * T + 5], stream, T
   )
-  # Parameters are larger than initial ones: experts must differ for a leak to
-  # show.
-  params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
-  return run, params
 
 
 @pytest.mark.slow
@@ -76,8 +61,3 @@ def test_generated_outputs_are_of_prefixes_alone():
   np.testing.assert_allclose(
     logits[2, 6], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
   )
-
-
-def test_groups_of_several_rows_are_refused():
-  with pytest.raises(ValueError, match='group_size=-1 has several rows'):
-    routing_rules.measure(*prepared('token_choice', group_size=-1))

@@ -60,25 +60,15 @@ def run_main(argv, capsys):
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    (
-      '--config.model.moe.num_expertz=4',
-      "'model.moe.num_expertz'; did you mean 'model.moe.num_experts'",
-    ),
-    ('--config.evals.foo.kind=loss', "have ['evals.all_tokens', 'evals."),
-    ('--config.model.moe=3', "unknown config key 'model.moe'"),
-    ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
-    ('--config.seed=x', "--config.seed=x: 'x' is no integer; give one"),
     ('--confg=x', "unknown arguments ['--confg=x']"),
     ('--describe=sed', "unknown config key 'sed'; did you mean 'seed'"),
-    ('--num_processes=x', "argument --num_processes: invalid int value: 'x'"),
   ],
 )
 def test_a_typo_is_one_line(flag, message, capsys):
   argv = command('w', flag, config='configs/tiny_switch.py')[3:]
   status, output = run_main(argv, capsys)
-  assert status == 1
-  assert message in output.err
-  assert len(output.err.splitlines()) == 1
+  (line,) = output.err.splitlines()
+  assert status == 1 and message in line
 
 
 def test_all_that_is_wrong_is_said_at_once(capsys):
@@ -109,18 +99,8 @@ def test_an_error_is_a_line_or_on_request_a_trace(
 
 
 def test_an_error_of_a_library_keeps_its_traceback():
-  with (
-    pytest.raises(ValueError, match='invalid literal'),
-    cli.reported(),
-  ):
+  with pytest.raises(ValueError, match='literal'), cli.reported():
     int('x')
-
-
-def test_an_interrupted_command_has_the_shells_status(capsys):
-  with pytest.raises(SystemExit) as ended, cli.reported():
-    raise KeyboardInterrupt
-  assert ended.value.code == 130
-  assert capsys.readouterr().err == 'moe_jax: interrupted\n'
 
 
 def test_a_platform_that_is_not_there_is_a_line():
@@ -158,65 +138,14 @@ def test_a_message_that_nobody_reads_keeps_the_status(
 def test_every_key_is_described_without_a_workdir(capsys):
   config = '--config=configs/tiny_switch.py'
   status, output = run_main([config, '--describe'], capsys)
-  lines = output.out.splitlines()
   assert (status, output.err) == (0, '')
-  (index,) = [i for i, line in enumerate(lines) if ' batch_size ' in line]
-  assert lines[index] == '*  batch_size = 16  (default: 32)'
-  assert lines[index + 1].strip().startswith('Number of rows in the batch')
-  (key,) = [line for line in lines if ' model.moe.router.hash.seed ' in line]
-  assert key.startswith('-')
+  assert '*  batch_size = 16  (default: 32)' in output.out
   # Options of the chosen kind come before those of other kinds.
   chosen = output.out.index(' model.moe.router.token_choice.')
   assert chosen < output.out.index(' model.moe.router.noisy_top_k.')
-  (index,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
-  assert lines[index + 1].endswith(
-    'One of: adamw, adafactor, muon, or module:name.'
-  )
-  name = ' evals.all_tokens.model_overrides '
-  (index,) = [i for i, line in enumerate(lines) if name in line]
-  kinds = {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
-  overrides = {'moe': kinds}
-  assert lines[index] == f'* {name}= {overrides}  (default: {{}})'
   for path in flatten(cli.load_config(config[9:])):
     path = path.partition('overrides.')[0].removesuffix('_')
-    assert any(f' {path}' in line for line in lines), path
-
-
-@pytest.mark.slow
-def test_a_description_goes_through_a_pipe_that_closes():
-  process = subprocess.run(
-    f'{sys.executable} -m moe_jax.main --config=configs/base.py --describe '
-    '| head -1',
-    shell=True,
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-  assert (process.returncode, process.stderr) == (0, '')
-
-
-def test_what_a_file_sets_for_a_kind_that_flags_replace_is_printed(
-  tmp_path, capsys
-):
-  # The file sets jitter of the router of tokens' choices.
-  argv = [
-    '--config=configs/tiny_switch.py:runlocal',
-    '--config.model.moe.router.kind=random',
-    '--config.mesh.data=-1',
-    '--config.batch_size=32',
-    '--dry_run',
-  ]
-  status, output = run_main(argv, capsys)
-  assert status == 0, output.err
-  name = 'model.moe.router.token_choice.jitter'
-  assert f'{name}=0.01 has no effect with these flags; ignored' in output.out
-  # A flag that has no effect is refused.
-  status, output = run_main([*argv, f'--config.{name}=0.02'], capsys)
-  assert status == 1
-  reason = "has no effect with model.moe.router.kind='random'"
-  assert f'{name}=0.02 {reason}' in output.err
+    assert f' {path}' in output.out, path
 
 
 def test_a_dry_run_is_of_one_process(capsys):
@@ -246,34 +175,6 @@ def test_flags_may_add_what_open_sections_hold():
     options_of([config, '--config.evals.all_tokens.num_batch=3'])
 
 
-@pytest.mark.parametrize(
-  ('flag', 'hint'),
-  [
-    (
-      '--config.evals.all_tokens.model_overrides.attention.scale=none',
-      '--config.evals.all_tokens.model_overrides.attention="{\'scale\': ...}"',
-    ),
-    (
-      '--config.evals.train_capacity.model_overrides.moe.capacity.kind=all',
-      '--config.evals.train_capacity.model_overrides.moe='
-      "\"{'capacity': {'kind': ...}}\"",
-    ),
-    (
-      "--config.model.encoder.overrides={'remat': 'full'}",
-      '--config.model.encoder.overrides.KEY=...; have []',
-    ),
-    (
-      '--config.model.moe.capacity=all',
-      "'kind', 'per_assignment', 'per_token']",
-    ),
-  ],
-)
-def test_a_flag_of_a_section_says_how_it_is_given(flag, hint):
-  with pytest.raises(ValueError, match='unknown config key') as error:
-    cli.config_of('moe_jax:tiny_switch', [flag])
-  assert str(error.value).endswith(hint)
-
-
 def test_a_flag_gives_a_new_section_whole():
   flags = [
     "--config.evals.mine={'kind': 'choice', 'num_shots': 2}",
@@ -297,14 +198,6 @@ class Own(Optimizer):
 
   def preconditioner(self, axes, roles):
     return optax.scale(self.gain)
-
-
-def test_a_config_that_does_not_exist(tmp_path, monkeypatch):
-  with pytest.raises(ValueError, match=r"no\.py' does not exist"):
-    cli.load_config('configs/no.py')
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match='moe_jax:tiny_switch works in every'):
-    cli.load_config('configs/tiny_switch.py')
 
 
 LONGER = (
@@ -468,61 +361,58 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(
 
 
 @pytest.mark.parametrize(
-  ('config', 'flag'),
+  ('config', 'flag', 'ignored'),
   [
-    ('st_moe_base', 'model.moe.num_experts=0'),
-    ('openmoe_8b', 'model.moe.capacity.kind=all'),
-    ('shakespeare_gshard', 'model.moe.num_experts=0'),
-    ('tiny_switch', 'optimizer.schedule.kind=constant'),
-    ('tiny_switch', 'model.kind=lstm'),
-    ('deepseek_v3', 'model.moe.router.kind=noisy_top_k'),
-  ],
-)
-def test_a_flag_may_choose_another_kind_than_the_file(config, flag):
-  options, ignored = run_config.options_of(
-    f'configs/{config}.py', [f'--config.{flag}']
-  )
-  # The result equals the options of its config: nothing is lost.
-  assert run_config.read(section_of(options)) == options
-  for line in ignored:
-    assert line.startswith(('model.', 'optimizer.')), line
-
-
-@pytest.mark.parametrize(
-  ('config', 'flag', 'ignored_name'),
-  [
+    # The kinds of the model and of the schedule have no common options.
+    ('tiny_switch', 'model.kind=lstm', 'model.'),
+    ('tiny_switch', 'optimizer.schedule.kind=constant', ''),
+    ('deepseek_v3', 'model.moe.router.kind=noisy_top_k', 'model.moe.router.'),
+    # What other options are for is switched off.
     (
       'kudugunta_multilingual',
       'data.mixture.rule=proportional',
       'data.mixture.temperature',
     ),
-    ('finetune', 'init_from.workdir=', ''),
+    # An encoder has options of the decoder's router in its overrides.
+    (
+      'nllb_moe_54b',
+      'model.moe.router.kind=random',
+      'model.encoder.overrides.moe.router.token_choice.slot_priority=',
+    ),
   ],
 )
-def test_a_flag_may_switch_off_what_other_options_are_for(
-  config, flag, ignored_name
-):
+def test_a_flag_may_choose_another_kind_than_the_file(config, flag, ignored):
   spec = f'configs/{config}.py'
-  _, ignored = run_config.options_of(spec, [f'--config.{flag}'])
-  assert ignored_name in '\n'.join(ignored)
-
-
-@pytest.mark.parametrize('config', ['st_moe_base', 'nllb_moe_54b'])
-def test_overrides_of_an_encoder_for_a_kind_that_a_flag_replaces(config):
-  flags = ['--config.model.moe.router.kind=random']
-  options, ignored = run_config.options_of(f'configs/{config}.py', flags)
-  name = 'model.encoder.overrides.moe.router.token_choice.slot_priority'
-  assert f"{name}='choice_major' has no effect with" in '\n'.join(ignored)
+  options, lines = run_config.options_of(spec, [f'--config.{flag}'])
+  assert ignored in '\n'.join(lines)
+  # The result equals the options of its config: nothing is lost.
   assert run_config.read(section_of(options)) == options
-  flags.append(f'--config.{name}=batch_priority')
+
+
+def test_options_in_vain_are_refused_where_a_flag_sets_them():
+  prefix = 'model.encoder.overrides.moe.router'
+  flags = [
+    '--config.model.moe.router.kind=random',
+    f'--config.{prefix}.token_choice.slot_priority=batch_priority',
+  ]
   with pytest.raises(ValueError, match=r'slot_priority=.* no effect with moe'):
-    run_config.options_of(f'configs/{config}.py', flags)
-
-
-def test_an_entry_that_a_flag_gives_whole_is_refused_with_options_in_vain():
+    run_config.options_of('configs/nllb_moe_54b.py', flags)
   flag = "--config.evals.new={'kind': 'loss', 'num_shots': 3}"
   with pytest.raises(ValueError, match='num_shots=3 has no effect with evals'):
     run_config.options_of('moe_jax:tiny_switch', [flag])
+
+
+def test_a_dry_run_prints_what_flags_leave_without_effect(capsys):
+  # The file sets jitter of the router of tokens' choices.
+  argv = [
+    '--config=configs/tiny_switch.py:runlocal',
+    '--config.model.moe.router.kind=random',
+    *('--config.mesh.data=-1', '--config.batch_size=32', '--dry_run'),
+  ]
+  status, output = run_main(argv, capsys)
+  assert status == 0, output.err
+  name = 'model.moe.router.token_choice.jitter'
+  assert f'{name}=0.01 has no effect with these flags; ignored' in output.out
 
 
 def test_flags_may_stand_apart_from_values():

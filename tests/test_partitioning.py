@@ -4,13 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from moe_jax import models, partitioning
-from moe_jax.config import OptionError
 from moe_jax.layers.parameters import axes_of, roles_of
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.partitioning import (
@@ -34,10 +32,8 @@ def sizes(data=1, fsdp=1, expert=1, tensor=1):
 @pytest.mark.parametrize(
   ('asked', 'shape'),
   [
-    (dict(data=-1), (8, 1, 1, 1)),
     (dict(fsdp=2, expert=-1, tensor=2), (1, 2, 2, 2)),
     (dict(data=2, fsdp=-1, expert=4), (2, 1, 4, 1)),
-    (dict(tensor=8), (1, 1, 1, 8)),
   ],
 )
 def test_one_axis_takes_what_is_left_of_the_devices(asked, shape):
@@ -49,7 +45,7 @@ def test_one_axis_takes_what_is_left_of_the_devices(asked, shape):
 
 @pytest.mark.parametrize(
   ('num_experts', 'num_devices', 'data', 'expert'),
-  [(8, 1, 1, 1), (8, 4, 1, 4), (6, 8, 4, 2), (3, 8, 8, 1), (0, 8, 8, 1)],
+  [(8, 4, 1, 4), (6, 8, 4, 2), (0, 8, 8, 1)],
 )
 def test_experts_are_split_over_devices_that_divide_them(
   num_experts, num_devices, data, expert
@@ -58,31 +54,6 @@ def test_experts_are_split_over_devices_that_divide_them(
   assert (options.data, options.expert) == (data, expert)
   mesh = options.make(jax.devices()[:num_devices])
   assert mesh.size == num_devices
-
-
-def test_a_mesh_of_given_devices():
-  mesh = make_mesh(dict(data=-1, tensor=2), jax.devices()[2:6])
-  assert mesh.devices.shape == (2, 1, 1, 2)
-  assert set(mesh.devices.flat) == set(jax.devices()[2:6])
-
-
-@pytest.mark.parametrize(
-  ('asked', 'message'),
-  [
-    (dict(data=3, fsdp=-1), 'does not fit 8 devices'),
-    (dict(data=2, fsdp=2), 'multiply to 4, which does not fit 8 devices'),
-    (dict(data=16), 'does not fit 8 devices'),
-    (dict(data=16, fsdp=-1), 'does not fit 8 devices'),
-    (dict(data=-1, fsdp=-1), 'data=-1 takes what is left already'),
-    (dict(data=-2), 'data=-2 must be at least'),
-    (dict(dcn_expret=2), "did you mean 'dcn_expert'"),
-    (dict(data=-1, dcn_data=3), 'multiply to 3, which does not fit 8'),
-    (dict(data=2, dcn_expert=2), 'multiply to 4, which does not fit 8'),
-  ],
-)
-def test_meshes_that_do_not_fit_are_refused(asked, message):
-  with pytest.raises(ValueError, match=message):
-    make_mesh(asked)
 
 
 def test_slices_are_next_to_each_other_on_their_axis():
@@ -94,7 +65,7 @@ def test_slices_are_next_to_each_other_on_their_axis():
   assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
   # With data of two devices in each of two slices, those of a slice are
   # neighbours.
-  mesh = make_mesh(dict(data=-1, tensor=2, dcn_data=2))
+  mesh = MeshOptions(data=-1, tensor=2, dcn_data=2).make()
   assert mesh.devices.shape == (4, 1, 1, 2)
   ids = [sorted(d.id for d in row) for row in mesh.devices.reshape(2, 4)]
   assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -121,10 +92,7 @@ def test_a_pods_own_slices_are_kept_apart():
   assert slices == [[0, 0, 1, 1], [0, 0, 1, 1]]
   with pytest.raises(ValueError, match=r'multiply to 4, and .* in 2 slices'):
     make_mesh(dict(data=2, dcn_data=4), chips)
-
-
-def test_slices_that_no_size_speaks_of_are_refused():
-  chips = [Chip(i, slice_index=i % 2, platform='tpu') for i in range(8)]
+  chips = [dataclasses.replace(chip, platform='tpu') for chip in chips]
   message = r"8 TPUs are in 2 slices, and mesh={'data': -1} .* set dcn_data=2"
   with pytest.raises(ValueError, match=message):
     make_mesh(dict(data=-1), chips)
@@ -134,19 +102,6 @@ def test_rules_are_lists_of_mesh_axes():
   rules = ShardingOptions(batch='data, fsdp', kv='', mlp='tensor').rules
   assert dict(rules)['batch'] == ('data', 'fsdp')
   assert dict(rules)['kv'] == () and dict(rules)['mlp'] == ('tensor',)
-  with pytest.raises(
-    OptionError, match=r"mlp='tensr': .*did you mean 'tensor'"
-  ):
-    ShardingOptions(mlp='tensr')
-
-
-def test_a_mesh_of_options_is_that_of_its_sizes():
-  mesh = MeshOptions(data=2, fsdp=-1, dcn_data=2).make()
-  assert mesh.devices.shape == (4, 2, 1, 1)
-  with pytest.raises(OptionError, match=r'data=-1 takes what is left already'):
-    MeshOptions(fsdp=-1)
-  with pytest.raises(OptionError, match='tensor=0 must be at least 1, or -1'):
-    MeshOptions(tensor=0)
 
 
 def test_a_sharding_follows_the_table_and_skips_axes_of_one():
@@ -164,28 +119,12 @@ def test_a_sharding_follows_the_table_and_skips_axes_of_one():
 
 
 @pytest.mark.parametrize(
-  ('axes', 'shape', 'message'),
-  [
-    (('embed', 'heds'), None, "unknown logical axis of w 'heds'; did you mean"),
-    (('mlp', 'heads'), None, "w: sharding maps 'mlp' and 'heads' to mesh axis"),
-    (('embed', 'kv'), (5, 2), 'w: embed=5 .* 2 devices .* sharding.embed='),
-    (('batch',), (6,), 'w: batch=6 does not divide by 4 devices'),
-  ],
-)
-def test_shardings_that_do_not_fit_are_refused(axes, shape, message):
-  mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
-  with pytest.raises(ValueError, match=message):
-    sharding(mesh, RULES, axes, shape, 'w')
-
-
-@pytest.mark.parametrize(
   ('axes', 'shape', 'spec'),
   [
     (('vocab', 'embed'), (257, 8), (None, ('tensor', 'fsdp'))),
     (('embed', 'vocab'), (8, 257), (('tensor', 'fsdp'), None)),
     (('vocab', 'embed'), (257, 6), (None, ('fsdp',))),
     (('vocab', 'embed'), (258, 6), (('tensor',), ('fsdp',))),
-    (('vocab',), (257,), (None,)),
   ],
 )
 def test_the_axes_of_a_vocabulary_that_does_not_divide_split_its_rows(
@@ -206,24 +145,6 @@ def param_shardings(mesh, boxed):
   return partitioning.tree_shardings(
     mesh, RULES, axes_of(boxed), nn.meta.unbox(boxed)
   )
-
-
-def test_optimizer_moments_live_where_their_parameters_do():
-  mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
-  boxed = models.abstract_params(build())
-  params, layout = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(optax.constant_schedule(0.1)),
-  )
-  state = jax.eval_shape(optimizer.init, params)
-  shardings = like_params(mesh, state, params, layout)
-  adam = shardings[1][0]
-  assert adam.mu == adam.nu == layout
-  replicated = NamedSharding(mesh, PartitionSpec())
-  assert adam.count == replicated
-  specs = {leaf_sharding.spec for leaf_sharding in jax.tree.leaves(layout)}
-  assert len(specs) > 5
 
 
 def test_factored_statistics_are_split_as_the_dimensions_they_keep():

@@ -1,4 +1,4 @@
-"""Keys, files and XLA flags that experiments/pods.md names exist."""
+"""XLA flags that experiments/pods.md names exist, by XLA's own parsers."""
 
 import os
 import pathlib
@@ -7,9 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
-from moe_jax.config import flatten
-from moe_jax.configs import base
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')
@@ -38,20 +35,6 @@ def errors_of(code, **env):
     timeout=100,
   )
   return process.stderr[-2000:] if process.returncode else ''
-
-
-def test_keys_and_files_exist():
-  config_keys = flatten(base.get_config())
-  keys = re.findall(r'--config\.([\w.]+)=', TEXT)
-  keys += re.findall(r'`config\.(?!json)([\w.]+)', TEXT)
-  keys += [f'model.{key}' for key in re.findall(r'`(moe\.[\w.]+)`', TEXT)]
-  assert len(keys) > 10
-  sections = {'mesh', 'sharding'}
-  assert not [key for key in keys if key not in {*config_keys, *sections}]
-  files = re.findall(r'--config=(configs/\w+\.py)', TEXT)
-  modules = re.findall(r'python -m ((?:moe_jax|experiments)[\w.]+)', TEXT)
-  files += [module.replace('.', '/') + '.py' for module in modules]
-  assert not [file for file in files if not (ROOT / file).exists()]
 
 
 def test_flags_for_gpus_exist():

@@ -1,6 +1,5 @@
-"""Code in the READMEs runs, and the paths and keys that they name exist."""
+"""Code in the READMEs runs, and the links and keys that they name exist."""
 
-import dataclasses
 import pathlib
 import re
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import interop, kernels, models, routing, run_config
+from moe_jax import interop, kernels, models, run_config
 from moe_jax.config import flatten
 from moe_jax.configs import base, mixtral_8x7b
 
@@ -20,13 +19,6 @@ READMES = sorted(
   path.relative_to(ROOT)
   for path in (ROOT / 'README.md', *ROOT.glob('[a-z]*/README.md'))
 ) + sorted(path.relative_to(ROOT) for path in ROOT.glob('moe_jax/*/README.md'))
-ROOMS = (
-  'configs', 'experiments', 'colab',
-  *(f'moe_jax/{room}' for room in (
-    'routing', 'layers', 'models', 'data', 'interop', 'generation',
-    'analysis', 'training', 'parallel', 'kernels',
-  )),
-)  # fmt: skip
 # Other tests run the code of these READMEs.
 APART = (
   *('moe_jax/models', 'moe_jax/data', 'moe_jax/analysis', 'moe_jax/layers'),
@@ -69,15 +61,6 @@ def run(readme, **variables):
   return vars(module)
 
 
-def test_every_room_has_a_readme_that_says_how_to_add_to_it():
-  assert {str(path.parent) for path in READMES} >= {*ROOMS, '.'}
-  for room in ROOMS:
-    text = text_of(f'{room}/README.md')
-    assert re.search(r'^## Add', text, re.MULTILINE) or '- **' in text, room
-    assert blocks(f'{room}/README.md'), room
-  assert len(text_of('README.md').splitlines()) <= 250
-
-
 def test_the_layer_of_the_readme_has_the_shapes_it_says():
   scope = run('README.md')
   kernel = scope['variables']['params']['experts']['w_in'].value
@@ -118,38 +101,10 @@ def test_the_python_of_a_room_runs(readme, tmp_path):
 
 
 @each_readme
-def test_links_and_paths_exist(readme):
+def test_links_exist(readme):
   text, folder = text_of(readme), (ROOT / readme).parent
   links = re.findall(r'\]\((?!https?:)([^)#]+)', text)
   assert not [link for link in links if not (folder / link).exists()]
-  paths = re.findall(r'`((?:configs|experiments|colab|tests)/[\w./]+)`', text)
-  paths += re.findall(r'--config=(configs/\w+\.py)', text)
-  assert not [name for name in paths if not (ROOT / name).exists()]
-
-
-@each_readme
-def test_commands_exist(readme):
-  modules = re.findall(
-    r'python -m ((?:moe_jax|experiments)[\w.]+)', text_of(readme)
-  )
-  for module in modules:
-    path = ROOT / module.replace('.', '/')
-    assert (
-      path.with_suffix('.py').exists() or (path / '__main__.py').exists()
-    ), module
-
-
-@each_readme
-def test_files_of_the_room_exist(readme):
-  """The map of a room names files that exist."""
-  folder = (ROOT / readme).parent
-  if folder == ROOT:
-    return
-  for block in blocks(readme, ''):
-    for name in re.findall(r'(?<![\w/])(\w+\.py)\b', block):
-      near = folder.parent
-      matches = [*folder.rglob(name), *near.glob(f'*/{name}'), *near.glob(name)]
-      assert matches, f'{readme} names {name}'
 
 
 @each_readme
@@ -166,12 +121,6 @@ def _sections_of(config, prefix=''):
     if hasattr(value, 'items'):
       yield f'{prefix}{key}'
       yield from _sections_of(value, f'{prefix}{key}.')
-
-
-def test_the_readme_of_routing_names_the_fields_of_routings():
-  text = text_of('moe_jax/routing/README.md')
-  names = [field.name for field in dataclasses.fields(routing.Routing)]
-  assert not [name for name in names if f'`{name}`' not in text]
 
 
 def test_the_backend_of_the_kernels_readme_multiplies_as_blocks_do():

@@ -1,38 +1,26 @@
 """The page of all studies: the summaries it takes, and those it keeps."""
 
+import dataclasses
 import json
 
 import pytest
 
 from experiments import report
 from experiments.study import results as study_results
-from experiments.study.parts import Column, Figure, Preset, Row
-from experiments.study.study import Study
+from experiments.study.parts import Preset, Row
 from experiments.study.tasks import TASKS
+from tests import tiny_study
 
 
 def summary(name: str, digest: str) -> dict:
-  """Summary of a study with two rows, whose step time is measured once."""
-  study = Study(
-    name=name,
-    title=f'About {name}',
-    source='No paper',
-    config=lambda steps: None,
-    arms=lambda preset: [],
-    presets={},
-    columns=[Column('loss', 'loss'), Column('time', 'time', digits=2)],
-    claims={
-      'a is better': 'loss: a < b',
-    },
-    figure=Figure(['loss']),
+  """Summary of a study of two rows with one claim."""
+  claims = {'a is better': 'loss: a < b'}
+  study = dataclasses.replace(
+    tiny_study.DENSE, name=name, title=f'About {name}', claims=claims
   )
-  rows = [
-    Row('a', {'loss': [1.0, 1.1], 'time': [1.25, 1.25]}),
-    Row('b', {'loss': [1.0, 1.1]}),
-  ]
-  made_at = {'device': 'a', 'cores': '2', 'date': '2026', 'jax': '1'}
-  made_at['minutes'] = 1.0
-  results = {'a': [{'data_digest': digest, 'made': made_at}]}
+  rows = [Row('a', {'loss': [1.0, 1.1]}), Row('b', {'loss': [1.0, 1.1]})]
+  made = dict(device='a', cores='2', date='2026', jax='1', minutes=1.0)
+  results = {'a': [{'data_digest': digest, 'made': made}]}
   return study_results.summary_of(
     study, Preset(1, 2), TASKS['text'], rows, results, {}
   )
@@ -64,22 +52,3 @@ def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
   file_names = sorted(path.name for path in (output / report.KEPT).iterdir())
   assert file_names == ['first.json', 'first.png', report.MISSES]
   assert (output / report.PAGE).read_text() == page
-
-
-def test_what_is_measured_once_has_no_interval():
-  numbers = summary('first', 'one')
-  table = study_results.results_table(numbers)
-  assert '| a | 1.0500 ± 0.6353 | 1.25 |' in table
-  assert '| b | 1.0500 ± 0.6353 |  |' in table
-
-
-def test_a_study_may_claim_nothing():
-  numbers = {**summary('first', 'one'), 'claims': []}
-  assert study_results.text_of(numbers).startswith('## About first')
-
-
-def test_studies_without_a_result_are_named():
-  stored_summary = {**summary('first', 'one'), 'name': 'eigen_2013'}
-  text = report.pending([stored_summary])
-  assert '`eval_capacity`' in text and '`eigen_2013`' not in text
-  assert 'bench_' not in text and text in report.page([stored_summary])

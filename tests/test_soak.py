@@ -64,38 +64,28 @@ def test_what_is_lost_doubled_or_another_is_seen(
   assert any(fault in text for text in tally_of(tmp_path).faults)
 
 
-def test_rows_that_nobody_took_are_seen(tmp_path):
-  witness(tmp_path, 1, 1, [1, 2, 3, 4, 5, 6])
-  faults = tally_of(tmp_path).faults
-  assert faults == ['6 batches of another step']
-
-
-def test_an_array_or_a_gradient_that_differs_is_seen(tmp_path):
-  expected = {'begin': 4, 'arrays': {'w': 'aa', 'b': 'bb'}}
-  good = {'begin': 4, 'arrays': {'w': 'aa', 'b': 'bb'}}
-  for line, fault in (
-    (good, None),
-    ({**good, 'begin': 5}, 'began at 5, not 4'),
-    ({**good, 'arrays': {'w': 'aa', 'b': 'xx'}}, 'b is not as it was saved'),
-  ):
-    tally = soak_evidence.Tally()
-    soak_evidence.check(tmp_path, expected, [line], tally)
-    assert bool(tally.faults) == bool(fault)
-    assert fault is None or fault in tally.faults[0]
-
-
-def test_a_gradient_that_differs_or_is_no_number_is_seen(tmp_path):
-  good = {'begin': 4, 'arrays': {}}
-  expected = {**good, 'first': {'loss': np.float32(2.5), 'w': np.ones(3)}}
-  for w, faults in (
-    ([1, 1, 1 + 1e-6], 0),
-    ([1, 1, 1.01], 1),
-    ([1, np.nan, 1], 1),
-  ):
-    np.savez(tmp_path / 'gradient_4.npz', loss=np.float32(2.5), w=np.array(w))
-    tally = soak_evidence.Tally()
-    soak_evidence.check(tmp_path, expected, [good], tally)
-    assert len(tally.faults) == faults
+@pytest.mark.parametrize(
+  ('begin', 'array', 'gradient', 'is_seen'),
+  [
+    (4, 'aa', [1, 1, 1 + 1e-6], False),
+    (5, 'aa', [1, 1, 1], True),
+    (4, 'xx', [1, 1, 1], True),
+    (4, 'aa', [1, 1, 1.01], True),
+    (4, 'aa', [1, np.nan, 1], True),
+  ],
+)
+def test_an_array_or_a_gradient_that_differs_is_seen(
+  tmp_path, begin, array, gradient, is_seen
+):
+  first = {'loss': np.float32(2.5), 'w': np.ones(3)}
+  expected = {'begin': 4, 'arrays': {'w': 'aa'}, 'first': first}
+  for step in (4, 5):
+    path = tmp_path / f'gradient_{step}.npz'
+    np.savez(path, loss=np.float32(2.5), w=np.array(gradient))
+  tally = soak_evidence.Tally()
+  line = {'begin': begin, 'arrays': {'w': array}}
+  soak_evidence.check(tmp_path, expected, [line], tally)
+  assert bool(tally.faults) == is_seen
 
 
 def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
@@ -138,13 +128,6 @@ def test_of_two_who_start_at_once_one_must_go_on(
   pair = [programs(tmp_path, code) for code in (script, 'exit(1)')]
   assert soak_disturbances.contest(*pair, tally) is pair[0]
   pair[0].wait(0)
-
-
-def test_storage_that_fails_at_random_is_compiled(tmp_path):
-  variables = soak_disturbances.failing_storage(tmp_path, random.Random(0))
-  if variables:
-    assert (tmp_path / 'failing_storage.so').exists()
-    assert variables['LD_PRELOAD'].startswith(str(tmp_path))
 
 
 def test_the_only_checkpoint_is_left_alone_and_the_newest_is_damaged(tmp_path):

@@ -51,15 +51,6 @@ def test_context_is_what_the_label_adds_to_the_known_one():
   assert info.mutual > 0.05 and abs(info.fraction) < 0.02
 
 
-def test_context_looks_at_tokens_that_have_one_before():
-  # The expert is the token before; first tokens have none, and do not count.
-  tokens = np.random.default_rng(0).integers(0, 4, (60, 30))
-  expert = np.concatenate([np.full((60, 1), 3), tokens[:, :-1]], 1)[..., None]
-  info = openmoe_routing.context([record(expert, tokens)], 1)
-  assert info.choices == 60 * 29
-  np.testing.assert_allclose(info.fraction, 1, atol=0.02)
-
-
 def test_favourites_and_changes_are_told():
   # Token 7 is with expert 2 from the second of five checkpoints on. Token 4 is
   # half as frequent, and is with expert 0 at the end alone.

@@ -1,11 +1,16 @@
 """Studies of seconds; `python -m tests.tiny_study` runs the dense one."""
 
 import dataclasses
+import types
+
+import jax
+import numpy as np
 
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 from moe_jax.config import merge
+from moe_jax.data import PackedRows
 from tests.training import tiny
 
 EVAL = 'train_capacity'
@@ -68,6 +73,27 @@ DENSE = dataclasses.replace(
   },
   figure=Figure(['loss'], 'rate', log_x=True),
 )
+
+
+def measured_run(moe, starts, stream, seq_len):
+  """A run and its state, as a study's `measure` gets them.
+
+  Parameters are larger than initial ones, since experts have to differ for what
+  is measured to show. Documents of the stream begin at `starts`.
+  """
+  moe = {'layers': 'all', **moe}
+  options = tiny.options(
+    data={'seq_len': seq_len}, model={'num_layers': 1, 'moe': moe}
+  )
+  rows = PackedRows(stream, np.array(starts), seq_len)
+  run = types.SimpleNamespace(
+    options=options,
+    model=tiny.model_of(options),
+    dataset=types.SimpleNamespace(splits={'validation': rows}, vocab_size=257),
+    programs=types.SimpleNamespace(variables=lambda state: {'params': state}),
+  )
+  return run, jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
+
 
 if __name__ == '__main__':
   command.main(DENSE)

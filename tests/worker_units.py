@@ -9,6 +9,7 @@ SPREAD = (
   'test_a_studys_claims_are_about_its_rows',
   'test_every_way_to_make_a_run_runs',
   'test_notebook_runs',
+  'test_on_eight_devices_the_experts_are_split_over_all',
 )
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax import models, partitioning
 from moe_jax.analysis import replay
 from moe_jax.analysis.recording import records_of
 from moe_jax.models.recorded import recording
@@ -58,13 +57,13 @@ def first_state(model):
 
 
 @functools.cache
-def compiled(model, microbatches=1):
+def compiled(model):
   """The compiled training step (state, batch) -> (state, metrics)."""
   weights = LossWeights(dict.fromkeys(model.stacks.loss_weights(), 0.1))
   return jax.jit(
     functools.partial(
       train_step,
-      grad_fn=make_grad_fn(model, weights, microbatches, apply=RECORDED),
+      grad_fn=make_grad_fn(model, weights, 1, apply=RECORDED),
       optimizer=OPTIMIZER,
       rate=optax.constant_schedule(0.0),
       normalize=functools.partial(normalizers, model),
@@ -99,7 +98,7 @@ def forward(model):
   return jax.jit(apply)
 
 
-def run(model, records=(), *, steps=3, microbatches=1, mesh=None):
+def run(model, records=(), *, steps=3):
   """Takes steps; returns the state, the metrics, and the records of steps.
 
   Args:
@@ -107,29 +106,13 @@ def run(model, records=(), *, steps=3, microbatches=1, mesh=None):
     records: The record of each step, which is replayed. Default: routers
       choose.
     steps: The number of steps.
-    microbatches: The number of microbatches.
-    mesh: The devices; None: one.
   """
   state, metrics, new_records = first_state(model), [], []
-  batch_sharding = None
-  if mesh is not None:
-    state = jax.device_put(state, _state_shardings(model, mesh, state))
-    batch_sharding = partitioning.sharding(mesh, RULES, ('batch', None))
   for step in range(steps):
     batch = batch_of(step)
     imposed_batch = replay.imposed(model, batch, *records[step : step + 1])
-    if mesh is not None:
-      imposed_batch = jax.device_put(imposed_batch, batch_sharding)
-    state, step_metrics = compiled(model, microbatches)(state, imposed_batch)
+    state, step_metrics = compiled(model)(state, imposed_batch)
     new_records.append(record(model, batch, step_metrics.sums.choices, step))
     sums = step_metrics.sums._replace(choices=None)
     metrics.append(jax.device_get(step_metrics._replace(sums=sums)))
   return jax.device_get(state), metrics, new_records
-
-
-def _state_shardings(model, mesh, state):
-  trees = models.describe(model)
-  params = partitioning.tree_shardings(mesh, RULES, trees.axes, trees.shapes)
-  replicated = partitioning.sharding(mesh, RULES, ())
-  shardings = jax.tree.map(lambda _: replicated, state)
-  return shardings.replace(params=params)

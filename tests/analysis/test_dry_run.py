@@ -45,11 +45,8 @@ def test_a_run_that_could_begin(tmp_path):
   for words in (
     'warm-up: 3 steps, half of total_steps=7',
     'run: 7 steps of 96 tokens, 672 in all, with',
-    'sha256',
-    'FLOPs per token:',
     # They are of steps 2, 4, 6 and 7; the best, two others and a new one need
     # room.
-    'checkpoints: 4 of',
     'room for 4, as one is written while 3 are there',
     "evaluation train_capacity: 'loss' every 3 steps and at the end, 3 in all",
     'run is new',
@@ -58,50 +55,43 @@ def test_a_run_that_could_begin(tmp_path):
 
 
 def test_data_that_is_not_prepared_stays_so(tmp_path):
-  options = dataclasses.replace(
-    OPTIONS, data=dataclasses.replace(OPTIONS.data, cache_dir=str(tmp_path))
+  cached = dict(cache_dir=str(tmp_path))
+  data_options = dataclasses.replace(
+    OPTIONS.data,
+    source=data.PythonStdlibSource(),
+    mixture=data.MixtureOptions(sources={'a': OPTIONS.data.source}),
+    **cached,
   )
-  text, problems = report(options, '')
+  mixture = dataclasses.replace(OPTIONS, data=data_options)
+  text, problems = report(mixture, '')
   assert not problems
   assert 'data: not prepared yet; a run first reads all texts' in text
   assert 'parameters:' in text  # bytes have a known vocabulary
   assert 'workdir: none is given' in text
-  chars = tiny.options(
-    data={'tokenizer': {'kind': 'chars'}, 'cache_dir': str(tmp_path)}
-  )
+  chars = tiny.options(data={'tokenizer': {'kind': 'chars'}, **cached})
   assert 'depends on the vocabulary' in report(chars, '')[0]
-  sources = {'a': options.data.source}
-  mixed = dataclasses.replace(
-    options.data,
-    source=data.PythonStdlibSource(),
-    mixture=data.MixtureOptions(sources=sources),
-  )
-  mixture = dataclasses.replace(OPTIONS, data=mixed)
-  text, problems = report(mixture, '')
-  assert not problems
-  assert 'data: not prepared yet' in text
   assert not any(tmp_path.iterdir())
 
 
 def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
   monkeypatch.setattr(files, 'PIECE_BYTES', 2**8)
-  (tmp_path / 'text').mkdir()
-  lines = [f'{{"text": "{i} {i}"}}' for i in range(99)]
+  lines = '\n'.join(f'{{"text": "{i} {i}"}}' for i in range(99))
   for name in 'ab':
-    path = tmp_path / 'text' / f'{name}.jsonl'
-    path.write_text('\n'.join(lines))
+    path = tmp_path / f'{name}.jsonl'
+    path.write_text(lines)
     os.utime(path, (0, 0))
-  changes = {
-    'source': {'kind': 'files', 'files': {'pattern': f'{path.parent}/*'}},
-    'cache_dir': f'{tmp_path}/cache',
-  }
   now = time.time_ns  # files at rest have their digests kept
   monkeypatch.setattr(cache_folders.time, 'time_ns', lambda: now() + 10**10)
-  for tokenizer in ('bytes', 'chars'):
-    options = tiny.options(data={**changes, 'tokenizer': {'kind': tokenizer}})
-    text, problems = report(options, '')
-    assert not problems
-    assert 'data: not prepared yet' in text
+  options = tiny.options(
+    data={
+      'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*'}},
+      'cache_dir': f'{tmp_path}/cache',
+      'tokenizer': {'kind': 'chars'},
+    }
+  )
+  text, problems = report(options, '')
+  assert not problems
+  assert 'data: not prepared yet' in text
   assert not (tmp_path / 'cache').exists()
 
 
@@ -118,8 +108,6 @@ def test_another_run_that_it_begins_with(tmp_path):
   text, problems = report(tiny.options(**overrides), '', hooks=[Distilling()])
   assert not problems
   assert f"that of {other}; data.tokenizer.kind='bytes' is not used" in text
-  model = OPTIONS.filled(5).build()
-  assert cost.count(model, 24).describe().splitlines()[0] in text
   data_overrides = {
     **overrides['data'],
     'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*.txt'}},
@@ -130,10 +118,9 @@ def test_another_run_that_it_begins_with(tmp_path):
   options = tiny.options(**{**overrides, 'data': data_overrides})
   data.load(options.data)
   data.load(with_tokenizer(options, section_of(options), other)[0].data)
-  narrow = {'model': {'width': 24}}
   for changes, problem in (
     ({}, ''),
-    (narrow, f'init_from.workdir={other}: '),
+    ({'model': {'width': 24}}, f'init_from.workdir={other}: '),
     ({'init_from': {'workdir': f'{tmp_path}/no'}}, 'holds no trained run'),
   ):
     options = tiny.options(**{**overrides, 'data': data_overrides, **changes})
@@ -150,7 +137,6 @@ def test_a_folder_of_a_run(tmp_path):
   other = dataclasses.replace(OPTIONS, seed=3)
   text, (problem,) = report(other, tmp_path)
   assert 'a run whose config differs' in problem and 'seed: 0 -> 3' in problem
-  assert 'run: 7 steps' in text  # the costs are said all the same
   text, problems = report(other, tmp_path, resume=True)
   assert not problems
   assert 'going on with another config: seed: 0 -> 3' in text
@@ -173,14 +159,10 @@ def test_what_trains_and_what_it_begins_with_is_said(tmp_path):
   assert [p for p in problems if 'other has no finished checkpoint' in p]
 
 
-def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
+def test_a_mesh_that_does_not_fit_is_said(tmp_path):
   text, (problem,) = report(tiny.options(mesh={'data': 2}), tmp_path)
   assert 'does not fit 1 devices' in problem
   assert 'memory:' in text
-  monkeypatch.setattr(devices, 'host_bytes', lambda: 200_000)
-  text, problems = report(OPTIONS, '')
-  assert not problems  # it is not certain
-  assert 'it has 200 kB\nWARNING: that does not fit' in text
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
@@ -188,10 +170,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
   (tmp_path / 'file').touch()
   for folder in ('/proc/run', tmp_path / 'file' / 'run'):
     _, (problem,) = report(OPTIONS, folder)
-    assert problem == (
-      f'{folder} cannot be made or written; choose another folder'
-    )
-  assert [path.name for path in tmp_path.iterdir()] == ['file']
+    assert problem.startswith(f'{folder} cannot be made or written')
 
 
 def test_an_evaluation_that_does_not_fit_is_said(tmp_path, monkeypatch):
@@ -205,7 +184,8 @@ def test_an_evaluation_that_does_not_fit_is_said(tmp_path, monkeypatch):
   needs = cost.run_bytes(filled, model, programs, mesh)
   assert needs.step < needs.evaluation == needs.total
   monkeypatch.setattr(devices, 'host_bytes', lambda: needs.step)
-  text, _ = report(options, tmp_path)
+  text, problems = report(options, tmp_path)
+  assert not problems  # it is not certain
   assert ' in the largest evaluation, and it has' in text
   assert 'WARNING: that does not fit' in text
 
@@ -217,10 +197,6 @@ def test_flops_and_bytes_by_formula():
   # Seven steps of four rows; the backward pass is twice the forward pass.
   flops = cost.run_flops(options, model)
   assert flops == 3 * 7 * 4 * model_cost.example_flops
-  frozen = tiny.options(total_steps=7, trainable='norms').filled(257)
-  frozen_flops = cost.run_flops(frozen, model)
-  # Kernels get no gradients, which still pass through all of them.
-  assert 0.6 * flops < frozen_flops < 0.8 * flops
   mesh = options.mesh.make(jax.devices())
   needs = cost.run_bytes(
     options, model, make_programs(options, model, mesh), mesh

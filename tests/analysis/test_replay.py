@@ -1,20 +1,11 @@
 """Replayed steps are the recorded ones, bit for bit, whichever router it is."""
 
-import functools
-
 import numpy as np
 import pytest
 
 from moe_jax.analysis import replay
-from moe_jax.layers import Dropless, routers
-from moe_jax.layers.routers import (
-  ExpertChoice,
-  Hierarchical,
-  NoisyTopK,
-  Sentence,
-  Sizes,
-  TokenChoice,
-)
+from moe_jax.layers import routers
+from moe_jax.layers.routers import Hierarchical, Sizes, TokenChoice
 from moe_jax.routing.capacity import All, PerToken
 from tests.analysis import recorded_steps as steps
 from tests.analysis.recorded_steps import V, batch_of
@@ -43,17 +34,6 @@ ROUTERS = {
   },
   'still': {**TIGHT, **token_choice()},
   'batch_priority': {**LEAKS, **token_choice(slot_priority='batch_priority')},
-  'threshold': {
-    **TIGHT,
-    **token_choice(second_policy='threshold', second_threshold=0.9),
-  },
-  'noisy': {**TIGHT, 'router': NoisyTopK(gates='renormalized')},
-  'expert_choice': {**LEAKS, 'router': ExpertChoice(jitter=0.1)},
-  'sentence': {
-    **ROOMY,
-    'dispatch': Dropless(),
-    'router': Sentence(jitter=0.1),
-  },
 }
 
 
@@ -78,28 +58,11 @@ def model_of(name, layers='every 2', num_experts=E, **model):
   return model.build(steps.RULES)
 
 
-@functools.cache
-def recorded(name, microbatches=1):
-  return steps.run(model_of(name), microbatches=microbatches)
-
-
 def assert_same(a, b):
   a, b = tiny.leaves(a), tiny.leaves(b)
   assert a.keys() == b.keys()
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def without_unsent(metrics):
-  """Metrics in which choices that were not sent count as dropped."""
-
-  def with_all_dropped(step):
-    aux = step.sums.aux
-    dropped = aux.stats.overflowed + aux.stats.unsent
-    stats = aux.stats._replace(overflowed=dropped, unsent=0 * dropped)
-    return step._replace(sums=step.sums._replace(aux=aux._replace(stats=stats)))
-
-  return [with_all_dropped(step) for step in metrics]
 
 
 @pytest.mark.slow
@@ -108,44 +71,16 @@ def without_unsent(metrics):
   [
     name
     for name in ROUTERS
-    if name not in ('still', 'switch', 'token_major', 'batch_priority')
+    if name not in ('still', 'token_major', 'batch_priority')
   ],
 )
 def test_three_steps_are_the_recorded_ones_bit_for_bit(name):
-  state, metrics, records = recorded(name)
+  state, metrics, records = steps.run(model_of(name))
   dropped = sum(step.sums.aux.stats.overflowed.sum() for step in metrics)
   assert (dropped > 0) == ROUTERS[name]['capacity'].binds
   new_state, new_metrics, _ = steps.run(model_of(name), records)
   assert_same(state, new_state)
-  if name == 'threshold':  # a full expert does not say who was sent to it
-    metrics, new_metrics = (
-      without_unsent(metrics),
-      without_unsent(new_metrics),
-    )
   assert_same(metrics, new_metrics)
-
-
-@pytest.mark.slow
-def test_precisions_are_compared_with_the_routing_held_fixed():
-  """A model in bfloat16 makes the choices and drops of one in float32."""
-  float32 = model_of('token_major')
-  bfloat16 = model_of('token_major', numerics={'dtype': 'bfloat16'})
-  batch = batch_of()
-  logits, _, choices = steps.forward(float32)(replay.imposed(float32, batch))
-  _, _, free_choices = steps.forward(bfloat16)(replay.imposed(bfloat16, batch))
-  record = steps.record(float32, batch, choices)
-  imposed_batch = replay.imposed(bfloat16, batch, record)
-  rounded_logits, _, replayed_choices = steps.forward(bfloat16)(imposed_batch)
-  all_kept = []
-  for i in float32.stacks.sparse_layers:
-    np.testing.assert_array_equal(choices[i].expert, replayed_choices[i].expert)
-    np.testing.assert_array_equal(choices[i].kept, replayed_choices[i].kept)
-    all_kept.append(np.asarray(choices[i].kept).all())
-  assert not all(all_kept)
-  assert any(
-    (choices[i].expert != free_choices[i].expert).any() for i in free_choices
-  )
-  assert 0 < np.abs(np.asarray(logits - rounded_logits)).max() < 0.5
 
 
 @pytest.mark.slow
@@ -176,17 +111,8 @@ def test_every_kind_of_model_replays_its_layers(kind):
     r._replace(layers=dict(zip(r.layers, [*r.layers.values()][::-1])))
     for r in records
   ]
-  swapped_logits, _, swapped_choices = run(
-    replay.imposed(model, batch, *swapped_records)
-  )
+  swapped_logits, *_ = run(replay.imposed(model, batch, *swapped_records))
   assert np.abs(np.asarray(logits - swapped_logits)).max() > 1e-3
-  for before, after in zip(
-    swapped_records, steps.records(model, batch, swapped_choices)
-  ):
-    for i in before.layers:
-      np.testing.assert_array_equal(
-        before.layers[i].expert, after.layers[i].expert
-      )
 
 
 def test_other_choices_than_a_routers_own_change_what_it_computes():
@@ -214,28 +140,17 @@ def test_other_choices_than_a_routers_own_change_what_it_computes():
   assert (load[..., ::-1] != load).any()
 
 
-def test_a_record_of_another_batch_is_refused():
-  model = model_of('batch_priority')
-  batch = batch_of()
+def test_a_record_of_another_batch_or_model_is_refused():
+  model, batch = model_of('batch_priority'), batch_of()
   _, _, choices = steps.forward(model)(replay.imposed(model, batch))
   record = steps.record(model, batch, choices)
   with pytest.raises(ValueError, match='of 48 are others'):
     replay.imposed(model, batch_of(1), record)
-  with pytest.raises(ValueError, match=r'\(8, 6\) there, \(4, 6\) here'):
-    half_batch = {name: value[:4] for name, value in batch.items()}
-    replay.imposed(model, half_batch, record)
   one_layer = record._replace(layers={1: record.layers[1]})
   with pytest.raises(ValueError, match=r"layers \{'': \[1\]\}.* are \{'': \["):
     replay.imposed(model, batch, one_layer)
-  with pytest.raises(ValueError, match=r'the layers \{\}, by the sequence'):
-    replay.arrays(model, [])
   with pytest.raises(ValueError, match='layer 1: the record has'):
     small_model = model_of('batch_priority', num_experts=2)
     replay.imposed(small_model, batch, record)
-
-
-def test_a_router_says_whether_it_takes_choices():
-  for name in ROUTERS:
-    assert model_of(name).stacks.moe.replays() is None
   with pytest.raises(ValueError, match="replay='x': Hierarchical makes its"):
     tiny.moe_options(router=Hierarchical(), replay='x')

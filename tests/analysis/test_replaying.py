@@ -13,15 +13,16 @@ from moe_jax import run_config
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import Traces, header_of
 from moe_jax.analysis.replay import Replaying
-from moe_jax.analysis.traces import LayerChoices, Record
+from moe_jax.analysis.traces import Record
 from moe_jax.config import OptionError
 from moe_jax.models.base import REPLAYED
 from moe_jax.runs import metrics
 from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.setup import Hook, set_up
+from moe_jax.training.setup import set_up
+from tests.analysis.random_choices import random_choices
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
-from tests.training.test_loop import SigtermAt
+from tests.training.hooks import SigtermAt
 
 TIGHT = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
 # Half of the choices are dropped, and the router has noise.
@@ -117,35 +118,6 @@ def test_devices_and_microbatches_replay_the_same_choices(recorded, tmp_path):
       assert new_row.get(name) == recorded_row.get(name)
 
 
-def started(folder, trace, step, **overrides):
-  """A run with its step, which is another one, replayed."""
-  options = run_config.read(config(trace, **overrides))
-  run = set_up(options, folder, devices=jax.devices()[:1])
-  hook = Replaying()
-  hook.check(run)
-  return hook.start(dataclasses.replace(run, train_step=step))
-
-
-def noting(batches):
-  """A step that takes down its batches."""
-  metrics = types.SimpleNamespace(sums=SUMS, _replace=lambda sums: sums)
-  return lambda state, batch: (batches.append(batch), metrics)
-
-
-def random_records(run, steps):
-  """Records of steps of a run's own batches, with arbitrary choices."""
-  rng = np.random.default_rng(0)
-  layers = header_of(run).layers
-  for step, batch in enumerate(itertools.islice(run.batches(0), steps)):
-    ids = [np.asarray(batch[k]) for k in ('tokens', 'positions', 'segment_ids')]
-    shape = ids[0].shape
-    expert = rng.integers(0, 4, (*shape, 1)) + np.arange(2)
-    expert = np.where(ids[2][..., None] > 0, expert % 4, -1).astype(np.int32)
-    kept = (rng.random(expert.shape) < 0.3) & (expert >= 0)
-    choices = LayerChoices(expert, kept.astype(np.float32), kept)
-    yield Record('train', step, 0, *ids, dict.fromkeys(layers, choices))
-
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A run that is set up, for its batches and its header."""
@@ -154,40 +126,33 @@ def run(tmp_path_factory):
   return set_up(options, folder, devices=jax.devices()[:1])
 
 
-def test_batches_get_the_records_of_their_steps(run, tmp_path):
-  records = list(random_records(run, 3))
-  traces.write(tmp_path / 'trace', header_of(run), records)
+def test_batches_get_the_records_of_their_steps_alone(run, tmp_path):
+  rng, header, records = np.random.default_rng(0), header_of(run), []
+  for step, batch in enumerate(itertools.islice(run.batches(0), 3)):
+    ids = [np.array(batch[k]) for k in ('tokens', 'positions', 'segment_ids')]
+    choices = random_choices(rng, header.layers[1], ids[2] > 0)
+    records.append(Record('train', step, 0, *ids, {1: choices}))
+  records[2].tokens[-1, -1] ^= 1  # another token than the batch has
+  traces.write(tmp_path / 'trace', header, records)
+  # The step, which is another one, takes down its batches.
   batches = []
-  new_run = started(
-    tmp_path / 'new', tmp_path / 'trace', noting(batches), total_steps=3
+  metrics = types.SimpleNamespace(sums=SUMS, _replace=lambda sums: sums)
+  options = run_config.read(config(tmp_path / 'trace', total_steps=3))
+  new_run = dataclasses.replace(
+    set_up(options, tmp_path / 'new', devices=jax.devices()[:1]),
+    train_step=lambda state, batch: (batches.append(batch), metrics),
   )
+  hook = Replaying()
+  hook.check(new_run)
+  new_run = hook.start(new_run)
   state = new_run.programs.abstract_state.replace(step=1)
-  for batch in itertools.islice(new_run.batches(1), 2):
-    new_run.train_step(state, batch)
-  for batch, record in zip(batches, records[1:], strict=True):
-    for key, name in zip(REPLAYED, ('expert', 'kept'), strict=True):
-      expected = np.stack([getattr(x, name) for x in record.layers.values()], 2)
-      np.testing.assert_array_equal(batch[key], expected)
-
-
-@pytest.mark.parametrize(
-  'step', [0, pytest.param(1, marks=pytest.mark.slow), 2]
-)
-def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, step):
-  records = list(random_records(run, 3))
-  tokens = records[step].tokens.copy()
-  tokens[-1, -1] ^= 1
-  records[step] = records[step]._replace(tokens=tokens)
-  traces.write(tmp_path / 'trace', header_of(run), records)
-  batches = []
-  new_run = started(
-    tmp_path / 'new', tmp_path / 'trace', noting(batches), total_steps=3
-  )
-  state = new_run.programs.abstract_state.replace(step=0)
-  with pytest.raises(ValueError, match=f'after {step} steps is another one'):
-    for batch in new_run.batches(0):
+  with pytest.raises(ValueError, match='after 2 steps is another one'):
+    for batch in new_run.batches(1):
       new_run.train_step(state, batch)
-  assert len(batches) == step
+  (batch,) = batches
+  layer = records[1].layers[1]
+  for key, expected in zip(REPLAYED, (layer.expert, layer.kept), strict=True):
+    np.testing.assert_array_equal(batch[key], expected[:, :, None])
 
 
 def test_a_foreign_trace_is_refused_with_all_that_differs(run, tmp_path):
@@ -196,44 +161,27 @@ def test_a_foreign_trace_is_refused_with_all_that_differs(run, tmp_path):
     header.layers[1], num_experts=8, num_selected=1, group_size=4, capacity=99
   )
   header = dataclasses.replace(
-    header,
-    layers={1: foreign_layer, 3: foreign_layer},
-    batch_size=5,
-    seq_len=10,
-    data_digest='x',
-    seed=7,
+    header, layers={1: foreign_layer, 3: foreign_layer}, seq_len=10, seed=7
   )
   traces.write(tmp_path / 'trace', header, [])
   with pytest.raises(ValueError, match='does not fit') as error:
     train(tmp_path / 'new', trace=tmp_path / 'trace')
   lines = str(error.value).split('\n')
-  assert lines[0].startswith(f"model.moe.replay='{tmp_path}")
   assert [line.split(': ')[:-1][-1] for line in lines[1:-1]] == [
-    'batch_size', 'seq_len', 'data_digest', 'seed', 'sparse layers',
+    'seq_len', 'seed', 'sparse layers',
     'num_experts', 'num_selected', 'group_size', 'capacity',
   ]  # fmt: skip
-  assert lines[1] == 'batch_size: 5 there, 8 here'
   assert lines[-1].startswith('6 of 6 steps have no record')
   assert not (tmp_path / 'new').exists()
 
 
-def test_what_cannot_be_replayed_is_refused_by_name(tmp_path):
-  class Other(Hook):
-    pass
-
-  with pytest.raises(ValueError, match=r"\['model.moe.replay'\].*no effect"):
-    train_and_evaluate(
-      run_config.read(config('some/trace')), tmp_path, hooks=[Other()]
-    )
-  with pytest.raises(ValueError, match='has no trace'):
-    train(tmp_path, trace=tmp_path / 'nothing')
-  for overrides, message in (
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
     ({'moe': {'force_balance': 'random'}}, "force_balance='random' with repla"),
     ({'distill': {'teacher': 'x'}}, 'would be given the same choices'),
-    (
-      {'moe': {'router': {'kind': 'strictly_balanced'}}},
-      "replay='t': StrictlyBalanced makes its own choices",
-    ),
-  ):
-    with pytest.raises(OptionError, match=message):
-      run_config.read(config('t', **overrides))
+  ],
+)
+def test_what_cannot_be_replayed_is_refused(overrides, message):
+  with pytest.raises(OptionError, match=message):
+    run_config.read(config('t', **overrides))

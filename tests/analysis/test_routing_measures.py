@@ -9,24 +9,18 @@ import pytest
 
 from moe_jax.analysis import routing_measures as measures
 from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
+from tests.analysis.random_choices import random_choices
 
 RNG = np.random.default_rng(0)
 B, T, V, E, K = 3, 20, 11, 5, 2
 
 
+LAYERS = {1: LayerInfo(E, K), 4: LayerInfo(E + 2, K)}
+
+
 def make_header(**changes):
-  layers = {1: LayerInfo(E, K), 4: LayerInfo(E + 2, K)}
-  fields = {'layers': layers, 'vocab_size': V, 'seq_len': T}
+  fields = {'layers': LAYERS, 'vocab_size': V, 'seq_len': T}
   return Header(**fields | {'sources': ('code', 'prose')} | changes)
-
-
-def random_choices(rng, num_experts, real):
-  """Random choices without an expert twice, some of them dropped."""
-  expert = np.argsort(rng.random((*real.shape, num_experts)), -1)[..., :K]
-  expert = np.where(real[..., None], expert, -1).astype(np.int32)
-  kept = (rng.random(expert.shape) < 0.7) & (expert >= 0)
-  gate = np.where(kept, rng.random(expert.shape), 0).astype(np.float32)
-  return LayerChoices(expert, gate, kept)
 
 
 def make_record(step=0, **changes):
@@ -38,7 +32,7 @@ def make_record(step=0, **changes):
   sources = (documents == 2).astype(np.int32)
   tokens = rng.integers(0, V, (B, T)).astype(np.int32)
   layers = {
-    n: random_choices(rng, e, documents > 0) for n, e in ((1, E), (4, E + 2))
+    n: random_choices(rng, info, documents > 0) for n, info in LAYERS.items()
   }
   batch = tokens, positions.astype(np.int32), documents
   base_record = Record('train', step, 0, *batch, layers, sources)
@@ -136,11 +130,6 @@ def test_repeats_and_drops_of_a_loop():
   assert unserved == pytest.approx((~kept.any(-1)[real]).mean())
 
 
-def test_parts_of_a_row():
-  columns = np.array([0, 2, 3, 9, 12])
-  assert measures.parts_of(columns, 10, 3).tolist() == [0, 0, 0, 2, 2]
-
-
 def test_experts_that_choose():
   # Token 0 is chosen by experts 3 and 1, whose gate is smaller. Token 1 is
   # chosen by none, token 2 by expert 0, and in another batch by one alone.
@@ -171,9 +160,6 @@ def test_entropies():
   assert math.isnan(measures.load_evenness(np.array([3])))
   logits = np.array([[0, 0, 0, 0], [0, 0, -np.inf, -np.inf]], np.float32)
   assert measures.router_evenness(logits) == pytest.approx(0.75)
-  assert math.isnan(measures.router_evenness(None))
-  assert measures.entropy(np.array([0, 3, 0])) == 0
-  assert measures.entropy(np.array([2, 2, 0])) == pytest.approx(math.log(2))
 
 
 def test_information_by_hand():
@@ -187,16 +173,6 @@ def test_information_by_hand():
   assert information.entropy == pytest.approx(entropy)
   assert information.accuracy == information.base_rate == 0.75
   assert (information.choices, information.labels) == (4, 2)
-
-
-def test_information_is_that_of_a_loop():
-  table = RNG.integers(0, 5, (7, 4))
-  total, mutual = table.sum(), 0.0
-  for i, j in itertools.product(range(7), range(4)):
-    if table[i, j]:
-      ratio = table[i, j] * total / (table[i].sum() * table[:, j].sum())
-      mutual += table[i, j] / total * math.log(ratio)
-  assert measures.mutual_information(table) == pytest.approx(mutual)
 
 
 def test_independent_labels_say_nothing():
@@ -222,16 +198,12 @@ def test_labels_that_determine_the_expert():
   assert singles.mutual == pytest.approx(singles.entropy)
   assert singles.net == pytest.approx(0, abs=1e-12)
   assert math.isnan(singles.adjusted)
+  # A single choice is told by nothing.
+  assert measures.information(np.ones((1, 1), int), RNG).net == 0
   # Adjusted, few choices of labels that determine the expert still say all.
   few_choices = measures.information(3 * np.sign(table), RNG)
   assert few_choices.fraction < 0.8
   assert few_choices.adjusted == pytest.approx(1)
-
-
-@pytest.mark.parametrize('table', [np.zeros((3, 4), int), np.ones((1, 1), int)])
-def test_information_of_nothing(table):
-  information = measures.information(table, RNG)
-  assert information.net == information.deviation == 0
 
 
 def test_labels_of_documents_are_shuffled_as_documents():
@@ -269,32 +241,18 @@ def test_what_is_told_by_each_label_and_by_the_layer_before():
   assert 'source' not in measures.specialisation(layers)
 
 
-def test_no_records():
-  with pytest.raises(ValueError, match='no records'):
-    measures.layers_of(make_header(), [])
-
-
 def test_pairs_by_chance():
-  # With even loads all pairs are equally likely.
-  even = 6 * (1 - np.eye(4, dtype=int))
-  np.testing.assert_allclose(measures.expected_pairs(even), even)
   # Pairs with counts w_a w_b stay as they are, however uneven.
   weight = np.array([1, 2, 3, 4])
   pairs = np.outer(weight, weight)
   np.fill_diagonal(pairs, 0)
-  expected = measures.expected_pairs(pairs)
-  np.testing.assert_allclose(expected, pairs, rtol=1e-6)
+  np.testing.assert_allclose(measures.expected_pairs(pairs), pairs, rtol=1e-6)
   # Pairs that avoid each other keep their sums, but not their places.
   split = np.zeros((5, 5), int)
   split[0, 1] = split[1, 0] = split[2, 3] = split[3, 2] = 9
   expected = measures.expected_pairs(split)
   np.testing.assert_allclose(expected.sum(1), split.sum(1))
   np.testing.assert_allclose(expected[0, 1:4], 3)
-  # An expert may be in every pair.
-  star = np.zeros((4, 4), int)
-  star[0, 1:] = star[1:, 0] = [5, 2, 1]
-  expected = measures.expected_pairs(star)
-  np.testing.assert_allclose(expected.sum(1), star.sum(1), rtol=0.02)
 
 
 def test_repeats_of_mixtral():
@@ -302,9 +260,6 @@ def test_repeats_of_mixtral():
   first, common = measures.uniform_repeats(8, 2)
   assert first == 0.125
   assert common == pytest.approx(0.464, abs=5e-4)
-  sets = [*itertools.combinations(range(6), 3)]
-  overlaps = [bool({*a} & {*b}) for a, b in itertools.product(sets, sets)]
-  assert measures.uniform_repeats(6, 3)[1] == pytest.approx(np.mean(overlaps))
 
 
 def test_churn_by_hand():
@@ -328,10 +283,6 @@ def test_churn_by_hand():
 def test_other_tokens_are_not_compared():
   record, other_record = make_record(0), make_record(5)
   assert measures.churn([record], [record]) == {1: 0, 4: 0}
-  for others in (
-    [other_record],
-    [record, record._replace(batch=1)],
-    [record._replace(batch=2)],
-  ):
+  for others in ([other_record], [record, record._replace(batch=1)]):
     with pytest.raises(ValueError, match='cannot be compared'):
       measures.churn([record], others)

@@ -22,89 +22,6 @@ def test_two_copies_of_four_experts_on_eight_devices():
   assert sharded.holders(kernels, 0)[1].all()
 
 
-def test_one_device_holds_all():
-  devices, holds = sharded.holders(jax.numpy.zeros((2, 6)), 1)
-  assert devices == jax.devices()[:1]
-  np.testing.assert_array_equal(holds, np.ones((1, 6), bool))
-
-
-# A program with a loop whose body runs a fusion and a copy without a name, a
-# small loop inside a called computation, and a product at the top level.
-TEXT = """HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
-
-%fused (p: f32[4]) -> f32[4] {
-  %p = f32[4]{0} parameter(0)
-  ROOT %add.1 = f32[4]{0} add(%p, %p), metadata={op_name="jit(step)/experts/add"}
-}
-
-%body (arg: (f32[4])) -> (f32[4]) {
-  %arg = (f32[4]{0}) parameter(0)
-  %item = f32[4]{0} get-tuple-element(%arg), index=0
-  %copy.1 = f32[4]{0} copy(%item)
-  %fusion.1 = f32[4]{0} fusion(%copy.1), kind=kLoop, calls=%fused
-  ROOT %tuple.1 = (f32[4]{0}) tuple(%fusion.1)
-}
-
-%cond (arg.2: (f32[4])) -> pred[] {
-  %arg.2 = (f32[4]{0}) parameter(0)
-  ROOT %less = pred[] constant(true)
-}
-
-%small (arg.3: (f32[4])) -> (f32[4]) {
-  %arg.3 = (f32[4]{0}) parameter(0)
-  ROOT %while.2 = (f32[4]{0}) while(%arg.3), condition=%cond, body=%body
-}
-
-ENTRY %main (x: f32[4]) -> f32[4] {
-  %x = f32[4]{0} parameter(0)
-  %tuple.2 = (f32[4]{0}) tuple(%x)
-  %while.1 = (f32[4]{0}) while(%tuple.2), condition=%cond, body=%body, metadata={op_name="jit(step)/moe/while"}
-  %call.1 = (f32[4]{0}) call(%tuple.2), to_apply=%small, metadata={op_name="jit(step)/router/while"}
-  ROOT %dot.1 = f32[4]{0} dot(%x, %x), metadata={op_name="jit(step)/dot_general"}
-}
-"""  # noqa: E501
-PROGRAM = sharded.parse(TEXT)
-
-
-def test_instructions_have_names_operands_and_computations():
-  assert len(PROGRAM) == 16
-  fusion = PROGRAM['fusion.1']
-  assert fusion.computation == 'body'
-  assert fusion.operands == ('copy.1',)
-  assert fusion.calls == ('fused',)
-  assert PROGRAM['while.1'].calls == ('cond', 'body')
-
-
-def test_branches_are_calls():
-  line = (
-    '  %c = f32[] conditional(%i, %a, %b), branch_computations={%one, %two}, '
-    'metadata={op_name="cond"}'
-  )
-  program = sharded.parse(f'ENTRY %main (i: s32[]) -> f32[] {{\n{line}\n}}')
-  assert program['c'].calls == ('one', 'two')
-  assert program['c'].operands == ('i', 'a', 'b')
-
-
-@pytest.fixture(scope='module')
-def looped():
-  @jax.jit
-  def function(x, w):
-    with jax.named_scope('router'):
-      x = jnp.sin(x @ w)
-    with jax.named_scope('experts'):
-      return jax.lax.fori_loop(0, x.shape[0], lambda i, y: y @ w + i, x)
-
-  x, w = jnp.ones((6, 5)), jnp.ones((5, 5))
-  return function.lower(x, w).compile()
-
-
-def test_a_real_program_is_read_whole(looped):
-  text = looped.as_text()
-  program = sharded.parse(text)
-  assert len(program) == sum(' = ' in line for line in text.splitlines())
-  assert any(instruction.calls for instruction in program.values())
-
-
 # A program of four devices. It has a loop of 5 rounds whose trip count the
 # compiler annotates, and in it a loop of 3 rounds whose end only its condition
 # tells, as TPUs write it.
@@ -178,14 +95,31 @@ def test_loops_count_as_often_as_they_run():
     'reduce-scatter': 1,
   }
 
+  # Bytes are those of a ring: an all-reduce makes two passes, each of half.
+  assert {kind: t.num_bytes for kind, t in traffic.by_kind.items()} == {
+    'all-gather': 3 * 32,
+    'all-reduce': 6 * 32,
+    'collective-permute': 18 * 32,
+    'reduce-scatter': 16,
+  }
 
-def test_bytes_are_those_of_a_ring():
-  by_kind = sharded.read_collectives(LOOPS).by_kind
-  assert by_kind['all-gather'] == Traffic(1, 3 * 32)
-  # An all-reduce makes two passes, each of half the bytes.
-  assert by_kind['all-reduce'].num_bytes == 6 * 32
-  assert by_kind['collective-permute'].num_bytes == 18 * 32
-  assert by_kind['reduce-scatter'].num_bytes == 16
+
+def test_every_branch_of_a_conditional_counts():
+  text = """
+%one (a: f32[6]) -> f32[6] {
+  %a = f32[6] parameter(0)
+  ROOT %moved = f32[6] collective-permute(%a), source_target_pairs={{0,1}}
+}
+%body (s: f32[6]) -> f32[6] {
+  %s = f32[6] parameter(0)
+  ROOT %c = f32[6] conditional(%i, %s, %s), branch_computations={%none, %one}
+}
+ENTRY %main (x: f32[6]) -> f32[6] {
+  ROOT %w = f32[6] while(%x), condition=%go, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""  # noqa: E501
+  by_kind = sharded.read_collectives(text).by_kind
+  assert by_kind == {'collective-permute': Traffic(3, 3 * 24)}
 
 
 def test_a_ragged_exchange_sends_at_most_what_all_devices_have():
@@ -247,8 +181,7 @@ def test_bytes_of_a_type(type_, num_bytes):
   assert permute_traffic.num_bytes == num_bytes
 
 
-@pytest.mark.parametrize('unroll', [1, 3])
-def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
+def test_a_real_loop_counts_as_often_as_it_runs():
   mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
   split = NamedSharding(mesh, PartitionSpec('x'))
 
@@ -258,7 +191,7 @@ def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
     return jnp.tanh(y - y.mean(0, keepdims=True)), None
 
   def f(x, w):
-    return jax.lax.scan(body, x, w, unroll=unroll)[0]
+    return jax.lax.scan(body, x, w)[0]
 
   x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
   w = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import traces
-from moe_jax.analysis.traces import (
-  Header,
-  LayerChoices,
-  LayerInfo,
-  Record,
-)
+from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 
 B, T, E, K = 3, 5, 7, 2
 LAYERS = {1: LayerInfo(E, K, 4, T), 4: LayerInfo(300, 1, by_expert=True)}
@@ -65,12 +60,7 @@ def assert_equal(read, written):
 
 
 def test_records_are_read_as_written(tmp_path):
-  records = [
-    make(0),
-    make(1),
-    make(1, 'validation', 0),
-    make(1, 'validation', 1),
-  ]
+  records = [make(0), make(1), *(make(1, 'validation', i) for i in range(2))]
   traces.write(tmp_path / 'trace', HEADER, records)
   trace = traces.read(tmp_path / 'trace')
   assert trace.header == HEADER
@@ -80,20 +70,8 @@ def test_records_are_read_as_written(tmp_path):
   for read, written in zip(trace.records(), records, strict=True):
     assert_equal(read, written)
   assert [r.step for r in trace.records('train', range(1, 9))] == [1]
-  with pytest.raises(ValueError, match=r"unknown kind 'valid'; have \['train'"):
-    next(trace.records('valid'))
   with pytest.raises(ValueError, match='is there already'):
     traces.write(tmp_path / 'trace', HEADER, records)
-
-
-def test_float32_loses_nothing(tmp_path):
-  header = dataclasses.replace(HEADER, dtype='float32')
-  traces.write(tmp_path, header, [make()])
-  (record,) = traces.read(tmp_path).records()
-  for name in ('gate', 'logits'):
-    np.testing.assert_array_equal(
-      getattr(record.layers[1], name), getattr(make().layers[1], name)
-    )
 
 
 def test_three_lines_of_numpy_read_it(tmp_path):
@@ -133,10 +111,8 @@ def test_a_run_that_goes_on_replaces_its_later_steps(tmp_path):
   [
     lambda b: b[: (i := b.index(b'NUMPY') + 130)] + b'!' + b[i + 1 :],
     lambda b: b[:-9],
-    lambda b: b'nothing',
-    lambda b: b'',
   ],
-  ids=['damaged', 'truncated', 'no array', 'empty'],
+  ids=['damaged', 'truncated'],
 )
 def test_a_bad_file_is_refused(tmp_path, damage):
   traces.write(tmp_path, HEADER, map(make, range(3)))
@@ -158,9 +134,7 @@ def test_another_trace_is_refused_with_what_differs(tmp_path):
   assert 'note' not in str(error.value)
 
 
-def test_a_folder_without_a_trace_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='has no trace'):
-    traces.read(tmp_path)
+def test_a_trace_of_another_format_is_refused(tmp_path):
   (tmp_path / 'header.json').write_text('{"format": 1}')
   with pytest.raises(ValueError, match='a trace of format 1; this version'):
     traces.read(tmp_path)

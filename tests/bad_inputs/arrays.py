@@ -60,21 +60,6 @@ ROUTING = [
   case('other mask', '(2, 6) | (2, 7', token_choice, mask=MASK[:, 1:]),
   case('mask of floats', 'float32 | bool', token_choice, mask=GATE[..., 0]),
   case('half a slot', 'capacity=1.5', token_choice, capacity=1.5),
-  case('a true slot', 'capacity=True', token_choice, capacity=True),
-  case(
-    'more experts than there are',
-    'num_selected=6 | num_experts=5',
-    token_choice,
-    num_selected=6,
-  ),
-  case(
-    'more slots than tokens',
-    'capacity=8 | group_size=7',
-    routing.expert_choice,
-    LOGITS,
-    capacity=8,
-    mask=MASK,
-  ),
   case(
     'thresholds of other experts',
     '(4,)',
@@ -277,7 +262,6 @@ LAYERS = [
     ('mask of other rows', '(1, 7) | (2, 7, 8)', moe(), X, MASK[:1]),
     ('ids for a mask', 'token_mask | int32 | bool', moe(), X, IDS),
     ('no ids to hash', 'TokenInfo(tokens=..., ', HASHED, X),
-    ('group size', 'group_size=4 | seq_len=7', moe(group_size=4), X),
     ('ids of other tokens', '(2, 6) | (2, 7, 8)', LSTM, X, IDS[:, 1:]),
     (
       'segments of other rows',
@@ -361,13 +345,8 @@ MODELS = [
   )
 ] + [
   case(
-    'a pattern too long',
-    "'every 9' | num_layers=4",
-    sparse_pattern,
-    'every 9',
-    4,
+    'no sparse layer', "'every 9' | num_layers=4", sparse_pattern, 'every 9', 4
   ),
-  case('an unknown pattern', "'odd' | 'every N'", sparse_pattern, 'odd', 4),
   *(
     case(
       f'no room for {name}={value}',
@@ -396,6 +375,8 @@ def shard(axes, shape=None):
 SHARDING = [
   case('mesh of 3', 'multiply to 3 | 4 devices', mesh, fsdp=3),
   case('an unknown axis', "'dta' | 'data'", mesh, dta=2),
+  case('a rest of 4 in 3', 'does not fit 4 devices', mesh, data=3, fsdp=-1),
+  case('a misspelled axis', "axis of w 'embd'; did", shard, ('embd',)),
   case('no devices', '0 devices', mesh, count=0, data=-1),
   case('two free axes', 'fsdp=-1 | data=-1', MeshOptions, data=-1, fsdp=-1),
   case('twice', "mlp='tensor,tensor'", ShardingOptions, mlp='tensor,tensor'),

@@ -3,12 +3,10 @@
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import struct
 
 import numpy as np
-from etils import epath
 from safetensors.numpy import save_file
 
 from moe_jax import interop
@@ -25,9 +23,7 @@ from moe_jax.interop import import_run, verifying
 from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.interop.verifying import read_npz
 from moe_jax.run_config import RunConfig
-from moe_jax.runs import manifest, metrics, workdir
-from moe_jax.runs.manifest import BadCheckpoint
-from moe_jax.runs.ownership import OWNER, owned
+from moe_jax.runs import metrics, workdir
 from moe_jax.training import trained
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import REPORTED, Case, frozen
@@ -194,7 +190,6 @@ TOKENIZERS = [
       lambda folder: tokenizers.load(folder / 'saved.json'),
     )
     for content, phrases in (
-      ({'kind': 'os:system'}, "unknown tokenizer kind 'os:system'"),
       ({'kind': 'json', 'model': 3}, 'no saved tokenizer'),
       ({**JSON, 'special': {**SPECIAL, 'bos': 11}}, 'bos_token_id=11'),
       (EXTENDED * 700 + '{"kind": "bytes"}' + '}' * 700, 'recursion'),
@@ -345,7 +340,6 @@ IMPORTS = [
     f'{GATE}: 2 values | lm_head.weight: 2 values | allow_nonfinite=True',
     fill(np.nan, GATE, 'lm_head.weight'),
   ),
-  weights('missing', f'missing: {GATE} [3, 8]', lambda h: h.pop(GATE)),
   weights(
     'a name that writes to the terminal',
     "has a tensor with the name 'x\\n\\x1b[31m'",
@@ -391,16 +385,6 @@ UNREADABLE = {
   'another format': sealed({**GOOD, 'format': 2}),
   'no files': sealed({k: v for k, v in GOOD.items() if k != 'files'}),
 }
-MANIFESTS = [
-  a_file(
-    manifest.NAME,
-    content,
-    'manifest',
-    lambda folder: manifest.read(epath.Path(folder)),
-    errors=(BadCheckpoint,),
-  )
-  for content in UNREADABLE.values()
-]
 
 
 @functools.cache
@@ -421,38 +405,11 @@ def edited(**changes) -> str:
   return json.dumps(config().to_dict() | changes)
 
 
-def owning(name):
-  def call(folder):
-    (folder / 'file').touch()
-    with owned([name.format(frozen(folder))]):
-      pass
-
-  return call
-
-
-def owned_twice(folder):
-  with owned([folder]), owned([folder]):
-    pass
-
-
-def owner_replaced(text):
-  def call(folder):
-    try:
-      with owned([folder]) as confirm:
-        (folder / OWNER).write_text(text)
-        confirm()
-    finally:
-      (folder / OWNER).unlink(missing_ok=True)
-
-  return call
-
-
 def a_file_for_a_folder(folder: pathlib.Path):
   (folder / 'run').write_text('a file')
   trained.read(frozen(folder) / 'run')
 
 
-OTHER = json.dumps(dict(id='x', host='elsewhere', pid=7, since='Monday'))
 WORKDIRS = [
   *(
     a_file(
@@ -488,28 +445,11 @@ WORKDIRS = [
       ('~nobody_has_this_name/run', 'home directory'),
     )
   ),
-  *(
-    Case(f'owned {name[:20]!a}', owning(name), (*phrases.split(' | '),))
-    for name, phrases in (
-      ('{}/zero\0zero', 'cannot be made | embedded null'),
-      ('gs://bucket/run', 'gs://bucket/run cannot be made | gcsfs'),
-    )
-  ),
-  Case('in use', owned_twice, ('is in use by', f'process {os.getpid()} on ')),
-  Case(
-    'taken over',
-    owner_replaced(OTHER),
-    ('now belongs to process 7 on elsewhere since Monday',),
-  ),
-  Case('damaged owner', owner_replaced(DEEP), ('owner.json is gone',)),
-  *(
-    a_file(
-      metrics.FILE_NAME,
-      b'{"step": 1, "a": 0.5}\n' + raw(line) + b'\n{"step": 2}\n',
-      'metrics.jsonl | line 2 is not a row of metrics',
-      lambda folder: metrics.read_metrics(folder / metrics.FILE_NAME),
-    )
-    for line in ('hello', '{"step": 1.5}')
+  a_file(
+    metrics.FILE_NAME,
+    '{"step": 1}\n{"step": 1.5}\n{"step": 2}\n',
+    'metrics.jsonl | line 2 is not a row of metrics',
+    lambda folder: metrics.read_metrics(folder / metrics.FILE_NAME),
   ),
 ]
-CASES = [*DATA, *TOKENIZERS, *TEMPLATES, *IMPORTS, *MANIFESTS, *WORKDIRS]
+CASES = [*DATA, *TOKENIZERS, *TEMPLATES, *IMPORTS, *WORKDIRS]

@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 from moe_jax import interop
 from moe_jax.interop.checkpoint_folder import ARCHITECTURES, open_checkpoint
 from moe_jax.interop.config_keys import Number
-from moe_jax.interop.tensor_files import TensorFiles
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import Case, check, frozen
 
@@ -87,14 +86,3 @@ def test_files_larger_than_memory_are_not_read(tmp_path):
     os.truncate(file.fileno(), 2**40)  # it takes no room on the disk
   with pytest.raises(ValueError, match=r'has 1099511627776 bytes, at most'):
     open_checkpoint(tmp_path)
-
-
-def test_messages_on_very_many_tensors_are_short(tmp_path):
-  checkpoints.write(tmp_path)
-  save_file(
-    {f't{i}': np.zeros(1) for i in range(3000)}, tmp_path / checkpoints.WEIGHTS
-  )
-  with pytest.raises(ValueError, match=r'and \d+ more') as error:
-    interop.load(tmp_path)
-  assert len(str(error.value).splitlines()) < 120
-  assert TensorFiles(tmp_path).num_values == 3000

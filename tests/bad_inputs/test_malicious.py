@@ -221,17 +221,6 @@ def test_refused(case, tmp_path, monkeypatch):
   assert not (tmp_path / 'ran').exists()
 
 
-def test_a_saved_tokenizer_imports_no_module(tmp_path, monkeypatch):
-  monkeypatch.syspath_prepend(str(tmp_path))
-  (tmp_path / 'moe_jax_canary.py').write_text(MODULE.format(f'{tmp_path}/ran'))
-  path = tmp_path / 'tokenizer.json'
-  for kind in ('moe_jax_canary:Counting', 'os:system'):
-    path.write_text(json.dumps({'kind': kind}))
-    with pytest.raises(ValueError, match='unknown tokenizer kind'):
-      tokenizers.load(path)
-  assert not (tmp_path / 'ran').exists()
-
-
 def test_the_hub_may_link_to_its_blobs(tmp_path):
   repository = tmp_path / 'models--who--what'
   blobs = checkpoint(repository / 'blobs')

@@ -18,7 +18,6 @@ from moe_jax.data import prepare
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
 from moe_jax.runs.ownership import OWNER
-from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import trained
 from tests.bad_inputs.cases import (
   REPORTED,
@@ -122,23 +121,6 @@ def test_owners_that_are_dead_do_not_make_a_directory_anothers(tmp_path):
   (directory / OWNER).touch()
   options = tiny.options(checkpoint={'directory': os.fspath(directory)})
   workdir.check(tmp_path / 'run', section_of(options))
-
-
-def test_metrics_cut_anywhere_are_read_up_to_there(tmp_path):
-  lines = ['{"step": 1, "a": [1, "NaN"]}', '{"step": 2, "b": -0.5}']
-  whole = '\n'.join(lines).encode() + b'\n'
-  path = tmp_path / metrics.FILE_NAME
-  for size in range(len(whole) + 1):
-    path.write_bytes(whole[:size])
-    steps = [row['step'] for row in metrics.read_metrics(path)]
-    line_ends = [len(lines[0]), len(whole) - 1]
-    assert steps == [i + 1 for i, end in enumerate(line_ends) if size >= end]
-
-
-def test_a_url_stays_a_url():
-  # A bucket's directory must not become a local folder named 'gs:'.
-  assert os.fspath(storage_path('gs://bucket/run')) == 'gs://bucket/run'
-  assert storage_path('a/../b').is_absolute()
 
 
 JSON = st.recursive(

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.compression import __main__ as command
 from moe_jax.compression import calibration, whole_run
 from moe_jax.data import tokenizers
 from moe_jax.layers.experts import SCOPE
+from moe_jax.layers.routers import ExpertChoice
 from moe_jax.routing import token_choice
+from tests.compression import sparse_runs
+from tests.compression.sparse_runs import E, K, M
 from tests.generation import folders
 from tests.training import tiny
 
@@ -62,29 +64,10 @@ def test_batches_are_of_training_with_the_same_tokens(run):
   np.testing.assert_array_equal(
     calibration.batches(run, 1)[0]['tokens'], first['tokens']
   )
-  with pytest.raises(ValueError, match='num_batches=0 must be at least 1'):
-    calibration.batches(run, 0)
   tokenizer = tokenizers.Chars('abc')
   other_run = run._replace(options=run.options._replace(tokenizer=tokenizer))
   with pytest.raises(ValueError, match='was trained on tokens of'):
     calibration.batches(other_run, 1)
-
-
-def test_a_run_is_written_with_other_parameters(run, tmp_path):
-  params = jax.tree.map(lambda x: 2 * x, run.variables['params'])
-  written = whole_run.read(whole_run.write(run, tmp_path / 'new', params))
-  assert (written.step, written.options.model) == (0, run.options.model)
-  jax.tree.map(
-    np.testing.assert_array_equal, written.variables['params'], params
-  )
-  with pytest.raises(ValueError, match='is there already'):
-    whole_run.write(run, written.folder, params)
-
-
-def test_commands_refuse_what_no_command_takes(capsys):
-  with pytest.raises(SystemExit, match='1'):
-    command.main(['nothing'])
-  assert "'nothing'" in capsys.readouterr().err
 
 
 def test_special_tokens_do_not_count():
@@ -123,3 +106,68 @@ def test_an_expert_has_at_most_four_times_the_mean():
   assert rows.x[0, :18, 0].tolist() == list(range(5, 23))
   assert rows.x[1, :10, 0].tolist() == list(range(30, 40))
   assert tokens.without_tokens == [2, 3, 4, 5, 6, 7]
+
+
+def test_statistics_are_those_of_a_loop_over_tokens():
+  run = sparse_runs.run_of()
+  usage = sparse_runs.calibrated(run).usage
+  params = run.model.stacks.layer_trees(run.variables['params'])
+  expected = {
+    n: dict(
+      tokens=0,
+      choices=np.zeros(E),
+      gate=np.zeros(E),
+      gated_norm=np.zeros(E),
+      output=np.zeros((E, M)),
+    )
+    for n in (1, 2)
+  }
+  for batch in sparse_runs.BATCHES:
+    for n, inputs in calibration.capture(
+      run.model, run.variables, batch
+    ).items():
+      p = jax.tree.map(np.asarray, params[n]['moe']['experts'])
+      is_real = np.asarray(batch['segment_ids']) > 0
+      for token in np.argwhere(is_real):
+        x, sums = np.asarray(inputs.x)[tuple(token)], expected[n]
+        h = x @ p['w_in'] + p['b_in']
+        gated = x @ p['w_gate']
+        h *= gated / (1 + np.exp(-gated))
+        y = np.einsum('ef,efm->em', h, p['w_out']) + p['b_out']
+        sums['tokens'] += 1
+        sums['output'] += y
+        for k in range(K):
+          e = int(inputs.routing.expert_index[tuple(token)][k])
+          gate = float(inputs.routing.gate[tuple(token)][k])
+          sums['choices'][e] += 1
+          sums['gate'][e] += gate
+          sums['gated_norm'][e] += gate * np.linalg.norm(y[e])
+  for n, sums in expected.items():
+    for name, value in sums.items():
+      np.testing.assert_allclose(
+        getattr(usage[n], name), value, rtol=1e-4, atol=1e-4
+      )
+
+
+def test_scores_are_of_all_tokens_or_of_those_of_an_expert():
+  sums = calibration.Usage(
+    tokens=np.float64(10),
+    choices=np.array([8.0, 2, 0]),
+    gate=np.array([4.0, 1.5, 0]),
+    gated_norm=np.array([16.0, 12, 0]),
+    output=np.ones((3, 2)),
+  )
+  scores = {n: list(score(sums)) for n, score in calibration.SCORES.items()}
+  assert scores == {
+    'usage': [0.8, 0.2, 0],
+    'gate': [0.4, 0.15, 0],
+    'reap': [2, 6, 0],
+  }
+  assert sums.unused == [2]
+  np.testing.assert_allclose(sums.mean_output, 0.1)
+
+
+def test_experts_that_choose_tokens_are_refused():
+  run = sparse_runs.run_of(router=ExpertChoice())
+  with pytest.raises(ValueError, match='experts of layer 1 choose tokens'):
+    calibration.measure(run.model, run.variables, [])

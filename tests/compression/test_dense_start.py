@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import dense_start
-from moe_jax.compression.extract import as_one
-from moe_jax.layers.ffn import FeedForward, FfnLayer, FfnOptions
-from moe_jax.layers.shared import Shared
 from moe_jax.routing import Routing
 from tests.compression.test_distill import begin_run, config_of
 from tests.generation import folders
 from tests.training import tiny
 
-M, F, E = 4, 3, 5
+E = 5
 TEACHER = {
   'ffn': {'activation': 'swiglu'},
   'use_bias': True,
@@ -46,44 +43,6 @@ def test_experts_are_ranked_by_their_mean_gate():
   assert dense_start.rank(gates, tokens) == (4, 0, 2, 1, 3)
 
 
-def test_two_experts_of_hand_made_numbers():
-  experts = {
-    'w_in': jnp.array([[[1.0, 2.0]], [[5.0, 6.0]], [[3.0, 4.0]]]),  # [E, 1, 2]
-    'b_in': jnp.array([[1.0, 2.0], [5.0, 6.0], [3.0, 4.0]]),
-    'w_out': jnp.array([[[2.0], [4.0]], [[1.0], [1.0]], [[6.0], [8.0]]]),
-    'b_out': jnp.array([[2.0], [7.0], [4.0]]),
-  }
-  joined = as_one(experts, jnp.array([2, 0]), jnp.array([0.5, 0.5]))
-  np.testing.assert_array_equal(joined['w_in'], [[3, 4, 1, 2]])
-  np.testing.assert_array_equal(joined['b_in'], [3, 4, 1, 2])
-  np.testing.assert_array_equal(joined['w_out'], [[3], [4], [1], [2]])
-  np.testing.assert_array_equal(joined['b_out'], [3])
-
-
-def test_the_output_is_the_mean_of_the_experts():
-  activation = 'swiglu'
-  shared = Shared(use_bias=True)
-  layer = FfnLayer(FfnOptions(F, activation), shared)
-  shapes = layer.axes((E,), M)
-  sizes = {'expert': E, 'embed': M, 'expert_mlp': F}
-  rng = np.random.default_rng(0)
-  experts = {
-    name: jnp.asarray(rng.normal(size=[sizes[a] for a in axes]), jnp.float32)
-    for name, axes in shapes.items()
-  }
-  x = jnp.asarray(rng.normal(size=(7, M)), jnp.float32)
-  numbers = (3, 1, 4)
-  dense = as_one(experts, jnp.array(numbers), jnp.full(3, 1 / 3))
-  wide = FeedForward(FfnOptions(3 * F, activation), shared)
-  y = wide.apply({'params': dense}, x)
-  expert = FeedForward(FfnOptions(F, activation), shared)
-  expert_outputs = [
-    expert.apply({'params': {n: p[e] for n, p in experts.items()}}, x)
-    for e in numbers
-  ]
-  np.testing.assert_allclose(y, sum(expert_outputs) / 3, rtol=1e-5, atol=1e-5)
-
-
 # Both halves of an encoder-decoder are a sparse layer.
 PAIR = {
   'model': {'kind': 'encoder_decoder', 'num_layers': 1},
@@ -108,35 +67,22 @@ def with_even_routers(params):
 
 
 @pytest.mark.parametrize(
-  ('model', 'message'),
+  ('student', 'teacher', 'message'),
   [
-    ({'moe': {'num_experts': 0, 'num_selected': 8}}, 'width 160 of a feed-fo'),
-    ({'ffn': {'hidden': 24, 'activation': 'swiglu'}}, 'not dense'),
-    ({'moe': {'num_experts': 0}, 'ffn': {'activation': 'relu'}}, "'relu'"),
+    ({'moe': {'num_experts': 0, 'num_selected': 8}}, {}, 'width 160 of a feed'),
+    ({'moe': {'num_experts': 0}, 'ffn': {'activation': 'relu'}}, {}, "'relu'"),
+    # Experts that the teacher has merged are fewer than its columns.
     (
-      {'moe': {'num_experts': 0}, 'use_bias': False},
-      r"has \('swiglu', False, False\)",
-    ),
-    (
-      {
-        'moe': {'num_experts': 0},
-        'ffn': {'activation': 'swiglu', 'bias': 'all'},
-      },
-      r"'swiglu', True, False\), the student's .* has \('swiglu', True, True\)",
+      {'moe': {'num_experts': 0, 'num_selected': 3}},
+      {'retained': {'expert_of': '1: 0 1 1 0'}},
+      'not that of 1 to 2 experts of width',
     ),
   ],
 )
-def test_what_cannot_be_concatenated_is_refused(model, message):
-  options = (tiny.options(model=m) for m in ({**TEACHER, **model}, TEACHER))
+def test_what_cannot_be_concatenated_is_refused(student, teacher, message):
+  teacher = {**TEACHER, 'moe': TEACHER['moe'] | teacher}
+  options = (tiny.options(model=m) for m in ({**TEACHER, **student}, teacher))
   with pytest.raises(ValueError, match=message):
-    dense_start.best_experts(*map(tiny.model_of, options), {}, [])
-
-
-def test_experts_that_a_teacher_has_merged_are_not_concatenated():
-  merged = {'moe': TEACHER['moe'] | {'retained': {'expert_of': '1: 0 1 1 0'}}}
-  student = {'moe': {'num_experts': 0, 'num_selected': 3}}
-  options = (tiny.options(model={**TEACHER, **m}) for m in (student, merged))
-  with pytest.raises(ValueError, match='not that of 1 to 2 experts of width'):
     dense_start.best_experts(*map(tiny.model_of, options), {}, [])
 
 

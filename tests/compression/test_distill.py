@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import cli, models, run_config
-from moe_jax.compression import __main__ as command
+from moe_jax import models, run_config
 from moe_jax.compression import distill
-from moe_jax.config import OptionError, layered, merge
+from moe_jax.config import OptionError, merge
 from moe_jax.data import tokenizers
-from moe_jax.interop.import_run import import_run
-from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
 from moe_jax.training import loop, setup
 from tests.generation import folders
-from tests.interop import folders as interop_folders
+from tests.reference import softmax
 from tests.training import tiny
-from tests.training.test_loop import SigtermAt
+from tests.training.hooks import SigtermAt
 
 TEACHER = {'moe': {'num_experts': 4, 'num_selected': 2}}
 STUDENT = {'moe': {'num_experts': 0, 'num_selected': 2}}
@@ -62,12 +59,6 @@ def begin_run(config, workdir):
   return run, variables['params'], line
 
 
-def first_step(config, workdir, devices=1):
-  """The state and the metrics after one step, on the host."""
-  run, state, batch = start_run(config, workdir, devices)
-  return jax.device_get(run.train_step(state, batch))
-
-
 def train(config, workdir, *hooks):
   distilling = distill.Distilling()
   return loop.train_and_evaluate(
@@ -79,12 +70,7 @@ def train(config, workdir, *hooks):
   )
 
 
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
-
-
-MIX = {'hard_weight': 0.5, 'soft_weight': 0.5, 'temperature': 2.0}
+MIX = {'hard_weight': 0.25, 'soft_weight': 0.75, 'temperature': 2.0}
 LARGE = {'batch_size': 16, 'distil': MIX}
 
 
@@ -111,20 +97,11 @@ def test_the_step_has_the_loss_of_the_definition(teacher, one_step, tmp_path):
   for b, t in np.ndindex(*batch['tokens'].shape):
     w = float(batch['loss_weights'][b, t])
     student, sparse = (o[b, t] for o in outputs)
-    hard = -log_softmax(student)[int(batch['targets'][b, t])]
-    soft = -(softmax(sparse / 2) * log_softmax(student / 2)).sum()
-    nats += w * (0.5 * hard + 0.5 * 2**2 * soft)
+    hard = -np.log(softmax(student))[int(batch['targets'][b, t])]
+    soft = -(softmax(sparse / 2) * np.log(softmax(student / 2))).sum()
+    nats += w * (0.25 * hard + 0.75 * 2**2 * soft)
     weights += w
   np.testing.assert_allclose(step.loss, nats / weights, rtol=1e-5)
-
-
-def softmax(x):
-  e = np.exp(x - x.max())
-  return e / e.sum()
-
-
-def log_softmax(x):
-  return np.log(softmax(x))
 
 
 def assert_same_step(result, one_step):
@@ -132,7 +109,11 @@ def assert_same_step(result, one_step):
   np.testing.assert_allclose(step.loss, expected.loss, rtol=1e-5)
   np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-4)
   # Its moments are those of the gradient.
-  assert_close(state.opt_state, first.opt_state, 1e-3, 1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    state.opt_state,
+    first.opt_state,
+  )
 
 
 @pytest.mark.slow
@@ -186,20 +167,6 @@ def test_all_but_experts_begin_as_the_teachers(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sparse_student_begins_with_new_experts(teacher, tmp_path):
-  moe = {'moe': {'num_experts': 2, 'num_selected': 1}}
-  _, student_params, _ = begin_run(
-    config_of(teacher, model=moe), tmp_path / 'run'
-  )
-  params = folders.write(tmp_path / 'again', model=TEACHER)[3]
-  np.testing.assert_array_equal(
-    student_params['embedding'], params['embedding']
-  )
-  kernel = student_params['layers']['layer_1']['moe']['experts']['w_in']
-  assert kernel.shape == (1, 2, 16, 20)
-
-
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path):
   source = tmp_path / 'source'
   shutil.copytree(teacher, source)
@@ -238,44 +205,30 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
       distill.Distilling().initial(changed)
-    assert not (tmp_path / 'run').exists()
 
-  refused('holds no trained run', tmp_path / 'nothing')
   letters = tokenizers.Chars('abc')
   folders.write(tmp_path / 'letters', tokenizer=letters, model=TEACHER)
   refused('was trained on tokens of', tmp_path / 'letters')
   refused(r'embedding: \[257, 16\] there', model={**STUDENT, 'width': 32})
   large = {**STUDENT, 'vocab_size': 300}
   refused('logits of vocab_size=257, this model of 300', model=large)
-  pair = {'kind': 'encoder_decoder', 'moe': {'num_experts': 0}}
-  data = {
-    'task': {'kind': 'seq2seq'},
-    'source': {'kind': 'python_stdlib_docstrings'},
-    'target_len': 24,
-  }
-  refused('it is a Decoder, which does not read', model=pair, data=data)
   folders.write(
     tmp_path / 'whole', model={'moe': {**TEACHER['moe'], 'group_size': -1}}
   )
   refused('group_size=-1 with microb', tmp_path / 'whole', microbatches=2)
-
-
-def test_a_teacher_without_its_hook_is_refused(teacher, tmp_path):
-  options = run_config.read(config_of(teacher))
+  # A run without the hook would train without its teacher.
   with pytest.raises(ValueError, match=r"\['distill'\] of the config have no"):
     loop.train_and_evaluate(options, tmp_path / 'run')
 
 
 def test_options_that_contradict_are_refused(teacher):
-  def read(model=STUDENT, **distil):
-    return run_config.read(config_of(teacher, distil=distil, model=model))
-
-  with pytest.raises(OptionError, match='there is nothing to learn'):
-    read(hard_weight=0.0, soft_weight=0.0)
-  with pytest.raises(OptionError, match=r'teacher=.* has no effect with so'):
-    read(soft_weight=0.0, start='none')
-  with pytest.raises(OptionError, match=r'temperature=2\.0 has no effect'):
-    read(soft_weight=0.0, temperature=2.0)
+  for message, options in {
+    'nothing to learn': {'hard_weight': 0.0, 'soft_weight': 0.0},
+    'teacher=.* has no effect with so': {'soft_weight': 0.0, 'start': 'none'},
+    'temperature=2': {'soft_weight': 0.0, 'temperature': 2.0},
+  }.items():
+    with pytest.raises(OptionError, match=message):
+      run_config.read(config_of(teacher, distil=options))
   init_from = {'init_from': {'workdir': 'runs/other'}}
   with pytest.raises(OptionError, match='a run begins with one of them'):
     run_config.read(merge(config_of(teacher), init_from))
@@ -289,34 +242,3 @@ def test_another_teacher_of_the_same_step_is_noticed(teacher, tmp_path):
   path.write_text(path.read_text() + '\n')
   with pytest.raises(ValueError, match='is not that which taught'):
     distill.Distilling().start(run)
-
-
-@pytest.mark.slow
-def test_an_imported_model_teaches(tmp_path, capsys):
-  pytest.importorskip('transformers')
-  sizes = ('num_layers', 'num_sparse_encoder_layers', 'num_decoder_layers')
-  interop_folders.write(
-    tmp_path / 'hf', 'switch_transformers', **dict.fromkeys(sizes, 1)
-  )
-  import_config = cli.load_config(str(interop_folders.write_config(tmp_path)))
-  import_run(
-    tmp_path / 'hf',
-    tmp_path / 'teacher',
-    run_config.read(import_config),
-    devices=jax.devices()[:1],
-  )
-  teacher_config = cli.config_of(str(tmp_path / 'teacher' / 'this_config.py'))
-  changes = {
-    'model': {'moe': {'num_experts': 0}},
-    'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},
-  }
-  config = layered(RunConfig, teacher_config, changes)
-  _, _, line = begin_run(config, tmp_path / 'student')
-  assert 'beginning with the weights of step 0' in line
-  assert 'their outputs averaged' in line
-  # Its logits are kept by the same command as those of any run.
-  config_py = tmp_path / 'teacher' / 'this_config.py'
-  source_flags = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']
-  size_flags = [f'--output={tmp_path / "kept"}', '--batches=1', '--top=3']
-  command.main(['keep_logits', *source_flags, *size_flags])
-  assert 'the 3 largest of' in capsys.readouterr().out

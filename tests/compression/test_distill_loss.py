@@ -6,11 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_jax.compression import distill
-from moe_jax.compression.distill_options import DistillOptions
-from tests.training import tiny
 
 B, T, V = 3, 5, 7
 compiled = functools.partial(jax.jit, static_argnames='temperature')
@@ -53,22 +50,6 @@ def test_a_student_that_is_its_teacher_has_no_gradient():
     assert np.abs(gradient(logits(1), temperature)).max() > 0.1
 
 
-def test_nothing_is_differentiated_in_the_teacher():
-  def loss(teacher):
-    return soft_of(logits(1), teacher).sum()
-
-  assert not np.any(jax.jit(jax.grad(loss))(logits(0)))
-
-
-@pytest.mark.parametrize('temperature', [1.0, 2.5])
-def test_all_kept_logits_are_the_whole_loss(temperature):
-  student, teacher = logits(0), logits(1)
-  values, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), V)
-  whole_loss = soft_of(student, teacher, temperature)
-  kept_loss = soft_of(student, values, temperature, ids)
-  np.testing.assert_allclose(kept_loss, whole_loss, rtol=1e-5)
-
-
 def test_a_part_of_the_logits_sums_to_one():
   # The first two of the probabilities 1/2, 1/3, 1/6 become 3/5 and 2/5.
   teacher = jnp.log(jnp.array([[0.5, 1 / 3]]))
@@ -78,33 +59,3 @@ def test_a_part_of_the_logits_sums_to_one():
   np.testing.assert_allclose(
     soft_of(student, teacher, 1.0, ids), expected, rtol=1e-6
   )
-
-
-def test_both_parts_are_weighted_and_soft_labels_alone_are_left():
-  model = tiny.model_of(tiny.options())
-  batch = tiny.rows(B, T, vocab_size=V)
-  student, teacher = logits(0), logits(1)
-
-  def loss(hard, soft):
-    loss_fn = distill.mixed(
-      model,
-      DistillOptions('runs/teacher', hard_weight=hard, soft_weight=soft),
-      lambda outputs, batch: soft_of(outputs, teacher),
-    )
-    return loss_fn(student, batch)
-
-  hard_loss = model.loss(student, batch)
-  is_real = np.asarray(batch['loss_weights']) != 0
-  assert is_real.any()
-  assert not is_real.all()
-  soft = soft_of(student, teacher)
-  np.testing.assert_allclose(
-    loss(0.0, 1.0).nats[is_real], soft[is_real], rtol=1e-6
-  )
-  mixed_loss = loss(0.75, 0.25)
-  np.testing.assert_allclose(
-    mixed_loss.nats[is_real],
-    (0.75 * hard_loss.nats + 0.25 * soft)[is_real],
-    rtol=1e-6,
-  )
-  np.testing.assert_array_equal(mixed_loss.logits_z, hard_loss.logits_z)

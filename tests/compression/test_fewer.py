@@ -18,7 +18,7 @@ from moe_jax.compression.fewer import (
   without,
 )
 from moe_jax.layers.retained import Retained
-from moe_jax.layers.routers import Hash, TokenChoice
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.expert_arrays import (
   assembled,
   sparse_layers,
@@ -26,9 +26,8 @@ from moe_jax.models.expert_arrays import (
 )
 from moe_jax.models.trees import init_router_state
 from tests.compression import sparse_runs
-from tests.compression.sparse_runs import E, outputs, run_of, smaller_run
+from tests.compression.sparse_runs import outputs, run_of, smaller_run
 from tests.compression.test_merge import shuffled
-from tests.models import tiny
 
 
 @functools.cache
@@ -44,28 +43,6 @@ def with_layers(run, change):
   }
   variables = assembled(run.model, run.variables, run.model, changes)
   return run._replace(variables=variables)
-
-
-def unloved(layer, expert=1):
-  """A router whose biases keep tokens from one expert, yet not far."""
-  path = ('moe', 'router', 'b')
-  return {path: layer.columns[path].at[expert].add(-6.0)}
-
-
-def test_as_many_experts_as_before_are_the_same_bits():
-  calibrated = calibrate()
-  counts = {1: E, 2: E}
-  for smaller_layers in (
-    merge.merge(calibrated, counts),
-    prune(calibrated, counts),
-  ):
-    same_run = smaller_run(calibrated.run, smaller_layers)
-    assert same_run.options.model == calibrated.run.options.model
-    old = tiny.leaves(calibrated.run.variables)
-    new = tiny.leaves(same_run.variables)
-    assert old.keys() == new.keys()
-    for name in old:
-      np.testing.assert_array_equal(old[name], new[name])
 
 
 @pytest.mark.slow
@@ -93,28 +70,6 @@ def test_merging_equal_experts_changes_nothing():
     np.testing.assert_array_equal(merged_load, load)
 
 
-@pytest.mark.slow
-def test_pruning_what_nobody_chooses_lets_raw_gates_grow():
-  run = with_layers(run_of(), unloved)
-  y, load = outputs(run, 1)
-  assert load[1] == 0
-  remaining = [0, 2, 3, 4]
-  layers = sparse_layers(run.model, run.variables)
-  smaller_layers = {n: only(layer, remaining) for n, layer in layers.items()}
-  pruned, _ = outputs(smaller_run(run, smaller_layers), 1)
-  # The formula: outputs grow by 1 / (1 - p).
-  x = sparse_runs.X
-  params = run.model.stacks.layer_trees(run.variables['params'])[1]['moe'][
-    'router'
-  ]
-  logits = x @ np.asarray(params['w']) + np.asarray(params['b'])
-  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  assert p[..., 1].max() > 1e-3
-  np.testing.assert_allclose(
-    pruned, y / (1 - p[..., 1:2]), rtol=1e-4, atol=1e-5
-  )
-
-
 def test_layers_keep_the_experts_of_the_largest_scores():
   calibrated = calibrate()
   scores = {
@@ -139,10 +94,8 @@ def test_numbers_are_one_for_all_or_one_for_each_layer():
   assert numbers('3', layers) == {1: 3, 2: 3}
   assert numbers('4, 2', layers) == {1: 4, 2: 2}
   for text, problem in {
-    'x': "neither a number nor '4,6,4'",
     '4,4,4': r'has 3 numbers, .* sparse layers \[1, 2\]',
     '1': r'1 in layer 1 is not in \[num_selected=2, num_experts=5\]',
-    '4,6': '6 in layer 2 is not in',
   }.items():
     with pytest.raises(ValueError, match=problem):
       numbers(text, layers)
@@ -157,8 +110,6 @@ def test_a_share_is_one_threshold_for_all_layers():
   # K of each layer stay whatever their score.
   assert numbers_by_share(0.1, scores, layers) == {1: 2, 2: 2}
   assert numbers_by_share(1, scores, layers) == {1: 5, 2: 5}
-  with pytest.raises(ValueError, match='share=0 not in'):
-    numbers_by_share(0, scores, layers)
 
 
 @functools.cache
@@ -202,11 +153,7 @@ def test_columns_of_merged_experts_keep_their_biases():
   jax.tree.map(np.testing.assert_array_equal, copied['router_state'], state)
 
 
-def test_routers_without_columns_or_with_merged_experts_are_refused():
-  model = tiny.build({'router': Hash()})
-  layer = sparse_layers(model, {'params': tiny.params_of(model)})[0]
-  with pytest.raises(ValueError, match='layer 0: Hash has no column for each'):
-    check_layer(layer)
+def test_merged_experts_are_not_merged_again():
   merged = smaller_run(calibrate().run, merge.merge(calibrate(), {1: 3, 2: 3}))
   layers = sparse_layers(merged.model, merged.variables)
   with pytest.raises(ValueError, match='layer 2 has merged experts already'):
@@ -224,15 +171,9 @@ def test_each_group_of_experts_keeps_as_many():
   assert layers[1].row == (0, 1, 2, 3)
   assert layers[1].groups == ((0,), (1,), (4,), (5,))
   assert smaller_run(run, layers).options.model.moe.num_experts == 4
-  with pytest.raises(
-    ValueError, match=r'3 experts .* multiple of expert_groups'
-  ):
-    prune(calibrated, {1: 3, 2: 4})
   assert in_groups(calibrated.layers, {1: 3, 2: 2}) == {1: 4, 2: 2}
   with pytest.raises(ValueError, match=r'layer 1: .* would keep \[3, 2\]'):
     without(run, {1: [3]})
-  with pytest.raises(ValueError, match=r'layer 1 would keep 0 experts'):
-    without(run, {1: range(6)})
 
 
 def test_tokens_of_a_lost_expert_take_their_next_choice():
@@ -247,16 +188,3 @@ def test_tokens_of_a_lost_expert_take_their_next_choice():
   # Another layer loses an expert after the first.
   again = without(new, {2: [0, 1]}).options.model.moe
   assert (again.num_experts, again.retained) == (4, Retained('2:3'))
-
-
-@pytest.mark.parametrize(
-  ('lost', 'text'),
-  [
-    ({0: [1]}, r'layer 0 is not sparse; \[1, 2\] are'),
-    ({1: [5, 9]}, r'layer 1 has no experts \[5, 9\], only 5'),
-    ({2: range(4)}, 'layer 2 would keep 1 experts, and a token chooses 2'),
-  ],
-)
-def test_experts_that_cannot_be_lost_are_refused(lost, text):
-  with pytest.raises(ValueError, match=text):
-    without(run_of(), lost)

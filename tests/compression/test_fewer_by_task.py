@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.compression import extract
-from moe_jax.compression.fewer import SmallerLayer, only, smaller
+from moe_jax.compression.fewer import SmallerLayer, smaller
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.partitioning import ShardingOptions
@@ -36,27 +35,6 @@ def assert_same_logits(run, options, variables):
     np.testing.assert_allclose(
       logits(model, params, task), expected, rtol=1e-5, atol=1e-5
     )
-
-
-@pytest.mark.slow
-def test_what_no_task_chooses_is_pruned_without_a_change():
-  def unloved(name, leaf):
-    return leaf.at[..., LOST].add(-50.0) if name == 'tasks' else leaf
-
-  run = run_of(unloved)
-  layers = sparse_layers(run.model, run.variables)
-  smaller_layers = {n: only(layer, REMAINING) for n, layer in layers.items()}
-  options, variables = smaller(run, smaller_layers)
-  assert_same_logits(run, options, variables)
-  # As all layers have as many experts, the part of a task is taken out.
-  assert options.moe.num_experts == len(REMAINING)
-  extracted = extract.extract(options, variables['params'], 2)
-  np.testing.assert_allclose(
-    logits(extracted.options.build(), extracted.params),
-    logits(run.model, run.variables['params'], 2),
-    rtol=1e-5,
-    atol=1e-5,
-  )
 
 
 def test_equal_experts_are_merged_without_a_change():

@@ -13,7 +13,7 @@ from moe_jax.kernels.kernel_format import KernelFormat
 from tests import reference
 
 FORMATS = {name: KernelFormat(name) for name in ('ternary', 'int2', 'int4')}
-SEEDS, R, I, O = 200, 24, 11, 3
+SEEDS, R, I, O = 40, 24, 11, 3
 
 
 def correlated(seed, inputs=I, units=O, rows=R):
@@ -56,7 +56,9 @@ def nearest_of(format, grid, row):
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_gptq_is_its_definition(name, roundings):
-  w, rounded, _, h = roundings[name]
+  w, rounded, to_nearest, h = roundings[name]
+  errors = np.asarray(gptq.error(w, rounded.values, h))
+  nearest_values = to_nearest.values
   grid, values = jax.device_get((rounded.grid, rounded.values))
   w, h = np.asarray(w), np.asarray(h)
   for e in range(5):
@@ -70,23 +72,11 @@ def test_gptq_is_its_definition(name, roundings):
     damping = gptq.DAMPING * np.diag(h[e]).mean()
     expected = reference.gptq(w[e], h[e] + damping * np.eye(I), nearest)
     np.testing.assert_allclose(values[e], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize('name', FORMATS)
-def test_gptq_loses_less_over_all_seeds(name, roundings):
-  w, rounded, nearest, h = roundings[name]
-  gptq_error = np.asarray(gptq.error(w, rounded.values, h))
-  plain = np.asarray(gptq.error(w, nearest.values, h))
-  for e in range(3):
-    change = (w[e] - rounded.values[e]).T
-    np.testing.assert_allclose(
-      gptq_error[e], np.trace(change @ h[e] @ change.T), rtol=1e-3
-    )
-  assert gptq_error.sum() < 0.9 * plain.sum()
-  # It is greedy, so that single matrices may come out worse.
-  print(
-    f'{name}: GPTQ is not better in {100 * (gptq_error >= plain).mean():.1f} %'
-  )
+    change = (w[e] - values[e]).T
+    error = np.trace(change @ h[e] @ change.T)
+    np.testing.assert_allclose(errors[e], error, rtol=1e-3)
+  # It is greedy, so that single matrices may come out worse than to nearest.
+  assert errors.sum() < 0.9 * np.sum(gptq.error(w, nearest_values, h))
 
 
 @pytest.mark.parametrize('name', FORMATS)

@@ -1,7 +1,6 @@
 """Runs in codes of few bits: made layer by layer, evaluated, generated from."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import evaluation, finetuning, generation, run_config
-from moe_jax.compression import (
-  __main__ as command,
-)
+from moe_jax.compression import __main__ as command
 from moe_jax.compression import (
   calibration,
   distill,
@@ -21,8 +18,7 @@ from moe_jax.compression import (
   quantize,
   teacher_logits,
   whole_run,
-)
-from moe_jax.config import OptionError
+)  # fmt: skip
 from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.models import RunShape, code_trees
 from moe_jax.models.encoder_decoder import EncoderOptions
@@ -61,11 +57,6 @@ def make_int2(folder):
 @pytest.fixture(scope='module', name='ternary')
 def make_ternary(folder):
   return encode(folder, 'ternary', 'ternary', method='rtn')[0]
-
-
-@pytest.fixture(scope='module', name='int8')
-def make_int8(folder):
-  return encode(folder, 'int8', 'int8', method='rtn')[0]
 
 
 @functools.cache
@@ -127,14 +118,6 @@ def test_each_layer_reads_what_rounded_layers_give(folder, int2):
     h = gptq.hessian(hidden, jnp.asarray(rows.filled))
 
 
-def test_lines_tell_errors_zeros_and_bits(int2):
-  assert len(int2[1]) == 2
-  for layer, line in zip((1, 2), int2[1], strict=True):
-    assert line.startswith(f'layer {layer}: error of RTN 0.')
-    assert 'of GPTQ 0.' in line and '% ;' not in line
-    assert 'bits a weight 2.00 of codes' in line
-
-
 def test_bits_add_up_to_the_bytes_of_stored_arrays(folder, tmp_path):
   # Layers and kernels have different numbers of codes, and are filled up.
   new, format = tmp_path / 'new', KernelFormat('ternary')
@@ -183,29 +166,6 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_all_experts_are_in_codes_and_nothing_else(folder, int8):
-  run, new = (whole_run.read(path) for path in (folder, int8))
-  plain = run.variables['params']
-  assert {path[-2:] for path in coded_kernels(new)} == {
-    ('experts', 'w_in'),
-    ('experts', 'w_out'),
-  }
-  decoded = numbers_of(new)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), decoded, plain
-  )
-  # Beside the arrays, there are their names and the checkpoint's metadata.
-  disk = whole_run.bytes_on_disk(int8)
-  assert 0 < disk - whole_run.bytes_in_memory(new.variables) < 40_000
-
-
-def test_codes_are_not_trained(int2):
-  config = json.loads((int2[0] / 'config.json').read_text())
-  with pytest.raises(OptionError, match=r'int2.*not trained; train the run'):
-    run_config.from_file(int2[0] / 'config.json')
-  assert config['model']['moe']['expert']['kind'] == 'quantized'
-
-
 def test_an_encoder_alone_has_experts_in_codes():
   options = models_tiny.options(
     {'num_experts': 0, 'layers': '0'},
@@ -222,77 +182,24 @@ def test_an_encoder_alone_has_experts_in_codes():
   assert problem.startswith("model.encoder.overrides.moe.expert.format.name='")
 
 
-@pytest.mark.parametrize(
-  ('format', 'options', 'message'),
-  [
-    ('int8', {'method': 'obq'}, "unknown method 'obq'.*'gptq'"),
-    ('int8', {'num_batches': 0}, 'num_batches=0 must be at least 1'),
-  ],
-)
-def test_what_cannot_be_is_refused(folder, format, options, message):
-  with pytest.raises(ValueError, match=message):
-    encode(folder, 'refused', format, **options)
-
-
-def test_runs_without_kernels_to_round_are_refused(int2, tmp_path):
-  with pytest.raises(ValueError, match='in codes already'):
-    encode(int2[0], 'again', 'int8')
-  dense = tmp_path / 'dense'
-  folders.write(dense, model={'moe': {'num_experts': 0}})
-  with pytest.raises(ValueError, match='no experts to quantise'):
-    encode(dense, 'new', 'int8')
-
-
-@pytest.mark.slow
-def test_the_command_says_what_it_made(folder, tmp_path, capsys):
-  new = tmp_path / 'int4'
-  command.main(
-    [
-      'quantize',
-      f'--run={folder}',
-      f'--output={new}',
-      '--format=int4',
-      '--method=rtn',
-    ]
-  )
-  output = capsys.readouterr().out
-  assert 'layer 2: error of RTN' in output
-  assert '4.00 bits a weight of codes and ' in output
-  assert whole_run.read(new).options.model.moe.expert.format.name == 'int4'
-
-
 def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
-  run, outputs = tmp_path / 'run', []
+  run, output = tmp_path / 'run', tmp_path / 'int8'
   params = folders.write(run, steps=(2, 3), model=MODEL)
-  for step in (2, 3):
-    output = tmp_path / f'int8_{step}'
-    # Without a flag it is the newest checkpoint, that of step 3.
-    step_flags = [f'--step={step}'] * (step == 2)
-    arguments = [
-      '--format=int8',
-      '--method=rtn',
-      f'--output={output}',
-      *step_flags,
-    ]
-    command.main(['quantize', f'--run={run}', *arguments])
-    new = whole_run.read(output)
-    outputs.append(numbers_of(new))
-  for output, step_params in zip(outputs, params.values(), strict=True):
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=0.03),
-      output,
-      step_params,
-    )
-
-
-def test_batches_without_effect_are_refused(folder, tmp_path, capsys):
-  arguments = [f'--run={folder}', f'--output={tmp_path}/new', '--format=int4']
-  with pytest.raises(SystemExit):
-    command.main(['quantize', *arguments, '--method=rtn', '--batches=8'])
-  assert (
-    '--batches=8 has no effect with --method=rtn' in capsys.readouterr().err
+  flags = ['--format=int8', '--method=rtn', '--step=2', f'--output={output}']
+  command.main(['quantize', f'--run={run}', *flags])
+  new = whole_run.read(output)
+  assert {path[-2:] for path in coded_kernels(new)} == {
+    ('experts', 'w_in'),
+    ('experts', 'w_out'),
+  }
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03),
+    numbers_of(new),
+    params[2],
   )
-  assert not list(tmp_path.iterdir())
+  # Beside the arrays, there are their names and the checkpoint's metadata.
+  disk = whole_run.bytes_on_disk(output)
+  assert 0 < disk - whole_run.bytes_in_memory(new.variables) < 40_000
 
 
 def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
@@ -327,37 +234,33 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
       assert equal[3] and not any(equal[:2])
 
 
-def test_no_run_begins_with_codes(int2, tmp_path):
-  options = tiny.options(model=MODEL, init_from={'workdir': str(int2[0])})
-  run = setup.set_up(options, tmp_path / 'new', devices=jax.devices()[:1])
-  with pytest.raises(ValueError, match='begin with the run that they were mad'):
-    finetuning.initial(run)
-
-
-def test_codes_are_not_merged_extracted_or_taught_from(int2, tmp_path):
+def test_codes_are_neither_trained_nor_begun_with(folder, int2, tmp_path):
   run, reason = whole_run.read(int2[0]), 'has kernels in codes of few bits'
-  with pytest.raises(ValueError, match=f'int2 {reason}'):
-    fewer.calibrated(run, 1)
-  with pytest.raises(ValueError, match=f'the model {reason}'):
-    extract.extract(run.options.model, run.variables['params'], 0)
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
-  with pytest.raises(ValueError, match=f'int2 {reason}'):
-    teacher_logits.write(int2[0], tmp_path, run.options.data, **numbers)
   config = test_distill.config_of(int2[0])
-  student = run_config.read(config)
-  student = setup.set_up(student, tmp_path / 'a', devices=jax.devices()[:1])
-  with pytest.raises(ValueError, match=f'distill.teacher=.*int2 {reason}'):
-    distill.Distilling().initial(student)
-
-
-def test_kernels_without_a_factor_are_named():
-  format = KernelFormat('int8')
-  # Their products are zero, with tokens or without.
-  outcome = gptq.to_nearest(jnp.ones((3, 4, 2)), format)
-  outcome = outcome._replace(plain=np.array([False, True, True]))
-  outcomes = dict.fromkeys(('w_in', 'w_out'), outcome)
-  stored = dict.fromkeys(outcomes, format.store(outcome.codes, outcome.grid))
-  _, line = quantize.report(outcomes, stored, [2])
-  assert line.endswith(
-    '; H = I for experts [2] (no tokens); H = I for experts [1] (no factor)'
+  student, tuned = (
+    setup.set_up(options, tmp_path / 'a', devices=jax.devices()[:1])
+    for options in (
+      run_config.read(config),
+      tiny.options(model=MODEL, init_from={'workdir': str(int2[0])}),
+    )
   )
+  for message, call in {
+    r'int2.*not trained; train the run': lambda: run_config.from_file(
+      int2[0] / 'config.json'
+    ),
+    'begin with the run that they were mad': lambda: finetuning.initial(tuned),
+    f'int2 {reason}': lambda: fewer.calibrated(run, 1),
+    f'the model {reason}': lambda: extract.extract(
+      run.options.model, run.variables['params'], 0
+    ),
+    f'.int2 {reason}': lambda: teacher_logits.write(
+      int2[0], tmp_path, run.options.data, **numbers
+    ),
+    f'distill.teacher=.*int2 {reason}': lambda: distill.Distilling().initial(
+      student
+    ),
+    'in codes already': lambda: encode(int2[0], 'again', 'int8'),
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      call()

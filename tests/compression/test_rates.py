@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.compression import __main__, rates
+from moe_jax.compression import rates
 from moe_jax.kernels import ternary
 
 
-@pytest.mark.parametrize('width', [4, 7])
-@pytest.mark.parametrize('zeros', [0.3, 0.9, 1.0])
+@pytest.mark.parametrize(('width', 'zeros'), [(7, 0.3), (4, 1.0)])
 def test_the_prediction_is_the_mean_over_all_rows(width, zeros):
   rows = np.array([*itertools.product((0, 1, -1), repeat=width)], np.int8)
   nonzeros = (rows != 0).sum(1)
@@ -22,21 +21,9 @@ def test_the_prediction_is_the_mean_over_all_rows(width, zeros):
   )
 
 
-@pytest.mark.parametrize(
-  ('zeros', 'bits'), [(0.80, 1.12), (0.857, 0.84), (0.885, 0.73), (0.95, 0.59)]
-)
+@pytest.mark.parametrize(('zeros', 'bits'), [(0.80, 1.12), (0.885, 0.73)])
 def test_rates_of_rows_as_wide_as_the_paper_s(zeros, bits):
   measured = rates.measured(6144, zeros)
   assert measured.codes == pytest.approx(bits, rel=0.02)
   assert measured.codes == pytest.approx(rates.predicted(6144, zeros), rel=0.01)
   assert measured.metadata == pytest.approx(64 / 6144, rel=0.01)
-
-
-def test_the_command_prints_a_rate_at_its_own_width(capsys):
-  __main__.main(['rates', '--widths', '64', '--zeros', '0.885'])
-  *_, line = capsys.readouterr().out.splitlines()
-  width, zeros, codes, predicted, metadata, total = map(float, line.split())
-  assert (width, zeros) == (64, 0.885)
-  assert codes == pytest.approx(predicted, rel=0.01)
-  assert metadata == pytest.approx(1, abs=0.001)
-  assert total == pytest.approx(codes + metadata, abs=0.001) and total > 1.5

@@ -10,8 +10,6 @@ from moe_jax.compression import (
   teacher_logits,
   whole_run,
 )
-from moe_jax.config import read_options
-from moe_jax.data import DataOptions
 from moe_jax.finetuning import choose_experts
 from moe_jax.training import setup
 from tests.compression.test_distill import config_of
@@ -47,21 +45,27 @@ def by_task(tmp_path_factory):
 
 def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
   # Task 0 of this data is fr, which the other run knows as task 1.
-  config = config_of(by_task, data=mixture('fr'))
-  message = r"by the tasks \['de', 'fr'\], and the data has \['fr'\]"
-  one_device = {'devices': jax.devices()[:1]}
-  run = setup.set_up(run_config.read(config), tmp_path / 'a', **one_device)
-  with pytest.raises(ValueError, match=message):
-    distill.Distilling().initial(run)
-  config = config_from(by_task, BY_TASK, data=mixture('fr'))
-  run = setup.set_up(run_config.read(config), tmp_path / 'b', **one_device)
-  with pytest.raises(ValueError, match=message):
-    finetuning.initial(run)
-  options = read_options(DataOptions, config.data, 'data.')
-  with pytest.raises(ValueError, match=message):
-    calibration.batches(whole_run.read(by_task), 1, options)
-  with pytest.raises(ValueError, match=message):
-    choose_experts.choose(by_task, share=0.5, options=options)
+  data = mixture('fr')
+  taught, tuned = (
+    setup.set_up(
+      run_config.read(config), tmp_path / 'a', devices=jax.devices()[:1]
+    )
+    for config in (
+      config_of(by_task, data=data),
+      config_from(by_task, BY_TASK, data=data),
+    )
+  )
+  options = taught.options.data
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
-  with pytest.raises(ValueError, match=message):
-    teacher_logits.write(by_task, tmp_path / 'c', options, **numbers)
+  for call in (
+    lambda: distill.Distilling().initial(taught),
+    lambda: finetuning.initial(tuned),
+    lambda: calibration.batches(whole_run.read(by_task), 1, options),
+    lambda: choose_experts.choose(by_task, share=0.5, options=options),
+    lambda: teacher_logits.write(by_task, tmp_path / 'c', options, **numbers),
+  ):
+    with pytest.raises(
+      ValueError,
+      match=r"by the tasks \['de', 'fr'\], and the data has \['fr'\]",
+    ):
+      call()

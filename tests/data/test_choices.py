@@ -1,14 +1,12 @@
 """Questions with answers, from docstrings, files and TFDS datasets."""
 
 import json
-import sys
 
-import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from moe_jax.data import (
   ChoiceFilesSource,
+  DocstringsSource,
   Item,
   Selection,
 )
@@ -17,8 +15,6 @@ from moe_jax.data.choices import (
   DocstringChoiceSource,
   with_distractors,
 )
-
-PART = DocstringChoiceSource('asyncio,email,json')
 
 
 def test_wrong_answers_are_those_of_pairs_far_away():
@@ -38,15 +34,16 @@ def test_wrong_answers_are_those_of_pairs_far_away():
 
 
 def test_which_docstring_is_a_functions():
-  train, validation = PART.items('train'), PART.items('validation')
+  source = DocstringChoiceSource('asyncio,email,json')
+  train, validation = source.items('train'), source.items('validation')
+  pairs = DocstringsSource('asyncio,email,json').pairs().pairs('train')
+  first_lines = {
+    (f, docstring.split('\n')[0].strip()) for f, docstring in pairs
+  }
   assert len(train) > 100 and len(validation) > 5
-  assert PART.items('train') == train
-  (loads,) = (
-    item for item in train + validation if item.prompt.startswith('def loads(')
-  )
-  assert loads.answers[loads.label].startswith('Deserialize ``s``')
-  assert all(len(set(item.answers)) == 4 for item in train)
-  assert '\n' not in ''.join(a for item in train for a in item.answers)
+  for item in train:
+    assert len(set(item.answers)) == 4
+    assert (item.prompt, item.answers[item.label]) in first_lines
   assert {item.label for item in validation} == {0, 1, 2, 3}
 
 
@@ -64,98 +61,40 @@ def test_lines_of_files(tmp_path):
   assert items[2].prompt == 'ü'
 
 
-@pytest.mark.parametrize(
-  ('text', 'message'),
-  [
-    ('{', r'a\.jsonl, line 2 is no JSON'),
-    ('[]', r"line 2 is no object with \['answers', 'label', 'prompt'\]"),
-    (line(label=2), 'label=2 is no index of 2 answers'),
-    (line(label='1'), "label='1' is no index"),
-    (line(answers=['x']), r"answers=\['x'\] are to be two or more"),
-    (line(answers=['x', 'x']), 'and different'),
+def test_files_without_an_item_are_refused(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  # Lines that are no items are told in tests/bad_inputs.
+  for text, message in (
+    (f'{line()}\n[]', r"line 2 is no object with \['answers', 'label', 'pro"),
     (line(answers='xy'), "answers='xy' are no list of texts"),
-    (line(prompt=''), "prompt='' is to be a text"),
-  ],
-)
-def test_a_line_that_is_no_item(tmp_path, text, message):
-  (tmp_path / 'a.jsonl').write_text(line() + '\n' + text)
-  with pytest.raises(ValueError, match=message):
-    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items('validation')
+    ('\n', r'1 files of .* are empty'),
+  ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+      ChoiceFilesSource(str(path)).items('validation')
 
 
-def test_sources_that_do_not_exist(tmp_path):
-  with pytest.raises(ValueError, match=r'no file matches .*no\.jsonl'):
-    ChoiceFilesSource(f'{tmp_path}/no.jsonl').items('validation')
-  (tmp_path / 'a.jsonl').write_text('\n')
-  with pytest.raises(ValueError, match=r'1 files of .* are empty'):
-    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items('validation')
-
-
-class Quiz(tfds.core.GeneratorBasedBuilder):
-  """A dataset of nine questions, in the formats of ARC and PIQA."""
-
-  VERSION = tfds.core.Version('1.3.0')
-
-  def _info(self):
-    text = tfds.features.Text()
-    features = {
-      'goal': text,
-      'choices': tfds.features.Sequence(text),
-      'sol1': text,
-      'sol2': text,
-      'key': tfds.features.ClassLabel(num_classes=3),
-      'truth': np.bool_,
-    }
-    return tfds.core.DatasetInfo(
-      builder=self, features=tfds.features.FeaturesDict(features)
-    )
-
-  def _split_generators(self, dl_manager):
-    return {'train': self._generate_examples()}
-
-  def _generate_examples(self):
-    for i in range(9):
-      yield (
-        i,
-        {
-          'goal': f'goal {i} ü',
-          'choices': [f'{c}{i}' for c in 'abc'],
-          'sol1': f'no {i}',
-          'sol2': f'yes {i}',
-          'key': i % 3,
-          'truth': i % 2,
-        },
-      )
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('tfds')
-  Quiz(data_dir=folder, file_format='array_record').download_and_prepare()
-  return folder
-
-
-def test_features_of_a_tfds_dataset(folder, monkeypatch):
-  monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
-  splits = 'train[:6]', 'train[6:]'
+def test_features_of_a_tfds_dataset(tfds_data):
+  splits = 'train[:6]', 'train[6:]+validation'
 
   def items(split, answers, label):
-    source = ChoiceTfdsSource('quiz', 'goal', answers, label)
+    source = ChoiceTfdsSource('examples', 'line', answers, label)
     return list(source.items(split, Selection(splits)))
 
-  items_of_choices = items('train', 'choices', 'key') + items(
-    'validation', 'choices', 'key'
-  )
-  assert sorted(items_of_choices) == [
-    Item(f'goal {i} ü', (f'a{i}', f'b{i}', f'c{i}'), i % 3) for i in range(9)
+  one_feature = [
+    item
+    for split in ('train', 'validation')
+    for item in items(split, 'choices', 'key')
   ]
-  items_of_features = items('validation', 'sol1,sol2', 'truth')
-  assert len(items_of_features) == 3
-  for item in items_of_features:
+  assert sorted(one_feature) == sorted(
+    Item(f'poém {i}', (f'a{i}', f'b{i}', f'c{i}'), i % 3) for i in range(25)
+  )
+  several = items('train', 'sol1,sol2', 'truth')
+  assert len(several) == 6
+  for item in several:
     i = int(item.prompt.split()[1])
-    assert item == Item(f'goal {i} ü', (f'no {i}', f'yes {i}'), i % 2)
+    assert item == Item(f'poém {i}', (f'no {i}', f'yes {i}'), i % 2)
   with pytest.raises(
     ValueError, match=r"answers_feature .*'sol3'; did you mean"
   ):
     items('train', 'sol1,sol3', 'truth')
-  assert 'tensorflow' not in sys.modules

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import importlib
 import json
 import lzma
 
@@ -36,24 +35,16 @@ COMPRESSORS = {
 
 
 @pytest.mark.parametrize('suffix', COMPRESSORS)
-def test_lines_of_json(suffix, tmp_path):
+def test_lines_and_short_text(suffix, tmp_path):
+  compress = COMPRESSORS[suffix]
   path = tmp_path / f'a.jsonl{suffix}'
-  path.write_bytes(COMPRESSORS[suffix](f'\n{LINES}'.encode()))
+  path.write_bytes(compress(f'\n{LINES}'.encode()))
   assert list(documents(path, 'body')) == TEXTS
-
-
-@pytest.mark.parametrize('suffix', COMPRESSORS)
-def test_short_text_is_one_document(suffix, tmp_path):
+  # A short text is one document; streams one after another are one.
   path = tmp_path / f'a.txt{suffix}'
-  path.write_bytes(COMPRESSORS[suffix]('ä\r\n\r\nb'.encode()))
+  path.write_bytes(compress('ä\r\n'.encode()) + compress(b'\r\nb'))
   assert list(documents(path)) == ['ä\r\n\r\nb']
-
-
-def test_streams_one_after_another_are_one(tmp_path):
-  for suffix, compress in COMPRESSORS.items():
-    path = tmp_path / f'a.txt{suffix}'
-    path.write_bytes(compress(b'ab') + compress(b'cd'))
-    assert list(documents(path)) == ['abcd'], suffix
+  assert {'', *document_files.CODECS} == {*COMPRESSORS}
 
 
 def write_parquet(path, texts, rows=2):
@@ -90,31 +81,26 @@ def test_long_text_is_cut_at_empty_lines_then_lines_then_anywhere(tmp_path):
   assert longest and all(d.endswith('ö') for d in longest)
 
 
-@pytest.mark.parametrize('max_bytes', [2**17, 2**18 + 1, 2**21])
-def test_parts_of_long_text_are_the_text(max_bytes, tmp_path, monkeypatch):
+def test_parts_of_long_text_are_the_text(tmp_path, monkeypatch):
   monkeypatch.setattr(document_files, 'WHOLE_BYTES', 1000)
   path, text = tmp_path / 'a.txt', long_text()
   path.write_bytes(text.encode())
-  spans = document_files.spans(path, max_bytes, extra_cuts=[777])
-  assert len(spans) == -(-path.stat().st_size // max_bytes) + 1
+  spans = document_files.spans(path, 2**18 + 1, extra_cuts=[777])
+  assert len(spans) == -(-path.stat().st_size // (2**18 + 1)) + 1
   span_texts = [list(document_files.read(span)) for span in spans]
   assert ''.join(text for texts in span_texts for text in texts) == text
   assert span_texts[0] and span_texts[0][0].endswith('\n')
 
 
-@pytest.mark.parametrize('max_bytes', [1, 2, 17, 50, 63, 64, 400])
+@pytest.mark.parametrize('max_bytes', [1, 17, 64, 400])
 def test_parts_of_lines_have_every_line_once(max_bytes, tmp_path):
   path = tmp_path / 'a.jsonl'
   for i in range(20):
     texts = [f'{i}' * (j * i % 13) for j in range(i)]
     lines = [json.dumps({'text': text}) for text in texts]
     path.write_text('\n'.join(lines) + '\n' * (i % 3))
-    texts_read = [
-      document
-      for span in document_files.spans(path, max_bytes)
-      for document in document_files.read(span)
-    ]
-    assert texts_read == texts
+    spans = document_files.spans(path, max_bytes)
+    assert [d for s in spans for d in document_files.read(s)] == texts
 
 
 # Damaged files follow.
@@ -133,10 +119,8 @@ def assert_refused(path, content, *phrases, field='body'):
 @pytest.mark.parametrize(
   ('line', 'phrase'),
   [
-    (b'{', 'line 9 is no JSON'),
     (b'[3]', "line 9 is no object with a text under the key 'body', but a li"),
     (b'{"n": 1, "m": 2}', "line 9 has no key 'body'; its keys: 'm', 'n'; cho"),
-    (b'{"body": 3}', 'line 9: body=3 is to be a text'),
     (b'{"body": "\\ud800"}', 'line 9'),
     (b'\xff', 'line 9 is not UTF-8'),
   ],
@@ -147,16 +131,13 @@ def test_a_bad_line_is_named_in_every_part(line, phrase, tmp_path):
   assert_refused(tmp_path / 'a.jsonl.bz2', bz2.compress(content), phrase)
 
 
-@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
+@pytest.mark.parametrize('suffix', document_files.CODECS)
 def test_a_cut_stream_is_named_with_its_line(suffix, tmp_path):
   text = ''.join(json.dumps({'body': f'{i * 7**9}'}) + '\n' for i in range(900))
   compressed = COMPRESSORS[suffix](text.encode())
-  assert_refused(
-    tmp_path / f'a.jsonl{suffix}', compressed[:-20], 'damaged after line'
-  )
-  assert_refused(
-    tmp_path / f'b.jsonl{suffix}', b'no stream of it', 'damaged after'
-  )
+  path = tmp_path / f'a.jsonl{suffix}'
+  assert_refused(path, compressed[:-20], 'damaged after line')
+  assert_refused(path, b'no stream of it', 'damaged after')
 
 
 def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
@@ -180,28 +161,8 @@ def test_bad_parquet_is_named_with_its_row(tmp_path):
   assert_refused(path, bytes(damaged), 'damaged after row')
 
 
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
-  write_parquet(tmp_path / 'a.parquet', TEXTS)
-
-  def fail_to_import(name):
-    raise ImportError(name)
-
-  monkeypatch.setattr(importlib, 'import_module', fail_to_import)
-  with pytest.raises(ValueError, match=r"pip install 'moe_jax\[data\]'"):
-    list(documents(tmp_path / 'a.parquet'))
-  (tmp_path / 'a.txt.zst').write_bytes(b'')
-  with pytest.raises(ValueError, match=r'\.zst files are read by pyarrow'):
-    list(documents(tmp_path / 'a.txt.zst'))
-
-
 def test_a_line_that_fits_no_memory_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(document_files, 'MOST_LINE_BYTES', 100)
   line = json.dumps({'body': 'a' * 500}).encode()
-  assert_refused(tmp_path / 'a.jsonl', line, 'more than 100 bytes')
-  assert_refused(
-    tmp_path / 'b.jsonl', b'{}\n' * 40 + line, 'more than 100 bytes'
-  )
-
-
-def test_every_codec_is_tried():
-  assert set(document_files.CODECS) == set(COMPRESSORS) - {''}
+  for before in (b'', b'{}\n' * 40):
+    assert_refused(tmp_path / 'a.jsonl', before + line, 'more than 100 bytes')

@@ -1,20 +1,23 @@
-"""Mixtures of sources, from options to batches."""
+"""Mixtures of sources, from options or a line of text to batches."""
 
 import json
 
 import numpy as np
 import pytest
 
-from moe_jax import data
-from moe_jax.config import read_options, section_of
+from moe_jax import data, run_config
+from moe_jax.config import OptionError, read_options, section_of
 from moe_jax.data import (
   DataOptions,
   FilesSource,
   InstructionSource,
   MixtureOptions,
+  PythonStdlibSource,
   train_batches,
 )
 from tests.data.own_kinds import Counting
+
+CONFIG = section_of(run_config.RunConfig)
 
 
 def suite(**tasks):
@@ -51,50 +54,24 @@ def test_the_rules_of_weights(rule, shares):
     ({'rule': 'given', 'weights': {'aa': 1.0}}, "'aa'; did you mean 'a'"),
     ({'rule': 'given', 'weights': {'a': -1.0}}, 'weights.a=-1.0'),
     ({'weights': {'a': 1.0}}, 'weights=.*has no effect unless'),
+    ({'rule': 'given', 'cap': 3}, "cap=3 has no effect with rule='given'"),
+    ({'temperature': 3.0}, "temperature=3.0 has no effect unless rule is 'te"),
     ({'held_out': 'ciphers'}, "held_out: .*'ciphers'.*'arithmetic'"),
     ({'held_out': 'a, arithmetic'}, 'leaves no source to learn from'),
-    (
-      {'rule': 'given', 'weights': {'a': 0.0, 'b': 0.0}},
-      r"held_out='' with weights={'a': 0.0, 'b': 0.0} leaves no source",
-    ),
     (
       {'rule': 'given', 'weights': {'b': 2.0}, 'held_out': 'arithmetic'},
       r"weights.b=2.0 has no effect, since held_out='arithmetic'",
     ),
+    ({'sources': suite(mean='copy')}, 'names of means over sources'),
+    ({'sources': {}, 'period': 3}, 'period=3 has no effect without sources'),
   ],
 )
-def test_wrong_mixtures_are_refused(changes, message):
+def test_what_would_be_in_vain_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    MixtureOptions(sources=suite(a='copy', b='add'), **changes)
+    MixtureOptions(**{'sources': suite(a='copy', b='add'), **changes})
 
 
-def test_a_mixture_is_read_from_a_config():
-  config = section_of(DataOptions)
-  config.task.kind = 'seq2seq'
-  config.mixture.sources.sums = {'kind': 'instructions', 'task': 'add'}
-  config.mixture.sources.rest = {'kind': 'instructions', 'task': 'subtract'}
-  config.mixture.held_out = 'rest'
-  data_options = read_options(DataOptions, config)
-  assert data_options.mixture.learned() == ['sums']
-  assert data_options.mixture.cluster('rest') == 'arithmetic'
-  assert read_options(DataOptions, section_of(data_options)) == data_options
-  config.source.kind = 'django_gettext'
-  with pytest.raises(
-    ValueError, match=r"source.kind='django_gettext' has no effect"
-  ):
-    read_options(DataOptions, config)
-
-
-def test_a_source_of_another_form_is_named():
-  sources = {'a': data.PythonStdlibSource()}
-  with pytest.raises(ValueError, match=r"mixture.sources.a.kind='python_std"):
-    DataOptions(
-      mixture=MixtureOptions(sources=sources), task=data.Seq2SeqTask()
-    )
-
-
-@pytest.mark.parametrize('target_len', [0, 16])
-def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
+def test_what_is_learned_and_what_is_held_out(tmp_path):
   mixture = MixtureOptions(
     sources=suite(a='copy', b='reverse', c='add'),
     rule='given',
@@ -102,12 +79,9 @@ def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
     held_out='c',
     period=3,
   )
-  dataset = data.load(options(tmp_path, mixture, target_len=target_len))
-  text = dataset.describe()
-  assert 'mixture of 2 sources, 70 pairs' in text
-  assert 'mixture, by rows in each period of 3:' in text
-  assert '\n  a         2: 30 pairs' in text and '(sequences)' in text
-  assert '\n  c  held out: 30 pairs' in text
+  dataset = data.load(options(tmp_path, mixture))
+  assert dataset.per_period == {'a': 2, 'b': 1}
+  assert '\n  c  held out: 30 pairs' in dataset.describe()
   row = {'a': 1.5, 'b': 2.0, 'c': 50.0, 'c.chance': 25.0, 'mean': 1.75}
   assert dataset.tell(row).splitlines() == [
     '',
@@ -116,14 +90,13 @@ def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
     '  mean 1.75',
   ]
   assert dataset.tell({'bleu': 2.0, 'exact': 0.5}) == 'bleu 2, exact 0.5'
-  rows = dataset.splits['train']
-  assert list(rows.parts) == ['a', 'b'] and list(dataset.parts) == list('abc')
-  batch = next(train_batches(rows, batch_size=6, seed=0, start=0))
-  assert ('encoder_tokens' in batch) == bool(target_len)
-  assert batch['tokens'].shape == (6, target_len or 64)
   assert dataset.counts['train']['pairs'] == 60
-  pairs = data.read_pairs(options(tmp_path, mixture), 'validation')
-  assert len(list(pairs)) == 10
+  pairs = list(data.read_pairs(options(tmp_path, mixture), 'validation'))
+  assert pairs == [
+    pair
+    for name in 'ab'  # what is held out is not learned
+    for pair in mixture.sources[name].pairs().pairs('validation')
+  ]
 
 
 @pytest.mark.parametrize('target_len', [0, 16])
@@ -138,8 +111,6 @@ def test_every_token_has_the_task_of_its_source(tmp_path, target_len):
   rows = dataset.splits['train']
   batch = next(train_batches(rows, batch_size=4, seed=0, start=0))
   assert batch['task_ids'][:, 0].tolist() == [0, 2, 0, 2]
-  again = data.pipeline.batch_dataset(rows, batch_size=4, seed=0)[0]
-  np.testing.assert_array_equal(again['task_ids'], batch['task_ids'])
   sides = ['', 'encoder_'] if target_len else ['']
   assert [n for n in batch if 'task' in n] == [f'{s}task_ids' for s in sides]
   for side in sides:
@@ -154,69 +125,34 @@ def test_every_token_has_the_task_of_its_source(tmp_path, target_len):
   assert tasks.tolist() == [0] * lengths[0] + [2] * lengths[1]
 
 
-def test_only_answers_are_learned(tmp_path):
-  # Every token that counts belongs to an answer or its end, and all answers
-  # count once in an epoch.
-  mixture = MixtureOptions(sources=suite(a='copy', b='add'), period=2)
-  dataset = data.load(options(tmp_path, mixture, seq_len=96))
-  rows, tokenizer = dataset.splits['train'], dataset.tokenizer
-  batch = rows.take(np.arange(len(rows)))
-  learned = batch['targets'][batch['loss_weights'] > 0]
-  answers = [
-    target
-    for source in mixture.sources.values()
-    for _, target in source.pairs().pairs('train')
-  ]
-  ids = np.concatenate(
-    [np.append(tokenizer.encode(a), tokenizer.eos_id) for a in answers]
-  )
-  assert sorted(learned) == sorted(ids)
-
-
-def test_texts_for_pretraining_share_one_tokenizer(tmp_path):
+def test_texts_share_a_tokenizer_that_is_fitted_once(tmp_path, monkeypatch):
   sources = {}
   for name, text in (('one', 'abcab ' * 40), ('two', 'xyz. ' * 40)):
     (tmp_path / f'{name}.txt').write_text(text)
     sources[name] = FilesSource(str(tmp_path / f'{name}.txt'))
-  mixture = MixtureOptions(
-    sources=sources, rule='given', weights={'two': 3.0}, period=4
-  )
   data_options = options(
     tmp_path / 'cache',
-    mixture,
+    MixtureOptions(
+      sources=sources, rule='given', weights={'two': 3.0}, period=4
+    ),
     task=data.LmTask(),
     tokenizer=data.CharsOptions(),
     seq_len=8,
   )
   for _ in range(2):  # first fresh, then from the cache
     dataset = data.load(data_options)
-    assert dataset.vocab_size >= len(set('abc xyz.'))
+    assert dataset.vocab_size == len(set('abc xyz.'))
     rows = dataset.splits['train']
     batch = next(train_batches(rows, batch_size=4, seed=0, start=0))
     texts = [dataset.tokenizer.decode(row) for row in batch['tokens']]
     assert [set(text) <= set('abc ') for text in texts] == [
       False, True, False, False,
     ]  # fmt: skip
-
-
-def test_the_tokenizer_of_a_mixture_is_fitted_once(tmp_path, monkeypatch):
-  def load_tokenizer(**tasks):
-    mixture = MixtureOptions(sources=suite(**tasks))
-    tokenizer = data.CharsOptions()
-    return data.load(options(tmp_path, mixture, tokenizer=tokenizer)).tokenizer
-
-  first = load_tokenizer(a='copy', b='reverse')
-  with monkeypatch.context() as patch:
-    patch.setattr(data.CharsOptions, 'fit', lambda *_: pytest.fail('again'))
-    assert load_tokenizer(a='copy', b='reverse').identity == first.identity
-  assert load_tokenizer(a='add', b='reverse').identity != first.identity
-
-
-def test_a_bad_source_is_named(tmp_path):
-  (tmp_path / 'a.jsonl').write_text(json.dumps({'inputs': 'x'}))
-  sources = suite(b='copy') | {'a': data.JsonlSource(str(tmp_path / 'a.jsonl'))}
-  with pytest.raises(ValueError, match=r'mixture.sources.a: .*a.jsonl, line 1'):
-    data.load(options(tmp_path, MixtureOptions(sources=sources)))
+    monkeypatch.setattr(data.CharsOptions, 'fit', lambda *_: pytest.fail('2'))
+  monkeypatch.undo()
+  (tmp_path / 'two.txt').write_text('xyz! ' * 40)
+  changed = data.load(data_options).tokenizer
+  assert changed.identity != dataset.tokenizer.identity
 
 
 class Defective(Counting):
@@ -227,14 +163,18 @@ class Defective(Counting):
     return int('three')
 
 
-def test_a_defect_of_a_users_source_is_no_bad_input(tmp_path):
+def test_a_bad_source_is_named_and_a_defect_is_no_bad_input(tmp_path):
+  (tmp_path / 'a.jsonl').write_text(json.dumps({'inputs': 'x'}))
+  sources = suite(b='copy') | {'a': data.JsonlSource(str(tmp_path / 'a.jsonl'))}
+  with pytest.raises(ValueError, match=r'mixture.sources.a: .*a.jsonl, line 1'):
+    data.load(options(tmp_path, MixtureOptions(sources=sources)))
   mixture = MixtureOptions(sources={'a': Defective(), 'b': Counting()})
   with pytest.raises(ValueError, match=r'^invalid literal'):
     data.load(options(tmp_path, mixture, task=data.LmTask()))
 
 
 def test_shrunk_keeps_what_is_embedded():
-  sources = {**suite(b='copy'), 'a': data.DocstringsSource()}
+  sources = {**suite(b='copy'), 'a': data.JsonlSource('x')}
   large = DataOptions(
     mixture=MixtureOptions(sources=sources, held_out='sequences'),
     task=data.Seq2SeqTask(),
@@ -242,3 +182,73 @@ def test_shrunk_keeps_what_is_embedded():
   small = large.shrunk().mixture
   assert small.sources['b'].task == 'copy' and small.learned() == ['a']
   assert small.sources['a'] == data.DocstringsSource()
+
+
+# Sources in a line of text follow.
+
+
+def read(*overrides, config=CONFIG):
+  return run_config.options_of(config, overrides)[0].data.mixture
+
+
+def test_entries_have_a_kind_options_and_a_weight():
+  lines = (
+    'books:files(books/*.jsonl, field=body) * 2, py : python_stdlib(json), '
+    'all:python_stdlib, part:python_stdlib(email, train_bytes=3)*.5,'
+    'own:tests.data.own_kinds:Counting(last=3)\n'
+    '# ours\n\n  # more\nb:files("a, (b)/*.txt",field="x,y")\n'
+  )
+  options = read(f'--config.data.mixture.lines={lines}')
+  assert options == MixtureOptions(
+    sources={
+      'books': FilesSource('books/*.jsonl', 'body'),
+      'py': PythonStdlibSource('json'),
+      'all': PythonStdlibSource(),
+      'part': PythonStdlibSource('email', 3),
+      'own': Counting(last=3),
+      'b': FilesSource('a, (b)/*.txt', 'x,y'),
+    },
+    rule='given',
+    weights={'books': 2.0, 'part': 0.5},
+  )
+  # In Python it is the same; the section of a run stores the sources alone.
+  assert MixtureOptions(lines=lines) == options
+  section = section_of(DataOptions(mixture=options)).mixture
+  assert section.lines == '' and section.sources.py.kind == 'python_stdlib'
+  assert read_options(MixtureOptions, section) == options
+
+
+def test_lines_add_to_the_sources_and_options_of_a_file():
+  config = section_of(run_config.RunConfig)
+  config.data.mixture.sources.py = {'kind': 'python_stdlib'}
+  config.data.mixture.rule = 'temperature'
+  lines = '--config.data.mixture.lines=x:files(y)'
+  options = read(lines, '--config.data.mixture.period=10', config=config)
+  assert sorted(options.sources) == ['py', 'x']
+  assert (options.rule, options.period) == ('temperature', 10)
+  with pytest.raises(
+    OptionError, match=r"'py:python_stdlib': there is a source 'py'"
+  ):
+    read('--config.data.mixture.lines=py:python_stdlib', config=config)
+
+
+@pytest.mark.parametrize(
+  ('lines', 'phrase'),
+  [
+    ('a:fils(x)', "entry 'a:fils(x)': unknown source 'fils'; did you mean"),
+    ('a:files(x), b', "entry 'b': it is not of the form name:kind"),
+    ('a:files(x', "'a:files(x' has an open bracket"),
+    ('a:files("x)', 'open bracket or quote'),
+    ('a:files', "'pattern' of files is missing"),
+    ('a:files(x, y)', "option 'y' has no name"),
+    ('a:files(x, colum=y)', "unknown option of files 'colum'"),
+    ('a:files(x)*b', "weight 'b' is no number"),
+    ('a:files(x), a:files(y)', "entry 'a:files(y)': there is a source 'a'"),
+    ('a:instructions(num_train=no)', "num_train='no' is a str"),
+  ],
+)
+def test_wrong_entries_are_named(lines, phrase):
+  with pytest.raises(OptionError) as error:
+    read(f'--config.data.mixture.lines={lines}')
+  assert phrase in str(error.value)
+  assert 'data.mixture.' in str(error.value)

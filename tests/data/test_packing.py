@@ -1,11 +1,12 @@
-"""Rows of packed documents, by hand and against a plain loop."""
+"""Rows of documents and of examples, by hand and against a plain loop."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data.packing import PackedRows
+from moe_jax.data.layouts import EncoderDecoderLayout, Example, Lengths
+from moe_jax.data.packing import ExampleRows, PackedRows, packed
 
 
 def pack(documents, seq_len):
@@ -48,48 +49,24 @@ def test_a_boundary_inside_a_row():
   }
 
 
-def test_the_last_row_is_padded():
-  rows = pack([*DOCUMENTS, np.array([8, 9], np.uint16)], 4)
-  assert len(rows) == 3
-  # The stream ends with 9, which is an input without a target.
-  assert as_lists(rows[2]) == {
-    'tokens': [9, 8, 9, 0],
-    'targets': [8, 9, 0, 0],
-    'segment_ids': [1, 2, 2, 0],
-    'positions': [0, 0, 1, 0],
-    'loss_weights': [0, 1, 0, 0],
-  }
-
-
-def test_a_document_that_ends_with_its_row():
-  rows = pack([np.array([1, 2, 3, 9]), np.array([4, 5, 9])], 4)
-  assert as_lists(rows[0])['loss_weights'] == [1, 1, 1, 0]
-  assert as_lists(rows[0])['targets'] == [2, 3, 9, 4]
-  assert as_lists(rows[1])['positions'] == [0, 1, 2, 0]
-
-
-def test_dtypes_and_indices():
+def test_rows_outside_are_refused_and_those_beyond_the_end_are_padding():
   rows = pack(DOCUMENTS, 4)
-  dtypes = {name: values.dtype.name for name, values in rows[0].items()}
-  assert dtypes.pop('loss_weights') == 'float32'
-  assert set(dtypes.values()) == {'int32'}
-  assert as_lists(rows[-1]) == as_lists(rows[1])
   for outside in (2, -3):
     with pytest.raises(IndexError, match='of 2'):
       rows[outside]
-
-
-def test_rows_beyond_the_end_are_padding():
-  batch = pack(DOCUMENTS, 4).take(np.array([0, 2, 5]))
+  batch = rows.take(np.array([0, 2, 5]))
   for values in batch.values():
-    assert values.shape == (3, 4)
-    assert values[0].any()
-    assert not values[1:].any()
+    assert values[0].any() and not values[1:].any()
 
 
-def oracle(documents, seq_len):
-  """Makes the rows token by token, by definition; a row is a dict of lists."""
+def oracle(documents, seq_len, offset):
+  """Makes the rows token by token, by definition; a row is a dict of lists.
+
+  The stream is read in a circle from the offset; the end of the stream ends a
+  document, too.
+  """
   stream = [(d, t) for d, doc in enumerate(documents) for t in doc]
+  stream = stream[offset:] + [(d + 99, t) for d, t in stream[:offset]]
   rows = []
   for begin in range(0, len(stream) - 1, seq_len):
     row = {name: [] for name in pack(DOCUMENTS, 4)[0]}
@@ -107,7 +84,7 @@ def oracle(documents, seq_len):
   return rows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
   documents=st.lists(
     st.lists(st.integers(1, 300), min_size=1, max_size=9),
@@ -115,55 +92,82 @@ def oracle(documents, seq_len):
     max_size=7,
   ),
   seq_len=st.integers(1, 11),
+  offset=st.integers(0, 10),
 )
-def test_packing_equals_the_loop(documents, seq_len):
+def test_packing_equals_the_loop(documents, seq_len, offset):
+  offset %= min(seq_len, sum(map(len, documents)))
   rows = pack([np.array(d, np.uint16) for d in documents], seq_len)
-  assert [as_lists(row) for row in rows] == oracle(documents, seq_len)
-
-
-def test_an_offset_reads_round_to_what_is_before_it():
-  # Documents '10 11 12 13' and '14 15 16 17 18', cut at the 12.
-  rows = PackedRows(np.arange(10, 19), np.array([0, 4]), 5)
-  batch = rows.take(np.arange(2), 2)
-  assert as_lists({k: v[0] for k, v in batch.items()}) == {
-    'tokens': [12, 13, 14, 15, 16],
-    'targets': [13, 14, 15, 16, 17],
-    'segment_ids': [1, 1, 2, 2, 2],
-    'positions': [0, 1, 0, 1, 2],
-    'loss_weights': [1, 0, 1, 1, 1],
-  }
-  # The first document is seen as two parts, and 18 does not predict the 10.
-  assert as_lists({k: v[1] for k, v in batch.items()}) == {
-    'tokens': [17, 18, 10, 11, 0],
-    'targets': [18, 10, 11, 0, 0],
-    'segment_ids': [1, 1, 2, 2, 0],
-    'positions': [0, 1, 0, 1, 0],
-    'loss_weights': [1, 0, 1, 0, 0],
-  }
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-  lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
-  seq_len=st.integers(1, 11),
-  data=st.data(),
-)
-def test_an_epoch_has_all_predictions_but_one(lengths, seq_len, data):
-  # A token's number is its place in the stream.
-  stream = np.arange(sum(lengths))
-  documents = np.split(stream, np.cumsum(lengths)[:-1])
-  rows = pack(documents, seq_len)
-  offset = data.draw(st.integers(0, seq_len - 1))
   batch = rows.take(np.arange(len(rows)), offset)
-  found = []
-  for b, t in np.argwhere(batch['loss_weights']):
-    tokens, segments = batch['tokens'][b], batch['segment_ids'][b]
-    context = tokens[: t + 1][segments[: t + 1] == segments[t]].tolist()
-    # A segment is one stretch of a document, counted from its first token.
-    assert batch['positions'][b, t] == len(context) - 1
-    assert context == [*range(context[0], context[0] + len(context))]
-    found.append((context[-1], int(batch['targets'][b, t])))
-  lost = (offset - 1) % len(stream)
-  pairs = [(a, a + 1) for d in documents for a in d[:-1].tolist() if a != lost]
-  assert sorted(found) == pairs
-  assert batch['segment_ids'][:-1].all()  # only the last row has padding
+  expected = oracle(documents, seq_len, offset)
+  assert as_lists(batch) == {
+    name: [row[name] for row in expected] for name in batch
+  }
+  if not offset:
+    assert [as_lists(row) for row in rows] == expected
+
+
+# Rows of examples follow.
+
+
+def test_examples_go_into_the_first_row_where_they_fit():
+  # Rows have room for 10 inputs and 5 targets. The first two examples fill a
+  # row's inputs. The third does not fit by its targets. The fourth fits the
+  # first row by targets but not by inputs, so that it goes to the second row.
+  # The fifth fits only the first row.
+  sizes = np.array([[6, 1], [4, 1], [2, 4], [5, 1], [0, 3]])
+  assert packed(sizes, (10, 5)) == [[0, 1, 4], [2, 3]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+  st.lists(
+    st.tuples(st.integers(1, 11), st.integers(1, 7)), min_size=1, max_size=60
+  )
+)
+def test_every_example_is_in_one_row_and_fits(sizes):
+  sizes = np.array(sizes)
+  rows = packed(sizes, (11, 7))
+  assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+  for row in rows:
+    assert (sizes[row].sum(0) <= (11, 7)).all()
+
+
+class Noisy(ExampleRows):
+  """Examples i of i + 1 tokens i, with a random target."""
+
+  def __init__(self, count=40, pack=True):
+    n = np.arange(count) % 5 + 1
+    lengths = Lengths(n, np.ones_like(n), n + 1)
+    super().__init__(lengths, EncoderDecoderLayout(8, 4, 1), pack=pack)
+
+  def example(self, index, generator):
+    inputs = np.full(index % 5 + 1, index, np.int32)
+    return Example(inputs, generator.integers(1000, 2**31, 1, np.int32))
+
+
+def draw(rows, indices, seed, epochs):
+  return rows.draw(np.array(indices), seed, np.array(epochs))
+
+
+def test_noise_follows_seed_epoch_and_row_alone():
+  rows = Noisy(pack=False)
+  noise = {}
+  for seed in (0, 1):
+    for epoch in (0, 1):
+      batch = draw(rows, [2, 7], seed, [epoch, epoch])
+      for b, row in enumerate((2, 7)):
+        noise[seed, epoch, row] = batch['targets'][b, 0]
+  assert len(set(noise.values())) == 8
+  # A row does not depend on the other rows drawn with it, or on their order.
+  mixed = draw(rows, [7, 30, 2], 1, [0, 4, 1])
+  assert mixed['targets'][0, 0] == noise[1, 0, 7]
+  assert mixed['targets'][2, 0] == noise[1, 1, 2]
+
+
+def test_unpacked_rows_have_one_example():
+  rows = Noisy(pack=False)
+  assert len(rows) == 40 > len(Noisy())
+  assert [rows.members(r) for r in (0, 39)] == [[0], [39]]
+  # Examples have 1 to 5 of 8 inputs, and 1 of 4 targets.
+  text = '62.5% of the encoder and 75.0% of the decoder'
+  assert text in rows.describe()

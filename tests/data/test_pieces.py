@@ -58,20 +58,21 @@ def folder_in(cache):
   return folder
 
 
-def test_the_command_makes_what_a_run_makes_by_itself(small_pieces):
-  dataset = data.load(small_pieces('run'))
-  folder = folder_in(small_pieces('run').cache_dir)
-  options, progress = small_pieces('theirs'), []
-  engine = Engine(on_progress=lambda *done: progress.append(done))
-  theirs = made(options, engine)
+def test_progress_and_rows_are_those_of_one_piece(small_pieces, monkeypatch):
+  options, progress = small_pieces('many'), []
+  folder = made(options, Engine(on_progress=lambda *d: progress.append(d)))
   assert progress[0][1] == 0 and progress[-1][1] == progress[-1][2]
-  assert theirs == folder_in(options.cache_dir)
-  assert theirs.name == folder.name
-  assert digests_of(theirs) == digests_of(folder)
-  # A run that finds the folder learns from the same rows.
-  loaded = data.load(options)
-  assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
   assert len(options.source.texts().pieces.sizes) >= 6
+  many = data.load(options)  # finds the folder, which is alone
+  assert folder == folder_in(options.cache_dir)
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**30)
+  whole = data.load(small_pieces('one'))
+  assert many.counts == whole.counts
+  for split in data.SPLITS:
+    piece_rows, whole_rows = many.splits[split], whole.splits[split]
+    rows = np.arange(len(whole_rows) + 1)
+    for name, values in piece_rows.take(rows).items():
+      np.testing.assert_array_equal(values, whole_rows.take(rows)[name])
 
 
 def test_a_folder_at_a_url_is_written_and_read(
@@ -91,33 +92,11 @@ def test_a_folder_at_a_url_is_written_and_read(
     assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
     (copy,) = (tmp_path / cache / 'urls').iterdir()
     assert digests_of(folder_in(copy)) == digests_of(here)
-
-
-def test_a_damaged_copy_of_a_piece_is_refused(
-  small_pieces, tmp_path, monkeypatch
-):
-  url = f'memory://{tmp_path.name}/cache'
-  options = dataclasses.replace(small_pieces(''), cache_dir=url)
-  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'a'))
-  data.load(options)
   (piece,) = UPath(url).glob('tokens/*/00001/train.documents.tokens')
   piece.write_bytes(piece.read_bytes()[::-1])
-  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'b'))
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'c'))
   with pytest.raises(ValueError, match=r'00001 is damaged.*has changed'):
     data.load(options)
-
-
-def test_rows_are_those_of_one_piece(small_pieces, monkeypatch):
-  many = data.load(small_pieces('many'))
-  monkeypatch.setattr(files, 'PIECE_BYTES', 2**30)
-  whole = data.load(small_pieces('one'))
-  assert many.counts == whole.counts
-  for split in data.SPLITS:
-    piece_rows, whole_rows = many.splits[split], whole.splits[split]
-    assert len(piece_rows) == len(whole_rows)
-    rows = np.random.default_rng(0).integers(0, len(piece_rows), 200)
-    for name, values in piece_rows.take(rows).items():
-      np.testing.assert_array_equal(values, whole_rows.take(rows)[name])
 
 
 def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
@@ -172,30 +151,20 @@ def test_the_folder_that_another_process_made_meanwhile_is_taken(
   assert len(data.load(options).splits['train'])
 
 
-def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
-  options = small_pieces('cache')
-  corpus = options.source.texts(options.selection)
-  with (tmp_path / 'b.jsonl').open('a') as file:
-    file.write('\n')
-  with pytest.raises(ValueError, match=r'b\.jsonl was changed while'):
-    make(corpus, options.tokenizer, options.selection)
-
-
-@pytest.mark.parametrize(
-  'options', [data.CharsOptions(), data.TrainedOptions(vocab_size=280)]
-)
 def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
-  options, small_pieces, tmp_path
+  small_pieces, tmp_path
 ):
-  data_options = dataclasses.replace(small_pieces('cache'), tokenizer=options)
-  dataset = data.load(data_options)
-  folder = folder_in(data_options.cache_dir)
-  fitted_options = data_options.with_tokenizer(dataset.tokenizer)
-  assert data.load(fitted_options).digest == dataset.digest
-  assert folder_in(data_options.cache_dir) == folder
+  options = dataclasses.replace(
+    small_pieces('cache'), tokenizer=data.CharsOptions()
+  )
+  dataset = data.load(options)
+  folder = folder_in(options.cache_dir)
+  fitted = options.with_tokenizer(dataset.tokenizer)
+  assert data.load(fitted).digest == dataset.digest
+  assert folder_in(options.cache_dir) == folder
   # Other texts have other characters, and keep the tokenizer of the run.
   (tmp_path / 'b.jsonl').write_text('{"text": "b0 b1"}\n' * 99)
-  changed = data.load(fitted_options)
+  changed = data.load(fitted)
   assert changed.tokenizer.identity == dataset.tokenizer.identity
   assert changed.digest != dataset.digest
 
@@ -228,12 +197,3 @@ def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
   work = pieces.Work(tmp_path, Broken(), DOCUMENTS, tokenizers.Bytes())
   with pytest.raises(error, match=message):
     list(pieces.run_pool(work, [0, number], Engine(processes=2)))
-
-
-def test_pairs_have_their_folder(small_pieces):
-  options = small_pieces('cache')
-  pairs = data.InstructionSource(num_train=16).pairs(options.selection)
-  folder = make(
-    pairs, options.tokenizer, options.selection, Engine(processes=2)
-  )
-  assert (folder / 'train.inputs.tokens').exists()

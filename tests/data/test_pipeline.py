@@ -1,7 +1,11 @@
-"""Batches are a function of their number, for any number of processes."""
+"""Batches are a function of their number, made by a thread that never hangs.
 
-import collections
+The oracle of the order is grain's own shuffle.
+"""
+
 import itertools
+import threading
+import time
 
 import grain
 import numpy as np
@@ -14,14 +18,15 @@ from moe_jax.data import (
   eval_batches,
   train_batches,
 )
+from moe_jax.data.pipeline import ahead
 
 NUM_ROWS = 23  # with T=4 and B=6 no epoch ends with a batch
 
 
-def numbered_rows(num_rows=NUM_ROWS, seq_len=4):
+def numbered_rows(num_rows=NUM_ROWS, seq_len=4, cls=PackedRows):
   """Returns full rows; row r begins with the token r * seq_len."""
   tokens = np.arange(num_rows * seq_len + 1)
-  return PackedRows(tokens, np.array([0, 7]), seq_len)
+  return cls(tokens, np.array([0, 7 % num_rows]), seq_len)
 
 
 def row_numbers(batch):
@@ -34,33 +39,27 @@ def assert_equal(one, other):
     np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_every_epoch_has_every_row_once_in_its_own_order():
-  ds = batch_dataset(numbered_rows(), batch_size=6, seed=0)
-  stream = [row for i in range(12) for row in row_numbers(ds[i])]
-  epochs = [stream[e * NUM_ROWS : (e + 1) * NUM_ROWS] for e in range(3)]
-  for epoch in epochs:
-    assert sorted(epoch) == list(range(NUM_ROWS))
-  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-
-
-@pytest.mark.parametrize('num_rows', [1, 2, NUM_ROWS, 2**16 + 1])
+@pytest.mark.parametrize('num_rows', [1, 2, 2**16 + 1])
 def test_the_order_is_that_of_grain(num_rows):
+  # A seed and its neighbour have no epoch in common.
   seed = int(np.random.SeedSequence(5).generate_state(1)[0])
   order = grain.MapDataset.range(num_rows).shuffle(seed)
   # The tokens are numbers of rows, in epochs that cut the stream nowhere else.
   rows = PackedRows(np.arange(num_rows + 1), np.array([0]), 1)
   ds = batch_dataset(rows, batch_size=6, seed=5)
   for i in (0, 1, num_rows // 6, num_rows // 2, 2 * num_rows):
-    assert ds[i]['tokens'][:, 0].tolist() == [
-      order[row] for row in range(6 * i, 6 * i + 6)
-    ]
+    expected = [order[row] for row in range(6 * i, 6 * i + 6)]
+    assert ds[i]['tokens'][:, 0].tolist() == expected
 
 
-def test_rows_arrive_whole():
+def test_every_epoch_has_every_row_once_and_whole():
   rows = numbered_rows()
-  batch = batch_dataset(rows, batch_size=6, seed=1)[2]
-  for b, row in enumerate(row_numbers(batch)):
-    assert_equal({k: v[b] for k, v in batch.items()}, rows[row])
+  ds = batch_dataset(rows, batch_size=6, seed=0)
+  stream = [row for i in range(12) for row in row_numbers(ds[i])]
+  epochs = [stream[e * NUM_ROWS : (e + 1) * NUM_ROWS] for e in range(3)]
+  assert all(sorted(epoch) == [*range(NUM_ROWS)] for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert_equal(ds[2], rows.take(np.array(epochs[0][12:18])))
 
 
 def test_later_epochs_cut_the_stream_elsewhere():
@@ -83,17 +82,6 @@ def test_later_epochs_cut_the_stream_elsewhere():
     assert tokens[0] % 16 == offset
 
 
-def test_a_batch_depends_on_its_number_and_the_seed_alone():
-  def make_dataset(seed):
-    return batch_dataset(numbered_rows(), batch_size=6, seed=seed)
-
-  forwards = [make_dataset(5)[i] for i in range(9)]
-  dataset = make_dataset(5)
-  for i in reversed(range(9)):
-    assert_equal(dataset[i], forwards[i])
-  assert row_numbers(make_dataset(6)[0]) != row_numbers(forwards[0])
-
-
 def test_a_stream_of_one_row_is_whole_in_every_epoch():
   rows = PackedRows(np.arange(5, 9), np.array([0]), 16)
   batch = batch_dataset(rows, batch_size=7, seed=0)[1]
@@ -104,35 +92,6 @@ def test_a_stream_of_one_row_is_whole_in_every_epoch():
     rows = PackedRows(np.arange(count), np.array([0]), 16)
     tokens = rows.draw(np.zeros(5, int), 0, np.arange(1, 6))['tokens']
     assert (tokens[:, 0] != 0).any() == is_cut
-
-
-def test_neighbouring_seeds_share_no_epoch():
-  # A batch of all rows is an epoch.
-  orders = [
-    tuple(
-      row_numbers(
-        batch_dataset(numbered_rows(), batch_size=NUM_ROWS, seed=s)[e]
-      )
-    )
-    for s in range(3)
-    for e in range(3)
-  ]
-  assert len(set(orders)) == 9
-
-
-# These are the shares of processes, whose devices can be neighbours or
-# interleaved; two processes can also have the same row.
-SHARES = [[[0, 1, 2], [3, 4, 5]], [[0, 2, 4], [1, 3, 5]], [[0, 3], [0, 3, 5]]]
-
-
-@pytest.mark.parametrize('shares', SHARES)
-def test_a_batch_does_not_depend_on_who_takes_it(shares):
-  rows = numbered_rows()
-  whole = batch_dataset(rows, batch_size=6, seed=3)
-  for share in map(np.array, shares):
-    part = batch_dataset(rows, batch_size=6, seed=3, share=share)
-    for i in (0, 3, 4, 50):
-      assert_equal(part[i], {k: v[share] for k, v in whole[i].items()})
 
 
 class CountingRows(PackedRows):
@@ -146,118 +105,129 @@ class CountingRows(PackedRows):
 
 
 def test_rows_of_others_are_not_read():
-  all_rows = numbered_rows()
-  rows = CountingRows(all_rows.tokens, all_rows.starts, all_rows.seq_len)
+  rows = numbered_rows(cls=CountingRows)
   batch_dataset(rows, batch_size=6, seed=3, share=np.array([1, 4]))[7]
   list(eval_batches(rows, batch_size=6, num_batches=2, share=np.array([5])))
   assert rows.count == 2 + 2
 
 
-@pytest.mark.parametrize('start', [0, 1, 7])
-def test_training_begins_anywhere(start):
+def test_training_begins_anywhere_even_within_a_batch():
   rows = numbered_rows()
-  ds = batch_dataset(rows, batch_size=6, seed=2)
-  stream = train_batches(rows, batch_size=6, seed=2, start=start)
-  for i, batch in enumerate(itertools.islice(stream, 12)):
-    assert_equal(batch, ds[start + i])
-
-
-def test_training_begins_anywhere_in_a_process():
-  share = {'share': np.array([1, 2])}
-  rows = numbered_rows()
-  ds = batch_dataset(rows, batch_size=6, seed=2, **share)
-  stream = train_batches(rows, batch_size=6, seed=2, start=5, **share)
-  assert_equal(next(stream), ds[5])
-  assert_equal(next(stream), ds[6])
-
-
-def test_fewer_rows_than_a_batch():
-  batch = batch_dataset(numbered_rows(2), batch_size=7, seed=0)[0]
-  counts = collections.Counter(row_numbers(batch))
-  assert counts.keys() == {0, 1} and counts.total() == 7
-  assert abs(counts[0] - counts[1]) == 1
+  arguments = dict(batch_size=6, seed=2, share=np.array([4, 1]))
+  ds = batch_dataset(rows, batch_size=1, seed=2)
+  stream = train_batches(rows, start=7, offset=-5, **arguments)
+  for i, batch in enumerate(itertools.islice(stream, 9), 7):
+    singles = [ds[6 * i - 5 + b] for b in (4, 1)]
+    assert_equal(
+      batch, {k: np.concatenate([s[k] for s in singles]) for k in batch}
+    )
 
 
 class FailingRows(PackedRows):
-  """Rows that cannot read the row that begins with token 0."""
+  """Rows that cannot be read."""
 
   def take(self, indices, offsets=0):
-    if 0 in indices:
-      raise OSError('disk gone')
-    return super().take(indices, offsets)
+    raise OSError('disk gone')
 
 
-def test_a_background_error_is_raised_and_ends_the_stream():
-  all_rows = numbered_rows()
-  rows = FailingRows(all_rows.tokens, all_rows.starts, all_rows.seq_len)
-  num_good = next(
-    i
-    for i, batch in enumerate(
-      train_batches(all_rows, batch_size=6, seed=0, start=0)
-    )
-    if 0 in row_numbers(batch)
-  )
-  stream = train_batches(rows, batch_size=6, seed=0, start=0)
-  assert len(list(itertools.islice(stream, num_good))) == num_good
-  with pytest.raises(DataError, match=f'batch {num_good} .*OSError: disk gone'):
-    next(stream)
-  with pytest.raises(StopIteration):  # not the batch after the lost one
-    next(stream)
+def test_errors_name_the_batch():
+  rows = numbered_rows(cls=FailingRows)
+  with pytest.raises(DataError, match=r'batch 3 .*OSError: disk gone'):
+    next(train_batches(rows, batch_size=6, seed=0, start=3))
   with pytest.raises(DataError, match=r'batch 0 .*OSError: disk gone'):
     next(eval_batches(rows, batch_size=6))
+  with pytest.raises(ValueError, match='batch -1 would begin with row -6'):
+    train_batches(rows, batch_size=6, seed=0, start=-1)
+  with pytest.raises(ValueError, match='0 rows'):
+    batch_dataset(PackedRows(np.arange(1), [0], 4), batch_size=6, seed=0)
 
 
 def test_evaluation_sees_every_row_once_and_padding_last():
   rows = numbered_rows()
   batches = list(eval_batches(rows, batch_size=6))
-  assert [row_numbers(b) for b in batches[:3]] == [
-    list(range(6)),
-    list(range(6, 12)),
-    list(range(12, 18)),
-  ]
+  numbers = [n for batch in batches for n in row_numbers(batch)]
+  assert numbers == [*range(NUM_ROWS), 0]
   assert len(batches) == 4
-  assert row_numbers(batches[3])[:5] == [18, 19, 20, 21, 22]
-  assert {b['tokens'].shape for b in batches} == {(6, 4)}
-  for values in batches[3].values():
-    assert not values[5].any()
-  total = sum(b['loss_weights'].sum() for b in batches)
-  assert total == sum(row['loss_weights'].sum() for row in rows)
+  assert not any(values[5].any() for values in batches[3].values())
+  # Processes share a batch.
+  share = np.array([2, 5])
+  parts = eval_batches(rows, batch_size=6, share=share)
+  for whole, part in zip(batches, parts, strict=True):
+    assert_equal(part, {name: values[share] for name, values in whole.items()})
 
 
 @pytest.mark.parametrize(
   ('num_batches', 'first_rows'),
-  [(1, [0]), (2, [0, 12]), (3, [0, 6, 12]), (9, [0, 6, 12, 18])],
+  [(1, [0]), (3, [0, 6, 12]), (9, [0, 6, 12, 18])],
 )
 def test_some_batches_are_spread_evenly(num_batches, first_rows):
   batches = eval_batches(numbered_rows(), batch_size=6, num_batches=num_batches)
   assert [row_numbers(b)[0] for b in batches] == first_rows
 
 
-def test_processes_share_an_evaluation():
-  rows = numbered_rows()
-  streams = [
-    eval_batches(rows, batch_size=6, share=np.arange(2 * p, 2 * p + 2))
-    for p in range(3)
-  ]
-  for whole, *shares in zip(eval_batches(rows, batch_size=6), *streams):
-    joined = {n: np.concatenate([s[n] for s in shares]) for n in whole}
-    assert_equal(joined, whole)
+# The thread that makes batches in advance follows.
+
+
+def threads():
+  return {t for t in threading.enumerate() if t.name == 'batches'}
+
+
+@pytest.fixture
+def others():
+  """Threads of other tests' streams that have not been collected yet."""
+  return threads()
+
+
+def wait_for_end(others):
+  deadline = time.monotonic() + 20
+  while threads() - others:
+    assert time.monotonic() < deadline, 'the thread goes on'
+    time.sleep(0.01)
+
+
+def test_elements_come_in_order_and_a_few_ahead(others):
+  elements = []
+
+  def source():
+    for i in range(9):
+      elements.append(i)
+      yield i
+
+  stream = ahead(source(), first=0, most=2)
+  assert not elements
+  assert next(stream) == 0
+  time.sleep(0.2)
+  # At most two elements wait in the queue, and the thread holds another.
+  assert 1 < len(elements) <= 4
+  assert [0, *stream] == list(range(9))
+  wait_for_end(others)
 
 
 @pytest.mark.parametrize(
-  ('wrong', 'message'),
+  ('error', 'text'),
   [
-    ({'seed': -1}, 'non-negative'),
-    ({'start': -1}, 'batch -1 would begin with row -6'),
+    (KeyError('row 7'), "KeyError: 'row 7'"),
+    (SystemExit(3), 'SystemExit: 3'),  # would end a thread silently
   ],
 )
-def test_wrong_arguments_are_refused_at_once(wrong, message):
-  arguments = {'batch_size': 6, 'seed': 0, 'start': 0} | wrong
-  with pytest.raises(ValueError, match=message):
-    train_batches(numbered_rows(), **arguments)
+def test_whatever_ends_the_thread_is_an_error_and_no_hang(error, text):
+  def source():
+    yield from range(3)
+    raise error
+
+  stream = ahead(source(), first=5, most=4)
+  assert list(itertools.islice(stream, 3)) == [0, 1, 2]
+  with pytest.raises(DataError, match='batch 8 could not be made') as caught:
+    next(stream)
+  assert str(caught.value).endswith(text)
+  assert caught.value.__cause__ is error
+  with pytest.raises(StopIteration):  # not the batch after the lost one
+    next(stream)
 
 
-def test_no_rows_are_refused():
-  rows = PackedRows(np.arange(1), np.array([0]), 4)
-  with pytest.raises(ValueError, match='0 rows'):
-    batch_dataset(rows, batch_size=6, seed=0)
+def test_a_stream_that_is_given_up_ends_its_thread(others):
+  stream = ahead(itertools.count(), first=0, most=1)
+  assert next(stream) == 0
+  assert threads() - others
+  stream.close()
+  wait_for_end(others)

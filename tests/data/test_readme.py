@@ -1,20 +1,17 @@
 """The examples in the README of `moe_jax/data` run."""
 
-import pathlib
-import re
 import types
 
 import numpy as np
 
 from moe_jax import data
 from moe_jax.config import read_options, section_of
-
-README = pathlib.Path(data.__file__).parent / 'README.md'
+from tests import test_readme
 
 
 def test_the_printed_code_runs(tmp_path, monkeypatch):
   config_code, python_code, mixture_code, questions_code, own_kind_code = (
-    re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
+    test_readme.blocks('moe_jax/data/README.md')
   )
   (tmp_path / 'books').mkdir()
   for name in ('a', 'b'):
@@ -38,10 +35,3 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
   assert part.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
   assert number.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
   assert mixture.per_period == {'reverse': 1, 'sums': 3}
-
-
-def test_every_kind_is_listed():
-  text = README.read_text()
-  for kinds in (data.SOURCES, data.TASKS, data.TOKENIZERS):
-    for name in kinds.builtin:
-      assert f'`{name}`' in text

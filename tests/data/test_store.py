@@ -1,4 +1,6 @@
-"""Token streams on disk: written, counted, digested and refused."""
+"""Token streams on disk, by hand: written, counted, digested and refused."""
+
+import hashlib
 
 import numpy as np
 import pytest
@@ -35,45 +37,6 @@ def test_without_eos_and_in_one_byte(tmp_path):
   assert tokens.dtype == np.uint8
 
 
-def digest_of(**splits):
-  digest = store.Digest()
-  for name, texts in splits.items():
-    digest.split(name)
-    for text in texts:
-      digest.text(text.encode())
-  return digest.hexdigest()
-
-
-def test_digest_tells_boundaries_apart(tmp_path):
-  texts = {'train': ['ab', 'c'], 'validation': ['dd']}
-  write_tokens(tmp_path, texts, tokenizers.Bytes())
-  stored_digest = store.read_about(tmp_path)['sha256']
-  assert stored_digest == digest_of(**texts)
-  other_digests = [
-    digest_of(train=['a', 'bc'], validation=['dd']),
-    digest_of(train=['abc'], validation=['dd']),
-    digest_of(train=['ab'], validation=['c', 'dd']),
-    digest_of(train=['c', 'ab'], validation=['dd']),
-  ]
-  assert len({stored_digest, *other_digests}) == 5
-
-
-@pytest.mark.parametrize('texts', [[], [''], ['', '']])
-def test_an_empty_split_is_refused(texts, tmp_path):
-  splits = {'train': ['ab'], 'validation': texts}
-  with pytest.raises(ValueError, match="'validation' has 0 tokens"):
-    write_tokens(tmp_path, splits, tokenizers.Bytes())
-
-
-def test_one_token_is_too_few(tmp_path):
-  splits = {'train': ['a'], 'validation': ['ab']}
-  with pytest.raises(ValueError, match="'train' has 1 tokens"):
-    write_tokens(tmp_path, splits, tokenizers.Chars('ab'))
-
-
-# Streams of pairs follow.
-
-
 def test_pairs_have_two_streams_and_no_eos(tmp_path):
   pairs = {
     'train': [('ab', 'c'), ('', 'gone'), ('gone', ''), ('d', 'éf')],
@@ -94,18 +57,40 @@ def test_pairs_have_two_streams_and_no_eos(tmp_path):
   }  # fmt: skip
 
 
-def test_the_digest_tells_sides_apart(tmp_path):
-  digests = set()
-  for i, pair in enumerate([('ab', 'c'), ('a', 'bc'), ('c', 'ab')]):
-    folder = tmp_path / str(i)
-    folder.mkdir()
-    splits = {'train': [pair], 'validation': [pair]}
-    write_pairs(folder, splits, tokenizers.Bytes())
-    digests.add(store.read_about(folder)['sha256'])
-  assert len(digests) == 3
+def digest_of(folder, write, train, validation):
+  folder /= hashlib.sha256(repr((train, validation)).encode()).hexdigest()
+  folder.mkdir()
+  splits = {'train': train, 'validation': validation}
+  write(folder, splits, tokenizers.Bytes())
+  return store.read_about(folder)['sha256']
 
 
-def test_a_split_without_pairs_is_refused(tmp_path):
-  pairs = {'train': [('ab', 'c')], 'validation': [('', 'c')]}
-  with pytest.raises(ValueError, match="'validation' has no pair"):
-    write_pairs(tmp_path, pairs, tokenizers.Bytes())
+def test_the_digest_tells_texts_sides_and_splits_apart(tmp_path):
+  texts = [
+    (['ab', 'c'], ['dd']),
+    (['a', 'bc'], ['dd']),
+    (['abc'], ['dd']),
+    (['ab'], ['c', 'dd']),
+    (['c', 'ab'], ['dd']),
+  ]
+  pairs = [([pair], [pair]) for pair in (('ab', 'c'), ('a', 'bc'), ('c', 'ab'))]
+  digests = {digest_of(tmp_path, write_tokens, *splits) for splits in texts}
+  digests |= {digest_of(tmp_path, write_pairs, *splits) for splits in pairs}
+  assert len(digests) == len(texts) + len(pairs)
+
+
+@pytest.mark.parametrize(
+  ('write', 'validation', 'message'),
+  [
+    (write_tokens, ['', ''], "'validation' has 0 tokens"),
+    (write_tokens, ['a'], "'validation' has 1 tokens"),
+    (write_pairs, [('', 'c')], "'validation' has no pair"),
+  ],
+)
+def test_a_split_with_nothing_to_learn_is_refused(
+  write, validation, message, tmp_path
+):
+  train = ['ab'] if write is write_tokens else [('a', 'b')]
+  splits = {'train': train, 'validation': validation}
+  with pytest.raises(ValueError, match=message):
+    write(tmp_path, splits, tokenizers.Chars('abc'))

@@ -127,23 +127,12 @@ def test_told_answers_are_counted_in_percent():
   assert scores == {'a': 75}
 
 
-def test_a_task_without_pairs():
-  run = tiny.options().filled(257)
-  setting = types.SimpleNamespace(data=run.data)
-  with pytest.raises(ValueError, match='LmTask reads texts'):
-    SourceScores().measure(setting)
-
-
 def test_a_source_that_is_judged_in_two_ways():
   # Either of two scores could be the source's.
   questions = [data.Question('q', 'a'), data.Question('q', 'a', ('a', 'b'))]
   source = types.SimpleNamespace(questions=lambda selection: questions)
-  options = types.SimpleNamespace(
-    task=data.Seq2SeqTask(),
-    mixture=MixtureOptions(),
-    source=source,
-    selection=None,
-  )
+  options = dict(task=data.Seq2SeqTask(), mixture=MixtureOptions())
+  options = types.SimpleNamespace(source=source, selection=None, **options)
   setting = types.SimpleNamespace(data=options)
   with pytest.raises(ValueError, match=r"judged by \['choice', 'exact_match'"):
     SourceScores().measure(setting)

@@ -16,10 +16,7 @@ from moe_jax.evaluation.prompts import EncodedQuestion
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
-from moe_jax.training.evaluate import (
-  Setting,
-  make_evaluations,
-)
+from moe_jax.training.evaluate import Setting, make_evaluations
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
 from tests.training.test_evaluate import stopped_before
@@ -76,30 +73,25 @@ def by_loop(logits, starts, targets):
   return log_likelihoods
 
 
-def test_log_likelihoods_of_a_decoder():
-  model = tiny.build(ALL)
+@pytest.mark.parametrize(
+  'kind', ['decoder', pytest.param('encoder_decoder', marks=pytest.mark.slow)]
+)
+def test_log_likelihoods_equal_a_loop(kind):
+  model = tiny.build(ALL, kind=kind, positions=Relative())
   params, examples = tiny.params_of(model), make_examples()
-  log_likelihoods = likelihoods_of(model, examples, DecoderLayout(tiny.T))
-  token_rows = [np.concatenate(example) for example in examples]
-  tokens, mask = padded(token_rows, tiny.T)
-  logits, _ = tiny.apply(model)(params, tokens, mask)
-  # The logits at the token before the answer predict its first token.
-  starts = [len(e.inputs) - 1 for e in examples]
+  if kind == 'decoder':
+    layout = DecoderLayout(tiny.T)
+    inputs = padded([np.concatenate(example) for example in examples], tiny.T)
+    # The logits at the token before the answer predict its first token.
+    starts = [len(e.inputs) - 1 for e in examples]
+  else:
+    layout, starts = EncoderDecoderLayout(8, 6, START), [0] * len(examples)
+    shifted = [np.append(START, e.targets[:-1]) for e in examples]
+    halves = zip(padded([e.inputs for e in examples], 8), padded(shifted, 6))
+    inputs = [array for pair in halves for array in pair]
+  logits, _ = tiny.apply(model)(params, *inputs)
   expected = by_loop(logits, starts, [e.targets for e in examples])
-  np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_log_likelihoods_of_an_encoder_decoder():
-  model = tiny.build(ALL, kind='encoder_decoder', positions=Relative())
-  params, examples = tiny.params_of(model), make_examples()
-  layout = EncoderDecoderLayout(8, 6, START)
   log_likelihoods = likelihoods_of(model, examples, layout)
-  inputs, inputs_mask = padded([e.inputs for e in examples], 8)
-  shifted = [np.append(START, e.targets[:-1]) for e in examples]
-  tokens, mask = padded(shifted, 6)
-  logits, _ = tiny.apply(model)(params, inputs, tokens, inputs_mask, mask)
-  expected = by_loop(logits, [0] * len(examples), [e.targets for e in examples])
   np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
 
 
@@ -220,31 +212,25 @@ def test_without_overrides_nothing_is_dropped(bench):
   assert measure.setting.model.stacks.moe.capacity == PerToken(0.7)
 
 
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    ({'normalize': 'token'}, "unknown normalize 'token'; did you mean"),
-    ({'num_items': -1}, 'num_items=-1 must be at least 0'),
-    ({'num_shots': 1}, 'num_shots=1 of .*no train split; choose another'),
-    (
-      {'num_shots': 9, 'shots_source': 'own'},
-      'evals.quiz: num_shots=9 of 1 train items',
-    ),
-    ({'shots_source': 'own'}, 'has no effect unless num_shots is at least 1'),
-  ],
-)
-def test_a_bad_entry(bench, options, message):
-  source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
-  options = {'source': source} | options
-  if 'shots_source' in options:
-    options['shots_source'] = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
-  with pytest.raises(ValueError, match=message):
-    bench.choice(**options)
-
-
 def test_a_model_that_routes_by_task_is_refused(bench):
   source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
   setting = bench.choice(source=source).setting
   model = tiny.options(dict(router=Task(), **ALL), num_tasks=2).build()
   with pytest.raises(ValueError, match=r"evals.quiz of kind 'choice': the mod"):
     ChoiceEvaluation().measure(dataclasses.replace(setting, model=model))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'num_shots': 1}, 'num_shots=1 of .*no train split; choose another'),
+    ({'num_shots': 9}, 'evals.quiz: num_shots=9 of 1 train items'),
+    ({}, 'has no effect unless num_shots is at least 1'),
+  ],
+)
+def test_examples_that_are_not_there_are_refused(bench, options, message):
+  source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
+  if options != {'num_shots': 1}:
+    options = {**options, 'shots_source': source}
+  with pytest.raises(ValueError, match=message):
+    bench.choice(source=source, **options)

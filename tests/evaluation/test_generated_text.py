@@ -21,7 +21,6 @@ from tests.models import tiny as tiny_models
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 from tests.training.test_evaluate import stopped_before
-from tests.training.test_loop import SigtermAt, assert_equal
 
 MODULES = 'asyncio,email,json'
 PAIRS = dict(
@@ -94,37 +93,6 @@ def rows_of(workdir, name):
   return rows
 
 
-@pytest.mark.slow
-def test_every_kind_has_its_rows(run):
-  workdir, _ = run
-  assert [step for step, _ in rows_of(workdir, 'train_capacity')] == [2, 4]
-  texts = rows_of(workdir, 'texts')
-  assert [step for step, _ in texts] == [2, 4]
-  row = texts[-1][1]
-  assert list(row) == ['bleu', 'chrf', 'rouge_l', 'exact_match', 'examples']
-  assert row['examples'] == 5 and row['exact_match'] == 0
-  # The choices have a period of 0 and are evaluated at the end only.
-  ((step, row),) = rows_of(workdir, 'choice')
-  assert step == 4
-  assert (row['items'], row['chance']) == (3, 25.0)
-  assert round(row['accuracy'], 6) in (0, 33.333333, 66.666667, 100)
-
-
-@pytest.mark.slow
-def test_examples_are_left_to_be_read(run):
-  workdir, _ = run
-  text = (workdir / 'texts_examples.txt').read_text(encoding='utf-8')
-  assert text.startswith('step 4, 5 validation pairs\nbleu 0.')
-  assert 'tok:13a' in text.split('\n\n')[0]
-  rest = text
-  for inputs, target in spread_pairs():
-    _, separator, rest = rest.partition(f'\n\ninputs: {inputs}\noutputs: ')
-    assert separator
-    _, separator, rest = rest.partition(f'\ntargets: {target}')
-    assert separator
-  assert rest == '\n'
-
-
 def spread_pairs(count=5):
   options = run_config.read(config())
   pairs = list(data.read_pairs(options.data, 'validation'))
@@ -135,25 +103,18 @@ def spread_pairs(count=5):
 def test_a_run_is_evaluated_from_its_folder(run):
   workdir, _ = run
   entries = run_config.read(config()).evals
-  for name in ('train_capacity', 'texts', 'choice'):
+  for name, steps in (('train_capacity', 2), ('texts', 2), ('choice', 4)):
+    # Choices have a period of 0 and are evaluated at the end only.
+    rows = rows_of(workdir, name)
+    assert [step for step, _ in rows] == list(range(steps, 5, 2))
     scores = evaluation.evaluate(workdir, entries[name])
-    _, expected = rows_of(workdir, name)[-1]
+    _, expected = rows[-1]
     for key, value in expected.items():
       np.testing.assert_allclose(scores[key], value, rtol=1e-5, err_msg=key)
   before = (workdir / 'texts_examples.txt').read_text()
   assert (workdir / 'evaluate_examples.txt').read_text() == before
   older = evaluation.evaluate(workdir, entries['texts'], step=2)
   assert older == pytest.approx(rows_of(workdir, 'texts')[0][1])
-
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_evaluates_as_one_that_was_not(run, tmp_path):
-  workdir, state = run
-  stopped_state = train(config(), tmp_path, hooks=[SigtermAt(3)])
-  assert int(stopped_state.step) == 3
-  assert_equal(train(config(), tmp_path), state)
-  for name in ('train_capacity', 'texts', 'choice'):
-    assert rows_of(tmp_path, name) == rows_of(workdir, name)
 
 
 def setting(tmp_path, **overrides):
@@ -271,33 +232,6 @@ def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):
     assert pair.target and len(pair.ids) == (
       first.sum() - row['loss_weights'][first].sum() + 1
     )
-
-
-@pytest.mark.parametrize(
-  ('entry', 'message'),
-  [
-    (
-      {'kind': 'generated'},
-      r"evaluation 'generated'; .*\['choice', 'generate', 'loss",
-    ),
-    ({'every_steps': -1}, 'evals.texts.every_steps=-1 must be at least 0'),
-    (
-      {'metrics': 'bleu,rouge'},
-      "evals.texts.metrics='bleu,rouge': unknown metric 'rouge'",
-    ),
-    ({'num_tokens': 0}, 'evals.texts.num_tokens=0 must be at least 1'),
-    ({'num_examples': -2}, 'evals.texts.num_examples=-2'),
-    ({'num_beam': 2}, "texts.num_beam'; did you mean 'evals.texts.num_beams"),
-    ({'model_overrides': {'width': 8}}, 'texts.model_overrides changes'),
-    ({'length_penalty': 2.0}, 'texts.length_penalty=2.0 has no effect'),
-  ],
-)
-def test_a_bad_entry_fails_before_there_is_a_workdir(entry, message, tmp_path):
-  texts = base.generate_evaluation().unlock()
-  texts.update(entry)
-  with pytest.raises(ValueError, match=message):
-    train(config(texts=texts), tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
 
 
 def test_what_is_missing_is_said_at_set_up(tmp_path):

@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 import tokenizers as hf
 
 from moe_jax.data import Item, LmTask, Seq2SeqTask, tokenizers
@@ -114,9 +113,3 @@ def test_words_that_begin_with_a_space_are_the_answers():
   # The space before an answer belongs to the token of the answer.
   assert [e.inputs.tolist() for e in encoded.examples] == [[0], [0]]
   assert [e.targets.tolist() for e in encoded.examples] == [[4], [5]]
-
-
-def test_a_prompt_without_tokens():
-  ask = Asker(LmTask(), tokenizers.Bytes(), DecoderLayout(9), '')
-  with pytest.raises(ValueError, match="no tokens in prompt ''"):
-    ask(Item('', ('x', 'y'), 0), [])

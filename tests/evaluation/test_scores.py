@@ -69,10 +69,3 @@ def test_scores_come_in_order_with_how_they_were_computed():
   assert list(scores) == ['exact_match', 'bleu']
   scores['bleu'].compute(['a'], ['a'])
   assert 'tok:intl' in scores['bleu'].signature()
-
-
-def test_names_that_do_not_exist():
-  with pytest.raises(ValueError, match="'rouge'; did you mean 'rouge_l'"):
-    make_scores('bleu,rouge')
-  with pytest.raises(ValueError, match=r"bleu_tokenizer '13b'.*'13a'"):
-    make_scores('bleu', '13b')

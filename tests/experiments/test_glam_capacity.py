@@ -1,7 +1,6 @@
 """Rows that are read token by token, against rows that are read at once."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import glam_capacity
-from moe_jax.data import PackedRows
-from tests.training import tiny
+from tests import tiny_study
 
 T, B = 6, 5
 
@@ -18,21 +16,11 @@ T, B = 6, 5
 @functools.cache
 def prepared():
   """A run and a state of random parameters, as `measure` reads them."""
-  moe = dict(layers='all', capacity=dict(kind='all'), num_selected=2)
-  options = tiny.options(
-    data={'seq_len': T}, model={'num_layers': 1, 'moe': moe}
-  )
+  moe = dict(capacity=dict(kind='all'), num_selected=2)
   stream = np.random.default_rng(0).integers(0, 257, 2 * B * T + 1)
   # One of ten rows has two documents.
-  rows = PackedRows(stream, np.array([0, 2 * T, 2 * T + 3, 3 * T]), T)
-  params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
-  run = types.SimpleNamespace(
-    options=options,
-    model=tiny.model_of(options),
-    dataset=types.SimpleNamespace(splits={'validation': rows}, vocab_size=257),
-    programs=types.SimpleNamespace(variables=lambda state: {'params': params}),
-  )
-  return run, params
+  starts = [0, 2 * T, 2 * T + 3, 3 * T]
+  return tiny_study.measured_run(moe, starts, stream, T)
 
 
 def test_without_drops_the_loss_is_that_of_whole_rows():
@@ -45,15 +33,15 @@ def test_without_drops_the_loss_is_that_of_whole_rows():
     glam_capacity.stepping_model(run, 0), {'params': params}, batch['tokens']
   )
   np.testing.assert_allclose(by_step, logits, atol=1e-4)
-  assert glam_capacity.measure_steps(run, None, 0, B)['dropped'] == 0
+  assert glam_capacity.measure_steps(run, params, 0, B)['dropped'] == 0
 
 
 def test_the_rows_of_a_step_compete_for_slots():
   # Five rows make ten choices among four experts of one slot each.
-  run, _ = prepared()
-  metrics = glam_capacity.measure_steps(run, None, 1, B)
+  run, params = prepared()
+  metrics = glam_capacity.measure_steps(run, params, 1, B)
   assert 0.59 < metrics['dropped'] < 0.9
-  free = glam_capacity.measure_steps(run, None, 0, B)
+  free = glam_capacity.measure_steps(run, params, 0, B)
   assert abs(metrics['loss'] - free['loss']) > 1e-3
 
 

@@ -11,18 +11,6 @@ from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 LOAD = np.array([7, 0, 4, 1])
 
 
-def test_rows_in_blocks_are_told():
-  # The experts have two, no, one and one block of 4 rows.
-  np.testing.assert_allclose(megablocks.in_blocks(LOAD, 4), 16 / 12)
-  np.testing.assert_allclose(megablocks.in_blocks(LOAD, 1), 1)
-
-
-def test_what_has_no_slot_is_dropped():
-  # With 3 slots each, the first expert lacks four and the third one.
-  np.testing.assert_allclose(megablocks.dropped(LOAD, 3), 5 / 12)
-  assert megablocks.dropped(LOAD, 7) == 0
-
-
 def test_every_way_has_its_rows_and_drops():
   rows_and_drops = megablocks.rows_and_drops(LOAD)
   assert rows_and_drops.keys() == megablocks.WAYS.keys()

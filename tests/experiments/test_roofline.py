@@ -14,27 +14,16 @@ def work(E=1, K=1, backward=False, router=False, **sizes):
   return Sizes(N, M, F, **sizes).work(E, K, backward=backward, router=router)
 
 
-def test_a_dense_layer_forward():
-  counts = work()
-  assert counts.flops == 2 * 10 * (3 * 7 + 7 * 3)
-  assert counts.min_bytes == 4 * (2 * 21 + 10 * 3 + 10 * 3)
-
-
 def test_a_sparse_layer_reads_every_expert_and_serves_every_choice():
-  counts = work(E, K)
-  assert counts.flops == 2 * work().flops
+  counts, products = work(E, K), 2 * 2 * 10 * (3 * 7 + 7 * 3)
+  assert counts.flops == products
   assert counts.min_bytes == 4 * (5 * 2 * 21 + 2 * 30)
-
-
-def test_backward():
   counts = work(E, K, backward=True)
-  assert counts.flops == 3 * 2 * work().flops
+  assert counts.flops == 3 * products
   # Kernels are read twice and their gradients written once; x is read twice; y,
   # dy and dx pass once.
   assert counts.min_bytes == 4 * (3 * 210 + 5 * 30)
-
-
-def test_router_third_kernel_and_type():
+  # A router, a third kernel, and numbers of two bytes.
   counts = work(E, router=True, activation='swiglu', dtype='bfloat16')
   assert counts.flops == 2 * 10 * 3 * 21 + 2 * 10 * 3 * 5
   assert counts.min_bytes == 2 * (5 * 3 * 21 + 3 * 5 + 2 * 30)
@@ -50,12 +39,10 @@ def test_the_slower_of_both_bounds(flops, min_bytes, seconds):
   assert roofline.Work(flops, min_bytes).seconds(peaks) == seconds
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_peaks_are_measured(dtype):
-  peaks = roofline.measure_peaks(dtype, quick=True)
+def test_peaks_are_measured():
+  peaks = roofline.measure_peaks('bfloat16', quick=True)
   assert math.isfinite(peaks.flops_per_second) and peaks.flops_per_second > 0
   assert math.isfinite(peaks.bytes_per_second) and peaks.bytes_per_second > 0
-  assert f'({dtype} matmul)' in peaks.describe()
 
 
 def test_peaks_of_a_round_are_of_its_own_times():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from experiments import switch_speed
-from experiments.benchmarks import timing
 from experiments.benchmarks.roofline import Peaks
 from experiments.study import command, jobs, runner
 from experiments.study import times as times_lib
@@ -55,17 +54,13 @@ def test_a_step_time_is_told(monkeypatch):
   np.testing.assert_allclose(time.seconds, [2.0, 2.4])
   # The rounds' ratios are 1, 1.1, 1.2, 1.3, 1.5 and 2.
   np.testing.assert_allclose(time, 1.25)
-  assert isinstance(time.spread, timing.Spread) and time.others == 0.3
-  text = times_lib.describe({'top 1': time})
-  assert '2 bursts on 2026-02-01 and 2026-02-02, in which' in text
-  assert 'at most 0.30 of' in text and text.endswith('the machine was BUSY.')
+  assert time.others == 0.3
+  assert times_lib.describe({'top 1': time}).endswith('the machine was BUSY.')
   quiet = StepTime.of('top 1', 'dense', bursts[:1])
   text = times_lib.describe({'top 1': time, 'quiet': quiet})
-  assert '1 or 2 bursts' in text and text.endswith('was BUSY for top 1.')
-  assert 'BUSY' not in times_lib.describe({'quiet': quiet})
+  assert text.endswith('was BUSY for top 1.')
   quiet.others = float('nan')
-  text = times_lib.describe({'quiet': quiet})
-  assert 'an unknown number of' in text and 'BUSY' not in text
+  assert 'BUSY' not in times_lib.describe({'quiet': quiet})
 
 
 def test_every_model_has_the_best_of_the_same_rates():
@@ -129,21 +124,7 @@ def test_seeds_beyond_the_ends_of_the_lengths_are_counted():
   for length, loss in ((0.5, 2.0), (1.0, 1.2)):
     results[arm_name(EIGHT, length)] = [result(loss)] * 3
   text = switch_speed.remarks(results)
-  assert f'Of 3 seeds of {EIGHT} 1 have the dense loss at the shortest' in text
-  assert '1 have it not even at the longest, and count as 1, less' in text
-  assert f'The first choice is {EIGHT}.' in text
-
-
-def test_all_lengths_have_one_warm_up():
-  for preset in STUDY.presets.values():
-    shared = STUDY.shared(preset)
-    warmup = shared.optimizer.schedule.warmup_steps
-    assert 0 < 2 * warmup <= min(TRIAL.values()) * preset.steps
-
-
-def test_runs_that_a_search_chooses_are_no_items():
-  with pytest.raises(ValueError, match='switch_speed are chosen by other runs'):
-    switch_speed.get_items('full')
+  assert f'Of 3 seeds of {EIGHT} 1 have' in text and '1 have it not' in text
 
 
 SMALL = {

@@ -96,30 +96,16 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path):
   assert_equal(unbroken.params, resumed.params)
 
 
-def test_an_adapter_is_kept_alone_and_merged_into_its_base(
-  runs, tmp_path, capsys
-):
+def test_an_adapter_is_kept_alone_and_merged_into_its_base(runs, tmp_path):
   adapter, merged = tmp_path / 'adapter', tmp_path / 'merged'
   flags = f'--workdir={runs / "run"}', f'--output={adapter}'
-  with pytest.raises(SystemExit, match='1'):
-    command.main(['save', *flags, '--step=7'])
-  assert 'no checkpoint 7 in' in capsys.readouterr().err
   command.main(['save', *flags, '--step=2'])
   files = sum(path.stat().st_size for path in adapter.iterdir())
   model, expected = params_of(runs / 'run')
   size = sum(x.nbytes for x in jax.tree.leaves(expected))
   assert files < size / 2
-  command.main(
-    [
-      'merge',
-      f'--adapter={adapter}',
-      f'--workdir={runs / "base"}',
-      f'--output={merged}',
-      '--step=3',
-    ]
-  )
-  output = capsys.readouterr().out
-  assert 'with the adapter of' in output and 'tokenizer are those of' in output
+  flags = [f'--workdir={runs / "base"}', f'--output={merged}', '--step=3']
+  command.main(['merge', f'--adapter={adapter}', *flags])
   assert_equal(params_of(merged)[1], expected)
   # Onto the base in memory, too; never onto another.
   _, base = params_of(runs / 'base')
@@ -129,36 +115,22 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
     adapters.read(adapter, model, expected)
   with pytest.raises(ValueError, match='adapter of the base with sha256'):
     adapters.merge(adapter, runs / 'base', tmp_path / 'other', step=1)
-  with pytest.raises(
-    ValueError, match=r'holds no adapter: .* no adapter\.json'
-  ):
-    adapters.read(tmp_path / 'none', model, base)
   with pytest.raises(ValueError, match=r'itself.*give the folder of its base'):
     adapters.merge(adapter, runs / 'run', tmp_path / 'other')
-  with pytest.raises(ValueError, match=r'no trained adapter: lora\.rank=0'):
-    adapters.save(runs / 'base', tmp_path / 'other')
-  with pytest.raises(ValueError, match='is there already'):
-    adapters.save(runs / 'run', adapter)
 
 
-@pytest.mark.parametrize(
-  ('name', 'old', 'new', 'message'),
-  [
-    (adapters.ABOUT, b'"alpha": 1', b'"alpha": 9', 'is damaged'),
-    (adapters.ABOUT, b'"format": 2', b'"format": 1', 'has format 1, not 2'),
-    (adapters.WEIGHTS, None, None, 'is damaged'),
-  ],
-)
-def test_a_damaged_adapter_is_refused(runs, tmp_path, name, old, new, message):
-  adapters.save(runs / 'run', tmp_path / 'adapter')
-  path = tmp_path / 'adapter' / name
-  content = path.read_bytes()
-  if old is None:
-    changed = content[:-1] + bytes([content[-1] ^ 0x40])  # an exponent's bit
-  else:
-    changed = content.replace(old, new)
-  assert changed != content
-  path.write_bytes(changed)
+def test_a_damaged_adapter_is_refused(runs, tmp_path):
   model, base = params_of(runs / 'base')
-  with pytest.raises(ValueError, match=message):
+  adapters.save(runs / 'run', tmp_path / 'adapter')
+  about, weights = (
+    tmp_path / 'adapter' / name for name in (adapters.ABOUT, adapters.WEIGHTS)
+  )
+  content = weights.read_bytes()
+  # An exponent's bit, and the scale of the products.
+  weights.write_bytes(content[:-1] + bytes([content[-1] ^ 0x40]))
+  with pytest.raises(ValueError, match='is damaged'):
+    adapters.read(tmp_path / 'adapter', model, base)
+  weights.write_bytes(content)
+  about.write_text(about.read_text().replace('"alpha": 1', '"alpha": 9'))
+  with pytest.raises(ValueError, match='is damaged'):
     adapters.read(tmp_path / 'adapter', model, base)

@@ -1,7 +1,5 @@
 """Expert-specialised fine-tuning: experts are chosen and train alone."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -28,13 +26,8 @@ def test_the_fewest_experts_that_reach_the_share():
   assert choose_experts.chosen(shares, 0.5) == {1: (1,), 3: (0, 1)}
   assert choose_experts.chosen(shares, 0.51) == {1: (1, 3), 3: (0, 1, 2)}
   assert choose_experts.chosen(shares, 0.8) == {1: (1, 3), 3: (0, 1, 2, 3)}
-  assert choose_experts.chosen(shares, 0.9) == {1: (0, 1, 3), 3: (0, 1, 2, 3)}
-  assert choose_experts.chosen(shares, 1.0) == {
-    1: (0, 1, 2, 3),
-    3: (0, 1, 2, 3),
-  }
-  with pytest.raises(ValueError, match=r'share=1.1 not in \(0, 1\]'):
-    choose_experts.chosen(shares, 1.1)
+  every = (0, 1, 2, 3)
+  assert choose_experts.chosen(shares, 1.0) == {1: every, 3: every}
 
 
 @pytest.mark.slow
@@ -74,7 +67,6 @@ def test_use_is_counted_choice_by_choice():
   assert np.abs(by_gate - by_tokens).max() > 1e-3
 
 
-@functools.cache
 def train_two_steps(path, devices=1, optimizer='adamw', **overrides):
   """Parameters before and after two steps, and the state after them."""
   sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
@@ -83,7 +75,7 @@ def train_two_steps(path, devices=1, optimizer='adamw', **overrides):
     trained_experts=path,
     model=MODEL,
     optimizer=dict(kind=optimizer, weight_decay=0.1),
-    **dict(overrides),
+    **overrides,
     **(dict(mesh=sizes) if devices == 8 else {}),
   )
   mesh = options.mesh.make(jax.devices()[:devices])
@@ -151,9 +143,8 @@ _W_IN = 'layers/layer_1/moe/experts/w_in'
 
 @pytest.mark.slow
 def test_adapters_of_chosen_experts_alone_train(chosen_file):
-  path = chosen_file
   before, after, *_ = train_two_steps(
-    path, lora=_Hashable(rank=2, parts='experts + attention')
+    chosen_file, lora=dict(rank=2, parts='experts + attention')
   )
   b = f'lora/{_W_IN}/b'
   assert [[bool(after[b][i, e].any()) for e in range(4)] for i in (0, 1)] == [
@@ -163,19 +154,10 @@ def test_adapters_of_chosen_experts_alone_train(chosen_file):
   assert (after[_W_IN] == before[_W_IN]).all()
 
 
-class _Hashable(dict):
-  """Options of a section, as arguments of a cached function."""
-
-  def __hash__(self):
-    return hash(tuple(sorted(self.items())))
-
-
 @pytest.mark.parametrize(
   ('layers', 'trainable', 'message'),
   [
     ({1: (0,)}, 'experts', r'by layer \{1: 4\}, the model has \{1: 4, 3: 4\}'),
-    ({1: (), 3: ()}, 'experts', 'chooses no expert'),
-    ({1: (4,), 3: (0,)}, 'experts', r'layer 1 has \[4\], not distinct numbers'),
     ({1: (1, 1), 3: (0,)}, 'experts', r'layer 1 has \[1, 1\], not distinct'),
     (CHOSEN, 'attention', 'trained_experts has no effect'),
   ],
@@ -186,8 +168,6 @@ def test_a_file_that_does_not_fit_is_refused(
   ChosenExperts(4, layers).write(tmp_path / 'experts.json')
   with pytest.raises(ValueError, match=message):
     train_two_steps(str(tmp_path / 'experts.json'), trainable=trainable)
-  with pytest.raises(ValueError, match='is no file of chosen experts'):
-    read_chosen(str(tmp_path / 'none.json'))
 
 
 @pytest.mark.slow
@@ -242,9 +222,3 @@ def test_one_command_chooses_from_data(tmp_path, capsys):
   choose_experts.choose(
     tmp_path / 'run', share=0.6, num_batches=1, options=task
   )
-  with pytest.raises(SystemExit):
-    command.main([*args, '--share=1.5', f'--output={file}'])
-  assert '1.5 not in (0, 1]' in capsys.readouterr().err
-  with pytest.raises(SystemExit):
-    command.main([*args, f'--output={file}'])
-  assert 'is there already' in capsys.readouterr().err

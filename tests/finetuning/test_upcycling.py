@@ -18,7 +18,7 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder import EncoderOptions
-from moe_jax.routing.capacity import All, PerToken
+from moe_jax.routing.capacity import All
 from tests.models import tiny as models_tiny
 from tests.training import tiny
 
@@ -122,13 +122,6 @@ def change(moe, source_moe, model=None, **copies):
 )
 def test_upcycled_models_begin_as_the_dense_one(moe, model):
   assert change({**TOP2, **moe}, DENSE, model) < 1e-6
-
-
-@pytest.mark.slow
-def test_raw_gates_and_little_room_are_not_the_dense_model():
-  tight = {'capacity': PerToken(0.5)}
-  assert change({**TOP2, **RAW, **tight}, DENSE) > 1e-3
-  assert change(TOP2, DENSE, expert_noise=0.1) > 1e-3
 
 
 def test_what_becomes_of_each_layer():
@@ -246,52 +239,35 @@ def test_the_same_model_is_copied_whatever_its_experts_are_called():
   assert not plan(sparse, build(DENSE), InitFrom()).copies_all
 
 
-def test_all_that_does_not_fit_is_listed():
-  with pytest.raises(ValueError) as caught:
-    wide = {'ffn': FfnOptions(36)}
-    plan(build(TOP2, {'width': 24}), build(DENSE, wide), InitFrom())
-  lines = str(caught.value).splitlines()
-  assert 'embedding: [257, 16] there, [257, 24] here' in lines
-  assert 'layers/layer_0/ffn/w_in: [16, 36] there, [24, 20] here' in lines
-  assert (
-    'layers/layer_1/moe/experts/w_out: [36, 16] there, [20, 24] here' in lines
-  )
-  assert len(lines) > 12
-
-
 @pytest.mark.parametrize(
-  ('moe', 'model', 'source_moe', 'source_model', 'copies', 'message'),
+  ('moe', 'model', 'source_moe', 'copies', 'message'),
   [
-    (DENSE, {}, TOP2, {}, {}, 'moe/experts/w_in: not in this model'),
-    ({**TOP2, 'extra_ffn': True}, {}, DENSE, {}, {}, 'extra_ffn/w_in: not in'),
-    (TOP2, {'num_layers': 6}, DENSE, {}, {}, '4 layers there, 6 here'),
-    (
-      TOP2,
-      {'num_layers': 6, 'width': 24},
-      DENSE,
-      {},
-      {},
-      r'embedding: \[257, 16\] there, (.|\n)*4 layers there, 6 here',
-    ),
-    (TOP2, HALVES, DENSE, {}, {}, 'one of the two is an encoder-decoder'),
-    (TOP2, {}, TOP2, {}, {'experts': '0,1'}, r'are not 4 numbers in \[0, 4\)'),
-    (TOP2, {}, TOP2, {}, {'experts': '0,1,2,4'}, 'are not 4 numbers'),
-    (TOP2, {}, DENSE, {}, {'experts': '0,0,0,0'}, 'with 0 experts there and 4'),
+    (DENSE, {}, TOP2, {}, 'moe/experts/w_in: not in this model'),
+    ({**TOP2, 'extra_ffn': True}, {}, DENSE, {}, 'extra_ffn/w_in: not in'),
+    (TOP2, {'num_layers': 6}, DENSE, {}, '4 layers there, 6 here'),
+    (TOP2, HALVES, DENSE, {}, 'one of the two is an encoder-decoder'),
+    (TOP2, {}, TOP2, {'experts': '0,1,2,4'}, 'are not 4 numbers'),
     # The dense twin with K=2 is twice as wide as an expert.
     (
       TOP2,
       {},
       {'num_experts': 0, 'num_selected': 2},
       {},
-      {},
       r'\[16, 40\] there, \[16, 20',
+    ),
+    (
+      TOP2,
+      {'width': 24},
+      DENSE,
+      {},
+      r'embedding: \[257, 16\] there, \[257, 24',
     ),
   ],
 )
 def test_what_has_no_meaning_is_refused(
-  moe, model, source_moe, source_model, copies, message
+  moe, model, source_moe, copies, message
 ):
-  target, source = build(moe, model), build(source_moe, source_model)
+  target, source = build(moe, model), build(source_moe)
   with pytest.raises(ValueError, match=message):
     plan(target, source, InitFrom('old', **copies))
 

@@ -49,26 +49,6 @@ def test_logits_that_are_not_finite_are_an_error(model, options):
     generate(model, params, **options)
 
 
-@pytest.mark.slow
-def test_a_stream_ends_before_such_a_token(model):
-  """The model reads the first new token, whose embedding is not finite."""
-  params = tiny.params_of(model)
-  first_output = generation.generate(
-    model, {'params': params}, [11], num_tokens=1
-  )
-  table = params['embedding'].at[first_output.tokens[0, 0]].set(jnp.nan)
-  streamed = []
-  with pytest.raises(ValueError, match='logits of new token 2 are not finite'):
-    generation.generate(
-      model,
-      {'params': {**params, 'embedding': table}},
-      [11],
-      num_tokens=4,
-      on_token=lambda n, tokens: streamed.append((n, *tokens)),
-    )
-  assert streamed == [(0, first_output.tokens[0, 0])]
-
-
 def test_a_run_that_is_not_finite_is_refused_by_name(
   tmp_path, monkeypatch, capsys
 ):

@@ -1,9 +1,15 @@
 """Folders of checkpoints with tokenizers, configs of runs, and bad pickles."""
 
 import json
+import pathlib
 
+import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from moe_jax import cli, run_config
+from moe_jax.config import merge
+from moe_jax.interop import import_run as import_run_lib
+from moe_jax.interop.checkpoint_folder import open_checkpoint
 from tests.interop import oracle
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
@@ -75,6 +81,21 @@ def write_config(folder):
   path = folder / 'short.py'
   path.write_text(CONFIG)
   return path
+
+
+def import_run(source, workdir, tokenizer=None, **kwargs):
+  """Imports a checkpoint into a short run on one device; returns the lines."""
+  path = str(write_config(workdir.parent))
+  data = {'tokenizer': tokenizer} if tokenizer else {}
+  options = run_config.read(merge(cli.load_config(path), {'data': data}))
+  return import_run_lib.import_run(
+    source, workdir, options, devices=jax.devices()[:1], **kwargs
+  )
+
+
+def published(kind):
+  """The checkpoint, without weights, of a config.json that was published."""
+  return open_checkpoint(pathlib.Path(__file__).parent / 'published' / kind)
 
 
 class Runs:

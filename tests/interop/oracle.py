@@ -26,6 +26,7 @@ _DECODER = dict(
   num_key_value_heads=2,
   max_position_embeddings=64,
 )
+_CHOSEN = dict(_DECODER, num_experts_per_tok=3)
 _DEEPSEEK = dict(
   _DECODER,
   num_key_value_heads=None,
@@ -41,17 +42,15 @@ _DEEPSEEK = dict(
 )
 BASE = {
   'gpt_oss': dict(
-    _DECODER,
+    _CHOSEN,
     num_local_experts=6,
-    num_experts_per_tok=3,
     head_dim=8,
     sliding_window=4,
     eos_token_id=None,
   ),
   'granitemoe': dict(
-    _DECODER,
+    _CHOSEN,
     num_local_experts=6,
-    num_experts_per_tok=3,
     embedding_multiplier=3.0,
     attention_multiplier=0.3,
     eos_token_id=None,
@@ -64,25 +63,22 @@ BASE = {
   ),
   'mixtral': dict(_DECODER, num_local_experts=5),
   'olmoe': dict(
-    _DECODER,
+    _CHOSEN,
     num_experts=6,
-    num_experts_per_tok=3,
     # Its ids would be masked when tokens are generated.
     pad_token_id=None,
     eos_token_id=None,
   ),
   'phimoe': dict(_DECODER, num_local_experts=6),
   'qwen2_moe': dict(
-    _DECODER,
+    _CHOSEN,
     num_experts=6,
-    num_experts_per_tok=3,
     moe_intermediate_size=12,
     shared_expert_intermediate_size=28,
   ),
   'qwen3_moe': dict(
-    _DECODER,
+    _CHOSEN,
     num_experts=6,
-    num_experts_per_tok=3,
     moe_intermediate_size=12,
     head_dim=8,
   ),
@@ -214,9 +210,44 @@ def greedy(model, batch: dict[str, np.ndarray]) -> np.ndarray:
   return model.generate(ids, **options).numpy()
 
 
-def write(model, folder: pathlib.Path, seed: int = 0, pad_left: bool = False):
+def our_inputs(
+  batch: dict[str, np.ndarray], unnumbered_id: int | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """The inputs of our model for those of transformers', and a mask of text."""
+
+  def stream(prefix, ids, mask):
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    if unnumbered_id is not None:
+      positions = np.maximum(np.cumsum(ids != unnumbered_id, 1) - 1, 0)
+    values = dict(tokens=ids, segment_ids=mask, positions=positions)
+    return {prefix + name: x.astype(np.int32) for name, x in values.items()}
+
+  ids, mask = batch['input_ids'], batch['attention_mask']
+  if (decoder := batch.get('decoder_input_ids')) is None:
+    return stream('', ids, mask), mask
+  ones = np.ones_like(decoder)
+  return stream('encoder_', ids, mask) | stream('', decoder, ones), ones
+
+
+def check_same_weights(model, folder: pathlib.Path):
+  """Checks that a folder has a model's weights; returns the model in it."""
+  reloaded, info = type(model).from_pretrained(folder, output_loading_info=True)
+  assert not any(info.values())
+  old, new = model.state_dict(), reloaded.state_dict()
+  assert old.keys() == new.keys()
+  if not model.config.tie_word_embeddings and model.config.is_encoder_decoder:
+    # This weight is not used, so that an export writes zeros.
+    for weights in (old, new):
+      weights.pop(next(key for key in weights if 'shared' in key)).zero_()
+  assert all(torch.equal(old[key], new[key].to(old[key])) for key in old)
+  return reloaded.eval()
+
+
+def write(
+  model, folder: pathlib.Path, batch: dict[str, np.ndarray] | None = None
+):
   """Writes the checkpoint and `expected.npz`; returns the latter's arrays."""
-  batch = inputs(model, seed, pad_left)
+  batch = inputs(model) if batch is None else batch
   expected = {
     **batch,
     'logits': logits(model, batch),

@@ -148,21 +148,11 @@ def common_shapes(c, head_width):
   return shapes
 
 
-def write(folder, config, tensors, shards=1):
-  """Writes a checkpoint in that number of files."""
+def write(folder, config, tensors):
+  """Writes a checkpoint."""
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(config))
-  if shards == 1:
-    save_file(tensors, folder / 'model.safetensors')
-    return
-  file_of = {}
-  for k in range(shards):
-    name = f'model-{k + 1:05}-of-{shards:05}.safetensors'
-    part = {key: tensors[key] for key in sorted(tensors)[k::shards]}
-    save_file(part, folder / name)
-    file_of |= dict.fromkeys(part, name)
-  index = {'metadata': {}, 'weight_map': file_of}
-  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+  save_file(tensors, folder / 'model.safetensors')
 
 
 def read(folder):
@@ -197,7 +187,7 @@ def expect(folder, compute, vocab_size):
   return expected
 
 
-def check(folder, config, tensors, compute, files=1, fast=False):
+def check(folder, config, tensors, compute, fast=False):
   """Compares an imported checkpoint with loops, and its exported copy with it.
 
   Args:
@@ -206,11 +196,10 @@ def check(folder, config, tensors, compute, files=1, fast=False):
     tensors: The tensors by name, float32.
     compute: The function (tensors, token ids, number of tokens that a row reads
       at once) that returns logits.
-    files: The number of files of the checkpoint.
     fast: Whether only the logits of prompts in a cache are compared.
   """
   source, exported = folder / 'theirs', folder / 'ours'
-  write(source, config, tensors, files)
+  write(source, config, tensors)
   wide_tensors = {
     name: value.astype(np.float64) for name, value in tensors.items()
   }
@@ -234,8 +223,8 @@ def check(folder, config, tensors, compute, files=1, fast=False):
       verdict
     )
   # Exported again, the model has the same weights and options.
-  interop.save(options, variables, exported, shard_bytes=2**14 // files)
-  assert len([*exported.glob('*.safetensors')]) >= min(files, 2)
+  interop.save(options, variables, exported, shard_bytes=2**13)
+  assert len([*exported.glob('*.safetensors')]) >= 2
   exported_tensors = read(exported)
   assert exported_tensors.keys() == tensors.keys()
   for name, value in tensors.items():

@@ -33,8 +33,7 @@ def with_eos(base, **options):
   ids=lambda t: t.identity,
 )
 def test_ids_are_equal_there_and_back(tokenizer, tmp_path):
-  line = export_run.write_tokenizer(tokenizer, tmp_path)
-  assert line == 'the tokenizer is there too'
+  export_run.write_tokenizer(tokenizer, tmp_path)
   hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert (len(hf_tokenizer), hf_tokenizer.eos_token_id) == (
     tokenizer.vocab_size,
@@ -67,7 +66,7 @@ def test_ids_that_are_not_the_next_are_left_out(tmp_path):
     MERGED.model.to_str(), SpecialTokens(eos=(0,), vocab_size=512)
   )
   line = export_run.write_tokenizer(with_eos(padded, num_sentinels=1), tmp_path)
-  assert line.endswith('without the ids that the task added')
+  assert 'without the ids that the task added' in line
   assert tokenizers.read(tmp_path).encode('the').tolist() == (
     MERGED.encode('the').tolist()
   )
@@ -80,28 +79,10 @@ def test_sentencepiece_goes_out_as_its_file(base, tmp_path):
   assert tokenizers.read(tmp_path).identity == tokenizer.identity
 
 
-def test_what_a_task_adds_to_sentencepiece_is_said(tmp_path):
-  tokenizer = tokenizers.SentencePiece(models.unigram())
-  line = export_run.write_tokenizer(tokenizer, tmp_path)
-  assert line.endswith('compare its ids')
-  line = export_run.write_tokenizer(
-    with_eos(tokenizer, num_sentinels=2), tmp_path
-  )
-  assert line.endswith(
-    'without the ids that the task added; inputs here end in an EOS'
-  )
-
-
 def test_an_eos_that_is_left_out_has_no_name(tmp_path):
-  model = tokenizers.TrainedOptions('bpe', 300).fit(models.WORDS).model.to_str()
-  padded = tokenizers.Json(model, SpecialTokens(vocab_size=512))
+  padded = tokenizers.Json(MERGED.model.to_str(), SpecialTokens(vocab_size=512))
   tokenizer = with_eos(padded)
   assert tokenizer.eos_id == 512
   export_run.write_tokenizer(tokenizer, tmp_path)
   stored_config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
   assert 'eos_token' not in stored_config
-
-
-def test_others_are_left_out(tmp_path):
-  assert 'the folder has none' in export_run.write_tokenizer(None, tmp_path)
-  assert not any(tmp_path.iterdir())

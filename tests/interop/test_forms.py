@@ -35,7 +35,6 @@ CASES = {
   ),
   '(H D) -> H D': ((H * D,), (H, D), lambda x: x.reshape(H, D)),
   'F M -> M F': ((F, M), (M, F), lambda x: x.T),
-  'F M': ((F, M), (F, M), lambda x: x),
   'E (0/2 F) M -> E M F': (
     (E, 2 * F, M),
     (E, M, F),
@@ -80,8 +79,3 @@ def test_no_more_is_read_than_the_slice_needs():
   index = (slice(1, 3), slice(2, 3), slice(0, D))
   Form.parse('(H D) M -> M H D').read(reader(tensor, sizes), (M, H, D), index)
   assert sizes == [D * 2]
-
-
-def test_sides_that_differ():
-  with pytest.raises(ValueError, match="form 'A B -> A': the two sides differ"):
-    Form.parse('A B -> A')

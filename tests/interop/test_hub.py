@@ -71,14 +71,3 @@ def test_safetensors_are_asked_for_first(files, stems, tmp_path, monkeypatch):
   assert checkpoint_folder.fetch_folder('who/what', revision='v2') == tmp_path
   assert [patterns[-1].split('-')[0] for patterns in requests] == stems
   assert all({'*.json', '*.jinja'} <= set(patterns) for patterns in requests)
-
-
-def test_neither_folder_nor_repository(cache, tmp_path):
-  (tmp_path / 'file').touch()
-  for name in (tmp_path / 'file', 'a/b/c', '/gone'):
-    with pytest.raises(ValueError, match='is no folder, and no id'):
-      checkpoint_folder.fetch_folder(name)
-  with pytest.raises(
-    ValueError, match=r'who/gone is no folder in .*, and the hub'
-  ):
-    checkpoint_folder.fetch_folder('who/gone')

@@ -25,16 +25,6 @@ def test_all_bits_of_every_file_arrive_in_the_dtype_of_the_file(tmp_path):
     assert row['placed'] == sum(row['dtypes'].values())
 
 
-def test_a_config_is_of_the_size_that_was_asked_for():
-  sizes = []
-  for size in (2e9, 10e9):
-    c = random_checkpoint.config_of(size)
-    layer = c['num_experts'] * 3 * 2048 * c['moe_intermediate_size']
-    layer += (2 * 16 + 2 * 4) * 128 * 2048
-    sizes.append(2 * c['num_hidden_layers'] * layer + 4 * 32768 * 2048)
-  assert sizes == pytest.approx([2e9, 10e9], rel=0.01)
-
-
 @pytest.mark.slow
 def test_a_gigabyte_and_more_on_eight_devices(tmp_path, monkeypatch):
   # Without XLA's optimizations, which other tests do without, arrays are
@@ -51,4 +41,3 @@ def test_a_gigabyte_and_more_on_eight_devices(tmp_path, monkeypatch):
   assert row['placed'] == pytest.approx(1.3e9, rel=0.01)
   # A second copy of the parameters would not fit into this.
   assert row['peak'] <= row['placed'] + written.largest_file + 1e9, row
-  assert bench_loading.report([row], written).count('| yes |') == 1

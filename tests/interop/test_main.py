@@ -1,7 +1,6 @@
 """The command line: the effect and the exit status of each command."""
 
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ import pytest
 
 from moe_jax import generation, interop
 from moe_jax.interop import __main__ as cli
-from moe_jax.interop.checkpoint_folder import ARCHITECTURES
 from tests.interop import folders, oracle
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -80,42 +78,3 @@ def test_an_import_that_is_killed_is_started_again(tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, loaded.variables, expected.variables
   )
-
-
-@pytest.mark.parametrize(
-  ('argv', 'message'),
-  [
-    (['imprt', 'x'], "invalid choice: 'imprt'"),
-    (['import', 'x'], 'required: --workdir'),
-    (['import', '--workdir', 'w', 'x', 'y'], r"unknown arguments \['y'\]"),
-    (['export', '--workdir', 'w'], 'required: --output'),
-    (
-      ['export', '--workdir', 'w', '--output', 'o', '--config.seed=1'],
-      r"unknown arguments \['--config.seed=1'\]",
-    ),
-    (
-      ['import', 'x', '--workdir', 'w', '--config.sed=1'],
-      "unknown config key 'sed'; did you mean 'seed'",
-    ),
-    (
-      ['import', 'x', '--workdir', 'w', '--config.seed=x'],
-      "--config.seed=x: 'x' is no integer",
-    ),
-    (['import', '/x', '--workdir', 'w'], 'is no folder, and no id'),
-    (['verify', '/x', '--expected', '/gone'], 'is no npz file of arrays'),
-  ],
-)
-def test_a_mistake_is_told(argv, message, capsys, monkeypatch):
-  monkeypatch.chdir(ROOT)
-  status, _, error = run(capsys, *argv)
-  assert status == 1 and error.startswith('moe_jax: ')
-  assert re.search(message, error), error
-
-
-def test_what_is_supported_is_named(tmp_path, capsys):
-  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
-  path = tmp_path / 'expected.npz'
-  np.savez(path, logits=1)
-  status, _, error = run(capsys, 'verify', tmp_path, '--expected', path)
-  assert status == 1 and len(error.splitlines()) == 1
-  assert all(repr(kind) in error for kind in ARCHITECTURES)

@@ -1,5 +1,12 @@
-"""Logits, greedy tokens and weights equal transformers', both ways."""
+"""The contract of a checkpoint family: every entry of `ARCHITECTURES` keeps it.
 
+Each key of config.json is used or refused by its name; a checkpoint has the
+logits, gradients and greedy tokens of transformers' model, which is the oracle;
+and exported again it is the same. Families whose code is in their checkpoints
+have loops for an oracle, in test files of their own.
+"""
+
+import copy
 import json
 
 import jax
@@ -8,11 +15,20 @@ import pytest
 
 from moe_jax import interop
 from moe_jax.data.plain_files import read_json
-from moe_jax.interop import loading, tensor_files, verifying
-from tests.interop import oracle
+from moe_jax.interop import checkpoint_folder, loading, tensor_files, verifying
+from moe_jax.interop.quirks import ServedByRank, TransformersEncoderDecoder
+from moe_jax.models import DecoderOptions
+from moe_jax.routing.capacity import All, Fixed
+from tests.interop import folders, oracle, test_deepseek_moe, test_openmoe
 
 torch = pytest.importorskip('torch')
-from safetensors.torch import load_file, save_file  # noqa: E402
+
+KINDS = sorted(oracle.CLASSES)
+BASES = {
+  **oracle.BASE,
+  'deepseek': test_deepseek_moe.BASE,
+  'openmoe': test_openmoe.BASE,
+}
 
 YARN = dict(
   rope_type='yarn',
@@ -188,7 +204,6 @@ CASES = {
       rope_parameters=YARN | dict(truncate=False),
     ),
   ),
-  'switch': ('switch_transformers', 'right', dict()),
   'switch router bias, one slot, none sparse, so one, few buckets': (
     'switch_transformers',
     'left',
@@ -240,62 +255,379 @@ CASES = {
 }
 
 
-def model_and_side(name):
-  kind, side, options = CASES[name]
-  return oracle.make(kind, seed=len(name), **options), side == 'left'
+def test_every_family_has_a_case():
+  by_code = {k for k, a in interop.ARCHITECTURES.items() if a.needs_code}
+  assert {kind for kind, *_ in CASES.values()} == {*KINDS}
+  assert {*BASES} - {*KINDS} == by_code
 
 
-def test_every_family_of_transformers_has_a_case():
-  # A family whose code is in its checkpoints has a test file of its own.
-  assert {kind for kind, *_ in CASES.values()} == {
-    model_type
-    for model_type, architecture in interop.ARCHITECTURES.items()
-    if not architecture.needs_code
+def open_config(folder, kind, **changes):
+  """A small checkpoint's config.json, opened with changes."""
+  config = {'model_type': kind, **BASES[kind], **changes}
+  (folder / 'config.json').write_text(json.dumps(config))
+  return checkpoint_folder.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_keys_and_defaults_are_those_of_transformers(kind):
+  keys = interop.ARCHITECTURES[kind].keys
+  names = [name for group in vars(keys).values() for name in group]
+  assert sorted({*names}) == sorted(names)
+  config = oracle.CLASSES[kind].config_class().to_dict()
+  assert not set(config) - {*names}
+  # transformers computes these from other keys, or has renamed them.
+  derived = {'rope_parameters', 'mlp_only_layers', 'layer_types'}
+  if 'qwen' in kind:
+    derived.add('sliding_window')
+  if kind in ('olmoe', 'deepseek_v2', 'granitemoe'):
+    derived.add('num_key_value_heads')
+  if 'switch' in kind:
+    derived |= {'encoder_sparse_step', 'decoder_sparse_step'}
+  for name, (_, default, *_) in {**keys.honoured, **keys.training}.items():
+    if name in config and name not in derived:
+      assert config[name] == default, name
+  for name, supported in keys.fixed.items():
+    if name in config:
+      assert config[name] in supported, name
+
+
+@pytest.mark.parametrize('kind', interop.ARCHITECTURES)
+def test_a_key_with_a_value_of_no_kind_is_refused_by_its_name(kind):
+  keys = interop.ARCHITECTURES[kind].keys
+  names = {*keys.honoured, *keys.training, *keys.fixed}
+  config = {**BASES[kind], **dict.fromkeys(names, ()), 'model_type': kind}
+  with pytest.raises(tensor_files.ProblemsError) as caught:
+    checkpoint_folder.from_config({**config, 'none_such': 1})
+  refused = {text.split('=')[0] for text in caught.value.problems}
+  assert names <= refused
+  assert any('none_such' in text for text in refused)
+
+
+# What each key may have alone, but not with the others, and what no dimension
+# of a tensor would refuse.
+REFUSED = {
+  'mixtral': (
+    dict(
+      hidden_act='relu',
+      num_experts_per_tok=1,
+      sliding_window=0,
+      rms_norm_eps=True,
+      rope_parameters={'rope_type': 'linear', 'factor': 2.0},
+    ),
+    "relu | num_experts_per_tok=1 | dow=0 | eps=True | rope type 'linear'",
+  ),
+  'switch_transformers': (
+    dict(
+      feed_forward_proj='gated-gelu', dense_act_fn='silu', expert_capacity=0
+    ),
+    "gelu' is not dense_act_fn | dense_act_fn='silu' | capacity=0",
+  ),
+  'olmoe': (
+    dict(num_experts_per_tok=1, norm_topk_prob=True, partial_rotary_factor=0.5),
+    'tok=1 with norm_topk_prob=True | factor=0.5',
+  ),
+  'qwen2_moe': (
+    dict(
+      use_sliding_window=True,
+      sliding_window=0,
+      mlp_only_layers=[0, 1, 2, 'x'],
+      layer_types=['sliding_attention', 'chunked'],
+      rope_scaling={'type': 'yarn', 'beta_slow': 0, 'mscale': 0},
+    ),
+    "sliding_window=0 | has 'x', which is no layer | no layer sparse of 3 | "
+    "has 'chunked' | 2 layers, num_hidden_layers=3 | beta_slow=0 | 'factor'",
+  ),
+  'deepseek_v2': (
+    dict(
+      num_key_value_heads=1,
+      num_attention_heads=5,
+      topk_method='best',
+      n_group=1,
+      topk_group=2,
+      first_k_dense_replace=3,
+    ),
+    'value_heads=1 is not | not divide hidden_size=24 | '
+    "topk_method='best' | topk_group=2 is more | leaves no layer sparse of 3",
+  ),
+  'deepseek_v3': (
+    dict(n_group=None, quantization_config={'quant_method': 'fp8'}),
+    "quant_method='fp8' | n_group=None",
+  ),
+  'phimoe': (
+    dict(
+      num_experts_per_tok=3,
+      rope_scaling={'type': 'longrope', 'short_factor': [1, 0, 1]},
+    ),
+    "num_experts_per_tok=3 | short_factor=[1, 0, 1] | 'long_factor', 'long_ms",
+  ),
+  'gpt_oss': (
+    dict(
+      hidden_act='gelu_new',
+      layer_types=['full_attention', 'linear'],
+      quantization_config={'quant_method': 'fp8'},
+    ),
+    "gelu_new | has 'linear' | layer_types has 2 layers | quant_method='fp8'",
+  ),
+  'nllb-moe': (
+    dict(
+      d_model=25,
+      num_experts=1,
+      expert_capacity=0,
+      moe_eval_capacity_token_fraction=-1.0,
+      pad_token_id=None,
+    ),
+    'encoder_attention_heads=3 | decoder_attention_heads=2 | num_experts=1 | '
+    'expert_capacity=0 | pad_token_id=None',
+  ),
+  'deepseek': (
+    dict(
+      first_k_dense_replace=1,
+      hidden_size=13,
+      moe_layer_freq=28,
+      n_shared_experts=0,
+      rope_scaling=dict(type='linear', factor=2.0),
+    ),
+    'heads=2 does not divide hidden_size=13 | freq=28 leave no layer sparse | '
+    "n_shared_experts=0 | rope type 'linear'",
+  ),
+  'openmoe': (
+    dict(
+      hidden_act='silu',
+      moe_layer_interval=25,
+      router_topk=3,
+      rope_parameters={'rope_theta': 5e5},
+    ),
+    'silu | interval=25 leaves no layer sparse of 2 | router_topk=3 | '
+    'rope_theta=500000',
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+def test_all_values_that_do_not_fit_together_are_named(kind, tmp_path):
+  options, parts = REFUSED[kind]
+  with pytest.raises(tensor_files.ProblemsError) as caught:
+    open_config(tmp_path, kind, **options)
+  for part in parts.split(' | '):
+    assert any(part in text for text in caught.value.problems), part
+  assert len(caught.value.problems) == len(parts.split(' | '))
+
+
+def test_the_class_and_the_dtype_are_checked(tmp_path):
+  for changes, message in (
+    ({'model_type': 'mixtrall'}, "did you mean 'mixtral'"),
+    ({'architectures': ['MixtralForSequenceClassification']}, 'Sequence'),
+    ({'dtype': 'int8'}, "'int8'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      open_config(tmp_path, 'mixtral', **changes)
+  # Half precision is read into single.
+  checkpoint = open_config(tmp_path, 'mixtral', dtype='float16')
+  assert checkpoint.options.numerics.param_dtype == 'float32'
+  numerics = checkpoint_folder.open_checkpoint(tmp_path, 'bfloat16').options
+  numerics = numerics.numerics
+  assert (numerics.dtype, numerics.param_dtype) == ('bfloat16', 'bfloat16')
+
+
+def test_a_switch_of_2022():
+  m = folders.published('switch_transformers').options
+  assert type(m) is TransformersEncoderDecoder and m.route_padding
+  assert (m.num_layers, m.encoder.num_layers, m.width) == (12, 12, 768)
+  assert m.moe.layers == m.encoder_half.moe.layers == '1,3,5,7,9,11'
+  assert m.moe.capacity == Fixed(64)
+  assert m.attention.scale == 'none'
+  assert m.embedding.logits_scale == 'inverse_sqrt_width'
+  router = m.moe.router
+  assert (router.balance_weight, router.jitter, m.dropout) == (0.001, 0.01, 0.1)
+
+
+def test_a_mixtral_of_2023():
+  checkpoint = folders.published('mixtral')
+  m = checkpoint.options
+  assert type(m) is DecoderOptions
+  assert (m.attention.head_width, m.attention.num_kv_heads) == (128, 8)
+  assert m.positions.theta == 1e6
+  other_base = checkpoint.config | dict(rope_theta=5e5)
+  assert checkpoint_folder.from_config(other_base).positions.theta == 5e5
+  router = m.moe.router
+  assert (router.balance_weight, router.z_weight) == (0.02, 0.0)
+  assert checkpoint.notes == ()
+
+
+def test_an_nllb_of_2023():
+  checkpoint = folders.published('nllb-moe')
+  m = checkpoint.options
+  assert not m.route_padding
+  assert m.moe.layers == '3,7,11,15,19,23'
+  assert type(m.moe.router) is ServedByRank and m.moe.capacity == All()
+  assert m.moe.router.gates == 'renormalized'
+  # Notes name the options of training that transformers has and we lack.
+  assert [note.split('=')[0] for note in checkpoint.notes] == [
+    'activation_dropout', 'encoder_layerdrop', 'decoder_layerdrop',
+  ]  # fmt: skip
+
+
+# Layer i is sparse if i % step == 1, or if step == 1. Where no layer is to be
+# sparse, the step is the number of layers, and layer 1 is sparse nevertheless.
+@pytest.mark.parametrize(
+  ('options', 'layers'),
+  [
+    (dict(num_layers=6, num_sparse_encoder_layers=3), '1,3,5'),
+    (dict(num_layers=6, num_sparse_encoder_layers=4), 'all'),
+    (dict(num_layers=6, num_sparse_encoder_layers=0), '1'),
+    (dict(num_layers=6, num_sparse_encoder_layers=7), 'none'),
+    (dict(num_layers=1, num_sparse_encoder_layers=0), 'all'),
+    (dict(num_layers=6, encoder_sparse_step=5), '1'),
+    (dict(num_layers=6, encoder_sparse_step=0), 'none'),
+  ],
+)
+def test_which_layers_of_switch_are_sparse(options, layers, tmp_path):
+  checkpoint = open_config(tmp_path, 'switch_transformers', **options)
+  assert checkpoint.options.encoder_half.moe.layers == layers
+
+
+FULL, WINDOW = 'full_attention', 'sliding_attention'
+
+
+@pytest.mark.parametrize(
+  'layers',
+  [
+    dict(max_window_layers=3, use_sliding_window=True, sliding_window=4),
+    dict(
+      layer_types=[FULL, WINDOW, WINDOW, FULL, FULL],
+      use_sliding_window=True,
+      sliding_window=4,
+    ),
+    dict(max_window_layers=3),
+  ],
+)
+def test_which_layers_of_qwen_have_a_window(layers):
+  layers = dict(layers, num_hidden_layers=5)
+  theirs = oracle.CLASSES['qwen2_moe'].config_class(**layers).layer_types
+  options = checkpoint_folder.from_config(dict(layers, model_type='qwen2_moe'))
+  kinds = [WINDOW if window else FULL for window in options.windows]
+  assert kinds == theirs
+  assert max(options.windows) == (4 if WINDOW in kinds else 0)
+
+
+def test_a_window_without_a_width_is_refused():
+  layers = dict(layer_types=[WINDOW, FULL], num_hidden_layers=2)
+  with pytest.raises(ValueError, match='needs use_sliding_window'):
+    checkpoint_folder.from_config(dict(layers, model_type='qwen2_moe'))
+
+
+def check_outputs_vary(model, batch, expected):
+  """Checks that logits vary, and depend on biases and on slots that run out."""
+  assert expected.std() > 0.1
+  other, changed = copy.deepcopy(model), False
+  for module in other.modules():
+    if hasattr(module, 'e_score_correction_bias'):
+      module.e_score_correction_bias.zero_()
+      changed = True
+    if hasattr(module, 'expert_capacity'):
+      module.expert_capacity = module.moe_eval_capacity_token_fraction = 99
+      changed = True
+  if changed:
+    assert np.abs(oracle.logits(other, batch) - expected).max() > 0.1
+
+
+def check_gradients(model, source, folder, batch):
+  """Compares gradients of a weighted sum of logits, written as parameters."""
+  checkpoint = loading.fetch(source, dtype='float32')
+  options, ours = checkpoint.options, checkpoint.options.build()
+  variables = loading.load_variables(checkpoint)
+  inputs, is_real = oracle.our_inputs(
+    batch, checkpoint.architecture.unnumbered_id(options)
+  )
+  shape = (*is_real.shape, ours.vocab_size)
+  weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  weights *= is_real[..., None]
+
+  @jax.jit
+  @jax.grad
+  def gradients(params):
+    logits, _ = ours.apply({**variables, 'params': params}, **inputs)
+    return (weights * logits).sum()
+
+  params = gradients(variables['params'])
+  interop.save(options, {**variables, 'params': params}, folder)
+  output = model(**{name: torch.tensor(value) for name, value in batch.items()})
+  (torch.tensor(weights) * output.logits).sum().backward()
+  written = dict(type(model).from_pretrained(folder).named_parameters())
+  # PyTorch gives no gradient to the embedding of padding.
+  pads = {
+    id(module.weight): module.padding_idx
+    for module in model.modules()
+    if isinstance(module, torch.nn.Embedding)
   }
+  for name, value in model.named_parameters():
+    if (gradient := value.grad) is None:
+      continue  # the weight is not used
+    ours = written[name].detach()
+    if pads.get(id(value)) is not None:
+      ours[pads[id(value)]] = gradient[pads[id(value)]]
+    bound = 1e-5 + 1e-4 * float(gradient.abs().max())
+    np.testing.assert_allclose(ours, gradient, rtol=0, atol=bound, err_msg=name)
 
 
-# Models with the usual options, which other cases leave as they are in part.
-LOGITS_ALONE = ('deepseek2', 'gpt-oss', 'granite')
+# Models with the usual options, which other cases leave as they are in part,
+# and one whose slots run out.
+QUICK = ('deepseek2', 'gpt-oss', 'granite', 'nllb overflow')
+FEW_LAYERS = {
+  'nllb-moe': dict.fromkeys(
+    ('encoder_layers', 'decoder_layers', 'encoder_sparse_step',
+     'decoder_sparse_step'), 1
+  ),
+  'granitemoe': dict(num_hidden_layers=1),
+}  # fmt: skip
+
+
+def make(name, **changes):
+  """The model of a case, and inputs."""
+  kind, side, options = CASES[name]
+  model = oracle.make(kind, seed=len(name), **{**options, **changes})
+  return model, oracle.inputs(model, len(name), side == 'left')
+
+
+@pytest.mark.parametrize('name', QUICK)
+def test_logits(name, tmp_path):
+  few_layers = FEW_LAYERS.get(CASES[name][0], dict(num_hidden_layers=2))
+  model, batch = make(name, **few_layers)
+  expected = oracle.logits(model, batch)
+  check_outputs_vary(model, batch, expected)
+  model.save_pretrained(tmp_path)
+  checkpoint = loading.fetch(tmp_path, dtype='float32')
+  logits, is_real = verifying.logits(
+    checkpoint.options.build(),
+    loading.load_variables(checkpoint),
+    batch,
+    checkpoint.architecture.unnumbered_id(checkpoint.options),
+  )
+  np.testing.assert_allclose(
+    logits[is_real], expected[is_real], rtol=0, atol=5e-5
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'name',
-  [
-    name
-    for name in CASES
-    if name not in (*LOGITS_ALONE, 'switch', 'nllb overflow')
-  ],
-)
+@pytest.mark.parametrize('name', [name for name in CASES if name not in QUICK])
 def test_logits_tokens_and_weights(name, tmp_path):
-  model, pad_left = model_and_side(name)
+  model, batch = make(name)
   source, exported = tmp_path / 'theirs', tmp_path / 'ours'
-  expected = oracle.write(model, source, seed=len(name), pad_left=pad_left)
+  expected = oracle.write(model, source, batch)
+  check_outputs_vary(model, batch, expected['logits'])
   verdict = verifying.verify(source, source / 'expected.npz')
   assert verdict.largest_difference < 5e-5  # half of the allowed difference
   assert verdict.first_difference is None, verdict.describe()
   assert verdict.num_equal_tokens >= 8
-  # Outputs must vary, or any model would agree.
-  assert len(np.unique(expected['greedy'])) >= 4
-  assert expected['logits'].std() > 0.1
+  assert len(np.unique(expected['greedy'])) >= 4  # else any model would agree
   # Exported again, the model has the same weights and options.
   options, _, variables = interop.load(source)
   interop.save(options, variables, exported)
-  reloaded, info = type(model).from_pretrained(
-    exported, output_loading_info=True
-  )
-  assert not any(info.values())
-  old, new = model.state_dict(), reloaded.state_dict()
-  assert old.keys() == new.keys()
-  if not model.config.tie_word_embeddings and model.config.is_encoder_decoder:
-    # This weight is not used: with zero the logits are the same, see below.
-    for weights in (old, new):
-      weights.pop(next(key for key in weights if 'shared' in key)).zero_()
-  assert all(torch.equal(old[key], new[key]) for key in old)
-  batch = {key: expected[key] for key in oracle.inputs(model)}
+  reloaded = oracle.check_same_weights(model, exported)
   np.testing.assert_allclose(
-    oracle.logits(reloaded.eval(), batch), expected['logits'], rtol=0, atol=1e-5
+    oracle.logits(reloaded, batch), expected['logits'], rtol=0, atol=1e-5
   )
+  check_gradients(model, source, tmp_path / 'gradients', batch)
 
 
 @pytest.mark.slow
@@ -333,114 +665,3 @@ def test_experts_that_are_stacked_in_files(kind, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, from_stacked.variables, from_plain.variables
   )
-
-
-@pytest.mark.slow
-def test_experts_in_mxfp4_are_those_in_bfloat16(tmp_path):
-  """The same blocks, as they are and decoded by transformers."""
-  mxfp4 = pytest.importorskip('transformers.integrations.mxfp4')
-  sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-  model = oracle.make('gpt_oss', **sizes).to(torch.bfloat16)
-  rng, packed = np.random.default_rng(0), {}
-  with torch.no_grad():
-    for name, value in model.named_parameters():
-      if name.endswith(('gate_up_proj', 'down_proj')):
-        E, inputs, outputs = value.shape
-        shape = E, outputs, inputs // 32
-        blocks = torch.tensor(rng.integers(0, 256, (*shape, 16), np.uint8))
-        scales = torch.tensor(rng.integers(121, 126, shape, np.uint8))
-        value.copy_(mxfp4.convert_moe_packed_tensors(blocks, scales))
-        packed[name] = dict(blocks=blocks, scales=scales)
-  plain, quantized, exported = (tmp_path / name for name in 'abc')
-  model.save_pretrained(plain)
-  tensors = load_file(plain / 'model.safetensors')
-  for name, arrays in packed.items():
-    del tensors[name]
-    tensors |= {f'{name}_{suffix}': value for suffix, value in arrays.items()}
-  quantized.mkdir()
-  save_file(tensors, quantized / 'model.safetensors')
-  config = read_json(plain / 'config.json')
-  config['quantization_config'] = {'quant_method': 'mxfp4'}
-  (quantized / 'config.json').write_text(json.dumps(config))
-  from_quantized, from_plain = interop.load(quantized), interop.load(plain)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    from_quantized.variables,
-    from_plain.variables,
-  )
-  # The exported tensors are in bfloat16, as transformers would write them.
-  interop.save(
-    from_quantized.options, from_quantized.variables, exported, config=config
-  )
-  assert 'quantization_config' not in read_json(exported / 'config.json')
-  reloaded, info = type(model).from_pretrained(
-    exported, output_loading_info=True
-  )
-  assert not any(info.values())
-  old, new = model.state_dict(), reloaded.state_dict()
-  assert all(torch.equal(old[key], new[key].to(old[key])) for key in old)
-
-
-@pytest.mark.parametrize('name', [*LOGITS_ALONE, 'nllb overflow'])
-def test_logits(name, tmp_path):
-  kind, side, options = CASES[name]
-  few_layers = {
-    'nllb-moe': dict(
-      encoder_layers=1,
-      decoder_layers=1,
-      encoder_sparse_step=1,
-      decoder_sparse_step=1,
-    ),
-    'granitemoe': dict(num_hidden_layers=1),
-  }.get(kind, dict(num_hidden_layers=2))
-  model = oracle.make(kind, seed=len(name), **options, **few_layers)
-  batch = oracle.inputs(model, seed=len(name), pad_left=side == 'left')
-  expected = oracle.logits(model, batch)
-  model.save_pretrained(tmp_path)
-  checkpoint = loading.fetch(tmp_path, dtype='float32')
-  logits, is_real = verifying.logits(
-    checkpoint.options.build(),
-    loading.load_variables(checkpoint),
-    batch,
-    checkpoint.architecture.unnumbered_id(checkpoint.options),
-  )
-  assert expected[is_real].std() > 0.1
-  np.testing.assert_allclose(
-    logits[is_real], expected[is_real], rtol=0, atol=5e-5
-  )
-
-
-def drops(model, batch) -> float:
-  """Share of tokens, padding included, that get no slot at all."""
-  num_dropped, num_routed = 0, 0
-
-  def count(module, inputs, output):
-    nonlocal num_dropped, num_routed
-    slots_per_token = output[0].reshape(-1, output[0].shape[-1]).sum(-1)
-    num_dropped += int((slots_per_token == 0).sum())
-    num_routed += len(slots_per_token)
-
-  hooks = [
-    module.register_forward_hook(count)
-    for name, module in model.named_modules()
-    if name.endswith('.router')
-  ]
-  oracle.logits(model, batch)
-  for hook in hooks:
-    hook.remove()
-  return num_dropped / num_routed
-
-
-@pytest.mark.parametrize(
-  ('name', 'min_share'),
-  [
-    ('switch', 0.1),
-    ('switch router bias, one slot, none sparse, so one, few buckets', 0.2),
-    ('nllb overflow', 0.1),
-    ('nllb fixed capacity, padding routed, all else, nothing tied', 0.05),
-  ],
-)
-def test_where_slots_run_out_tokens_are_dropped(name, min_share):
-  model, pad_left = model_and_side(name)
-  batch = oracle.inputs(model, seed=len(name), pad_left=pad_left)
-  assert drops(model, batch) > min_share

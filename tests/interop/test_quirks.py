@@ -28,7 +28,6 @@ from moe_jax.routing import token_choice
 from moe_jax.routing.capacity import All, Fixed
 from moe_jax.runs.workdir import check_allowed, classes_in
 from tests.models import tiny
-from tests.reference import softmax
 from tests.training import tiny as tiny_runs
 
 B, T, E, M, F = 3, 4, 5, 6, 11
@@ -92,36 +91,6 @@ def test_choices_are_served_by_their_rank():
   np.testing.assert_array_equal(ranked.gate, routing.gate)
   np.testing.assert_array_equal(ranked.kept, routing.kept)
   assert ranked.capacity == 2
-
-
-def test_ranks_are_no_columns_that_can_lead_to_merged_experts():
-  merged = Retained('', '0: 0 1 1 0 2')
-  router = dict(router=ServedByRank(), num_selected=2, retained=merged)
-  with pytest.raises(ValueError, match='ServedByRank cannot lead'):
-    MoeOptions(num_experts=5, **router)
-
-
-def test_first_choices_go_through_expert_1():
-  layer = make(num_selected=2, router=ServedByRank(gates='renormalized'))
-  params, x = params_of(layer), draw(B, T, M)
-  tokens, w = np.asarray(x), jax.tree.map(np.asarray, params['experts'])
-  probs = softmax(tokens @ np.asarray(params['router']['w']))
-  first, second = -np.sort(-probs, -1)[..., :2].transpose(2, 0, 1)
-  expert_outputs = [
-    np.maximum(tokens @ w['w_in'][e], 0) @ w['w_out'][e] for e in (0, 1)
-  ]
-  total = first + second
-  expected = (first / total)[..., None] * expert_outputs[1]
-  expected = expected + (second / total)[..., None] * expert_outputs[0]
-  y, aux = run(layer, x)
-  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-  assert aux.stats.load[2:].sum() > 0  # the load counts chosen experts
-
-
-@pytest.mark.parametrize('num_selected', [1, 3])
-def test_ranks_are_two(num_selected):
-  with pytest.raises(ValueError, match=f'num_selected={num_selected} of a rou'):
-    make(num_selected=num_selected, router=ServedByRank())
 
 
 @pytest.mark.parametrize('takes', [False, True])
@@ -191,7 +160,18 @@ def test_quirks_are_kinds_that_a_config_keeps():
   assert read_options(MODELS, section) == options
 
 
-def test_a_table_of_the_encoders_own_needs_logits_of_their_own():
-  tied = EmbeddingOptions(tie=True)
-  with pytest.raises(ValueError, match='encoder_table=True has no effect'):
-    model_options(encoder_table=True, embedding=tied)
+def test_what_a_quirk_does_not_go_with_is_refused():
+  merged = Retained('', '0: 0 1 1 0 2')
+  for message, make_options in {
+    'ServedByRank cannot lead': lambda: MoeOptions(
+      num_experts=5, router=ServedByRank(), num_selected=2, retained=merged
+    ),
+    'num_selected=3 of a router': lambda: MoeOptions(
+      num_experts=5, router=ServedByRank(), num_selected=3
+    ),
+    'encoder_table=True has no effect': lambda: model_options(
+      encoder_table=True, embedding=EmbeddingOptions(tie=True)
+    ),
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      make_options()

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moe_jax.interop.tensor_files import TensorFiles, TensorSpec
-from tests.interop import folders
 
 torch = pytest.importorskip('torch')
 save_file = pytest.importorskip('safetensors.torch').save_file
@@ -88,34 +87,6 @@ def test_safetensors_come_first(tmp_path):
   assert list(TensorFiles(tmp_path).specs) == ['a']
 
 
-@pytest.mark.parametrize('zipped', [True, False])
-def test_nothing_is_unpickled_as_code(zipped, tmp_path):
-  torch.save(
-    {'a': torch.zeros(2), 'b': folders.Runs(tmp_path / 'ran')},
-    tmp_path / 'pytorch_model.bin',
-    _use_new_zipfile_serialization=zipped,
-  )
-  with pytest.raises(ValueError, match=r'pytorch_model\.bin: no file of PyTor'):
-    TensorFiles(tmp_path)
-  assert not (tmp_path / 'ran').exists()
-
-
-def test_without_pytorch(tmp_path, monkeypatch):
-  pickled(tmp_path)
-  monkeypatch.setitem(__import__('sys').modules, 'torch', None)
-  with pytest.raises(ValueError, match='pip install torch'):
-    TensorFiles(tmp_path)
-
-
-def test_what_is_no_tensor_has_a_name_for_a_type(tmp_path):
-  torch.save(
-    {'a': torch.zeros(2), 'n': 3, 'i': torch.zeros(2, dtype=torch.int64)},
-    tmp_path / 'pytorch_model.bin',
-  )
-  specs = TensorFiles(tmp_path).specs
-  assert (specs['n'].dtype, specs['i'].dtype) == ('int', 'int64')
-
-
 def test_all_that_is_wrong_is_listed(tmp_path):
   tensors = {'a': torch.zeros(1), 'e': torch.zeros(1)}
   save_file(tensors, tmp_path / 'x.safetensors')
@@ -141,20 +112,7 @@ def test_all_that_is_wrong_is_listed(tmp_path):
     assert part in message
 
 
-@pytest.mark.parametrize(
-  ('name', 'text', 'message'),
-  [
-    ('notes.txt', 'x', r"none of model.safetensors, .* it has \['notes.txt'\]"),
-    ('model.safetensors.index.json', '{}', 'is damaged'),
-    ('model.safetensors.index.json', '[', 'is no JSON'),
-    (
-      'model.safetensors.index.json',
-      '{"weight_map": {"a": "../x.safetensors"}}',
-      'is no file beside it',
-    ),
-  ],
-)
-def test_no_weights(name, text, message, tmp_path):
-  (tmp_path / name).write_text(text)
-  with pytest.raises(ValueError, match=message):
+def test_no_weights(tmp_path):
+  (tmp_path / 'notes.txt').write_text('x')
+  with pytest.raises(ValueError, match=r'none of model.safetensors, .*notes'):
     TensorFiles(tmp_path)

@@ -145,13 +145,10 @@ def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
   [
     # A share is 512: sixteenths of it, up to a quarter more.
     (4096, 8, [64, 128, 256, *range(384, 641, 32)]),
-    (4096, 64, [8, 16, 32, 48, 56, 64, 72, 80]),
     (4096, 256, [8, 16, 24]),
     (2**20, 8, [128, 256, 512, *range(768, 1281, 64)]),  # never larger
     (2, 8, [2]),  # one token: no more rows than there are
-    (30, 5, [8]),
     (30, 1, [8, 16, 24, 30]),
-    (1, 1, [1]),
   ],
 )
 def test_block_sizes(num_rows, num_experts, expected):
@@ -159,8 +156,7 @@ def test_block_sizes(num_rows, num_experts, expected):
 
 
 @pytest.mark.parametrize(
-  ('group_sizes', 'num_rows'),
-  [((3, 0, 20, 1), 24), ((3, 0, 20, 1), 30), ((0, 0, 0, 0), 30)],
+  ('group_sizes', 'num_rows'), [((3, 0, 20, 1), 24), ((3, 0, 20, 1), 30)]
 )
 def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   def body(block, kernels, carry):

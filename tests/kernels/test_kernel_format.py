@@ -36,13 +36,6 @@ def test_packed_codes_come_back(bits, inputs):
   np.testing.assert_array_equal(unpacked, codes)
 
 
-def test_bits_are_used_in_full():
-  shapes = [
-    KernelFormat(name).stored_arrays((64, 3))['codes'].shape for name in BITS
-  ]
-  assert shapes == [(64, 3), (32, 3), (16, 3)]
-
-
 def rounded(w, name):
   """The grid, the codes and the values of weights in a format."""
   format = KernelFormat(name)

@@ -5,6 +5,7 @@ does not share a process with the tests' fake devices and flags. What it reports
 is printed; `-s` shows it.
 """
 
+import functools
 import json
 import math
 import os
@@ -39,42 +40,25 @@ def described(topology: str) -> list[jax.Device]:
   return description.devices
 
 
-def shapes_on(topology):
-  """A function (shape, dtype) of an abstract array on a TPU of a topology."""
-  sharding = SingleDeviceSharding(described(topology)[0])
-
-  def abstract(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-
-  return abstract
-
-
 def compile_product(topology, backend, dtype, N, E, M, F):
   """Compiles value and gradients of a grouped product with float32 kernels."""
-  abstract = shapes_on(topology)
+  sharding = SingleDeviceSharding(described(topology)[0])
+  abstract = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
 
   def loss(x, w, group_sizes):
     y = grouped_matmul(x, w, group_sizes, backend)
     return jnp.square(y.astype(jnp.float32)).sum()
 
-  return (
-    jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    .lower(
-      abstract((N, M), dtype),
-      abstract((E, M, F), 'float32'),
-      abstract((E,), 'int32'),
-    )
-    .compile()
-  )
+  x, group_sizes = abstract((N, M), dtype), abstract((E,), 'int32')
+  kernels = abstract((E, M, F), 'float32')
+  gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+  return gradient.lower(x, kernels, group_sizes).compile()
 
 
 def compile_train_step(topology, mesh):
   """Compiles a step of a scanned bfloat16 decoder of 4 layers, two dropless."""
-  moe = {
-    'num_selected': 2,
-    'dispatch': {'kind': 'dropless'},
-    'capacity': {'kind': 'all'},
-  }
+  dropless = {'dispatch': {'kind': 'dropless'}, 'capacity': {'kind': 'all'}}
+  moe = {'num_selected': 2, **dropless}
   numerics = {'dtype': 'bfloat16'}
   options = tiny.options(
     model={'num_layers': 4, 'numerics': numerics, 'width': 64, 'moe': moe}
@@ -88,10 +72,7 @@ def compile_train_step(topology, mesh):
 
 def report(program, **options):
   """The compiler's report on one program."""
-  programs = {
-    'product': compile_product,
-    'train_step': compile_train_step,
-  }
+  programs = {'product': compile_product, 'train_step': compile_train_step}
   compiled = programs[program](**options)
   text = compiled.as_text()
   return {
@@ -101,24 +82,20 @@ def report(program, **options):
   }
 
 
-def product(topology, backend, dtype='bfloat16', **sizes):
+def product(backend, dtype='bfloat16', topology=TOPOLOGIES[0], **sizes):
   """The request of a grouped product and its gradients."""
-  return {
-    'program': 'product',
-    'topology': topology,
-    'backend': backend,
-    'dtype': dtype,
-    **sizes,
-  }
+  options = dict(topology=topology, backend=backend, dtype=dtype)
+  return {'program': 'product', **options, **sizes}
 
 
-# No size is a multiple of a tile.
-ODD = {'N': 1000, 'E': 5, 'M': 70, 'F': 300}
 EVEN = {'N': 4096, 'M': 512, 'F': 1024}
 REQUESTS = {
-  'megablox': product(TOPOLOGIES[1], 'megablox', **ODD),
-  'few experts': product(TOPOLOGIES[0], 'auto', 'float32', E=8, **EVEN),
-  'many experts': product(TOPOLOGIES[0], 'auto', 'float32', E=64, **EVEN),
+  # No size is a multiple of a tile.
+  'megablox': product(
+    'megablox', topology=TOPOLOGIES[1], N=1000, E=5, M=70, F=300
+  ),
+  'few experts': product('auto', 'float32', E=8, **EVEN),
+  'many experts': product('auto', 'float32', E=64, **EVEN),
   'train step': {
     'program': 'train_step',
     'topology': TOPOLOGIES[0],
@@ -136,12 +113,7 @@ def reports():
   env |= {'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   command = [sys.executable, '-m', 'tests.kernels.test_tpu_compile']
   process = subprocess.run(
-    command,
-    cwd=ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    timeout=400,
+    command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
   )
   assert process.returncode == 0, process.stderr[-3000:]
   answers = json.loads(process.stdout.splitlines()[-1])

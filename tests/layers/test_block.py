@@ -9,12 +9,10 @@ from flax import linen as nn
 
 from moe_jax.layers import (
   AttentionOptions,
-  FeedForwardExpert,
   FfnOptions,
   MoeOptions,
 )
 from moe_jax.layers.block import Block, BlockConfig, Context
-from moe_jax.layers.parameters import roles_of
 from moe_jax.routing.capacity import Fixed
 from tests.layers.test_moe import draw
 
@@ -90,43 +88,3 @@ def test_who_sees_and_who_is_seen_may_be_told_apart():
   changed = x.at[0, 3].add(1.0)
   changed_output, _ = run(block, params, changed, apart)
   np.testing.assert_array_equal(changed_output[0, :3], other[0, :3])
-
-
-def test_a_dense_block_has_the_statistics_of_none():
-  x = jnp.asarray(draw(B, T, M, seed=9))
-  block = make(sparse=False)
-  _, aux = run(block, params_of(block, x), x, context())
-  assert aux.stats.tokens == 0 and aux.stats.load.shape == (E,)
-  block = Block(
-    BlockConfig(AttentionOptions(num_heads=2), FfnOptions(F)), sparse=False
-  )
-  _, aux = run(block, params_of(block, x), x, context())
-  assert aux.stats.load.shape == (1,)
-
-
-def test_parents_give_roles():
-  x = jnp.ones((B, T, M))
-  block = make(extra_ffn=True)
-  boxed = jax.eval_shape(block.init, jax.random.key(0), x, context(), None, 0)
-  roles = roles_of(boxed['params'])
-  assert roles['moe']['router']['w'] == ('router', 'kernel')
-  assert roles['moe']['experts']['w_in'] == ('expert', 'kernel')
-  assert roles['extra_ffn']['w_in'] == ('ffn', 'kernel')
-  assert roles['attention']['w_key'] == ('attention', 'kernel')
-  assert roles['ffn_norm']['scale'] == ('norm', 'scale')
-
-
-def test_the_twin_of_wide_experts_is_a_wide_layer():
-  options = MoeOptions(
-    num_experts=0, num_selected=3, expert=FeedForwardExpert(7), extra_ffn=True
-  )
-  config = BlockConfig(
-    AttentionOptions(num_heads=2),
-    FfnOptions(F, 'relu'),
-    options.within(FfnOptions(F, 'relu'), 0.0),
-  )
-  block, x = Block(config, sparse=True), jnp.ones((B, T, M))
-  params = params_of(block, x)
-  assert params['ffn']['w_in'].shape == (M, 21)
-  assert params['extra_ffn']['w_in'].shape == (M, F)
-  assert 'moe' not in params

@@ -55,52 +55,6 @@ def test_each_step_is_the_equations(hidden):
   )
 
 
-def test_without_projection_it_is_flaxs_cell():
-  params = params_of(M)
-  cell_params = {}
-  for n, gate in enumerate('ifgo'):
-    cell_params[f'i{gate}'] = {'kernel': params['w_in'][:, n]}
-    cell_params[f'h{gate}'] = {
-      'kernel': params['w_state'][:, n], 'bias': params['b_gates'][n],
-    }  # fmt: skip
-  rnn = nn.RNN(nn.OptimizedLSTMCell(M))
-  expected = rnn.apply({'params': {'cell': cell_params}}, X)
-  one_document = np.ones((B, T), np.int32)
-  np.testing.assert_allclose(
-    compiled(M)(params, X, one_document), expected, rtol=1e-4, atol=1e-5
-  )
-
-
-def test_a_document_knows_nothing_of_the_one_before():
-  params = params_of(7)
-  y = compiled(7)(params, X, IDS)
-  document = compiled(7)(params, X[1:2, 3:7], np.ones((1, 4), np.int32))
-  np.testing.assert_allclose(y[1, 3:7], document[0], rtol=1e-5, atol=1e-6)
-
-
-def test_gradients_are_the_equations_slope():
-  params, target = params_of(7), draw(B, T, M, seed=8)
-  module = Lstm(LstmOptions(7))
-
-  def loss(p):
-    y, _ = module.apply({'params': p}, jnp.asarray(X), jnp.asarray(IDS))
-    return (y * target).sum()
-
-  gradient = jax.jit(jax.grad(loss))(params)
-  rng, step = np.random.default_rng(0), 1e-5
-  toward = {k: rng.normal(size=v.shape) for k, v in params.items()}
-
-  def by_definition(step):
-    p = {k: v + step * toward[k] for k, v in params.items()}
-    rows = [reference.lstm(np.float64(X[b]), p, IDS[b]) for b in range(B)]
-    return (np.array(rows) * target).sum()
-
-  slope = (by_definition(step) - by_definition(-step)) / (2 * step)
-  along = sum((np.asarray(gradient[k]) * toward[k]).sum() for k in params)
-  np.testing.assert_allclose(along, slope, rtol=1e-3)
-  assert all(np.abs(leaf).max() > 1e-2 for leaf in gradient.values())
-
-
 def test_it_starts_remembering_with_the_fan_in_of_its_input():
   module = Lstm(LstmOptions(160, forget_bias=2.0))
   boxed = module.init(tiny.key(0), jnp.ones((1, 2, 80)))['params']
@@ -124,15 +78,3 @@ def test_cells_of_bfloat16_are_float32():
   y = compiled(M, dtype='bfloat16')(params, x, ids)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float32(y[0, -1]), np.tanh(4), rtol=0.01)
-
-
-def test_cells_of_zero_are_as_many_as_the_model_is_wide():
-  x = jnp.asarray(X)
-  shapes = jax.eval_shape(Lstm(LstmOptions()).init, jax.random.key(0), x)
-  assert nn.meta.unbox(shapes)['params']['w_in'].shape == (M, 4, M)
-
-
-@pytest.mark.parametrize(('name', 'value'), [('hidden', -1), ('unroll', 0)])
-def test_sizes_are_positive(name, value):
-  with pytest.raises(ValueError, match=f'{name}={value} must be at least'):
-    LstmOptions(**{name: value})

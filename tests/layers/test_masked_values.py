@@ -2,10 +2,8 @@
 
 Each function is called with zeros at padding, and then with something worse.
 All that it returns for real tokens has to be the same, bit for bit, and so
-have all gradients.
+have all gradients. Routers alone are in `routers/test_contract.py`.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +14,13 @@ from flax import linen as nn
 import moe_jax
 from moe_jax import models, routing
 from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
-from moe_jax.layers.routers import ROUTERS
-from moe_jax.routing import shazeer_rules
 from moe_jax.routing.dispatch import einsum, gather, sorted_rows
-from tests.layers.routers.run import info_of
 from tests.models import tiny
 
 B, T, M, E, K = 2, 6, 8, 4, 2
 # The last two tokens of the first row are padding, and one in the second.
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]], bool)
 WORSE = (np.nan, np.inf, -np.inf)
-# Ids of tokens are tasks, too.
-SHARED = moe_jax.Shared(num_tasks=B * T)
 
 
 def tokens(at_padding, width=M):
@@ -82,35 +75,6 @@ def moe(router, dispatch, **options):
       expert=moe_jax.FeedForwardExpert(hidden=5),
       **options,
     ),
-    SHARED,
-  )
-
-
-def routers():
-  options = {name: kind() for name, kind in ROUTERS.builtin.items()}
-  options['hierarchical'] = dataclasses.replace(
-    options['hierarchical'], noisy=True, branches_selected=2
-  )
-  return options
-
-
-def id_arguments(router):
-  """The ids that a router that hashes needs."""
-  ids = np.arange(B * T, dtype=np.int32).reshape(B, T)
-  return {'token_info': info_of(jnp.asarray(ids))} if router.reads else {}
-
-
-# The layer of token choice is in `test_every_dispatch`. Tokens that choose move
-# alike, whatever their router, which `test_a_router_alone` has.
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['expert_choice', 'soft'])
-def test_every_other_kind_of_routing(name):
-  router = routers()[name]
-  layer = moe(router, moe_jax.Einsum() if router.mixes else moe_jax.Gather())
-  assert_same(
-    values_and_gradients(
-      layer, {'token_mask': jnp.asarray(MASK), **id_arguments(router)}
-    )
   )
 
 
@@ -126,35 +90,6 @@ def test_every_dispatch(dispatch):
   assert_same(
     values_and_gradients(layer, {'token_mask': jnp.asarray(MASK)}), worse=WORSE
   )
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    'token_choice',
-    *(
-      pytest.param(name, marks=pytest.mark.slow)
-      for name in ROUTERS.builtin
-      if name != 'token_choice'
-    ),
-  ],
-)
-def test_a_router_alone(name):
-  router = routers()[name]
-  sizes = moe_jax.Sizes(E, K, moe_jax.All())
-  module = router.module(sizes, SHARED)
-  call = {'mask': jnp.asarray(MASK), **id_arguments(router)}
-  params = jax.jit(lambda key, x: module.init(key, x, **call))(
-    tiny.key(0), tokens(0.0)
-  )
-
-  @jax.jit
-  @jax.grad
-  def gradient(params, x):
-    chosen, aux = module.apply(params, x, **call)
-    return (chosen.gate**2).sum() + sum(aux.losses.values())
-
-  assert_same(lambda x: gradient(params, x))
 
 
 @pytest.mark.parametrize('mover', [einsum, gather, sorted_rows])
@@ -186,45 +121,10 @@ def test_self_attention():
 
 
 @pytest.mark.slow
-def test_attention_to_a_memory():
-  layer = Attention(AttentionOptions(num_heads=2), cross=True, causal=False)
-  x = tokens(0.0)[:, :3]
-  call = {
-    'segment_ids': None,
-    'positions': jnp.tile(jnp.arange(3), (B, 1)),
-    'key_segment_ids': jnp.asarray(MASK, jnp.int32),
-  }
-  init = jax.jit(
-    lambda memory: layer.init(tiny.key(0), x, memory=memory, **call)
-  )
-  params = init(tokens(0.0))
-
-  def loss(params, memory):
-    y = layer.apply(params, x, memory=memory, **call)
-    return (y**2).sum(), y
-
-  gradient = jax.jit(jax.grad(loss, has_aux=True))
-  assert_same(lambda memory: gradient(params, memory))
-
-
-@pytest.mark.slow
 def test_an_lstm():
   layer = Lstm(LstmOptions(hidden=5))
   call = {'segment_ids': jnp.asarray(MASK, jnp.int32)}
   assert_same(values_and_gradients(layer, call))
-
-
-def test_load_of_two_levels():
-  index = jnp.zeros((B, T, 1), jnp.int32)
-  probability = jax.nn.softmax(tokens(0.0, 2))
-
-  def load(x):
-    inner = jax.nn.softmax(x)[:, :, None]
-    return shazeer_rules.hierarchical_load(
-      probability, inner, index, jnp.asarray(MASK)
-    )
-
-  assert_same(load)
 
 
 @pytest.mark.slow

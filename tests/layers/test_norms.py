@@ -7,7 +7,6 @@ import pytest
 
 from moe_jax.layers import Numerics, Shared
 from moe_jax.layers.norms import NORMS
-from moe_jax.layers.parameters import roles_of
 
 EPSILON = 0.25  # large enough to matter
 
@@ -54,15 +53,3 @@ def test_a_layernorm_may_have_a_bias_of_its_own(use_bias):
     module = norm.module(Shared(use_bias=use_bias), 'norm')
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 3)))
     assert ('bias' in shapes['params']) == biased
-
-
-def test_its_parameters_are_those_of_a_norm():
-  norm = NORMS.builtin['layernorm']().module(Shared(use_bias=True), 'norm')
-  boxed = jax.eval_shape(norm.init, jax.random.key(0), jnp.ones((2, 3)))
-  roles = roles_of(boxed)['params']
-  assert roles == {'scale': ('norm', 'scale'), 'bias': ('norm', 'bias')}
-
-
-def test_an_unknown_norm_is_refused():
-  with pytest.raises(ValueError, match=r"unknown norm 'rms'.*'rmsnorm'"):
-    NORMS.get('rms')

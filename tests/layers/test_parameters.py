@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.layers import Gpt2, Numerics, Shared, parameters
-from moe_jax.layers.shared import INITS, FanIn
+from moe_jax.layers.shared import FanIn
 from tests.models import tiny
 
 ROLE = 'ffn'
@@ -74,8 +74,3 @@ def test_stacked_kernels_have_the_fan_in_of_one():
   )
   std = np.std(make(tiny.key(0), (7, 50, 16)).unbox())
   np.testing.assert_allclose(std, 50**-0.5, rtol=0.05)
-
-
-def test_an_unknown_initialisation_is_refused():
-  with pytest.raises(ValueError, match="unknown initialisation 'gpt3'"):
-    INITS.get('gpt3')

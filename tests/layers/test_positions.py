@@ -46,31 +46,6 @@ def test_rotate_by_hand():
   np.testing.assert_allclose(rotated, [[[expected]]], rtol=1e-5)
 
 
-def test_position_zero_is_not_turned():
-  x = draw(B, T, H, D)
-  rotated = turned(x, jnp.zeros((B, T), jnp.int32), 1e4)
-  np.testing.assert_array_equal(rotated, x)
-
-
-def test_scores_depend_on_the_difference_of_positions_alone():
-  query, key = draw(B, T, H, D), draw(B, T, H, D, seed=1)
-  positions = np.array([[0, 1, 2, 3, 4], [0, 3, 4, 8, 9]], np.int32)
-
-  @jax.jit
-  def scores(shift):
-    shifted_positions = positions + shift
-    return jnp.einsum(
-      'bthd,bshd->bhts',
-      Rotary(50.0).rotate(query, shifted_positions),
-      Rotary(50.0).rotate(key, shifted_positions),
-    )
-
-  np.testing.assert_allclose(scores(0), scores(37), rtol=1e-4, atol=1e-4)
-  plain = np.einsum('bthd,bshd->bhts', query, key)
-  apart = ~np.eye(T, dtype=bool)
-  assert np.abs(np.asarray(scores(0)) - plain)[:, :, apart].min() > 1e-4
-
-
 def test_bfloat16_is_turned_in_float32():
   # The angle is 1001 radians, which bfloat16 would round to 1000.
   x = draw(1, 1, H, D).astype(jnp.bfloat16)
@@ -130,16 +105,6 @@ def test_both_ways_later_keys_have_buckets_of_their_own():
     np.testing.assert_array_equal(bias[:, t, s], np.asarray(table)[:, index])
 
 
-def test_a_steps_bias_is_a_row_of_the_whole():
-  layer = Relative(8, 6).bias(H, True, None)
-  variables = {'params': {'table': draw(H, 8)}}
-  row_bias = np.asarray(layer.apply(variables, 9, 9))
-  step = jax.jit(lambda start: layer.apply(variables, 2, 9, start))
-  for start in (0, 3, 7):
-    step_bias = np.asarray(step(start))
-    np.testing.assert_array_equal(step_bias, row_bias[:, start : start + 2])
-
-
 def test_sinusoids_by_hand():
   # M = 5 has two wavelengths, 2 pi and 10000 * 2 pi, and a zero.
   waves = np.asarray(sinusoids(jnp.array([[0, 3]]), 5))
@@ -175,25 +140,3 @@ def test_each_kind_adds_what_it_should_to_the_embedding():
   embedding = added(Sinusoidal(offset=3))
   np.testing.assert_allclose(embedding[0], waves, rtol=1e-5, atol=1e-6)
   assert not embedding[1:].any()
-
-
-def test_rows_longer_than_the_table_are_refused():
-  x, ids = draw(1, 3, 4), jnp.zeros((1, 3), jnp.int32)
-  with pytest.raises(ValueError, match='seq_len=3 > max_len=2 of the learned'):
-    Learned(2).add(x, ids, ids > 0, ids, draw(2, 4))
-
-
-@pytest.mark.parametrize(
-  ('buckets', 'max_distance', 'message'),
-  [(1, 128, 'buckets=1 must be at least 2'), (32, 16, 'max_distance=16 must')],
-)
-def test_buckets_that_cannot_be_are_refused(buckets, max_distance, message):
-  with pytest.raises(ValueError, match=message):
-    Relative(buckets, max_distance)
-
-
-def test_an_encoder_needs_two_buckets_a_side():
-  options = Relative(buckets=2)
-  assert not list(options.problems_with(head_width=D, causal=True))
-  (problem,) = options.problems_with(head_width=D, causal=False)
-  assert problem == 'buckets=2 must be at least 4 in an encoder'

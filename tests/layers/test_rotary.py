@@ -1,4 +1,8 @@
-"""Rotary positions for long texts, in parts of heads and of neighbours."""
+"""Rotary positions for long texts, in parts of heads and of neighbours.
+
+They are told by hand here; that whole models turn as those of transformers do
+is in `tests/interop`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -106,90 +110,3 @@ def test_a_part_of_each_head_turns():
   part = jax.jit(Rotary().rotate)(x[..., :4], positions)
   np.testing.assert_array_equal(y[..., :4], part)
   np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
-
-
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    (dict(fraction=0.3), r'head_width=6 \* fraction=0.3 must be even'),
-    (dict(fraction=0.1), r'head_width=6 \* fraction=0.1 must be even'),
-    (dict(scaling=LongRope((1.0, 1.0))), 'short_factor has 2 numbers for'),
-    (
-      dict(scaling=LongRope((1.0,) * 3, (1.0,))),
-      'long_factor has 1 numbers for the 3 pairs',
-    ),
-    (dict(theta=0.5, scaling=Yarn()), r'theta=0.5 must be above 1'),
-  ],
-)
-def test_heads_that_do_not_fit_are_refused(options, message):
-  problems = list(Rotary(**options).problems_with(6, causal=True))
-  with pytest.raises(ValueError, match=message):
-    raise ValueError(problems[0])
-
-
-def test_bounds_of_yarn_in_the_wrong_order_are_refused():
-  with pytest.raises(ValueError, match=r'beta_fast=1.0 must be above beta_slo'):
-    Yarn(beta_fast=1.0)
-
-
-THEIRS = {
-  'yarn': dict(factor=4.0),
-  'gpt-oss': dict(factor=32.0, beta_fast=24.0, beta_slow=2.0, truncate=False),
-  'mscales': dict(factor=40.0, mscale=1.0, mscale_all_dim=0.5),
-  'one mscale': dict(factor=40.0, mscale_all_dim=0.7),
-  'no factor': dict(factor=0.5, mscale=0.5, mscale_all_dim=1.0),
-  'given': dict(factor=8.0, attention_factor=0.4, partial_rotary_factor=0.5),
-}
-
-
-def config_of(rope_type, original_len, **rope):
-  transformers = pytest.importorskip('transformers')
-  return transformers.LlamaConfig(
-    hidden_size=64,
-    num_attention_heads=2,
-    max_position_embeddings=original_len * 4,
-    rope_parameters=dict(
-      rope_type=rope_type,
-      rope_theta=5e4,
-      original_max_position_embeddings=original_len,
-      **rope,
-    ),
-  )
-
-
-def library_frequency(config, **length):
-  pytest.importorskip('torch')
-  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-  kind = config.rope_parameters['rope_type']
-  frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, 'cpu', **length)
-  return frequency.numpy(), factor
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('original_len', [7, 512, 4096])
-@pytest.mark.parametrize('name', THEIRS)
-def test_yarn_equals_transformers(name, original_len):
-  rope = dict(THEIRS[name])
-  frequency, factor = library_frequency(config_of('yarn', original_len, **rope))
-  width = int(32 * rope.pop('partial_rotary_factor', 1))
-  turns = Yarn(original_len=original_len, **rope).turns(5e4, width)
-  np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
-  assert turns.factor == pytest.approx(factor, rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('factor', [0.5, 4.0])
-def test_longrope_equals_transformers(factor):
-  rng = np.random.default_rng(0)
-  short, long = (tuple(rng.uniform(1, 9, 16).tolist()) for _ in range(2))
-  config = config_of(
-    'longrope', 64, factor=factor, short_factor=short, long_factor=long
-  )
-  rope = LongRope(short, long, 64, factor)
-  first = rope.changes_at
-  for seq_len, long in ((first, False), (first + 1, True)):
-    turns = rope.turns(5e4, 32, long)
-    frequency, mscale = library_frequency(config, seq_len=seq_len)
-    np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
-    assert turns.factor == pytest.approx(mscale, rel=1e-6)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import generation, models
+from moe_jax import models
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Dropless, SharedExpertOptions, few_tokens
 from moe_jax.layers.norms import LayerNorm
@@ -37,7 +37,6 @@ from tests.models.tiny import B
 
 S, T = 7, 9
 ALL = dict(capacity=All(), dispatch=Dropless())
-RENORMALIZED = TokenChoice(gates='renormalized')
 
 
 def longrope(original_len):
@@ -46,80 +45,61 @@ def longrope(original_len):
 
 
 CASES = {
-  'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
   'gpt-oss': dict(
     attention=dict(num_kv_heads=2, window=3, full_layers='every 2', sinks=True),
     positions=Rotary(scaling=Yarn(factor=4.0, original_len=3)),
     num_layers=4,
     moe=ALL,
   ),
-  't5 with a window': dict(
-    positions=Relative(), attention=dict(window=4, scale='none'), moe=ALL
-  ),
   # Prompts are expanded, single tokens meet the cache as it is.
   'deepseek': dict(
     attention=LatentOptions(
-      4,
-      query_rank=7,
-      kv_rank=6,
-      plain_width=2,
-      rotary_width=4,
-      value_width=2,
-      window=4,
-      sinks=True,
+      4, query_rank=7, kv_rank=6, plain_width=2, rotary_width=4, value_width=2,
+      window=4, sinks=True,
     ),
     positions=Rotary(interleaved=True),
-    moe=ALL
-    | dict(
+    moe=dict(
       num_experts=6,
       router=TokenChoice(
-        gates='sigmoid_renormalized',
-        gate_scale=2.5,
-        expert_groups=3,
-        chosen_expert_groups=2,
-        expert_group_score='two_best',
+        gates='sigmoid_renormalized', gate_scale=2.5, expert_groups=3,
+        chosen_expert_groups=2, expert_group_score='two_best',
       ),
       shared_expert=SharedExpertOptions(9, gated=True),
+      **ALL,
     ),
   ),
   # The prompt of four tokens is long.
   'longrope with fewer experts': dict(
     positions=Rotary(scaling=longrope(3)),
-    moe=ALL | dict(retained=Retained('0:4', '1: 0 1 1 2 1')),
+    moe=dict(retained=Retained('0:4', '1: 0 1 1 2 1'), **ALL),
   ),
   'learned': dict(
-    positions=Learned(),
-    use_bias=True,
-    norm=LayerNorm(),
+    positions=Learned(), use_bias=True, norm=LayerNorm(),
     # These are too many experts to unroll.
-    moe=ALL | dict(layers='last 1', num_experts=600),
+    moe=dict(layers='last 1', num_experts=600, **ALL),
   ),
   # In inference a token is compared to thresholds, independently of others.
   'strictly balanced': dict(
-    attention=dict(num_kv_heads=2, qk_norm='all', clip=1.5, biases='key, out'),
-    moe=ALL | dict(router=StrictlyBalanced(), allow_future_leak=True),
+    positions=Relative(),
+    attention=dict(
+      num_kv_heads=2, window=4, qk_norm='all', clip=1.5, biases='key, out',
+      scale='fixed', fixed_scale=0.3,
+    ),
+    embedding=dict(multiplier=3.0, logits_divisor=2.0),
+    residual_multiplier=0.4,
+    moe=dict(router=StrictlyBalanced(), allow_future_leak=True, **ALL),
   ),
   'lstm': dict(
-    kind='lstm',
-    positions=NoPositions(),
-    num_layers=3,
-    lstm=dict(hidden=7),
-    moe=ALL
-    | dict(
-      layers='1',
-      num_experts=6,
-      num_selected=4,
+    kind='lstm', positions=NoPositions(), num_layers=3, lstm=dict(hidden=7),
+    moe=dict(
+      layers='1', num_experts=6, num_selected=4,
       router=Hierarchical(
         branching=3, branches_selected=2, noisy=True, gates='renormalized'
       ),
+      **ALL,
     ),
   ),
-  'bigram': dict(
-    attention=dict(num_kv_heads=2, scale='fixed', fixed_scale=0.3),
-    embedding=dict(multiplier=3.0, logits_divisor=2.0),
-    residual_multiplier=0.4,
-    moe=dict(router=Hash(of='bigram'), **ALL),
-  ),
+  'bigram': dict(moe=dict(router=Hash(of='bigram'), **ALL)),
   'hashed, but chosen in the encoder': dict(
     kind='encoder_decoder',
     positions=Relative(),
@@ -133,18 +113,7 @@ CASES = {
     encoder=EncoderOptions(0, {'moe': {'layers': '1'}}),
     moe=dict(num_selected=1, router=TokenChoice(), capacity=Fixed(2)),
   ),
-  'nllb': dict(
-    kind='encoder_decoder',
-    positions=Sinusoidal(),
-    use_bias=True,
-    moe=dict(
-      router=RENORMALIZED,
-      capacity=Fraction(1.0),
-      group_size=-1,
-      output_masking=0.2,
-    ),
-  ),
-}
+}  # fmt: skip
 
 
 @functools.cache
@@ -174,21 +143,16 @@ def whole_logits(name, tokens, source, source_mask):
 
 
 # One of each kind of model is also compiled with all optimizations.
-OPTIMIZED = ('mixtral', 'switch', 'lstm')
-# Tokens of such a model, generated, are those of transformers'.
-ELSEWHERE = ('nllb',)
+OPTIMIZED = ('gpt-oss', 'switch', 'lstm')
 
 
-@pytest.mark.slow
+def marks(name):
+  slow = [pytest.mark.slow] * (name != 'gpt-oss')
+  return slow + [pytest.mark.as_users_compile] * (name in OPTIMIZED)
+
+
 @pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(
-      name, marks=[pytest.mark.as_users_compile] * (name in OPTIMIZED)
-    )
-    for name in CASES
-    if name not in ELSEWHERE
-  ],
+  'name', [pytest.param(n, marks=marks(n)) for n in CASES]
 )
 def test_steps_equal_the_whole_sequence(name):
   tokens = jnp.asarray(tiny.tokens(1, (B, T)))
@@ -223,96 +187,61 @@ def test_steps_equal_the_whole_sequence(name):
   )
 
 
-def prepared(name, **options):
-  """The model that decodes, and its parameters."""
-  model, params = model_and_params(name)
-  model, variables = model.for_decoding({'params': params}, **options)
-  return model, variables['params']
-
-
-def test_experts_are_unrolled_on_a_cpu_where_they_are_few():
-  _, params = model_and_params('mixtral')
-  small_model, small_params = prepared('mixtral', platform='cpu')
-  assert isinstance(small_model.stacks.moe.dispatch, few_tokens.Unrolled)
-  layer = small_params['layers_period_1']['layer_0']['moe']['experts']
-  stacked = params['layers']['layer_0']['moe']['experts']['w_in']
-  np.testing.assert_array_equal(layer['expert_3']['w_in'], stacked[1, 3])
-  tpu_model, _ = prepared('mixtral', platform='tpu')
-  large_model, _ = prepared('learned', platform='cpu')
-  assert (
-    tpu_model.stacks.moe.dispatch
-    == large_model.stacks.moe.dispatch
-    == Dropless()
-  )
-
-
-def test_experts_are_batched_where_a_step_chooses_most():
-  model, params = model_and_params('mixtral')
-  E, K = model.stacks.moe.num_experts, model.stacks.moe.num_selected
-  for rows, dispatch in ((1, few_tokens.Unrolled), (7, few_tokens.Batched)):
-    assert ((1 - K / E) ** rows < 0.5) == (dispatch is few_tokens.Batched)
-    served_model, served_params = prepared(
-      'mixtral', batch_size=rows, platform='cpu'
-    )
-    assert type(served_model.stacks.moe.dispatch) is dispatch
-  layer = served_params['layers_period_1']['layer_0']['moe']['experts']
-  stacked = params['layers']['layer_0']['moe']['experts']['w_in']
-  np.testing.assert_array_equal(layer['w_in'], stacked[1])
+BY_TASK = dict(router=Task(), group_size=-1)
 
 
 @pytest.mark.parametrize(
-  ('tasks', 'dispatch'), [(1, few_tokens.Unrolled), (3, few_tokens.Batched)]
+  ('moe', 'num_tasks', 'options', 'dispatch'),
+  [
+    ({}, 0, dict(platform='cpu'), few_tokens.Unrolled),
+    ({}, 0, dict(platform='tpu'), Dropless),
+    (dict(num_experts=600), 0, dict(platform='cpu'), Dropless),
+    # Seven rows leave on average (1 - 2/5)^7 of the experts unused.
+    ({}, 0, dict(platform='cpu', batch_size=7), few_tokens.Batched),
+    # Rows of a task choose alike.
+    (BY_TASK, 1, dict(platform='cpu', batch_size=30), few_tokens.Unrolled),
+    (BY_TASK, 3, dict(platform='cpu', batch_size=30), few_tokens.Batched),
+  ],
 )
-def test_rows_of_a_task_choose_alike(tasks, dispatch):
-  moe = dict(
-    num_experts=5, num_selected=2, router=Task(), capacity=All(), group_size=-1
-  )
-  options = dataclasses.replace(tiny.options(moe), num_tasks=tasks)
-  model = options.build()
-  params = tiny.params_of(model)
-  model, _ = model.for_decoding(
-    {'params': params}, batch_size=30, platform='cpu'
-  )
+def test_experts_are_multiplied_as_a_step_needs(
+  moe, num_tasks, options, dispatch
+):
+  trained = dataclasses.replace(tiny.options(ALL | moe), num_tasks=num_tasks)
+  model = trained.build()
+  model, _ = model.for_decoding({'params': tiny.params_of(model)}, **options)
   assert type(model.stacks.moe.dispatch) is dispatch
 
 
 def test_a_checkpoints_own_rule_stays_where_it_can_bind():
-  def capacities(name):
-    stacks = prepared(name)[0].stacks
-    return [stack.experts.capacity for stack in stacks.blocks]
-
-  assert capacities('switch') == [Fixed(2), All()]
-  assert capacities('nllb') == [Fraction(1.0)] * 2
-  # No checkpoint has groups of five tokens, which prompts need not fill.
-  for rule in (PerToken(), Fixed(2), Fraction(0.5)):
-    trained = tiny.build(moe=dict(group_size=5, capacity=rule))
+  halves = dict(kind='encoder_decoder', positions=Relative())
+  for rule, group_size, expected in (
+    (Fixed(2), 0, [Fixed(2), All()]),
+    (Fraction(1.0), -1, [Fraction(1.0)] * 2),
+    # No checkpoint has groups of five tokens, which prompts need not fill.
+    (PerToken(), 5, [All()] * 2),
+    (Fixed(2), 5, [All()] * 2),
+    (Fraction(0.5), 5, [All()] * 2),
+  ):
+    moe = dict(capacity=rule, group_size=group_size)
+    trained = tiny.build(moe, **(halves if group_size < 5 else {}))
     model, _ = trained.for_decoding({'params': tiny.params_of(trained)})
-    assert model.stacks.moe.capacity == All()
-    assert not model.stacks.moe.group_size
-    assert not model.stacks.capacity_binds and trained.stacks.capacity_binds
+    capacities = [stack.experts.capacity for stack in model.stacks.blocks]
+    assert capacities == expected[: len(capacities)]
+    if group_size == 5:
+      assert not model.stacks.moe.group_size
+      assert not model.stacks.capacity_binds and trained.stacks.capacity_binds
 
 
 def test_what_is_prepared_passes_through():
   trained = tiny.build()
-  model, variables = trained.for_decoding({'params': tiny.params_of(trained)})
+  boxed = models.init_params(trained, tiny.key(0))
+  model, variables = trained.for_decoding({'params': boxed})
   assert model is not trained
+  for tree, is_array in ((boxed, False), (variables, True)):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, 'unbox'))
+    assert {isinstance(leaf, jax.Array) for leaf in leaves} == {is_array}
   same_model, same_variables = model.for_decoding(variables)
   assert same_model is model and same_variables is variables
-
-
-def test_a_window_is_never_wider_than_the_models_own():
-  windows = {}
-  for model_window in (0, 4):
-    model = tiny.build(attention=dict(window=model_window))
-    variables = {'params': tiny.params_of(model)}
-    windows[model_window] = [
-      generation.prepare(model, variables, window=window)[
-        0
-      ].blocks.block.attention
-      for window in (0, 3, 9)
-    ]
-  assert [a.window for a in windows[0]] == [0, 3, 9]
-  assert [a.window for a in windows[4]] == [4, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -338,16 +267,13 @@ def test_how_far_text_may_go_is_the_positions_to_say(
 
 def test_a_decoder_whose_experts_choose_does_not_decode():
   moe = dict(router=ExpertChoice(), allow_future_leak=True)
-  model = tiny.build(moe=moe)
-  with pytest.raises(ValueError, match='does not decode token by token'):
-    model.for_decoding({'params': tiny.params_of(model)})
-  with pytest.raises(ValueError, match='does not decode token by token'):
-    model.make_cache(B, T)
-  models.check_generates(tiny.build(moe=moe | dict(capacity=All())))
-  lstm = tiny.build(moe | dict(layers='1'), kind='lstm')
+  models.check_generates(tiny.build(moe | dict(capacity=All())))
+  model, lstm = tiny.build(moe), tiny.build(moe | dict(layers='1'), kind='lstm')
   for refused_call in (
-    lstm.make_cache,
-    lambda *_: models.check_generates(lstm),
+    lambda: model.for_decoding({'params': tiny.params_of(model)}),
+    lambda: model.make_cache(B, T),
+    lambda: lstm.make_cache(B, T),
+    lambda: models.check_generates(lstm),
   ):
     with pytest.raises(ValueError, match='does not decode token by token'):
-      refused_call(B, T)
+      refused_call()

@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_jax import models
 from moe_jax.analysis import counts
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
-from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.models.trees import (
   flatten,
@@ -17,7 +16,6 @@ from moe_jax.models.trees import (
   move_router_state,
   unflatten,
 )
-from moe_jax.partitioning import ShardingOptions, make_mesh, tree_shardings
 from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests.models import tiny
 
@@ -144,55 +142,3 @@ def test_an_encoder_has_lost_experts_of_its_own():
   assert [moe.num_experts for moe in model.stacks.moes] == [2, 5, 5, 3]
   plain = tiny.build({'retained': Retained('1:3')}, kind='encoder_decoder')
   assert [moe.num_experts for moe in plain.stacks.moes] == [5, 5, 5, 3]
-
-
-@pytest.mark.parametrize(
-  ('problem', 'changes'),
-  {
-    "'1=4' is no entry such as '1:4'": dict(experts='1=4'),
-    "experts='1:x': '1:x' is no entry such as '1:4'": dict(experts='1:x'),
-    'layer 1 comes twice': dict(experts='1:4, 1:3'),
-    'layer 1 has 5 experts, not in [1, num_experts=5)': dict(experts='1:5'),
-    'layer 1: num_selected=2 not in [1, num_experts=1]': dict(experts='1:1'),
-    'layer 1 has 4 columns, not num_experts=5': dict(expert_of='1: 0 1 0 1'),
-    'layer 1 has 4 experts, and no column leads to [2]': dict(
-      expert_of='1: 0 1 3 3 0'
-    ),
-    "'1:' is no entry such as '1: 0 1 1 2'": dict(expert_of='1: ; 2: 0 1'),
-    "'1: 0 - 1 2 3' is no entry such as '1: 0 1 1 2'": dict(
-      expert_of='1: 0 - 1 2 3'
-    ),
-    'a choice of an expert does not say by which column': dict(
-      expert_of='1: 0 1 1 0 0', force_balance='random'
-    ),
-    'layer 1 is in experts=': dict(experts='1:2', expert_of='1: 0 1 1 0 0'),
-    'names layers [7], which are not among the sparse layers [0, 1]': dict(
-      experts='7:3'
-    ),
-    'columns of Hash cannot lead to merged': dict(
-      expert_of='1: 0 1 1 0 0', router=Hash()
-    ),
-    'columns of ExpertChoice cannot lead to merged': dict(
-      expert_of='1: 0 1 1 0 0', router=ExpertChoice(), allow_future_leak=True
-    ),
-  }.items(),
-)
-def test_bad_numbers_and_columns_are_refused_by_name(problem, changes):
-  texts = {n: changes[n] for n in ('experts', 'expert_of') if n in changes}
-  moe = {n: v for n, v in changes.items() if n not in texts}
-  with pytest.raises(ValueError) as error:
-    tiny.build({'retained': Retained(**texts), 'num_selected': 2, **moe})
-  assert problem in str(error.value)
-
-
-def test_a_model_of_lstms_and_experts_that_do_not_divide_are_refused():
-  with pytest.raises(ValueError, match='model of LSTMs have all num_experts'):
-    tiny.build(
-      {'retained': Retained('1:3'), 'layers': '1'},
-      kind='lstm',
-      positions=models.lstm_lm.NoPositions(),
-    )
-  trees = models.describe(build(Retained('1:3'), num_experts=4, num_layers=2))
-  mesh = make_mesh({'expert': 2}, jax.devices()[:2])
-  with pytest.raises(ValueError, match='expert=3 does not divide by 2 devices'):
-    tree_shardings(mesh, ShardingOptions().rules, trees.axes, trees.shapes)

@@ -22,14 +22,6 @@ def filled(model, value=0.0):
   return jax.tree.map(lambda x: x + value, state)
 
 
-def test_who_keeps_nothing_has_no_collection():
-  model = tiny.build()
-  assert trees.init_router_state(model) == {}
-  assert not model.stacks.keeps_router_state
-  assert trees.move_router_state(model.stacks, {}, jnp.zeros((2, 5))) == {}
-  assert list(trees.variables({'w': 1}, {})) == ['params']
-
-
 @pytest.mark.parametrize(('layers', 'num_layers'), [('every 2', 4), ('1,2', 5)])
 def test_each_layers_load_moves_its_own_bias(layers, num_layers):
   model = tiny.build(dict(layers=layers, **MOE), num_layers=num_layers)
@@ -91,9 +83,3 @@ def test_a_model_generates_by_its_bias():
     assert int(output.rows[0][-1]) == int(jnp.argmax(logits[0, -1]))
     outputs[name] = np.asarray(logits)
   assert np.abs(outputs['zero'] - outputs['pushed']).max() > 1e-3
-
-
-def test_a_model_without_its_collection_is_an_error():
-  model = tiny.build(MOE)
-  with pytest.raises(Exception, match='router_state'):
-    model.apply({'params': tiny.params_of(model)}, jnp.asarray(tiny.tokens()))

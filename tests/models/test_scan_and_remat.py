@@ -13,6 +13,7 @@ from jax.extend import core
 
 from moe_jax import models
 from moe_jax.layers.experts import Dropless
+from moe_jax.layers.positions import NoPositions
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -20,7 +21,6 @@ from moe_jax.layers.routers import (
   Random,
   TokenChoice,
 )
-from moe_jax.models import stack
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 
@@ -73,7 +73,6 @@ def trained(scan_layers, remat, router='sampled'):
       marks=[pytest.mark.slow, pytest.mark.as_users_compile],
     ),
     pytest.param(True, 'full', 'expert_choice', marks=pytest.mark.slow),
-    pytest.param(False, 'dots', 'sampled', marks=pytest.mark.slow),
   ],
 )
 def test_loss_logits_and_gradients_equal_the_plain_loop(
@@ -115,14 +114,13 @@ def equations_of_gradient(dispatch, remat):
 
 
 @pytest.mark.parametrize(
-  'dispatch',
+  ('remat', 'dispatch'),
   [
-    'gather',
-    pytest.param('dropless', marks=pytest.mark.slow),
-    pytest.param('expert_choice', marks=pytest.mark.slow),
+    ('full', 'gather'),
+    pytest.param('dots', 'dropless', marks=pytest.mark.slow),
+    pytest.param('full', 'expert_choice', marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_the_backward_pass_does_not_route_again(remat, dispatch):
   names = ('none', remat)
   counts = {name: equations_of_gradient(dispatch, name) for name in names}
@@ -142,43 +140,35 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
     assert (repeated['while'] > 0) == (remat == 'full')
 
 
-@pytest.mark.as_users_compile
-@pytest.mark.slow
-def test_remat_does_recompute():
-  flops = {remat: trained(True, remat)[1] for remat in stack.REMATS}
-  assert flops['full'] > 1.1 * flops['none']
-  assert flops['none'] < flops['dots'] < flops['full']
-
-
 def test_only_the_loop_is_a_loop():
   # XLA counts a loop's body once, and two unrolled layers twice.
   looped, plain = (trained(scan, 'none', 'hash')[1] for scan in (True, False))
   assert plain > 1.4 * looped
 
 
-@pytest.mark.slow
-def test_every_layer_draws_its_own_noise():
-  # Weights of the router are zero, so that only noise decides.
-  model = tiny.build(moe=dict(router=NoisyTopK()))
-  params = tiny.params_of(model)
-  router = params['layers']['layer_0']['moe']['router']
-  router.update({name: 0 * w for name, w in router.items()})
+LSTM = dict(kind='lstm', positions=NoPositions())
+
+
+@pytest.mark.parametrize(
+  ('router', 'options'),
+  [
+    (Hash(), {}),
+    (Random(), dict(scan_layers=False)),
+    (NoisyTopK(), {}),
+    (Random(), LSTM),
+  ],
+)
+def test_every_layer_draws_for_itself(router, options):
+  model = tiny.build(dict(router=router, capacity=All()), **options)
+  # Weights of routers are zero, so that only noise decides.
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: 0 * x if 'router' in str(path) else x, tiny.params_of(model)
+  )
   rngs = {'router': tiny.key(0)}
   run = jax.jit(
     lambda p, x: model.apply({'params': p}, x, train=True, rngs=rngs)
   )
   load = np.asarray(run(params, tiny.tokens())[1].stats.load)
-  assert (load[0] != load[1]).any()
-
-
-@pytest.mark.parametrize(
-  ('router', 'scan_layers'), [(Hash(), True), (Random(), False)]
-)
-def test_every_layer_has_choices_of_its_own(router, scan_layers):
-  moe = dict(router=router, capacity=All())
-  model = tiny.build(moe, scan_layers=scan_layers)
-  _, aux = tiny.apply(model)(tiny.params_of(model), tiny.tokens())
-  load = np.asarray(aux.stats.load)
   assert (load[0] != load[1]).any()
 
 

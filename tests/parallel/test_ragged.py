@@ -3,9 +3,7 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax.parallel import ragged
@@ -69,9 +67,8 @@ def test_told_rows():
   assert not received_rows[2:].any()
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_rows_arrive_and_return_and_gradients_go_the_other_way(seed):
-  rows, sizes, starts = traffic(seed)
+def test_rows_arrive_and_return_and_gradients_go_the_other_way():
+  rows, sizes, starts = traffic(0)
   bound = P * N
   expected_arrived = received(rows, sizes, starts, bound)
   rng = np.random.default_rng(9)
@@ -113,25 +110,3 @@ def test_an_accelerator_gets_the_ragged_exchange():
   for platform, is_ragged in (('tpu', True), ('cuda', True), ('cpu', False)):
     text = lower(lowering_platforms=(platform,)).as_text()
     assert ('ragged_all_to_all' in text) == is_ragged
-
-
-def test_the_stand_in_leaves_the_rest_of_its_output_alone():
-  rows, sizes, starts = traffic(1)
-
-  def run(rows, sizes, starts):
-    plan = ragged.traffic(sizes[0], starts[0], AXES)
-    me = jax.lax.axis_index(AXES)
-    arrivals = jnp.cumsum(plan.sizes, 0) - plan.sizes
-    return ragged.all_gather_reference(
-      rows[0],
-      jnp.full((P * N, M), 7.0),
-      plan.starts[me],
-      plan.sizes[me],
-      arrivals[me],
-      plan.sizes[:, me],
-      axis_name=AXES,
-    )[None]
-
-  output = np.asarray(per_device(run)(rows, sizes, starts))
-  for me in range(P):
-    assert (output[me, sizes[:, me].sum() :] == 7).all()

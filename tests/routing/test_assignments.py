@@ -109,21 +109,6 @@ def test_choices_by_token():
   np.testing.assert_array_equal(chosen.gate[0], expected)
 
 
-def test_rows_and_choices_point_at_each_other():
-  routing = by_token()
-  for rows in (slot_rows(routing), rows_by_expert(routing)):
-    token = np.asarray(rows.token).reshape(-1)
-    choice = np.asarray(rows.choice).reshape(-1)
-    row = np.asarray(rows.row).reshape(-1)
-    for i, c in enumerate(choice):
-      if c < len(row):
-        assert row[c] == i and token[i] == c // K
-    assert (row < len(token)).sum() == np.sum(routing.kept)
-    np.testing.assert_array_equal(
-      rows.gate, np.asarray(routing.gate).reshape(-1, K)
-    )
-
-
 @pytest.mark.parametrize(
   'ask', [Routing.slot_shares, Routing.slot_weights, slot_rows]
 )

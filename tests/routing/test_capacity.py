@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from moe_jax.config import read_options
 from moe_jax.routing import All
 from moe_jax.routing.capacity import (
   CAPACITIES,
@@ -77,27 +76,6 @@ def test_capacity_follows_the_definition(rule, rounding):
     assert num_slots == reference.capacity(
       rule, factor, rounding, multiple, minimum, 9, S=S, E=E, K=K
     ), (factor, multiple, minimum, S, E, K)
-
-
-@pytest.mark.parametrize(
-  ('section', 'words'),
-  [
-    ({'kind': 'per_tokens'}, "unknown capacity 'per_tokens'.*'per_token'"),
-    ({'per_token': {'rounding': 'up'}}, "rounding 'up'.*'ceil'"),
-    ({'kind': 'fixed', 'fixed': {'slots': 0}}, 'slots=0 must be at least 1'),
-    ({'per_token': {'factor': 0.0}}, 'factor=0.0 must be above 0'),
-    ({'per_token': {'factor': float('nan')}}, 'factor=nan must be finite'),
-    ({'per_token': {'factor': float('inf')}}, 'factor=inf must be finite'),
-    ({'per_token': {'multiple': 0}}, 'multiple=0 must be at least 1'),
-    ({'per_token': {'minimum': 0}}, 'minimum=0 must be at least 1'),
-    ({'fixed': {'slots': 3}}, "slots=3 has no effect with .*'per_token'"),
-    ({'kind': 'all', 'all': {'factor': 1.0}}, 'unknown config key'),
-  ],
-)
-def test_a_capacity_section_refuses(section, words):
-  section = {'kind': 'per_token', **section}
-  with pytest.raises(ValueError, match=words):
-    read_options(CAPACITIES, section, 'capacity.')
 
 
 def test_only_room_for_all_never_binds():

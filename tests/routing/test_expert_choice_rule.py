@@ -95,48 +95,12 @@ def test_contract(logits, mask, capacity):
       assert all((-probs[g, s, e], s) < p for s in tokens for p in refused)
 
 
-def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
-  # An expert takes 4 of 8 tokens, and 3 of the 6 real ones.
-  logits = draw(0, G, 8, E)
-  mask = np.tile(np.arange(8) < 6, (G, 1))
-  padded = compiled(logits, mask, 4)
-  unpadded = compiled(logits[:, :6], mask[:, :6], 3)
-  token, gate = np.asarray(padded.token_index), np.asarray(padded.gate)
-  np.testing.assert_array_equal(token[..., :3], unpadded.token_index)
-  np.testing.assert_array_equal(gate[..., :3], unpadded.gate)
-  assert (token[..., 3] == 8).all()
-
-
 def test_shares_are_exact_where_products_pass_32_bits():
   S, C = 131_072, 131_071
   real = np.array([0, 1, 70_001, S])
   expected = -(-C * real.astype(object) // S)
   counts = shares(jnp.asarray(real, jnp.int32), S, C)
   np.testing.assert_array_equal(counts, expected.astype(int))
-
-
-def test_a_later_token_takes_an_earlier_ones_place():
-  # The rule really is not causal, and not only declared so.
-  logits = np.zeros((1, S, E), np.float32)
-  logits[0, 0, 2] = 1.0  # the first token wants expert 2 ...
-  earlier = compiled(logits, np.ones((1, S), bool), 1)
-  assert earlier.token_index[0, 2, 0] == 0
-  logits[0, S - 1, 2] = 2.0  # ... and the last one wants it more
-  later = compiled(logits, np.ones((1, S), bool), 1)
-  assert later.token_index[0, 2, 0] == S - 1
-
-
-def test_where_all_take_all_an_earlier_token_sees_no_later_one():
-  old, new = draw(0), draw(1)
-  new[:, :4] = old[:, :4]
-
-  def gates_of(token, logits):
-    routing = compiled(logits, np.ones((G, S), bool), S)
-    return np.where(routing.token_index == token, routing.gate, 0).sum(-1)
-
-  for token in range(4):
-    np.testing.assert_array_equal(gates_of(token, old), gates_of(token, new))
-    np.testing.assert_allclose(gates_of(token, old).sum(-1), 1, rtol=1e-6)
 
 
 def test_logits_of_half_precision_are_routed_in_float32():
@@ -165,9 +129,3 @@ def test_gates_teach_the_router_about_those_taken():
   size = np.abs(gradient).max(-1)
   assert (size[is_taken] > 1e-4).all() and not size[~is_taken].any()
   assert is_taken.any() and not is_taken.all()
-
-
-@pytest.mark.parametrize('capacity', [0, S + 1])
-def test_no_capacity_beyond_the_group(capacity):
-  with pytest.raises(ValueError, match=rf'capacity={capacity} not in \[1, gro'):
-    expert_choice(jnp.zeros((G, S, E)), capacity=capacity)

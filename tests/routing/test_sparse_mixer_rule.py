@@ -118,8 +118,3 @@ def test_a_choice_that_takes_no_part_has_no_gate():
   index, gate = mix(logits_of(2, 3, 4, -1), **RULE, imposed=imposed)
   assert index.tolist() == [[[3, 2]]]
   assert gate[0, 0, 0] == 0 and gate[0, 0, 1] > 0
-
-
-def test_too_many_choices_are_refused():
-  with pytest.raises(ValueError, match=r'num_selected=3 not in \[1'):
-    sparse_mixer(logits_of(1, 2), num_selected=3)

@@ -67,18 +67,6 @@ def test_four_tokens_by_hand():
   np.testing.assert_allclose(stats.entropy, entropy, rtol=1e-5)
 
 
-def test_a_router_without_opinion_has_entropy_log_e_and_no_size():
-  logits, mask = jnp.zeros((G, S, E)), jnp.ones((G, S), bool)
-  routing = route(logits, num_selected=3, capacity=2)
-  stats = measure(routing, logits, mask)
-  np.testing.assert_allclose(stats.entropy / stats.tokens, np.log(E), rtol=1e-6)
-  assert stats.logit_square == 0
-  # All tokens choose experts 0 to 2; in each group 2 of 7 tokens are served.
-  np.testing.assert_array_equal(stats.load, [14, 14, 14, 0, 0])
-  np.testing.assert_array_equal(stats.kept_load, [4, 4, 4, 0, 0])
-  np.testing.assert_array_equal(stats.overflowed, [10, 10, 10])
-
-
 @pytest.mark.parametrize(
   ('K', 'policy', 'capacity'),
   [
@@ -103,14 +91,6 @@ def test_follows_the_definition(K, policy, capacity):
     assert all(leaf.dtype == jnp.float32 for leaf in stats)
     unsent += np.sum(stats.unsent)
   assert (unsent > 0) == (policy != 'all')
-
-
-def test_every_choice_of_a_real_token_has_one_fate():
-  routing, _, logits, mask = example(1)
-  stats = jax.tree.map(np.asarray, measure(routing, logits, mask))
-  missing = stats.overflowed.sum() + stats.unsent.sum()
-  assert stats.overflowed.sum() > 0 and stats.unsent.sum() > 0
-  assert stats.load.sum() == 3 * stats.tokens == stats.kept_load.sum() + missing
 
 
 def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
@@ -152,56 +132,6 @@ def test_the_drop_rate_of_stacked_layers_on_the_host():
     by_rank, overall = drop_rate(layers)
   np.testing.assert_allclose(by_rank[0], drop_rate(layer)[0])
   assert by_rank.shape == (2, 3) and np.isnan(overall[1])
-
-
-def test_rms_of_the_logits():
-  routing, _, _, mask = example(1)
-  stats = measure(routing, jnp.full((G, S, E), -3.0), mask)
-  np.testing.assert_allclose((stats.logit_square / stats.tokens) ** 0.5, 3.0)
-
-
-def test_masked_tokens_are_nowhere():
-  routing, _, logits, mask = example(1)
-  real = np.asarray(mask)
-  assert 0 < real.sum() < real.size
-  other_logits = np.where(real[..., None], logits, 7.0 - 5 * np.asarray(logits))
-  other_logits = jnp.asarray(other_logits)
-  other = route(
-    other_logits,
-    num_selected=3,
-    capacity=2,
-    mask=mask,
-    slot_priority='choice_major',
-    second_policy='threshold',
-    second_threshold=0.5,
-    key=jax.random.key(1),
-  )
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    measure(routing, logits, mask),
-    measure(other, other_logits, mask),
-  )
-
-
-def test_adding_two_is_measuring_both():
-  first, _, first_logits, first_mask = example(1)
-  second, _, second_logits, second_mask = example(2)
-  added = jax.tree.map(
-    np.add,
-    measure(first, first_logits, first_mask),
-    measure(second, second_logits, second_mask),
-  )
-  joint = measure(
-    *jax.tree.map(
-      lambda a, b: jnp.asarray(np.concatenate([a, b])),
-      (first, first_logits, first_mask),
-      (second, second_logits, second_mask),
-    )
-  )
-  for name in joint._fields:
-    np.testing.assert_allclose(
-      getattr(added, name), getattr(joint, name), rtol=1e-6, err_msg=name
-    )
 
 
 def test_statistics_carry_no_gradient():

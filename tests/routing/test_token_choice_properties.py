@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
@@ -71,31 +70,11 @@ def test_contract(logits, mask, options, capacity):
         np.testing.assert_array_equal(served, np.minimum(demand, capacity))
 
 
-@few_examples
-@given(logits, options(), st.permutations(range(S)))
-def test_without_drops_a_token_is_routed_alone(logits, options, order):
-  # Permuting a group permutes what its tokens get, and changes nothing else.
-  options['key'] = None
-  order = np.array(order)
-  routed, shuffled = (
-    jax.tree.map(np.asarray, token_choice(x, capacity=S, **options))
-    for x in (jnp.asarray(logits), jnp.asarray(logits[:, order]))
-  )
-  assert routed.kept.all() and shuffled.kept.all()
-  np.testing.assert_array_equal(
-    routed.expert_index[:, order], shuffled.expert_index
-  )
-  np.testing.assert_allclose(routed.gate[:, order], shuffled.gate, rtol=1e-6)
-
-
-@pytest.mark.parametrize(('K', 'slot_priority'), enumerate(SLOT_PRIORITIES, 1))
-def test_raw_gates_teach_the_router(K, slot_priority):
+def test_raw_gates_teach_the_router():
   @jax.jit
   def gradient_and_kept(logits):
     def total(logits):
-      routing = token_choice(
-        logits, num_selected=K, capacity=C, slot_priority=slot_priority
-      )
+      routing = token_choice(logits, num_selected=2, capacity=C)
       return routing.gate.sum(), routing.kept
 
     return jax.grad(total, has_aux=True)(logits)

@@ -168,30 +168,6 @@ def test_evaluation_sends_every_choice(policy):
   )
 
 
-def test_the_threshold_is_where_a_choice_becomes_certain():
-  # g2 is 0.1 of both gates. A threshold of 0.1 sends it always, 0.4 a quarter
-  # of the time, and GShard's draw a fifth of the time.
-  logits = logits_of(*[[0.9, 0.1]] * 4000)
-
-  def rate(policy, threshold=0.2):
-    kept = route(
-      logits,
-      num_selected=2,
-      capacity=None,
-      second_policy=policy,
-      second_threshold=threshold,
-      key=KEY,
-    ).kept
-    kept = np.asarray(kept)
-    assert kept[..., 0].all()
-    return kept[..., 1].mean()
-
-  # Three standard deviations of 4000 draws are 0.02.
-  assert rate('threshold', 0.0999) == 1.0
-  np.testing.assert_allclose(rate('threshold', 0.4), 0.25, atol=0.02)
-  np.testing.assert_allclose(rate('sampled'), 0.2, atol=0.02)
-
-
 def test_mixtrals_gates_are_the_softmax_of_the_chosen_logits():
   logits = jnp.array([[[1.0, 3.0, 2.0], [0.5, 0.0, 0.25]]])
   routing = route(logits, num_selected=2, capacity=2, gates='renormalized')
@@ -247,34 +223,11 @@ def test_padding_takes_no_slot(slot_priority):
   )
 
 
-@pytest.mark.parametrize('K', [1, 3])
-def test_ties_go_to_the_lower_expert(K):
-  # With equal logits all tokens choose the first K experts and fill them.
-  routing = route(jnp.zeros((1, 3, 5)), num_selected=K, capacity=2)
-  check(
-    routing,
-    expert=[list(range(K))] * 3,
-    slot=[[0] * K, [1] * K, [2] * K],
-    kept=[[1] * K, [1] * K, [0] * K],
-    gate=[[0.2] * K, [0.2] * K, [0] * K],
-  )
-  tie_for_last = np.tile(np.float32([0, 2, 1, 1, 2]), (1, 3, 1))
-  chosen = route(jnp.asarray(tie_for_last), num_selected=K, capacity=2)
-  first = np.asarray(chosen.expert_index)[0, 0]
-  np.testing.assert_array_equal(first, [1, 4, 2][:K])
-
-
-def test_why_router_logits_are_float32():
-  # ST-MoE's example: ten logits of 128 and one of 128.5. bfloat16 has steps
-  # of 1 there, so the best expert's lead is rounded away.
-  logits = jnp.full((1, 1, 11), 128.0).at[..., -1].set(128.5)
-  exact = route(logits, num_selected=1, capacity=1)
-  check(exact, expert=[[10]], slot=[[0]], kept=[[1]])
-  np.testing.assert_allclose(exact.gate, 0.142, atol=5e-4)
-  rounded = logits.astype(jnp.bfloat16)
-  coarse = route(rounded, num_selected=1, capacity=1)
-  check(coarse, expert=[[0]], slot=[[0]], kept=[[1]])
-  np.testing.assert_allclose(coarse.gate, 0.091, atol=5e-4)
+def test_ties_go_to_the_lower_expert():
+  # Two experts tie for the first place, and two for the third.
+  tied = np.tile(np.float32([0, 2, 1, 1, 2]), (1, 3, 1))
+  chosen = route(jnp.asarray(tied), num_selected=3, capacity=2)
+  np.testing.assert_array_equal(chosen.expert_index[0, 0], [1, 4, 2])
 
 
 def test_gates_are_float32_whatever_the_logits_are():
@@ -292,35 +245,3 @@ def test_zeros_of_both_signs_tie():
   for row in ([-0.0, 0.0], [0.0, -0.0]):
     routing = route(jnp.array([[row]]), num_selected=1, capacity=1)
     check(routing, expert=[[0]], slot=[[0]], kept=[[1]])
-
-
-@pytest.mark.parametrize(
-  ('wrong', 'words'),
-  [
-    ({'num_selected': 0}, r'num_selected=0 not in \[1, num_experts=5\]'),
-    ({'num_selected': 6}, r'num_selected=6 not in \[1, num_experts=5\]'),
-    ({'capacity': 0}, 'capacity=0 must be at least 1'),
-    ({'gates': 'normalized'}, "unknown gates 'normalized'.*'renormalized'"),
-    ({'slot_priority': 'token'}, "unknown slot_priority 'token'.*'token_major"),
-    ({'second_policy': 'random'}, "unknown second_policy 'random'.*'sampled'"),
-    ({'num_selected': 1, 'gates': 'renormalized'}, 'num_selected=1.*gradient'),
-    (
-      {'num_selected': 1, 'gates': 'renormalized_after_drop'},
-      "num_selected=1.*use gates='raw'",
-    ),
-    ({'num_selected': 3, 'second_policy': 'sampled'}, 'num_selected=3, but'),
-    ({'num_selected': 1, 'second_policy': 'sampled'}, 'num_selected=1, but'),
-    (
-      {'second_policy': 'threshold', 'second_threshold': 0.0},
-      r'second_threshold=0.0 not in \(0, 1\]',
-    ),
-    (
-      {'second_policy': 'threshold', 'second_threshold': 1.5},
-      r'second_threshold=1.5 not in \(0, 1\]',
-    ),
-  ],
-)
-def test_refuses(wrong, words):
-  options = {'num_selected': 2, 'capacity': 3} | wrong
-  with pytest.raises(ValueError, match=words):
-    token_choice(jnp.zeros((2, 7, 5)), **options)

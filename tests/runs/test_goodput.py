@@ -6,10 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.data import DataOptions, SpanCorruptionTask
 from moe_jax.routing import empty_aux
 from moe_jax.runs import goodput, metrics
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.summary import LossSums, StepMetrics
+
+# Five rows of eight inputs and four targets each: 60 tokens.
+ROWS, DATA = 5, DataOptions(task=SpanCorruptionTask(), seq_len=8, target_len=4)
 
 
 class World:
@@ -53,8 +57,8 @@ def world(monkeypatch):
 def recorder_in(folder, **options):
   return Recorder(
     folder, total_steps=9, log_every_steps=2, max_nonfinite_steps=0,
-    batch_tokens=60, moes=(), state=None, checkpoints=None, tell=str,
-    **options,
+    batch_tokens=ROWS * DATA.row_tokens, moes=(), state=None,
+    checkpoints=None, tell=str, **options,
   )  # fmt: skip
 
 

@@ -66,43 +66,26 @@ def test_rows_are_flat_json_and_read_back(tmp_path):
     )
     writer.write(10, {'eval/valid/loss': 1.25})
     # Whole rows are on disk before the file is closed: a kill loses none.
-    assert lines(tmp_path / 'new') == [
+    rows = [
       '{"step": 10, "train/loss": 1.5, "train/learning_rate": 0.1, '
       '"train/layer_1/load": [0.25, 0.75], '
       '"train/layer_1/unused_experts": 0, "train/grad_norm": 2.5}',
       '{"step": 10, "eval/valid/loss": 1.25}',
     ]
-  assert read_metrics(tmp_path / 'new' / 'metrics.jsonl') == [
-    {
-      'step': 10,
-      'train/loss': 1.5,
-      'train/learning_rate': 0.1,
-      'train/layer_1/load': [0.25, 0.75],
-      'train/layer_1/unused_experts': 0,
-      'train/grad_norm': 2.5,
-    },
-    {'step': 10, 'eval/valid/loss': 1.25},
-  ]
+    assert lines(tmp_path / 'new') == rows
+  read = read_metrics(tmp_path / 'new' / 'metrics.jsonl')
+  assert read == [json.loads(row) for row in rows]
 
 
 def test_what_is_not_finite_stays_json_and_comes_back(tmp_path):
   with MetricsWriter(tmp_path, resume_step=None) as writer:
     writer.write(1, {'a': math.nan, 'b': math.inf, 'c': [-math.inf, 2.0]})
-
-  def refuse(word):
-    raise AssertionError(f'{word} is not JSON')
-
-  (line,) = lines(tmp_path)
-  assert json.loads(line, parse_constant=refuse) == {
-    'step': 1,
-    'a': 'NaN',
-    'b': 'Infinity',
-    'c': ['-Infinity', 2.0],
-  }
+  assert lines(tmp_path) == [
+    '{"step": 1, "a": "NaN", "b": "Infinity", "c": ["-Infinity", 2.0]}'
+  ]
   (row,) = read_metrics(tmp_path / 'metrics.jsonl')
   assert math.isnan(row['a'])
-  assert row['b'] == math.inf
-  assert row['c'] == [-math.inf, 2.0]
+  assert (row['b'], row['c']) == (math.inf, [-math.inf, 2.0])
 
 
 def test_resuming_drops_the_rows_that_come_again(tmp_path):
@@ -118,10 +101,8 @@ def test_resuming_drops_the_rows_that_come_again(tmp_path):
     writer.write(30, {'train/loss': 1 / 30})
     writer.write(30, {'eval/valid/loss': 2 / 30})
   assert lines(tmp_path) == unbroken
-  assert sorted(path.name for path in tmp_path.iterdir()) == [
-    'metrics.jsonl',
-    'tensorboard',
-  ]
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {'metrics.jsonl', 'tensorboard'}
 
 
 def test_a_kill_anywhere_in_the_last_row_is_mended(tmp_path):
@@ -169,26 +150,11 @@ def test_a_run_from_the_start_keeps_the_old_record_aside(tmp_path):
     assert read_metrics(tmp_path / f'{name}.jsonl') == [{'step': 1, 'run': run}]
 
 
-def test_event_files_hold_the_scalars(tmp_path):
-  with MetricsWriter(tmp_path, resume_step=None) as writer:
-    writer.write(
-      5, {'train/loss': 1.5, 'train/layer_1/load': [0.5, 0.5], 'flag': True}
-    )
-    writer.write(6, {'train/layer_1/load': [0.5, 0.5]})
-    writer.write(7, {'train/loss': math.nan})
-  (path,) = event_files(tmp_path)
-  five, six, seven = scalars(path)
-  assert five == (5, 'train/loss', 1.5)
-  assert six == (5, 'flag', 1.0)
-  assert seven[:2] == (7, 'train/loss')
-  assert math.isnan(seven[2])
-  assert events(path)[0].file_version == 'brain.Event:2'
-
-
-def test_tensorboard_is_told_to_forget_what_comes_again(tmp_path):
+def test_tensorboard_gets_numbers_and_forgets_what_comes_again(tmp_path):
   for resume_step in (None, 20, 20):
     with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
-      writer.write(30, {'train/loss': 1.0})
+      writer.write(30, {'train/loss': 1.5, 'load': [0.5, 0.5], 'flag': True})
+      writer.write(31, {'load': [0.5, 0.5]})
   # Each run has its own file, though all begin within a second.
   files = event_files(tmp_path)
   assert len(files) == 3
@@ -196,7 +162,7 @@ def test_tensorboard_is_told_to_forget_what_comes_again(tmp_path):
     start = events(path)[1]
     assert start.session_log.status == SessionLog.START
     assert start.step == first_step
-    assert scalars(path) == [(30, 'train/loss', 1.0)]
+    assert scalars(path) == [(30, 'train/loss', 1.5), (30, 'flag', 1.0)]
 
 
 def test_a_full_disk_costs_no_row(tmp_path, file_limit, caplog):
@@ -218,18 +184,6 @@ def test_a_full_disk_costs_no_row(tmp_path, file_limit, caplog):
   assert [row['step'] for row in read_metrics(path)] == steps
 
 
-def test_rows_lost_at_the_end_are_told(tmp_path, file_limit, caplog):
-  with MetricsWriter(tmp_path, resume_step=None) as writer:
-    writer.write(1, {'a': 1})
-    file_limit(3)
-    writer.write(2, {'a': 1})
-    writer.write(3, {'a': 1})
-  assert 'metrics.jsonl: lost its last 2 rows' in caplog.text
-  assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [
-    1
-  ]
-
-
 def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, file_limit):
   with MetricsWriter(tmp_path, resume_step=None) as writer:
     for step in range(5):
@@ -242,9 +196,7 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, file_limit):
   assert (tmp_path / 'metrics.jsonl').read_bytes() == content
 
 
-@pytest.mark.parametrize(
-  'value', ['1.5', None, {'a': 1}, [[1.0]], [1, [2]], ['x'], 1j]
-)
+@pytest.mark.parametrize('value', ['1.5', None, [1, [2]], ['x']])
 def test_other_values_are_refused(tmp_path, value):
   with MetricsWriter(tmp_path, resume_step=None) as writer:
     with pytest.raises(ValueError, match=r'train/x=.* flat list of numbers'):
@@ -252,8 +204,3 @@ def test_other_values_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="'step'"):
       writer.write(1, {'step': 2})
   assert lines(tmp_path) == []
-
-
-def test_a_url_is_no_workdir():
-  with pytest.raises(ValueError, match=r'gs://bucket/run.*give a folder'):
-    MetricsWriter('gs://bucket/run', resume_step=None)

@@ -121,11 +121,15 @@ def test_all_go_on_when_all_are_done(play, statuses, tmp_path, monkeypatch):
   assert not statuses
 
 
-def test_a_folder_that_is_not_shared_is_said(play, tmp_path, monkeypatch):
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_folder_that_is_not_shared_is_said(
+  play, tmp_path, monkeypatch, index
+):
   monkeypatch.setattr(watchdog_lib, 'SHARED_SECONDS', 0.1)
-  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(jax, 'process_index', lambda: index)
+  message = f'process {index} does not see what process {1 - index} writes'
   with (
-    pytest.raises(ValueError, match='process 1 does not see what process 0 wr'),
+    pytest.raises(ValueError, match=message),
     watching(Timeouts(), tmp_path),
   ):
     pass

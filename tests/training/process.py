@@ -130,7 +130,7 @@ def run(
 
   Args:
     within: Folder of all jobs.
-    workdir: Name of the run's folder in it; a list has one for each process.
+    workdir: Name of the run's folder in it.
     overrides: Overrides of `tiny.config`.
     befalls: Arguments [process, kind, step] of `accident`.
     order: 'interleaved' orders devices by `interleaved`; '' keeps their order.
@@ -158,8 +158,6 @@ def run(
     run_hooks += hooks_lib.default_hooks()
   if befalls:
     run_hooks.append(accident(*befalls))
-  if isinstance(workdir, list):
-    workdir = workdir[jax.process_index()]
   folder = pathlib.Path(within) / workdir
   state = train_and_evaluate(
     run_config.read(config),
@@ -179,14 +177,11 @@ def run(
 
 def main(coordinator, num_processes, process_id, path):
   from moe_jax import devices
-  from moe_jax.runs import watchdog
 
   spec = json.loads(pathlib.Path(path).read_text())
   within = pathlib.Path(path).parent
   configure(spec['devices'])
   timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
-  if 'shared_seconds' in spec:
-    watchdog.SHARED_SECONDS = spec['shared_seconds']
   address = coordinator, int(num_processes), int(process_id)
   with devices.connected(devices.Timeouts(**timeouts), *address):
     for job in spec['jobs']:

@@ -1,7 +1,6 @@
 """Runs that end early: by hand, through the loop, killed and gone on with."""
 
 import dataclasses
-import signal
 
 import jax
 import pytest
@@ -17,10 +16,10 @@ from moe_jax.training.early_stopping import (
   EarlyStopping,
   EarlyStoppingOptions,
 )
-from moe_jax.training.evaluate import EvaluationOptions, between_batches
-from moe_jax.training.setup import Ended, Hook
+from moe_jax.training.evaluate import EvaluationOptions
+from moe_jax.training.setup import Ended
 from tests.training import tiny
-from tests.training.test_loop import SigtermAt
+from tests.training.hooks import InEvaluation, Kill, SigtermAt
 
 NAN = float('nan')
 
@@ -77,6 +76,7 @@ def test_the_state_goes_on_from_a_checkpoint():
   [
     ({}, True),
     ({'patience': 1}, True),
+    ({'patience': 3}, False),  # an ended run goes on with more patience
     ({'metric': 'n'}, False),
     ({'highest': True}, False),
     ({'min_change': 0.5}, False),
@@ -120,23 +120,6 @@ def options(patience=3, **overrides):
   config.checkpoint.best_is_highest = True
   config.early_stopping.patience = patience
   return run_config.read(config.lock())
-
-
-class Kill(Hook):
-  """Ends the process at a step, as a kill would for what is on disk."""
-
-  def __init__(self, step):
-    self.step = step
-
-  def start(self, run):
-    train_step = run.train_step
-
-    def step(state, batch):
-      if int(state.step) + 1 == self.step:
-        raise KeyboardInterrupt
-      return train_step(state, batch)
-
-    return dataclasses.replace(run, train_step=step)
 
 
 def train(options, workdir, *hooks, **kwargs):
@@ -220,26 +203,16 @@ def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):
   assert scores_of(tmp_path) == scores_of(workdir)
 
 
-@pytest.mark.parametrize('step', [pytest.param(2, marks=pytest.mark.slow), 5])
-def test_what_sigterm_left_out_is_measured_before_going_on(
-  early, tmp_path, step
-):
+def test_what_sigterm_left_out_is_measured_before_going_on(early, tmp_path):
   workdir, ended = early
-  stopped = train(options(), tmp_path, SigtermAt(step))
-  assert stopped == (step, False) and len(scores_of(tmp_path)) == step - 1
-  # Step 2 is the best, and at step 5 the patience is at an end.
+  assert train(options(), tmp_path, SigtermAt(5)) == (5, False)
+  assert len(scores_of(tmp_path)) == 4
+  # At step 5 the patience is at an end.
   assert train(options(), tmp_path) == ended
   assert scores_of(tmp_path) == scores_of(workdir)
   assert final_steps(tmp_path) == [5]
   assert trained.best_step(tmp_path) == trained.best_step(workdir) == 2
   assert has_ended(tmp_path, 5)
-
-
-@pytest.mark.slow
-def test_more_patience_goes_on(tmp_path):
-  assert train(options(patience=1), tmp_path) == (3, True)
-  assert train(options(), tmp_path, resume=True) == (5, True)
-  assert train(options(patience=0), tmp_path, resume=True) == (9, True)
 
 
 def test_less_patience_ends_a_run_as_an_early_end_does(tmp_path, capsys):
@@ -269,12 +242,7 @@ def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
       {'checkpoint': {'keep_best': False}},
       'patience=2 needs checkpoint.keep_best=True',
     ),
-    (
-      {'checkpoint': {'best_metric': 'x', 'best_eval': 'no'}},
-      "unknown evaluation checkpoint.best_eval 'no'",
-    ),
     ({'evals': {'train_capacity': {'every_steps': 0}}}, 'only at the end'),
-    ({'early_stopping': {'patience': 0, 'min_change': 0.1}}, 'has no effect'),
     ({'init_from': {'workdir': 'x', 'best': True, 'step': 1}}, 'one of them'),
   ],
 )
@@ -296,34 +264,14 @@ def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
   assert scores_of(tmp_path) == list(enumerate(SCORES[:5], 1))
 
 
-class StoppedIn(Hook):
-  """Gets SIGTERM in an evaluation after a step."""
-
-  def __init__(self, name, step):
-    self.name, self.step = name, step
-
-  def start(self, run):
-    def measure(entry):
-      def stopped(variables, step):
-        if (entry.name, step) == (self.name, self.step):
-          signal.raise_signal(signal.SIGTERM)
-        between_batches()
-        return entry.measure(variables, step)
-
-      return dataclasses.replace(entry, measure=stopped)
-
-    evaluations = [measure(entry) for entry in run.evaluations]
-    return dataclasses.replace(run, evaluations=evaluations)
-
-
-@pytest.mark.parametrize(('name', 'scores'), [('scripted', 4), ('final', 5)])
-def test_sigterm_stops_the_evaluations_of_an_early_end(
-  early, tmp_path, name, scores
-):
+def test_sigterm_stops_the_evaluations_of_an_early_end(early, tmp_path):
   workdir, ended = early
-  assert train(options(), tmp_path, StoppedIn(name, 5)) == (5, False)
+  assert train(options(), tmp_path, InEvaluation('sigterm', 5, 'final')) == (
+    5,
+    False,
+  )
   # Nothing that was measured is measured again.
-  assert len(scores_of(tmp_path)) == scores
+  assert len(scores_of(tmp_path)) == 5
   assert not final_steps(tmp_path)
   assert train(options(), tmp_path) == ended
   assert scores_of(tmp_path) == scores_of(workdir)

@@ -1,5 +1,8 @@
 """The loss of a split: each row counts once, whatever the batches are."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,21 +39,37 @@ class TokenNumbers(Model):
     return TokenLosses(outputs)
 
 
-@pytest.mark.parametrize(
-  ('num_batches', 'tokens'),
-  [
-    # A document ends with token 7, at which there is no loss. The last batch
-    # has two rows, and the last row is half padding; 23 is only a target.
-    (0, [*range(1, 7), *range(8, 23)]),
-    (1, [*range(1, 7), *range(8, 17)]),
-  ],
-)
-def test_the_loss_of_a_split_by_hand(num_batches, tokens):
-  rows, batch_size = PackedRows(np.arange(1, 24), np.array([0, 7]), 4), 4
+@functools.cache
+def rows_and_place():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  put = Placing(sharding, batch_size)
-  measure = Losses(TokenNumbers(), num_batches, rows, put)
-  assert measure({}, 0) == {'loss': pytest.approx(np.mean(tokens))}
+  rows = PackedRows(np.arange(1, 24), np.array([0, 7]), 4)
+  return rows, Placing(sharding, 4)
+
+
+def losses(num_batches):
+  return Losses(TokenNumbers(), num_batches, *rows_and_place())
+
+
+def test_the_loss_of_a_split_by_hand_measured_once():
+  measured, entries = [], {'whole': 0, 'again': 0, 'first': 1}
+
+  def showing(name):
+    measured.append(name)
+    return contextlib.nullcontext()
+
+  rows = evaluation_rows(
+    [Evaluation(name, 0, losses(n)) for name, n in entries.items()],
+    {},
+    0,
+    showing=showing,
+  )
+  # A document ends with token 7, at which there is no loss. The last batch
+  # has two rows, and the last row is half padding; 23 is only a target.
+  mean = np.mean([*range(1, 7), *range(8, 23)])
+  assert rows['whole'] == rows['again'] == {'loss': pytest.approx(mean)}
+  mean = np.mean([*range(1, 7), *range(8, 17)])
+  assert rows['first'] == {'loss': pytest.approx(mean)}
+  assert measured == ['whole', 'first']
 
 
 def stopped_before(batch, measure, variables):
@@ -67,10 +86,7 @@ def stopped_before(batch, measure, variables):
 
 
 def test_a_signal_stops_a_measurement_between_two_batches():
-  rows = PackedRows(np.arange(1, 24), np.array([0, 7]), 4)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  measure = Losses(TokenNumbers(), 0, rows, Placing(sharding, 4))
-  stopped_before(1, measure, {})
+  stopped_before(1, losses(0), {})
 
 
 @pytest.mark.as_users_compile

@@ -43,6 +43,14 @@ def test_each_stack_is_divided_by_its_own_tokens():
   weights = losses.LossWeights({'z_loss': 0.5})
   total = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), totals, weights)
   np.testing.assert_allclose(total, 0.5 * (2 + 0 + 2 + 0), rtol=1e-6)
+  # A mean over layers has that over their number.
+  moe = {'layers': 'all', 'layer_reduce': 'mean'}
+  model = tiny.model_of(tiny.options(model={'moe': moe, 'num_layers': 3}))
+  averaged = losses.loss_weights(model)
+  assert averaged.num_averaged == 3
+  weights = losses.LossWeights({'z_loss': 0.5}, num_averaged=4)
+  mean = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), totals, weights)
+  np.testing.assert_allclose(mean, total / 4, rtol=1e-6)
 
 
 def test_the_logits_z_loss_is_weighted_like_the_cross_entropy():

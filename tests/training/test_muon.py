@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models
 from moe_jax.layers.parameters import Role
@@ -111,38 +110,6 @@ def test_each_matrix_by_the_published_iteration(rms):
       assert update_rms == pytest.approx(rms, rel=0.4), name
   for name in adam_grads:
     np.testing.assert_allclose(-updates[name], 0.5 * by_adam[name], rtol=1e-5)
-
-
-def test_a_mesh_changes_no_update():
-  mesh = make_mesh(dict(fsdp=2, expert=2, tensor=2))
-  split = {'expert': 'expert', 'embed': 'fsdp', 'mlp': 'tensor'}
-
-  def placed(name, array):
-    axes = [split.get(axis) for axis in AXES[name]]
-    axes = [
-      axis if axis and size % 2 == 0 else None
-      for axis, size in zip(axes, array.shape, strict=True)
-    ]
-    spec = NamedSharding(mesh, PartitionSpec(*axes))
-    return jax.device_put(array, spec)
-
-  optimizer = Muon(**PLAIN).transformation(10, AXES, ROLES)
-  update = jax.jit(optimizer.update)
-  params, grads = arrays(0), arrays(1)
-  unsharded, _ = update(grads, optimizer.init(params), params)
-  params, grads = (
-    {name: placed(name, array) for name, array in tree.items()}
-    for tree in (params, grads)
-  )
-  state = jax.jit(optimizer.init)(params)
-  together, _ = update(grads, state, params)
-  for name, reference in unsharded.items():
-    np.testing.assert_allclose(together[name], reference, rtol=0, atol=1e-5)
-
-
-def test_inputs_and_outputs_by_axes():
-  assert dimensions(('embed', 'heads', 'kv')) == ((0,), (1, 2))
-  assert dimensions(('heads', 'kv', 'embed')) == ((0, 1), (2,))
 
 
 def trained_by_adam(run_programs):

@@ -1,4 +1,10 @@
-"""Schedules by formula, rules by name, and Adafactor matrix by matrix."""
+"""The contract of every optimizer; schedules by formula, rules by name.
+
+Every kind, a user's own among them, updates each matrix of a stack as it would
+alone, on a mesh as on one device, and bfloat16 as float32; its state stays
+finite and is saved. optax is the oracle of AdamW and Adafactor; the iteration
+of Muon is in `test_muon.py`.
+"""
 
 import functools
 
@@ -7,11 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.config import OptionError
 from moe_jax.layers.parameters import Role
-from moe_jax.training import programs
-from moe_jax.training.optimizer import Adafactor, AdamW, Muon, clipped
+from moe_jax.partitioning import make_mesh
+from moe_jax.runs import finite
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.training.optimizer import (
+  OPTIMIZERS,
+  Adafactor,
+  AdamW,
+  clipped,
+)
 from moe_jax.training.schedules import (
   Constant,
   Cosine,
@@ -19,6 +32,7 @@ from moe_jax.training.schedules import (
   Trapezoid,
 )
 from tests.models import tiny as tiny_models
+from tests.own_kinds import SignSgd
 from tests.training import tiny
 
 AXES = {
@@ -43,7 +57,7 @@ def random_tree(seed, size=1.0):
   return {
     'w': rng.normal(size=(6, 5)).astype(np.float32),
     'layers': {
-      'experts': (size * rng.normal(size=(2, 3, 7, 4))).astype(np.float32)
+      'experts': (size * rng.normal(size=(2, 4, 6, 8))).astype(np.float32)
     },
     'scale': rng.normal(size=6).astype(np.float32),
   }
@@ -57,17 +71,21 @@ def params():
 @pytest.fixture(scope='module')
 def grads():
   # Experts have very different sizes, so that a shared statistic would show.
-  return random_tree(1, size=10.0 ** np.arange(3).reshape(1, 3, 1, 1))
+  return random_tree(1, size=10.0 ** np.arange(4).reshape(1, 4, 1, 1))
 
 
 def program(transform, steps=3):
-  """A compiled (parameters, gradients) -> parameters after some steps."""
+  """A compiled (parameters, gradients) -> parameters after some steps.
+
+  Gradients double, as Adam sees no scale that all steps share.
+  """
 
   @jax.jit
   def stepped(params, grads):
     state = transform.init(params)
-    for _ in range(steps):
-      updates, state = transform.update(grads, state, params)
+    for i in range(steps):
+      scaled = optax.tree.scale(2.0**i, grads)
+      updates, state = transform.update(scaled, state, params)
       params = optax.apply_updates(params, updates)
     return params
 
@@ -76,6 +94,118 @@ def program(transform, steps=3):
 
 def run(transform, params, grads, steps=3):
   return jax.device_get(program(transform, steps)(params, grads))
+
+
+# Matrices are large enough to be factored.
+FACTORED = functools.partial(Adafactor, min_factored_size=2)
+KINDS = {**OPTIMIZERS.builtin, 'adafactor': FACTORED, 'own': SignSgd}
+HALVES = functools.partial(AdamW, moment_dtype='bfloat16')
+
+
+def optimizer(kind, **values):
+  options = dict(schedule=AT_ONCE, learning_rate=0.1, clip_norm=0.0)
+  return kind(**options | values)
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
+def test_each_matrix_of_a_stack_is_updated_as_alone(kind, params, grads):
+  o = optimizer(kind)
+  alone = o.transformation(10, ('embed', 'mlp'), Role('expert', 'kernel'))
+  expected = jax.vmap(jax.vmap(program(alone)))(
+    params['layers']['experts'], grads['layers']['experts']
+  )
+  stacked = run(transformation(o), params, grads)['layers']['experts']
+  np.testing.assert_allclose(stacked, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'kind', [*KINDS.values(), HALVES], ids=[*KINDS, 'bfloat16 moments']
+)
+def test_a_mesh_changes_no_update(kind, params, grads):
+  mesh = make_mesh(dict(fsdp=2, expert=2, tensor=2))
+  spec = PartitionSpec(None, 'expert', 'fsdp', 'tensor')
+  specs = {
+    'w': PartitionSpec('fsdp'),
+    'layers': {'experts': spec},
+    'scale': PartitionSpec('fsdp'),
+  }
+  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+  placed = jax.device_put((params, grads), (shardings, shardings))
+  transform = transformation(optimizer(kind))
+  expected = run(transform, params, grads)
+  assert_close(run(transform, *placed), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
+def test_moments_of_bfloat16_parameters_are_those_of_float32(
+  kind, params, grads
+):
+  # At b2 = 0.999 the nearest bfloat16 to a second moment is mostly the old one.
+  betas = {'b2': 0.999} if hasattr(kind, 'b2') else {}
+  o = optimizer(kind, weight_decay=0.0, **betas)
+  short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, grads))
+  long = jax.tree.map(lambda x: x.astype(jnp.float32), short)
+
+  def updated(params, grads):
+    state = transformation(o).init(params)
+    for _ in range(3):
+      updates, state = transformation(o).update(grads, state, params)
+    return updates, state
+
+  for a, b in zip(*map(jax.tree.leaves, (updated(*short), updated(*long)))):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
+def test_a_state_stays_finite_and_is_saved(kind, params, tmp_path):
+  """An infinite leaf is always a fault, also without any gradient."""
+  transform = transformation(optimizer(kind))
+  state = jax.jit(transform.init)(params)
+  assert finite.not_finite(state) == []
+  update = jax.jit(transform.update)
+  for size in (0.0, 1e-3):
+    grads = optax.tree.scale(size, params)
+    updates, state = update(grads, state, params)
+    assert finite.not_finite((updates, state)) == []
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+    restored = checkpoints.restore(jax.eval_shape(lambda: state)).state
+  assert_close(update(params, restored, params), update(params, state, params))
+
+
+def test_adamw_is_optax_adamw_clipped_by_the_global_norm(params, grads):
+  o = optimizer(AdamW, clip_norm=2e4, decay_rules=(('', 1.0),))
+  # The first of three gradients is below the norm, and the last is above.
+  assert 0.6e4 < optax.global_norm(grads) < 1.9e4
+  reference = optax.chain(
+    optax.clip_by_global_norm(2e4),
+    optax.adamw(0.1, o.b1, o.b2, o.epsilon, weight_decay=o.weight_decay),
+  )
+  assert_close(
+    run(transformation(o), params, grads), run(reference, params, grads)
+  )
+
+
+def test_adafactor_is_optax_adafactor(params, grads):
+  o = optimizer(FACTORED, b1=0.0, weight_decay=0.0)
+  reference = optax.adafactor(
+    0.1,
+    min_dim_size_to_factor=2,
+    decay_rate=0.8,
+    multiply_by_parameter_scale=True,
+    weight_decay_rate=None,
+  )
+  new, expected = (
+    run(transform, params, grads)['w']
+    for transform in (transformation(o), reference)
+  )
+  np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -122,40 +252,6 @@ def test_runs_are_equal_until_the_shorter_one_decays():
   assert equal[: stable + 1].all() and not equal[stable + 1 :].any()
 
 
-def test_adamw_is_optax_adamw(params, grads):
-  o = AdamW(schedule=AT_ONCE, clip_norm=0.0, decay_rules=(('', 1.0),))
-  reference = optax.adamw(
-    o.learning_rate, o.b1, o.b2, o.epsilon, weight_decay=o.weight_decay
-  )
-  for a, b in zip(
-    jax.tree.leaves(run(transformation(o), params, grads)),
-    jax.tree.leaves(run(reference, params, grads)),
-    strict=True,
-  ):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
-@pytest.mark.parametrize('kind', [AdamW, Adafactor, Muon])
-def test_moments_of_bfloat16_parameters_are_those_of_float32(
-  kind, params, grads
-):
-  # At b2 = 0.999 the nearest bfloat16 to a second moment is mostly the old one.
-  betas = {} if kind is Adafactor else {'b2': 0.999}
-  o = kind(schedule=AT_ONCE, clip_norm=0.0, weight_decay=0.0, **betas)
-  short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, grads))
-  long = jax.tree.map(lambda x: x.astype(jnp.float32), short)
-
-  def updated(params, grads):
-    state = transformation(o).init(params)
-    for _ in range(3):
-      updates, state = transformation(o).update(grads, state, params)
-    return updates, state
-
-  for a, b in zip(*map(jax.tree.leaves, (updated(*short), updated(*long)))):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a, b)
-
-
 def test_adafactor_clips_each_update_at_its_option(params, grads):
   # The first update has a root mean square of 1 before it is clipped.
   steps = {}
@@ -178,11 +274,6 @@ def decayed(params, **options):
   return jax.tree.map(
     lambda a, b: round(float((np.asarray(a) / b).mean()), 5), new_params, params
   )
-
-
-def test_kernels_decay_and_nothing_else_does(params):
-  fractions = decayed(params)
-  assert fractions == {'w': 0.5, 'layers': {'experts': 0.5}, 'scale': 1.0}
 
 
 def test_patterns_of_a_users_own_come_first(params):
@@ -231,30 +322,6 @@ def test_a_part_that_the_model_lacks_is_refused_by_the_rule(name):
     transformation(o)
 
 
-def test_rates_by_part_are_those_of_a_run():
-  """The router moves a tenth as far as at the full rate, the rest as far."""
-  layer_updates = []
-  for rules in ((), (('part:router', 0.1),)):
-    options = tiny.options(
-      trainable='non_experts', optimizer=dict(rate_rules=rules, clip_norm=0.0)
-    )
-    model = tiny.model_of(options)
-    _, trained, optimizer = programs.make_optimizer(options, model)
-    params = tiny_models.params_of(model)
-    grads = trained.part(jax.tree.map(np.ones_like, params))
-    updates = jax.jit(
-      lambda grads, params, optimizer=optimizer: optimizer.update(
-        grads, optimizer.init(params), params
-      )
-    )(grads, params)
-    layer_updates.append(updates[0]['layers']['layer_1'])
-  router = [layer['moe']['router']['w'] for layer in layer_updates]
-  np.testing.assert_allclose(router[1], 0.1 * router[0], rtol=1e-5)
-  attention = [jax.tree.leaves(layer['attention']) for layer in layer_updates]
-  for a, b in zip(*attention, strict=True):
-    np.testing.assert_array_equal(a, b)
-
-
 def test_no_bias_decays_that_of_a_router_among_them():
   options = tiny.options(
     total_steps=100,
@@ -276,17 +343,6 @@ def test_no_bias_decays_that_of_a_router_among_them():
   assert not [name for name in decays if 'bias' in name or 'scale' in name]
 
 
-def test_clipping_is_by_the_global_norm(params, grads):
-  scale = 0.5 / float(optax.global_norm(grads))
-  clipped = jax.tree.map(lambda g: g * scale, grads)
-  a = run(transformation(AdamW(schedule=AT_ONCE, clip_norm=0.5)), params, grads)
-  b = run(
-    transformation(AdamW(schedule=AT_ONCE, clip_norm=0.0)), params, clipped
-  )
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize('largest', [0.5, 1e9])
 def test_clipping_is_that_of_optax(grads, largest):
   """Equal up to rounding if it clips, and bit for bit if it does not."""
@@ -300,79 +356,3 @@ def test_clipping_is_that_of_optax(grads, largest):
     rounding = 1e-2 if x.dtype == jnp.bfloat16 else 1e-6
     x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
     np.testing.assert_allclose(x, y, rtol=rounding if largest < 1 else 0)
-
-
-ADAFACTOR = Adafactor(
-  b1=0.0,
-  clip_norm=0.0,
-  weight_decay=0.0,
-  schedule=AT_ONCE,
-  min_factored_size=2,
-)
-
-
-def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
-  new_params = run(transformation(ADAFACTOR), params, grads)
-  reference = optax.adafactor(
-    ADAFACTOR.learning_rate,
-    min_dim_size_to_factor=2,
-    decay_rate=0.8,
-    multiply_by_parameter_scale=True,
-    weight_decay_rate=None,
-  )
-  expected = jax.vmap(jax.vmap(program(reference)))(
-    params['layers']['experts'], grads['layers']['experts']
-  )
-  np.testing.assert_allclose(
-    new_params['layers']['experts'], expected, rtol=1e-4, atol=1e-6
-  )
-  # On the whole stack optax computes another update, which is why it is split.
-  unsplit = run(reference, params, grads)
-  difference = unsplit['layers']['experts'] - new_params['layers']['experts']
-  assert np.abs(difference).max() > 1e-4
-
-
-def test_adafactor_never_factors_over_experts(params):
-  transform = transformation(ADAFACTOR)
-  shapes = {
-    leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      transform.init(params)
-    )
-    if 'experts' in jax.tree_util.keystr(path) and leaf.size > 6
-  }
-  # Row and column statistics have their own [L, E] in front.
-  assert shapes == {(2, 3, 7), (2, 3, 4)}
-
-
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    (dict(clip_norm=-1.0), 'clip_norm=-1.0 must be at least 0'),
-    (dict(decay_rules=(('(', 1.0),)), "'re:\\(': .*unterminated"),
-    (dict(rate_rules=(('x', -1.0),)), 'rate_rules=.*-1.0 must be at least 0'),
-    (dict(moment_dtype='float16'), "have.*'bfloat16'"),
-    (dict(rate_rules=(('part:expert', 1.0),)), "did you mean 'experts'"),
-    (dict(decay_rules=(('part:', 1.0),)), 'is no sum of parts'),
-  ],
-)
-def test_bad_values(options, message):
-  with pytest.raises(OptionError, match=message):
-    AdamW(**options)
-
-
-@pytest.mark.parametrize(
-  ('overrides', 'message'),
-  [
-    ({'kind': 'sgd'}, r"unknown optimizer 'sgd'.*adafactor"),
-    ({'schedule': {'kind': 'linear'}}, r"unknown schedule 'linear'.*cosine"),
-    ({'decay_exponent': 0.7}, "has no effect with optimizer.kind='adamw'"),
-    (
-      {'schedule': {'final_fraction': 0.3}},
-      "has no effect with optimizer.schedule.kind='constant'",
-    ),
-  ],
-)
-def test_bad_sections(overrides, message):
-  with pytest.raises(OptionError, match=message):
-    tiny.options(optimizer=overrides)

@@ -1,7 +1,6 @@
 """A state saved on one mesh is restored equal on another."""
 
 import functools
-import hashlib
 
 import jax
 import numpy as np
@@ -27,16 +26,14 @@ MODEL = {
   },
 }
 SOURCE = (1, 2, 2, 2)  # data, fsdp, expert, tensor
-MESHES = [(8, 1, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 1, 1, 1)]
+MESHES = [(8, 1, 1, 1), (1, 1, 4, 2), (1, 1, 1, 1)]
 
 
 @functools.cache
-def programs(shape, **sharding):
+def programs(shape):
   """The programs of a run on a mesh of the given shape."""
   sizes = dict(zip(partitioning.MESH_AXES, shape))
-  options = tiny.options(
-    batch_size=8, model=MODEL, mesh=sizes, sharding=sharding
-  )
+  options = tiny.options(batch_size=8, model=MODEL, mesh=sizes)
   mesh = options.mesh.make(jax.devices()[: np.prod(shape)])
   return make_programs(options, options.build(), mesh)
 
@@ -55,23 +52,6 @@ def trained():
   return jax.tree.map(draw, programs(SOURCE).abstract_state)
 
 
-def checksum(array):
-  return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def checksums(state):
-  """Checksums of every array, and of each expert where an array has them."""
-  sums = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    name, array = partitioning.path_name(path), np.asarray(leaf)
-    sums[name] = checksum(array)
-    if '/experts/' in name:
-      assert array.shape[1] == E, name
-      for e in range(E):
-        sums[f'{name}, expert {e}'] = checksum(array[:, e])
-  return sums
-
-
 def restored(folder, target):
   with Checkpointer(folder) as checkpoints:
     state = checkpoints.restore(target.abstract_state).state
@@ -85,35 +65,22 @@ def save(folder, state):
     checkpoints.save(1, state)
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('checkpoints')
-  save(folder, trained())
-  return folder
-
-
-def expert_kernel(state):
-  return state.params['layers']['layer_1']['moe']['experts']['w_in']
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.slow
-def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
-  saved = checksums(trained())
-  assert any(name.startswith('router_state/') for name in saved)
-  experts = [name for name in saved if name.endswith('expert 7')]
-  assert len(experts) == 6  # two kernels with two moments each
-  assert len({saved[name] for name in saved if 'w_in, expert' in name}) == 3 * E
+def test_every_array_and_expert_on_every_mesh(tmp_path):
+  state = trained()
+  (bias,) = jax.tree.leaves(state.router_state)
+  assert bias.size == E
+  save(tmp_path / 'mesh', state)
   for shape in MESHES:
-    state = restored(folder, programs(shape))
-    assert checksums(state) == saved, shape
-    (shard, *_) = expert_kernel(state).addressable_shards
+    state = restored(tmp_path / 'mesh', programs(shape))
+    assert_equal(state, trained())
+    kernel = state.params['layers']['layer_1']['moe']['experts']['w_in']
     _, fsdp, expert, tensor = shape
-    assert shard.data.shape == (1, E // expert, 16 // fsdp, 24 // tensor)
-  save(tmp_path, state)  # from one device to the mesh again
-  assert checksums(restored(tmp_path, programs(SOURCE))) == saved
-
-
-def test_experts_over_two_mesh_axes():
-  target = programs((1, 1, 4, 2), expert='expert,tensor', expert_mlp='')
-  kernel = expert_kernel(target.abstract_state)
-  assert kernel.sharding.shard_shape(kernel.shape) == (1, 1, 16, 24)
+    shard = kernel.sharding.shard_shape(kernel.shape)
+    assert shard == (1, E // expert, 16 // fsdp, 24 // tensor)
+  save(tmp_path / 'one', state)  # from one device to the mesh again
+  assert_equal(restored(tmp_path / 'one', programs(SOURCE)), trained())

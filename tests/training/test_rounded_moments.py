@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.training import rounded_moments
 from moe_jax.training.optimizer import AdamW
@@ -89,15 +88,3 @@ def test_a_small_change_moves_the_second_moment_on_average(params):
   assert abs(nu.mean() - expected) < 5e-3
   assert jnp.bfloat16(0.999 * 0.8125 + 0.001) == jnp.bfloat16(0.8125)
   assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype('bfloat16')}
-
-
-def test_on_a_mesh_the_noise_is_that_of_one_device():
-  devices = np.array(jax.devices()[:4]).reshape(2, 2)
-  mesh = jax.sharding.Mesh(devices, ('expert', 'tensor'))
-  spec = PartitionSpec(None, 'expert', None, 'tensor')
-  unsharded, split = (
-    jax.jit(lambda count: noise('w', count, (3, 4, 5, 8)), out_shardings=s)(7)
-    for s in (None, NamedSharding(mesh, spec))
-  )
-  assert len(split.addressable_shards) == 4
-  np.testing.assert_array_equal(np.asarray(unsharded), np.asarray(split))

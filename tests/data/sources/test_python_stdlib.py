@@ -1,12 +1,18 @@
-"""The embedded corpus as documents of two splits."""
+"""The embedded corpus: its files, their splits, and functions as pairs.
 
-import sys
+The oracles are `source_files` and `documented_functions`, which are judged on
+files of the test.
+"""
+
+import hashlib
 
 import pytest
-import tensorflow_datasets as tfds
 
-from moe_jax.data import PythonStdlibSource, Selection
+from moe_jax.data import DocstringsSource, PythonStdlibSource, Selection
 from moe_jax.data.sources import python_stdlib
+from moe_jax.data.sources.python_stdlib import documented_functions
+
+PART = PythonStdlibSource('email,json')
 
 
 def texts(source, split):
@@ -21,122 +27,154 @@ def test_the_default_list_gives_8_megabytes():
   assert 0.02 < len(held_out) / len(files) < 0.1
   folders = {part for name in files for part in name.split('/')[:-1]}
   assert not folders & {'test', 'tests', 'site-packages'}
+  # Modules that distributions leave out are only had by name.
+  assert not folders & {*python_stdlib.OPTIONAL_MODULES}
+  names = [name for name, _ in python_stdlib.source_files(['encodings'])]
+  assert 'encodings/ascii.py' in names
 
 
-@pytest.fixture
-def fake_stdlib(tmp_path):
-  root = tmp_path / 'stdlib'
+def test_listed_modules_alone_and_the_digest_of_names_and_text(tmp_path):
   for name in ('json/a.py', 'json/test/b.py', 'json/c.txt', 'csv.py', 'os.py'):
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'# {name} é', encoding='utf-8')
-  (root / 'json' / 'latin.py').write_bytes(b'# \xe9')
-  return root
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(f'# {name} é', encoding='utf-8')
+  (tmp_path / 'json' / 'latin.py').write_bytes(b'# \xe9')
 
+  def files():
+    return [*python_stdlib.source_files(['json', 'csv', 'wave'], tmp_path)]
 
-def test_listed_modules_alone_without_tests_and_what_is_not_utf8(fake_stdlib):
-  files = dict(python_stdlib.source_files(['json', 'csv', 'wave'], fake_stdlib))
-  assert list(files) == ['csv.py', 'json/a.py']
-  assert files['json/a.py'] == '# json/a.py é'
-
-
-def test_the_digest_follows_names_and_text(fake_stdlib):
-  def digest():
-    files = python_stdlib.source_files(['json'], fake_stdlib)
-    return python_stdlib.content_digest(files)
-
-  digests = {digest()}
-  (fake_stdlib / 'json' / 'a.py').write_text('changed')
-  digests.add(digest())
-  (fake_stdlib / 'json' / 'a.py').rename(fake_stdlib / 'json' / 'b.py')
-  digests.add(digest())
+  assert files() == [('csv.py', '# csv.py é'), ('json/a.py', '# json/a.py é')]
+  digests = {python_stdlib.content_digest(files())}
+  (tmp_path / 'json' / 'a.py').write_text('changed')
+  digests.add(python_stdlib.content_digest(files()))
+  (tmp_path / 'json' / 'a.py').rename(tmp_path / 'json' / 'b.py')
+  digests.add(python_stdlib.content_digest(files()))
   assert len(digests) == 3
-  (fake_stdlib / 'os.py').write_text('another module')
-  assert digest() in digests
+  (tmp_path / 'os.py').write_text('another module')
+  assert python_stdlib.content_digest(files()) in digests
 
 
-def test_a_part_of_the_standard_library():
-  source = PythonStdlibSource('email,json').texts()
-  files = dict(python_stdlib.source_files(['json', 'email']))
-  for split in ('train', 'validation'):
-    expected = [
-      t for n, t in files.items() if python_stdlib.split_of(n) == split
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_a_file_and_its_functions_are_in_the_split_of_its_name(split):
+  files = [
+    (name, text)
+    for name, text in python_stdlib.source_files(['email', 'json'])
+    if python_stdlib.split_of(name) == split
+  ]
+  assert sorted(texts(PART.texts(), split)) == sorted(t for _, t in files)
+  functions = [f[1:] for _, text in files for f in documented_functions(text)]
+  pairs = DocstringsSource('email,json').pairs().pairs(split)
+  assert functions and sorted(pairs) == sorted(functions)
+
+
+def test_the_order_and_the_parts_are_those_of_tfds():
+  # TFDS orders examples by the md5 of the split's name and their keys.
+  def ordered(split):
+    files = [
+      (hashlib.md5(f'{split}{name}'.encode()).digest(), text)
+      for name, text in python_stdlib.source_files(['email', 'json'])
+      if python_stdlib.split_of(name) == split
     ]
-    # An empty file of a package is a document without tokens.
-    assert sorted(texts(source, split)) == sorted(expected)
-  assert 'tensorflow' not in sys.modules
+    return [text for _, text in sorted(files)]
 
-
-class Library(tfds.core.GeneratorBasedBuilder):
-  """A dataset of the files of two packages."""
-
-  VERSION = tfds.core.Version('1.0.0')
-
-  def _info(self):
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
-    )
-
-  def _split_generators(self, dl_manager):
-    splits = ('train', 'validation')
-    return {split: self._generate_examples(split) for split in splits}
-
-  def _generate_examples(self, split):
-    for name, text in python_stdlib.source_files(['email', 'json']):
-      if python_stdlib.split_of(name) == split:
-        yield name, {'text': text}
-
-
-def test_the_order_and_the_parts_are_those_of_tfds(tmp_path):
-  builder = Library(data_dir=tmp_path, file_format='array_record')
-  builder.download_and_prepare()
-  for splits in [
-    ('train', 'validation'),
-    ('train[:90%]', 'train[90%:]+validation'),
-    ('train[3:7]', 'all'),
-  ]:
-    source = PythonStdlibSource('email,json').texts(Selection(splits))
-    for name, split in zip(splits, ('train', 'validation')):
-      expected = [e['text'].decode() for e in builder.as_data_source(name)]
-      assert texts(source, split) == expected
-
-
-@pytest.mark.parametrize('split', ['test', 'train[5'])
-def test_an_unknown_split_names_those_that_exist(split):
-  source = PythonStdlibSource('email,json').texts(Selection(('train', split)))
-  with pytest.raises(ValueError, match=r"unknown split .*have \['train', 'val"):
-    texts(source, 'validation')
+  train, validation = ordered('train'), ordered('validation')
+  cut = round(0.9 * len(train))
+  for splits, *expected in (
+    (('train', 'validation'), train, validation),
+    (
+      ('train[:90%]', 'train[90%:]+validation'),
+      train[:cut],
+      train[cut:] + validation,
+    ),
+    (('train[3:7]', 'all'), train[3:7], train + validation),
+  ):
+    source = PART.texts(Selection(splits))
+    assert [texts(source, s) for s in ('train', 'validation')] == expected
 
 
 def test_only_the_first_bytes_are_trained_on():
-  whole = PythonStdlibSource('email,json').texts()
+  whole = PART.texts()
   part = PythonStdlibSource('email,json', train_bytes=70000).texts()
   part_text, whole_text = (''.join(texts(s, 'train')) for s in (part, whole))
   assert len(part_text.encode()) == 70000 and whole_text.startswith(part_text)
   assert texts(part, 'validation') == texts(whole, 'validation')
-  assert part.identity != whole.identity
-
-
-def test_a_cut_within_a_character_leaves_it_out():
+  # A cut within a character leaves it out.
   assert [*python_stdlib.first_bytes(['ab', 'cé', 'd'], 4)] == ['ab', 'c']
   assert [*python_stdlib.first_bytes(['ab', 'cé', 'd'], 5)] == ['ab', 'cé']
-  assert [*python_stdlib.first_bytes(['ab', 'cé'], 0)] == ['ab', 'cé']
 
 
-def test_too_few_modules_for_two_splits_are_refused():
+def test_modules_that_give_no_two_splits_or_do_not_exist_are_named():
   with pytest.raises(ValueError, match=r"python_stdlib:keyword .*\['valid"):
     PythonStdlibSource('keyword').texts()
-
-
-def test_a_module_not_listed_is_refused():
   with pytest.raises(ValueError, match="'jsn'; did you mean 'json'"):
     PythonStdlibSource('jsn').texts()
 
 
-def test_modules_that_distributions_leave_out_are_only_had_by_name():
-  assert not set(python_stdlib.MODULES) & set(python_stdlib.OPTIONAL_MODULES)
-  names = [name for name, _ in python_stdlib.source_files(['encodings'])]
-  assert 'encodings/ascii.py' in names
-  default_names = [name for name, _ in python_stdlib.source_files()]
-  assert not set(names) & set(default_names)
+MODULE = '''
+"""Not a function's."""
+
+def plain(x):
+  """Doubles é.
+
+    And says
+      so.
+  """
+  # Why.
+  return 2 * x
+
+def undocumented():
+  return """Not one."""
+
+class C:
+  @property
+  def method(self):
+    "One line."
+    text = """
+    kept as it is"""
+    return text
+
+  async def only(self):
+    """Nothing else to see."""
+
+def one_line(): "é."; return 1
+
+def outer():
+  """Outer."""
+  def inner():
+    """Inner."""
+    return 0
+  return inner
+'''
+
+EXPECTED = {
+  'Doubles é.\n\nAnd says\n  so.': (
+    'def plain(x):\n  # Why.\n  return 2 * x'
+  ),
+  'One line.': (
+    '@property\ndef method(self):\n  text = """\n  kept as it is"""\n'
+    '  return text'
+  ),
+  'é.': 'def one_line(): return 1',
+  'Outer.': (
+    'def outer():\n  def inner():\n    """Inner."""\n    return 0\n'
+    '  return inner'
+  ),
+  'Inner.': 'def inner():\n  return 0',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('line_end', ['\n', '\r\n'])
+def test_functions_and_docstrings_by_hand(line_end):
+  parts = list(documented_functions(MODULE.replace('\n', line_end)))
+  assert {docstring: source for _, source, docstring in parts} == EXPECTED
+  lines = MODULE.split('\n')
+  for line, source, _ in parts:
+    assert source.partition('def ')[2].split('(')[0] in lines[line - 1]
+
+
+def test_old_modules_and_what_does_not_parse():
+  # Old modules separate sections by a form feed, which Python counts as no
+  # line.
+  text = 'x = 1\n\x0c\ndef f():\n  """D."""\n  return x\n'
+  assert [f[1] for f in documented_functions(text)] == ['def f():\n  return x']
+  assert list(documented_functions('def f(:')) == []
+  assert list(documented_functions('x = "\0"')) == []

@@ -1,8 +1,16 @@
 """Rows of pairs: the tokens that are kept, those cut, and their counts."""
 
 import numpy as np
+import pytest
 
-from moe_jax.data import batch_dataset
+from moe_jax.data import (
+  DataOptions,
+  InstructionSource,
+  PrefixLmTask,
+  Seq2SeqTask,
+  load,
+  read_pairs,
+)
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
 from moe_jax.data.tasks.seq2seq import PairRows
 
@@ -19,82 +27,78 @@ INPUTS = stream([1, 2], [3, 4, 5, 6, 7, 8], [9])
 TARGETS = stream([11], [12, 13], [14, 15, 16, 17, 18])
 
 
-def as_lists(row):
-  return {name: values.tolist() for name, values in row.items()}
+@pytest.mark.parametrize(
+  ('layout', 'members', 'truncated', 'rows'),
+  [
+    # Inputs that were cut keep their end of text, and targets that were cut
+    # have none.
+    (
+      EncoderDecoderLayout(5, 4, start_id=EOS),
+      [[0], [1], [2]],
+      2,
+      [
+        ([1, 2, EOS, 0, 0], [EOS, 11, 0, 0], [11, EOS, 0, 0]),
+        ([3, 4, 5, 6, EOS], [EOS, 12, 13, 0], [12, 13, EOS, 0]),
+        ([9, EOS, 0, 0, 0], [EOS, 14, 15, 16], [14, 15, 16, 17]),
+      ],
+    ),
+    # With room, the first and the last share a row.
+    (
+      EncoderDecoderLayout(5, 8, start_id=EOS),
+      [[0, 2], [1]],
+      1,
+      [
+        (
+          [1, 2, EOS, 9, EOS],
+          [EOS, 11, EOS, 14, 15, 16, 17, 18],
+          [11, EOS, 14, 15, 16, 17, 18, EOS],
+        )
+      ],
+    ),
+    # For a decoder alone three targets leave room for 4 inputs. What has no
+    # loss is written as 0.
+    (
+      DecoderLayout(6),
+      [[0], [1], [2]],
+      2,
+      [
+        ([1, 2, EOS, 11, 0, 0], [0, 0, 11, EOS, 0, 0]),
+        ([3, 4, 5, EOS, 12, 13], [0, 0, 0, 12, 13, EOS]),
+        ([9, EOS, 14, 15, 16, 17], [0, 14, 15, 16, 17, 18]),
+      ],
+    ),
+  ],
+)
+def test_pairs_share_rows_and_long_ones_are_cut(
+  layout, members, truncated, rows
+):
+  pair_rows = PairRows(INPUTS, TARGETS, layout, EOS)
+  assert pair_rows.truncated == truncated
+  assert [pair_rows.members(r) for r in range(len(pair_rows))] == members
+  for r, expected in enumerate(rows):
+    row = pair_rows[r]
+    learned = row['targets'] * row['loss_weights'].astype(int)
+    names = ['encoder_tokens', 'tokens'][1 - len(expected) :]
+    found = [*(row[name].tolist() for name in names), learned.tolist()]
+    assert found == [*expected]
 
 
-def test_pairs_share_a_row_and_long_ones_are_cut():
-  layout = EncoderDecoderLayout(5, 4, start_id=EOS)
-  rows = PairRows(INPUTS, TARGETS, layout, EOS)
-  assert len(rows) == 3 and rows.truncated == 2
-  assert as_lists(rows[0]) == {
-    'encoder_tokens': [1, 2, EOS, 0, 0],
-    'encoder_segment_ids': [1, 1, 1, 0, 0],
-    'encoder_positions': [0, 1, 2, 0, 0],
-    'tokens': [EOS, 11, 0, 0],
-    'targets': [11, EOS, 0, 0],
-    'segment_ids': [1, 1, 0, 0],
-    'positions': [0, 1, 0, 0],
-    'loss_weights': [1, 1, 0, 0],
-  }
-  # Inputs that were cut keep their end of text, and targets that were cut have
-  # none.
-  assert rows[1]['encoder_tokens'].tolist() == [3, 4, 5, 6, EOS]
-  assert rows[1]['targets'].tolist() == [12, 13, EOS, 0]
-  assert rows[2]['targets'].tolist() == [14, 15, 16, 17]
-  assert rows[2]['tokens'].tolist() == [EOS, 14, 15, 16]
-
-
-def test_with_room_pairs_share_a_row():
-  layout = EncoderDecoderLayout(5, 8, start_id=EOS)
-  rows = PairRows(INPUTS, TARGETS, layout, EOS)
-  assert [rows.members(r) for r in range(len(rows))] == [[0, 2], [1]]
-  assert rows.truncated == 1
-  first = as_lists(rows[0])
-  assert first['encoder_tokens'] == [1, 2, EOS, 9, EOS]
-  assert first['encoder_segment_ids'] == [1, 1, 1, 2, 2]
-  assert first['segment_ids'] == [1, 1, 2, 2, 2, 2, 2, 2]
-  assert first['tokens'] == [EOS, 11, EOS, 14, 15, 16, 17, 18]
-  assert first['targets'] == [11, EOS, 14, 15, 16, 17, 18, EOS]
-
-
-def test_for_a_decoder_only_model():
-  rows = PairRows(INPUTS, TARGETS, DecoderLayout(6), EOS)
-  assert as_lists(rows[0]) == {
-    'tokens': [1, 2, EOS, 11, 0, 0],
-    'targets': [2, EOS, 11, EOS, 0, 0],
-    'segment_ids': [1, 1, 1, 1, 0, 0],
-    'positions': [0, 1, 2, 3, 0, 0],
-    'loss_weights': [0, 0, 1, 1, 0, 0],
-  }
-  assert rows.truncated == 2
-  # Three targets leave room for 4 inputs.
-  assert rows[1]['tokens'].tolist() == [3, 4, 5, EOS, 12, 13]
-  assert rows[1]['targets'].tolist() == [4, 5, EOS, 12, 13, EOS]
-  assert rows[2]['tokens'].tolist() == [9, EOS, 14, 15, 16, 17]
-
-
-def test_an_epoch_has_every_pair_once():
-  generator = np.random.default_rng(0)
-  texts = [
-    [
-      [i + 1, *generator.integers(100, 200, n)]
-      for i, n in enumerate(generator.integers(0, 9, 50))
-    ]
-    for _ in range(2)
-  ]
-  layout = EncoderDecoderLayout(16, 20, start_id=EOS)
-  rows = PairRows(*(stream(*side) for side in texts), layout, EOS)
-  assert rows.truncated == 0 and len(rows) < 25
-  batch = batch_dataset(rows, batch_size=len(rows), seed=1)[3]  # one epoch
-  pairs = {}
-  for b in range(len(rows)):
-    for s in range(1, batch['segment_ids'][b].max() + 1):
-      in_decoder = batch['segment_ids'][b] == s
-      in_encoder = batch['encoder_segment_ids'][b] == s
-      *inputs, inputs_end = batch['encoder_tokens'][b][in_encoder].tolist()
-      *targets, targets_end = batch['targets'][b][in_decoder].tolist()
-      assert inputs_end == targets_end == EOS and inputs[0] not in pairs
-      pairs[inputs[0]] = inputs, targets
-  assert [pairs[i + 1][0] for i in range(50)] == texts[0]
-  assert [pairs[i + 1][1] for i in range(50)] == texts[1]
+def test_pairs_are_read_as_texts_with_the_tasks_prefix(tmp_path):
+  source = InstructionSource('copy', num_train=9, num_validation=3)
+  options = DataOptions(
+    source=source, task=Seq2SeqTask(input_prefix='say '), seq_len=99,
+    target_len=9, cache_dir=str(tmp_path),
+  )  # fmt: skip
+  pairs = list(read_pairs(options, 'validation'))
+  plain = source.pairs().pairs('validation')
+  assert pairs == [(f'say {inputs}', target) for inputs, target in plain]
+  dataset = load(options)
+  row = dataset.splits['validation'][0]
+  text = dataset.tokenizer.decode(row['encoder_tokens'])
+  assert text.startswith(pairs[0][0])
+  # Of targets of nine tokens or more the end is cut.
+  long = sum(len(target) > 8 for _, target in source.pairs().pairs('train'))
+  assert dataset.counts['train']['truncated'] == long
+  assert f'{long} truncated, ' in dataset.describe()
+  # A task that splits windows of a text has no pairs of texts.
+  assert read_pairs(DataOptions(task=PrefixLmTask()), 'validation') is None

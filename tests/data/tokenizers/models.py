@@ -1,9 +1,10 @@
-"""Small SentencePiece models, trained for tests."""
+"""Small models of SentencePiece and of `tokenizers`, trained for tests."""
 
 import functools
 import io
 
 import sentencepiece
+import tokenizers
 
 WORDS = ['the cat and the hat', 'Größe, größer', '日本 の 猫', 'x = [1, 2]\n']
 TEXTS = [
@@ -51,3 +52,22 @@ def bpe() -> bytes:
     remove_extra_whitespaces=False,
     user_defined_symbols='<sep>',
   )
+
+
+def byte_level(*special: str, unknown: str | None = None):
+  """Trains a model of `tokenizers` like GPT-2's: letters for bytes, and merges.
+
+  The ids of the special tokens come first.
+  """
+  byte_level = tokenizers.pre_tokenizers.ByteLevel
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+  model.pre_tokenizer = byte_level(add_prefix_space=False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=list(special or ['</s>']),
+    initial_alphabet=byte_level.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(['the cat and the hat, the end'] * 3, trainer)
+  return model

@@ -1,7 +1,5 @@
 """Special tokens, prompts and conversations equal those of transformers."""
 
-import json
-
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -9,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import chat
-from tests.bad_inputs import checkpoints
+from tests.data.tokenizers import models
 
 SPECIAL = ['<pad>', '</s>', '<unk>', '<s>', 'eng_Latn', 'fra_Latn']
 SENTINELS = ['<extra_id_2>', '<extra_id_1>', '<extra_id_0>']  # as in T5
@@ -29,17 +27,8 @@ CHAT = [
 
 
 def model():
-  """Trains a byte-level BPE model with the post-processor of NLLB."""
-  tokenizer = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
-  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = hf.decoders.ByteLevel()
-  trainer = hf.trainers.BpeTrainer(
-    vocab_size=300,
-    special_tokens=SPECIAL + SENTINELS,
-    initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(['the cat and the hat, the end'] * 3, trainer)
+  """A byte-level BPE model with the post-processor of NLLB."""
+  tokenizer = models.byte_level(*SPECIAL, *SENTINELS, unknown='<unk>')
   ids = {name: tokenizer.token_to_id(name) for name in ('eng_Latn', '</s>')}
   tokenizer.post_processor = hf.processors.TemplateProcessing(
     single='eng_Latn $A </s>', special_tokens=list(ids.items())
@@ -71,10 +60,6 @@ def folder(theirs, tmp_path_factory):
   return path
 
 
-def write(path, name, **values):
-  (path / name).write_text(json.dumps(values))
-
-
 def test_prompts_are_those_of_transformers(folder, theirs):
   ours = open_tokenizer(folder)
   for text in ('the cat', '', 'a</s>b <extra_id_1> é'):
@@ -86,13 +71,19 @@ def test_prompts_are_those_of_transformers(folder, theirs):
   assert ours.decode(document) == 'a</s>b'
 
 
-def test_special_tokens_by_hand(folder):
+def test_special_tokens_by_hand(folder, tmp_path):
   tokenizer = open_tokenizer(folder)
-  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 3)
-  assert (tokenizer.start_id, tokenizer.forced_bos_id) == (1, None)
-  assert tokenizer.eos_ids == (1,)
-  assert tokenizer.sentinel_ids == (8, 7, 6)
-  assert tokenizer.token_id('fra_Latn') == 5
+  # All comes back from the folder of a run.
+  tokenizer.save(tmp_path / 'tokenizer.json')
+  for ours in (tokenizer, tokenizers.load(tmp_path / 'tokenizer.json')):
+    assert (ours.pad_id, ours.eos_id, ours.bos_id) == (0, 1, 3)
+    assert (ours.start_id, ours.forced_bos_id) == (1, None)
+    assert ours.eos_ids == (1,)
+    assert ours.sentinel_ids == (8, 7, 6)
+    assert ours.token_id('fra_Latn') == 5
+    assert ours.special == tokenizer.special
+    assert ours.identity == tokenizer.identity
+    assert [*ours.encode_chat(CHAT)] == [*tokenizer.encode_chat(CHAT)]
   with pytest.raises(ValueError, match="unknown token 'fra_Latin'; did you me"):
     tokenizer.token_id('fra_Latin')
 
@@ -100,20 +91,12 @@ def test_special_tokens_by_hand(folder):
 def test_configs_come_before_names(folder, tmp_path):
   for path in folder.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
-  write(
-    tmp_path,
-    'config.json',
-    eos_token_id=9,
-    pad_token_id=2,
-    decoder_start_token_id=0,
-    vocab_size=321,
+  (tmp_path / 'config.json').write_text(
+    '{"eos_token_id": 9, "pad_token_id": 2, "decoder_start_token_id": 0, '
+    '"vocab_size": 321}'
   )
-  write(
-    tmp_path,
-    'generation_config.json',
-    eos_token_id=[7, 1],
-    pad_token_id=None,
-    forced_bos_token_id=5,
+  (tmp_path / 'generation_config.json').write_text(
+    '{"eos_token_id": [7, 1], "pad_token_id": null, "forced_bos_token_id": 5}'
   )
   tokenizer = open_tokenizer(tmp_path)
   assert (tokenizer.eos_ids, tokenizer.eos_id) == ((7, 1), 7)
@@ -124,21 +107,6 @@ def test_configs_come_before_names(folder, tmp_path):
   assert tokenizer.vocab_size == 321
   assert tokenizer.decode([320, *tokenizer.encode('cat')]) == 'cat'
   assert tokenizer.token_name(320) == '<320>'
-
-
-def test_all_comes_back_from_the_workdir(folder, tmp_path):
-  tokenizer = open_tokenizer(folder)
-  tokenizer.save(tmp_path / 'tokenizer.json')
-  restored = tokenizers.load(tmp_path / 'tokenizer.json')
-  assert restored.special == tokenizer.special
-  assert restored.identity == tokenizer.identity
-  assert (
-    restored.encode_chat(CHAT).tolist() == tokenizer.encode_chat(CHAT).tolist()
-  )
-  assert (
-    restored.encode_inputs('cat').tolist()
-    == tokenizer.encode_inputs('cat').tolist()
-  )
 
 
 def test_the_file_alone_stays_what_it_was(folder):
@@ -165,11 +133,8 @@ def test_conversations_are_those_of_transformers(folder, theirs, add_prompt):
     )
     assert token_ids.dtype == np.int32
     assert token_ids.tolist() == expected
-
-
-def test_a_template_refuses_a_role(folder):
   with pytest.raises(ValueError, match='chat template: no role system'):
-    open_tokenizer(folder).encode_chat([{'role': 'system', 'content': 'x'}])
+    ours.encode_chat([{'role': 'system', 'content': 'x'}])
 
 
 def test_languages(folder, theirs):
@@ -192,29 +157,6 @@ def test_languages(folder, theirs):
     tokenizers.Json(bare.to_str()).encode_inputs('a', language='fra_Latn')
 
 
-@pytest.mark.parametrize(
-  ('files', 'message'),
-  [
-    ({'spiece.model': 'x'}, r'no tokenizer.json. Make one.*file.path='),
-    ({'config.json': '{}'}, r'no tokenizer.json. Make one'),
-    ({'tokenizer.json': '{}'}, 'not a tokenizers JSON file'),
-    (
-      {'tokenizer.json': model().to_str(), 'config.json': '['},
-      'config.json is no JSON',
-    ),
-    (
-      {'tokenizer.json': model().to_str(), 'generation_config.json': '[]'},
-      'holds a list, not an object',
-    ),
-  ],
-)
-def test_bad_folders(files, message, tmp_path):
-  for name, text in files.items():
-    (tmp_path / name).write_text(text)
-  with pytest.raises(ValueError, match=message):
-    tokenizers.Json.from_folder(tmp_path)
-
-
 @pytest.mark.slow
 def test_a_template_without_end_is_stopped():
   forever = '{% for a in range(99999) %}' * 3 + '{% endfor %}' * 3
@@ -230,11 +172,31 @@ def test_values_that_are_not_of_json_are_refused():
       chat.render('x', [], names={}, tools=[value])
 
 
-def test_an_unknown_word_is_a_value_error(tmp_path):
-  content = json.loads(checkpoints.tokenizer_text())
-  content['model']['unk_token'] = '[none]'
-  model = tokenizers.Json(json.dumps(content))
-  with pytest.raises(ValueError, match='cannot encode'):
-    model.encode('zzz')
-  with pytest.raises(ValueError, match='cannot encode'):
-    model.encode_batch(['zzz'])
+def test_a_text_that_cannot_be_encoded_is_named_among_others():
+  model = hf.Tokenizer(hf.models.WordLevel({'a': 0, 'b': 1}))
+  model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  tokenizer = tokenizers.Json(model.to_str())
+  with pytest.raises(ValueError, match="cannot encode 'a strange text'"):
+    tokenizer.encode_batch(['a b ' * 40, 'a strange text', 'b'])
+
+
+def test_truncation_padding_and_unusual_names_of_an_end_are_ignored():
+  model = models.byte_level('<stop>')
+  model.enable_truncation(2)
+  model.enable_padding(length=9)
+  tokenizer = tokenizers.Json(model.to_str())
+  assert tokenizer.decode(tokenizer.encode('a longer text')) == 'a longer text'
+  assert tokenizer.eos_id is None
+
+
+def test_names_of_tokens_by_hand():
+  tokenizer = tokenizers.Json(models.byte_level('</s>').to_str())
+  assert (tokenizer.eos_id, tokenizer.token_name(0)) == (0, '<eos>')
+  (the_id,) = tokenizer.encode('the')  # the most frequent word is one token
+  assert tokenizer.token_name(the_id) == "'the'"
+  half_id = tokenizer.encode('é')[0]
+  assert '\ufffd' not in tokenizer.token_name(half_id)
+  # The name of the end of text makes another tokenizer.
+  other = tokenizers.Json(models.byte_level('<eos>').to_str())
+  assert (other.eos_id, other.vocab_size) == (0, tokenizer.vocab_size)
+  assert other.identity != tokenizer.identity

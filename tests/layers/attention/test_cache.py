@@ -58,25 +58,6 @@ def test_take_repeats_and_reorders_rows(stacked):
   assert reordered.filled.shape == (3, S)
 
 
-def test_it_remembers_what_stands_before_each_token():
-  # The rows are prompts of three tokens and of one; then each gets one token,
-  # and then one row has ended.
-  cache = empty()
-  mask = jnp.array([[True, True, True], [False, False, True]])
-  cache, previous = cache.follow(jnp.array([[5, 6, 7], [0, 0, 8]]), mask)
-  assert previous[0].tolist() == [-1, 5, 6] and previous[1, 2] == -1
-  cache, previous = cache.follow(jnp.array([[4], [3]]), jnp.ones((B, 1), bool))
-  np.testing.assert_array_equal(previous, [[7], [8]])
-  cache, previous = cache.follow(
-    jnp.array([[2], [0]]), jnp.array([[True], [False]])
-  )
-  np.testing.assert_array_equal(previous, [[4], [3]])
-  np.testing.assert_array_equal(cache.last_token, [2, 3])
-  np.testing.assert_array_equal(
-    cache.take(jnp.array([1, 1, 0])).last_token, [3, 3, 2]
-  )
-
-
 @pytest.mark.parametrize('stacked', [True, False])
 def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
   # Layers keep 3 slots of 8. Steps have 4 tokens, 1, 2 and 1; the first two of

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.config import OptionError
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.kernels.kernel_format import (
   FORMATS,
@@ -28,7 +27,6 @@ from moe_jax.layers import (
   Shared,
 )
 from moe_jax.layers.experts import QuantizedExpert
-from moe_jax.layers.routers import Soft
 from moe_jax.routing.capacity import All, PerAssignment
 
 E, K, M, F = 5, 2, 12, 20
@@ -120,37 +118,3 @@ def test_parameters_have_the_shapes_of_the_format(name):
     for tree in (initial, codes)
   ]
   assert described[0] == described[1]
-
-
-@pytest.mark.slow
-def test_an_expert_without_tokens_is_not_decoded():
-  codes, _, format = params_of(KernelFormat('int8'))
-  router = jnp.zeros((M, E)).at[:, :K].set(1.0)
-  codes = {**codes, 'router': jax.tree.map(lambda _: router, codes['router'])}
-  bad = jax.tree.map(
-    lambda leaf: (
-      leaf.at[K:].set(jnp.nan)
-      if jnp.issubdtype(leaf.dtype, jnp.floating)
-      else leaf
-    ),
-    jax.tree.map(jnp.asarray, codes['experts']),
-  )
-  options, _ = options_of(format, Dropless())
-  for tokens in (2, 40):
-    x = jnp.ones((1, tokens, M))
-    np.testing.assert_array_equal(
-      run(options, {**codes, 'experts': bad}, x), run(options, codes, x)
-    )
-
-
-def test_formats_that_make_no_sense_are_refused():
-  with pytest.raises(OptionError, match=r"name='int5'.*'int8'"):
-    KernelFormat('int5')
-  with pytest.raises(OptionError, match='mixes tokens in every slot'):
-    MoeOptions(
-      E,
-      router=Soft(),
-      capacity=All(),
-      dispatch=Einsum(),
-      expert=QuantizedExpert(F),
-    )

@@ -1,6 +1,9 @@
-"""Every router of the list keeps the promises that its options make.
+"""Every router of the list, and one of a user's, keeps its options' promises.
 
-A router is covered as soon as it stands in `ROUTERS`.
+A router is covered as soon as it stands in `ROUTERS`. The oracles are the
+options themselves (causality, losses, state, cost), and what a router does when
+later tokens, padding or choices are others. What is special of one kind is in
+the file of that kind; its rule is in `tests/routing`.
 """
 
 import contextlib
@@ -18,15 +21,17 @@ from moe_jax.analysis.counts import router_multiply_adds
 from moe_jax.config import OptionError, fields_of
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role, roles_of
-from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes, TokenInfo
+from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.dispatch import einsum, gather
+from tests.layers.routers.run import info_of
 from tests.models import tiny
+from tests.own_router import First
 
 G, S, E, K, M = 40, 8, 6, 2, 5
 TIGHT = Sizes(E, K, PerToken(factor=0.8))
 ROOMY = Sizes(E, K, All())
-KINDS = sorted(ROUTERS.builtin)
+ONE = dataclasses.replace(TIGHT, num_selected=1)
 SHARED = Shared(num_tasks=9)
 
 
@@ -69,11 +74,12 @@ def with_losses(options):
 
 
 # Weights of losses change no program, so that the tests share the programs.
-OPTIONS = {kind: with_losses(ROUTERS.builtin[kind]()) for kind in KINDS}
+OPTIONS = {k: with_losses(cls()) for k, cls in ROUTERS.builtin.items()}
+OPTIONS['own'] = First()
 
 
-def leak(options):
-  return options.causality(TIGHT).leak
+def leak(options, sizes=TIGHT):
+  return options.causality(sizes).leak
 
 
 def settings():
@@ -88,11 +94,13 @@ def settings():
     for other in alternatives(options):
       if (leak(other) is None) != (leak(options) is None):
         yield other, TIGHT
+      if leak(other) and not leak(other, ONE):
+        yield other, ONE
 
 
 def name(value):
   if isinstance(value, Sizes):
-    return type(value.capacity).__name__
+    return f'{value.num_selected}-{type(value.capacity).__name__}'
   return type(value).__name__
 
 
@@ -100,11 +108,6 @@ def inputs(seed=0, groups=G):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(groups, S, M)).astype(np.float32)
   return x, rng.integers(0, 9, (groups, S)).astype(np.int32)
-
-
-def info_of(ids):
-  """The same numbers for all that a router may read."""
-  return TokenInfo(ids, ids, ids, ids, ids)
 
 
 @functools.cache
@@ -199,7 +202,7 @@ def test_causal_is_what_later_tokens_do_not_change(options, sizes):
 
 # The random router is left out: its draws depend on the shape of its input.
 @pytest.mark.parametrize('sizes', [TIGHT, ROOMY], ids=name)
-@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind != 'random'])
+@pytest.mark.parametrize('kind', [kind for kind in OPTIONS if kind != 'random'])
 def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
   options = OPTIONS[kind]
   if any(options.problems_with(sizes)):
@@ -221,7 +224,7 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
   assert (causality.undecodable is None) == alike
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_the_losses_that_a_router_names_are_those_it_has(kind):
   options = OPTIONS[kind]
   weights = options.loss_weights()
@@ -236,18 +239,16 @@ def test_the_losses_that_a_router_names_are_those_it_has(kind):
 
 
 @pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_padding_takes_no_slot_and_changes_nothing(kind, train):
   options = OPTIONS[kind]
   run = compiled(options, tight(options), train)
   mask = np.random.default_rng(4).random((G, S)) < 0.7
-  (x, ids), (other, other_ids) = inputs(0), inputs(1)
-  results = [run(x, ids, mask)]
-  results.append(
-    run(
-      np.where(mask[..., None], x, other), np.where(mask, ids, other_ids), mask
-    )
-  )
+  (x, ids), (_, other_ids) = inputs(0), inputs(1)
+  worse = np.where(mask[..., None], x, np.float32(np.nan))
+  results = [
+    run(x, ids, mask), run(worse, np.where(mask, ids, other_ids), mask)
+  ]  # fmt: skip
   for routing, aux, y in results:
     slots = np.asarray(routing.slot_shares()) > 0
     assert not slots[~mask].any() and slots[mask].any()
@@ -268,7 +269,30 @@ def test_padding_takes_no_slot_and_changes_nothing(kind, train):
   jax.tree.map(np.testing.assert_array_equal, aux, same_aux)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
+def test_gradients_reach_all_parameters_and_no_padding(kind):
+  options, groups = OPTIONS[kind], 4
+  if kind == 'hierarchical':
+    options = dataclasses.replace(options, noisy=True)
+  module, params = options.module(ROOMY, SHARED, 'router'), variables(options)
+  x, ids = inputs(groups=groups)
+  mask = np.arange(S)[None] < np.array([[S], [5], [2], [0]])
+  worse = np.where(mask[..., None], x, np.float32(np.nan))
+
+  @jax.jit
+  @functools.partial(jax.grad, argnums=(0, 1))
+  def gradient(params, x):
+    chosen, aux = module.apply(params, x, mask, False, info_of(ids))
+    toward = jnp.cos(jnp.arange(chosen.gate.size)).reshape(chosen.gate.shape)
+    return (chosen.gate * toward).sum() + sum(aux.losses.values())
+
+  d_params, dx = gradient(params, worse)
+  for leaf in jax.tree.leaves(d_params):
+    assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-5
+  assert not np.asarray(dx)[~mask].any() and np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_imposed_choices_are_served_instead_of_a_routers_own(kind):
   options, groups = OPTIONS[kind], 4
   module, params = options.module(ROOMY, SHARED, 'router'), variables(options)
@@ -297,7 +321,7 @@ def test_imposed_choices_are_served_instead_of_a_routers_own(kind):
   )
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_parameters_are_a_routers_and_cost_what_is_said(kind):
   options = OPTIONS[kind]
   start = fresh(options)
@@ -318,7 +342,7 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
   assert cost <= total and (cost > 0) == (total > 0)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_state_is_kept_where_it_is_said_and_moves(kind):
   options = OPTIONS[kind]
   assert not options.keeps_state and 'router_state' not in fresh(options)
@@ -347,7 +371,7 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
   jax.tree.map(np.testing.assert_array_equal, unmoved, state)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_what_a_router_needs_of_a_batch_it_says(kind):
   options = OPTIONS[kind]
   module = options.module(tight(options), SHARED, 'router')
@@ -365,9 +389,9 @@ def test_what_a_router_needs_of_a_batch_it_says(kind):
       apply(token_info=info._replace(**{name: None}))
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', OPTIONS)
 def test_sizes_and_other_forms_of_the_options(kind):
-  options = ROUTERS.builtin[kind]()
+  options = OPTIONS[kind]
   assert not list(options.problems_with(ROOMY))
   for problem in options.problems_with(TIGHT):
     assert problem.startswith('capacity.kind=') and "use 'all'" in problem

@@ -9,17 +9,13 @@ from moe_jax import (
   ExpertChoice,
   Fixed,
   Hash,
-  PerAssignment,
   Random,
   StrictlyBalanced,
-  TokenChoice,
 )
-from moe_jax.config import read_options
-from moe_jax.layers.routers import ROUTERS, Sizes
+from moe_jax.layers.routers import Sizes
 from tests import reference
 from tests.layers.routers import run
 from tests.layers.routers.run import IDS, E, G, K, M, S, draw, some_mask
-from tests.models import tiny
 
 TIGHT = Fixed(slots=2)
 X = draw(G, S, M)
@@ -135,58 +131,3 @@ def test_strict_balance_is_of_training_and_thresholds_of_inference():
   assert (aux.stats.load == aux.stats.load[0]).all()
   start = run.start(options, Sizes(E, K, All()))['params']
   np.testing.assert_allclose(start['b_threshold'], 1 / E)
-
-
-def test_factor_one_for_each_of_two_choices_is_the_papers_two():
-  chosen, _ = route(
-    ExpertChoice(),
-    {'w': draw(M, 4)},
-    mask=np.ones((G, S), bool),
-    num_experts=4,
-    capacity=PerAssignment(factor=1.0),
-  )
-  assert chosen.capacity == 2 * S // 4
-  assert chosen.kept.sum() == 2 * G * S
-
-
-def test_an_encoder_has_tables_of_its_own():
-  def encoder_router(router):
-    options = tiny.options(dict(router=router), 'encoder_decoder')
-    return options.encoder_half.moe.router
-
-  for kind in (Hash, Random):
-    assert encoder_router(kind(seed=4)) == kind(seed=5)
-  assert encoder_router(TokenChoice()) == TokenChoice()
-
-
-@pytest.mark.parametrize(
-  ('kind', 'section', 'message'),
-  [
-    ('expert_choice', dict(gates='renormalized'), 'expert_choice.gates'),
-    ('expert_choice', dict(slot_priority='choice_major'), 'slot_priority'),
-    ('expert_choice', dict(balance_bias_rate=0.1), 'balance_bias_rate'),
-    ('expert_choice', dict(balance_choices='first'), 'balance_choices'),
-    ('strictly_balanced', dict(gates='sigmoid'), 'strictly_balanced.gates'),
-    ('noisy_top_k', dict(balance_bias_rate=0.1), 'noisy_top_k.balance_bias'),
-    ('hash', dict(balance_bias_rate=0.1), 'hash.balance_bias_rate'),
-    ('hash', dict(gates='sigmoid'), 'hash.gates'),
-    ('hash', dict(of='word'), "of 'word'"),
-    ('hash', dict(jitter=0.1), 'hash.jitter'),
-    ('random', dict(use_bias=True), 'random.use_bias'),
-    ('random', dict(second_policy='sampled'), 'random.second_policy'),
-    ('random', dict(slot_priority='batch_priority'), "priority 'batch_prio"),
-    ('hierarchical', dict(jitter=0.1), 'hierarchical.jitter'),
-    ('hierarchical', dict(load_weight=0.1), 'load_weight=0.1 has no effect'),
-  ],
-)
-def test_options_that_a_router_knows_nothing_of_cannot_be_written(
-  kind, section, message
-):
-  with pytest.raises(ValueError, match=message):
-    read_options(ROUTERS, {'kind': kind, kind: section}, 'router.')
-
-
-def test_options_of_a_router_that_is_not_chosen_are_refused():
-  section = {'kind': 'token_choice', 'hash': {'of': 'bigram'}}
-  with pytest.raises(ValueError, match=r"hash\.of='bigram' has no effect with"):
-    read_options(ROUTERS, section, 'router.')

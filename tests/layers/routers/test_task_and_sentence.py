@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import All, PerToken
-from moe_jax.layers.moe_options import MoeOptions
+from moe_jax import All
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
 from moe_jax.models.base import RunShape
 from moe_jax.routing.sentence_rule import sentence_ids, sentence_means, spread
@@ -74,14 +73,6 @@ def test_each_task_counts_once_in_the_losses():
   )
 
 
-def test_noise_is_of_the_task_not_of_its_tokens():
-  chosen, _ = routed(Task(jitter=0.5), train=True, key=0)
-  clean, _ = routed(key=0)
-  gates = np.asarray(chosen.gate)
-  np.testing.assert_array_equal(gates[1, 0], gates[1, 2])
-  assert (gates != np.asarray(clean.gate)).any()
-
-
 def test_a_sentences_tokens_share_the_mean_of_its_real_ones():
   x = np.arange(7.0, dtype=np.float32)[None, :, None] ** 2  # 0 1 4 9 16 25 36
   ids = np.array([[5, 5, 5, 6, 6, 5, 5]], np.uint32)
@@ -129,27 +120,18 @@ def test_a_sentence_is_routed_as_one_token_that_is_its_mean():
     np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
-def test_noise_is_of_the_sentence_not_of_its_tokens():
-  x = run.draw(2, 4, M)
-  ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.int32)
-  params = run.start(Sentence(), Sizes(E, K, All()), x)['params']
+@pytest.mark.parametrize('router', [Task, Sentence])
+def test_noise_is_of_the_task_or_sentence_not_of_its_tokens(router):
+  x, ids = run.draw(2, 4, M), np.array([[1, 1, 1, 2], [8, 8, 7, 7]], np.int32)
+  params = run.start(router(), Sizes(E, K, All()), x)['params']
   kwargs = dict(num_experts=E, num_selected=K, ids=ids)
   chosen, _ = run.route(
-    Sentence(jitter=0.5), params, x, train=True, key=0, **kwargs
+    router(jitter=0.5), params, x, train=True, key=0, **kwargs
   )
-  clean, _ = run.route(Sentence(), params, x, **kwargs)
+  clean, _ = run.route(router(), params, x, **kwargs)
   gates = np.asarray(chosen.gate)
   np.testing.assert_array_equal(gates[0, 0], gates[0, 2])
   assert (gates != np.asarray(clean.gate)).any()
-
-
-@pytest.mark.parametrize('router', [Task(), Sentence()])
-def test_a_capacity_that_drops_is_refused(router):
-  with pytest.raises(
-    ValueError, match=r"capacity.kind='per_token' .*use 'all'"
-  ):
-    MoeOptions(router=router)
-  assert MoeOptions(router=router, capacity=All()).router == router
 
 
 def test_a_sentence_must_be_whole_in_its_group():
@@ -162,46 +144,3 @@ def test_a_sentence_must_be_whole_in_its_group():
   assert 'whole sentences' in next(
     iter(tiny.options(moe | dict(group_size=4)).problems_in(shape))
   )
-
-
-def test_a_decoder_by_sentence_says_that_it_leaks():
-  with pytest.raises(ValueError, match='allow_future_leak=True'):
-    tiny.options(dict(router=Sentence(), capacity=All()))
-  model = tiny.build(
-    dict(router=Sentence(), capacity=All(), allow_future_leak=True)
-  )
-  assert model.stacks.leaks_future
-  with pytest.raises(ValueError, match='needs the whole sentence'):
-    model.make_cache(1, 4)
-
-
-def test_tasks_must_be_known():
-  moe = dict(router=Task(), capacity=All())
-  with pytest.raises(ValueError, match=r'num_tasks=0 .*; name them there$'):
-    tiny.options(moe).build()
-  with pytest.raises(ValueError, match='num_tasks=3 has no effect'):
-    tiny.options(num_tasks=3)
-  options = tiny.options(moe, num_tasks=2)
-  with pytest.raises(ValueError, match='num_tasks=2 is smaller than the 3'):
-    options.filled(tiny.V, tiny.T, 3)
-  model = options.build()
-  with pytest.raises(ValueError, match='no task_ids are given'):
-    jax.eval_shape(
-      model.apply, {'params': tiny.params_of(model)}, jnp.asarray(tiny.tokens())
-    )
-
-
-def test_a_loss_has_one_weight_in_both_halves():
-  def options(weight):
-    router = {'kind': 'token_choice', 'token_choice': {'z_weight': weight}}
-    return tiny.options(
-      dict(router=Task(), capacity=All()),
-      'encoder_decoder',
-      encoder=dict(overrides={'moe': {'router': router}}),
-    )
-
-  assert options(0.001).encoder_half.moe.router.z_weight == 0.001
-  with pytest.raises(ValueError, match=r'z_weight=0.5 .* 0.001 in the decoder'):
-    options(0.5)
-  with pytest.raises(ValueError, match='capacity'):
-    MoeOptions(router=Task(), capacity=PerToken(factor=9.0))

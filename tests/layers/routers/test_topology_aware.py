@@ -1,19 +1,14 @@
 """The topology-aware gate with parameters, devices, limits and a mesh."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import All, Fixed, partitioning, run_config
-from moe_jax.layers.routers import Sizes, TokenChoice, TopologyAware, contract
+from moe_jax import All, Fixed
+from moe_jax.layers.routers import Sizes, TokenChoice, TopologyAware
 from tests import reference
 from tests.layers.routers import run
-from tests.training import tiny
 
 G, S, E, K, M = 8, 7, 12, 2, 5
 X = run.draw(G, S, M)
@@ -103,53 +98,3 @@ def test_what_depends_on_later_tokens_is_said():
   # Slots leak as they do in other routers.
   slots = dataclasses.replace(UNLIMITED, slot_priority='choice_major')
   assert 'slot_priority' in slots.causality(Sizes(E, K, Fixed(slots=2))).leak
-
-
-def test_gradients_reach_the_router():
-  module = run.module(GATE, Sizes(E, K, All()))
-
-  @jax.jit
-  @jax.grad
-  def gradient(w):
-    chosen, _ = module.apply(
-      {'params': {'w': w}}, jnp.asarray(X), jnp.asarray(MASK)
-    )
-    return (chosen.gate * (chosen.expert_index + 1)).sum()
-
-  dw = np.asarray(gradient(W))
-  assert np.isfinite(dw).all() and (np.abs(dw).max(0) > 0).all()
-
-
-def test_a_mesh_changes_nothing():
-  module = run.module(GATE, Sizes(E, K, All()))
-  apply = jax.jit(functools.partial(module.apply, mutable=['intermediates']))
-  mesh = partitioning.make_mesh({'data': 2, 'expert': 2}, jax.devices()[:4])
-  split = NamedSharding(mesh, PartitionSpec(('data', 'expert')))
-  replicated = jax.device_put(W, NamedSharding(mesh, PartitionSpec()))
-  one = apply({'params': {'w': W}}, X, MASK)
-  many = apply({'params': {'w': replicated}}, *jax.device_put((X, MASK), split))
-  np.testing.assert_array_equal(one[0][0].expert_index, many[0][0].expert_index)
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-  jax.tree.map(close, one, many)
-  # Choices are sown for analysis.
-  kept = contract.sown(one[1]['intermediates'])[contract.ROUTING]
-  np.testing.assert_array_equal(kept.expert_index, one[0][0].expert_index)
-
-
-def test_options_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match='devices=6 is not divisible by per_n'):
-    TopologyAware(devices=6, per_node=4)
-  for options, sizes, problem in (
-    (GATE, Sizes(10, 2), 'num_experts=10 is not divisible by the devices=4'),
-    (GATE, Sizes(8, 5), 'num_selected=5 is more than the 4 experts of a node'),
-  ):
-    (message,) = options.problems_with(sizes)
-    assert message.startswith(problem)
-  moe = {
-    'router': {'kind': 'topology', 'topology': {'devices': 8}},
-    'num_experts': 8,
-    'allow_future_leak': True,
-  }
-  config = tiny.config(model={'moe': moe})
-  with pytest.raises(ValueError, match='4 groups in a microbatch do not divi'):
-    run_config.read(config)
