@@ -52,7 +52,7 @@ from moe_jax.training.step import TrainState
 
 HIDDEN = 512
 DENSE = 'width 128, dense'
-# What each sparse model changes in `model.moe`, by its name in tables.
+# Changes of `model.moe` in each sparse model, by its name in tables.
 SPARSE = {
   **{
     f'width 128, all layers, capacity 1, top-1 of {E}': {

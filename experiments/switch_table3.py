@@ -33,7 +33,7 @@ RAISED = ', raised rate'
 RATES = {'': 0.01, RAISED: 0.03}
 MODELS = {'dense': {'model.moe.num_experts': 0}, 'sparse': {}}
 DISTANCE = 'distance from the median'
-# What stands between model and rate in the names of rows of differences.
+# Text between model and rate in the names of rows of differences.
 GAIN = ', 1.0x minus 0.1x'
 
 

@@ -219,7 +219,7 @@ def test_topologies_have_names(name, groups, size, hosts, kind, shape):
   assert topology.shape == shape
 
 
-# What would wait in a queue, and then not start or be lost.
+# These settings would wait in a queue, and then not start or be lost.
 @pytest.mark.parametrize(
   ('words', 'message'),
   [

@@ -342,7 +342,7 @@ def test_ratio_to_a_loss_is_told(target, lengths, losses, ratio):
   np.testing.assert_allclose(reached, ratio)
 
 
-# What measures of studies add to a run's metrics.
+# These numbers are what measures of studies add to a run's metrics.
 MEASURED = [
   'max_violation_batch', 'leak/changed', 'leak/at_once', 'leak/generated',
   'agreement', 'removed/loss', 'unlearned', 'experts', 'none', 'lost',

@@ -77,7 +77,7 @@ def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-  """What a finished run has computed, by name.
+  """Returns what a finished run has computed, by name.
 
   Returns:
     - batches: The digests of each batch's rows; see `batches_of`.

@@ -202,7 +202,7 @@ def choices(
 
 
 def fractions(layers: Layers, **labels: str) -> dict[int, dict[str, float]]:
-  """What first choices say about labels, as shares of the experts' entropy.
+  """Information of first choices on labels, as shares of the experts' entropy.
 
   Args:
     layers: The choices of each sparse layer.

@@ -1,4 +1,4 @@
-"""What a device holds, runs and sends."""
+"""Each device holds, runs and sends what the sharding says."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every source promises: ours, and a user's own.
+"""Every source keeps its contract: ours, and a user's own.
 
 A source is compared with itself: read again, in pieces, with its splits
 swapped, and with other content.

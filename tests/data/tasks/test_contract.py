@@ -1,4 +1,4 @@
-"""What every task promises: ours, and a user's own.
+"""Every task keeps its contract: ours, and a user's own.
 
 Rows are judged by definition, token by token; batches by the same rows, drawn
 alone, in another order or by another process.

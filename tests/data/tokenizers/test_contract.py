@@ -1,4 +1,4 @@
-"""What every tokenizer promises: ours, and a user's own.
+"""Every tokenizer keeps its contract: ours, and a user's own.
 
 The oracle is the text itself, which comes back, and a tokenizer's own copies:
 saved, pickled, from a run's folder, of another process.
