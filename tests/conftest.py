@@ -1,8 +1,10 @@
 """Settings of every test: fake devices, strict ranks, shapes on demand."""
 
+import ctypes
 import gc
 import os
 import pathlib
+import sys
 import tempfile
 
 from tests import type_checker
@@ -91,18 +93,24 @@ def pytest_xdist_make_scheduler(config, log):
 def _few_compiled_programs():
   """Clears compiled programs after a test file, once there are many."""
   yield
-  forget_programs()
+  _forget(6_000)
 
 
 @pytest.fixture(autouse=True)
-def _fewer_between_long_tests(request):
-  """Clears compiled programs between slow tests of one file, too.
-
-  So many regions are about 2 GB of programs: three workers run slow tests.
-  """
+def _fewer_where_memory_is_full():
+  """Clears them between the tests of a file, too, if they fill 2.5 GB."""
   yield
-  if request.node.get_closest_marker('slow'):
-    forget_programs(12_000)
+  statm = pathlib.Path('/proc/self/statm')
+  pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+  if pages * os.sysconf('SC_PAGESIZE') > 2.5e9:
+    _forget(0)
+
+
+def _forget(most_regions):
+  """Clears programs, and gives the memory that they had to the system."""
+  forget_programs(most_regions)
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
