@@ -15,6 +15,7 @@ compute about half of them. Writes `table.md` and `results.json` to
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,11 +42,8 @@ SHAPES = (
 )
 # B, T, H and D of a case, and whether rows hold several documents.
 Case = tuple[tuple[int, int, int, int], bool]
-IMPLEMENTATIONS = {
-  'cpu': ('einsum', 'blocks', 'xla'),
-  'gpu': ('einsum', 'blocks', 'xla'),
-  'tpu': ('einsum', 'blocks', 'xla', 'splash'),
-}
+# Implementations on every platform, and those that one has besides.
+IMPLEMENTATIONS, MORE = ('einsum', 'blocks', 'xla'), {'tpu': ('splash',)}
 _PRODUCTS = 7  # two forward, five backward; scores are computed twice
 
 
@@ -89,11 +87,8 @@ def _peer_program(shape, packed):
     ids = torch.arange(T).expand(B, T) // (-(-T // 3))
     mask = ids[:, None, :, None] == ids[:, None, None, :]
     mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
-  attention = functools.partial(
-    torch.nn.functional.scaled_dot_product_attention,
-    attn_mask=mask,
-    is_causal=mask is None,
-  )
+  fused = torch.nn.functional.scaled_dot_product_attention
+  attention = functools.partial(fused, attn_mask=mask, is_causal=mask is None)
 
   def run():
     y = attention(*(x.transpose(1, 2) for x in inputs))
@@ -106,7 +101,7 @@ def measure(
   case: Case, peer: Runs, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
   """Times all implementations of one case, and a peer's; one row for each."""
-  names = IMPLEMENTATIONS[jax.default_backend()]
+  names = (*IMPLEMENTATIONS, *MORE.get(jax.default_backend(), ()))
   runs = {name: program(name, case) for name in names} | dict(peer)
   (B, T, H, D), packed = case
   work = Work(_PRODUCTS * 2 * B * H * T * T * D, min_bytes=0)
@@ -147,11 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--peer', action='store_true', help="time PyTorch's attention, too")
   add('--seconds', type=cli.SECONDS, default=4.0, help='time for each shape')
   options = parser.parse_args(argv)
-  cases = {
-    f'{shape}, packed: {packed}': (shape, packed)
-    for shape in SHAPES
-    for packed in (False, True)
-  }
+  cases = {str(x): x for x in itertools.product(SHAPES, (False, True))}
   peaks, rows = timing.measured_peaks(options), []
   with contextlib.ExitStack() as stack:
     peers: Runs = {}

@@ -133,9 +133,8 @@ COLUMNS = {
 
 def report(rows: Sequence[Mapping[str, Any]], written: Written) -> str:
   """The table, in Markdown."""
-  f = timing.facts()
   return (
-    f'# Memory of loading\n\n{f["device"]} ({f["cores"]} cores), {f["date"]}. '
+    f'# Memory of loading\n\n{timing.machine()} '
     f'{written.total / 1e9:.2f} GB in bfloat16, {written.files} files of at '
     f'most {written.largest_file / 1e9:.2f} GB; the bound is the parameters as '
     'placed, one file and 1 GB, for the peak of the whole process. Every value '

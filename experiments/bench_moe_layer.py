@@ -22,20 +22,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks import moe_layer, timing
-from experiments.benchmarks.moe_layer import (
-  BATCHED,
-  DENSE,
-  DROPPING,
-  EQUAL,
-  GROUPED,
-  LAYERS,
-  OTHERS,
-  PASSES,
-  PLAIN_DENSE,
-  RAGGED,
-  ROUTINGS,
-  Sizes,
-)
+from experiments.benchmarks.moe_layer import DENSE, LAYERS, PLAIN_DENSE, RAGGED
 from experiments.benchmarks.roofline import Peaks
 from experiments.benchmarks.timing import Row
 from moe_jax import cli
@@ -45,7 +32,7 @@ NAME = 'bench_moe_layer'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preset(Sizes):
+class Preset(moe_layer.Sizes):
   """The settings that are timed, and for how long.
 
   Attributes:
@@ -62,7 +49,7 @@ class Preset(Sizes):
 
   experts: tuple[int, ...]
   selected: tuple[int, ...] = (1, 2)
-  routings: tuple[str, ...] = ROUTINGS
+  routings: tuple[str, ...] = moe_layer.ROUTINGS
   forward_selected: tuple[int, ...] = (1, 2)
   scaling: tuple[int, ...] = ()
   rows_per_expert: int = 128
@@ -70,8 +57,16 @@ class Preset(Sizes):
   most_ragged: int = 8
 
 
+def _on_gpu(num_tokens: int, width: int, hidden: int, E: int, K: int) -> Preset:
+  return Preset(
+    *(num_tokens, width, hidden, 'swiglu', 'bfloat16'),
+    experts=(E,),
+    selected=(K,),
+    forward_selected=(K,),
+  )
+
+
 _CPU = dict(num_tokens=4096, width=256, hidden=1024)
-_GPU = dict(activation='swiglu', dtype='bfloat16')
 PRESETS = {
   'quick': Preset(
     **_CPU, experts=(8, 64), forward_selected=(1,), scaling=(8, 64, 256)
@@ -79,24 +74,8 @@ PRESETS = {
   'cells': Preset(
     **_CPU, experts=(8, 64), routings=('uniform',), seconds=15.0, most_ragged=0
   ),
-  'gpu': Preset(
-    num_tokens=16_384,
-    width=4096,
-    hidden=14_336,
-    **_GPU,
-    experts=(8,),
-    selected=(2,),
-    forward_selected=(2,),
-  ),
-  'gpu_fine': Preset(
-    num_tokens=32_768,
-    width=2048,
-    hidden=768,
-    **_GPU,
-    experts=(128,),
-    selected=(8,),
-    forward_selected=(8,),
-  ),
+  'gpu': _on_gpu(16_384, 4096, 14_336, E=8, K=2),
+  'gpu_fine': _on_gpu(32_768, 2048, 768, E=128, K=8),
 }
 
 
@@ -105,23 +84,21 @@ def measure_all(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
   rows = []
   for E in preset.experts:
     layer = moe_layer.Layer.draw(preset, E)
-    names = [*LAYERS, *OTHERS]
+    names = [*LAYERS, *moe_layer.OTHERS]
     if preset.most_ragged < E:
       names.remove(RAGGED)
-    for K, backward in [
-      *((K, True) for K in preset.selected),
-      *((K, False) for K in preset.forward_selected),
-    ]:
+    passes = [(K, True) for K in preset.selected]
+    passes += [(K, False) for K in preset.forward_selected]
+    for K, backward in passes:
       compiled = moe_layer.compile_cases(layer, K, backward, names)
       for routing in preset.routings:
         setting = dict(E=E, K=K, routing=routing)
-        setting['pass'] = PASSES[backward]
+        setting['pass'] = moe_layer.PASSES[backward]
         print(f'times {setting}', flush=True)
         inputs = moe_layer.Inputs.draw(layer, routing, K)
         programs = moe_layer.bind(layer, compiled, inputs, K, backward)
-        times, measured = timing.measure(
-          programs, peaks, seconds=preset.seconds
-        )
+        seconds = preset.seconds
+        times, measured = timing.measure(programs, peaks, seconds=seconds)
         rows += [
           {**setting, **row, **ratios(times, row['case'], K, routing)}
           for row in measured.values()
@@ -162,9 +139,10 @@ def fastest_limit(
   products of the drawn groups; under uniform routing, where these are equal but
   for chance, products of equal groups count for it too.
   """
-  drawn_groups = [*GROUPED, RAGGED]
-  equal = [*BATCHED, *(name + EQUAL for name in GROUPED)]
-  names = equal if layer in DROPPING else drawn_groups
+  grouped = moe_layer.GROUPED
+  drawn_groups = [*grouped, RAGGED]
+  equal = [*moe_layer.BATCHED, *(name + moe_layer.EQUAL for name in grouped)]
+  names = equal if layer in moe_layer.DROPPING else drawn_groups
   if layer == 'dropless' and routing == 'uniform':
     names = drawn_groups + equal
   return min(
@@ -181,9 +159,8 @@ def measure_scaling(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
   programs = {}
   for E in preset.scaling:
     tokens = E * preset.rows_per_expert
-    layer = moe_layer.Layer.draw(
-      dataclasses.replace(preset, num_tokens=tokens), E
-    )
+    sizes = dataclasses.replace(preset, num_tokens=tokens)
+    layer = moe_layer.Layer.draw(sizes, E)
     compiled = moe_layer.compile_cases(layer, 1, True, LAYERS)
     inputs = moe_layer.Inputs.draw(layer, 'uniform', 1)
     bound = moe_layer.bind(layer, compiled, inputs, 1, True)
@@ -305,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--dtype', choices=['float32', 'bfloat16'], help='type of all arrays')
   add('--experts', type=n, nargs='+', help='values of E')
   add('--selected', type=n, nargs='+', help='values of K')
-  add('--routings', nargs='+', choices=ROUTINGS, help="tokens' distributions")
+  routings = moe_layer.ROUTINGS
+  add('--routings', nargs='+', choices=routings, help="tokens' distributions")
   text = 'values of K whose forward pass is timed alone too'
   add('--forward_selected', type=n, nargs='*', help=text)
   add('--scaling', type=n, nargs='*', help='values of E of the second table')

@@ -19,12 +19,13 @@ import io
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from experiments.benchmarks import timing
+from experiments.benchmarks.timing import Row
 from moe_jax import cli, run_config
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
@@ -50,14 +51,9 @@ def prepared(config: str, overrides: Sequence[str]) -> RunConfig:
     config: Config of the run.
     overrides: Flags that change keys, another text too: '--config.seed=1'.
   """
-  changes = {
-    'total_steps': 10**6,
-    'data': {
-      'source': {'kind': 'python_stdlib'},
-      'tokenizer': {'kind': 'bytes'},
-    },
-    'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
-  }
+  text = {'source': {'kind': 'python_stdlib'}, 'tokenizer': {'kind': 'bytes'}}
+  mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
+  changes = {'total_steps': 10**6, 'data': text, 'mesh': mesh}
   base = layered(RunConfig, cli.load_config(config), changes)
   return run_config.options_of(base, overrides)[0]
 
@@ -148,9 +144,8 @@ def measure(
         cases[name]()
         cpu[name].append(time.process_time() - begun)
 
-      times = timing.interleave(
-        {name: functools.partial(counted, name) for name in cases}, **options
-      )
+      counting = {x: functools.partial(counted, x) for x in cases}
+      times = timing.interleave(counting, **options)
     checkpoints = pathlib.Path(folder) / 'checkpoints'
     newest = max(checkpoints.glob('[0-9]*'), key=lambda path: int(path.name))
     saved = sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
@@ -170,9 +165,7 @@ def measure(
   ]
 
 
-def report(
-  title: str, rows: Sequence[Mapping[str, Any]], warning: str = ''
-) -> str:
+def report(title: str, rows: Sequence[Row], warning: str = '') -> str:
   """The table and the verdict, in Markdown."""
   last = rows[-1]
   columns = {

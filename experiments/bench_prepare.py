@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks import random_reads, timing
+from experiments.benchmarks.timing import Row
 from moe_jax import cli, data
 from moe_jax.data.pieces import Engine, make
 
@@ -48,9 +49,8 @@ def map_once(options: data.DataOptions) -> None:
   shutil.rmtree(cache, ignore_errors=True)
   datasets.disable_progress_bars()
   files = options.source.pattern
-  lines = datasets.load_dataset(
-    'json', data_files=files, split='train', cache_dir=cache
-  )
+  where = {'data_files': files, 'cache_dir': cache}
+  lines = datasets.load_dataset('json', split='train', **where)
   fitted = options.tokenizer.fit(())
   lines.map(
     lambda batch: {'ids': fitted.encode_batch(batch['text'])},
@@ -63,12 +63,9 @@ def options_of(
   lines: pathlib.Path, tokenizer: data.TokenizerOptions, cache: pathlib.Path
 ) -> data.DataOptions:
   """The data of a run on the files of a folder."""
-  return data.DataOptions(
-    source=data.FilesSource(f'{lines}/*.jsonl'),
-    tokenizer=tokenizer,
-    seq_len=512,
-    cache_dir=str(cache),
-  )
+  source = data.FilesSource(f'{lines}/*.jsonl')
+  sizes = dict(seq_len=512, cache_dir=str(cache))
+  return data.DataOptions(source=source, tokenizer=tokenizer, **sizes)
 
 
 def measure(
@@ -80,20 +77,17 @@ def measure(
   total = _size(lines)
   texts = (random_reads.document(-n) for n in range(1, _BPE_DOCUMENTS))
   bpe = data.TrainedOptions('bpe', _BPE_TOKENS).fit(texts)
-  tokenizers = {
-    'bytes': data.BytesOptions(),
-    'BPE': data.tokenizers.Fitted(bpe),
-  }
+  kinds = {'bytes': data.BytesOptions(), 'BPE': data.tokenizers.Fitted(bpe)}
   engines = {f'pool of {n}': Engine(processes=n) for n in processes}
   if importlib.util.find_spec('apache_beam'):
     flags = ('--direct_num_workers=1',)
     engines['FnApiRunner'] = Engine(runner='FnApiRunner', arguments=flags)
   rows = []
-  for name, tokenizer in tokenizers.items():
+  for name, tokenizer in kinds.items():
     options = options_of(lines, tokenizer, folder)
     cases = {
-      engine: functools.partial(prepare_once, options, engines[engine])
-      for engine in engines
+      name: functools.partial(prepare_once, options, engine)
+      for name, engine in engines.items()
     }
     if importlib.util.find_spec('datasets'):
       cases['datasets.map'] = functools.partial(map_once, options)
@@ -121,7 +115,7 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   training = random_reads.write(lines, int(gigabytes * 1e9))
   options = options_of(lines, data.BytesOptions(), folder / 'cache')
   begin = time.perf_counter()
-  prepare_once(options, Engine(processes=processes))
+  tokens = prepare_once(options, Engine(processes=processes))
   seconds, read = time.perf_counter() - begin, _size(lines)
   facts = {
     'gigabytes': read / 1e9,
@@ -156,14 +150,9 @@ COLUMNS = {
 }
 
 
-def report(
-  rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any] | None
-) -> str:
+def report(rows: Sequence[Row], run: Row | None) -> str:
   """The tables, in Markdown."""
-  f = timing.facts()
-  text = (
-    f'# Text into tokens\n\n{f["device"]} ({f["cores"]} cores), {f["date"]}. '
-  )
+  text = f'# Text into tokens\n\n{timing.machine()} '
   if rows:
     text += (
       f'{rows[0]["megabytes"]:.0f} MB of JSON lines, {rows[0]["rounds"]} '
@@ -180,10 +169,8 @@ def _large_text(run: Mapping[str, Any]) -> str:
   opened, at_once = (
     max(read['open_seconds'] for read in reads) for reads in (first, unchecked)
   )
-  right, wrong = (
-    sum(read[name] for read in [*first, *unchecked])
-    for name in ('checked', 'wrong')
-  )
+  reads, names = [*first, *unchecked], ('checked', 'wrong')
+  right, wrong = (sum(read[name] for read in reads) for name in names)
   return (
     f'\n{run["gigabytes"]:.2f} GB, {run["documents"]:,} documents, by '
     f'{run["processes"]} processes in {run["seconds"]:.0f} s: '

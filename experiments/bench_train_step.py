@@ -21,8 +21,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.benchmarks import checkout_steps, peer_steps, timing
 from experiments.benchmarks.roofline import Peaks
@@ -45,14 +45,12 @@ def variants() -> dict[str, dict[str, Any]]:
     SPARSE: {},
     f'{SPARSE}, dropless': {'moe': dropless},
   }
-  for remat in REMATS:
-    if remat != 'none':
-      overrides[f'{SPARSE}, remat {remat}'] = {'remat': remat}
-  return overrides
+  remats = [remat for remat in REMATS if remat != 'none']
+  return overrides | {f'{SPARSE}, remat {x}': {'remat': x} for x in remats}
 
 
 def measure_steps(
-  config: ml_collections.ConfigDict, seconds: float, peaks: Peaks
+  config: ConfigDict, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
   """Times the steps of all variants, interleaved; one row for each."""
   steps = {
@@ -67,7 +65,7 @@ def measure_steps(
 
 
 def measure_compilation(
-  config: ml_collections.ConfigDict, depths: Sequence[int]
+  config: ConfigDict, depths: Sequence[int]
 ) -> list[dict[str, Any]]:
   """Compiles the scanned model; one row for each variant and depth.
 
@@ -190,9 +188,7 @@ def measure_against(
     times = timing.interleave(steps, seconds=seconds, most=2000)
   ms = {key: 1e3 * np.array(values) for key, values in times.items()}
   pairs = {case: [ms[side, case] for side in sides] for case in cases}
-  pairs[f'{SPARSE} minus {TWIN}'] = [
-    ms[side, SPARSE] - ms[side, TWIN] for side in sides
-  ]
+  pairs[f'{SPARSE} minus {TWIN}'] = np.subtract(pairs[SPARSE], pairs[TWIN])
   rows = []
   for case, (old_ms, new_ms) in pairs.items():
     row: dict[str, Any] = {'case': case, 'rounds': len(old_ms)}
@@ -200,10 +196,7 @@ def measure_against(
       row['same_losses'] = losses['old', case] == losses['new', case]
     spreads = {'old': old_ms, 'new': new_ms}
     spreads |= {'change': new_ms - old_ms, 'ratio': new_ms / old_ms}
-    spread = {
-      name: timing.Spread.of(values) for name, values in spreads.items()
-    }
-    rows.append(row | spread)
+    rows.append(row | {k: timing.Spread.of(x) for k, x in spreads.items()})
   return rows
 
 

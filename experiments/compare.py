@@ -133,11 +133,8 @@ def tables(groups: Groups) -> Iterator[list[dict[str, str]]]:
   ]
   configs = {letter: group[0].config for letter, group in groups.items()}
   keys = sorted({key for config in configs.values() for key in config})
-  rows = [
-    {'key': key, **{x: config.get(key, '-') for x, config in configs.items()}}
-    for key in keys
-  ]
-  yield [row for row in rows if len({*row.values()} - {row['key']}) > 1]
+  values = {k: {x: c.get(k, '-') for x, c in configs.items()} for k in keys}
+  yield [{'key': k, **v} for k, v in values.items() if len({*v.values()}) > 1]
   # The last values of a metric by the run's seed, of each group.
   last: dict[str, dict[str, dict[int, float]]] = {}
   for letter, group in groups.items():
@@ -162,9 +159,7 @@ def _paired(
   for name, by_group in last.items():
     (first, base), *others = by_group.items()
     for letter, values in others:
-      differences = [
-        value - base[seed] for seed, value in values.items() if seed in base
-      ]
+      differences = [x - base[s] for s, x in values.items() if s in base]
       if differences:
         sign = Interval.of(differences).sign()
         yield {

@@ -16,7 +16,6 @@ their matrices are not padded, so temporaries differ from those of an
 accelerator.
 """
 
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -55,8 +54,7 @@ class Evaluation(NamedTuple):
   needed_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
   """Memory, communication and cost of a compiled run.
 
   Attributes:
@@ -116,11 +114,9 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     )
   from jax.experimental import topologies
 
-  slice_options = {'num_slices': slices} if slices > 1 else {}
+  more = {'num_slices': slices} if slices > 1 else {}
   try:
-    return topologies.get_topology_desc(
-      platform='tpu', topology_name=topology, **slice_options
-    ).devices
+    return topologies.get_topology_desc(topology, 'tpu', **more).devices
   except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
     raise InputError(f'--topology={topology}: {e}') from None
 
@@ -193,10 +189,8 @@ def report(options: RunOptions, mesh: Mesh) -> Report:
   start = time.perf_counter()
   model = options.build()
   programs = make_programs(options, model, mesh)
-  lowered = programs.train_step.lower(
-    programs.abstract_state, options.batch_shapes(model)
-  )
-  step = _compiled(lowered)
+  arguments = programs.abstract_state, options.batch_shapes(model)
+  step = _compiled(programs.train_step.lower(*arguments))
   evaluation = largest_evaluation(options, programs)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -224,10 +218,8 @@ def table(report: Report, formula: float) -> Table:
     'needed in all': step.needed_bytes,
     f'needed in the largest evaluation, {name}': num_bytes,
   }
-  caption = (
-    f'Compiled in {report.seconds:.0f} s; at most '
-    f'{cost.in_bytes(report.host_bytes)} of host memory.'
-  )
+  ram = cost.in_bytes(report.host_bytes)
+  caption = f'Compiled in {report.seconds:.0f} s; at most {ram} of host memory.'
   if sent.unknown_loops:
     caption += (
       f' {sent.unknown_loops} loops are as long as the data asks: what is in '
@@ -264,12 +256,10 @@ def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
   lines = {}
   for name in names:
     candidate = roofline.device_of(name)
-    fits = needed_bytes <= candidate.num_bytes
-    lines[
-      f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '
-      f'{cost.in_bytes(needed_bytes)} of {cost.in_bytes(candidate.num_bytes)} '
-      f'({needed_bytes / candidate.num_bytes:.0%})'
-    ] = fits
+    fits = needed_bytes <= (num_bytes := candidate.num_bytes)
+    text = f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '
+    text += f'{cost.in_bytes(needed_bytes)} of {cost.in_bytes(num_bytes)} '
+    lines[f'{text}({needed_bytes / num_bytes:.0%})'] = fits
   return lines
 
 

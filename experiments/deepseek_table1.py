@@ -28,16 +28,16 @@ cores; its runs took 37 core minutes. The claims were written before any run.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from flax import traverse_util
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.layers.experts.experts import SHARED_EXPERT, SharedExpertOptions
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 HIDDEN = 256  # hidden width of all experts together that a token passes
 SWITCH, GSHARD, HASH = 'Switch', 'GShard', 'hash'
@@ -45,15 +45,14 @@ FINE = 'fine-grained'
 DEEPSEEK = 'DeepSeekMoE'
 REMOVED = f'{DEEPSEEK}, its shared expert removed'
 WITHOUT = 'removed/loss'
+SHARED = 'shared/1 shared', 'shared/shared one removed'  # rows of the paper
 
 
 def config(steps: int):
   """The config that the rows share."""
-  config = byte_models.decoder(steps, hidden=HIDDEN, num_layers=2)
-  moe = config.model.moe
-  moe.layer_reduce = 'mean'
-  moe.router.token_choice.z_weight = 0.0
-  byte_models.drop_nothing(moe)
+  config = byte_models.decoder(steps, hidden=HIDDEN, drops=False)
+  config.model.moe.layer_reduce = 'mean'
+  config.model.moe.router.token_choice.z_weight = 0.0
   return config
 
 
@@ -93,18 +92,10 @@ def without_shared(run: Run, state: TrainState) -> dict[str, float]:
   moe = run.options.model.moe
   if not moe.shared_expert.hidden:
     return {}
-  more = moe.shared_expert.hidden // moe.expert.hidden
-  moe = dataclasses.replace(
-    moe,
-    num_selected=moe.num_selected + more,
-    shared_expert=SharedExpertOptions(),
-  )
-  model = dataclasses.replace(run.options.model, moe=moe)
-  options = dataclasses.replace(run.options, model=model)
-  options = options.filled(run.dataset.vocab_size)
-  evaluation = dataclasses.replace(
-    routing.evaluation_of(run), model=options.build()
-  )
+  more = moe.num_selected + moe.shared_expert.hidden // moe.expert.hidden
+  none = SharedExpertOptions()
+  model = routing.changed_model(run, num_selected=more, shared_expert=none)
+  evaluation = dataclasses.replace(routing.evaluation_of(run), model=model)
   variables = run.programs.variables(state)
   params = traverse_util.flatten_dict(variables['params'])
   kept = {path: x for path, x in params.items() if SHARED_EXPERT not in path}
@@ -119,21 +110,22 @@ def rows(results: parts.Results) -> list[Row]:
   return [*table, Row(REMOVED, {'loss': losses})]
 
 
-def claim(better: str, worse: str, *published: str) -> parts.Claims:
+def claim(
+  better: str, worse: str, published: Sequence[str] | None = None
+) -> parts.Claims:
   """A claim that one row has a lower loss than another.
 
   Args:
     better: Name of the row with the lower loss.
     worse: Name of the other row.
-    *published: The paper's table and row of both; none where the paper has no
-      such pair.
+    published: The paper's table and row of both, () where the paper has no such
+      pair; None are those of these names in its comparison.
   """
+  if published is None:
+    published = [f'comparison_2b/{row}' for row in (better, worse)]
   cells = [f'deepseekmoe2024/{row}/pile_loss' for row in published]
-  return {
-    f'{better} is better than {worse}': Claim(
-      f'loss: {better} < {worse}', cells
-    )
-  }
+  text = f'{better} is better than {worse}'
+  return {text: Claim(f'loss: {better} < {worse}', cells)}
 
 
 STUDY = Study(
@@ -143,39 +135,25 @@ STUDY = Study(
   config=config,
   arms=arms,
   rows=rows,
-  presets={
-    'quick': parts.trial(100, 3, [HASH, FINE]),
-    'full': Preset(1000, 5),
-  },
+  presets={'quick': parts.trial(100, 3, [HASH, FINE]), 'full': Preset(1000, 5)},
   columns=[
     byte_models.LOSS,
     Column('largest load', byte_models.MAX_LOAD, 'x mean', 2),
   ],
   claims={
-    **{
-      text: compared
-      for better, worse in (
-        (DEEPSEEK, GSHARD),
-        (DEEPSEEK, SWITCH),
-        (GSHARD, SWITCH),
-        (SWITCH, HASH),
-        (HASH, 'dense'),
-        (DEEPSEEK, 'dense'),
-      )
-      for text, compared in claim(
-        better, worse, f'comparison_2b/{better}', f'comparison_2b/{worse}'
-      ).items()
-    },
-    **claim(FINE, GSHARD),
-    **claim(DEEPSEEK, FINE),
-    **claim(DEEPSEEK, REMOVED, 'shared/1 shared', 'shared/shared one removed'),
+    **claim(DEEPSEEK, GSHARD),
+    **claim(DEEPSEEK, SWITCH),
+    **claim(GSHARD, SWITCH),
+    **claim(SWITCH, HASH),
+    **claim(HASH, 'dense'),
+    **claim(DEEPSEEK, 'dense'),
+    **claim(FINE, GSHARD, ()),
+    **claim(DEEPSEEK, FINE, ()),
+    **claim(DEEPSEEK, REMOVED, SHARED),
   },
   measure=without_shared,
   figure=Figure(['loss', 'largest load'], without=[REMOVED]),
   remarks="Loads are relative to the mean of each row's own experts.",
   written='2026-11-28',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -31,17 +31,15 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-import ml_collections
 import numpy as np
 
-from experiments.study import byte_models, command, finetuned, parts
+from experiments.study import byte_models, command, finetuned, parts, tables
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
 from moe_jax.analysis import cost, counts, memory
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 SPARSE, TWIN, WIDE = 'sparse', 'dense of equal FLOPs', 'wide dense'
 HIDDEN, EXPERTS = 256, 4
@@ -59,15 +57,15 @@ TOKENS = 1024  # number of bytes that a step reads
 GAIN = 'sparse minus dense of equal FLOPs'
 FLOPS, TIME = 'of equal FLOPs', 'in equal time'
 TRAINED = 'trained'
+FIRST_BYTES = 'the first bytes of the Python standard library'
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config of the sparse model, which reads every byte once."""
   config = byte_models.decoder(
-    steps, hidden=HIDDEN, num_layers=2, num_experts=EXPERTS
+    steps, hidden=HIDDEN, num_experts=EXPERTS, drops=False
   )
   config.batch_size = TOKENS // config.data.seq_len
-  byte_models.drop_nothing(config.model.moe)
   config.evals[TRAINED] = byte_models.evaluation(split='train')
   return config
 
@@ -84,9 +82,7 @@ def of_length(length: float) -> str:
 
 def arms(preset: Preset) -> list[Arm]:
   """Each model on each text, and other lengths of the wide dense one."""
-  runs = [
-    (model, *text, of_text(model, *text)) for model in MODELS for text in TEXTS
-  ]
+  runs = [(m, *text, of_text(m, *text)) for m in MODELS for text in TEXTS]
   runs += [(WIDE, length, 1, of_length(length)) for length in LENGTHS]
   all_arms = []
   for model, share, epochs, name in runs:
@@ -127,24 +123,23 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   }
 
 
+def _in_millions(number: float) -> float:
+  return number / 1e6
+
+
 DISTINCT, GAP = 'distinct text', finetuned.GAP.name
 COLUMNS = [
   byte_models.LOSS,
-  Column(
-    finetuned.TRAINED_LOSS.name,
-    f'eval/{TRAINED}/loss',
-    'nats/byte',
-    bounds=parts.POSITIVE,
+  dataclasses.replace(
+    byte_models.LOSS, name='training loss', key=f'eval/{TRAINED}/loss'
   ),
   Column(GAP, unit='nats/byte'),
-  Column(DISTINCT, 'data/distinct', 'MB', 2, lambda x: x / 1e6),
+  Column(DISTINCT, 'data/distinct', 'MB', 2, _in_millions),
   Column('epochs', 'data/epochs', digits=1),
   Column('parameters', 'cost/params', 'k', 0, lambda x: x / 1e3),
-  Column('FLOPs', 'cost/flops', 'M/byte', 2, lambda x: x / 1e6),
-  Column('memory of state', 'cost/memory', 'MB', 1, lambda x: x / 1e6),
-  Column(
-    'memory of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6
-  ),
+  Column('FLOPs', 'cost/flops', 'M/byte', 2, _in_millions),
+  Column('memory of state', 'cost/memory', 'MB', 1, _in_millions),
+  Column('memory of activations', 'cost/activations', 'MB', 1, _in_millions),
 ]
 TIMED = [of_text(model, 1, 1) for model in MODELS]
 
@@ -152,11 +147,8 @@ TIMED = [of_text(model, 1, 1) for model in MODELS]
 @functools.cache
 def wide_flops() -> float:
   """The FLOPs of the wide dense model over those of the sparse one."""
-  wide, sparse = (
-    byte_models.training_flops(config(8), MODELS[model])
-    for model in (WIDE, SPARSE)
-  )
-  return wide / sparse
+  flops = functools.partial(byte_models.training_flops, config(8))
+  return flops(MODELS[WIDE]) / flops(MODELS[SPARSE])
 
 
 def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
@@ -175,21 +167,18 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   for text in TEXTS:
     sparse, twin = (table.get(of_text(m, *text)) for m in (SPARSE, TWIN))
     if sparse and twin:
-      gain = {
-        column: np.subtract(sparse.values[column], twin.values[column]).tolist()
-        for column in (loss, GAP)
-      }
       name = of_text(GAIN, *text)
-      table[name] = Row(name, gain, difference=True)
+      gain = finetuned.minus(name, sparse, twin).values
+      values = {column: gain[column] for column in (loss, GAP)}
+      table[name] = Row(name, values, difference=True)
   lengths = {(WIDE, FLOPS): [1 / wide_flops()]}
   if times:
     sparse_ratios, *others = (times[name].ratios for name in TIMED)
     for model, ratios in zip((TWIN, WIDE), others, strict=True):
       lengths[model, TIME] = np.divide(sparse_ratios, ratios)
   for (model, cost_name), at in lengths.items():
-    losses = {loss: _losses_at(table, model, at)}
     name = f'{model} {cost_name}'
-    table[name] = Row(name, losses)
+    table[name] = Row(name, {loss: _losses_at(table, model, at)})
   return list(table.values())
 
 
@@ -200,15 +189,8 @@ def _losses_at(
   names = {share: of_text(model, share, 1) for share, n in TEXTS if n == 1}
   names |= {x: of_length(x) for x in LENGTHS if model == WIDE}
   known = sorted(x for x, name in names.items() if name in table)
-  losses = np.transpose(
-    [table[names[x]].values[byte_models.LOSS.name] for x in known]
-  )
-  return [
-    float(np.interp(np.log(length), np.log(known), seed_losses))
-    for length, seed_losses in zip(
-      np.resize(lengths, len(losses)), losses, strict=True
-    )
-  ]
+  losses = [table[names[x]].values[byte_models.LOSS.name] for x in known]
+  return tables.at_length(lengths, known, losses)
 
 
 def claims() -> parts.Claims:
@@ -287,22 +269,11 @@ STUDY = Study(
   ),
   measure=measure,
   timed=TIMED,
-  remarks=(
-    '"Text x 1" is as much text as a run of the usual number of steps '
-    'reads. Text that is read again is read up to that amount. The gap is '
-    'the loss of the validation split less that of the text that was '
-    'trained on. Memory is counted; the state is weights, gradients and '
-    'moments.'
-  ),
-  tasks={
-    'text': Task(
-      {'data.source.kind': 'python_stdlib'},
-      'the first bytes of the Python standard library',
-    )
-  },
+  remarks='"Text x 1" is as much text as a run of the usual number of steps '
+  'reads. Text that is read again is read up to that amount. The gap is the '
+  'loss of the validation split less that of the text that was trained on. '
+  'Memory is counted; the state is weights, gradients and moments.',
+  tasks={'text': Task({'data.source.kind': 'python_stdlib'}, FIRST_BYTES)},
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

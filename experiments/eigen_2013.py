@@ -127,13 +127,11 @@ STUDY = Study(
   figure=Figure(['test error', difference(1), difference(2), 'CV 2']),
   runner=DeepMoeRunner(),
   pictures=pictures,
-  remarks=(
-    'Information is in nats, ln 4 = 1.386 at most, less that of shuffled '
-    'labels, whose mean has a column of its own. CV is that of the gates '
-    'summed over all images and places; an expert with more than 1 % of them '
-    'is in use. The constraint holds in training alone: all rows are measured '
-    'without it. Mean gates by place and by class are in `gates_<arm>.png`.'
-  ),
+  remarks='Information is in nats, ln 4 = 1.386 at most, less that of shuffled '
+  'labels, whose mean has a column of its own. CV is that of the gates '
+  'summed over all images and places; an expert with more than 1 % of them '
+  'is in use. The constraint holds in training alone: all rows are measured '
+  'without it. Mean gates by place and by class are in `gates_<arm>.png`.',
   tasks={
     'jittered_digits': Task(
       {'data.name': 'digits'}, "jittered digits (scikit-learn's 8x8 on 14x14)"

@@ -33,17 +33,15 @@ ORDERS = {'order of the text': 'token_major', 'priority': 'batch_priority'}
 def config(steps: int):
   """The config that both models share; its encoder alone is sparse."""
   config = byte_models.sparse_encoder(steps)
-  moe = config.model.moe
-  moe.capacity.kind = 'per_token'
-  moe.capacity.per_token.factor = 0.75
+  config.model.moe.capacity.update(kind='per_token', per_token={'factor': 0.75})
   config.evals = {'no_drops': byte_models.no_drops()}
   for order in ORDERS.values():
     for factor in FACTORS:
       config.evals[_name(order, factor)] = byte_models.evaluation(
-        moe=dict(
-          router=dict(token_choice=dict(slot_priority=order)),
-          capacity=dict(per_token=dict(factor=factor)),
-        )
+        moe={
+          'router': {'token_choice': {'slot_priority': order}},
+          'capacity': {'per_token': {'factor': factor}},
+        }
       )
   return config
 
@@ -128,7 +126,4 @@ STUDY = Study(
   tasks=PREFIX_TASKS,
   written='2026-11-25',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

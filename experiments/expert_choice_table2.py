@@ -27,10 +27,9 @@ of its planned 20 minutes on two cores. The claims were written before any run.
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 HIDDEN = 256
 TOP1, TOP2, ROOMY2 = 'top-1', 'top-2', 'top-2, no drops'
@@ -43,9 +42,8 @@ _BATCHES = 20
 def config(steps: int):
   """The config that the rows share; its encoder alone is sparse."""
   config = byte_models.sparse_encoder(steps, hidden=HIDDEN, num_experts=16)
-  moe = config.model.moe
-  moe.layer_reduce = 'mean'
-  moe.router.token_choice.z_weight = 0.0
+  config.model.moe.layer_reduce = 'mean'
+  config.model.moe.router.token_choice.z_weight = 0.0
   return config
 
 
@@ -84,7 +82,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   measures = {}
   for number, layer in routing.last_layers(run, state, _BATCHES).items():
     served = (layer.kept & (layer.expert >= 0)).sum(1)
-    measures[f'layer_{number}'] = {
+    measures[number] = {
       'none': float((served == 0).mean()),
       'many': float(((served == 3) | (served == 4)).mean()),
     }
@@ -148,7 +146,4 @@ STUDY = Study(
   tasks=DENOISING_TASKS,
   written='2026-11-28',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

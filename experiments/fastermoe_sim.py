@@ -30,21 +30,10 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.faster_moe import expert_counts, simulate
-from experiments.faster_moe.clusters import (
-  CLUSTERS,
-  HIDDEN,
-  TOKENS,
-  WIDTH,
-  Cluster,
-)
+from experiments.faster_moe import clusters, expert_counts, simulate
+from experiments.faster_moe.clusters import CLUSTERS, Cluster
 from experiments.faster_moe.expert_counts import Counts
-from experiments.faster_moe.simulate import (
-  ARMS,
-  SHADOWED,
-  SYNCHRONOUS,
-  Simulated,
-)
+from experiments.faster_moe.simulate import ARMS, SHADOWED, Simulated
 from experiments.study import claims
 from experiments.study.tables import markdown_table
 from moe_jax import cli, run_config
@@ -109,14 +98,11 @@ def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
       sizes = layer._replace(bytes_per_element=cluster.bytes_per_element)
       W = cluster.num_devices
       try:
-        counts = expert_counts.counts_of(
-          expert_counts.drawn(source, W, W * DRAWN, steps)
-          if source in expert_counts.DRAWN
-          else expert_counts.recorded(source, steps),
-          cluster,
-          tokens_per_device=TOKENS,
-          outgoing=cluster.outgoing,
-        )
+        chosen = expert_counts.recorded(source, steps)
+        if source in expert_counts.DRAWN:
+          chosen = expert_counts.drawn(source, W, W * DRAWN, steps)
+        limits = clusters.TOKENS, cluster.outgoing
+        counts = expert_counts.counts_of(chosen, cluster, *limits)
       except expert_counts.DoesNotDivide as problem:
         remarks.append(f'left out: {source} on {name}, as {problem}')
         continue
@@ -130,7 +116,7 @@ def table(case: Case) -> str:
   F = shadowing.least_rows(1, case.sizes)
   lines = []
   for name, arm in case.arms.items():
-    numbers = simulate.numbers(case.arms[SYNCHRONOUS], arm)
+    numbers = simulate.numbers(case.arms[simulate.SYNCHRONOUS], arm)
     number = np.maximum(arm.shadowed.sum(-1), 1)
     pays = arm.largest > shadowing.least_rows(number, case.sizes)
     shadowed = f'{100 * numbers["shadowed"]:.1f}' if ARMS[name].shadows else ''
@@ -206,12 +192,11 @@ def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
     x, y = simulate.even_points(case.cluster, case.sizes)
     line = np.geomspace(x.min() / 2, max(x.max(), 8), 200)
     peak = case.cluster.topology.flops_per_second
-    ideal, semi_ideal = (
-      curve(peak, line) / 1e12
-      for curve in (cost_model.ideal, cost_model.semi_ideal)
-    )
-    ax.plot(line, ideal, 'k-', lw=1, label='ideal')
-    ax.plot(line, semi_ideal, 'k--', lw=1, label='semi-ideal')
+    for curve, style, label in (
+      (cost_model.ideal, 'k-', 'ideal'),
+      (cost_model.semi_ideal, 'k--', 'semi-ideal'),
+    ):
+      ax.plot(line, curve(peak, line) / 1e12, style, lw=1, label=label)
     label = 'synchronous, even rows, F/8 to 64 F'
     ax.plot(x, y / 1e12, 'kx', ms=5, label=label)
     for name, arm in case.arms.items():
@@ -223,19 +208,14 @@ def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
     ax.set_title(f'SIMULATED: {case.title}, {sizes}', fontsize=8)
     handles |= {x.get_label(): x for x in ax.get_lines()}
   axes[0].set_ylabel('SIMULATED TFLOP/s of a device', fontsize=8)
-  figure.legend(
-    handles=[*handles.values()],
-    loc='outside lower center',
-    ncols=1 + len(first),
-    fontsize=7,
-  )
+  place, n = 'outside lower center', 1 + len(first)
+  figure.legend(handles=[*handles.values()], loc=place, ncols=n, fontsize=7)
   figure.savefig(path, dpi=110)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The parsed command line, with overrides of the config in `overrides`."""
   parser = cli.parser('experiments.fastermoe_sim', __doc__)
-
   add = parser.add_argument
   for name, choices, text in (
     ('--trace', None, 'folder of a trace'),
@@ -248,9 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--steps', type=cli.POSITIVE, default=100, help=text)
   text = 'folder that is written'
   add('--output', default='results/fastermoe_sim', help=text)
-  options, overrides = cli.parse_command(
-    parser, argv, lambda options: options.config
-  )
+  options, overrides = cli.parse_command(parser, argv, lambda x: x.config)
   options.overrides = overrides
   options.topology = options.topology or list(CLUSTERS)
   if not (options.trace or options.counts):
@@ -264,7 +242,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
   Raises:
     ValueError: The config's model has no experts.
   """
-  M, F, kernels = WIDTH, HIDDEN, 2
+  M, F, kernels = clusters.WIDTH, clusters.HIDDEN, 2
   if options.config:
     config = cli.config_of(options.config, options.overrides)
     moe = run_config.read(config).filled(257).build().stacks.moe

@@ -34,7 +34,6 @@ FastMoE ships, which five seeds could not tell from the published one.
 from experiments.faster_moe import expert_counts, gate_arms, simulate
 from experiments.faster_moe.clusters import CLUSTERS, HIDDEN, TOKENS, WIDTH
 from experiments.faster_moe.simulate import (
-  ALL,
   BEST_NUMBER,
   BOTH,
   SCHEDULED,
@@ -42,17 +41,16 @@ from experiments.faster_moe.simulate import (
 )
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis.recording import FOLDER
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 JOHNNY, TREVOR, SLICE = CLUSTERS
 # Sources of the choices that are replayed: a run's trace, or draws.
 TRACE, SKEWED = 'trace', 'skewed'
 SPEED_UP, BEST_LAYER = 'SIMULATED speed-up', 'SIMULATED best layer'
-REACHED, SHADOWED_SHARE = 'SIMULATED bound reached', 'SIMULATED shadowed'
+REACHED, SHARE = 'SIMULATED bound reached', 'SIMULATED shadowed'
 UNEVEN = 'max/mean load'
 # The share of tokens that the simulated gate lets leave, as in training.
 OUTGOING = 0.14
@@ -63,14 +61,12 @@ FREE, EVEN = 'no balance loss', 'balance loss'
 WEIGHTS = {FREE: 0.0, EVEN: 0.01}
 TRAINED = [f'{kind}, {E} experts' for kind in WEIGHTS for E in (16, 64)]
 # Simulated arms with a row, by cluster and source of the choices.
+_BOTH_CLUSTERS = (JOHNNY, TREVOR)
 SHOWN = {
-  (JOHNNY, FREE): list(simulate.ARMS)[1:],
-  (TREVOR, FREE): list(simulate.ARMS)[1:],
-  (JOHNNY, EVEN): [SHADOWED, SCHEDULED, BOTH],
-  (TREVOR, EVEN): [SHADOWED, SCHEDULED, BOTH],
+  **{(c, FREE): list(simulate.ARMS)[1:] for c in _BOTH_CLUSTERS},
+  **{(c, EVEN): [SHADOWED, SCHEDULED, BOTH] for c in _BOTH_CLUSTERS},
   (SLICE, FREE): [SHADOWED, BEST_NUMBER, SCHEDULED, BOTH],
-  (JOHNNY, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
-  (TREVOR, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
+  **{(c, SKEWED): [SHADOWED, BEST_NUMBER, BOTH] for c in _BOTH_CLUSTERS},
 }
 RECORDED = 40  # approximate number of recorded batches of a run
 GATES = [arm.name for arm in gate_arms.arms()]
@@ -82,7 +78,7 @@ def columns(prefix: str) -> list[Column]:
     Column(SPEED_UP, f'{prefix}/speed_up', 'x', 2),
     Column(BEST_LAYER, f'{prefix}/best', 'x', 2),
     parts.percent(REACHED, f'{prefix}/reached', digits=0, bounds=parts.ANY),
-    parts.percent(SHADOWED_SHARE, f'{prefix}/shadowed', bounds=parts.ANY),
+    parts.percent(SHARE, f'{prefix}/shadowed', bounds=parts.ANY),
     Column(UNEVEN, f'{prefix}/uneven', '', 1),
   ]
 
@@ -110,14 +106,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     seed = run.options.seed
     drawn = expert_counts.drawn(SKEWED, E, E * DRAWN, STEPS, seed)
     for source, chosen in ((TRACE, recorded), (SKEWED, drawn)):
-      counts = expert_counts.counts_of(
-        chosen, cluster, tokens_per_device=TOKENS, outgoing=OUTGOING
-      )
+      counts = expert_counts.counts_of(chosen, cluster, TOKENS, OUTGOING)
       simulated = simulate.simulate(cluster, counts, sizes)
-      base = simulated[simulate.SYNCHRONOUS]
       for arm, one in simulated.items():
+        values = simulate.numbers(simulated[simulate.SYNCHRONOUS], one)
         prefix = prefix_of(name, source, arm)
-        values = simulate.numbers(base, one)
         numbers |= {f'{prefix}/{k}': v for k, v in values.items()}
   return numbers
 
@@ -200,7 +193,7 @@ _FASTER = (
   ),
   (
     'the gate makes both together faster still',
-    (FREE, ALL, BOTH),
+    (FREE, simulate.ALL, BOTH),
     ' The gate is imposed on the choices of a model that was trained without '
     'it, and without a balance loss.',
   ),
@@ -209,7 +202,7 @@ _FASTER = (
 
 def claims() -> parts.Claims:
   """The paper's claims, simulated; gaps of its rule; the cost of its gate."""
-  simulated_claims = {}
+  simulated = {}
   shadowed = {c: row_name(c, FREE, SHADOWED) for c in (TREVOR, JOHNNY)}
   for cluster in (JOHNNY, TREVOR):
     for text, (kind, arm, slower), note in _FASTER:
@@ -221,34 +214,26 @@ def claims() -> parts.Claims:
           'whole iterations, measured; here is the mean of layers, SIMULATED.'
         )
       faster = f'{SPEED_UP}: {row_name(cluster, kind, arm)} > {than}'
-      simulated_claims[f'{text}, on {cluster}'] = Claim(
-        faster, cells, about + note
-      )
-    simulated_claims |= {
+      simulated[f'{text}, on {cluster}'] = Claim(faster, cells, about + note)
+    simulated |= {
       f'shadowing saves more without a balance loss, on {cluster}': Claim(
         f'{SPEED_UP}: {shadowed[cluster]} > '
         f'{row_name(cluster, EVEN, SHADOWED)}',
         note='SIMULATED.',
       ),
       f'about a fifth of the experts are shadowed, on {cluster}': Claim(
-        f'{SHADOWED_SHARE}: {shadowed[cluster]} = 19 within 5',
+        f'{SHARE}: {shadowed[cluster]} = 19 within 5',
         ['fastermoe2022/shadowing/shadowing/experts_shadowed'],
         'SIMULATED. The bound is a quarter of the published share.',
         ['Until 2026-11-28, when the result was seen, it was 10.'],
       ),
     }
-  more_on_trevor = {
-    'shadowing saves more on trevor than on johnny': Claim(
-      f'{SPEED_UP}: {" > ".join(shadowed.values())}',
-      [simulate.published(CLUSTERS[c], SHADOWED) for c in shadowed],
-      'SIMULATED. The clusters differ in devices, experts, links and peaks.',
-    )
-  }
-  return {
-    **simulated_claims,
-    **more_on_trevor,
-    **gate_arms.CLAIMS,
-  }
+  simulated['shadowing saves more on trevor than on johnny'] = Claim(
+    f'{SPEED_UP}: {" > ".join(shadowed.values())}',
+    [simulate.published(CLUSTERS[c], SHADOWED) for c in shadowed],
+    'SIMULATED. The clusters differ in devices, experts, links and peaks.',
+  )
+  return {**simulated, **gate_arms.CLAIMS}
 
 
 STUDY = Study(
@@ -262,9 +247,7 @@ STUDY = Study(
   columns=[*columns('*'), *gate_arms.COLUMNS],
   claims=claims(),
   written='2026-11-28',
-  figure=Figure(
-    [SPEED_UP, REACHED, SHADOWED_SHARE], without=[*TRAINED, *GATES]
-  ),
+  figure=Figure([SPEED_UP, REACHED, SHARE], without=[*TRAINED, *GATES]),
   measure=measure,
   progress=byte_models.LOSS.name,
   remarks=(
@@ -290,7 +273,4 @@ STUDY = Study(
     'claims were taken out with it.'
   ),
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -17,8 +17,6 @@ preset `quick`, unchanged. The full preset has 600 steps instead of the 1,000 of
 cores; their runs took 147 core minutes, beside other work.
 """
 
-import ml_collections
-
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
@@ -26,7 +24,7 @@ from moe_jax.config import difference
 from moe_jax.configs import tiny_finegrained, tiny_switch
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config `tiny_switch` with so many steps, evaluated at its end."""
   config = tiny_switch.get_config().unlock()
   byte_models.shorten(config, steps)
@@ -80,11 +78,7 @@ STUDY = Study(
   timed=['Switch', 'fine-grained'],
   figure=Figure(['loss', 'largest load']),
   remarks='FLOPs a token are equal but for the routers, of which the larger '
-  'one takes 1.5 % more. Loads are relative to the mean of 8 experts or of '
-  '64.',
+  'one takes 1.5 % more. Loads are relative to the mean of 8 experts or of 64.',
   written='2026-11-28',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

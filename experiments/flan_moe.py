@@ -26,19 +26,10 @@ sparse minus dense are withheld, and what either loss does is not resolved.
 """
 
 from collections.abc import Sequence
-
-import ml_collections
+from typing import Any
 
 from experiments.study import byte_models, command, finetuned, parts
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax.analysis.intervals import Interval
 from moe_jax.configs import base
@@ -88,26 +79,22 @@ def at(model: str, stage: str) -> str:
   return f'{model}, {stage}'
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """Config of instruction tuning on `LEARNED`, judged on all clusters."""
   config = finetuned.config(steps, clusters=(*LEARNED, *HELD_OUT))
   config.data.mixture.held_out = ','.join(HELD_OUT)
   room = {'capacity': {'per_token': {'factor': 2.0}}}
   config.evals.sources = base.entry(SourceLosses, every_steps=0, moe=room)
-  config.evals.choices = base.entry(
-    SourceScores, num_questions=100, num_tokens=0, moe=room
-  )
+  questions = dict(num_questions=100, num_tokens=0, moe=room)
+  config.evals.choices = base.entry(SourceScores, **questions)
   return config
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(preset: Preset) -> list[parts.Start]:
   """The pre-trained models, and both after instruction tuning."""
-  return [
-    *finetuned.pretrained(preset),
-    *(
-      Start(at(model, INSTRUCTED), start=start, overrides=overrides)
-      for model, (start, overrides) in finetuned.MODELS.items()
-    ),
+  return [*finetuned.pretrained(preset)] + [
+    parts.Start(at(model, INSTRUCTED), start=start, overrides=overrides)
+    for model, (start, overrides) in finetuned.MODELS.items()
   ]
 
 
@@ -121,12 +108,8 @@ def arms(preset: Preset) -> list[Arm]:
   }
   steps = max(preset.steps // 4, 2)
   excluded = (*LEARNED, *(c for c in HELD_OUT if c != TARGET))
-  target = {
-    'data.mixture.held_out': ','.join(excluded),
-    'total_steps': steps,
-    'optimizer.schedule.warmup_steps': steps // 10,
-    'log_every_steps': steps,
-  }
+  target: dict[str, Any] = {'data.mixture.held_out': ','.join(excluded)}
+  target |= finetuned.length(steps, log_every=steps)
   for name, task in instructions.TASKS.items():
     if task.cluster == TARGET:
       target[f'data.mixture.sources.{name}.num_train'] = 50
@@ -149,10 +132,10 @@ def arms(preset: Preset) -> list[Arm]:
 def rows(results: parts.Results) -> list[Row]:
   """Rows of all runs, and of what sparse has over dense."""
   columns_of = {}
+  both = [LEARNED_LOSS, ZERO_SHOT]
   for model in MODELS:
-    columns_of[at(model, PLAIN)] = [ZERO_SHOT]
-    columns_of[at(model, INSTRUCTED)] = [LEARNED_LOSS, ZERO_SHOT]
-  columns_of |= {name: [LEARNED_LOSS, ZERO_SHOT] for name in ABLATIONS}
+    columns_of |= {at(model, PLAIN): [ZERO_SHOT], at(model, INSTRUCTED): both}
+  columns_of |= dict.fromkeys(ABLATIONS, both)
   for stage in (DIRECT, LATER):
     columns_of |= {at(model, stage): [TUNED_LOSS] for model in MODELS}
   by_name = {}
@@ -164,12 +147,10 @@ def rows(results: parts.Results) -> list[Row]:
   for stage in (PLAIN, INSTRUCTED, DIRECT, LATER):
     name, pair = f'{stage}: {MORE}', (by_name[at(m, stage)] for m in MODELS)
     by_name[name] = finetuned.minus(name, *pair)
-  for how, after, before in (
-    ('zero-shot', INSTRUCTED, PLAIN),
-    ('fine-tuned', LATER, DIRECT),
-  ):
-    name, pair = f'{how}: {ADDED}', (f'{x}: {MORE}' for x in (after, before))
-    by_name[name] = finetuned.minus(name, *(by_name[x] for x in pair))
+  pairs = {'zero-shot': (INSTRUCTED, PLAIN), 'fine-tuned': (LATER, DIRECT)}
+  for how, pair in pairs.items():
+    gains = (by_name[f'{stage}: {MORE}'] for stage in pair)
+    by_name[f'{how}: {ADDED}'] = finetuned.minus(f'{how}: {ADDED}', *gains)
   return list(by_name.values())
 
 
@@ -200,15 +181,13 @@ def instructed_dense(results: parts.Results, cluster: str) -> Interval:
 
 def at_floor(results: parts.Results) -> str:
   """A sentence on each held-out cluster that is or is not at floor."""
-  lines = []
+  text = ''
   for cluster, task in CHOICES.items():
     points = instructed_dense(results, cluster)
     beats = 'is counted' if points.sign() > 0 else 'is at floor'
-    lines.append(
-      f'The held-out cluster {cluster} {beats}: on its task "{task}" the '
-      f'instructed dense model is {points:.1f} points over chance.'
-    )
-  return ' '.join(lines)
+    text += f'The held-out cluster {cluster} {beats}: on its task "{task}" the '
+    text += f'instructed dense model is {points:.1f} points over chance. '
+  return text.rstrip()
 
 
 STUDY = Study(
@@ -228,12 +207,10 @@ STUDY = Study(
   columns=[LEARNED_LOSS, ZERO_SHOT, TUNED_LOSS, NATS, *OVER_CHANCE.values()],
   claims={
     'fine-tuned directly, the sparse model is behind': Claim(
-      f'fine-tuned: fine-tuned directly: {MORE} > 0',
-      withheld=finetuned.OTHER_ORDER,
+      f'fine-tuned: {DIRECT}: {MORE} > 0', withheld=finetuned.OTHER_ORDER
     ),
     'instructed first, the sparse model is ahead': Claim(
-      f'fine-tuned: instructed, then fine-tuned: {MORE} < 0',
-      withheld=finetuned.OTHER_ORDER,
+      f'fine-tuned: {LATER}: {MORE} < 0', withheld=finetuned.OTHER_ORDER
     ),
     'sparse gains more from instruction tuning, fine-tuned after it': Claim(
       f'fine-tuned: fine-tuned: {ADDED} < 0', withheld=finetuned.OTHER_ORDER
@@ -275,7 +252,4 @@ STUDY = Study(
   progress='zero-shot',
   tasks=finetuned.tasks('four of six clusters of generated tasks'),
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

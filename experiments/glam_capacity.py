@@ -26,14 +26,13 @@ cores; its runs took 57 core minutes. The quick preset resolves drops, not
 losses. The claims were written before any run.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax import generation
 from moe_jax.data.pipeline import spread
@@ -44,8 +43,6 @@ from moe_jax.models.recorded import Choices, recording
 from moe_jax.routing.capacity import All, Fixed
 from moe_jax.shapes import Array, Float32, Int32
 from moe_jax.training.evaluate import Variables
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 EXPERTS, ROWS = 16, 32
 TIGHT, WIDE, FREE = 'train 1', 'train 2', 'no drops in training'
@@ -56,12 +53,10 @@ ROOM = {'1': 1, '2': 2, 'no drops': 0}
 def config(steps: int):
   """The config that the arms share."""
   config = byte_models.decoder(
-    steps, hidden=256, num_layers=4, num_experts=EXPERTS, num_selected=2
+    steps, num_layers=4, num_experts=EXPERTS, expert_hidden=128
   )
-  moe = config.model.moe
-  moe.layers = 'every 2'
-  moe.expert.hidden = 128
-  byte_models.serve_as_gshard(moe)
+  config.model.moe.layers = 'every 2'
+  byte_models.serve_as_gshard(config.model.moe)
   config.evals = {byte_models.EVAL: byte_models.evaluation()}
   for slots in ROOM.values():
     config.evals[f'slots_{slots}'] = _evaluation(slots)
@@ -105,11 +100,8 @@ def measure_steps(
     ValueError: There are fewer such rows.
   """
   batch = whole_rows(run, num_rows)
-  logits, chosen = read(
-    stepping_model(run, slots),
-    run.programs.variables(state),
-    jnp.asarray(batch['tokens']),
-  )
+  model, tokens = stepping_model(run, slots), jnp.asarray(batch['tokens'])
+  logits, chosen = read(model, run.programs.variables(state), tokens)
   masks = [np.asarray(layer.kept) for layer in (chosen or {}).values()]
   return {
     'loss': routing.mean_loss(logits, batch),
@@ -124,51 +116,37 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
   """
   examples = routing.spread_rows(run, 2 * num_rows)
   is_whole = (examples['segment_ids'] == 1).all(1)
-  if (num_whole := int(is_whole.sum())) < num_rows:
-    raise InputError(
-      f'num_rows={num_rows}, but {num_whole} rows have one document'
-    )
-  chosen = np.flatnonzero(is_whole)[np.array(spread(num_whole, num_rows))]
+  if (found := int(is_whole.sum())) < num_rows:
+    raise InputError(f'num_rows={num_rows}, but {found} rows have one document')
+  chosen = np.flatnonzero(is_whole)[np.array(spread(found, num_rows))]
   return {key: value[chosen] for key, value in examples.items()}
 
 
 def stepping_model(run: Run, slots: int) -> Model:
   """The run's model with so many slots of an expert for the whole batch."""
-  options = run.options.filled(run.dataset.vocab_size)
-  moe = options.model.moe
-  if moe.num_experts:
-    capacity = Fixed(slots=slots) if slots else All()
+  if not run.options.model.moe.num_experts:
+    return routing.changed_model(run)
+  return routing.changed_model(
+    run,
+    capacity=Fixed(slots=slots) if slots else All(),
+    dispatch=Gather(),
+    group_size=-1,
     # The tokens of one step are of one time, so that none sees a later one.
-    moe = dataclasses.replace(
-      moe,
-      capacity=capacity,
-      dispatch=Gather(),
-      group_size=-1,
-      allow_future_leak=True,
-    )
-    model = dataclasses.replace(options.model, moe=moe)
-    options = dataclasses.replace(options, model=model)
-  return options.build()
+    allow_future_leak=True,
+  )
 
 
 def read(
   model: Model, variables: Variables, tokens: Int32[Array, 'B T']
 ) -> tuple[Float32[Array, 'B T V'], Choices]:
   """Logits at every token, and the choices of each step, token by token."""
-  model, variables = generation.prepare(
-    model, variables, batch_size=len(tokens)
-  )
   B, T = tokens.shape
+  model, variables = generation.prepare(model, variables, batch_size=B)
 
   def step(cache, token):
-    (logits, cache), chosen = recording(
-      model,
-      variables,
-      token[:, None],
-      jnp.ones((B, 1), bool),
-      cache,
-      method='decode',
-    )
+    inputs = token[:, None], jnp.ones((B, 1), bool), cache
+    output, chosen = recording(model, variables, *inputs, method='decode')
+    logits, cache = output
     return cache, (logits[:, 0], chosen)
 
   cache = model.make_cache(B, T)
@@ -248,9 +226,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      150, 3, underpowered='after 150 steps drops have hardly cost anything'
-    ),
+    'quick': parts.trial(150, 3, why='drops have hardly cost anything'),
     'full': Preset(650, 5),
   },
   columns=[
@@ -266,7 +242,4 @@ STUDY = Study(
   'of the claims on quality in generation were changed, and no comparison.',
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

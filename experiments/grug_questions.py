@@ -27,7 +27,7 @@ from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 
-WIDTH = 64
+WIDTH = 64  # of the model
 BASE, HALF, NO_SHARED = 'base', 'half a shared expert', 'no shared expert'
 FROZEN, SHORT, NO_Z = 'frozen router', 'base, 0.65 of its steps', 'no z-loss'
 Z_LOSS = 'router z-loss'
@@ -37,16 +37,14 @@ SAME = 0.01
 def config(steps: int):
   """The config of the base, which the other arms change."""
   config = byte_models.decoder(
-    steps, width=WIDTH, num_layers=2, num_experts=32, num_selected=4
+    steps, num_experts=32, num_selected=4, expert_hidden=48, drops=False
   )
   moe = config.model.moe
   moe.layer_reduce = 'mean'
-  moe.expert.hidden = 48
   moe.shared_expert.hidden = WIDTH
   moe.router.token_choice.update(
     gates='sigmoid', balance_bias_rate=0.01, balance_weight=0.0, z_weight=1e-3
   )
-  byte_models.drop_nothing(moe)
   return config
 
 
@@ -69,10 +67,7 @@ STUDY = Study(
   source='Ablations of grug in issues of marin (directions alone)',
   config=config,
   arms=arms,
-  presets={
-    'quick': parts.trial(100, 3, [NO_SHARED]),
-    'full': Preset(1000, 5),
-  },
+  presets={'quick': parts.trial(100, 3, [NO_SHARED]), 'full': Preset(1000, 5)},
   columns=[
     byte_models.LOSS,
     byte_models.max_violation('MaxVio'),
@@ -94,13 +89,8 @@ STUDY = Study(
     ),
   },
   figure=Figure(['loss', 'MaxVio', Z_LOSS]),
-  remarks=(
-    'The router z-loss is the mean squared logsumexp of the logits, whatever '
-    'its weight in training. All arms but one train for all steps.'
-  ),
+  remarks='The router z-loss is the mean squared logsumexp of the logits, '
+  'whatever its weight in training. All arms but one train for all steps.',
   written='2026-11-28',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -37,38 +37,34 @@ from collections.abc import Mapping
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.times import StepTime
 from moe_jax.analysis import cost
 from moe_jax.analysis.recording import header_of
-from moe_jax.analysis.routing_measures import SOURCE
 from moe_jax.layers.experts import Einsum
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 # Tokens of a group by its name in rows; -1 is the whole batch.
 GROUPS = {'32': 32, '128': 128, '512': 512, '2048': -1}
-SMALL, ROW, FOUR, BATCH = (f'GShard top-2, groups of {S}' for S in GROUPS)
+TOP2 = 'GShard top-2'
+SMALL, ROW, FOUR, BATCH = (f'{TOP2}, groups of {S}' for S in GROUPS)
 SMALL_ALL, BATCH_ALL = f'{SMALL}, all sent', f'{BATCH}, all sent'
 SERVED = 'evaluated without drops'
-MASKS = {S: f'GShard top-2, masks, groups of {S}' for S in ('32', '2048')}
+MASKS = {S: f'{TOP2}, masks, groups of {S}' for S in ('32', '2048')}
 TIMED = [BATCH, SMALL, *MASKS.values()]
 DROPPED, SECOND, UNSERVED = 'dropped', 'second served', 'without expert'
 DOMAIN, PRODUCTS, TIME = 'domain', 'masks / experts', 'step time / 2048'
 SAME = 0.02
+ON_CPU = 'Measured on a CPU, whose ratio is not that of an accelerator.'
 _NO_DROPS = 'no_drops'
 _BATCHES = 10  # number of batches of each domain
 
 
 def config(steps: int):
   """The config that the arms share, in groups of one row."""
-  config = domains.decoder(
-    steps, num_layers=2, num_experts=16, num_selected=2, hidden=256
-  )
-  moe = config.model.moe
-  moe.expert.hidden = 128
-  moe.group_size = 128
-  byte_models.serve_as_gshard(moe)
+  config = domains.decoder(steps, num_experts=16, expert_hidden=128)
+  config.model.moe.group_size = 128
+  byte_models.serve_as_gshard(config.model.moe)
   config.evals[_NO_DROPS] = byte_models.no_drops()
   return config
 
@@ -90,9 +86,7 @@ def arms(_: Preset) -> list[Arm]:
     Arm(SMALL_ALL, {size: 32, **send_all}),
     Arm(BATCH_ALL, {size: -1, **send_all}),
     Arm('no drops', {size: -1, **byte_models.DROPLESS}),
-    *(
-      Arm(f'GShard top-2, groups of {S}', {size: n}) for S, n in GROUPS.items()
-    ),
+    *(Arm(f'{TOP2}, groups of {S}', {size: n}) for S, n in GROUPS.items()),
   ]
 
 
@@ -112,9 +106,9 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   layers, measures = {}, {}
   if not isinstance(model.stacks.moe.dispatch, Einsum):
     layers = routing.last_layers(run, state, _BATCHES, mixed=True)
-  domain = routing.fractions(layers, domain=SOURCE)
+  domain = routing.fractions(layers, 'domain')
   for number, info in header_of(run).layers.items():
-    shares = measures[f'layer_{number}'] = {}
+    shares = measures[number] = {}
     if slots := info.capacity:
       shares['masks'] = 4 * info.num_experts * slots * width / experts
     if layer := layers.get(number):
@@ -130,9 +124,8 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   for name, runs in results.items():
     timed_alone = name in MASKS.values()
     shown = [c for c in COLUMNS if not timed_alone or c.name == PRODUCTS]
-    values = parts.row_of(name, runs, shown).values
     seconds = {TIME: [*times[name].ratios]} if name in times else {}
-    table.append(Row(name, {**values, **seconds}))
+    table.append(parts.row_of(name, runs, shown).plus(seconds))
     if name in (SMALL, BATCH, BATCH_ALL):
       served = [run[f'eval/{_NO_DROPS}/loss'] for run in runs]
       table.append(Row(f'{name}, {SERVED}', {'loss': served}))
@@ -163,8 +156,7 @@ STUDY = Study(
   claims={
     **{
       f'smaller groups drop more: {small} tokens against {large}': (
-        f'dropped: GShard top-2, groups of {small} > '
-        f'GShard top-2, groups of {large}'
+        f'dropped: {TOP2}, groups of {small} > {TOP2}, groups of {large}'
       )
       for small, large in itertools.pairwise(GROUPS)
     },
@@ -186,12 +178,10 @@ STUDY = Study(
     ),
     'sampling serves fewer': f'{SECOND}: {BATCH} < {BATCH_ALL}',
     'masks take longer in larger groups': Claim(
-      f'{TIME}: {MASKS["2048"]} > {MASKS["32"]}',
-      note='Measured on a CPU, whose ratio is not that of an accelerator.',
+      f'{TIME}: {MASKS["2048"]} > {MASKS["32"]}', note=ON_CPU
     ),
     'in a group of the batch masks take longer than gathered rows': Claim(
-      f'{TIME}: {MASKS["2048"]} > {BATCH}',
-      note='Measured on a CPU, whose ratio is not that of an accelerator.',
+      f'{TIME}: {MASKS["2048"]} > {BATCH}', note=ON_CPU
     ),
   },
   measure=measure,
@@ -207,7 +197,4 @@ STUDY = Study(
   tasks=domains.TASKS,
   written='2026-11-29',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

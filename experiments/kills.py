@@ -103,9 +103,8 @@ class Work:
       processes = self.start(folder, attempt, fatal)
       seconds = draw.uniform(0.1, 1) * self.seconds
       deadline = time.monotonic() + (600 if alone or by_rename else seconds)
-      while len(processes.running()) == len(processes.all):
-        if time.monotonic() > deadline:
-          break
+      count = len(processes.all)
+      while len(processes.running()) == count and time.monotonic() < deadline:
         time.sleep(0.005)
       codes = [process.poll() for process in processes.all]
       if None in codes and not by_rename and not alone:
@@ -145,9 +144,8 @@ def training(
 
   def start_training(workdir, attempt, fatal):
     program = ['-c', FATAL, str(fatal), 'experiments.soaking.soak_run']
-    return soak_disturbances.start_run(
-      workdir, {**spec, 'attempt': attempt}, count, program=program
-    )
+    own = {**spec, 'attempt': attempt}
+    return soak_disturbances.start_run(workdir, own, count, program=program)
 
   def result(workdir):
     end = soak_evidence.outcome(workdir)
@@ -264,11 +262,7 @@ def kill(folder: pathlib.Path, kills: int, seed: int) -> list[str]:
       for line in soak_evidence.witnessed(workdir):
         if 'step' in line:
           steps.setdefault(line['attempt'], line['time'])
-      seconds += [
-        steps[attempt + 1] - killed_at
-        for attempt, killed_at in killed
-        if attempt + 1 in steps
-      ]
+      seconds += [steps[i + 1] - then for i, then in killed if i + 1 in steps]
     counts = f'{tally.counts.total()} kills, {len(tally.faults)} faults'
     print(f'{counts}; {work.name}: {len(killed)}', flush=True)
   print(f'kills: {soak_evidence.describe(tally)}')

@@ -36,7 +36,7 @@ from typing import Any
 
 from experiments.launching import job_files
 from experiments.launching import processes as processes_lib
-from experiments.launching.processes import Command
+from experiments.launching.processes import DONE, FAILED, Command, run_all
 from moe_jax import cli
 from moe_jax.errors import InputError
 from moe_jax.items import LOG, Item, add_sweep, check, last_message, swept
@@ -93,10 +93,8 @@ def make_command(
     if processes == 1:
       return [command]
     address = f'127.0.0.1:{processes_lib.free_port()}'
-    together = [f'--coordinator={address}', f'--num_processes={processes}']
-    return [
-      [*command, *together, f'--process_id={i}'] for i in range(processes)
-    ]
+    flags = [f'--coordinator={address}', f'--num_processes={processes}']
+    return [[*command, *flags, f'--process_id={i}'] for i in range(processes)]
 
   devices = {'JAX_PLATFORMS': 'cpu'}
   devices['JAX_NUM_CPU_DEVICES'] = str(devices_per_process)
@@ -114,11 +112,9 @@ def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
   lines = []
   for command in commands:
     lines.append(f'{outcomes[command.name]:12}{command.name}')
-    if outcomes[command.name] == processes_lib.FAILED:
+    if outcomes[command.name] == FAILED:
       ends = {log: last_message(log) for log in command.logs}
-      own_logs = [
-        log for log, end in ends.items() if end.startswith('moe_jax:')
-      ]
+      own_logs = [x for x, end in ends.items() if end.startswith('moe_jax:')]
       # When one process is lost, the others' logs end with errors that only
       # say so: prefer the logs that end with a message of this package.
       for log in own_logs or ends:
@@ -227,28 +223,23 @@ def main(argv: Sequence[str] | None = None) -> int:
   check(items)
   if options.to != LOCAL:
     return job_files.run(items, options)
-  environments = processes_lib.places(
-    options.workers, options.accelerator, options.devices
-  )
-  commands = [
-    make_command(item, options.processes, options.devices_per_process)
-    for item in items
-  ]
+  places = options.workers, options.accelerator, options.devices
+  environments = processes_lib.places(*places)
+  sizes = options.processes, options.devices_per_process
+  commands = [make_command(item, *sizes) for item in items]
   print_now = functools.partial(print, flush=True)
   outcomes, missing = {}, []
   for item, command in zip(items, commands, strict=True):
     if item.is_finished():
       print_now(f'{command.name}: finished before')
-      outcomes[command.name] = processes_lib.DONE
+      outcomes[command.name] = DONE
     else:
       missing.append(command)
-  outcomes |= processes_lib.run_all(
-    missing, environments, options.grace_seconds, print_now
-  )
+  outcomes |= run_all(missing, environments, options.grace_seconds, print_now)
   print(summary(commands, outcomes))
-  if processes_lib.FAILED in outcomes.values():
+  if FAILED in outcomes.values():
     return 1
-  return 0 if set(outcomes.values()) <= {processes_lib.DONE} else 130
+  return 0 if set(outcomes.values()) <= {DONE} else 130
 
 
 if __name__ == '__main__':

@@ -34,14 +34,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command, parts, routing
+from experiments.study import byte_models, command, parts, routing, tables
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.times import StepTime
 from moe_jax.shapes import Int
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 BLOCKS, FACTORS = (8, 32, 128), (1, 1.5, 2)
 # Ways of serving a routing, by the part of the metrics' names for each.
@@ -75,9 +74,7 @@ SAME_TIME = f'{slotted(1)}, in the time of dropless'
 
 def config(steps: int):
   """The config that the arms share; a group is the whole batch."""
-  config = byte_models.decoder(
-    steps, hidden=HIDDEN, num_layers=2, num_experts=MANY
-  )
+  config = byte_models.decoder(steps, hidden=HIDDEN, num_experts=MANY)
   moe = config.model.moe
   moe.layer_reduce = 'mean'
   moe.router.token_choice.update(balance_weight=0.1, z_weight=0.0)
@@ -99,27 +96,19 @@ def arms(preset: Preset) -> list[Arm]:
   ]
 
 
-def in_blocks(load: Int[np.ndarray, ' E'], block: int) -> float:
-  """Rows for each choice, if every expert's are a multiple of `block`."""
-  return float((-(-load // block) * block).sum() / load.sum())
-
-
-def dropped(load: Int[np.ndarray, ' E'], slots: int) -> float:
-  """Share of choices for which an expert of so many slots has no room."""
-  return float(np.maximum(load - slots, 0).sum() / load.sum())
-
-
 def rows_and_drops(
   load: Int[np.ndarray, ' E'],
 ) -> dict[str, tuple[float, float]]:
   """Rows for each choice, and the share that is dropped, by way of serving."""
-  mean = load.sum() / len(load)
-  slots = {factor: int(np.ceil(factor * mean)) for factor in FACTORS}
-  return {
-    **{f'blocks_{b}': (in_blocks(load, b), 0.0) for b in BLOCKS},
-    'fullest': (float(load.max() / mean), 0.0),
-    **{f'slots_{f}': (n / mean, dropped(load, n)) for f, n in slots.items()},
-  }
+  total, mean = load.sum(), load.sum() / len(load)
+  served = {'fullest': (float(load.max() / mean), 0.0)}
+  for b in BLOCKS:  # every expert's rows are a multiple of the block
+    served[f'blocks_{b}'] = float((-(-load // b) * b).sum() / total), 0.0
+  for factor in FACTORS:
+    slots = int(np.ceil(factor * mean))
+    lost = float(np.maximum(load - slots, 0).sum() / total)
+    served[f'slots_{factor}'] = slots / mean, lost
+  return served
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -137,9 +126,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   measures = {}
   for number, layer in routing.last_layers(run, state, _BATCHES).items():
     batch_tokens = layer.header.batch_size * layer.length
-    by_batch = [
-      rows_and_drops(load) for load in routing.loads(layer, batch_tokens)
-    ]
+    by_batch = [rows_and_drops(x) for x in routing.loads(layer, batch_tokens)]
     for way in WAYS:
       rows, lost = np.mean([shares[way] for shares in by_batch], 0)
       shares = {'rows': float(rows), 'dropped': float(lost)}
@@ -151,19 +138,14 @@ def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
   """Rows of trained models, of one at equal time, and of ways to serve."""
   trained_rows = []
   for name, runs in results.items():
-    values = {c.name: [c.of(run) for run in runs] for c in COLUMNS[:2]}
-    if name in times:
-      values['step time'] = list(times[name].ratios)
-    trained_rows.append(Row(name, values))
+    seconds = {'step time': [*times[name].ratios]} if name in times else {}
+    trained_rows.append(parts.row_of(name, runs, COLUMNS[:2]).plus(seconds))
   by_length = [
     [byte_models.LOSS.of(run) for run in results[slotted(1, length)]]
     for length in LENGTHS
   ]
-  ratios = np.resize(times[dropless(MANY)].ratios, len(by_length[0]))
-  losses = [
-    float(np.interp(np.log(ratio), np.log(LENGTHS), seed_losses))
-    for ratio, *seed_losses in zip(ratios, *by_length, strict=True)
-  ]
+  ratios = times[dropless(MANY)].ratios
+  losses = tables.at_length(ratios, LENGTHS, by_length)
   return [
     *trained_rows,
     Row(SAME_TIME, {byte_models.LOSS.name: losses}),
@@ -194,10 +176,8 @@ CLAIMS = {
     for E in (FEW, MANY)
   },
   **{
-    f'more experts pad more: {way}': (
-      f'rows: 32 experts, {way} > 8 experts, {way}'
-    )
-    for way in ('blocks of 32', 'slots of the fullest')
+    f'more experts pad more: {x}': f'rows: 32 experts, {x} > 8 experts, {x}'
+    for x in ('blocks of 32', 'slots of the fullest')
   },
   'more experts drop more at one slot a choice': (
     'would drop: 32 experts, 1 slots a choice > 8 experts, 1 slots a choice'
@@ -226,9 +206,7 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(
-      100, 3, underpowered='after 100 steps drops have hardly cost anything'
-    ),
+    'quick': parts.trial(100, 3, why='drops have hardly cost anything'),
     'full': Preset(400, 5, burst_for_each_seed=True),
   },
   columns=COLUMNS,
@@ -240,7 +218,4 @@ STUDY = Study(
   'of the dropless models, which were trained without blocks or slots.',
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -26,21 +26,14 @@ four more seeds were then added, on 2026-11-30, to be run with the others anew.
 The runs of all nine took 69 core minutes.
 """
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments.study import byte_models, command, parts
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-  Start,
-)
+import numpy as np
+
+from experiments.study import byte_models, command, finetuned, parts
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.whole_run import bytes_in_memory
@@ -68,24 +61,14 @@ TAUGHT = 'prune by REAP, 75 %, distilled'
 
 def config(steps: int):
   """The config of training."""
-  config = byte_models.decoder(
-    steps, num_experts=EXPERTS, num_selected=2, width=64
-  )
-  moe = config.model.moe
-  moe.expert.hidden = 128
-  moe.router.token_choice.gates = 'renormalized'
-  byte_models.drop_nothing(moe)
+  sizes = dict(num_layers=4, num_experts=EXPERTS, num_selected=2)
+  config = byte_models.decoder(steps, **sizes, expert_hidden=128, drops=False)
+  config.model.moe.router.token_choice.gates = 'renormalized'
   return config
 
 
 def merged(
-  run: pathlib.Path,
-  new: pathlib.Path,
-  *,
-  left: int,
-  batches: int,
-  group_by: str,
-  rule: str,
+  run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int, **how: str
 ) -> Mapping[str, float]:
   """Merges the experts of a run, as a change of an arm.
 
@@ -94,10 +77,10 @@ def merged(
     new: The folder of the new one.
     left: The number of experts that stay in each layer.
     batches: The number of batches on which experts are measured.
-    group_by: Name of the quantity by which experts are compared.
-    rule: The rule of grouping.
+    **how: Name `group_by` of the quantity by which experts are compared, and
+      `rule` of grouping.
   """
-  method = functools.partial(merge.merge, group_by=group_by, rule=rule)
+  method = functools.partial(merge.merge, **how)
   return _smaller(run, new, left, batches, method)
 
 
@@ -137,22 +120,16 @@ def _smaller(run, new, left, batches, method) -> dict[str, float]:
   }
 
 
-def starts(_: Preset) -> list[Start]:
+def starts(_: Preset) -> list[parts.Start]:
   """The run that all arms make smaller, and one that is trained on."""
-  change = functools.partial(
-    pruned, left=LEFT[75], batches=BATCHES, score='reap'
-  )
-  return [Start(TRAINED), Start(PRUNED, start=TRAINED, change=change)]
+  how = functools.partial(pruned, left=LEFT[75], batches=BATCHES, score='reap')
+  return [parts.Start(TRAINED), parts.Start(PRUNED, start=TRAINED, change=how)]
 
 
 def trained_on(preset: Preset) -> list[Arm]:
   """The arms that go on from the whole run, and from a pruned one."""
   steps = max(preset.steps // 10, 1)
-  shared = {
-    'total_steps': steps,
-    'log_every_steps': steps,
-    'optimizer.schedule.warmup_steps': steps // 10,
-  }
+  shared = finetuned.length(steps, log_every=steps)
   small = shared | {'model.moe.num_experts': LEFT[75]}
   taught = small | {'distill.start': 'none'}
   return [
@@ -171,18 +148,13 @@ def made_smaller() -> list[Arm]:
     f'prune by {score}': functools.partial(pruned, score=score.lower())
     for score in ('usage', 'gate', 'REAP')
   }
-  return [
-    Arm(
-      f'{method}, {removed} %',
-      {},
-      line=method,
-      x=removed,
-      start=TRAINED,
-      change=functools.partial(change, left=num_left, batches=BATCHES),
-    )
-    for method, change in changes.items()
-    for removed, num_left in LEFT.items()
-  ]
+  all_arms = []
+  for method, change in changes.items():
+    for removed, left in LEFT.items():
+      how = functools.partial(change, left=left, batches=BATCHES)
+      name = f'{method}, {removed} %'
+      all_arms.append(Arm(name, {}, method, removed, TRAINED, how))
+  return all_arms
 
 
 def rows(results: parts.Results) -> list[Row]:
@@ -196,13 +168,10 @@ def rows(results: parts.Results) -> list[Row]:
   all_bytes = [100.0] * len(whole)
 
   def row(arm: Arm, base: list[float], sizes: list[float]) -> Row:
-    row = parts.row_of(
-      arm.name, results[arm.name], [loss, UNUSED], arm.line, arm.x
-    )
-    pairs = zip(row.values[loss.name], base, strict=True)
-    added = [after - before for after, before in pairs]
-    more = {ADDED.name: added, BYTES.name: sizes}
-    return dataclasses.replace(row, values={**row.values, **more})
+    runs = results[arm.name]
+    row = parts.row_of(arm.name, runs, [loss, UNUSED], arm.line, arm.x)
+    added = np.subtract(row.values[loss.name], base).tolist()
+    return row.plus({ADDED.name: added, BYTES.name: sizes})
 
   small = [*map(BYTES.of, results[PRUNED])]
   return [
@@ -262,14 +231,12 @@ def by_similarity(better: str, worse: str) -> parts.Claims:
 
   No paper has a number for columns of the router.
   """
-  published, note = [], ''
+  cells, note = [], ''
   if worse != 'router':
-    published = [f'hcsmoe2024/similarity/{n}/score' for n in (better, worse)]
+    cells = [f'hcsmoe2024/similarity/{n}/score' for n in (better, worse)]
     note = 'The papers remove a quarter, and have scores of tasks.'
   text = f'merging by {better} is better than by {worse}'
-  return claims(
-    text, f'merge by {better}', f'merge by {worse}', published, note
-  )
+  return claims(text, f'merge by {better}', f'merge by {worse}', cells, note)
 
 
 CLAIMS = {
@@ -316,7 +283,4 @@ STUDY = Study(
   'at the full learning rate; what they add is compared with the whole run '
   'that is trained on as well.',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -25,33 +25,26 @@ from collections import defaultdict
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Claim, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
+from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
-from moe_jax.analysis.routing_measures import (
-  layers_of,
-  persistence,
-  uniform_repeats,
-)
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 HIDDEN, EXPERTS, SELECTED = 256, 8, 2
 # Layers by name; the rows of each layer are of the arm 'top-2'.
 LAYERS = {'first layer': 0, 'middle layer': 2, 'last layer': 4}
 # Shares of repeats if all pairs of experts were equally likely, in %.
-FIRST_CHANCE, EITHER_CHANCE = (
-  100 * share for share in uniform_repeats(EXPERTS, SELECTED)
-)
+CHANCES = routing_measures.uniform_repeats(EXPERTS, SELECTED)
+FIRST_CHANCE, EITHER_CHANCE = (100 * share for share in CHANCES)
 _BATCHES = 10  # number of measured batches of each domain
 
 
 def config(steps: int):
   """The config that the arms share: all five layers are sparse."""
   config = domains.decoder(
-    steps, hidden=HIDDEN, num_layers=5, num_experts=EXPERTS
+    steps, hidden=HIDDEN, num_layers=5, num_experts=EXPERTS, drops=False
   )
   config.model.moe.layer_reduce = 'mean'
-  byte_models.drop_nothing(config.model.moe)
   return config
 
 
@@ -80,9 +73,10 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       by_domain[subset].append(record)
   measures = {}
   for domain, records in by_domain.items():
-    layers = layers_of(header, records, seed=run.options.seed)
+    seed = run.options.seed
+    layers = routing_measures.layers_of(header, records, seed=seed)
     for layer, choices in layers.items():
-      repeats = persistence(choices)
+      repeats = routing_measures.persistence(choices)
       measures[f'layer_{layer}/{domain}'] = {
         'first': repeats.first,
         'first_above': repeats.first - repeats.first_chance,
@@ -96,16 +90,12 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 def rows(results: parts.Results) -> list[Row]:
   """A row for each layer of the first arm, domain in the middle, and arm."""
-  layer_keys = {
-    f'top-2, {name}': f'layer_{i}/all' for name, i in LAYERS.items()
-  }
-  layer_keys |= {
-    f'top-2, middle layer, {domain}': f'layer_{LAYERS["middle layer"]}/{domain}'
-    for domain in domains.DOMAINS
-  }
+  keys = {name: f'layer_{i}/all' for name, i in LAYERS.items()}
+  for domain in domains.DOMAINS:
+    keys[f'middle layer, {domain}'] = f'layer_{LAYERS["middle layer"]}/{domain}'
   layer_rows = [
-    routing.row_at(name, results['top-2'], COLUMNS, layer_key)
-    for name, layer_key in layer_keys.items()
+    routing.row_at(f'top-2, {name}', results['top-2'], COLUMNS, key)
+    for name, key in keys.items()
   ]
   return layer_rows + [
     routing.row_at(name, runs, COLUMNS, 'layer_*/all')
@@ -191,7 +181,4 @@ STUDY = Study(
   tasks=domains.TASKS,
   written='2026-11-28',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

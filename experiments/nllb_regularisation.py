@@ -30,20 +30,11 @@ minutes on two idle cores; its runs took 110 core minutes. The claims were
 written before any run.
 """
 
-import ml_collections
 import numpy as np
 
 from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.configs import base
@@ -56,28 +47,27 @@ LARGE, SMALL = ('de', 'es', 'fr', 'ru'), ('am', 'ig', 'kab', 'lb', 'my', 'udm')
 NEW, LEARNED = 'languages', 'learned'
 DENSE, MOE, CURRICULUM = 'dense', 'MoE', 'MoE, curriculum'
 LARGE_ALONE = 'MoE, large languages alone'
+TEXTS = 'texts of django from English into ten languages of uneven size, bytes'
 _DROPOUT, _MASKING = 'model.dropout', 'model.moe.output_masking'
 _RATE = 'optimizer.schedule'
 DROPOUTS, MASKINGS = (0.1, 0.3), (0.1, 0.2)
 BEST = 'MoE, dropout 0.3, masking 0.1'
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config of the sparse model on all languages."""
-  config = byte_models.decoder(steps, num_layers=2, num_selected=2)
+  # Two experts are as wide as a dense layer.
+  config = byte_models.decoder(steps, num_selected=2, expert_hidden=128)
   config.batch_size = 16
   config.data.task.kind = 'seq2seq'
   config.data.seq_len = config.data.target_len = 64
   mixture = config.data.mixture
   for language in (*LARGE, *SMALL):
     mixture.sources[language] = base.source(GettextSource(language))
-  mixture.rule = 'temperature'
-  mixture.temperature = 3.0
+  mixture.update(rule='temperature', temperature=3.0)
   m = config.model
-  m.kind = 'encoder_decoder'
-  m.positions.kind = 'relative'
+  m.kind, m.positions.kind = 'encoder_decoder', 'relative'
   m.moe.layers = 'every 2'
-  m.moe.expert.hidden = 128  # two of them are a dense layer's 256
   m.moe.router.token_choice.gates = 'renormalized'
   m.moe.capacity.per_assignment.factor = 2.0
   config.evals = {
@@ -92,14 +82,14 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return layered(RunConfig, config, rate)
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(preset: Preset) -> list[parts.Start]:
   """The sparse model on large languages, at a rate that does not fall."""
   changes = {
     'data.mixture.held_out': ','.join(SMALL),
     'total_steps': preset.start_steps,
     f'{_RATE}.decay_fraction': 0.0,
   }
-  return [Start(LARGE_ALONE, overrides=changes)]
+  return [parts.Start(LARGE_ALONE, overrides=changes)]
 
 
 def masked(rate: float) -> str:
@@ -155,7 +145,7 @@ def rows(results: parts.Results) -> list[Row]:
     if name != LARGE_ALONE:
       small, learned = (means(runs, x, SMALL) for x in (NEW, LEARNED))
       values = {FEW: small, MANY: means(runs, NEW, LARGE), FEW_LEARNED: learned}
-      values[GAP] = [a - b for a, b in zip(small, learned, strict=True)]
+      values[GAP] = np.subtract(small, learned).tolist()
       values[ALL] = [*map(COLUMNS[-1].of, runs)]
       table.append(Row(name, values))
   return table
@@ -223,20 +213,10 @@ STUDY = Study(
   progress=ALL,
   claims=claims(),
   figure=Figure([FEW, MANY, GAP]),
-  remarks=(
-    'Losses are means over languages of the loss of the translations. Small '
-    f'languages: {", ".join(SMALL)}; large ones: {", ".join(LARGE)}. The gap '
-    'is the loss of new text less that of the text that was learned from.'
-  ),
-  tasks={
-    'translations': Task(
-      {},
-      'texts of django from English into ten languages of uneven size, bytes',
-    )
-  },
+  remarks='Losses are means over languages of the loss of the translations. '
+  f'Small languages: {", ".join(SMALL)}; large ones: {", ".join(LARGE)}. The '
+  'gap is the loss of new text less that of the text that was learned from.',
+  tasks={'translations': Task({}, TEXTS)},
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -44,28 +44,21 @@ import numpy as np
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
-from moe_jax.analysis.routing_measures import (
-  Information,
-  Layer,
-  drop_rates,
-  joint_counts,
-  layers_of,
-)
+from moe_jax.analysis.routing_measures import Information, Layer, layers_of
 from moe_jax.analysis.traces import Header, Record
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing import even_choice
 from moe_jax.shapes import Bool, Int
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 # Checkpoints that are compared with the end, in % of the run.
 EARLY = (0, 10, 20, 50)
 QUARTERS = 4
 # Labels besides the token id that the expert may depend on.
-OTHER_LABELS = ('context', 'position', 'domain')
+OTHERS = ('context', 'position', 'domain')
 # Number of batches of each source, at the end and at earlier checkpoints.
 _BATCHES, _EARLY_BATCHES = 10, 2
 _SHUFFLES = 8
@@ -78,9 +71,7 @@ def config(steps: int):
   """The config that the arms share; its groups are single sequences."""
   config = domains.decoder(steps, hidden=HIDDEN, num_layers=4)
   moe = config.model.moe
-  moe.layers = 'every 2'
-  moe.group_size = 0
-  moe.layer_reduce = 'mean'
+  moe.update(layers='every 2', group_size=0, layer_reduce='mean')
   moe.capacity.per_assignment.factor = TRAINED
   moe.router.token_choice.update(balance_weight=0.02, z_weight=1e-4)
   room = {'capacity': {'per_assignment': {'factor': EVALUATED}}}
@@ -129,22 +120,14 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   }
   layers = layers_of(header, recorded)
   over_time, measures = changes(header, history), {}
-  shares = routing.fractions(
-    layers,
-    token=routing_measures.TOKEN,
-    position=routing_measures.POSITION,
-    domain=routing_measures.SOURCE,
-  )
+  shares = routing.fractions(layers, 'token', 'position', 'domain')
   for number, of_layer in shares.items():
     of_layer['context'] = context(recorded, number).fraction
-    for label in OTHER_LABELS:
+    for label in OTHERS:
       of_layer[f'token_less_{label}'] = of_layer['token'] - of_layer[label]
     moe = routing.evaluation_of(run).model.stacks.moe_of(number)
-    measures[f'layer_{number}'] = {
-      **of_layer,
-      **over_time[number],
-      **drops(layers[number], recorded, number, moe),
-    }
+    served = drops(layers[number], recorded, number, moe)
+    measures[number] = {**of_layer, **over_time[number], **served}
   return routing.named(measures)
 
 
@@ -179,16 +162,16 @@ def where_known(
   _, pair = np.unique(np.stack([condition, label]), axis=1, return_inverse=True)
   pair, grouped = pair.reshape(-1), np.argsort(condition, kind='stable')
   shape = int(pair.max()) + 1, int(expert.max()) + 1
+  count = routing_measures.joint_counts
 
   def shuffled() -> Int[np.ndarray, 'pairs E']:
     permuted = np.empty_like(expert)
-    permuted[grouped] = expert[
-      np.lexsort((rng.random(len(condition)), condition))
-    ]
-    return joint_counts(pair, permuted, shape)
+    order = np.lexsort((rng.random(len(condition)), condition))
+    permuted[grouped] = expert[order]
+    return count(pair, permuted, shape)
 
-  table = joint_counts(pair, expert, shape)
   shuffles = (shuffled() for _ in range(_SHUFFLES))
+  table = count(pair, expert, shape)
   return routing_measures.information_of(table, shuffles)
 
 
@@ -214,15 +197,12 @@ def changes(
     for share in EARLY:
       early_tokens = favourites[routing.nearest(steps, share)][layer].by_token
       same = early_tokens.argmax(1) == last_tokens.argmax(1)
-      measures[f'agreement_{share}'] = float(
-        np.average(same, weights=last_tokens.sum(1))
-      )
-    begin, end = (
-      float(
-        np.mean([x[layer] for n, x in churn.items() if (2 * n > last) == late])
-      )
-      for late in (False, True)
-    )
+      agreement = np.average(same, weights=last_tokens.sum(1))
+      measures[f'agreement_{share}'] = float(agreement)
+    halves = [], []
+    for step, changed in churn.items():
+      halves[2 * step > last].append(changed[layer])
+    begin, end = (float(np.mean(half)) for half in halves)
     measures |= {'churn_early': begin, 'churn_late': end}
     measures['churn_ends'] = begin - end
   return numbers
@@ -244,16 +224,14 @@ def drops(
   rng = np.random.default_rng(0)
   by_row = np.concatenate(
     [
-      in_random_order(
-        record.layers[number].expert, record.documents > 0, moe, rng
-      )
-      for record in records
+      in_random_order(r.layers[number].expert, r.documents > 0, moe, rng)
+      for r in records
     ]
   )
   kept = by_row.reshape(-1, by_row.shape[-1])[layer.tokens.flat_index]
   part = routing_measures.parts_of(layer.tokens.column, layer.length, QUARTERS)
   in_order, shuffled = (
-    drop_rates(layer.expert, served, part, QUARTERS)
+    routing_measures.drop_rates(layer.expert, served, part, QUARTERS)
     for served in (layer.kept, kept)
   )
   return {
@@ -279,24 +257,18 @@ def in_random_order(
   """
   B, T = real.shape
   order = rng.permuted(np.tile(np.arange(T), (B, 1)), axis=1)
-  served = even_choice(
-    jnp.asarray(np.take_along_axis(expert, order[..., None], 1).clip(0)),
-    num_experts=moe.num_experts,
-    capacity=moe.sizes.slots(T),
-    mask=jnp.asarray(np.take_along_axis(real, order, 1)),
-  )
+  queue = np.take_along_axis(expert, order[..., None], 1).clip(0)
+  mask = jnp.asarray(np.take_along_axis(real, order, 1))
+  sizes = dict(num_experts=moe.num_experts, capacity=moe.sizes.slots(T))
+  served = even_choice(jnp.asarray(queue), **sizes, mask=mask)
   back = np.argsort(order, 1)[..., None]
   return np.take_along_axis(np.asarray(served.kept), back, 1)
 
 
 COLUMNS = [
   byte_models.LOSS,
-  *routing.columns(
-    {
-      **{label: label for label in ('token', *OTHER_LABELS)},
-      **{f'token less {x}': f'token_less_{x}' for x in OTHER_LABELS},
-    }
-  ),
+  *routing.columns({label: label for label in ('token', *OTHERS)}),
+  *routing.columns({f'token less {x}': f'token_less_{x}' for x in OTHERS}),
   *(
     parts.percent(f'agreement at {share} %', f'routing/*/agreement_{share}')
     for share in EARLY
@@ -335,7 +307,7 @@ CLAIMS = {
       f'token less {label}: {row} > 0'
     )
     for row, arm in (('top-2', ''), ('top-1', ', top-1'))
-    for label in OTHER_LABELS
+    for label in OTHERS
   },
   'most of the choice follows from the id': 'token: top-2 > 50',
   'the id decides less in the deeper layer': (
@@ -369,7 +341,7 @@ CLAIMS = {
     f'control: a random router knows nothing of the {label}': (
       f'{label}: random = 0 within 0.5'
     )
-    for label in ('token', *OTHER_LABELS)
+    for label in ('token', *OTHERS)
   },
   'control: a random router has no favourites': (
     'agreement at 20 %: random < 50'
@@ -403,7 +375,4 @@ STUDY = Study(
   'others, and only those of top-1 are the same.',
   tasks=domains.TASKS,
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -17,21 +17,14 @@ narrow, so that the metadata of an output unit are a far larger part of the bits
 a weight than in the paper.
 """
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
 
+import numpy as np
+
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax.compression.quantize import quantize
 from moe_jax.kernels.kernel_format import KernelFormat
@@ -49,7 +42,7 @@ METADATA = Column('metadata', 'metadata bits', 'bits/weight', 2)
 
 def config(steps: int):
   """The config of training: a decoder whose layers are all sparse."""
-  return byte_models.decoder(steps, num_experts=8)
+  return byte_models.decoder(steps, num_layers=4)
 
 
 def quantized(
@@ -61,9 +54,8 @@ def quantized(
   batches: int,
 ) -> Mapping[str, float]:
   """Quantises the experts of a run, as a change of an arm."""
-  return quantize(
-    run, new, KernelFormat(format), method=method, num_batches=batches
-  )
+  kernel_format = KernelFormat(format)
+  return quantize(run, new, kernel_format, method=method, num_batches=batches)
 
 
 ARMS = [
@@ -90,9 +82,8 @@ def rows(results: parts.Results) -> list[Row]:
   for arm in ARMS:
     columns = [loss, ZEROS, CODES, METADATA]
     row = parts.row_of(arm.name, results[arm.name], columns, arm.line, arm.x)
-    pairs = zip(row.values[loss.name], before, strict=True)
-    added = {ADDED.name: [after - base for after, base in pairs]}
-    table.append(dataclasses.replace(row, values={**row.values, **added}))
+    added = np.subtract(row.values[loss.name], before).tolist()
+    table.append(row.plus({ADDED.name: added}))
   return table
 
 
@@ -120,10 +111,8 @@ CLAIMS = {
   ),
   'GPTQ is better than RTN at 4 bits': 'loss: GPTQ int4 < RTN int4',
   **{
-    f'8 bits lose nothing with {name}': (
-      f'loss: {name} int8 = {TRAINED} within {SAME}'
-    )
-    for name in ('RTN', 'GPTQ')
+    f'8 bits lose nothing with {x}': f'loss: {x} int8 = {TRAINED} within {SAME}'
+    for x in ('RTN', 'GPTQ')
   },
 }
 STUDY = Study(
@@ -133,7 +122,7 @@ STUDY = Study(
   config=config,
   arms=lambda _: ARMS,
   rows=rows,
-  starts=lambda _: [Start(TRAINED)],
+  starts=lambda _: [parts.Start(TRAINED)],
   presets={'quick': Preset(500, 3), 'full': Preset(2000, 5)},
   columns=[byte_models.LOSS, ADDED, ZEROS, CODES, METADATA],
   claims=CLAIMS,
@@ -141,7 +130,4 @@ STUDY = Study(
   figure=Figure(['added loss', 'zeros'], 'bits', log_x=True),
   length=lambda preset: f'{preset.steps:,} steps, then quantised',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

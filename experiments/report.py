@@ -93,10 +93,8 @@ def read(
     for name, path in sorted(paths.items())
   ]
   if not summaries:
-    folders = ' or '.join(str(f) for f in (results, archive) if f)
-    raise InputError(
-      f'no results of a study with --preset={PRESET} in {folders}'
-    )
+    where = ' or '.join(str(f) for f in (results, archive) if f)
+    raise InputError(f'no results of a study with --preset={PRESET} in {where}')
   names: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:
     same = names.setdefault(summary['task'], {})
@@ -151,8 +149,7 @@ def today(summary: dict[str, Any]) -> dict[str, Any]:
 def redraw(summaries: Sequence[dict[str, Any]], archive: pathlib.Path) -> None:
   """Draws the figures anew."""
   for summary in summaries:
-    study = find_study(summary['name'])
-    if study is not None:
+    if study := find_study(summary['name']):
       figures.draw(study.figure, summary, archive / f'{summary["name"]}.png')
 
 

@@ -25,10 +25,9 @@ import numpy as np
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.errors import InputError
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 # Number of rows that are measured, evenly spaced over the validation split.
 _ROWS = 32
@@ -39,15 +38,14 @@ HIDDEN = 256
 
 def config(steps: int):
   """The config that the rows share; its groups are single sequences."""
-  config = byte_models.decoder(steps, hidden=HIDDEN, num_layers=2)
+  config = byte_models.decoder(steps, hidden=HIDDEN, drops=False)
   config.model.moe.group_size = 0
-  byte_models.drop_nothing(config.model.moe)
   return config
 
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each routing rule, all equal in FLOPs."""
-  leak = {'allow_future_leak': True}
+  leak, hashed = {'allow_future_leak': True}, {'router.kind': 'hash'}
   return [
     byte_models.dense(),
     top_k('top-1', 1, HIDDEN),
@@ -55,13 +53,8 @@ def arms(_: Preset) -> list[Arm]:
     expert_choice('expert choice, CF 1', 1, HIDDEN, leak),
     expert_choice('expert choice, CF 2', 2, HIDDEN, leak),
     *(
-      top_k(
-        f'hash of {source}',
-        1,
-        HIDDEN,
-        {'router.kind': 'hash', 'router.hash.of': source},
-      )
-      for source in ('token', 'bigram', 'position')
+      top_k(f'hash of {x}', 1, HIDDEN, {**hashed, 'router.hash.of': x})
+      for x in ('token', 'bigram', 'position')
     ),
     top_k('random', 1, HIDDEN, {'router.kind': 'random'}),
   ]
@@ -91,9 +84,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       f'measured in groups of one: 0, or up to data.seq_len={most}'
     )
   batch = jax.tree.map(jnp.asarray, routing.spread_rows(run, _ROWS))
-  apply = jax.jit(
-    lambda batch: model.apply(variables, **model.inputs(batch))[0]
-  )
+  apply = jax.jit(lambda rows: model.apply(variables, **model.inputs(rows))[0])
   logits, tokens = apply(batch), batch['tokens']
   half, shares = tokens.shape[1] // 2, []
   for row, other in enumerate(jnp.roll(tokens, -1, axis=0)):
@@ -188,7 +179,4 @@ STUDY = Study(
   'those tables.',
   written='2026-11-25',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -28,8 +28,8 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import kudugunta_table, merge_or_prune
 from experiments.benchmarks import timing
@@ -37,15 +37,7 @@ from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
 from experiments.study import byte_models, command, parts
 from experiments.study.jobs import layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax import data, generation, run_config
 from moe_jax.analysis import counts
@@ -103,20 +95,16 @@ def config(steps: int):
   config = kudugunta_table.config(steps)
   config.data.target_len = 128  # Cyrillic letters are two bytes
   m = config.model
-  m.dropout = 0.1
-  m.width = 128
+  m.update(dropout=0.1, width=128)
   m.ffn.hidden = 512
-  m.moe.layers = 'all'
-  m.moe.num_experts = EXPERTS
+  m.moe.update(layers='all', num_experts=EXPERTS)
   m.moe.expert.hidden = 256
   del config.evals[byte_models.EVAL]
   config.evals[SCORES] = base.entry(
     SourceScores, every_steps=0, num_questions=32, num_tokens=128
   )
-  config = base.finish(config)
-  return layered(
-    RunConfig, config, kudugunta_table.arm('token', 'task').overrides
-  )
+  routers = kudugunta_table.arm('token', 'task').overrides
+  return layered(RunConfig, base.finish(config), routers)
 
 
 def dense_twin(shared):
@@ -133,26 +121,24 @@ def _trained(shared):
   return base.finish(config)
 
 
-def starts(preset: Preset) -> list[Start]:
+def starts(preset: Preset) -> list[parts.Start]:
   """The sparse model, its dense twins, and the twin that learns from it."""
-  twice = {
-    'total_steps': 2 * preset.steps,
-    'log_every_steps': max(2 * preset.steps // 10, 1),
-  }
+  steps = 2 * preset.steps
+  twice = {'total_steps': steps, 'log_every_steps': max(steps // 10, 1)}
 
   def dense(shared):
     return dense_twin(_trained(shared))
 
   return [
-    Start(SPARSE, _trained),
-    Start(DENSE, dense),
-    Start(LONG, dense, overrides=twice),
-    Start(DISTILLED, dense, teacher=SPARSE),
+    parts.Start(SPARSE, _trained),
+    parts.Start(DENSE, dense),
+    parts.Start(LONG, dense, overrides=twice),
+    parts.Start(DISTILLED, dense, teacher=SPARSE),
   ]
 
 
 def measure(
-  folder: str | os.PathLike[str], twin: ml_collections.ConfigDict
+  folder: str | os.PathLike[str], twin: ConfigDict
 ) -> dict[str, float]:
   """Measures the model of a run of an encoder-decoder on a mixture.
 
@@ -185,27 +171,19 @@ def measure(
   num_prompts = kudugunta_table.PROMPTS
   prompts_per_task, remainder = divmod(num_prompts, len(datasets))
   if remainder:
-    raise InputError(
-      f'{num_prompts} prompts cannot be divided over {len(datasets)} tasks'
-    )
+    over = f'{len(datasets)} tasks'
+    raise InputError(f'{num_prompts} prompts cannot be divided over {over}')
   prompts, tasks = [], []
   for number, name in enumerate(described.data.tasks):
-    prompts += kudugunta_table.prompts_of(
-      datasets[name].splits['validation'], prompts_per_task
-    )
+    split = datasets[name].splits['validation']
+    prompts += kudugunta_table.prompts_of(split, prompts_per_task)
     tasks += [number] * prompts_per_task
+  inputs, generating = (run.tokenizer, prompts), kudugunta_table.generating
+  own_tasks = tasks if described.model.routes_by_task else None
   times = timing.interleave(
     {
-      'twin': kudugunta_table.generating(
-        dense, {'params': params}, run.tokenizer, prompts
-      ),
-      'own': kudugunta_table.generating(
-        run.model,
-        run.variables,
-        run.tokenizer,
-        prompts,
-        tasks if described.model.routes_by_task else None,
-      ),
+      'twin': generating(dense, {'params': params}, *inputs),
+      'own': generating(run.model, run.variables, *inputs, own_tasks),
     },
     seconds=kudugunta_table.SECONDS,
   )
@@ -279,23 +257,18 @@ def _changes() -> dict[str, parts.Change]:
     for task in LANGUAGES
   }
   for name, change in {'merged': merged, 'pruned': pruned}.items():
+    change = functools.partial(change, batches=BATCHES)
     for share, num_left in LEFT.items():
-      changes[f'{name} to {share}'] = functools.partial(
-        change, left=num_left, batches=BATCHES
-      )
-  for format in FORMATS:
-    changes[format] = functools.partial(
-      quantized, format=format, batches=BATCHES
-    )
+      changes[f'{name} to {share}'] = functools.partial(change, left=num_left)
+  change = functools.partial(quantized, batches=BATCHES)
+  changes |= {x: functools.partial(change, format=x) for x in FORMATS}
   return changes
 
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each model that is served."""
-  as_trained = [
-    Arm(f'{name}, served', {}, start=name, change=copied) for name in TRAINED
-  ]
-  return as_trained + [
+  trained = [Arm(f'{x}, served', {}, start=x, change=copied) for x in TRAINED]
+  return trained + [
     Arm(name, {}, start=SPARSE, change=change)
     for name, change in _changes().items()
   ]
@@ -304,23 +277,16 @@ def arms(_: Preset) -> list[Arm]:
 def rows(results: parts.Results) -> list[Row]:
   """A row for each model; those that are extracted have two together."""
   columns = (LOSS, SCORE, *SIZES)
-  table = [
-    parts.row_of(name, results[f'{name}, served'], columns) for name in TRAINED
-  ]
+  table = [parts.row_of(x, results[f'{x}, served'], columns) for x in TRAINED]
   by_language = [
     parts.row_of(task, results[extracted_name(task)], (*_of_each(task), *SIZES))
     for task in LANGUAGES
   ]
-  means, sums = (
-    {
-      c.name: f([row.values[c.name] for row in by_language], 0).tolist()
-      for c in columns
-    }
-    for f in (np.mean, np.sum)
-  )
-  together = {c.name: sums[c.name] for c in (DISK, MEMORY)}
+  values = {c.name: [x.values[c.name] for x in by_language] for c in columns}
+  means = {name: np.mean(x, 0).tolist() for name, x in values.items()}
+  sums = {c.name: np.sum(values[c.name], 0).tolist() for c in (DISK, MEMORY)}
   quality = {c.name: means[c.name] for c in (LOSS, SCORE)}
-  table += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | together)]
+  table += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | sums)]
   names = {extracted_name(task) for task in LANGUAGES}
   return table + [
     parts.row_of(name, results[name], columns)
@@ -329,6 +295,7 @@ def rows(results: parts.Results) -> list[Row]:
   ]
 
 
+_IN_ENCODER = ', so that the model loses in the encoder alone'
 _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'
 
 
@@ -339,7 +306,7 @@ def _claims() -> parts.Claims:
     'the sparse model is better than its dense twin': Claim(
       f'loss: {SPARSE} < {DENSE}',
       [f'taskmoe2021/routing/{n}/bleu' for n in ('token-target', 'dense')],
-      'The paper has BLEU, where higher is better; here it is the loss.',
+      kudugunta_table.BLEU_NOTE,
     ),
     'a twin that learns from the sparse model is better than one alone': Claim(
       f'loss: {DISTILLED} < {DENSE}',
@@ -356,24 +323,17 @@ def _claims() -> parts.Claims:
     ),
     'an extracted model generates faster': Claim(
       f'speed: {EXTRACTED} > {SPARSE}',
-      note='A question of our own: what the paper measures is the exchange of '
-      '32 devices, which extraction makes needless.',
-      changes=[
-        "Until 2026-11-28 the claim was held against the paper's throughput."
-      ],
+      note=kudugunta_table.SPEED_IS_OURS,
+      changes=kudugunta_table.SPEED_CHANGED,
     ),
     **{
       f'to prune to {share} is better than to merge': Claim(
         f'loss: pruned to {share} < merged to {share}',
         note='REAP says so of models that generate. In the decoder four '
-        f'languages use {IN_USE} of the {EXPERTS} experts at most'
-        + (
-          ', so that the model loses in the encoder alone.'
-          if num_left >= IN_USE
-          else '.'
-        ),
+        f'languages use {IN_USE} of the {EXPERTS} experts at most{alone}.',
       )
       for share, num_left in LEFT.items()
+      for alone in [_IN_ENCODER * (num_left >= IN_USE)]
     },
     'experts in 8 bits lose nothing': f'loss: int8 = {SPARSE} within {SAME}',
     'with experts in ternary codes the model is better than the dense twin': (
@@ -405,23 +365,17 @@ STUDY = Study(
   claims=_claims(),
   figure=Figure(['loss', 'chrF'], 'parameters in memory', against=MEMORY.name),
   written='2026-11-27',
-  remarks=(
-    'Sizes are those of all parameters as they are stored, float32 where '
-    'they are not in codes. Work is that of the chosen experts. The '
-    'decoding of codes is not counted. Nor are products of experts with '
-    'tokens that have not chosen them: all experts multiply all tokens '
-    'where a batch chooses most of them, which is faster than to sort its '
-    'tokens. Experts are narrow, so that scales and offsets take more of a '
-    'ternary expert than in QMoE. By construction an extracted model '
-    'computes what the whole one does for its language, but for rounding; '
-    'to serve all four languages takes four of them. The data are small: '
-    '3,151 pairs of training, which are read many times, and 183 of '
-    'validation, whose sampling error no interval over seeds contains.'
-  ),
+  remarks='Sizes are those of all parameters as they are stored, float32 where '
+  'they are not in codes. Work is that of the chosen experts. The decoding of '
+  'codes is not counted. Nor are products of experts with tokens that have not '
+  'chosen them: all experts multiply all tokens where a batch chooses most of '
+  'them, which is faster than to sort its tokens. Experts are narrow, so that '
+  'scales and offsets take more of a ternary expert than in QMoE. By '
+  'construction an extracted model computes what the whole one does for its '
+  'language, but for rounding; to serve all four languages takes four of them. '
+  'The data are small: 3,151 pairs of training, which are read many times, and '
+  '183 of validation, whose sampling error no interval over seeds contains.',
   length=lambda preset: f'{preset.steps:,} steps, then made small',
   tasks=kudugunta_table.STUDY.tasks,
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -35,13 +35,12 @@ from flax.traverse_util import path_aware_map
 from experiments import shazeer_table7
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.models import LstmLm
 from moe_jax.models.recorded import recording
 from moe_jax.runs.summary import Batch
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 E, K = 16, 4
 Variables = dict[str, Any]
@@ -118,14 +117,13 @@ def compare(
   last = batch['tokens'].shape[1] // 2 - 1
   first_weights = batch['loss_weights'].at[:, last:].set(0.0)
   first_halves = batch | {'loss_weights': first_weights}
+  loss = routing.mean_loss
   numbers = {
     'agreement': agreement(trained, inferred),
     'experts': inferred.sum(-1).mean(),
     'none': (~inferred.any(-1)).mean(),
-    'lost': routing.mean_loss(as_inferred, batch)
-    - routing.mean_loss(as_trained, batch),
-    'foreseen': routing.mean_loss(followed, first_halves)
-    - routing.mean_loss(as_trained, first_halves),
+    'lost': loss(as_inferred, batch) - loss(as_trained, batch),
+    'foreseen': loss(followed, first_halves) - loss(as_trained, first_halves),
   }
   if isinstance(model.stacks.moe.router, StrictlyBalanced):
     at_start = with_thresholds(variables, 1 / E)
@@ -139,13 +137,9 @@ def _apply(
   model: LstmLm, variables: Variables, batch: Batch, train: bool
 ) -> tuple[jax.Array, jax.Array]:
   """The logits [B, T, V], and which experts a token has, bool [B, T, E]."""
-  (logits, _), choices = recording(
-    model,
-    variables,
-    **model.inputs(batch),
-    train=train,
-    rngs={name: jax.random.key(7) for name in ('router', 'dropout')},
-  )
+  rngs = dict.fromkeys(('router', 'dropout'), jax.random.key(7))
+  inputs = model.inputs(batch) | {'train': train, 'rngs': rngs}
+  (logits, _), choices = recording(model, variables, **inputs)
   (layer,) = (choices or {}).values()
   # The index -1, of no expert, is a row of zeros.
   return logits, jax.nn.one_hot(layer.expert, E, dtype=bool).any(-2)
@@ -153,12 +147,11 @@ def _apply(
 
 def with_thresholds(variables: Variables, value: float) -> Variables:
   """The variables with all learned thresholds of the router set to `value`."""
-  return path_aware_map(
-    lambda path, leaf: (
-      jnp.full_like(leaf, value) if path[-1] == 'b_threshold' else leaf
-    ),
-    variables,
-  )
+
+  def changed(path, leaf):
+    return jnp.full_like(leaf, value) if path[-1] == 'b_threshold' else leaf
+
+  return path_aware_map(changed, variables)
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:
@@ -231,7 +224,4 @@ STUDY = Study(
   measure=measure,
   written='2026-11-26',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -32,12 +32,11 @@ import numpy as np
 
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD as SOWN_LOAD
 from moe_jax.models import Model
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 WEIGHTS = [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01)]
 WEIGHTS += [(1.0, 1.0)]
@@ -48,16 +47,14 @@ _BATCHES = 20
 def config(steps: int):
   """The config that the rows share."""
   config = byte_models.decoder(
-    steps, num_layers=2, num_experts=32, num_selected=2
+    steps, num_experts=32, num_selected=2, expert_hidden=128, drops=False
   )
   moe = config.model.moe
   moe.layer_reduce = 'mean'
-  moe.expert.hidden = 128
   moe.router.kind = 'noisy_top_k'
   moe.router.noisy_top_k.update(
     gates='renormalized', balance_weight=0.0, z_weight=0.0
   )
-  byte_models.drop_nothing(moe)
   return config
 
 
@@ -78,21 +75,16 @@ def balance(model: Model):
 
   @functools.partial(jax.jit, static_argnames='train')
   def numbers(variables, batch, key, train):
-    (_, aux), collections = model.apply(
-      variables,
-      **model.inputs(batch),
-      train=train,
-      rngs={'router': key, 'dropout': key},
-      mutable=['intermediates'],
-    )
-    layers = model.stacks.layer_trees(collections['intermediates'])
-    load = jnp.stack(
-      [sown(layers[i])[SOWN_LOAD][0] for i in model.stacks.sparse_layers]
-    )  # [L, E], as all tokens of a batch are one group
+    options = {'train': train, 'rngs': {'router': key, 'dropout': key}}
+    inputs = model.inputs(batch) | options
+    (_, aux), tree = model.apply(variables, **inputs, mutable=['intermediates'])
+    layers = model.stacks.layer_trees(tree['intermediates'])
+    sown_layers = [sown(layers[i]) for i in model.stacks.sparse_layers]
+    # [L, E], as all tokens of a batch are one group.
+    load = jnp.stack([values[SOWN_LOAD][0] for values in sown_layers])
     importance = (aux.importance_loss / aux.stats.tokens) ** 0.5
-    over_mean, counted = (
-      x / x.mean(-1, keepdims=True) for x in (load, aux.stats.load)
-    )
+    loads = load, aux.stats.load
+    over_mean, counted = (x / x.mean(-1, keepdims=True) for x in loads)
     largest = [x.max(-1) for x in (over_mean, counted)]
     return jnp.stack([importance, over_mean.std(-1), *largest])
 
@@ -112,13 +104,9 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     key = jax.random.key(i)
     noisy.append(numbers_of(variables, batch, key, train=True))
     quiet.append(numbers_of(variables, batch, key, train=False)[3])
-  importance, load, largest, _ = np.mean(noisy, axis=(0, 2))
-  return {
-    'cv_importance': float(importance),
-    'cv_load': float(load),
-    'max_over_mean': float(largest),
-    'counted_max_over_mean': float(np.mean(quiet)),
-  }
+  names = ('cv_importance', 'cv_load', 'max_over_mean')
+  measures = dict(zip(names, np.mean(noisy, axis=(0, 2)).tolist()))
+  return {**measures, 'counted_max_over_mean': float(np.mean(quiet))}
 
 
 IMPORTANCE = 'CV(Importance) of a batch'
@@ -131,14 +119,14 @@ PUBLISHED = {
   LOAD: 'cv_load',
   LARGEST: 'max_over_mean',
 }
+SHORT = 'the row without losses is in balance for some 800 steps'
 NONE, TENTH = '(0.0, 0.0)', '(0.1, 0.1)'
 
 
 def claim(column: str, smaller: str, larger: str) -> Claim:
   """A claim that a number of one row of the paper's is below another row's."""
-  cells = [
-    f'shazeer2017/table6/{row}/{PUBLISHED[column]}' for row in (smaller, larger)
-  ]
+  rows = [f'shazeer2017/table6/{row}' for row in (smaller, larger)]
+  cells = [f'{row}/{PUBLISHED[column]}' for row in rows]
   return Claim(f'{column}: {smaller} < {larger}', cells)
 
 
@@ -149,12 +137,7 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(
-      400,
-      3,
-      {'model.moe.num_experts': 16},
-      underpowered='the row without losses is in balance for some 800 steps',
-    ),
+    'quick': Preset(400, 3, {'model.moe.num_experts': 16}, underpowered=SHORT),
     'full': Preset(1200, 5),
   },
   columns=[
@@ -179,21 +162,16 @@ STUDY = Study(
     'more weight, lower largest load': claim(LARGEST, '(1.0, 1.0)', TENTH),
     'a weight of 1 still lowers perplexity': claim('loss', '(1.0, 1.0)', NONE),
   },
-  remarks=(
-    'Columns "of a batch" are of single training batches, averaged over 20 '
-    'of them and over layers, as in the paper; Load is the expected number '
-    'of choices (Eq. 10). Choices themselves, in the last column, are at '
-    'most about 1.2 times the mean by chance alone.'
-    ' With a weight of 1 it is the noise that balances: without it the '
-    'busiest expert has 3.45 times its share of choices.'
-  ),
+  remarks='Columns "of a batch" are of single training batches, averaged over '
+  '20 of them and over layers, as in the paper; Load is the expected number of '
+  'choices (Eq. 10). Choices themselves, in the last column, are at most about '
+  '1.2 times the mean by chance alone. With a weight of 1 it is the noise that '
+  'balances: without it the busiest expert has 3.45 times its share of '
+  'choices.',
   written='2026-11-25',
   figure=Figure(
     ['loss', IMPORTANCE, LOAD, LARGEST], rows='weights (importance, load)'
   ),
   measure=measure,
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -21,6 +21,8 @@ resolved amount. Two levels of gates cost nothing here: their loss is 0.006
 below that of one level.
 """
 
+from collections.abc import Mapping
+
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
@@ -33,13 +35,11 @@ TWO_LEVELS = 'MoE-32-h'
 def config(steps: int):
   """The config that the rows share: the paper's, narrower and shorter."""
   config = shazeer_lstm.get_config('MoE-32')
-  config.model.width = 48
-  config.model.dropout = 0.0
+  config.model.update(width=48, dropout=0.0)
   config.model.lstm.unroll = 4
   config.model.moe.expert.hidden = 96
   config.optimizer.learning_rate = 5e-3
-  config.optimizer.schedule.kind = 'cosine'
-  config.optimizer.schedule.final_fraction = 0.05
+  config.optimizer.schedule.update(kind='cosine', final_fraction=0.05)
   config.checkpoint = base.get_config().checkpoint
   byte_models.shorten(config, steps)
   config.sample.num_tokens = 0
@@ -50,15 +50,9 @@ def config(steps: int):
 def arms(_: Preset) -> list[Arm]:
   """Arms of the paper's models without sparsity, then of its mixtures."""
   E, router = 'model.moe.num_experts', 'model.moe.router'
-  two_levels = {
-    'branching': 4,
-    'branches_selected': 2,
-    'noisy': True,
-    'gates': 'renormalized',
-    'z_weight': 0.0,
-    'importance_weight': 0.1,
-    'load_weight': 0.1,
-  }
+  two_levels = dict(branching=4, branches_selected=2, noisy=True)
+  two_levels |= dict(gates='renormalized', z_weight=0.0)
+  two_levels |= dict(importance_weight=0.1, load_weight=0.1)
   two_levels = {f'{router}.hierarchical.{k}': v for k, v in two_levels.items()}
   two_levels[f'{router}.kind'] = 'hierarchical'
   return [
@@ -70,16 +64,24 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def claim(compared: str, *rows: str, note: str = '') -> Claim:
-  """A claim with two rows of the paper's table.
+# The paper's rows that have other names than ours.
+PAPER = {'4xLSTM': '4xLSTM-512', TWO_LEVELS: 'MoE-256-h'}
+
+
+def claim(
+  compared: str, paper: Mapping[str, str] = PAPER, note: str = ''
+) -> Claim:
+  """A claim on the losses of two rows, with those of the paper's table.
 
   Args:
-    compared: Comparison of rows of our table; see `Claim`.
-    *rows: Names of the paper's rows; they may have more experts than ours.
+    compared: Comparison of two rows, 'MoE-32 < MoE-4'.
+    paper: The paper's names of rows that have other names than ours; they may
+      have more experts.
     note: Difference between this comparison and the paper's.
   """
+  rows = [paper.get(row, row) for row in compared.split()[::2]]
   cells = [f'shazeer2017/table7/{row}/ppl_10_epochs' for row in rows]
-  return Claim(compared, cells, note)
+  return Claim(f'loss: {compared}', cells, note)
 
 
 LARGEST = 'max/mean load'
@@ -96,26 +98,18 @@ STUDY = Study(
     Column(LARGEST, 'train/layer_*/load_max_over_mean', digits=2),
   ],
   claims={
-    'more experts, lower loss: 32 against 4': claim(
-      'loss: MoE-32 < MoE-4', 'MoE-32', 'MoE-4'
-    ),
-    'experts beat more LSTMs': claim(
-      'loss: MoE-32 < 4xLSTM', 'MoE-32', '4xLSTM-512'
-    ),
-    'experts beat one that is wide': claim(
-      'loss: MoE-32 < MoE-1-Wide', 'MoE-32', 'MoE-1-Wide'
-    ),
-    'experts beat one that is deep': claim(
-      'loss: MoE-32 < MoE-1-Deep', 'MoE-32', 'MoE-1-Deep'
-    ),
+    'more experts, lower loss: 32 against 4': claim('MoE-32 < MoE-4'),
+    'experts beat more LSTMs': claim('MoE-32 < 4xLSTM'),
+    'experts beat one that is wide': claim('MoE-32 < MoE-1-Wide'),
+    'experts beat one that is deep': claim('MoE-32 < MoE-1-Deep'),
     'four of four are hardly more than one that is wide': claim(
-      'loss: MoE-4 < MoE-1-Wide', 'MoE-4', 'MoE-1-Wide'
+      'MoE-4 < MoE-1-Wide'
     ),
     'two levels cost a little': claim(
-      f'loss: {TWO_LEVELS} > MoE-32', 'MoE-256-h', 'MoE-256', note=FEWER
+      f'{TWO_LEVELS} > MoE-32', {**PAPER, 'MoE-32': 'MoE-256'}, FEWER
     ),
     'two levels of experts beat more LSTMs': claim(
-      f'loss: {TWO_LEVELS} < 4xLSTM', 'MoE-256-h', '4xLSTM-512', note=FEWER
+      f'{TWO_LEVELS} < 4xLSTM', note=FEWER
     ),
     'more experts, lower loss: 16 against 4': 'loss: MoE-16 < MoE-4',
     'two levels balance too': Claim(
@@ -125,12 +119,7 @@ STUDY = Study(
   },
   written='2026-11-25',
   figure=Figure(['loss', LARGEST], 'experts', log_x=True),
-  remarks=(
-    'Each model has the operations a step of two LSTMs and a mixture of '
-    'four experts; only routers come on top.'
-  ),
+  remarks='Each model has the operations a step of two LSTMs and a mixture of '
+  'four experts; only routers come on top.',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

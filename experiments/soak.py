@@ -25,24 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.soaking import soak_run
-from experiments.soaking.soak_disturbances import (
-  contest,
-  corrupt,
-  disturb,
-  failing_storage,
-  start_run,
-)
-from experiments.soaking.soak_evidence import (
-  Tally,
-  check,
-  count_batches,
-  describe,
-  judged,
-  of_attempt,
-  outcome,
-  witnessed,
-)
+from experiments.soaking import soak_disturbances, soak_evidence, soak_run
+from experiments.soaking.soak_disturbances import start_run
+from experiments.soaking.soak_evidence import Tally, describe, outcome
 from moe_jax import cli
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.setup import begin, set_up
@@ -64,9 +49,8 @@ MOST_STEPS = 2000
 def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
   """Trains to the end without disturbance; see `outcome` for the result."""
   count, mesh = SAME
-  spec = dict(seed=seed, total_steps=total_steps, mesh=mesh)
-  spec |= dict(gradients=False, attempt=0)
-  processes = start_run(workdir, spec, count)
+  spec = dict(seed=seed, total_steps=total_steps, mesh=mesh, attempt=0)
+  processes = start_run(workdir, spec | {'gradients': False}, count)
   if not processes.wait(3600) or any(p.returncode for p in processes.all):
     raise SystemExit(f'the undisturbed run failed; see {workdir}/log_0.txt')
   return outcome(workdir)
@@ -79,9 +63,8 @@ def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
     The number of the step after it, the digests of its arrays, and where the
     spec asks for it, loss and gradient of that step.
   """
-  options = soak_run.make_options(
-    spec['seed'], spec['total_steps'], dict(data=1, fsdp=1, expert=1, tensor=1)
-  )
+  mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
+  options = soak_run.make_options(spec['seed'], spec['total_steps'], mesh)
   run = set_up(options, workdir, resume=True, devices=jax.devices()[:1])
   with run.checkpoints:
     run, state, _ = begin(dataclasses.replace(run, message=lambda text: None))
@@ -89,9 +72,8 @@ def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
   checkpoint = {'begin': number, 'arrays': soak_run.digests(state)}
   if spec['gradients'] and number <= spec['total_steps']:
     batch = next(run.batches(number - 1))
-    checkpoint['first'] = soak_run.by_path(
-      soak_run.first_gradient(run, state, batch)
-    )
+    gradient = soak_run.first_gradient(run, state, batch)
+    checkpoint['first'] = soak_run.by_path(gradient)
   return checkpoint
 
 
@@ -117,7 +99,7 @@ def disturbed(
     expected = read_on_one_device(workdir, spec)
     if expected['begin'] > spec['total_steps']:
       # A signal may have ended the run after its last save, in its evaluation.
-      if not any('end' in line for line in witnessed(workdir)):
+      if not any('end' in line for line in soak_evidence.witnessed(workdir)):
         last = {**spec, 'mesh': mesh, 'attempt': attempt + 1}
         start_run(workdir, last, count).wait(3600)
       return tally
@@ -125,24 +107,25 @@ def disturbed(
     attempt_spec = {**spec, 'mesh': mesh, 'attempt': attempt}
     variables = {}
     if not alone and draw.random() < 0.25:
-      variables = failing_storage(workdir.parent, draw)
+      variables = soak_disturbances.failing_storage(workdir.parent, draw)
       tally.counts['failing storages'] += bool(variables)
     processes = start_run(workdir, attempt_spec, count, variables)
     if not alone and not variables and draw.random() < 0.25:
       second = start_run(workdir, attempt_spec, count, variables)
-      processes = contest(processes, second, tally)
+      processes = soak_disturbances.contest(processes, second, tally)
     if alone:
       processes.wait(3600)
     else:
-      disturb(processes, workdir, attempt, tally, draw)
+      soak_disturbances.disturb(processes, workdir, attempt, tally, draw)
     tally.counts['restarts'] += 1
-    check(workdir, expected, of_attempt(workdir, attempt), tally)
+    lines = soak_evidence.of_attempt(workdir, attempt)
+    soak_evidence.check(workdir, expected, lines, tally)
     codes = [process.returncode for process in processes.all]
     if alone and any(codes):
       tally.fault(f'left alone, the processes ended with {codes}')
       return tally
     if not alone and draw.random() < 0.4:
-      corrupt(workdir / CHECKPOINTS, tally, draw)
+      soak_disturbances.corrupt(workdir / CHECKPOINTS, tally, draw)
 
 
 def paced(folder: pathlib.Path, minutes: float) -> int:
@@ -177,38 +160,31 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
   for name, gradients in (('same mesh', False), ('changing mesh', True)):
     workdir = folder / name.replace(' ', '_')
     meshes = order(draw) if gradients else iter(lambda: SAME, None)
-    tally = disturbed(
-      workdir,
-      {**spec, 'gradients': gradients},
-      meshes,
-      seconds_left * 0.45,
-      draw,
-    )
+    own = {**spec, 'gradients': gradients}
+    tally = disturbed(workdir, own, meshes, seconds_left * 0.45, draw)
     if tally.faults:  # the run may not have ended
       print(f'{name}: {describe(tally)}', flush=True)
       faults += [f'{name}: {fault}' for fault in tally.faults]
       continue
-    count_batches(workdir, calm[0]['batches'], tally)
+    soak_evidence.count_batches(workdir, calm[0]['batches'], tally)
     end = outcome(workdir)
     if gradients:
       distance = abs(end['loss'] - mean)
       if distance > 3 * deviation:
-        tally.fault(
-          f'last loss {end["loss"]:.4f}, mean {mean:.4f} +- {deviation:.4f}'
-        )
+        expected = f'mean {mean:.4f} +- {deviation:.4f}'
+        tally.fault(f'last loss {end["loss"]:.4f}, {expected}')
       verdict = (
         f'first steps within {tally.worst:.1e} of one device; last loss '
         f'{end["loss"]:.4f}, undisturbed {mean:.4f} (std {deviation:.4f} of '
         f'{len(SEEDS)} seeds)'
       )
     else:
-      differing = [
-        k for k, v in end['arrays'].items() if calm[0]['arrays'][k] != v
-      ]
+      arrays, expected = end['arrays'], calm[0]['arrays']
+      differing = [k for k, v in arrays.items() if expected[k] != v]
       if differing:
         tally.fault(f'not bit for bit: {differing[:4]}')
-      same = len(end['arrays']) - len(differing)
-      verdict = f'{same} of {len(end["arrays"])} arrays bit for bit'
+      same = len(arrays) - len(differing)
+      verdict = f'{same} of {len(arrays)} arrays bit for bit'
     print(f'{name}: {describe(tally)}; {verdict}', flush=True)
     faults += [f'{name}: {fault}' for fault in tally.faults]
   return faults
@@ -233,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   text = "folder of the runs, which is kept; '': a temporary one"
   add('--folder', default='', help=text)
   options = parser.parse_args(argv)
-  with judged('soak', options.folder) as (folder, faults):
+  with soak_evidence.judged('soak', options.folder) as (folder, faults):
     compiled = str(folder / 'compiled')
     jax.config.update('jax_compilation_cache_dir', compiled)
     faults += soak(folder, options.minutes, options.seed)

@@ -38,10 +38,8 @@ def config(steps: int):
   """The config that the rows share; its groups are single rows."""
   config = byte_models.sparse_encoder(steps, hidden=HIDDEN, num_experts=16)
   config.data.pack = False  # a mixture would mix the examples of a row
-  moe = config.model.moe
-  moe.group_size = 0
-  moe.layer_reduce = 'mean'
-  moe.router.token_choice.z_weight = 0.0
+  config.model.moe.update(group_size=0, layer_reduce='mean')
+  config.model.moe.router.token_choice.z_weight = 0.0
   return config
 
 
@@ -54,8 +52,7 @@ def soft(E: int) -> Arm:
     'capacity.kind': 'all',
     'dispatch.kind': 'einsum',
   }
-  overrides = {f'model.moe.{key}': value for key, value in moe.items()}
-  return Arm(f'soft, {E}', overrides, 'soft', E)
+  return byte_models.of_moe(f'soft, {E}', moe, 'soft', E)
 
 
 def arms(_: Preset) -> list[Arm]:
@@ -104,7 +101,4 @@ STUDY = Study(
   tasks=DENOISING_TASKS,
   written='2026-11-28',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

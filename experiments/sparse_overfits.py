@@ -24,10 +24,9 @@ lower loss; on the largest the difference, 0.012 ± 0.018, is not resolved.
 import itertools
 import math
 
-import ml_collections
 import numpy as np
 
-from experiments.study import command, finetuned, parts
+from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.kv_recall import VALUE_LETTERS, KvRecallSource
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
@@ -40,22 +39,20 @@ KNOWLEDGE = 'kv_recall'
 # The names of the sources of each task.
 TASKS = {'reasoning': REASONING, 'knowledge': (KNOWLEDGE,)}
 MODELS, MORE = tuple(finetuned.MODELS), 'sparse minus dense'
-COLUMNS = [finetuned.LOSS, finetuned.TRAINED_LOSS, finetuned.GAP]
-COLUMNS.append(finetuned.DROPPED)
 # Loss of a model that knows no value: four letters of 16, and a sure end.
 CHANCE = math.log(16) * VALUE_LETTERS / (VALUE_LETTERS + 1)
 _ABOVE_FLOOR = 0.01  # least distance of a loss below chance, in nats/token
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config that the arms share; they choose the task and its size."""
   config = finetuned.config(steps, clusters=())
   sources = config.data.mixture.sources
   for name in REASONING:
-    options = InstructionSource(task=name, num_validation=200)
-    sources[name] = base.source(options)
+    source = InstructionSource(task=name, num_validation=200)
+    sources[name] = base.source(source)
   sources[KNOWLEDGE] = base.source(KvRecallSource())
-  config.evals[finetuned.TRAINED] = finetuned.evaluation(split='train')
+  config.evals[finetuned.TRAINED] = byte_models.with_slots(2.0, split='train')
   return config
 
 
@@ -70,12 +67,10 @@ def arms(_: Preset) -> list[Arm]:
   for task, size, model in itertools.product(TASKS, SIZES, MODELS):
     start, changes = finetuned.MODELS[model]
     overrides = dict(changes)
-    if task == 'knowledge':
-      overrides[f'{mixture}.sources.{KNOWLEDGE}.num_pairs'] = size
-    else:
-      for name in REASONING:
-        num_train = round(size / len(REASONING))
-        overrides[f'{mixture}.sources.{name}.num_train'] = num_train
+    number = 'num_pairs' if task == 'knowledge' else 'num_train'
+    for name in TASKS[task]:
+      share = round(size / len(TASKS[task]))
+      overrides[f'{mixture}.sources.{name}.{number}'] = share
     for name in (*REASONING, KNOWLEDGE):
       overrides[f'{mixture}.weights.{name}'] = float(name in TASKS[task])
     name, line = row(task, size, model), f'{task}, {model}'
@@ -98,10 +93,8 @@ def rows(results: parts.Results) -> list[Row]:
       by_name[name] = finetuned.minus(name, *pair)
       means = [np.mean(r.values[finetuned.LOSS.name]) for r in pair]
       if task == 'knowledge' and min(means) > CHANCE - _ABOVE_FLOOR:
-        empty = {
-          c: [math.nan] * len(v) for c, v in by_name[name].values.items()
-        }
-        by_name[name] = Row(name, empty)
+        values = by_name[name].values.items()
+        by_name[name] = Row(name, {c: [math.nan] * len(v) for c, v in values})
   for task in TASKS:
     name = f'{task}, from {SIZES[0]:,} to {SIZES[-1]:,}, {MORE}'
     ends = [by_name[row(task, SIZES[i], MORE)] for i in (-1, 0)]
@@ -132,7 +125,7 @@ STUDY = Study(
     ),
     'full': Preset(400, 5, start_steps=600),
   },
-  columns=COLUMNS,
+  columns=[*finetuned.GAP_COLUMNS, finetuned.DROPPED],
   claims={
     'the smallest task has a larger gap in the sparse model': claim(
       f'gap: {SMALLEST} > 0'
@@ -156,22 +149,17 @@ STUDY = Study(
       f'loss: {row("knowledge", SIZES[-1], MORE)} < 0', 'TriviaQA'
     ),
   },
-  remarks=(
-    'The rule of the floor was added when the first result was seen: without '
-    'it the largest set of facts, of which both models know nothing, was the '
-    'opposite of the claim by 0.0005 nats. Tasks of reasoning have equally '
-    'many examples of each of their four sources, so that the smallest has '
-    '248. All claims are judged by the loss, which rises as a model grows '
-    "surer of wrong answers, even where it gives no more of them; the paper's "
-    'numbers count right answers.'
-  ),
+  remarks='The rule of the floor was added when the first result was seen: '
+  'without it the largest set of facts, of which both models know nothing, was '
+  'the opposite of the claim by 0.0005 nats. Tasks of reasoning have equally '
+  'many examples of each of their four sources, so that the smallest has 248. '
+  'All claims are judged by the loss, which rises as a model grows surer of '
+  "wrong answers, even where it gives no more of them; the paper's numbers "
+  'count right answers.',
   written='2026-11-27',
   figure=Figure(
     ['loss', 'gap'], 'number of examples', log_x=True, without=[f'*{MORE}']
   ),
   tasks=finetuned.tasks('ciphers, sums and random facts'),
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

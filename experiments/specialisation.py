@@ -29,20 +29,18 @@ minutes. The claims were written before any run.
 
 import string
 
-import ml_collections
 import numpy as np
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.finetuned import minus
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import Layers
 from moe_jax.shapes import Int
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 # Checkpoints that are measured besides the last, in % of the run.
 EARLY = (0, 20)
@@ -58,6 +56,10 @@ KINDS = (
 # Number of batches of each source, at the end and at earlier checkpoints.
 _BATCHES, _EARLY_BATCHES = 10, 4
 DOMAINS, LANGUAGES = 'domains', 'languages'
+MIXTURES = (
+  "four parts of the Python standard library, and django's interface in four "
+  'languages, bytes'
+)
 # Sources of the mixtures as text, which arms can exchange.
 LINES = {
   DOMAINS: ', '.join(
@@ -70,18 +72,15 @@ LINES = {
 }
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config of the arms on domains; its mixture is written as text."""
-  config = byte_models.decoder(steps, num_layers=2, num_selected=2)
+  config = byte_models.decoder(steps, num_selected=2, expert_hidden=128)
   config.batch_size = 16
   config.data.task.kind = 'span_corruption'
   config.data.seq_len, config.data.target_len = 128, 32
-  config.data.mixture.lines = LINES[DOMAINS]
-  config.data.mixture.rule = 'given'
+  config.data.mixture.update(lines=LINES[DOMAINS], rule='given')
   m = config.model
-  m.kind = 'encoder_decoder'
-  m.positions.kind = 'relative'
-  m.moe.expert.hidden = 128
+  m.kind, m.positions.kind = 'encoder_decoder', 'relative'
   m.moe.layer_reduce = 'mean'
   m.moe.router.token_choice.gates = 'renormalized'
   m.moe.capacity.per_assignment.factor = 2.0
@@ -132,9 +131,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     `layer_information`.
   """
   by_step = dict(routing.states(run, state))
-  chosen = {
-    f'at_{share}/': routing.nearest([*by_step], share) for share in EARLY
-  }
+  chosen = {f'at_{x}/': routing.nearest([*by_step], x) for x in EARLY}
   measures = {}
   for prefix, step in {**chosen, '': int(state.step)}.items():
     inputs = routing.batches(run, _EARLY_BATCHES if prefix else _BATCHES)
@@ -160,20 +157,14 @@ def layer_information(layers: Layers) -> dict[int, dict[str, float]]:
     - punctuation: entropy of the choices of all tokens less that of punctuation
       in nats; above 0 if punctuation goes to fewer experts.
   """
-  by_layer = routing.fractions(
-    layers,
-    token=routing_measures.TOKEN,
-    position=routing_measures.POSITION,
-    source=routing_measures.SOURCE,
-  )
+  by_layer = routing.fractions(layers, 'token', 'position', 'source')
   for number, measures in by_layer.items():
     table = layers[number].by_token
-    kinds = routing_measures.information(
-      by_kind(table), np.random.default_rng(number)
-    )
-    marks = routing_measures.entropy(table[[*PUNCTUATION]].sum(0))
+    rng, entropy = np.random.default_rng(number), routing_measures.entropy
+    kinds = routing_measures.information(by_kind(table), rng)
+    marks = entropy(table[[*PUNCTUATION]].sum(0))
     measures['kind'] = kinds.fraction
-    measures['punctuation'] = routing_measures.entropy(table.sum(0)) - marks
+    measures['punctuation'] = entropy(table.sum(0)) - marks
     measures['token_less_source'] = measures['token'] - measures['source']
   return by_layer
 
@@ -211,6 +202,7 @@ def rows(results: parts.Results) -> list[Row]:
 
 
 NOTE = 'The paper has examples of tokens, no measure.'
+FIVE_SEEDS = 'Not resolved with five seeds (0.27 ± 0.27)'
 CLAIMS = {
   **{
     f'the id of a token decides more than its {label}, {half}': (
@@ -228,11 +220,7 @@ CLAIMS = {
   'punctuation goes to fewer experts than all tokens do, encoder': Claim(
     'punctuation: domains, encoder > 0',
     note=NOTE,
-    changes=[
-      parts.more_seeds(
-        'Not resolved with five seeds (0.27 ± 0.27)', 'ten', '2026-11-30'
-      )
-    ],
+    changes=[parts.more_seeds(FIVE_SEEDS, 'ten', '2026-11-30')],
   ),
   'token ids decide less in the last layer of the encoder than in the first': (
     Claim(
@@ -279,16 +267,7 @@ STUDY = Study(
   remarks='Rows of a half are means over its two layers. Losses of the two '
   'mixtures are of different tasks. Random experts are drawn anew for '
   'each batch. Rows at 0 % are of the parameters before training.',
-  tasks={
-    'mixtures': Task(
-      {},
-      "four parts of the Python standard library, and django's interface in "
-      'four languages, bytes',
-    )
-  },
+  tasks={'mixtures': Task({}, MIXTURES)},
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

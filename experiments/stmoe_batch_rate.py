@@ -48,14 +48,8 @@ def arms(preset: Preset) -> list[Arm]:
   for model, batch, rate in itertools.product(MODELS, BATCHES, RATES):
     steps = preset.steps * 16 // batch
     start, changes = MODELS[model]
-    overrides = {
-      **changes,
-      'batch_size': batch,
-      'optimizer.learning_rate': rate,
-      'total_steps': steps,
-      'optimizer.schedule.warmup_steps': steps // 10,
-      'log_every_steps': max(steps // 10, 1),
-    }
+    overrides = {**changes, **finetuned.length(steps, max(steps // 10, 1))}
+    overrides |= {'batch_size': batch, 'optimizer.learning_rate': rate}
     name, line = cell(model, batch, rate), f'{model}, batch {batch}'
     all_arms.append(Arm(name, overrides, line, rate, start))
   changes = {'init_from.keep_optimizer': True, 'optimizer.learning_rate': 1e-3}
@@ -80,13 +74,11 @@ def rows(results: parts.Results) -> list[Row]:
   def add_difference(name: str, one: str, other: str) -> None:
     by_name[name] = finetuned.minus(name, by_name[one], by_name[other])
 
-  for model in MODELS:
+  for m in MODELS:
     for x in BATCHES:
-      add_mean(f'{model}, batch {x}{OVER_RATES}', f'{model}, batch {x}, rate *')
+      add_mean(f'{m}, batch {x}{OVER_RATES}', f'{m}, batch {x}, rate *')
     for x in RATES:
-      add_mean(
-        f'{model}, rate {x:g}{OVER_BATCHES}', f'{model}, batch *, rate {x:g}'
-      )
+      add_mean(f'{m}, rate {x:g}{OVER_BATCHES}', f'{m}, batch *, rate {x:g}')
   for name, before, after in (
     (SMALL, *(f'batch {BATCHES[i]}{OVER_RATES}' for i in (-1, 0))),
     (HIGH, *(f'rate {RATES[i]:g}{OVER_BATCHES}' for i in (0, -1))),
@@ -124,10 +116,7 @@ STUDY = Study(
   starts=finetuned.pretrained,
   presets={
     'quick': Preset(
-      100,
-      3,
-      start_steps=300,
-      without=('*, batch 16, *', '*, rate 0.001', KEPT),
+      100, 3, start_steps=300, without=('*, batch 16, *', '*, rate 0.001', KEPT)
     ),
     'full': Preset(300, 5, start_steps=600),
   },
@@ -163,7 +152,4 @@ STUDY = Study(
   ),
   tasks=finetuned.tasks('generated tasks with instructions'),
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -55,11 +55,9 @@ STUDY = Study(
   columns=[finetuned.LOSS],
   claims={
     **{
-      f'sparse layers alone are worse than {name}': (
-        f'loss: sparse layers > {name}'
-      )
-      for name in PARTS
-      if name != 'sparse layers'
+      f'sparse layers alone are worse than {x}': f'loss: sparse layers > {x}'
+      for x in PARTS
+      if x != 'sparse layers'
     },
     **{
       f'{name} alone is as good as all': f'loss: {name} = all within {SAME}'
@@ -75,7 +73,4 @@ STUDY = Study(
   figure=Figure(['loss']),
   tasks=finetuned.tasks('generated tasks with instructions'),
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

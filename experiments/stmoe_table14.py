@@ -24,11 +24,10 @@ be run with the others anew. The runs of all nine took 47 core minutes.
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
-from moe_jax.analysis.routing_measures import TOKEN, entropy
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
+from moe_jax.analysis.routing_measures import entropy
 
 HIDDEN, LAYERS = 256, 3
 UNIFORM = 2.7726  # ln 16
@@ -41,14 +40,11 @@ def config(steps: int):
     steps, hidden=HIDDEN, num_layers=LAYERS, num_experts=16
   )
   m = config.model
-  m.kind = 'encoder_decoder'
-  m.positions.kind = 'relative'
+  m.kind, m.positions.kind = 'encoder_decoder', 'relative'
   m.moe.layer_reduce = 'mean'
-  m.moe.capacity.kind = 'per_token'
-  m.moe.capacity.per_token.factor = 1.25
+  m.moe.capacity.update(kind='per_token', per_token={'factor': 1.25})
   m.moe.router.token_choice.update(balance_choices='first', z_weight=1e-3)
-  room = {'capacity': {'per_token': {'factor': 2.0}}}
-  config.evals = {byte_models.EVAL: byte_models.evaluation(moe=room)}
+  config.evals = {byte_models.EVAL: byte_models.with_slots(2.0)}
   return config
 
 
@@ -65,7 +61,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """
   layers, measures = routing.last_layers(run, state, _BATCHES), {}
   ids = [*run.dataset.tokenizer.sentinel_ids]
-  shares = routing.fractions(layers, token=TOKEN)
+  shares = routing.fractions(layers, 'token')
   for name, layer in routing.by_half(layers).items():
     table = layers[layer].by_token
     sentinels, overall = entropy(table[ids].sum(0)), entropy(table.sum(0))
@@ -83,18 +79,17 @@ COLUMNS = [
   Column('entropy of sentinels', 'routing/*/sentinels', 'nats', 2),
   Column('entropy of all tokens', 'routing/*/all', 'nats', 2),
   Column('concentration', 'routing/*/concentration', 'nats', 2),
-  parts.percent('token', 'routing/*/token', bounds=parts.ANY),
+  *routing.columns({'token': 'token'}),
 ]
 
 
 def rows(results: parts.Results) -> list[Row]:
   """A row for each layer of the first arm, and for each half of every arm."""
+  runs, numbers = results['top-2'], range(1, LAYERS + 1)
   layers = [
-    routing.row_at(
-      f'top-2, {half} {i}', results['top-2'], COLUMNS, f'{half}_{i}'
-    )
+    routing.row_at(f'top-2, {half} {i}', runs, COLUMNS, f'{half}_{i}')
     for half in routing.HALVES
-    for i in range(1, LAYERS + 1)
+    for i in numbers
   ]
   return layers + [
     routing.row_at(f'{arm}, {half}', runs, COLUMNS, f'{half}_*')
@@ -184,7 +179,4 @@ STUDY = Study(
   tasks={'text': DENOISING_TASKS['text']},
   written='2026-11-28',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

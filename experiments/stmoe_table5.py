@@ -29,8 +29,6 @@ The full preset, 8 arms and 6 seeds, was planned for 38 minutes on two idle
 cores; its runs took 81 core minutes. The claims were written before these runs.
 """
 
-import ml_collections
-
 from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.parts import Arm, Claim, Figure, Preset
 from experiments.study.study import Study
@@ -41,7 +39,7 @@ AUX = {'aux': 0.01, 'no aux': 0.0}
 SAME = 0.05
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """Config of fine-tuning, and of what comes before, served as in the paper.
 
   First choices are served before second ones, which may let later tokens decide
@@ -64,17 +62,16 @@ ROWS = {
 def arms(_: Preset) -> list[Arm]:
   """An arm for each pair of factors, with and without the balance loss."""
   factor, all_arms = 'capacity.per_token.factor', []
+  evaluation = f'evals.{byte_models.EVAL}.model_overrides'
   for number, (aux, weight) in enumerate(AUX.items()):
     for train, names in ROWS.items():
       overrides = {
         f'model.moe.{factor}': train,
-        f'evals.{byte_models.EVAL}.model_overrides.moe.{factor}': FACTORS[
-          train
-        ],
+        f'{evaluation}.moe.{factor}': FACTORS[train],
         'model.moe.router.token_choice.balance_weight': weight,
       }
-      name = names[number]
-      all_arms.append(Arm(name, overrides, aux, train, finetuned.SPARSE))
+      start = finetuned.SPARSE
+      all_arms.append(Arm(names[number], overrides, aux, train, start))
   return all_arms
 
 
@@ -133,7 +130,4 @@ STUDY = Study(
   tasks=finetuned.tasks('generated tasks with instructions'),
   written='2026-11-27',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

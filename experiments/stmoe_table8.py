@@ -44,12 +44,10 @@ PRIORITY = ', priority'
 def config(steps: int):
   """The config that the rows share; its encoder alone is sparse."""
   config = byte_models.sparse_encoder(steps, hidden=HIDDEN, num_experts=16)
-  moe = config.model.moe
-  moe.capacity.kind = 'per_token'
-  moe.router.token_choice.z_weight = 1e-3
+  config.model.moe.capacity.kind = 'per_token'
+  config.model.moe.router.token_choice.z_weight = 1e-3
   for slots in EVALUATED:
-    room = {'capacity': {'per_token': {'factor': float(slots)}}}
-    config.evals[f'slots_{slots}'] = byte_models.evaluation(moe=room)
+    config.evals[f'slots_{slots}'] = byte_models.with_slots(float(slots))
   return config
 
 
@@ -88,9 +86,8 @@ def rows(results: parts.Results) -> list[Row]:
       table.append(Row(arm, {'loss': list(map(byte_models.LOSS.of, runs))}))
       continue
     model = arm.removeprefix('wide ')
-    evals: dict[int | str, str] = {OWN: byte_models.EVAL}
-    evals |= {slots: f'slots_{slots}' for slots in EVALUATED}
-    for slots, key in evals.items():
+    for slots in (OWN, *EVALUATED):
+      key = byte_models.EVAL if slots == OWN else f'slots_{slots}'
       columns = byte_models.columns_of(key)
       table.append(parts.row_of(row(model, slots), runs, columns))
   return table
@@ -119,10 +116,8 @@ def better(model: str, than: str, slots: int | str = OWN) -> Claim:
 
 CLAIMS = {
   **{
-    f'{model}: two slots a token are better at evaluation': better(
-      model, model, 2
-    )
-    for model in ('top-1, CF 0.75', 'top-2, CF 0.75', 'top-2, CF 1.25')
+    f'{x}: two slots a token are better at evaluation': better(x, x, 2)
+    for x in ('top-1, CF 0.75', 'top-2, CF 0.75', 'top-2, CF 1.25')
   },
   **{
     f'top-{K}: 1.25 slots are better than 0.75': better(
@@ -175,7 +170,4 @@ STUDY = Study(
   tasks=DENOISING_TASKS,
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

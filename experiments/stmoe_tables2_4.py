@@ -29,15 +29,14 @@ run.
 
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.runs import metrics, recorder
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 RATE, HIGHER = 0.05, 0.15
 HIDDEN = 128
@@ -70,12 +69,7 @@ MEANING = (
 def config(steps: int):
   """The config of the baseline."""
   config = byte_models.switch_decoder(
-    steps,
-    rate=RATE,
-    hidden=HIDDEN,
-    num_layers=2,
-    num_experts=16,
-    num_selected=2,
+    steps, rate=RATE, hidden=HIDDEN, num_experts=16, num_selected=2
   )
   config.model.ffn.activation = 'geglu'
   config.model.moe.router.token_choice.update(
@@ -107,7 +101,7 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def tolerant(config: ml_collections.ConfigDict) -> None:
+def tolerant(config: ConfigDict) -> None:
   """Changes a config so that its runs can be judged, and end in any case."""
   config.log_every_steps = 1
   config.max_nonfinite_steps = config.total_steps
@@ -191,10 +185,8 @@ STUDY = Study(
   ],
   claims={
     **{
-      f'{row} costs quality': Claim(
-        f'loss: {row} > {BASE}', cells('nlp', row, BASE)
-      )
-      for row in (CLIP, NO_SCALE, NO_GEGLU, DROPOUT, JITTER)
+      f'{x} costs quality': Claim(f'loss: {x} > {BASE}', cells('nlp', x, BASE))
+      for x in (CLIP, NO_SCALE, NO_GEGLU, DROPOUT, JITTER)
     },
     'the z-loss costs no quality': Claim(
       f'loss: {Z_LOSS} = {BASE} within {SAME}', cells('nlp', Z_LOSS, BASE)
@@ -225,7 +217,4 @@ STUDY = Study(
   remarks=MEANING,
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -34,7 +34,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
-import ml_collections
 import numpy as np
 
 from experiments.benchmarks import roofline
@@ -42,13 +41,12 @@ from experiments.study import byte_models, command, parts
 from experiments.study.annealed import AnnealedRunner
 from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Exploration, Study
 from experiments.study.times import StepTime
 from experiments.switch_scaling import OTHER_TIME, SPEEDUP
 from moe_jax.analysis import cost
 from moe_jax.run_config import RunConfig
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 HIDDEN = 512
 DENSE = 'width 128, dense'
@@ -79,9 +77,7 @@ FIRST = 'the first choice'
 # The evaluation that gives every token room, whose loss is compared.
 NO_DROPS = 'no_drops'
 LOSS = Column('loss', f'eval/{NO_DROPS}/loss', 'nats/byte')
-LIMITED = Column(
-  'loss, training capacity', f'eval/{byte_models.EVAL}/loss', 'nats/byte'
-)
+LIMITED = Column('loss, training capacity', byte_models.LOSS.key, 'nats/byte')
 DROPPED = parts.percent(
   'dropped in training', 'train/drop_rate', bounds=parts.ANY
 )
@@ -105,7 +101,7 @@ class SpeedPreset(Preset):
   rates: Sequence[float] = RATES
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config that the arms share."""
   config = byte_models.decoder(steps, width=128, hidden=HIDDEN, num_layers=4)
   config.batch_size, config.data.seq_len = 32, 128
@@ -117,15 +113,13 @@ def config(steps: int) -> ml_collections.ConfigDict:
   return layered(RunConfig, config, trapezoid)
 
 
-def arm_name(model: str, length: float = 1.0, rate: float = 0.0) -> str:
+def arm_name(model: str, length: float = 1, rate: float = 0) -> str:
   """Name of an arm; see `arm_of`."""
   rate_text = f', rate {rate:g}' if rate else ''
   return f'{model}{rate_text}, {length:g} of the steps'
 
 
-def arm_of(
-  model: str, steps: int, length: float = 1.0, rate: float = 0.0
-) -> Arm:
+def arm_of(model: str, steps: int, length: float = 1, rate: float = 0) -> Arm:
   """The arm of a model.
 
   Args:
@@ -218,9 +212,8 @@ def floor_seconds(runs: Sequence[parts.Result], peaks: roofline.Peaks) -> float:
   # A dense model has no rate of dropped tokens.
   served = 1 - max(run.get(DROPPED.key, 0.0) for run in runs)
   flops = runs[0][_FLOPS] + served * runs[0][_EXPERT_FLOPS]
-  return (
-    flops / peaks.flops_per_second + runs[0][_BYTES] / peaks.bytes_per_second
-  )
+  of_optimizer = runs[0][_BYTES] / peaks.bytes_per_second
+  return flops / peaks.flops_per_second + of_optimizer
 
 
 def rows(results: parts.Results, times: Mapping[str, StepTime]) -> list[Row]:
@@ -259,11 +252,10 @@ def steps_to_dense(model: str, results: parts.Results) -> list[float]:
     for length in LENGTHS
     if (name := arm_name(model, length)) in results
   }
+  seeds = zip(results[arm_name(DENSE)], *by_length.values(), strict=True)
   return [
     reached_at(LOSS.of(twin), [*by_length], [*map(LOSS.of, runs)])
-    for twin, *runs in zip(
-      results[arm_name(DENSE)], *by_length.values(), strict=True
-    )
+    for twin, *runs in seeds
   ]
 
 
@@ -311,9 +303,8 @@ def remarks(results: parts.Results) -> str:
   )
   for model in models:
     steps = steps_to_dense(model, results)
-    early, late = (
-      int(np.isclose(steps, end).sum()) for end in (LENGTHS[0], LENGTHS[-1])
-    )
+    ends = LENGTHS[0], LENGTHS[-1]
+    early, late = (int(np.isclose(steps, end).sum()) for end in ends)
     if early or late:
       text += (
         f' Of {len(steps)} seeds of {model} {early} have the dense loss at the '
@@ -383,7 +374,4 @@ STUDY = Study(
   written='2026-11-28',
   remarks=remarks,
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

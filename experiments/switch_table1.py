@@ -27,11 +27,10 @@ paper. At 1 and 1.25 slots no difference between the two is resolved. In equal
 time the dense twin is ahead of Switch by 0.027 nats a byte.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
-
-from experiments.study import byte_models, command, parts
+from experiments.study import byte_models, command, parts, tables
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 
@@ -74,12 +73,9 @@ def arms(preset: Preset) -> list[Arm]:
     if K == 2:
       order['router.token_choice.slot_priority'] = 'choice_major'
       order['allow_future_leak'] = True
-    arms += [
-      byte_models.top_k(
-        f'{name} {factor}', K, hidden, {key: slots * factor, **order}
-      )
-      for factor in FACTORS
-    ]
+    for factor in FACTORS:
+      moe = {key: slots * factor, **order}
+      arms.append(byte_models.top_k(f'{name} {factor}', K, hidden, moe))
   return arms
 
 
@@ -96,8 +92,7 @@ def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
     return Row(name, values, line, x)
 
   table = [row(name, name) for name in ('dense', *LONGER.values())]
-  # For each seed the dense twin's losses at the three lengths.
-  twins = list(zip(*(twin.values['loss'] for twin in table), strict=True))
+  twins = [twin.values['loss'] for twin in table]
   for model, suffix, unit in (
     ('Switch', '', ''),
     (WIDE, LEAKS, ' a token'),
@@ -110,10 +105,7 @@ def rows(results: parts.Results, times: Mapping[str, float]) -> list[Row]:
         name = f'{model}{suffix}, CF {factor}{unit}'
         table.append(row(name, arm, line, factor))
   for arm in TIMED[1:]:
-    log_seconds = np.log(times[arm])
-    losses = [
-      float(np.interp(log_seconds, np.log([1.0, *LONGER]), t)) for t in twins
-    ]
+    losses = tables.at_length(times[arm], [1.0, *LONGER], twins)
     values = {'loss': losses, TIME: [times[arm]] * len(losses)}
     table.append(Row(f'dense, in the time of {arm}', values))
   return table
@@ -159,14 +151,12 @@ STUDY = Study(
   columns=[
     byte_models.LOSS,
     parts.percent('dropped', byte_models.DROP_RATE, digits=2),
-    Column(
-      'loss, evaluated with 2 slots a token',
-      'eval/capacity_2/loss',
-      'nats/byte',
-      bounds=parts.POSITIVE,
-    ),
-    Column(
-      'loss, no drops', 'eval/no_drops/loss', 'nats/byte', bounds=parts.POSITIVE
+    *(
+      dataclasses.replace(byte_models.LOSS, name=name, key=f'eval/{key}/loss')
+      for name, key in (
+        ('loss, evaluated with 2 slots a token', 'capacity_2'),
+        ('loss, no drops', 'no_drops'),
+      )
     ),
     Column(TIME, digits=2),
   ],
@@ -189,18 +179,12 @@ STUDY = Study(
     ['loss', 'dropped'], 'capacity factor: slots a token, or as said'
   ),
   rows=rows,
-  remarks=(
-    'Slots are counted for each token, or for each assignment where a row '
-    'says so; with two choices a token, factors of 1 and 1.25 a token have '
-    "slots for half of the choices and for 5 in 8. Which of top-2's second "
-    'choices find a slot depends on later tokens, so that its losses are '
-    'those of a model that may see a little of its future; without drops it '
-    'sees none.'
-  ),
+  remarks='Slots are counted for each token, or for each assignment where a '
+  'row says so; with two choices a token, factors of 1 and 1.25 a token have '
+  "slots for half of the choices and for 5 in 8. Which of top-2's second "
+  'choices find a slot depends on later tokens, so that its losses are those '
+  'of a model that may see a little of its future; without drops it sees none.',
   written='2026-11-25',
   timed=TIMED,
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

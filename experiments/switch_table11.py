@@ -37,7 +37,7 @@ EXPLORED, MAX = 'explored', 'max/mean load in training'
 
 def config(steps: int):
   """The config that the rows share."""
-  return byte_models.switch_decoder(steps, num_layers=2, num_experts=16)
+  return byte_models.switch_decoder(steps, num_experts=16)
 
 
 def arms(_: Preset) -> list[Arm]:
@@ -60,11 +60,8 @@ def cells(*rows: str) -> list[str]:
 
 def worse(row: str, than: str) -> parts.Claims:
   """A claim of the paper that one way to explore has a higher loss."""
-  return {
-    f'{row} is worse than {than}': Claim(
-      f'loss: {row} > {than}', cells(row, than)
-    )
-  }
+  claim = Claim(f'loss: {row} > {than}', cells(row, than))
+  return {f'{row} is worse than {than}': claim}
 
 
 STUDY = Study(
@@ -112,7 +109,4 @@ STUDY = Study(
   remarks='Noise is of training alone; loads are those of training, with it.',
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -28,14 +28,18 @@ minutes. The claims were written before any run.
 import numpy as np
 
 from experiments.stmoe_tables2_4 import MEANING, STABILITY, stability, tolerant
-from experiments.study import byte_models, command, parts, router_logits
+from experiments.study import (
+  byte_models,
+  command,
+  parts,
+  router_logits,
+  routing,
+)
 from experiments.study.jobs import nested
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.routing import evaluation_of
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis import counts, memory
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 E = 16
 _DTYPE = 'numerics.dtype'
@@ -58,7 +62,7 @@ MORE, AFTER = 'flipped by the router', 'bfloat16 in evaluation alone'
 
 def config(steps: int):
   """The config that the rows share, evaluated in every precision."""
-  config = byte_models.switch_decoder(steps, num_layers=2, num_experts=E)
+  config = byte_models.switch_decoder(steps, num_experts=E)
   tolerant(config)
   for name, changes in PRECISIONS.items():
     slots = {'moe.capacity.per_token.factor': 2.0}
@@ -68,24 +72,22 @@ def config(steps: int):
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each precision and rate."""
-  arms = []
+  arms, key = [], 'optimizer.learning_rate'
   for rate, peak in RATES.items():
     for name, changes in PRECISIONS.items():
       overrides = {f'model.{key}': value for key, value in changes.items()}
-      overrides['optimizer.learning_rate'] = peak
-      arms.append(Arm(name + rate, overrides))
+      arms.append(Arm(name + rate, {**overrides, key: peak}))
   return arms
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Losses over the run, logits, flipped choices, and bytes that would move."""
   numbers = {**stability(run), **router_logits.rounding(run, state)}
-  exact = evaluation_of(run, EXACT).model
+  exact = routing.evaluation_of(run, EXACT).model
   for name in FLIPPED:
-    other = evaluation_of(run, name).model
+    other = routing.evaluation_of(run, name).model
     flipped = router_logits.changed(run, state, exact, other)
-    for layer, share in flipped.items():
-      numbers[f'routing/layer_{layer}/{name}'] = share
+    numbers |= routing.named({i: {name: x} for i, x in flipped.items()})
   B, T = run.options.batch_size, run.options.data.seq_len
   (half,) = counts.halves(run.model, T)
   for layer in run.model.stacks.sparse_layers:
@@ -99,13 +101,11 @@ def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with what the router adds and what evaluation does."""
   table = []
   for name, runs in results.items():
-    values = dict(STUDY.row_of(Arm(name, {}), results).values)
-    whole, outside = (values[column] for column in FLIPPED.values())
-    values[MORE] = np.subtract(whole, outside).tolist()
-    values[AFTER] = [
-      run[f'eval/{LOW}/loss'] - run[f'eval/{EXACT}/loss'] for run in runs
-    ]
-    table.append(Row(name, values))
+    row = STUDY.row_of(Arm(name, {}), results)
+    flipped = [row.values[column] for column in FLIPPED.values()]
+    low, exact = ([run[f'eval/{x}/loss'] for run in runs] for x in (LOW, EXACT))
+    more = {MORE: np.subtract(*flipped), AFTER: np.subtract(low, exact)}
+    table.append(row.plus({name: x.tolist() for name, x in more.items()}))
   return table
 
 
@@ -158,14 +158,8 @@ STUDY = Study(
   claims=claims(),
   measure=measure,
   figure=Figure(['loss', LOGIT, FLIPPED[LOW], FLIPPED[SELECTIVE]]),
-  remarks=(
-    f'{MEANING} Flipped choices are means over layers, and those '
-    'flipped by the router are the ones of bfloat16 less those of selective '
-    'precision.'
-  ),
+  remarks=f'{MEANING} Flipped choices are means over layers, and those flipped '
+  'by the router are the ones of bfloat16 less those of selective precision.',
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

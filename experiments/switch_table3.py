@@ -39,7 +39,7 @@ GAIN = ', 1.0x minus 0.1x'
 
 def config(steps: int):
   """The config that the rows share."""
-  config = byte_models.switch_decoder(steps, num_layers=2, num_experts=32)
+  config = byte_models.switch_decoder(steps, num_experts=32)
   config.max_nonfinite_steps = steps
   return config
 
@@ -59,10 +59,10 @@ def rows(results: parts.Results) -> list[Row]:
   """A row of each arm with its spread, and of what the scale is worth."""
   table, gains = {}, []
   for arm in results:
-    values = STUDY.row_of(Arm(arm, {}), results).values
-    losses = np.array(values['loss'])
+    row = STUDY.row_of(Arm(arm, {}), results)
+    losses = np.array(row.values['loss'])
     distance = np.abs(losses - np.median(losses)).tolist()
-    table[arm] = Row(arm, {**values, DISTANCE: distance})
+    table[arm] = row.plus({DISTANCE: distance})
   for model in MODELS:
     for rate in RATES:
       names = [f'{model}, {scale}{rate}' for scale in SCALES]
@@ -86,8 +86,7 @@ def claims() -> parts.Claims:
       compared = f'{column}: {small} < {usual}'
       paper_claims[text + rate] = Claim(compared, cells)
     text = f'the smaller scale is worth more to the sparse model{rate}'
-    compared = f'loss: dense{GAIN}{rate} < sparse{GAIN}{rate}'
-    paper_claims[text] = compared
+    paper_claims[text] = f'loss: dense{GAIN}{rate} < sparse{GAIN}{rate}'
   return {
     **paper_claims,
     'the dense model has a lower loss at 0.1x, too, at the raised rate': (
@@ -121,14 +120,9 @@ STUDY = Study(
   ],
   claims=claims(),
   figure=Figure(['loss', DISTANCE], without=['*minus*']),
-  remarks=(
-    "The distance is that of a seed's loss from the median of its row, the "
-    'mean of which measures the spread. Rows of differences are paired by '
-    'seed.'
-  ),
+  remarks="The distance is that of a seed's loss from the median of its row, "
+  'the mean of which measures the spread. Rows of differences are paired by '
+  'seed.',
   written='2026-11-29',
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -24,9 +24,7 @@ core minutes, a part of them beside other work. The claims were written before
 these runs.
 """
 
-import ml_collections
-
-from experiments.study import command, finetuned, parts
+from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 
@@ -41,29 +39,26 @@ RATES = {
 DENSE = 'T5-Base d=0.1'
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """Config of Switch on few examples of each task."""
   config = finetuned.config(steps, num_train=20)
-  config.model.moe.layers = 'every 2'
-  config.model.moe.num_selected = 1
-  config.model.moe.expert.hidden = config.model.ffn.hidden
-  config.model.moe.router.token_choice.gates = 'raw'
-  config.evals[finetuned.TRAINED] = finetuned.evaluation(split='train')
+  moe = config.model.moe
+  moe.update(layers='every 2', num_selected=1)
+  moe.expert.hidden = config.model.ffn.hidden
+  moe.router.token_choice.gates = 'raw'
+  config.evals[finetuned.TRAINED] = byte_models.with_slots(2.0, split='train')
   return config
 
 
 def arms(_: Preset) -> list[Arm]:
   """An arm for each row of the paper's table."""
   start, changes = finetuned.MODELS['dense']
+  keys = 'model.dropout', 'model.moe.expert.dropout'
   return [
     Arm(DENSE, {**changes, 'model.dropout': 0.1}, start=start),
     *(
-      Arm(
-        name,
-        {'model.dropout': all_layers, 'model.moe.expert.dropout': experts},
-        start=finetuned.SPARSE,
-      )
-      for name, (all_layers, experts) in RATES.items()
+      Arm(name, dict(zip(keys, rates)), start=finetuned.SPARSE)
+      for name, rates in RATES.items()
     ),
   ]
 
@@ -91,7 +86,7 @@ STUDY = Study(
     'quick': Preset(250, 3, start_steps=300),
     'full': Preset(400, 6, start_steps=600),
   },
-  columns=[finetuned.LOSS, finetuned.TRAINED_LOSS, finetuned.GAP],
+  columns=finetuned.GAP_COLUMNS,
   claims={
     'dropout of 0.3 everywhere is worse than 0.1': Claim(
       'loss: Switch d=0.3 > Switch d=0.1',
@@ -121,7 +116,4 @@ STUDY = Study(
   tasks=finetuned.tasks('20 examples of each generated task'),
   written='2026-11-27',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

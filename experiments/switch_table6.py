@@ -24,25 +24,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from experiments.study import byte_models, command, parts
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Figure,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
+from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tables import ratios
 from experiments.study.tasks import TASKS
 from moe_jax.analysis.intervals import Interval
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 NUM_EXPERTS = 16
 DENSE, ALONE = 'dense', 'non-expert start alone'
@@ -79,14 +69,12 @@ def teacher_of(num_experts: int) -> str:
 TEACHER = teacher_of(NUM_EXPERTS)
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """Config of the teacher, which its students change."""
-  config = byte_models.decoder(steps, num_layers=2, num_experts=NUM_EXPERTS)
-  byte_models.drop_nothing(config.model.moe)
-  return config
+  return byte_models.decoder(steps, num_experts=NUM_EXPERTS, drops=False)
 
 
-def teacher(preset: Preset, num_experts: int) -> Start:
+def teacher(preset: Preset, num_experts: int) -> parts.Start:
   """The run of the teacher that has so many experts."""
   steps = preset.start_steps
   overrides = {
@@ -95,7 +83,7 @@ def teacher(preset: Preset, num_experts: int) -> Start:
     'optimizer.schedule.warmup_steps': min(100, steps // 8),
     'model.moe.num_experts': num_experts,
   }
-  return Start(teacher_of(num_experts), overrides=overrides)
+  return parts.Start(teacher_of(num_experts), overrides=overrides)
 
 
 def student(name: str, num_experts: int, options: Mapping[str, Any]) -> Arm:
@@ -107,11 +95,8 @@ def student(name: str, num_experts: int, options: Mapping[str, Any]) -> Arm:
     options: Options of `config.distill`.
   """
   overrides = {f'distill.{key}': value for key, value in options.items()}
-  return Arm(
-    name,
-    {'model.moe.num_experts': 0, **overrides},
-    teacher=teacher_of(num_experts),
-  )
+  overrides['model.moe.num_experts'] = 0
+  return Arm(name, overrides, teacher=teacher_of(num_experts))
 
 
 def long_twin(preset: Preset) -> Arm:
@@ -122,9 +107,7 @@ def long_twin(preset: Preset) -> Arm:
 
 def arms(preset: Preset) -> list[Arm]:
   """The dense twin, and a student for each way to learn."""
-  students = (
-    student(name, NUM_EXPERTS, options) for name, options in STUDENTS.items()
-  )
+  students = (student(n, NUM_EXPERTS, o) for n, o in STUDENTS.items())
   return [byte_models.dense(DENSE), *students, long_twin(preset)]
 
 
@@ -263,7 +246,4 @@ STUDY = Study(
   figure=Figure(['loss', 'share kept']),
   tasks={'cipher': TASKS['cipher'], **TASKS},
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -22,7 +22,6 @@ The full preset was planned for 38 minutes on two idle cores; its runs took 54
 core minutes. The claims were written before these runs.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,8 +64,8 @@ def rows(results: parts.Results) -> Sequence[Row]:
       np.array([run[switch_table6.PARAMETERS] for run in results[name]])
       for name in (student, teacher)
     )
-    compression = {COMPRESSION.name: (100 * (1 - small / large)).tolist()}
-    table.append(dataclasses.replace(row, values={**row.values, **compression}))
+    compression = (100 * (1 - small / large)).tolist()
+    table.append(row.plus({COMPRESSION.name: compression}))
   return table
 
 
@@ -125,7 +124,4 @@ STUDY = Study(
   tasks=switch_table6.STUDY.tasks,
   written='2026-11-27',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

@@ -36,8 +36,6 @@ before any other run.
 
 import functools
 
-import ml_collections
-
 from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row, Start
@@ -46,6 +44,7 @@ from experiments.study.tasks import Task
 from moe_jax.run_config import RunConfig
 
 SUNK = 'dense, sunk cost'
+HALVES = 'Python standard library in two halves, bytes'
 DENSE, UPCYCLED, SCRATCH = 'dense, trained on', 'upcycled', 'from scratch'
 # Extra costs, in % of the sunk cost, and that of the variants.
 EXTRA, USUAL = (50, 100), 50
@@ -66,16 +65,15 @@ VARIANTS = {
 # Gates of the rows that are not trained.
 GATES = {'renormalized': 'gates sum to one', 'raw': 'raw gates'}
 SAME, EXACT = 0.02, 0.001
+FIVE_SEEDS = 'Not resolved with five seeds (0.008 ± 0.008)'
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
+def config(steps: int):
   """The config of a sparse model that is trained for so many steps."""
-  config = byte_models.decoder(steps, num_layers=2, num_selected=2)
+  config = byte_models.decoder(steps, num_selected=2, drops=False)
   config.batch_size = 16
-  moe = config.model.moe
-  moe.layers = 'every 2'
-  moe.router.token_choice.gates = 'renormalized'
-  byte_models.drop_nothing(moe)
+  config.model.moe.layers = 'every 2'
+  config.model.moe.router.token_choice.gates = 'renormalized'
   falling = {
     'optimizer.schedule.kind': 'trapezoid',
     'optimizer.schedule.decay_fraction': 0.5,
@@ -113,12 +111,10 @@ def untrained(gates: str) -> str:
 @functools.cache
 def _cost_ratio(name: str) -> float:
   """The cost of a dense step over that of a sparse one, usual or a variant."""
-  changes = VARIANTS.get(name, {})
-  changes = {k: v for k, v in changes.items() if k.startswith(_MOE)}
-  dense, sparse = (
-    byte_models.training_flops(config(1), c) for c in (_DENSE, changes)
-  )
-  return dense / sparse
+  changes = VARIANTS.get(name, {}).items()
+  changes = {k: v for k, v in changes if k.startswith(_MOE)}
+  flops = functools.partial(byte_models.training_flops, config(1))
+  return flops(_DENSE) / flops(changes)
 
 
 def arms(preset: Preset) -> list[Arm]:
@@ -170,9 +166,8 @@ def better(
 ) -> parts.Claims:
   """A claim that one row has a lower loss than another."""
   cells = [f'upcycling2022/text/{published}/extra_training'] * bool(published)
-  return {
-    f'{row}: better than {than}': Claim(f'loss: {row} < {than}', cells, note)
-  }
+  claim = Claim(f'loss: {row} < {than}', cells, note)
+  return {f'{row}: better than {than}': claim}
 
 
 def claims() -> parts.Claims:
@@ -187,11 +182,7 @@ def claims() -> parts.Claims:
     ),
     'what upcycling gains over training on grows with the extra cost': Claim(
       f'loss: {at(OVER_DENSE, ends[0])} > {at(OVER_DENSE, ends[1])}',
-      changes=[
-        parts.more_seeds(
-          'Not resolved with five seeds (0.008 ± 0.008)', 'ten', '2026-11-30'
-        )
-      ],
+      changes=[parts.more_seeds(FIVE_SEEDS, 'ten', '2026-11-30')],
     ),
     'what it gains over a sparse model from scratch shrinks': (
       'loss: {} < {}'.format(*(at(OVER_SCRATCH, x) for x in ends))
@@ -243,19 +234,9 @@ STUDY = Study(
     'extra cost, % of the sunk one',
     without=[f'{UPCYCLED}, untrained*', 'gain*'],
   ),
-  remarks=(
-    'Extra costs are counted FLOPs. Sparse models train for fewer steps, by '
-    'as much as their step costs more.'
-  ),
-  tasks={
-    'halves': Task(
-      {'data.train_split': 'train[50%:]'},
-      'Python standard library in two halves, bytes',
-    )
-  },
+  remarks='Extra costs are counted FLOPs. Sparse models train for fewer steps, '
+  'by as much as their step costs more.',
+  tasks={'halves': Task({'data.train_split': 'train[50%:]'}, HALVES)},
   written='2026-11-29',
 )
-get_config = STUDY.get_config
-
-if __name__ == '__main__':
-  command.main(STUDY)
+get_config, get_items = command.entries(STUDY, __name__)

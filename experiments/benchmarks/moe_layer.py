@@ -15,21 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import roofline, timing
-from moe_jax import kernels
+from moe_jax import kernels, layers
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.kernels.rows_product import rows_matmul
-from moe_jax.layers import (
-  ACTIVATIONS,
-  DISPATCHES,
-  FeedForward,
-  FeedForwardExpert,
-  FfnOptions,
-  MoE,
-  MoeOptions,
-  Numerics,
-  Shared,
-)
+from moe_jax.layers import ACTIVATIONS, FfnOptions, MoE, MoeOptions, Shared
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.routing.capacity import All, PerAssignment
 from moe_jax.shapes import Array
@@ -77,7 +67,8 @@ class Sizes:
   @property
   def shared(self) -> Shared:
     """The numeric types, which all layers share."""
-    return Shared(Numerics(dtype=self.dtype, param_dtype=self.dtype))
+    numerics = layers.Numerics(dtype=self.dtype, param_dtype=self.dtype)
+    return Shared(numerics)
 
   def kernel_bytes(self, E: int) -> int:
     """Bytes of the kernels of E experts, which their gradients have too."""
@@ -123,8 +114,8 @@ def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
     num_selected=K,
     router=TokenChoice(gates='raw' if K == 1 else 'renormalized'),
     capacity=PerAssignment(factor=1.0) if dispatch in DROPPING else All(),
-    expert=FeedForwardExpert(sizes.hidden, sizes.activation, 0.0),
-    dispatch=DISPATCHES.builtin[dispatch](),
+    expert=layers.FeedForwardExpert(sizes.hidden, sizes.activation, 0.0),
+    dispatch=layers.DISPATCHES.builtin[dispatch](),
   )
   return MoE(options, sizes.shared)
 
@@ -173,7 +164,8 @@ def other_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
   x) -> y; bare products (experts' kernels, rows, group sizes) -> rows have no
   routing.
   """
-  module = FeedForward(FfnOptions(sizes.hidden, sizes.activation), sizes.shared)
+  ffn = FfnOptions(sizes.hidden, sizes.activation)
+  module = layers.FeedForward(ffn, sizes.shared)
   hidden = ACTIVATIONS[sizes.activation].hidden
 
   def two(product, w, x, *more):
@@ -248,12 +240,10 @@ class Layer:
       raise InputError(f'num_experts={E} > width={M}: no orthogonal centres')
     shapes = {name: (E, M, F) for name in sizes.kernel_names}
     shapes['w_out'] = (E, F, M)
-    experts = {
-      name: jnp.asarray(
-        rng.standard_normal(shape, np.float32) / np.sqrt(M), sizes.dtype
-      )
-      for name, shape in shapes.items()
-    }
+    experts = {}
+    for name, shape in shapes.items():
+      kernel = rng.standard_normal(shape, np.float32) / np.sqrt(M)
+      experts[name] = jnp.asarray(kernel, sizes.dtype)
     centres = np.linalg.qr(rng.normal(size=(M, E)))[0].T
     router = {'w': jnp.asarray(centres.T, jnp.float32)}
     return cls(sizes, {'router': router, 'experts': experts}, centres)
@@ -343,12 +333,10 @@ def compile_cases(
   for name, function in other_functions(s).items():
     functions[name] = with_gradient(function, backward)
   inputs = Inputs.draw(layer, 'uniform', K)
-  compiled = {
-    name: timing.compiled(
-      jax.jit(functions[name]), *arguments(name, layer, inputs)
-    )
-    for name in names
-  }
+  compiled = {}
+  for name in names:
+    arrays = arguments(name, layer, inputs)
+    compiled[name] = timing.compiled(jax.jit(functions[name]), *arrays)
   equal = {name + EQUAL: compiled[name] for name in GROUPED if name in names}
   return compiled | equal
 
@@ -367,15 +355,11 @@ def bind(
     arrays = arguments(name, layer, inputs)
     served = served_share(name, inputs.load)
     is_dense = name in (DENSE, PLAIN_DENSE)
-    work = layer.sizes.work(
-      1 if is_dense else len(layer.centres),
-      1 if is_dense else K * served,
-      backward=backward,
-      router=name in LAYERS,
-    )
+    counts = (1, 1) if is_dense else (len(layer.centres), K * served)
+    passes = dict(backward=backward, router=name in LAYERS)
     return timing.Program(
       lambda: jax.block_until_ready(function(*arrays)),
-      work,
+      layer.sizes.work(*counts, **passes),
       {'served': served, **numbers},
     )
 

@@ -8,11 +8,12 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from moe_jax.interop.checkpoint_folder import open_checkpoint
@@ -21,33 +22,14 @@ from moe_jax.interop.tensor_files import SAFETENSORS
 from moe_jax.models import describe
 
 # All that does not grow with the number of layers has about 0.3 GB.
-BASE: Mapping[str, Any] = dict(
-  model_type='qwen3_moe',
-  architectures=['Qwen3MoeForCausalLM'],
-  dtype='bfloat16',
-  vocab_size=32768,
-  hidden_size=2048,
-  num_attention_heads=16,
-  num_key_value_heads=4,
-  head_dim=128,
-  intermediate_size=4096,
-  num_experts=64,
-  num_experts_per_tok=8,
-  norm_topk_prob=True,
-  tie_word_embeddings=False,
-)
-TINY: Mapping[str, Any] = dict(
-  BASE,
-  vocab_size=64,
-  hidden_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=6,
-  num_experts=8,
-  num_experts_per_tok=2,
-  moe_intermediate_size=16,
-)
+BASE: dict[str, Any] = dict(model_type='qwen3_moe', dtype='bfloat16')
+BASE |= dict(architectures=['Qwen3MoeForCausalLM'], tie_word_embeddings=False)
+BASE |= dict(vocab_size=32768, hidden_size=2048, intermediate_size=4096)
+BASE |= dict(num_attention_heads=16, num_key_value_heads=4, head_dim=128)
+BASE |= dict(num_experts=64, num_experts_per_tok=8, norm_topk_prob=True)
+TINY = BASE | dict(vocab_size=64, hidden_size=24, num_hidden_layers=2)
+TINY |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+TINY |= dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
 _LAYER_BYTES = 8e8
 _WIDTHS = 16  # experts' widths are multiples of this
 # All bits but the highest of the exponent: the value is below 2, and finite.
@@ -95,16 +77,20 @@ def write(
   """
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(config, indent=2))
-  groups = list(_files(tensor_shapes(folder), file_bytes))
-  random, weight_map, sizes, digest = np.random.default_rng(seed), {}, [], 0
-  for i, shapes in enumerate(groups, start=1):
-    name = f'model-{i:05}-of-{len(groups):05}.safetensors'
-    tensors = {key: _drawn(random, shape) for key, shape in shapes.items()}
+  shapes = tensor_shapes(folder)
+  split = split_state_dict_into_shards_factory(
+    shapes,
+    get_storage_size=lambda shape: 2 * math.prod(shape),
+    filename_pattern=SAFETENSORS.replace('.', '{suffix}.'),
+    max_shard_size=int(file_bytes),
+  )
+  random, sizes, digest = np.random.default_rng(seed), [], 0
+  for name, keys in split.filename_to_tensors.items():
+    tensors = {key: _drawn(random, shapes[key]) for key in keys}
     save_file(tensors, folder / name, metadata={'format': 'pt'})
-    weight_map |= dict.fromkeys(tensors, name)
     sizes.append(sum(x.nbytes for x in tensors.values()))
     digest += sum(digest_of(x) for x in tensors.values())
-  index = {'metadata': {'total_size': sum(sizes)}, 'weight_map': weight_map}
+  index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
   (folder / f'{SAFETENSORS}.index.json').write_text(json.dumps(index))
   return Written(sum(sizes), max(sizes), len(sizes), digest % 2**64)
 
@@ -125,22 +111,6 @@ def digest_of(array: np.ndarray) -> int:
   """The sum of the bits of an array's bfloat16 values, modulo 2**64."""
   bits = np.asarray(array, ml_dtypes.bfloat16).view(np.uint16)
   return int(bits.sum(dtype=np.uint64))
-
-
-def _files(
-  shapes: Mapping[str, tuple[int, ...]], file_bytes: float
-) -> Iterator[dict[str, tuple[int, ...]]]:
-  """The tensors of each file, in the order of their names."""
-  tensors: dict[str, tuple[int, ...]] = {}
-  size = 0
-  for name, shape in sorted(shapes.items()):
-    num_bytes = 2 * math.prod(shape)
-    if tensors and size + num_bytes > file_bytes:
-      yield tensors
-      tensors, size = {}, 0
-    tensors[name] = shape
-    size += num_bytes
-  yield tensors
 
 
 def _drawn(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

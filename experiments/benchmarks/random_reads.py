@@ -78,12 +78,9 @@ def _read(options, training, process) -> dict[str, float]:
   dataset = data.load(options)
   opened = time.perf_counter() - begin
   rows = _BATCH_SIZE // _PROCESSES
-  stream = data.batch_dataset(
-    dataset.splits['train'],
-    batch_size=_BATCH_SIZE,
-    seed=0,
-    share=np.arange(process * rows, (process + 1) * rows),
-  )
+  share = np.arange(process * rows, (process + 1) * rows)
+  sizes = dict(batch_size=_BATCH_SIZE, seed=0, share=share)
+  stream = data.batch_dataset(dataset.splits['train'], **sizes)
   begin = time.perf_counter()
   for i in range(_BATCHES):
     batch = stream[i]

@@ -62,10 +62,8 @@ class Work:
 
     The two are taken to overlap fully.
     """
-    return max(
-      self.flops / peaks.flops_per_second,
-      self.min_bytes / peaks.bytes_per_second,
-    )
+    in_memory = self.min_bytes / peaks.bytes_per_second
+    return max(self.flops / peaks.flops_per_second, in_memory)
 
 
 def measure_peaks(dtype: str = 'float32', *, quick: bool = False) -> Peaks:
@@ -77,9 +75,8 @@ def measure_peaks(dtype: str = 'float32', *, quick: bool = False) -> Peaks:
   """
   rate, num_rows = product_rate(dtype, SIZES[:1] if quick else SIZES)
   size = _COPY_BYTES >> 8 if quick else _COPY_BYTES
-  return Peaks(
-    rate, 2 * size / least_seconds(_copy(size)), dtype, num_rows, 2 * size
-  )
+  copied = 2 * size / least_seconds(_copy(size))
+  return Peaks(rate, copied, dtype, num_rows, 2 * size)
 
 
 MATMUL, COPY = 'peak matmul', 'peak copy'
@@ -97,14 +94,12 @@ def probes(peaks: Peaks) -> dict[str, Callable[[], jax.Array]]:
   }
 
 
-def by_round(
-  peaks: Peaks, seconds: Mapping[Any, Sequence[float]]
-) -> list[Peaks]:
+def by_round(peaks: Peaks, times: Mapping[Any, Sequence[float]]) -> list[Peaks]:
   """The peaks of each round of timings that `probes` were a part of.
 
   Args:
     peaks: The peaks whose probes were timed.
-    seconds: Times of each program by its name, one for each round.
+    times: Times of each program by its name, one for each round.
   """
   return [
     dataclasses.replace(
@@ -112,7 +107,7 @@ def by_round(
       flops_per_second=2 * peaks.matmul_size**3 / matmul,
       bytes_per_second=peaks.copy_bytes / copy,
     )
-    for matmul, copy in zip(seconds[MATMUL], seconds[COPY], strict=True)
+    for matmul, copy in zip(times[MATMUL], times[COPY], strict=True)
   ]
 
 

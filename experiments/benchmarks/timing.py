@@ -62,15 +62,10 @@ class Spread:
 
   def __format__(self, spec: str) -> str:
     """The median and the quartiles as text, '1.12 (1.08-1.19)'."""
-    low, middle, high = (
-      format(value, spec) for value in (self.low, self.median, self.high)
-    )
-    return f'{middle} ({low}-{high})'
+    return f'{self.median:{spec}} ({self.low:{spec}}-{self.high:{spec}})'
 
 
-def compiled(
-  function: Wrapped, *args: Any
-) -> tuple[Compiled, dict[str, float]]:
+def compiled(jitted: Wrapped, *args: Any) -> tuple[Compiled, dict[str, float]]:
   """Compiles a jitted function for arguments of these shapes.
 
   Returns:
@@ -79,7 +74,7 @@ def compiled(
     while the program runs, besides arguments and results.
   """
   start = time.perf_counter()
-  program = function.lower(*args).compile()
+  program = jitted.lower(*args).compile()
   seconds, memory = time.perf_counter() - start, program.memory_analysis()
   return program, {
     'compile_seconds': seconds,
@@ -196,15 +191,10 @@ def device_name() -> str:
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return device.device_kind
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      model_line = re.search(
-        r'^model name\s*: (.+)$', file.read(), re.MULTILINE
-      )
-  except OSError:
-    model_line = None
-  name = model_line[1].strip() if model_line else ''
-  return name or platform.processor() or platform.machine()
+  cpus = pathlib.Path('/proc/cpuinfo')
+  text = cpus.read_text(encoding='utf-8') if cpus.exists() else ''
+  names = re.findall(r'^model name\s*: (.*\S)', text, re.MULTILINE)
+  return [*names, platform.processor() or platform.machine()][0]
 
 
 def folder_name(device: str) -> str:
@@ -222,6 +212,12 @@ def facts() -> dict[str, str]:
     'jax': jax.__version__,
     'python': platform.python_version(),
   }
+
+
+def machine() -> str:
+  """A sentence on the machine and the date."""
+  f = facts()
+  return f'{f["device"]} ({f["cores"]} cores), {f["date"]}.'
 
 
 def command_of(argv: Sequence[str]) -> list[str]:
@@ -360,7 +356,6 @@ def write(
     **metadata,
     'rows': [flat(row) for row in rows],
   }
-  (folder / 'results.json').write_text(
-    json.dumps(results, indent=2) + '\n', encoding='utf-8'
-  )
+  content = json.dumps(results, indent=2) + '\n'
+  (folder / 'results.json').write_text(content, encoding='utf-8')
   print(f'\n{text}\nwritten: {folder}')

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.roofline import Work
@@ -19,9 +19,7 @@ from moe_jax.training.programs import Programs, make_programs
 BYTES_VOCABULARY = 257
 
 
-def prepared(
-  config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
-) -> RunConfig:
+def prepared(config: ConfigDict, overrides: Mapping[str, Any]) -> RunConfig:
   """The run's options on one device, with the vocabulary's size filled in.
 
   Args:
@@ -55,9 +53,8 @@ def compile_step(options: RunConfig) -> timing.Program:
   model, mesh = options.build(), options.mesh.make(jax.devices()[:1])
   programs = make_programs(options, model, mesh)
   batch = programs.put(random_batch(options))
-  step, numbers = timing.compiled(
-    programs.train_step, programs.abstract_state, batch
-  )
+  arguments = programs.abstract_state, batch
+  step, numbers = timing.compiled(programs.train_step, *arguments)
   states = []
 
   def run():

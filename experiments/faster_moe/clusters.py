@@ -66,25 +66,12 @@ class Cluster:
 
 
 def _v100s(
-  name: str,
-  num_nodes: int,
-  per_node: int,
-  peak: float,
-  socket: str,
-  link: str,
-  local: float,
-  network: float,
-  published: str,
+  name, num_nodes, per_node, peak, socket, link, local, network, published
 ) -> Cluster:
   """One of the paper's clusters, with elements of float32."""
-  machine = topology.nodes(
-    name,
-    num_nodes=num_nodes,
-    per_node=per_node,
-    local=local,
-    network=network,
-    flops_per_second=GEMM * peak,
-  )
+  sizes = dict(num_nodes=num_nodes, per_node=per_node)
+  speeds = dict(local=local, network=network, flops_per_second=GEMM * peak)
+  machine = topology.nodes(name, **sizes, **speeds)
   words = (
     f'{name}: {num_nodes} nodes of {per_node} V100-{socket}, EDR at '
     f'{network * 8e-9:g} Gb/s a node, products at {GEMM:.0%} of the peak (from '
@@ -98,9 +85,7 @@ def _v100s(
 
 def _tpus(name: str, peak: float = 197e12, link: float = 50e9) -> Cluster:
   """A slice of TPUs as a torus, with elements of bfloat16."""
-  machine = topology.torus(
-    name, (4, 4), link=link, flops_per_second=GEMM * peak
-  )
+  torus = topology.torus(name, (4, 4), link=link, flops_per_second=GEMM * peak)
   words = (
     f'{name}: a torus of 4x4 TPU v5e (described; none in the paper), peak '
     f'{peak / 1e12:g} TFLOP/s of bfloat16 (assumed: nominal, Google) at '
@@ -109,7 +94,7 @@ def _tpus(name: str, peak: float = 197e12, link: float = 50e9) -> Cluster:
     'coordinate to the first (assumed; a small slice may lack it); Algorithm 1 '
     'is given one link as the bandwidth of each device'
   )
-  return Cluster(machine, link, link, 1, 2, '', words)
+  return Cluster(torus, link, link, 1, 2, '', words)
 
 
 _PCIE = 'PCIe', 'PCIe 3.0 x16', 15.75e9

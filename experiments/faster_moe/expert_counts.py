@@ -139,7 +139,6 @@ def drawn(
 def counts_of(
   chosen: Iterable[Chosen],
   cluster: Cluster,
-  *,
   tokens_per_device: int = 0,
   outgoing: float = 1.0,
 ) -> Counts:
@@ -161,10 +160,8 @@ def counts_of(
   W, Q = cluster.num_devices, cluster.num_nodes
   for one in chosen:
     N, K = one.expert.shape
-    for name, size in (
-      ('num_experts', one.num_experts),
-      ('tokens of a batch', N),
-    ):
+    numbers = {'num_experts': one.num_experts, 'tokens of a batch': N}
+    for name, size in numbers.items():
       if size % W:
         raise DoesNotDivide(
           f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
@@ -176,14 +173,11 @@ def counts_of(
       limit = int(outgoing * per_device)
       leaving = limit / per_device
       real = (one.expert >= 0).any(-1)
-      limited = _limit(
-        jnp.asarray(one.logits.reshape(W, per_device, -1), jnp.float32),
-        jnp.asarray(np.arange(W) // (W // Q), jnp.int32),
-        jnp.asarray(real.reshape(W, per_device)),
-        num_selected=K,
-        num_nodes=Q,
-        limit=limit,
-      )
+      logits = jnp.asarray(one.logits.reshape(W, per_device, -1), jnp.float32)
+      nodes = jnp.asarray(np.arange(W) // (W // Q), jnp.int32)
+      sizes = dict(num_selected=K, num_nodes=Q, limit=limit)
+      mask = jnp.asarray(real.reshape(W, per_device))
+      limited = _limit(logits, nodes, mask, **sizes)
       expert = np.where(real[:, None], np.asarray(limited).reshape(N, K), -1)
       gated.append(_count(expert, one.num_experts, W, rows))
   if not counts:

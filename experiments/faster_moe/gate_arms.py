@@ -15,9 +15,8 @@ import numpy as np
 from experiments.study import byte_models
 from experiments.study import routing as study_routing
 from experiments.study.parts import ANY, Arm, Claim, Column, percent
+from experiments.study.runner import Run, TrainState
 from moe_jax import routing
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
 
 # Shares of tokens that may leave their node; 0.14 is FastMoE's.
 SHARES = (1.0, 0.5, 0.14, 0.0)
@@ -47,13 +46,10 @@ def config(steps: int):
   sequence of 64 tokens.
   """
   config = byte_models.decoder(
-    steps, num_layers=2, num_experts=16, num_selected=2
+    steps, num_experts=16, num_selected=2, expert_hidden=128, drops=False
   )
   moe = config.model.moe
-  moe.group_size = 0
-  moe.expert.hidden = 128
-  byte_models.drop_nothing(moe)
-  moe.allow_future_leak = True
+  moe.update(group_size=0, allow_future_leak=True)
   moe.router.kind = 'topology'
   moe.router.topology.update(gates='renormalized', devices=4, per_node=2)
   free = {'kind': 'token_choice', 'token_choice': {'gates': 'renormalized'}}

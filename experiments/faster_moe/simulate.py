@@ -138,10 +138,9 @@ def _best(
   """The most popular experts, up to half of them, that save most seconds."""
   order = np.argsort(-counts.sum(-1), axis=-1, kind='stable')
   rank = np.argsort(order, axis=-1)  # each expert's, by popularity
+  machine = cluster.topology
   seconds = [
-    cost_model.step(
-      cluster.topology, counts, sizes, shadowed=rank < r
-    ).sequential
+    cost_model.step(machine, counts, sizes, shadowed=rank < r).sequential
     for r in range(counts.shape[1] // 2 + 1)
   ]
   return rank < np.argmin(seconds, 0)[:, None]

@@ -74,9 +74,8 @@ class GatedLayer(nn.Module):
       sit_out: The experts whose gates are 0, bool [E]; None for none.
     """
     E, F = self.num_experts, self.hidden
-    logits = _dense(E, 'gate_out')(
-      nn.relu(_dense(self.gate_hidden, 'gate_in')(x))
-    )
+    hidden = nn.relu(_dense(self.gate_hidden, 'gate_in')(x))
+    logits = _dense(E, 'gate_out')(hidden)
     gates = jax.nn.softmax(logits)
     if sit_out is not None:
       gates = constrained_gates(logits, sit_out)

@@ -55,10 +55,8 @@ def load(name: str) -> tuple[Digits, Digits]:
   images = (digits.images / 16).astype(np.float32)
   labels = digits.target.astype(np.int32)
   held_out = is_held_out(labels)
-  return (
-    Digits(images[~held_out], labels[~held_out]),
-    Digits(images[held_out], labels[held_out]),
-  )
+  split = Digits(images[~held_out], labels[~held_out])
+  return split, Digits(images[held_out], labels[held_out])
 
 
 def _mnist(builder: Any, split: str) -> Digits:

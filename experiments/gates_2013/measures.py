@@ -90,12 +90,10 @@ def about_class(
   return Information(class_information(labels), float(np.mean(chance)))
 
 
-def about_place(
-  gates: Float[np.ndarray, 'N P E'], seed: int = 0
-) -> Information:
+def about_place(gates: Float[np.ndarray, 'N P E']) -> Information:
   """Information of the gates of N images, at all P places, about the place."""
   N, P, _ = gates.shape
-  weight, rng = np.full(P, 1 / P), np.random.default_rng(seed)
+  weight, rng = np.full(P, 1 / P), np.random.default_rng(0)
   chance = []
   for _ in range(SHUFFLES):
     order = rng.permuted(np.tile(np.arange(P), (N, 1)), axis=1)
@@ -123,12 +121,10 @@ def picture(result: Result, title: str) -> Figure:
   """
   layers = [i for i in LAYERS if f'layer_{i}/by_place' in result]
   E = len(result['layer_1/by_place'])
-  figure = Figure(
-    figsize=(1.5 * E + 3.6, 1.7 * len(layers) + 0.6), layout='constrained'
-  )
-  axes = figure.subplots(
-    len(layers), E + 1, squeeze=False, width_ratios=[1] * E + [2]
-  )
+  size, widths = (1.5 * E + 3.6, 1.7 * len(layers) + 0.6), [1] * E + [2]
+  figure = Figure(figsize=size, layout='constrained')
+  shape = dict(nrows=len(layers), ncols=E + 1, width_ratios=widths)
+  axes = figure.subplots(**shape, squeeze=False)
   scale = dict(vmin=0.0, vmax=1.0, cmap='viridis')
   for line, i in zip(axes, layers, strict=True):
     for e, gate in enumerate(result[f'layer_{i}/by_place']):
@@ -166,11 +162,9 @@ def measure(name: str, model: DeepMoe, params: Any) -> dict[str, Any]:
   images, labels = images[indices], labels[indices]
   side = digits.CANVAS[name] - images.shape[1] + 1
   places = np.stack(np.mgrid[:side, :side], -1).reshape(-1, 2)
-  examples = digits.placed(
-    np.repeat(images, len(places), axis=0),
-    np.tile(places, (len(images), 1)),
-    digits.CANVAS[name],
-  )
+  repeated, offsets = np.repeat(images, len(places), 0), [places] * len(images)
+  canvas = digits.CANVAS[name]
+  examples = digits.placed(repeated, np.concatenate(offsets), canvas)
   logits, all_gates = jax.device_get(_applied(model, params, examples))
   wrong = logits.argmax(-1) != np.repeat(labels, len(places))
   numbers: dict[str, Any] = {'test_error': 100 * float(wrong.mean())}

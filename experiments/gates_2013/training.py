@@ -101,10 +101,8 @@ def make_step(options: Training, optimizer: optax.GradientTransformation):
       sit_out = None
       if last := options.balance_steps:
         balanced = (number < last) | (last < 0)
-        sit_out = [
-          deep_moe.overused(total, options.margin) & balanced
-          for total in totals
-        ]
+        over = (deep_moe.overused(total, options.margin) for total in totals)
+        sit_out = [experts & balanced for experts in over]
       logits, gates = model.apply({'params': params}, batch.images, sit_out)
       nats = optax.softmax_cross_entropy_with_integer_labels
       return nats(logits, batch.labels).mean(), [g.sum(0) for g in gates]
@@ -147,13 +145,10 @@ def _compiled(options: Training):
 def train(options: Training) -> Any:
   """The parameters of a trained model."""
   start, steps = _compiled(dataclasses.replace(options, seed=0))
-  batches = digits.batches(
-    digits.load(options.data.name)[0],
-    digits.CANVAS[options.data.name],
-    options.seed,
-    options.batch_size,
-    options.total_steps,
-  )
+  name = options.data.name
+  sizes = options.batch_size, options.total_steps
+  images, canvas = digits.load(name)[0], digits.CANVAS[name]
+  batches = digits.batches(images, canvas, options.seed, *sizes)
   carry = start(jnp.uint32(options.seed))
   while chunk := list(itertools.islice(batches, CHUNK)):
     carry = steps(carry, jax.tree.map(lambda *a: np.stack(a), *chunk))

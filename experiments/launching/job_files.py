@@ -57,18 +57,16 @@ def check(options: argparse.Namespace, topology: Topology) -> None:
     ValueError: The devices do not exist there, or an option is missing or has
       no effect.
   """
-  several = 'slices' if topology.groups > 1 else 'slice'
+  to, several = options.to, 'slices' if topology.groups > 1 else 'slice'
   devices = several if topology.shape else 'nodes'
   able = [name for name, t in TARGETS.items() if devices in t.runs_on]
-  if options.to not in able:
-    raise InputError(
-      f'--to={options.to} cannot run on {topology}; have --to={able}'
-    )
+  if to not in able:
+    raise InputError(f'--to={to} cannot run on {topology}; have --to={able}')
   for flag in _FLAGS:
-    is_needed = flag in TARGETS[options.to].flags
+    is_needed = flag in TARGETS[to].flags
     if bool(getattr(options, flag)) != is_needed:
       problem = 'needs' if is_needed else 'does not use'
-      raise InputError(f'--to={options.to} {problem} --{flag}')
+      raise InputError(f'--to={to} {problem} --{flag}')
 
 
 def job_name(item: Item, first: str = '') -> str:
@@ -106,9 +104,8 @@ def render(item: Item, options: argparse.Namespace) -> str:
   """
   topology = topologies.topology_of(options.topology)
   check(options, topology)
-  mesh = topologies.mesh_on(
-    run_config.options_of(item.config, item.flags())[0], topology
-  )
+  run_options, _ = run_config.options_of(item.config, item.flags())
+  mesh = topologies.mesh_on(run_options, topology)
   sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.items())
   folder = workdir.folder_of(item.workdir)
   volume, _, mount = options.volume.rpartition(':')
@@ -123,28 +120,16 @@ def render(item: Item, options: argparse.Namespace) -> str:
     trim_blocks=True,
     keep_trailing_newline=True,
   )
-  filters = {'json': json.dumps, 'quote': shlex.quote, 'wrapped': wrapped}
-  environment.filters |= filters
+  environment.filters |= {'json': json.dumps, 'quote': shlex.quote}
   return environment.get_template(f'{options.to}.jinja').render(
+    vars(options),
     summary=f'{item.config} on {topology}; mesh: {sizes}',
     name=job_name(item, options.name),
     topology=topology,
-    command=['python', '-m', *item.words()],
+    words=item.words(),
     volume=volume,
     mount=mount,
-    options=options,
   )
-
-
-def wrapped(words: Sequence[str], indent: int) -> str:
-  """Words for a shell: three on the first line, each other on one of its own.
-
-  Args:
-    words: The words, which are quoted where the shell needs it.
-    indent: Number of spaces before all lines but the first.
-  """
-  lines = [shlex.join(words[:3]), *map(shlex.quote, words[3:])]
-  return f' \\\n{" " * indent}'.join(lines)
 
 
 def run(items: Sequence[Item], options: argparse.Namespace) -> int:

@@ -22,27 +22,15 @@ _CUBES = (
 _CHIPS_PER_HOST = 4
 
 
-class _Tpu(NamedTuple):
-  """A generation of TPUs.
-
-  Attributes:
-    label: Value of the label cloud.google.com/gke-tpu-accelerator.
-    prefix: First part of the accelerator type, 'v5litepod' of 'v5litepod-16'.
-    cores: Number that the accelerator type counts for each chip.
-    shapes: The slices that accelerator types name, the smallest first.
-  """
-
-  label: str
-  prefix: str
-  cores: int
-  shapes: tuple[str, ...]
-
-
+# Of each generation of TPUs: the value of the label
+# cloud.google.com/gke-tpu-accelerator; the first part of the accelerator type,
+# and the number that it counts for each chip; and the slices that accelerator
+# types name, the smallest first.
 TPUS = {
-  'v4': _Tpu('tpu-v4-podslice', 'v4', 2, _CUBES),
-  'v5e': _Tpu('tpu-v5-lite-podslice', 'v5litepod', 1, _FLAT),
-  'v5p': _Tpu('tpu-v5p-slice', 'v5p', 2, _CUBES),
-  'v6e': _Tpu('tpu-v6e-slice', 'v6e', 1, _FLAT),
+  'v4': ('tpu-v4-podslice', 'v4', 2, _CUBES),
+  'v5e': ('tpu-v5-lite-podslice', 'v5litepod', 1, _FLAT),
+  'v5p': ('tpu-v5p-slice', 'v5p', 2, _CUBES),
+  'v6e': ('tpu-v6e-slice', 'v6e', 1, _FLAT),
 }
 TPUS['v5litepod'] = TPUS['v5e']
 # Values of the label cloud.google.com/gke-accelerator.
@@ -107,31 +95,26 @@ def topology_of(name: str) -> Topology:
       f'{", ".join(TPUS)}, such as v5p-128, v5p:4x4x4 or two, 2xv5p-128, and '
       f'nodes of the GPUs {", ".join(GPUS)}, such as 8xh100 or two, 2x8xh100'
     )
-  groups, kind, cores, shape = found.groups()
-  tpu = TPUS[kind]
-  named = {str(tpu.cores * _chips(shape)): shape for shape in tpu.shapes}
-  shape = shape or named.get(cores, '')
-  sides = [int(side) for side in shape.split('x') if side]
-  is_large_cube = (
-    tpu.shapes is _CUBES
-    and len(sides) == 3
-    and sides == sorted(sides)
-    and not any(side % 4 for side in sides)
-  )
-  if shape not in tpu.shapes and not is_large_cube:
-    slices = [f'{kind}-{number}' for number in named] if cores else tpu.shapes
+  groups, kind, number, shape = found.groups()
+  label, prefix, cores, shapes = TPUS[kind]
+  named = {cores * math.prod(_sides(shape)): shape for shape in shapes}
+  shape = shape or named.get(int(number), '')
+  sides, are_cubes = _sides(shape), shapes is _CUBES
+  is_large_cube = are_cubes and len(sides) == 3 and sides == sorted(sides)
+  is_large_cube &= not any(side % 4 for side in sides)
+  if shape not in shapes and not is_large_cube:
+    slices = [f'{kind}-{number}' for number in named] if number else shapes
     text = f'--topology={name}: {kind} has the slices {", ".join(slices)}'
-    if tpu.shapes is _CUBES and not cores:
+    if are_cubes and not number:
       text += ', and others whose sides divide by 4, the smallest first'
     raise InputError(text)
-  chips = _chips(shape)
-  kind = f'{tpu.prefix}-{tpu.cores * chips}'
-  hosts = chips // _CHIPS_PER_HOST
-  return Topology(int(groups or 1), chips, hosts, kind, tpu.label, shape)
+  chips = math.prod(sides)
+  kind, hosts = f'{prefix}-{cores * chips}', chips // _CHIPS_PER_HOST
+  return Topology(int(groups or 1), chips, hosts, kind, label, shape)
 
 
-def _chips(shape: str) -> int:
-  return math.prod(int(side) for side in shape.split('x'))
+def _sides(shape: str) -> list[int]:
+  return [int(side) for side in shape.split('x') if side]
 
 
 def mesh_on(options: RunConfig, topology: Topology) -> dict[str, int]:
@@ -156,7 +139,6 @@ def mesh_on(options: RunConfig, topology: Topology) -> dict[str, int]:
       f'{math.prod(spans)}, not {topology.groups}; set them, such as '
       f'--config.mesh.dcn_data={topology.groups}'
     )
-  sizes = tuple(a * b for a, b in zip(shape, spans))
-  mesh = AbstractMesh(sizes, MESH_AXES)
+  mesh = AbstractMesh(tuple(a * b for a, b in zip(shape, spans)), MESH_AXES)
   options.check_rows(options.sharding.row_parts(mesh))
   return dict(mesh.shape)

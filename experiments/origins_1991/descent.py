@@ -247,14 +247,11 @@ class DescentRunner(Runner):
       facts['minutes'] /= len(of_rate)
       for job in of_rate:
         s = seeds.index(job.seed)
-        job.write_result(
-          {
-            'learning rate': rate,
-            'epochs': int(runs.epochs[s]),
-            'reached': 100.0 * bool(runs.reached[s]),
-            **{name: float(values[s]) for name, values in measures.items()},
-            'expert output': model.output,
-            'data_digest': digest,
-            'made': facts,
-          }
-        )
+        result = {
+          'learning rate': rate,
+          'epochs': int(runs.epochs[s]),
+          'reached': 100.0 * bool(runs.reached[s]),
+          **{name: float(values[s]) for name, values in measures.items()},
+          'expert output': model.output,
+        }
+        job.write_result({**result, 'data_digest': digest, 'made': facts})

@@ -109,12 +109,8 @@ def read(path: str) -> list[Token]:
   lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
   for number, row in enumerate(csv.DictReader(lines, delimiter='\t'), 2):
     try:
-      code = row['Vowel'].strip('*').lower()
-      speaker, *formants = (
-        int(row['Speaker']),
-        float(row['F1']),
-        float(row['F2']),
-      )
+      code, speaker = row['Vowel'].strip('*').lower(), int(row['Speaker'])
+      formants = [float(row[name]) for name in ('F1', 'F2')]
       if code not in (*CODES, *OTHERS) or not min(formants) > 0:
         raise ValueError(f'no vowel of {CODES + OTHERS}, or no formants in Hz')
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -68,16 +68,11 @@ def start_run(
   env |= variables or {}
   coordination = [f'127.0.0.1:{free_port()}', str(count)]
   command = [sys.executable, *program, str(workdir), json.dumps(spec)]
-  return Processes(
-    [
-      start(
-        [*command, *([*coordination, str(i)] if count > 1 else [])],
-        workdir / f'log_{i}.txt',
-        env,
-      )
-      for i in range(count)
-    ]
-  )
+  processes = []
+  for i in range(count):
+    words = [*command, *coordination, str(i)] if count > 1 else command
+    processes.append(start(words, workdir / f'log_{i}.txt', env))
+  return Processes(processes)
 
 
 def disturb(
@@ -103,15 +98,13 @@ def disturb(
   disturbance = draw.choice(DISTURBANCES)
   tally.counts[disturbance] += 1
   tally.counts[f'at {when}'] += 1
-  receivers = processes.all
-  if not disturbance.endswith('all'):
-    receivers = [draw.choice(processes.all)]
+  everyone = disturbance.endswith('all')
+  receivers = processes.all if everyone else [draw.choice(processes.all)]
   number = signal.SIGKILL if 'kill' in disturbance else signal.SIGTERM
   processes.send(number, receivers)
   if not processes.wait(HANG_SECONDS):
-    tally.fault(
-      f'{disturbance}: others had not ended after {HANG_SECONDS:.0f} s'
-    )
+    seconds = f'{HANG_SECONDS:.0f} s'
+    tally.fault(f'{disturbance}: others had not ended after {seconds}')
 
 
 def contest(first: Processes, second: Processes, tally: Tally) -> Processes:
@@ -148,9 +141,8 @@ def failing_storage(
   if not library.exists():
     command = [compiler, '-shared', '-fPIC', '-o', library, source, '-ldl']
     subprocess.run(command, check=True)
-  function, match = draw.choice(
-    [('fsync', '.saving'), ('pread', '/checkpoints')]
-  )
+  failing = [('fsync', '.saving'), ('pread', '/checkpoints')]
+  function, match = draw.choice(failing)
   return {
     'LD_PRELOAD': str(library),
     'FUNCTION': function,

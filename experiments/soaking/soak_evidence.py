@@ -4,7 +4,6 @@ Compares the lines of its witnesses (`soak_run.py`) with those of an undisturbed
 run, and with what one device reads from the checkpoints.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -12,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,9 +35,7 @@ class Tally:
       device.
   """
 
-  counts: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
-  )
+  counts: Counter = dataclasses.field(default_factory=Counter)
   faults: list[str] = dataclasses.field(default_factory=list)
   worst: float = 0.0
 
@@ -94,9 +92,8 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     if name.endswith('loss')
   ]
   key = f'eval/{soak_run.EVAL}/loss'
-  times = [
-    x['time'] for x in lines if not x['process'] and x.get('step', 0) > 1
-  ]
+  first = [x for x in lines if not x['process']]
+  times = [x['time'] for x in first if x.get('step', 0) > 1]
   (end, *_) = [line for line in lines if 'end' in line]
   return {
     'batches': batches_of(lines),
@@ -134,9 +131,8 @@ def check(workdir, expected, lines, tally: Tally) -> None:
         difference = float(np.abs(first_step[name] - expected_value).max())
         tally.worst = max(tally.worst, difference)
         if not difference <= TOLERANCE:  # NaN is a fault too
-          tally.fault(
-            f'first step at {line["begin"]}: {name} differs by {difference}'
-          )
+          step = f'first step at {line["begin"]}'
+          tally.fault(f'{step}: {name} differs by {difference}')
 
 
 def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
@@ -153,18 +149,16 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
   lines = witnessed(workdir)
   for attempt in sorted({line['attempt'] for line in lines}):
     attempt_lines = [line for line in lines if line['attempt'] == attempt]
-    begin = min(
-      [x['begin'] for x in attempt_lines if 'begin' in x], default=None
-    )
-    if begin is None:
+    begins = [line['begin'] for line in attempt_lines if 'begin' in line]
+    if not begins:
       continue
+    begin = min(begins)
     timeline = {k: v for k, v in timeline.items() if k < begin}
     if begin > 1 and begin - 1 not in timeline:
       tally.fault(f'step {begin - 1} is nowhere')
     steps = batches_of(attempt_lines)
     num_steps += len(steps)
-    doubled = len(timeline.keys() & steps.keys())
-    tally.counts['batches doubled'] += doubled
+    tally.counts['batches doubled'] += len(timeline.keys() & steps.keys())
     timeline |= steps
   lost = reference.keys() - timeline.keys()
   common = reference.keys() & timeline.keys()

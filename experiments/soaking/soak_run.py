@@ -38,10 +38,7 @@ SAVE_EVERY = 25
 
 
 def make_options(
-  seed: int,
-  total_steps: int,
-  mesh: Mapping[str, int],
-  keep_newest: int = 3,
+  seed: int, total_steps: int, mesh: Mapping[str, int], keep_newest: int = 3
 ) -> RunConfig:
   """Options of a run whose sparse model takes milliseconds for a step.
 
@@ -53,8 +50,7 @@ def make_options(
   """
   config = base.get_config()
   config.evals = {EVAL: base.evaluation(every_steps=2 * SAVE_EVERY)}
-  config.checkpoint.keep_best = False
-  config.checkpoint.keep_newest = keep_newest
+  config.checkpoint.update(keep_best=False, keep_newest=keep_newest)
   config.checkpoint.every_steps = SAVE_EVERY
   config.distributed.heartbeat_timeout_seconds = 10
   # Seconds that processes wait for one that was killed while it started.
@@ -96,13 +92,11 @@ class Witness(Hook):
       attempt: Number of the start.
       gradients: Whether the first step's gradient is written too.
     """
-    self._attempt = attempt
-    self._gradients = gradients
+    self._attempt, self._gradients = attempt, gradients
 
   def start(self, run: Run) -> Run:
     """Wraps the run's step, so that batches are recorded before it."""
-    step_of, self._run = run.train_step, run
-    self._number = 0
+    step_of, self._run, self._number = run.train_step, run, 0
 
     def step(state, batch):
       if not self._number:
@@ -112,10 +106,8 @@ class Witness(Hook):
       return step_of(state, batch)
 
     evaluations = [
-      dataclasses.replace(
-        evaluation, measure=self._witnessed(evaluation.measure)
-      )
-      for evaluation in run.evaluations
+      dataclasses.replace(entry, measure=self._witnessed(entry.measure))
+      for entry in run.evaluations
     ]
     return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
@@ -156,19 +148,13 @@ def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
   """Loss and gradient of one step, computed on the run's mesh."""
   grad_fn = make_grad_fn(run.model, loss_weights(run.model))
 
-  @functools.partial(
-    jax.jit,
-    out_shardings=(
-      None,
-      jax.tree.map(lambda leaf: leaf.sharding, state.params),
-    ),
-  )
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+
+  @functools.partial(jax.jit, out_shardings=(None, shardings))
   def compute(state, batch):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    denominators = normalizers(run.model, batch)
-    (loss, _), grads = grad_fn(
-      state.params, batch, denominators, key, state.router_state
-    )
+    inputs = batch, normalizers(run.model, batch), key, state.router_state
+    (loss, _), grads = grad_fn(state.params, *inputs)
     return loss, grads
 
   loss, grads = compute(state, batch)

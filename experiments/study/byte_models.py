@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from experiments.study.jobs import layered, nested
 from experiments.study.parts import POSITIVE, Arm, Column, percent
@@ -45,10 +46,12 @@ def decoder(
   *,
   width: int = 64,
   hidden: int = 256,
-  num_layers: int = 4,
+  num_layers: int = 2,
   num_experts: int = 8,
   num_selected: int = 1,
-) -> ml_collections.ConfigDict:
+  expert_hidden: int = 0,
+  drops: bool = True,
+) -> ConfigDict:
   """Config of a causal model of the embedded corpus, with all layers sparse.
 
   An expert's capacity is its average number of choices times the capacity
@@ -57,36 +60,37 @@ def decoder(
   Args:
     steps: Length of the run; the learning rate falls to a twentieth over it.
     width: Model width M.
-    hidden: Hidden width F of a dense feed-forward, and of an expert unless
-      `moe.expert.hidden` is set.
+    hidden: Hidden width F of a dense feed-forward.
     num_layers: Number of layers L.
     num_experts: Number of experts E of every layer.
     num_selected: Number of selected experts K.
+    expert_hidden: Hidden width of an expert; 0 takes that of the feed-forward.
+    drops: Whether experts have a capacity; otherwise no token is ever dropped.
   """
   config = base.get_config()
   shorten(config, steps)
   config.batch_size = 32
   config.data.seq_len = 64
   m = config.model
-  m.num_layers = num_layers
-  m.width = width
+  m.update(num_layers=num_layers, width=width)
   m.attention.num_heads = 4
   m.ffn.hidden = hidden
   # A CPU would copy each layer's slice of scanned kernels.
   m.scan_layers = False
-  m.moe.num_experts = num_experts
-  m.moe.num_selected = num_selected
-  m.moe.layers = 'all'
+  m.moe.update(num_experts=num_experts, num_selected=num_selected, layers='all')
+  m.moe.expert.hidden = expert_hidden
   # One group for the whole batch: the load of experts is then the most even.
   m.moe.group_size = -1
-  m.moe.capacity.kind = 'per_assignment'
+  m.moe.capacity.kind = 'per_assignment' if drops else 'all'
+  if not drops:
+    m.moe.dispatch.kind = 'dropless'
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule.final_fraction = 0.05
   config.evals = {EVAL: evaluation()}
   return config
 
 
-def shorten(config: ml_collections.ConfigDict, steps: int) -> None:
+def shorten(config: ConfigDict, steps: int) -> None:
   """Changes a config to runs of so many steps, which keep no checkpoint."""
   config.total_steps = steps
   config.log_every_steps = max(steps // 10, 1)
@@ -96,7 +100,7 @@ def shorten(config: ml_collections.ConfigDict, steps: int) -> None:
 
 def switch_decoder(
   steps: int, *, rate: float = 0.01, **sizes: int
-) -> ml_collections.ConfigDict:
+) -> ConfigDict:
   """Config of a decoder that is trained and served as Switch Transformers are.
 
   Updates of Adafactor are relative to the size of a kernel. Embeddings have a
@@ -114,18 +118,16 @@ def switch_decoder(
   m = config.model
   m.numerics.init.update(embedding_std=1.0, scale=0.1)
   m.embedding.logits_scale = 'inverse_sqrt_width'
-  m.moe.capacity.kind = 'per_token'
-  m.moe.capacity.per_token.factor = 1.25
+  m.moe.capacity.update(kind='per_token', per_token={'factor': 1.25})
   m.moe.router.token_choice.update(balance_weight=0.01, z_weight=0.0)
   optimizer = config.optimizer
   optimizer.kind = 'adafactor'
   optimizer.update(learning_rate=rate, b1=0.0, clip_norm=0.0, weight_decay=0.0)
-  room = {'capacity': {'per_token': {'factor': 2.0}}}
-  config.evals = {EVAL: evaluation(moe=room)}
+  config.evals = {EVAL: with_slots(2.0)}
   return config
 
 
-def sparse_encoder(steps: int, **sizes: int) -> ml_collections.ConfigDict:
+def sparse_encoder(steps: int, **sizes: Any) -> ConfigDict:
   """Config of an encoder-decoder whose encoder alone is sparse.
 
   An encoder sees all of its input at once, so that no router leaks anything
@@ -137,41 +139,28 @@ def sparse_encoder(steps: int, **sizes: int) -> ml_collections.ConfigDict:
   """
   config = decoder(steps, num_layers=1, **sizes)
   m = config.model
-  m.kind = 'encoder_decoder'
-  m.positions.kind = 'relative'
+  m.kind, m.positions.kind = 'encoder_decoder', 'relative'
   m.encoder.num_layers = 2  # both are sparse
   m.encoder.overrides = dict(moe=dict(layers='all'))
   m.moe.layers = 'none'
   return config
 
 
-def drop_nothing(moe: ml_collections.ConfigDict) -> None:
-  """Changes a section `model.moe` so that no token is ever dropped."""
-  moe.capacity.kind = 'all'
-  moe.dispatch.kind = 'dropless'
-
-
-def serve_as_gshard(moe: ml_collections.ConfigDict) -> None:
+def serve_as_gshard(moe: ConfigDict) -> None:
   """Changes a section `model.moe` to top-2 as GShard's Algorithm 1 serves it.
 
   First choices are served before second ones, which are sent by chance, two
   slots a token; the balance loss is of first choices. Which second choices find
   a slot depends on later tokens.
   """
-  moe.num_selected = 2
-  moe.capacity.kind = 'per_token'
-  moe.capacity.per_token.factor = 2.0
-  moe.allow_future_leak = True
-  moe.router.token_choice.update(
-    gates='renormalized',
-    slot_priority='choice_major',
-    second_policy='sampled',
-    balance_choices='first',
-    z_weight=0.0,
-  )
+  moe.update(num_selected=2, allow_future_leak=True)
+  moe.capacity.update(kind='per_token', per_token={'factor': 2.0})
+  router = moe.router.token_choice
+  router.update(gates='renormalized', slot_priority='choice_major')
+  router.update(second_policy='sampled', balance_choices='first', z_weight=0.0)
 
 
-def evaluation(**model: Any) -> ml_collections.ConfigDict:
+def evaluation(**model: Any) -> ConfigDict:
   """Config of an evaluation at the end of a run.
 
   Args:
@@ -181,7 +170,17 @@ def evaluation(**model: Any) -> ml_collections.ConfigDict:
   return base.evaluation(every_steps=0, num_batches=_BATCHES, **model)
 
 
-def no_drops() -> ml_collections.ConfigDict:
+def with_slots(number: float, **keys: str) -> ConfigDict:
+  """Config of an evaluation with a number of slots for each token.
+
+  Args:
+    number: The number; capacities of the config are `per_token`.
+    **keys: Other options of the evaluation, such as `split`.
+  """
+  return evaluation(moe={'capacity': {'per_token': {'factor': number}}}, **keys)
+
+
+def no_drops() -> ConfigDict:
   """Config of an evaluation that drops no token."""
   return evaluation(moe=nested(ROOM))
 
@@ -200,7 +199,7 @@ def top_k(
   name: str,
   K: int,
   hidden: int,
-  overrides: Mapping[str, Any] | None = None,
+  overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Arm:
   """An arm in which each token chooses K experts.
 
@@ -218,14 +217,14 @@ def top_k(
     'expert.hidden': hidden // K,
     'router.token_choice.gates': 'raw' if K == 1 else 'renormalized',
   }
-  return _arm(name, moe, overrides)
+  return of_moe(name, {**moe, **overrides})
 
 
 def expert_choice(
   name: str,
   factor: int,
   hidden: int,
-  overrides: Mapping[str, Any] | None = None,
+  overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Arm:
   """An arm in which each expert chooses tokens.
 
@@ -243,19 +242,21 @@ def expert_choice(
     'capacity.per_token.factor': float(factor),
     'dispatch.kind': 'gather',
   }
-  return _arm(name, moe, overrides)
+  return of_moe(name, {**moe, **overrides})
 
 
-def _arm(
-  name: str, moe: Mapping[str, Any], overrides: Mapping[str, Any] | None
-) -> Arm:
-  changes = {**moe, **(overrides or {})}
-  return Arm(name, {f'model.moe.{k}': v for k, v in changes.items()})
+def of_moe(name: str, moe: Mapping[str, Any], *point: Any) -> Arm:
+  """An arm that changes `model.moe`.
+
+  Args:
+    name: Name of the arm.
+    moe: Values by dotted name in that section.
+    *point: The figure's line and coordinate, as in `Arm`.
+  """
+  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, *point)
 
 
-def training_flops(
-  config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
-) -> int:
+def training_flops(config: ConfigDict, overrides: Mapping[str, Any]) -> int:
   """FLOPs of a training step for a token; see `cost.Cost.training_flops`.
 
   Args:

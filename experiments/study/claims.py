@@ -134,20 +134,18 @@ def is_checked(citation: str) -> bool:
   return citation != HIDDEN and _SECONDARY not in citation
 
 
-def _cells(table_address: str, table: Any) -> Iterator[Published]:
+def _cells(where: str, table: Any) -> Iterator[Published]:
   """The numbers of one table; a cell's own fields override its column's."""
   needs = ('table', 'mark', 'about', 'columns', 'rows')
-  table = _object(table, table_address, needs, optional=('note',))
-  columns = _object(table['columns'], table_address)
-  for row, values in _object(table['rows'], table_address).items():
+  table = _object(table, where, needs, optional=('note',))
+  columns = _object(table['columns'], where)
+  for row, values in _object(table['rows'], where).items():
     if not isinstance(values, list) or len(values) != len(columns):
-      raise InputError(
-        f'{table_address}/{row}: {values} for columns {[*columns]}'
-      )
+      raise InputError(f'{where}/{row}: {values} for columns {[*columns]}')
     for column, value in zip(columns, values, strict=True):
       if value is None:
         continue
-      address = f'{table_address}/{row}/{column}'
+      address = f'{where}/{row}/{column}'
       fields = {
         'address': address,
         'table': table['table'],
@@ -163,9 +161,8 @@ def _cell(value: Any, address: str) -> dict[str, Any]:
   """The fields that a cell itself gives, rather than its column or table."""
   fields = {'value': value}
   if isinstance(value, tuple):
-    fields = _object(
-      value, address, ('value',), ('unit', 'better', 'mark', 'note')
-    )
+    own = 'unit', 'better', 'mark', 'note'
+    fields = _object(value, address, ('value',), own)
   if isinstance(fields['value'], str):
     if not (match := _ROUGHLY.fullmatch(fields['value'])):
       raise InputError(

@@ -6,8 +6,10 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from experiments.study import results, submit, times
 from experiments.study.executors import EXECUTORS, Where
@@ -17,16 +19,14 @@ from experiments.study.study import Study
 from moe_jax import cli
 from moe_jax.config import settle, unknown
 from moe_jax.devices import keep_programs
+from moe_jax.items import Item
 
 _START_HELP = "steps of the runs to begin with; 0: the preset's"
 _WORKERS_HELP = 'runs at a time; 0: one a core, on a cluster all'
 # Flags that stand for keys of the config which each arm or run has of its own.
 _OWN = {'total_steps': '--steps', 'seed': '--seeds'}
 # Packages of executors, with what installs them.
-_PACKAGES = {
-  'submitit': "pip install -e '.[slurm]'",
-  'ray': 'pip install ray',
-}
+_PACKAGES = {'submitit': "pip install -e '.[slurm]'", 'ray': 'pip install ray'}
 # The number that is printed when a run ends that others begin with.
 _START_COLUMN = Column('loss in training', 'train/loss')
 
@@ -86,6 +86,21 @@ def _resource(text: str) -> tuple[str, Any]:
     return key, ast.literal_eval(value)
   except (SyntaxError, ValueError):
     return key, value
+
+
+def entries(
+  study: Study, module: str
+) -> tuple[Callable[..., ConfigDict], Callable[..., list[Item]]]:
+  """The `get_config` and `get_items` of a study's file, its last line.
+
+  Args:
+    study: The study, whose runs are those of `moe_jax.main`.
+    module: The file's `__name__`; where it is the program that is run, so is
+      the study.
+  """
+  if module == '__main__':
+    main(study)
+  return study.get_config, study.get_items
 
 
 @cli.reported()

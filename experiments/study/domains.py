@@ -6,7 +6,9 @@ equal shares of all. They are closer to each other than the papers' domains,
 web text, code, mathematics and languages, are.
 """
 
-import ml_collections
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from experiments.study import byte_models
 from experiments.study.tasks import Task
@@ -28,7 +30,7 @@ TASKS = {
 }
 
 
-def decoder(steps: int, **sizes: int) -> ml_collections.ConfigDict:
+def decoder(steps: int, **sizes: Any) -> ConfigDict:
   """Config of a causal model of all domains, with rows of 128 bytes.
 
   Args:

@@ -16,11 +16,11 @@ withheld (`OTHER_ORDER`); arms that are served alike may be compared.
 """
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Sequence
 
-import ml_collections
+import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.study import byte_models
 from experiments.study.parts import ANY, Column, Preset, Row, Start, percent
@@ -42,9 +42,10 @@ LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 TRAINED = 'trained'
 TRAINED_LOSS = Column('training loss', f'eval/{TRAINED}/loss', 'nats/token')
 DROPPED = percent(
-  'dropped in training', 'train/drop_rate', '% of choices', bounds=ANY
+  'dropped in training', 'train/drop_rate', '% of choices', 1, ANY
 )
 GAP = Column('gap', unit='nats/token')
+GAP_COLUMNS = [LOSS, TRAINED_LOSS, GAP]
 _SEQ_LEN = 96
 OTHER_ORDER = (
   'the sparse model is not served as in the paper, first choices before second '
@@ -54,7 +55,7 @@ OTHER_ORDER = (
 
 def config(
   steps: int, clusters: Sequence[str] = CLUSTERS, **source: int
-) -> ml_collections.ConfigDict:
+) -> ConfigDict:
   """Config of fine-tuning on all tasks of some clusters in equal shares.
 
   Args:
@@ -62,18 +63,16 @@ def config(
     clusters: Names of the clusters.
     **source: Options of every task's examples; see `InstructionSource`.
   """
+  # Two experts are as wide as a dense layer.
   config = byte_models.decoder(
-    steps, hidden=256, num_layers=4, num_experts=32, num_selected=2
+    steps, num_layers=4, num_experts=32, num_selected=2, expert_hidden=128
   )
-  m = config.model
-  m.moe.layers = 'every 4'
-  m.moe.expert.hidden = 128  # two of them are a dense layer's 256
-  m.moe.capacity.kind = 'per_token'
-  m.moe.capacity.per_token.factor = 1.25
-  router = m.moe.router.token_choice
-  router.gates = 'renormalized'
-  router.second_policy = 'threshold'
-  router.z_weight = 1e-3
+  moe = config.model.moe
+  moe.layers = 'every 4'
+  moe.capacity.update(kind='per_token', per_token={'factor': 1.25})
+  moe.router.token_choice.update(
+    gates='renormalized', second_policy='threshold', z_weight=1e-3
+  )
   config.batch_size = 16
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule.warmup_steps = steps // 10
@@ -85,33 +84,26 @@ def config(
       options = InstructionSource(task=name, **source)
       mixture.sources[name] = base.source(options)
   mixture.rule = 'given'
-  config.evals = {byte_models.EVAL: evaluation()}
+  config.evals = {byte_models.EVAL: byte_models.with_slots(2.0)}
   return config
 
 
-def evaluation(**keys: str) -> ml_collections.ConfigDict:
-  """Config of an evaluation at the end, with a capacity factor of 2.
-
-  Args:
-    **keys: Other options of the evaluation, such as `split`.
-  """
-  room = {'capacity': {'per_token': {'factor': 2.0}}}
-  return byte_models.evaluation(moe=room, **keys)
+def length(steps: int, log_every: int) -> dict[str, int]:
+  """Changes of an arm of so many steps, a tenth of which warm up."""
+  keys = 'total_steps', 'optimizer.schedule.warmup_steps', 'log_every_steps'
+  return dict(zip(keys, (steps, steps // 10, log_every)))
 
 
 def with_gap(row: Row) -> Row:
   """The row with the gap of both splits: by how much a model overfits."""
-  losses = zip(
-    row.values[LOSS.name], row.values[TRAINED_LOSS.name], strict=True
-  )
-  gaps = [validation - training for validation, training in losses]
-  return dataclasses.replace(row, values={**row.values, GAP.name: gaps})
+  losses = (row.values[column.name] for column in (LOSS, TRAINED_LOSS))
+  return row.plus({GAP.name: np.subtract(*losses).tolist()})
 
 
 def minus(name: str, row: Row, other: Row) -> Row:
   """A row of differences, paired by seed, in all columns of both rows."""
   values = {
-    column: [a - b for a, b in zip(numbers, other.values[column], strict=True)]
+    column: np.subtract(numbers, other.values[column]).tolist()
     for column, numbers in row.values.items()
     if column in other.values
   }
@@ -130,19 +122,11 @@ def tasks(learned: str) -> dict[str, Task]:
 
 def pretrained(preset: Preset) -> Sequence[Start]:
   """The sparse model and its dense twin, before fine-tuning."""
-  return [
-    Start(
-      start,
-      functools.partial(_pretraining, steps=preset.start_steps),
-      overrides=changes,
-    )
-    for start, changes in MODELS.values()
-  ]
+  config = functools.partial(_pretraining, steps=preset.start_steps)
+  return [Start(name, config, overrides=x) for name, x in MODELS.values()]
 
 
-def _pretraining(
-  shared: ml_collections.ConfigDict, steps: int
-) -> ml_collections.ConfigDict:
+def _pretraining(shared: ConfigDict, steps: int) -> ConfigDict:
   """Config of pre-training of the model that `shared` fine-tunes."""
   config = base.get_config()
   config.model = copy.deepcopy(shared.model)

@@ -16,7 +16,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from experiments.study.parts import Arm, Change, Result, Start
 from moe_jax import config as config_lib
@@ -44,7 +44,7 @@ class Job:
 
   arm: Arm
   seed: int
-  config: ml_collections.ConfigDict
+  config: ConfigDict
   workdir: pathlib.Path
   keeps: bool = False
 
@@ -105,10 +105,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layered(
-  cls: type[Options],
-  config: ml_collections.ConfigDict,
-  overrides: Mapping[str, Any],
-) -> ml_collections.ConfigDict:
+  cls: type[Options], config: ConfigDict, overrides: Mapping[str, Any]
+) -> ConfigDict:
   """A locked copy of a config with one more layer of overrides.
 
   Args:
@@ -126,7 +124,7 @@ def layered(
 
 def jobs_of(
   cls: type[Options],
-  shared: ml_collections.ConfigDict,
+  shared: ConfigDict,
   arms: Sequence[Arm],
   seeds: Sequence[int],
   output: pathlib.Path,
@@ -242,7 +240,7 @@ def text_of(change: Change | None) -> str:
   return f'{module}.{change.__qualname__}'
 
 
-def config_hash(config: ml_collections.ConfigDict, change: str = '') -> str:
+def config_hash(config: ConfigDict, change: str = '') -> str:
   """A short hash of a config, which does not depend on the order of keys.
 
   Args:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.study import claims
 from moe_jax.errors import InputError
@@ -83,9 +83,7 @@ class Start:
   """
 
   name: str
-  config: (
-    Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict] | None
-  ) = None
+  config: Callable[[ConfigDict], ConfigDict] | None = None
   start: str = ''
   change: Change | None = None
   teacher: str = ''
@@ -161,9 +159,14 @@ class Preset:
     return not matches(arm.name, self.without)
 
 
-def trial(steps: int, seeds: int, without: Sequence[str] = ()) -> Preset:
-  """A preset so short that routers hardly differ, which decides no claim."""
-  reason = f'after {steps} steps routers have hardly begun to differ'
+def trial(
+  steps: int,
+  seeds: int,
+  without: Sequence[str] = (),
+  why: str = 'routers have hardly begun to differ',
+) -> Preset:
+  """A preset so short that it decides no claim, with the reason."""
+  reason = f'after {steps} steps {why}'
   return Preset(steps, seeds, without=without, underpowered=reason)
 
 
@@ -231,6 +234,10 @@ class Row:
   line: str = ''
   x: float | None = None
   difference: bool = False
+
+  def plus(self, values: Mapping[str, Sequence[float]]) -> 'Row':
+    """The row with the numbers of further columns."""
+    return dataclasses.replace(self, values={**self.values, **values})
 
 
 def row_of(

@@ -7,8 +7,8 @@ import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.study import figures, stored, verdicts
 from experiments.study import times as times_lib
@@ -152,9 +152,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
       values = row['values'].get(column['name'], [])
       cell = _cell(values, column['digits'], bounds_of(row, column))
       is_old = any(r.concerns(row['name'], column['name']) for r in revisions)
-      line[figures.heading(column)] = cell + f' {OLDER}' * (
-        is_old and cell != ''
-      )
+      line[figures.heading(column)] = cell + f' {OLDER}' * bool(is_old and cell)
     lines.append(line)
   return markdown_table(lines)
 
@@ -201,7 +199,7 @@ def write(
   folder: pathlib.Path,
   figure: Figure,
   summary: Mapping[str, Any],
-  configs: Mapping[str, ml_collections.ConfigDict],
+  configs: Mapping[str, ConfigDict],
 ) -> str:
   """Writes table, rows, figure, summary and configs.
 

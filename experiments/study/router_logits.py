@@ -29,7 +29,7 @@ def rounding(run: Run, state: TrainState) -> dict[str, float]:
   measures = {}
   for number, layer in _layers(run, state, run.model).items():
     logits = np.asarray(layer.logits)
-    measures[f'layer_{number}'] = {
+    measures[number] = {
       'largest_logit': float(np.abs(logits).max()),
       'rounded': rounded_choices(logits),
     }
@@ -74,7 +74,7 @@ def explored(run: Run, state: TrainState) -> dict[str, float]:
     training is not that of an evaluation by the same parameters.
   """
   noisy = changed(run, state, run.model, run.model, train=True)
-  return {f'routing/layer_{i}/explored': share for i, share in noisy.items()}
+  return routing.named({i: {'explored': share} for i, share in noisy.items()})
 
 
 def _layers(
@@ -86,8 +86,7 @@ def _layers(
   for number, batch in enumerate(routing.batches(run, _BATCHES)):
     router, dropout = jax.random.split(jax.random.fold_in(key, number))
     rngs = {NOISE: router, 'dropout': dropout}
-    chosen = jax.device_get(
-      routing.choices(model, variables, batch, rngs, train, logits=True)
-    )
+    chosen = routing.choices(model, variables, batch, rngs, train, logits=True)
+    chosen = jax.device_get(chosen)
     recorded += records_of(model, 'validation', 0, number, batch, chosen)
   return layers_of(header_of(run), recorded) if recorded else {}

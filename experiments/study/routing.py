@@ -8,31 +8,18 @@ each batch, and ST-MoE's which second choices are sent.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
 import optax
 
-from experiments.study import byte_models
-from experiments.study.parts import (
-  ANY,
-  Arm,
-  Column,
-  Result,
-  Row,
-  percent,
-  row_of,
-)
+from experiments.study import byte_models, parts
+from experiments.study.parts import Arm, Column, Result, Row
 from moe_jax import data
+from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of, records_of
-from moe_jax.analysis.routing_measures import (
-  Layer,
-  Layers,
-  joint_counts,
-  layers_of,
-  specialisation,
-)
+from moe_jax.analysis.routing_measures import Layer, Layers, layers_of
 from moe_jax.analysis.traces import Record
 from moe_jax.data.pipeline import spread
 from moe_jax.layers.routers.contract import NOISE
@@ -45,6 +32,11 @@ from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 Batch = dict[str, np.ndarray]
+# Labels of tokens, of `routing_measures.specialisation`, by name of a measure.
+LABELS = dict.fromkeys(('domain', 'source'), routing_measures.SOURCE) | {
+  'token': routing_measures.TOKEN,
+  'position': routing_measures.POSITION,
+}
 # The halves of an encoder-decoder, and the names of their sequences in records.
 HALVES = {'encoder': 'encoder', 'decoder': ''}
 
@@ -85,15 +77,11 @@ def batches(run: Run, num_batches: int, mixed: bool = False) -> list[Batch]:
       each batch is of one source.
   """
   datasets = run.dataset.parts or {'': run.dataset}
-  of_one_source = [
-    batch
-    for dataset in datasets.values()
-    for batch in data.eval_batches(
-      dataset.splits['validation'],
-      batch_size=run.options.batch_size,
-      num_batches=num_batches,
-    )
-  ]
+  sizes = dict(batch_size=run.options.batch_size, num_batches=num_batches)
+  of_one_source: list[Batch] = []
+  for dataset in datasets.values():
+    split = dataset.splits['validation']
+    of_one_source += data.eval_batches(split, **sizes)
   if not mixed:
     return of_one_source
   rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_one_source)
@@ -112,10 +100,8 @@ def spread_rows(run: Run, count: int) -> Batch:
 
 def mean_loss(logits: jax.Array, batch: Mapping[str, Leaf]) -> float:
   """The loss of a batch in nats a token, from its logits [B, T, V]."""
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['targets']
-  )
-  weights = batch['loss_weights']
+  targets, weights = batch['targets'], batch['loss_weights']
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return float((nats * weights).sum() / weights.sum())
 
 
@@ -126,6 +112,14 @@ def evaluation_of(run: Run, name: str = byte_models.EVAL) -> Losses:
   """
   measures = {entry.name: entry.measure for entry in run.evaluations}
   return cast(Losses, measures[name])
+
+
+def changed_model(run: Run, **moe: Any) -> Model:
+  """The model of a run, with other options of its mixtures."""
+  options = run.options.filled(run.dataset.vocab_size)
+  changed = dataclasses.replace(options.model.moe, **moe)
+  model = dataclasses.replace(options.model, moe=changed)
+  return dataclasses.replace(options, model=model).build()
 
 
 def records(
@@ -153,10 +147,8 @@ def last_records(
   run: Run, state: TrainState, num_batches: int, mixed: bool = False
 ) -> list[Record]:
   """The records of validation batches at the end of a run; see `batches`."""
-  variables, inputs = (
-    run.programs.variables(state),
-    batches(run, num_batches, mixed),
-  )
+  variables = run.programs.variables(state)
+  inputs = batches(run, num_batches, mixed)
   return records(run, int(state.step), variables, inputs)
 
 
@@ -190,35 +182,23 @@ def choices(
     train: Whether routers have the noise of training.
     logits: Whether the routers' logits are recorded as well, in float32.
   """
-  return recording(
-    model,
-    variables,
-    logits=logits,
-    dtype='float32',
-    **model.inputs(batch),
-    train=train,
-    rngs=rngs,
-  )[1]
+  inputs = model.inputs(batch) | {'train': train, 'rngs': rngs}
+  what = {'logits': logits, 'dtype': 'float32'}
+  return recording(model, variables, **what, **inputs)[1]
 
 
-def fractions(layers: Layers, **labels: str) -> dict[int, dict[str, float]]:
+def fractions(layers: Layers, *names: str) -> dict[int, dict[str, float]]:
   """Information of first choices on labels, as shares of the experts' entropy.
 
   Args:
     layers: The choices of each sparse layer.
-    **labels: Labels of `routing_measures.specialisation`, by the names of their
-      measures.
+    *names: Names of measures in `LABELS`.
 
   Returns:
     The net information about each label as a share, by layer and measure.
   """
-  by_label = specialisation(layers)
-  return {
-    number: {
-      name: by_label[label][number].fraction for name, label in labels.items()
-    }
-    for number in layers
-  }
+  found = routing_measures.specialisation(layers)
+  return {i: {n: found[LABELS[n]][i].fraction for n in names} for i in layers}
 
 
 def loads(layer: Layer, num_tokens: int) -> Int[np.ndarray, 'parts E']:
@@ -231,7 +211,8 @@ def loads(layer: Layer, num_tokens: int) -> Int[np.ndarray, 'parts E']:
   """
   part = layer.tokens.flat_index // num_tokens
   shape = int(part.max()) + 1, layer.info.num_experts
-  return np.sum([joint_counts(part, x, shape) for x in layer.expert.T], 0)
+  count = routing_measures.joint_counts
+  return np.sum([count(part, x, shape) for x in layer.expert.T], 0)
 
 
 def top_2_and_controls(hidden: int, **options: str) -> list[Arm]:
@@ -260,7 +241,7 @@ def columns(measures: Mapping[str, str]) -> list[Column]:
     measures: What is measured, the last part of a number's name, by column.
   """
   return [
-    percent(name, f'routing/*/{what}', bounds=ANY)
+    parts.percent(name, f'routing/*/{what}', bounds=parts.ANY)
     for name, what in measures.items()
   ]
 
@@ -282,17 +263,18 @@ def row_at(
     dataclasses.replace(column, key=column.key.replace('*', layer_key))
     for column in columns
   ]
-  return row_of(name, runs, of_layer)
+  return parts.row_of(name, runs, of_layer)
 
 
-def named(measures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def named(values: Mapping[int | str, Mapping[str, float]]) -> dict[str, float]:
   """Measures by layer and what is measured, as a run's numbers.
 
-  The measure 'domain' of 'layer_1' becomes 'routing/layer_1/domain'.
+  The measure 'domain' of the layer 1, or of 'layer_1', becomes
+  'routing/layer_1/domain'.
   """
   return {
-    f'routing/{layer}/{what}': number
-    for layer, of_layer in measures.items()
+    f'routing/{"layer_" * isinstance(layer, int)}{layer}/{what}': number
+    for layer, of_layer in values.items()
     for what, number in of_layer.items()
   }
 

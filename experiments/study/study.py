@@ -11,28 +11,12 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from experiments.study.jobs import (
-  FOLDER,
-  Job,
-  in_order,
-  jobs_of,
-  layered,
-  settings_digest,
-)
-from experiments.study.parts import (
-  Arm,
-  Claims,
-  Column,
-  Figure,
-  Preset,
-  Results,
-  Revision,
-  Row,
-  Start,
-  stated,
-)
+from experiments.study import jobs as jobs_lib
+from experiments.study import parts
+from experiments.study.jobs import Job, jobs_of
+from experiments.study.parts import Arm, Column, Preset, Results, Row, Start
 from experiments.study.runner import Measure, Runner, TrainingRunner
 from experiments.study.tasks import TASKS, Task
 from moe_jax.config import unknown
@@ -56,7 +40,7 @@ class Exploration:
     timed: Returns the explored arms whose steps are timed; None for none.
   """
 
-  arms: Callable[[Sequence[Arm], ml_collections.ConfigDict], Sequence[Arm]]
+  arms: Callable[[Sequence[Arm], ConfigDict], Sequence[Arm]]
   chosen: Callable[[Sequence[Arm], Results, Mapping[str, float]], Sequence[Arm]]
   seeds: Sequence[int]
   timed: Callable[[Sequence[Arm]], Groups] | None = None
@@ -114,12 +98,12 @@ class Study:
   name: str
   title: str
   source: str
-  config: Callable[[int], ml_collections.ConfigDict]
+  config: Callable[[int], ConfigDict]
   arms: Callable[[Preset], Sequence[Arm]]
   presets: Mapping[str, Preset]
   columns: Sequence[Column]
-  claims: Claims
-  figure: Figure
+  claims: parts.Claims
+  figure: parts.Figure
   rows: Callable[..., Sequence[Row]] | None = None
   starts: Callable[[Preset], Sequence[Start]] | None = None
   runner: Runner = TrainingRunner()
@@ -132,10 +116,10 @@ class Study:
   progress: str = ''
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
   written: str = ''
-  revisions: Sequence[Revision] = ()
+  revisions: Sequence[parts.Revision] = ()
 
   def __post_init__(self):
-    stated(self.claims)  # an address or a comparison may be wrong
+    parts.stated(self.claims)  # an address or a comparison may be wrong
     if self.measure is not None:
       object.__setattr__(self, 'runner', TrainingRunner(self.measure))
 
@@ -149,7 +133,7 @@ class Study:
     """Name of the preset that the study is run with by default."""
     return next(iter(self.presets))
 
-  def shared(self, preset: Preset, task: str = '') -> ml_collections.ConfigDict:
+  def shared(self, preset: Preset, task: str = '') -> ConfigDict:
     """The config that all arms share, and change.
 
     Args:
@@ -164,7 +148,7 @@ class Study:
       raise unknown(f'task of {self.name}', task, self.tasks)
     config = self.config(preset.steps)
     for overrides in (self.tasks[task].overrides, preset.overrides):
-      config = layered(self.runner.options, config, overrides)
+      config = jobs_lib.layered(self.runner.options, config, overrides)
     return config
 
   def arms_of(self, preset: Preset) -> list[Arm]:
@@ -174,7 +158,7 @@ class Study:
   def runs(
     self,
     preset: Preset,
-    shared: ml_collections.ConfigDict,
+    shared: ConfigDict,
     arms: Sequence[Arm],
     seeds: Sequence[int],
     results: pathlib.Path,
@@ -190,11 +174,12 @@ class Study:
     """
     options, levels = self.runner.options, []
     started: dict[tuple[str, int], Job] = {}
-    for level in in_order(self.starts(preset) if self.starts else [], arms):
+    starts = self.starts(preset) if self.starts else []
+    for level in jobs_lib.in_order(starts, arms):
       jobs = []
       for start in level:
         config = start.config(shared) if start.config else shared
-        folder = results / FOLDER
+        folder = results / jobs_lib.FOLDER
         jobs += jobs_of(options, config, [start.arm], seeds, folder, started)
       levels.append([dataclasses.replace(job, keeps=True) for job in jobs])
       started |= {(job.arm.name, job.seed): job for job in levels[-1]}
@@ -213,13 +198,10 @@ class Study:
     """
     shared, arms = self.shared(preset, task), self.arms_of(preset)
     levels = self.runs(preset, shared, arms, [0], pathlib.Path('results'))
-    return {
-      job.arm.name: settings_digest(self.runner.options, job)
-      for level in levels
-      for job in level
-    }
+    options, digest = self.runner.options, jobs_lib.settings_digest
+    return {j.arm.name: digest(options, j) for level in levels for j in level}
 
-  def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
+  def get_config(self, arg: str = '') -> ConfigDict:
     """The config that arms share; `moe_jax.main` calls this for a study's file.
 
     Args:

@@ -242,9 +242,7 @@ def read_all(jobs: Sequence[Job]) -> Results:
     results.setdefault(job.arm.name, []).append(result)
     source = json.dumps(job.config.data.to_dict(), default=list)
     digests.setdefault(source, set()).add(result['data_digest'])
-  for data_digests in digests.values():
-    if len(data_digests) > 1:
-      raise InputError(
-        f'runs saw different data: sha256 {sorted(data_digests)}'
-      )
+  for seen in digests.values():
+    if len(seen) > 1:
+      raise InputError(f'runs saw different data: sha256 {sorted(seen)}')
   return results

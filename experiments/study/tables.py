@@ -1,9 +1,10 @@
-"""Ratios by seed, bounds of a row's numbers, and tables in Markdown."""
+"""Ratios and losses by seed, bounds of a row's numbers, tables in Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moe_jax.analysis.intervals import Bounds
 
@@ -21,6 +22,25 @@ def ratios(values: np.ndarray, base: np.ndarray) -> np.ndarray:
   """
   ratio = values.mean() / base.mean()
   return ratio + (values - ratio * base) / base.mean()
+
+
+def at_length(
+  length: ArrayLike, lengths: Sequence[float], losses: Sequence[Sequence[float]]
+) -> list[float]:
+  """The losses by seed that training of another length would have.
+
+  The loss is interpolated by the logarithm of the length; a length beyond the
+  known ones counts as the nearest.
+
+  Args:
+    length: The length, of each seed or of all.
+    lengths: The known lengths, ascending.
+    losses: The losses by seed at each of them.
+  """
+  by_seed = np.transpose(losses)
+  logs = np.log(np.resize(length, len(by_seed)))
+  known = np.log(lengths)
+  return [float(np.interp(x, known, y)) for x, y in zip(logs, by_seed)]
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -21,8 +21,8 @@ from concurrent import futures
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.benchmarks import roofline, timing
 from experiments.study import submit
@@ -194,7 +194,7 @@ def _is_busy(other_cores: float) -> bool:
   return other_cores > _IDLE * (os.cpu_count() or 1)
 
 
-def _fresh(configs: Mapping[str, ml_collections.ConfigDict]) -> Burst:
+def _fresh(configs: Mapping[str, ConfigDict]) -> Burst:
   """Measures a burst in a new process.
 
   Accelerators belong to this process, so that it measures their steps itself.
@@ -209,7 +209,7 @@ def _fresh(configs: Mapping[str, ml_collections.ConfigDict]) -> Burst:
 
 
 def measured(
-  configs: Mapping[str, ml_collections.ConfigDict],
+  configs: Mapping[str, ConfigDict],
   steps: int,
   seconds: float,
   quick: bool = False,
@@ -238,12 +238,12 @@ def measured(
   )
 
 
-def _set_up(config: ml_collections.ConfigDict) -> Run:
+def _set_up(config: ConfigDict) -> Run:
   with tempfile.TemporaryDirectory() as folder:
     return set_up(run_config.read(config), folder)
 
 
-def program_digest(config: ml_collections.ConfigDict) -> str:
+def program_digest(config: ConfigDict) -> str:
   """The SHA-256 of the step's program before it is compiled."""
   run = _set_up(config)
   state = run.programs.abstract_state
@@ -251,9 +251,7 @@ def program_digest(config: ml_collections.ConfigDict) -> str:
   return hashlib.sha256(program.as_text().encode()).hexdigest()
 
 
-def _stepping(
-  config: ml_collections.ConfigDict, steps: int
-) -> Callable[[], None]:
+def _stepping(config: ConfigDict, steps: int) -> Callable[[], None]:
   """A function that takes a few more steps of a run, and waits for them."""
   run = _set_up(config)
   state, batches = run.programs.init_state(), run.batches(0)
