@@ -25,8 +25,7 @@ DCN = 'dcn_'  # prefix of an axis' name in the option for the slices it spans
 def _size(axis: str, default: int = 1) -> Any:
   return option(
     default,
-    f"Number of devices along the mesh axis '{axis}' within a slice, whose "
-    'network is fast; -1 takes all devices that the other axes leave.',
+    f"Devices along the axis '{axis}' in a slice; -1: all that others leave.",
     minimum=-1,
   )
 
@@ -34,8 +33,7 @@ def _size(axis: str, default: int = 1) -> Any:
 def _slices_of(axis: str) -> Any:
   return option(
     1,
-    f"Number of slices that the mesh axis '{axis}' spans, over the slower "
-    'network between slices; 1 stays within a slice.',
+    f"Slices that the axis '{axis}' spans, over the slower network; 1: one.",
     minimum=1,
   )
 
@@ -128,8 +126,7 @@ class MeshOptions(Options):
     elif devices[0].platform == 'tpu' and num_slices > 1:
       raise InputError(
         f'{len(devices)} TPUs are in {num_slices} slices, and '
-        f'mesh={self.changed} spans one: set {DCN}data={num_slices} or more of '
-        f'the {DCN} sizes'
+        f'mesh={self.changed} spans one: set {DCN}data={num_slices}, say'
       )
     else:
       grid = _grid_in_slice(shape, devices)
@@ -157,8 +154,7 @@ def _grid_in_slice(shape, devices) -> np.ndarray:
   except NotImplementedError as error:
     sizes = dict(zip(MESH_AXES, shape))
     raise InputError(
-      f'mesh={sizes} does not fit the torus of {len(devices)} devices: '
-      f'{str(error).splitlines()[0]}'
+      f'mesh={sizes} does not fit the torus: {str(error).splitlines()[0]}'
     ) from error
 
 
@@ -201,9 +197,7 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 def _mesh_axes(dim: str, default: str) -> Any:
   return option(
-    default,
-    f'Mesh axes, separated by commas, over which {dim} is split; an empty '
-    'string keeps it whole on every device.',
+    default, f"Mesh axes, with commas, that split {dim}; '' keeps it whole."
   )
 
 
@@ -221,9 +215,7 @@ class ShardingOptions(Options):
   vocab: str = _mesh_axes('the vocabulary', 'tensor')
   expert: str = _mesh_axes('the dimension of experts', 'expert')
   expert_mlp: str = _mesh_axes('the hidden width of experts', 'tensor')
-  expert_choice: str = _mesh_axes(
-    'the dimension of router outputs, one for each expert,', ''
-  )
+  expert_choice: str = _mesh_axes('the dimension of router outputs', '')
   layers: str = _mesh_axes('the dimension of stacked layers', '')
   positions: str = _mesh_axes('the table of learned positions', '')
   buckets: str = _mesh_axes('the table of relative positions', '')
@@ -231,14 +223,13 @@ class ShardingOptions(Options):
   def problems(self):
     """Yields a text for each name that is no mesh axis or stands twice."""
     for logical, axes in dataclasses.asdict(self).items():
-      for name in _axis_names(axes):
-        if name not in MESH_AXES:
-          yield f'{logical}={axes!r}: ' + unknown_text(
-            'mesh axis', name, MESH_AXES
-          )
       names = _axis_names(axes)
-      for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f'{logical}={axes!r} has the mesh axis {name!r} twice'
+      for name in sorted({*names}):
+        if name not in MESH_AXES:
+          text = unknown_text('mesh axis', name, MESH_AXES)
+          yield f'{logical}={axes!r}: {text}'
+        elif names.count(name) > 1:
+          yield f'{logical}={axes!r} has the mesh axis {name!r} twice'
 
   @property
   def rules(self) -> Rules:
@@ -257,9 +248,8 @@ class ShardingOptions(Options):
       if size > 1 and axis not in used_axes:
         raise OptionError(
           [
-            f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that '
-            'its devices would do the same work; sharding.batch='
-            f'{self.batch!r} can name it'
+            f'mesh.{axis}={size}: its devices would do the same work, as no '
+            f'row of sharding names {axis!r}; sharding.batch={self.batch!r} can'
           ]
         )
     return row_parts(mesh, self.rules)
@@ -381,8 +371,7 @@ def sharding(
   """
   if shape is not None and len(shape) != len(axes):
     raise InputError(
-      f'{name} has shape {tuple(shape)}, and {len(axes)} logical axes '
-      f'{tuple(axes)}'
+      f'{name} has shape {tuple(shape)}, and the logical axes {tuple(axes)}'
     )
   spec, used, moved = [], {}, ()
   table: dict[str | None, Sequence[str]] = {**dict(rules)}
@@ -393,8 +382,7 @@ def sharding(
     for axis_name in mesh_axes:
       if axis_name in used:
         raise InputError(
-          f'{name}: sharding maps {used[axis_name]!r} and {axis!r} to mesh '
-          f'axis {axis_name!r}'
+          f'{name}: {used[axis_name]!r} and {axis!r} map to axis {axis_name!r}'
         )
       used[axis_name] = axis
     num_devices = math.prod(mesh.shape[axis_name] for axis_name in mesh_axes)

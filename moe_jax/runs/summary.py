@@ -130,9 +130,8 @@ def layer_summary(
     # In float32 a device adds counts beyond 2^24 with errors.
     if not np.isclose(counted, tokens * K, rtol=1e-5):
       raise InputError(
-        f'layer {layer}: {counted:.0f} of the {tokens * K:.0f} choices that '
-        f'the router {ROUTERS.name_of(moe.router)!r} made are of the experts 0 '
-        f'to {len(stats.load) - 1}, which the layer has'
+        f'layer {layer}: {counted:.0f} of {tokens * K:.0f} choices that '
+        f'{ROUTERS.name_of(moe.router)!r} made are of {len(stats.load)} experts'
       )
   by_rank, overall = drop_rate(stats)
   values = {

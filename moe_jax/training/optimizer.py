@@ -37,6 +37,10 @@ _PART = 'part:'
 STACKED_AXES = ('layers', 'expert')
 
 
+def _decay(default: float, mean: str) -> Any:
+  return option(default, f'Decay per step of {mean}', minimum=0, below=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Options):
   """The contract of optimizers, which clip, precondition, decay and scale.
@@ -45,47 +49,35 @@ class Optimizer(Options):
   """
 
   learning_rate: float = option(
-    1e-3,
-    'Peak of the learning rate, after the warm-up; at 0 nothing is learned.',
-    minimum=0,
+    1e-3, 'Peak learning rate, after the warm-up; 0 learns nothing.', minimum=0
   )
-  schedule: Schedule = choice(
-    SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
-  )
+  schedule: Schedule = choice(SCHEDULES, 'cosine', 'Curve after the warm-up.')
   clip_norm: float = option(
     1.0,
-    'Largest norm of the gradient of all parameters together; a larger '
-    'gradient is scaled down to it. 0 clips no gradient.',
+    'Norm that larger gradients are scaled down to; 0: no limit.',
     minimum=0,
   )
   weight_decay: float = option(
     0.1,
-    'Weight decay: this number times the learning rate is the fraction of a '
-    'parameter that is subtracted at each step. 0 decays nothing.',
+    'Fraction of a parameter, times the rate, that a step subtracts; 0: none.',
     minimum=0,
   )
-  ema: float = option(
+  ema: float = _decay(
     0.0,
-    'Decay per step of a running mean of the parameters, such as 0.999, by '
-    'which the model is evaluated, exported and read elsewhere; 0 keeps none.',
-    minimum=0,
-    below=1,
+    'a running mean of the parameters, such as 0.999, by which the model is '
+    'evaluated, exported and read elsewhere; 0 keeps none.',
   )
   decay_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of a regular expression and a factor of the weight decay. For a '
-    'parameter the first expression counts that is found in its name, such as '
-    "'layers/layer_1/moe/experts/w_in', or that begins with 'part:' and "
-    "selects the parameter as `trainable` would: 'part:experts + router'; if "
-    'no expression does, kernels decay, and biases, scales and tables do not.',
+    'Pairs of an expression and a factor of the weight decay. The first counts '
+    'that selects a parameter: a regular expression found in its name, such as '
+    "'layers/layer_1/moe/experts/w_in', or 'part:' before what `trainable` "
+    "takes, 'part:experts + router'; if none does, only kernels decay.",
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of a regular expression and a factor of the learning rate. For a '
-    'parameter the first expression counts that is found in its name, or that '
-    "begins with 'part:' and selects the parameter as `trainable` would: "
-    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
-    'learns nothing.',
+    'Pairs of an expression, as in decay_rules, and a factor of the learning '
+    'rate; where none selects a parameter, the factor is 1; 0 learns nothing.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -180,30 +172,18 @@ class Optimizer(Options):
 class AdamW(Optimizer):
   """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
-  b1: float = option(
-    0.9,
-    'Decay per step of the running mean of gradients, the first moment; 0 '
-    'takes the gradient itself.',
-    minimum=0,
-    below=1,
+  b1: float = _decay(
+    0.9, 'the mean of gradients, the first moment; 0 takes the gradient.'
   )
-  b2: float = option(
-    0.98,
-    'Decay per step of the running mean of squared gradients, the second '
-    'moment; 0 takes the squared gradient itself.',
-    minimum=0,
-    below=1,
+  b2: float = _decay(
+    0.98, 'the mean of squared gradients, the second moment; 0 takes the last.'
   )
   epsilon: float = option(
-    1e-8,
-    "Number that is added to the root of Adam's second moment, by which the "
-    'first moment is divided.',
-    above=0,
+    1e-8, "Number added to the root of Adam's second moment.", above=0
   )
   moment_dtype: str = option(
     'float32',
-    "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
-    'half the bytes, rounded up or down at random.',
+    'Type of both moments; bfloat16 takes half the bytes, rounded at random.',
     choices=('float32', 'bfloat16'),
   )
 
@@ -222,30 +202,22 @@ class Adafactor(Optimizer):
   share none.
   """
 
-  b1: float = option(
-    0.9,
-    'Decay per step of the mean of updates; 0 keeps no first moment.',
-    minimum=0,
-    below=1,
-  )
+  b1: float = _decay(0.9, 'the mean of updates; 0 keeps no first moment.')
   decay_exponent: float = option(
     0.8,
-    'Exponent e of the decay 1 - step^-e of the running mean of squared '
-    'gradients, the second moment.',
+    'Exponent e of the decay 1 - step^-e of the mean of squared gradients.',
     above=0,
     maximum=1,
   )
   min_factored_size: int = option(
     128,
-    "Size that a matrix's two largest dimensions must have for its second "
-    'moment to be factored into a row and a column.',
+    "Least size of a matrix's two largest dimensions to factor its moment.",
     minimum=1,
   )
   update_clip: float = option(
     1.0,
-    'Largest root mean square of the update of a matrix, before the learning '
-    "rate and the matrix's size scale it; a larger update is scaled down to it "
-    '(0.1 in Table 4 of arXiv:2202.08906).',
+    "Largest root mean square of a matrix's update, before the rate and the "
+    "matrix's size scale it (0.1 in Table 4 of arXiv:2202.08906).",
     above=0,
   )
 
@@ -381,49 +353,29 @@ class Muon(Optimizer):
   parameter that Muon trains has one moment, half of Adam's state.
   """
 
-  momentum: float = option(
-    0.95,
-    'Decay per step of the running mean of gradients (Nesterov) that Muon '
-    'orthogonalizes; 0 takes the gradient itself.',
-    minimum=0,
-    below=1,
+  momentum: float = _decay(
+    0.95, 'the mean of gradients (Nesterov) to orthogonalize; 0 keeps none.'
   )
   iterations: int = option(
-    5,
-    'Number of Newton-Schulz iterations by which a matrix is orthogonalized; '
-    'each takes three matrix products.',
-    minimum=1,
+    5, 'Number of Newton-Schulz iterations; each is three products.', minimum=1
   )
   rms: float = option(
     0.2,
     'Root mean square of the update of a matrix before the learning rate: 0.2 '
-    "is that of Adam, so that Adam's rates and decays can be kept. With 0 an "
-    'orthogonal matrix is multiplied by the root of max(1, outputs / inputs), '
-    'which needs a larger rate.',
+    "is Adam's, whose rates and decays can be kept. With 0 an orthogonal matrix"
+    ' is multiplied by the root of max(1, outputs / inputs), for larger rates.',
     minimum=0,
   )
   adam_rate: float = option(
-    1.0,
-    'Factor of the learning rate for parameters that Adam trains; at 0 they '
-    'keep their values.',
-    minimum=0,
+    1.0, "Factor of Adam's learning rate; with 0 it trains nothing.", minimum=0
   )
-  b1: float = option(
-    0.9,
-    "Decay per step of Adam's first moment; 0 takes the gradient itself.",
-    minimum=0,
-    below=1,
-  )
-  b2: float = option(
-    0.98,
-    "Decay per step of Adam's second moment; 0 takes the squared gradient.",
-    minimum=0,
-    below=1,
+  b1: float = _decay(0.9, "Adam's first moment; 0 takes the gradient itself.")
+  b2: float = _decay(
+    0.98, "Adam's second moment; 0 takes the squared gradient."
   )
   epsilon: float = option(
     1e-8,
-    "Number that is added to the root of Adam's second moment, and to the norm "
-    'of a matrix before it is orthogonalized.',
+    "Number added to the root of Adam's second moment and to a matrix's norm.",
     above=0,
   )
 
