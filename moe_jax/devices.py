@@ -400,7 +400,8 @@ def check_room(
       kind = devices[0].device_kind
       raise InputError(
         f'{purpose}: at least {in_bytes(num_bytes)}, and {len(devices)} '
-        f'devices of kind {kind!r} have {in_bytes(room)} together; take more'
+        f'devices of kind {kind!r} have {in_bytes(room)} of memory together; '
+        'make it smaller, or take more devices'
       )
 
 

@@ -248,8 +248,8 @@ class ShardingOptions(Options):
       if size > 1 and axis not in used_axes:
         raise OptionError(
           [
-            f'mesh.{axis}={size}: its devices would do the same work, as no '
-            f'row of sharding names {axis!r}; sharding.batch={self.batch!r} can'
+            f'mesh.{axis}={size}: no row of sharding names {axis!r}; its devices '
+            f'would do the same work; sharding.batch={self.batch!r} can name it'
           ]
         )
     return row_parts(mesh, self.rules)

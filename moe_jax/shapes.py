@@ -65,9 +65,11 @@ class HasShapes(Protocol):
 
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field, with the letters of this module."""
+    ...
 
   def static_sizes(self) -> dict[str, int]:
     """The sizes, by letter, that follow from no array's shape."""
+    ...
 
 
 class Shape(NamedTuple):

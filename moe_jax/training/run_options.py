@@ -336,7 +336,7 @@ class RunOptions(Options):
     if self.lora.rank and self.trainable != 'all':
       yield (
         f'trainable={self.trainable!r} has no effect with lora.rank='
-        f"{self.lora.rank}: adapters train alone (lora.parts); set it to 'all'"
+        f"{self.lora.rank}: adapters train alone; set trainable='all'"
       )
     yield from expression_problems('trainable', self.trainable)
     start, last = self.profile.start_step, self.total_steps
@@ -392,8 +392,7 @@ class RunOptions(Options):
       yield f'early_stopping.patience={patience} needs checkpoint.keep_best'
     elif patience and best in self.evals and not self.evals[best].every_steps:
       yield (
-        f'early_stopping.patience={patience} with evals.{best}.every_steps=0: '
-        'the evaluation runs only at the end'
+        f'early_stopping.patience={patience} with evals.{best}.every_steps=0'
       )
 
   def shape(self, row_parts: int = 1) -> RunShape:

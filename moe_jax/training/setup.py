@@ -388,5 +388,5 @@ def end_problem(run: Run, step: int) -> str | None:
     return None
   return (
     f'{run.workdir} has a checkpoint of step {step}, and total_steps='
-    f'{run.options.total_steps}: give as many steps, or another --workdir'
+    f'{run.options.total_steps}: give at least as many, or another --workdir'
   )
