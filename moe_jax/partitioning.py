@@ -248,8 +248,8 @@ class ShardingOptions(Options):
       if size > 1 and axis not in used_axes:
         raise OptionError(
           [
-            f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that its '
-            f'devices do the same work; sharding.batch={self.batch!r} can name it'
+            f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that '
+            f'all repeat the work; sharding.batch={self.batch!r} can name it'
           ]
         )
     return row_parts(mesh, self.rules)
