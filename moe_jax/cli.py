@@ -385,7 +385,10 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     show_traceback: Whether errors are raised as they are, with a traceback. If
       the environment has MOE_JAX_TRACEBACK, errors always are.
   """
-  find_own_modules()
+  # `python -m` finds modules in the working folder; a console command would
+  # not. The folder is searched last, so that it hides no library's module.
+  if '' not in sys.path:
+    sys.path.append('')
   show_traceback = show_traceback or 'MOE_JAX_TRACEBACK' in os.environ
   try:
     yield
@@ -407,16 +410,6 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
       f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")}: JAX finds no such '
       "device; JAX_PLATFORMS='' takes what there is"
     )
-
-
-def find_own_modules() -> None:
-  """Lets modules of the user be imported from the working folder.
-
-  `python -m` does so, too; a console command would not. The folder is searched
-  last, so that no file there hides a module of a library.
-  """
-  if '' not in sys.path:
-    sys.path.append('')
 
 
 class Parser(argparse.ArgumentParser):
