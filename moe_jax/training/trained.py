@@ -150,7 +150,7 @@ def read(
   batch_size = config.get('batch_size')
   if type(batch_size) is not int or batch_size < 1:
     raise InputError(
-      f'{folder / CONFIG} cannot be read: batch_size={batch_size!r:.60}'
+      f'{folder / CONFIG}: batch_size={batch_size!r:.60} is no number of rows'
     )
   workdir_lib.check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.
