@@ -296,7 +296,8 @@ def _run(file: str, path: pathlib.Path) -> dict[str, Any]:
     return runpy.run_path(str(path))
   except ModuleNotFoundError as error:
     raise InputError(
-      f'{file}: {error}; modules are looked for in {os.getcwd()} and PYTHONPATH'
+      f'{file}: {error}; modules of your own are looked for in '
+      f'{os.getcwd()} and PYTHONPATH'
     ) from None
   except Exception as error:
     raise InputError(_error_text(file, path, error)) from error

@@ -335,6 +335,20 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
   A subclass adds rules that concern several fields in `problems`.
   """
 
+  def __new__(cls, *args: Any, **values: Any) -> Self:
+    """Refuses arguments that are no fields, and names the nearest fields.
+
+    Raises:
+      OptionError: Some arguments are no fields; the message lists all of them.
+    """
+    del args
+    if wrong := values and values.keys() - fields_of(cls).keys():
+      noun = f'option of {cls.__name__}'
+      raise OptionError(
+        unknown_text(noun, name, fields_of(cls)) for name in sorted(wrong)
+      )
+    return super().__new__(cls)
+
   def __post_init__(self):
     """Raises OptionError with all problems of the values."""
     texts = []

@@ -19,6 +19,8 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -31,13 +33,14 @@ from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 T = TypeVar('T')
-OFF, TPU = 'off', 'a TPU pod'
+OFF = 'off'
 MOST_BYTES = 2 * 2**30
 PROGRAMS_HELP = (
   'Folder of compiled programs, which a later start need not compile again. By '
-  "default $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in $MOE_JAX_CACHE or "
-  f'~/.cache/moe_jax, at most {MOST_BYTES // 2**30} GiB that were used last, '
-  f'and none of several processes; {OFF!r}: no program is kept.'
+  "default it is $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in "
+  '$MOE_JAX_CACHE or ~/.cache/moe_jax, where what was not used for longest is '
+  f'deleted beyond {MOST_BYTES // 2**30} GiB, and several processes keep none; '
+  f'{OFF!r}: no program is kept.'
 )
 _NOT_KEPT = 'compiled programs are not kept'
 _claims: dict[str, socket.socket] = {}  # held until the process ends
@@ -48,12 +51,15 @@ class Timeouts(Options):
   """Timeouts of several processes: the section 'distributed' of a config."""
 
   initialization_timeout_seconds: int = option(
-    300, 'Seconds within which all processes of a run must start.', minimum=1
+    300,
+    'Seconds within which all processes of the run must have started.',
+    minimum=1,
   )
   heartbeat_timeout_seconds: int = option(
     100,
     'Seconds after which a process that does not answer is taken for dead and '
-    "all end; before the set-up only JAX's own counts, three times as long.",
+    "all others end. JAX's own timeout, three times as long, is the only one "
+    'until the run is being set up.',
     minimum=1,
   )
   stall_timeout_seconds: int = option(
@@ -121,10 +127,6 @@ def connect(
       heartbeat_timeout_seconds=3 * timeouts.heartbeat_timeout_seconds,
       shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
-  except (OSError, ValueError):
-    if flags or launcher() != TPU:
-      raise
-    return False  # no metadata server knows of a pod
   finally:
     for alarm in alarms:
       alarm.cancel()
@@ -237,7 +239,8 @@ def claim_process(coordinator: str, process_id: int) -> None:
       name_socket.bind(name)
     except OSError:
       raise InputError(
-        f'{flags}: another process of this machine has the same number'
+        f'{flags}: another process of this machine has the same number; each '
+        'needs its own, from 0'
       ) from None
     _claims[name] = name_socket
   if process_id:
@@ -246,15 +249,16 @@ def claim_process(coordinator: str, process_id: int) -> None:
     socket.create_server(('', port)).close()
   except OSError as error:
     raise InputError(
-      f'{flags}: cannot listen at port {port}: {os.strerror(error.errno or 0)}'
+      f'{flags}: process 0 cannot listen at port {port}: '
+      f'{os.strerror(error.errno or 0)}; choose another'
     ) from None
 
 
 def launcher(environ: Mapping[str, str] | None = None) -> str | None:
   """The launcher that started several processes; None for a single one.
 
-  On a machine with TPU chips and no other launcher it is `TPU`: JAX then asks
-  Google Cloud's metadata server for the number of processes, which may be 1.
+  On a machine with TPU chips Google Cloud's metadata server is asked; no other
+  machine sends a request.
 
   Args:
     environ: Environment variables; None reads those of this process.
@@ -276,11 +280,35 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
   # how many pods the Job has.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
+  return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
+
+
+def _in_tpu_pod(env: Mapping[str, str]) -> bool:
   # Importing JAX sets TPU_SKIP_MDS_QUERY where there are no TPU chips.
-  if workers is not None or 'TPU_SKIP_MDS_QUERY' in env:
-    return None
-  on_tpu = env.get('JAX_PLATFORMS', 'tpu').split(',')[0] == 'tpu'
-  return TPU if on_tpu and importlib.util.find_spec('libtpu') else None
+  if 'TPU_SKIP_MDS_QUERY' in env or not importlib.util.find_spec('libtpu'):
+    return False
+  if env.get('JAX_PLATFORMS', 'tpu').split(',')[0] != 'tpu':
+    return False
+  workers = _metadata('worker-network-endpoints', env).count(',') + 1
+  slices = [
+    line.partition(':')[2].strip(" '")
+    for line in _metadata('tpu-env', env).splitlines()
+    if line.startswith('MEGASCALE_NUM_SLICES')
+  ]
+  return workers > 1 or any(n.isdigit() and int(n) > 1 for n in slices)
+
+
+def _metadata(key: str, env: Mapping[str, str]) -> str:
+  host = env.get('GCE_METADATA_IP', 'metadata.google.internal')
+  request = urllib.request.Request(
+    f'http://{host}/computeMetadata/v1/instance/attributes/{key}',
+    headers={'Metadata-Flavor': 'Google'},
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=5) as answer:
+      return answer.read().decode()
+  except (urllib.error.URLError, OSError):
+    return ''
 
 
 def is_first() -> bool:
@@ -521,8 +549,7 @@ def keep_programs(folder: str = '') -> str:
   if not jax.config.values['jax_enable_compilation_cache']:
     return folder and f'{_NOT_KEPT}: JAX_ENABLE_COMPILATION_CACHE is false'
   jax_folder = jax.config.values['jax_compilation_cache_dir']
-  several = jax.distributed.is_initialized() and jax.process_count() > 1
-  if not folder and (jax_folder or several):
+  if not folder and (jax_folder or jax.distributed.is_initialized()):
     return ''
   if '://' not in folder:
     try:

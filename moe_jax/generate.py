@@ -84,7 +84,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.error('--chat with --source_language: a turn of a chat has none')
   if options.seed is not None and not options.temperature:
     parser.error(
-      f'--seed={options.seed} has no effect with --temperature=0; try 0.8'
+      f'--seed={options.seed} has no effect with --temperature=0, which draws '
+      'no tokens; give a temperature such as 0.8'
     )
   return options
 
@@ -221,7 +222,10 @@ def _arguments(
     **{name: getattr(options, name) for name in names},
     'seed': options.seed or 0,
     'task_ids': trained_run.task_ids(
-      loaded.model, loaded.options.data, [options.task] * num_prompts, '--task'
+      loaded.model,
+      loaded.options.data,
+      [options.task] * num_prompts,
+      '--task',
     ),
   }
 
@@ -254,7 +258,8 @@ def _token(tokenizer: Tokenizer, text: str) -> int:
 def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
   if not hasattr(tokenizer, method):
     raise InputError(
-      f'{flag}: tokenizer {tokenizer.identity} came with no model, so has none'
+      f'{flag}: tokenizer {tokenizer.identity} came with no model, and so has '
+      'neither a chat template nor languages'
     )
 
 

@@ -63,7 +63,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     action='append',
     default=[],
     help='module or package from which the run in init_from.workdir or '
-    'distill.teacher may import classes, as --config may; repeatable',
+    'distill.teacher may import classes; repeatable. Classes that --config '
+    'names are always allowed.',
   )
   add('--compile_cache', default='', help=PROGRAMS_HELP)
   add('--coordinator', help='host:port of process 0, for several processes')

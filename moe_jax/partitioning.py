@@ -25,7 +25,8 @@ DCN = 'dcn_'  # prefix of an axis' name in the option for the slices it spans
 def _size(axis: str, default: int = 1) -> Any:
   return option(
     default,
-    f"Devices along the axis '{axis}' in a slice; -1: all that others leave.",
+    f"Number of devices along the mesh axis '{axis}' within a slice, whose "
+    'network is fast; -1 takes all devices that the other axes leave.',
     minimum=-1,
   )
 
@@ -33,7 +34,8 @@ def _size(axis: str, default: int = 1) -> Any:
 def _slices_of(axis: str) -> Any:
   return option(
     1,
-    f"Slices that the axis '{axis}' spans, over the slower network; 1: one.",
+    f"Number of slices that the mesh axis '{axis}' spans, over the slower "
+    'network between slices; 1 stays within a slice.',
     minimum=1,
   )
 
@@ -126,7 +128,8 @@ class MeshOptions(Options):
     elif devices[0].platform == 'tpu' and num_slices > 1:
       raise InputError(
         f'{len(devices)} TPUs are in {num_slices} slices, and '
-        f'mesh={self.changed} spans one: set {DCN}data={num_slices}, say'
+        f'mesh={self.changed} spans one: set {DCN}data={num_slices} or more of '
+        f'the {DCN} sizes'
       )
     else:
       grid = _grid_in_slice(shape, devices)
@@ -154,7 +157,8 @@ def _grid_in_slice(shape, devices) -> np.ndarray:
   except NotImplementedError as error:
     sizes = dict(zip(MESH_AXES, shape))
     raise InputError(
-      f'mesh={sizes} does not fit the torus: {str(error).splitlines()[0]}'
+      f'mesh={sizes} does not fit the torus of {len(devices)} devices: '
+      f'{str(error).splitlines()[0]}'
     ) from error
 
 
@@ -197,7 +201,9 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 def _mesh_axes(dim: str, default: str) -> Any:
   return option(
-    default, f"Mesh axes, with commas, that split {dim}; '' keeps it whole."
+    default,
+    f'Mesh axes, separated by commas, over which {dim} is split; an empty '
+    'string keeps it whole on every device.',
   )
 
 
@@ -215,7 +221,9 @@ class ShardingOptions(Options):
   vocab: str = _mesh_axes('the vocabulary', 'tensor')
   expert: str = _mesh_axes('the dimension of experts', 'expert')
   expert_mlp: str = _mesh_axes('the hidden width of experts', 'tensor')
-  expert_choice: str = _mesh_axes('the dimension of router outputs', '')
+  expert_choice: str = _mesh_axes(
+    'the dimension of router outputs, one for each expert,', ''
+  )
   layers: str = _mesh_axes('the dimension of stacked layers', '')
   positions: str = _mesh_axes('the table of learned positions', '')
   buckets: str = _mesh_axes('the table of relative positions', '')
@@ -249,7 +257,8 @@ class ShardingOptions(Options):
         raise OptionError(
           [
             f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that '
-            f'all repeat the work; sharding.batch={self.batch!r} can name it'
+            'its devices would do the same work; sharding.batch='
+            f'{self.batch!r} can name it'
           ]
         )
     return row_parts(mesh, self.rules)
@@ -371,7 +380,8 @@ def sharding(
   """
   if shape is not None and len(shape) != len(axes):
     raise InputError(
-      f'{name} has shape {tuple(shape)}, and the logical axes {tuple(axes)}'
+      f'{name} has shape {tuple(shape)}, and {len(axes)} logical axes '
+      f'{tuple(axes)}'
     )
   spec, used, moved = [], {}, ()
   table: dict[str | None, Sequence[str]] = {**dict(rules)}
@@ -382,7 +392,8 @@ def sharding(
     for axis_name in mesh_axes:
       if axis_name in used:
         raise InputError(
-          f'{name}: {used[axis_name]!r} and {axis!r} map to axis {axis_name!r}'
+          f'{name}: sharding maps {used[axis_name]!r} and {axis!r} to mesh '
+          f'axis {axis_name!r}'
         )
       used[axis_name] = axis
     num_devices = math.prod(mesh.shape[axis_name] for axis_name in mesh_axes)

@@ -36,10 +36,15 @@ class RunConfig(RunOptions):
   evals: Mapping[str, EvaluationOptions] = entries(
     EVALUATIONS,
     DEFAULT_EVALS,
-    'Kind of the evaluation; each entry of `evals` is one, under its own name.',
+    'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
+    'name that the user chooses.',
   )
-  init_from: InitFrom = option(InitFrom(), 'Run to begin with.')
-  distill: DistillOptions = option(DistillOptions(), 'Run that teaches this.')
+  init_from: InitFrom = option(
+    InitFrom(), 'Run whose parameters this run begins with.'
+  )
+  distill: DistillOptions = option(
+    DistillOptions(), 'Run whose model teaches this one.'
+  )
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
@@ -54,12 +59,14 @@ class RunConfig(RunOptions):
     if o.teacher and self.model.moe.replay:
       yield (
         f'distill.teacher={o.teacher!r} with model.moe.replay='
-        f'{self.model.moe.replay!r}: it would be given the same choices'
+        f'{self.model.moe.replay!r}: the teacher reads the same batches, and '
+        'would be given the same choices'
       )
     if o.begins and self.init_from.workdir:
       yield (
         f'init_from.workdir={self.init_from.workdir!r} with distill.start='
-        f'{o.start!r}: a run begins with one of them; {NONE!r} is none'
+        f'{o.start!r}: a run begins with one of them; set '
+        f'distill.start={NONE!r}'
       )
 
 

@@ -177,7 +177,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add_sweep(parser)
   add = parser.add_argument
   add('--seeds', default='0,1,2', help='seeds that each arm is trained with')
-  add('--metric', required=True, help="metric to compare, such as 'train/loss'")
+  add(
+    '--metric',
+    required=True,
+    help="metric that is compared, such as 'train/loss', or 'valid/loss' of an "
+    "evaluation 'valid'",
+  )
   add('--output', default='runs/sweep', help='folder of the workdirs')
   parser.set_defaults(run=_run)
   return cli.parse_command(parser, argv)

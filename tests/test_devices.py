@@ -1,6 +1,8 @@
 """Devices and processes: flags, rows of a batch, launchers, kept programs."""
 
+import http.server
 import os
+import threading
 import warnings
 
 import jax
@@ -65,26 +67,44 @@ def test_the_environment_tells(environ, expected):
   assert launcher(NO_TPU | environ) == expected
 
 
-def test_jax_asks_for_the_pod_of_a_machine_with_tpu_chips(
-  tmp_path, monkeypatch
+@pytest.mark.parametrize(
+  ('answers', 'expected'),
+  [
+    ({'worker-network-endpoints': 'h0,h1'}, 'a TPU pod'),
+    (
+      {
+        'worker-network-endpoints': 'h0',
+        'tpu-env': "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n",
+      },
+      'a TPU pod',
+    ),
+    ({}, None),
+  ],
+)
+def test_machines_with_tpu_chips_ask_for_their_pod(
+  answers, expected, tmp_path, monkeypatch
 ):
   (tmp_path / 'libtpu.py').touch()  # such machines have this library
   monkeypatch.syspath_prepend(tmp_path)
-  assert launcher({}) == devices.TPU
-  # A process on such a machine's CPU is alone.
-  assert launcher({'JAX_PLATFORMS': 'cpu'}) is None
 
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      text = answers.get(self.path.rsplit('/', 1)[1])
+      self.send_response(404 if text is None else 200)
+      self.end_headers()
+      self.wfile.write((text or '').encode())
 
-def test_a_tpu_that_is_in_no_pod_is_alone(monkeypatch):
-  def initialize(**_):
-    raise ValueError('coordinator_address should be defined.')
+    def log_message(self, *_):
+      pass
 
-  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-  monkeypatch.setattr(devices, 'launcher', lambda: devices.TPU)
-  assert not connect(TIMEOUTS)
-  monkeypatch.setattr(devices, 'launcher', lambda: 'SLURM')
-  with pytest.raises(ValueError, match='coordinator_address'):
-    connect(TIMEOUTS)
+  with http.server.HTTPServer(('127.0.0.1', 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'127.0.0.1:{server.server_address[1]}'
+    assert launcher({'GCE_METADATA_IP': address}) == expected
+    # A process on such a machine's CPU is alone.
+    cpu = {'GCE_METADATA_IP': address, 'JAX_PLATFORMS': 'cpu'}
+    assert launcher(cpu) is None
+    server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +192,6 @@ def test_a_place_that_has_no_effect_is_said(tmp_path, monkeypatch):
   # Hosts of a run with several processes may have no folder in common.
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
   monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
   assert keep_programs() == ''
   assert not (tmp_path / 'compiled').exists()
   assert keep_programs(str(tmp_path / 'shared')) == ''

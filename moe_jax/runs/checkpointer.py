@@ -95,7 +95,7 @@ class Checkpointer(Directory):
       Whether arrays are saved.
 
     Raises:
-      ValueError: A leaf is no jax array.
+      ValueError: A leaf is no jax array, or `extra` is not JSON.
       CheckpointError: A value of `state` is not finite, this save could not
         start, or the previous save failed.
     """
@@ -316,7 +316,8 @@ class Checkpointer(Directory):
       return self.retry(self._orbax.restore, self.folder(step), args)
     except Exception as error:
       raise CheckpointError(
-        f'checkpoint {step} in {self.path} cannot be read: {describe(error)}'
+        f'checkpoint {step} in {self.path} is as it was saved but cannot be '
+        f'read: {describe(error)}'
       ) from error
 
   def _failure(self, step: int, reason: str) -> CheckpointError:

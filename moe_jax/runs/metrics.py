@@ -15,10 +15,11 @@ import contextlib
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class MetricsWriter(contextlib.AbstractContextManager['MetricsWriter']):
     for name in trackers:
       self._others.append(begin_tracker(name, folder, is_new))
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
+  def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
     """Appends a row of metrics; a step may have several rows.
 
     Args:
@@ -94,9 +95,13 @@ class MetricsWriter(contextlib.AbstractContextManager['MetricsWriter']):
         arrays of rank 0 or 1.
 
     Raises:
-      ValueError: A value is neither a number nor such a list.
+      ValueError: A value is neither a number nor such a list, or is named
+        'step'.
     """
+    if 'step' in values:
+      raise InputError("'step' is the row's own key; values cannot set it")
     row = {key: python_numbers(key, value) for key, value in values.items()}
+    step = operator.index(step)
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
     self._append(text.encode() + b'\n')

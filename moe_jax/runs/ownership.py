@@ -147,7 +147,8 @@ def _take(
   except Exception as error:  # file systems of buckets have their own errors
     cause = getattr(error, 'strerror', None) or describe(error)
     raise InputError(
-      f'{os.fspath(folder)} cannot be made or written: {cause}; choose another'
+      f'{os.fspath(folder)} cannot be made or written: {cause}; choose another '
+      'folder, or make room there'
     ) from None
   if before and not (is_locked and before.host == owner.host):
     complain(
@@ -167,7 +168,8 @@ def _hold_lock(folder: epath.Path, stack: contextlib.ExitStack) -> bool:
     stack.enter_context(_lock(folder))
   except filelock.Timeout:
     raise OwnedError(
-      f'{folder} is in use by {read(folder) or "another job"}; choose another'
+      f'{folder} is in use by {read(folder) or "another job"}; wait for its '
+      'end, or choose another folder'
     ) from None
   except (OSError, NotImplementedError):
     return False

@@ -10,7 +10,6 @@ processes may read it meanwhile.
 """
 
 import dataclasses
-import itertools
 import logging
 import math
 import os
@@ -42,35 +41,53 @@ class CheckpointOptions(Options):
   """Options of a run's checkpoints: the section `checkpoint` of the config."""
 
   directory: str = option(
-    '', "Folder or bucket of its own, 'gs://bucket/run'; '' is in the workdir."
+    '',
+    "Folder or bucket for this run's checkpoints alone, such as "
+    "'gs://bucket/run'; an empty string puts them into the workdir.",
   )
   every_steps: int = option(
     500,
-    'Steps between checkpoints; the end and SIGTERM write one, with 0 alone.',
+    'Number of optimizer steps between two checkpoints. One is also written at '
+    'the end of the run and on SIGTERM; 0 writes only those.',
     minimum=0,
   )
-  keep_newest: int = option(2, 'Number of newest that are kept.', minimum=1)
+  keep_newest: int = option(
+    2, 'Number of the newest checkpoints that are kept.', minimum=1
+  )
   keep_best: bool = option(
-    True, 'Whether the best one, by best_eval, is kept besides the newest.'
+    True,
+    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
+    'kept besides the newest ones.',
   )
   best_eval: str = option(
-    'train_capacity', 'Evaluation that picks the best, of steps that have it.'
+    'train_capacity',
+    'Name of the evaluation that decides which checkpoint is the best. A '
+    'checkpoint of a step without that evaluation is never the best.',
   )
   best_metric: str = option(
-    'loss', "Its number that decides, such as 'exact_match'.", required=True
+    'loss',
+    'Number of the evaluation checkpoint.best_eval that decides which '
+    "checkpoint is the best, such as 'exact_match'.",
+    required=True,
   )
   best_is_highest: bool = option(
-    False, 'Whether the highest number is the best (accuracy), or the lowest.'
+    False,
+    'Whether the checkpoint with the highest number is the best, as for an '
+    'accuracy; otherwise the lowest is.',
   )
   tries: int = option(
     3,
-    'Number of tries to write or read a checkpoint where storage reports an '
-    'error that may pass (a full disk does not). Above 1, the host keeps a '
-    'copy of what is being saved. Several processes write arrays in one try.',
+    'Number of times that writing or reading a checkpoint is tried when '
+    'storage reports an error that may pass (a full disk does not). Above 1, '
+    'the host keeps a copy of what is being saved. Several processes try only '
+    'once to write arrays.',
     minimum=1,
   )
   retry_seconds: float = option(
-    1.0, 'Seconds before a second try; waits double, 0 never waits.', minimum=0
+    1.0,
+    'Seconds before the second try to write or read a checkpoint; each further '
+    'wait is twice as long, and 0 does not wait.',
+    minimum=0,
   )
 
   @property
@@ -239,8 +256,9 @@ class Directory:
         _LOG.warning('could not delete checkpoint %d: %s', step, error)
 
   def _set_aside(self, step: int) -> None:
-    suffixes = (f'.aside{n if n > 1 else ""}' for n in itertools.count(1))
-    asides = (self.folder(step, suffix) for suffix in suffixes)
-    aside = next(path for path in asides if not path.exists())
+    aside, count = self.folder(step, '.aside'), 1
+    while aside.exists():
+      count += 1
+      aside = self.folder(step, f'.aside{count}')
     self.folder(step).rename(aside)
     _LOG.warning('set checkpoint %d aside as %s', step, aside)

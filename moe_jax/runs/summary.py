@@ -130,8 +130,9 @@ def layer_summary(
     # In float32 a device adds counts beyond 2^24 with errors.
     if not np.isclose(counted, tokens * K, rtol=1e-5):
       raise InputError(
-        f'layer {layer}: {counted:.0f} of the {tokens * K:.0f} choices of '
-        f'{ROUTERS.name_of(moe.router)!r} are of experts 0 to {E - 1}'
+        f'layer {layer}: {counted:.0f} of the {tokens * K:.0f} choices that '
+        f'the router {ROUTERS.name_of(moe.router)!r} made are of the experts 0 '
+        f'to {len(stats.load) - 1}, which the layer has'
       )
   by_rank, overall = drop_rate(stats)
   values = {

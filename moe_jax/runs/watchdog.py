@@ -132,7 +132,8 @@ class Watchdog:
         shutil.rmtree(self._folder, ignore_errors=True)
         raise InputError(
           f'process {self._index} does not see what process {unseen[0]} writes '
-          f'to {self._folder}: --workdir must be on storage that all share'
+          f'to {self._folder}: --workdir must be on storage that all processes '
+          'share'
         )
       time.sleep(0.1)
       with contextlib.suppress(OSError):

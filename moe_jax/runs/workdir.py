@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import pathlib
@@ -26,9 +25,15 @@ CHECKPOINTS = 'checkpoints'
 TOKENIZER = tokenizers.RUN_FILE
 IMPORTED = 'huggingface'  # files of the checkpoint that the run began with
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
-_CONFIG_PY = '''"""The config of the run in this folder, for --config."""
+_CONFIG_PY = '''"""The config of the run in this folder.
+
+    python -m moe_jax.main --config=FOLDER/this_config.py --workdir=FOLDER
+"""
+
 import pathlib
+
 from moe_jax import run_config
+
 
 def get_config():
   return run_config.from_file(pathlib.Path(__file__).with_name('config.json'))
@@ -36,7 +41,10 @@ def get_config():
 _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 _PACKAGE = 'moe_jax'
 # The end of an error about a config with keys that options no longer have.
-OLDER = 'commit d9e62315 of moe_jax reads what was made before 2026-12-01'
+OLDER = (
+  'if it was made before 2026-12-01, commit d9e62315 of moe_jax reads it, with '
+  'options that have since been renamed or removed'
+)
 
 
 def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -50,7 +58,8 @@ def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
     raise InputError("--workdir='' is empty: give the folder of the run")
   if '://' in name:
     raise InputError(
-      f'--workdir={name}: give a folder, and the URL to checkpoint.directory'
+      f'--workdir={name}: rows are appended to metrics, which buckets do not '
+      'allow; give a folder, and the URL to checkpoint.directory'
     )
   try:
     folder = pathlib.Path(workdir).expanduser()
@@ -154,7 +163,8 @@ def _checked_directory(
   if any(not path.name.startswith(FILE_PREFIX) for path in new.iterdir()):
     raise InputError(
       f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
-      'not empty: it may be of another run; choose another, or --resume there'
+      'not empty: it may be of another run; choose another, or go on from what '
+      'is there with --resume'
     )
   return new
 
@@ -237,7 +247,8 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     return
   raise InputError(
     f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
-    f"{tokenizer.ids_identity}; set data.tokenizer to kind='file' and {path}"
+    f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
+    'data.tokenizer.file.path'
   )
 
 
@@ -329,7 +340,7 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   """The config in a run's folder; {} if there is none.
 
   Raises:
-    ValueError: The config is damaged.
+    ValueError: The config is damaged, or of an earlier version.
   """
   path = folder / CONFIG
   config = _json(path)
@@ -342,6 +353,13 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   if not isinstance(directory, str):
     raise InputError(
       f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
+    )
+  # The keys from before options were dataclasses.
+  if isinstance(config.get('data', {}).get('source'), str):
+    raise InputError(
+      f'{folder} is a run of an earlier version, whose options had other '
+      'names. Commit 7875f9b is the last that reads it: use that, or train '
+      'again in another folder'
     )
   return config
 
@@ -360,9 +378,12 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
   """Renames a file to the first free name with a number; returns the path."""
-  names = (f'{path.stem}.{n}{path.suffix}' for n in itertools.count())
-  asides = map(path.with_name, names)
-  return path.rename(next(aside for aside in asides if not aside.exists()))
+  number = 0
+  while (
+    aside := path.with_name(f'{path.stem}.{number}{path.suffix}')
+  ).exists():
+    number += 1
+  return path.rename(aside)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -23,13 +23,15 @@ class EarlyStoppingOptions(Options):
 
   patience: int = option(
     0,
-    'Number of measurements of best_eval in a row that are no better than the '
-    'best; then the run ends, with all evaluations. 0 never ends it early.',
+    'Number of measurements of the evaluation checkpoint.best_eval, one after '
+    'another, that may be no better than the best before; then the run ends, '
+    'with all its evaluations. 0 never ends it before total_steps.',
     minimum=0,
   )
   min_change: float = option(
     0.0,
-    'Least improvement on the best that counts; with 0 any does.',
+    'Number by which a measurement has to be better than the best before, to '
+    'count as better; with 0 any improvement counts.',
     minimum=0,
   )
 

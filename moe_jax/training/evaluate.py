@@ -76,13 +76,18 @@ class Setting:
 def every_steps_option(every_steps: int) -> Any:
   """The field of an evaluation's options for its period, with its default."""
   return option(
-    every_steps, 'Steps between two; the end has one, with 0 alone.', minimum=0
+    every_steps,
+    'Number of optimizer steps between two measurements of the evaluation, '
+    'which also runs at the end of the run; with 0 it runs only then.',
+    minimum=0,
   )
 
 
 def num_batches_option() -> Any:
   """The field of an evaluation's options for the number of its batches."""
-  return option(0, 'Batches, spread over the split; 0 takes all.', minimum=0)
+  return option(
+    0, 'Number of batches, spread over the split; 0 takes all.', minimum=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +99,9 @@ class EvaluationOptions(Options):
 
   every_steps: int = every_steps_option(0)
   model_overrides: Mapping[str, Any] = option(
-    {}, 'Nested keys of `model` with other values; shapes of parameters stay.'
+    {},
+    'Keys of the section `model`, nested, with the values that they have in '
+    'this evaluation; they must not change the shape of a parameter.',
   )
 
   def overridden(self, model: ModelOptions) -> ModelOptions:

@@ -127,10 +127,14 @@ class AuxSchedule(Options):
     'Names of the auxiliary losses whose weights are multiplied by the '
     "schedule's factor, such as 'balance' for the loss of balance_weight. All "
     "names of built-in routers, the default, stand for a user's own losses, "
-    "too. 'logits_z' is the loss of logits_z_weight. () changes no weight.",
+    "too. 'logits_z' is the loss of logits_z_weight. An empty tuple changes no "
+    'weight.',
   )
   factor: float = option(
-    1.0, "Factor of losses' weights at first; 0 leaves them out.", minimum=0
+    1.0,
+    'Factor of the weights of the auxiliary losses at the first step; 0 leaves '
+    'these losses out.',
+    minimum=0,
   )
 
   @required
@@ -192,13 +196,22 @@ class Linear(AuxSchedule):
   """
 
   final_factor: float = option(
-    0.0, "Factor of losses' weights after the line; 0 drops them.", minimum=0
+    0.0,
+    'Factor of the weights of the auxiliary losses at the end of the line and '
+    'after it; with 0 the line switches these losses off.',
+    minimum=0,
   )
   start_step: int = option(
-    0, 'Optimizer steps before the line begins; 0 begins at once.', minimum=0
+    0,
+    'Number of optimizer steps that are taken with the first factor before the '
+    'line begins; 0 begins at once.',
+    minimum=0,
   )
   line_steps: int = option(
-    1000, 'Number of optimizer steps that the straight line takes.', minimum=1
+    1000,
+    'Number of optimizer steps over which the factor changes in a straight '
+    'line.',
+    minimum=1,
   )
 
   def factor_at(self, step: Leaf) -> Leaf:

@@ -49,17 +49,23 @@ class Optimizer(Options):
   """
 
   learning_rate: float = option(
-    1e-3, 'Peak learning rate, after the warm-up; 0 learns nothing.', minimum=0
+    1e-3,
+    'Peak of the learning rate, after the warm-up; at 0 nothing is learned.',
+    minimum=0,
   )
-  schedule: Schedule = choice(SCHEDULES, 'cosine', 'Curve after the warm-up.')
+  schedule: Schedule = choice(
+    SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
+  )
   clip_norm: float = option(
     1.0,
-    'Norm that larger gradients are scaled down to; 0: no limit.',
+    'Largest norm of the gradient of all parameters together; a larger '
+    'gradient is scaled down to it. 0 clips no gradient.',
     minimum=0,
   )
   weight_decay: float = option(
     0.1,
-    'Fraction of a parameter, times the rate, that a step subtracts; 0: none.',
+    'Weight decay: this number times the learning rate is the fraction of a '
+    'parameter that is subtracted at each step. 0 decays nothing.',
     minimum=0,
   )
   ema: float = _decay(
@@ -69,15 +75,19 @@ class Optimizer(Options):
   )
   decay_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of an expression and a factor of the weight decay. The first counts '
-    'that selects a parameter: a regular expression found in its name, such as '
-    "'layers/layer_1/moe/experts/w_in', or 'part:' before what `trainable` "
-    "takes, 'part:experts + router'; if none does, only kernels decay.",
+    'Pairs of a regular expression and a factor of the weight decay. For a '
+    'parameter the first expression counts that is found in its name, such as '
+    "'layers/layer_1/moe/experts/w_in', or that begins with 'part:' and "
+    "selects the parameter as `trainable` would: 'part:experts + router'; if "
+    'no expression does, kernels decay, and biases, scales and tables do not.',
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of an expression, as in decay_rules, and a factor of the learning '
-    'rate; where none selects a parameter, the factor is 1; 0 learns nothing.',
+    'Pairs of a regular expression and a factor of the learning rate. For a '
+    'parameter the first expression counts that is found in its name, or that '
+    "begins with 'part:' and selects the parameter as `trainable` would: "
+    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
+    'learns nothing.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -173,17 +183,25 @@ class AdamW(Optimizer):
   """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
   b1: float = _decay(
-    0.9, 'the mean of gradients, the first moment; 0 takes the gradient.'
+    0.9,
+    'the running mean of gradients, the first moment; 0 takes the gradient '
+    'itself.',
   )
   b2: float = _decay(
-    0.98, 'the mean of squared gradients, the second moment; 0 takes the last.'
+    0.98,
+    'the running mean of squared gradients, the second moment; 0 takes the '
+    'squared gradient itself.',
   )
   epsilon: float = option(
-    1e-8, "Number added to the root of Adam's second moment.", above=0
+    1e-8,
+    "Number that is added to the root of Adam's second moment, by which the "
+    'first moment is divided.',
+    above=0,
   )
   moment_dtype: str = option(
     'float32',
-    'Type of both moments; bfloat16 takes half the bytes, rounded at random.',
+    "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
+    'half the bytes, rounded up or down at random.',
     choices=('float32', 'bfloat16'),
   )
 
@@ -205,19 +223,22 @@ class Adafactor(Optimizer):
   b1: float = _decay(0.9, 'the mean of updates; 0 keeps no first moment.')
   decay_exponent: float = option(
     0.8,
-    'Exponent e of the decay 1 - step^-e of the mean of squared gradients.',
+    'Exponent e of the decay 1 - step^-e of the running mean of squared '
+    'gradients, the second moment.',
     above=0,
     maximum=1,
   )
   min_factored_size: int = option(
     128,
-    "Least size of a matrix's two largest dimensions to factor its moment.",
+    "Size that a matrix's two largest dimensions must have for its second "
+    'moment to be factored into a row and a column.',
     minimum=1,
   )
   update_clip: float = option(
     1.0,
-    "Largest root mean square of a matrix's update, before the rate and the "
-    "matrix's size scale it (0.1 in Table 4 of arXiv:2202.08906).",
+    'Largest root mean square of the update of a matrix, before the learning '
+    "rate and the matrix's size scale it; a larger update is scaled down to it "
+    '(0.1 in Table 4 of arXiv:2202.08906).',
     above=0,
   )
 
@@ -354,20 +375,29 @@ class Muon(Optimizer):
   """
 
   momentum: float = _decay(
-    0.95, 'the mean of gradients (Nesterov) to orthogonalize; 0 keeps none.'
+    0.95,
+    'the running mean of gradients (Nesterov) that Muon orthogonalizes; 0 '
+    'takes the gradient itself.',
   )
   iterations: int = option(
-    5, 'Number of Newton-Schulz iterations; each is three products.', minimum=1
+    5,
+    'Number of Newton-Schulz iterations by which a matrix is orthogonalized; '
+    'each takes three matrix products.',
+    minimum=1,
   )
   rms: float = option(
     0.2,
     'Root mean square of the update of a matrix before the learning rate: 0.2 '
-    "is Adam's, whose rates and decays can be kept. With 0 an orthogonal matrix"
-    ' is multiplied by the root of max(1, outputs / inputs), for larger rates.',
+    "is that of Adam, so that Adam's rates and decays can be kept. With 0 an "
+    'orthogonal matrix is multiplied by the root of max(1, outputs / inputs), '
+    'which needs a larger rate.',
     minimum=0,
   )
   adam_rate: float = option(
-    1.0, "Factor of Adam's learning rate; with 0 it trains nothing.", minimum=0
+    1.0,
+    'Factor of the learning rate for parameters that Adam trains; at 0 they '
+    'keep their values.',
+    minimum=0,
   )
   b1: float = _decay(0.9, "Adam's first moment; 0 takes the gradient itself.")
   b2: float = _decay(
@@ -375,7 +405,8 @@ class Muon(Optimizer):
   )
   epsilon: float = option(
     1e-8,
-    "Number added to the root of Adam's second moment and to a matrix's norm.",
+    "Number that is added to the root of Adam's second moment, and to the norm "
+    'of a matrix before it is orthogonalized.',
     above=0,
   )
 

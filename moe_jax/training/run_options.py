@@ -48,14 +48,18 @@ _ITEM_BYTES = 4  # bytes of each number in a batch, a loss or logits
 class ProfileOptions(Options):
   """Options of the profiler's trace: the section 'profile' of a config."""
 
-  start_step: int = option(10, 'First traced step, counted from 1.', minimum=1)
+  start_step: int = option(
+    10, 'First optimizer step that is traced, counted from 1.', minimum=1
+  )
   num_steps: int = option(
     0,
-    'Number of steps traced for TensorBoard or Perfetto in `profile`; 0: none.',
+    'Number of optimizer steps that are traced for TensorBoard or Perfetto, '
+    'into the folder `profile` of the workdir; 0 traces none.',
     minimum=0,
   )
   all_processes: bool = option(
-    False, 'Whether every process traces its steps, or only process 0.'
+    False,
+    'Whether every process writes a trace of its steps, or only process 0.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -68,24 +72,37 @@ class SampleOptions(Options):
   """Options of the text sample at the end of a run: the section `sample`."""
 
   prompt: str = option(
-    '\n', 'Text that the sample at the end continues or answers.', required=True
+    '\n',
+    'Text that the sample at the end of the run continues or answers.',
+    required=True,
   )
   num_tokens: int = option(
-    300, 'Number of tokens of the sample at the end; 0 draws none.', minimum=0
+    300,
+    'Number of tokens of the text sample at the end of the run; 0 draws no '
+    'sample.',
+    minimum=0,
   )
   temperature: float = option(
-    0.8, "Temperature of the sample's tokens; 0 takes the likeliest.", minimum=0
+    0.8,
+    'Temperature by which logits are divided before a token of the sample is '
+    'drawn; 0 takes the likeliest token.',
+    minimum=0,
   )
   task: str = option(
-    '', "Name of the prompt's task, if routers go by it; '' is the first task."
+    '',
+    'Name of the task of the prompt, a source of data.mixture, for a model '
+    'that routes by task; an empty string is the first task.',
   )
-  seed: int = option(0, 'Seed of the drawn tokens.', minimum=0, below=SEEDS)
+  seed: int = option(
+    0, 'Seed for drawing the tokens of the sample.', minimum=0, below=SEEDS
+  )
 
   def check_prompt(self, tokenizer: Tokenizer) -> None:
     """Raises ValueError for a prompt without tokens, which gives no sample."""
     if self.num_tokens and not len(tokenizer.encode(self.prompt)):
       raise InputError(
-        f'sample.prompt={self.prompt!r} has no tokens; set sample.num_tokens=0'
+        f'sample.prompt={self.prompt!r} has no tokens; give it some text, or '
+        'set sample.num_tokens=0'
       )
 
   def shrunk(self) -> Self:
@@ -98,21 +115,27 @@ class InitFromOptions(Options):
   """Options of another run, whose parameters this run begins with."""
 
   workdir: str = option(
-    '', "Run whose parameters this run begins with; '' draws from the seed."
+    '',
+    'Folder of another run whose parameters this run begins with; an empty '
+    'string draws parameters from the seed.',
   )
   step: int = option(
     -1,
-    "Step of its checkpoint; -1: the newest good, 0: an import's.",
+    'Optimizer step of the checkpoint in init_from.workdir that is read; -1 is '
+    'the newest good one, 0 that of an imported model.',
     minimum=-1,
   )
   best: bool = option(
-    False, 'Whether its best checkpoint, by its own best_eval, is read.'
+    False,
+    'Whether the best checkpoint in init_from.workdir is read, by the '
+    "evaluation of that run's checkpoint.best_eval, not the newest.",
   )
 
   keep_tokenizer: bool = option(
     True,
-    "Whether that run's tokenizer is taken in place of data.tokenizer, to "
-    'learn from other text; with False data.tokenizer must give the same ids.',
+    'Whether the tokenizer of the run in init_from.workdir is taken in place '
+    'of data.tokenizer, so that other text can be learned from; with False '
+    'data.tokenizer has to give the same ids.',
   )
 
   def with_tokenizer(
@@ -154,15 +177,21 @@ class TraceOptions(Options):
   """Options of the record of experts' choices: a config's section `trace`."""
 
   every_steps: int = option(
-    0, 'Steps between two whose choices go into `trace`; 0: none.', minimum=0
+    0,
+    'Number of optimizer steps between two whose choices of experts are '
+    'recorded into the folder `trace` of the workdir; 0 records no step.',
+    minimum=0,
   )
   evaluations: str = option(
     '',
     "Evaluations of the kind 'loss' whose choices are recorded, too: 'all', or "
-    'names in `evals` with commas between them; an empty string: none.',
+    'names of entries of `evals` with commas between them; an empty string '
+    'records none.',
   )
   logits: bool = option(
-    False, "Whether routers' logits, most of the bytes, are recorded, too."
+    False,
+    "Whether the routers' logits are recorded, too, which take most of the "
+    'bytes.',
   )
   dtype: str = option(
     'float16',
@@ -223,69 +252,90 @@ class RunOptions(Options):
 
   seed: int = option(
     0,
-    'Seed of initial parameters, the order of data and all noise in training.',
+    'Seed of the initial parameters, the order of the data and all noise in '
+    'training.',
     minimum=0,
     below=SEEDS,
   )
-  total_steps: int = option(1000, 'Number of optimizer steps.', minimum=1)
+  total_steps: int = option(
+    1000, 'Number of optimizer steps of the whole run.', minimum=1
+  )
   batch_size: int = option(
-    32, "Number of rows in a step's batch, on all devices together.", minimum=1
+    32,
+    'Number of rows in the batch of an optimizer step, on all devices '
+    'together.',
+    minimum=1,
   )
   microbatches: int = option(
     1,
-    'Number of equal parts that a batch is computed in; it divides batch_size.',
+    'Number of equal parts of a batch that are computed one after another and '
+    'whose gradients are added; it must divide batch_size.',
     minimum=1,
   )
   exchange_once: bool = option(
     False,
-    'Whether gradients are exchanged over data and fsdp once a step, not once '
-    'a microbatch; each device then holds the parameters and gradients that '
-    'fsdp would split, and draws noise and dropout of its own.',
+    'Whether each device adds the gradients of its rows of all microbatches '
+    'before they are exchanged over the mesh axes data and fsdp, once a step '
+    'instead of once a microbatch. It then holds the parameters and gradients '
+    'that fsdp would split, and draws noise and dropout of its own.',
   )
   log_every_steps: int = option(
-    20, 'Number of optimizer steps that a row of metrics averages.', minimum=1
+    20,
+    'Number of optimizer steps between two rows of metrics, which are averages '
+    'over these steps.',
+    minimum=1,
   )
   trackers: str = option(
     '',
-    'Services that get the rows of metrics, too: wandb (Weights & Biases), '
-    'mlflow, or both with a comma between them. Environment variables, such as '
-    'WANDB_PROJECT and MLFLOW_TRACKING_URI, say where; an empty string: none.',
+    'Services that get the numbers of each row of metrics, too: wandb (Weights '
+    '& Biases), mlflow, or both with a comma between them. Their environment '
+    'variables, such as WANDB_PROJECT and MLFLOW_TRACKING_URI, say where; an '
+    'empty string names none.',
   )
   logits_z_weight: float = option(
     0.0,
-    'Weight of the mean squared logsumexp of logits; T5 has 1e-4, 0: no loss.',
+    'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
+    'has 1e-4, 0 leaves it out.',
     minimum=0,
   )
   aux_losses: AuxSchedule = choice(
     AUX_SCHEDULES,
     'constant',
-    "Schedule of the factor of the auxiliary losses' weights.",
+    'Schedule of the factor by which the weights of auxiliary losses are '
+    'multiplied.',
     same_function=True,
   )
   max_nonfinite_steps: int = option(
     0,
-    'Number of steps not finite in loss or gradient that are skipped, their '
-    'batches kept in the workdir; one more stops the run, with 0 the first.',
+    'Number of steps that may be skipped because their loss or gradient is not '
+    'finite, with their batches kept in the workdir; one more stops the run, '
+    'and with 0 the first does.',
     minimum=0,
   )
   trainable: str = option(
     'all',
-    "Parameters that train, by parts of the model: 'all', 'experts', "
-    "'non_experts', 'router', 'attention', 'ffn', 'embeddings', 'norms' and "
-    "others, sums such as 'experts + router' or 'all - embeddings', or 're:' "
-    'and a regular expression of names. Others stay, without optimizer state.',
+    'Parameters that train, by the parts of the model that they belong to: '
+    "'all', 'experts', 'non_experts', 'router', 'attention', 'ffn', "
+    "'embeddings', 'norms' and others, sums of them such as 'experts + router' "
+    "or 'all - embeddings', or 're:' and a regular expression of names. All "
+    'other parameters keep their values and take no memory in the optimizer.',
     same_function=True,
   )
   trained_experts: str = option(
     '',
-    'File of the experts that alone train (expert-specialised fine-tuning), by '
-    "`python -m moe_jax.finetuning choose`; '' trains all of `trainable`.",
+    'File of chosen experts that alone train among the experts, as `python -m '
+    'moe_jax.finetuning choose` writes it (expert-specialised fine-tuning); an '
+    'empty string trains all experts that `trainable` selects.',
     same_function=True,
   )
-  lora: LoraOptions = option(LoraOptions(), 'Adapters, which then train alone.')
+  lora: LoraOptions = option(
+    LoraOptions(), 'Low-rank adapters, which then train alone.'
+  )
   data: DataOptions = option(DataOptions(), 'Data that the model learns from.')
   model: ModelOptions = choice(MODELS, 'decoder', 'Model that is trained.')
-  optimizer: Optimizer = choice(OPTIMIZERS, 'adamw', 'Optimizer of parameters.')
+  optimizer: Optimizer = choice(
+    OPTIMIZERS, 'adamw', "Optimizer of the model's parameters."
+  )
   checkpoint: CheckpointOptions = option(
     CheckpointOptions(), 'Folder, period and number of checkpoints.'
   )
@@ -298,13 +348,21 @@ class RunOptions(Options):
   evals: Mapping[str, EvaluationOptions] = dataclasses.field(
     default_factory=lambda: dict(DEFAULT_EVALS)
   )
-  mesh: MeshOptions = option(MeshOptions(), 'Sizes of the axes of the mesh.')
+  mesh: MeshOptions = option(
+    MeshOptions(), 'Sizes of the axes of the mesh of devices.'
+  )
   sharding: ShardingOptions = option(
     ShardingOptions(), 'Mesh axes over which dimensions of arrays are split.'
   )
-  distributed: Timeouts = option(Timeouts(), 'Timeouts of several processes.')
-  profile: ProfileOptions = option(ProfileOptions(), 'Steps that are traced.')
-  trace: TraceOptions = option(TraceOptions(), 'Choices that are recorded.')
+  distributed: Timeouts = option(
+    Timeouts(), 'Timeouts of a run of several processes.'
+  )
+  profile: ProfileOptions = option(
+    ProfileOptions(), 'Optimizer steps that are traced.'
+  )
+  trace: TraceOptions = option(
+    TraceOptions(), 'Choices of experts that the run records.'
+  )
   sample: SampleOptions = option(SampleOptions(), 'Text at the end of the run.')
 
   @property
@@ -328,24 +386,31 @@ class RunOptions(Options):
 
   def problems(self) -> Iterator[str]:
     """The contradictions between sections of the config, a text for each."""
-    size, parts = self.batch_size, self.microbatches
-    if size % parts:
-      yield f'batch_size={size} does not divide by microbatches={parts}'
+    if self.batch_size % self.microbatches:
+      yield (
+        f'batch_size={self.batch_size} does not divide by microbatches='
+        f'{self.microbatches}'
+      )
     else:
       yield from self.model.problems_in(self.shape())
     if self.lora.rank and self.trainable != 'all':
       yield (
         f'trainable={self.trainable!r} has no effect with lora.rank='
-        f"{self.lora.rank}: adapters train alone; set trainable='all'"
+        f'{self.lora.rank}: adapters train alone, and lora.parts says where; '
+        "set trainable='all'"
       )
     yield from expression_problems('trainable', self.trainable)
-    start, last = self.profile.start_step, self.total_steps
-    if self.profile.num_steps and start > last:
-      yield f'profile.start_step={start} is beyond the last step, {last}'
+    start = self.profile.start_step
+    if self.profile.num_steps and start > self.total_steps:
+      yield (
+        f'profile.start_step={start} is beyond the last step, total_steps='
+        f'{self.total_steps}'
+      )
     for name in self.tracker_names:
       if name not in TRACKERS:
-        text = unknown_text('tracker', name, TRACKERS)
-        yield f'trackers={self.trackers!r}: {text}'
+        yield f'trackers={self.trackers!r}: ' + unknown_text(
+          'tracker', name, TRACKERS
+        )
     yield from self._task_problems()
     yield from self._best_problems()
     for name, entry in self.evals.items():
@@ -369,7 +434,10 @@ class RunOptions(Options):
         f'{type(data.task).__name__} with data.target_len={data.target_len}'
       )
     if by_task and not tasks:
-      yield 'model.moe.router goes by task: give data.mixture sources, as tasks'
+      yield (
+        'model.moe.router goes by task, and the data has no tasks: give it '
+        'sources in data.mixture'
+      )
     task = self.sample.task
     if task and not by_task:
       yield no_effect('sample.task', task, 'without a router by task')
@@ -389,10 +457,14 @@ class RunOptions(Options):
       text = unknown_text('evaluation checkpoint.best_eval', best, self.evals)
       yield f'{text}; or set checkpoint.keep_best=False'
     if patience and not checkpoint.keep_best:
-      yield f'early_stopping.patience={patience} needs checkpoint.keep_best'
+      yield (
+        f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '
+        'whose best_eval decides'
+      )
     elif patience and best in self.evals and not self.evals[best].every_steps:
       yield (
-        f'early_stopping.patience={patience} with evals.{best}.every_steps=0'
+        f'early_stopping.patience={patience} with evals.{best}.every_steps=0: '
+        'the evaluation runs only at the end'
       )
 
   def shape(self, row_parts: int = 1) -> RunShape:

@@ -23,8 +23,9 @@ class Schedule(Options):
 
   warmup_steps: int = option(
     100,
-    'Number of steps over which the learning rate rises linearly from 0 to its '
-    "peak, at most half of the run's, which then says so; 0: at the peak.",
+    'Number of optimizer steps over which the learning rate rises linearly '
+    'from 0 to its peak, at most half of the steps of the run: where it is '
+    'more, half of them are taken, and the run says so. 0 begins at the peak.',
     minimum=0,
   )
 
@@ -65,7 +66,8 @@ class Cosine(Schedule):
 
   final_fraction: float = option(
     0.1,
-    'Learning rate after the last step as a fraction of the peak; 0 ends at 0.',
+    'Learning rate at the end of the run, after its last step, as a fraction '
+    'of the peak; 0 ends at 0.',
     minimum=0,
     maximum=1,
   )
@@ -107,8 +109,9 @@ class Trapezoid(Schedule):
 
   decay_fraction: float = option(
     0.2,
-    "Share of the run's steps, its last ones, over which the rate falls from "
-    'the peak to 0, which it has after the last one; with 0 it never falls.',
+    'Share of the steps of the run, its last ones, over which the learning '
+    'rate falls from the peak to 0, which it has after the last step; with 0 '
+    'it never falls.',
     minimum=0,
     maximum=1,
   )

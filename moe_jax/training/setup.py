@@ -283,6 +283,8 @@ def with_tokenizer(
         raise
       data_options = options.data.with_tokenizer(tokenizers.read(path))
       note = f'that which the run has kept; {error}'
+  if data_options is options.data:
+    return options, []
   is_same = identity == data_options.tokenizer.identity()
   notes = [] if is_same else [f'tokenizer: {note}']
   return dataclasses.replace(options, data=data_options), notes
@@ -339,7 +341,8 @@ def begin(
     first = initial(run)
   elif folder := run.options.init_from.workdir:
     raise InputError(
-      f'init_from.workdir={folder!r}: pass initial=moe_jax.finetuning.initial'
+      f'init_from.workdir={folder!r} and nobody to read it; pass '
+      'initial=moe_jax.finetuning.initial'
     )
   if is_first():
     workdir_lib.claim(run.workdir, run.config)
@@ -388,5 +391,6 @@ def end_problem(run: Run, step: int) -> str | None:
     return None
   return (
     f'{run.workdir} has a checkpoint of step {step}, and total_steps='
-    f'{run.options.total_steps}: give at least as many, or another --workdir'
+    f'{run.options.total_steps}: give at least as many steps, or another '
+    '--workdir'
   )

@@ -231,7 +231,8 @@ def chosen_masks(
   file_E = {i: chosen.num_experts for i in chosen.layers}
   if model_E != file_E:
     raise InputError(
-      f'trained_experts: the file has experts by layer {file_E}, not {model_E}'
+      f'trained_experts: the file has numbers of experts by layer {file_E}, '
+      f'the model has {model_E}'
     )
   masks = {}
   for path, axes in flatten(trees.axes).items():

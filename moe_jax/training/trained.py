@@ -35,7 +35,10 @@ from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import CONFIG, IMPORTED, TOKENIZER, kept_config
 from moe_jax.training import averages, trainable
 
-_FIRST_SAVE = 'a run writes one after checkpoint.every_steps and at its end'
+_FIRST_SAVE = (
+  'a run writes the first one after checkpoint.every_steps steps, when it is '
+  'stopped, and at its end'
+)
 
 
 class Described(NamedTuple):
@@ -75,12 +78,14 @@ class Described(NamedTuple):
     if own not in (None, ids):
       yield (
         f'it was trained on tokens of {own}, the data is of {ids}; to take its '
-        "tokenizer, give its folder to data.tokenizer of the kind 'file'"
+        "tokenizer for other texts, give data.tokenizer.kind='file' and its "
+        'folder as data.tokenizer.file.path'
       )
     if self.model.routes_by_task and self.data.tasks != data.tasks:
       yield (
         f'it routes by the tasks {list(self.data.tasks)}, and the data has '
-        f'{list(data.tasks)}; give data.mixture the same, some in held_out'
+        f'{list(data.tasks)}; give data.mixture the same sources, those that '
+        'are not learned from in data.mixture.held_out'
       )
 
   def load_data(
@@ -129,8 +134,9 @@ def read(
   if tokenizer_needed and not has_tokenizer:
     raise InputError(
       f'{folder} holds no trained run: it has no {TOKENIZER}; if a checkpoint '
-      'without one was imported, train it there, or import it again, with '
-      '--config.data.tokenizer.kind=file --config.data.tokenizer.file.path=...'
+      'without one was imported, train it there first, or import it again, '
+      'with its own tokenizer: --config.data.tokenizer.kind=file '
+      '--config.data.tokenizer.file.path=TOKENIZER'
     )
   checkpoints = workdir_lib.checkpoints_of(folder)
   try:
@@ -150,7 +156,8 @@ def read(
   batch_size = config.get('batch_size')
   if type(batch_size) is not int or batch_size < 1:
     raise InputError(
-      f'{folder / CONFIG}: batch_size={batch_size!r:.60} is no number of rows'
+      f'{folder / CONFIG} cannot be read: batch_size={batch_size!r:.60} is not '
+      'a number of rows'
     )
   workdir_lib.check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.

@@ -430,6 +430,13 @@ WORKDIRS = [
     start,
     write=of_a_run,
   ),
+  a_file(
+    workdir.CONFIG,
+    edited(data={'source': 'files'}),
+    'earlier version',
+    start,
+    write=of_a_run,
+  ),
   Case('a file', a_file_for_a_folder, ('run is a file',)),
   *(
     Case(f'workdir {name!r}', lambda folder, name=name: start(name), (phrase,))

@@ -161,7 +161,7 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
     with pytest.raises(ValueError, match=message):
       train(config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
-  with pytest.raises(ValueError, match='pass initial='):
+  with pytest.raises(ValueError, match='nobody to read it'):
     loop.train_and_evaluate(
       run_config.read(config_from(dense)),
       tmp_path / 'run',

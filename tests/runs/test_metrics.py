@@ -55,7 +55,7 @@ def test_rows_are_flat_json_and_read_back(tmp_path):
   with MetricsWriter(tmp_path / 'new', resume_step=None) as writer:
     # A training loop has numpy, jax and Python numbers.
     writer.write(
-      10,
+      np.int64(10),
       {
         'train/loss': jnp.float32(1.5),
         'train/learning_rate': np.float64(0.1),
@@ -198,10 +198,9 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, file_limit):
 
 @pytest.mark.parametrize('value', ['1.5', None, [1, [2]], ['x']])
 def test_other_values_are_refused(tmp_path, value):
-  message = r'train/x=.* flat list of numbers'
-  with (
-    MetricsWriter(tmp_path, resume_step=None) as writer,
-    pytest.raises(ValueError, match=message),
-  ):
-    writer.write(1, {'train/x': value})
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    with pytest.raises(ValueError, match=r'train/x=.* flat list of numbers'):
+      writer.write(1, {'train/x': value})
+    with pytest.raises(ValueError, match="'step'"):
+      writer.write(1, {'step': 2})
   assert lines(tmp_path) == []

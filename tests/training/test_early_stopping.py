@@ -240,9 +240,9 @@ def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
   [
     (
       {'checkpoint': {'keep_best': False}},
-      'patience=2 needs checkpoint.keep_best',
+      'patience=2 needs checkpoint.keep_best=True',
     ),
-    ({'evals': {'train_capacity': {'every_steps': 0}}}, 'every_steps=0'),
+    ({'evals': {'train_capacity': {'every_steps': 0}}}, 'only at the end'),
     ({'init_from': {'workdir': 'x', 'best': True, 'step': 1}}, 'one of them'),
   ],
 )
