@@ -231,14 +231,13 @@ class ShardingOptions(Options):
   def problems(self):
     """Yields a text for each name that is no mesh axis or stands twice."""
     for logical, axes in dataclasses.asdict(self).items():
-      for name in _axis_names(axes):
-        if name not in MESH_AXES:
-          yield f'{logical}={axes!r}: ' + unknown_text(
-            'mesh axis', name, MESH_AXES
-          )
       names = _axis_names(axes)
-      for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f'{logical}={axes!r} has the mesh axis {name!r} twice'
+      for name in sorted({*names}):
+        if name not in MESH_AXES:
+          text = unknown_text('mesh axis', name, MESH_AXES)
+          yield f'{logical}={axes!r}: {text}'
+        elif names.count(name) > 1:
+          yield f'{logical}={axes!r} has the mesh axis {name!r} twice'
 
   @property
   def rules(self) -> Rules:

@@ -59,6 +59,7 @@ class Recorder:
     trackers: Names of the trackers that get the rows, too.
     least_step_seconds: The seconds that a step would take at the peak speed of
       the devices; 0 where the peak is unknown.
+    progress: The display of the run's progress.
   """
 
   workdir: pathlib.Path
@@ -77,7 +78,7 @@ class Recorder:
 
   def __post_init__(self):
     self._writer: MetricsWriter | None = None
-    self._progress = Progress(self.total_steps)
+    self.progress = Progress(self.total_steps)
     self._pending: tuple[int, StepMetrics, Batch] | None = None
     self._sums: LossSums | None = None
     self._steps = 0
@@ -114,8 +115,8 @@ class Recorder:
         )
         rows = read_metrics(self.workdir / FILE_NAME)
         last = next((r for r in rows[::-1] if 'train/goodput' in r), {})
-      self._progress = Progress(self.total_steps, start)
-      stack.enter_context(self._progress)
+      self.progress = Progress(self.total_steps, start)
+      stack.enter_context(self.progress)
       self._goodput = goodput.Goodput(last, begun or goodput.now())
       self._goodput.turn_to('compile')
       self._thread = concurrent.futures.ThreadPoolExecutor(1, 'end of step')
@@ -125,7 +126,7 @@ class Recorder:
 
   def message(self, text: str) -> None:
     """Prints a line, above the bar of progress where there is one."""
-    self._progress.message(text)
+    self.progress.message(text)
 
   def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
     """Stores the metrics of a step, and reads those of the step before it.
@@ -164,12 +165,6 @@ class Recorder:
       end = self._ended.result() if self._ended.done() else goodput.now()
       self._goodput.move(max(end - start, 0.0), 'data', before)
 
-  def evaluating(
-    self, step: int, name: str
-  ) -> contextlib.AbstractContextManager:
-    """Shows the name of an evaluation while the body runs."""
-    return self._progress.evaluating(step, name)
-
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
     """Writes and prints the rows of metrics of evaluations, given by name."""
     losses = {}
@@ -200,7 +195,7 @@ class Recorder:
         row['mfu'] = self.least_step_seconds / seconds
     row |= self._goodput.row()
     self._write(step, {f'train/{k}': v for k, v in row.items()})
-    self._progress.update(step, row)
+    self.progress.update(step, row)
     self._sums, self._steps, self._busy_seconds = None, 0, busy_seconds
 
   def _flush(self) -> None:

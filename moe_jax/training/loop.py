@@ -206,7 +206,7 @@ def _evaluate(at: _Loop) -> bool:
           run.programs.variables(at.state),
           step,
           should_stop=at.should_stop,
-          showing=functools.partial(run.recorder.evaluating, step),
+          showing=functools.partial(run.recorder.progress.evaluating, step),
         )
         run.recorder.evaluated(step, rows)
         for hook in at.hooks:

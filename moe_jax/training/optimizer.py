@@ -37,6 +37,10 @@ _PART = 'part:'
 STACKED_AXES = ('layers', 'expert')
 
 
+def _decay(default: float, mean: str) -> Any:
+  return option(default, f'Decay per step of {mean}', minimum=0, below=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Options):
   """The contract of optimizers, which clip, precondition, decay and scale.
@@ -64,12 +68,10 @@ class Optimizer(Options):
     'parameter that is subtracted at each step. 0 decays nothing.',
     minimum=0,
   )
-  ema: float = option(
+  ema: float = _decay(
     0.0,
-    'Decay per step of a running mean of the parameters, such as 0.999, by '
-    'which the model is evaluated, exported and read elsewhere; 0 keeps none.',
-    minimum=0,
-    below=1,
+    'a running mean of the parameters, such as 0.999, by which the model is '
+    'evaluated, exported and read elsewhere; 0 keeps none.',
   )
   decay_rules: tuple[Pattern, ...] = option(
     (),
@@ -180,19 +182,15 @@ class Optimizer(Options):
 class AdamW(Optimizer):
   """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
-  b1: float = option(
+  b1: float = _decay(
     0.9,
-    'Decay per step of the running mean of gradients, the first moment; 0 '
-    'takes the gradient itself.',
-    minimum=0,
-    below=1,
+    'the running mean of gradients, the first moment; 0 takes the gradient '
+    'itself.',
   )
-  b2: float = option(
+  b2: float = _decay(
     0.98,
-    'Decay per step of the running mean of squared gradients, the second '
-    'moment; 0 takes the squared gradient itself.',
-    minimum=0,
-    below=1,
+    'the running mean of squared gradients, the second moment; 0 takes the '
+    'squared gradient itself.',
   )
   epsilon: float = option(
     1e-8,
@@ -222,12 +220,7 @@ class Adafactor(Optimizer):
   share none.
   """
 
-  b1: float = option(
-    0.9,
-    'Decay per step of the mean of updates; 0 keeps no first moment.',
-    minimum=0,
-    below=1,
-  )
+  b1: float = _decay(0.9, 'the mean of updates; 0 keeps no first moment.')
   decay_exponent: float = option(
     0.8,
     'Exponent e of the decay 1 - step^-e of the running mean of squared '
@@ -381,12 +374,10 @@ class Muon(Optimizer):
   parameter that Muon trains has one moment, half of Adam's state.
   """
 
-  momentum: float = option(
+  momentum: float = _decay(
     0.95,
-    'Decay per step of the running mean of gradients (Nesterov) that Muon '
-    'orthogonalizes; 0 takes the gradient itself.',
-    minimum=0,
-    below=1,
+    'the running mean of gradients (Nesterov) that Muon orthogonalizes; 0 '
+    'takes the gradient itself.',
   )
   iterations: int = option(
     5,
@@ -408,17 +399,9 @@ class Muon(Optimizer):
     'keep their values.',
     minimum=0,
   )
-  b1: float = option(
-    0.9,
-    "Decay per step of Adam's first moment; 0 takes the gradient itself.",
-    minimum=0,
-    below=1,
-  )
-  b2: float = option(
-    0.98,
-    "Decay per step of Adam's second moment; 0 takes the squared gradient.",
-    minimum=0,
-    below=1,
+  b1: float = _decay(0.9, "Adam's first moment; 0 takes the gradient itself.")
+  b2: float = _decay(
+    0.98, "Adam's second moment; 0 takes the squared gradient."
   )
   epsilon: float = option(
     1e-8,
