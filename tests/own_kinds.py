@@ -23,11 +23,7 @@ from moe_jax.training.schedules import Schedule
 class InTurn(RouterOptions):
   """Options of a router that gives tokens to experts in turn."""
 
-  first: int = option(
-    0,
-    'Number of the first expert.',
-    minimum=0,
-  )
+  first: int = option(0, 'Number of the first expert.', minimum=0)
 
   def module(self, sizes, shared, name=None):
     return InTurnRouter(self, sizes, shared, name=name)
@@ -42,27 +38,23 @@ class InTurnRouter(Router):
   options: InTurn
 
   def route(self, x, mask, train, token_info, layer):
-    E = self.sizes.num_experts
-    turn = jnp.arange(mask.shape[1], dtype=jnp.int32) + self.options.first
+    E, K, S = self.sizes.num_experts, self.sizes.num_selected, mask.shape[1]
+    turn = np.add.outer(np.arange(S), np.arange(K)) + self.options.first
     chosen = routing.even_choice(
-      jnp.broadcast_to(turn % E, mask.shape)[..., None],
+      jnp.broadcast_to(jnp.int32(turn % E), (*mask.shape, K)),
       num_experts=E,
-      capacity=self.sizes.slots(mask.shape[1]),
+      capacity=self.sizes.slots(S),
       mask=mask,
     )
     stats = routing.routing_stats(chosen, None, mask)
-    return chosen, routing.empty_aux(E, 1)._replace(stats=stats)
+    return chosen, routing.empty_aux(E, K)._replace(stats=stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class Promised(InTurn):
   """Options of a router that does not return the loss that has a weight."""
 
-  depth_weight: float = option(
-    0.25,
-    'Weight of the depth.',
-    minimum=0,
-  )
+  depth_weight: float = option(0.25, 'Weight of the depth.', minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +78,7 @@ class DeepRouter(InTurnRouter):
 class Linear(ExpertOptions):
   """Options of an expert that is a single product."""
 
-  std: float = option(
-    0.1,
-    'Standard deviation of the kernel.',
-    above=0,
-  )
+  std: float = option(0.1, 'Standard deviation of the kernel.', above=0)
 
   def module(self, shared, name):
     return LinearExpert(self.std, name=name)
@@ -111,11 +99,7 @@ class LinearExpert(nn.Module):
 class Counting(SourceOptions):
   """A source of documents of numbers, spelled digit by digit."""
 
-  count: int = option(
-    300,
-    'Number of documents.',
-    minimum=2,
-  )
+  count: int = option(300, 'Number of documents.', minimum=2)
 
   def texts(self, selection=Selection()):
     def documents(split):
@@ -161,11 +145,7 @@ class Backwards(TaskOptions):
 class Norm(EvaluationOptions):
   """An evaluation that measures the norm of the parameters."""
 
-  power: int = option(
-    2,
-    'Power of the norm.',
-    minimum=1,
-  )
+  power: int = option(2, 'Power of the norm.', minimum=1)
 
   def measure(self, setting):
     def row(variables, step):
@@ -187,11 +167,7 @@ class SignSgd(Optimizer):
 class Steps(Schedule):
   """A schedule whose rate halves every few steps."""
 
-  every: int = option(
-    2,
-    'Number of steps at one rate.',
-    minimum=1,
-  )
+  every: int = option(2, 'Number of steps at one rate.', minimum=1)
 
   def after_warmup(self, peak, steps):
     return optax.exponential_decay(peak, self.every, 0.5, staircase=True)
@@ -208,8 +184,4 @@ class Unfinished(RouterOptions):
 class Undecorated(InTurn):
   """A router without the decorator `dataclass`."""
 
-  other: int = option(
-    1,
-    'Another number.',
-    minimum=0,
-  )
+  other: int = option(1, 'Another number.', minimum=0)

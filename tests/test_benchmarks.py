@@ -265,7 +265,7 @@ def test_the_overhead_benchmark_saves_once_a_burst(
   assert len(steps) == 6
   rows = results_in(tmp_path)['rows']
   assert [row['case'] for row in rows] == [
-    *('bare loop', 'metrics', 'metrics and traces', 'metrics and checkpoint'),
+    *('bare loop', 'metrics', 'metrics and traces', 'metrics and checkpoint')
   ]
   assert rows[0]['per_bare'] == rows[0]['cpu_per_bare'] == 1
   assert rows[-1]['checkpoint_bytes'] > 10_000

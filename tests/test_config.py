@@ -39,41 +39,20 @@ class Rule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens(Rule):
-  gates: str = option(
-    'raw',
-    'Kind of gates.',
-    choices=('raw', 'even'),
-  )
-  policy: str = option(
-    'all',
-    'Who is sent.',
-    choices=('all', 'threshold'),
-  )
-  threshold: float = option(
-    0.2,
-    'Least gate.',
-    above=0,
-    maximum=1,
-  )
+  gates: str = option('raw', 'Kind of gates.', choices=('raw', 'even'))
+  policy: str = option('all', 'Who is sent.', choices=('all', 'threshold'))
+  threshold: float = option(0.2, 'Least gate.', above=0, maximum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hashed(Rule):
   table: str = option(sentence='Path of the table; it has no default.')
-  seed: int = option(
-    0,
-    'Seed of the table.',
-    minimum=0,
-  )
+  seed: int = option(0, 'Seed of the table.', minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnRule(Rule):
-  alpha: float = option(
-    0.5,
-    'Share of tokens.',
-    above=0,
-  )
+  alpha: float = option(0.5, 'Share of tokens.', above=0)
 
 
 RULES = Kinds('rule', Rule, {'tokens': Tokens, 'hashed': Hashed})
@@ -81,29 +60,17 @@ RULES = Kinds('rule', Rule, {'tokens': Tokens, 'hashed': Hashed})
 
 @dataclasses.dataclass(frozen=True)
 class Shape(Options):
-  width: int = option(
-    8,
-    'Width.',
-    minimum=1,
-  )
+  width: int = option(8, 'Width.', minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Deep(Shape):
-  depth: int = option(
-    2,
-    'Depth.',
-    minimum=1,
-  )
+  depth: int = option(2, 'Depth.', minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Broad(Shape):
-  sizes: tuple[int, ...] = option(
-    (4, 5),
-    'Sizes.',
-    minimum=1,
-  )
+  sizes: tuple[int, ...] = option((4, 5), 'Sizes.', minimum=1)
 
 
 SHAPES = Kinds('shape', Shape, {'deep': Deep, 'broad': Broad}, inline=True)
@@ -111,17 +78,9 @@ SHAPES = Kinds('shape', Shape, {'deep': Deep, 'broad': Broad}, inline=True)
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Options):
-  num_experts: int = option(
-    8,
-    'Experts; 0: none.',
-    minimum=0,
-  )
+  num_experts: int = option(8, 'Experts; 0: none.', minimum=0)
   limit: float = option(1.0, 'Limit.')
-  rule: Rule = choice(
-    RULES,
-    'tokens',
-    'The rule.',
-  )
+  rule: Rule = choice(RULES, 'tokens', 'The rule.')
   shape: Shape = choice(SHAPES, 'deep', 'The shape.')
   inner: Shape = option(Shape(width=3), 'Another shape.')
   extra: Mapping[str, Any] = option({}, 'Open keys.')

@@ -3,11 +3,7 @@
 import numpy as np
 
 from experiments import fastermoe_sim
-from experiments.faster_moe import (
-  clusters,
-  expert_counts,
-  simulate,
-)
+from experiments.faster_moe import clusters, expert_counts, simulate
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Chosen, Counts
 from moe_jax.analysis import traces

@@ -1,7 +1,6 @@
 """The script that kills sees what kills lose, double or leave half."""
 
 import random
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from experiments.launching.processes import Processes, start
 from experiments.soaking.soak_disturbances import FATAL
 from experiments.soaking.soak_evidence import Tally
 from moe_jax.errors import InputError
+from tests import programs
 
 SLOWLY = """
 import pathlib, sys, time
@@ -69,13 +69,7 @@ def test_a_program_dies_before_the_rename_that_is_drawn(tmp_path):
   )
   outputs = []
   for fatal in ('2', '0'):
-    child = subprocess.run(
-      [sys.executable, '-c', FATAL, fatal, 'renames'],
-      cwd=tmp_path,
-      capture_output=True,
-      text=True,
-      check=False,
-    )
+    child = programs.run('-c', FATAL, fatal, 'renames', cwd=tmp_path)
     outputs.append(child.stdout.splitlines()[-1])
     names = sorted(path.name for path in tmp_path.glob('[abc]*'))
     assert names == (['a', 'b.tmp'] if fatal == '2' else ['a', 'b', 'c'])

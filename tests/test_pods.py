@@ -1,15 +1,12 @@
 """XLA flags that experiments/pods.md names exist, by XLA's own parsers."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-TEXT = (ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')
+from tests import programs
+
+TEXT = (programs.ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')
 TOPOLOGY = (
   'from jax.experimental import topologies;'
   "topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1')"
@@ -26,14 +23,8 @@ def flags(kind):
 def errors_of(code, **env):
   """The errors of a process with these flags, '' if there are none."""
   foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
-  base_env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-  process = subprocess.run(
-    [sys.executable, '-c', code],
-    env={**base_env, 'JAX_PLATFORMS': 'cpu', **env},
-    capture_output=True,
-    text=True,
-    timeout=100,
-  )
+  env = {'JAX_PLATFORMS': 'cpu', **env}
+  process = programs.run('-c', code, env=env, without=foreign)
   return process.stderr[-2000:] if process.returncode else ''
 
 

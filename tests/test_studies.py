@@ -46,14 +46,7 @@ from experiments.study import (
 )
 from experiments.study import results as study_results
 from experiments.study.jobs import in_order, layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Preset, Row, Start
 from experiments.study.times import Burst, StepTime
 from moe_jax import devices, run_config
 from moe_jax.analysis import cost

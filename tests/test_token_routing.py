@@ -3,12 +3,7 @@
 import numpy as np
 
 from experiments import openmoe_routing
-from moe_jax.analysis.traces import (
-  Header,
-  LayerChoices,
-  LayerInfo,
-  Record,
-)
+from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing.capacity import Fixed
 

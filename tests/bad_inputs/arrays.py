@@ -314,7 +314,7 @@ LAYERS = [
     init,
     *(HASHED, X),
     token_info=info_of(IDS[:, 1:].astype(jnp.uint32)),
-  ),
+  )
 ]
 
 V = 11

@@ -81,10 +81,7 @@ COMMANDS = [
   (interop('import', 'setup.py', '--workdir', 'x'), 'setup.py is no folder'),
   (interop('import', 'tests', '--workdir', 'x'), 'tests has no config.json'),
   (interop('verify', 'tests', '--expected', 'setup.py'), 'setup.py'),
-  (
-    experiment('switch_table1', 'fast'),
-    "'fast' | --config.KEY",
-  ),
+  (experiment('switch_table1', 'fast'), "'fast' | --config.KEY"),
   (
     experiment(
       'switch_table1', '--output=setup.py', '--preset=quick', '--steps=1'

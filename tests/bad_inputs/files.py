@@ -1,7 +1,6 @@
 """Told bad inputs in files: data, tokenizers, checkpoints, folders of runs."""
 
 import functools
-import hashlib
 import json
 import pathlib
 import struct
@@ -93,8 +92,7 @@ def text_file(name, content, phrases):
     if content is not None:
       (folder / 'a.txt').write_bytes(content)
     options = DataOptions(
-      source=FilesSource(str(folder / '*.txt')),
-      cache_dir=str(folder / 'cache'),
+      source=FilesSource(str(folder / '*.txt')), cache_dir=str(folder / 'cache')
     )
     try:
       load(options)
@@ -359,32 +357,6 @@ IMPORTS = [
   described('rope', rope_parameters={'rope_type': 'yarn'}),
   described('eos_token_id=32000', vocab_size=32000, eos_token_id=32000),
 ]
-
-GOOD = {
-  'step': 7,
-  'tree': {'w': 'float32[3]'},
-  'extra': {},
-  'metrics': {'loss': 0.5},
-  'files': {'d/arrays': [4, 'aa'], 'meta': [0, 'bb']},
-  'format': 1,
-}
-
-
-def sealed(body) -> str:
-  """A manifest's text with its digest, which anyone can compute."""
-  text = json.dumps(body, sort_keys=True)
-  seal = hashlib.sha256(text.encode()).hexdigest()
-  return json.dumps({**body, 'sha256': seal}, indent=1)
-
-
-UNREADABLE = {
-  'empty': '',
-  'cut': sealed(GOOD)[:-9],
-  'nested': DEEP,
-  'no digest': json.dumps(GOOD),
-  'another format': sealed({**GOOD, 'format': 2}),
-  'no files': sealed({k: v for k, v in GOOD.items() if k != 'files'}),
-}
 
 
 @functools.cache

@@ -16,11 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_jax import interop
-from moe_jax.data import (
-  ChoiceFilesSource,
-  cache_folders,
-  tokenizers,
-)
+from moe_jax.data import ChoiceFilesSource, cache_folders, tokenizers
 from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.interop.verifying import read_npz

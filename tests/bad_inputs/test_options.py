@@ -10,13 +10,7 @@ from collections.abc import Mapping
 import pytest
 
 from moe_jax import run_config
-from moe_jax.config import (
-  SEEDS,
-  OptionError,
-  fields_of,
-  keys_of,
-  section_of,
-)
+from moe_jax.config import SEEDS, OptionError, fields_of, keys_of, section_of
 from moe_jax.run_config import RunConfig
 from tests.test_config import CLASSES
 

@@ -19,10 +19,7 @@ from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
 from moe_jax.runs.ownership import OWNER
 from moe_jax.training import trained
-from tests.bad_inputs.cases import (
-  REPORTED,
-  check_command,
-)
+from tests.bad_inputs.cases import REPORTED, check_command
 from tests.bad_inputs.files import config, of_a_run, start
 from tests.generation import folders
 from tests.training import tiny

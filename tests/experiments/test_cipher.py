@@ -4,9 +4,7 @@ import pytest
 
 from experiments.study import cipher
 from experiments.study.cipher import ALPHABET, MARKS, PIECE, CipherSource
-from moe_jax.data import (
-  PythonStdlibSource,
-)
+from moe_jax.data import PythonStdlibSource
 
 PART = 'email,json'
 

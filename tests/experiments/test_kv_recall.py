@@ -2,12 +2,7 @@
 
 from experiments.study import kv_recall
 from experiments.study.kv_recall import KvRecallSource
-from moe_jax.data import (
-  DataOptions,
-  Selection,
-  Seq2SeqTask,
-  load,
-)
+from moe_jax.data import DataOptions, Selection, Seq2SeqTask, load
 
 EOS = 256
 

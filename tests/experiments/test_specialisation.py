@@ -5,12 +5,7 @@ import pytest
 
 from experiments import openmoe_routing, specialisation
 from moe_jax.analysis.routing_measures import layers_of
-from moe_jax.analysis.traces import (
-  Header,
-  LayerChoices,
-  LayerInfo,
-  Record,
-)
+from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 
 
 def test_choices_that_follow_the_kind_of_character():

@@ -10,13 +10,7 @@ import sys
 import pytest
 
 from experiments import merge_or_prune, report
-from experiments.study import (
-  command,
-  figures,
-  runner,
-  stored,
-  verdicts,
-)
+from experiments.study import command, figures, runner, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest, text_of
 from experiments.study.parts import (
@@ -76,9 +70,7 @@ def test_a_stored_result_is_judged_by_the_claims_of_today():
   assert '| load |' in text and '`python -m experiments.tiny_study' in text
   assert 'Claims were written on 2026-01-01' in text and '†' not in text
   assert '\nold\n' not in text
-  reversed_claims = {
-    'much is better': 'load: much < little',
-  }
+  reversed_claims = {'much is better': 'load: much < little'}
   study = dataclasses.replace(STUDY, claims=reversed_claims)
   assert words(stored.judged_again(summary(), study)) == [verdicts.REFUTED]
 

@@ -146,9 +146,7 @@ def test_the_command_searches_runs_and_times(tmp_path, monkeypatch):
   # Nothing that other processes use is too much, and a process is enough.
   monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 100)
   monkeypatch.setattr(
-    times_lib,
-    '_fresh',
-    lambda configs: times_lib.measured(configs, **effort),
+    times_lib, '_fresh', lambda configs: times_lib.measured(configs, **effort)
   )
   # The programs of steps, which digests are made of, are not traced for them.
   monkeypatch.setattr(times_lib, 'program_digest', jobs.config_hash)

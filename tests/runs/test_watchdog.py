@@ -102,9 +102,7 @@ def test_who_is_lost_is_named(
 def test_all_go_on_when_all_are_done(play, statuses, tmp_path, monkeypatch):
   arrived = threading.Event()
   monkeypatch.setattr(
-    multihost_utils,
-    'sync_global_devices',
-    lambda name: arrived.wait(20),
+    multihost_utils, 'sync_global_devices', lambda name: arrived.wait(20)
   )
   folder = tmp_path / 'processes'
   watchdog, thread = play(0)
@@ -128,10 +126,7 @@ def test_a_folder_that_is_not_shared_is_said(
   monkeypatch.setattr(watchdog_lib, 'SHARED_SECONDS', 0.1)
   monkeypatch.setattr(jax, 'process_index', lambda: index)
   message = f'process {index} does not see what process {1 - index} writes'
-  with (
-    pytest.raises(ValueError, match=message),
-    watching(Timeouts(), tmp_path),
-  ):
+  with pytest.raises(ValueError, match=message), watching(Timeouts(), tmp_path):
     pass
   assert not list(tmp_path.iterdir())
 

@@ -61,10 +61,7 @@ def test_only_the_named_losses_change():
 
 
 def test_a_factor_of_zero_leaves_the_losses_out():
-  for schedule in (
-    Constant(factor=0.0),
-    Linear(factor=0.0),
-  ):
+  for schedule in (Constant(factor=0.0), Linear(factor=0.0)):
     weights = schedule.weights(WEIGHTS, jnp.int32(5))
     assert list(weights.routers.values()) == [0.0, 0.0, 0.0]
   # A loss without weight stays a constant 0 under a factor that changes.

@@ -129,8 +129,7 @@ def test_parameters_that_do_not_train_have_no_mean():
   assert leaf.dtype == jnp.float32
   state = tiny.first_state(programs)
   assert_equal(
-    programs.variables(state)['params']['embedding'],
-    state.params['embedding'],
+    programs.variables(state)['params']['embedding'], state.params['embedding']
   )
 
 

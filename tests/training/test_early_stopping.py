@@ -12,10 +12,7 @@ from moe_jax.runs import metrics
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.retention import CheckpointOptions, Directory
 from moe_jax.training import loop, trained
-from moe_jax.training.early_stopping import (
-  EarlyStopping,
-  EarlyStoppingOptions,
-)
+from moe_jax.training.early_stopping import EarlyStopping, EarlyStoppingOptions
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Ended
 from tests.training import tiny

@@ -116,12 +116,7 @@ def eval_rows(workdir):
 
 
 @pytest.mark.parametrize(
-  ('event', 'step'),
-  [
-    ('sigterm', 3),
-    ('sigterm', 6),
-    ('kill after', 6),
-  ],
+  ('event', 'step'), [('sigterm', 3), ('sigterm', 6), ('kill after', 6)]
 )
 def test_an_evaluation_that_was_cut_short_costs_no_step(
   unbroken, tmp_path, event, step

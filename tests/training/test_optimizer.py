@@ -19,18 +19,8 @@ from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import make_mesh
 from moe_jax.runs import finite
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.training.optimizer import (
-  OPTIMIZERS,
-  Adafactor,
-  AdamW,
-  clipped,
-)
-from moe_jax.training.schedules import (
-  Constant,
-  Cosine,
-  InverseSqrt,
-  Trapezoid,
-)
+from moe_jax.training.optimizer import OPTIMIZERS, Adafactor, AdamW, clipped
+from moe_jax.training.schedules import Constant, Cosine, InverseSqrt, Trapezoid
 from tests.models import tiny as tiny_models
 from tests.own_kinds import SignSgd
 from tests.training import tiny
