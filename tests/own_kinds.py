@@ -24,6 +24,7 @@ class InTurn(RouterOptions):
   """Options of a router that gives tokens to experts in turn."""
 
   first: int = option(0, 'Number of the first expert.', minimum=0)
+  step: int = option(1, 'Number of experts to the next token.', minimum=0)
 
   def module(self, sizes, shared, name=None):
     return InTurnRouter(self, sizes, shared, name=name)
@@ -39,9 +40,10 @@ class InTurnRouter(Router):
 
   def route(self, x, mask, train, token_info, layer):
     E, K, S = self.sizes.num_experts, self.sizes.num_selected, mask.shape[1]
-    turn = np.add.outer(np.arange(S), np.arange(K)) + self.options.first
+    turn = self.options.step * np.arange(S)
+    index = self.options.first + np.add.outer(turn, np.arange(K))
     chosen = routing.even_choice(
-      jnp.broadcast_to(jnp.int32(turn % E), (*mask.shape, K)),
+      jnp.broadcast_to(jnp.int32(index % E), (*mask.shape, K)),
       num_experts=E,
       capacity=self.sizes.slots(S),
       mask=mask,

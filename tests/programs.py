@@ -2,10 +2,18 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens at."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
 
 
 def started(*words, env=(), without=(), **options) -> subprocess.Popen:

@@ -65,7 +65,7 @@ def run(tmp_path_factory):
   """A run of a user's kinds, whose router is in a file of its own."""
   folder, code = tmp_path_factory.mktemp('run'), tmp_path_factory.mktemp('code')
   (code / f'{ROUTER}.py').write_text(CODE.format(parent='InTurn'))
-  router = {'kind': f'{ROUTER}:Mine', 'custom': {'first': 1}}
+  router = {'kind': f'{ROUTER}:Mine', 'custom': {'first': 1, 'step': 0}}
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(code)
     options = run_config.read(config(router))
@@ -93,7 +93,7 @@ def test_they_train(run):
   assert [r['eval/mine/norm'] for r in rows if 'eval/mine/norm' in r]
   (row,) = [r for r in rows if 'train/learning_rate' in r]
   assert row['train/learning_rate'] == pytest.approx(0.1)
-  assert row['train/layer_0/load'] == [0.25] * 4
+  assert row['train/layer_0/load'] == [0, 1, 0, 0]
 
 
 def test_a_loss_of_a_users_router_is_weighted_logged_and_scheduled(tmp_path):

@@ -295,7 +295,10 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   router = {'kind': 'noisy_top_k', 'noisy_top_k': {'importance_weight': 0.3}}
   moe = {'router': router, 'layers': 'all'}
   first = tiny.config(
-    total_steps=3, max_nonfinite_steps=1, model={'num_layers': 1, 'moe': moe}
+    total_steps=3,
+    max_nonfinite_steps=1,
+    model={'num_layers': 1, 'moe': moe},
+    aux_losses={'kind': 'linear', 'line_steps': 2},
   )
   key = 'model.moe.router.noisy_top_k.z_weight'
   second = layered(RunConfig, first, {'seed': 1, key: 0.2})

@@ -382,6 +382,7 @@ def a_file_for_a_folder(folder: pathlib.Path):
   trained.read(frozen(folder) / 'run')
 
 
+EARLIER = edited(data={'source': 'python_stdlib'}, optimizer={'name': 'adamw'})
 WORKDIRS = [
   *(
     a_file(
@@ -393,21 +394,9 @@ WORKDIRS = [
       (edited(model=None), 'damaged | model', start),
       (edited(checkpoint={'directory': 3}), 'damaged | checkpoint', start),
       (edited(batch_size=1.5), 'batch_size=1.5', trained.read),
+      (EARLIER, 'Commit 7875f9b is the last', start),
+      (EARLIER, 'Commit 7875f9b is the last', trained.read),
     )
-  ),
-  a_file(
-    workdir.CONFIG,
-    edited(seed=7),
-    'config differs | seed: 7 -> 0 | --resume',
-    start,
-    write=of_a_run,
-  ),
-  a_file(
-    workdir.CONFIG,
-    edited(data={'source': 'files'}),
-    'earlier version',
-    start,
-    write=of_a_run,
   ),
   Case('a file', a_file_for_a_folder, ('run is a file',)),
   *(

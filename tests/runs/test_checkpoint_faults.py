@@ -5,7 +5,6 @@ import pathlib
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -15,8 +14,8 @@ import pytest
 
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.retention import CheckpointOptions
+from tests import programs
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE = 2_000_000  # 8 MB take long enough to write that a kill can hit it
 
 
@@ -102,14 +101,7 @@ def child_tries_again_and_again(directory: str) -> None:
 def start(function, directory) -> subprocess.Popen:
   module = 'tests.runs.test_checkpoint_faults'
   code = f'import {module} as m; m.{function.__name__}({str(directory)!r})'
-  return subprocess.Popen(
-    [sys.executable, '-c', code],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return programs.started('-c', code, env={'JAX_PLATFORMS': 'cpu'})
 
 
 def kill(child: subprocess.Popen, directory, moment: str | float) -> None:

@@ -3,7 +3,6 @@
 import builtins
 import errno
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -18,9 +17,13 @@ from moe_jax.runs import storage_errors
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.retention import CheckpointOptions
 from moe_jax.runs.storage_errors import Retry, is_transient
+from tests import programs
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCE = ROOT / 'experiments' / 'soaking' / 'failing_storage.c'
+SOURCE = programs.ROOT / 'experiments' / 'soaking' / 'failing_storage.c'
+
+
+def retrying(tries, seconds=0.01):
+  return CheckpointOptions(tries=tries, retry_seconds=seconds)
 
 
 def oserror(name):
@@ -138,7 +141,7 @@ def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
   # Folders are made before arrays are written, and renamed afterwards.
   failing = Failing(getattr(os, function), '2.saving', 'ESTALE', failures=2)
   monkeypatch.setattr(os, function, failing)
-  save(tmp_path, 2, options=CheckpointOptions(tries=3, retry_seconds=0.01))
+  save(tmp_path, 2, retrying(3))
   assert failing.left == 0
   monkeypatch.undo()
   with Checkpointer(tmp_path) as checkpoints:
@@ -165,9 +168,7 @@ def test_of_several_processes_the_first_names_again(
   tmp_path, monkeypatch, function, word
 ):
   failing = Failing(getattr(os, function), word, 'ESTALE', failures=1)
-  with OneOfSeveral(
-    tmp_path, options=CheckpointOptions(tries=2, retry_seconds=0.01)
-  ) as checkpoints:
+  with OneOfSeveral(tmp_path, retrying(2)) as checkpoints:
     checkpoints.save(2, state(2))
     monkeypatch.setattr(os, function, failing)
     checkpoints.wait()
@@ -183,9 +184,7 @@ def test_a_save_fails_in_the_end(tmp_path, monkeypatch, name, tries, calls):
   failing = Failing(os.mkdir, '2.saving', name, failures=9)
   monkeypatch.setattr(os, 'mkdir', failing)
   with pytest.raises(CheckpointError, match=r'(?s)checkpoint 2 .*step: 1'):
-    save(
-      tmp_path, 2, options=CheckpointOptions(tries=tries, retry_seconds=0.01)
-    )
+    save(tmp_path, 2, retrying(tries))
   assert failing.calls == calls
 
 
@@ -193,9 +192,7 @@ def test_what_is_written_again_is_what_was_given(tmp_path, monkeypatch):
   # By this time the caller has donated its arrays to a later step.
   failing = Failing(os.rename, '2.saving', 'EIO', failures=1)
   monkeypatch.setattr(os, 'rename', failing)
-  with Checkpointer(
-    tmp_path, options=CheckpointOptions(tries=2, retry_seconds=0.5)
-  ) as checkpoints:
+  with Checkpointer(tmp_path, retrying(2, 0.5)) as checkpoints:
     arrays = state(2)
     checkpoints.save(2, arrays)
     for _ in range(3):  # unless its memory is held, this reuses it
@@ -216,9 +213,7 @@ def test_a_checkpoint_is_read_again_before_it_is_passed_over(
   )
   monkeypatch.setattr('io.open', failing)
   monkeypatch.setattr(builtins, 'open', failing)
-  with Checkpointer(
-    tmp_path, options=CheckpointOptions(tries=2, retry_seconds=0.01)
-  ) as checkpoints:
+  with Checkpointer(tmp_path, retrying(2)) as checkpoints:
     checkpoint = restored(checkpoints)
   assert failing.left == max(failures - 2, 0)
   assert checkpoint.step == step
@@ -226,9 +221,7 @@ def test_a_checkpoint_is_read_again_before_it_is_passed_over(
 
 
 def child(folder: str) -> None:
-  with Checkpointer(
-    folder, options=CheckpointOptions(tries=3, retry_seconds=0.01)
-  ) as checkpoints:
+  with Checkpointer(folder, retrying(3)) as checkpoints:
     if checkpoints.steps():
       restored(checkpoints)
     else:
@@ -253,21 +246,15 @@ def library(tmp_path_factory):
 
 
 def run(library, folder, function, match, name, failures):
-  environment = {
+  env = {
     'JAX_PLATFORMS': 'cpu', 'LD_PRELOAD': str(library), 'FUNCTION': function,
     'MATCH': match, 'ERROR': str(getattr(errno, name)),
     'FAILURES': str(failures),
   }  # fmt: skip
   module = 'tests.runs.test_storage_errors'
-  proc = subprocess.run(
-    [sys.executable, '-c', f'import {module} as m; m.child({str(folder)!r})'],
-    cwd=ROOT,
-    env={**os.environ, **environment},
-    capture_output=True,
-    text=True,
-    timeout=100,
-    check=True,
-  )
+  code = f'import {module} as m; m.child({str(folder)!r})'
+  proc = programs.run('-c', code, env=env)
+  assert proc.returncode == 0, proc.stderr
   return proc.stdout.splitlines()[-1], proc.stderr.count('trying again'), proc
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.training.process <coordinator> <processes> <id> <jobs.json>
 
-Each job is a dict of arguments of `run`. Not here: any test.
+Each job is a dict of arguments of `run`.
 """
 
 import dataclasses

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study import shared_steps
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses, programs, setup
 from moe_jax.training.losses import Constant, Linear
@@ -106,27 +105,12 @@ def test_a_step_has_the_factor_of_its_number_on_any_mesh():
   np.testing.assert_allclose(split, scheduled, rtol=1e-5)
 
 
-def made_run(tmp_path, **overrides):
-  options = tiny.options(**overrides)
-  return setup.set_up(options, tmp_path, devices=jax.devices()[:1])
-
-
-@pytest.mark.slow
-def test_a_shared_step_has_the_schedule(tmp_path):
-  run = made_run(tmp_path, model=HEAVY, aux_losses=AUX)
-  batch = next(run.batches(0))
-  plain = run.train_step(run.programs.init_state(), batch)
-  plain = run.train_step(plain[0], batch)[1]
-  run = shared_steps.SharedStep().start(run)
-  shared = run.train_step(run.programs.init_state(), batch)
-  shared = run.train_step(shared[0], batch)[1]
-  np.testing.assert_allclose(shared.loss, plain.loss, rtol=1e-6)
-
-
 def test_a_loss_that_no_router_has_is_refused_by_name(tmp_path):
-  for names in (('balance', 'load'), ('load', 'logits_z')):
-    made_run(tmp_path, aux_losses={'losses': names})
-  with pytest.raises(
-    ValueError, match=r"unknown loss in aux_losses.losses 'zz'; "
-  ):
-    made_run(tmp_path, aux_losses={'losses': ('balance', 'zz')})
+  def set_up(*names):
+    options = tiny.options(aux_losses={'losses': names})
+    setup.set_up(options, tmp_path, devices=jax.devices()[:1])
+
+  set_up('balance', 'load')
+  set_up('load', 'logits_z')
+  with pytest.raises(ValueError, match=r"loss in aux_losses\.losses 'zz'"):
+    set_up('balance', 'zz')

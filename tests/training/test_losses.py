@@ -75,21 +75,10 @@ def test_the_logits_z_loss_is_weighted_like_the_cross_entropy():
 
 
 def test_the_weights_are_those_of_the_chosen_router():
-  weights = losses.loss_weights(
-    tiny.model_of(
-      tiny.options(
-        model={
-          'moe': {
-            'router': {
-              'kind': 'noisy_top_k',
-              'noisy_top_k': {'load_weight': 0.2, 'importance_weight': 0.3},
-            }
-          }
-        }
-      )
-    ),
-    0.4,
-  )
+  own = {'load_weight': 0.2, 'importance_weight': 0.3}
+  router = {'kind': 'noisy_top_k', 'noisy_top_k': own}
+  options = tiny.options(model={'moe': {'router': router}})
+  weights = losses.loss_weights(tiny.model_of(options), 0.4)
   assert weights.routers['load_loss'] == 0.2
   assert weights.routers['importance_loss'] == 0.3
   assert (weights.logits_z, weights.num_averaged) == (0.4, 1)

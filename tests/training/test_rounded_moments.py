@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from moe_jax.training import rounded_moments
 from moe_jax.training.optimizer import AdamW
 from moe_jax.training.schedules import Constant
-from tests.training.test_optimizer import AXES
+from tests.training.test_optimizer import AXES, random_tree
 
 HALVES = AdamW(
   schedule=Constant(warmup_steps=0),
@@ -60,18 +59,9 @@ def test_noise_differs_between_steps_names_and_elements():
   np.testing.assert_array_equal(first, noise('a', 1, (30, 40)))
 
 
-@pytest.fixture
-def params():
-  experts = np.random.default_rng(0).normal(size=(2, 4, 6, 8))
-  return {
-    'w': np.linspace(-1, 1, 30, dtype=np.float32).reshape(6, 5),
-    'layers': {'experts': experts.astype(np.float32)},
-    'scale': np.ones(6, np.float32),
-  }
-
-
-def test_a_small_change_moves_the_second_moment_on_average(params):
+def test_a_small_change_moves_the_second_moment_on_average():
   """A change of a thousandth would be lost in rounding to the nearest."""
+  params = random_tree(0)
   grads = jax.tree.map(np.ones_like, params)
   adam = HALVES.preconditioner(AXES, None)
   state = adam.init(params)

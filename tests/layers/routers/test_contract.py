@@ -75,7 +75,7 @@ def with_losses(options):
 
 # Weights of losses change no program, so that the tests share the programs.
 OPTIONS = {k: with_losses(cls()) for k, cls in ROUTERS.builtin.items()}
-OPTIONS['own'] = InTurn()
+OPTIONS['own'] = InTurn(step=0)
 
 
 def leak(options, sizes=TIGHT):
