@@ -14,16 +14,18 @@ from experiments import (
   bench_generation,
   bench_moe_layer,
   bench_overhead,
+  bench_prepare,
   bench_train_step,
 )
 from experiments.benchmarks import (
   moe_layer,
   peer_steps,
+  random_reads,
   timing,
   train_step_programs,
 )
 from experiments.benchmarks.turns import turns
-from moe_jax import models
+from moe_jax import data, models
 from moe_jax.cli import load_config
 from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
@@ -401,3 +403,22 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   peers = [row for name, row in by_case.items() if name not in our_cases]
   speeds = [row['tokens_per_second'] for row in peers]
   assert fastest['tokens_per_second'] == max(speeds)
+
+
+@pytest.mark.slow
+def test_documents_can_be_made_again_by_their_number(tmp_path):
+  training = random_reads.write(tmp_path / 'lines', 200_000)
+  texts = data.FilesSource(f'{tmp_path}/lines/*.jsonl').texts()
+  docs = [random_reads.document(i) for i in range(len(training))]
+  for split, train in zip(data.SPLITS, (True, False)):
+    expected = [t for t, is_train in zip(docs, training) if is_train == train]
+    assert list(texts.texts(split)) == expected
+
+
+@pytest.mark.slow
+def test_both_tokenizers_are_measured(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench_prepare, '_BPE_DOCUMENTS', 50)
+  rows = bench_prepare.measure(tmp_path, 100_000, [1], 1)
+  assert [row['tokenizer'] for row in rows] == ['bytes', 'BPE']
+  for row in rows:
+    assert row['mb_per_second'].median > 0 and row['speed_up'].median == 1

@@ -5,9 +5,7 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
@@ -16,9 +14,8 @@ from moe_jax import models, run_config
 from moe_jax.analysis import cost
 from moe_jax.config import merge, section_of
 from moe_jax.models.pattern import sparse_pattern
-from moe_jax.models.trees import init_router_state, move_router_state
-from moe_jax.training import losses, step
 from moe_jax.training.evaluate import differing_parameters
+from moe_jax.training.programs import make_programs
 from tests import golden
 from tests.training import tiny
 
@@ -105,34 +102,12 @@ def with_few_layers(options):
 def test_two_steps_shrunk(name):
   options = with_few_layers(options_of(name, 'runlocal').filled(257))
   model = options.build()
-  batch = batch_of(options, model)
-  trees = models.describe(model)
-  optimizer = options.optimizer.transformation(
-    options.total_steps, trees.axes, trees.roles
-  )
-
-  @jax.jit
-  def first_state(seed):
-    params = nn.meta.unbox(models.init_params(model, jax.random.key(seed)))
-    opt_state, step_number = optimizer.init(params), jnp.zeros((), jnp.int32)
-    routers = init_router_state(model)
-    return step.TrainState(step_number, seed, params, opt_state, routers)
-
-  state = first_state(jnp.asarray(options.seed, jnp.uint32))
-  weights = losses.loss_weights(model, options.logits_z_weight)
-  jitted_step = jax.jit(
-    functools.partial(
-      step.train_step,
-      grad_fn=step.make_grad_fn(model, weights, options.microbatches),
-      normalize=functools.partial(losses.normalizers, model),
-      optimizer=optimizer,
-      rate=optax.constant_schedule(0.0),
-      move_router_state=functools.partial(move_router_state, model.stacks),
-    )
-  )
-  loss_values = []
+  mesh = options.mesh.make(jax.devices()[:1])
+  programs = make_programs(options, model, mesh)
+  state, loss_values = tiny.first_state(programs), []
+  batch = programs.put(jax.device_get(batch_of(options, model)))
   for _ in range(2):
-    state, metrics = jitted_step(state, batch)
+    state, metrics = programs.train_step(state, batch)
     loss_values.append(float(metrics.loss))
   assert int(state.step) == 2
   assert np.isfinite(loss_values).all()

@@ -1,6 +1,5 @@
 """The command line: its files, and its messages about mistakes."""
 
-import dataclasses
 import os
 import random
 import signal
@@ -10,15 +9,13 @@ import time
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 
 import moe_jax.main
 from moe_jax import cli, run_config
-from moe_jax.config import flatten, option, section_of
+from moe_jax.config import flatten, section_of
 from moe_jax.errors import InputError
-from moe_jax.training.optimizer import Optimizer
 from tests import programs
 
 
@@ -134,14 +131,10 @@ def options_of(argv):
 
 def test_flags_may_add_what_open_sections_hold():
   config = '--config=configs/tiny_switch.py'
-  options, _ = options_of(
-    [
-      config,
-      f'--config.optimizer.kind={__name__}:Own',
-      '--config.optimizer.custom.gain=2.0',
-    ]
-  )
-  assert options.optimizer.gain == 2.0
+  schedule = '--config.optimizer.schedule'
+  kind = f'{schedule}.kind=tests.own_kinds:Steps'
+  options, _ = options_of([config, kind, f'{schedule}.custom.every=3'])
+  assert options.optimizer.schedule.every == 3
   with pytest.raises(
     ValueError, match=r"mean 'evals\.all_tokens\.num_batches'"
   ):
@@ -157,16 +150,6 @@ def test_a_flag_gives_a_new_section_whole():
   assert options.evals['mine'].num_shots == 2
   overrides = options.evals['train_capacity'].model_overrides
   assert overrides == {'ffn': {'activation': 'relu'}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Own(Optimizer):
-  """A user's own optimizer."""
-
-  gain: float = option(1.0, 'Factor of the gradient.', above=0)
-
-  def preconditioner(self, axes, roles):
-    return optax.scale(self.gain)
 
 
 LONGER = (

@@ -54,9 +54,10 @@ from moe_jax.config import difference, lock, merge, section_of
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.items import check
 from moe_jax.run_config import RunConfig
-from moe_jax.training import loop, setup
+from moe_jax.training import loop
 from tests import tiny_study
 from tests.training import tiny
+from tests.training.hooks import StepMetrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Studies without a byte-level model, which have tests of their own.
@@ -275,19 +276,12 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch):
   assert 'unverified, not shown' in page and '23.16' not in page
 
 
-class Losses(setup.Hook):
-  """Records the loss of every step, and the step that the run was given."""
+class Recorder(StepMetrics):
+  """Collects the metrics of steps, and has the step that the run was given."""
 
   def start(self, run):
-    self.losses, self.step = [], run.train_step
-    step = run.train_step
-
-    def recording_step(state, batch):
-      state, metrics = step(state, batch)
-      self.losses.append(float(metrics.loss))
-      return state, metrics
-
-    return dataclasses.replace(run, train_step=recording_step)
+    self.given = run.train_step
+    return super().start(run)
 
 
 @pytest.mark.slow
@@ -306,15 +300,15 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   for i, config in enumerate([first, second]):
     losses = {}
     for shared in ([], [shared_steps.SharedStep()]):
-      hooks = [*shared, recorder := Losses()]
+      hooks = [*shared, recorder := Recorder()]
       loop.train_and_evaluate(
         run_config.read(config),
         tmp_path / f'{i}-{len(shared)}',
         hooks=hooks,
         devices=jax.devices()[:1],
       )
-      losses[len(shared)] = recorder.losses
-    compiled.append(recorder.step.func)
+      losses[len(shared)] = [step.loss for step in recorder.steps]
+    compiled.append(recorder.given.func)
     assert len(losses[0]) == config.total_steps
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
   assert compiled[0] is compiled[1]

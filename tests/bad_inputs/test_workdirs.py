@@ -21,6 +21,7 @@ from moe_jax.runs.ownership import OWNER
 from moe_jax.training import trained
 from tests.bad_inputs.cases import REPORTED, check_command
 from tests.bad_inputs.files import config, of_a_run, start
+from tests.bad_inputs.test_fuzz_files import JSON
 from tests.generation import folders
 from tests.training import tiny
 
@@ -118,16 +119,6 @@ def test_owners_that_are_dead_do_not_make_a_directory_anothers(tmp_path):
   (directory / OWNER).touch()
   options = tiny.options(checkpoint={'directory': os.fspath(directory)})
   workdir.check(tmp_path / 'run', section_of(options))
-
-
-JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-  lambda values: (
-    st.lists(values, max_size=3)
-    | st.dictionaries(st.text(max_size=5), values, max_size=3)
-  ),
-  max_leaves=5,
-)
 
 
 def paths_in(values, at=()):

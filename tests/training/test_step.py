@@ -64,21 +64,6 @@ def test_loss_is_cross_entropy_plus_weighted_losses(whole_batch):
 
 
 @pytest.mark.as_users_compile
-@pytest.mark.slow
-def test_accumulated_equals_the_whole_batch(whole_batch):
-  params, batch, ((loss, sums), grads) = whole_batch
-  n = 4
-  options = tiny.options(batch_size=8, microbatches=n, model=HEAVY)
-  # Microbatches have different padding, so that a mean of means would differ.
-  part_weights = np.asarray(batch['loss_weights']).reshape(n, -1).sum(1)
-  assert len(set(part_weights.tolist())) == n
-  (part_loss, part_sums), part_grads = tiny.grads_of(options, params, batch)
-  np.testing.assert_allclose(part_loss, loss, rtol=1e-5)
-  assert_close(part_sums, sums, 1e-3)
-  assert_close(part_grads, grads)
-
-
-@pytest.mark.as_users_compile
 def test_padding_changes_nothing(whole_batch):
   params, batch, before = whole_batch
   batch = jax.device_get(batch)

@@ -1,8 +1,11 @@
-"""Measures of routing, on choices for which they are known."""
+"""Measures of recorded routing, on choices for which they are known."""
 
 import numpy as np
+import pytest
 
-from experiments import openmoe_routing
+from experiments import megablocks_tables, openmoe_routing, specialisation
+from experiments.study import routing
+from moe_jax.analysis.routing_measures import layers_of
 from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing.capacity import Fixed
@@ -80,3 +83,63 @@ def test_random_order_drops_as_many_but_no_later_ones():
   served = kept[:, :-1].mean(0)
   np.testing.assert_allclose(served, 3 / 11, atol=0.1)
   assert len(np.unique(kept[..., 0], axis=0)) > 100  # each row has its own
+
+
+def test_choices_that_follow_the_kind_of_character():
+  # Letters go to expert 0, commas and digits to 1, other ids to 2, in rows of
+  # two sources that have as much of each.
+  rng = np.random.default_rng(0)
+  letters = np.frombuffer(b'abcxyz', np.uint8).astype(np.int32)
+  tokens = rng.choice([*letters, ord(','), ord('7'), 300], (40, 50))
+  expert = np.where(
+    tokens == 300, 2, (tokens == ord(',')) | (tokens == ord('7'))
+  )
+  sources = np.int32(np.arange(40)[:, None] % 2 + 0 * tokens)
+  mixed = record(expert[..., None], tokens)._replace(sources=sources)
+  sizes = header(3)._replace(vocab_size=301, sources=('a', 'b'))
+  layers = layers_of(sizes, [mixed])
+  info = specialisation.layer_information(layers)[1]
+  np.testing.assert_allclose([info['kind'], info['token']], 1, atol=0.02)
+  np.testing.assert_allclose([info['source'], info['position']], 0, atol=0.02)
+  # All commas have one expert, all tokens three.
+  shares = np.bincount(expert.ravel()) / expert.size
+  np.testing.assert_allclose(
+    info['punctuation'], -(shares * np.log(shares)).sum()
+  )
+  np.testing.assert_allclose(
+    info['token_less_source'], info['token'] - info['source']
+  )
+
+
+@pytest.mark.parametrize('study', [specialisation, openmoe_routing])
+@pytest.mark.parametrize('steps', [11, 128, 300])
+def test_the_first_checkpoint_is_still_there_at_the_end(study, steps):
+  # What is measured early in the run would otherwise be of a later step.
+  options = study.config(steps).checkpoint
+  saved = {*range(options.every_steps, steps + 1, options.every_steps), steps}
+  assert len(saved) <= options.keep_newest
+
+
+# Load of 12 choices among four experts, one of which is idle.
+LOAD = np.array([7, 0, 4, 1])
+
+
+def test_every_way_has_its_rows_and_drops():
+  rows_and_drops = megablocks_tables.rows_and_drops(LOAD)
+  assert rows_and_drops.keys() == megablocks_tables.WAYS.keys()
+  # The fullest expert has 7: 28 rows. With 1.5 slots a choice each has 5.
+  np.testing.assert_allclose(rows_and_drops['fullest'], [28 / 12, 0])
+  np.testing.assert_allclose(rows_and_drops['slots_1.5'], [20 / 12, 2 / 12])
+  np.testing.assert_allclose(rows_and_drops['blocks_8'], [24 / 12, 0])
+
+
+def test_a_load_is_of_the_real_tokens_of_a_batch():
+  expert = np.array([[[2, 0], [2, 1], [0, 1]]])
+  padded = [  # behind the first two tokens, and behind the first
+    record(expert, [[1, 1, 1]])._replace(documents=np.array([documents]))
+    for documents in ([1, 1, 0], [1, 0, 0])
+  ]
+  layer = layers_of(header(4, 2), padded)[1]
+  np.testing.assert_array_equal(
+    routing.loads(layer, 3), [[1, 1, 2, 0], [1, 0, 1, 0]]
+  )
