@@ -1,4 +1,7 @@
-"""A user's module with one class for each choice that a config has."""
+"""A user's module with classes for the choices that a config has.
+
+Those of tokenizers and tasks are in `tests/data/own_kinds.py`.
+"""
 
 import dataclasses
 
@@ -9,9 +12,7 @@ from flax import linen as nn
 
 from moe_jax import routing
 from moe_jax.config import option
-from moe_jax.data.contracts import Selection, SourceOptions, TaskOptions, Texts
-from moe_jax.data.packing import PackedRows
-from moe_jax.data.tokenizers import Bytes, TokenizerOptions
+from moe_jax.data.contracts import Selection, SourceOptions, Texts
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Causality, Router, RouterOptions
 from moe_jax.training.evaluate import EvaluationOptions
@@ -109,38 +110,6 @@ class Counting(SourceOptions):
       return (f'{n} and {n + 1} ' * 9 for n in numbers)
 
     return Texts('counting', f'counting {self.count}', documents)
-
-
-class Shouted(Bytes, kind='tests.own_kinds:Shouted'):
-  """A tokenizer of bytes, of upper-case text."""
-
-  identity = 'shouted'
-
-  def encode(self, text):
-    return super().encode(text.upper())
-
-
-@dataclasses.dataclass(frozen=True)
-class Shout(TokenizerOptions):
-  """Options of the tokenizer `Shouted`."""
-
-  def identity(self):
-    return Shouted.identity
-
-  def fit(self, texts):
-    return Shouted()
-
-
-@dataclasses.dataclass(frozen=True)
-class Backwards(TaskOptions):
-  """A task of language modelling from the last token to the first."""
-
-  label = 'backwards'
-  makes_examples = False
-
-  def rows(self, stream, tokenizer, shape):
-    tokens, ends = stream
-    return PackedRows(np.asarray(tokens)[::-1], ends, shape.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)

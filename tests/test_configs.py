@@ -8,11 +8,9 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AbstractMesh
 
 from moe_jax import models, run_config
-from moe_jax.analysis import cost
-from moe_jax.config import merge, section_of
+from moe_jax.config import section_of
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.training.evaluate import differing_parameters
 from moe_jax.training.programs import make_programs
@@ -146,25 +144,6 @@ def test_arguments_name_published_sizes():
     golden.config('switch_base', 'e7')
 
 
-def test_switch_c_takes_more_devices_along_tensor_or_with_larger_batches():
-  options = options_of('switch_c')
-
-  def check(num_devices, options, **sizes):
-    shape = {'data': 1, 'fsdp': 1, 'expert': 128, 'tensor': 1, **sizes}
-    assert math.prod(shape.values()) == num_devices
-    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
-    options.check_rows(options.sharding.row_parts(mesh))
-
-  check(128, options)
-  check(256, options, tensor=2)
-  check(512, options, tensor=4)
-  check(256, dataclasses.replace(options, batch_size=4096), fsdp=2)
-  with pytest.raises(
-    ValueError, match=r'128 groups .* 256 devices .*mesh\.tensor'
-  ):
-    check(256, options, fsdp=2)
-
-
 def test_only_glam_leaks_the_future():
   leaking = [
     name
@@ -172,17 +151,3 @@ def test_only_glam_leaks_the_future():
     if options_of(name).filled(65).build().stacks.leaks_future
   ]
   assert leaking == ['glam_64b64e']
-
-
-def test_the_dense_twin_is_one_override():
-  config = golden.config('shakespeare_gshard')
-  config = merge(config, {'model': {'moe': {'num_experts': 0}}})
-  twin = run_config.read(config)
-  model = twin.model
-  moe = model.moe.within(model.ffn, model.dropout)
-  assert moe.twin().ffn.hidden == 2 * 256
-  sizes = [
-    cost.count(options.filled(65).build(), 7).total_params
-    for options in (twin, options_of('shakespeare_dense'))
-  ]
-  assert sizes[0] == sizes[1]

@@ -24,6 +24,9 @@ def command(workdir, *flags, config='configs/tiny_switch.py:runlocal'):
   return [f'--config={config}', f'--workdir={workdir}', *flags]
 
 
+TINY = 'moe_jax:tiny_switch'
+
+
 def run_main(argv, capsys):
   """The exit status of the command in this process, and what it printed."""
   status = 0
@@ -34,26 +37,12 @@ def run_main(argv, capsys):
   return status, capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-  ('flag', 'message'),
-  [
-    ('--confg=x', "unknown arguments ['--confg=x']"),
-    ('--describe=sed', "unknown config key 'sed'; did you mean 'seed'"),
-  ],
-)
-def test_a_typo_is_one_line(flag, message, capsys):
-  argv = command('w', flag, config='configs/tiny_switch.py')
-  status, output = run_main(argv, capsys)
-  (line,) = output.err.splitlines()
-  assert status == 1 and message in line
-
-
 def test_all_that_is_wrong_is_said_at_once(capsys):
   flags = (
     *('--config.model.moe.num_expert=3', '--config.total_step', '3'),
     *('--config.seed', '3', '--config.total_steps=-1', '--config.data.pack=x'),
   )
-  argv = command('w', *flags, config='moe_jax:tiny_switch')
+  argv = command('w', *flags, config=TINY)
   status, output = run_main(argv, capsys)
   lines = output.err.splitlines()
   assert (status, len(lines)) == (1, 4)
@@ -118,27 +107,16 @@ def test_every_key_is_described_without_a_workdir(capsys):
     assert f' {path}' in output.out, path
 
 
-def test_a_dry_run_is_of_one_process(capsys):
-  flags = ['--config=configs/tiny_switch.py', '--dry_run', '--num_processes=2']
-  status, output = run_main(flags, capsys)
-  assert status == 1
-  assert 'leave out --coordinator, --num_processes' in output.err
-
-
-def options_of(argv):
-  return run_config.options_of(argv[0].removeprefix('--config='), argv[1:])
-
-
 def test_flags_may_add_what_open_sections_hold():
-  config = '--config=configs/tiny_switch.py'
   schedule = '--config.optimizer.schedule'
-  kind = f'{schedule}.kind=tests.own_kinds:Steps'
-  options, _ = options_of([config, kind, f'{schedule}.custom.every=3'])
+  flags = [
+    f'{schedule}.kind=tests.own_kinds:Steps',
+    f'{schedule}.custom.every=3',
+  ]
+  options, _ = run_config.options_of(TINY, flags)
   assert options.optimizer.schedule.every == 3
-  with pytest.raises(
-    ValueError, match=r"mean 'evals\.all_tokens\.num_batches'"
-  ):
-    options_of([config, '--config.evals.all_tokens.num_batch=3'])
+  with pytest.raises(ValueError, match=r'mean .evals\.all_tokens\.num_batches'):
+    run_config.options_of(TINY, ['--config.evals.all_tokens.num_batch=3'])
 
 
 def test_a_flag_gives_a_new_section_whole():
@@ -146,7 +124,7 @@ def test_a_flag_gives_a_new_section_whole():
     "--config.evals.mine={'kind': 'choice', 'num_shots': 2}",
     "--config.evals.train_capacity.model_overrides.ffn={'activation': 'relu'}",
   ]
-  options, _ = options_of(['--config=moe_jax:tiny_switch', *flags])
+  options, _ = run_config.options_of(TINY, flags)
   assert options.evals['mine'].num_shots == 2
   overrides = options.evals['train_capacity'].model_overrides
   assert overrides == {'ffn': {'activation': 'relu'}}

@@ -15,9 +15,10 @@ from moe_jax.runs import metrics, workdir
 from moe_jax.runs.workdir import classes_in
 from moe_jax.training import loop, setup, trained
 from tests import own_kinds
+from tests.data import own_kinds as data_kinds
 from tests.training import tiny
 
-NAME = 'tests.own_kinds'
+NAME, DATA = 'tests.own_kinds', 'tests.data.own_kinds'
 ROUTER = 'my_router'  # a module with a router
 CODE = (
   'import dataclasses\n'
@@ -28,8 +29,8 @@ CODE = (
 ONE = jax.devices()[:1]
 
 
-def kind(name, **custom):
-  return {'kind': f'{NAME}:{name}', 'custom': custom}
+def kind(name, module=NAME, **custom):
+  return {'kind': f'{module}:{name}', 'custom': custom}
 
 
 def config(router=kind('InTurn', first=3), **overrides):
@@ -45,8 +46,8 @@ def config(router=kind('InTurn', first=3), **overrides):
     },
     data={
       'source': kind('Counting', count=100),
-      'tokenizer': kind('Shout'),
-      'task': kind('Backwards'),
+      'tokenizer': kind('WordsOptions', DATA),
+      'task': kind('Backwards', DATA, twice=True),
     },
     optimizer={
       'kind': f'{NAME}:SignSgd',
@@ -79,8 +80,8 @@ def test_a_config_names_a_users_class_wherever_it_names_ours():
   assert options.model.moe.router == own_kinds.InTurn(first=3)
   assert options.model.moe.expert == own_kinds.Linear(std=0.2)
   assert options.data.source == own_kinds.Counting(count=100)
-  assert options.data.tokenizer == own_kinds.Shout()
-  assert options.data.task == own_kinds.Backwards()
+  assert options.data.tokenizer == data_kinds.WordsOptions()
+  assert options.data.task == data_kinds.Backwards(twice=True)
   assert options.optimizer.schedule == own_kinds.Steps(1, every=1)
   assert isinstance(options.optimizer, own_kinds.SignSgd)
   assert options.evals['mine'] == own_kinds.Norm(1, power=3)
@@ -156,17 +157,17 @@ def test_a_name_in_a_folder_is_imported_only_by_leave(run):
   for allow, missing in (([], ROUTER), ([ROUTER], r'tests\.own_kinds')):
     with pytest.raises(ValueError, match=f'--allow_module={missing}'):
       trained.read(run, allow)
-  for allow in (['tests.own_kinds', ROUTER], ['tests', ROUTER]):
+  for allow in ([NAME, DATA, ROUTER], ['tests', ROUTER]):
     loaded_run = trained.read(run, allow)
     assert loaded_run.model.moe.router.first == 1
-    assert isinstance(loaded_run.tokenizer, own_kinds.Shouted)
+    assert isinstance(loaded_run.tokenizer, data_kinds.Words)
 
 
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
     (f'{NAME}:None_', f"{NAME} has no 'None_'"),
-    (f'{NAME}:Shout', r'does not extend moe_jax\..*RouterOptions'),
+    (f'{NAME}:Norm', r'does not extend moe_jax\..*RouterOptions'),
     (f'{NAME}:Unfinished', 'does not define module, which'),
     (f'{NAME}:Undecorated', 'is no dataclass'),
   ],

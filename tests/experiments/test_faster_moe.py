@@ -17,6 +17,7 @@ from moe_jax.config import merge
 from moe_jax.parallel import cost_model
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.run_config import RunConfig
+from tests.analysis.random_choices import random_choices
 from tests.parallel.test_cost_model import TWO_BY_TWO
 from tests.training import tiny
 
@@ -74,16 +75,21 @@ def written_trace(folder, steps=3):
   header = traces.Header(infos, B, T, 10, has_logits=True)
   ids = np.ones((B, T), np.int32)
 
-  def layer():
-    expert = rng.permuted(np.tile(np.arange(E), (B * T, 1)), axis=1)[:, :K]
-    expert = expert.reshape(B, T, K).astype(np.int32)
-    gate = np.full(expert.shape, 0.5, np.float32)
-    kept = np.ones(expert.shape, bool)
+  def layer(info):
     logits = rng.normal(size=(B, T, E)).astype(np.float16)
-    return traces.LayerChoices(expert, gate, kept, logits)
+    choices = random_choices(rng, info, ids > 0)
+    return choices._replace(logits=logits)
 
   records = [
-    traces.Record('train', s, 0, ids, ids, ids, {i: layer() for i in infos})
+    traces.Record(
+      'train',
+      s,
+      0,
+      ids,
+      ids,
+      ids,
+      {i: layer(info) for i, info in infos.items()},
+    )
     for s in range(steps)
   ]
   traces.write(folder, header, records)

@@ -18,6 +18,7 @@ from experiments.study import command, results
 from experiments.study.parts import Row
 from experiments.study.tables import ratios
 from moe_jax.analysis.intervals import Interval
+from tests.reference import softmax
 
 N, E, V = 3, 4, 2
 loss_of = {name: jax.jit(function) for name, function in LOSSES.items()}
@@ -41,7 +42,7 @@ def by_hand(loss, outputs, gate_logits, targets):
   """The errors, and the published gradients, in a loop over cases, float64."""
   losses, of_outputs, of_logits = [], [], []
   for o, x, d in zip(outputs, gate_logits, targets, strict=True):
-    p = np.exp(x) / np.exp(x).sum()
+    p = softmax(x)
     distances = ((d - o) ** 2).sum(-1)
     blended = sum(p[i] * o[i] for i in range(E))
     if loss == 'cooperative':
@@ -78,10 +79,6 @@ def test_far_targets_stay_finite():
     loss_of['competitive'](*example), [29.0**2 / 2 + np.log(2)], rtol=1e-6
   )
   assert jnp.isfinite(gradients_of['competitive'](*example)[1]).all()
-
-
-def softmax(x):
-  return np.exp(x) / np.exp(x).sum()
 
 
 def test_a_mixture_is_a_loop_over_its_experts():

@@ -27,8 +27,9 @@ def record(expert, tokens, step: int = 0) -> Record:
   )
 
 
-def header(num_experts: int, num_selected: int = 1) -> Header:
-  return Header({1: LayerInfo(num_experts, num_selected)}, vocab_size=9)
+def header(num_experts, num_selected=1, vocab_size=9, **options) -> Header:
+  layers = {1: LayerInfo(num_experts, num_selected)}
+  return Header(layers, vocab_size=vocab_size, **options)
 
 
 def test_context_is_what_the_label_adds_to_the_known_one():
@@ -96,7 +97,7 @@ def test_choices_that_follow_the_kind_of_character():
   )
   sources = np.int32(np.arange(40)[:, None] % 2 + 0 * tokens)
   mixed = record(expert[..., None], tokens)._replace(sources=sources)
-  sizes = header(3)._replace(vocab_size=301, sources=('a', 'b'))
+  sizes = header(3, vocab_size=301, sources=('a', 'b'))
   layers = layers_of(sizes, [mixed])
   info = specialisation.layer_information(layers)[1]
   np.testing.assert_allclose([info['kind'], info['token']], 1, atol=0.02)

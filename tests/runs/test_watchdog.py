@@ -9,7 +9,6 @@ import time
 
 import jax
 import pytest
-from jax.experimental import multihost_utils
 
 from moe_jax.devices import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
@@ -97,26 +96,6 @@ def test_who_is_lost_is_named(
     say(folder, 1 - index, 2, **values)
   wait_for(lambda: statuses == [1])
   assert f'process {index} of 2 ends: {reason}' in capfd.readouterr().err
-
-
-def test_all_go_on_when_all_are_done(play, statuses, tmp_path, monkeypatch):
-  arrived = threading.Event()
-  monkeypatch.setattr(
-    multihost_utils, 'sync_global_devices', lambda name: arrived.wait(20)
-  )
-  folder = tmp_path / 'processes'
-  watchdog, thread = play(0)
-  wait_for((folder / 'token.0').exists)
-  say(folder, 1, 1)
-  thread.join()
-  ending = threading.Thread(target=watchdog.finish)
-  ending.start()
-  wait_for(lambda: '"the end"' in (folder / 'token.0').read_text())
-  assert ending.is_alive()  # the other is not there
-  arrived.set()
-  ending.join()
-  assert not folder.exists()
-  assert not statuses
 
 
 @pytest.mark.parametrize('index', [0, 1])

@@ -42,12 +42,9 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   rules = run.sharding.rules
   checkpoint = trained.restore_variables(folder, run.model.build(rules), rules)
   assert checkpoint.step == 2
-  for a, b in zip(
-    jax.tree.leaves(checkpoint.state['params']),
-    jax.tree.leaves(state.params),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(a, b)
+  jax.tree.map(
+    np.testing.assert_array_equal, checkpoint.state['params'], state.params
+  )
   # Another run is refused these checkpoints unless it resumes, and no folder is
   # made for it.
   with pytest.raises(ValueError, match=r'(?s)other is .*bucket/run.*--resume'):

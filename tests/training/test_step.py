@@ -163,24 +163,27 @@ class Blind(Model):
     return {}
 
 
+def grads_of(params, batch, microbatches, apply, loss):
+  """((loss, sums), gradient) of a model that is replaced by its function."""
+  grad_fn = make_grad_fn(
+    Blind(), losses.LossWeights(), microbatches, apply=apply, loss=loss
+  )
+  divisors = losses.Normalizers(1.0, jnp.ones(1))
+  return grad_fn(params, batch, divisors, tiny_models.key(0))
+
+
 def test_microbatches_have_noise_of_their_own():
   def apply(model, variables, train, rngs):
     draws = [jax.random.uniform(rngs[name]) for name in ('router', 'dropout')]
     return ((), aux_of([1.0])), jnp.stack(draws)[None]
 
   n = 3
-  grad_fn = make_grad_fn(
-    Blind(),
-    losses.LossWeights(),
-    microbatches=n,
-    apply=apply,
-    loss=lambda outputs, batch: TokenLosses(batch['loss_weights'], None),
-  )
+
+  def loss(outputs, batch):
+    return TokenLosses(batch['loss_weights'], None)
+
   batch = {'loss_weights': jnp.ones((2 * n, 1))}
-  divisors = losses.Normalizers(1.0, jnp.ones(1))
-  (_, sums), _ = grad_fn(
-    {'w': jnp.zeros(2)}, batch, divisors, tiny_models.key(0)
-  )
+  (_, sums), _ = grads_of({'w': jnp.zeros(2)}, batch, n, apply, loss)
   assert sums.choices.shape == (n, 2)
   assert len(np.unique(sums.choices)) == 2 * n
 
@@ -191,19 +194,12 @@ def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     return (variables['params']['w'], aux_of([1.0])), None
 
   n = 300
-  grad_fn = make_grad_fn(
-    Blind(),
-    losses.LossWeights(),
-    microbatches=n,
-    apply=apply,
-    loss=lambda w, batch: TokenLosses(w * batch['loss_weights'], None),
-  )
-  _, grads = grad_fn(
-    {'w': jnp.bfloat16(2)},
-    {'loss_weights': jnp.ones((n, 1))},
-    losses.Normalizers(1.0, jnp.ones(1)),
-    tiny_models.key(0),
-  )
+
+  def loss(w, batch):
+    return TokenLosses(w * batch['loss_weights'], None)
+
+  batch = {'loss_weights': jnp.ones((n, 1))}
+  _, grads = grads_of({'w': jnp.bfloat16(2)}, batch, n, apply, loss)
   assert grads['w'] == n
 
 
