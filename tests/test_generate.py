@@ -173,5 +173,3 @@ def test_mistakes_are_a_line(run, capsys, tmp_path):
     error = error_of(capsys, *argv)
     assert message in error, error
     assert len(error.splitlines()) == 1
-  with pytest.raises(ValueError, match='need a temperature'):
-    generate.main([flag, '--prompt=a', '--top_k=4', '--traceback'])

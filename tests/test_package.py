@@ -45,7 +45,6 @@ def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
   ('spec', 'message'),
   [
     ('moe_jax:tiny_swich', "did you mean 'tiny_switch'?"),
-    ('moe_jax:tiny_switch:small', 'moe_jax:tiny_switch: unknown config argum'),
     ('no_package:tiny_switch', "No module named 'no_package'"),
     ('os:path', "package 'os' has no configs"),
     ('configs/tiny_switch.py:runlocal', 'moe_jax:tiny_switch works in every'),

@@ -133,11 +133,11 @@ ROWS, KERNEL, SIZES = jnp.ones((9, M)), jnp.ones((E, M, 6)), jnp.ones(E, int)
 DISPATCH = [
   *(
     case(
-      f'rows of other tokens: {mover.__name__}',
+      f'rows of other tokens: {i}',
       '(2, 6, 8) | (2, 7, 3)',
       *(mover.dispatch, X[:, 1:], CHOSEN),
     )
-    for mover in (einsum, gather, sorted_rows)
+    for i, mover in enumerate((einsum, gather, sorted_rows))
   ),
   case(
     'kept is a number',

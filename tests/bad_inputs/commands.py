@@ -95,6 +95,10 @@ COMMANDS = [
     'setup.py',
   ),
   (experiment('shazeer_appendix_f', '--preset=none'), "--preset | 'none'"),
+  # Runs would be another study's, or not the preset's.
+  (experiment('switch_table1', '--config.seed=7'), 'runs do not share'),
+  (experiment('switch_table1', '--config.total_steps=2'), 'runs do not share'),
+  (experiment('switch_table1', '--resource=num_gpus=1'), 'has none'),
   (
     experiment('launch', SWITCH, '--sweep=sed=1,2', '--output={folder}'),
     "'sed' | 'seed'",

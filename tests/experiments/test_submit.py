@@ -124,21 +124,6 @@ def test_one_run_is_made_alone(tmp_path, capsys):
   assert len([*tmp_path.glob(f'*/runs/*/*/{RESULT}')]) == 1
 
 
-# Without the first, a study's runs would be another's, or not the preset's.
-@pytest.mark.parametrize(
-  ('flags', 'message'),
-  [
-    (['--config.total_steps=2'], 'runs do not share'),
-    (['--config.seed=7'], 'runs do not share'),
-    (['--resource=num_gpus=1'], 'a pool of this machine has none'),
-  ],
-)
-def test_flags_that_would_mislead_are_refused(flags, message, capsys):
-  with pytest.raises(SystemExit):
-    command.parse(tiny_study.DENSE, flags)
-  assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('executor', ['pool', 'submitit'])
 def test_a_study_that_is_stopped_or_killed_gives_the_same_table(

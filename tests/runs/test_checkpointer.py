@@ -10,14 +10,8 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from jax.sharding import (
-  Mesh,
-  NamedSharding,
-  SingleDeviceSharding,
-)
-from jax.sharding import (
-  PartitionSpec as P,
-)
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError

@@ -165,11 +165,7 @@ def run(
     devices=interleaved(jax.devices()) if order else None,
   )
   rows = recorded.run.programs.put.rows.tolist()
-  return {
-    'step': int(state.step),
-    'batches': recorded.batches,
-    'rows': rows,
-  }
+  return {'step': int(state.step), 'batches': recorded.batches, 'rows': rows}
 
 
 def main(coordinator, num_processes, process_id, path):

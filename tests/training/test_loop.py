@@ -261,27 +261,21 @@ def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
   assert int(train_and_evaluate(shorter, workdir, resume=True).step) == 5
 
 
-def test_other_data_is_refused(unbroken, tmp_path):
-  other = tiny.options(
-    model=DROPOUT,
-    data={'source': {'python_stdlib': {'modules': f'{tiny.MODULES},http'}}},
-  )
+def test_other_data_and_other_tokens_are_refused(unbroken, tmp_path):
   workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
+  modules = {'python_stdlib': {'modules': f'{tiny.MODULES},http'}}
+  other = tiny.options(model=DROPOUT, data={'source': modules})
   with pytest.raises(ValueError, match='two corpora must not mix'):
     train_and_evaluate(other, workdir, resume=True)
-
-
-def test_other_tokens_are_refused(unbroken, tmp_path):
   # As many ids, of which each means something else than in training.
-  workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
   tokenizers.Chars(map(chr, range(257))).save(workdir / 'tokenizer.json')
   kept = (workdir / 'tokenizer.json').read_bytes()
   with pytest.raises(ValueError, match=r'tokens of chars:.* is of bytes'):
-    train_and_evaluate(OPTIONS, workdir)
+    train_and_evaluate(OPTIONS, workdir, resume=True)
   assert (workdir / 'tokenizer.json').read_bytes() == kept
   # A file that a kill has left half written does not end the run.
   (workdir / 'tokenizer.json').write_bytes(kept[:99])
-  train_and_evaluate(OPTIONS, workdir)
+  train_and_evaluate(OPTIONS, workdir, resume=True)
   assert tokenizers.load(workdir / 'tokenizer.json').identity == 'bytes'
 
 
