@@ -115,15 +115,8 @@ def run(folder, *words):
 
 
 def pip(folder, *words):
-  run(
-    folder,
-    '-m',
-    'pip',
-    *words,
-    '--no-deps',
-    '--no-index',
-    '--no-build-isolation',
-  )
+  offline = '--no-deps', '--no-index', '--no-build-isolation'
+  run(folder, '-m', 'pip', *words, *offline)
 
 
 @pytest.fixture(scope='module')

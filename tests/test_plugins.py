@@ -49,6 +49,7 @@ def config(router=kind('InTurn', first=3), **overrides):
       'tokenizer': kind('WordsOptions', DATA),
       'task': kind('Backwards', DATA, twice=True),
     },
+    sample={'num_tokens': 0},
     optimizer={
       'kind': f'{NAME}:SignSgd',
       'schedule': kind('Steps', every=1),
@@ -154,7 +155,7 @@ def test_a_change_of_their_file_is_reported(tmp_path, monkeypatch):
 
 
 def test_a_name_in_a_folder_is_imported_only_by_leave(run):
-  for allow, missing in (([], ROUTER), ([ROUTER], r'tests\.own_kinds')):
+  for allow, missing in (([], ROUTER), ([ROUTER], r'tests\.data\.own_kinds')):
     with pytest.raises(ValueError, match=f'--allow_module={missing}'):
       trained.read(run, allow)
   for allow in ([NAME, DATA, ROUTER], ['tests', ROUTER]):

@@ -352,9 +352,11 @@ WORKDIRS = [
       (edited(model=None), 'damaged | model', start),
       (edited(checkpoint={'directory': 3}), 'damaged | checkpoint', start),
       (edited(batch_size=1.5), 'batch_size=1.5', trained.read),
-      (EARLIER, 'Commit 7875f9b is the last', start),
-      (EARLIER, 'Commit 7875f9b is the last', trained.read),
     )
+  ),
+  *(
+    a_file(workdir.CONFIG, EARLIER, 'Commit 7875f9b is', read, write=of_a_run)
+    for read in (start, trained.read)
   ),
   Case('a file', a_file_for_a_folder, ('run is a file',)),
   *(
