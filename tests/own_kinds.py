@@ -1,4 +1,7 @@
-"""A user's module with one class for each choice that a config has."""
+"""A user's module with classes for the choices that a config has.
+
+Those of tokenizers and tasks are in `tests/data/own_kinds.py`.
+"""
 
 import dataclasses
 
@@ -9,9 +12,7 @@ from flax import linen as nn
 
 from moe_jax import routing
 from moe_jax.config import option
-from moe_jax.data.contracts import Selection, SourceOptions, TaskOptions, Texts
-from moe_jax.data.packing import PackedRows
-from moe_jax.data.tokenizers import Bytes, TokenizerOptions
+from moe_jax.data.contracts import Selection, SourceOptions, Texts
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Causality, Router, RouterOptions
 from moe_jax.training.evaluate import EvaluationOptions
@@ -23,11 +24,8 @@ from moe_jax.training.schedules import Schedule
 class InTurn(RouterOptions):
   """Options of a router that gives tokens to experts in turn."""
 
-  first: int = option(
-    0,
-    'Number of the first expert.',
-    minimum=0,
-  )
+  first: int = option(0, 'Number of the first expert.', minimum=0)
+  step: int = option(1, 'Number of experts to the next token.', minimum=0)
 
   def module(self, sizes, shared, name=None):
     return InTurnRouter(self, sizes, shared, name=name)
@@ -42,27 +40,24 @@ class InTurnRouter(Router):
   options: InTurn
 
   def route(self, x, mask, train, token_info, layer):
-    E = self.sizes.num_experts
-    turn = jnp.arange(mask.shape[1], dtype=jnp.int32) + self.options.first
+    E, K, S = self.sizes.num_experts, self.sizes.num_selected, mask.shape[1]
+    turn = self.options.step * np.arange(S)
+    index = self.options.first + np.add.outer(turn, np.arange(K))
     chosen = routing.even_choice(
-      jnp.broadcast_to(turn % E, mask.shape)[..., None],
+      jnp.broadcast_to(jnp.int32(index % E), (*mask.shape, K)),
       num_experts=E,
-      capacity=self.sizes.slots(mask.shape[1]),
+      capacity=self.sizes.slots(S),
       mask=mask,
     )
     stats = routing.routing_stats(chosen, None, mask)
-    return chosen, routing.empty_aux(E, 1)._replace(stats=stats)
+    return chosen, routing.empty_aux(E, K)._replace(stats=stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class Promised(InTurn):
   """Options of a router that does not return the loss that has a weight."""
 
-  depth_weight: float = option(
-    0.25,
-    'Weight of the depth.',
-    minimum=0,
-  )
+  depth_weight: float = option(0.25, 'Weight of the depth.', minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +81,7 @@ class DeepRouter(InTurnRouter):
 class Linear(ExpertOptions):
   """Options of an expert that is a single product."""
 
-  std: float = option(
-    0.1,
-    'Standard deviation of the kernel.',
-    above=0,
-  )
+  std: float = option(0.1, 'Standard deviation of the kernel.', above=0)
 
   def module(self, shared, name):
     return LinearExpert(self.std, name=name)
@@ -111,11 +102,7 @@ class LinearExpert(nn.Module):
 class Counting(SourceOptions):
   """A source of documents of numbers, spelled digit by digit."""
 
-  count: int = option(
-    300,
-    'Number of documents.',
-    minimum=2,
-  )
+  count: int = option(300, 'Number of documents.', minimum=2)
 
   def texts(self, selection=Selection()):
     def documents(split):
@@ -125,47 +112,11 @@ class Counting(SourceOptions):
     return Texts('counting', f'counting {self.count}', documents)
 
 
-class Shouted(Bytes, kind='tests.own_kinds:Shouted'):
-  """A tokenizer of bytes, of upper-case text."""
-
-  identity = 'shouted'
-
-  def encode(self, text):
-    return super().encode(text.upper())
-
-
-@dataclasses.dataclass(frozen=True)
-class Shout(TokenizerOptions):
-  """Options of the tokenizer `Shouted`."""
-
-  def identity(self):
-    return Shouted.identity
-
-  def fit(self, texts):
-    return Shouted()
-
-
-@dataclasses.dataclass(frozen=True)
-class Backwards(TaskOptions):
-  """A task of language modelling from the last token to the first."""
-
-  label = 'backwards'
-  makes_examples = False
-
-  def rows(self, stream, tokenizer, shape):
-    tokens, ends = stream
-    return PackedRows(np.asarray(tokens)[::-1], ends, shape.seq_len)
-
-
 @dataclasses.dataclass(frozen=True)
 class Norm(EvaluationOptions):
   """An evaluation that measures the norm of the parameters."""
 
-  power: int = option(
-    2,
-    'Power of the norm.',
-    minimum=1,
-  )
+  power: int = option(2, 'Power of the norm.', minimum=1)
 
   def measure(self, setting):
     def row(variables, step):
@@ -187,11 +138,7 @@ class SignSgd(Optimizer):
 class Steps(Schedule):
   """A schedule whose rate halves every few steps."""
 
-  every: int = option(
-    2,
-    'Number of steps at one rate.',
-    minimum=1,
-  )
+  every: int = option(2, 'Number of steps at one rate.', minimum=1)
 
   def after_warmup(self, peak, steps):
     return optax.exponential_decay(peak, self.every, 0.5, staircase=True)
@@ -208,8 +155,4 @@ class Unfinished(RouterOptions):
 class Undecorated(InTurn):
   """A router without the decorator `dataclass`."""
 
-  other: int = option(
-    1,
-    'Another number.',
-    minimum=0,
-  )
+  other: int = option(1, 'Another number.', minimum=0)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -14,16 +15,19 @@ from experiments import (
   bench_generation,
   bench_moe_layer,
   bench_overhead,
+  bench_prepare,
   bench_train_step,
 )
 from experiments.benchmarks import (
   moe_layer,
   peer_steps,
+  random_reads,
+  roofline,
   timing,
   train_step_programs,
 )
 from experiments.benchmarks.turns import turns
-from moe_jax import models
+from moe_jax import data, models
 from moe_jax.cli import load_config
 from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
@@ -265,7 +269,7 @@ def test_the_overhead_benchmark_saves_once_a_burst(
   assert len(steps) == 6
   rows = results_in(tmp_path)['rows']
   assert [row['case'] for row in rows] == [
-    *('bare loop', 'metrics', 'metrics and traces', 'metrics and checkpoint'),
+    *('bare loop', 'metrics', 'metrics and traces', 'metrics and checkpoint')
   ]
   assert rows[0]['per_bare'] == rows[0]['cpu_per_bare'] == 1
   assert rows[-1]['checkpoint_bytes'] > 10_000
@@ -401,3 +405,66 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   peers = [row for name, row in by_case.items() if name not in our_cases]
   speeds = [row['tokens_per_second'] for row in peers]
   assert fastest['tokens_per_second'] == max(speeds)
+
+
+@pytest.mark.slow
+def test_documents_can_be_made_again_by_their_number(tmp_path):
+  training = random_reads.write(tmp_path / 'lines', 200_000)
+  texts = data.FilesSource(f'{tmp_path}/lines/*.jsonl').texts()
+  docs = [random_reads.document(i) for i in range(len(training))]
+  for split, train in zip(data.SPLITS, (True, False)):
+    expected = [t for t, is_train in zip(docs, training) if is_train == train]
+    assert list(texts.texts(split)) == expected
+
+
+@pytest.mark.slow
+def test_both_tokenizers_are_measured(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench_prepare, '_BPE_DOCUMENTS', 50)
+  rows = bench_prepare.measure(tmp_path, 100_000, [1], 1)
+  assert [row['tokenizer'] for row in rows] == ['bytes', 'BPE']
+  for row in rows:
+    assert row['mb_per_second'].median > 0 and row['speed_up'].median == 1
+
+
+def work(E=1, K=1, backward=False, router=False, **options):
+  sizes = moe_layer.Sizes(10, 3, 7, **options)
+  return sizes.work(E, K, backward=backward, router=router)
+
+
+def test_a_sparse_layer_reads_every_expert_and_serves_every_choice():
+  counts, products = work(5, 2), 2 * 2 * 10 * (3 * 7 + 7 * 3)
+  assert counts.flops == products
+  assert counts.min_bytes == 4 * (5 * 2 * 21 + 2 * 30)
+  counts = work(5, 2, backward=True)
+  assert counts.flops == 3 * products
+  # Kernels are read twice and their gradients written once; x is read twice; y,
+  # dy and dx pass once.
+  assert counts.min_bytes == 4 * (3 * 210 + 5 * 30)
+  # A router, a third kernel, and numbers of two bytes.
+  counts = work(5, router=True, activation='swiglu', dtype='bfloat16')
+  assert counts.flops == 2 * 10 * 3 * 21 + 2 * 10 * 3 * 5
+  assert counts.min_bytes == 2 * (5 * 3 * 21 + 3 * 5 + 2 * 30)
+
+
+@pytest.mark.parametrize(
+  ('flops', 'min_bytes', 'seconds'),
+  # The first is limited by products, the second by memory.
+  [(300, 10, 3.0), (100, 80, 4.0)],
+)
+def test_the_slower_of_both_bounds(flops, min_bytes, seconds):
+  peaks = roofline.Peaks(100.0, 20.0, 'float32', 512, 64)
+  assert roofline.Work(flops, min_bytes).seconds(peaks) == seconds
+
+
+def test_peaks_are_measured():
+  peaks = roofline.measure_peaks('bfloat16', quick=True)
+  assert math.isfinite(peaks.flops_per_second) and peaks.flops_per_second > 0
+  assert math.isfinite(peaks.bytes_per_second) and peaks.bytes_per_second > 0
+
+
+def test_peaks_of_a_round_are_of_its_own_times():
+  peaks = roofline.Peaks(1.0, 1.0, 'float32', matmul_size=10, copy_bytes=600)
+  seconds = {roofline.MATMUL: [2.0, 4.0], roofline.COPY: [3.0, 1.0]}
+  by_round = roofline.by_round(peaks, seconds)
+  assert [p.flops_per_second for p in by_round] == [1000.0, 500.0]
+  assert [p.bytes_per_second for p in by_round] == [200.0, 600.0]

@@ -5,20 +5,15 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import AbstractMesh
 
 from moe_jax import models, run_config
-from moe_jax.analysis import cost
-from moe_jax.config import merge, section_of
+from moe_jax.config import section_of
 from moe_jax.models.pattern import sparse_pattern
-from moe_jax.models.trees import init_router_state, move_router_state
-from moe_jax.training import losses, step
 from moe_jax.training.evaluate import differing_parameters
+from moe_jax.training.programs import make_programs
 from tests import golden
 from tests.training import tiny
 
@@ -105,34 +100,12 @@ def with_few_layers(options):
 def test_two_steps_shrunk(name):
   options = with_few_layers(options_of(name, 'runlocal').filled(257))
   model = options.build()
-  batch = batch_of(options, model)
-  trees = models.describe(model)
-  optimizer = options.optimizer.transformation(
-    options.total_steps, trees.axes, trees.roles
-  )
-
-  @jax.jit
-  def first_state(seed):
-    params = nn.meta.unbox(models.init_params(model, jax.random.key(seed)))
-    opt_state, step_number = optimizer.init(params), jnp.zeros((), jnp.int32)
-    routers = init_router_state(model)
-    return step.TrainState(step_number, seed, params, opt_state, routers)
-
-  state = first_state(jnp.asarray(options.seed, jnp.uint32))
-  weights = losses.loss_weights(model, options.logits_z_weight)
-  jitted_step = jax.jit(
-    functools.partial(
-      step.train_step,
-      grad_fn=step.make_grad_fn(model, weights, options.microbatches),
-      normalize=functools.partial(losses.normalizers, model),
-      optimizer=optimizer,
-      rate=optax.constant_schedule(0.0),
-      move_router_state=functools.partial(move_router_state, model.stacks),
-    )
-  )
-  loss_values = []
+  mesh = options.mesh.make(jax.devices()[:1])
+  programs = make_programs(options, model, mesh)
+  state, loss_values = tiny.first_state(programs), []
+  batch = programs.put(jax.device_get(batch_of(options, model)))
   for _ in range(2):
-    state, metrics = jitted_step(state, batch)
+    state, metrics = programs.train_step(state, batch)
     loss_values.append(float(metrics.loss))
   assert int(state.step) == 2
   assert np.isfinite(loss_values).all()
@@ -171,25 +144,6 @@ def test_arguments_name_published_sizes():
     golden.config('switch_base', 'e7')
 
 
-def test_switch_c_takes_more_devices_along_tensor_or_with_larger_batches():
-  options = options_of('switch_c')
-
-  def check(num_devices, options, **sizes):
-    shape = {'data': 1, 'fsdp': 1, 'expert': 128, 'tensor': 1, **sizes}
-    assert math.prod(shape.values()) == num_devices
-    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
-    options.check_rows(options.sharding.row_parts(mesh))
-
-  check(128, options)
-  check(256, options, tensor=2)
-  check(512, options, tensor=4)
-  check(256, dataclasses.replace(options, batch_size=4096), fsdp=2)
-  with pytest.raises(
-    ValueError, match=r'128 groups .* 256 devices .*mesh\.tensor'
-  ):
-    check(256, options, fsdp=2)
-
-
 def test_only_glam_leaks_the_future():
   leaking = [
     name
@@ -197,17 +151,3 @@ def test_only_glam_leaks_the_future():
     if options_of(name).filled(65).build().stacks.leaks_future
   ]
   assert leaking == ['glam_64b64e']
-
-
-def test_the_dense_twin_is_one_override():
-  config = golden.config('shakespeare_gshard')
-  config = merge(config, {'model': {'moe': {'num_experts': 0}}})
-  twin = run_config.read(config)
-  model = twin.model
-  moe = model.moe.within(model.ffn, model.dropout)
-  assert moe.twin().ffn.hidden == 2 * 256
-  sizes = [
-    cost.count(options.filled(65).build(), 7).total_params
-    for options in (twin, options_of('shakespeare_dense'))
-  ]
-  assert sizes[0] == sizes[1]

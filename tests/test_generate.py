@@ -119,8 +119,7 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
     single='eng_Latn $A', special_tokens=[('eng_Latn', 2)]
   )
   special = SpecialTokens(
-    start=0,
-    chat_template='you {{ messages[0].content }}',
+    start=0, chat_template='you {{ messages[0].content }}'
   )
   tokenizer = tokenizers.Json(model.to_str(), special)
   folders.write(tmp_path, tokenizer=tokenizer, **HALVES)
@@ -174,5 +173,3 @@ def test_mistakes_are_a_line(run, capsys, tmp_path):
     error = error_of(capsys, *argv)
     assert message in error, error
     assert len(error.splitlines()) == 1
-  with pytest.raises(ValueError, match='need a temperature'):
-    generate.main([flag, '--prompt=a', '--top_k=4', '--traceback'])

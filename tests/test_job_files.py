@@ -187,7 +187,7 @@ def test_each_swept_value_is_a_job(printed):
   texts = printed(MIXTRAL, *JOBSET, *NODES, *sweep).split('---\n')
   jobs = [pods_of(text)[0] for text in texts]
   assert [job['metadata']['name'] for job in jobs] == [
-    *('mix-learning-rate-0-001', 'mix-learning-rate-0-0005'),
+    *('mix-learning-rate-0-001', 'mix-learning-rate-0-0005')
   ]
 
 

@@ -1,10 +1,7 @@
 """The command line: its files, and its messages about mistakes."""
 
-import dataclasses
 import os
-import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,39 +9,22 @@ import time
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 
 import moe_jax.main
 from moe_jax import cli, run_config
-from moe_jax.config import flatten, option, section_of
+from moe_jax.config import flatten, section_of
 from moe_jax.errors import InputError
-from moe_jax.training.optimizer import Optimizer
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import programs
 
 
 def command(workdir, *flags, config='configs/tiny_switch.py:runlocal'):
-  return [
-    sys.executable,
-    '-m',
-    'moe_jax.main',
-    f'--config={config}',
-    f'--workdir={workdir}',
-    *flags,
-  ]
+  """The words of a training after `python -m moe_jax.main`."""
+  return [f'--config={config}', f'--workdir={workdir}', *flags]
 
 
-def run(workdir, *flags, **kwargs):
-  return subprocess.run(
-    command(workdir, *flags, **kwargs),
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
+TINY = 'moe_jax:tiny_switch'
 
 
 def run_main(argv, capsys):
@@ -57,26 +37,12 @@ def run_main(argv, capsys):
   return status, capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-  ('flag', 'message'),
-  [
-    ('--confg=x', "unknown arguments ['--confg=x']"),
-    ('--describe=sed', "unknown config key 'sed'; did you mean 'seed'"),
-  ],
-)
-def test_a_typo_is_one_line(flag, message, capsys):
-  argv = command('w', flag, config='configs/tiny_switch.py')[3:]
-  status, output = run_main(argv, capsys)
-  (line,) = output.err.splitlines()
-  assert status == 1 and message in line
-
-
 def test_all_that_is_wrong_is_said_at_once(capsys):
   flags = (
     *('--config.model.moe.num_expert=3', '--config.total_step', '3'),
     *('--config.seed', '3', '--config.total_steps=-1', '--config.data.pack=x'),
   )
-  argv = command('w', *flags, config='moe_jax:tiny_switch')[3:]
+  argv = command('w', *flags, config=TINY)
   status, output = run_main(argv, capsys)
   lines = output.err.splitlines()
   assert (status, len(lines)) == (1, 4)
@@ -93,7 +59,7 @@ def test_an_error_is_a_line_or_on_request_a_trace(
   more, error, tmp_path, capsys
 ):
   with pytest.raises(error) as exit_error:
-    moe_jax.main.main(command(tmp_path, *more)[3:])
+    moe_jax.main.main(command(tmp_path, *more))
   message = f'{exit_error.value}{capsys.readouterr().err}'
   assert 'multiply to 1, which does not fit 8 devices' in message
 
@@ -107,15 +73,8 @@ def test_a_platform_that_is_not_there_is_a_line():
   code = (
     'import jax; from moe_jax import cli\nwith cli.reported(): jax.devices()'
   )
-  process = subprocess.run(
-    [sys.executable, '-c', code],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cuda', 'CUDA_VISIBLE_DEVICES': ''},
-    capture_output=True,
-    text=True,
-    timeout=100,
-    check=False,
-  )
+  env = {'JAX_PLATFORMS': 'cuda', 'CUDA_VISIBLE_DEVICES': ''}
+  process = programs.run('-c', code, env=env)
   assert process.returncode == 1
   (line,) = process.stderr.splitlines()
   assert line.startswith('moe_jax: ') and 'JAX_PLATFORMS' in line
@@ -148,31 +107,16 @@ def test_every_key_is_described_without_a_workdir(capsys):
     assert f' {path}' in output.out, path
 
 
-def test_a_dry_run_is_of_one_process(capsys):
-  flags = ['--config=configs/tiny_switch.py', '--dry_run', '--num_processes=2']
-  status, output = run_main(flags, capsys)
-  assert status == 1
-  assert 'leave out --coordinator, --num_processes' in output.err
-
-
-def options_of(argv):
-  return run_config.options_of(argv[0].removeprefix('--config='), argv[1:])
-
-
 def test_flags_may_add_what_open_sections_hold():
-  config = '--config=configs/tiny_switch.py'
-  options, _ = options_of(
-    [
-      config,
-      f'--config.optimizer.kind={__name__}:Own',
-      '--config.optimizer.custom.gain=2.0',
-    ]
-  )
-  assert options.optimizer.gain == 2.0
-  with pytest.raises(
-    ValueError, match=r"mean 'evals\.all_tokens\.num_batches'"
-  ):
-    options_of([config, '--config.evals.all_tokens.num_batch=3'])
+  schedule = '--config.optimizer.schedule'
+  flags = [
+    f'{schedule}.kind=tests.own_kinds:Steps',
+    f'{schedule}.custom.every=3',
+  ]
+  options, _ = run_config.options_of(TINY, flags)
+  assert options.optimizer.schedule.every == 3
+  with pytest.raises(ValueError, match=r'mean .evals\.all_tokens\.num_batches'):
+    run_config.options_of(TINY, ['--config.evals.all_tokens.num_batch=3'])
 
 
 def test_a_flag_gives_a_new_section_whole():
@@ -180,24 +124,10 @@ def test_a_flag_gives_a_new_section_whole():
     "--config.evals.mine={'kind': 'choice', 'num_shots': 2}",
     "--config.evals.train_capacity.model_overrides.ffn={'activation': 'relu'}",
   ]
-  options, _ = options_of(['--config=moe_jax:tiny_switch', *flags])
+  options, _ = run_config.options_of(TINY, flags)
   assert options.evals['mine'].num_shots == 2
   overrides = options.evals['train_capacity'].model_overrides
   assert overrides == {'ffn': {'activation': 'relu'}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Own(Optimizer):
-  """A user's own optimizer."""
-
-  gain: float = option(
-    1.0,
-    'Factor of the gradient.',
-    above=0,
-  )
-
-  def preconditioner(self, axes, roles):
-    return optax.scale(self.gain)
 
 
 LONGER = (
@@ -209,9 +139,7 @@ LONGER = (
 
 
 def final_arrays(workdir):
-  step = max(
-    (int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*')),
-  )
+  step = max(int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*'))
   folder = (workdir / 'checkpoints' / str(step)).resolve()
   with ocp.PyTreeCheckpointer() as checkpointer:
     tree = checkpointer.metadata(folder).item_metadata.tree
@@ -237,19 +165,16 @@ MIXED = (
 def test_stopped_and_killed_ends_as_unbroken(tmp_path):
   # A mixture, whose order of sources has to go on where it was.
   config = 'configs/instruct.py:runlocal'
-  unbroken = run(tmp_path / 'whole', *LONGER, *MIXED, config=config)
+  whole, broken = (
+    ['-m', 'moe_jax.main', *command(folder, *LONGER, *MIXED, config=config)]
+    for folder in (tmp_path / 'whole', tmp_path / 'broken')
+  )
+  unbroken = programs.run(*whole)
   assert unbroken.returncode == 0, unbroken.stderr
   rng = random.Random(0)
   killed = stopped = 0
-  broken = tmp_path / 'broken'
   for _ in range(3):
-    process = subprocess.Popen(
-      command(broken, *LONGER, *MIXED, config=config),
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-    )
+    process = programs.started(*broken, stderr=subprocess.DEVNULL)
     # Each process is killed only after some lines, so that all make progress.
     num_steps = 0
     patience = rng.randint(2, 25)
@@ -271,7 +196,7 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
       break
   assert (killed, stopped) == (2, 1)
   step, expected = final_arrays(tmp_path / 'whole')
-  other_step, arrays = final_arrays(broken)
+  other_step, arrays = final_arrays(tmp_path / 'broken')
   assert step == other_step == 60
   assert expected.keys() == arrays.keys()
   for key, value in expected.items():
@@ -286,20 +211,11 @@ DENSE = (
 )
 
 
-@pytest.fixture(scope='module')
-def interrupted(tmp_path_factory):
-  """The folder of a run that Ctrl-C ended, its process, and its errors."""
-  folder = tmp_path_factory.mktemp('interrupted')
-  # The cache is that of every test, whose data the second run finds.
-  cache = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'], 'data')
+@pytest.mark.slow
+def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(tmp_path):
   # The terminal sends the signal to `tee` of `| tee log`, too.
-  process = subprocess.Popen(
-    command(folder, *DENSE),
-    cwd=ROOT,
-    env={**os.environ, 'MOE_JAX_CACHE': str(cache)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+  process = programs.started(
+    *('-m', 'moe_jax.main', *command(tmp_path, *DENSE)),
     # A check that runs in the background has Ctrl-C ignored.
     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
@@ -307,57 +223,13 @@ def interrupted(tmp_path_factory):
   process.stdout.close()
   process.send_signal(signal.SIGINT)
   _, stderr = process.communicate(timeout=120)
-  return folder, process, stderr
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(interrupted):
-  folder, process, stderr = interrupted
   assert process.returncode == cli.INTERRUPTED, stderr
   # Libraries may add lines of their own.
   ours = [line for line in stderr.splitlines() if line.startswith('moe_jax: ')]
   first, last = ours
   assert 'another Ctrl-C stops at once' in first
-  step, _ = final_arrays(folder)
+  step, _ = final_arrays(tmp_path)
   assert f'interrupted at step {step} and saved: the same command' in last
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_a_line_and_the_run_before_it_intact(
-  interrupted, tmp_path
-):
-  shutil.copytree(interrupted[0], tmp_path, dirs_exist_ok=True, symlinks=True)
-  before = final_arrays(tmp_path)
-  script = (
-    'import resource, runpy, signal, sys;'
-    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
-    'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));'
-    "sys.argv[0] = 'moe_jax.main';"
-    "runpy.run_module('moe_jax.main', run_name='__main__')"
-  )
-  flags = (*('--resume', *DENSE, '--config.checkpoint.every_steps=1'),)
-  process = subprocess.run(
-    [sys.executable, '-c', script, *command(tmp_path, *flags)[3:]],
-    cwd=ROOT,
-    # The cache of compiled programs would report the full disk too, and a
-    # library for TPUs that there are none.
-    env={
-      **os.environ,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '999',
-      'JAX_PLATFORMS': 'cpu',
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert process.returncode == 1
-  assert len(process.stderr.strip().splitlines()) <= 4, process.stderr
-  assert 'File too large' in process.stderr
-  step, arrays = final_arrays(tmp_path)
-  assert step == before[0]
-  for key, value in before[1].items():
-    np.testing.assert_array_equal(arrays[key], value)
 
 
 @pytest.mark.parametrize(
@@ -397,9 +269,6 @@ def test_options_in_vain_are_refused_where_a_flag_sets_them():
   ]
   with pytest.raises(ValueError, match=r'slot_priority=.* no effect with moe'):
     run_config.options_of('configs/nllb_moe_54b.py', flags)
-  flag = "--config.evals.new={'kind': 'loss', 'num_shots': 3}"
-  with pytest.raises(ValueError, match='num_shots=3 has no effect with evals'):
-    run_config.options_of('moe_jax:tiny_switch', [flag])
 
 
 def test_a_dry_run_prints_what_flags_leave_without_effect(capsys):

@@ -1,7 +1,6 @@
 """A user's own classes in every choice of a config, and their import."""
 
 import json
-import pathlib
 import re
 import sys
 
@@ -9,7 +8,6 @@ import jax
 import pytest
 
 from moe_jax import run_config
-from moe_jax.analysis import hooks
 from moe_jax.config import OptionError, section_of
 from moe_jax.configs import base
 from moe_jax.errors import InputError
@@ -17,17 +15,22 @@ from moe_jax.runs import metrics, workdir
 from moe_jax.runs.workdir import classes_in
 from moe_jax.training import loop, setup, trained
 from tests import own_kinds
+from tests.data import own_kinds as data_kinds
 from tests.training import tiny
 
-NAME = 'tests.own_kinds'
-# A module with a router, and its text.
-ROUTER = 'my_router'
-ROUTER_CODE = (pathlib.Path(__file__).parent / 'own_router.py').read_text()
+NAME, DATA = 'tests.own_kinds', 'tests.data.own_kinds'
+ROUTER = 'my_router'  # a module with a router
+CODE = (
+  'import dataclasses\n'
+  'from tests.own_kinds import {parent}\n'
+  '@dataclasses.dataclass(frozen=True)\n'
+  'class Mine({parent}):\n  pass\n'
+)
 ONE = jax.devices()[:1]
 
 
-def kind(name, **custom):
-  return {'kind': f'{NAME}:{name}', 'custom': custom}
+def kind(name, module=NAME, **custom):
+  return {'kind': f'{module}:{name}', 'custom': custom}
 
 
 def config(router=kind('InTurn', first=3), **overrides):
@@ -43,9 +46,10 @@ def config(router=kind('InTurn', first=3), **overrides):
     },
     data={
       'source': kind('Counting', count=100),
-      'tokenizer': kind('Shout'),
-      'task': kind('Backwards'),
+      'tokenizer': kind('WordsOptions', DATA),
+      'task': kind('Backwards', DATA, twice=True),
     },
+    sample={'num_tokens': 0},
     optimizer={
       'kind': f'{NAME}:SignSgd',
       'schedule': kind('Steps', every=1),
@@ -62,13 +66,12 @@ def config(router=kind('InTurn', first=3), **overrides):
 def run(tmp_path_factory):
   """A run of a user's kinds, whose router is in a file of its own."""
   folder, code = tmp_path_factory.mktemp('run'), tmp_path_factory.mktemp('code')
-  (code / f'{ROUTER}.py').write_text(ROUTER_CODE)
-  router = {'kind': f'{ROUTER}:First', 'custom': {'offset': 1}}
+  (code / f'{ROUTER}.py').write_text(CODE.format(parent='InTurn'))
+  router = {'kind': f'{ROUTER}:Mine', 'custom': {'first': 1, 'step': 0}}
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(code)
     options = run_config.read(config(router))
-    report = hooks.RoutingReport()
-    loop.train_and_evaluate(options, folder, hooks=[report], devices=ONE)
+    loop.train_and_evaluate(options, folder, devices=ONE)
     yield folder
   del sys.modules[ROUTER]
 
@@ -78,8 +81,8 @@ def test_a_config_names_a_users_class_wherever_it_names_ours():
   assert options.model.moe.router == own_kinds.InTurn(first=3)
   assert options.model.moe.expert == own_kinds.Linear(std=0.2)
   assert options.data.source == own_kinds.Counting(count=100)
-  assert options.data.tokenizer == own_kinds.Shout()
-  assert options.data.task == own_kinds.Backwards()
+  assert options.data.tokenizer == data_kinds.WordsOptions()
+  assert options.data.task == data_kinds.Backwards(twice=True)
   assert options.optimizer.schedule == own_kinds.Steps(1, every=1)
   assert isinstance(options.optimizer, own_kinds.SignSgd)
   assert options.evals['mine'] == own_kinds.Norm(1, power=3)
@@ -128,31 +131,17 @@ def test_a_weight_without_its_loss_is_refused_by_name(tmp_path):
     setup.set_up(options, tmp_path, devices=ONE)
 
 
-def test_a_router_that_sows_nothing_has_a_routing_report(run):
-  text = (run / 'routing_report.md').read_text()
-  ((expert, share, tokens),) = re.findall(
-    r'^\| \d+ \| (\d+) \| (\d+%) \| (.*) \|$', text, re.MULTILINE
-  )
-  assert (expert, share) == ('1', '100%')
-  assert {*re.findall(r'` (\d+%)', tokens)} == {'100%'}
-
-
 def test_their_file_is_recorded(run):
   digests = json.loads((run / workdir.PLUGINS).read_text())
   user_kinds = set(classes_in(config()))
-  user_kinds ^= {f'{NAME}:InTurn', f'{ROUTER}:First'}
+  user_kinds ^= {f'{NAME}:InTurn', f'{ROUTER}:Mine'}
   assert digests.keys() == user_kinds
   assert len(digests) == 8
 
 
 @pytest.mark.slow
 def test_a_change_of_their_file_is_reported(tmp_path, monkeypatch):
-  (tmp_path / 'changing.py').write_text(
-    'import dataclasses\n'
-    'from tests.own_kinds import Norm\n'
-    '@dataclasses.dataclass(frozen=True)\n'
-    'class Mine(Norm):\n  pass\n'
-  )
+  (tmp_path / 'changing.py').write_text(CODE.format(parent='Norm'))
   monkeypatch.syspath_prepend(tmp_path)
   user_config = tiny.config(total_steps=2)
   user_config.evals.mine = {'kind': 'changing:Mine', 'every_steps': 1}
@@ -166,20 +155,20 @@ def test_a_change_of_their_file_is_reported(tmp_path, monkeypatch):
 
 
 def test_a_name_in_a_folder_is_imported_only_by_leave(run):
-  for allow, missing in (([], ROUTER), ([ROUTER], r'tests\.own_kinds')):
+  for allow, missing in (([], ROUTER), ([ROUTER], r'tests\.data\.own_kinds')):
     with pytest.raises(ValueError, match=f'--allow_module={missing}'):
       trained.read(run, allow)
-  for allow in (['tests.own_kinds', ROUTER], ['tests', ROUTER]):
+  for allow in ([NAME, DATA, ROUTER], ['tests', ROUTER]):
     loaded_run = trained.read(run, allow)
-    assert loaded_run.model.moe.router.offset == 1
-    assert isinstance(loaded_run.tokenizer, own_kinds.Shouted)
+    assert loaded_run.model.moe.router.first == 1
+    assert isinstance(loaded_run.tokenizer, data_kinds.Words)
 
 
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
     (f'{NAME}:None_', f"{NAME} has no 'None_'"),
-    (f'{NAME}:Shout', r'does not extend moe_jax\..*RouterOptions'),
+    (f'{NAME}:Norm', r'does not extend moe_jax\..*RouterOptions'),
     (f'{NAME}:Unfinished', 'does not define module, which'),
     (f'{NAME}:Undecorated', 'is no dataclass'),
   ],

@@ -12,12 +12,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from moe_jax import cli, run_config
-from tests import test_readme
+from tests import programs, test_readme
 from tests.data.tokenizers import models
 
 ROOT = test_readme.ROOT
@@ -191,10 +190,8 @@ def assert_first(folder, output):
 
 @pytest.fixture
 def server():
-  pipe = subprocess.PIPE
-  command = [sys.executable, '-m', 'tests.readme_commands']
-  with subprocess.Popen(
-    command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True
+  with programs.started(
+    '-m', 'tests.readme_commands', stdin=subprocess.PIPE, stderr=None
   ) as process:
     yield process
     process.stdin.close()

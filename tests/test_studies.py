@@ -46,14 +46,7 @@ from experiments.study import (
 )
 from experiments.study import results as study_results
 from experiments.study.jobs import in_order, layered
-from experiments.study.parts import (
-  Arm,
-  Claim,
-  Column,
-  Preset,
-  Row,
-  Start,
-)
+from experiments.study.parts import Arm, Claim, Column, Preset, Row, Start
 from experiments.study.times import Burst, StepTime
 from moe_jax import devices, run_config
 from moe_jax.analysis import cost
@@ -61,9 +54,10 @@ from moe_jax.config import difference, lock, merge, section_of
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.items import check
 from moe_jax.run_config import RunConfig
-from moe_jax.training import loop, setup
+from moe_jax.training import loop
 from tests import tiny_study
 from tests.training import tiny
+from tests.training.hooks import StepMetrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Studies without a byte-level model, which have tests of their own.
@@ -282,19 +276,12 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch):
   assert 'unverified, not shown' in page and '23.16' not in page
 
 
-class Losses(setup.Hook):
-  """Records the loss of every step, and the step that the run was given."""
+class Recorder(StepMetrics):
+  """Collects the metrics of steps, and has the step that the run was given."""
 
   def start(self, run):
-    self.losses, self.step = [], run.train_step
-    step = run.train_step
-
-    def recording_step(state, batch):
-      state, metrics = step(state, batch)
-      self.losses.append(float(metrics.loss))
-      return state, metrics
-
-    return dataclasses.replace(run, train_step=recording_step)
+    self.given = run.train_step
+    return super().start(run)
 
 
 @pytest.mark.slow
@@ -302,7 +289,10 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   router = {'kind': 'noisy_top_k', 'noisy_top_k': {'importance_weight': 0.3}}
   moe = {'router': router, 'layers': 'all'}
   first = tiny.config(
-    total_steps=3, max_nonfinite_steps=1, model={'num_layers': 1, 'moe': moe}
+    total_steps=3,
+    max_nonfinite_steps=1,
+    model={'num_layers': 1, 'moe': moe},
+    aux_losses={'kind': 'linear', 'line_steps': 2},
   )
   key = 'model.moe.router.noisy_top_k.z_weight'
   second = layered(RunConfig, first, {'seed': 1, key: 0.2})
@@ -310,15 +300,15 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   for i, config in enumerate([first, second]):
     losses = {}
     for shared in ([], [shared_steps.SharedStep()]):
-      hooks = [*shared, recorder := Losses()]
+      hooks = [*shared, recorder := Recorder()]
       loop.train_and_evaluate(
         run_config.read(config),
         tmp_path / f'{i}-{len(shared)}',
         hooks=hooks,
         devices=jax.devices()[:1],
       )
-      losses[len(shared)] = recorder.losses
-    compiled.append(recorder.step.func)
+      losses[len(shared)] = [step.loss for step in recorder.steps]
+    compiled.append(recorder.given.func)
     assert len(losses[0]) == config.total_steps
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
   assert compiled[0] is compiled[1]

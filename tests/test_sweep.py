@@ -2,19 +2,16 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from moe_jax import cli, items, sweep
 from moe_jax.items import Item
+from tests import programs
 
-ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = 'configs/tiny_switch.py:runlocal'
 # Losses of three arms with seeds 5, 6 and 7.
 LOSSES = {4: [1.3, 1.34, 1.29], 8: [1.2, 1.25, 1.18], 16: [1.31, 1.3, 1.33]}
@@ -22,7 +19,7 @@ LOSSES = {4: [1.3, 1.34, 1.29], 8: [1.2, 1.25, 1.18], 16: [1.31, 1.3, 1.33]}
 
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch):
-  monkeypatch.chdir(ROOT)
+  monkeypatch.chdir(programs.ROOT)
 
 
 def words(output, *others, experts='4,8,16', seeds='5,6,7'):
@@ -91,24 +88,12 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have():
 NAN = float('nan')
 
 
-@pytest.mark.parametrize(
-  ('others', 'message'),
-  [
-    (['--metric=all_tokens/los'], r"did you mean 'eval/all_tokens/loss'\?"),
-    (['--metric=train/loss', '--config.seed=1'], 'seed is given twice'),
-    (
-      ['--metric=train/loss', '--config.checkpoint.directory=/shared'],
-      'two items have the checkpoint.directory',
-    ),
-  ],
-)
-def test_what_is_wrong_is_said(tmp_path, capsys, others, message):
+def test_what_is_wrong_is_said(tmp_path, capsys):
   finish(tmp_path, LOSSES)
   with pytest.raises(SystemExit):
-    sweep.main(words(tmp_path, *others))
-  error = capsys.readouterr().err
-  assert re.search(message, error), error
-  assert len(error.splitlines()) == 1
+    sweep.main(words(tmp_path, '--metric=all_tokens/los'))
+  (error,) = capsys.readouterr().err.splitlines()
+  assert "did you mean 'eval/all_tokens/loss'?" in error
 
 
 # Settings that are 0, so that nothing but training steps is run.
@@ -150,10 +135,8 @@ def test_two_arms_with_two_seeds_are_trained_once(tmp_path, capsys):
 @pytest.mark.slow
 def test_sigterm_stops_a_sweep_and_its_run(tmp_path):
   others = [*NOT_RUN, '--metric=train/loss', '--config.total_steps=100000']
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'moe_jax.sweep', *words(tmp_path, *others)],
-    stderr=subprocess.PIPE,
-    text=True,
+  process = programs.started(
+    '-m', 'moe_jax.sweep', *words(tmp_path, *others), stdout=None
   )
   folder = tmp_path / 'num_experts=4,seed=5'
   rows = folder / 'metrics.jsonl'

@@ -68,9 +68,7 @@ DENSE = dataclasses.replace(
     for name, rate in {'slow': 1e-4, 'fast': 1e-3, 'faster': 1e-2}.items()
   ],
   columns=STUDY.columns[:1],
-  claims={
-    'a higher rate is better': 'loss: faster < slow',
-  },
+  claims={'a higher rate is better': 'loss: faster < slow'},
   figure=Figure(['loss'], 'rate', log_x=True),
 )
 

@@ -5,8 +5,7 @@ from xdist.scheduler import LoadFileScheduling
 # Each case of these long tests is a unit of its own: one worker would still run
 # them when the others have no more tests.
 SPREAD = (
-  'test_a_studys_arms_are_equal_in_flops',
-  'test_a_studys_claims_are_about_its_rows',
+  'test_a_study_keeps_its_contract',
   'test_every_way_to_make_a_run_runs',
   'test_notebook_runs',
   'test_on_eight_devices_the_experts_are_split_over_all',

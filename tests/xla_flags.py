@@ -1,10 +1,9 @@
 """Finds by starting XLA which of its flags this jaxlib accepts."""
 
 import importlib.metadata
-import os
 import pathlib
-import subprocess
-import sys
+
+from tests import programs
 
 
 def accepts(flag: str, folder: pathlib.Path) -> bool:
@@ -16,12 +15,8 @@ def accepts(flag: str, folder: pathlib.Path) -> bool:
   version = importlib.metadata.version('jaxlib')
   answer = folder / f'{flag.lstrip("-")}-jaxlib-{version}'
   if not answer.exists():
-    child = subprocess.run(
-      [sys.executable, '-c', 'import jax; jax.devices()'],
-      env={**os.environ, 'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'},
-      capture_output=True,
-      check=False,
-    )
+    env = {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
+    child = programs.run('-c', 'import jax; jax.devices()', env=env)
     folder.mkdir(parents=True, exist_ok=True)
     answer.write_text(str(child.returncode))
   return answer.read_text() == '0'

@@ -97,14 +97,6 @@ ROUTING = [
     positions=IDS,
   ),
   case(
-    'probabilities of 16 bits',
-    'float16',
-    routing.balance_loss,
-    LOGITS.astype(jnp.float16),
-    INDEX,
-    MASK,
-  ),
-  case(
     'bias of other experts',
     '(4,) | (2, 7, 5)',
     balance_bias.biased_scores,
@@ -141,15 +133,11 @@ ROWS, KERNEL, SIZES = jnp.ones((9, M)), jnp.ones((E, M, 6)), jnp.ones(E, int)
 DISPATCH = [
   *(
     case(
-      f'rows of other tokens: {name}',
+      f'rows of other tokens: {i}',
       '(2, 6, 8) | (2, 7, 3)',
       *(mover.dispatch, X[:, 1:], CHOSEN),
     )
-    for name, mover in (
-      ('einsum', einsum),
-      ('gather', gather),
-      ('sorted', sorted_rows),
-    )
+    for i, mover in enumerate((einsum, gather, sorted_rows))
   ),
   case(
     'kept is a number',
@@ -314,7 +302,7 @@ LAYERS = [
     init,
     *(HASHED, X),
     token_info=info_of(IDS[:, 1:].astype(jnp.uint32)),
-  ),
+  )
 ]
 
 V = 11
@@ -373,7 +361,6 @@ def shard(axes, shape=None):
 
 
 SHARDING = [
-  case('mesh of 3', 'multiply to 3 | 4 devices', mesh, fsdp=3),
   case('an unknown axis', "'dta' | 'data'", mesh, dta=2),
   case('a rest of 4 in 3', 'does not fit 4 devices', mesh, data=3, fsdp=-1),
   case('a misspelled axis', "axis of w 'embd'; did", shard, ('embd',)),

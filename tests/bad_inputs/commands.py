@@ -42,13 +42,19 @@ COMMANDS = [
     'tiny | runlocal',
   ),
   (train(), '--workdir is missing'),
+  (train('--confg=x'), "unknown arguments ['--confg=x']"),
+  (train('--describe=sed'), "unknown config key 'sed'; did you mean 'seed'"),
   (
-    train('--workdir=x', '--config.data.source.kind=files'),
+    train('--dry_run', '--num_processes=2'),
+    'leave out --coordinator, --num_processes',
+  ),
+  (
+    train('--workdir={folder}/x', '--config.data.source.kind=files'),
     'give --config.data.source.files.pattern=...',
   ),
   (
     train(
-      '--workdir=x',
+      '--workdir={folder}/x',
       '--config.mesh.data=-1',
       '--config.batch_size=16',
       '--config.model.width=1000000',
@@ -56,7 +62,7 @@ COMMANDS = [
     'have | make it smaller, or take more devices',
   ),
   (train(f'--config.seed={"9" * 5000}'), 'seed=999 | digits'),
-  (train('--config.model.kind=os:system', '--workdir=x'), 'os:system'),
+  (train('--config.model.kind=os:system', '--workdir={folder}/x'), 'os:system'),
   (bad_config('def get_config(:\n  pass'), 'line 1 | SyntaxError'),
   (bad_config(''), 'own.py defines no get_config'),
   (
@@ -81,10 +87,7 @@ COMMANDS = [
   (interop('import', 'setup.py', '--workdir', 'x'), 'setup.py is no folder'),
   (interop('import', 'tests', '--workdir', 'x'), 'tests has no config.json'),
   (interop('verify', 'tests', '--expected', 'setup.py'), 'setup.py'),
-  (
-    experiment('switch_table1', 'fast'),
-    "'fast' | --config.KEY",
-  ),
+  (experiment('switch_table1', 'fast'), "'fast' | --config.KEY"),
   (
     experiment(
       'switch_table1', '--output=setup.py', '--preset=quick', '--steps=1'
@@ -92,6 +95,10 @@ COMMANDS = [
     'setup.py',
   ),
   (experiment('shazeer_appendix_f', '--preset=none'), "--preset | 'none'"),
+  # Runs would be another study's, or not the preset's.
+  (experiment('switch_table1', '--config.seed=7'), 'runs do not share'),
+  (experiment('switch_table1', '--config.total_steps=2'), 'runs do not share'),
+  (experiment('switch_table1', '--resource=num_gpus=1'), 'has none'),
   (
     experiment('launch', SWITCH, '--sweep=sed=1,2', '--output={folder}'),
     "'sed' | 'seed'",

@@ -16,11 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_jax import interop
-from moe_jax.data import (
-  ChoiceFilesSource,
-  cache_folders,
-  tokenizers,
-)
+from moe_jax.data import ChoiceFilesSource, cache_folders, tokenizers
 from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.interop.verifying import read_npz
@@ -87,6 +83,11 @@ def rewritten(draw, good) -> bytes:
   return json.dumps(value).encode('utf-8', 'surrogatepass')
 
 
+def fuzzed(*strategies):
+  """A test of what these strategies draw."""
+  return lambda test: FUZZ(given(*strategies)(test))
+
+
 def survives(files: dict[str, bytes], read) -> None:
   """Checks that a folder with these files is read, or refused in our way."""
   with tempfile.TemporaryDirectory() as temporary:
@@ -125,27 +126,23 @@ def read_tensors(folder: pathlib.Path) -> None:
     files.read(name)
 
 
-@FUZZ
-@given(damaged(WEIGHTS))
+@fuzzed(damaged(WEIGHTS))
 def test_weights(content):
   survives({checkpoints.WEIGHTS: content}, read_tensors)
 
 
-@FUZZ
-@given(rewritten(HEADER))
+@fuzzed(rewritten(HEADER))
 def test_headers_of_weights(header):
   content = len(header).to_bytes(8, 'little') + header + bytes(4096)
   survives({checkpoints.WEIGHTS: content}, read_tensors)
 
 
-@FUZZ
-@given(damaged(json.dumps(MAP).encode()) | rewritten(MAP))
+@fuzzed(damaged(json.dumps(MAP).encode()) | rewritten(MAP))
 def test_indices(index):
   survives({INDEX: index, 'x.safetensors': WEIGHTS}, read_tensors)
 
 
-@FUZZ
-@given(
+@fuzzed(
   damaged(CHECKPOINT['config.json']) | rewritten(checkpoints.CONFIG),
   st.sampled_from(('mixtral', 'nllb-moe', 'switch_transformers')),
 )
@@ -169,8 +166,7 @@ def read_tokenizer(folder: pathlib.Path) -> None:
   tokenizers.load(folder / 'saved')
 
 
-@FUZZ
-@given(damaged(TOKENIZER) | rewritten(json.loads(TOKENIZER)))
+@fuzzed(damaged(TOKENIZER) | rewritten(json.loads(TOKENIZER)))
 def test_tokenizers(content):
   survives({'tokenizer.json': content}, read_tokenizer)
 
@@ -182,8 +178,7 @@ SPECIAL = {
 }  # fmt: skip
 
 
-@FUZZ
-@given(
+@fuzzed(
   rewritten(SPECIAL) | damaged(json.dumps(SPECIAL).encode()),
   st.sampled_from(
     ('config.json', 'generation_config.json', 'tokenizer_config.json')
@@ -196,8 +191,7 @@ def test_special_tokens(content, name):
 SAVED = tokenizers.Json(TOKENIZER.decode()).to_json()
 
 
-@FUZZ
-@given(
+@fuzzed(
   rewritten(SAVED)
   | rewritten({'kind': 'chars', 'characters': 'abc'})
   | damaged(json.dumps(SAVED).encode())
@@ -218,8 +212,7 @@ def arrays() -> bytes:
   return file.getvalue()
 
 
-@FUZZ
-@given(damaged(arrays()))
+@fuzzed(damaged(arrays()))
 def test_arrays(content):
   survives({'a.npz': content}, lambda folder: read_npz(folder / 'a.npz'))
 
@@ -227,8 +220,7 @@ def test_arrays(content):
 ITEM = {'prompt': 'p', 'answers': ['a', 'b'], 'label': 1}
 
 
-@FUZZ
-@given(rewritten(ITEM) | damaged(json.dumps(ITEM).encode() * 2))
+@fuzzed(rewritten(ITEM) | damaged(json.dumps(ITEM).encode() * 2))
 def test_questions(content):
   survives(
     {'q': content},
@@ -254,8 +246,7 @@ def test_the_cache(name, tmp_path):
     read_again = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert read_again == good  # what is not refused is what was written
 
-  @FUZZ
-  @given(damaged(good[name]))
+  @fuzzed(damaged(good[name]))
   def check(content):
     survives({**good, name: content}, read)
 
@@ -269,8 +260,7 @@ def test_pickles():
     weights = {'a': torch.zeros(2, 3), 'b': torch.ones(4).bfloat16()}
     torch.save(weights, file, _use_new_zipfile_serialization=zipped)
 
-    @FUZZ
-    @given(damaged(file.getvalue()))
+    @fuzzed(damaged(file.getvalue()))
     def check(content):
       survives({'pytorch_model.bin': content}, read_tensors)
 

@@ -1,7 +1,6 @@
 """Processes that cannot work together: one message, in seconds, no stack."""
 
 import os
-import pathlib
 import re
 import socket
 import subprocess
@@ -13,28 +12,7 @@ import pytest
 from moe_jax.devices import checked_flags, claim_process
 from moe_jax.runs.ownership import owned
 from tests.bad_inputs.cases import assert_message
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def claimed_twice(folder):
-  address = f'127.0.0.1:{free_port()}'
-  with socket.socket(socket.AF_UNIX) as twin:  # as another process claims it
-    twin.bind(f'\0moe_jax {address} 3')
-    claim_process(address, 3)
-
-
-def port_in_use(folder):
-  with socket.socket() as other:
-    other.bind(('', 0))
-    other.listen()
-    claim_process(f'127.0.0.1:{other.getsockname()[1]}', 0)
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
+from tests.programs import free_port, started
 
 
 @pytest.mark.parametrize(
@@ -53,15 +31,24 @@ def test_flags(coordinator, num_processes, process_id, phrase):
     checked_flags(coordinator, num_processes, process_id)
 
 
-def test_a_port_in_use(tmp_path):
-  with pytest.raises(ValueError, match=r'--process_id=0(.|\n)*already in use'):
-    port_in_use(tmp_path)
+def test_a_port_in_use():
+  with socket.socket() as other:
+    other.bind(('', 0))
+    other.listen()
+    address = f'127.0.0.1:{other.getsockname()[1]}'
+    with pytest.raises(ValueError, match=r'_id=0(.|\n)*already in use'):
+      claim_process(address, 0)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='of abstract sockets')
-def test_twins(tmp_path):
-  with pytest.raises(ValueError, match=r'--process_id=3(.|\n)*same number'):
-    claimed_twice(tmp_path)
+def test_a_number_is_of_one_process():
+  address = f'127.0.0.1:{free_port()}'
+  claim_process(address, 3)
+  claim_process(address, 3)  # this process has it already
+  with socket.socket(socket.AF_UNIX) as twin:  # as another process claims it
+    twin.bind(f'\0moe_jax {address} 2')
+    with pytest.raises(ValueError, match=r'_id=2(.|\n)*same number'):
+      claim_process(address, 2)
 
 
 def run(
@@ -69,18 +56,13 @@ def run(
 ):
   """Trains in processes with these flags; returns each (status, errors)."""
   children = [
-    subprocess.Popen(
-      [
-        *(sys.executable, '-m', 'moe_jax.main', f'--config={config}'),
-        f'--workdir={folder / "run"}',
-        f'--config.distributed.initialization_timeout_seconds={seconds}',
-        *process_flags,
-      ],
-      cwd=ROOT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    started(
+      *('-m', 'moe_jax.main', f'--config={config}'),
+      f'--workdir={folder / "run"}',
+      f'--config.distributed.initialization_timeout_seconds={seconds}',
+      *process_flags,
+      env={'JAX_PLATFORMS': 'cpu'},
       stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
     )
     for process_flags in processes
   ]
@@ -99,12 +81,6 @@ def flags_of(port, process, count=2):
     f'--process_id={process}',
     f'--config.mesh.data={count}',
   )
-
-
-def test_a_number_stays_this_process_own():
-  address = f'127.0.0.1:{free_port()}'
-  claim_process(address, 3)
-  claim_process(address, 3)
 
 
 @pytest.mark.slow

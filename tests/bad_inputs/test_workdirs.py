@@ -8,7 +8,7 @@ import signal
 
 import jax
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import data, generate
@@ -19,11 +19,9 @@ from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
 from moe_jax.runs.ownership import OWNER
 from moe_jax.training import trained
-from tests.bad_inputs.cases import (
-  REPORTED,
-  check_command,
-)
+from tests.bad_inputs.cases import REPORTED, check_command
 from tests.bad_inputs.files import config, of_a_run, start
+from tests.bad_inputs.test_fuzz_files import JSON, damaged
 from tests.generation import folders
 from tests.training import tiny
 
@@ -123,22 +121,23 @@ def test_owners_that_are_dead_do_not_make_a_directory_anothers(tmp_path):
   workdir.check(tmp_path / 'run', section_of(options))
 
 
-JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-  lambda values: (
-    st.lists(values, max_size=3)
-    | st.dictionaries(st.text(max_size=5), values, max_size=3)
-  ),
-  max_leaves=5,
-)
-
-
 def paths_in(values, at=()):
   """Yields the path of every value in nested objects."""
   for key, value in values.items():
     yield (*at, key)
     if isinstance(value, dict):
       yield from paths_in(value, (*at, key))
+
+
+def read_or_refused(read, folder):
+  """A refusal names the folder."""
+  try:
+    read(folder)
+  except REPORTED as error:
+    assert os.fspath(folder) in str(error), error
+
+
+ROWS = b'{"step": 1, "a": [1, 2]}\n{"step": 2, "a": "NaN"}\n'
 
 
 @pytest.mark.slow
@@ -155,34 +154,18 @@ def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory, data):
   of_a_run(folder)
   (folder / workdir.CONFIG).write_text(json.dumps(values))
   for read in (start, trained.read):
-    try:
-      read(folder)
-    except REPORTED as error:
-      assert os.fspath(folder) in str(error), error
+    read_or_refused(read, folder)
 
 
 @pytest.mark.slow
 @settings(derandomize=True, max_examples=100, deadline=None)
-@given(st.integers(0), st.binary(max_size=3))
-@example(0, b'')
-def test_any_cut_or_flip_of_files_is_read_or_refused(
-  tmp_path_factory, position, replacement
-):
+@given(damaged(json.dumps(config().to_dict()).encode()), damaged(ROWS))
+def test_any_damage_of_files_is_read_or_refused(tmp_path_factory, values, rows):
   folder = tmp_path_factory.mktemp('run')
-  rows = b'{"step": 1, "a": [1, 2]}\n{"step": 2, "a": "NaN"}\n'
-  for content in (json.dumps(config().to_dict()).encode(), rows):
-    index = position % len(content)
-    changed = (
-      content[:index] + replacement + content[index + len(replacement) :]
-      if replacement
-      else content[:index]
-    )
-    for read, name in ((start, workdir.CONFIG), (_rows, metrics.FILE_NAME)):
-      (folder / name).write_bytes(changed)
-      try:
-        read(folder)
-      except REPORTED as error:
-        assert os.fspath(folder) in str(error), error
+  (folder / workdir.CONFIG).write_bytes(values)
+  read_or_refused(start, folder)
+  (folder / metrics.FILE_NAME).write_bytes(rows)
+  read_or_refused(_rows, folder)
 
 
 def _rows(folder):

@@ -91,26 +91,15 @@ def test_starts_of_other_lengths_are_other_groups(tmp_path):
   assert last[0]['A'].startswith('3.0000') and last[0]['B'].startswith('2.0000')
 
 
-@pytest.mark.parametrize(
-  ('damage', 'message'),
-  [
-    ('no metrics', 'has not been trained yet'),
-    ('tokenizer', 'different tokenizers'),
-    ('twice', 'given twice'),
-  ],
-)
-def test_what_cannot_be_compared_is_refused(
-  damage, message, runs, tmp_path, capsys
-):
-  other = tmp_path / 'other'
-  if damage == 'no metrics':
-    folder_of(other)
-  elif damage == 'tokenizer':
-    run_of(other, 4, seed=0, loss=1.0)
-    (other / workdir.TOKENIZER).write_text('{"kind": "chars"}')
-  else:
-    other = runs[0]
-  with pytest.raises(SystemExit):
-    compare.main([str(runs[0]), str(other)])
-  output = capsys.readouterr()
-  assert message in output.err and not output.out
+def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
+  other = run_of(tmp_path / 'other', 4, seed=0, loss=1.0)
+  (other / workdir.TOKENIZER).write_text('{"kind": "chars"}')
+  for folder, message in (
+    (folder_of(tmp_path / 'new'), 'has not been trained yet'),
+    (other, 'different tokenizers'),
+    (runs[0], 'given twice'),
+  ):
+    with pytest.raises(SystemExit):
+      compare.main([str(runs[0]), str(folder)])
+    output = capsys.readouterr()
+    assert message in output.err and not output.out

@@ -1,22 +1,15 @@
-"""Stored results: judged by today's claims, or withheld where outdated."""
+"""Stored results and their page: judged by claims of today, or withheld."""
 
 import dataclasses
 import functools
 import importlib
 import json
-import re
 import sys
 
 import pytest
 
 from experiments import merge_or_prune, report
-from experiments.study import (
-  command,
-  figures,
-  runner,
-  stored,
-  verdicts,
-)
+from experiments.study import command, figures, runner, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest, text_of
 from experiments.study.parts import (
@@ -29,6 +22,7 @@ from experiments.study.parts import (
   Row,
 )
 from experiments.study.tables import bounds_of
+from experiments.study.tasks import TASKS
 from moe_jax.analysis.intervals import Interval
 from moe_jax.run_config import RunConfig
 from tests import tiny_study
@@ -76,9 +70,7 @@ def test_a_stored_result_is_judged_by_the_claims_of_today():
   assert '| load |' in text and '`python -m experiments.tiny_study' in text
   assert 'Claims were written on 2026-01-01' in text and '†' not in text
   assert '\nold\n' not in text
-  reversed_claims = {
-    'much is better': 'load: much < little',
-  }
+  reversed_claims = {'much is better': 'load: much < little'}
   study = dataclasses.replace(STUDY, claims=reversed_claims)
   assert words(stored.judged_again(summary(), study)) == [verdicts.REFUTED]
 
@@ -175,21 +167,6 @@ def test_a_stored_command_makes_its_table(path):
   assert options.flags == [] and len(judged['claims']) >= 4
 
 
-def test_figures_of_the_readme_stand_in_the_results():
-  text = (report.HERE.parent / 'README.md').read_text(encoding='utf-8')
-  bullets = text.split('## Results')[1].split('\n- ')[1:]
-  page = (report.HERE / report.PAGE).read_text(encoding='utf-8')
-  assert len(bullets) >= 3
-  for bullet in bullets:
-    sentence, name, _ = re.split(r'\(`(\w+)`\)', bullet)
-    section = page.split(f'experiments.{name} ')[1].split('\n## ')[0]
-    stored_numbers = [float(x) for x in re.findall(r'\d+\.\d+', section)]
-    for number in re.findall(r'\d+\.\d+', sentence):
-      bound = 0.5001 * 10.0 ** -len(number.split('.')[1])
-      matches = [x for x in stored_numbers if abs(x - float(number)) <= bound]
-      assert matches, f'{number} of {name} is in no stored result'
-
-
 def test_a_new_table_says_that_some_of_its_runs_are_of_older_code():
   # The first seed was run before the code changed, the second one after.
   made = dict(device='a CPU', cores='2', date='2026-01-02', jax='1', minutes=1)
@@ -209,3 +186,45 @@ def test_a_new_table_says_that_some_of_its_runs_are_of_older_code():
   assert 'Some of the runs are of an older state of the code' in texts[0]
   assert 'The runs are of an older state of the code' in texts[1]
   assert 'older state' not in texts[2]
+
+
+def summary_of(name: str, digest: str) -> dict:
+  """Summary of a study of two rows with one claim."""
+  claims = {'a is better': 'loss: a < b'}
+  study = dataclasses.replace(
+    tiny_study.DENSE, name=name, title=f'About {name}', claims=claims
+  )
+  rows = [Row('a', {'loss': [1.0, 1.1]}), Row('b', {'loss': [1.0, 1.1]})]
+  made = dict(device='a', cores='2', date='2026', jax='1', minutes=1.0)
+  results = {'a': [{'data_digest': digest, 'made': made}]}
+  return study_results.summary_of(
+    study, Preset(1, 2), TASKS['text'], rows, results, {}
+  )
+
+
+def write_summary(results, name: str, digest: str):
+  """Writes a study's folder as its full preset does."""
+  folder = results / name / 'full'
+  folder.mkdir(parents=True)
+  text = json.dumps(summary_of(name, digest))
+  (folder / study_results.SUMMARY).write_text(text)
+  (folder / study_results.PICTURE).write_bytes(b'')
+
+
+def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
+  results, output = tmp_path / 'results', tmp_path / 'page'
+  argv = [f'--results={results}', f'--output={output}']
+  write_summary(results, 'first', 'one')
+  (output / report.KEPT).mkdir(parents=True)
+  misses = output / report.KEPT / report.MISSES
+  misses.write_text('# Misses\n\n## first\n\nIt misses\nnothing.\n')
+  report.main(argv)
+  page = (output / report.PAGE).read_text()
+  assert '## About first' in page and '\nIt misses nothing.\n' in page
+  write_summary(results, 'second', 'two')
+  with pytest.raises(SystemExit):
+    report.main(argv)
+  assert 'saw different data' in capsys.readouterr().err
+  file_names = sorted(path.name for path in (output / report.KEPT).iterdir())
+  assert file_names == ['first.json', 'first.png', report.MISSES]
+  assert (output / report.PAGE).read_text() == page

@@ -2,10 +2,7 @@
 
 import dataclasses
 import os
-import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -17,10 +14,9 @@ from experiments.study.jobs import RESULT
 from experiments.study.parts import Arm, Column
 from moe_jax import cli
 from moe_jax.run_config import RunConfig
-from tests import tiny_study
+from tests import programs, tiny_study
 from tests.training import tiny
 
-ROOT = pathlib.Path(__file__).parents[2]
 LOSS = Column('loss', 'loss')
 
 
@@ -128,21 +124,6 @@ def test_one_run_is_made_alone(tmp_path, capsys):
   assert len([*tmp_path.glob(f'*/runs/*/*/{RESULT}')]) == 1
 
 
-# Without the first, a study's runs would be another's, or not the preset's.
-@pytest.mark.parametrize(
-  ('flags', 'message'),
-  [
-    (['--config.total_steps=2'], 'runs do not share'),
-    (['--config.seed=7'], 'runs do not share'),
-    (['--resource=num_gpus=1'], 'a pool of this machine has none'),
-  ],
-)
-def test_flags_that_would_mislead_are_refused(flags, message, capsys):
-  with pytest.raises(SystemExit):
-    command.parse(tiny_study.DENSE, flags)
-  assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('executor', ['pool', 'submitit'])
 def test_a_study_that_is_stopped_or_killed_gives_the_same_table(
@@ -151,15 +132,14 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(
   if executor == 'submitit':
     pytest.importorskip('submitit')
   folder = tmp_path / 'disturbed'
-  argv = [sys.executable, '-m', 'tests.tiny_study', '--workers=2']
+  argv = ['-m', 'tests.tiny_study', '--workers=2']
   argv += [f'--executor={executor}', f'--output={folder}']
 
   def runs():
     paths = (folder / tiny_study.DENSE.name / 'runs').glob(f'*/*/{RESULT}')
     return {path: path.stat().st_mtime_ns for path in paths}
 
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE)
+  env = {'JAX_PLATFORMS': 'cpu'}
   # One study is killed, then stopped, then goes on to its end. Jobs of a
   # cluster outlive a study that is killed, so there it is only stopped.
   finished = {}
@@ -167,7 +147,7 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(
   if executor == 'submitit':
     del ends[signal.SIGKILL]
   for number, status in ends.items():
-    process = subprocess.Popen(argv, **options)
+    process = programs.started(*argv, env=env, stderr=None)
     deadline = time.monotonic() + 300
     while len(runs()) == len(finished):
       assert process.poll() is None and time.monotonic() < deadline
@@ -179,12 +159,12 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(
     assert len(finished) < 6
     # Runs that were finished are not made again.
     assert {path: finished[path] for path in before} == before
-  output = subprocess.run(argv, check=True, **options).stdout.decode()
+  output = programs.run(*argv, env=env).stdout
   assert f'6 runs, {len(finished)} of them there' in output
   assert {path: runs()[path] for path in finished} == finished
   undisturbed = tmp_path / 'undisturbed'
-  argv = [*argv[:3], '--workers=1', f'--output={undisturbed}']
-  subprocess.run(argv, check=True, **options)
+  argv = [*argv[:2], '--workers=1', f'--output={undisturbed}']
+  assert programs.run(*argv, env=env).returncode == 0
   tables = {
     (path / tiny_study.DENSE.name / 'quick' / 'rows.csv').read_text()
     for path in (folder, undisturbed)

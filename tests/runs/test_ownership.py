@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -16,8 +15,7 @@ import pytest
 
 from moe_jax.runs.ownership import LOCK, OWNER, OwnedError, holder, owned
 from moe_jax.runs.storage_errors import storage_path
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests import programs
 
 
 def write_owner(folder, **fields):
@@ -175,13 +173,7 @@ def test_processes_that_start_at_once_and_are_killed(tmp_path):
     module = 'tests.runs.test_ownership'
     code = f'import {module} as m; m.child({str(tmp_path)!r}, {start_time})'
     children = [
-      subprocess.Popen(
-        [sys.executable, '-c', code],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-      )
+      programs.started('-c', code, stdin=subprocess.PIPE, stderr=None)
       for _ in range(2)
     ]
     answers = [process.stdout.readline() for process in children]

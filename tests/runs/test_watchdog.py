@@ -9,7 +9,6 @@ import time
 
 import jax
 import pytest
-from jax.experimental import multihost_utils
 
 from moe_jax.devices import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
@@ -99,28 +98,6 @@ def test_who_is_lost_is_named(
   assert f'process {index} of 2 ends: {reason}' in capfd.readouterr().err
 
 
-def test_all_go_on_when_all_are_done(play, statuses, tmp_path, monkeypatch):
-  arrived = threading.Event()
-  monkeypatch.setattr(
-    multihost_utils,
-    'sync_global_devices',
-    lambda name: arrived.wait(20),
-  )
-  folder = tmp_path / 'processes'
-  watchdog, thread = play(0)
-  wait_for((folder / 'token.0').exists)
-  say(folder, 1, 1)
-  thread.join()
-  ending = threading.Thread(target=watchdog.finish)
-  ending.start()
-  wait_for(lambda: '"the end"' in (folder / 'token.0').read_text())
-  assert ending.is_alive()  # the other is not there
-  arrived.set()
-  ending.join()
-  assert not folder.exists()
-  assert not statuses
-
-
 @pytest.mark.parametrize('index', [0, 1])
 def test_a_folder_that_is_not_shared_is_said(
   play, tmp_path, monkeypatch, index
@@ -128,10 +105,7 @@ def test_a_folder_that_is_not_shared_is_said(
   monkeypatch.setattr(watchdog_lib, 'SHARED_SECONDS', 0.1)
   monkeypatch.setattr(jax, 'process_index', lambda: index)
   message = f'process {index} does not see what process {1 - index} writes'
-  with (
-    pytest.raises(ValueError, match=message),
-    watching(Timeouts(), tmp_path),
-  ):
+  with pytest.raises(ValueError, match=message), watching(Timeouts(), tmp_path):
     pass
   assert not list(tmp_path.iterdir())
 

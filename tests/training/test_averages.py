@@ -121,16 +121,14 @@ def test_without_means_their_run_is_not_gone_on_with(averaged_run):
 
 def test_parameters_that_do_not_train_have_no_mean():
   options = options_of(trainable='router')
-  programs = make_programs(
-    options, tiny.model_of(options), options.mesh.make(jax.devices()[:1])
-  )
+  mesh = options.mesh.make(jax.devices()[:1])
+  programs = make_programs(options, tiny.model_of(options), mesh)
   mean = programs.abstract_state.averages.mean
   (leaf,) = jax.tree.leaves(mean)
   assert leaf.dtype == jnp.float32
   state = tiny.first_state(programs)
   assert_equal(
-    programs.variables(state)['params']['embedding'],
-    state.params['embedding'],
+    programs.variables(state)['params']['embedding'], state.params['embedding']
   )
 
 

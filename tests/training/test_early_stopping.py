@@ -6,16 +6,13 @@ import jax
 import pytest
 
 from moe_jax import finetuning, run_config
-from moe_jax.config import OptionError, option
+from moe_jax.config import option
 from moe_jax.configs import base
 from moe_jax.runs import metrics
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.retention import CheckpointOptions, Directory
 from moe_jax.training import loop, trained
-from moe_jax.training.early_stopping import (
-  EarlyStopping,
-  EarlyStoppingOptions,
-)
+from moe_jax.training.early_stopping import EarlyStopping, EarlyStoppingOptions
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Ended
 from tests.training import tiny
@@ -60,17 +57,6 @@ def test_patience_by_hand(values, options, ends, best):
   assert [n for n in range(1, 9) if early.is_best(n)] == [best] * (best > 0)
 
 
-def test_the_state_goes_on_from_a_checkpoint():
-  early, _ = counted([3.0, 2.0, 2.5], patience=2)
-  other, _ = counted([], patience=2)
-  other.restore(early.extra)
-  other.add(4, 2.1)
-  assert other.ended and other.is_best(2)
-  assert other.extra['early_stopping']['ended']
-  # Patience 0 keeps nothing.
-  assert counted([1.0, 2.0], patience=0)[0].extra == {}
-
-
 @pytest.mark.parametrize(
   ('changes', 'ends'),
   [
@@ -87,6 +73,7 @@ def test_counts_of_another_rule_are_not_gone_on_with(changes, ends):
   other, _ = counted([], **{'patience': 2, **changes})
   other.restore(early.extra)
   assert other.ended == ends
+  assert counted([1.0, 2.0], patience=0)[0].extra == {}  # nothing is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +190,17 @@ def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):
   assert scores_of(tmp_path) == scores_of(workdir)
 
 
-def test_what_sigterm_left_out_is_measured_before_going_on(early, tmp_path):
-  workdir, ended = early
-  assert train(options(), tmp_path, SigtermAt(5)) == (5, False)
-  assert len(scores_of(tmp_path)) == 4
+@pytest.mark.parametrize(
+  ('hook', 'scores'),
   # At step 5 the patience is at an end.
+  [(SigtermAt(5), 4), (InEvaluation('sigterm', 5, 'final'), 5)],
+)
+def test_what_sigterm_left_out_is_measured_once_before_an_early_end(
+  early, tmp_path, hook, scores
+):
+  workdir, ended = early
+  assert train(options(), tmp_path, hook) == (5, False)
+  assert len(scores_of(tmp_path)) == scores and not final_steps(tmp_path)
   assert train(options(), tmp_path) == ended
   assert scores_of(tmp_path) == scores_of(workdir)
   assert final_steps(tmp_path) == [5]
@@ -235,22 +228,6 @@ def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
   assert f'the parameters of step 2 of {early[0]}' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-  ('overrides', 'message'),
-  [
-    (
-      {'checkpoint': {'keep_best': False}},
-      'patience=2 needs checkpoint.keep_best=True',
-    ),
-    ({'evals': {'train_capacity': {'every_steps': 0}}}, 'only at the end'),
-    ({'init_from': {'workdir': 'x', 'best': True, 'step': 1}}, 'one of them'),
-  ],
-)
-def test_bad_options(overrides, message):
-  with pytest.raises(OptionError, match=message):
-    tiny.options(**{'early_stopping': {'patience': 2}, **overrides})
-
-
 def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
   named = options()
   checkpoint = dataclasses.replace(named.checkpoint, best_metric='scores')
@@ -262,18 +239,3 @@ def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
   assert scores_of(tmp_path) == [(1, SCORES[0])]
   assert train(named, tmp_path, resume=True) == (5, True)
   assert scores_of(tmp_path) == list(enumerate(SCORES[:5], 1))
-
-
-def test_sigterm_stops_the_evaluations_of_an_early_end(early, tmp_path):
-  workdir, ended = early
-  assert train(options(), tmp_path, InEvaluation('sigterm', 5, 'final')) == (
-    5,
-    False,
-  )
-  # Nothing that was measured is measured again.
-  assert len(scores_of(tmp_path)) == 5
-  assert not final_steps(tmp_path)
-  assert train(options(), tmp_path) == ended
-  assert scores_of(tmp_path) == scores_of(workdir)
-  assert final_steps(tmp_path) == [5]
-  assert has_ended(tmp_path, 5)

@@ -105,9 +105,6 @@ def test_each_matrix_by_the_published_iteration(rms):
     by_adam, own_state = jax.jit(adam.update)(scaled_grads, own_state)
   for name, reference in expected(grads, 0.9, rms, 5).items():
     np.testing.assert_allclose(-updates[name], reference, rtol=0, atol=2e-3)
-    if rms:
-      update_rms = np.sqrt(np.mean(np.square(reference)))
-      assert update_rms == pytest.approx(rms, rel=0.4), name
   for name in adam_grads:
     np.testing.assert_allclose(-updates[name], 0.5 * by_adam[name], rtol=1e-5)
 

@@ -1,13 +1,9 @@
 """Several processes over Gloo on this machine, with fake devices."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from typing import NamedTuple
 
@@ -19,10 +15,10 @@ from moe_jax import data
 from moe_jax.analysis import traces
 from moe_jax.runs import metrics
 from moe_jax.training import loop, setup
+from tests import programs
 from tests.training import process, tiny
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = process.TIMEOUTS['heartbeat_timeout_seconds']
 STEPS = {
   'total_steps': 3,
@@ -47,12 +43,6 @@ class Ended(NamedTuple):
   results: list[dict]
 
 
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
 def start(folder, count, jobs, frozen=None, **spec):
   """Runs jobs in several processes, and ends every one of them.
 
@@ -63,18 +53,15 @@ def start(folder, count, jobs, frozen=None, **spec):
   """
   path = folder / 'jobs.json'
   path.write_text(json.dumps({'devices': 8 // count, 'jobs': jobs, **spec}))
-  server = f'127.0.0.1:{free_port()}'
-  command = [sys.executable, '-m', 'tests.training.process', server, str(count)]
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  running = []
+  server = f'127.0.0.1:{programs.free_port()}'
+  command = ['-m', 'tests.training.process', server, count]
+  env, running = {'JAX_PLATFORMS': 'cpu'}, []
   try:
     for i in range(count):
       streams = [(folder / f'{i}.{name}').open('w') for name in ('out', 'err')]
       with streams[0] as out, streams[1] as err:
         running.append(
-          subprocess.Popen(
-            [*command, str(i), path], cwd=ROOT, env=env, stdout=out, stderr=err
-          )
+          programs.started(*command, i, path, env=env, stdout=out, stderr=err)
         )
     seconds = _wait([p for i, p in enumerate(running) if i != frozen])
   finally:

@@ -26,17 +26,14 @@ PARTS = {
 
 
 @functools.cache
-def programs(expression, devices=1, microbatches=1):
-  sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
+def programs(expression):
   options = tiny.options(
     batch_size=8,
-    microbatches=microbatches,
     trainable=expression,
     model=dict(vocab_size=V, moe=EVERY_SECOND),
     optimizer=dict(clip_norm=1e3, weight_decay=0.1),
-    **(dict(mesh=sizes) if devices == 8 else {}),
   )
-  mesh = options.mesh.make(jax.devices()[:devices])
+  mesh = options.mesh.make(jax.devices()[:1])
   return options, make_programs(options, options.build(), mesh)
 
 
@@ -70,18 +67,6 @@ def role_names(chosen):
   }
 
 
-@functools.cache
-def two_steps(expression, **kwargs):
-  """The parameters before and after two steps, and the state after them."""
-  options, run_programs = programs(expression, **kwargs)
-  state = tiny.first_state(run_programs)
-  before = names_of(state.params)
-  batch = run_programs.put(batch_of(options))
-  for _ in range(2):
-    state, metrics = run_programs.train_step(state, batch)
-  return before, names_of(state.params), state, metrics
-
-
 @pytest.mark.parametrize('expression', PARTS)
 def test_an_expression_selects_by_role(expression):
   trained = select(expression)
@@ -107,9 +92,14 @@ def test_what_the_model_lacks_is_refused_by_name(expression, message):
 
 
 def test_what_does_not_train_keeps_its_bits_and_has_no_state():
-  before, after, state, _ = two_steps('experts')
+  options, run_programs = programs('experts')
+  state = tiny.first_state(run_programs)
+  before = names_of(state.params)
+  batch = run_programs.put(batch_of(options))
+  for _ in range(2):
+    state, _ = run_programs.train_step(state, batch)
   trained = role_names({'expert'})
-  for name, value in after.items():
+  for name, value in names_of(state.params).items():
     assert (value == before[name]).all() == (name not in trained), name
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
   all_moments = jax.tree.leaves(programs('all')[1].abstract_state.opt_state)
@@ -157,15 +147,3 @@ def test_the_gradient_is_that_of_all_parameters_and_its_pass_is_pruned():
   # The router's and the experts' gradients need those of later layers' inputs,
   # but of no other weights.
   assert flops['experts + router'] < 0.9 * flops['all']
-
-
-@pytest.mark.slow
-def test_a_mesh_and_accumulation_change_nothing():
-  _, expected, *_ = two_steps('experts + router')
-  before, after, *_ = two_steps('experts + router', devices=8, microbatches=2)
-  trained = role_names({'expert', 'router'})
-  for name, value in after.items():
-    if name in trained:
-      np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=1e-6)
-    else:
-      np.testing.assert_array_equal(value, before[name])

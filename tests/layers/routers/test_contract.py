@@ -26,7 +26,7 @@ from moe_jax.routing import GivenChoices
 from moe_jax.routing.dispatch import einsum, gather
 from tests.layers.routers.run import info_of
 from tests.models import tiny
-from tests.own_router import First
+from tests.own_kinds import InTurn
 
 G, S, E, K, M = 40, 8, 6, 2, 5
 TIGHT = Sizes(E, K, PerToken(factor=0.8))
@@ -75,7 +75,7 @@ def with_losses(options):
 
 # Weights of losses change no program, so that the tests share the programs.
 OPTIONS = {k: with_losses(cls()) for k, cls in ROUTERS.builtin.items()}
-OPTIONS['own'] = First()
+OPTIONS['own'] = InTurn(step=0)
 
 
 def leak(options, sizes=TIGHT):

@@ -1,4 +1,4 @@
-"""The tokens of each expert, in training and in inference, as a mask."""
+"""What the studies of arXiv:1701.06538 measure of batches and of thresholds."""
 
 import functools
 
@@ -8,15 +8,60 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import shazeer_appendix_f
+from experiments import shazeer_appendix_f, shazeer_table6
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.positions import NoPositions
-from moe_jax.layers.routers import StrictlyBalanced
+from moe_jax.layers.routers import NoisyTopK, StrictlyBalanced
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 from tests.models.tiny import B, T
 
 E, K = shazeer_appendix_f.E, shazeer_appendix_f.K
+ROOM = dict(num_experts=E, num_selected=K, capacity=All(), dispatch=Dropless())
+
+
+def batch_of(tokens):
+  """A batch of which the last two tokens of the first row are padding."""
+  segments = jnp.ones((B, T), jnp.int32).at[0, -2:].set(0)
+  return {
+    'tokens': jnp.asarray(tokens),
+    'targets': jnp.asarray(np.roll(tokens, -1, axis=1)),
+    'segment_ids': segments,
+    'positions': 0 * segments,
+    'loss_weights': jnp.float32(segments > 0),
+  }
+
+
+def test_importance_and_loads_are_of_one_batch():
+  router = NoisyTopK(gates='renormalized', z_weight=0.0)
+  model = tiny.build(dict(layers='all', router=router, group_size=-1, **ROOM))
+  batch = batch_of(tiny.tokens(3))
+  variables = {'params': tiny.params_of(model)}
+  key = jax.random.key(3)
+  balance = shazeer_table6.balance(model)
+  numbers = np.asarray(balance(variables, batch, key, True))
+  apply = functools.partial(
+    model.apply,
+    train=True,
+    rngs={'router': key, 'dropout': key},
+    mutable=['intermediates'],
+  )
+  (_, aux), collections = jax.jit(apply)(variables, **model.inputs(batch))
+  real = np.asarray(batch['segment_ids']).reshape(-1) > 0
+  layers = model.stacks.layer_trees(collections['intermediates'])
+  for i, layer in enumerate(layers):
+    (routing,) = layer['moe']['router']['routing']
+    counts = np.bincount(
+      np.asarray(routing.expert_index).reshape(-1, K)[real].ravel()
+    )
+    np.testing.assert_allclose(numbers[3, i], counts.max() / counts.mean())
+  # CV^2 of Load is the load loss, which has plain loops of its own as a test.
+  n = np.asarray(aux.stats.tokens)
+  np.testing.assert_allclose(numbers[1] ** 2, aux.load_loss / n, rtol=1e-4)
+  np.testing.assert_allclose(
+    numbers[0] ** 2, aux.importance_loss / n, rtol=1e-4
+  )
+  assert (numbers[2] > 1 + numbers[1] / np.sqrt(E)).all()
 
 
 def test_agreement_is_of_the_pairs_that_either_makes():
@@ -29,25 +74,15 @@ def test_agreement_is_of_the_pairs_that_either_makes():
 def small():
   """A model whose experts choose by thresholds, its variables and a batch."""
   moe = dict(
+    **ROOM,
     layers='1',
-    num_experts=E,
-    num_selected=K,
     router=StrictlyBalanced(),
-    capacity=All(),
-    dispatch=Dropless(),
     allow_future_leak=True,
     group_size=0,
   )
   model = tiny.build(moe, kind='lstm', positions=NoPositions(), num_layers=3)
-  tokens = tiny.tokens(3)
-  batch = {
-    'tokens': jnp.asarray(tokens),
-    'targets': jnp.asarray(np.roll(tokens, -1, axis=1)),
-    'segment_ids': jnp.ones((B, T), jnp.int32).at[0, -2:].set(0),
-    'positions': jnp.zeros((B, T), jnp.int32),
-  }
-  batch['loss_weights'] = (batch['segment_ids'] > 0).astype(jnp.float32)
-  return model, {'params': tiny.params_of(model)}, batch
+  variables = {'params': tiny.params_of(model)}
+  return model, variables, batch_of(tiny.tokens(3))
 
 
 @functools.partial(jax.jit, static_argnames='train')

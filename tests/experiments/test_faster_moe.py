@@ -1,19 +1,25 @@
-"""The simulator of FasterMoE: counts by hand, arms by formula, the command."""
+"""FasterMoE: its simulator by hand and by formula; arms with its gate."""
 
+import jax
 import numpy as np
+import pytest
 
-from experiments import fastermoe_sim
-from experiments.faster_moe import (
-  clusters,
-  expert_counts,
-  simulate,
-)
+from experiments import fastermoe_sim, fastermoe_tables
+from experiments.faster_moe import clusters, expert_counts, gate_arms, simulate
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Chosen, Counts
+from experiments.study import runner
+from experiments.study.jobs import layered
+from experiments.study.parts import Preset
+from moe_jax import run_config
 from moe_jax.analysis import traces
+from moe_jax.config import merge
 from moe_jax.parallel import cost_model
 from moe_jax.parallel.cost_model import Sizes
+from moe_jax.run_config import RunConfig
+from tests.analysis.random_choices import random_choices
 from tests.parallel.test_cost_model import TWO_BY_TWO
+from tests.training import tiny
 
 # Two nodes of two devices, with a quarter of the bandwidth between them.
 SMALL = Cluster(TWO_BY_TWO, 50.0, 100.0, 2, 2, '', 'for tests')
@@ -69,16 +75,21 @@ def written_trace(folder, steps=3):
   header = traces.Header(infos, B, T, 10, has_logits=True)
   ids = np.ones((B, T), np.int32)
 
-  def layer():
-    expert = rng.permuted(np.tile(np.arange(E), (B * T, 1)), axis=1)[:, :K]
-    expert = expert.reshape(B, T, K).astype(np.int32)
-    gate = np.full(expert.shape, 0.5, np.float32)
-    kept = np.ones(expert.shape, bool)
+  def layer(info):
     logits = rng.normal(size=(B, T, E)).astype(np.float16)
-    return traces.LayerChoices(expert, gate, kept, logits)
+    choices = random_choices(rng, info, ids > 0)
+    return choices._replace(logits=logits)
 
   records = [
-    traces.Record('train', s, 0, ids, ids, ids, {i: layer() for i in infos})
+    traces.Record(
+      'train',
+      s,
+      0,
+      ids,
+      ids,
+      ids,
+      {i: layer(info) for i, info in infos.items()},
+    )
     for s in range(steps)
   ]
   traces.write(folder, header, records)
@@ -152,3 +163,38 @@ def test_the_layer_of_any_config():
   options = fastermoe_sim.parse(argv)
   assert fastermoe_sim.sizes_of(options) == Sizes(4096, 14336, kernels=3)
   assert fastermoe_sim.sizes_of(fastermoe_sim.parse([])) == Sizes(2048, 4096)
+
+
+STUDY = fastermoe_tables.STUDY
+
+
+def test_arms_differ_in_who_may_leave():
+  shared, limits = STUDY.shared(STUDY.presets['quick']), {}
+  for arm in gate_arms.arms():
+    options = run_config.read(layered(RunConfig, shared, arm.overrides))
+    router, S = options.model.moe.router, options.data.seq_len
+    assert options.model.moe.group_size == 0 and router.num_nodes == 2
+    limits[arm.x] = router.limit(S)
+  assert limits == {1: 64, 0.5: 32, 0.14: 8, 0: 0}
+
+
+@pytest.mark.slow
+def test_an_arm_runs_and_its_shares_are_those_of_its_limit(tmp_path):
+  small = {
+    'batch_size': 4,
+    'model': {'num_layers': 1},
+    'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
+  }
+  preset = Preset(4, 1)
+  shared = merge(STUDY.shared(preset), small)
+  arms = [a for a in gate_arms.arms() if a.x == 0.14]
+  ((job,),) = STUDY.runs(preset, shared, arms, [0], tmp_path)
+  result = runner.train(job, gate_arms.shares, jax.devices()[:1])
+  wanting = result['gate/wanting']
+  kept, leaving = result['gate/kept_at_home'], result['gate/leaving']
+  np.testing.assert_allclose(wanting, kept + leaving)
+  assert 0.3 < wanting <= 1
+  for column in gate_arms.COLUMNS:
+    assert np.isfinite(column.of(result))
+  # Nearly all of the 64 tokens of a group want to leave, and eight may.
+  np.testing.assert_allclose(leaving, 8 / 64, atol=0.01)

@@ -1,9 +1,6 @@
-"""The report on a step compiled for devices that need not exist."""
+"""The report on steps of devices that need not exist; XLA flags that exist."""
 
-import os
-import pathlib
-import subprocess
-import sys
+import re
 import types
 
 import jax
@@ -14,10 +11,10 @@ from moe_jax.analysis import roofline, sharded
 from moe_jax.analysis.sharded import Collectives
 from moe_jax.configs import base
 from moe_jax.training.programs import make_programs
+from tests import programs
 from tests.training import tiny
 
 NOTHING_SENT = Collectives({}, 0)
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def options_of(batch_size=8, **mesh):
@@ -52,11 +49,11 @@ def test_the_largest_evaluation_decides_what_fits():
     mesh={'data': 2}, evals=evals, model={'num_layers': 1, 'moe': moe}
   ).filled(257)
   mesh = compile_ahead.mesh_of(options, jax.devices()[:2])
-  programs = make_programs(options, options.build(), mesh)
-  evaluation = compile_ahead.largest_evaluation(options, programs)
+  made = make_programs(options, options.build(), mesh)
+  evaluation = compile_ahead.largest_evaluation(options, made)
   assert evaluation.name == 'wide'
   # The state stays beside the tokens, and the masks of all slots.
-  state = sharded.device_bytes(programs.abstract_state)
+  state = sharded.device_bytes(made.abstract_state)
   assert evaluation.needed_bytes > state + 4 * 2 * 24 * 32 * 24
   memory = types.SimpleNamespace(
     argument_size_in_bytes=state,
@@ -93,27 +90,18 @@ def test_a_batch_that_does_not_divide_fails_before_compiling():
     compile_ahead.mesh_of(options_of(6, data=4), jax.devices()[:4])
 
 
+# Beginnings of the names of the settings of these tests.
+FOREIGN = ('JAX_PLATFORMS', 'XLA_', 'TPU_', 'LIBTPU_')
+
+
 def run(*flags):
-  return run_python('-m', 'experiments.compile_ahead', *flags)
-
-
-def run_python(*words):
-  foreign = ('JAX_PLATFORMS', 'XLA_', 'TPU_', 'LIBTPU_')
-  env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-  return subprocess.run(
-    [sys.executable, *words],
-    cwd=ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    timeout=580,
-  )
+  words = '-m', 'experiments.compile_ahead', *flags
+  return programs.run(*words, without=FOREIGN, timeout=580)
 
 
 @pytest.mark.slow
 def test_a_large_one_compiles_for_64_devices():
-  path = '--config=configs/glam_64b64e.py'
-  process = run(path, '--topology=cpu:64')
+  process = run('--config=configs/glam_64b64e.py', '--topology=cpu:64')
   assert 'needed in all' in process.stdout, process.stderr[-3000:]
   assert 'TPU v5p' in process.stdout
 
@@ -135,7 +123,7 @@ for topology, slices, more in (
   if slices > 1:
     make_mesh(sizes, devices)
 """
-  process = run_python('-c', program)
+  process = programs.run('-c', program, without=FOREIGN)
   assert process.stdout.splitlines() == ['4 8', '8 16', '4 8']
   assert '16 TPUs are in 2 slices' in process.stderr
 
@@ -144,12 +132,53 @@ for topology, slices, more in (
 def test_a_described_tpu():
   pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
   process = run(
-    '--config=configs/tiny_switch.py:runlocal',
-    '--topology=v5e:2x2',
-    '--config.batch_size=8',
-    '--config.mesh.data=2',
-    '--config.mesh.expert=2',
+    *('--config=configs/tiny_switch.py:runlocal', '--topology=v5e:2x2'),
+    *(
+      '--config.batch_size=8',
+      '--config.mesh.data=2',
+      '--config.mesh.expert=2',
+    ),
   )
   assert process.returncode == 0, process.stderr[-3000:]
   assert '4 x TPU v5 lite: data 2, fsdp 1, expert 2, tensor 1' in process.stdout
   assert 'fits TPU v5e' in process.stdout
+
+
+TEXT = (programs.ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')
+TOPOLOGY = (
+  'from jax.experimental import topologies;'
+  "topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1')"
+)
+
+
+def flags(kind):
+  """Flags in the tables of pods.md, such as '--xla_gpu_...=value'."""
+  all_flags = re.findall(r'`(--xla_\w+=[\w]+)`', TEXT)
+  gpu = [flag for flag in all_flags if flag.startswith('--xla_gpu_')]
+  return gpu if kind == 'gpu' else [f for f in all_flags if f not in gpu]
+
+
+def errors_of(code, **env):
+  """The errors of a process with these flags, '' if there are none."""
+  env = {'JAX_PLATFORMS': 'cpu', **env}
+  process = programs.run('-c', code, env=env, without=FOREIGN)
+  return process.stderr[-2000:] if process.returncode else ''
+
+
+def test_flags_for_gpus_exist():
+  gpu_flags = flags('gpu')
+  assert len(gpu_flags) >= 5
+  code = 'import jax; jax.devices()'
+  assert not errors_of(code, XLA_FLAGS=' '.join(gpu_flags))
+  assert 'xla_gpu_none' in errors_of(code, XLA_FLAGS='--xla_gpu_none=true')
+
+
+@pytest.mark.slow
+def test_flags_for_tpus_exist():
+  pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
+  tpu_flags = [f for f in flags('tpu') if 'xla_dump_to' not in f]
+  assert len(tpu_flags) >= 5
+  env = {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}
+  assert not errors_of(TOPOLOGY, LIBTPU_INIT_ARGS=' '.join(tpu_flags), **env)
+  errors = errors_of(TOPOLOGY, LIBTPU_INIT_ARGS='--xla_tpu_none=true', **env)
+  assert 'xla_tpu_none' in errors

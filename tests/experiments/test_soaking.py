@@ -1,4 +1,4 @@
-"""The soak's checks detect what they must, and a short soak finds nothing."""
+"""The checks of the soak and of kills detect what they must."""
 
 import json
 import random
@@ -8,8 +8,13 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import kills
 from experiments.launching.processes import Processes, start
 from experiments.soaking import soak_disturbances, soak_evidence
+from experiments.soaking.soak_disturbances import FATAL
+from experiments.soaking.soak_evidence import Tally
+from moe_jax.errors import InputError
+from tests import programs
 
 REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
 
@@ -91,7 +96,7 @@ def test_an_array_or_a_gradient_that_differs_is_seen(
 def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
   monkeypatch.setattr(soak_disturbances, 'HANG_SECONDS', 0.3)
   code = 'import signal, time; signal.signal(15, lambda *a: 0); time.sleep(60)'
-  processes = programs(tmp_path, code, code)
+  processes = processes_of(tmp_path, code, code)
   draw = random.Random(0)
   monkeypatch.setattr(draw, 'uniform', lambda a, b: 0.5)
   monkeypatch.setattr(soak_disturbances, 'MOMENTS', ('start',))
@@ -102,7 +107,7 @@ def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
   assert all(p.returncode == -signal.SIGKILL for p in processes.all)
 
 
-def programs(folder, *codes):
+def processes_of(folder, *codes):
   log = folder / 'log.txt'
   return Processes(
     [start([sys.executable, '-c', code], log, {}) for code in codes]
@@ -117,7 +122,7 @@ def test_of_two_who_start_at_once_one_must_go_on(
   tmp_path, first, second, refused, faults
 ):
   tally = soak_evidence.Tally()
-  pair = [programs(tmp_path, code) for code in (first, second)]
+  pair = [processes_of(tmp_path, code) for code in (first, second)]
   for starter in pair:
     starter.wait(30)
   winner = soak_disturbances.contest(*pair, tally)
@@ -125,7 +130,7 @@ def test_of_two_who_start_at_once_one_must_go_on(
   assert len(tally.faults) == faults
   assert winner is pair[0] or not refused or faults
   script = 'import time; time.sleep(60)'
-  pair = [programs(tmp_path, code) for code in (script, 'exit(1)')]
+  pair = [processes_of(tmp_path, code) for code in (script, 'exit(1)')]
   assert soak_disturbances.contest(*pair, tally) is pair[0]
   pair[0].wait(0)
 
@@ -149,3 +154,67 @@ def files(folder):
     for p in folder.rglob('*')
     if p.is_file()
   }
+
+
+SLOWLY = """
+import pathlib, sys, time
+part, whole = (pathlib.Path(sys.argv[1]) / name for name in ('part', 'whole'))
+"""
+PROGRAMS = {
+  'whole': "part.write_text('12'); time.sleep(1); part.rename(whole)",
+  'half': "whole.write_text('1'); time.sleep(1); whole.write_text('12')",
+  'doubled': "whole.open('a').write('12'); time.sleep(1)",
+}
+
+
+def result(folder):
+  if not (folder / 'whole').exists():
+    raise InputError('nothing is there yet')
+  return (folder / 'whole').read_text()
+
+
+@pytest.mark.parametrize(
+  ('program', 'fault'),
+  [
+    ('whole', ''),
+    ('half', 'a half run is read'),
+    ('doubled', 'another result'),
+  ],
+)
+def test_what_a_kill_leaves_half_or_doubles_is_a_fault(
+  tmp_path, program, fault
+):
+  def begin(folder, attempt, fatal):
+    arguments = [sys.executable, '-c', SLOWLY + PROGRAMS[program], str(folder)]
+    return Processes([start(arguments, folder / 'log_0.txt', {})])
+
+  # No kill comes by a rename, as these programs do not count theirs.
+  class Times(random.Random):
+    def random(self):
+      return 0.9
+
+  work = kills.Work(
+    'a', tmp_path, begin, result, True, seconds=1, renames=1, expected='12'
+  )
+  tally = Tally()
+  killed = work.disturb(tmp_path / 'run', Times(1), tally)
+  assert tally.counts['a'] == len(killed) > 0
+  assert fault in ' '.join(tally.faults)
+  assert bool(tally.faults) == bool(fault)
+
+
+def test_a_program_dies_before_the_rename_that_is_drawn(tmp_path):
+  module = tmp_path / 'renames.py'
+  module.write_text(
+    'import pathlib\n'
+    'for name in "abc":\n'
+    '  pathlib.Path(name + ".tmp").write_text(name)\n'
+    '  pathlib.Path(name + ".tmp").replace(name)\n'
+  )
+  outputs = []
+  for fatal in ('2', '0'):
+    child = programs.run('-c', FATAL, fatal, 'renames', cwd=tmp_path)
+    outputs.append(child.stdout.splitlines()[-1])
+    names = sorted(path.name for path in tmp_path.glob('[abc]*'))
+    assert names == (['a', 'b.tmp'] if fatal == '2' else ['a', 'b', 'c'])
+  assert outputs == ['killed before the name b', 'renamed 3']
