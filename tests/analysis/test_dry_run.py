@@ -198,9 +198,8 @@ def test_flops_and_bytes_by_formula():
   flops = cost.run_flops(options, model)
   assert flops == 3 * 7 * 4 * model_cost.example_flops
   mesh = options.mesh.make(jax.devices())
-  needs = cost.run_bytes(
-    options, model, make_programs(options, model, mesh), mesh
-  )
+  programs = make_programs(options, model, mesh)
+  needs = cost.run_bytes(options, model, programs, mesh)
   assert needs.parameters == needs.gradients == 4 * model_cost.total_params
   # Two moments of each parameter, and counts of steps.
   moments = needs.optimizer - 2 * needs.parameters

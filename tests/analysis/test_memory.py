@@ -89,9 +89,7 @@ def test_the_cache_is_as_large_as_the_models(attention, dtype, told):
 
 
 def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
-  model = tiny.build(
-    **ENCODER_DECODER, num_layers=3, encoder=dict(num_layers=2)
-  )
+  model = tiny.build(**ENCODER_DECODER, num_layers=3, encoder={'num_layers': 2})
   params = models.abstract_params(model)
   cache = jax.eval_shape(
     lambda params, tokens: model.apply(
@@ -211,8 +209,6 @@ def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
   )
   lengths = LENGTHS[: len(model.stacks.blocks)]
   activations = memory.activations(model, B, *lengths)
-  expected = residual_bytes(model, lengths)
-  assert activations.layers + activations.scores == pytest.approx(
-    expected, rel=0.11
-  )
+  expected = pytest.approx(residual_bytes(model, lengths), rel=0.11)
+  assert activations.layers + activations.scores == expected
   assert activations.logits == 4 * B * lengths[-1] * tiny.V

@@ -18,9 +18,7 @@ LAYERS = {
   3: LayerInfo(6, 2),
   5: LayerInfo(5, 1, by_expert=True),
 }
-HEADER = Header(
-  LAYERS, B, T, V, seed=3, sources=('a<b', 'c'), note='A note & more.'
-)
+HEADER = Header(LAYERS, B, T, V, sources=('a<b', 'c'), note='A note & more.')
 
 
 def records(kind, step):

@@ -4,7 +4,6 @@ import shlex
 import shutil
 
 import jax
-import numpy as np
 import pytest
 
 from moe_jax import cli, generate, interop, run_config
@@ -18,7 +17,7 @@ from moe_jax.run_config import RunConfig
 from moe_jax.training import loop, setup, trained
 from tests.generation import folders as run_folders
 from tests.interop import folders, oracle
-from tests.interop.folders import import_run
+from tests.interop.folders import assert_equal, import_run
 from tests.training import tiny as tiny_runs
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
@@ -29,17 +28,14 @@ PROMPT = 'def f(x):'
 NEW = 6
 # With these options a decoder that was trained here is a Mixtral.
 MIXTRAL = dict(
-  ffn=dict(activation='swiglu'),
-  norm=dict(epsilon=1e-5),
+  ffn=dict(activation='swiglu'), norm=dict(epsilon=1e-5),
   embedding=dict(tie=False),
   moe=dict(
-    layers='all',
-    num_selected=2,
+    layers='all', num_selected=2,
     router=dict(token_choice=dict(gates='renormalized')),
-    capacity=dict(kind='all'),
-    dispatch=dict(kind='dropless'),
+    capacity=dict(kind='all'), dispatch=dict(kind='dropless'),
   ),
-)
+)  # fmt: skip
 
 
 def train(config, workdir, **kwargs):
@@ -51,10 +47,6 @@ def train(config, workdir, **kwargs):
 def config_of(workdir):
   """The run's config, as `moe_jax.main` reads it."""
   return cli.config_of(str(workdir / 'this_config.py'))
-
-
-def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def continues_with(model, folder, text):
@@ -104,25 +96,6 @@ def test_in_on_and_out(tmp_path, capsys):
   assert continues_with(model.eval(), output, text)
   exported = interop.load(output).variables
   assert_equal(exported['params'], state.params)
-
-
-@pytest.mark.slow
-def test_going_on_with_other_settings(tmp_path):
-  folders.write(tmp_path / 'hf', 'mixtral')
-  workdir = tmp_path / 'run'
-  import_run(tmp_path / 'hf', workdir)
-  config = merge(config_of(workdir), dict(total_steps=1, seed=5))
-  state = train(config, workdir, resume=True)
-  assert (int(state.step), int(state.seed)) == (1, 5)
-  # A damaged checkpoint is skipped; the one before it is the imported one.
-  run_folders.damage(workdir, 1)
-  run = setup.set_up(
-    run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
-  )
-  _, state, _ = setup.begin(run)
-  assert int(state.step) == 0
-  imported = interop.load(tmp_path / 'hf').variables
-  assert_equal(state.params, imported['params'])
 
 
 def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):

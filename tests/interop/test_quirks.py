@@ -47,9 +47,7 @@ def make(capacity=All(), **options):
 def params_of(layer):
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
   leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  return tree.unflatten(
-    [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  )
+  return tree.unflatten([draw(*x.shape, seed=i) for i, x in enumerate(leaves)])
 
 
 def run(layer, x, mask=None):
@@ -139,20 +137,17 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
   counts = model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(counts, aux.stats.tokens)
   assert (counts < 30).all()
-  padded_counts = (
-    model_options(route_padding=True).build().stacks.routed_tokens(batch)
-  )
+  padded_model = model_options(route_padding=True).build()
+  padded_counts = padded_model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(padded_counts, [30] * len(counts))
 
 
 def test_quirks_are_kinds_that_a_config_keeps():
-  options = model_options(route_padding=True, encoder_table=True)
+  quirks = dict(route_padding=True, encoder_table=True)
+  options = model_options(**quirks)
   config = section_of(options, MODELS)
   assert config.kind == 'moe_jax.interop.quirks:TransformersEncoderDecoder'
-  assert config.custom.to_dict() == {
-    'route_padding': True,
-    'encoder_table': True,
-  }
+  assert config.custom.to_dict() == quirks
   section = json.loads(json.dumps(config.to_dict()))
   # Configs in a folder may name this class without permission, since it is
   # ours.

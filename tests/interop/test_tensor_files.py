@@ -36,16 +36,12 @@ def index(path, files):
   path.write_text(json.dumps({'metadata': {}, 'weight_map': files}))
 
 
-def pickled(folder):
-  torch.save(TENSORS, folder / 'pytorch_model.bin')
+def pickled(folder, **options):
+  torch.save(TENSORS, folder / 'pytorch_model.bin', **options)
 
 
 def pickled_before_zip(folder):
-  torch.save(
-    TENSORS,
-    folder / 'pytorch_model.bin',
-    _use_new_zipfile_serialization=False,
-  )
+  pickled(folder, _use_new_zipfile_serialization=False)
 
 
 def pickled_in_shards(folder):
@@ -56,8 +52,7 @@ def pickled_in_shards(folder):
 
 
 @pytest.mark.parametrize(
-  'write',
-  [single, sharded, pickled, pickled_before_zip, pickled_in_shards],
+  'write', [single, sharded, pickled, pickled_before_zip, pickled_in_shards]
 )
 def test_every_format_gives_the_same(write, tmp_path):
   write(tmp_path)

@@ -48,10 +48,8 @@ def test_a_token_that_differs(pair, tmp_path):
   verdict = verify(pair, tmp_path, greedy=greedy)
   assert not verdict.good and verdict.largest_difference <= verifying.BOUND
   # In the three rows three positions agree before the first difference.
-  assert (
-    verdict.first_difference == (2, 4, our_token, 52)
-    and verdict.num_equal_tokens == 9
-  )
+  assert verdict.first_difference == (2, 4, our_token, 52)
+  assert verdict.num_equal_tokens == 9
 
 
 @pytest.mark.slow
@@ -115,7 +113,5 @@ def test_options_of_generation_that_are_not_reproduced(pair, tmp_path):
   shutil.copytree(folder, tmp_path / 'beams')
   path = tmp_path / 'beams' / 'generation_config.json'
   path.write_text(json.dumps(dict(num_beams=4, repetition_penalty=1.5)))
-  with pytest.raises(
-    ValueError, match=r'num_beams=4\n  repetition_penalty=1.5'
-  ):
+  with pytest.raises(ValueError, match=r'num_beams=4\n  repetition_penalty'):
     verify((tmp_path / 'beams', expected), tmp_path)

@@ -45,9 +45,7 @@ def metaspace():
   """Makes a tokenizer like SentencePiece's, with marked words and bytes."""
   vocab = {'▁a': 0, '▁b': 1, 'b': 2, '▁': 3}
   vocab |= {f'<0x{byte:02X}>': 4 + byte for byte in range(256)}
-  model = hf.Tokenizer(
-    hf.models.BPE(vocab, [], byte_fallback=True, unk_token=None)
-  )
+  model = hf.Tokenizer(hf.models.BPE(vocab, [], byte_fallback=True))
   model.decoder = hf.decoders.Sequence(
     [
       hf.decoders.Replace('▁', ' '),
