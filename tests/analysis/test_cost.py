@@ -60,12 +60,9 @@ def test_counts_are_the_published_ones(name, arg, total, active, with_table):
 
 
 def test_counts_of_a_tiny_model_by_hand():
-  model = tiny.build(
-    dict(layers='every 2', extra_ffn=True),
-    attention=dict(num_kv_heads=2),
-    ffn=dict(activation='swiglu'),
-    embedding=dict(tie=False),
-  )
+  parts = dict(attention=dict(num_kv_heads=2), ffn=dict(activation='swiglu'))
+  moe = dict(layers='every 2', extra_ffn=True)
+  model = tiny.build(moe, embedding=dict(tie=False), **parts)
   tiny_cost = cost.count(model, T)
   # The terms are the kernels of queries, of keys and values, and of the output.
   attention = 12 * 24 + 2 * 12 * 12 + 24 * 12
@@ -97,12 +94,8 @@ def test_what_is_looked_up_or_added_is_not_multiplied(positions):
 
 
 def test_the_dense_twin_costs_what_the_sparse_model_does_but_its_router():
-  moe = dict(
-    num_selected=3,
-    layers='last 3',
-    extra_ffn=True,
-    expert=FeedForwardExpert(hidden=7, activation='geglu'),
-  )
+  expert = FeedForwardExpert(hidden=7, activation='geglu')
+  moe = dict(num_selected=3, layers='last 3', extra_ffn=True, expert=expert)
   options = dict(num_layers=4, use_bias=True)
   sparse = cost.count(tiny.build(moe, **options), T)
   twin = cost.count(tiny.build({**moe, 'num_experts': 0}, **options), T)
@@ -135,11 +128,8 @@ def test_an_encoder_decoders_tokens_are_counted_by_half():
 
 
 def test_counts_of_a_tiny_encoder_decoder_by_hand():
-  model = tiny.build(
-    dict(layers='all'),
-    kind='encoder_decoder',
-    encoder=dict(num_layers=3, overrides={'moe': {'layers': 'none'}}),
-  )
+  halves = dict(num_layers=3, overrides={'moe': {'layers': 'none'}})
+  model = tiny.build(dict(layers='all'), kind='encoder_decoder', encoder=halves)
   model_cost = cost.count(model, seq_len=T, target_len=7)
   # The sum is of queries, keys, values and outputs, a feed-forward, a router
   # and the logits.

@@ -82,13 +82,9 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
     os.utime(path, (0, 0))
   now = time.time_ns  # files at rest have their digests kept
   monkeypatch.setattr(cache_folders.time, 'time_ns', lambda: now() + 10**10)
-  options = tiny.options(
-    data={
-      'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*'}},
-      'cache_dir': f'{tmp_path}/cache',
-      'tokenizer': {'kind': 'chars'},
-    }
-  )
+  source = {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*'}}
+  chars = {'cache_dir': f'{tmp_path}/cache', 'tokenizer': {'kind': 'chars'}}
+  options = tiny.options(data={'source': source, **chars})
   text, problems = report(options, '')
   assert not problems
   assert 'data: not prepared yet' in text
@@ -149,11 +145,9 @@ def test_a_folder_of_a_run(tmp_path):
 
 
 def test_what_trains_and_what_it_begins_with_is_said(tmp_path):
-  options = tiny.options(
-    trainable='norms',
-    init_from={'workdir': str(tmp_path / 'other')},
-    data={'cache_dir': str(tmp_path / 'cache')},
-  )
+  other = {'workdir': str(tmp_path / 'other')}
+  cached = {'cache_dir': str(tmp_path / 'cache')}
+  options = tiny.options(trainable='norms', init_from=other, data=cached)
   text, problems = report(options, tmp_path / 'run')
   assert "trainable='norms': " in text and ' parameters train (' in text
   assert [p for p in problems if 'other has no finished checkpoint' in p]

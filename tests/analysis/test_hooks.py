@@ -57,19 +57,15 @@ class Watch(Hook):
 @pytest.fixture(scope='module')
 def profiled_run(tmp_path_factory):
   """A profiled run on eight devices, and its compiled program."""
-  watch = Watch()
-  messages = []
+  watch, folder, messages = Watch(), tmp_path_factory.mktemp('run'), []
+  run_hooks = [watch, hooks.MeshSummary(), hooks.Profile(), hooks.Facts()]
   handler = logging.Handler()
   handler.emit = lambda record: messages.append(record.getMessage())
   logger = logging.getLogger('jax')
   logger.addHandler(handler)
   try:
     with jax.log_compiles():
-      loop.train_and_evaluate(
-        OPTIONS,
-        tmp_path_factory.mktemp('run'),
-        hooks=[watch, hooks.MeshSummary(), hooks.Profile(), hooks.Facts()],
-      )
+      loop.train_and_evaluate(OPTIONS, folder, hooks=run_hooks)
   finally:
     logger.removeHandler(handler)
   return watch, [line for line in messages if line.startswith('Compiling')]
@@ -129,14 +125,10 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
 @pytest.mark.slow
 def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
   source = {'kind': 'instructions', 'instructions': {'task': 'reverse'}}
-  train(
-    tmp_path,
-    hooks.Sample(),
-    data={'task': {'kind': 'seq2seq'}, 'source': source},
-    sample={'prompt': 'Reverse: ab', 'num_tokens': 3},
-    total_steps=1,
-    model=tiny.ONE_LAYER,
-  )
+  pairs = {'task': {'kind': 'seq2seq'}, 'source': source}
+  sample = {'prompt': 'Reverse: ab', 'num_tokens': 3}
+  short = dict(total_steps=1, model=tiny.ONE_LAYER)
+  train(tmp_path, hooks.Sample(), data=pairs, sample=sample, **short)
   sample = (tmp_path / 'sample.txt').read_text()
   assert sample.startswith('inputs: Reverse: ab\noutputs: ')
 
@@ -152,12 +144,9 @@ def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
 
 @pytest.mark.slow
 def test_the_report_drops_as_an_evaluation_does(tmp_path):
-  moe = {
-    'num_selected': 2,
-    'layers': 'all',
-    'router': {'token_choice': {'gates': 'renormalized'}},
-    'capacity': {'kind': 'per_token', 'per_token': {'factor': 1.0}},
-  }
+  router = {'token_choice': {'gates': 'renormalized'}}
+  capacity = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
+  moe = dict(num_selected=2, layers='all', router=router, capacity=capacity)
   run = setup.set_up(options(model={'moe': moe}), tmp_path, devices=ONE)
   state = run.programs.init_state()
   metrics = Losses(

@@ -37,7 +37,7 @@ def test_names_may_be_scrambled(model, monkeypatch):
   # The stacks' scopes keep their names.
   scopes = {stack.path for stack in model.stacks if stack.blocks}
 
-  def scrambled(path):
+  def new_path(path):
     return tuple(
       name
       if path[: i + 1] in scopes
@@ -45,12 +45,10 @@ def test_names_may_be_scrambled(model, monkeypatch):
       for i, name in enumerate(path)
     )
 
-  trees = ParameterTrees(
-    *(
-      unflatten({scrambled(path): leaf for path, leaf in flatten(tree).items()})
-      for tree in describe(model)
-    )
-  )
+  def scrambled(tree):
+    return unflatten({new_path(path): x for path, x in flatten(tree).items()})
+
+  trees = ParameterTrees(*map(scrambled, describe(model)))
   monkeypatch.setattr(counts, 'describe', lambda model: trees)
   assert figures(model) == before
   assert len(new_names) > 10

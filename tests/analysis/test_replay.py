@@ -22,31 +22,20 @@ def token_choice(**options):
   return {'router': TokenChoice(gates='renormalized', **options)}
 
 
+BIASED = dict(balance_bias_rate=0.01, balance_bias_scores='softmax')
+NOISY = TokenChoice(gates='renormalized_after_drop', jitter=0.1, **BIASED)
 ROUTERS = {
-  'token_major': {
-    **TIGHT,
-    'router': TokenChoice(
-      gates='renormalized_after_drop',
-      jitter=0.1,
-      balance_bias_rate=0.01,
-      balance_bias_scores='softmax',
-    ),
-  },
+  'token_major': {**TIGHT, 'router': NOISY},
   'still': {**TIGHT, **token_choice()},
   'batch_priority': {**LEAKS, **token_choice(slot_priority='batch_priority')},
 }
 
 
 # All others that take choices, with the options that they have by default.
-ROUTERS |= {
-  kind: {
-    **(ROOMY if any(router().problems_with(SIZES)) else LEAKS),
-    'router': router(),
-  }
-  for kind, router in routers.ROUTERS.builtin.items()
-  if router.takes_choices
-  and not any(type(o['router']) is router for o in ROUTERS.values())
-}
+for kind, router in routers.ROUTERS.builtin.items():
+  if router.takes_choices and router is not TokenChoice:
+    roomy = any(router().problems_with(SIZES))
+    ROUTERS[kind] = {**(ROOMY if roomy else LEAKS), 'router': router()}
 
 
 def model_of(name, layers='every 2', num_experts=E, **model):

@@ -94,16 +94,10 @@ def test_a_replayed_run_is_the_recorded_one_bit_for_bit(recorded, tmp_path):
 @pytest.mark.slow
 def test_devices_and_microbatches_replay_the_same_choices(recorded, tmp_path):
   folder, _ = recorded
-  train(
-    tmp_path,
-    devices=4,
-    trace=folder / 'trace',
-    mesh={'data': 2, 'expert': 2},
-    microbatches=2,
-    evals={},
-    checkpoint={'keep_best': False},
-    moe={'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.0}}},
-  )
+  mesh = dict(mesh={'data': 2, 'expert': 2}, microbatches=2, devices=4)
+  bare = dict(evals={}, checkpoint={'keep_best': False})
+  still = {'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.0}}}
+  train(tmp_path, trace=folder / 'trace', moe=still, **mesh, **bare)
   for new_row, recorded_row in zip(rows(tmp_path), rows(folder), strict=True):
     for name in ('load', 'drop_rate', 'kept_load'):
       name = f'train/layer_1/{name}'

@@ -88,19 +88,12 @@ def test_loops_count_as_often_as_they_run():
   # The trip count of %free depends on an argument: its body is counted once,
   # and the loop is reported.
   assert traffic.unknown_loops == 1
-  assert {kind: t.count for kind, t in traffic.by_kind.items()} == {
-    'all-gather': 1,
-    'all-reduce': 5 + 1,
-    'collective-permute': (5 + 1) * 3,
-    'reduce-scatter': 1,
-  }
-
   # Bytes are those of a ring: an all-reduce makes two passes, each of half.
-  assert {kind: t.num_bytes for kind, t in traffic.by_kind.items()} == {
-    'all-gather': 3 * 32,
-    'all-reduce': 6 * 32,
-    'collective-permute': 18 * 32,
-    'reduce-scatter': 16,
+  assert traffic.by_kind == {
+    'all-gather': Traffic(1, 3 * 32),
+    'all-reduce': Traffic(5 + 1, 6 * 32),
+    'collective-permute': Traffic((5 + 1) * 3, 18 * 32),
+    'reduce-scatter': Traffic(1, 16),
   }
 
 

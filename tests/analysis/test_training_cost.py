@@ -20,22 +20,13 @@ KERNELS = {'attention': 4 * M * H * D, 'ffn': 2 * M * F, 'experts': 2 * M * F}
 def options_of(trainable='all', lora=(), tie=False):
   # Room for exactly the choices of tokens, so that no slot stays empty.
   capacity = dict(kind='per_assignment', per_assignment=dict(factor=1.0))
-  return tiny.options(
-    batch_size=ROWS,
-    trainable=trainable,
-    lora=dict(lora),
-    data=dict(seq_len=T),
-    model=dict(
-      vocab_size=V,
-      width=M,
-      scan_layers=False,
-      # The formula leaves out scores that are computed again.
-      attention=dict(num_heads=H, implementation='einsum'),
-      ffn=dict(hidden=F),
-      embedding=dict(tie=tie),
-      moe=dict(num_experts=E, num_selected=K, capacity=capacity),
-    ),
-  ).filled(V)
+  moe = dict(num_experts=E, num_selected=K, capacity=capacity)
+  # The formula leaves out scores that are computed again.
+  attention = dict(num_heads=H, implementation='einsum')
+  model = dict(vocab_size=V, width=M, scan_layers=False, attention=attention)
+  model |= dict(ffn=dict(hidden=F), embedding=dict(tie=tie), moe=moe)
+  run = dict(batch_size=ROWS, data=dict(seq_len=T), model=model)
+  return tiny.options(trainable=trainable, lora=dict(lora), **run).filled(V)
 
 
 def cost_of(*args, **kwargs):

@@ -15,8 +15,7 @@ from moe_jax.evaluation import (
   SourceScores,
   by_source,
 )
-from moe_jax.training.evaluate import make_evaluations
-from tests.evaluation.settings import setting
+from tests.evaluation.settings import measure_of
 from tests.models import tiny as tiny_models
 from tests.training import tiny
 
@@ -36,13 +35,8 @@ def run_of(names, held_out=''):
   if len(names) > 1:
     mixed = mixture(names, held_out=held_out)
     changes = {'source': data.PythonStdlibSource(), 'mixture': mixed}
-  run = tiny.options(
-    data={
-      'task': {'kind': 'seq2seq'},
-      'source': {'kind': 'instructions'},
-      'seq_len': 40,
-    }
-  ).filled(257)
+  kinds = {'task': {'kind': 'seq2seq'}, 'source': {'kind': 'instructions'}}
+  run = tiny.options(data={**kinds, 'seq_len': 40}).filled(257)
   run = dataclasses.replace(run, data=dataclasses.replace(run.data, **changes))
   model = run.build()
   variables = {'params': tiny_models.params_of(model)}
@@ -51,13 +45,7 @@ def run_of(names, held_out=''):
 
 def measure(folder, entry, names=tuple('abcd'), **changes):
   run, model, variables = run_of(names, **changes)
-  (evaluation,) = make_evaluations(
-    {'it': entry},
-    run.model,
-    run.sharding.rules,
-    setting(run, folder, model=model),
-  )
-  return evaluation.measure(variables, 0)
+  return measure_of('it', entry, run, folder, model=model)(variables, 0)
 
 
 def test_a_told_summary():

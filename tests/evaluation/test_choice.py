@@ -14,8 +14,8 @@ from moe_jax.evaluation.prompts import EncodedQuestion
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
-from moe_jax.training.evaluate import Setting, make_evaluations
-from tests.evaluation.settings import placing, setting
+from moe_jax.training.evaluate import Setting
+from tests.evaluation.settings import measure_of, placing
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
 from tests.training.test_evaluate import stopped_before
@@ -130,13 +130,8 @@ class Bench:
   def choice(self, **options):
     run = tiny_runs.options(data={'seq_len': 15}, model=self.model).filled(257)
     put = placing(run.batch_size, microbatches=run.batch_size)
-    (evaluation,) = make_evaluations(
-      {'quiz': ChoiceEvaluation(**options)},
-      run.model,
-      run.sharding.rules,
-      setting(run, self.folder, put=put),
-    )
-    return evaluation.measure
+    entry = ChoiceEvaluation(**options)
+    return measure_of('quiz', entry, run, self.folder, put=put)
 
 
 @pytest.fixture
@@ -162,12 +157,8 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
   questions = [(f'q{i}', ['x', 'y'], 0) for i in range(3)]
   shots = [(f's{i}', ['u', 'v'], 1) for i in range(12)]
   source = bench.write('q.jsonl', *questions)
-  measure = bench.choice(
-    source=source,
-    num_shots=2,
-    shots_source=bench.write('s.jsonl', *shots),
-    answer_prefix='=',
-  )
+  options = dict(num_shots=2, shots_source=bench.write('s.jsonl', *shots))
+  measure = bench.choice(source=source, answer_prefix='=', **options)
   inputs = (q.examples[0].inputs.tolist() for q in measure.questions)
   prompts = [bytes(ids).decode() for ids in inputs]
   # 12 examples for 3 questions with 2 each are taken in steps of 2. A row of 15

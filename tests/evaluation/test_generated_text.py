@@ -70,11 +70,8 @@ def rows_of(workdir, name):
   """Pairs (step, row) of the evaluation `name`; keys are without prefix."""
   rows = []
   for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
-    values = {
-      key.split('/', 2)[2]: value
-      for key, value in row.items()
-      if key.startswith(f'eval/{name}/')
-    }
+    prefix = f'eval/{name}/'
+    values = {k.removeprefix(prefix): v for k, v in row.items() if prefix in k}
     if values:
       rows.append((row['step'], values))
   return rows

@@ -107,15 +107,9 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(
 ):
   model, params = of_five_tokens(moe, **model)
   N = 3
+  options = dict(num_tokens=N, length_penalty=penalty, stop_ids=stops)
   results = generation.beam_search(
-    model,
-    {'params': params},
-    PROMPTS,
-    num_beams=5**N,
-    num_return=6,
-    num_tokens=N,
-    length_penalty=penalty,
-    stop_ids=stops,
+    model, {'params': params}, PROMPTS, num_beams=5**N, num_return=6, **options
   )
   for b, prompt in enumerate(PROMPTS):
     expected = every_sequence(model, params, prompt, N, stops, penalty)[:6]

@@ -19,12 +19,9 @@ NEW = 6
 def model_and_params(capacity=PerToken(0.3)):
   """A decoder whose capacity would drop tokens in training."""
   # With tied embeddings a random model repeats itself.
-  model = tiny.build(
-    dict(capacity=capacity),
-    embedding=dict(tie=False),
-    attention=dict(num_kv_heads=2),
-    ffn=dict(activation='swiglu'),
-  )
+  parts = dict(attention=dict(num_kv_heads=2), ffn=dict(activation='swiglu'))
+  options = dict(embedding=dict(tie=False), **parts)
+  model = tiny.build(dict(capacity=capacity), **options)
   # Parameters are large, so that every token and position matters.
   return model, jax.tree.map(lambda x: 2.5 * x, tiny.params_of(model, 1))
 

@@ -29,10 +29,7 @@ def padded(model):
   """Prompts as tensors, padded at the start, or for an encoder at the end."""
   side = 'right' if model.config.is_encoder_decoder else 'left'
   rows = torch.nn.utils.rnn.pad_sequence(
-    [torch.tensor(prompt) for prompt in PROMPTS],
-    batch_first=True,
-    padding_value=-1,
-    padding_side=side,
+    [torch.tensor(prompt) for prompt in PROMPTS], True, -1, padding_side=side
   )
   mask = (rows >= 0).long()
   return torch.where(rows < 0, model.config.pad_token_id, rows), mask
@@ -66,24 +63,19 @@ def test_tokens_and_beams_are_theirs(kind, tmp_path):
   # slots, padding behind an ended row competes too in transformers; so no row
   # ends there.
   stop = None if model.has_encoder else endless[0][NEW // 2]
+  options = dict(num_beams=4, length_penalty=-0.7)
   their_beams = generate(
     eos_token_id=stop,
-    num_beams=4,
     num_return_sequences=3,
-    length_penalty=-0.7,
     return_dict_in_generate=True,
     output_scores=True,
+    **options,
   )
   rows = [row[prompt_len:].tolist() for row in their_beams.sequences]
   expected = [r[: r.index(stop) + 1] if stop in r else r for r in rows]
+  stop_ids = [] if stop is None else [stop]
   beams = generation.beam_search(
-    *args,
-    num_beams=4,
-    num_return=3,
-    num_tokens=NEW,
-    length_penalty=-0.7,
-    stop_ids=[] if stop is None else [stop],
-    **start,
+    *args, num_tokens=NEW, num_return=3, stop_ids=stop_ids, **options, **start
   )
   new_tokens = [
     row[:n].tolist()

@@ -18,6 +18,7 @@ from moe_jax.training import loop, setup, trained
 from tests.generation import folders as run_folders
 from tests.interop import folders, oracle
 from tests.interop.folders import assert_equal, import_run
+from tests.interop.test_parity import FEW_LAYERS
 from tests.training import tiny as tiny_runs
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
@@ -26,6 +27,7 @@ transformers = pytest.importorskip('transformers')
 
 PROMPT = 'def f(x):'
 NEW = 6
+ONE = dict(devices=jax.devices()[:1])
 # With these options a decoder that was trained here is a Mixtral.
 MIXTRAL = dict(
   ffn=dict(activation='swiglu'), norm=dict(epsilon=1e-5),
@@ -40,7 +42,7 @@ MIXTRAL = dict(
 
 def train(config, workdir, **kwargs):
   return loop.train_and_evaluate(
-    run_config.read(config), workdir, devices=jax.devices()[:1], **kwargs
+    run_config.read(config), workdir, **ONE, **kwargs
   )
 
 
@@ -61,14 +63,7 @@ def continues_with(model, folder, text):
 @pytest.mark.slow
 def test_in_on_and_out(tmp_path, capsys):
   source, workdir = tmp_path / 'hf', tmp_path / 'run'
-  folders.write(
-    source,
-    'nllb-moe',
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_sparse_step=1,
-    decoder_sparse_step=1,
-  )
+  folders.write(source, 'nllb-moe', **FEW_LAYERS['nllb-moe'])
   lines = import_run(source, workdir)
   assert '1 x cpu' in lines[0]
   corpus = dict(python_stdlib_docstrings=dict(modules='email,json'))
@@ -104,14 +99,13 @@ def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
   # Weights of other libraries stay behind.
   (tmp_path / 'hf' / 'tf_model.h5').write_bytes(b'')
   (tmp_path / 'hf' / 'pytorch_model.bin.index.json').write_text('{}')
-  one_device = dict(devices=jax.devices()[:1])
   import_run_lib.import_run(
-    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one_device
+    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **ONE
   )
   corpus = dict(python_stdlib=dict(modules='email'))
   config = merge(config_of(tmp_path / 'run'), dict(data=dict(source=corpus)))
   run = setup.set_up(
-    run_config.read(config), tmp_path / 'run', resume=True, **one_device
+    run_config.read(config), tmp_path / 'run', resume=True, **ONE
   )
   _, state, _ = setup.begin(run)
   imported = interop.load(tmp_path / 'hf').variables
@@ -126,20 +120,12 @@ def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
 
 def test_a_run_says_how_its_model_is_computed_and_no_more(tmp_path):
   folders.write(tmp_path / 'hf', 'switch_transformers')
-  changed = dict(
-    remat='full',
-    scan_layers=False,
-    dropout=0.3,
-    width=14,
-    attention=dict(implementation='einsum', num_heads=7),
-  )
+  changed = dict(remat='full', scan_layers=False, dropout=0.3, width=14)
+  changed |= dict(attention=dict(implementation='einsum', num_heads=7))
   config = merge(section_of(RunConfig), dict(model=changed))
   workdir = tmp_path / 'run'
   import_run_lib.import_run(
-    tmp_path / 'hf',
-    workdir,
-    run_config.read(config),
-    devices=jax.devices()[:1],
+    tmp_path / 'hf', workdir, run_config.read(config), **ONE
   )
   run = trained.read(workdir, tokenizer_needed=False).model
   imported = interop.load(tmp_path / 'hf').options
@@ -193,9 +179,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   ]
   assert resume == '--resume'
   config = cli.config_of(config_flag.removeprefix('--config='), overrides)
-  run = setup.set_up(
-    run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
-  )
+  run = setup.set_up(run_config.read(config), workdir, resume=True, **ONE)
   assert int(setup.begin(run)[1].step) == 0
   # A tokenizer that is given to the import makes the run readable at once.
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}

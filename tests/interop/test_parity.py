@@ -24,11 +24,8 @@ from tests.interop import folders, oracle, test_deepseek_moe, test_openmoe
 torch = pytest.importorskip('torch')
 
 KINDS = sorted(oracle.CLASSES)
-BASES = {
-  **oracle.BASE,
-  'deepseek': test_deepseek_moe.BASE,
-  'openmoe': test_openmoe.BASE,
-}
+BASES = oracle.BASE | {'deepseek': test_deepseek_moe.BASE}
+BASES['openmoe'] = test_openmoe.BASE
 
 YARN = dict(
   rope_type='yarn', rope_theta=100.0, factor=4.0,
@@ -438,11 +435,8 @@ def check_gradients(model, source, folder, batch):
   (torch.tensor(weights) * output.logits).sum().backward()
   written = dict(type(model).from_pretrained(folder).named_parameters())
   # PyTorch gives no gradient to the embedding of padding.
-  pads = {
-    id(module.weight): module.padding_idx
-    for module in model.modules()
-    if isinstance(module, torch.nn.Embedding)
-  }
+  embeddings = [m for m in model.modules() if hasattr(m, 'padding_idx')]
+  pads = {id(m.weight): m.padding_idx for m in embeddings}
   for name, value in model.named_parameters():
     if (gradient := value.grad) is None:
       continue  # the weight is not used
@@ -534,13 +528,9 @@ def test_experts_that_are_stacked_in_files(kind, tmp_path):
       config[other_name] = config.pop(name)
       break
   (stacked / 'config.json').write_text(json.dumps(config))
-  assert [
-    any(
-      name.endswith('experts.gate_up_proj')
-      for name in tensor_files.TensorFiles(folder).specs
-    )
-    for folder in (plain, stacked)
-  ] == [False, True]
+  specs = [tensor_files.TensorFiles(f).specs for f in (plain, stacked)]
+  fused = [any(n.endswith('experts.gate_up_proj') for n in s) for s in specs]
+  assert fused == [False, True]
   from_stacked, from_plain = interop.load(stacked), interop.load(plain)
   assert from_stacked.options == from_plain.options
   folders.assert_equal(from_stacked.variables, from_plain.variables)

@@ -73,15 +73,11 @@ def test_choices_are_served_by_their_rank():
   # Token 0 chooses experts 4 and 2, token 1 experts 2 and 4. Experts have one
   # slot, and token 1's first choice is served before token 0's second.
   logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
-  routing = jax.jit(
-    functools.partial(
-      token_choice,
-      num_selected=2,
-      capacity=1,
-      gates='renormalized',
-      slot_priority='choice_major',
-    )
-  )(logits)
+  options = dict(gates='renormalized', slot_priority='choice_major')
+  choose = functools.partial(
+    token_choice, num_selected=2, capacity=1, **options
+  )
+  routing = jax.jit(choose)(logits)
   np.testing.assert_array_equal(routing.kept, [[[1, 0], [1, 0]]])
   ranked = jax.jit(by_rank)(routing)
   np.testing.assert_array_equal(ranked.expert_index, [[[1, 0], [1, 0]]])
@@ -111,16 +107,10 @@ def test_padding_takes_slots_only_if_it_is_routed(takes):
 
 
 def model_options(**quirks):
-  plain = tiny.options(
-    dict(router=ServedByRank(), capacity=Fixed(3), allow_future_leak=True),
-    kind='encoder_decoder',
-    positions=Relative(),
-    embedding=EmbeddingOptions(tie=False),
-  )
-  quirky = TransformersEncoderDecoder.of(plain)
-  names = (field.name for field in dataclasses.fields(quirky))
-  fields = {name: getattr(quirky, name) for name in names} | quirks
-  return TransformersEncoderDecoder(**fields)
+  moe = dict(router=ServedByRank(), capacity=Fixed(3), allow_future_leak=True)
+  parts = dict(positions=Relative(), embedding=dict(tie=False))
+  plain = tiny.options(moe, 'encoder_decoder', **parts)
+  return dataclasses.replace(TransformersEncoderDecoder.of(plain), **quirks)
 
 
 @pytest.mark.slow

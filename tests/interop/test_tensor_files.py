@@ -86,15 +86,9 @@ def test_all_that_is_wrong_is_listed(tmp_path):
   tensors = {'a': torch.zeros(1), 'e': torch.zeros(1)}
   save_file(tensors, tmp_path / 'x.safetensors')
   (tmp_path / 'junk.safetensors').write_bytes(b'no header' * 9)
-  index(
-    tmp_path / 'model.safetensors.index.json',
-    {
-      'a': 'x.safetensors',
-      'b': 'x.safetensors',
-      'c': 'gone.safetensors',
-      'd': 'junk.safetensors',
-    },
-  )
+  stems = {'a': 'x', 'b': 'x', 'c': 'gone', 'd': 'junk'}
+  indexed = {name: f'{stem}.safetensors' for name, stem in stems.items()}
+  index(tmp_path / 'model.safetensors.index.json', indexed)
   with pytest.raises(ValueError, match='cannot be read') as caught:
     TensorFiles(tmp_path)
   message = str(caught.value)

@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.interop import verifying
 from tests.interop import oracle
+from tests.interop.test_parity import LONGROPE
 
 SMALL = dict(
   num_layers=1,
@@ -84,15 +85,7 @@ def test_what_does_not_fit(drop, changes, message, pair, tmp_path):
 
 def test_a_greedy_row_that_becomes_long_is_refused(tmp_path):
   # Beyond 12 positions LongRoPE turns the keys in the cache otherwise.
-  scaling = dict(
-    rope_type='longrope',
-    rope_theta=100.0,
-    short_factor=[1.0] * 3,
-    long_factor=[2.0] * 3,
-    short_mscale=1.1,
-    long_mscale=1.3,
-    original_max_position_embeddings=12,
-  )
+  scaling = LONGROPE | dict(original_max_position_embeddings=12)
   oracle.make('phimoe', rope_parameters=scaling).save_pretrained(tmp_path)
   arrays = dict(
     input_ids=np.ones((2, 9), int),

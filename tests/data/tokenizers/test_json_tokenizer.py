@@ -42,14 +42,9 @@ def open_tokenizer(path):
 
 @pytest.fixture(scope='module')
 def theirs():
-  return PreTrainedTokenizerFast(
-    tokenizer_object=model(),
-    bos_token='<s>',
-    eos_token='</s>',
-    pad_token='<pad>',
-    unk_token='<unk>',
-    chat_template=TEMPLATE,
-  )
+  names = dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+  names |= dict(unk_token='<unk>', chat_template=TEMPLATE)
+  return PreTrainedTokenizerFast(tokenizer_object=model(), **names)
 
 
 @pytest.fixture(scope='module')
