@@ -21,7 +21,7 @@ def sharded(tmp_path_factory):
   folder = tmp_path_factory.mktemp('mixtral')
   model = oracle.make('mixtral', num_local_experts=8)
   model.save_pretrained(folder, max_shard_size='50KB')
-  assert len(list(folder.glob('model-*-of-*.safetensors'))) >= 6
+  assert len(list(folder.glob('model-*-of-*.safetensors'))) >= 4
   return folder
 
 
