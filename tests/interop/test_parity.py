@@ -435,7 +435,8 @@ def check_gradients(model, source, folder, batch):
   (torch.tensor(weights) * output.logits).sum().backward()
   written = dict(type(model).from_pretrained(folder).named_parameters())
   # PyTorch gives no gradient to the embedding of padding.
-  embeddings = [m for m in model.modules() if hasattr(m, 'padding_idx')]
+  Embedding = torch.nn.Embedding
+  embeddings = [m for m in model.modules() if isinstance(m, Embedding)]
   pads = {id(m.weight): m.padding_idx for m in embeddings}
   for name, value in model.named_parameters():
     if (gradient := value.grad) is None:
