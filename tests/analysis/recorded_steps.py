@@ -74,9 +74,7 @@ def compiled(model):
 
 def records(model, batch, choices, step=0):
   """The records of the choices in a batch, one for each sequence."""
-  return list(
-    records_of(model, 'train', step, 0, batch, jax.device_get(choices))
-  )
+  return [*records_of(model, 'train', step, 0, batch, jax.device_get(choices))]
 
 
 def record(model, batch, choices, step=0):

@@ -60,12 +60,9 @@ def test_counts_are_the_published_ones(name, arg, total, active, with_table):
 
 
 def test_counts_of_a_tiny_model_by_hand():
-  model = tiny.build(
-    dict(layers='every 2', extra_ffn=True),
-    attention=dict(num_kv_heads=2),
-    ffn=dict(activation='swiglu'),
-    embedding=dict(tie=False),
-  )
+  parts = dict(attention=dict(num_kv_heads=2), ffn=dict(activation='swiglu'))
+  moe = dict(layers='every 2', extra_ffn=True)
+  model = tiny.build(moe, embedding=dict(tie=False), **parts)
   tiny_cost = cost.count(model, T)
   # The terms are the kernels of queries, of keys and values, and of the output.
   attention = 12 * 24 + 2 * 12 * 12 + 24 * 12
@@ -74,9 +71,8 @@ def test_counts_of_a_tiny_model_by_hand():
   norms = (2 + 3 + 1) * 12
   assert tiny_cost.expert_params == 5 * ffn
   assert tiny_cost.embedding_params == logits
-  assert tiny_cost.total_params == (
-    2 * attention + 7 * ffn + router + 2 * logits + norms
-  )
+  kernels = 2 * attention + 7 * ffn + router + 2 * logits
+  assert tiny_cost.total_params == kernels + norms
   assert tiny_cost.active_params == tiny_cost.total_params - 3 * ffn
   # A token passes a dense layer, two experts and the extra one; attention adds
   # scores and weighted sums.
@@ -98,12 +94,8 @@ def test_what_is_looked_up_or_added_is_not_multiplied(positions):
 
 
 def test_the_dense_twin_costs_what_the_sparse_model_does_but_its_router():
-  moe = dict(
-    num_selected=3,
-    layers='last 3',
-    extra_ffn=True,
-    expert=FeedForwardExpert(hidden=7, activation='geglu'),
-  )
+  expert = FeedForwardExpert(hidden=7, activation='geglu')
+  moe = dict(num_selected=3, layers='last 3', extra_ffn=True, expert=expert)
   options = dict(num_layers=4, use_bias=True)
   sparse = cost.count(tiny.build(moe, **options), T)
   twin = cost.count(tiny.build({**moe, 'num_experts': 0}, **options), T)
@@ -136,11 +128,8 @@ def test_an_encoder_decoders_tokens_are_counted_by_half():
 
 
 def test_counts_of_a_tiny_encoder_decoder_by_hand():
-  model = tiny.build(
-    dict(layers='all'),
-    kind='encoder_decoder',
-    encoder=dict(num_layers=3, overrides={'moe': {'layers': 'none'}}),
-  )
+  halves = dict(num_layers=3, overrides={'moe': {'layers': 'none'}})
+  model = tiny.build(dict(layers='all'), kind='encoder_decoder', encoder=halves)
   model_cost = cost.count(model, seq_len=T, target_len=7)
   # The sum is of queries, keys, values and outputs, a feed-forward, a router
   # and the logits.
@@ -157,12 +146,8 @@ def test_counts_of_a_tiny_encoder_decoder_by_hand():
   assert decoder.router == 2 * 2 * router
   assert decoder.attention == 2 * 4 * (7 + T) * 24
   norms = (3 * 2 + 2 * 3 + 2) * 12
-  assert (
-    model_cost.active_params
-    == (3 * (attention + ffn) + 2 * (2 * attention + 2 * ffn + router))
-    + norms
-    + logits
-  )
+  layers = 3 * (attention + ffn) + 2 * (2 * attention + 2 * ffn + router)
+  assert model_cost.active_params == layers + norms + logits
   assert model_cost.total_params == model_cost.active_params + 2 * 3 * ffn
 
 
@@ -175,11 +160,6 @@ LONG = 24
 
 def flops_of(f, *args):
   return jax.jit(f).lower(*args).compile().cost_analysis()['flops']
-
-
-def abstract(model):
-  shapes = models.abstract_params(model)
-  return {'params': jax.tree.map(lambda leaf: leaf, shapes)}
 
 
 def ints(*shape):
@@ -195,7 +175,8 @@ LATENT = LatentOptions(
 def test_a_decoder_and_its_decoding_step_are_what_xla_counts(attention):
   model = tiny.build(dict(layers='none'), **LARGER | {'attention': attention})
   model_cost = cost.count(model, LONG)
-  xla_flops = flops_of(model.apply, abstract(model), ints(3, LONG))
+  variables = {'params': models.abstract_params(model)}
+  xla_flops = flops_of(model.apply, variables, ints(3, LONG))
   assert model_cost.example_flops * 3 == pytest.approx(xla_flops, rel=0.04)
   cache = jax.eval_shape(lambda: model.make_cache(3, LONG))
   mask = jax.ShapeDtypeStruct((3, 1), jnp.bool_)
@@ -203,7 +184,7 @@ def test_a_decoder_and_its_decoding_step_are_what_xla_counts(attention):
   def step(variables, tokens, mask, cache):
     return model.apply(variables, tokens, mask, cache, method='decode')
 
-  xla_flops = flops_of(step, abstract(model), ints(3, 1), mask, cache)
+  xla_flops = flops_of(step, variables, ints(3, 1), mask, cache)
   assert model_cost.decode_flops * 3 == pytest.approx(xla_flops, rel=0.04)
   if attention is LATENT:
     # Sums have 48 + 8 numbers for each head, not 24, scores 56, not 16 + 8.
@@ -217,17 +198,13 @@ def test_codes_are_not_counted_as_parameters():
     cost.count(options.build(), T)
 
 
-def build(name):
-  options = run_config.read(shazeer_lstm.get_config(name))
-  return options.filled(257).build()
-
-
 # One of each kind: of few experts, of two levels, wide, deep and without any.
 @pytest.mark.parametrize(
   'name', ['MoE-4', 'MoE-256-h', 'MoE-143M', 'MoE-1-Deep', 'LSTM-2048-512']
 )
 def test_counts_are_those_of_table_7(name):
-  ops, params = cost.without_vocabulary(build(name), 16)
+  options = run_config.read(shazeer_lstm.get_config(name)).filled(257)
+  ops, params = cost.without_vocabulary(options.build(), 16)
   row = f'shazeer2017/table7/{name}{"*" * name.startswith("LSTM")}'
   for count, column in ((ops, 'ops_per_timestep'), (params, 'params')):
     published = claims.find(f'{row}/{column}')
@@ -273,13 +250,9 @@ def test_a_dense_model_has_no_rows_of_experts():
 
 def test_the_command_counts_with_its_flags(capsys, monkeypatch):
   monkeypatch.setenv('COLUMNS', '120')
-  cost.main(
-    [
-      *('--config=moe_jax:tiny_switch', '--batch=5', '--expert_parallel=4'),
-      '--config.data.seq_len=96',
-      '--config.model.moe.router.kind=hash',
-    ]
-  )
+  flags = ['--config=moe_jax:tiny_switch', '--batch=5', '--expert_parallel=4']
+  overrides = '--config.data.seq_len=96', '--config.model.moe.router.kind=hash'
+  cost.main([*flags, *overrides])
   out = capsys.readouterr().out
   assert 'a batch of 5 x 96 tokens' in out
   assert 'each of 4 devices' in out

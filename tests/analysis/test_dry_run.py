@@ -82,13 +82,9 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
     os.utime(path, (0, 0))
   now = time.time_ns  # files at rest have their digests kept
   monkeypatch.setattr(cache_folders.time, 'time_ns', lambda: now() + 10**10)
-  options = tiny.options(
-    data={
-      'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*'}},
-      'cache_dir': f'{tmp_path}/cache',
-      'tokenizer': {'kind': 'chars'},
-    }
-  )
+  source = {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*'}}
+  chars = {'cache_dir': f'{tmp_path}/cache', 'tokenizer': {'kind': 'chars'}}
+  options = tiny.options(data={'source': source, **chars})
   text, problems = report(options, '')
   assert not problems
   assert 'data: not prepared yet' in text
@@ -149,11 +145,9 @@ def test_a_folder_of_a_run(tmp_path):
 
 
 def test_what_trains_and_what_it_begins_with_is_said(tmp_path):
-  options = tiny.options(
-    trainable='norms',
-    init_from={'workdir': str(tmp_path / 'other')},
-    data={'cache_dir': str(tmp_path / 'cache')},
-  )
+  other = {'workdir': str(tmp_path / 'other')}
+  cached = {'cache_dir': str(tmp_path / 'cache')}
+  options = tiny.options(trainable='norms', init_from=other, data=cached)
   text, problems = report(options, tmp_path / 'run')
   assert "trainable='norms': " in text and ' parameters train (' in text
   assert [p for p in problems if 'other has no finished checkpoint' in p]
@@ -198,9 +192,8 @@ def test_flops_and_bytes_by_formula():
   flops = cost.run_flops(options, model)
   assert flops == 3 * 7 * 4 * model_cost.example_flops
   mesh = options.mesh.make(jax.devices())
-  needs = cost.run_bytes(
-    options, model, make_programs(options, model, mesh), mesh
-  )
+  programs = make_programs(options, model, mesh)
+  needs = cost.run_bytes(options, model, programs, mesh)
   assert needs.parameters == needs.gradients == 4 * model_cost.total_params
   # Two moments of each parameter, and counts of steps.
   moments = needs.optimizer - 2 * needs.parameters

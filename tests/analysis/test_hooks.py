@@ -4,8 +4,6 @@ import dataclasses
 import gzip
 import json
 import logging
-import os
-import signal
 
 import jax
 import pytest
@@ -17,6 +15,9 @@ from moe_jax.training import loop, setup
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook
 from tests.training import tiny
+from tests.training.hooks import SigtermAt
+
+ONE = jax.devices()[:1]
 
 
 def options(**overrides):
@@ -26,6 +27,13 @@ def options(**overrides):
   )
   config.evals = {}
   return run_config.read(config)
+
+
+def train(folder, *run_hooks, **overrides):
+  """Trains on one device; returns the last state."""
+  return loop.train_and_evaluate(
+    options(**overrides), folder, hooks=run_hooks, devices=ONE
+  )
 
 
 MESH = {'data': 2, 'expert': 4}
@@ -49,19 +57,15 @@ class Watch(Hook):
 @pytest.fixture(scope='module')
 def profiled_run(tmp_path_factory):
   """A profiled run on eight devices, and its compiled program."""
-  watch = Watch()
-  messages = []
+  watch, folder, messages = Watch(), tmp_path_factory.mktemp('run'), []
+  run_hooks = [watch, hooks.MeshSummary(), hooks.Profile(), hooks.Facts()]
   handler = logging.Handler()
   handler.emit = lambda record: messages.append(record.getMessage())
   logger = logging.getLogger('jax')
   logger.addHandler(handler)
   try:
     with jax.log_compiles():
-      loop.train_and_evaluate(
-        OPTIONS,
-        tmp_path_factory.mktemp('run'),
-        hooks=[watch, hooks.MeshSummary(), hooks.Profile(), hooks.Facts()],
-      )
+      loop.train_and_evaluate(OPTIONS, folder, hooks=run_hooks)
   finally:
     logger.removeHandler(handler)
   return watch, [line for line in messages if line.startswith('Compiling')]
@@ -94,23 +98,12 @@ def test_the_trace_has_the_steps_that_were_asked_for(profiled_run):
   watch, _ = profiled_run
   (path,) = (watch.run.workdir / 'profile').rglob('*.trace.json.gz')
   events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
-  steps = {
-    event['args']['step_num']
-    for event in events
-    if event.get('name') == 'train'
-  }
+  steps = {e['args']['step_num'] for e in events if e.get('name') == 'train'}
   assert steps == {'2', '3'}
   # The trace has the devices' operations, for TensorBoard and Perfetto.
   names = {event.get('name', '') for event in events}
   assert any('dot' in name or 'fusion' in name for name in names)
   assert any(line.startswith('profile: steps up to 3') for line in watch.lines)
-
-
-class Sigterm(Hook):
-  """Sends SIGTERM to this process before the run's first step."""
-
-  def start(self, run):
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_profile_after_the_last_step_is_refused():
@@ -121,16 +114,9 @@ def test_a_profile_after_the_last_step_is_refused():
 
 @pytest.mark.slow
 def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
-  overrides = dict(
-    model=tiny.ONE_LAYER,
-    profile={'start_step': 1, 'num_steps': 3, 'all_processes': True},
-  )
-  state = loop.train_and_evaluate(
-    options(**overrides),
-    tmp_path,
-    hooks=[hooks.Profile(), Sigterm()],
-    devices=jax.devices()[:1],
-  )
+  profile = {'start_step': 1, 'num_steps': 3, 'all_processes': True}
+  run_hooks = hooks.Profile(), SigtermAt(1)
+  state = train(tmp_path, *run_hooks, model=tiny.ONE_LAYER, profile=profile)
   assert int(state.step) == 1
   folder = tmp_path / 'profile' / 'process_0'
   assert len(list(folder.rglob('*.trace.json.gz'))) == 1
@@ -139,26 +125,17 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
 @pytest.mark.slow
 def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
   source = {'kind': 'instructions', 'instructions': {'task': 'reverse'}}
-  loop.train_and_evaluate(
-    options(
-      data={'task': {'kind': 'seq2seq'}, 'source': source},
-      sample={'prompt': 'Reverse: ab', 'num_tokens': 3},
-      total_steps=1,
-      model=tiny.ONE_LAYER,
-    ),
-    tmp_path,
-    hooks=[hooks.Sample()],
-    devices=jax.devices()[:1],
-  )
+  pairs = {'task': {'kind': 'seq2seq'}, 'source': source}
+  sample = {'prompt': 'Reverse: ab', 'num_tokens': 3}
+  short = dict(total_steps=1, model=tiny.ONE_LAYER)
+  train(tmp_path, hooks.Sample(), data=pairs, sample=sample, **short)
   sample = (tmp_path / 'sample.txt').read_text()
   assert sample.startswith('inputs: Reverse: ab\noutputs: ')
 
 
 def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
   moe = {'router': {'kind': 'expert_choice'}, 'allow_future_leak': True}
-  run = setup.set_up(
-    options(model={'moe': moe}), tmp_path, devices=jax.devices()[:1]
-  )
+  run = setup.set_up(options(model={'moe': moe}), tmp_path, devices=ONE)
   lines = []
   hooks.Sample().end(dataclasses.replace(run, message=lines.append), None)
   assert lines[0].startswith('no sample: ') and 'decode' in lines[0]
@@ -167,15 +144,10 @@ def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
 
 @pytest.mark.slow
 def test_the_report_drops_as_an_evaluation_does(tmp_path):
-  moe = {
-    'num_selected': 2,
-    'layers': 'all',
-    'router': {'token_choice': {'gates': 'renormalized'}},
-    'capacity': {'kind': 'per_token', 'per_token': {'factor': 1.0}},
-  }
-  run = setup.set_up(
-    options(model={'moe': moe}), tmp_path, devices=jax.devices()[:1]
-  )
+  router = {'token_choice': {'gates': 'renormalized'}}
+  capacity = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
+  moe = dict(num_selected=2, layers='all', router=router, capacity=capacity)
+  run = setup.set_up(options(model={'moe': moe}), tmp_path, devices=ONE)
   state = run.programs.init_state()
   metrics = Losses(
     model=run.model,

@@ -89,17 +89,11 @@ def test_the_cache_is_as_large_as_the_models(attention, dtype, told):
 
 
 def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
-  model = tiny.build(
-    **ENCODER_DECODER, num_layers=3, encoder=dict(num_layers=2)
-  )
+  model = tiny.build(**ENCODER_DECODER, num_layers=3, encoder={'num_layers': 2})
   params = models.abstract_params(model)
-  cache = jax.eval_shape(
-    lambda params, tokens: model.apply(
-      {'params': params}, tokens, tokens > 0, T, method='encode'
-    ),
-    params,
-    jax.ShapeDtypeStruct((B, S), jnp.int32),
-  )
+  encode = functools.partial(model.apply, max_len=T, method='encode')
+  tokens, mask = (jax.ShapeDtypeStruct((B, S), t) for t in (jnp.int32, bool))
+  cache = jax.eval_shape(encode, {'params': params}, tokens, mask)
   assert memory.cache_bytes(model, B, T, S) == num_bytes(cache)
 
 
@@ -121,13 +115,10 @@ def test_rows_are_those_of_the_dispatch(options, groups, tokens, mover):
   )
   (half,) = halves(model, T)
   route = functools.partial(token_choice, num_selected=2, gates='renormalized')
-  routing = jax.eval_shape(
-    functools.partial(
-      expert_choice if by_expert else route,
-      capacity=half.moe.sizes.slots(tokens),
-    ),
-    jax.ShapeDtypeStruct((groups, tokens, 5), jnp.float32),
-  )
+  rule = expert_choice if by_expert else route
+  rule = functools.partial(rule, capacity=half.moe.sizes.slots(tokens))
+  logits = jax.ShapeDtypeStruct((groups, tokens, 5), jnp.float32)
+  routing = jax.eval_shape(rule, logits)
   x = jax.ShapeDtypeStruct((groups, tokens, 12), jnp.bfloat16)
   expected = 2 * num_bytes(jax.eval_shape(mover.dispatch, x, routing))
   if mover is einsum:
@@ -211,8 +202,6 @@ def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
   )
   lengths = LENGTHS[: len(model.stacks.blocks)]
   activations = memory.activations(model, B, *lengths)
-  expected = residual_bytes(model, lengths)
-  assert activations.layers + activations.scores == pytest.approx(
-    expected, rel=0.11
-  )
+  expected = pytest.approx(residual_bytes(model, lengths), rel=0.11)
+  assert activations.layers + activations.scores == expected
   assert activations.logits == 4 * B * lengths[-1] * tiny.V

@@ -4,7 +4,12 @@ import pytest
 
 from moe_jax.analysis import cost, counts, memory
 from moe_jax.layers.positions import Relative
-from moe_jax.models.trees import ParameterTrees, describe
+from moe_jax.models.trees import (
+  ParameterTrees,
+  describe,
+  flatten,
+  unflatten,
+)
 from tests.models import tiny
 from tests.models.tiny import B, T
 
@@ -28,24 +33,22 @@ def figures(model):
   ids=['encoder_decoder', 'lstm'],
 )
 def test_names_may_be_scrambled(model, monkeypatch):
-  paths = {stack.path for stack in model.stacks if stack.blocks}
-  before = figures(model)
-  new_names = {}
+  before, new_names = figures(model), {}
+  # The stacks' scopes keep their names.
+  scopes = {stack.path for stack in model.stacks if stack.blocks}
 
-  def scramble(tree, path=()):
-    """The tree with other names, except those of the stacks' scopes."""
-    if not isinstance(tree, dict):
-      return tree
-    new_subtree = {}
-    for name, value in tree.items():
-      new_name = name
-      if (*path, name) not in paths:
-        new_name = new_names.setdefault(name, f'name_{len(new_names)}')
-      new_subtree[new_name] = scramble(value, (*path, name))
-    return new_subtree
+  def new_path(path):
+    return tuple(
+      name
+      if path[: i + 1] in scopes
+      else new_names.setdefault(name, f'name_{len(new_names)}')
+      for i, name in enumerate(path)
+    )
 
-  trees = describe(model)
-  trees = ParameterTrees(*map(scramble, trees))
+  def scrambled(tree):
+    return unflatten({new_path(path): x for path, x in flatten(tree).items()})
+
+  trees = ParameterTrees(*map(scrambled, describe(model)))
   monkeypatch.setattr(counts, 'describe', lambda model: trees)
   assert figures(model) == before
   assert len(new_names) > 10

@@ -14,12 +14,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from moe_jax.analysis import plot_style
-from moe_jax.analysis.plot_style import (
-  curves_figure,
-  load_figure,
-  save,
-  smooth,
-)
+from moe_jax.analysis.plot_style import curves_figure, load_figure, save, smooth
 
 SEEN_BY = {
   'all': np.eye(3),
@@ -79,30 +74,22 @@ def test_ratios_are_darker_the_larger_they_are(viewer):
 
 ROWS = [
   {
-    'step': 10,
-    'train/loss': 3.0,
-    'train/learning_rate': 0.1,
-    'train/drop_rate': 0.5,
-    'train/layer_1/load': [0.75, 0.25],
+    'step': 10, 'train/loss': 3.0, 'train/learning_rate': 0.1,
+    'train/drop_rate': 0.5, 'train/layer_1/load': [0.75, 0.25],
     'train/layer_11/load': [0.0, 0.5, 0.5],
   },
   {'step': 10, 'eval/valid/loss': 2.75},
   {
-    'step': 30,
-    'train/loss': 2.0,
-    'train/learning_rate': 0.05,
-    'train/drop_rate': 0.25,
-    'train/layer_1/load': [0.5, 0.5],
+    'step': 30, 'train/loss': 2.0, 'train/learning_rate': 0.05,
+    'train/drop_rate': 0.25, 'train/layer_1/load': [0.5, 0.5],
     'train/layer_11/load': [0.125, 0.375, 0.5],
   },
   {'step': 30, 'eval/valid/loss': 2.5, 'eval/held/out/loss': 2.625},
-]
+]  # fmt: skip
 
 
 def axes_titled(figure, title):
-  return next(
-    axes for axes in figure.axes if axes.get_title(loc='left') == title
-  )
+  return next(a for a in figure.axes if a.get_title(loc='left') == title)
 
 
 def points_of(axes):
@@ -134,10 +121,8 @@ def test_curves_show_losses_drops_and_schedule():
 
 
 def test_the_view_is_not_pressed_flat_by_the_first_steps():
-  rows = [
-    {'step': i, 'train/loss': 10.0 if i < 2 else 2 - i / 200}
-    for i in range(100)
-  ]
+  losses = [10.0, 10.0, *(2 - i / 200 for i in range(2, 100))]
+  rows = [{'step': i, 'train/loss': x} for i, x in enumerate(losses)]
   axes = curves_figure(rows).axes[0]
   low, high = axes.get_ylim()
   assert 1.4 < low < 1.52

@@ -55,13 +55,11 @@ def train(folder, *hooks, devices=1, **overrides):
 
 def rows(folder):
   """The metrics of a run without its times."""
-  metric_rows = metrics.read_metrics(folder / metrics.FILE_NAME)
+  lines = metrics.read_metrics(folder / metrics.FILE_NAME)
   times = re.compile(
     r'train/(tokens_per_second|.*_seconds|goodput|lost_to_\w+|time)'
   )
-  return [
-    {k: v for k, v in r.items() if not times.fullmatch(k)} for r in metric_rows
-  ]
+  return [{k: v for k, v in r.items() if not times.fullmatch(k)} for r in lines]
 
 
 def assert_equal(a, b):
@@ -83,18 +81,12 @@ def test_a_replayed_run_is_the_recorded_one_bit_for_bit(recorded, tmp_path):
   assert_equal(replayed_state, state)
   assert rows(tmp_path / 'whole') == rows(folder)
   # A run that is stopped goes on in the record of its step.
-  stopped_state = train(
-    tmp_path / 'parts', SigtermAt(3), trace=trace, record=True
-  )
-  assert int(stopped_state.step) == 3
+  stopped = train(tmp_path / 'parts', SigtermAt(3), trace=trace, record=True)
+  assert int(stopped.step) == 3
   assert_equal(train(tmp_path / 'parts', trace=trace, record=True), state)
   # A replayed run records the choices that it replays.
-  record_pairs = zip(
-    traces.read(trace).records(),
-    traces.read(tmp_path / 'whole' / 'trace').records(),
-    strict=True,
-  )
-  for a, b in record_pairs:
+  folders = trace, tmp_path / 'whole' / 'trace'
+  for a, b in zip(*(traces.read(f).records() for f in folders), strict=True):
     assert not a.layers[1].kept.all()
     assert_equal(a.layers[1], b.layers[1])
 
@@ -102,16 +94,10 @@ def test_a_replayed_run_is_the_recorded_one_bit_for_bit(recorded, tmp_path):
 @pytest.mark.slow
 def test_devices_and_microbatches_replay_the_same_choices(recorded, tmp_path):
   folder, _ = recorded
-  train(
-    tmp_path,
-    devices=4,
-    trace=folder / 'trace',
-    mesh={'data': 2, 'expert': 2},
-    microbatches=2,
-    evals={},
-    checkpoint={'keep_best': False},
-    moe={'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.0}}},
-  )
+  mesh = dict(mesh={'data': 2, 'expert': 2}, microbatches=2, devices=4)
+  bare = dict(evals={}, checkpoint={'keep_best': False})
+  still = {'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.0}}}
+  train(tmp_path, trace=folder / 'trace', moe=still, **mesh, **bare)
   for new_row, recorded_row in zip(rows(tmp_path), rows(folder), strict=True):
     for name in ('load', 'drop_rate', 'kept_load'):
       name = f'train/layer_1/{name}'

@@ -18,9 +18,7 @@ LAYERS = {
   3: LayerInfo(6, 2),
   5: LayerInfo(5, 1, by_expert=True),
 }
-HEADER = Header(
-  LAYERS, B, T, V, seed=3, sources=('a<b', 'c'), note='A note & more.'
-)
+HEADER = Header(LAYERS, B, T, V, sources=('a<b', 'c'), note='A note & more.')
 
 
 def records(kind, step):
@@ -87,11 +85,8 @@ def test_an_evaluation_has_churn(tmp_path, capsys, monkeypatch):
 def test_nothing_but_padding(tmp_path, capsys):
   layers = {0: LayerInfo(3, 1), 1: LayerInfo(1, 1)}
   zeros = np.zeros((1, 4), np.int32)
-  empty = LayerChoices(
-    np.full((1, 4, 1), -1, np.int32),
-    np.zeros((1, 4, 1), np.float32),
-    np.zeros((1, 4, 1), bool),
-  )
+  expert = np.full((1, 4, 1), -1, np.int32)
+  empty = LayerChoices(expert, np.zeros(expert.shape, 'f4'), expert >= 0)
   record = Record('train', 0, 0, zeros, zeros, zeros, {0: empty, 1: empty})
   traces.write(tmp_path / 'trace', Header(layers, 1, 4, 7), [record])
   output = tmp_path / 'report'

@@ -219,14 +219,9 @@ def test_what_is_told_by_each_label_and_by_the_layer_before():
   record = make_record()
   # Ids decide in layer 1, and its expert decides in layer 4.
   first = np.where(record.documents > 0, record.tokens % E, -1)
-  choices = [
-    LayerChoices(
-      np.where(x < 0, -1, x)[..., None].astype(np.int32),
-      np.ones((B, T, 1), np.float32),
-      x[..., None] >= 0,
-    )
-    for x in (first, np.where(first < 0, -1, 4 - first))
-  ]
+  second = np.where(first < 0, -1, 4 - first)
+  experts = [x[..., None].astype(np.int32) for x in (first, second)]
+  choices = [LayerChoices(x, np.ones(x.shape, 'f4'), x >= 0) for x in experts]
   record = record._replace(layers=dict(zip((1, 4), choices)))
   layers = measures.layers_of(make_header(), [record])
   by_label = measures.specialisation(layers)
@@ -269,11 +264,9 @@ def test_churn_by_hand():
   other = np.array([[0, 1], [3, 2], [0, 2], [2, 3], [-1, -1], [1, 0]])
   ids = np.zeros((1, 6), np.int32)
   documents = np.array([[1, 1, 1, 1, 1, 0]], np.int32)
+  layers = [{3: LayerChoices(x, x, x > 0)} for x in (one[None], other[None])]
   records = [
-    Record(
-      'valid', step, 0, ids, ids, documents, {3: LayerChoices(x, x, x > 0)}
-    )
-    for step, x in enumerate((one[None], other[None]))
+    Record('valid', i, 0, ids, ids, documents, layers[i]) for i in (0, 1)
   ]
   assert measures.churn(records[:1], records[1:]) == {3: 0.5}
   empty = [r._replace(documents=0 * documents) for r in records]

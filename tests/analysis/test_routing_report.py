@@ -164,14 +164,10 @@ def test_counts_equal_a_slow_loop():
 
 
 def test_where_experts_choose_it_counts_whom_they_took():
-  moe = dict(
-    router=ExpertChoice(),
-    allow_future_leak=True,
-    capacity=Fixed(slots=3),
-    group_size=20,
-  )
+  moe = dict(router=ExpertChoice(), capacity=Fixed(slots=3), group_size=20)
   batch = make_batch()
-  counts = counted(tiny.build(moe), batch)
+  model = tiny.build(moe | dict(allow_future_leak=True))
+  counts = counted(model, batch)
   # In each group of 20 tokens an expert takes ceil(3 * 13 / 20) = 2 of the 13
   # real ones, or ceil(3 * 10 / 20) = 2 where 10 are real.
   np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
@@ -179,13 +175,11 @@ def test_where_experts_choose_it_counts_whom_they_took():
 
 
 def test_experts_that_mix_tokens_take_all_real_ones():
-  encoder = {
-    'moe': {'router': {'kind': 'soft'}, 'dispatch': {'kind': 'einsum'}}
-  }
+  soft = {'moe': {'router': {'kind': 'soft'}, 'dispatch': {'kind': 'einsum'}}}
   model = tiny.build(
     dict(layers='last 1', capacity=All()),
     kind='encoder_decoder',
-    encoder=dict(num_layers=1, overrides=encoder),
+    encoder=dict(num_layers=1, overrides=soft),
   )
   batch = make_batch()
   batch |= {f'encoder_{name}': values for name, values in batch.items()}

@@ -76,9 +76,8 @@ def test_a_page_has_everything_and_needs_nothing(run, capsys):
   write_row(run, ROW)
   (run.workdir / 'sample.txt').write_text('once upon')
   page = finished(run)
-  parameters = sum(
-    leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.params)
-  )
+  leaves = jax.tree.leaves(run.programs.abstract_state.params)
+  parameters = sum(leaf.size for leaf in leaves)
   for text in (
     'Finished: step 2 of 6.',
     *(f'{parameters:,}', '2.5000', '12.5%', '1,234 tokens/s', 'once upon'),
@@ -112,9 +111,8 @@ def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
   )
   finished(run)
   commands = run_page.commands(run, run_page.name_of(run.workdir))
-  lines = [
-    shlex.split(line) for line in '\n'.join(commands.values()).splitlines()
-  ]
+  text = '\n'.join(commands.values())
+  lines = [shlex.split(line) for line in text.splitlines()]
   assert all(words[:2] == ['python', '-m'] for words in lines)
   for _, _, module, config, *flags in lines:
     if module == 'moe_jax.main':

@@ -31,16 +31,10 @@ def make(step=0, kind='train', batch=0, seed=0, **changes):
     1: LayerChoices(expert, gate, kept, logits),
     4: LayerChoices(chosen, np.where(chosen >= 0, 0.25, 0.0), chosen >= 0),
   }
-  record = Record(
-    kind,
-    step,
-    batch,
-    rng.integers(0, 40_000, (B, T)),
-    np.tile(np.arange(T), (B, 1)),
-    documents,
-    layers,
-    rng.integers(0, 2, (B, T)),
-  )
+  tokens, positions = rng.integers(0, 40_000, (B, T)), np.tile(range(T), (B, 1))
+  ids = tokens, positions, documents
+  sources = rng.integers(0, 2, (B, T))
+  record = Record(kind, step, batch, *ids, layers, sources)
   return record._replace(**changes)
 
 

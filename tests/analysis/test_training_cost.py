@@ -20,22 +20,13 @@ KERNELS = {'attention': 4 * M * H * D, 'ffn': 2 * M * F, 'experts': 2 * M * F}
 def options_of(trainable='all', lora=(), tie=False):
   # Room for exactly the choices of tokens, so that no slot stays empty.
   capacity = dict(kind='per_assignment', per_assignment=dict(factor=1.0))
-  return tiny.options(
-    batch_size=ROWS,
-    trainable=trainable,
-    lora=dict(lora),
-    data=dict(seq_len=T),
-    model=dict(
-      vocab_size=V,
-      width=M,
-      scan_layers=False,
-      # The formula leaves out scores that are computed again.
-      attention=dict(num_heads=H, implementation='einsum'),
-      ffn=dict(hidden=F),
-      embedding=dict(tie=tie),
-      moe=dict(num_experts=E, num_selected=K, capacity=capacity),
-    ),
-  ).filled(V)
+  moe = dict(num_experts=E, num_selected=K, capacity=capacity)
+  # The formula leaves out scores that are computed again.
+  attention = dict(num_heads=H, implementation='einsum')
+  model = dict(vocab_size=V, width=M, scan_layers=False, attention=attention)
+  model |= dict(ffn=dict(hidden=F), embedding=dict(tie=tie), moe=moe)
+  run = dict(batch_size=ROWS, data=dict(seq_len=T), model=model)
+  return tiny.options(trainable=trainable, lora=dict(lora), **run).filled(V)
 
 
 def cost_of(*args, **kwargs):
@@ -50,35 +41,31 @@ def xla_flops(*args, **kwargs):
   model = options.build()
   mesh = make_mesh({'data': 1}, jax.devices()[:1])
   programs = make_programs(options, model, mesh)
-  lowered = programs.train_step.lower(
-    programs.abstract_state, options.batch_shapes(model)
-  )
+  shapes = options.batch_shapes(model)
+  lowered = programs.train_step.lower(programs.abstract_state, shapes)
   return float(lowered.cost_analysis()['flops'])
 
 
 def test_a_told_example():
   # Two layers, the second sparse: kernels of experts hold E pairs, and a token
   # meets K of them, once for its own gradient and once for the kernel's.
+  attention, ffn, expert = KERNELS.values()
   experts = cost_of('experts')
-  assert experts.trained_params == E * KERNELS['experts']
+  assert experts.trained_params == E * expert
   assert experts.optimizer_bytes == 2 * 4 * experts.trained_params + 2 * 4
   assert experts.gradient_bytes == 4 * experts.trained_params
   all_parts, non_experts = cost_of('all'), cost_of('non_experts')
-  kernel_flops = 2 * K * KERNELS['experts']
-  outputs = 2 * (
-    2 * KERNELS['attention'] + KERNELS['ffn'] + K * KERNELS['experts']
-  )
+  kernel_flops = 2 * K * expert
+  outputs = 2 * (2 * attention + ffn + K * expert)
   outputs += 2 * M * E + 2 * V * M + 2 * (4 * 2 * T * H * D)
   assert experts.backward_flops == outputs + kernel_flops
   assert all_parts.backward_flops == non_experts.backward_flops + kernel_flops
   # Adapters of attention: a pair for each of four kernels in two layers.
   lora = cost_of(lora=(('rank', 5),))
   assert lora.trained_params == 2 * 4 * 5 * (M + H * D)
-  assert lora.backward_flops == outputs + 2 * 2 * KERNELS['attention']
-  assert lora.gradient_bytes == 4 * (
-    lora.trained_params + 2 * KERNELS['attention']
-  )
-  assert lora.step_flops == 3 * 2 * 5 * 2 * KERNELS['attention']
+  assert lora.backward_flops == outputs + 2 * 2 * attention
+  assert lora.gradient_bytes == 4 * (lora.trained_params + 2 * attention)
+  assert lora.step_flops == 3 * 2 * 5 * 2 * attention
 
 
 @pytest.mark.slow
@@ -96,9 +83,8 @@ def test_the_compiler_counts_the_same_difference(costly, cheap):
   expected += high_cost.step_flops - low_cost.step_flops
   # The rest is elementwise (the optimizer, softmax, activations); compilers
   # of different age count between 4 % and 7 % for it.
-  assert xla_flops(**costly) - xla_flops(**cheap) == pytest.approx(
-    expected, rel=0.1
-  )
+  difference = xla_flops(**costly) - xla_flops(**cheap)
+  assert difference == pytest.approx(expected, rel=0.1)
 
 
 def test_a_model_of_two_stacks_is_refused():

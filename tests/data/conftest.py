@@ -37,21 +37,13 @@ class Examples(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, numbers):
     for i in numbers:
-      yield (
-        i,
-        {
-          'line': f'poém {i}',
-          'summary': f'short {i}',
-          'translation': {'de': f'Satz {i} ü', 'en': f'sentence {i}'},
-          'raw': b'\xe9',
-          'stars': i,
-          'choices': [f'{c}{i}' for c in 'abc'],
-          'sol1': f'no {i}',
-          'sol2': f'yes {i}',
-          'key': i % 3,
-          'truth': i % 2,
-        },
-      )
+      values = {
+        'line': f'poém {i}', 'summary': f'short {i}', 'raw': b'\xe9',
+        'translation': {'de': f'Satz {i} ü', 'en': f'sentence {i}'},
+        'stars': i, 'choices': [f'{c}{i}' for c in 'abc'],
+        'sol1': f'no {i}', 'sol2': f'yes {i}', 'key': i % 3, 'truth': i % 2,
+      }  # fmt: skip
+      yield i, values
 
 
 @pytest.fixture(scope='session')

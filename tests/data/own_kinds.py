@@ -19,11 +19,7 @@ from moe_jax.data.tokenizers import Tokenizer
 class Counting(SourceOptions):
   """Documents that count from one, such as '1 2 3'."""
 
-  last: int = option(
-    3,
-    'Largest number that a document counts to.',
-    minimum=1,
-  )
+  last: int = option(3, 'Largest number that a document counts to.', minimum=1)
 
   def texts(self, selection=None):
     """Yields one document for each number."""
@@ -31,11 +27,8 @@ class Counting(SourceOptions):
     documents = [
       ' '.join(map(str, range(1, n + 1))) for n in range(1, self.last + 1)
     ]
-    return Texts(
-      f'counting to {self.last}',
-      f'counting {self.last}',
-      lambda split: iter(documents),
-    )
+    name = f'counting to {self.last}'
+    return Texts(name, name, lambda split: iter(documents))
 
 
 class Words(Tokenizer):

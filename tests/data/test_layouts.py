@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.data.layouts import (
-  DecoderLayout,
-  EncoderDecoderLayout,
-  Example,
-)
+from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
 
 # The two examples are `1 2 3 -> 4 5` and `6 -> 7 8 9`; a decoder starts with
 # 99.

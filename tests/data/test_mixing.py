@@ -112,15 +112,6 @@ def test_a_source_has_an_order_of_its_own():
   assert first_rows_of_b(mixed_rows()) == first_rows_of_b(mixture_of_two)
 
 
-def test_processes_share_a_batch_of_any_number():
-  whole = batch_dataset(mixed_rows(), batch_size=8, seed=3)
-  share = np.array([1, 6, 7])
-  part = batch_dataset(mixed_rows(), batch_size=8, seed=3, share=share)
-  for i in (0, 20, 10**9):
-    for name, values in whole[i].items():
-      np.testing.assert_array_equal(part[i][name], values[share])
-
-
 def test_an_evaluation_has_every_row_once():
   rows = mixed_rows()
   assert len(rows) == 150

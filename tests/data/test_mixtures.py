@@ -72,12 +72,9 @@ def test_what_would_be_in_vain_is_refused(changes, message):
 
 
 def test_what_is_learned_and_what_is_held_out(tmp_path):
+  rule = dict(rule='given', weights={'a': 2.0}, held_out='c', period=3)
   mixture = MixtureOptions(
-    sources=suite(a='copy', b='reverse', c='add'),
-    rule='given',
-    weights={'a': 2.0},
-    held_out='c',
-    period=3,
+    sources=suite(a='copy', b='reverse', c='add'), **rule
   )
   dataset = data.load(options(tmp_path, mixture))
   assert dataset.per_period == {'a': 2, 'b': 1}
@@ -130,11 +127,10 @@ def test_texts_share_a_tokenizer_that_is_fitted_once(tmp_path, monkeypatch):
   for name, text in (('one', 'abcab ' * 40), ('two', 'xyz. ' * 40)):
     (tmp_path / f'{name}.txt').write_text(text)
     sources[name] = FilesSource(str(tmp_path / f'{name}.txt'))
+  rule = dict(rule='given', weights={'two': 3.0}, period=4)
   data_options = options(
     tmp_path / 'cache',
-    MixtureOptions(
-      sources=sources, rule='given', weights={'two': 3.0}, period=4
-    ),
+    MixtureOptions(sources=sources, **rule),
     task=data.LmTask(),
     tokenizer=data.CharsOptions(),
     seq_len=8,
@@ -226,9 +222,7 @@ def test_lines_add_to_the_sources_and_options_of_a_file():
   options = read(lines, '--config.data.mixture.period=10', config=config)
   assert sorted(options.sources) == ['py', 'x']
   assert (options.rule, options.period) == ('temperature', 10)
-  with pytest.raises(
-    OptionError, match=r"'py:python_stdlib': there is a source 'py'"
-  ):
+  with pytest.raises(OptionError, match="'py:python_stdlib': there is a sou"):
     read('--config.data.mixture.lines=py:python_stdlib', config=config)
 
 

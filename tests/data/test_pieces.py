@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -46,7 +45,7 @@ def made(options, engine=Engine()):
 def digests_of(folder):
   """Returns the sha256 of every file of a folder, by name."""
   return {
-    path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+    path.relative_to(folder): cache_folders.sha256(path)
     for path in folder.rglob('*')
     if path.is_file()
   }
@@ -117,10 +116,8 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
   folder = folder_in(options.cache_dir)
   assert folder.suffix == '.parts'
   finished = sorted(path.name for path in folder.glob('0*'))
-  assert (
-    finished == [f'{i:05}' for i in range(len(finished))]
-    and 3 <= len(finished) < 6
-  )
+  assert finished == [f'{i:05}' for i in range(len(finished))]
+  assert 3 <= len(finished) < 6
   name = 'train.documents.tokens'
   damaged_file = folder / '00001' / name
   damaged_file.write_bytes(damaged_file.read_bytes()[::-1])

@@ -19,8 +19,8 @@ import pytest
 
 from moe_jax import data
 from moe_jax.data import prepare, tokenizers
-from moe_jax.data.cache_folders import sha256
 from moe_jax.data.sources import files
+from tests.data.test_pieces import digests_of, folder_in
 
 CONFIG = '--config=configs/tiny_switch.py'
 KIND = '--config.data.source.kind=files'
@@ -155,15 +155,6 @@ def peak_of(*args, **options):
   return int(text.split()[-1]) * 1024
 
 
-def digests_of(cache):
-  (folder,) = (cache / 'tokens').iterdir()
-  return {
-    path.relative_to(folder): sha256(path)
-    for path in folder.rglob('*')
-    if path.is_file()
-  }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('engine', ['pool', 'beam'])
 def test_100_mb_are_the_same_by_whomever_and_after_a_kill(
@@ -182,7 +173,7 @@ def test_100_mb_are_the_same_by_whomever_and_after_a_kill(
   killed.communicate()
   peaks = [peak_of(large, two, *flags, python=python)]
   peaks.append(peak_of(large, one, '--processes=1'))
-  assert digests_of(one) == digests_of(two)
+  assert digests_of(folder_in(one)) == digests_of(folder_in(two))
   # Libraries have most of this memory: pieces of 32 MiB would be ten times as
   # many.
   assert engine == 'beam' or max(peaks) < 700 * 2**20

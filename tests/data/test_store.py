@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data import store, tokenizers
-from tests.data.stored import (
-  read_pairs,
-  read_tokens,
-  write_pairs,
-  write_tokens,
-)
+from tests.data.stored import read_pairs, read_tokens, write_pairs, write_tokens
 
 
 def test_documents_end_in_eos_and_empty_ones_go(tmp_path):

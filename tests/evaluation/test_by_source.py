@@ -4,20 +4,18 @@ import dataclasses
 import functools
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from moe_jax import data
 from moe_jax.data import InstructionSource, MixtureOptions
-from moe_jax.devices import Placing
 from moe_jax.evaluation import (
   LossEvaluation,
   SourceLosses,
   SourceScores,
   by_source,
 )
-from moe_jax.training.evaluate import Setting, make_evaluations
+from tests.evaluation.settings import measure_of
 from tests.models import tiny as tiny_models
 from tests.training import tiny
 
@@ -25,10 +23,8 @@ TASKS = {'a': 'copy', 'b': 'larger', 'c': 'add', 'd': 'reverse', 'e': 'same'}
 
 
 def mixture(names='abcd', **changes):
-  sources = {
-    name: InstructionSource(TASKS[name], num_train=20, num_validation=4)
-    for name in names
-  }
+  sizes = dict(num_train=20, num_validation=4)
+  sources = {name: InstructionSource(TASKS[name], **sizes) for name in names}
   return MixtureOptions(sources=sources, **changes)
 
 
@@ -39,13 +35,8 @@ def run_of(names, held_out=''):
   if len(names) > 1:
     mixed = mixture(names, held_out=held_out)
     changes = {'source': data.PythonStdlibSource(), 'mixture': mixed}
-  run = tiny.options(
-    data={
-      'task': {'kind': 'seq2seq'},
-      'source': {'kind': 'instructions'},
-      'seq_len': 40,
-    }
-  ).filled(257)
+  kinds = {'task': {'kind': 'seq2seq'}, 'source': {'kind': 'instructions'}}
+  run = tiny.options(data={**kinds, 'seq_len': 40}).filled(257)
   run = dataclasses.replace(run, data=dataclasses.replace(run.data, **changes))
   model = run.build()
   variables = {'params': tiny_models.params_of(model)}
@@ -54,12 +45,7 @@ def run_of(names, held_out=''):
 
 def measure(folder, entry, names=tuple('abcd'), **changes):
   run, model, variables = run_of(names, **changes)
-  entries, rules = {'it': entry}, run.sharding.rules
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  put = Placing(sharding, run.batch_size)
-  setting = Setting(model, data.load(run.data), run.data, folder, put)
-  (evaluation,) = make_evaluations(entries, run.model, rules, setting)
-  return evaluation.measure(variables, 0)
+  return measure_of('it', entry, run, folder, model=model)(variables, 0)
 
 
 def test_a_told_summary():
@@ -76,23 +62,21 @@ def test_a_told_summary():
     'held_out_mean': 70.0,
     'held_out_cluster_mean': 70.0,
   }
-  single_row = by_source.summary_row({'x': 3.0}, MixtureOptions())
-  assert single_row == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
+  alone = by_source.summary_row({'x': 3.0}, MixtureOptions())
+  assert alone == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
   # No source may have the name of a mean.
   means = [name for name in row if name.endswith('mean')]
   assert len(means) == 4
   for name in means:
-    with pytest.raises(
-      ValueError, match=f'sources.{name}: .* are names of mea'
-    ):
+    with pytest.raises(ValueError, match=f'sources.{name}: .* are names'):
       MixtureOptions(sources={name: InstructionSource('copy')})
 
 
 def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
   for split in ('validation', 'train'):  # `row` is of the training split below
     row = measure(tmp_path, SourceLosses(split=split), held_out='c')
-    single_row = measure(tmp_path, LossEvaluation(split=split), ('a',))
-    assert row['a'] == pytest.approx(single_row['loss'], rel=1e-6)
+    alone = measure(tmp_path, LossEvaluation(split=split), ('a',))
+    assert row['a'] == pytest.approx(alone['loss'], rel=1e-6)
   assert len({row[name] for name in 'abcd'}) == 4
   assert row['held_out_mean'] == row['c']
   assert row['mean'] == pytest.approx(np.mean([row[n] for n in 'abd']))
@@ -106,12 +90,10 @@ def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
   names, entry = 'ab', SourceScores(num_questions=3, num_tokens=4)
   row = measure(tmp_path, entry, tuple(names))
   for name in names:
-    single_row = measure(tmp_path, entry, (name,))
-    assert row[name] == single_row['source'] == single_row['mean']
+    alone = measure(tmp_path, entry, (name,))
+    assert row[name] == alone['source'] == alone['mean']
     # With choices, the likelihood of the right one is measured too.
-    assert row.get(f'{name}.nats') == pytest.approx(
-      single_row.get('source.nats')
-    )
+    assert row.get(f'{name}.nats') == pytest.approx(alone.get('source.nats'))
     assert (row.get(f'{name}.chance') == 50) == (name != 'a')
   mean = np.mean([row[name] for name in names])
   assert row['mean'] == pytest.approx(mean)
@@ -133,6 +115,5 @@ def test_a_source_that_is_judged_in_two_ways():
   source = types.SimpleNamespace(questions=lambda selection: questions)
   options = dict(task=data.Seq2SeqTask(), mixture=MixtureOptions())
   options = types.SimpleNamespace(source=source, selection=None, **options)
-  setting = types.SimpleNamespace(data=options)
   with pytest.raises(ValueError, match=r"judged by \['choice', 'exact_match'"):
-    SourceScores().measure(setting)
+    SourceScores().measure(types.SimpleNamespace(data=options))

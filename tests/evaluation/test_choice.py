@@ -4,19 +4,18 @@ import dataclasses
 import json
 from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 
 from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
-from moe_jax.devices import Placing
 from moe_jax.evaluation import ChoiceEvaluation, choice
 from moe_jax.evaluation.prompts import EncodedQuestion
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
-from moe_jax.training.evaluate import Setting, make_evaluations
+from moe_jax.training.evaluate import Setting
+from tests.evaluation.settings import measure_of, placing
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
 from tests.training.test_evaluate import stopped_before
@@ -36,14 +35,10 @@ def make_examples():
   ]
 
 
-def placing(batch_size):
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return Placing(sharding, batch_size, microbatches=batch_size)
-
-
 def likelihoods_of(model, examples, layout, tasks=()):
   """The likelihoods of examples, each of which is a question's one answer."""
-  setting = mock.Mock(spec=Setting, model=model, put=placing(2))
+  put = placing(2, microbatches=2)
+  setting = mock.Mock(spec=Setting, model=model, put=put)
   questions = [EncodedQuestion([e], 0, False, ITEM) for e in examples]
   variables = {'params': tiny.params_of(model)}
   return np.concatenate(
@@ -107,9 +102,7 @@ def test_log_likelihoods_of_examples_of_several_tasks():
 
   by_task = np.stack([of_tasks([0] * 5), of_tasks([1] * 5)])
   assert (np.abs(by_task[0] - by_task[1]) > 1e-2).all()
-  np.testing.assert_allclose(
-    of_tasks(tasks), by_task[tasks, range(5)], rtol=1e-5
-  )
+  np.testing.assert_allclose(of_tasks(tasks), by_task[tasks, range(5)], 1e-5)
 
 
 def test_how_often_the_right_answer_is_the_likeliest():
@@ -119,9 +112,7 @@ def test_how_often_the_right_answer_is_the_likeliest():
   metrics = choice.accuracy_row(scores, [1, 1, 0, 2])
   assert metrics['accuracy'] == 50 and metrics['items'] == 4
   assert metrics['standard_error'] == pytest.approx(100 * (0.25 / 4) ** 0.5)
-  assert metrics['chance'] == pytest.approx(
-    100 * (1 / 2 + 1 / 2 + 1 / 3 + 1 / 4) / 4
-  )
+  assert metrics['chance'] == pytest.approx(100 * (1 + 1 / 3 + 1 / 4) / 4)
 
 
 class Bench:
@@ -131,27 +122,16 @@ class Bench:
     self.folder, self.model = folder, {}
 
   def write(self, name, *items):
-    lines = [
-      json.dumps(dict(zip(('prompt', 'answers', 'label'), item)))
-      for item in items
-    ]
+    keys = 'prompt', 'answers', 'label'
+    lines = [json.dumps(dict(zip(keys, item))) for item in items]
     (self.folder / name).write_text('\n'.join(lines))
     return data.ChoiceFilesSource(str(self.folder / name))
 
   def choice(self, **options):
     run = tiny_runs.options(data={'seq_len': 15}, model=self.model).filled(257)
-    entries = {'quiz': ChoiceEvaluation(**options)}
-    setting = Setting(
-      run.build(),
-      data.load(run.data),
-      run.data,
-      self.folder,
-      placing(run.batch_size),
-    )
-    (evaluation,) = make_evaluations(
-      entries, run.model, run.sharding.rules, setting
-    )
-    return evaluation.measure
+    put = placing(run.batch_size, microbatches=run.batch_size)
+    entry = ChoiceEvaluation(**options)
+    return measure_of('quiz', entry, run, self.folder, put=put)
 
 
 @pytest.fixture
@@ -168,9 +148,7 @@ def test_scores_are_divided_as_asked(bench):
     params = tiny.params_of(measure.setting.model)
     (scores[normalize],) = measure.scores({'params': params})
   # Each byte is a token.
-  np.testing.assert_allclose(
-    scores['none'] / np.array([1, 3, 4]), scores['tokens']
-  )
+  np.testing.assert_allclose(scores['none'] / [1, 3, 4], scores['tokens'])
   np.testing.assert_array_equal(scores['bytes'], scores['tokens'])
   assert (scores['none'] < 0).all()
 
@@ -179,16 +157,10 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
   questions = [(f'q{i}', ['x', 'y'], 0) for i in range(3)]
   shots = [(f's{i}', ['u', 'v'], 1) for i in range(12)]
   source = bench.write('q.jsonl', *questions)
-  measure = bench.choice(
-    source=source,
-    num_shots=2,
-    shots_source=bench.write('s.jsonl', *shots),
-    answer_prefix='=',
-  )
-  prompts = [
-    bytes(question.examples[0].inputs.tolist()).decode()
-    for question in measure.questions
-  ]
+  options = dict(num_shots=2, shots_source=bench.write('s.jsonl', *shots))
+  measure = bench.choice(source=source, answer_prefix='=', **options)
+  inputs = (q.examples[0].inputs.tolist() for q in measure.questions)
+  prompts = [bytes(ids).decode() for ids in inputs]
   # 12 examples for 3 questions with 2 each are taken in steps of 2. A row of 15
   # has room for 16 tokens with the answer, one too few for 's4=v' before the
   # last question.
@@ -214,10 +186,10 @@ def test_without_overrides_nothing_is_dropped(bench):
 
 def test_a_model_that_routes_by_task_is_refused(bench):
   source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
-  setting = bench.choice(source=source).setting
+  plain = bench.choice(source=source).setting
   model = tiny.options(dict(router=Task(), **ALL), num_tasks=2).build()
   with pytest.raises(ValueError, match=r"evals.quiz of kind 'choice': the mod"):
-    ChoiceEvaluation().measure(dataclasses.replace(setting, model=model))
+    ChoiceEvaluation().measure(dataclasses.replace(plain, model=model))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ import pytest
 from moe_jax import data, evaluation, generation, run_config
 from moe_jax.configs import base
 from moe_jax.data.sources.python_stdlib import split_of
-from moe_jax.devices import Placing
 from moe_jax.evaluation import GenerateEvaluation
 from moe_jax.runs import metrics
 from moe_jax.training import loop
-from moe_jax.training.evaluate import Setting
 from tests.data.tokenizers import models as sentencepieces
+from tests.evaluation import settings
 from tests.models import tiny as tiny_models
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -30,23 +29,19 @@ PAIRS = dict(
       kind='python_stdlib_docstrings',
       python_stdlib_docstrings=dict(modules=MODULES),
     ),
-    seq_len=24,
-    target_len=12,
+    seq_len=24, target_len=12,
   ),
   model=dict(
-    kind='encoder_decoder',
-    positions=dict(kind='relative'),
-    scan_layers=False,
-    num_layers=1,
-    moe=dict(layers='all', num_experts=4),
+    kind='encoder_decoder', positions=dict(kind='relative'), scan_layers=False,
+    num_layers=1, moe=dict(layers='all', num_experts=4),
   ),
-)
+)  # fmt: skip
 
 
 def config(**evals):
   """Config of a tiny encoder-decoder on pairs with every kind of evaluation."""
   source = dict(docstring_choice=dict(modules=MODULES))
-  c = tiny.config(total_steps=4, **without_its_corpus(PAIRS)).unlock()
+  c = tiny.config(total_steps=4, **PAIRS).unlock()
   c.checkpoint.every_steps = 2
   c.sample.num_tokens = 0
   c.evals = {
@@ -56,14 +51,6 @@ def config(**evals):
     **evals,
   }
   return c.lock()
-
-
-def without_its_corpus(overrides):
-  """Overrides that reset the modules of a source that is not chosen."""
-  if 'source' not in overrides.get('data', {}):
-    return overrides
-  source = overrides['data']['source'] | {'python_stdlib': {'modules': ''}}
-  return overrides | {'data': overrides['data'] | {'source': source}}
 
 
 def train(config, workdir, **kwargs):
@@ -83,11 +70,8 @@ def rows_of(workdir, name):
   """Pairs (step, row) of the evaluation `name`; keys are without prefix."""
   rows = []
   for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
-    values = {
-      key.split('/', 2)[2]: value
-      for key, value in row.items()
-      if key.startswith(f'eval/{name}/')
-    }
+    prefix = f'eval/{name}/'
+    values = {k.removeprefix(prefix): v for k, v in row.items() if prefix in k}
     if values:
       rows.append((row['step'], values))
   return rows
@@ -118,16 +102,8 @@ def test_a_run_is_evaluated_from_its_folder(run):
 
 
 def setting(tmp_path, **overrides):
-  options = tiny.options(**without_its_corpus(overrides)).filled(258)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return Setting(
-    name='x',
-    model=options.build(),
-    dataset=data.load(options.data),
-    data=options.data,
-    workdir=tmp_path,
-    put=Placing(sharding, options.batch_size),
-  )
+  options = tiny.options(**overrides).filled(258)
+  return settings.setting(options, tmp_path, name='x')
 
 
 @pytest.mark.parametrize('task', ['seq2seq', 'prefix_lm'])

@@ -15,10 +15,8 @@ SUM = Item('1+1', ('1', '2', '33'), 1)
 SHOTS = [Item('2+2', ('4', '5'), 0), Item('3+3', ('5', '6'), 1)]
 
 
-def asker(seq_len, **options):
-  return Asker(
-    LmTask(), tokenizers.Bytes(), DecoderLayout(seq_len), '=', **options
-  )
+def asker(seq_len):
+  return Asker(LmTask(), tokenizers.Bytes(), DecoderLayout(seq_len), '=')
 
 
 def pairs_asker(layout, tokenizer=None):
@@ -103,11 +101,9 @@ def test_inputs_are_cut_as_in_training():
 def test_words_that_begin_with_a_space_are_the_answers():
   vocabulary = {t: i for i, t in enumerate(['q', 'y', 'n', 'Ġ', 'Ġy', 'Ġn'])}
   model = hf.models.BPE(vocabulary, [('Ġ', 'y'), ('Ġ', 'n')])
-  word_tokenizer = hf.Tokenizer(model)
-  word_tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  tokenizer = tokenizers.Json(json.dumps(json.loads(word_tokenizer.to_str())))
+  words = hf.Tokenizer(model)
+  words.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer = tokenizers.Json(json.dumps(json.loads(words.to_str())))
   ask = Asker(LmTask(), tokenizer, DecoderLayout(9), ' ')
   encoded = ask(Item('q', ('y', 'n'), 0), [])
   # The space before an answer belongs to the token of the answer.

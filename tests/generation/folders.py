@@ -36,22 +36,17 @@ def write(
     lambda x: jnp.linspace(0, 0.1, x.size, dtype=x.dtype).reshape(x.shape),
     init_router_state(model),
   )
-  checkpoints = Checkpointer(
-    folder / workdir_lib.CHECKPOINTS,
-    CheckpointOptions(keep_newest=3, keep_best=False),
-  )
-  with checkpoints:
+  kept = CheckpointOptions(keep_newest=3, keep_best=False)
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS, kept) as checkpoints:
     for step in steps:
       # This stands for the optimizer's state, which generation does not read.
       other_trees = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
       if router_state:
         other_trees['router_state'] = router_state
+      trees = {'params': params[step], **other_trees}
       # The first is the best one.
-      checkpoints.save(
-        step,
-        {'params': params[step], **other_trees},
-        metrics={options.checkpoint.best_name: float(step)},
-      )
+      metrics = {options.checkpoint.best_name: float(step)}
+      checkpoints.save(step, trees, metrics=metrics)
   return params
 
 

@@ -9,94 +9,46 @@ import numpy as np
 import pytest
 
 from moe_jax import generation, models, partitioning
-from moe_jax.layers.positions import Relative
-from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 
 PROMPTS = [[3, 17, 5, 8], [11], [20, 6], [1, 14, 9], [8, 0], [19]]
-NEW, START = 6, 2
-# This capacity would drop tokens in training; generation drops none.
-TIGHT = dict(capacity=PerToken(0.3))
-ROOM = dict(capacity=All())
-KINDS = {
-  'rotary': dict(attention=dict(num_kv_heads=2), ffn=dict(activation='swiglu')),
-  'lstm': dict(kind='lstm', num_layers=3, moe=dict(layers='1')),
-  't5': dict(
-    kind='encoder_decoder',
-    positions=Relative(),
-    attention=dict(scale='none'),
-    encoder=EncoderOptions(3),
-  ),
-}
+NEW = 6
 
 
-def model_and_params(name, moe):
+def model_and_params(capacity=PerToken(0.3)):
+  """A decoder whose capacity would drop tokens in training."""
   # With tied embeddings a random model repeats itself.
-  options = dict(KINDS[name])
-  options['embedding'] = {'tie': False, **options.get('embedding', {})}
-  model = tiny.build(moe | options.pop('moe', {}), **options)
+  parts = dict(attention=dict(num_kv_heads=2), ffn=dict(activation='swiglu'))
+  options = dict(embedding=dict(tie=False), **parts)
+  model = tiny.build(dict(capacity=capacity), **options)
   # Parameters are large, so that every token and position matters.
   return model, jax.tree.map(lambda x: 2.5 * x, tiny.params_of(model, 1))
 
 
-def starts(model):
-  if model.has_encoder:
-    return {'start_id': START}
-  return {}
-
-
 def generate(model, params, prompts=PROMPTS, **options):
-  options = dict(num_tokens=NEW) | starts(model) | options
+  options = dict(num_tokens=NEW) | options
   return generation.generate(model, {'params': params}, prompts, **options)
 
 
-def likeliest(name, params, new_rows):
+def likeliest(params, new_rows):
   """The likeliest token after each prefix of the answers, by one pass."""
-  model, _ = model_and_params(name, ROOM)
-  answers = [row.tolist() for row in new_rows]
-  if model.has_encoder:
-    rows = [[START, *answer[:-1]] for answer in answers]
-    halves = zip(rows_of(PROMPTS), rows_of(rows))
-    inputs = [array for pair in halves for array in pair]
-    logits = tiny.apply(model)(params, *inputs)[0]
-  else:
-    rows = [prompt + answer[:-1] for prompt, answer in zip(PROMPTS, answers)]
-    logits = tiny.apply(model)(params, *rows_of(rows))[0]
-  best_tokens = np.asarray(logits.argmax(-1))
+  model, _ = model_and_params(All())
+  tokens = np.zeros((len(PROMPTS), max(map(len, PROMPTS)) + NEW - 1), np.int32)
+  for row, prompt, answer in zip(tokens, PROMPTS, new_rows):
+    row[: len(prompt) + NEW - 1] = [*prompt, *answer[:-1]]
+  logits, _ = tiny.apply(model)(params, tokens)  # rows are padded at their end
   return [
-    row[len(tokens) - len(answer) : len(tokens)]
-    for row, tokens, answer in zip(best_tokens, rows, answers)
+    row[len(prompt) - 1 :][:NEW]
+    for row, prompt in zip(np.asarray(logits.argmax(-1)), PROMPTS)
   ]
 
 
-def rows_of(rows):
-  """Tokens and segment ids of rows, padded at their end."""
-  length = max(map(len, rows))
-  tokens = np.zeros((len(rows), length), np.int32)
-  for i, row in enumerate(rows):
-    tokens[i, : len(row)] = row
-  lengths = np.array(list(map(len, rows)))
-  segments = np.arange(length)[None] < lengths[:, None]
-  return tokens, segments.astype(np.int32)
-
-
-# The others differ from these in one part each.
-FAST = ('rotary',)
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-    for name in KINDS
-  ],
-)
-def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
-  model, params = model_and_params(name, TIGHT)
+def test_greedy_tokens_are_the_likeliest_of_the_whole_forward():
+  model, params = model_and_params()
   output = generate(model, params)
   np.testing.assert_array_equal(output.lengths, [NEW] * 6)
-  expected = likeliest(name, params, output.rows)
+  expected = likeliest(params, output.rows)
   np.testing.assert_array_equal(output.tokens, expected)
   assert len(np.unique(output.tokens)) > 3
 
@@ -107,9 +59,8 @@ DRAWN = dict(temperature=1.5, top_p=0.9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['rotary', 't5'])
-def test_a_row_alone_is_the_row_in_a_batch(name):
-  model, params = model_and_params(name, TIGHT)
+def test_a_row_alone_is_the_row_in_a_batch():
+  model, params = model_and_params()
   seeds = [4, 9, 1, 7, 2, 30]
   together = generate(model, params, seed=seeds, **DRAWN).rows
   for i in ALONE:
@@ -120,7 +71,7 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 @pytest.fixture(scope='module')
 def prepared():
   """A prepared decoder, which tests share."""
-  model, params = model_and_params('rotary', TIGHT)
+  model, params = model_and_params()
   return generation.prepare(model, {'params': params})
 
 
@@ -143,7 +94,7 @@ def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
 
 
 def test_rows_end_with_their_stop_tokens():
-  model, params = model_and_params('rotary', TIGHT)
+  model, params = model_and_params()
   endless = generate(model, params).tokens.tolist()
   stops = [endless[0][1], endless[1][4]]
   output = generate(model, params, stop_ids=stops, pad_id=22)
@@ -178,7 +129,7 @@ def test_streamed_tokens_are_the_same_until_a_true_answer(prepared, last):
 
 
 def test_forced_tokens_come_first():
-  model, params = model_and_params('rotary', TIGHT)
+  model, params = model_and_params()
   streamed = []
   output = generate(
     model,
@@ -188,14 +139,14 @@ def test_forced_tokens_come_first():
   )
   np.testing.assert_array_equal(output.tokens[:, :2], [[14, 9]] * 6)
   np.testing.assert_array_equal(np.array(streamed).T, output.tokens)
-  expected = np.array(likeliest('rotary', params, output.rows))
+  expected = np.array(likeliest(params, output.rows))
   np.testing.assert_array_equal(output.tokens[:, 2:], expected[:, 2:])
   assert (output.tokens[:, :2] != expected[:, :2]).any(axis=1).all()
 
 
 @pytest.mark.slow
 def test_sharded_parameters_generate_the_same():
-  model, params = model_and_params('rotary', TIGHT)
+  model, params = model_and_params()
   mesh = partitioning.make_mesh({'data': 2, 'tensor': 2}, jax.devices()[:4])
   trees = models.describe(model)
   rules = partitioning.ShardingOptions().rules

@@ -11,6 +11,8 @@ from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import Fraction, PerToken
 from tests.models import tiny
 
+HALVES = dict(kind='encoder_decoder', positions=Relative())
+
 
 def prepared(moe=None, **model):
   built = tiny.build(moe, **model)
@@ -24,7 +26,7 @@ def decoder():
 
 @pytest.fixture(scope='module')
 def halves():
-  return prepared(kind='encoder_decoder', positions=Relative())
+  return prepared(**HALVES)
 
 
 def make(model, prompt, **changes):
@@ -60,11 +62,9 @@ def test_an_encoders_rows_begin_together(halves):
 
 def test_an_encoder_whose_experts_choose_reads_whole_groups():
   choosing = {'moe': {'router': {'kind': 'expert_choice'}}}
-  model = prepared(
-    dict(capacity=PerToken(), group_size=5),
-    kind='encoder_decoder',
-    encoder=EncoderOptions(0, choosing),
-  )
+  moe = dict(capacity=PerToken(), group_size=5)
+  encoder = EncoderOptions(0, choosing)
+  model = prepared(moe, kind='encoder_decoder', encoder=encoder)
   for length, padded in ((3, 5), (5, 5), (7, 10)):
     prefix = make(model, [range(1, 1 + length)], start_id=2)
     assert prefix.encoder_tokens.shape == (1, padded)
@@ -79,11 +79,7 @@ def test_lengths_are_few_and_not_much_longer():
 
 
 def test_lengths_stay_where_capacity_depends_on_them():
-  model = prepared(
-    dict(capacity=Fraction(0.5), group_size=-1),
-    kind='encoder_decoder',
-    positions=Relative(),
-  )
+  model = prepared(dict(capacity=Fraction(0.5), group_size=-1), **HALVES)
   assert make(model, [[1, 2, 3]], start_id=0).encoder_tokens.shape == (1, 3)
 
 

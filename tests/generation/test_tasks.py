@@ -13,13 +13,8 @@ from moe_jax.routing import All
 from tests.models import tiny
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
-MOE = dict(
-  num_experts=5,
-  num_selected=2,
-  router=Task(gates='renormalized'),
-  capacity=All(),
-  dispatch=Dropless(),
-)
+ROUTER = Task(gates='renormalized')
+MOE = dict(router=ROUTER, capacity=All(), dispatch=Dropless())
 KINDS = {'decoder': {}, 'encoder_decoder': {'start_id': 0}}
 
 

@@ -10,15 +10,8 @@ import tensorstore
 import tokenizers as hf
 
 from moe_jax import partitioning
-from moe_jax.data import (
-  LmTask,
-  PrefixLmTask,
-  Seq2SeqTask,
-  Ul2Task,
-  tokenizers,
-)
+from moe_jax.data import LmTask, PrefixLmTask, Seq2SeqTask, Ul2Task, tokenizers
 from moe_jax.data.layouts import RowShape
-from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.generation import trained_run
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
@@ -49,16 +42,13 @@ def test_the_newest_good_checkpoints_parameters_are_read(tmp_path):
 
 def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   params = folders.write(tmp_path, steps=(3,))[3]
-  mesh = partitioning.make_mesh(
-    dict(data=1, fsdp=2, expert=2, tensor=2), jax.devices()[:8]
-  )
+  mesh = partitioning.make_mesh(dict(data=1, fsdp=2, expert=2, tensor=2))
   loaded = trained.load(tmp_path, dtype='bfloat16', mesh=mesh)
   types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
   bfloat16_options = tiny_runs.options(model={'numerics': types})
   assert loaded.model == tiny_runs.model_of(bfloat16_options)
-  loaded_params, saved = (
-    tiny.leaves(p) for p in (loaded.variables['params'], params)
-  )
+  loaded_params = tiny.leaves(loaded.variables['params'])
+  saved = tiny.leaves(params)
   for name, array in loaded_params.items():
     # Parameters that the model always keeps in float32 are not rounded.
     is_float32 = array.dtype == jnp.float32
@@ -104,9 +94,6 @@ def test_what_is_no_run_is_said(tmp_path):
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(ValueError, match='no finished checkpoint'):
     trained.load(tmp_path)
-  (tmp_path / 'config.json').write_text('{"model": {"width": 3}}')
-  with pytest.raises(ValueError, match=r'config\.json cannot be read: '):
-    trained.load(tmp_path)
 
 
 def test_a_config_that_was_edited_is_refused(tmp_path):
@@ -124,31 +111,9 @@ def test_a_config_that_was_edited_is_refused(tmp_path):
   trained.load(tmp_path)
 
 
-def test_another_models_checkpoint_is_refused(tmp_path):
-  folders.write(tmp_path, steps=())
-  state = {'params': {'embedding': jnp.zeros((2, 3))}}
-  with Checkpointer(tmp_path / 'checkpoints') as checkpoints:
-    checkpoints.save(1, state)
-  with pytest.raises(ValueError, match='holds another state'):
-    trained.load(tmp_path)
-
-
-def test_prompts_are_documents_or_inputs():
-  # Prompts of a task with inputs end as its inputs do; those of a language
-  # model begin a document.
-  tokenizer = extend(
-    tokenizers.Bytes(), num_sentinels=0, modes=(), end_inputs=True
-  )
-  ids = trained_run.encode(LmTask(), tokenizer, 'ab')
-  assert ids.tolist() == [97, 98]
-  for task, imported in ((LmTask(), True), (Seq2SeqTask(), False)):
-    ids = trained_run.encode(task, tokenizer, 'ab', imported=imported)
-    assert ids.tolist() == [97, 98, 256]
-
-
 @pytest.mark.parametrize(
   ('task', 'ends'),
-  [(Seq2SeqTask(), [1]), (PrefixLmTask(), []), (Ul2Task(), [])],
+  [(Seq2SeqTask(), [1]), (PrefixLmTask(), []), (Ul2Task(), []), (LmTask(), [])],
 )
 def test_prompts_begin_as_rows_of_training_do(task, ends):
   # The tokenizer begins inputs with <s>, which documents have not. Pairs are
@@ -176,16 +141,11 @@ def test_ids_that_the_tokenizer_lacks_have_no_text():
 
 
 @pytest.mark.parametrize(
-  ('model', 'expected'),
-  [
-    (dict(positions=dict(kind='rotary')), 24),
-    (dict(positions=dict(kind='relative')), 24),
-    (dict(positions=dict(kind='sinusoidal')), 0),
-    (dict(positions=dict(kind='learned')), 0),
-  ],
+  ('positions', 'expected'),
+  [('rotary', 24), ('relative', 24), ('sinusoidal', 0), ('learned', 0)],
 )
-def test_the_window_is_a_row_where_positions_are_distances(model, expected):
-  options = tiny_runs.options(model=model)
+def test_the_window_is_a_row_where_positions_are_distances(positions, expected):
+  options = tiny_runs.options(model={'positions': {'kind': positions}})
   built = tiny_runs.model_of(options)
   assert trained_run.window(options.data, built) == expected
   assert trained_run.window(options.data, built, imported=True) == 0
@@ -217,9 +177,7 @@ def test_special_ids_are_the_tokenizers():
   halves = tiny.build(kind='encoder_decoder', positions=Relative())
   tokenizer = tokenizers.Bytes()
   assert trained_run.special_ids(decoder, tokenizer) == {'stop_ids': (256,)}
-  assert trained_run.special_ids(halves, tokenizer) == {
-    'stop_ids': (256,),
-    'start_id': 256,
-  }
+  special_ids = trained_run.special_ids(halves, tokenizer)
+  assert special_ids == {'stop_ids': (256,), 'start_id': 256}
   with pytest.raises(ValueError, match='no id that starts a decoder'):
     trained_run.special_ids(halves, tokenizers.Chars('ab'))

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from moe_jax import cli, run_config
@@ -91,6 +92,11 @@ def import_run(source, workdir, tokenizer=None, **kwargs):
   return import_run_lib.import_run(
     source, workdir, options, devices=jax.devices()[:1], **kwargs
   )
+
+
+def assert_equal(a, b):
+  """Asserts that two trees have the same arrays."""
+  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def published(kind):

@@ -18,98 +18,53 @@ CLASSES = {
   if not architecture.needs_code
 }
 _DECODER = dict(
-  vocab_size=53,
-  hidden_size=24,
-  intermediate_size=20,
-  num_hidden_layers=3,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  max_position_embeddings=64,
-)
+  vocab_size=53, hidden_size=24, intermediate_size=20, num_hidden_layers=3,
+  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
 _CHOSEN = dict(_DECODER, num_experts_per_tok=3)
 _DEEPSEEK = dict(
-  _DECODER,
-  num_key_value_heads=None,
-  n_routed_experts=6,
-  num_experts_per_tok=3,
-  moe_intermediate_size=12,
-  first_k_dense_replace=1,
-  q_lora_rank=None,
-  kv_lora_rank=10,
-  qk_nope_head_dim=6,
-  qk_rope_head_dim=4,
-  v_head_dim=5,
-)
+  _DECODER, num_key_value_heads=None, n_routed_experts=6, num_experts_per_tok=3,
+  moe_intermediate_size=12, first_k_dense_replace=1, q_lora_rank=None,
+  kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+)  # fmt: skip
 BASE = {
   'gpt_oss': dict(
-    _CHOSEN,
-    num_local_experts=6,
-    head_dim=8,
-    sliding_window=4,
+    _CHOSEN, num_local_experts=6, head_dim=8, sliding_window=4,
     eos_token_id=None,
   ),
   'granitemoe': dict(
-    _CHOSEN,
-    num_local_experts=6,
-    embedding_multiplier=3.0,
-    attention_multiplier=0.3,
-    eos_token_id=None,
-    residual_multiplier=0.4,
+    _CHOSEN, num_local_experts=6, embedding_multiplier=3.0,
+    attention_multiplier=0.3, eos_token_id=None, residual_multiplier=0.4,
     logits_scaling=2.0,
   ),
   'deepseek_v2': dict(_DEEPSEEK, n_shared_experts=2),
   'deepseek_v3': dict(
-    _DEEPSEEK, n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=14
+    _DEEPSEEK, n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=14,
   ),
   'mixtral': dict(_DECODER, num_local_experts=5),
-  'olmoe': dict(
-    _CHOSEN,
-    num_experts=6,
-    # Its ids would be masked when tokens are generated.
-    pad_token_id=None,
-    eos_token_id=None,
-  ),
+  # Its ids would be masked when tokens are generated.
+  'olmoe': dict(_CHOSEN, num_experts=6, pad_token_id=None, eos_token_id=None),
   'phimoe': dict(_DECODER, num_local_experts=6),
   'qwen2_moe': dict(
-    _CHOSEN,
-    num_experts=6,
-    moe_intermediate_size=12,
+    _CHOSEN, num_experts=6, moe_intermediate_size=12,
     shared_expert_intermediate_size=28,
   ),
   'qwen3_moe': dict(
-    _CHOSEN,
-    num_experts=6,
-    moe_intermediate_size=12,
-    head_dim=8,
+    _CHOSEN, num_experts=6, moe_intermediate_size=12, head_dim=8,
   ),
   'nllb-moe': dict(
-    vocab_size=53,
-    d_model=24,
-    encoder_layers=4,
-    decoder_layers=2,
-    encoder_attention_heads=3,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=20,
-    decoder_ffn_dim=28,
-    num_experts=5,
-    encoder_sparse_step=2,
+    vocab_size=53, d_model=24, encoder_layers=4, decoder_layers=2,
+    encoder_attention_heads=3, decoder_attention_heads=2, encoder_ffn_dim=20,
+    decoder_ffn_dim=28, num_experts=5, encoder_sparse_step=2,
     decoder_sparse_step=2,
   ),
   'switch_transformers': dict(
-    vocab_size=53,
-    d_model=24,
-    d_kv=6,
-    d_ff=20,
-    num_heads=3,
-    num_layers=4,
-    num_sparse_encoder_layers=2,
-    num_decoder_layers=2,
-    num_sparse_decoder_layers=1,
-    num_experts=5,
-    expert_capacity=2,
+    vocab_size=53, d_model=24, d_kv=6, d_ff=20, num_heads=3, num_layers=4,
+    num_sparse_encoder_layers=2, num_decoder_layers=2,
+    num_sparse_decoder_layers=1, num_experts=5, expert_capacity=2,
     decoder_start_token_id=0,
   ),
-}
+}  # fmt: skip
 
 
 # Parameters are multiplied by these factors, by a part of their name; the first
@@ -119,13 +74,10 @@ LOUD = {
   **{name: {'': 8.0} for name in CLASSES},
   'nllb-moe': {'shared': 6.0, 'fc': 48.0, '': 16.0},
   'switch_transformers': {
-    'shared': 1.0,
-    'lm_head': 0.1,
-    'Attention.q': 2.0,
-    'Attention.k': 2.0,
+    'shared': 1.0, 'lm_head': 0.1, 'Attention.q': 2.0, 'Attention.k': 2.0,
     '': 3.0,
   },
-}
+}  # fmt: skip
 
 # With these seeds the greedy tokens of models repeat themselves least.
 FIRST_SEED = {'nllb-moe': 1}
@@ -178,9 +130,7 @@ def inputs(
 def logits(model, batch: dict[str, np.ndarray]) -> np.ndarray:
   """Logits of transformers' model, float32 [B, T, V]."""
   with torch.no_grad():
-    output = model(
-      **{name: torch.tensor(value) for name, value in batch.items()}
-    )
+    output = model(**{k: torch.tensor(v) for k, v in batch.items()})
   return output.logits.numpy()
 
 
@@ -191,9 +141,7 @@ def greedy(model, batch: dict[str, np.ndarray]) -> np.ndarray:
   once, it becomes the end of text: other rows then continue beside that row's
   padding.
   """
-  ids, mask = (
-    torch.tensor(batch[name]) for name in ('input_ids', 'attention_mask')
-  )
+  ids, mask = (torch.tensor(batch[k]) for k in ('input_ids', 'attention_mask'))
   if not model.config.is_encoder_decoder:
     prompt = ids[:1, mask[0].bool()]
     return model.generate(prompt, do_sample=False, max_new_tokens=N).numpy()
@@ -248,11 +196,8 @@ def write(
 ):
   """Writes the checkpoint and `expected.npz`; returns the latter's arrays."""
   batch = inputs(model) if batch is None else batch
-  expected = {
-    **batch,
-    'logits': logits(model, batch),
-    'greedy': greedy(model, batch),
-  }
+  expected = batch | {'logits': logits(model, batch)}
+  expected['greedy'] = greedy(model, batch)
   model.save_pretrained(folder)
   np.savez(folder / 'expected.npz', **expected)
   return expected

@@ -9,6 +9,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import interop
@@ -82,30 +83,28 @@ def logits(config, w, batch, feed_forward, *, theta, scale):
   c = config
   heads = c['num_attention_heads']
   kv_heads = c.get('num_key_value_heads') or heads
+  sizes = dict(heads=heads, kv_heads=kv_heads, theta=theta, scale=scale)
   x = w['model.embed_tokens.weight'][np.asarray(batch)]  # [B, T, M]
   for i in range(c['num_hidden_layers']):
     layer = f'model.layers.{i}'
     for b in range(len(x)):
       scale_in = w[f'{layer}.input_layernorm.weight']
       h = [normed(row, scale_in, c['rms_norm_eps']) for row in x[b]]
-      x[b] += attention(
-        h,
-        w,
-        f'{layer}.self_attn',
-        heads=heads,
-        kv_heads=kv_heads,
-        theta=theta,
-        scale=scale,
-      )
+      x[b] += attention(h, w, f'{layer}.self_attn', **sizes)
     rows = x.reshape(-1, x.shape[-1])
     x = (rows + feed_forward(rows, i)).reshape(x.shape)
   head = 'model.embed_tokens' if c['tie_word_embeddings'] else 'lm_head'
-  last = w['model.norm.weight']
-  return np.array(
-    [
-      [w[f'{head}.weight'] @ normed(x, last, c['rms_norm_eps']) for x in row]
-      for row in x
-    ]
+  last, kernel = w['model.norm.weight'], w[f'{head}.weight']
+  rows = x.reshape(-1, x.shape[-1])
+  logits = [kernel @ normed(row, last, c['rms_norm_eps']) for row in rows]
+  return np.array(logits).reshape(*x.shape[:2], -1)
+
+
+def each_name(cases, fast):
+  """Parametrises a test by the names of cases, all but one of them slow."""
+  return pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != fast)) for n in cases],
   )
 
 
@@ -200,12 +199,9 @@ def check(folder, config, tensors, compute, fast=False):
   """
   source, exported = folder / 'theirs', folder / 'ours'
   write(source, config, tensors)
-  wide_tensors = {
-    name: value.astype(np.float64) for name, value in tensors.items()
-  }
-  expected = expect(
-    source, functools.partial(compute, wide_tensors), config['vocab_size']
-  )
+  wide = {name: x.astype(np.float64) for name, x in tensors.items()}
+  loops = functools.partial(compute, wide)
+  expected = expect(source, loops, config['vocab_size'])
   # Outputs must vary, or any model would agree.
   assert len(np.unique(expected['greedy'][0, T:])) >= 3
   assert expected['logits'].std() > 0.1
@@ -219,9 +215,8 @@ def check(folder, config, tensors, compute, fast=False):
   else:
     verdict = verify(source, source / 'expected.npz')
     assert verdict.largest_difference < 5e-5, verdict.describe()
-    assert verdict.first_difference is None and verdict.num_equal_tokens == N, (
-      verdict
-    )
+    assert verdict.first_difference is None, verdict.describe()
+    assert verdict.num_equal_tokens == N
   # Exported again, the model has the same weights and options.
   interop.save(options, variables, exported, shard_bytes=2**13)
   assert len([*exported.glob('*.safetensors')]) >= 2

@@ -14,46 +14,26 @@ from tests.interop import plain_decoder as plain
 
 V = 41
 BASE = dict(
-  model_type='deepseek',
-  architectures=['DeepseekForCausalLM'],
-  vocab_size=V,
-  hidden_size=12,
-  intermediate_size=10,
-  moe_intermediate_size=7,
-  num_hidden_layers=2,
-  num_attention_heads=2,
-  num_key_value_heads=2,
-  n_routed_experts=5,
-  n_shared_experts=2,
-  num_experts_per_tok=3,
-  first_k_dense_replace=1,
-  norm_topk_prob=False,
-  rms_norm_eps=1e-6,
+  model_type='deepseek', architectures=['DeepseekForCausalLM'], vocab_size=V,
+  hidden_size=12, intermediate_size=10, moe_intermediate_size=7,
+  num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+  n_routed_experts=5, n_shared_experts=2, num_experts_per_tok=3,
+  first_k_dense_replace=1, norm_topk_prob=False, rms_norm_eps=1e-6,
   tie_word_embeddings=False,
-)
+)  # fmt: skip
 FAST = 'a dense layer, two shared experts'
 CASES = {
   FAST: dict(),
   'renormalised, tied, biased, two dense layers, every second one': dict(
-    norm_topk_prob=True,
-    num_attention_heads=6,
-    rms_norm_eps=1e-2,
-    first_k_dense_replace=1,
-    moe_layer_freq=2,
-    num_hidden_layers=3,
-    tie_word_embeddings=True,
-    attention_bias=True,
-    n_shared_experts=3,
+    norm_topk_prob=True, num_attention_heads=6, rms_norm_eps=1e-2,
+    first_k_dense_replace=1, moe_layer_freq=2, num_hidden_layers=3,
+    tie_word_embeddings=True, attention_bias=True, n_shared_experts=3,
   ),
   'one expert a token, its gate as it is, short turns, none shared': dict(
-    num_experts_per_tok=1,
-    norm_topk_prob=True,
-    first_k_dense_replace=0,
-    num_hidden_layers=1,
-    n_shared_experts=None,
-    rope_theta=50.0,
+    num_experts_per_tok=1, norm_topk_prob=True, first_k_dense_replace=0,
+    num_hidden_layers=1, n_shared_experts=None, rope_theta=50.0,
   ),
-}
+}  # fmt: skip
 
 
 def is_sparse(c, i):
@@ -115,23 +95,12 @@ def compute(c, w, batch, num_read):
   return plain.logits(c, w, batch, feed_forward, theta=theta, scale=D**-0.5)
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name == FAST else pytest.mark.slow)
-    for name in CASES
-  ],
-)
+@plain.each_name(CASES, FAST)
 def test_logits_tokens_and_weights(name, tmp_path):
   config = BASE | CASES[name]
   tensors = plain.draw(shapes_of(config), seed=len(name))
-  plain.check(
-    tmp_path,
-    config,
-    tensors,
-    functools.partial(compute, config),
-    fast=name == FAST,
-  )
+  loops = functools.partial(compute, config)
+  plain.check(tmp_path, config, tensors, loops, fast=name == FAST)
 
 
 def test_the_published_config_is_that_of_our_config():

@@ -35,15 +35,10 @@ def with_eos(base, **options):
 def test_ids_are_equal_there_and_back(tokenizer, tmp_path):
   export_run.write_tokenizer(tokenizer, tmp_path)
   hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  assert (len(hf_tokenizer), hf_tokenizer.eos_token_id) == (
-    tokenizer.vocab_size,
-    tokenizer.eos_id,
-  )
+  size_and_end = tokenizer.vocab_size, tokenizer.eos_id
+  assert (len(hf_tokenizer), hf_tokenizer.eos_token_id) == size_and_end
   reread = tokenizers.read(tmp_path)
-  assert (reread.vocab_size, reread.eos_id) == (
-    tokenizer.vocab_size,
-    tokenizer.eos_id,
-  )
+  assert (reread.vocab_size, reread.eos_id) == size_and_end
   for text in TEXTS:
     ids = tokenizer.encode_inputs(text).tolist()
     assert hf_tokenizer(text).input_ids == ids
@@ -62,14 +57,16 @@ def test_characters_by_hand(tmp_path):
 
 def test_ids_that_are_not_the_next_are_left_out(tmp_path):
   # A model may have more rows than tokens; a task's ids come after the rows.
-  padded = tokenizers.Json(
-    MERGED.model.to_str(), SpecialTokens(eos=(0,), vocab_size=512)
-  )
-  line = export_run.write_tokenizer(with_eos(padded, num_sentinels=1), tmp_path)
+  padded = tokenizers.Json(MERGED.model.to_str(), SpecialTokens(vocab_size=512))
+  tokenizer = with_eos(padded, num_sentinels=1)
+  assert tokenizer.eos_id == 512
+  line = export_run.write_tokenizer(tokenizer, tmp_path)
   assert 'without the ids that the task added' in line
-  assert tokenizers.read(tmp_path).encode('the').tolist() == (
-    MERGED.encode('the').tolist()
-  )
+  ids = tokenizers.read(tmp_path).encode('the')
+  assert ids.tolist() == MERGED.encode('the').tolist()
+  # The name of an id that is left out is left out, too.
+  stored_config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  assert 'eos_token' not in stored_config
 
 
 @pytest.mark.parametrize('base', [models.unigram(), models.bpe()])
@@ -77,12 +74,3 @@ def test_sentencepiece_goes_out_as_its_file(base, tmp_path):
   tokenizer = tokenizers.SentencePiece(base)
   assert 'tokenizer.model' in export_run.write_tokenizer(tokenizer, tmp_path)
   assert tokenizers.read(tmp_path).identity == tokenizer.identity
-
-
-def test_an_eos_that_is_left_out_has_no_name(tmp_path):
-  padded = tokenizers.Json(MERGED.model.to_str(), SpecialTokens(vocab_size=512))
-  tokenizer = with_eos(padded)
-  assert tokenizer.eos_id == 512
-  export_run.write_tokenizer(tokenizer, tmp_path)
-  stored_config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
-  assert 'eos_token' not in stored_config

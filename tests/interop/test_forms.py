@@ -24,30 +24,22 @@ def reader(tensor, sizes=None):
 
 CASES = {
   '(H D) M -> M H D': (
-    (H * D, M),
-    (M, H, D),
-    lambda x: x.reshape(H, D, M).transpose(2, 0, 1),
+    (H * D, M), (M, H, D), lambda x: x.reshape(H, D, M).transpose(2, 0, 1),
   ),
   'M (H D) -> H D M': (
-    (M, H * D),
-    (H, D, M),
-    lambda x: x.reshape(M, H, D).transpose(1, 2, 0),
+    (M, H * D), (H, D, M), lambda x: x.reshape(M, H, D).transpose(1, 2, 0),
   ),
   '(H D) -> H D': ((H * D,), (H, D), lambda x: x.reshape(H, D)),
   'F M -> M F': ((F, M), (M, F), lambda x: x.T),
   'E (0/2 F) M -> E M F': (
-    (E, 2 * F, M),
-    (E, M, F),
-    lambda x: x[:, :F].swapaxes(1, 2),
+    (E, 2 * F, M), (E, M, F), lambda x: x[:, :F].swapaxes(1, 2),
   ),
   'E (1/2 F) M -> E M F': (
-    (E, 2 * F, M),
-    (E, M, F),
-    lambda x: x[:, F:].swapaxes(1, 2),
+    (E, 2 * F, M), (E, M, F), lambda x: x[:, F:].swapaxes(1, 2),
   ),
   'E M (F 0/2) -> E M F': ((E, M, 2 * F), (E, M, F), lambda x: x[:, :, ::2]),
   'E M (F 1/2) -> E M F': ((E, M, 2 * F), (E, M, F), lambda x: x[:, :, 1::2]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('text', CASES)
@@ -63,9 +55,8 @@ def test_every_slice_is_that_of_the_whole(text, data):
     low = data.draw(st.integers(0, size - 1))
     index.append(slice(low, data.draw(st.integers(low + 1, size))))
   index = tuple(index)
-  np.testing.assert_array_equal(
-    form.read(reader(tensor), shape, index), converted[index]
-  )
+  part = form.read(reader(tensor), shape, index)
+  np.testing.assert_array_equal(part, converted[index])
   assert form.num_blocks == (2 if '/' in text else 1)
   rewritten = np.zeros_like(tensor)
   form.write(rewritten, converted)

@@ -4,7 +4,6 @@ import shlex
 import shutil
 
 import jax
-import numpy as np
 import pytest
 
 from moe_jax import cli, generate, interop, run_config
@@ -18,7 +17,8 @@ from moe_jax.run_config import RunConfig
 from moe_jax.training import loop, setup, trained
 from tests.generation import folders as run_folders
 from tests.interop import folders, oracle
-from tests.interop.folders import import_run
+from tests.interop.folders import assert_equal, import_run
+from tests.interop.test_parity import FEW_LAYERS
 from tests.training import tiny as tiny_runs
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
@@ -27,34 +27,28 @@ transformers = pytest.importorskip('transformers')
 
 PROMPT = 'def f(x):'
 NEW = 6
+ONE = dict(devices=jax.devices()[:1])
 # With these options a decoder that was trained here is a Mixtral.
 MIXTRAL = dict(
-  ffn=dict(activation='swiglu'),
-  norm=dict(epsilon=1e-5),
+  ffn=dict(activation='swiglu'), norm=dict(epsilon=1e-5),
   embedding=dict(tie=False),
   moe=dict(
-    layers='all',
-    num_selected=2,
+    layers='all', num_selected=2,
     router=dict(token_choice=dict(gates='renormalized')),
-    capacity=dict(kind='all'),
-    dispatch=dict(kind='dropless'),
+    capacity=dict(kind='all'), dispatch=dict(kind='dropless'),
   ),
-)
+)  # fmt: skip
 
 
 def train(config, workdir, **kwargs):
   return loop.train_and_evaluate(
-    run_config.read(config), workdir, devices=jax.devices()[:1], **kwargs
+    run_config.read(config), workdir, **ONE, **kwargs
   )
 
 
 def config_of(workdir):
   """The run's config, as `moe_jax.main` reads it."""
   return cli.config_of(str(workdir / 'this_config.py'))
-
-
-def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def continues_with(model, folder, text):
@@ -69,14 +63,7 @@ def continues_with(model, folder, text):
 @pytest.mark.slow
 def test_in_on_and_out(tmp_path, capsys):
   source, workdir = tmp_path / 'hf', tmp_path / 'run'
-  folders.write(
-    source,
-    'nllb-moe',
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_sparse_step=1,
-    decoder_sparse_step=1,
-  )
+  folders.write(source, 'nllb-moe', **FEW_LAYERS['nllb-moe'])
   lines = import_run(source, workdir)
   assert '1 x cpu' in lines[0]
   corpus = dict(python_stdlib_docstrings=dict(modules='email,json'))
@@ -106,39 +93,19 @@ def test_in_on_and_out(tmp_path, capsys):
   assert_equal(exported['params'], state.params)
 
 
-@pytest.mark.slow
-def test_going_on_with_other_settings(tmp_path):
-  folders.write(tmp_path / 'hf', 'mixtral')
-  workdir = tmp_path / 'run'
-  import_run(tmp_path / 'hf', workdir)
-  config = merge(config_of(workdir), dict(total_steps=1, seed=5))
-  state = train(config, workdir, resume=True)
-  assert (int(state.step), int(state.seed)) == (1, 5)
-  # A damaged checkpoint is skipped; the one before it is the imported one.
-  run_folders.damage(workdir, 1)
-  run = setup.set_up(
-    run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
-  )
-  _, state, _ = setup.begin(run)
-  assert int(state.step) == 0
-  imported = interop.load(tmp_path / 'hf').variables
-  assert_equal(state.params, imported['params'])
-
-
 def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)  # the folder has no configs
   folders.write(tmp_path / 'hf', 'mixtral')
   # Weights of other libraries stay behind.
   (tmp_path / 'hf' / 'tf_model.h5').write_bytes(b'')
   (tmp_path / 'hf' / 'pytorch_model.bin.index.json').write_text('{}')
-  one_device = dict(devices=jax.devices()[:1])
   import_run_lib.import_run(
-    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one_device
+    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **ONE
   )
   corpus = dict(python_stdlib=dict(modules='email'))
   config = merge(config_of(tmp_path / 'run'), dict(data=dict(source=corpus)))
   run = setup.set_up(
-    run_config.read(config), tmp_path / 'run', resume=True, **one_device
+    run_config.read(config), tmp_path / 'run', resume=True, **ONE
   )
   _, state, _ = setup.begin(run)
   imported = interop.load(tmp_path / 'hf').variables
@@ -153,20 +120,12 @@ def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
 
 def test_a_run_says_how_its_model_is_computed_and_no_more(tmp_path):
   folders.write(tmp_path / 'hf', 'switch_transformers')
-  changed = dict(
-    remat='full',
-    scan_layers=False,
-    dropout=0.3,
-    width=14,
-    attention=dict(implementation='einsum', num_heads=7),
-  )
+  changed = dict(remat='full', scan_layers=False, dropout=0.3, width=14)
+  changed |= dict(attention=dict(implementation='einsum', num_heads=7))
   config = merge(section_of(RunConfig), dict(model=changed))
   workdir = tmp_path / 'run'
   import_run_lib.import_run(
-    tmp_path / 'hf',
-    workdir,
-    run_config.read(config),
-    devices=jax.devices()[:1],
+    tmp_path / 'hf', workdir, run_config.read(config), **ONE
   )
   run = trained.read(workdir, tokenizer_needed=False).model
   imported = interop.load(tmp_path / 'hf').options
@@ -220,9 +179,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   ]
   assert resume == '--resume'
   config = cli.config_of(config_flag.removeprefix('--config='), overrides)
-  run = setup.set_up(
-    run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
-  )
+  run = setup.set_up(run_config.read(config), workdir, resume=True, **ONE)
   assert int(setup.begin(run)[1].step) == 0
   # A tokenizer that is given to the import makes the run readable at once.
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}

@@ -5,25 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import interop, models, run_config
+from moe_jax import interop, models
 from moe_jax.config import merge
 from moe_jax.interop import verifying
 from moe_jax.interop.export_run import export_run
 from moe_jax.models.lora import LoraOptions, adapt
 from moe_jax.models.trees import flatten, unflatten
-from moe_jax.training import loop, trained
+from moe_jax.training import trained
 from tests.interop import folders, oracle
 from tests.interop.folders import import_run
-from tests.interop.test_import_run import config_of
+from tests.interop.test_import_run import config_of, train
 
 torch = pytest.importorskip('torch')
 # Our name of each of transformers' projections.
-KERNEL_NAMES = {
-  'q_proj': 'w_query',
-  'k_proj': 'w_key',
-  'v_proj': 'w_value',
-  'o_proj': 'w_out',
-}
+OURS = 'w_query', 'w_key', 'w_value', 'w_out'
+KERNEL_NAMES = dict(zip(('q_proj', 'k_proj', 'v_proj', 'o_proj'), OURS))
 
 
 def check_logits(model, params, inputs, expected):
@@ -52,13 +48,9 @@ def test_the_same_factors_give_pefts_logits(tmp_path):
   for projection, name in KERNEL_NAMES.items():
     for factor in 'AB':
       path = (*prefix, name, factor.lower())
-      rows = [
-        state[
-          f'base_model.model.model.layers.{i}.self_attn.{projection}.lora_'
-          f'{factor}.default.weight'
-        ].T
-        for i in range(3)
-      ]
+      theirs = f'self_attn.{projection}.lora_{factor}.default.weight'
+      layers = (f'base_model.model.model.layers.{i}' for i in range(3))
+      rows = [state[f'{layer}.{theirs}'].T for layer in layers]
       flat[path] = jnp.asarray(np.stack(rows)).reshape(flat[path].shape)
   merged = adapted.merged(unflatten(flat))
   expected = oracle.logits(peft_model, inputs)
@@ -73,21 +65,10 @@ def test_an_imported_run_is_adapted_and_exported(tmp_path):
   folders.write(tmp_path / 'hf', 'mixtral')
   workdir = tmp_path / 'run'
   import_run(tmp_path / 'hf', workdir)
-  lora = dict(rank=2, parts='attention + experts')
-  config = merge(
-    config_of(workdir),
-    dict(
-      lora=lora,
-      optimizer=dict(learning_rate=0.05),
-      evals={},
-      checkpoint=dict(best_eval='train_capacity', keep_best=False),
-      total_steps=1,
-    ),
-  )
-  options = run_config.read(config)
-  state = loop.train_and_evaluate(
-    options, workdir, devices=jax.devices()[:1], resume=True
-  )
+  changes = dict(lora=dict(rank=2, parts='attention + experts'), total_steps=1)
+  changes |= dict(optimizer=dict(learning_rate=0.05), evals={})
+  changes |= dict(checkpoint=dict(best_eval='train_capacity', keep_best=False))
+  state = train(merge(config_of(workdir), changes), workdir, resume=True)
   export_run(workdir, tmp_path / 'out')
   model = oracle.CLASSES['mixtral'].from_pretrained(tmp_path / 'out').eval()
   run = trained.read(workdir)

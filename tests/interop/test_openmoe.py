@@ -18,38 +18,22 @@ from tests.interop import plain_decoder as plain
 
 V = 41
 BASE = dict(
-  model_type='llama',
-  architectures=['OpenMoeForCausalLM'],
-  vocab_size=V,
-  hidden_size=12,
-  intermediate_size=7,
-  num_hidden_layers=2,
-  num_attention_heads=2,
-  num_key_value_heads=2,
-  head_dim=8,
-  hidden_act='swiglu',
-  num_experts=5,
-  moe_layer_interval=2,
-  router_topk=2,
-  router_capacity_factor_eval=2.0,
-  router_min_capacity=2,
-  rms_norm_eps=1e-6,
+  model_type='llama', architectures=['OpenMoeForCausalLM'], vocab_size=V,
+  hidden_size=12, intermediate_size=7, num_hidden_layers=2,
+  num_attention_heads=2, num_key_value_heads=2, head_dim=8, hidden_act='swiglu',
+  num_experts=5, moe_layer_interval=2, router_topk=2,
+  router_capacity_factor_eval=2.0, router_min_capacity=2, rms_norm_eps=1e-6,
   tie_word_embeddings=False,
-)
+)  # fmt: skip
 FAST = 'slots run out'
 CASES = {
   FAST: dict(router_capacity_factor_eval=0.8),
   'grouped keys, one expert a token, all sparse, tied, odd capacity': dict(
-    num_attention_heads=6,
-    rms_norm_eps=1e-2,
-    head_dim=4,
-    router_topk=1,
-    moe_layer_interval=1,
-    tie_word_embeddings=True,
-    router_capacity_factor_eval=0.3,
-    router_min_capacity=3,
+    num_attention_heads=6, rms_norm_eps=1e-2, head_dim=4, router_topk=1,
+    moe_layer_interval=1, tie_word_embeddings=True,
+    router_capacity_factor_eval=0.3, router_min_capacity=3,
   ),
-}
+}  # fmt: skip
 
 
 def is_sparse(c, i):
@@ -171,23 +155,12 @@ def checkpoint(name):
   return config, plain.draw(shapes_of(config), seed=len(name))
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name == FAST else pytest.mark.slow)
-    for name in CASES
-  ],
-)
+@plain.each_name(CASES, FAST)
 def test_logits_tokens_and_weights(name, tmp_path):
   config, tensors = checkpoint(name)
   drops = []
-  plain.check(
-    tmp_path,
-    config,
-    tensors,
-    functools.partial(compute, config, drops=drops),
-    fast=name == FAST,
-  )
+  loops = functools.partial(compute, config, drops=drops)
+  plain.check(tmp_path, config, tensors, loops, fast=name == FAST)
   if config['router_capacity_factor_eval'] < 2:
     assert sum(drops) > 2
   assert read_json(tmp_path / 'ours' / 'config.json')['model_type'] == 'llama'
@@ -213,11 +186,8 @@ def test_the_published_config_is_that_of_our_config_but_for_slots():
   checkpoint = folders.published('openmoe')
   imported, router = checkpoint.options, checkpoint.options.moe.router
   our_options = run_config.read(cli.load_config('moe_jax:openmoe_8b')).model
-  differences = {
-    name
-    for name in difference(imported, our_options)
-    if not name.startswith('moe.capacity.')
-  }
+  names = difference(imported, our_options)
+  differences = {name for name in names if 'moe.capacity.' not in name}
   assert differences == {'moe.group_size', 'moe.router.slot_priority'}
   assert imported.moe.capacity == EvenSlots(2.0, 4)
   assert imported.moe.capacity.keeps_in_generation(single=True)

@@ -24,235 +24,134 @@ from tests.interop import folders, oracle, test_deepseek_moe, test_openmoe
 torch = pytest.importorskip('torch')
 
 KINDS = sorted(oracle.CLASSES)
-BASES = {
-  **oracle.BASE,
-  'deepseek': test_deepseek_moe.BASE,
-  'openmoe': test_openmoe.BASE,
-}
+BASES = oracle.BASE | {'deepseek': test_deepseek_moe.BASE}
+BASES['openmoe'] = test_openmoe.BASE
 
 YARN = dict(
-  rope_type='yarn',
-  rope_theta=100.0,
-  factor=4.0,
+  rope_type='yarn', rope_theta=100.0, factor=4.0,
   original_max_position_embeddings=8,
-)
+)  # fmt: skip
+# All rows are longer than these 4 tokens. In transformers the longest of a
+# batch decides for all, with us each document for itself.
 LONGROPE = dict(
-  rope_type='longrope',
-  rope_theta=100.0,
-  short_factor=[1.0, 1.2, 1.5],
-  long_factor=[2.0, 3.0, 4.0],
-  short_mscale=1.1,
-  long_mscale=1.3,
-  # All rows are longer. In transformers the longest of a batch decides for all,
-  # with us each document for itself.
+  rope_type='longrope', rope_theta=100.0, short_factor=[1.0, 1.2, 1.5],
+  long_factor=[2.0, 3.0, 4.0], short_mscale=1.1, long_mscale=1.3,
   original_max_position_embeddings=4,
-)
+)  # fmt: skip
 # Each option that shapes a model is set in a model where it matters. Rows are
 # padded on the right, or on the left, where padding takes slots before the
 # text.
 CASES = {
   'deepseek2': ('deepseek_v2', 'right', dict()),
   'deepseek2 groups, short queries, biased, all sparse, one shared, YaRN': (
-    'deepseek_v2',
-    'left',
-    dict(
-      topk_method='group_limited_greedy',
-      n_group=3,
-      topk_group=2,
-      q_lora_rank=14,
-      attention_bias=True,
-      routed_scaling_factor=2.5,
-      num_hidden_layers=2,
-      first_k_dense_replace=0,
-      tie_word_embeddings=True,
-      n_shared_experts=1,
-      rms_norm_eps=1e-2,
+    'deepseek_v2', 'left', dict(
+      topk_method='group_limited_greedy', n_group=3, topk_group=2,
+      q_lora_rank=14, attention_bias=True, routed_scaling_factor=2.5,
+      num_hidden_layers=2, first_k_dense_replace=0, tie_word_embeddings=True,
+      n_shared_experts=1, rms_norm_eps=1e-2,
       rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2),
     ),
   ),
   'deepseek3 as Moonlight: one group, two dense layers': (
-    'deepseek_v3',
-    'left',
-    dict(
-      n_routed_experts=64,
-      num_experts_per_tok=6,
-      n_group=1,
-      topk_group=1,
-      q_lora_rank=None,
-      n_shared_experts=2,
-      routed_scaling_factor=2.446,
-      rms_norm_eps=1e-5,
-      first_k_dense_replace=2,
+    'deepseek_v3', 'left', dict(
+      n_routed_experts=64, num_experts_per_tok=6, n_group=1, topk_group=1,
+      q_lora_rank=None, n_shared_experts=2, routed_scaling_factor=2.446,
+      rms_norm_eps=1e-5, first_k_dense_replace=2,
     ),
   ),
   'deepseek3 not renormalised, halves rotate, biased, tied, YaRN': (
-    'deepseek_v3',
-    'right',
-    dict(
-      num_hidden_layers=2,
-      first_k_dense_replace=0,
-      n_group=2,
-      topk_group=1,
-      norm_topk_prob=False,
-      rope_interleave=False,
-      attention_bias=True,
+    'deepseek_v3', 'right', dict(
+      num_hidden_layers=2, first_k_dense_replace=0, n_group=2, topk_group=1,
+      norm_topk_prob=False, rope_interleave=False, attention_bias=True,
       tie_word_embeddings=True,
       rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
     ),
   ),
   'mixtral window, wide heads, one key head, tied, gelu, three experts': (
-    'mixtral',
-    'left',
-    dict(
-      head_dim=10,
-      num_key_value_heads=1,
-      sliding_window=4,
-      tie_word_embeddings=True,
-      num_experts_per_tok=3,
-      hidden_act='gelu_pytorch_tanh',
-      rms_norm_eps=1e-2,
+    'mixtral', 'left', dict(
+      head_dim=10, num_key_value_heads=1, sliding_window=4,
+      tie_word_embeddings=True, num_experts_per_tok=3,
+      hidden_act='gelu_pytorch_tanh', rms_norm_eps=1e-2,
       rope_parameters=dict(rope_type='default', rope_theta=50.0),
     ),
   ),
   'gpt-oss': ('gpt_oss', 'right', dict()),
   'gpt-oss a window in the first layer, one narrow key head, tied': (
-    'gpt_oss',
-    'left',
-    dict(
-      num_hidden_layers=2,
-      layer_types=['sliding_attention', 'full_attention'],
-      num_key_value_heads=1,
-      sliding_window=3,
-      rope_parameters=dict(rope_type='default', rope_theta=50.0),
-      head_dim=4,
-      num_experts_per_tok=2,
-      attention_bias=False,
-      tie_word_embeddings=True,
+    'gpt_oss', 'left', dict(
+      num_hidden_layers=2, layer_types=['sliding_attention', 'full_attention'],
+      num_key_value_heads=1, sliding_window=3,
+      rope_parameters=dict(rope_type='default', rope_theta=50.0), head_dim=4,
+      num_experts_per_tok=2, attention_bias=False, tie_word_embeddings=True,
     ),
   ),
   'granite': ('granitemoe', 'right', dict()),
   'granite tied, biased, gelu, all key heads, all experts chosen, YaRN': (
-    'granitemoe',
-    'left',
-    dict(
-      tie_word_embeddings=True,
-      attention_bias=True,
-      embedding_multiplier=1.0,
-      attention_multiplier=1.0,
-      residual_multiplier=1.0,
-      logits_scaling=1.0,
-      hidden_act='gelu_pytorch_tanh',
-      num_key_value_heads=4,
-      num_experts_per_tok=6,
-      rope_parameters=YARN,
+    'granitemoe', 'left', dict(
+      tie_word_embeddings=True, attention_bias=True, embedding_multiplier=1.0,
+      attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0,
+      hidden_act='gelu_pytorch_tanh', num_key_value_heads=4,
+      num_experts_per_tok=6, rope_parameters=YARN,
     ),
   ),
   'olmoe renormalised, clipped, biased, tied, one key head, YaRN': (
-    'olmoe',
-    'left',
-    dict(
-      norm_topk_prob=True,
-      clip_qkv=0.4,
-      attention_bias=True,
-      tie_word_embeddings=True,
-      num_key_value_heads=1,
-      rms_norm_eps=1e-2,
+    'olmoe', 'left', dict(
+      norm_topk_prob=True, clip_qkv=0.4, attention_bias=True,
+      tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-2,
       rope_parameters=YARN,
     ),
   ),
   'phimoe biases, window, many experts near the best, LongRoPE': (
-    'phimoe',
-    'left',
-    dict(
-      lm_head_bias=True,
-      attention_bias=True,
-      sliding_window=4,
-      router_jitter_noise=0.3,
-      rope_parameters=LONGROPE,
-      num_key_value_heads=4,
+    'phimoe', 'left', dict(
+      lm_head_bias=True, attention_bias=True, sliding_window=4,
+      router_jitter_noise=0.3, rope_parameters=LONGROPE, num_key_value_heads=4,
       rms_norm_eps=1e-2,
     ),
   ),
   'qwen2 every second layer, a window, no biases, tied, gelu, YaRN': (
-    'qwen2_moe',
-    'right',
-    dict(
-      decoder_sparse_step=2,
-      num_hidden_layers=2,
-      norm_topk_prob=True,
-      qkv_bias=False,
-      tie_word_embeddings=True,
-      hidden_act='gelu_pytorch_tanh',
-      num_key_value_heads=1,
-      use_sliding_window=True,
-      sliding_window=4,
+    'qwen2_moe', 'right', dict(
+      decoder_sparse_step=2, num_hidden_layers=2, norm_topk_prob=True,
+      qkv_bias=False, tie_word_embeddings=True, hidden_act='gelu_pytorch_tanh',
+      num_key_value_heads=1, use_sliding_window=True, sliding_window=4,
       rope_parameters=YARN | dict(beta_fast=4.0, attention_factor=1.3),
     ),
   ),
   'qwen3 renormalised, the second layer dense, windows, tied, biased, YaRN': (
-    'qwen3_moe',
-    'left',
-    dict(
-      norm_topk_prob=True,
-      num_hidden_layers=2,
-      mlp_only_layers=[1],
-      tie_word_embeddings=True,
-      attention_bias=True,
-      head_dim=6,
-      use_sliding_window=True,
-      sliding_window=4,
+    'qwen3_moe', 'left', dict(
+      norm_topk_prob=True, num_hidden_layers=2, mlp_only_layers=[1],
+      tie_word_embeddings=True, attention_bias=True, head_dim=6,
+      use_sliding_window=True, sliding_window=4,
       rope_parameters=YARN | dict(truncate=False),
     ),
   ),
   'switch router bias, one slot, none sparse, so one, few buckets': (
-    'switch_transformers',
-    'left',
-    dict(
-      router_bias=True,
-      expert_capacity=1,
-      dense_act_fn='gelu_new',
-      num_layers=2,
-      num_sparse_encoder_layers=0,
-      num_sparse_decoder_layers=2,
-      d_kv=8,
-      layer_norm_epsilon=1e-2,
-      relative_attention_num_buckets=8,
+    'switch_transformers', 'left', dict(
+      router_bias=True, expert_capacity=1, dense_act_fn='gelu_new',
+      num_layers=2, num_sparse_encoder_layers=0, num_sparse_decoder_layers=2,
+      d_kv=8, layer_norm_epsilon=1e-2, relative_attention_num_buckets=8,
       relative_attention_max_distance=9,
     ),
   ),
   'nllb overflow': (
-    'nllb-moe',
-    'right',
+    'nllb-moe', 'right',
     dict(moe_eval_capacity_token_fraction=0.2, router_bias=True),
   ),
   'nllb overflow, best first, renormalised before': (
-    'nllb-moe',
-    'left',
-    dict(
-      encoder_layers=2,
-      moe_eval_capacity_token_fraction=0.2,
+    'nllb-moe', 'left', dict(
+      encoder_layers=2, moe_eval_capacity_token_fraction=0.2,
       normalize_router_prob_before_dropping=True,
       batch_prioritized_routing=True,
     ),
   ),
   'nllb fixed capacity, padding routed, all else, nothing tied': (
-    'nllb-moe',
-    'right',
-    dict(
-      encoder_layers=2,
-      moe_eval_capacity_token_fraction=-1.0,
-      expert_capacity=5,
-      router_ignore_padding_tokens=True,
-      scale_embedding=False,
-      tie_word_embeddings=False,
-      moe_token_dropout=0.0,
-      activation_function='gelu',
-      pad_token_id=0,
-      encoder_sparse_step=1,
+    'nllb-moe', 'right', dict(
+      encoder_layers=2, moe_eval_capacity_token_fraction=-1.0,
+      expert_capacity=5, router_ignore_padding_tokens=True,
+      scale_embedding=False, tie_word_embeddings=False, moe_token_dropout=0.0,
+      activation_function='gelu', pad_token_id=0, encoder_sparse_step=1,
       decoder_sparse_step=0,
     ),
   ),
-}
+}  # fmt: skip
 
 
 def test_every_family_has_a_case():
@@ -308,17 +207,14 @@ def test_a_key_with_a_value_of_no_kind_is_refused_by_its_name(kind):
 REFUSED = {
   'mixtral': (
     dict(
-      hidden_act='relu',
-      num_experts_per_tok=1,
-      sliding_window=0,
-      rms_norm_eps=True,
-      rope_parameters={'rope_type': 'linear', 'factor': 2.0},
+      hidden_act='relu', num_experts_per_tok=1, sliding_window=0,
+      rms_norm_eps=True, rope_parameters={'rope_type': 'linear', 'factor': 2.0},
     ),
     "relu | num_experts_per_tok=1 | dow=0 | eps=True | rope type 'linear'",
   ),
   'switch_transformers': (
     dict(
-      feed_forward_proj='gated-gelu', dense_act_fn='silu', expert_capacity=0
+      feed_forward_proj='gated-gelu', dense_act_fn='silu', expert_capacity=0,
     ),
     "gelu' is not dense_act_fn | dense_act_fn='silu' | capacity=0",
   ),
@@ -328,9 +224,7 @@ REFUSED = {
   ),
   'qwen2_moe': (
     dict(
-      use_sliding_window=True,
-      sliding_window=0,
-      mlp_only_layers=[0, 1, 2, 'x'],
+      use_sliding_window=True, sliding_window=0, mlp_only_layers=[0, 1, 2, 'x'],
       layer_types=['sliding_attention', 'chunked'],
       rope_scaling={'type': 'yarn', 'beta_slow': 0, 'mscale': 0},
     ),
@@ -339,12 +233,8 @@ REFUSED = {
   ),
   'deepseek_v2': (
     dict(
-      num_key_value_heads=1,
-      num_attention_heads=5,
-      topk_method='best',
-      n_group=1,
-      topk_group=2,
-      first_k_dense_replace=3,
+      num_key_value_heads=1, num_attention_heads=5, topk_method='best',
+      n_group=1, topk_group=2, first_k_dense_replace=3,
     ),
     'value_heads=1 is not | not divide hidden_size=24 | '
     "topk_method='best' | topk_group=2 is more | leaves no layer sparse of 3",
@@ -362,45 +252,36 @@ REFUSED = {
   ),
   'gpt_oss': (
     dict(
-      hidden_act='gelu_new',
-      layer_types=['full_attention', 'linear'],
+      hidden_act='gelu_new', layer_types=['full_attention', 'linear'],
       quantization_config={'quant_method': 'fp8'},
     ),
     "gelu_new | has 'linear' | layer_types has 2 layers | quant_method='fp8'",
   ),
   'nllb-moe': (
     dict(
-      d_model=25,
-      num_experts=1,
-      expert_capacity=0,
-      moe_eval_capacity_token_fraction=-1.0,
-      pad_token_id=None,
+      d_model=25, num_experts=1, expert_capacity=0,
+      moe_eval_capacity_token_fraction=-1.0, pad_token_id=None,
     ),
     'encoder_attention_heads=3 | decoder_attention_heads=2 | num_experts=1 | '
     'expert_capacity=0 | pad_token_id=None',
   ),
   'deepseek': (
     dict(
-      first_k_dense_replace=1,
-      hidden_size=13,
-      moe_layer_freq=28,
-      n_shared_experts=0,
-      rope_scaling=dict(type='linear', factor=2.0),
+      first_k_dense_replace=1, hidden_size=13, moe_layer_freq=28,
+      n_shared_experts=0, rope_scaling=dict(type='linear', factor=2.0),
     ),
     'heads=2 does not divide hidden_size=13 | freq=28 leave no layer sparse | '
     "n_shared_experts=0 | rope type 'linear'",
   ),
   'openmoe': (
     dict(
-      hidden_act='silu',
-      moe_layer_interval=25,
-      router_topk=3,
+      hidden_act='silu', moe_layer_interval=25, router_topk=3,
       rope_parameters={'rope_theta': 5e5},
     ),
     'silu | interval=25 leaves no layer sparse of 2 | router_topk=3 | '
     'rope_theta=500000',
   ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('kind', REFUSED)
@@ -536,9 +417,8 @@ def check_gradients(model, source, folder, batch):
   checkpoint = loading.fetch(source, dtype='float32')
   options, ours = checkpoint.options, checkpoint.options.build()
   variables = loading.load_variables(checkpoint)
-  inputs, is_real = oracle.our_inputs(
-    batch, checkpoint.architecture.unnumbered_id(options)
-  )
+  unnumbered_id = checkpoint.architecture.unnumbered_id(options)
+  inputs, is_real = oracle.our_inputs(batch, unnumbered_id)
   shape = (*is_real.shape, ours.vocab_size)
   weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   weights *= is_real[..., None]
@@ -555,11 +435,9 @@ def check_gradients(model, source, folder, batch):
   (torch.tensor(weights) * output.logits).sum().backward()
   written = dict(type(model).from_pretrained(folder).named_parameters())
   # PyTorch gives no gradient to the embedding of padding.
-  pads = {
-    id(module.weight): module.padding_idx
-    for module in model.modules()
-    if isinstance(module, torch.nn.Embedding)
-  }
+  Embedding = torch.nn.Embedding
+  embeddings = [m for m in model.modules() if isinstance(m, Embedding)]
+  pads = {id(m.weight): m.padding_idx for m in embeddings}
   for name, value in model.named_parameters():
     if (gradient := value.grad) is None:
       continue  # the weight is not used
@@ -603,9 +481,7 @@ def test_logits(name, tmp_path):
     batch,
     checkpoint.architecture.unnumbered_id(checkpoint.options),
   )
-  np.testing.assert_allclose(
-    logits[is_real], expected[is_real], rtol=0, atol=5e-5
-  )
+  np.testing.assert_allclose(logits[is_real], expected[is_real], atol=5e-5)
 
 
 @pytest.mark.slow
@@ -653,15 +529,9 @@ def test_experts_that_are_stacked_in_files(kind, tmp_path):
       config[other_name] = config.pop(name)
       break
   (stacked / 'config.json').write_text(json.dumps(config))
-  assert [
-    any(
-      name.endswith('experts.gate_up_proj')
-      for name in tensor_files.TensorFiles(folder).specs
-    )
-    for folder in (plain, stacked)
-  ] == [False, True]
+  specs = [tensor_files.TensorFiles(f).specs for f in (plain, stacked)]
+  fused = [any(n.endswith('experts.gate_up_proj') for n in s) for s in specs]
+  assert fused == [False, True]
   from_stacked, from_plain = interop.load(stacked), interop.load(plain)
   assert from_stacked.options == from_plain.options
-  jax.tree.map(
-    np.testing.assert_array_equal, from_stacked.variables, from_plain.variables
-  )
+  folders.assert_equal(from_stacked.variables, from_plain.variables)

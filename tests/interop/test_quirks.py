@@ -47,9 +47,7 @@ def make(capacity=All(), **options):
 def params_of(layer):
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
   leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  return tree.unflatten(
-    [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  )
+  return tree.unflatten([draw(*x.shape, seed=i) for i, x in enumerate(leaves)])
 
 
 def run(layer, x, mask=None):
@@ -75,15 +73,11 @@ def test_choices_are_served_by_their_rank():
   # Token 0 chooses experts 4 and 2, token 1 experts 2 and 4. Experts have one
   # slot, and token 1's first choice is served before token 0's second.
   logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
-  routing = jax.jit(
-    functools.partial(
-      token_choice,
-      num_selected=2,
-      capacity=1,
-      gates='renormalized',
-      slot_priority='choice_major',
-    )
-  )(logits)
+  options = dict(gates='renormalized', slot_priority='choice_major')
+  choose = functools.partial(
+    token_choice, num_selected=2, capacity=1, **options
+  )
+  routing = jax.jit(choose)(logits)
   np.testing.assert_array_equal(routing.kept, [[[1, 0], [1, 0]]])
   ranked = jax.jit(by_rank)(routing)
   np.testing.assert_array_equal(ranked.expert_index, [[[1, 0], [1, 0]]])
@@ -113,16 +107,10 @@ def test_padding_takes_slots_only_if_it_is_routed(takes):
 
 
 def model_options(**quirks):
-  plain = tiny.options(
-    dict(router=ServedByRank(), capacity=Fixed(3), allow_future_leak=True),
-    kind='encoder_decoder',
-    positions=Relative(),
-    embedding=EmbeddingOptions(tie=False),
-  )
-  quirky = TransformersEncoderDecoder.of(plain)
-  names = (field.name for field in dataclasses.fields(quirky))
-  fields = {name: getattr(quirky, name) for name in names} | quirks
-  return TransformersEncoderDecoder(**fields)
+  moe = dict(router=ServedByRank(), capacity=Fixed(3), allow_future_leak=True)
+  parts = dict(positions=Relative(), embedding=dict(tie=False))
+  plain = tiny.options(moe, 'encoder_decoder', **parts)
+  return dataclasses.replace(TransformersEncoderDecoder.of(plain), **quirks)
 
 
 @pytest.mark.slow
@@ -139,20 +127,17 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
   counts = model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(counts, aux.stats.tokens)
   assert (counts < 30).all()
-  padded_counts = (
-    model_options(route_padding=True).build().stacks.routed_tokens(batch)
-  )
+  padded_model = model_options(route_padding=True).build()
+  padded_counts = padded_model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(padded_counts, [30] * len(counts))
 
 
 def test_quirks_are_kinds_that_a_config_keeps():
-  options = model_options(route_padding=True, encoder_table=True)
+  quirks = dict(route_padding=True, encoder_table=True)
+  options = model_options(**quirks)
   config = section_of(options, MODELS)
   assert config.kind == 'moe_jax.interop.quirks:TransformersEncoderDecoder'
-  assert config.custom.to_dict() == {
-    'route_padding': True,
-    'encoder_table': True,
-  }
+  assert config.custom.to_dict() == quirks
   section = json.loads(json.dumps(config.to_dict()))
   # Configs in a folder may name this class without permission, since it is
   # ours.

@@ -36,16 +36,12 @@ def index(path, files):
   path.write_text(json.dumps({'metadata': {}, 'weight_map': files}))
 
 
-def pickled(folder):
-  torch.save(TENSORS, folder / 'pytorch_model.bin')
+def pickled(folder, **options):
+  torch.save(TENSORS, folder / 'pytorch_model.bin', **options)
 
 
 def pickled_before_zip(folder):
-  torch.save(
-    TENSORS,
-    folder / 'pytorch_model.bin',
-    _use_new_zipfile_serialization=False,
-  )
+  pickled(folder, _use_new_zipfile_serialization=False)
 
 
 def pickled_in_shards(folder):
@@ -56,8 +52,7 @@ def pickled_in_shards(folder):
 
 
 @pytest.mark.parametrize(
-  'write',
-  [single, sharded, pickled, pickled_before_zip, pickled_in_shards],
+  'write', [single, sharded, pickled, pickled_before_zip, pickled_in_shards]
 )
 def test_every_format_gives_the_same(write, tmp_path):
   write(tmp_path)
@@ -91,15 +86,9 @@ def test_all_that_is_wrong_is_listed(tmp_path):
   tensors = {'a': torch.zeros(1), 'e': torch.zeros(1)}
   save_file(tensors, tmp_path / 'x.safetensors')
   (tmp_path / 'junk.safetensors').write_bytes(b'no header' * 9)
-  index(
-    tmp_path / 'model.safetensors.index.json',
-    {
-      'a': 'x.safetensors',
-      'b': 'x.safetensors',
-      'c': 'gone.safetensors',
-      'd': 'junk.safetensors',
-    },
-  )
+  stems = {'a': 'x', 'b': 'x', 'c': 'gone', 'd': 'junk'}
+  indexed = {name: f'{stem}.safetensors' for name, stem in stems.items()}
+  index(tmp_path / 'model.safetensors.index.json', indexed)
   with pytest.raises(ValueError, match='cannot be read') as caught:
     TensorFiles(tmp_path)
   message = str(caught.value)

@@ -23,10 +23,8 @@ def catalogue(entries, order='<'):
       size, begin = len(entry[column]), offset + len(texts)
       tables[column] += struct.pack(f'{order}2I', size, begin)
       texts += entry[column] + b'\0'
-  header = struct.pack(
-    f'{order}7I', 0x950412DE, 0, n, 28, 28 + 8 * n, 0, offset
-  )
-  return header + tables[0] + tables[1] + texts
+  head = struct.pack(f'{order}7I', 0x950412DE, 0, n, 28, 28 + 8 * n, 0, offset)
+  return head + tables[0] + tables[1] + texts
 
 
 HEADER = {'': 'Content-Type: text/plain; charset=UTF-8\n'

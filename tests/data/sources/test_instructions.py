@@ -9,11 +9,7 @@ import pytest
 
 from moe_jax.data import InstructionSource
 from moe_jax.data.sources import instructions
-from moe_jax.data.sources.instructions import (
-  TASKS,
-  Drawn,
-  InstructionTask,
-)
+from moe_jax.data.sources.instructions import TASKS, Drawn, InstructionTask
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.evaluation.scores import METRICS
 
@@ -172,9 +168,7 @@ def test_a_task_with_too_few_examples():
     task(empty, 0)
   # The next task has only two training examples to show.
   keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:2]
-  task = InstructionTask(
-    'x', 'y', ('{}',), lambda dice: Drawn(dice.one(keys), 'a')
-  )
+  task = InstructionTask('x', 'y', ('{}',), lambda d: Drawn(d.one(keys), 'a'))
   assert task('train', 0, num_shots=1).inputs.count('\n\n') == 1
   with pytest.raises(ValueError, match=r'besides 2 others in .* fewer shots'):
     task('train', 0, num_shots=2)
@@ -204,11 +198,8 @@ def test_a_source_has_the_examples_of_its_task():
 
 
 def subjects(names, split, count):
-  return {
-    TASKS[name].drawn(split, i)[0].subject
-    for name in names
-    for i in range(count)
-  }
+  drawn = (TASKS[n].drawn(split, i)[0] for n in names for i in range(count))
+  return {d.subject for d in drawn}
 
 
 def test_what_is_read_is_of_one_split_in_all_tasks():

@@ -2,33 +2,22 @@
 
 import pytest
 
-from moe_jax.data import Selection, TfdsSource
+from moe_jax.data import SPLITS, Selection, TfdsSource
 from tests.data.conftest import Examples
 
 PARTS = Selection(('train[:75%]', 'train[75%:]'))
 
 
-def both(corpus, read):
-  return [list(read(split)) for split in ('train', 'validation')]
-
-
-def test_parts_of_a_split(tfds_data):
-  texts = TfdsSource('examples', 'line').texts(PARTS)
-  train, validation = both(texts, texts.texts)
+def test_parts_of_a_split_and_languages_within_a_feature(tfds_data):
+  source = TfdsSource('examples', 'line', 'translation/de', 'summary')
+  texts, pairs = source.texts(PARTS), source.pairs(PARTS)
+  train, validation = ([*texts.texts(split)] for split in SPLITS)
   assert (len(train), len(validation)) == (15, 5)
   assert sorted(train + validation) == sorted(f'poém {i}' for i in range(20))
   assert '1.2.0' in texts.name
-
-
-def test_languages_within_a_feature(tfds_data):
-  source = TfdsSource(
-    'examples', input_feature='translation/de', target_feature='summary'
-  )
-  pairs = source.pairs(PARTS)
-  train, validation = both(pairs, pairs.pairs)
-  assert sorted(train + validation) == sorted(
+  assert {pair for split in SPLITS for pair in pairs.pairs(split)} == {
     (f'Satz {i} ü', f'short {i}') for i in range(20)
-  )
+  }
 
 
 @pytest.mark.parametrize(

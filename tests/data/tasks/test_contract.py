@@ -128,6 +128,10 @@ def test_an_evaluation_has_every_row_once(kind, target_len):
     joined = np.concatenate([batch[name] for batch in batches])
     np.testing.assert_array_equal(joined[: len(rows)], values)
     assert not joined[len(rows) :].any()  # beyond the last is padding
+  share = np.array([2, 5])
+  parts = eval_batches(rows, batch_size=7, share=share)
+  for batch, part in zip(batches, parts, strict=True):
+    assert_equal(part, {k: v[share] for k, v in batch.items()})
   for i in (0, n - 1, -1):
     assert_equal(rows[i], {k: v[i] for k, v in every.items()})
   assert every['loss_weights'].any(1).all()

@@ -33,10 +33,7 @@ TARGETS = stream([11], [12, 13], [14, 15, 16, 17, 18])
     # Inputs that were cut keep their end of text, and targets that were cut
     # have none.
     (
-      EncoderDecoderLayout(5, 4, start_id=EOS),
-      [[0], [1], [2]],
-      2,
-      [
+      EncoderDecoderLayout(5, 4, start_id=EOS), [[0], [1], [2]], 2, [
         ([1, 2, EOS, 0, 0], [EOS, 11, 0, 0], [11, EOS, 0, 0]),
         ([3, 4, 5, 6, EOS], [EOS, 12, 13, 0], [12, 13, EOS, 0]),
         ([9, EOS, 0, 0, 0], [EOS, 14, 15, 16], [14, 15, 16, 17]),
@@ -44,31 +41,24 @@ TARGETS = stream([11], [12, 13], [14, 15, 16, 17, 18])
     ),
     # With room, the first and the last share a row.
     (
-      EncoderDecoderLayout(5, 8, start_id=EOS),
-      [[0, 2], [1]],
-      1,
-      [
+      EncoderDecoderLayout(5, 8, start_id=EOS), [[0, 2], [1]], 1, [
         (
-          [1, 2, EOS, 9, EOS],
-          [EOS, 11, EOS, 14, 15, 16, 17, 18],
+          [1, 2, EOS, 9, EOS], [EOS, 11, EOS, 14, 15, 16, 17, 18],
           [11, EOS, 14, 15, 16, 17, 18, EOS],
-        )
+        ),
       ],
     ),
     # For a decoder alone three targets leave room for 4 inputs. What has no
     # loss is written as 0.
     (
-      DecoderLayout(6),
-      [[0], [1], [2]],
-      2,
-      [
+      DecoderLayout(6), [[0], [1], [2]], 2, [
         ([1, 2, EOS, 11, 0, 0], [0, 0, 11, EOS, 0, 0]),
         ([3, 4, 5, EOS, 12, 13], [0, 0, 0, 12, 13, EOS]),
         ([9, EOS, 14, 15, 16, 17], [0, 14, 15, 16, 17, 18]),
       ],
     ),
   ],
-)
+)  # fmt: skip
 def test_pairs_share_rows_and_long_ones_are_cut(
   layout, members, truncated, rows
 ):

@@ -92,18 +92,17 @@ def test_an_example_by_hand():
   assert example.targets.tolist() == [100, 11, 101, 14, 15, EOS]
 
 
-def restored_text(example, sentinels=SENTINELS):
+def restored_text(inputs, targets, sentinels=SENTINELS):
   """Returns the text with each sentinel replaced by the targets after it."""
   spans, span = {}, None
-  for token in example.targets.tolist():
+  for token in targets.tolist():
     if token in sentinels:
       span = spans.setdefault(token, [])
     elif token != EOS:
       span.append(token)
-  text = []
-  for token in example.inputs.tolist()[:-1]:
-    text += spans.get(token, [token])
-  return text
+  *inputs, end = inputs.tolist()
+  assert end == EOS
+  return [t for token in inputs for t in spans.get(token, [token])]
 
 
 sizes = st.integers(1, 300)
@@ -117,11 +116,9 @@ seeds = st.integers(0, 2**32)
 def test_filling_the_sentinels_gives_the_window_back(n, density, mean, seed):
   window = 1000 + np.random.default_rng(seed).integers(0, 5, n)
   sentinels = tuple(range(2000, 2000 + n + 1))
-  task = SpanCorruption(
-    DecoderLayout(9), sentinels, EOS, density=density, mean_span=mean
-  )
+  task = SpanCorruption(DecoderLayout(9), sentinels, EOS, density, mean)
   example = task(window, np.random.default_rng(seed))
-  assert restored_text(example, sentinels) == window.tolist()
+  assert restored_text(*example, sentinels) == window.tolist()
   # The example has exactly the planned lengths.
   lengths = task.lengths(np.array([n]))
   assert len(example.inputs) == lengths.inputs[0]
@@ -148,10 +145,9 @@ def test_every_mask_is_equally_likely():
   # Two spans have 3 of 6 tokens. There are 2 ways to cut the noise, and C(4, 2)
   # ways to cut 3 kept tokens into 3 stretches of which the outer may be empty.
   generator = np.random.default_rng(0)
-  mask_counts = {}
-  for _ in range(6000):
-    mask = tuple(noise_mask(6, generator, 0.5, 1.5).tolist())
-    mask_counts[mask] = mask_counts.get(mask, 0) + 1
+  mask_counts = collections.Counter(
+    tuple(noise_mask(6, generator, 0.5, 1.5).tolist()) for _ in range(6000)
+  )
   assert len(mask_counts) == 12
   assert min(mask_counts.values()) > 400 and max(mask_counts.values()) < 600
 
@@ -168,8 +164,9 @@ def test_the_window_is_the_largest_that_fits(T_enc, T_dec, density, mean, last):
   layout = DecoderLayout(T_enc)
   if T_dec:
     layout = EncoderDecoderLayout(T_enc, T_dec, start_id=EOS)
+  sentinels = tuple(range(1000))
   task = SpanCorruption(
-    layout, tuple(range(1000)), EOS, density, mean, final_sentinel=last
+    layout, sentinels, EOS, density, mean, final_sentinel=last
   )
   fits = layout.fits(task.lengths(np.arange(1, 400)))
   # Shorter windows fit too, such as the last one of a document.
@@ -232,33 +229,21 @@ def texts_of(batch):
     for segment in range(1, batch['segment_ids'][b].max() + 1):
       in_decoder = batch['segment_ids'][b] == segment
       in_encoder = batch['encoder_segment_ids'][b] == segment
-      spans, span = {}, None
-      for token in batch['targets'][b][in_decoder].tolist():
-        if token in SENTINELS:
-          span = spans.setdefault(token, [])
-        elif token != EOS:
-          span.append(token)
-      *inputs, eos = batch['encoder_tokens'][b][in_encoder].tolist()
-      assert eos == EOS
-      texts.append([u for t in inputs for u in spans.get(t, [t])])
+      inputs = batch['encoder_tokens'][b][in_encoder]
+      texts.append(restored_text(inputs, batch['targets'][b][in_decoder]))
   return texts
 
 
-def test_an_epoch_has_the_whole_corpus():
+def test_epochs_differ_in_noise_and_have_the_whole_corpus():
   rows = span_rows()
-  texts = texts_of(rows.take(np.arange(len(rows))))
-  tokens = sorted(t for text in texts for t in text)
+  n = len(rows)
+  first, second = (rows.draw(np.arange(n), 5, np.full(n, e)) for e in (0, 1))
+  tokens = sorted(t for text in texts_of(first) for t in text)
   assert tokens == sorted(t for t in corpus()[0].tolist() if t != EOS)
-  assert len(rows) < len(span_rows(pack=False))
-
-
-def test_epochs_differ_in_noise_and_not_in_text():
-  rows = span_rows(pack=False)
-  all_rows, ones = np.arange(len(rows)), np.ones(len(rows), np.int64)
-  first, second = (rows.draw(all_rows, 5, e * ones) for e in (0, 1))
   assert texts_of(first) == texts_of(second)
   is_same_row = (first['encoder_tokens'] == second['encoder_tokens']).all(1)
   assert is_same_row.mean() < 0.3
+  assert n < len(span_rows(pack=False))
 
 
 def test_a_document_ends_in_the_targets_of_a_prefix_lm():
@@ -280,13 +265,8 @@ def test_a_document_ends_in_the_targets_of_a_prefix_lm():
 
 def target_lengths(task, n, count=400):
   """Returns the lengths of targets in many draws."""
-  generator = np.random.default_rng(0)
-  window = np.arange(50, 50 + n)
-  lengths = []
-  for _ in range(count):
-    example = task(window, generator)
-    lengths.append(len(example.targets))
-  return lengths
+  window, generator = np.arange(50, 50 + n), np.random.default_rng(0)
+  return [len(task(window, generator).targets) for _ in range(count)]
 
 
 def test_every_split_of_a_decoders_row_is_equally_likely():
@@ -361,11 +341,12 @@ def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
     example = task(window, generator)
     num_learned = (example.targets == 5).mean() * len(example.targets)
     shares[int(example.inputs[0])].append(num_learned / len(window))
-  counts = {mode: len(share) for mode, share in shares.items()}
-  assert abs(counts[MODE_IDS['R']] - 600) < 60
-  assert abs(counts[MODE_IDS['S']] - 400) < 60
-  assert abs(counts[MODE_IDS['X']] - 200) < 60
-  for mode, density in (('R', 0.1), ('S', 0.3), ('X', 0.5)):
+  for mode, count, density in (
+    ('R', 600, 0.1),
+    ('S', 400, 0.3),
+    ('X', 200, 0.5),
+  ):
+    assert abs(len(shares[MODE_IDS[mode]]) - count) < 60
     assert abs(np.mean(shares[MODE_IDS[mode]]) - density) < 0.02
   # The length of a suffix is random, the share of noise of the other denoisers
   # is not.

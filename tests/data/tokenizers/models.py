@@ -24,13 +24,9 @@ TEXTS = [
 def model_bytes(**options: str | int | bool) -> bytes:
   """Trains a model; returns the content of its file."""
   model_file = io.BytesIO()
+  options |= dict(hard_vocab_limit=False, minloglevel=2, num_threads=1)
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(WORDS * 4),
-    model_writer=model_file,
-    hard_vocab_limit=False,
-    minloglevel=2,
-    num_threads=1,
-    **options,
+    sentence_iterator=iter(WORDS * 4), model_writer=model_file, **options
   )
   return model_file.getvalue()
 

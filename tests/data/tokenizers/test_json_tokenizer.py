@@ -42,14 +42,9 @@ def open_tokenizer(path):
 
 @pytest.fixture(scope='module')
 def theirs():
-  return PreTrainedTokenizerFast(
-    tokenizer_object=model(),
-    bos_token='<s>',
-    eos_token='</s>',
-    pad_token='<pad>',
-    unk_token='<unk>',
-    chat_template=TEMPLATE,
-  )
+  names = dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+  names |= dict(unk_token='<unk>', chat_template=TEMPLATE)
+  return PreTrainedTokenizerFast(tokenizer_object=model(), **names)
 
 
 @pytest.fixture(scope='module')
@@ -128,11 +123,9 @@ def test_conversations_are_those_of_transformers(folder, theirs, add_prompt):
     expected = theirs.apply_chat_template(
       CHAT, add_generation_prompt=add_prompt, return_dict=False, **variables
     )
-    token_ids = ours.encode_chat(
-      CHAT, add_generation_prompt=add_prompt, **variables
-    )
-    assert token_ids.dtype == np.int32
-    assert token_ids.tolist() == expected
+    ids = ours.encode_chat(CHAT, add_generation_prompt=add_prompt, **variables)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == expected
   with pytest.raises(ValueError, match='chat template: no role system'):
     ours.encode_chat([{'role': 'system', 'content': 'x'}])
 

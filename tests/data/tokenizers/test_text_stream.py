@@ -45,17 +45,10 @@ def metaspace():
   """Makes a tokenizer like SentencePiece's, with marked words and bytes."""
   vocab = {'▁a': 0, '▁b': 1, 'b': 2, '▁': 3}
   vocab |= {f'<0x{byte:02X}>': 4 + byte for byte in range(256)}
-  model = hf.Tokenizer(
-    hf.models.BPE(vocab, [], byte_fallback=True, unk_token=None)
-  )
-  model.decoder = hf.decoders.Sequence(
-    [
-      hf.decoders.Replace('▁', ' '),
-      hf.decoders.ByteFallback(),
-      hf.decoders.Fuse(),
-      hf.decoders.Strip(' ', 1, 0),
-    ]
-  )
+  model = hf.Tokenizer(hf.models.BPE(vocab, [], byte_fallback=True))
+  replace, strip = hf.decoders.Replace('▁', ' '), hf.decoders.Strip(' ', 1, 0)
+  joined = hf.decoders.ByteFallback(), hf.decoders.Fuse()
+  model.decoder = hf.decoders.Sequence([replace, *joined, strip])
   return tokenizers.Json(model.to_str())
 
 
