@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models, run_config
-from moe_jax.config import section_of
+from moe_jax.analysis import cost
+from moe_jax.config import merge, section_of
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.training.evaluate import differing_parameters
 from moe_jax.training.programs import make_programs
@@ -151,3 +152,13 @@ def test_only_glam_leaks_the_future():
     if options_of(name).filled(65).build().stacks.leaks_future
   ]
   assert leaking == ['glam_64b64e']
+
+
+def test_the_dense_twin_is_one_override():
+  config = golden.config('shakespeare_gshard')
+  twin = run_config.read(merge(config, {'model': {'moe': {'num_experts': 0}}}))
+  sizes = [
+    cost.count(options.filled(65).build(), 7).total_params
+    for options in (twin, options_of('shakespeare_dense'))
+  ]
+  assert sizes[0] == sizes[1]

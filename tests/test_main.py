@@ -211,25 +211,57 @@ DENSE = (
 )
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(tmp_path):
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+  """The folder of a run that Ctrl-C ended, its exit status, and its errors."""
+  folder = tmp_path_factory.mktemp('interrupted')
   # The terminal sends the signal to `tee` of `| tee log`, too.
   process = programs.started(
-    *('-m', 'moe_jax.main', *command(tmp_path, *DENSE)),
+    *('-m', 'moe_jax.main', *command(folder, *DENSE)),
     # A check that runs in the background has Ctrl-C ignored.
     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   next(line for line in process.stdout if line.startswith('step 3'))
   process.stdout.close()
   process.send_signal(signal.SIGINT)
-  _, stderr = process.communicate(timeout=120)
-  assert process.returncode == cli.INTERRUPTED, stderr
+  _, errors = process.communicate(timeout=120)
+  return folder, process.returncode, errors
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(interrupted):
+  folder, status, errors = interrupted
+  assert status == cli.INTERRUPTED, errors
   # Libraries may add lines of their own.
-  ours = [line for line in stderr.splitlines() if line.startswith('moe_jax: ')]
+  ours = [line for line in errors.splitlines() if line.startswith('moe_jax: ')]
   first, last = ours
   assert 'another Ctrl-C stops at once' in first
-  step, _ = final_arrays(tmp_path)
+  step, _ = final_arrays(folder)
   assert f'interrupted at step {step} and saved: the same command' in last
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_a_line_and_the_run_before_it_intact(interrupted):
+  folder, _, _ = interrupted
+  step, arrays = final_arrays(folder)
+  script = (
+    'import resource, runpy, signal, sys;'
+    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));'
+    "sys.argv[0] = 'moe_jax.main';"
+    "runpy.run_module('moe_jax.main', run_name='__main__')"
+  )
+  flags = ('--resume', *DENSE, '--config.checkpoint.every_steps=1')
+  # The cache of compiled programs would report the full disk, too.
+  env = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '999'}
+  process = programs.run('-c', script, *command(folder, *flags), env=env)
+  assert process.returncode == 1
+  assert len(process.stderr.strip().splitlines()) <= 4, process.stderr
+  assert 'File too large' in process.stderr
+  other_step, others = final_arrays(folder)
+  assert other_step == step
+  for key, value in arrays.items():
+    np.testing.assert_array_equal(others[key], value)
 
 
 @pytest.mark.parametrize(
