@@ -201,7 +201,9 @@ def load_figure(rows: Rows) -> Figure | None:
     middles = np.array([steps[span].mean() for span in spans])
     means = np.array([load[span].mean(axis=0) for span in spans])
     panels[f'layer {layer}'] = load.shape[1] * means.T
-    borders[f'layer {layer}'] = _borders(middles)
+    # The cells meet halfway between steps, from step 0 to the last one.
+    inner, last = (middles[1:] + middles[:-1]) / 2, max(middles[-1], 1)
+    borders[f'layer {layer}'] = np.array([0, *inner, last])
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   title = 'Load: share of all choices that each expert gets, before drops'
@@ -260,15 +262,6 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     space = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - space, high + space)
   axes.legend(fontsize='small', edgecolor='none')
-
-
-def _borders(middles: Float[np.ndarray, 'n']) -> np.ndarray:
-  """The `n + 1` borders of n cells whose middles are given, ascending."""
-  if len(middles) == 1:  # one cell reaches back to step 0
-    return np.array([0.0, max(middles[0], 1)])
-  inner = (middles[1:] + middles[:-1]) / 2
-  first, last = 2 * middles[0] - inner[0], 2 * middles[-1] - inner[-1]
-  return np.concatenate([[first], inner, [last]])
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:

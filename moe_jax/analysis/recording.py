@@ -74,26 +74,16 @@ def make_header(
     moe, sequence = stacks.moe_of(layer), stacks.sequence_of(layer)
     length = data.seq_len if sequence else seq_len
     S = group_size(moe, batch_size // microbatches, length)
-    is_bounded = moe.router.by_expert or moe.causality.drops
-    layers[layer] = LayerInfo(
-      num_experts=moe.num_retained,
-      num_selected=moe.num_selected,
-      capacity=training_slots(moe, S) if is_bounded else None,
-      group_size=S,
-      by_expert=moe.router.by_expert,
-      sequence=sequence.rstrip('_'),
-    )
-  return Header(
-    layers=layers,
-    batch_size=batch_size,
-    seq_len=seq_len,
-    vocab_size=model.vocab_size,
-    model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
-    sources=tuple(data.tasks),
-    tokenizer=tokenizer.identity,
-    note='; '.join(filter(None, (note, stacks.forced_balance))),
-    **fields,
-  )
+    by_expert = moe.router.by_expert
+    is_bounded = by_expert or moe.causality.drops
+    capacity = training_slots(moe, S) if is_bounded else None
+    sizes = moe.num_retained, moe.num_selected, capacity, S
+    layers[layer] = LayerInfo(*sizes, by_expert, sequence.rstrip('_'))
+  sizes = batch_size, seq_len, model.vocab_size
+  fields |= dict(sources=data.tasks, tokenizer=tokenizer.identity)
+  digest = hashlib.sha256(repr(options).encode()).hexdigest()
+  note = '; '.join(filter(None, (note, stacks.forced_balance)))
+  return Header(layers, *sizes, model_digest=digest, note=note, **fields)
 
 
 def header_of(run: Run) -> Header:
@@ -277,8 +267,7 @@ class Traces(Hook):
     o = run.options.trace
     if self._recorder is None:
       if o.is_on:
-        reason = 'the model has no sparse layers'
-        run.message(f'trace: {reason}; nothing is recorded')
+        run.message('trace: no layer is sparse; nothing is recorded')
       return None
     step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:

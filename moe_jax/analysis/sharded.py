@@ -88,16 +88,11 @@ def parse(text: str) -> Program:
     if header := _COMPUTATION.match(line):
       computation = header[1]
     elif parts := _INSTRUCTION.match(line):
-      name, type_, opcode, rest, operands = parts.groups()
+      name, *kind, rest, arguments = parts.groups()
+      operands = tuple(re.findall(r'%([\w.\-]+)', arguments))
       callees = re.findall(r'[\w.\-]+', ' '.join(_CALLS.findall(rest)))
-      program[name] = Instruction(
-        computation,
-        type_,
-        opcode,
-        tuple(re.findall(r'%([\w.\-]+)', operands)),
-        tuple(dict.fromkeys(callees)),
-        rest,
-      )
+      calls = tuple(dict.fromkeys(callees))
+      program[name] = Instruction(computation, *kind, operands, calls, rest)
   return program
 
 

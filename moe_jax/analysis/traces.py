@@ -320,12 +320,9 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
       arrays = dict(file)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
-  types = np.int32, np.float32, bool, np.float32
-  fields: dict[int, list[np.ndarray]] = {}
-  for field, dtype in zip(LayerChoices._fields, types):
-    for name in arrays:
-      if name.startswith(f'{field}_'):
-        number = int(name.removeprefix(f'{field}_'))
-        fields.setdefault(number, []).append(arrays[name].astype(dtype))
-  layers = {number: LayerChoices(*fields[number]) for number in sorted(fields)}
+  types, layers = (np.int32, np.float32, bool, np.float32), {}
+  for number in sorted(int(k[7:]) for k in arrays if k.startswith('expert_')):
+    names = (f'{field}_{number}' for field in LayerChoices._fields)
+    found = [arrays[k].astype(t) for k, t in zip(names, types) if k in arrays]
+    layers[number] = LayerChoices(*found)
   return {**{name: arrays.get(name) for name in _IDS}, 'layers': layers}

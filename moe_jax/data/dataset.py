@@ -271,18 +271,12 @@ def load(
     splits[split] = MixedRows(rows, schedule)
     learned = [parts[name].counts[split] for name in per_period]
     counts[split] = {k: sum(part[k] for part in learned) for k in learned[0]}
+  source = f'mixture of {len(per_period)} sources'
+  vocabulary = next(iter(parts.values())).tokenizer
   digests = ''.join(f'{name} {part.digest}\n' for name, part in parts.items())
-  return MixedDataset(
-    source=f'mixture of {len(per_period)} sources',
-    tokenizer=next(iter(parts.values())).tokenizer,
-    splits=splits,
-    digest=hashlib.sha256(digests.encode()).hexdigest(),
-    counts=counts,
-    task=options.task,
-    parts=parts,
-    mixture=mixture,
-    per_period=per_period,
-  )
+  digest = hashlib.sha256(digests.encode()).hexdigest()
+  joined = source, vocabulary, splits, digest, counts, options.task
+  return MixedDataset(*joined, parts, mixture, per_period)
 
 
 def _load(
@@ -302,14 +296,8 @@ def _load(
     stream = store.read(folder, split, corpus.streams)
     splits[split] = rows = task.rows(stream, vocabulary, shape)
     counts[split] = {**about['splits'][split], **rows.counts()}
-  return Dataset(
-    source=corpus.name,
-    tokenizer=vocabulary,
-    splits=splits,
-    digest=about['sha256'],
-    counts=counts,
-    task=task,
-  )
+  digest = about['sha256']
+  return Dataset(corpus.name, vocabulary, splits, digest, counts, task)
 
 
 def shared_tokenizer(options: DataOptions) -> TokenizerOptions:

@@ -162,9 +162,7 @@ class MixtureOptions(Options):
         yield f'held_out: {unknown_text("source or cluster", name, names)}'
     if not self.learned():
       weights = f' with weights={dict(self.weights)}' * bool(self.weights)
-      yield (
-        f'held_out={self.held_out!r}{weights} leaves no source to learn from'
-      )
+      yield f'held_out={self.held_out!r}{weights} leaves no source to learn'
 
   def cluster(self, name: str) -> str:
     """The name of a source's cluster, a group of similar sources.

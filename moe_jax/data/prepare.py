@@ -31,11 +31,8 @@ from moe_jax.data.pieces import POOL, Engine
 from moe_jax.errors import InputError
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately.
-
-  Arguments that follow '--' are flags of the runner of Apache Beam.
-  """
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; what follows '--' are flags of Apache Beam's runner."""
   argv = sys.argv[1:] if argv is None else [*argv]
   end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)
@@ -53,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     "Apache Beam, such as 'DataflowRunner', whose flags follow after --",
   )
   parser.set_defaults(run=_run, arguments=argv[end + 1 :])
-  return cli.parse_command(parser, argv[:end])
+  cli.run_command(*cli.parse_command(parser, argv[:end]))
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -83,11 +80,6 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     dataset = load(data, engine)
   cache = data.selection.cache / 'tokens'
   cli.say([dataset.describe(), f'tokens: {cache}'])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command."""
-  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

@@ -118,7 +118,7 @@ BYTES = tokenizers.Bytes()
 DATA = [
   stored_texts('ids that wrap', ['a'], Ids(2**16), 'to 65536 | vocab_size=257'),
   stored_texts('ids of floats', ['a'], Ids(1, dtype=float), 'float64'),
-  stored_texts('a number', ['a', 3], BYTES, '3, which is no text'),
+  stored_texts('a number', ['a', 3], BYTES, '=3 is no text'),
   stored_texts('half a pair', ['a\ud800'], BYTES, 'surrogates'),
   stored_texts('nothing', [], BYTES, "'train' has 0 tokens"),
   text_file('bad UTF-8', b'\xff' * 9, 'a.txt is not UTF-8'),

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from moe_jax.config import option, unknown
 from moe_jax.data.cache_folders import check_may_prepare, locked
 from moe_jax.data.contracts import Pairs, Selection, SourceOptions, Texts
-from moe_jax.data.plain_files import first_line
+from moe_jax.data.plain_files import decoded, first_line
 from moe_jax.errors import InputError
 
 Builder = tfds.core.DatasetBuilder
@@ -43,15 +43,11 @@ def prepared_builder(name: str) -> Builder:
       builder.download_and_prepare()
   except InputError:  # of `check_may_prepare`
     raise
-  except tfds.core.DatasetNotFoundError as error:
-    raise InputError(
-      f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
-      f'nor can it be prepared without TensorFlow; if it exists, {advice}'
-    ) from error
   except Exception as error:  # builders and downloads raise any exception
     raise InputError(
-      f'TFDS dataset {name!r} could not be prepared here '
-      f'({type(error).__name__}: {first_line(error)}); {advice}'
+      f'TFDS dataset {name!r} could not be prepared here, where '
+      f'{_names(data_dir)} are ({type(error).__name__}: {first_line(error)}); '
+      f'{advice}'
     ) from error
   return builder
 
@@ -120,14 +116,11 @@ def as_text(value: Any, where: str) -> str:
   Raises:
     ValueError: The value is no text, or not UTF-8.
   """
-  if isinstance(value, str):
-    return value
-  if not isinstance(value, bytes):
+  if isinstance(value, bytes):
+    return decoded(value, where)
+  if not isinstance(value, str):
     raise InputError(f'{where} has type {type(value).__name__}, not text')
-  try:
-    return value.decode()
-  except UnicodeDecodeError as error:
-    raise InputError(f'{where} is not UTF-8: {error}') from error
+  return value
 
 
 def _names_of(features: Any, outer: str = '') -> Iterator[str]:
@@ -217,9 +210,8 @@ class TfdsSource(SourceOptions):
     exist.
     """
     features = [getattr(self, name) for name in options]
-    builder = checked_builder(
-      self.name, dict(zip(features, options)), selection
-    )
+    names = dict(zip(features, options))
+    builder = checked_builder(self.name, names, selection)
 
     def read(split: str) -> Iterator[tuple[str, ...]]:
       examples = open_split(builder, selection.name_of(split))

@@ -1,6 +1,7 @@
 """Tokenizers of UTF-8 bytes, and of the characters that a data set has."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,10 +30,6 @@ class Bytes(Tokenizer, kind='bytes'):
   def encode(self, text: str) -> np.ndarray:
     """The UTF-8 bytes of `text`, int32 [N]."""
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-    """The UTF-8 bytes of each text, uint8."""
-    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -118,7 +115,5 @@ class CharsOptions(TokenizerOptions):
 
   def fit(self, texts: Iterable[str]) -> Chars:
     """The tokenizer of all characters that the texts have."""
-    characters: set[str] = set()
-    for text in texts:  # one at a time, as they may not fit into memory
-      characters.update(text)
-    return Chars(characters)
+    # One text at a time, as all may not fit into memory.
+    return Chars(itertools.chain.from_iterable(texts))

@@ -288,16 +288,11 @@ def _special_tokens(
         ids[f'{key}_id'] = vocabulary.get(name)
   eos = ids.get('eos_token_id')
   eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-  return SpecialTokens(
-    bos=ids.get('bos_token_id'),
-    eos=eos,
-    pad=ids.get('pad_token_id'),
-    start=ids.get('decoder_start_token_id'),
-    forced_bos=ids.get('forced_bos_token_id'),
-    vocab_size=config.get('vocab_size', 0),
-    names=names,
-    chat_template=_chat_template(folder, tokens_config.get('chat_template')),
-  )
+  keys = 'bos', 'pad', 'decoder_start', 'forced_bos'
+  bos, pad, start, forced_bos = (ids.get(f'{key}_token_id') for key in keys)
+  size = config.get('vocab_size', 0)
+  template = _chat_template(folder, tokens_config.get('chat_template'))
+  return SpecialTokens(bos, eos, pad, start, forced_bos, size, names, template)
 
 
 def _content(token: Any) -> Any:
