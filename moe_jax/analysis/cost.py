@@ -216,9 +216,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
   size = options.model.vocab_size or tokenizer.known_vocab_size()
   if not size:
     raise InputError(
-      f'data.tokenizer={type(options.data.tokenizer).__name__} has a '
-      'vocabulary that depends on the data; give its size with '
-      '--config.model.vocab_size=...'
+      f'the vocabulary of {type(options.data.tokenizer).__name__} depends on '
+      'the data; give its size with --config.model.vocab_size=...'
     )
   return options.filled(size)
 
@@ -288,9 +287,8 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
 def variants(options: RunOptions, model: Model):
   """Yields a name and the run options of each usual choice of what trains."""
   sparse = bool(model.stacks.sparse_layers)
-  plain = dataclasses.replace(
-    options, trainable='all', trained_experts='', lora=LoraOptions()
-  )
+  whole: Any = dict(trainable='all', trained_experts='', lora=LoraOptions())
+  plain = dataclasses.replace(options, **whole)
   for name in ('all', *(('experts', 'non_experts') if sparse else ())):
     yield name, dataclasses.replace(plain, trainable=name)
   for roles in ('attention', 'attention + ' + ('experts' if sparse else 'ffn')):

@@ -139,13 +139,9 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
   trees = describe(model)
   roles, axes = flatten(trees.roles), flatten(trees.axes)
   return [
-    SizedParameter(
-      path,
-      leaf.size,
-      roles[path],
-      leaf.shape[axes[path].index(EXPERT)] if EXPERT in axes[path] else 1,
-    )
+    SizedParameter(path, leaf.size, roles[path], sizes.get(EXPERT, 1))
     for path, leaf in flatten(trees.shapes).items()
+    for sizes in [dict(zip(axes[path], leaf.shape))]
   ]
 
 

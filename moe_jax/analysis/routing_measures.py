@@ -413,9 +413,8 @@ def information(table: Table, rng: np.random.Generator) -> Information:
     return information_of(table, [table])
   sums = table.sum(1), table.sum(0)
   draws = range(NUM_SHUFFLES)
-  return information_of(
-    table, (random_table.rvs(*sums, random_state=rng) for _ in draws)
-  )
+  shuffles = (random_table.rvs(*sums, random_state=rng) for _ in draws)
+  return information_of(table, shuffles)
 
 
 def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:

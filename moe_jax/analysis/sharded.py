@@ -346,9 +346,8 @@ def _group_size(text: str, num_devices: int) -> int:
   """
   if axes := _AXES.search(text):
     mesh = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
-    return math.prod(
-      int(part or mesh[name]) for name, part in _AXIS.findall(axes[2])
-    )
+    parts = _AXIS.findall(axes[2])
+    return math.prod(int(part or mesh[name]) for name, part in parts)
   groups = _GROUPS.search(text)
   if not groups:
     return num_devices

@@ -232,10 +232,8 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
     ValueError: The record does not fit the header.
     OSError: The file cannot be written.
   """
-  given = {name: getattr(record, name) for name in _IDS}
-  arrays = {
-    k: np.asarray(x, np.int32) for k, x in given.items() if x is not None
-  }
+  ids, shape = {k: getattr(record, k) for k in _IDS}, record.tokens.shape
+  arrays = {k: np.asarray(x, np.int32) for k, x in ids.items() if x is not None}
   for number, choices in record.layers.items():
     if (layer := header.layers.get(number)) is None:
       raise InputError(f'layer {number} not in {sorted(header.layers)}')
@@ -248,10 +246,8 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
       if values is not None:
         arrays[f'{name}_{number}'] = np.asarray(values, dtype)
   for name, values in arrays.items():
-    if values.shape[:2] != record.tokens.shape:
-      raise InputError(
-        f'{name} has shape {values.shape}, tokens {record.tokens.shape}'
-      )
+    if values.shape[:2] != shape:
+      raise InputError(f'{name} has shape {values.shape}, tokens {shape}')
   suffix = f'_{record.sequence}' if record.sequence else ''
   name = f'{record.step:08d}_{record.batch:05d}{suffix}.npz'
   path = folder / record.kind / name

@@ -191,10 +191,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def check_free(folder: pathlib.Path) -> None:
   """Raises ValueError for a mount point or a folder that is not empty."""
   if os.path.ismount(folder):
-    raise InputError(
-      f'{folder} is a mount point, in whose place no whole folder can be put; '
-      f'give a new folder in it, such as {folder / "run"}'
-    )
+    raise InputError(f'{folder} is a mount point; give a new folder in it')
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
 
@@ -229,8 +226,7 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
         raise InputError(f'{name} has changed since it was written (sha256)')
   except (FileNotFoundError, InputError) as error:
     raise InputError(
-      f'{where or folder} is damaged: {error}; delete the folder, and it is '
-      'made anew'
+      f'{where or folder} is damaged: {error}; delete the folder to renew it'
     ) from None
 
 

@@ -78,13 +78,9 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
   for answer in answers:
     check_text(answer, f'{where}: answers')
   if len(answers) < 2 or len(set(answers)) < len(answers):
-    raise InputError(
-      f'{where}: answers={answers!r} are to be two or more, and different'
-    )
+    raise InputError(f'{where}: {answers=} are to be two or more, different')
   if type(label) is not int or not 0 <= label < len(answers):
-    raise InputError(
-      f'{where}: label={label!r} is no index of {len(answers)} answers'
-    )
+    raise InputError(f'{where}: {label=} is no index of {len(answers)} answers')
   return Item(prompt, tuple(answers), label)
 
 
@@ -124,9 +120,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
   name: str = option(
     dataclasses.MISSING, 'Name of the TFDS dataset of questions.', required=True
   )
-  prompt_feature: str = option(
-    'prompt', 'Feature with the prompt of a question.'
-  )
+  prompt_feature: str = option('prompt', "Feature with a question's prompt.")
   answers_feature: str = option(
     'answers',
     'TFDS feature with all answers of a question, or several features with one '

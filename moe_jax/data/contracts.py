@@ -294,9 +294,7 @@ class Pieces:
     Every call gives the same ones in the same order. Where there is a single
     piece, all of 'train' come before all of 'validation'.
     """
-    return (
-      (split, entry) for split in SPLITS for entry in self._entries(split)
-    )
+    return ((s, entry) for s in SPLITS for entry in self._entries(s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,9 +320,7 @@ class Texts:
 
   def in_pieces(self) -> Pieces:
     """The documents in pieces, at least one."""
-    return self.pieces or Pieces(
-      lambda split: ((text,) for text in self.texts(split))
-    )
+    return self.pieces or Pieces(lambda s: ((text,) for text in self.texts(s)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,9 +45,7 @@ class DataOptions(Options):
   tokenizer: TokenizerOptions = choice(
     TOKENIZERS, 'bytes', 'Tokenizer that turns text into token ids.'
   )
-  task: TaskOptions = choice(
-    TASKS, 'lm', 'Task that is learned from the source.'
-  )
+  task: TaskOptions = choice(TASKS, 'lm', 'Task learned from the source.')
   seq_len: int = option(
     256,
     'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
@@ -61,9 +59,7 @@ class DataOptions(Options):
     'targets.',
     minimum=0,
   )
-  pack: bool = option(
-    True, 'Whether short examples of inputs and targets share a row.'
-  )
+  pack: bool = option(True, 'Whether several short examples share a row.')
   train_split: str = option(
     'train',
     "The source's own name of the split for training. TFDS sources, as well "

@@ -291,8 +291,7 @@ def _text_of(value: Any, field: str) -> str:
   if field not in value:
     keys = ', '.join(map(repr, sorted(value)))
     raise InputError(
-      f' has no key {field!r}; its keys: {keys}; choose one with '
-      'data.source.files.field'
+      f' has no key {field!r}; its keys: {keys}; choose data.source.files.field'
     )
   encoded(value[field], f': {field}')
   return value[field]

@@ -95,9 +95,7 @@ def read_text(path: pathlib.Path) -> str:
   return decoded(read_bytes(path), path)
 
 
-def decoded(
-  raw: bytes, where: Any, line: Callable[[], int] | None = None
-) -> str:
+def decoded(raw: bytes, where: Any, line: Callable | None = None) -> str:
   """The text of bytes of UTF-8, which messages call `where`.
 
   Where `line` is given, it returns the number of the first line, and messages

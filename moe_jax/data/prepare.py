@@ -65,9 +65,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     data = data.with_tokenizer_of(begin.get('workdir'))
   columns = progress.Progress.get_default_columns()  # name, bar, ..., time left
   sizes = progress.DownloadColumn(binary_units=True)
-  with progress.Progress(
-    *columns, sizes, progress.TransferSpeedColumn()
-  ) as bars:
+  speed = progress.TransferSpeedColumn()
+  with progress.Progress(*columns, sizes, speed) as bars:
     bar_of = {}
 
     def on_progress(name: str, done: int, total: int) -> None:

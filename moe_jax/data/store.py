@@ -209,10 +209,8 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   Raises:
     ValueError: The ids are not integers in [0, vocab_size).
   """
-  size = tokenizer.vocab_size
-  if ids.size and (
-    ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < size
-  ):
+  size, is_integer = tokenizer.vocab_size, ids.dtype.kind in 'iu'
+  if ids.size and not (is_integer and 0 <= ids.min() <= ids.max() < size):
     raise InputError(
       f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
       f'{ids.dtype}, not integers in [0, vocab_size={size})'

@@ -200,9 +200,7 @@ class Json(Tokenizer, kind='json'):
       tokens = zip(encoding.tokens, encoding.sequence_ids)
       is_added = [s is None and bool(_LANGUAGE.fullmatch(t)) for t, s in tokens]
       if not any(is_added):
-        raise InputError(
-          f'language={language!r}: the tokenizer adds no language code'
-        )
+        raise InputError(f'{language=}: the tokenizer adds no language code')
       ids[is_added] = self.token_id(language)
     return ids
 
