@@ -69,7 +69,7 @@ def cost_table(model: Model, work: Workload) -> Table:
   if c.encoder:
     read, written = 'encoder, per token read', 'decoder, per token generated'
     length = f'{c.encoder_len} tokens read and {c.decoder_len} written'
-    sentences.append('FLOPs of training are the mean of both.')
+    length += '; FLOPs of training are their mean'
   if model.stacks.blocks:
     sentences.append(f'Attention is counted in full, over {length}.')
   if c.expert_params:
@@ -95,9 +95,8 @@ def cost_table(model: Model, work: Workload) -> Table:
   if model.stacks.blocks:
     arrays = array_bytes(model, work)
     sentences.append(
-      'Kept bytes are what the forward pass leaves for the backward pass. In '
-      'training, weights, gradients, the state of the optimizer and temporary '
-      'arrays of the compiled program come on top.'
+      'The forward pass leaves kept bytes for the backward pass; in training, '
+      'weights, gradients, optimizer state and temporary arrays come on top.'
     )
   else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
@@ -195,13 +194,13 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
   title = f'Training, with the forward pass at {short(forward)} FLOPs a token'
   note = (
     'FLOPs a token are those of the backward pass. Adapters are added to whole '
-    'kernels before a step computes, whose gradients are computed and held for '
-    'a while; FLOPs of their factors, a step, do not grow with the batch.'
+    'kernels before a step computes; the gradients of these are computed and '
+    'held for a while. FLOPs of factors, a step, do not grow with the batch.'
   )
   rows = []
   for name, variant in variants(options, model):
     costs = zip(forms.items(), training_cost(variant, model))
-    rows.append({'trains': name} | {key: form(n) for (key, form), n in costs})
+    rows.append({'Trains': name} | {key: form(n) for (key, form), n in costs})
   return ValueTable(title, note, rows, dict.fromkeys(forms, '>'))
 
 
@@ -451,8 +450,9 @@ def run_bytes(
       )
   gradients = programs.trained.part(state.params)
   trees = state.params, kept_by_optimizer(state), gradients
-  held = map(sharded.device_bytes, trees)
-  return RunBytes(*held, activations, evaluation, checkpoint=_bytes(state))
+  params, optimizer, gradients = map(sharded.device_bytes, trees)
+  rest = activations, evaluation, _bytes(state)
+  return RunBytes(params, optimizer, gradients, *rest)
 
 
 def _bytes(tree: Any) -> int:
@@ -471,10 +471,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   cli.add_config(parser)
   parser.set_defaults(run=run)
   add = parser.add_argument
-  text = (
-    "number of rows in the batch; by default the config's batch_size in "
-    'training (a microbatch of it), and one row in generation'
-  )
+  text = 'number of rows; default: a microbatch in training, one in generation'
   add('--batch', type=cli.POSITIVE, help=text)
   text = "devices that the experts are split over; 0 takes the mesh's"
   add('--expert_parallel', type=cli.NOT_NEGATIVE, default=0, help=text)

@@ -245,11 +245,9 @@ def facts(
   if (moe := stacks.moe) is not None:
     counts = [stacks.moe_of(i).num_retained for i in stacks.sparse_layers]
     axes = dict(options.sharding.rules)['expert']
-    dispatch = experts.describe(
-      moe.dispatch,
-      'cuda' if platform == 'gpu' else platform,
-      {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1},
-    )
+    split = {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}
+    platform = 'cuda' if platform == 'gpu' else platform
+    dispatch = experts.describe(moe.dispatch, platform, split)
     yield (
       f'sparse layers {list(stacks.sparse_layers)}: '
       f'{counts[0] if len(set(counts)) == 1 else counts} experts, '

@@ -56,9 +56,7 @@ class Interval:
 
   def sign(self) -> int:
     """Sign of the mean where the interval excludes 0, else 0."""
-    if not abs(self.mean) > self.half_width:
-      return 0
-    return 1 if self.mean > 0 else -1
+    return int(np.sign(self.mean)) if abs(self.mean) > self.half_width else 0
 
   def __format__(self, spec: str) -> str:
     """Mean and half width as text, such as '1.3580 ± 0.0040'."""

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -41,27 +42,21 @@ def record(options: argparse.Namespace, _: object = None) -> None:
   sizes = {'num_batches': options.num_batches, 'split': options.split}
   entry = LossEvaluation(**sizes, model_overrides=overrides)
   run = generation.load(workdir, options.step, allow=options.allow_module)
-  described = run.options
-  model_options = entry.overridden(described.model)
-  model = model_options.build(described.sharding.rules)
+  o = run.options
+  model_options = entry.overridden(o.model)
+  model = model_options.build(o.sharding.rules)
   if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
-  dataset = load_data(described.data)
-  header = make_header(
-    model,
-    model_options,
-    described.data,
-    dataset.tokenizer,
-    batch_size=described.batch_size,
-    microbatches=described.microbatches,
-    data_digest=dataset.digest,
-    has_logits=options.logits,
-    dtype=dtype,
-    note=f'{entry}, step {run.step} of {workdir}',
-  )
+  dataset = load_data(o.data)
+  described = model, model_options, o.data, dataset.tokenizer
+  sizes = dict(batch_size=o.batch_size, microbatches=o.microbatches)
+  note = f'{entry}, step {run.step} of {workdir}'
+  fields: Any = dict(has_logits=options.logits, dtype=dtype, note=note)
+  digest = dataset.digest
+  header = make_header(*described, **sizes, **fields, data_digest=digest)
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  put = Placing(device, described.batch_size, described.microbatches)
+  put = Placing(device, o.batch_size, o.microbatches)
   rows = dataset.splits[options.split]
   losses = Losses(model, options.num_batches, rows, put)
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:

@@ -90,15 +90,10 @@ def header_of(run: Run) -> Header:
   """The header of a run's trace."""
   o = run.options
   described = run.model, o.model, o.data, run.dataset.tokenizer
-  return make_header(
-    *described,
-    batch_size=o.batch_size,
-    microbatches=o.microbatches,
-    data_digest=run.dataset.digest,
-    seed=o.seed,
-    has_logits=o.trace.logits,
-    dtype=o.trace.dtype,
-  )
+  sizes = dict(batch_size=o.batch_size, microbatches=o.microbatches)
+  fields: Any = dict(has_logits=o.trace.logits, dtype=o.trace.dtype)
+  fields |= dict(data_digest=run.dataset.digest, seed=o.seed)
+  return make_header(*described, **sizes, **fields)
 
 
 def records_of(

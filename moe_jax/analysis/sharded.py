@@ -88,11 +88,11 @@ def parse(text: str) -> Program:
     if header := _COMPUTATION.match(line):
       computation = header[1]
     elif parts := _INSTRUCTION.match(line):
-      name, *kind, rest, arguments = parts.groups()
+      name, type_, opcode, rest, arguments = parts.groups()
       operands = tuple(re.findall(r'%([\w.\-]+)', arguments))
       callees = re.findall(r'[\w.\-]+', ' '.join(_CALLS.findall(rest)))
-      calls = tuple(dict.fromkeys(callees))
-      program[name] = Instruction(computation, *kind, operands, calls, rest)
+      facts = type_, opcode, operands, tuple(dict.fromkeys(callees)), rest
+      program[name] = Instruction(computation, *facts)
   return program
 
 

@@ -1,4 +1,4 @@
-"""Reads files that others wrote, such as the files of a downloaded model.
+"""Reads files and texts that others wrote, such as a downloaded model's files.
 
 `plain` finds a file only if it lies in the given folder and is neither a pipe
 nor a device; no file of more than `MOST_BYTES` bytes is read.

@@ -37,18 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)
   cli.add_config(parser)
-  parser.add_argument(
-    '--processes',
-    type=cli.POSITIVE,
-    default=os.cpu_count() or 1,
-    help='number of processes on this host; by default one for each core',
+  add = parser.add_argument
+  text = 'number of processes on this host; by default one for each core'
+  add('--processes', type=cli.POSITIVE, default=os.cpu_count() or 1, help=text)
+  text = (
+    f"'{POOL}' for processes of this machine, or the name of a runner of "
+    "Apache Beam, such as 'DataflowRunner', whose flags follow after --"
   )
-  parser.add_argument(
-    '--runner',
-    default=POOL,
-    help=f"'{POOL}' for processes of this machine, or the name of a runner of "
-    "Apache Beam, such as 'DataflowRunner', whose flags follow after --",
-  )
+  add('--runner', default=POOL, help=text)
   parser.set_defaults(run=_run, arguments=argv[end + 1 :])
   cli.run_command(*cli.parse_command(parser, argv[:end]))
 

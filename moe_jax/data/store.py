@@ -30,11 +30,9 @@ from moe_jax.data.plain_files import encoded, parse_json, read_text
 from moe_jax.errors import InputError
 
 # The key of each stream's number of tokens among the counts of a split.
-_TOKENS = {
-  'documents': 'tokens',
-  'inputs': 'input_tokens',
-  'targets': 'target_tokens',
-}
+_TOKENS = dict(
+  documents='tokens', inputs='input_tokens', targets='target_tokens'
+)
 _BATCH_BYTES = 2**20  # of UTF-8 of a split, which are tokenized together
 Stream = tuple[np.ndarray, np.ndarray]  # tokens, and where each text begins
 

@@ -107,9 +107,8 @@ def conversation(messages: Any, where: str) -> list[Pair]:
       raise InputError(f'{entry}: {unknown("role", role, ROLES)}')
     check_text(content, f'{entry}.content')
     weight = message.get('weight')
-    if weight is not None and (
-      role != _ANSWERS or type(weight) is not int or weight not in (0, 1)
-    ):
+    allowed = (None, 0, 1) if role == _ANSWERS else (None,)
+    if weight not in allowed or isinstance(weight, bool):
       raise InputError(
         f'{entry}.weight={weight!r:.80}: only an answer has one, 0 or 1'
       )

@@ -61,7 +61,7 @@ _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
 MODULES_OPTION: Any = option(
   '',
   'Names of the top-level modules and packages of the standard library that '
-  "are read, separated by commas: 'json,email'; '' is all of the corpus.",
+  "are read, separated by commas: 'json,email'; '' is all that the source has.",
 )
 
 

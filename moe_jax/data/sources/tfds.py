@@ -28,11 +28,6 @@ def prepared_builder(name: str) -> Builder:
   """
   data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   data_dir = os.path.expanduser(data_dir)
-  advice = (
-    'prepare it on a machine with TensorFlow, by tfds.builder('
-    f"{name!r}, file_format='array_record').download_and_prepare(), and set "
-    f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
-  )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     if not os.path.exists(builder.data_dir):
@@ -47,7 +42,9 @@ def prepared_builder(name: str) -> Builder:
     raise InputError(
       f'TFDS dataset {name!r} could not be prepared here, where '
       f'{_names(data_dir)} are ({type(error).__name__}: {first_line(error)}); '
-      f'{advice}'
+      'prepare it on a machine with TensorFlow, by tfds.builder('
+      f"{name!r}, file_format='array_record').download_and_prepare(), and set "
+      f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
     ) from error
   return builder
 
@@ -71,11 +68,9 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
   """
   try:
     return cast(Any, builder).as_data_source(split=split)
-  except NotImplementedError as error:  # the format has no random access
-    raise InputError(f'TFDS dataset {builder.name!r}: {error}') from error
-  except ValueError as error:
+  except (NotImplementedError, ValueError) as error:
     raise InputError(
-      f'unknown split {split!r} of {builder.name!r}; have '
+      f'split {split!r} of {builder.name!r} cannot be read; have '
       f'{sorted(builder.info.splits)} and parts of them ({error})'
     ) from error
 
@@ -149,11 +144,9 @@ class TfdsSource(SourceOptions):
   prepared there first if that is possible without TensorFlow.
   """
 
-  only_in: ClassVar[Mapping[str, str]] = {
-    'text_feature': 'texts',
-    'input_feature': 'pairs',
-    'target_feature': 'pairs',
-  }
+  only_in: ClassVar[Mapping[str, str]] = dict(
+    text_feature='texts', input_feature='pairs', target_feature='pairs'
+  )
 
   name: str = option(
     dataclasses.MISSING,

@@ -35,9 +35,7 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
   if folder is not None:
     path = _file_of(folder)
   elif not path.is_file():
-    raise InputError(
-      f'no file {path} in {os.getcwd()}; give the path of {_READS}'
-    )
+    raise InputError(f'no file {path} in {os.getcwd()}; give {_READS}')
   content = plain_files.read_bytes(path)
   if path.suffix != '.json' and content[:1] != b'{':
     try:
