@@ -448,11 +448,14 @@ def run_bytes(
       evaluation = sharded.held_by_evaluations(programs) + max(
         memory.evaluation(changed, rows, *lengths) for changed in entry_models
       )
-  gradients = programs.trained.part(state.params)
-  trees = state.params, kept_by_optimizer(state), gradients
-  params, optimizer, gradients = map(sharded.device_bytes, trees)
-  rest = activations, evaluation, _bytes(state)
-  return RunBytes(params, optimizer, gradients, *rest)
+  return RunBytes(
+    parameters=sharded.device_bytes(state.params),
+    optimizer=sharded.device_bytes(kept_by_optimizer(state)),
+    gradients=sharded.device_bytes(programs.trained.part(state.params)),
+    activations=activations,
+    evaluation=evaluation,
+    checkpoint=_bytes(state),
+  )
 
 
 def _bytes(tree: Any) -> int:

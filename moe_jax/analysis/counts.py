@@ -139,9 +139,13 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
   trees = describe(model)
   roles, axes = flatten(trees.roles), flatten(trees.axes)
   return [
-    SizedParameter(path, leaf.size, roles[path], sizes.get(EXPERT, 1))
+    SizedParameter(
+      path,
+      leaf.size,
+      roles[path],
+      leaf.shape[axes[path].index(EXPERT)] if EXPERT in axes[path] else 1,
+    )
     for path, leaf in flatten(trees.shapes).items()
-    for sizes in [dict(zip(axes[path], leaf.shape))]
   ]
 
 
@@ -361,12 +365,18 @@ def count(
   lengths = [(moe, half.length) for half in stacks for moe in half.moes]
   lengths = lengths or [(moe, seq_len) for moe in model.stacks.mixtures]
   experts, total = _size(p for p in layers if p.of_expert), _size(sized)
-  active = total - experts + sum(_chosen(*part) for part in parts)
-  tables = _size(p for p in sized if p.role.role == 'embedding')
-  encoder, slack = flops[0] if memory_len else None, _slack(lengths, batch_size)
-  halves_flops = flops[-1], encoder, decoder_len, memory_len
-  params = total, active, experts, tables
-  return Cost(*params, *halves_flops, slack, step_attention)
+  return Cost(
+    total_params=total,
+    active_params=total - experts + sum(_chosen(*part) for part in parts),
+    expert_params=experts,
+    embedding_params=_size(p for p in sized if p.role.role == 'embedding'),
+    decoder=flops[-1],
+    encoder=flops[0] if memory_len else None,
+    decoder_len=decoder_len,
+    encoder_len=memory_len,
+    capacity_slack=_slack(lengths, batch_size),
+    step_attention=step_attention,
+  )
 
 
 def short(n: float | int) -> str:

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -48,12 +47,18 @@ def record(options: argparse.Namespace, _: object = None) -> None:
   if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
   dataset = load_data(o.data)
-  described = model, model_options, o.data, dataset.tokenizer
-  sizes = dict(batch_size=o.batch_size, microbatches=o.microbatches)
-  note = f'{entry}, step {run.step} of {workdir}'
-  fields: Any = dict(has_logits=options.logits, dtype=dtype, note=note)
-  digest = dataset.digest
-  header = make_header(*described, **sizes, **fields, data_digest=digest)
+  header = make_header(
+    model,
+    model_options,
+    o.data,
+    dataset.tokenizer,
+    batch_size=o.batch_size,
+    microbatches=o.microbatches,
+    data_digest=dataset.digest,
+    has_logits=options.logits,
+    dtype=dtype,
+    note=f'{entry}, step {run.step} of {workdir}',
+  )
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   put = Placing(device, o.batch_size, o.microbatches)

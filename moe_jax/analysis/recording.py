@@ -74,26 +74,41 @@ def make_header(
     moe, sequence = stacks.moe_of(layer), stacks.sequence_of(layer)
     length = data.seq_len if sequence else seq_len
     S = group_size(moe, batch_size // microbatches, length)
-    by_expert = moe.router.by_expert
-    is_bounded = by_expert or moe.causality.drops
-    capacity = training_slots(moe, S) if is_bounded else None
-    sizes = moe.num_retained, moe.num_selected, capacity, S
-    layers[layer] = LayerInfo(*sizes, by_expert, sequence.rstrip('_'))
-  sizes = batch_size, seq_len, model.vocab_size
-  fields |= dict(sources=data.tasks, tokenizer=tokenizer.identity)
-  digest = hashlib.sha256(repr(options).encode()).hexdigest()
-  note = '; '.join(filter(None, (note, stacks.forced_balance)))
-  return Header(layers, *sizes, model_digest=digest, note=note, **fields)
+    is_bounded = moe.router.by_expert or moe.causality.drops
+    layers[layer] = LayerInfo(
+      num_experts=moe.num_retained,
+      num_selected=moe.num_selected,
+      capacity=training_slots(moe, S) if is_bounded else None,
+      group_size=S,
+      by_expert=moe.router.by_expert,
+      sequence=sequence.rstrip('_'),
+    )
+  return Header(
+    layers=layers,
+    batch_size=batch_size,
+    seq_len=seq_len,
+    vocab_size=model.vocab_size,
+    model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
+    sources=tuple(data.tasks),
+    tokenizer=tokenizer.identity,
+    note='; '.join(filter(None, (note, stacks.forced_balance))),
+    **fields,
+  )
 
 
 def header_of(run: Run) -> Header:
   """The header of a run's trace."""
   o = run.options
   described = run.model, o.model, o.data, run.dataset.tokenizer
-  sizes = dict(batch_size=o.batch_size, microbatches=o.microbatches)
-  fields: Any = dict(has_logits=o.trace.logits, dtype=o.trace.dtype)
-  fields |= dict(data_digest=run.dataset.digest, seed=o.seed)
-  return make_header(*described, **sizes, **fields)
+  return make_header(
+    *described,
+    batch_size=o.batch_size,
+    microbatches=o.microbatches,
+    data_digest=run.dataset.digest,
+    seed=o.seed,
+    has_logits=o.trace.logits,
+    dtype=o.trace.dtype,
+  )
 
 
 def records_of(
@@ -262,7 +277,8 @@ class Traces(Hook):
     o = run.options.trace
     if self._recorder is None:
       if o.is_on:
-        run.message('trace: no layer is sparse; nothing is recorded')
+        reason = 'the model has no sparse layers'
+        run.message(f'trace: {reason}; nothing is recorded')
       return None
     step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:

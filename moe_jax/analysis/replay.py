@@ -249,7 +249,8 @@ def _replayed_step(run: Run, trace: Trace) -> Step:
     if not is_equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
         f'model.moe.replay={options.model.moe.replay!r}: the batch after '
-        f'{records[0].step} steps is another one there; its data differs'
+        f'{records[0].step} steps is another one there; the options of the '
+        'data differ'
       )
     state, metrics = run.train_step(state, {**batch, **choices})
     if not options.trace.every_steps:

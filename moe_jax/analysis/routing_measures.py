@@ -88,10 +88,16 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
   counts = np.bincount(batch, minlength=len(sizes))
   shift = [rng.integers(1, max(n, 2), k) for n, k in zip(sizes, counts)]
   in_batch = (after - starts[batch] + np.concatenate(shift)) % sizes[batch]
-  token, position = (x.reshape(-1)[flat_index] for x in (ids, positions))
-  document, stranger = np.cumsum(is_start) - 1, starts[batch] + in_batch
-  places = flat_index, token, column, position, document
-  return Tokens(*places, source, after, stranger)
+  return Tokens(
+    flat_index=flat_index,
+    token=ids.reshape(-1)[flat_index],
+    column=column,
+    position=positions.reshape(-1)[flat_index],
+    document=np.cumsum(is_start) - 1,
+    source=source,
+    after=after,
+    stranger=starts[batch] + in_batch,
+  )
 
 
 class Layer(NamedTuple):
@@ -315,8 +321,12 @@ def shares(part: Counts, whole: Counts) -> Float[np.ndarray, '*n']:
 
 def entropy(counts: Num[np.ndarray, '...']) -> float:
   """The entropy in nats of counts divided by their sum; 0 without counts."""
-  total = np.sum(counts)
-  return abs(float(special.entr(counts / total).sum())) if total else 0.0
+  counts = np.asarray(counts)
+  counts = counts[counts > 0].astype(np.float64)
+  if not counts.size:
+    return 0.0
+  total = counts.sum()
+  return max(float(np.log(total) - counts @ np.log(counts) / total), 0.0)
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:
@@ -413,8 +423,9 @@ def information(table: Table, rng: np.random.Generator) -> Information:
     return information_of(table, [table])
   sums = table.sum(1), table.sum(0)
   draws = range(NUM_SHUFFLES)
-  shuffles = (random_table.rvs(*sums, random_state=rng) for _ in draws)
-  return information_of(table, shuffles)
+  return information_of(
+    table, (random_table.rvs(*sums, random_state=rng) for _ in draws)
+  )
 
 
 def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
@@ -427,11 +438,16 @@ def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
   shuffled, total = np.array([*map(mutual_information, shuffles)]), table.sum()
   best = table.max(1, initial=0).sum(), table.sum(0).max(initial=0)
   accuracy, base_rate = shares(np.array(best), np.full(2, total)).tolist()
-  deviation = float(shuffled.std(ddof=1)) if len(shuffled) > 1 else 0.0
-  chance = float(shuffled.mean()), deviation
-  counts = int(total), int((table.sum(1) > 0).sum())
-  in_nats = entropy(table.sum(0)), mutual_information(table), *chance
-  return Information(*counts, *in_nats, accuracy, base_rate)
+  return Information(
+    choices=int(total),
+    labels=int((table.sum(1) > 0).sum()),
+    entropy=entropy(table.sum(0)),
+    mutual=mutual_information(table),
+    shuffled=float(shuffled.mean()),
+    deviation=float(shuffled.std(ddof=1)) if len(shuffled) > 1 else 0.0,
+    accuracy=accuracy,
+    base_rate=base_rate,
+  )
 
 
 def document_information(

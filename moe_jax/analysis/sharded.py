@@ -88,11 +88,16 @@ def parse(text: str) -> Program:
     if header := _COMPUTATION.match(line):
       computation = header[1]
     elif parts := _INSTRUCTION.match(line):
-      name, type_, opcode, rest, arguments = parts.groups()
-      operands = tuple(re.findall(r'%([\w.\-]+)', arguments))
+      name, type_, opcode, rest, operands = parts.groups()
       callees = re.findall(r'[\w.\-]+', ' '.join(_CALLS.findall(rest)))
-      facts = type_, opcode, operands, tuple(dict.fromkeys(callees)), rest
-      program[name] = Instruction(computation, *facts)
+      program[name] = Instruction(
+        computation,
+        type_,
+        opcode,
+        tuple(re.findall(r'%([\w.\-]+)', operands)),
+        tuple(dict.fromkeys(callees)),
+        rest,
+      )
   return program
 
 
@@ -346,8 +351,9 @@ def _group_size(text: str, num_devices: int) -> int:
   """
   if axes := _AXES.search(text):
     mesh = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
-    parts = _AXIS.findall(axes[2])
-    return math.prod(int(part or mesh[name]) for name, part in parts)
+    return math.prod(
+      int(part or mesh[name]) for name, part in _AXIS.findall(axes[2])
+    )
   groups = _GROUPS.search(text)
   if not groups:
     return num_devices

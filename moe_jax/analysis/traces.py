@@ -232,8 +232,10 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
     ValueError: The record does not fit the header.
     OSError: The file cannot be written.
   """
-  ids, shape = {k: getattr(record, k) for k in _IDS}, record.tokens.shape
-  arrays = {k: np.asarray(x, np.int32) for k, x in ids.items() if x is not None}
+  given = {name: getattr(record, name) for name in _IDS}
+  arrays = {
+    k: np.asarray(x, np.int32) for k, x in given.items() if x is not None
+  }
   for number, choices in record.layers.items():
     if (layer := header.layers.get(number)) is None:
       raise InputError(f'layer {number} not in {sorted(header.layers)}')
@@ -246,8 +248,10 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
       if values is not None:
         arrays[f'{name}_{number}'] = np.asarray(values, dtype)
   for name, values in arrays.items():
-    if values.shape[:2] != shape:
-      raise InputError(f'{name} has shape {values.shape}, tokens {shape}')
+    if values.shape[:2] != record.tokens.shape:
+      raise InputError(
+        f'{name} has shape {values.shape}, tokens {record.tokens.shape}'
+      )
   suffix = f'_{record.sequence}' if record.sequence else ''
   name = f'{record.step:08d}_{record.batch:05d}{suffix}.npz'
   path = folder / record.kind / name
@@ -316,9 +320,12 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
       arrays = dict(file)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
-  types, layers = (np.int32, np.float32, bool, np.float32), {}
-  for number in sorted(int(k[7:]) for k in arrays if k.startswith('expert_')):
-    names = (f'{field}_{number}' for field in LayerChoices._fields)
-    found = [arrays[k].astype(t) for k, t in zip(names, types) if k in arrays]
-    layers[number] = LayerChoices(*found)
+  types = np.int32, np.float32, bool, np.float32
+  fields: dict[int, list[np.ndarray]] = {}
+  for field, dtype in zip(LayerChoices._fields, types):
+    for name in arrays:
+      if name.startswith(f'{field}_'):
+        number = int(name.removeprefix(f'{field}_'))
+        fields.setdefault(number, []).append(arrays[name].astype(dtype))
+  layers = {number: LayerChoices(*fields[number]) for number in sorted(fields)}
   return {**{name: arrays.get(name) for name in _IDS}, 'layers': layers}

@@ -120,7 +120,9 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
   name: str = option(
     dataclasses.MISSING, 'Name of the TFDS dataset of questions.', required=True
   )
-  prompt_feature: str = option('prompt', "Feature with a question's prompt.")
+  prompt_feature: str = option(
+    'prompt', 'Feature with the prompt of a question.'
+  )
   answers_feature: str = option(
     'answers',
     'TFDS feature with all answers of a question, or several features with one '

@@ -45,7 +45,9 @@ class DataOptions(Options):
   tokenizer: TokenizerOptions = choice(
     TOKENIZERS, 'bytes', 'Tokenizer that turns text into token ids.'
   )
-  task: TaskOptions = choice(TASKS, 'lm', 'Task learned from the source.')
+  task: TaskOptions = choice(
+    TASKS, 'lm', 'Task that is learned from the source.'
+  )
   seq_len: int = option(
     256,
     'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
@@ -59,7 +61,9 @@ class DataOptions(Options):
     'targets.',
     minimum=0,
   )
-  pack: bool = option(True, 'Whether several short examples share a row.')
+  pack: bool = option(
+    True, 'Whether short examples of inputs and targets share a row.'
+  )
   train_split: str = option(
     'train',
     "The source's own name of the split for training. TFDS sources, as well "
@@ -267,12 +271,18 @@ def load(
     splits[split] = MixedRows(rows, schedule)
     learned = [parts[name].counts[split] for name in per_period]
     counts[split] = {k: sum(part[k] for part in learned) for k in learned[0]}
-  source = f'mixture of {len(per_period)} sources'
-  vocabulary = next(iter(parts.values())).tokenizer
   digests = ''.join(f'{name} {part.digest}\n' for name, part in parts.items())
-  digest = hashlib.sha256(digests.encode()).hexdigest()
-  joined = source, vocabulary, splits, digest, counts, options.task
-  return MixedDataset(*joined, parts, mixture, per_period)
+  return MixedDataset(
+    source=f'mixture of {len(per_period)} sources',
+    tokenizer=next(iter(parts.values())).tokenizer,
+    splits=splits,
+    digest=hashlib.sha256(digests.encode()).hexdigest(),
+    counts=counts,
+    task=options.task,
+    parts=parts,
+    mixture=mixture,
+    per_period=per_period,
+  )
 
 
 def _load(
@@ -292,8 +302,14 @@ def _load(
     stream = store.read(folder, split, corpus.streams)
     splits[split] = rows = task.rows(stream, vocabulary, shape)
     counts[split] = {**about['splits'][split], **rows.counts()}
-  digest = about['sha256']
-  return Dataset(corpus.name, vocabulary, splits, digest, counts, task)
+  return Dataset(
+    source=corpus.name,
+    tokenizer=vocabulary,
+    splits=splits,
+    digest=about['sha256'],
+    counts=counts,
+    task=task,
+  )
 
 
 def shared_tokenizer(options: DataOptions) -> TokenizerOptions:

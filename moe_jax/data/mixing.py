@@ -17,15 +17,18 @@ from moe_jax.shapes import Int
 def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   """The number of rows of each source in a period, by largest remainders.
 
-  Weights are at least 0 and need not sum to one.
+  Weights need not sum to one.
 
   Raises:
-    ValueError: All weights are 0, or the period is so short that a source whose
-      weight is above 0 has no row in it.
+    ValueError: A weight is below 0, or all are 0; or the period is so short
+      that a source whose weight is above 0 has no row in it.
   """
   weight_array = np.array([*weights.values()], np.float64)
-  if not weight_array.any():
-    raise InputError(f'none of the weights={dict(weights)} is above 0')
+  if not len(weight_array) or weight_array.min() < 0 or not weight_array.sum():
+    raise InputError(
+      f'weights={dict(weights)} must each be at least 0, and '
+      'one of them above 0'
+    )
   exact_counts = weight_array / weight_array.sum() * period
   counts = np.floor(exact_counts + 1e-9).astype(np.int64)
   # If remainders are equal, that of the first source counts as the largest.

@@ -1,10 +1,10 @@
 """The stream of batches, each of which is a pure function of its index."""
 
-import collections
 import hashlib
 import itertools
+import queue
+import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from typing import TypeVar, cast
 
 import grain
@@ -171,7 +171,7 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
 
   The thread begins with the first `next` and ends with the iterator. Unlike
   grain's own prefetching, the iterator never waits for a thread that has ended,
-  as a future has whatever ends its call.
+  as the thread puts None into the queue at its end, whatever ends it.
 
   Args:
     source: Iterator that only the thread uses.
@@ -182,19 +182,34 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
     DataError: `source` raised an exception; `next` raises it, and the iterator
       then ends.
   """
-  thread, end = futures.ThreadPoolExecutor(1, 'batches'), object()
-  waiting: collections.deque[futures.Future] = collections.deque()
+  elements: queue.Queue[tuple[T] | None] = queue.Queue(most)
+  closed = threading.Event()
+  failures: list[BaseException] = []
+
+  def work():
+    try:
+      for element in source:
+        elements.put((element,))
+        if closed.is_set():
+          return
+    except BaseException as error:  # SystemExit, too, must not end the thread
+      failures.append(error)
+    finally:
+      if not closed.is_set():
+        elements.put(None)
+
+  thread = threading.Thread(target=work, name='batches', daemon=True)
+  thread.start()
+  number = first
   try:
-    for number in itertools.count(first):
-      while len(waiting) <= most:
-        waiting.append(thread.submit(next, source, end))
-      element = waiting.popleft()
-      if (error := element.exception()) is not None:
-        raise DataError(
-          f'batch {number} could not be made: {type(error).__name__}: {error}'
-        ) from error
-      if element.result() is end:
-        return
-      yield element.result()
+    while (element := elements.get()) is not None:
+      yield element[0]
+      number += 1
+    for error in failures:
+      raise DataError(
+        f'batch {number} could not be made: {type(error).__name__}: {error}'
+      ) from error
   finally:
-    thread.shutdown(wait=False, cancel_futures=True)
+    closed.set()
+    while not elements.empty():  # the thread may be waiting for room
+      elements.get_nowait()

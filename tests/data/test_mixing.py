@@ -65,7 +65,8 @@ def test_largest_remainders(weights, period, counts):
   ('weights', 'message'),
   [
     ([100.0, 1.0], r"period=10 has no row of 1 sources .* 'b' .* 0.0099"),
-    ([0.0, 0.0], r"none of the weights=\{'a': 0.0, 'b': 0.0\} is above 0"),
+    ([2.0, -1.0], r"weights=\{'a': 2.0, 'b': -1.0\} must each be at least 0"),
+    ([0.0, 0.0], 'one of them above 0'),
   ],
 )
 def test_weights_that_no_period_can_have(weights, message):

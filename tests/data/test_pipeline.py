@@ -169,7 +169,7 @@ def test_some_batches_are_spread_evenly(num_batches, first_rows):
 
 
 def threads():
-  return {t for t in threading.enumerate() if t.name.startswith('batches')}
+  return {t for t in threading.enumerate() if t.name == 'batches'}
 
 
 @pytest.fixture
@@ -197,7 +197,8 @@ def test_elements_come_in_order_and_a_few_ahead(others):
   assert not elements
   assert next(stream) == 0
   time.sleep(0.2)
-  assert len(elements) == 3  # the one that was taken, and two more
+  # At most two elements wait in the queue, and the thread holds another.
+  assert 1 < len(elements) <= 4
   assert [0, *stream] == list(range(9))
   wait_for_end(others)
 

@@ -25,6 +25,10 @@ class Bytes(contracts.Tokenizer, kind='bytes'):
     """The UTF-8 bytes of `text`, int32 [N]."""
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """The UTF-8 bytes of each text, uint8."""
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
   def decode(self, ids: contracts.Ids) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
     ids = self._in_vocabulary(ids)

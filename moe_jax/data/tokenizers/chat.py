@@ -7,7 +7,6 @@ string could not be stopped in this process. The other process takes about
 0.1 s.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -79,8 +78,7 @@ def render(
     ) from None
   spec: Any = importlib.util.find_spec('jinja2')
   folder = str(pathlib.Path(spec.origin).parents[1])
-  text, reason = '', f'no answer in {limits.wall_seconds:g} s'
-  with contextlib.suppress(subprocess.TimeoutExpired):
+  try:
     child = subprocess.run(
       [sys.executable, '-IB', str(PROGRAM), folder],
       input=request.encode(),
@@ -91,12 +89,15 @@ def render(
       start_new_session=True,  # Ctrl-C is for this process alone
       check=False,
     )
-    if child.returncode == -signal.SIGXCPU:
-      reason = f'it takes more than {limits.cpu_seconds} s of processor time'
-    elif child.returncode:
-      reason = f'its process ended with status {child.returncode}'
-    else:
-      text, reason = json.loads(child.stdout)
-  if reason:
-    raise InputError(f'chat template: {reason}')
-  return text
+  except subprocess.TimeoutExpired:
+    reason = f'no answer in {limits.wall_seconds:g} s'
+    raise InputError(f'chat template: {reason}') from None
+  if child.returncode == -signal.SIGXCPU:
+    reason = f'it takes more than {limits.cpu_seconds} s of processor time'
+  elif child.returncode:
+    reason = f'its process ended with status {child.returncode}'
+  else:
+    text, reason = json.loads(child.stdout)
+    if not reason:
+      return text
+  raise InputError(f'chat template: {reason}')

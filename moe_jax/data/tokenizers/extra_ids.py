@@ -68,7 +68,9 @@ class Extended(Tokenizer, kind='extended'):
       return cast(Any, self.base).token_id(name)
     raise InputError(f'{name!r} is none of {len(self.names)} added tokens')
 
-  def encode_chat(self, messages: Sequence, **variables: Any) -> np.ndarray:
+  def encode_chat(
+    self, messages: Sequence[Any], **variables: Any
+  ) -> np.ndarray:
     """The ids that `base` gives to a conversation, int32 [N].
 
     Raises:
@@ -132,8 +134,11 @@ class Extended(Tokenizer, kind='extended'):
 
   def state(self) -> dict[str, Any]:
     """A dict of `base`, the added names, and whether inputs end in an EOS."""
-    named = {'names': list(self.names), 'end_inputs': self.end_inputs}
-    return {'base': self.base.to_json(), **named}
+    return {
+      'base': self.base.to_json(),
+      'names': list(self.names),
+      'end_inputs': self.end_inputs,
+    }
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Extended':

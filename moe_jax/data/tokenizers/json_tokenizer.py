@@ -200,7 +200,9 @@ class Json(Tokenizer, kind='json'):
       tokens = zip(encoding.tokens, encoding.sequence_ids)
       is_added = [s is None and bool(_LANGUAGE.fullmatch(t)) for t, s in tokens]
       if not any(is_added):
-        raise InputError(f'{language=}: the tokenizer adds no language code')
+        raise InputError(
+          f'language={language!r}: the tokenizer adds no language code'
+        )
       ids[is_added] = self.token_id(language)
     return ids
 
@@ -286,11 +288,16 @@ def _special_tokens(
         ids[f'{key}_id'] = vocabulary.get(name)
   eos = ids.get('eos_token_id')
   eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-  keys = 'bos', 'pad', 'decoder_start', 'forced_bos'
-  bos, pad, start, forced_bos = (ids.get(f'{key}_token_id') for key in keys)
-  size = config.get('vocab_size', 0)
-  template = _chat_template(folder, tokens_config.get('chat_template'))
-  return SpecialTokens(bos, eos, pad, start, forced_bos, size, names, template)
+  return SpecialTokens(
+    bos=ids.get('bos_token_id'),
+    eos=eos,
+    pad=ids.get('pad_token_id'),
+    start=ids.get('decoder_start_token_id'),
+    forced_bos=ids.get('forced_bos_token_id'),
+    vocab_size=config.get('vocab_size', 0),
+    names=names,
+    chat_template=_chat_template(folder, tokens_config.get('chat_template')),
+  )
 
 
 def _content(token: Any) -> Any:
