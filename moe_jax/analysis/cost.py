@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from moe_jax import cli, partitioning, run_config
 from moe_jax.analysis import memory, roofline, sharded
 from moe_jax.analysis.counts import count, halves, short, sized_parameters
-from moe_jax.analysis.routing_report import wide_console
+from moe_jax.analysis.routing_report import ValueTable, wide_console
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
@@ -65,16 +65,13 @@ def cost_table(model: Model, work: Workload) -> Table:
   c = count(model, work.seq_len, work.target_len, work.batch_size)
   read, written = 'prefill, per token read', 'decoding, per token generated'
   sentences = ['A multiply-add counts as two FLOPs.']
+  length = f'{c.decoder_len} tokens'
   if c.encoder:
     read, written = 'encoder, per token read', 'decoder, per token generated'
-    sentences.append(
-      f'Attention is counted in full, over {c.encoder_len} tokens read and '
-      f'{c.decoder_len} written; FLOPs of training are their mean.'
-    )
-  elif model.stacks.blocks:
-    sentences.append(
-      f'Attention is counted in full, over {c.decoder_len} tokens.'
-    )
+    length = f'{c.encoder_len} tokens read and {c.decoder_len} written'
+    length += '; FLOPs of training are their mean'
+  if model.stacks.blocks:
+    sentences.append(f'Attention is counted in full, over {length}.')
   if c.expert_params:
     sentences.append(
       f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
@@ -98,9 +95,8 @@ def cost_table(model: Model, work: Workload) -> Table:
   if model.stacks.blocks:
     arrays = array_bytes(model, work)
     sentences.append(
-      'Kept bytes are what the forward pass leaves for the backward pass. In '
-      'training, weights, gradients, the state of the optimizer and temporary '
-      'arrays of the compiled program come on top.'
+      'The forward pass leaves kept bytes for the backward pass; in training, '
+      'weights, gradients, optimizer state and temporary arrays come on top.'
     )
   else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
@@ -110,14 +106,10 @@ def cost_table(model: Model, work: Workload) -> Table:
       f'{params / 1e6:,.1f}M parameters. Memory is counted of models of blocks '
       'alone.'
     )
-  table = Table(
-    '',
-    Column('', justify='right'),
-    title=f'{short(c.total_params)} parameters in memory, '
-    f'{short(c.active_params)} in compute per token',
-    caption=' '.join(sentences),
-    show_header=False,
-  )
+  table = Table('', Column('', justify='right'), show_header=False)
+  total, active = short(c.total_params), short(c.active_params)
+  table.title = f'{total} parameters in memory, {active} in compute per token'
+  table.caption = ' '.join(sentences)
   for form, sections in ((short, counts), (in_bytes, arrays)):
     for heading, rows in sections.items():
       table.add_section()
@@ -184,7 +176,7 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
   }
 
 
-def training_table(options: RunOptions, model: Model) -> Table:
+def training_table(options: RunOptions, model: Model) -> ValueTable:
   """The table of the cost of training all of a model or parts of it.
 
   Args:
@@ -196,24 +188,20 @@ def training_table(options: RunOptions, model: Model) -> Table:
     'parameters': short,
     'optimizer': in_bytes,
     'gradients': in_bytes,
-    'FLOPs\na token': short,
-    'FLOPs\na step': short,
+    'FLOPs a token': short,
+    'FLOPs a step': short,
   }
-  table = Table(
-    'Trains',
-    *(Column(heading, justify='right', no_wrap=True) for heading in forms),
-    title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
-    'per token',
-    caption='Bytes are those of the state of the optimizer and of the '
-    'gradients; FLOPs a token are those of the backward pass. Adapters are '
-    'added to whole kernels before a step computes, so the gradients of these '
-    'kernels are computed and held for a while; FLOPs of their factors, in the '
-    'last column, do not grow with the batch.',
+  title = f'Training, with the forward pass at {short(forward)} FLOPs a token'
+  note = (
+    'FLOPs a token are those of the backward pass. Adapters are added to whole '
+    'kernels before a step computes; the gradients of these are computed and '
+    'held for a while. FLOPs of factors, a step, do not grow with the batch.'
   )
+  rows = []
   for name, variant in variants(options, model):
-    costs = training_cost(variant, model)
-    table.add_row(name, *(form(n) for form, n in zip(forms.values(), costs)))
-  return table
+    costs = zip(forms.items(), training_cost(variant, model))
+    rows.append({'Trains': name} | {key: form(n) for (key, form), n in costs})
+  return ValueTable(title, note, rows, dict.fromkeys(forms, '>'))
 
 
 def with_own_vocabulary(options: RunOptions) -> RunOptions:
@@ -227,9 +215,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
   size = options.model.vocab_size or tokenizer.known_vocab_size()
   if not size:
     raise InputError(
-      f'data.tokenizer={type(options.data.tokenizer).__name__} has a '
-      'vocabulary that depends on the data; give its size with '
-      '--config.model.vocab_size=...'
+      f'the vocabulary of {type(options.data.tokenizer).__name__} depends on '
+      'the data; give its size with --config.model.vocab_size=...'
     )
   return options.filled(size)
 
@@ -299,9 +286,8 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
 def variants(options: RunOptions, model: Model):
   """Yields a name and the run options of each usual choice of what trains."""
   sparse = bool(model.stacks.sparse_layers)
-  plain = dataclasses.replace(
-    options, trainable='all', trained_experts='', lora=LoraOptions()
-  )
+  whole: Any = dict(trainable='all', trained_experts='', lora=LoraOptions())
+  plain = dataclasses.replace(options, **whole)
   for name in ('all', *(('experts', 'non_experts') if sparse else ())):
     yield name, dataclasses.replace(plain, trainable=name)
   for roles in ('attention', 'attention + ' + ('experts' if sparse else 'ffn')):
@@ -488,10 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   cli.add_config(parser)
   parser.set_defaults(run=run)
   add = parser.add_argument
-  text = (
-    "number of rows in the batch; by default the config's batch_size in "
-    'training (a microbatch of it), and one row in generation'
-  )
+  text = 'number of rows; default: a microbatch in training, one in generation'
   add('--batch', type=cli.POSITIVE, help=text)
   text = "devices that the experts are split over; 0 takes the mesh's"
   add('--expert_parallel', type=cli.NOT_NEGATIVE, default=0, help=text)
@@ -511,7 +494,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   console = wide_console()
   console.print(cost_table(model, work))
   if len(model.stacks.blocks) == 1:
-    console.print(training_table(options, model))
+    training_table(options, model).show(console)
 
 
 if __name__ == '__main__':

@@ -37,14 +37,11 @@ class Interval:
         for no bound. A bound is ignored if the mean itself lies beyond it, as
         may be with a difference of losses.
     """
-    low, high = bounds or (None, None)
-    low = None if low is not None and self.mean < low else low
-    high = None if high is not None and self.mean > high else high
-    ends = self.mean - self.half_width, self.mean + self.half_width
-    return (
-      ends[0] if low is None else max(ends[0], low),
-      ends[1] if high is None else min(ends[1], high),
-    )
+    (least, most), mean = bounds or (None, None), self.mean
+    low, high = mean - self.half_width, mean + self.half_width
+    low = low if least is None or mean < least else max(low, least)
+    high = high if most is None or mean > most else min(high, most)
+    return low, high
 
   def text(self, spec: str, bounds: Bounds = None) -> str:
     """The interval as text, with numbers in the format `spec`.
@@ -59,9 +56,7 @@ class Interval:
 
   def sign(self) -> int:
     """Sign of the mean where the interval excludes 0, else 0."""
-    if not abs(self.mean) > self.half_width:
-      return 0
-    return 1 if self.mean > 0 else -1
+    return int(np.sign(self.mean)) if abs(self.mean) > self.half_width else 0
 
   def __format__(self, spec: str) -> str:
     """Mean and half width as text, such as '1.3580 ± 0.0040'."""

@@ -39,10 +39,7 @@ def weight_bytes(model: Model, dtype: str) -> int:
 
 
 def cache_bytes(
-  model: Model,
-  batch_size: int,
-  max_len: int,
-  encoder_len: int = 0,
+  model: Model, batch_size: int, max_len: int, encoder_len: int = 0
 ) -> int:
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
@@ -233,8 +230,6 @@ def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   moe = half.moes[-1]
   E = moe.num_retained
   if num_parts < 1 or E % num_parts:
-    raise InputError(
-      f'expert parallelism of {num_parts} does not divide num_experts={E}'
-    )
+    raise InputError(f'a split of {num_parts} does not divide num_experts={E}')
   num_bytes = expert_rows(moe, batch_size, half.length) * half.width
   return num_bytes * half.itemsize * (num_parts - 1) // num_parts**2

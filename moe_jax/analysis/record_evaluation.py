@@ -13,7 +13,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-from absl import logging
 
 from moe_jax import cli, generation
 from moe_jax.analysis import traces
@@ -28,7 +27,7 @@ from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 KIND = 'loss'
 
 
-def record(options: argparse.Namespace) -> None:
+def record(options: argparse.Namespace, _: object = None) -> None:
   """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
@@ -42,19 +41,19 @@ def record(options: argparse.Namespace) -> None:
   sizes = {'num_batches': options.num_batches, 'split': options.split}
   entry = LossEvaluation(**sizes, model_overrides=overrides)
   run = generation.load(workdir, options.step, allow=options.allow_module)
-  described = run.options
-  model_options = entry.overridden(described.model)
-  model = model_options.build(described.sharding.rules)
+  o = run.options
+  model_options = entry.overridden(o.model)
+  model = model_options.build(o.sharding.rules)
   if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
-  dataset = load_data(described.data)
+  dataset = load_data(o.data)
   header = make_header(
     model,
     model_options,
-    described.data,
+    o.data,
     dataset.tokenizer,
-    batch_size=described.batch_size,
-    microbatches=described.microbatches,
+    batch_size=o.batch_size,
+    microbatches=o.microbatches,
     data_digest=dataset.digest,
     has_logits=options.logits,
     dtype=dtype,
@@ -62,12 +61,9 @@ def record(options: argparse.Namespace) -> None:
   )
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  losses = Losses(
-    model=model,
-    num_batches=options.num_batches,
-    rows=dataset.splits[options.split],
-    put=Placing(device, described.batch_size, described.microbatches),
-  )
+  put = Placing(device, o.batch_size, o.microbatches)
+  rows = dataset.splits[options.split]
+  losses = Losses(model, options.num_batches, rows, put)
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorder.measure(KIND, losses, apply)
     row = measure(run.variables, run.step)
@@ -91,18 +87,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--float32', action='store_true', help=text)
   add('--allow_module', action='append', default=[])
   add('--traceback', action='store_true')
+  parser.set_defaults(run=record)
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
-  options = parse(argv)
-  logging.set_verbosity(logging.WARNING)
   keep_freed_memory()
   if problem := keep_programs():
     cli.complain(problem)
-  with cli.reported(options.traceback):
-    record(options)
+  cli.run_command(parse(argv), [])
 
 
 if __name__ == '__main__':

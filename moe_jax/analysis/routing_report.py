@@ -90,19 +90,19 @@ class ValueTable(NamedTuple):
   def terminal(self) -> Table:
     """The table for a terminal."""
     headings, *rows = self.cells()
-    table = Table(
-      *headings,
-      title=self.title,
-      title_justify='left',
-      box=box.SIMPLE_HEAD,
-      padding=(0, 1, 0, 0),
-    )
+    table = Table(*headings, title=self.title, box=box.SIMPLE_HEAD)
+    table.title_justify, table.padding = 'left', (0, 1, 0, 0)
     for column, form in zip(table.columns, self.columns.values()):
       column.justify = 'right' if form else 'left'
     for cells in rows:
       # Cells are Text, since rich would read markup in a token's name.
       table.add_row(*map(Text, cells))
     return table
+
+  def show(self, console: Console) -> None:
+    """Prints the table and its note on a console."""
+    console.print(self.terminal())
+    console.print(f'{self.note}\n', highlight=False)
 
 
 def wide_console() -> Console:

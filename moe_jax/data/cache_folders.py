@@ -27,12 +27,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import filelock
 
 from moe_jax.data import urls
-from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.plain_files import parse_json, read_json, read_text
 from moe_jax.data.urls import LIST, stamp_of
 from moe_jax.errors import InputError, writing
 
@@ -41,7 +40,6 @@ SMALL = 2**20
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
 _REST_SECONDS = 2
-_CHANGED = ' has changed since it was written (sha256)'
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
 
@@ -193,10 +191,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def check_free(folder: pathlib.Path) -> None:
   """Raises ValueError for a mount point or a folder that is not empty."""
   if os.path.ismount(folder):
-    raise InputError(
-      f'{folder} is a mount point, in whose place no whole folder can be put; '
-      f'give a new folder in it, such as {folder / "run"}'
-    )
+    raise InputError(f'{folder} is a mount point; give a new folder in it')
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
 
@@ -214,7 +209,7 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
     # a changed space.
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise InputError(f'{LIST} is not as it was written')
-    paths, large = _files(folder), []
+    paths, small, large = _files(folder), [], []
     # Only listed files are checked; other files in the folder do no harm.
     for name, listed in sorted(listed_facts.items()):
       if name not in paths or not listed or not isinstance(listed, list):
@@ -222,26 +217,17 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
       size = paths[name].stat().st_size
       if listed[0] != size:
         raise InputError(f'{name} has {size} bytes, not {listed[0]}')
-      if size > SMALL:
-        large.append(name)
-      elif listed != [size, sha256(paths[name])]:
-        raise InputError(f'{name}{_CHANGED}')
-    memory = folder.parent / f'.{folder.name}.digests'
+      (large if size > SMALL else small).append(paths[name])
+    found = {path: sha256(path) for path in small}
     if digests and large:
-      by_path = sha256s([paths[name] for name in large], memory)
-      for name in large:
-        if listed_facts[name][1:] != [by_path[paths[name]]]:
-          raise InputError(f'{name}{_CHANGED}')
-  except FileNotFoundError:
-    reason = f'{LIST} is missing'
-  except InputError as error:
-    reason = str(error)
-  else:
-    return
-  raise InputError(
-    f'{where or folder} is damaged: {reason}; delete the folder, and it is '
-    'made anew'
-  )
+      found |= sha256s(large, folder.parent / f'.{folder.name}.digests')
+    for name, path in paths.items():
+      if path in found and listed_facts[name][1:] != [found[path]]:
+        raise InputError(f'{name} has changed since it was written (sha256)')
+  except (FileNotFoundError, InputError) as error:
+    raise InputError(
+      f'{where or folder} is damaged: {error}; delete the folder to renew it'
+    ) from None
 
 
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -272,13 +258,9 @@ def sha256s(
     memory: File that keeps the digests; it is written anew if its content has
       changed, but not within `reading_only` or where it cannot be written.
   """
-  try:
-    old_entries: Any = parse_json(read_text(memory), memory)
-  except (OSError, InputError):
-    old_entries = {}
-  if not isinstance(old_entries, dict):
-    old_entries = {}
-  new_entries, digests = {}, {}
+  old_entries, new_entries, digests = {}, {}, {}
+  with contextlib.suppress(OSError, InputError):
+    old_entries = read_json(memory)
   for path in paths:
     name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
     entry = old_entries.get(name, [])

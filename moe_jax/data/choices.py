@@ -11,9 +11,10 @@ import grain
 
 from moe_jax.config import Kinds, Options, option
 from moe_jax.data.contracts import Selection
-from moe_jax.data.document_files import check_text, json_lines
+from moe_jax.data.document_files import PATTERN_OPTION, json_lines
+from moe_jax.data.plain_files import check_text
 from moe_jax.data.sources import tfds
-from moe_jax.data.sources.python_stdlib import DocstringsSource
+from moe_jax.data.sources.python_stdlib import MODULES_OPTION, DocstringsSource
 from moe_jax.data.urls import matching
 from moe_jax.errors import InputError
 
@@ -34,6 +35,9 @@ class Item(NamedTuple):
   label: int
 
 
+Items = Sequence[Item]  # which may be read one by one
+
+
 class ChoiceSourceOptions(Options):
   """Contract of the options of a source of questions with several answers.
 
@@ -44,10 +48,8 @@ class ChoiceSourceOptions(Options):
 
   has_train_split: ClassVar[bool] = True
 
-  def items(
-    self, split: str, selection: Selection = Selection()
-  ) -> Sequence[Item]:
-    """The questions of a split, which may be read one by one.
+  def items(self, split: str, selection: Selection = Selection()) -> Items:
+    """The questions of a split.
 
     Questions of 'validation' are asked; questions of 'train' serve as examples
     that are put before a question.
@@ -76,13 +78,9 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
   for answer in answers:
     check_text(answer, f'{where}: answers')
   if len(answers) < 2 or len(set(answers)) < len(answers):
-    raise InputError(
-      f'{where}: answers={answers!r} are to be two or more, and different'
-    )
+    raise InputError(f'{where}: {answers=} are to be two or more, different')
   if type(label) is not int or not 0 <= label < len(answers):
-    raise InputError(
-      f'{where}: label={label!r} is no index of {len(answers)} answers'
-    )
+    raise InputError(f'{where}: {label=} is no index of {len(answers)} answers')
   return Item(prompt, tuple(answers), label)
 
 
@@ -96,22 +94,14 @@ class ChoiceFilesSource(ChoiceSourceOptions):
 
   has_train_split = False
 
-  pattern: str = option(
-    dataclasses.MISSING,
-    "Path of the files of questions, with '*' for any name and '**' for "
-    'folders of any depth.',
-    required=True,
-  )
+  pattern: str = PATTERN_OPTION
 
-  def items(
-    self, split: str, selection: Selection = Selection()
-  ) -> Sequence[Item]:
+  def items(self, split: str, selection: Selection = Selection()) -> Items:
     """An item for each line that is not empty.
 
     Raises:
       ValueError: No file matches, all files are empty, or a line is no item.
     """
-    del split, selection
     paths = matching(self.pattern)
     items, keys = [], set(Item._fields)
     for where, _, value in json_lines(paths):
@@ -143,9 +133,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
     'TFDS feature with the index of the right answer; true is 1, false is 0.',
   )
 
-  def items(
-    self, split: str, selection: Selection = Selection()
-  ) -> Sequence[Item]:
+  def items(self, split: str, selection: Selection = Selection()) -> Items:
     """An item for each example of the dataset.
 
     Raises:
@@ -178,16 +166,9 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
 class DocstringChoiceSource(ChoiceSourceOptions):
   """Questions about a function: which of four lines begins its docstring."""
 
-  modules: str = option(
-    '',
-    'Names of the top-level modules and packages whose functions the '
-    "questions are about, separated by commas: 'json,email'; '' is all of the "
-    'standard library.',
-  )
+  modules: str = MODULES_OPTION
 
-  def items(
-    self, split: str, selection: Selection = Selection()
-  ) -> Sequence[Item]:
+  def items(self, split: str, selection: Selection = Selection()) -> Items:
     """An item for each function with a docstring; all answers are of one split.
 
     Raises:

@@ -118,7 +118,6 @@ class Tokenizer(abc.ABC):
     tokenizer adds, and special tokens that the text spells. For a part of an
     input `added` is False, and the tokenizer adds no special tokens.
     """
-    del added
     return self.encode(text)
 
   @abc.abstractmethod
@@ -165,12 +164,9 @@ class Tokenizer(abc.ABC):
     return type(self).from_state, (self.state(),)
 
   def _in_vocabulary(self, ids: Ids) -> np.ndarray:
-    ids = np.asarray(ids, np.int64).reshape(-1)
-    wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-    if wrong.size:
-      raise InputError(
-        f'token {wrong[0]} not in [0, vocab_size={self.vocab_size})'
-      )
+    ids, size = np.asarray(ids, np.int64).reshape(-1), self.vocab_size
+    for wrong in ids[(ids < 0) | (ids >= size)]:
+      raise InputError(f'token {wrong} not in [0, vocab_size={size})')
     return ids
 
 
@@ -298,10 +294,7 @@ class Pieces:
     Every call gives the same ones in the same order. Where there is a single
     piece, all of 'train' come before all of 'validation'.
     """
-    del number
-    return (
-      (split, entry) for split in SPLITS for entry in self._entries(split)
-    )
+    return ((s, entry) for s in SPLITS for entry in self._entries(s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,9 +320,7 @@ class Texts:
 
   def in_pieces(self) -> Pieces:
     """The documents in pieces, at least one."""
-    return self.pieces or Pieces(
-      lambda split: ((text,) for text in self.texts(split))
-    )
+    return self.pieces or Pieces(lambda s: ((text,) for text in self.texts(s)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,7 +403,6 @@ class SourceOptions(Options):
     Raises:
       ValueError: The source has no texts, or its data is missing or bad.
     """
-    del selection
     raise InputError(f'{type(self).__name__} gives no texts')
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
@@ -421,7 +411,6 @@ class SourceOptions(Options):
     Raises:
       ValueError: The source has no pairs, or its data is missing or bad.
     """
-    del selection
     raise InputError(f'{type(self).__name__} gives no pairs')
 
   @property
@@ -437,11 +426,8 @@ class SourceOptions(Options):
   @classmethod
   def gives(cls) -> tuple[str, ...]:
     """The forms of data that the source gives: 'texts', 'pairs', or both."""
-    given = {
-      'texts': cls.texts is not SourceOptions.texts,
-      'pairs': cls.pairs is not SourceOptions.pairs,
-    }
-    return tuple(form for form in given if given[form])
+    usual, forms = vars(SourceOptions), ('texts', 'pairs')
+    return tuple(f for f in forms if getattr(cls, f) is not usual[f])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -546,7 +532,6 @@ class TaskOptions(Options):
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """`base` with the ids that the task adds; by default a task adds none."""
-    del shape
     return base
 
   @required

@@ -29,7 +29,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from upath import UPath
 
-from moe_jax.data.plain_files import first_line, parse_json
+from moe_jax.config import option
+from moe_jax.data.plain_files import decoded, encoded, first_line, parse_json
 from moe_jax.data.urls import Path
 from moe_jax.errors import InputError
 
@@ -48,6 +49,13 @@ _BLOCK = 2**20
 _ROWS = 64  # rows of a parquet file that are in memory at once
 # Errors of libraries where a compressed stream is damaged or ends early.
 DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
+# The option of sources that read lines of JSON by `json_lines`.
+PATTERN_OPTION: Any = option(
+  dataclasses.MISSING,
+  "Path of the files with a JSON object in each line, with '*' for any name "
+  "and '**' for folders of any depth; .gz, .bz2, .xz or .zst may follow.",
+  required=True,
+)
 
 
 class Span(NamedTuple):
@@ -172,7 +180,7 @@ def read(span: Span, field: str = 'text') -> Iterator[str]:
   if _suffix(path) == PARQUET:
     yield from _parquet_texts(path, begin, end, field)
   elif span.whole:
-    yield _decoded(path.read_bytes(), path, lambda: 1)
+    yield decoded(path.read_bytes(), path, lambda: 1)
   else:
     with path.open('rb') as raw:
       source = PartBytes(path, _opened(raw, path))
@@ -227,7 +235,7 @@ def _cut_text(source: PartBytes) -> Iterator[str]:
       return
     cut = _cut(buffer, at)
     document = buffer[at:cut]
-    yield _decoded(document, source.path, source.line)
+    yield decoded(document, source.path, source.line)
     source.lines += document.count(b'\n')
     at = cut
 
@@ -261,7 +269,7 @@ def _values(
       raise InputError(_too_long(source.where()))
     if content := line.strip():
       try:
-        value = read(parse_json(_decoded(line, ''), ''))
+        value = read(parse_json(decoded(line, ''), ''))
       except InputError as error:
         raise InputError(f'{source.where()}{error}') from None
       yield content, value
@@ -283,11 +291,9 @@ def _text_of(value: Any, field: str) -> str:
   if field not in value:
     keys = ', '.join(map(repr, sorted(value)))
     raise InputError(
-      f' has no key {field!r}; its keys: {keys}; choose one with '
-      'data.source.files.field'
+      f' has no key {field!r}; its keys: {keys}; choose data.source.files.field'
     )
-  if value[field] != '':
-    check_text(value[field], f': {field}')
+  encoded(value[field], f': {field}')
   return value[field]
 
 
@@ -304,22 +310,6 @@ def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
         yield f'{path}, line {source.lines + 1}', content, value
 
 
-def check_text(text: Any, where: str) -> None:
-  """Raises ValueError unless `text` is a text that is not empty.
-
-  A text with half of a surrogate pair is refused, too. The message calls the
-  value `where`.
-  """
-  if not isinstance(text, str) or not text:
-    raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise InputError(
-      f'{where}={text!r:.80} has a half of a character: {error}'
-    ) from None
-
-
 def _suffix(path: Path) -> str:
   """The suffix that says what a file holds: '.jsonl' of 'a.jsonl.gz'."""
   inner = path.with_suffix('') if is_compressed(path) else path
@@ -332,18 +322,6 @@ def _continuation_length(raw: bytes) -> int:
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1
   return count
-
-
-def _decoded(
-  raw: bytes, where: Any, line: Callable[[], int] | None = None
-) -> str:
-  """Decodes UTF-8; for messages, `line` gives the number of the first line."""
-  try:
-    return raw.decode()
-  except UnicodeDecodeError as error:
-    number = line and line() + raw.count(b'\n', 0, error.start)
-    in_line = f' in line {number}' if line else ''
-    raise InputError(f'{where} is not UTF-8{in_line}: {error}') from None
 
 
 def _zst(raw: BinaryIO) -> io.IOBase:
@@ -411,16 +389,13 @@ def _parquet_texts(
       for text in batch.column(0).to_pylist():
         count += 1
         if text is None:
-          raise InputError(
-            f'{path}, row {count} has no text in column {column!r}'
-          )
+          raise InputError(f'{path}, row {count} has no text in {column!r}')
         yield text
   except InputError:
     raise
   except (OSError, ValueError) as error:
-    raise InputError(
-      f'{path} is damaged after row {count}: {first_line(error)}'
-    ) from None
+    reason = first_line(error)
+    raise InputError(f'{path} is damaged after row {count}: {reason}') from None
 
 
 def _parquet(path: Path):

@@ -11,15 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_jax.config import (
-  OptionError,
-  Options,
-  entries,
-  fields_of,
-  of_type,
-  option,
-  unknown_text,
-)
+from moe_jax import config
 from moe_jax.data.contracts import SourceOptions
 from moe_jax.data.sources import SOURCES
 from moe_jax.errors import InputError
@@ -42,51 +34,51 @@ _MEANS = ('mean', 'cluster_mean', 'held_out_mean', 'held_out_cluster_mean')
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureOptions(Options):
+class MixtureOptions(config.Options):
   """The sources of a mixture, and how often a run sees each of them."""
 
-  sources: Mapping[str, SourceOptions] = entries(
+  sources: Mapping[str, SourceOptions] = config.entries(
     SOURCES,
     {},
     'Kind of a source of the mixture. Each entry of `sources` is a source, '
     'with a name that the user chooses; without an entry, data.source is the '
     'only source.',
   )
-  lines: str = option(
+  lines: str = config.option(
     '',
     "Sources and weights that are added as text, 'books:files(books/*.txt)*2, "
     "code:files(code/*.gz)': a name, a kind, its options and a weight each; "
     'empty adds none.',
   )
-  rule: str = option(
+  rule: str = config.option(
     'proportional',
     "Rule of the weights: 'proportional' to the number of training rows up to "
     "mixture.cap, its root by 'temperature', or 'given' by mixture.weights.",
     choices=('proportional', 'temperature', 'given'),
   )
-  cap: int = option(
+  cap: int = config.option(
     0,
     'Number of rows above which a source counts as having no more, as in the '
     'examples-proportional mixing of T5; 0 sets no limit.',
     minimum=0,
   )
-  temperature: float = option(
+  temperature: float = config.option(
     2.0,
     'Temperature T of the weights, which are the numbers of rows to the power '
     '1/T; 1 is proportional, a large one makes all weights equal.',
     minimum=1,
   )
-  weights: Mapping[str, float] = option(
+  weights: Mapping[str, float] = config.option(
     {},
     'Weight of each source by name, relative to the others; a source without '
     'one has the weight 1, and with 0 it is only evaluated.',
   )
-  held_out: str = option(
+  held_out: str = config.option(
     '',
     'Names of sources or of clusters of sources that are evaluated but not '
     'learned from, separated by commas; an empty text holds out none.',
   )
-  period: int = option(
+  period: int = config.option(
     1000,
     'Number of rows after which every source has been seen exactly as often as '
     'its weight says, rounded to whole rows by largest remainders.',
@@ -114,7 +106,7 @@ class MixtureOptions(Options):
       return section
     sources = dict(section.get('sources', {}))
     weights = dict(section.get('weights', {}))
-    usual_rule = fields_of(cls)['rule'].default
+    usual_rule = config.fields_of(cls)['rule'].default
     rule = section.get('rule', usual_rule)
     for entry in _split(text, ',\n'):
       try:
@@ -122,7 +114,7 @@ class MixtureOptions(Options):
         if name in sources:
           raise InputError(f'there is a source {name!r} already')
       except InputError as error:
-        raise OptionError([f'lines: entry {entry!r}: {error}']) from None
+        raise config.OptionError([f'lines: entry {entry!r}: {error}']) from None
       sources[name] = source
       if weight is not None:
         weights[name] = weight
@@ -148,23 +140,22 @@ class MixtureOptions(Options):
       )
     for name, weight in self.weights.items():
       if name not in self.sources:
-        yield f'weights: {unknown_text("source", name, self.sources)}'
+        yield f'weights: {config.unknown_text("source", name, self.sources)}'
       elif self.is_held_out(name) and weight not in (0, 1):
         yield (
           f'weights.{name}={weight!r} has no effect, since '
           f'held_out={self.held_out!r} holds the source out'
         )
-      if not of_type(weight, float) or not 0 <= weight < float('inf'):
+      if not config.of_type(weight, float) or not 0 <= weight < float('inf'):
         yield f'weights.{name}={weight!r} is no number of at least 0'
     names = {*self.sources, *map(self.cluster, self.sources)}
     for name in self._held_out():
       if name not in names:
-        yield f'held_out: {unknown_text("source or cluster", name, names)}'
+        text = config.unknown_text('source or cluster', name, names)
+        yield f'held_out: {text}'
     if not self.learned():
       weights = f' with weights={dict(self.weights)}' * bool(self.weights)
-      yield (
-        f'held_out={self.held_out!r}{weights} leaves no source to learn from'
-      )
+      yield f'held_out={self.held_out!r}{weights} leaves none to learn from'
 
   def cluster(self, name: str) -> str:
     """The name of a source's cluster, a group of similar sources.
@@ -217,7 +208,7 @@ def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
     raise InputError(f'it is not of the form {_FORM}')
   name, kind, options, weight = match.groups()
   cls, values = SOURCES.get(kind), {}
-  fields = fields_of(cls)
+  fields = config.fields_of(cls)
   required = [n for n in fields if fields[n].default is dataclasses.MISSING]
   unnamed = next(iter([*required, *fields]), '')
   for number, text in enumerate(_split(options or '', ',')):
@@ -226,7 +217,7 @@ def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
       raise InputError(f'option {text!r} has no name; {_FORM}')
     key, value = pair.groups() if pair else (unnamed, text)
     if key not in fields:
-      raise InputError(unknown_text(f'option of {kind}', key, fields))
+      raise InputError(config.unknown_text(f'option of {kind}', key, fields))
     value = value.strip()
     if fields[key].type is not str or value[:1] in ('"', "'"):
       # A text that is no value is refused by the option.
@@ -260,5 +251,5 @@ def _split(text: str, separators: str) -> list[str]:
       part = ''
   if part:
     where = f'lines: {part.strip()!r:.80}'
-    raise OptionError([f'{where} has an open bracket or quote'])
+    raise config.OptionError([f'{where} has an open bracket or quote'])
   return [part for part in parts if part and part not in separators]

@@ -166,14 +166,13 @@ class PackedRows(Rows):
     start = np.maximum(self.starts[document - 1] + lap * N, place[:, :1])
     document += lap * len(self.starts)
     segment = (document - document[:, :1] + 1) * real
+    learned = real[:, 1:] & (document[:, 1:] == document[:, :-1])
     return {
       'tokens': stream[:, :-1].astype(np.int32),
       'targets': stream[:, 1:].astype(np.int32),
       'segment_ids': segment[:, :-1].astype(np.int32),
       'positions': ((place - start) * real)[:, :-1].astype(np.int32),
-      'loss_weights': (
-        real[:, 1:] & (document[:, 1:] == document[:, :-1])
-      ).astype(np.float32),
+      'loss_weights': learned.astype(np.float32),
     }
 
 

@@ -191,9 +191,7 @@ def _folder_of(
   return other if equal else folder
 
 
-def run_pool(
-  work: Work, numbers: Sequence[int], engine: Engine
-) -> Iterator[int]:
+def run_pool(work: Work, numbers: list[int], engine: Engine) -> Iterator[int]:
   """Tokenizes the pieces with the indices `numbers` in a pool of processes.
 
   With one process, or fewer than two pieces, this process makes the pieces
@@ -259,9 +257,7 @@ def _end_with_parent() -> None:
   os._exit(1)
 
 
-def run_beam(
-  work: Work, numbers: Sequence[int], engine: Engine
-) -> Iterator[int]:
+def run_beam(work: Work, numbers: list[int], engine: Engine) -> Iterator[int]:
   """Tokenizes the pieces with the indices `numbers` by a runner of Apache Beam.
 
   Yields:

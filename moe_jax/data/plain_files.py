@@ -1,4 +1,4 @@
-"""Reads files that others wrote, such as the files of a downloaded model.
+"""Reads files and texts that others wrote, such as a downloaded model's files.
 
 `plain` finds a file only if it lies in the given folder and is neither a pipe
 nor a device; no file of more than `MOST_BYTES` bytes is read.
@@ -8,7 +8,7 @@ import fnmatch
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 from moe_jax.errors import InputError
@@ -92,10 +92,46 @@ def read_text(path: pathlib.Path) -> str:
   Raises:
     ValueError: The file is not UTF-8, or has more than `MOST_BYTES` bytes.
   """
+  return decoded(read_bytes(path), path)
+
+
+def decoded(raw: bytes, where: Any, line: Callable | None = None) -> str:
+  """The text of bytes of UTF-8, which messages call `where`.
+
+  Where `line` is given, it returns the number of the first line, and messages
+  name the bad one.
+
+  Raises:
+    ValueError: The bytes are not UTF-8.
+  """
   try:
-    return read_bytes(path).decode()
+    return raw.decode()
   except UnicodeDecodeError as error:
-    raise InputError(f'{path} is not UTF-8: {error}') from None
+    number = line and line() + raw.count(b'\n', 0, error.start)
+    in_line = f' in line {number}' if line else ''
+    raise InputError(f'{where} is not UTF-8{in_line}: {error}') from None
+
+
+def encoded(text: Any, where: str) -> bytes:
+  """A text, which messages call `where`, in UTF-8.
+
+  Raises:
+    ValueError: `text` is no text, or has half of a surrogate pair.
+  """
+  if not isinstance(text, str):
+    raise InputError(f'{where}={text!r:.80} is no text')
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f'{where}={text!r:.80} has a half of a character: {error}'
+    ) from None
+
+
+def check_text(text: Any, where: str) -> None:
+  """Raises ValueError unless `encoded` takes the text, and it is not empty."""
+  if not encoded(text, where):
+    raise InputError(f"{where}='' is to be a text that is not empty")
 
 
 def parse_json(text: str, where: str | os.PathLike[str]) -> Any:

@@ -31,29 +31,22 @@ from moe_jax.data.pieces import POOL, Engine
 from moe_jax.errors import InputError
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately.
-
-  Arguments that follow '--' are flags of the runner of Apache Beam.
-  """
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; what follows '--' are flags of Apache Beam's runner."""
   argv = sys.argv[1:] if argv is None else [*argv]
   end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)
   cli.add_config(parser)
-  parser.add_argument(
-    '--processes',
-    type=cli.POSITIVE,
-    default=os.cpu_count() or 1,
-    help='number of processes on this host; by default one for each core',
+  add = parser.add_argument
+  text = 'number of processes on this host; by default one for each core'
+  add('--processes', type=cli.POSITIVE, default=os.cpu_count() or 1, help=text)
+  text = (
+    f"'{POOL}' for processes of this machine, or the name of a runner of "
+    "Apache Beam, such as 'DataflowRunner', whose flags follow after --"
   )
-  parser.add_argument(
-    '--runner',
-    default=POOL,
-    help=f"'{POOL}' for processes of this machine, or the name of a runner of "
-    "Apache Beam, such as 'DataflowRunner', whose flags follow after --",
-  )
+  add('--runner', default=POOL, help=text)
   parser.set_defaults(run=_run, arguments=argv[end + 1 :])
-  return cli.parse_command(parser, argv[:end])
+  cli.run_command(*cli.parse_command(parser, argv[:end]))
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -68,9 +61,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     data = data.with_tokenizer_of(begin.get('workdir'))
   columns = progress.Progress.get_default_columns()  # name, bar, ..., time left
   sizes = progress.DownloadColumn(binary_units=True)
-  with progress.Progress(
-    *columns, sizes, progress.TransferSpeedColumn()
-  ) as bars:
+  speed = progress.TransferSpeedColumn()
+  with progress.Progress(*columns, sizes, speed) as bars:
     bar_of = {}
 
     def on_progress(name: str, done: int, total: int) -> None:
@@ -83,11 +75,6 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     dataset = load(data, engine)
   cache = data.selection.cache / 'tokens'
   cli.say([dataset.describe(), f'tokens: {cache}'])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command."""
-  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

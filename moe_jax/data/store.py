@@ -26,15 +26,13 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.contracts import DOCUMENTS, SPLITS, Tokenizer
-from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.plain_files import encoded, parse_json, read_text
 from moe_jax.errors import InputError
 
 # The key of each stream's number of tokens among the counts of a split.
-_TOKENS = {
-  'documents': 'tokens',
-  'inputs': 'input_tokens',
-  'targets': 'target_tokens',
-}
+_TOKENS = dict(
+  documents='tokens', inputs='input_tokens', targets='target_tokens'
+)
 _BATCH_BYTES = 2**20  # of UTF-8 of a split, which are tokenized together
 Stream = tuple[np.ndarray, np.ndarray]  # tokens, and where each text begins
 
@@ -93,9 +91,9 @@ def write_piece(
         split_before = split
       number = counts[split]['bytes'] // _BATCH_BYTES
       for text in sides:
-        encoded = utf8(text)
-        digest.text(encoded)
-        counts[split]['bytes'] += len(encoded)
+        content = encoded(text, 'a text of the source')
+        digest.text(content)
+        counts[split]['bytes'] += len(content)
       waiting[split].append(sides)
       if counts[split]['bytes'] // _BATCH_BYTES > number:
         write(split)
@@ -115,7 +113,7 @@ def join(
 
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction, or no
-      pair.
+      pair of which both sides have a token.
   """
   facts, splits = [_read_json(piece / 'piece.json') for piece in pieces], {}
   for split in SPLITS:
@@ -127,14 +125,12 @@ def join(
     for stream in streams:
       splits[split][_TOKENS[stream]] = total[stream]
       _join_stream(pieces, folder, f'{split}.{stream}')
-    if streams == DOCUMENTS and total['documents'] < 2:
+    count, least = total[streams[0]], 2 if streams == DOCUMENTS else 1
+    if count < least:
       raise InputError(
-        f'split {split!r} has {total["documents"]} tokens in '
-        f'{total["texts"]} documents; training needs at least 2'
-      )
-    if not total['texts']:
-      raise InputError(
-        f'split {split!r} has no pair of which both sides have a token'
+        f'split {split!r} has {count} tokens in {total["texts"]} {entry}, and '
+        f'training needs at least {least}; most sources put about one text in '
+        '20 into validation, and pairs with an empty side do not count'
       )
   digest = facts[0]['sha256']
   if len(facts) > 1:
@@ -196,10 +192,9 @@ class Digest:
     """Begins the split `name`; the texts that are added next belong to it."""
     self._sha256.update(f'split {name}\n'.encode())
 
-  def text(self, encoded: bytes) -> None:
+  def text(self, content: bytes) -> None:
     """Adds one document, its text in UTF-8."""
-    self._sha256.update(f'text {len(encoded)}\n'.encode())
-    self._sha256.update(encoded)
+    self._sha256.update(f'text {len(content)}\n'.encode() + content)
 
   def hexdigest(self) -> str:
     """The digest in 64 hexadecimal digits."""
@@ -212,10 +207,8 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   Raises:
     ValueError: The ids are not integers in [0, vocab_size).
   """
-  size = tokenizer.vocab_size
-  if ids.size and (
-    ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < size
-  ):
+  size, is_integer = tokenizer.vocab_size, ids.dtype.kind in 'iu'
+  if ids.size and not (is_integer and 0 <= ids.min() <= ids.max() < size):
     raise InputError(
       f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
       f'{ids.dtype}, not integers in [0, vocab_size={size})'
@@ -226,17 +219,3 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def _dtype(tokenizer: Tokenizer) -> str:
   """The name of the smallest numpy type that holds all ids of a tokenizer."""
   return np.min_scalar_type(tokenizer.vocab_size - 1).name
-
-
-def utf8(text: Any) -> bytes:
-  """The text in UTF-8.
-
-  Raises:
-    ValueError: `text` is no text, or has half of a surrogate pair.
-  """
-  if not isinstance(text, str):
-    raise InputError(f'the source gave {text!r:.80}, which is no text')
-  try:
-    return text.encode()
-  except UnicodeEncodeError as error:
-    raise InputError(f'the source gave {text!r:.80}: {error}') from None

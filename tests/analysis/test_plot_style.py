@@ -151,7 +151,7 @@ def test_loads_are_shares_relative_to_the_uniform_share():
   # Loads [E, time]: 3/4 of the assignments are 1.5 times the even share of 2.
   np.testing.assert_allclose(mesh.get_array(), [[1.5, 1.0], [0.5, 1.0]])
   # Cells of the picture meet halfway between logged steps.
-  np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [0.0, 20.0, 40.0])
+  np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [0.0, 20.0, 30.0])
   np.testing.assert_allclose(mesh.get_coordinates()[:, 0, 1], [-0.5, 0.5, 1.5])
 
   (mesh,) = axes_titled(figure, 'layer 11').collections

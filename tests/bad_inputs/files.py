@@ -91,7 +91,7 @@ BYTES = tokenizers.Bytes()
 DATA = [
   stored_texts('ids that wrap', ['a'], Ids(2**16), 'to 65536 | vocab_size=257'),
   stored_texts('ids of floats', ['a'], Ids(1, dtype=float), 'float64'),
-  stored_texts('a number', ['a', 3], BYTES, '3, which is no text'),
+  stored_texts('a number', ['a', 3], BYTES, '=3 is no text'),
   stored_texts('half a pair', ['a\ud800'], BYTES, 'surrogates'),
   *(
     a_file('q.jsonl', content, f'q.jsonl | {words}', questions)

@@ -57,7 +57,7 @@ def test_the_rules_of_weights(rule, shares):
     ({'rule': 'given', 'cap': 3}, "cap=3 has no effect with rule='given'"),
     ({'temperature': 3.0}, "temperature=3.0 has no effect unless rule is 'te"),
     ({'held_out': 'ciphers'}, "held_out: .*'ciphers'.*'arithmetic'"),
-    ({'held_out': 'a, arithmetic'}, 'leaves no source to learn from'),
+    ({'held_out': 'a, arithmetic'}, 'leaves none to learn from'),
     (
       {'rule': 'given', 'weights': {'b': 2.0}, 'held_out': 'arithmetic'},
       r"weights.b=2.0 has no effect, since held_out='arithmetic'",

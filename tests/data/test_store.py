@@ -79,7 +79,7 @@ def test_the_digest_tells_texts_sides_and_splits_apart(tmp_path):
   [
     (write_tokens, ['', ''], "'validation' has 0 tokens"),
     (write_tokens, ['a'], "'validation' has 1 tokens"),
-    (write_pairs, [('', 'c')], "'validation' has no pair"),
+    (write_pairs, [('', 'c')], "'validation' has 0 tokens in 0 pairs"),
   ],
 )
 def test_a_split_with_nothing_to_learn_is_refused(

@@ -96,9 +96,8 @@ def locate() -> pathlib.Path:
   spec = importlib.util.find_spec('django')
   if spec is None or not spec.submodule_search_locations:
     raise InputError(
-      'source django_gettext reads the catalogues of the package django, '
-      "which is not installed: pip install -e '.[experiments]', or django "
-      'alone'
+      'source django_gettext reads catalogues of django, which is not '
+      "installed: pip install -e '.[experiments]', or django alone"
     )
   return pathlib.Path(spec.submodule_search_locations[0])
 
@@ -140,9 +139,7 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   }
   # A hash orders the pairs, so that neighbouring pairs, which may share a row
   # of tokens, have nothing in common.
-  return sorted(
-    every, key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest()
-  )
+  return sorted(every, key=lambda p: hashlib.sha256(p.inputs.encode()).digest())
 
 
 def _merged(paths: Sequence[pathlib.Path]) -> dict[str, str]:

@@ -161,9 +161,7 @@ class FilePieces(Pieces):
 
 def _check_stamp(part: Part) -> None:
   if stamp_of(part.span.path) != part.stamp:
-    raise InputError(
-      f'{part.span.path} was changed while it was read; start again'
-    )
+    raise InputError(f'{part.span.path} was changed while it was read; restart')
 
 
 def _parts(

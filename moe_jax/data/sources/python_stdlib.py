@@ -16,7 +16,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import tensorflow_datasets as tfds
 
@@ -57,17 +57,19 @@ MODULES = tuple(
 )
 ALL_MODULES = MODULES + OPTIONAL_MODULES
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
+# Sources and questions that are made from the library have the same option.
+MODULES_OPTION: Any = option(
+  '',
+  'Names of the top-level modules and packages of the standard library that '
+  "are read, separated by commas: 'json,email'; '' is all that the source has.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class PythonStdlibSource(SourceOptions):
   """The source files of the running Python's standard library, as texts."""
 
-  modules: str = option(
-    '',
-    'Names of the top-level modules and packages of the standard library that '
-    "are read, separated by commas: 'json,email'; '' is all of the corpus.",
-  )
+  modules: str = MODULES_OPTION
   train_bytes: int = option(
     0,
     'Number of bytes of the training split that are read, its first ones in '
@@ -80,18 +82,11 @@ class PythonStdlibSource(SourceOptions):
     """A document for each file; about one file in 20 is for validation.
 
     Raises:
-      ValueError: A module is not of the standard library, or all files of
-        the modules are in one split.
+      ValueError: A module is not of the standard library.
     """
     modules = self.modules.split(',') if self.modules else MODULES
     files = list(source_files(modules))
-    missing = set(SPLITS) - {split_of(name) for name, _ in files}
     label = f'python_stdlib{":" * bool(self.modules)}{self.modules}'
-    if missing:
-      raise InputError(
-        f'the {len(files)} files of {label} give no split {sorted(missing)} '
-        '(one file in 20 is for validation); name more modules'
-      )
     read = _reader(files, lambda name, text: [(name, text)], selection)
     part = f', {self.train_bytes} bytes' * bool(self.train_bytes)
     num_bytes = {'train': self.train_bytes, 'validation': 0}
@@ -106,11 +101,7 @@ class PythonStdlibSource(SourceOptions):
 class DocstringsSource(SourceOptions):
   """Pairs: functions of the standard library, and docstrings as targets."""
 
-  modules: str = option(
-    '',
-    'Names of the top-level modules and packages whose functions are read, '
-    "separated by commas: 'json,email'; '' is all of the standard library.",
-  )
+  modules: str = MODULES_OPTION
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """Sources of functions without docstring as inputs, docstrings as targets.

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from moe_jax.config import option, unknown
 from moe_jax.data.cache_folders import check_may_prepare, locked
 from moe_jax.data.contracts import Pairs, Selection, SourceOptions, Texts
-from moe_jax.data.plain_files import first_line
+from moe_jax.data.plain_files import decoded, first_line
 from moe_jax.errors import InputError
 
 Builder = tfds.core.DatasetBuilder
@@ -28,11 +28,6 @@ def prepared_builder(name: str) -> Builder:
   """
   data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   data_dir = os.path.expanduser(data_dir)
-  advice = (
-    'prepare it on a machine with TensorFlow, by tfds.builder('
-    f"{name!r}, file_format='array_record').download_and_prepare(), and set "
-    f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
-  )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     if not os.path.exists(builder.data_dir):
@@ -43,15 +38,13 @@ def prepared_builder(name: str) -> Builder:
       builder.download_and_prepare()
   except InputError:  # of `check_may_prepare`
     raise
-  except tfds.core.DatasetNotFoundError as error:
-    raise InputError(
-      f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
-      f'nor can it be prepared without TensorFlow; if it exists, {advice}'
-    ) from error
   except Exception as error:  # builders and downloads raise any exception
     raise InputError(
-      f'TFDS dataset {name!r} could not be prepared here '
-      f'({type(error).__name__}: {first_line(error)}); {advice}'
+      f'TFDS dataset {name!r} could not be prepared here, where '
+      f'{_names(data_dir)} are ({type(error).__name__}: {first_line(error)}); '
+      'prepare it on a machine with TensorFlow, by tfds.builder('
+      f"{name!r}, file_format='array_record').download_and_prepare(), and set "
+      f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
     ) from error
   return builder
 
@@ -75,11 +68,9 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
   """
   try:
     return cast(Any, builder).as_data_source(split=split)
-  except NotImplementedError as error:  # the format has no random access
-    raise InputError(f'TFDS dataset {builder.name!r}: {error}') from error
-  except ValueError as error:
+  except (NotImplementedError, ValueError) as error:
     raise InputError(
-      f'unknown split {split!r} of {builder.name!r}; have '
+      f'split {split!r} of {builder.name!r} cannot be read; have '
       f'{sorted(builder.info.splits)} and parts of them ({error})'
     ) from error
 
@@ -120,14 +111,11 @@ def as_text(value: Any, where: str) -> str:
   Raises:
     ValueError: The value is no text, or not UTF-8.
   """
-  if isinstance(value, str):
-    return value
-  if not isinstance(value, bytes):
+  if isinstance(value, bytes):
+    return decoded(value, where)
+  if not isinstance(value, str):
     raise InputError(f'{where} has type {type(value).__name__}, not text')
-  try:
-    return value.decode()
-  except UnicodeDecodeError as error:
-    raise InputError(f'{where} is not UTF-8: {error}') from error
+  return value
 
 
 def _names_of(features: Any, outer: str = '') -> Iterator[str]:
@@ -156,11 +144,9 @@ class TfdsSource(SourceOptions):
   prepared there first if that is possible without TensorFlow.
   """
 
-  only_in: ClassVar[Mapping[str, str]] = {
-    'text_feature': 'texts',
-    'input_feature': 'pairs',
-    'target_feature': 'pairs',
-  }
+  only_in: ClassVar[Mapping[str, str]] = dict(
+    text_feature='texts', input_feature='pairs', target_feature='pairs'
+  )
 
   name: str = option(
     dataclasses.MISSING,
@@ -217,9 +203,8 @@ class TfdsSource(SourceOptions):
     exist.
     """
     features = [getattr(self, name) for name in options]
-    builder = checked_builder(
-      self.name, dict(zip(features, options)), selection
-    )
+    names = dict(zip(features, options))
+    builder = checked_builder(self.name, names, selection)
 
     def read(split: str) -> Iterator[tuple[str, ...]]:
       examples = open_split(builder, selection.name_of(split))

@@ -34,7 +34,6 @@ class Seq2SeqTask(TaskOptions):
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer whose inputs and targets end in an EOS."""
-    del shape
     return extend(base, end_inputs=True)
 
   def rows(
@@ -93,7 +92,6 @@ class PairRows(ExampleRows):
 
   def example(self, index: int, generator: np.random.Generator) -> Example:
     """The example of pair `index`; it has no noise."""
-    del generator
     n_inputs = int(self._lengths.inputs[index])
     n_targets = int(self._lengths.targets[index])
     inputs = _text(self._inputs, index)

@@ -45,13 +45,18 @@ DENOISERS: tuple[Denoiser, ...] = (
   ('X', 64.0, 0.15, 1.0),
   ('X', 64.0, 0.5, 1.0),
 )
-# `SpanCorruptionTask` and `Ul2Task` have the same option.
+# `SpanCorruptionTask` and `Ul2Task` have the same two options.
 _NUM_SENTINELS: Any = option(
   100,
   'Number of sentinels, the ids that stand for cut-out spans; those that the '
   'tokenizer lacks are added after its last id. With 0 there are only those '
   'that the tokenizer has.',
   minimum=0,
+)
+_FINAL_SENTINEL: Any = option(
+  True,
+  'Whether the targets of cut-out spans end in one more sentinel before the '
+  'EOS, as in figure 2 of T5; its released checkpoints have only the EOS.',
 )
 
 
@@ -65,7 +70,6 @@ class LmTask(TaskOptions):
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Packs all documents of the stream into rows, one after another."""
-    del tokenizer
     return PackedRows(*stream, shape.seq_len)
 
 
@@ -236,15 +240,10 @@ class SpanCorruptionTask(TaskOptions):
     minimum=1,
   )
   num_sentinels: int = _NUM_SENTINELS
-  final_sentinel: bool = option(
-    True,
-    'Whether the targets end in one more sentinel before the EOS, as in figure '
-    '2 of T5; its released checkpoints have only the EOS.',
-  )
+  final_sentinel: bool = _FINAL_SENTINEL
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer with an EOS and sentinels."""
-    del shape
     return extend(base, num_sentinels=self.num_sentinels, end_inputs=True)
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
@@ -409,11 +408,7 @@ class Ul2Task(TaskOptions):
     'frequency of the denoiser, 0 for never.',
   )
   num_sentinels: int = _NUM_SENTINELS
-  final_sentinel: bool = option(
-    True,
-    'Whether the targets of cut-out spans end in one more sentinel before the '
-    'EOS.',
-  )
+  final_sentinel: bool = _FINAL_SENTINEL
 
   def problems(self) -> Iterator[str]:
     """Yields a text for each problem of the denoisers."""
@@ -432,12 +427,8 @@ class Ul2Task(TaskOptions):
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer with an EOS, sentinels and mode tokens."""
-    return extend(
-      base,
-      num_sentinels=self.num_sentinels,
-      modes=MODES,
-      end_inputs=shape.encoder_decoder,
-    )
+    sentinels, ends = self.num_sentinels, shape.encoder_decoder
+    return extend(base, num_sentinels=sentinels, modes=MODES, end_inputs=ends)
 
   def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of examples, one example of each window of the documents."""

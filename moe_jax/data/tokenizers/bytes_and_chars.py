@@ -1,25 +1,20 @@
 """Tokenizers of UTF-8 bytes, and of the characters that a data set has."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.contracts import (
-  Ids,
-  Token,
-  Tokenizer,
-  TokenizerOptions,
-  digest,
-)
+from moe_jax.data import contracts
 from moe_jax.data.tokenizers.tokenizer_files import GivenOptions
 from moe_jax.errors import InputError
 
 _NAMED = 8  # characters that a message names
 
 
-class Bytes(Tokenizer, kind='bytes'):
+class Bytes(contracts.Tokenizer, kind='bytes'):
   """The tokenizer of UTF-8 bytes, whose ids are 0 to 255; 256 is the EOS."""
 
   vocab_size = 257
@@ -34,13 +29,13 @@ class Bytes(Tokenizer, kind='bytes'):
     """The UTF-8 bytes of each text, uint8."""
     return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-  def decode(self, ids: Ids) -> str:
+  def decode(self, ids: contracts.Ids) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
     ids = self._in_vocabulary(ids)
     text_bytes = ids[ids != self.eos_id].astype(np.uint8)
     return text_bytes.tobytes().decode(errors='replace')
 
-  def token_name(self, token: Token) -> str:
+  def token_name(self, token: contracts.Token) -> str:
     """The character of an ASCII byte, or else the byte's hexadecimal number."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
@@ -61,7 +56,7 @@ class BytesOptions(GivenOptions):
     return Bytes()
 
 
-class Chars(Tokenizer, kind='chars'):
+class Chars(contracts.Tokenizer, kind='chars'):
   """A tokenizer of given characters, whose ids are in order of code points.
 
   There is no EOS.
@@ -72,7 +67,7 @@ class Chars(Tokenizer, kind='chars'):
     if not self.characters:
       raise InputError("tokenizer 'chars' needs at least one character")
     self.vocab_size = len(self.characters)
-    self.identity = f'chars:{digest(self.characters)}'
+    self.identity = f'chars:{contracts.digest(self.characters)}'
     self._ids = {c: i for i, c in enumerate(self.characters)}
 
   def encode(self, text: str) -> np.ndarray:
@@ -95,11 +90,11 @@ class Chars(Tokenizer, kind='chars'):
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
     )
 
-  def decode(self, ids: Ids) -> str:
+  def decode(self, ids: contracts.Ids) -> str:
     """The characters whose indices are `ids`."""
     return ''.join(self.characters[i] for i in self._in_vocabulary(ids))
 
-  def token_name(self, token: Token) -> str:
+  def token_name(self, token: contracts.Token) -> str:
     """The character, quoted."""
     return repr(self.decode([token]))
 
@@ -109,7 +104,7 @@ class Chars(Tokenizer, kind='chars'):
 
 
 @dataclasses.dataclass(frozen=True)
-class CharsOptions(TokenizerOptions):
+class CharsOptions(contracts.TokenizerOptions):
   """Options of the tokenizer of the characters that a data set has."""
 
   def identity(self) -> str:
@@ -118,7 +113,5 @@ class CharsOptions(TokenizerOptions):
 
   def fit(self, texts: Iterable[str]) -> Chars:
     """The tokenizer of all characters that the texts have."""
-    characters: set[str] = set()
-    for text in texts:  # one at a time, as they may not fit into memory
-      characters.update(text)
-    return Chars(characters)
+    # One text at a time, as all may not fit into memory.
+    return Chars(itertools.chain.from_iterable(texts))

@@ -67,9 +67,8 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
       return '<eos>'
     model: Any = self._model  # its methods are typed for lists alone
     piece = model.id_to_piece(token)
-    if (
-      model.is_control(token) or model.is_unknown(token) or model.is_byte(token)
-    ):
+    special = model.is_control, model.is_unknown, model.is_byte
+    if any(is_kind(token) for is_kind in special):
       return piece
     return repr(piece.replace('\u2581', ' '))
 

@@ -6,15 +6,8 @@ import pathlib
 from collections.abc import Iterable
 
 from moe_jax.config import option, required
+from moe_jax.data import plain_files
 from moe_jax.data.contracts import Tokenizer, TokenizerOptions, load
-from moe_jax.data.plain_files import (
-  first_line,
-  matching,
-  parse_json,
-  plain,
-  read_bytes,
-  read_text,
-)
 from moe_jax.data.tokenizers.extra_ids import without_endings
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
@@ -42,18 +35,16 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
   if folder is not None:
     path = _file_of(folder)
   elif not path.is_file():
-    raise InputError(
-      f'no file {path} in {os.getcwd()}; give the path of {_READS}'
-    )
-  content = read_bytes(path)
+    raise InputError(f'no file {path} in {os.getcwd()}; give {_READS}')
+  content = plain_files.read_bytes(path)
   if path.suffix != '.json' and content[:1] != b'{':
     try:
       return SentencePiece(content)
     except InputError as error:
       reason = f'{path} is {error}; give the path of {_READS}'
       raise InputError(reason) from None
-  text = read_text(path)
-  values = parse_json(text, path)
+  text = plain_files.read_text(path)
+  values = plain_files.parse_json(text, path)
   if isinstance(values, dict) and 'kind' in values:
     return without_endings(load(path))
   if folder is not None:
@@ -61,13 +52,13 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
   try:
     return Json(text)
   except InputError as error:
-    raise InputError(f'{path}: {first_line(error)}') from None
+    raise InputError(f'{path}: {plain_files.first_line(error)}') from None
 
 
 def _file_of(folder: pathlib.Path) -> pathlib.Path:
-  if path := plain(folder, 'tokenizer.json'):
+  if path := plain_files.plain(folder, 'tokenizer.json'):
     return path
-  models = list(matching(folder, ['*.model']))
+  models = list(plain_files.matching(folder, ['*.model']))
   if len(models) == 1:
     return models[0]
   if models:
@@ -97,7 +88,6 @@ class GivenOptions(TokenizerOptions):
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of these options, which does not depend on the texts."""
-    del texts
     return self.given()
 
   def known_vocab_size(self) -> int:

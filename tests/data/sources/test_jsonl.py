@@ -95,8 +95,8 @@ def test_what_is_asked_is_in_one_split(tmp_path):
   for split, text in (('validation', VALIDATION), ('train', 'abc')):
     assert [inputs for inputs, _ in pairs.pairs(split)] == [text] * 30
   path.write_text(lines[1])
-  with pytest.raises(ValueError, match=r'the 1 lines .* give none for valid'):
-    JsonlSource(str(path)).pairs()
+  with pytest.raises(ValueError, match=r"'validation' has 0 .*one text in 20"):
+    rows_of(tmp_path, JsonlSource(str(path)))
 
 
 def rows_of(tmp_path, source, task=Seq2SeqTask(), **changes):

@@ -101,9 +101,7 @@ def test_only_the_first_bytes_are_trained_on():
   assert [*python_stdlib.first_bytes(['ab', 'cé', 'd'], 5)] == ['ab', 'cé']
 
 
-def test_modules_that_give_no_two_splits_or_do_not_exist_are_named():
-  with pytest.raises(ValueError, match=r"python_stdlib:keyword .*\['valid"):
-    PythonStdlibSource('keyword').texts()
+def test_a_module_that_does_not_exist_is_named():
   with pytest.raises(ValueError, match="'jsn'; did you mean 'json'"):
     PythonStdlibSource('jsn').texts()
 
