@@ -10,7 +10,6 @@ from moe_jax import models, partitioning
 from moe_jax.config import OptionError
 from moe_jax.models import lora
 from moe_jax.models.lora import LoraOptions
-from moe_jax.training import losses, step
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
 
@@ -118,23 +117,6 @@ def test_merged_equals_applied_in_logits():
 
   applied = jax.jit(lambda p: logits(programs.adapters.merged(p)))(state.params)
   np.testing.assert_allclose(jax.jit(logits)(merged), applied, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_first_loss_is_that_of_the_base():
-  options, programs = build_programs()
-  model, batch = options.build(), batch_of(options, programs)
-  weights = losses.loss_weights(model, options.logits_z_weight)
-  normalizers = losses.normalizers(model, batch)
-  state = tiny.first_state(programs)
-  # Routers draw with the key of the first step.
-  key = jax.random.fold_in(jax.random.key(state.seed), 0)
-  base = programs.adapters.base(state.params)
-  grad_fn = jax.jit(step.make_grad_fn(model, weights))
-  (loss, _), _ = grad_fn(base, batch, normalizers, key)
-  step_losses = train_three_steps()[3]
-  assert float(loss) == step_losses[0]
-  assert len(set(step_losses)) == 3
 
 
 @pytest.mark.slow

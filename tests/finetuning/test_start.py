@@ -8,8 +8,7 @@ import pytest
 
 from moe_jax import finetuning, run_config
 from moe_jax.config import merge
-from moe_jax.runs import metrics
-from moe_jax.training import evaluate, loop, setup
+from moe_jax.training import loop, setup
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
@@ -59,23 +58,6 @@ def run_and_initial_state(config, workdir, devices=1):
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
     return setup.begin(run, finetuning.initial)[:2]
-
-
-@pytest.mark.slow
-def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path):
-  run, state = run_and_initial_state(config_from(dense), tmp_path)
-  rows = evaluate.evaluation_rows(
-    run.evaluations, run.programs.variables(state), 0
-  )
-  name = 'eval/train_capacity/loss'
-  *_, last = (
-    row
-    for row in metrics.read_metrics(dense / metrics.FILE_NAME)
-    if name in row
-  )
-  np.testing.assert_allclose(
-    rows['train_capacity']['loss'], last[name], rtol=1e-6
-  )
 
 
 def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):

@@ -100,35 +100,6 @@ def test_biases_are_those_of_the_model_unless_the_layer_says(bias, model, has):
   assert plain.bias == 'none'
 
 
-def test_dropout_zeroes_hidden_values_and_scales_the_rest():
-  # Every hidden value is an output of its own: it is 0 or 1 / (1 - 0.25).
-  p = {
-    'w_in': np.ones((M, F), np.float32) / M,
-    'w_out': np.eye(F, M, dtype=np.float32),
-  }
-  layer = FeedForward(FfnOptions(F, 'relu'), dropout=0.25)
-  x = jnp.ones((500, M))
-  rngs = {'dropout': tiny.key(0)}
-  run = jax.jit(lambda p: layer.apply({'params': p}, x, train=True, rngs=rngs))
-  y = np.asarray(run(p))
-  dropped = y == 0
-  np.testing.assert_allclose(y[~dropped], 1 / 0.75, rtol=1e-5)
-  np.testing.assert_allclose(dropped.mean(), 0.25, atol=0.03)
-  np.testing.assert_allclose(
-    jax.jit(layer.apply)({'params': p}, x), 1, rtol=1e-5
-  )
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_parameters_stay_in_param_dtype_and_products_in_dtype(dtype):
-  layer = FeedForward(FfnOptions(F), Shared(Numerics(dtype)))
-  x = jnp.ones((2, M), jnp.float32)
-  y, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
-  assert y.dtype == dtype
-  kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-  assert kinds == {jnp.dtype('float32')}
-
-
 @pytest.mark.parametrize(
   ('init', 'std_in', 'std_out'),
   [

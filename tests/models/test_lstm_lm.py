@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from moe_jax.layers import FeedForward, MoE
 from moe_jax.layers.ffn import FfnOptions
@@ -13,8 +12,8 @@ from moe_jax.layers.positions import NoPositions
 from moe_jax.layers.routers import Hierarchical
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.capacity import All
-from tests.layers.test_moe import draw
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, V = tiny.B, tiny.T, tiny.V
 SPARSE = dict(
@@ -96,11 +95,7 @@ def test_a_deep_feed_forward_is_its_products():
   c, biased = FfnOptions(11, 'relu'), Shared(use_bias=True)
   x = draw(2, 3, 6, seed=9)
   deep = FeedForward(c, biased, depth=3)
-  shapes = jax.eval_shape(deep.init, jax.random.key(0), jnp.asarray(x))
-  leaves, tree = jax.tree.flatten(shapes)
-  arrays = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  params = tree.unflatten(arrays)
-  p = nn.meta.unbox(params)['params']
+  p = tiny.layer_params(deep, jnp.asarray(x))
   h = x
   for w, b in (
     ('w_in', 'b_in'), ('w_hidden_1', 'b_hidden_1'),
@@ -109,7 +104,7 @@ def test_a_deep_feed_forward_is_its_products():
     h = np.maximum(h @ p[w] + p[b], 0)
   expected = h @ p['w_out'] + p['b_out']
   x = jnp.asarray(x)
-  y = jax.jit(deep.apply)(params, x)
+  y = jax.jit(deep.apply)({'params': p}, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='without gate'):
     FeedForward(FfnOptions(3, 'swiglu'), depth=2).init(tiny.key(0), x)

@@ -17,7 +17,6 @@ from moe_jax.layers import (
   Numerics,
   Shared,
 )
-from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.parameters import roles_of
 from tests.models import tiny
 
@@ -173,13 +172,6 @@ def test_scores_that_are_not_scaled_start_as_those_that_are():
   np.testing.assert_allclose(unscaled_key, key, rtol=0.05)
 
 
-def test_sizes_that_are_zero_are_those_of_the_model():
-  options = AttentionOptions(num_heads=4).within(24)
-  assert (options.num_kv_heads, options.head_width) == (4, 6)
-  explicit = AttentionOptions(num_heads=4, num_kv_heads=2, head_width=5)
-  assert explicit.within(24) == explicit
-
-
 def test_an_encoder_and_its_memory_have_no_window():
   x, segment_ids, positions = inputs()
   for causal, cross in ((True, False), (False, False), (False, True)):
@@ -197,17 +189,3 @@ def test_an_encoder_and_its_memory_have_no_window():
       for window in (0, 2)
     ]
     assert np.array_equal(*outputs) == (not causal)
-
-
-def test_keys_of_an_encoder_are_normed_as_the_layers_own():
-  options = AttentionOptions(
-    H, N, D, qk_norm='all', clip=0.6, qk_norm_epsilon=EPSILON
-  )
-  p, x = parameters('all'), inputs()[0]
-  key, value = project_memory(Shared(), options, p, x)
-  y = normed(np.einsum('btm,mhd->bthd', x, p['w_key']), p['key_norm'])
-  np.testing.assert_allclose(
-    key, np.clip(y, -0.6, 0.6).swapaxes(1, 2), rtol=1e-4, atol=1e-5
-  )
-  y = np.einsum('btm,mhd->bhtd', x, p['w_value'])
-  np.testing.assert_allclose(value, np.clip(y, -0.6, 0.6), atol=1e-5)

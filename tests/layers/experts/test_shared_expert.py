@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from moe_jax import (
   All,
@@ -24,6 +23,7 @@ from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.parameters import roles_of
 from moe_jax.models.selection import names_of
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, M, E, K, F, H = 2, 7, 6, 5, 3, 4, 9
 RENORMALIZED = TokenChoice(gates='renormalized')
@@ -40,20 +40,13 @@ def options(activation='swiglu', **moe):
   )
 
 
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
 @functools.cache
 def compiled(layer):
   return jax.jit(lambda p, x, mask: layer.apply({'params': p}, x, mask))
 
 
 def random_params(layer):
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
-  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  return tree.unflatten([draw(*x.shape, seed=i) for i, x in enumerate(leaves)])
+  return tiny.layer_params(layer, jnp.ones((B, T, M)))
 
 
 def feed_forward(p, x):

@@ -14,6 +14,7 @@ import pytest
 from moe_jax import All, Shared, TokenChoice
 from moe_jax.layers.routers import Sizes
 from tests import reference
+from tests.models.tiny import draw
 
 B, T, E, K, M = 8, 6, 5, 2, 4
 NAMES = ('sequence_balance', 'batch_balance', 'global_balance')
@@ -23,11 +24,6 @@ ALL_SCOPES = TokenChoice(
   batch_balance_rows=3,
   global_balance_weight=1.0,
 )
-
-
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
 
 
 def aux_of(options, x, mask, w, row_length=T, num_selected=K):

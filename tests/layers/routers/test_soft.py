@@ -22,6 +22,7 @@ from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.soft_rule import soft_routing
 from tests import reference
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, M, E, P, F = 8, 7, 6, 4, 3, 5
 OPTIONS = MoeOptions(
@@ -31,11 +32,6 @@ OPTIONS = MoeOptions(
   expert=FeedForwardExpert(F, 'relu'),
   dispatch=Einsum(),
 )
-
-
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
 
 
 PARAMS = {
