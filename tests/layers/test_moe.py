@@ -103,22 +103,19 @@ def test_layer_equals_a_loop_over_tokens():
   np.testing.assert_array_equal(aux.stats.kept_load, stats['kept_load'])
 
 
-def test_identical_experts_with_room_for_all_are_the_dense_layer():
-  layer = make(TokenChoice(gates='renormalized'), capacity=All())
+@pytest.mark.parametrize(
+  ('E', 'K', 'gates', 'capacity'),
+  # The raw gate is the softmax over one expert, which is exactly 1.
+  [(E, K, 'renormalized', All()), (1, 1, 'raw', PerToken())],
+)
+def test_one_expert_or_equal_ones_are_the_dense_layer(E, K, gates, capacity):
+  sizes = dict(num_experts=E, num_selected=K, capacity=capacity)
+  layer = make(TokenChoice(gates=gates), **sizes)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   expert = jax.tree.map(lambda leaf: leaf[0], params['experts'])
   params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), expert)
   y, _ = run(layer, params, x)
   np.testing.assert_allclose(y, dense(expert, x), rtol=1e-4, atol=1e-4)
-
-
-def test_one_expert_is_the_dense_layer():
-  # The raw gate is the softmax over one expert, which is exactly 1.
-  layer = make(num_experts=1, num_selected=1)
-  params, x = draw_params(layer), draw(B, T, M, seed=9)
-  y, _ = run(layer, params, x)
-  expert = jax.tree.map(lambda leaf: leaf[0], params['experts'])
-  np.testing.assert_allclose(y, dense(expert, x), rtol=1e-5, atol=1e-5)
 
 
 def gradients_by_dispatch(dispatches, **options):

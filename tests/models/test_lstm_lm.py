@@ -69,25 +69,17 @@ def test_it_is_its_layers_in_a_row():
 
 
 def test_dense_twins_are_wide_or_deep():
-  wide, deep = (
-    build(TWIN),
-    build(TWIN, ffn=dict(activation='relu'), lstm=dict(twin_depth=4)),
-  )
-  shapes = [
-    {
-      name: leaf.shape
-      for name, leaf in tiny.leaves(tiny.params_of(model)['layers_1']).items()
-    }
-    for model in (wide, deep)
-  ]
+  def shapes(model):
+    layer = tiny.leaves(tiny.params_of(model)['layers_1'])
+    return {name: leaf.shape for name, leaf in layer.items()}
+
   hidden = 20
-  assert shapes[0] == {
-    'ffn/w_in': (12, 4 * hidden), 'ffn/w_out': (4 * hidden, 12)
-  }  # fmt: skip
+  wide = {'ffn/w_in': (12, 4 * hidden), 'ffn/w_out': (4 * hidden, 12)}
+  assert shapes(build(TWIN)) == wide
+  deep = build(TWIN, ffn=dict(activation='relu'), lstm=dict(twin_depth=4))
   inner = {f'ffn/w_hidden_{i}': (hidden, hidden) for i in (1, 2, 3)}
-  assert shapes[1] == inner | {
-    'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)
-  }  # fmt: skip
+  ends = {'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)}
+  assert shapes(deep) == inner | ends
   assert deep.stacks.moe is None and not deep.stacks.blocks
 
 
@@ -97,11 +89,8 @@ def test_a_deep_feed_forward_is_its_products():
   deep = FeedForward(c, biased, depth=3)
   p = tiny.layer_params(deep, jnp.asarray(x))
   h = x
-  for w, b in (
-    ('w_in', 'b_in'), ('w_hidden_1', 'b_hidden_1'),
-    ('w_hidden_2', 'b_hidden_2'),
-  ):  # fmt: skip
-    h = np.maximum(h @ p[w] + p[b], 0)
+  for name in ('in', 'hidden_1', 'hidden_2'):
+    h = np.maximum(h @ p[f'w_{name}'] + p[f'b_{name}'], 0)
   expected = h @ p['w_out'] + p['b_out']
   x = jnp.asarray(x)
   y = jax.jit(deep.apply)({'params': p}, x)

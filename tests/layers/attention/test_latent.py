@@ -27,13 +27,8 @@ POSITIONS = Rotary(10.0, interleaved=True, scaling=YARN)
 
 
 def options(query_rank=Q, **changes):
-  sizes = dict(
-    kv_rank=R,
-    plain_width=PLAIN,
-    rotary_width=ROTARY,
-    value_width=VALUE,
-    norm_epsilon=EPSILON,
-  )
+  widths = dict(plain_width=PLAIN, rotary_width=ROTARY, value_width=VALUE)
+  sizes = dict(kv_rank=R, norm_epsilon=EPSILON, **widths)
   return LatentOptions(H, query_rank=query_rank, **sizes | changes)
 
 
@@ -150,6 +145,7 @@ def test_implementations_agree_in_value_and_gradient():
 def test_few_queries_meet_the_cache_as_it_is():
   # Each query costs 2 (5 + 2) - (3 + 2 + 6) = 3 products more a head and slot,
   # and expanding a slot 5 (3 + 6) = 45.
+  assert options().cached_shapes == ((1, R + ROTARY), (1, 0))
   assert options().absorbs(15)
   assert not options().absorbs(16)
   # DeepSeek-V2's prompts of 158 tokens and more are expanded.
@@ -163,10 +159,5 @@ def test_adapters_find_the_inputs_of_all_kernels():
     lora.LoraOptions(rank=2, parts='attention'), models.describe(model)
   )
   inputs_of = {path[-1]: k.inputs for path, k in adapters.kernels.items()}
-  assert inputs_of == {
-    'w_query_down': 1,
-    'w_query_up': 1,
-    'w_kv_down': 1,
-    'w_kv_up': 1,
-    'w_out': 2,
-  }
+  names = ('w_query_down', 'w_query_up', 'w_kv_down', 'w_kv_up')
+  assert inputs_of == dict.fromkeys(names, 1) | {'w_out': 2}

@@ -83,10 +83,8 @@ def test_it_adds_a_feed_forward_of_every_token(gated):
 def test_a_dropped_token_still_meets_it_and_padding_does_not():
   # Each expert has one slot, so that most choices are dropped. Biases would
   # make zeros of padding something else.
-  layer = MoE(
-    options('relu', shared_expert=SharedExpertOptions(H), capacity=Fixed(1)),
-    Shared(use_bias=True),
-  )
+  moe = dict(shared_expert=SharedExpertOptions(H), capacity=Fixed(1))
+  layer = MoE(options('relu', **moe), Shared(use_bias=True))
   params, x = random_params(layer), draw(B, T, M)
   mask = np.arange(T)[None] < np.array([[T], [4]])
   y, aux = compiled(layer)(params, x, mask)
@@ -113,15 +111,12 @@ def test_the_dense_twin_is_wider_by_it():
 
 
 def test_costs_count_it_as_a_dense_part_of_every_token():
-  plain, gated = (
-    tiny.build(
-      dict(shared_expert=SharedExpertOptions(H, gate)), ffn=dict(hidden=F)
-    )
-    for gate in (False, True)
-  )
-  without = cost.count(tiny.build(ffn=dict(hidden=F)), 10)
-  for model, kernels in ((plain, 2 * 12 * H), (gated, 2 * 12 * H + 12)):
-    counted = cost.count(model, 10)
+  def count(**moe):
+    return cost.count(tiny.build(moe, ffn=dict(hidden=F)), 10)
+
+  without = count()
+  for gate, kernels in ((False, 2 * 12 * H), (True, 2 * 12 * H + 12)):
+    counted = count(shared_expert=SharedExpertOptions(H, gate))
     added = 2 * kernels  # in each of two layers
     assert counted.total_params == without.total_params + added
     assert counted.active_params == without.active_params + added
@@ -140,6 +135,5 @@ def test_its_parameters_have_a_role_of_their_own():
     'shared_expert/ffn/w_in',
     'shared_expert/ffn/w_out',
   }
-  assert names_of('experts', roles).isdisjoint(
-    names_of('shared_experts', roles)
-  )
+  experts = {f'experts/w_{name}' for name in ('in', 'gate', 'out')}
+  assert names_of('experts', roles) == experts
