@@ -1,4 +1,4 @@
-"""The whole decoder against numpy; its padding, windows and multipliers."""
+"""The whole decoder against numpy, and its windows."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Balancing losses: values at balance and at collapse, masks, gradients."""
+"""Balancing losses: values at balance and at collapse, and gradients."""
 
 import functools
 

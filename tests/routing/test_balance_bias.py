@@ -1,4 +1,4 @@
-"""Balancing by a bias: chosen experts, their gates, and how the bias moves."""
+"""How a balancing bias moves; what it does is in `tests/layers/routers`."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -252,6 +252,7 @@ def test_bfloat16_stays_bfloat16(view):
     assert dtypes == [jnp.bfloat16] * 4 + [jnp.float32]  # gates keep float32
 
 
+@pytest.mark.as_users_compile
 def test_a_gate_of_zero_still_sends_the_token_and_still_learns():
   # Whether a choice is served depends on `kept`, not on `gate > 0`: the expert
   # gets the token, and the gate has a gradient.

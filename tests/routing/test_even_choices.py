@@ -1,4 +1,4 @@
-"""Choices at random or in turn: by definition, even, served as others are."""
+"""Choices at random or in turn: by definition, and even."""
 
 import collections
 import itertools

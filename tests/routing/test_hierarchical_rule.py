@@ -1,4 +1,7 @@
-"""Two levels of gates: choices and loads by hand and by definition."""
+"""Two levels of gates: choices and loads by hand.
+
+The router's are judged by definition in `tests/layers/routers`.
+"""
 
 import jax
 import numpy as np

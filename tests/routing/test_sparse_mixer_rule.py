@@ -1,4 +1,7 @@
-"""SparseMixer: choices in turn, draws, and the gradient that goes with them."""
+"""SparseMixer: choices in turn, and draws.
+
+Its gradient is compared with that of transformers in `tests/layers/routers`.
+"""
 
 import jax
 import jax.numpy as jnp

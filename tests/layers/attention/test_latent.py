@@ -1,4 +1,7 @@
-"""Multi-head latent attention, by its definition and from its cache."""
+"""Multi-head latent attention by its definition.
+
+That its cache gives the same is in `tests/models/test_decoding.py`.
+"""
 
 import jax
 import numpy as np

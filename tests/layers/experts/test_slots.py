@@ -220,6 +220,7 @@ def test_an_expert_of_ones_own_has_options_and_knows_of_training():
 SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize(
   ('activation', 'use_bias', 'backend'),
   [('gelu', False, 'megablox'), ('swiglu', True, 'blocks')],
