@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 
 from moe_jax import routing
-from moe_jax.layers import Dropless, SharedExpertOptions
-from moe_jax.layers.positions import NoPositions
+from moe_jax.layers import (
+  Attention,
+  AttentionOptions,
+  Dropless,
+  FeedForwardExpert,
+  Gather,
+  Lstm,
+  LstmOptions,
+  MoE,
+  MoeOptions,
+  SharedExpertOptions,
+)
 from moe_jax.routing.capacity import All
 from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 from tests.models import tiny
@@ -24,9 +34,12 @@ B, T, M, E, K = 2, 6, 8, 4, 2
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]], bool)
 
 
+WORSE = (np.nan, np.inf, -np.inf)
+
+
 def tokens(at_padding, width=M):
   x = np.random.default_rng(0).normal(size=(B, T, width)).astype(np.float32)
-  return jnp.asarray(np.where(MASK[..., None], x, np.float32(at_padding)))
+  return jnp.where(MASK[..., None], x, at_padding)
 
 
 def real(y):
@@ -63,25 +76,56 @@ def test_moving_tokens(mover):
   assert_same(lambda at_padding: move(tokens(at_padding)), np.nan)
 
 
-LAYERS = dict(layers='1', num_experts=E, shared_expert=SharedExpertOptions(3))
+def moe(dispatch):
+  # A shared expert takes tokens past the router, which has no say in them.
+  expert, shared = FeedForwardExpert(5), SharedExpertOptions(3)
+  experts = dict(expert=expert, shared_expert=shared, capacity=All())
+  return MoE(MoeOptions(E, K, dispatch=dispatch, **experts))
 
 
-# A shared expert takes tokens past the router, which has no say in them.
+SEGMENTS = {'segment_ids': jnp.asarray(MASK, jnp.int32)}
+POSITIONS = {'positions': jnp.tile(jnp.arange(T), (B, 1))}
+LAYERS = {
+  'gather': (moe(Gather()), {'token_mask': jnp.asarray(MASK)}),
+  'dropless': (moe(Dropless()), {'token_mask': jnp.asarray(MASK)}),
+  'attention': (
+    Attention(AttentionOptions(2), causal=False), SEGMENTS | POSITIONS
+  ),
+  'lstm': (Lstm(LstmOptions(5)), SEGMENTS),
+}  # fmt: skip
+
+
+def marks(name):
+  return pytest.mark.slow if name in ('dropless', 'lstm') else ()
+
+
 @pytest.mark.parametrize(
-  ('kind', 'moe', 'options'),
-  [
-    ('encoder_decoder', LAYERS, {}),
-    pytest.param(
-      'lstm',
-      LAYERS | dict(dispatch=Dropless(), capacity=All()),
-      dict(positions=NoPositions()),
-      marks=pytest.mark.slow,
-    ),
-  ],
+  'name', [pytest.param(name, marks=marks(name)) for name in LAYERS]
 )
-def test_a_model_whose_padding_embeds_to_nan(kind, moe, options):
+def test_layers(name):
+  layer, call = LAYERS[name]
+  params = tiny.layer_params(layer, tokens(0.0), **call)
+
+  def loss(params, x):
+    result = layer.apply({'params': params}, x, **call)
+    y, extra = result if isinstance(result, tuple) else (result, ())
+    aux = sum(leaf.sum() for leaf in jax.tree.leaves(extra))
+    return (real(y) ** 2).sum() + aux, (real(y), extra)
+
+  @jax.jit
+  def run(at_padding):
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (d_params, dx), values = grad(params, tokens(at_padding))
+    return d_params, real(dx), values
+
+  assert_same(run, *WORSE)
+
+
+@pytest.mark.slow
+def test_a_model_whose_padding_embeds_to_nan():
   # A tied table would multiply every output by the NaN of padding's row.
-  model = tiny.build(moe, kind, embedding=dict(tie=False), **options)
+  moe = dict(layers='1', num_experts=E)
+  model = tiny.build(moe, 'encoder_decoder', embedding=dict(tie=False))
   params = tiny.params_of(model)
   ids = jnp.asarray(np.where(MASK, np.arange(B * T).reshape(B, T) % 6 + 1, 0))
   segments, inputs = jnp.asarray(MASK, jnp.int32), {}
@@ -99,4 +143,4 @@ def test_a_model_whose_padding_embeds_to_nan(kind, moe, options):
     nats = model.loss(outputs, batch).nats * batch['loss_weights']
     return nats.sum() + aux.z_loss.sum()
 
-  assert_same(functools.partial(loss, params), np.nan, np.inf, -np.inf)
+  assert_same(functools.partial(loss, params), *WORSE)

@@ -30,7 +30,9 @@ def example(seed, K=3):
   logits = rng.normal(size=(G, S, E))
   probs = jnp.asarray(reference.softmax(logits), jnp.float32)
   logits = jnp.asarray(logits, jnp.float32)
-  mask = jnp.asarray(rng.random((G, S)) < (0.6 if seed else 1.0))
+  mask = rng.random((G, S)) < (0.6 if seed else 1.0)
+  mask[1] &= seed != 1  # a group of padding
+  mask = jnp.asarray(mask)
   routing = route(logits, num_selected=K, capacity=None, mask=mask)
   return logits, mask, probs, routing
 

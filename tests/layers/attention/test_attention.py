@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import (
-  Attention,
-  AttentionOptions,
-  Gpt2,
-  Numerics,
-  Shared,
-)
+from moe_jax.layers import Attention, AttentionOptions, Gpt2, Numerics, Shared
 from moe_jax.layers.parameters import roles_of
 from tests.models import tiny
 

@@ -17,18 +17,8 @@ from moe_jax.layers.routers import Sizes
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD
 from tests import reference
-from tests.layers.routers.run import (
-  E,
-  G,
-  K,
-  M,
-  S,
-  draw,
-  module,
-  route,
-  some_mask,
-  start,
-)
+from tests.layers.routers import run
+from tests.layers.routers.run import E, G, K, M, S, draw, route, some_mask
 
 
 @pytest.mark.parametrize('balance_choices', ['all', 'first'])
@@ -91,7 +81,7 @@ def test_importance_is_that_of_gates_with_their_noise():
 def test_the_load_that_is_kept_for_analysis_is_that_of_real_tokens():
   x, mask = draw(G, S, M), some_mask()
   params = {'w': draw(M, E, seed=1), 'w_noise': draw(M, E, seed=2)}
-  router = module(NoisyTopK(), Sizes(E, K, All()))
+  router = run.module(NoisyTopK(), Sizes(E, K, All()))
 
   @jax.jit
   def kept(x, mask):
@@ -246,7 +236,7 @@ def test_noise_is_drawn_from_its_stream_in_training_alone(name):
 
 def test_noisy_top_k_starts_from_zero_and_spreads_by_noise_alone():
   x = draw(G, 100, M)
-  params = start(NoisyTopK(), Sizes(E, K, All()), x)['params']
+  params = run.start(NoisyTopK(), Sizes(E, K, All()), x)['params']
   shapes = {name: w.shape for name, w in params.items()}
   assert shapes == {'w': (M, E), 'w_noise': (M, E)}
   assert not params['w'].any() and not params['w_noise'].any()
