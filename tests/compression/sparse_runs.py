@@ -36,6 +36,11 @@ def run_of(change=lambda params: params, **moe):
     use_bias=True,
     ffn=FfnOptions(F, 'swiglu'),
   )
+  return in_memory(options, change)
+
+
+def in_memory(options, change):
+  """A run with these options, whose random parameters are changed."""
   model = options.build()
   params = change(tiny.params_of(model))
   described = Described(options, DataOptions(), ShardingOptions(), 3, None)

@@ -15,7 +15,9 @@ from moe_jax.config import OptionError, merge
 from moe_jax.data import tokenizers
 from moe_jax.runs import metrics
 from moe_jax.training import loop, setup
+from tests.finetuning.test_start import set_up
 from tests.generation import folders
+from tests.models.tiny import assert_trees_close
 from tests.reference import softmax
 from tests.training import tiny
 from tests.training.hooks import SigtermAt
@@ -23,14 +25,6 @@ from tests.training.hooks import SigtermAt
 TEACHER = {'moe': {'num_experts': 4, 'num_selected': 2}}
 STUDENT = {'moe': {'num_experts': 0, 'num_selected': 2}}
 SHORT = {'sample': {'num_tokens': 0}, 'optimizer': {'clip_norm': 0.0}}
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-  """The folder of a sparse run with a checkpoint of step 3."""
-  folder = tmp_path_factory.mktemp('teacher')
-  folders.write(folder, model=TEACHER)
-  return folder
 
 
 def config_of(teacher, *, model=STUDENT, distil=(), **overrides):
@@ -42,8 +36,7 @@ def config_of(teacher, *, model=STUDENT, distil=(), **overrides):
 
 def start_run(config, workdir, devices=1):
   """A run with its hook started, its first state and its first batch."""
-  options = run_config.read(config)
-  run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
+  run = set_up(config, workdir, devices)
   hook = distill.Distilling()
   with run.checkpoints:
     run, state, _ = setup.begin(run, hook.initial)
@@ -53,8 +46,7 @@ def start_run(config, workdir, devices=1):
 
 def begin_run(config, workdir):
   """A run, and the parameters and the printed line with which it begins."""
-  options = run_config.read(config)
-  run = setup.set_up(options, workdir, devices=jax.devices()[:1])
+  run = set_up(config, workdir)
   variables, line = distill.Distilling().initial(run)
   return run, variables['params'], line
 
@@ -85,11 +77,10 @@ def one_step(teacher, tmp_path_factory):
 
 def test_the_step_has_the_loss_of_the_definition(teacher, one_step, tmp_path):
   params, batch, (_, step) = one_step
-  outputs = []
+  outputs, teacher_params = [], folders.write(tmp_path, model=TEACHER)[3]
   for overrides, model_params in (
-    (STUDENT, params),
-    (TEACHER, folders.write(tmp_path, model=TEACHER)[3]),
-  ):
+    (STUDENT, params), (TEACHER, teacher_params)
+  ):  # fmt: skip
     model = tiny.model_of(tiny.options(model=overrides))
     apply = jax.jit(functools.partial(model.apply, **model.inputs(batch)))
     outputs.append(np.asarray(apply({'params': model_params})[0], np.float64))
@@ -109,11 +100,7 @@ def assert_same_step(result, one_step):
   np.testing.assert_allclose(step.loss, expected.loss, rtol=1e-5)
   np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-4)
   # Its moments are those of the gradient.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-    state.opt_state,
-    first.opt_state,
-  )
+  assert_trees_close(state.opt_state, first.opt_state, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -194,15 +181,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(teacher, tmp_path):
-  options = run_config.read(config_of(teacher))
-  run = setup.set_up(options, tmp_path / 'run', devices=jax.devices()[:1])
+  run = set_up(config_of(teacher), tmp_path / 'run')
 
-  def refused(message, folder=teacher, model=STUDENT, **changes):
-    changed_options = run_config.read(config_of(folder, model=model, **changes))
-    model = changed_options.filled(257).build()
-    changed = dataclasses.replace(
-      run, options=changed_options.filled(257), model=model
-    )
+  def refused(message, folder=teacher, **changes):
+    options = run_config.read(config_of(folder, **changes)).filled(257)
+    changed = dataclasses.replace(run, options=options, model=options.build())
     with pytest.raises(ValueError, match=message):
       distill.Distilling().initial(changed)
 
@@ -212,13 +195,12 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
   refused(r'embedding: \[257, 16\] there', model={**STUDENT, 'width': 32})
   large = {**STUDENT, 'vocab_size': 300}
   refused('logits of vocab_size=257, this model of 300', model=large)
-  folders.write(
-    tmp_path / 'whole', model={'moe': {**TEACHER['moe'], 'group_size': -1}}
-  )
+  whole = {'moe': {**TEACHER['moe'], 'group_size': -1}}
+  folders.write(tmp_path / 'whole', model=whole)
   refused('group_size=-1 with microb', tmp_path / 'whole', microbatches=2)
   # A run without the hook would train without its teacher.
   with pytest.raises(ValueError, match=r"\['distill'\] of the config have no"):
-    loop.train_and_evaluate(options, tmp_path / 'run')
+    loop.train_and_evaluate(run.options, tmp_path / 'run')
 
 
 def test_options_that_contradict_are_refused(teacher):

@@ -105,12 +105,7 @@ def test_a_layer_of_two_experts_by_hand():
     'b_out': jnp.array([[1.0], [9.0], [0.0]]),
   }
   params = {'tasks': jnp.log(jnp.array([[1.0, 1.0, 1.0], [1.0, 0.1, 3.0]]))}
-  options = MoeOptions(
-    num_experts=3,
-    num_selected=2,
-    router=Task(gates='renormalized'),
-    capacity=All(),
-  )
+  options = MoeOptions(3, 2, router=Task(gates='renormalized'), capacity=All())
   index, gate = extract.choice_of_task(
     options, Shared(num_tasks=2), {'router': params, 'experts': experts}, 1
   )
@@ -137,13 +132,13 @@ def test_other_models_are_refused():
 
 def languages_of(names, encoder=None):
   """Overrides of a run of an encoder-decoder that has a task for each name."""
+  router = {'kind': 'token_choice', 'token_choice': encoder or {}}
+  sources = {n: {'kind': 'instructions', 'task': n} for n in names}
   return dict(
     data=dict(
       source=dict(python_stdlib=dict(modules='')),
       task=dict(kind='seq2seq'),
-      mixture=dict(
-        sources={n: {'kind': 'instructions', 'task': n} for n in names}
-      ),
+      mixture=dict(sources=sources),
       seq_len=32,
       target_len=24,
     ),
@@ -158,22 +153,15 @@ def languages_of(names, encoder=None):
         capacity=dict(kind='all'),
         dispatch=dict(kind='dropless'),
       ),
-      encoder=dict(
-        overrides={
-          'moe': {
-            'router': {'kind': 'token_choice', 'token_choice': encoder or {}}
-          }
-        }
-      ),
+      encoder=dict(overrides={'moe': {'router': router}}),
     ),
   )
 
 
 def test_the_task_of_the_sample_goes_with_the_routers_by_task(tmp_path):
   sample = dict(task='reverse', num_tokens=9)
-  folders.write(
-    tmp_path / 'run', **languages_of(('copy', 'reverse')), sample=sample
-  )
+  languages = languages_of(('copy', 'reverse'))
+  folders.write(tmp_path / 'run', **languages, sample=sample)
   run = whole_run.read(tmp_path / 'run')
   tasks = {}
   for name, model in (
@@ -205,18 +193,15 @@ def test_the_command(tmp_path, capsys):
     new_run.variables,
     {**run.variables, 'params': small.params},
   )
-  assert any(
-    x.any() for x in jax.tree.leaves(new_run.variables['router_state'])
-  )
+  state = jax.tree.leaves(new_run.variables['router_state'])
+  assert any(x.any() for x in state)
   # The run of one task trains on, with its own config.
   config = run_config.from_file(tmp_path / 'new' / 'config.json')
-  config = merge(config, dict(total_steps=1, evals={}))
-  config = merge(config, dict(sample=dict(num_tokens=0)))
-  config = merge(config, dict(checkpoint=dict(keep_best=False)))
+  short = dict(total_steps=1, sample=dict(num_tokens=0))
+  short |= dict(evals={}, checkpoint=dict(keep_best=False))
+  options = run_config.read(merge(config, short))
+  devices = jax.devices()[:1]
   state = train_and_evaluate(
-    run_config.read(config),
-    new_run.folder,
-    resume=True,
-    devices=jax.devices()[:1],
+    options, new_run.folder, resume=True, devices=devices
   )
   assert int(state.step) == 1

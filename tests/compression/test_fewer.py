@@ -19,11 +19,7 @@ from moe_jax.compression.fewer import (
 )
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import TokenChoice
-from moe_jax.models.expert_arrays import (
-  assembled,
-  sparse_layers,
-  with_copies,
-)
+from moe_jax.models.expert_arrays import assembled, sparse_layers, with_copies
 from moe_jax.models.trees import init_router_state
 from tests.compression import sparse_runs
 from tests.compression.sparse_runs import outputs, run_of, smaller_run
@@ -59,10 +55,8 @@ def test_merging_equal_experts_changes_nothing():
     smaller_layers = merge.merge(calibrated, {1: 3, 2: 4}, group_by=group_by)
     assert smaller_layers[1].row == (0, 1, 2, 0, 2)
   merged_run = smaller_run(run, smaller_layers)
-  assert merged_run.options.model.moe.retained.rows == {
-    1: smaller_layers[1].row,
-    2: smaller_layers[2].row,
-  }
+  rows = merged_run.options.model.moe.retained.rows
+  assert rows == {n: smaller_layers[n].row for n in (1, 2)}
   for n in (1, 2):
     y, load = outputs(run, n)
     merged_y, merged_load = outputs(merged_run, n)

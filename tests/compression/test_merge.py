@@ -23,16 +23,18 @@ def shuffled(layer, seed=0):
   return experts
 
 
+def copies(layer):
+  """The experts of a layer, as if all were its first one."""
+  first = {path: np.asarray(x[0]) for path, x in layer.experts.items()}
+  experts = {path: np.stack([x] * E) for path, x in first.items()}
+  return layer._replace(experts=experts)
+
+
 def test_permuted_experts_give_the_same_layer():
   run = run_of()
   layer = sparse_layers(run.model, run.variables)[1]
-  assert {path[-1] for path in layer.experts} == {
-    'w_in',
-    'w_gate',
-    'w_out',
-    'b_in',
-    'b_out',
-  }
+  names = {'w_in', 'w_gate', 'w_out', 'b_in', 'b_out'}
+  assert {path[-1] for path in layer.experts} == names
   mixed = {path: jnp.asarray(x) for path, x in shuffled(layer).items()}
 
   def outputs_with(arrays):
@@ -50,10 +52,7 @@ def test_permuted_experts_give_the_same_layer():
 def test_the_order_of_a_permuted_copy_is_found():
   run = run_of()
   layer = sparse_layers(run.model, run.variables)[2]
-  copies = {
-    path: np.stack([np.asarray(x[0])] * E) for path, x in layer.experts.items()
-  }
-  mixed = shuffled(layer._replace(experts=copies))
+  mixed = shuffled(copies(layer))
   path = ('moe', 'experts', 'w_in')
   assert (mixed[path][1] != mixed[path][3]).any()
   aligned = merge.aligned(mixed, 3, layer.axes)
@@ -120,9 +119,6 @@ def test_similarities_see_outputs_directions_and_weights_in_any_order():
   columns['moe', 'router', 'w'] = w
   by_router = merge.distances(layer._replace(columns=columns), usage, 'router')
   assert by_router[1, 4] < 1e-6 and by_router[3].tolist() == [1, 1, 1, 0, 1]
-  copies = {
-    path: np.stack([np.asarray(x)[0]] * 5) for path, x in layer.experts.items()
-  }
-  mixed = shuffled(layer._replace(experts=copies))
+  mixed = shuffled(copies(layer))
   by_weight = merge.distances(layer._replace(experts=mixed), usage, 'weights')
   assert not by_weight.any()

@@ -23,8 +23,8 @@ from moe_jax.kernels.kernel_format import KernelFormat
 from moe_jax.models import RunShape, code_trees
 from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.models.trees import describe, flatten
-from moe_jax.training import setup
 from tests.compression import test_distill
+from tests.finetuning.test_start import set_up
 from tests.generation import folders
 from tests.models import tiny as models_tiny
 from tests.training import tiny
@@ -95,13 +95,11 @@ def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   format = KernelFormat('int2')
   params = params_before_layer(2, run, decoded)
   batches = calibration.batches(run, BATCHES)
-  inputs = [
-    calibration.capture(run.model, {'params': params}, batch)[2]
-    for batch in batches
-  ]
-  masks = [
-    calibration.counted(batch, '', run.options.tokenizer) for batch in batches
-  ]
+  inputs, masks = [], []
+  for batch in batches:
+    captured = calibration.capture(run.model, {'params': params}, batch)
+    inputs.append(captured[2])
+    masks.append(calibration.counted(batch, '', run.options.tokenizer))
   rows = calibration.ExpertTokens(inputs, masks).rows(slice(None))
   old, rounded = (
     run.model.stacks.layer_trees(tree)[2]['moe']['experts']
@@ -155,9 +153,8 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(prepared)}
   assert dtypes & {'uint8', 'uint16'}
   # Codes alone are in memory, before and after the layout for decoding.
-  assert whole_run.bytes_in_memory(prepared) == whole_run.bytes_in_memory(
-    run.variables
-  )
+  in_memory = whole_run.bytes_in_memory
+  assert in_memory(prepared) == in_memory(run.variables)
   entry = evaluation.LossEvaluation(num_batches=1)
   numbers_run = whole_run.write(
     whole_run.read(new), tmp_path / 'numbers', params, options
@@ -188,15 +185,9 @@ def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
   flags = ['--format=int8', '--method=rtn', '--step=2', f'--output={output}']
   command.main(['quantize', f'--run={run}', *flags])
   new = whole_run.read(output)
-  assert {path[-2:] for path in coded_kernels(new)} == {
-    ('experts', 'w_in'),
-    ('experts', 'w_out'),
-  }
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03),
-    numbers_of(new),
-    params[2],
-  )
+  names = {path[-2:] for path in coded_kernels(new)}
+  assert names == {('experts', 'w_in'), ('experts', 'w_out')}
+  models_tiny.assert_trees_close(numbers_of(new), params[2], atol=0.03)
   # Beside the arrays, there are their names and the checkpoint's metadata.
   disk = whole_run.bytes_on_disk(output)
   assert 0 < disk - whole_run.bytes_in_memory(new.variables) < 40_000
@@ -220,10 +211,8 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
   experts = {}
   for method in ('rtn', 'gptq'):
     new, lines = encode(run, method, 'int2', method=method)
-    has_note = [
-      line.endswith('; H = I for experts [3] (no tokens)') for line in lines
-    ]
-    assert has_note == [method == 'gptq'] * 2
+    note = '; H = I for experts [3] (no tokens)'
+    assert [line.endswith(note) for line in lines] == [method == 'gptq'] * 2
     loaded = whole_run.read(new)
     trees = loaded.model.stacks.layer_trees(loaded.variables['params'])
     experts[method] = [trees[layer]['moe']['experts'] for layer in (1, 2)]
@@ -238,13 +227,8 @@ def test_codes_are_neither_trained_nor_begun_with(folder, int2, tmp_path):
   run, reason = whole_run.read(int2[0]), 'has kernels in codes of few bits'
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
   config = test_distill.config_of(int2[0])
-  student, tuned = (
-    setup.set_up(options, tmp_path / 'a', devices=jax.devices()[:1])
-    for options in (
-      run_config.read(config),
-      tiny.options(model=MODEL, init_from={'workdir': str(int2[0])}),
-    )
-  )
+  tuned_config = tiny.config(model=MODEL, init_from={'workdir': str(int2[0])})
+  student, tuned = (set_up(c, tmp_path / 'a') for c in (config, tuned_config))
   for message, call in {
     r'int2.*not trained; train the run': lambda: run_config.from_file(
       int2[0] / 'config.json'

@@ -22,13 +22,8 @@ def test_an_imported_checkpoint(tmp_path):
   folders.write(hf, 'switch_transformers', **dict.fromkeys(sizes, 1))
   folders.import_run(hf, run)
   lines = []
-  numbers = quantize.quantize(
-    run,
-    new,
-    KernelFormat('int4'),
-    num_batches=1,
-    message=lines.append,
-  )
+  options = dict(num_batches=1, message=lines.append)
+  numbers = quantize.quantize(run, new, KernelFormat('int4'), **options)
   assert numbers['bytes'] < numbers['bytes before']
   assert 0 < numbers['gptq error'] < numbers['rtn error']
   quantized = whole_run.read(new)

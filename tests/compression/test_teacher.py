@@ -1,19 +1,12 @@
 """Teachers, and other models that are read, that do not fit the data."""
 
-import jax
 import pytest
 
-from moe_jax import finetuning, run_config
-from moe_jax.compression import (
-  calibration,
-  distill,
-  teacher_logits,
-  whole_run,
-)
+from moe_jax import finetuning
+from moe_jax.compression import calibration, distill, teacher_logits, whole_run
 from moe_jax.finetuning import choose_experts
-from moe_jax.training import setup
 from tests.compression.test_distill import config_of
-from tests.finetuning.test_start import config_from
+from tests.finetuning.test_start import config_from, set_up
 from tests.generation import folders
 from tests.training.tiny import MODULES
 
@@ -46,16 +39,10 @@ def by_task(tmp_path_factory):
 def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
   # Task 0 of this data is fr, which the other run knows as task 1.
   data = mixture('fr')
-  taught, tuned = (
-    setup.set_up(
-      run_config.read(config), tmp_path / 'a', devices=jax.devices()[:1]
-    )
-    for config in (
-      config_of(by_task, data=data),
-      config_from(by_task, BY_TASK, data=data),
-    )
-  )
+  taught = set_up(config_of(by_task, data=data), tmp_path / 'a')
+  tuned = set_up(config_from(by_task, BY_TASK, data=data), tmp_path / 'a')
   options = taught.options.data
+  message = r"by the tasks \['de', 'fr'\], and the data has \['fr'\]"
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
   for call in (
     lambda: distill.Distilling().initial(taught),
@@ -64,8 +51,5 @@ def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
     lambda: choose_experts.choose(by_task, share=0.5, options=options),
     lambda: teacher_logits.write(by_task, tmp_path / 'c', options, **numbers),
   ):
-    with pytest.raises(
-      ValueError,
-      match=r"by the tasks \['de', 'fr'\], and the data has \['fr'\]",
-    ):
+    with pytest.raises(ValueError, match=message):
       call()

@@ -11,34 +11,17 @@ from moe_jax.compression import teacher_logits
 from moe_jax.compression.distill import Teacher
 from moe_jax.config import read_options
 from moe_jax.data import DataOptions
-from tests.compression.test_distill import (
-  MIX,
-  TEACHER,
-  config_of,
-  start_run,
-)
-from tests.generation import folders
+from tests.compression.test_distill import MIX, config_of, start_run
 from tests.training import tiny
 
 STEPS = 6
 
 
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('teacher')
-  folders.write(folder, model=TEACHER)
-  return folder
-
-
-def write(teacher, output, **changes):
-  config = tiny.config()
-  numbers = dict(seed=0, batch_size=4, batches=STEPS, top=257)
-  return teacher_logits.write(
-    teacher,
-    output,
-    read_options(DataOptions, config.data, 'data.'),
-    **{**numbers, **changes},
-  )
+def write(teacher, output, data=None, **changes):
+  data = tiny.config(data=data or {}).data
+  numbers = dict(seed=0, batch_size=4, batches=STEPS, top=257) | changes
+  options = read_options(DataOptions, data, 'data.')
+  return teacher_logits.write(teacher, output, options, **numbers)
 
 
 @pytest.fixture(scope='module')
@@ -54,12 +37,10 @@ def config_with_logits(teacher, logits, **overrides):
 
 @pytest.mark.slow
 def test_all_logits_from_disk_are_those_beside(teacher, all_logits, tmp_path):
-  run, state, _ = start_run(
-    config_with_logits(teacher, all_logits), tmp_path / 'run'
-  )
-  beside, beside_state, _ = start_run(
-    config_of(teacher, distil=MIX), tmp_path / 'beside'
-  )
+  config = config_with_logits(teacher, all_logits)
+  run, state, _ = start_run(config, tmp_path / 'run')
+  config = config_of(teacher, distil=MIX)
+  beside, beside_state, _ = start_run(config, tmp_path / 'beside')
   batches = run.batches(0)
   for _ in range(STEPS):  # the reader counts the steps
     batch = next(batches)
@@ -108,22 +89,24 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     '24 rows there, 28 here': {'total_steps': 7},
   }
   stored_logits = teacher_logits.read(all_logits.folder)
-  run, _, _ = start_run(
-    config_with_logits(teacher, all_logits), tmp_path / 'run'
-  )
+
+  def changed(run, **changes):
+    config = config_with_logits(teacher, all_logits, **changes)
+    options = run_config.read(config).filled(257)
+    return dataclasses.replace(run, options=options)
+
+  config = config_with_logits(teacher, all_logits)
+  run, _, _ = start_run(config, tmp_path / 'run')
   for message, changes in cases.items():
-    options = run_config.read(
-      config_with_logits(teacher, all_logits, **changes)
-    )
-    run = dataclasses.replace(run, options=options.filled(257))
+    run = changed(run, **changes)
+    options = run.options
     with pytest.raises(ValueError, match=message):
       taught = Teacher(run, options.distill)
       stored_logits.check(run, taught.step, taught.digest)
   shutil.copytree(all_logits.folder, tmp_path / 'damaged')
   damaged = teacher_logits.read(tmp_path / 'damaged')
   damaged.path.write_bytes(damaged.path.read_bytes()[:-1] + b'x')
-  fitting = run_config.read(config_with_logits(teacher, all_logits))
-  run = dataclasses.replace(run, options=fitting.filled(257))
+  run = changed(run)
   stored_logits.check(run, taught.step, taught.digest)
   with pytest.raises(ValueError, match='damaged: its sha256 is not the man'):
     damaged.check(run, taught.step, taught.digest)
@@ -140,20 +123,11 @@ def test_other_weights_of_a_mixture_are_noticed(teacher, tmp_path):
 
   # The first batch of four rows has four of asyncio either way.
   weights, other_weights = ({'asyncio': n, 'email': 1.0} for n in (9.0, 19.0))
-  config = tiny.config(data=mixture(weights))
-  stored_logits = teacher_logits.write(
-    teacher,
-    tmp_path / 'kept',
-    read_options(DataOptions, config.data, 'data.'),
-    seed=0,
-    batch_size=4,
-    batches=STEPS,
-    top=4,
+  stored_logits = write(teacher, tmp_path / 'kept', mixture(weights), top=4)
+  config = config_with_logits(
+    teacher, stored_logits, data=mixture(other_weights)
   )
-  run, state, batch = start_run(
-    config_with_logits(teacher, stored_logits, data=mixture(other_weights)),
-    tmp_path / 'run',
-  )
+  run, state, batch = start_run(config, tmp_path / 'run')
   with pytest.raises(ValueError, match=f'batch {STEPS - 1} has other targets'):
     run.train_step(state, batch)
 
@@ -162,10 +136,9 @@ def test_a_changed_batch_size_leaves_each_row_its_logits(
   teacher, all_logits, tmp_path
 ):
   # One step of four rows, then three of two.
-  run, state, _ = start_run(
-    config_with_logits(teacher, all_logits, batch_size=2, total_steps=4),
-    tmp_path / 'run',
-  )
+  changes = dict(batch_size=2, total_steps=4)
+  config = config_with_logits(teacher, all_logits, **changes)
+  run, state, _ = start_run(config, tmp_path / 'run')
   run = dataclasses.replace(run, row_offset=4 - 2)
   arrays_of = all_logits.reader(run)
   state = state.replace(step=state.step + 1)

@@ -4,19 +4,22 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import evaluation, finetuning, generation, run_config
+from moe_jax import evaluation, generation
 from moe_jax.config import merge
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import adapters
 from moe_jax.runs import metrics
-from moe_jax.training import loop, trained
+from moe_jax.training import trained
 from moe_jax.training.evaluate import LossEvaluation
+from tests.finetuning.test_start import train
 from tests.generation import folders
+from tests.models.tiny import leaves
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 MODEL = dict(num_layers=1, moe=dict(layers='all'))
 LORA = dict(rank=2, parts='experts')
+LOSS = 'eval/train_capacity/loss'
 
 
 @pytest.fixture(scope='module')
@@ -40,15 +43,6 @@ def config_of(base, **overrides):
   return merge(config, dict(init_from=dict(workdir=str(base))))
 
 
-def train(config, workdir):
-  return loop.train_and_evaluate(
-    run_config.read(config),
-    workdir,
-    devices=jax.devices()[:1],
-    initial=finetuning.initial,
-  )
-
-
 def params_of(workdir, **kwargs):
   run = trained.read(workdir)
   model = run.model.build(run.sharding.rules)
@@ -64,26 +58,18 @@ def assert_equal(a, b):
 
 @pytest.mark.slow
 def test_the_run_is_loaded_with_merged_kernels(runs):
-  loaded = generation.load(runs / 'run')
-  assert 'lora' not in loaded.variables['params']
-  base = generation.load(runs / 'base')
-  moved = jax.tree.map(
-    lambda a, b: bool((a != b).any()),
-    loaded.variables['params'],
-    base.variables['params'],
+  merged, base = (
+    leaves(generation.load(runs / name).variables['params'])
+    for name in ('run', 'base')
   )
-  flat = jax.tree_util.tree_leaves_with_path(moved)
-  names = {jax.tree_util.keystr(path) for path, is_moved in flat if is_moved}
-  assert names and all('experts' in n for n in names)
+  assert merged.keys() == base.keys()
+  moved = [name for name in base if (merged[name] != base[name]).any()]
+  assert moved and all('experts' in name for name in moved)
   # Evaluations of the run are those of merged kernels, too.
   rows = metrics.read_metrics(runs / 'run' / metrics.FILE_NAME)
-  (row,) = (r for r in rows if 'eval/train_capacity/loss' in r)
-  metrics_again = evaluation.evaluate(
-    runs / 'run', LossEvaluation(num_batches=2)
-  )
-  np.testing.assert_allclose(
-    row['eval/train_capacity/loss'], metrics_again['loss'], rtol=1e-5
-  )
+  (loss,) = (r[LOSS] for r in rows if LOSS in r)
+  again = evaluation.evaluate(runs / 'run', LossEvaluation(num_batches=2))
+  np.testing.assert_allclose(loss, again['loss'], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -111,10 +97,12 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(runs, tmp_path):
   _, base = params_of(runs / 'base')
   adapted, params = adapters.read(adapter, model, base)
   assert_equal(adapted.merged_on_devices(params), expected)
-  with pytest.raises(ValueError, match='adapter of the base with sha256'):
-    adapters.read(adapter, model, expected)
-  with pytest.raises(ValueError, match='adapter of the base with sha256'):
-    adapters.merge(adapter, runs / 'base', tmp_path / 'other', step=1)
+  for call in (
+    lambda: adapters.read(adapter, model, expected),
+    lambda: adapters.merge(adapter, runs / 'base', tmp_path / 'other', step=1),
+  ):
+    with pytest.raises(ValueError, match='adapter of the base with sha256'):
+      call()
   with pytest.raises(ValueError, match=r'itself.*give the folder of its base'):
     adapters.merge(adapter, runs / 'run', tmp_path / 'other')
 

@@ -4,19 +4,20 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import data, partitioning
+from moe_jax import data
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import choose_experts
 from moe_jax.layers.routers.contract import Router
 from moe_jax.training import loop, setup
-from moe_jax.training.programs import make_programs
 from moe_jax.training.trainable import ChosenExperts, read_chosen
+from tests.finetuning import steps
+from tests.finetuning.steps import V, arrays
 from tests.generation import folders
 from tests.training import tiny
 
-V = 264
 # Layers 1 and 3 of four are sparse; different experts of them train.
 CHOSEN = {1: (0, 2), 3: (3,)}
+W_IN = 'layers/layer_1/moe/experts/w_in'
 MODEL = dict(vocab_size=V, num_layers=4, moe=dict(num_selected=2, layers='1,3'))
 
 
@@ -32,10 +33,8 @@ def test_the_fewest_experts_that_reach_the_share():
 
 @pytest.mark.slow
 def test_use_is_counted_choice_by_choice():
-  model = dict(
-    vocab_size=V, num_layers=1, moe=dict(num_selected=2, layers='all')
-  )
-  options = tiny.options(model=model)
+  moe = dict(num_selected=2, layers='all')
+  options = tiny.options(model=dict(vocab_size=V, num_layers=1, moe=moe))
   model, batch = options.build(), tiny.batch(options, vocab_size=V)
   variables = {'params': tiny.params_of(options.filled(V))}
 
@@ -68,31 +67,15 @@ def test_use_is_counted_choice_by_choice():
 
 
 def train_two_steps(path, devices=1, optimizer='adamw', **overrides):
-  """Parameters before and after two steps, and the state after them."""
-  sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
-  options = tiny.options(
-    batch_size=8,
+  """Parameters before and after, the state, and the programs."""
+  options, programs = steps.programs_of(
+    devices,
     trained_experts=path,
     model=MODEL,
     optimizer=dict(kind=optimizer, weight_decay=0.1),
     **overrides,
-    **(dict(mesh=sizes) if devices == 8 else {}),
   )
-  mesh = options.mesh.make(jax.devices()[:devices])
-  programs = make_programs(options, options.build(), mesh)
-  state = tiny.first_state(programs)
-  before = arrays(state.params)
-  batch = programs.put(
-    jax.tree.map(np.asarray, tiny.batch(options, vocab_size=V))
-  )
-  for _ in range(2):
-    state, _ = programs.train_step(state, batch)
-  return before, arrays(state.params), state, programs
-
-
-def arrays(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {partitioning.path_name(path): np.array(x) for path, x in leaves}
+  return *steps.train(options, programs, 2), programs
 
 
 @pytest.fixture(scope='module')
@@ -129,16 +112,12 @@ def test_only_chosen_experts_train(chosen_file, kwargs):
         assert unchanged == (e not in CHOSEN[layer]), (name, layer, e)
         num_trained += 0 if unchanged else new.size
   if kwargs['trainable'] == 'experts':
-    assert (
-      programs.trained.count(programs.trained.part(state.params)) == num_trained
-    )
+    part = programs.trained.part(state.params)
+    assert programs.trained.count(part) == num_trained
   if 'optimizer' not in kwargs:  # moments are there, and are zero
     moments = arrays(state.opt_state)
-    (mu,) = (x for n, x in moments.items() if n.endswith('mu/' + _W_IN))
+    (mu,) = (x for n, x in moments.items() if n.endswith('mu/' + W_IN))
     assert mu[0, 0].any() and not mu[0, 1].any() and not mu[1, :3].any()
-
-
-_W_IN = 'layers/layer_1/moe/experts/w_in'
 
 
 @pytest.mark.slow
@@ -146,12 +125,12 @@ def test_adapters_of_chosen_experts_alone_train(chosen_file):
   before, after, *_ = train_two_steps(
     chosen_file, lora=dict(rank=2, parts='experts + attention')
   )
-  b = f'lora/{_W_IN}/b'
+  b = f'lora/{W_IN}/b'
   assert [[bool(after[b][i, e].any()) for e in range(4)] for i in (0, 1)] == [
     [True, False, True, False],
     [False, False, False, True],
   ]
-  assert (after[_W_IN] == before[_W_IN]).all()
+  assert (after[W_IN] == before[W_IN]).all()
 
 
 @pytest.mark.parametrize(
@@ -189,9 +168,8 @@ def test_a_file_that_has_changed_is_said(tmp_path, capsys):
     setup.begin(setup.set_up(options, tmp_path / 'run', **setup_kwargs))
     return capsys.readouterr().out
 
-  assert (
-    'going on from' in (output := begin_output()) and 'WARNING' not in output
-  )
+  output = begin_output()
+  assert 'going on from' in output and 'WARNING' not in output
   ChosenExperts(4, {1: (0, 2)}).write(file)
   assert 'WARNING: other experts train than before' in begin_output()
 
@@ -204,13 +182,9 @@ def test_one_command_chooses_from_data(tmp_path, capsys):
   command.main([*args, f'--output={file}', '--batches=2', '--score=tokens'])
   output = capsys.readouterr().out
   choice = read_chosen(str(file))
-  assert (
-    choice.describe() in output and f'--config.trained_experts={file}' in output
-  )
-  shares = {
-    int(i): np.array(layer_shares)
-    for i, layer_shares in choice.about['shares'].items()
-  }
+  assert choice.describe() in output
+  assert f'--config.trained_experts={file}' in output
+  shares = {int(i): np.array(s) for i, s in choice.about['shares'].items()}
   assert choice.layers == choose_experts.chosen(shares, 0.6)
   assert set(choice.layers) == {1, 3}
   # The task may read pairs, whose inputs end in an EOS; the ids are the same.

@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import models, partitioning
+from moe_jax import models
 from moe_jax.config import OptionError
 from moe_jax.models import lora
 from moe_jax.models.lora import LoraOptions
-from moe_jax.training import losses, step
-from moe_jax.training.programs import make_programs
+from tests.finetuning import steps
+from tests.finetuning.steps import V, arrays
+from tests.models.tiny import assert_trees_close
 from tests.training import tiny
 
-V = 264
 PARTS = 'attention + ffn + experts'
 RANK, ALPHA = 3, 5.0
 # One layer has all parts.
@@ -25,66 +25,41 @@ MODEL = dict(
 )
 
 
+W_IN, W_OUT = (
+  f'layers/layer_0/{name}' for name in ('moe/experts/w_in', 'attention/w_out')
+)
+
+
 @functools.cache
 def build_programs(devices=1, microbatches=1, dropout=0.0):
-  sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
-  options = tiny.options(
-    batch_size=8,
+  return steps.programs_of(
+    devices,
     microbatches=microbatches,
     lora=dict(rank=RANK, alpha=ALPHA, parts=PARTS, dropout=dropout),
     model=MODEL,
     optimizer=dict(learning_rate=0.1),
-    **(dict(mesh=sizes) if devices == 8 else {}),
   )
-  mesh = options.mesh.make(jax.devices()[:devices])
-  return options, make_programs(options, options.build(), mesh)
-
-
-def batch_of(options, programs):
-  rows = tiny.batch(options, vocab_size=V)
-  return programs.put(jax.tree.map(np.asarray, rows))
-
-
-def arrays(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {partitioning.path_name(path): np.asarray(x) for path, x in leaves}
 
 
 @functools.cache
 def train_three_steps(**kwargs):
-  """Parameters before and after three steps, the state, and the losses."""
-  options, programs = build_programs(**kwargs)
-  state = tiny.first_state(programs)
-  before, batch, step_losses = (
-    arrays(state.params),
-    batch_of(options, programs),
-    [],
-  )
-  for _ in range(3):
-    state, metrics = programs.train_step(state, batch)
-    step_losses.append(float(metrics.loss))
-  return before, arrays(state.params), state, step_losses
+  """Parameters before and after three steps, and the state."""
+  return steps.train(*build_programs(**kwargs), 3)
 
 
 def test_one_pair_for_each_layer_and_expert():
   shapes = {name: x.shape for name, x in train_three_steps()[0].items()}
-  (w_in,) = (
-    n for n in shapes if n.endswith('experts/w_in') and n[:4] != 'lora'
-  )
-  layers, E, M, F = shapes[w_in]
-  assert shapes[f'lora/{w_in}/a'] == (layers, E, M, RANK)
-  assert shapes[f'lora/{w_in}/b'] == (layers, E, RANK, F)
+  layers, E, M, F = shapes[W_IN]
+  assert shapes[f'lora/{W_IN}/a'] == (layers, E, M, RANK)
+  assert shapes[f'lora/{W_IN}/b'] == (layers, E, RANK, F)
   # An attention output contracts heads and their width: [H, D, M].
-  (w_out,) = (
-    n for n in shapes if n.endswith('attention/w_out') and n[:4] != 'lora'
-  )
-  layers, H, D, M = shapes[w_out]
-  assert shapes[f'lora/{w_out}/a'] == (layers, H, D, RANK)
-  assert shapes[f'lora/{w_out}/b'] == (layers, RANK, M)
+  layers, H, D, M = shapes[W_OUT]
+  assert shapes[f'lora/{W_OUT}/a'] == (layers, H, D, RANK)
+  assert shapes[f'lora/{W_OUT}/b'] == (layers, RANK, M)
 
 
 def test_the_base_keeps_its_bits_and_has_no_state():
-  before, after, state, _ = train_three_steps()
+  before, after, state = train_three_steps()
   for name, value in after.items():
     assert (value == before[name]).all() == (not name.startswith('lora/')), name
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
@@ -100,18 +75,14 @@ def test_merged_equals_applied_in_logits():
   plain, unmerged = arrays(merged), arrays(state.params)
   x = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
   changed = [n for n, value in plain.items() if (value != unmerged[n]).any()]
-  assert {f'lora/{name}/a' for name in changed} == {
-    name
-    for name in unmerged
-    if name.startswith('lora/') and name.endswith('/a')
-  }
-  (name,) = (n for n in changed if n.endswith('experts/w_in'))
+  factors = {n for n in unmerged if n[:5] == 'lora/' and n.endswith('/a')}
+  assert {f'lora/{name}/a' for name in changed} == factors
   for expert in range(4):
-    a, b = (unmerged[f'lora/{name}/{f}'][0, expert] for f in 'ab')
-    applied = x @ unmerged[name][0, expert] + ALPHA / RANK * (x @ a) @ b
-    np.testing.assert_allclose(x @ plain[name][0, expert], applied, atol=1e-5)
+    a, b = (unmerged[f'lora/{W_IN}/{f}'][0, expert] for f in 'ab')
+    applied = x @ unmerged[W_IN][0, expert] + ALPHA / RANK * (x @ a) @ b
+    np.testing.assert_allclose(x @ plain[W_IN][0, expert], applied, atol=1e-5)
   # The model's logits with merged kernels are those of the training loss.
-  model, batch = options.build(), batch_of(options, programs)
+  model, batch = options.build(), steps.batch_of(options, programs)
 
   def logits(params):
     return model.apply({'params': params}, **model.inputs(batch))[0]
@@ -121,58 +92,31 @@ def test_merged_equals_applied_in_logits():
 
 
 @pytest.mark.slow
-def test_the_first_loss_is_that_of_the_base():
-  options, programs = build_programs()
-  model, batch = options.build(), batch_of(options, programs)
-  weights = losses.loss_weights(model, options.logits_z_weight)
-  normalizers = losses.normalizers(model, batch)
-  state = tiny.first_state(programs)
-  # Routers draw with the key of the first step.
-  key = jax.random.fold_in(jax.random.key(state.seed), 0)
-  base = programs.adapters.base(state.params)
-  grad_fn = jax.jit(step.make_grad_fn(model, weights))
-  (loss, _), _ = grad_fn(base, batch, normalizers, key)
-  step_losses = train_three_steps()[3]
-  assert float(loss) == step_losses[0]
-  assert len(set(step_losses)) == 3
-
-
-@pytest.mark.slow
 def test_a_mesh_and_accumulation_change_nothing():
   kwargs = dict(devices=8, microbatches=2)
-  expected, actual = train_three_steps()[1], train_three_steps(**kwargs)[1]
-  for name, value in actual.items():
-    np.testing.assert_allclose(
-      value, expected[name], rtol=2e-3, atol=2e-4, err_msg=name
+  _, actual, state = train_three_steps(**kwargs)
+  assert_trees_close(actual, train_three_steps()[1], rtol=2e-3, atol=2e-4)
+  _, programs = build_programs(**kwargs)
+  base, merged = (
+    jax.tree.map(lambda x: x.sharding, params)
+    for params in (
+      programs.adapters.base(state.params), programs.variables(state)['params']
     )
-  state, (_, programs) = (
-    train_three_steps(**kwargs)[2],
-    build_programs(**kwargs),
-  )
-  merged = programs.variables(state)['params']
-  for base_kernel, kernel in zip(
-    jax.tree.leaves(programs.adapters.base(state.params)),
-    jax.tree.leaves(merged),
-    strict=True,
-  ):
-    assert base_kernel.sharding == kernel.sharding
+  )  # fmt: skip
+  assert base == merged
 
 
 def test_dropout_leaves_out_whole_directions():
   _, programs = build_programs(dropout=0.5)
-  params = train_three_steps()[2].params
-  adapters = programs.adapters
-  params_by_name, drawn = (
-    arrays(params),
-    arrays(adapters.merged(params, jax.random.key(0))),
+  params, adapters = train_three_steps()[2].params, programs.adapters
+  drawn = arrays(adapters.merged(params, jax.random.key(0)))[W_IN][0]
+  base, a, b = (
+    arrays(params)[name][0]
+    for name in (W_IN, *(f'lora/{W_IN}/{f}' for f in 'ab'))
   )
   kinds = set()
-  (name,) = (
-    n for n in params_by_name if n.endswith('experts/w_in') and n[:4] != 'lora'
-  )
-  a, b = (params_by_name[f'lora/{name}/{f}'][0] for f in 'ab')
   for e in range(4):
-    delta = drawn[name][0, e] - params_by_name[name][0, e]
+    delta = drawn[e] - base[e]
     # The sums of directions, each at twice its weight, that explain delta.
     fits = []
     for bits in range(2**RANK):
@@ -183,10 +127,10 @@ def test_dropout_leaves_out_whole_directions():
     assert len(fits) == 1
     kinds |= set(fits)
   assert len(kinds) > 1  # experts draw apart
-  undropped = arrays(adapters.merged(params))
-  assert (
-    undropped[name] == arrays(build_programs()[1].adapters.merged(params))[name]
-  ).all()
+  undropped, expected = (
+    arrays(a.merged(params)) for a in (adapters, build_programs()[1].adapters)
+  )
+  np.testing.assert_array_equal(undropped[W_IN], expected[W_IN])
 
 
 def test_parts_without_a_kernel_are_refused():

@@ -6,13 +6,9 @@ import pytest
 
 from moe_jax.config import merge
 from moe_jax.finetuning import optimizer_state
-from tests.finetuning.test_start import (
-  DENSE,
-  SPARSE,
-  config_from,
-  initial_state,
-  train,
-)
+from tests.finetuning import test_start
+from tests.finetuning.test_start import DENSE, config_from, initial_state, train
+from tests.models.tiny import leaves
 from tests.training import tiny
 
 KEEP_OPTIMIZER = {'init_from': {'keep_optimizer': True}}
@@ -87,18 +83,12 @@ def test_a_part_and_a_mesh_take_their_share(source, tmp_path):
   mesh = {'data': 2, 'fsdp': 2}
   config = config_with_state_of(workdir, trainable='attention', mesh=mesh)
   state = initial_state(config, tmp_path, 4)
-  leaves, source_leaves = (
-    jax.tree.leaves(adam_of(s).mu['layers']) for s in (state, source_state)
+  moments, source_moments = (
+    leaves(adam_of(s).mu['layers']) for s in (state, source_state)
   )
-  assert 0 < len(leaves) < len(source_leaves)
-  source_moments = adam_of(source_state).mu['layers']
-  for path, leaf in jax.tree_util.tree_leaves_with_path(
-    adam_of(state).mu['layers']
-  ):
-    source_leaf = source_moments
-    for key in path:
-      source_leaf = source_leaf[key.key]
-    np.testing.assert_array_equal(leaf, source_leaf)
+  assert 0 < len(moments) < len(source_moments)
+  for name, leaf in moments.items():
+    np.testing.assert_array_equal(leaf, source_moments[name])
 
 
 def test_what_does_not_fit_is_refused_by_its_name(source, tmp_path):
@@ -110,7 +100,7 @@ def test_what_does_not_fit_is_refused_by_its_name(source, tmp_path):
     'factors of adapters are new': config_with_state_of(
       workdir, lora={'rank': 2}
     ),
-    'converted.*made sparse': config_with_state_of(workdir, SPARSE),
+    'converted.*made sparse': config_with_state_of(workdir, test_start.SPARSE),
   }
   for message, config in cases.items():
     with pytest.raises(ValueError, match=message):

@@ -8,8 +8,8 @@ import pytest
 
 from moe_jax import finetuning, run_config
 from moe_jax.config import merge
-from moe_jax.runs import metrics
-from moe_jax.training import evaluate, loop, setup
+from moe_jax.training import loop, setup
+from tests.models.tiny import assert_trees_close
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
@@ -48,34 +48,18 @@ def dense(tmp_path_factory):
   return workdir
 
 
+def set_up(config, workdir, devices=1, **kwargs):
+  devices = jax.devices()[:devices]
+  return setup.set_up(
+    run_config.read(config), workdir, devices=devices, **kwargs
+  )
+
+
 def initial_state(config, workdir, devices=1):
   """The initial state of a run of the config, before any step."""
-  return run_and_initial_state(config, workdir, devices)[1]
-
-
-def run_and_initial_state(config, workdir, devices=1):
-  """A run of the config and its initial state."""
-  options = run_config.read(config)
-  run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
+  run = set_up(config, workdir, devices)
   with run.checkpoints:
-    return setup.begin(run, finetuning.initial)[:2]
-
-
-@pytest.mark.slow
-def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path):
-  run, state = run_and_initial_state(config_from(dense), tmp_path)
-  rows = evaluate.evaluation_rows(
-    run.evaluations, run.programs.variables(state), 0
-  )
-  name = 'eval/train_capacity/loss'
-  *_, last = (
-    row
-    for row in metrics.read_metrics(dense / metrics.FILE_NAME)
-    if name in row
-  )
-  np.testing.assert_allclose(
-    rows['train_capacity']['loss'], last[name], rtol=1e-6
-  )
+    return setup.begin(run, finetuning.initial)[1]
 
 
 def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
@@ -100,15 +84,9 @@ def test_arrays_are_converted_in_their_shards(dense, tmp_path):
   mesh = {'data': 1, 'fsdp': 2, 'expert': num_experts // 2, 'tensor': 1}
   config = merge(config_from(dense, moe, batch_size=8), {'mesh': mesh})
   state = initial_state(config, tmp_path / 'mesh', num_experts)
-  one_device_config = merge(
-    config, {'mesh': {'data': 1, 'fsdp': 1, 'expert': 1}}
-  )
-  one_device_state = initial_state(one_device_config, tmp_path / 'one', 1)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
-    state.params,
-    one_device_state.params,
-  )
+  one_device = merge(config, {'mesh': {'data': 1, 'fsdp': 1, 'expert': 1}})
+  expected = initial_state(one_device, tmp_path / 'one')
+  assert_trees_close(state.params, expected.params, rtol=1e-6, atol=1e-7)
   kernel = state.params['layers']['layer_1']['moe']['experts']['w_in']
   assert kernel.addressable_shards[0].data.shape == (1, 2, 8, 20)
   assert int(state.step) == 0
@@ -127,24 +105,20 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   )
   source_state = train(config, tmp_path / 'four')
   # The source has the same model, so that the state of its routers is kept.
-  same_state = initial_state(
-    config_from(tmp_path / 'four', biased), tmp_path / 'same', 1
-  )
+  config = config_from(tmp_path / 'four', biased)
+  router_state = initial_state(config, tmp_path / 'same').router_state
   jax.tree.map(
-    np.testing.assert_array_equal,
-    same_state.router_state,
-    source_state.router_state,
+    np.testing.assert_array_equal, router_state, source_state.router_state
   )
-  assert any(x.any() for x in jax.tree.leaves(same_state.router_state))
+  assert any(x.any() for x in jax.tree.leaves(router_state))
   capsys.readouterr()
   moe = {'moe': {**SPARSE['moe'], 'num_experts': 8}}
   config = config_from(tmp_path / 'four', moe, batch_size=8)
   # The source's four experts are not divisible by 8.
   mesh = {'data': 1, 'expert': 8}
   state = initial_state(merge(config, {'mesh': mesh}), tmp_path / 'eight', 8)
-  assert '4 experts made 8, copies of [0, 1, 2, 3, 0, 1, 2, 3]' in (
-    capsys.readouterr().out
-  )
+  output = capsys.readouterr().out
+  assert '4 experts made 8, copies of [0, 1, 2, 3, 0, 1, 2, 3]' in output
   w = state.params['layers']['layer_1']['moe']['experts']['w_in']
   np.testing.assert_array_equal(w[:, :4], w[:, 4:])
 
@@ -176,9 +150,7 @@ def test_a_language_model_is_tuned_on_pairs(dense, tmp_path):
     DENSE,
     data={'task': {'kind': 'seq2seq'}, 'source': {'kind': 'instructions'}},
   )
-  run = setup.set_up(
-    run_config.read(config), tmp_path, devices=jax.devices()[:1]
-  )
+  run = set_up(config, tmp_path)
   assert 'all copied' in finetuning.initial(run)[1]
 
 

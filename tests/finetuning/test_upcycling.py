@@ -32,6 +32,7 @@ TOP2 = {
 }
 RAW = {'router': TokenChoice(gates='raw')}
 DENSE = {'layers': 'none'}
+TWIN = {'num_experts': 0, 'num_selected': 2}
 HALVES = {
   'kind': 'encoder_decoder',
   'num_layers': 2,
@@ -79,16 +80,10 @@ def params_of(model):
   return jax.tree.map(draw, shapes)
 
 
-@functools.cache
-def applied(model):
-  return jax.jit(
-    lambda params, batch: model.apply({'params': params}, **model.inputs(batch))
-  )
-
-
 def logits_of(model, params):
   batch = batch_of(model)
-  logits, _ = applied(model)(params, batch)
+  run = jax.jit(lambda p, b: model.apply({'params': p}, **model.inputs(b)))
+  logits, _ = run(params, batch)
   # Padding is left out: a sparse layer adds nothing to it, a dense one does.
   return np.asarray(logits)[np.asarray(batch['segment_ids']) > 0]
 
@@ -103,9 +98,8 @@ def change(moe, source_moe, model=None, **copies):
   target, source = build(moe, model), build(source_moe, model)
   source_logits = logits_of(source, params_of(source))
   target_logits = logits_of(target, convert(target, source, **copies))
-  return (
-    np.abs(target_logits - source_logits).max() / np.abs(source_logits).max()
-  )
+  difference = np.abs(target_logits - source_logits).max()
+  return difference / np.abs(source_logits).max()
 
 
 @pytest.mark.parametrize(
@@ -126,18 +120,12 @@ def test_upcycled_models_begin_as_the_dense_one(moe, model):
 
 def test_what_becomes_of_each_layer():
   dense, sparse = build(DENSE), build(TOP2)
-  source, upcycled_params = (
-    params_of(dense),
-    convert(sparse, dense, router_std=0.0),
-  )
+  source, params = params_of(dense), convert(sparse, dense, router_std=0.0)
   # The dense model is one period of one layer, repeated four times.
   dense_layer = source['layers']['layer_0']
-  even, odd = (
-    upcycled_params['layers']['layer_0'],
-    upcycled_params['layers']['layer_1'],
-  )
+  even, odd = (params['layers'][f'layer_{i}'] for i in (0, 1))
   equal = np.testing.assert_array_equal
-  equal(upcycled_params['embedding'], source['embedding'])
+  equal(params['embedding'], source['embedding'])
   equal(even['ffn']['w_in'], dense_layer['ffn']['w_in'][[0, 2]])
   equal(odd['ffn_norm']['scale'], dense_layer['ffn_norm']['scale'][[1, 3]])
   for name, kernel in odd['moe']['experts'].items():
@@ -195,21 +183,14 @@ def test_new_parameters_between_lstms_are_as_drawn():
 
 def test_noise_tells_copies_apart_and_leaves_the_first():
   source, model = build(TOP2), build({**TOP2, 'num_experts': 6})
-  upcycled_params = convert(model, source, expert_noise=0.1, router_noise=0.2)
-  upcycled_params, source_moe = (
-    p['layers']['layer_1']['moe'] for p in (upcycled_params, params_of(source))
+  params = convert(model, source, expert_noise=0.1, router_noise=0.2)
+  new, old = (
+    p['layers']['layer_1']['moe'] for p in (params, params_of(source))
   )
-  w, v = upcycled_params['experts']['w_in'], source_moe['experts']['w_in']
-  np.testing.assert_array_equal(w[:, :4], v)
-  for axis, (copied, original, noise) in enumerate(
-    [
-      (upcycled_params['router']['w'], source_moe['router']['w'], 0.2),
-      (w, v, 0.1),
-    ]
-  ):
-    copied, original = (
-      np.moveaxis(x, -1 if axis == 0 else 1, 0) for x in (copied, original)
-    )
+  for part, name, axis, noise in (
+    ('router', 'w', -1, 0.2), ('experts', 'w_in', 1, 0.1)
+  ):  # fmt: skip
+    copied, original = (np.moveaxis(x[part][name], axis, 0) for x in (new, old))
     np.testing.assert_array_equal(copied[:4], original)
     added = copied[4:] - original[:2]
     rms = np.sqrt(np.mean(np.square(original)))
@@ -248,13 +229,7 @@ def test_the_same_model_is_copied_whatever_its_experts_are_called():
     (TOP2, HALVES, DENSE, {}, 'one of the two is an encoder-decoder'),
     (TOP2, {}, TOP2, {'experts': '0,1,2,4'}, 'are not 4 numbers'),
     # The dense twin with K=2 is twice as wide as an expert.
-    (
-      TOP2,
-      {},
-      {'num_experts': 0, 'num_selected': 2},
-      {},
-      r'\[16, 40\] there, \[16, 20',
-    ),
+    (TOP2, {}, TWIN, {}, r'\[16, 40\] there, \[16, 20'),
     (
       TOP2,
       {'width': 24},

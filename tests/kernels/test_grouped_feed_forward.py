@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.kernels import blocks, grouped_ffn
 from tests import reference
+from tests.models.tiny import assert_trees_close
 
 N, E, M, F = 30, 5, 6, 7
 
@@ -75,6 +76,7 @@ def by_definition(kind, x, w_ins, w_out, group_sizes, dy):
   return y, dx, dw_ins, outer(h, dy, group_sizes)
 
 
+KINDS = dict(auto='gated', blocks='plain', megablox='gated')
 SMALL, LARGE = (N, E, M, F), (1100, 3, 6, 7)
 SMALL_GROUPS = (0, 13, 0, 17, 0), (9, 1, 4, 0, 5), (0, 0, 0, 0, 0)
 
@@ -84,11 +86,7 @@ SMALL_GROUPS = (0, 13, 0, 17, 0), (9, 1, 4, 0, 5), (0, 0, 0, 0, 0)
   [
     *(
       (backend, kind, SMALL, group_sizes)
-      for backend, kind in (
-        ('auto', 'gated'),
-        ('blocks', 'plain'),
-        ('megablox', 'gated'),
-      )
+      for backend, kind in KINDS.items()
       for group_sizes in SMALL_GROUPS
     ),
     # Several full blocks follow a first one that is not full.
@@ -102,11 +100,7 @@ def test_value_and_gradients(backend, kind, shape, group_sizes):
   sizes = jnp.array(group_sizes, jnp.int32)
   results = program(kind, backend)(x, w_ins, w_out, sizes, dy)
   expected = by_definition(kind, x, w_ins, w_out, group_sizes, dy)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    results,
-    expected,
-  )
+  assert_trees_close(results, expected, rtol=1e-4, atol=1e-4)
   y, dx = (np.asarray(result) for result in results[:2])
   assert not np.any(y[n:]) and not np.any(dx[n:])
 

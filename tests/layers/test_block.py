@@ -5,16 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from moe_jax.layers import (
-  AttentionOptions,
-  FfnOptions,
-  MoeOptions,
-)
+from moe_jax.layers import AttentionOptions, FfnOptions, MoeOptions
 from moe_jax.layers.block import Block, BlockConfig, Context
 from moe_jax.routing.capacity import Fixed
-from tests.layers.test_moe import draw
+from tests.models.tiny import draw, layer_params
 
 B, T, E, M, F = 3, 4, 5, 6, 11
 IDS = np.array([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 2, 2]], np.int32)
@@ -37,12 +32,7 @@ def context(**changes):
 
 
 def params_of(block, x):
-  init = block.init
-  shapes = jax.eval_shape(init, jax.random.key(0), x, context(), None, 0)
-  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  return tree.unflatten(
-    [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  )
+  return layer_params(block, x, context(), None, 0)
 
 
 @functools.cache

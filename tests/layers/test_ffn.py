@@ -60,17 +60,19 @@ def draw_params(gates, bias):
   }
 
 
+# Layers say which biases they have, or ('') the model does; in runs that were
+# saved before the gate could have a bias it has none.
 @pytest.mark.parametrize(
-  ('name', 'bias'),
-  [('relu', 'none'), ('swiglu', 'none'), ('swiglu', '')]
-  + [(name, 'all') for name in ACTIVATIONS],
+  ('name', 'bias', 'model'),
+  [('relu', 'none', True), ('swiglu', 'none', False), ('swiglu', '', True)]
+  + [(name, 'all', False) for name in ACTIVATIONS],
 )
-def test_feed_forward_equals_its_formula(name, bias):
+def test_feed_forward_equals_its_formula(name, bias, model):
   function, gates = FORMULAS[name]
   p = draw_params(gates, bias)
   # Products are so large that limits matter.
   x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32) * 3
-  layer = FeedForward(FfnOptions(F, name, bias), Shared(use_bias=True))
+  layer = FeedForward(FfnOptions(F, name, bias), Shared(use_bias=model))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))
   assert set(shapes['params']) == set(p)
   # The activation applies to the gate's product, not to the other ones.
@@ -82,51 +84,11 @@ def test_feed_forward_equals_its_formula(name, bias):
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-  ('bias', 'model', 'has'),
-  # Runs that were saved before the gate could have a bias have these alone.
-  [('', True, {'b_in', 'b_out'}), ('', False, set()),
-   ('all', False, {'b_in', 'b_out', 'b_gate'}), ('none', True, set())],
-)  # fmt: skip
-def test_biases_are_those_of_the_model_unless_the_layer_says(bias, model, has):
-  layer = FeedForward(FfnOptions(F, 'swiglu', bias), Shared(use_bias=model))
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, M)))
-  names = {'w_in', 'w_gate', 'w_out'}
-  assert set(shapes['params']) == names | has
-  # Experts follow the dense layers unless they say otherwise.
-  expert = FeedForwardExpert().within(FfnOptions(F, 'swiglu', bias), 0.0)
-  assert expert.twin(2).ffn == FfnOptions(2 * F, 'swiglu', bias)
+def test_biases_of_experts_are_those_of_dense_layers_unless_they_say():
+  expert = FeedForwardExpert().within(FfnOptions(F, 'swiglu', 'all'), 0.0)
+  assert expert.twin(2).ffn == FfnOptions(2 * F, 'swiglu', 'all')
   plain = FeedForwardExpert(bias='none').within(FfnOptions(F, bias='all'), 0.0)
   assert plain.bias == 'none'
-
-
-def test_dropout_zeroes_hidden_values_and_scales_the_rest():
-  # Every hidden value is an output of its own: it is 0 or 1 / (1 - 0.25).
-  p = {
-    'w_in': np.ones((M, F), np.float32) / M,
-    'w_out': np.eye(F, M, dtype=np.float32),
-  }
-  layer = FeedForward(FfnOptions(F, 'relu'), dropout=0.25)
-  x = jnp.ones((500, M))
-  rngs = {'dropout': tiny.key(0)}
-  run = jax.jit(lambda p: layer.apply({'params': p}, x, train=True, rngs=rngs))
-  y = np.asarray(run(p))
-  dropped = y == 0
-  np.testing.assert_allclose(y[~dropped], 1 / 0.75, rtol=1e-5)
-  np.testing.assert_allclose(dropped.mean(), 0.25, atol=0.03)
-  np.testing.assert_allclose(
-    jax.jit(layer.apply)({'params': p}, x), 1, rtol=1e-5
-  )
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_parameters_stay_in_param_dtype_and_products_in_dtype(dtype):
-  layer = FeedForward(FfnOptions(F), Shared(Numerics(dtype)))
-  x = jnp.ones((2, M), jnp.float32)
-  y, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
-  assert y.dtype == dtype
-  kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-  assert kinds == {jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize(

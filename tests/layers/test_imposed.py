@@ -6,19 +6,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.layers.routers import (
-  TokenChoice,
-)
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.routing.capacity import PerAssignment
 from moe_jax.routing.rules_without_logits import forced_choices
 from tests import reference
-from tests.layers.routers.run import info_of
 from tests.models import tiny
+from tests.models.tiny import draw
 
 G, S, E, K, M = 4, 10, 5, 2, 6
 EVEN = MoeOptions(
@@ -30,42 +27,23 @@ EVEN = MoeOptions(
 )
 
 
-def draw(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def layer_of(options, x=None):
-  """A layer and its variables."""
-  layer = MoE(options)
-  x = draw(G, S, M) if x is None else x
-  ids = jnp.zeros(x.shape[:2], jnp.int32)
-  init = functools.partial(layer.init, token_info=info_of(ids))
-  shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), x))
-  leaves, tree = jax.tree.flatten(shapes)
-  return layer, tree.unflatten(
-    [draw(*leaf.shape, seed=i) / 2 for i, leaf in enumerate(leaves)]
-  )
-
-
 @functools.cache
 def compiled(options, train):
-  layer, variables = layer_of(options)
-  ids = jnp.zeros((G, S), jnp.int32)
+  layer = MoE(options)
+  params = tiny.layer_params(layer, draw(G, S, M))
 
   @jax.jit
   def apply(x, mask, key):
     rngs = {'router': key} if train else None
-    info = info_of(ids)
-    return layer.apply(variables, x, mask, train, token_info=info, rngs=rngs)
+    return layer.apply({'params': params}, x, mask, train, rngs=rngs)
 
   return apply
 
 
 def run(options, mask=None, key=None):
   mask = np.ones((G, S), bool) if mask is None else mask
-  key_array = tiny.key(key or 0)
   apply = compiled(options, key is not None)
-  return apply(draw(G, S, M), jnp.asarray(mask), key_array)
+  return apply(draw(G, S, M), jnp.asarray(mask), tiny.key(key or 0))
 
 
 def test_in_turn_no_expert_has_more_than_its_share():
@@ -89,8 +67,8 @@ def test_gates_and_gradients_are_those_of_the_logits():
     expert=FeedForwardExpert(hidden=7, activation='relu'),
   )
   x = draw(1, 2, M)
-  layer, variables = layer_of(options, x)
-  params = variables['params']
+  layer = MoE(options)
+  params = tiny.layer_params(layer, x)
   probs = reference.softmax((x @ params['router']['w'])[0])
 
   @jax.jit

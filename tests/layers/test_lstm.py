@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from moe_jax.layers import Lstm, LstmOptions, Numerics, Shared
 from tests import reference
-from tests.layers.test_moe import draw
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, M = 3, 9, 5
 

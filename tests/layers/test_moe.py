@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from moe_jax.layers import (
   Dropless,
@@ -36,14 +35,9 @@ from moe_jax.layers.routers import (
 from moe_jax.routing.capacity import All, Fixed, PerAssignment, PerToken
 from tests import reference
 from tests.models import tiny
-from tests.models.tiny import assert_trees_close
+from tests.models.tiny import assert_trees_close, draw
 
 B, T, E, K, M, F = 3, 8, 5, 2, 6, 11
-
-
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
 
 
 def make(
@@ -56,11 +50,8 @@ def make(
   return MoE(options, Shared(Numerics(dtype), use_bias))
 
 
-def draw_params(layer, seed=0):
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
-  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  drawn = [draw(*leaf.shape, seed=seed + i) for i, leaf in enumerate(leaves)]
-  return tree.unflatten(drawn)
+def draw_params(layer):
+  return tiny.layer_params(layer, jnp.ones((B, T, M)))
 
 
 @functools.cache
@@ -79,6 +70,12 @@ def dense(params, x):
   return np.asarray(jax.jit(layer.apply)({'params': params}, x))
 
 
+def served(params, e, token):
+  """What an expert makes of a token, in float64."""
+  w = {k: np.float64(leaf[e]) for k, leaf in params['experts'].items()}
+  return np.maximum(token @ w['w_in'] + w['b_in'], 0) @ w['w_out'] + w['b_out']
+
+
 def test_layer_equals_a_loop_over_tokens():
   # Groups are half a sequence, experts have two slots, and some tokens are
   # padding.
@@ -88,49 +85,37 @@ def test_layer_equals_a_loop_over_tokens():
   mask = np.ones((B, T), bool)
   mask[0, 6:] = mask[2, 2] = False
   y, aux = run(layer, params, x, mask)
-  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-  tokens = np.asarray(x, np.float64).reshape(-1, 4, M)
+  tokens, groups = np.float64(x).reshape(-1, 4, M), mask.reshape(-1, 4)
+  logits = tokens @ params['router']['w']
   routing = reference.token_choice(
-    tokens @ p['router']['w'],
-    num_selected=K,
-    capacity=1,
-    mask=mask.reshape(-1, 4),
-    gates='renormalized',
+    logits, num_selected=K, capacity=1, mask=groups, gates='renormalized'
   )
   expected = np.zeros(tokens.shape)
-  w = p['experts']
   for g, s, k in zip(*np.nonzero(routing.kept)):
-    e = routing.expert_index[g, s, k]
-    h = np.maximum(tokens[g, s] @ w['w_in'][e] + w['b_in'][e], 0)
-    served = h @ w['w_out'][e] + w['b_out'][e]
-    expected[g, s] += routing.gate[g, s, k] * served
+    y_expert = served(params, routing.expert_index[g, s, k], tokens[g, s])
+    expected[g, s] += routing.gate[g, s, k] * y_expert
   np.testing.assert_allclose(y, expected.reshape(B, T, M), rtol=1e-4, atol=1e-4)
   # Padding and tokens without any slot get zeros, without a bias.
   unserved = ~routing.kept.any(-1).reshape(B, T)
   assert (unserved & mask).any()
   assert not np.asarray(y)[unserved].any()
-  stats = reference.routing_stats(
-    routing, tokens @ p['router']['w'], mask.reshape(-1, 4)
-  )
+  stats = reference.routing_stats(routing, logits, groups)
   np.testing.assert_array_equal(aux.stats.kept_load, stats['kept_load'])
 
 
-def test_identical_experts_with_room_for_all_are_the_dense_layer():
-  layer = make(TokenChoice(gates='renormalized'), capacity=All())
+@pytest.mark.parametrize(
+  ('E', 'K', 'gates', 'capacity'),
+  # The raw gate is the softmax over one expert, which is exactly 1.
+  [(E, K, 'renormalized', All()), (1, 1, 'raw', PerToken())],
+)
+def test_one_expert_or_equal_ones_are_the_dense_layer(E, K, gates, capacity):
+  sizes = dict(num_experts=E, num_selected=K, capacity=capacity)
+  layer = make(TokenChoice(gates=gates), **sizes)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   expert = jax.tree.map(lambda leaf: leaf[0], params['experts'])
   params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), expert)
   y, _ = run(layer, params, x)
   np.testing.assert_allclose(y, dense(expert, x), rtol=1e-4, atol=1e-4)
-
-
-def test_one_expert_is_the_dense_layer():
-  # The raw gate is the softmax over one expert, which is exactly 1.
-  layer = make(num_experts=1, num_selected=1)
-  params, x = draw_params(layer), draw(B, T, M, seed=9)
-  y, _ = run(layer, params, x)
-  expert = jax.tree.map(lambda leaf: leaf[0], params['experts'])
-  np.testing.assert_allclose(y, dense(expert, x), rtol=1e-5, atol=1e-5)
 
 
 def gradients_by_dispatch(dispatches, **options):
@@ -153,63 +138,43 @@ def gradients_by_dispatch(dispatches, **options):
   ]
 
 
-# Products over other settings are in `tests/routing`.
-def test_dispatches_are_equal_in_outputs_and_all_gradients():
-  vmoe = TokenChoice(
-    gates='renormalized_after_drop', slot_priority='batch_priority'
-  )
-  results = gradients_by_dispatch(
-    [Gather(), Einsum(), Sorted()],
-    router=vmoe,
-    num_selected=3,
-    group_size=16,
-    capacity=PerToken(0.75),
-  )
-  grads, (y, aux) = results[0]
-  for other in results[1:]:
-    assert_trees_close(results[0], other, rtol=1e-4, atol=1e-4)
-  # The test is not trivial: tokens are dropped, and outputs are not zero.
-  assert aux.stats.overflowed.sum() > 0
+VMOE = TokenChoice(
+  gates='renormalized_after_drop', slot_priority='batch_priority'
+)
+
+
+# Products over other settings are in `tests/routing`, and sorted rows of
+# experts without biases in `experts.test_slots`. The loss has no auxiliary
+# loss, so that the router learns from the gates alone.
+@pytest.mark.parametrize(
+  ('dispatches', 'options'),
+  [
+    (
+      (Einsum(), Sorted()),
+      dict(router=VMOE, num_selected=3, group_size=16, capacity=PerToken(0.75)),
+    ),
+    ((Dropless(),), dict(capacity=All(), activation='geglu')),
+    ((Dropless(),), dict(router=ExpertChoice(), capacity=PerAssignment(0.5))),
+  ],
+)
+def test_dispatches_are_equal_in_outputs_and_all_gradients(dispatches, options):
+  first, *others = gradients_by_dispatch([Gather(), *dispatches], **options)
+  for other in others:
+    assert_trees_close(first, other, rtol=1e-4, atol=1e-4)
+  grads, (y, aux) = first
+  assert (aux.stats.overflowed.sum() > 0) == options['capacity'].binds
   assert np.abs(y).max() > 1
-  # The loss has no auxiliary loss, so that the router learns from the gates
-  # alone.
   for leaf in jax.tree.leaves(grads):
     assert np.abs(leaf).max() > 1e-2
-
-
-# Sorted rows of experts without biases are in `experts.test_slots`.
-def test_dropless_equals_room_for_all_in_outputs_and_all_gradients():
-  options = dict(capacity=All(), activation='geglu')
-  results = gradients_by_dispatch([Gather(), Dropless()], **options)
-  grads, (y, aux) = results[1]
-  assert_trees_close(*results, rtol=1e-4, atol=1e-4)
-  assert aux.stats.overflowed.sum() == 0 and np.abs(y).max() > 1
-  for leaf in jax.tree.leaves(grads):
-    assert np.abs(leaf).max() > 1e-2
-
-
-def test_dropless_is_the_same_where_experts_choose():
-  options = dict(router=ExpertChoice(), capacity=PerAssignment(0.5))
-  results = gradients_by_dispatch([Gather(), Dropless()], **options)
-  assert_trees_close(*results, rtol=1e-4, atol=1e-4)
-  assert results[0][1][1].stats.overflowed.sum() > 0
 
 
 def test_dropless_needs_no_room_for_what_it_does_not_have():
   # A capacity for all tokens would multiply E * B * T rows with eight experts.
-  layers = [
-    make(dispatch=dispatch, capacity=All(), num_experts=8)
-    for dispatch in (Gather(), Dropless())
-  ]
-  x = jnp.ones((B, 64, M))
-  shapes = [
-    jax.make_jaxpr(
-      lambda x, layer=layer: layer.init_with_output(jax.random.key(0), x)[0][0]
-    )(x)
-    for layer in layers
-  ]
-  rows = f'{8},{B * 64},{F}]'
-  assert rows in str(shapes[0]) and rows not in str(shapes[1])
+  for dispatch, has_room in ((Gather(), True), (Dropless(), False)):
+    layer = make(dispatch=dispatch, capacity=All(), num_experts=8)
+    init = functools.partial(layer.init_with_output, jax.random.key(0))
+    program = jax.make_jaxpr(lambda x, f=init: f(x)[0][0])(jnp.ones((B, 64, M)))
+    assert (f'{8},{B * 64},{F}]' in str(program)) == has_room
 
 
 def test_router_gradient_is_the_slope_of_the_output():
@@ -264,9 +229,8 @@ def test_to_groups_cuts_consecutive_tokens_and_pads_the_last():
   ],
 )
 def test_capacity_is_the_rule_at_the_size_of_the_group(rule, group_size, kept):
-  layer = make(group_size=group_size, capacity=rule)
+  layer, row = make(group_size=group_size, capacity=rule), draw(1, 1, M)
   params = draw_params(layer)
-  row = draw(1, 1, M)
   _, aux = run(layer, params, np.tile(row, (B, T, 1)))
   load = np.zeros(E)
   logits = np.asarray(row[0, 0] @ params['router']['w'])
@@ -353,17 +317,14 @@ def test_layer_equals_a_loop_over_experts():
   mask = np.ones((B, T), bool)
   mask[1, 5:] = False
   y, aux = jax.jit(layer.apply)({'params': params}, x, mask)
-  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-  tokens = np.asarray(x, np.float64).reshape(-1, 4, M)
+  tokens = np.float64(x).reshape(-1, 4, M)
   index, gate = reference.expert_choice(
-    tokens @ p['router']['w'], 1, mask.reshape(-1, 4)
+    tokens @ params['router']['w'], 1, mask.reshape(-1, 4)
   )
-  expected, w = np.zeros(tokens.shape), p['experts']
+  expected = np.zeros(tokens.shape)
   for g, e, c in zip(*np.nonzero(index < 4)):
-    token = tokens[g, index[g, e, c]]
-    h = np.maximum(token @ w['w_in'][e] + w['b_in'][e], 0)
-    served = h @ w['w_out'][e] + w['b_out'][e]
-    expected[g, index[g, e, c]] += gate[g, e, c] * served
+    s = index[g, e, c]
+    expected[g, s] += gate[g, e, c] * served(params, e, tokens[g, s])
   np.testing.assert_allclose(y, expected.reshape(B, T, M), rtol=1e-4, atol=1e-4)
   lost = ~expected.reshape(B, T, M).any(-1)
   assert (lost & mask).any() and not np.asarray(y)[lost].any()
@@ -418,7 +379,6 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
 def test_small_layers_have_sizes_that_their_router_takes(
   num_experts, num_selected, router
 ):
-  options = MoeOptions(num_experts, num_selected, router=router)
-  small = options.shrunk()
+  small = MoeOptions(num_experts, num_selected, router=router).shrunk()
   assert small.num_experts == 4 and small.num_selected <= 4
   assert type(small.router) is type(router)

@@ -66,11 +66,3 @@ def test_what_shrinks_a_kernel_shrinks_it_whatever_the_distribution(init):
 
   # The random numbers are the same, at a third of the scale.
   np.testing.assert_allclose(deviation(shrink=9.0), deviation() / 3, rtol=1e-5)
-
-
-def test_stacked_kernels_have_the_fan_in_of_one():
-  make = parameters.kernel(
-    Shared(), (None, 'embed', None), role='router', batch_axis=(0,)
-  )
-  std = np.std(make(tiny.key(0), (7, 50, 16)).unbox())
-  np.testing.assert_allclose(std, 50**-0.5, rtol=0.05)

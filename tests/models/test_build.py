@@ -14,7 +14,6 @@ from moe_jax.layers.positions import Learned
 from moe_jax.layers.routers import ExpertChoice, Hash
 from moe_jax.layers.shared import Numerics
 from moe_jax.models.encoder_decoder import EncoderOptions
-from moe_jax.models.stack import Padding
 from tests.models import tiny
 
 
@@ -140,29 +139,6 @@ def test_shrunk_models_keep_their_structure():
   assert small.ffn.hidden == 48 and small.positions == Learned(0)
   assert (small.moe.num_experts, small.moe.group_size) == (4, 64)
   assert small.numerics == Numerics()
-
-
-class Routed(Padding):
-  """Padding that routers see, as a user's own class could have it."""
-
-  def context(self, context):
-    mask = jnp.ones_like(context.token_mask)
-    return context._replace(routed_mask=mask)
-
-  def routed(self, segment_ids):
-    return jnp.ones_like(segment_ids, bool)
-
-
-def test_the_normaliser_of_router_losses_is_what_routers_counted():
-  model = tiny.build()
-  blocks = dataclasses.replace(model.blocks, padding=Routed())
-  model = model.with_stacks(blocks)
-  tokens, segments = tiny.tokens(), np.ones((tiny.B, tiny.T), np.int32)
-  segments[0, 4:] = segments[2] = 0
-  _, aux = tiny.apply(model)(tiny.params_of(model), tokens, segments)
-  counts = model.stacks.routed_tokens({'segment_ids': jnp.asarray(segments)})
-  np.testing.assert_array_equal(counts, aux.stats.tokens)
-  assert counts[0] == tiny.B * tiny.T
 
 
 def test_a_caller_may_change_the_shapes_that_it_gets():

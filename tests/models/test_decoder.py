@@ -1,16 +1,12 @@
-"""The whole decoder against numpy; its padding, windows and multipliers."""
+"""The whole decoder against numpy, and its windows."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.layers.norms import RmsNorm
-from moe_jax.layers.positions import NoPositions
-from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.stack import LayerKind
 from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
-from tests.models.tiny import B, T
 
 MIXTRAL = dict(
   ffn=dict(activation='swiglu'),
@@ -30,26 +26,6 @@ def test_logits_equal_numpy():
   expected = [oracle.decode(options, params, row)[0] for row in tokens]
   np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
   assert np.std(expected) > 0.3
-
-
-def test_padding_changes_no_other_token_and_no_statistic():
-  moe = dict(num_selected=1, router=TokenChoice(), group_size=20)
-  model = tiny.build(moe, positions=NoPositions(), ffn=dict(activation='relu'))
-  params, run = tiny.params_of(model), tiny.apply(model)
-  tokens = tiny.tokens()
-  segments = np.ones((B, T), np.int32)
-  segments[0, 7:] = segments[1, :2] = segments[2] = 0
-  positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-  real = segments > 0
-  changed_tokens = np.where(real, tokens, tiny.tokens(seed=1))
-  logits, aux = run(params, tokens, segments, positions)
-  changed_logits, changed_aux = run(params, changed_tokens, segments, positions)
-  np.testing.assert_array_equal(
-    np.asarray(logits)[real], np.asarray(changed_logits)[real]
-  )
-  tiny.assert_trees_close(aux, changed_aux)
-  np.testing.assert_array_equal(aux.stats.tokens, [7 + 8] * 2)
-  assert aux.stats.overflowed.sum() > 0
 
 
 OPTIONS = dict(
@@ -103,35 +79,3 @@ def test_a_window_for_longer_texts_is_also_that_of_full_layers():
 def test_a_small_copy_has_a_layer_of_each_kind():
   options = tiny.options(DENSE, **{**OPTIONS, 'num_layers': 9}).shrunk()
   assert options.windows == (3, 0)
-
-
-def test_multipliers_are_those_of_kernels():
-  # A number before a product is one in its kernel; tied logits also have that
-  # of the embeddings, so that embeddings are not tied here.
-  multipliers = dict(
-    embedding=dict(
-      tie=False, multiplier=3.0, logits_divisor=0.5, logits_bias=True
-    ),
-    residual_multiplier=0.25,
-    attention=dict(scale='fixed', fixed_scale=0.2),
-  )
-  scaled = tiny.build(DENSE, **multipliers)
-  plain = tiny.build(
-    DENSE,
-    embedding=dict(tie=False, logits_bias=True),
-    attention=dict(scale='none'),
-  )
-  params = tiny.params_of(scaled)
-  factors = {'w_query': 0.2, 'w_out': 0.25, 'embedding': 3.0}
-  factors |= {'w_logits': 2.0, 'b_logits': 2.0}
-
-  def multiplied(path, leaf):
-    return factors.get(path[-1].key, 1.0) * leaf
-
-  new_params = jax.tree_util.tree_map_with_path(multiplied, params)
-  tokens = jnp.asarray(tiny.tokens())
-  logits = tiny.apply(scaled)(params, tokens)[0]
-  assert np.std(logits) > 0.1
-  np.testing.assert_allclose(
-    logits, tiny.apply(plain)(new_params, tokens)[0], rtol=1e-4, atol=1e-4
-  )

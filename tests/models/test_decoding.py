@@ -29,7 +29,7 @@ from moe_jax.layers.routers import (
   Task,
   TokenChoice,
 )
-from moe_jax.models import decoding
+from moe_jax.models import decoding, trees
 from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All, Fixed, Fraction, PerToken
 from tests.models import tiny
@@ -63,6 +63,7 @@ CASES = {
       router=TokenChoice(
         gates='sigmoid_renormalized', gate_scale=2.5, expert_groups=3,
         chosen_expert_groups=2, expert_group_score='two_best',
+        balance_bias_rate=0.1,
       ),
       shared_expert=SharedExpertOptions(9, gated=True),
       **ALL,
@@ -117,14 +118,19 @@ CASES = {
 
 
 @functools.cache
-def model_and_params(name):
+def model_and_variables(name):
+  """A model and its variables, among which biases differ by expert."""
   model = tiny.build(**CASES[name])
-  return model, tiny.params_of(model)
+  state = jax.tree.map(
+    lambda x: jnp.broadcast_to(jnp.linspace(0.5, -0.5, x.shape[-1]), x.shape),
+    trees.init_router_state(model),
+  )
+  return model, trees.variables(tiny.params_of(model), state)
 
 
 def whole_logits(name, tokens, source, source_mask):
   """Logits of whole sequences; the decoder drops no token."""
-  model, params = model_and_params(name)
+  model, variables = model_and_variables(name)
   if name == 'switch':  # a step of one token cannot fill an expert
     encoder, decoder = model.stacks.blocks
     assert decoder.experts.capacity == Fixed(2)
@@ -138,8 +144,8 @@ def whole_logits(name, tokens, source, source_mask):
       'encoder_segment_ids': source_mask.astype(jnp.int32),
       'segment_ids': jnp.ones_like(tokens),
     }
-  run = jax.jit(lambda p: model.apply({'params': p}, **inputs)[0])
-  return np.asarray(run(params))
+  run = jax.jit(lambda v: model.apply(v, **inputs)[0])
+  return np.asarray(run(variables))
 
 
 # One of each kind of model is also compiled with all optimizations.
@@ -157,8 +163,8 @@ def marks(name):
 def test_steps_equal_the_whole_sequence(name):
   tokens = jnp.asarray(tiny.tokens(1, (B, T)))
   source = source_mask = None
-  model, params = model_and_params(name)
-  model, variables = model.for_decoding({'params': params}, batch_size=1)
+  model, variables = model_and_variables(name)
+  model, variables = model.for_decoding(variables, batch_size=1)
   step = jax.jit(functools.partial(model.apply, method='decode'))
   if 'encoder' in CASES[name].get('kind', ''):
     source = jnp.asarray(tiny.tokens(2, (B, S)))

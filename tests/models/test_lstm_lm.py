@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from moe_jax.layers import FeedForward, MoE
 from moe_jax.layers.ffn import FfnOptions
@@ -13,8 +12,8 @@ from moe_jax.layers.positions import NoPositions
 from moe_jax.layers.routers import Hierarchical
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.capacity import All
-from tests.layers.test_moe import draw
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, V = tiny.B, tiny.T, tiny.V
 SPARSE = dict(
@@ -70,25 +69,17 @@ def test_it_is_its_layers_in_a_row():
 
 
 def test_dense_twins_are_wide_or_deep():
-  wide, deep = (
-    build(TWIN),
-    build(TWIN, ffn=dict(activation='relu'), lstm=dict(twin_depth=4)),
-  )
-  shapes = [
-    {
-      name: leaf.shape
-      for name, leaf in tiny.leaves(tiny.params_of(model)['layers_1']).items()
-    }
-    for model in (wide, deep)
-  ]
+  def shapes(model):
+    layer = tiny.leaves(tiny.params_of(model)['layers_1'])
+    return {name: leaf.shape for name, leaf in layer.items()}
+
   hidden = 20
-  assert shapes[0] == {
-    'ffn/w_in': (12, 4 * hidden), 'ffn/w_out': (4 * hidden, 12)
-  }  # fmt: skip
+  wide = {'ffn/w_in': (12, 4 * hidden), 'ffn/w_out': (4 * hidden, 12)}
+  assert shapes(build(TWIN)) == wide
+  deep = build(TWIN, ffn=dict(activation='relu'), lstm=dict(twin_depth=4))
   inner = {f'ffn/w_hidden_{i}': (hidden, hidden) for i in (1, 2, 3)}
-  assert shapes[1] == inner | {
-    'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)
-  }  # fmt: skip
+  ends = {'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)}
+  assert shapes(deep) == inner | ends
   assert deep.stacks.moe is None and not deep.stacks.blocks
 
 
@@ -96,20 +87,13 @@ def test_a_deep_feed_forward_is_its_products():
   c, biased = FfnOptions(11, 'relu'), Shared(use_bias=True)
   x = draw(2, 3, 6, seed=9)
   deep = FeedForward(c, biased, depth=3)
-  shapes = jax.eval_shape(deep.init, jax.random.key(0), jnp.asarray(x))
-  leaves, tree = jax.tree.flatten(shapes)
-  arrays = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  params = tree.unflatten(arrays)
-  p = nn.meta.unbox(params)['params']
+  p = tiny.layer_params(deep, jnp.asarray(x))
   h = x
-  for w, b in (
-    ('w_in', 'b_in'), ('w_hidden_1', 'b_hidden_1'),
-    ('w_hidden_2', 'b_hidden_2'),
-  ):  # fmt: skip
-    h = np.maximum(h @ p[w] + p[b], 0)
+  for name in ('in', 'hidden_1', 'hidden_2'):
+    h = np.maximum(h @ p[f'w_{name}'] + p[f'b_{name}'], 0)
   expected = h @ p['w_out'] + p['b_out']
   x = jnp.asarray(x)
-  y = jax.jit(deep.apply)(params, x)
+  y = jax.jit(deep.apply)({'params': p}, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='without gate'):
     FeedForward(FfnOptions(3, 'swiglu'), depth=2).init(tiny.key(0), x)

@@ -1,6 +1,5 @@
 """A pattern of layers tells which layers of a model share a loop."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +10,6 @@ from moe_jax.models.pattern import (
   sparse_numbers,
   sparse_pattern,
 )
-from moe_jax.routing.capacity import All
-from tests.models import oracle, tiny
 
 
 def flags(text):
@@ -56,22 +53,6 @@ def test_segments_put_together_are_the_layers(pattern):
   assert sum(s.num_layers for s in loops) == len(pattern)
   assert all(1 <= len(s.pattern) <= MAX_PERIOD for s in loops)
   assert len({s.name for s in loops}) == len(loops)
-
-
-def test_a_model_of_segments_equals_the_oracle():
-  # The model has nine dense layers and a sparse one.
-  moe = dict(layers='last 1', capacity=All())
-  options = tiny.options(moe, num_layers=10, ffn=dict(activation='swiglu'))
-  model = options.build()
-  assert len(segments(options.sparse)) == 2
-  params, tokens = tiny.params_of(model), tiny.tokens()
-  logits, aux = tiny.apply(model)(params, tokens)
-  expected, choices = oracle.decode(options, params, tokens[0])
-  np.testing.assert_allclose(logits[0], expected, rtol=1e-3, atol=1e-3)
-  assert list(choices) == [9]
-  np.testing.assert_array_equal(
-    np.asarray(aux.stats.tokens) > 0, [False] * 9 + [True]
-  )
 
 
 @pytest.mark.parametrize('layers', ['all', 'none', 'every 3', '1,3'])

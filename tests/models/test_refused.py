@@ -8,7 +8,6 @@ import pytest
 
 from moe_jax import models
 from moe_jax.config import OptionError
-from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.layers.retained import Retained
@@ -20,11 +19,8 @@ from moe_jax.partitioning import ShardingOptions, make_mesh, tree_shardings
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 
+SEGMENTS = 'segment_ids', 'positions'
 QUEUE = TokenChoice(slot_priority='batch_priority')
-
-
-def attention(**options):
-  return lambda: tiny.options(attention=options)
 
 
 def retained(experts='', expert_of='', **moe):
@@ -42,7 +38,11 @@ def lstm(positions=models.lstm_lm.NoPositions(), **moe):
   )
 
 
-def rows_of(model, **inputs):
+def half_a_batch():
+  """Gives segments to the encoder alone."""
+  model = tiny.build(kind='encoder_decoder')
+  names = ('tokens', *(f'encoder_{n}' for n in ('tokens', *SEGMENTS)))
+  inputs = {name: tiny.tokens() for name in names}
   params = tiny.params_of(model)
   jax.eval_shape(lambda: model.apply({'params': params}, **inputs))
 
@@ -52,24 +52,10 @@ REFUSED = {
     dict(layers='4')
   ),
   "none of 'all', 'none', 'every N'": lambda: sparse_pattern('every 0', 4),
-  r"attention.full_layers='5' not in \[0": attention(window=3, full_layers='5'),
-  'attention.num_heads=5 does not divide width=12': attention(
-    num_heads=5, head_width=0
+  r"attention.full_layers='5' not in \[0": lambda: tiny.options(
+    attention=dict(window=3, full_layers='5')
   ),
-  'num_kv_heads=3 does not divide num_heads=4': attention(num_kv_heads=3),
-  'head_width=5 must be even under rotary': attention(head_width=5),
-  r'fixed_scale=0\.5 has no effect': lambda: AttentionOptions(fixed_scale=0.5),
-  "num_selected=1 with gates='renormalized' makes": lambda: tiny.options(
-    dict(num_selected=1)
-  ),
-  'seq_len=10 > max_len=8': lambda: rows_of(
-    tiny.build(positions=Learned(8)), tokens=tiny.tokens()
-  ),
-  'given together or not at all': lambda: rows_of(
-    tiny.build(kind='encoder_decoder'),
-    **{'tokens': tiny.tokens(), 'encoder_tokens': tiny.tokens()},
-    **{f'encoder_{n}': tiny.tokens() for n in ('segment_ids', 'positions')},
-  ),
+  'given together or not at all': half_a_batch,
   # Experts of some layers are lost, or columns lead to the same expert.
   'layer 1 comes twice': retained('1:4, 1:3'),
   r'layer 1: num_selected=2 not in \[1, num_experts=1\]': retained('1:1'),

@@ -11,16 +11,9 @@ import pytest
 from flax import linen as nn
 from jax.extend import core
 
-from moe_jax import models
+from moe_jax import ExpertChoice, Hash, NoisyTopK, Random, TokenChoice, models
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.positions import NoPositions
-from moe_jax.layers.routers import (
-  ExpertChoice,
-  Hash,
-  NoisyTopK,
-  Random,
-  TokenChoice,
-)
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 

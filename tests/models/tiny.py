@@ -72,6 +72,20 @@ def params_of(model, seed=0):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def draw(*shape, seed=0, dtype='float32'):
+  values = np.random.default_rng(seed).normal(size=shape)
+  return values.astype(jnp.dtype(dtype))
+
+
+def layer_params(layer, *args, seed=0, **kwargs):
+  """Random parameters of a layer that is called with these arguments."""
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), *args, **kwargs)
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  return tree.unflatten(
+    [draw(*leaf.shape, seed=seed + i) for i, leaf in enumerate(leaves)]
+  )
+
+
 def tokens(seed=0, shape=(B, T)):
   rng = np.random.default_rng(seed)
   return rng.integers(0, V, shape).astype(np.int32)

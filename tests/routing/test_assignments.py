@@ -36,23 +36,6 @@ def by_slot(routing):
   return Routing.of_slots(jnp.asarray(token, jnp.int32), jnp.asarray(gate), S)
 
 
-def test_a_routing_carries_its_sizes_through_jit_as_python_ints():
-  routing = by_token()
-  assert len(jax.tree.leaves(routing)) == 4
-  traced_sizes = []
-
-  @jax.jit
-  def double_gates(routing):
-    traced_sizes.append((routing.num_experts, routing.capacity))
-    return jax.tree.map(lambda x: x * 2, routing)
-
-  out = double_gates(routing)
-  assert isinstance(out, Routing)
-  assert traced_sizes == [(E, C)]
-  assert (out.num_experts, out.capacity, out.group_size) == (E, C, S)
-  np.testing.assert_array_equal(out.gate, 2 * np.asarray(routing.gate))
-
-
 def test_both_views_answer_alike():
   routing = by_token()
   assert np.any(routing.kept) and not np.all(routing.kept)

@@ -1,4 +1,4 @@
-"""Balancing losses: values at balance and at collapse, masks, gradients."""
+"""Balancing losses: values at balance and at collapse, and gradients."""
 
 import functools
 
@@ -30,7 +30,9 @@ def example(seed, K=3):
   logits = rng.normal(size=(G, S, E))
   probs = jnp.asarray(reference.softmax(logits), jnp.float32)
   logits = jnp.asarray(logits, jnp.float32)
-  mask = jnp.asarray(rng.random((G, S)) < (0.6 if seed else 1.0))
+  mask = rng.random((G, S)) < (0.6 if seed else 1.0)
+  mask[1] &= seed != 1  # a group of padding
+  mask = jnp.asarray(mask)
   routing = route(logits, num_selected=K, capacity=None, mask=mask)
   return logits, mask, probs, routing
 
@@ -109,43 +111,6 @@ def test_z_loss_of_zero_logits_is_log_of_the_experts_squared():
   # A shift changes no probability, but makes logsumexp 1000 + log(5).
   loss = z_loss(jnp.full((G, S, E), 1000.0), ALL)
   np.testing.assert_allclose(loss, [(1000 + np.log(E)) ** 2] * G, rtol=1e-6)
-
-
-@jax.jit
-def losses_of(logits, index, mask):
-  """All losses as a function of logits for fixed choices, [5, G]."""
-  probs = jax.nn.softmax(logits)
-  gate = jnp.take_along_axis(probs, index, axis=-1)
-  return jnp.stack(all_losses(logits, probs, gate, index, mask))
-
-
-gradients_of = jax.jit(jax.jacrev(losses_of))
-
-
-def test_masked_tokens_change_nothing():
-  logits, mask, _, routing = example(2)
-  real = np.asarray(mask)
-  assert 0 < real.sum() < real.size
-  index = routing.expert_index
-  other_logits = np.where(real[..., None], logits, 50 - 9 * np.asarray(logits))
-  other_index = np.where(real[..., None], index, E - 1 - np.asarray(index))
-  other_inputs = jnp.asarray(other_logits), jnp.asarray(other_index)
-  np.testing.assert_array_equal(
-    losses_of(logits, index, mask), losses_of(*other_inputs, mask)
-  )
-  gradient = np.asarray(gradients_of(*other_inputs, mask))
-  assert not gradient[..., ~real, :].any()
-  per_loss = np.abs(gradient.sum(1)).max((1, 2, 3))  # [5]
-  assert (per_loss > 1e-4).all()
-
-
-def test_a_group_of_padding_loses_nothing():
-  logits, _, _, routing = example(0)
-  mask = jnp.asarray(np.array([[True], [False]]).repeat(S, 1))
-  args = logits, routing.expert_index, mask
-  losses, gradient = (np.asarray(f(*args)) for f in (losses_of, gradients_of))
-  assert not losses[:, 1].any() and not gradient[:, 1].any()
-  assert losses[:, 0].all() and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize('choices', ['all', 'first'])

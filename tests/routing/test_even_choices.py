@@ -1,4 +1,4 @@
-"""Choices at random or in turn: by definition, even, served as others are."""
+"""Choices at random or in turn: by definition, and even."""
 
 import collections
 import itertools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import even_choice, random_choice
+from moe_jax.routing import random_choice
 from moe_jax.routing.rules_without_logits import choice_in_turn
 from tests import reference
 
@@ -42,32 +42,6 @@ def test_draws_are_used_as_the_definition_says():
   np.testing.assert_array_equal(choice(0)[1, :40], expected)
 
 
-@pytest.mark.parametrize('slot_priority', ['token_major', 'choice_major'])
-def test_even_choices_are_served_as_equal_logits_would_be(slot_priority):
-  # Random experts have slots and queues as others; only their gates differ.
-  index = choice(2)[:, :9]
-  mask = np.ones((G, 9), bool)
-  mask[1, 4:] = False
-  routing = jax.jit(
-    lambda index, mask: even_choice(
-      index, num_experts=E, capacity=3, mask=mask, slot_priority=slot_priority
-    )
-  )(index, mask)
-  routing = jax.tree.map(np.asarray, routing)
-  lines = [reference.visits(slot_priority, np.zeros((9, E)), K)] * G
-  for g, line in enumerate(lines):
-    load = collections.Counter()
-    for s, k in line:
-      expert = index[g, s, k]
-      served = mask[g, s] and load[expert] < 3
-      assert routing.kept[g, s, k] == served
-      assert routing.gate[g, s, k] == (0.5 if served else 0.0)
-      if mask[g, s]:
-        assert routing.slot[g, s, k] == load[expert]
-        load[expert] += 1
-  assert not routing.kept[mask].all()
-
-
 def loads(index, mask, E):
   """The choices of each expert in each group, in plain loops."""
   count = np.zeros((len(mask), E), int)
@@ -88,19 +62,12 @@ def test_three_tokens_take_the_experts_in_turn():
 def test_loads_of_a_group_differ_by_one_at_most(E, K):
   rng = np.random.default_rng(E)
   for first in (0, 3):
-    mask = rng.random((6, 11)) < 0.7
-    index = np.asarray(
-      choice_in_turn(
-        jnp.asarray(mask), num_experts=E, num_selected=K, first=first
-      )
-    )
-    assert index.min() >= 0 and index.max() < E
-    assert all(len(set(row)) == K for row in index.reshape(-1, K))
-    assert np.ptp(loads(index, mask, E), axis=1).max() <= 1
-    full = np.ones_like(mask)
-    index = np.asarray(
-      choice_in_turn(
-        jnp.asarray(full), num_experts=E, num_selected=K, first=first
-      )
-    )
-    assert np.ptp(loads(index, full, E).sum(0)) <= 1  # over all groups, too
+    for mask in (rng.random((6, 11)) < 0.7, np.ones((6, 11), bool)):
+      sizes = dict(num_experts=E, num_selected=K, first=first)
+      index = np.asarray(choice_in_turn(jnp.asarray(mask), **sizes))
+      assert index.min() >= 0 and index.max() < E
+      assert all(len(set(row)) == K for row in index.reshape(-1, K))
+      load = loads(index, mask, E)
+      assert np.ptp(load, axis=1).max() <= 1
+      if mask.all():  # over all groups, too
+        assert np.ptp(load.sum(0)) <= 1

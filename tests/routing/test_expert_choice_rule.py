@@ -111,21 +111,3 @@ def test_logits_of_half_precision_are_routed_in_float32():
   exact = expert_choice(half.astype(jnp.float32), capacity=C)
   assert routing.gate.dtype == jnp.float32
   np.testing.assert_array_equal(routing.gate, exact.gate)
-
-
-def test_gates_teach_the_router_about_those_taken():
-  @jax.jit
-  def gradient_and_routing(logits):
-    def total(logits):
-      routing = expert_choice(logits, capacity=1)
-      return (routing.gate**2).sum(), routing
-
-    return jax.grad(total, has_aux=True)(logits)
-
-  gradient, routing = gradient_and_routing(draw(3))
-  is_taken = np.zeros((G, S), bool)
-  for g in range(G):
-    is_taken[g, np.asarray(routing.token_index[g]).ravel()] = True
-  size = np.abs(gradient).max(-1)
-  assert (size[is_taken] > 1e-4).all() and not size[~is_taken].any()
-  assert is_taken.any() and not is_taken.all()

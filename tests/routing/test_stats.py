@@ -21,13 +21,10 @@ measure = jax.jit(routing_stats)
 route = jax.jit(
   token_choice,
   static_argnames=(
-    'num_selected',
-    'capacity',
-    'slot_priority',
-    'second_policy',
+    'num_selected', 'capacity', 'slot_priority', 'second_policy',
     'second_threshold',
   ),
-)
+)  # fmt: skip
 
 
 @functools.cache

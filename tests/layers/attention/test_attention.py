@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import (
-  Attention,
-  AttentionOptions,
-  Gpt2,
-  Numerics,
-  Shared,
-)
-from moe_jax.layers.attention.attention import project_memory
+from moe_jax.layers import Attention, AttentionOptions, Gpt2, Numerics, Shared
 from moe_jax.layers.parameters import roles_of
 from tests.models import tiny
 
@@ -76,9 +69,8 @@ def defined_output(p, x, mask, bias, clip):
       y = normed(y, p[f'{name}_norm'])
     heads[name] = jnp.asarray(np.clip(y, -clip, clip), jnp.float32)
   y = jax.nn.dot_product_attention(**heads, mask=mask, bias=bias)
-  return np.einsum('bthd,hdm->btm', y, p['w_out']) + np.asarray(
-    p.get('b_out', 0)
-  )
+  y = np.einsum('bthd,hdm->btm', y, p['w_out'])
+  return y + np.asarray(p.get('b_out', 0))
 
 
 def make(kv_heads=N, shared=Shared(), causal=True, dropout=0.0, **options):
@@ -136,9 +128,7 @@ def test_bfloat16_scores_are_float32():
   y = jax.jit(lambda p: layer.apply({'params': p}, x, None, positions))(p)
   assert y.dtype == jnp.bfloat16
   expected = np.e / (1 + np.e)  # about 0.73
-  np.testing.assert_allclose(
-    np.asarray(y, np.float32)[0, 1, 3], expected, atol=0.01
-  )
+  np.testing.assert_allclose(np.float32(y[0, 1, 3]), expected, atol=0.01)
 
 
 def test_dropout_is_unbiased_and_only_in_training():
@@ -166,48 +156,19 @@ def test_scores_that_are_not_scaled_start_as_those_that_are():
     params = nn.meta.unbox(params)
     return [np.std(np.asarray(params[f'w_{n}'])) for n in ('query', 'key')]
 
-  (query, key), (unscaled_query, unscaled_key) = map(
-    start, ('head_width', 'none')
-  )
-  np.testing.assert_allclose(unscaled_query, query / 16**0.5, rtol=0.05)
-  np.testing.assert_allclose(unscaled_key, key, rtol=0.05)
-
-
-def test_sizes_that_are_zero_are_those_of_the_model():
-  options = AttentionOptions(num_heads=4).within(24)
-  assert (options.num_kv_heads, options.head_width) == (4, 6)
-  explicit = AttentionOptions(num_heads=4, num_kv_heads=2, head_width=5)
-  assert explicit.within(24) == explicit
+  query, key = start('head_width')
+  expected = [query / 16**0.5, key]
+  np.testing.assert_allclose(start('none'), expected, rtol=0.05)
 
 
 def test_an_encoder_and_its_memory_have_no_window():
   x, segment_ids, positions = inputs()
+  keys = dict(memory=x, key_segment_ids=segment_ids)
+  args = {'params': parameters()}, x, segment_ids, positions
   for causal, cross in ((True, False), (False, False), (False, True)):
-    outputs = [
-      Attention(
-        AttentionOptions(H, N, D, window=window), causal=causal, cross=cross
-      ).apply(
-        {'params': parameters()},
-        x,
-        segment_ids,
-        positions,
-        memory=x,
-        key_segment_ids=segment_ids,
-      )
-      for window in (0, 2)
-    ]
+    layers = (
+      Attention(AttentionOptions(H, N, D, window=w), causal=causal, cross=cross)
+      for w in (0, 2)
+    )
+    outputs = [layer.apply(*args, **keys) for layer in layers]
     assert np.array_equal(*outputs) == (not causal)
-
-
-def test_keys_of_an_encoder_are_normed_as_the_layers_own():
-  options = AttentionOptions(
-    H, N, D, qk_norm='all', clip=0.6, qk_norm_epsilon=EPSILON
-  )
-  p, x = parameters('all'), inputs()[0]
-  key, value = project_memory(Shared(), options, p, x)
-  y = normed(np.einsum('btm,mhd->bthd', x, p['w_key']), p['key_norm'])
-  np.testing.assert_allclose(
-    key, np.clip(y, -0.6, 0.6).swapaxes(1, 2), rtol=1e-4, atol=1e-5
-  )
-  y = np.einsum('btm,mhd->bhtd', x, p['w_value'])
-  np.testing.assert_allclose(value, np.clip(y, -0.6, 0.6), atol=1e-5)

@@ -18,6 +18,7 @@ from moe_jax.layers.attention.blockwise import blocks_of
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS, attend
 from moe_jax.layers.attention.keys import Keys, masked_softmax
 from moe_jax.partitioning import make_mesh
+from tests.models.tiny import assert_trees_close
 
 B, H, N, D = 2, 6, 2, 5
 OTHERS = [n for n in IMPLEMENTATIONS if n not in ('auto', 'einsum')]
@@ -182,11 +183,7 @@ def test_rows_and_heads_on_several_devices_change_nothing(implementation):
     'ids': split(extra['ids'], 'data'), 'sinks': split(extra['sinks'], 'tensor')
   }  # fmt: skip
   result = program(implementation, Keys())(rows, extra)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-    result,
-    expected,
-  )
+  assert_trees_close(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_hidden_keys_are_left_out():

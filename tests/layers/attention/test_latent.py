@@ -1,13 +1,14 @@
-"""Multi-head latent attention, by its definition and from its cache."""
+"""Multi-head latent attention by its definition.
+
+That its cache gives the same is in `tests/models/test_decoding.py`.
+"""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.config import fields_of
 from moe_jax.layers import (
   LatentAttention,
   LatentOptions,
@@ -16,7 +17,6 @@ from moe_jax.layers import (
   Shared,
   Yarn,
 )
-from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.parameters import roles_of
 from moe_jax.models import lora
 from tests.layers.attention.test_attention import defined_mask, draw, inputs
@@ -30,13 +30,8 @@ POSITIONS = Rotary(10.0, interleaved=True, scaling=YARN)
 
 
 def options(query_rank=Q, **changes):
-  sizes = dict(
-    kv_rank=R,
-    plain_width=PLAIN,
-    rotary_width=ROTARY,
-    value_width=VALUE,
-    norm_epsilon=EPSILON,
-  )
+  widths = dict(plain_width=PLAIN, rotary_width=ROTARY, value_width=VALUE)
+  sizes = dict(kv_rank=R, norm_epsilon=EPSILON, **widths)
   return LatentOptions(H, query_rank=query_rank, **sizes | changes)
 
 
@@ -153,57 +148,12 @@ def test_implementations_agree_in_value_and_gradient():
 def test_few_queries_meet_the_cache_as_it_is():
   # Each query costs 2 (5 + 2) - (3 + 2 + 6) = 3 products more a head and slot,
   # and expanding a slot 5 (3 + 6) = 45.
+  assert options().cached_shapes == ((1, R + ROTARY), (1, 0))
   assert options().absorbs(15)
   assert not options().absorbs(16)
   # DeepSeek-V2's prompts of 158 tokens and more are expanded.
   published = LatentOptions(128)
   assert published.absorbs(157) and not published.absorbs(158)
-
-
-class Expanding(LatentOptions):
-  """Options of a layer that always expands its cache."""
-
-  def absorbs(self, num_queries):
-    return False
-
-
-def test_the_cache_as_it_is_gives_what_it_expands_to():
-  x, _, positions = inputs()
-  o = options(window=5)
-  cache = KVCache.make(
-    lengths=(T, T),
-    stacked=False,
-    batch_size=B,
-    max_len=T,
-    shapes=o.cached_shapes,
-    dtype='float32',
-  )
-  results = []
-  for cls in (LatentOptions, Expanding):
-    fields = {name: getattr(o, name) for name in fields_of(LatentOptions)}
-    module = LatentAttention(cls(**fields), Shared(), POSITIONS)
-    step = jax.jit(
-      lambda x, mask, indices, cache, module=module: module.apply(
-        {'params': kernels()}, x, mask, indices, None, cache, 1, method='decode'
-      )
-    )
-    filled, outputs = cache, []
-    for part in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
-      mask = jnp.ones_like(positions[:, part], bool)
-      filled, indices = filled.begin(mask)
-      y, filled = step(x[:, part], mask, indices, filled)
-      filled = filled.advance(mask.shape[1])
-      outputs.append(y)
-    results.append((np.concatenate(outputs, 1), filled))
-  (y, filled), (expanded, other) = results
-  np.testing.assert_allclose(y, expanded, rtol=1e-4, atol=1e-5)
-  tiny.assert_trees_close(filled.key, other.key)
-  rows = jnp.tile(jnp.arange(T)[None], (B, 1))
-  module = LatentAttention(o, Shared(), POSITIONS)
-  uncached = jax.jit(module.apply)({'params': kernels()}, x, None, rows)
-  np.testing.assert_allclose(y, uncached, rtol=1e-4, atol=1e-4)
-  sizes = [leaf.size for leaf in jax.tree.leaves((filled.key, filled.value))]
-  assert sum(sizes) == 2 * B * T * (R + ROTARY)
 
 
 def test_adapters_find_the_inputs_of_all_kernels():
@@ -212,10 +162,5 @@ def test_adapters_find_the_inputs_of_all_kernels():
     lora.LoraOptions(rank=2, parts='attention'), models.describe(model)
   )
   inputs_of = {path[-1]: k.inputs for path, k in adapters.kernels.items()}
-  assert inputs_of == {
-    'w_query_down': 1,
-    'w_query_up': 1,
-    'w_kv_down': 1,
-    'w_kv_up': 1,
-    'w_out': 2,
-  }
+  names = ('w_query_down', 'w_query_up', 'w_kv_down', 'w_kv_up')
+  assert inputs_of == dict.fromkeys(names, 1) | {'w_out': 2}

@@ -104,17 +104,3 @@ def test_codes_equal_the_numbers_they_stand_for(
     run(options, codes, x), expected, rtol=1e-6, atol=2e-5
   )
   assert np.abs(expected).max() > 1
-
-
-@pytest.mark.parametrize('name', FORMATS)
-def test_parameters_have_the_shapes_of_the_format(name):
-  codes, _, format = params_of(KernelFormat(name))
-  layer = MoE(options_of(format, Gather())[0], SHARED)
-  initial = nn.meta.unbox(
-    jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3, M)))
-  )['params']
-  described = [
-    jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-    for tree in (initial, codes)
-  ]
-  assert described[0] == described[1]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from moe_jax import (
   All,
@@ -24,6 +23,7 @@ from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.parameters import roles_of
 from moe_jax.models.selection import names_of
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, M, E, K, F, H = 2, 7, 6, 5, 3, 4, 9
 RENORMALIZED = TokenChoice(gates='renormalized')
@@ -40,20 +40,13 @@ def options(activation='swiglu', **moe):
   )
 
 
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
 @functools.cache
 def compiled(layer):
   return jax.jit(lambda p, x, mask: layer.apply({'params': p}, x, mask))
 
 
 def random_params(layer):
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
-  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  return tree.unflatten([draw(*x.shape, seed=i) for i, x in enumerate(leaves)])
+  return tiny.layer_params(layer, jnp.ones((B, T, M)))
 
 
 def feed_forward(p, x):
@@ -90,10 +83,8 @@ def test_it_adds_a_feed_forward_of_every_token(gated):
 def test_a_dropped_token_still_meets_it_and_padding_does_not():
   # Each expert has one slot, so that most choices are dropped. Biases would
   # make zeros of padding something else.
-  layer = MoE(
-    options('relu', shared_expert=SharedExpertOptions(H), capacity=Fixed(1)),
-    Shared(use_bias=True),
-  )
+  moe = dict(shared_expert=SharedExpertOptions(H), capacity=Fixed(1))
+  layer = MoE(options('relu', **moe), Shared(use_bias=True))
   params, x = random_params(layer), draw(B, T, M)
   mask = np.arange(T)[None] < np.array([[T], [4]])
   y, aux = compiled(layer)(params, x, mask)
@@ -120,15 +111,12 @@ def test_the_dense_twin_is_wider_by_it():
 
 
 def test_costs_count_it_as_a_dense_part_of_every_token():
-  plain, gated = (
-    tiny.build(
-      dict(shared_expert=SharedExpertOptions(H, gate)), ffn=dict(hidden=F)
-    )
-    for gate in (False, True)
-  )
-  without = cost.count(tiny.build(ffn=dict(hidden=F)), 10)
-  for model, kernels in ((plain, 2 * 12 * H), (gated, 2 * 12 * H + 12)):
-    counted = cost.count(model, 10)
+  def count(**moe):
+    return cost.count(tiny.build(moe, ffn=dict(hidden=F)), 10)
+
+  without = count()
+  for gate, kernels in ((False, 2 * 12 * H), (True, 2 * 12 * H + 12)):
+    counted = count(shared_expert=SharedExpertOptions(H, gate))
     added = 2 * kernels  # in each of two layers
     assert counted.total_params == without.total_params + added
     assert counted.active_params == without.active_params + added
@@ -141,12 +129,9 @@ def test_its_parameters_have_a_role_of_their_own():
   layer = MoE(options(shared_expert=SharedExpertOptions(H, gated=True)))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
   roles = roles_of(shapes['params'])
-  assert names_of('shared_experts', roles) == {
-    'shared_expert/w_gate',
-    'shared_expert/ffn/w_gate',
-    'shared_expert/ffn/w_in',
-    'shared_expert/ffn/w_out',
+  experts = {f'w_{name}' for name in ('in', 'gate', 'out')}
+  assert names_of('experts', roles) == {f'experts/{n}' for n in experts}
+  shared = {f'shared_expert/ffn/{n}' for n in experts} | {
+    'shared_expert/w_gate'
   }
-  assert names_of('experts', roles).isdisjoint(
-    names_of('shared_experts', roles)
-  )
+  assert names_of('shared_experts', roles) == shared

@@ -3,21 +3,16 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from moe_jax import All, Shared, TokenChoice
 from moe_jax.layers.routers import Sizes, TokenInfo
 from tests.models import tiny
+from tests.models.tiny import draw
 
 G, S, E, K, M = 3, 8, 5, 2, 6
 IDS = np.random.default_rng(3).integers(0, 9, (G, S)).astype(np.int32)
-
-
-def draw(*shape, seed=0, dtype='float32'):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(jnp.dtype(dtype))
 
 
 def some_mask():

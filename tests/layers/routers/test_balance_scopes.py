@@ -14,6 +14,7 @@ import pytest
 from moe_jax import All, Shared, TokenChoice
 from moe_jax.layers.routers import Sizes
 from tests import reference
+from tests.models.tiny import draw
 
 B, T, E, K, M = 8, 6, 5, 2, 4
 NAMES = ('sequence_balance', 'batch_balance', 'global_balance')
@@ -25,17 +26,12 @@ ALL_SCOPES = TokenChoice(
 )
 
 
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
-def aux_of(options, x, mask, w, row_length=T, num_selected=K):
+def routed(options, x, mask, w, row_length=T, num_selected=K, **variables):
   sizes = Sizes(w.shape[1], num_selected, All(), row_length)
   module = options.module(sizes, Shared(), 'router')
-  params = {'params': {'w': jnp.asarray(w)}}
-  run = jax.jit(lambda x, mask: module.apply(params, x, mask))
-  return run(jnp.asarray(x), jnp.asarray(mask))[1]
+  variables['params'] = {'w': jnp.asarray(w)}
+  run = jax.jit(lambda x, mask: module.apply(variables, x, mask))
+  return run(jnp.asarray(x), jnp.asarray(mask))
 
 
 def test_even_in_the_batch_is_not_even_in_each_row():
@@ -45,7 +41,7 @@ def test_even_in_the_batch_is_not_even_in_each_row():
   # probabilities are 1/2, and the loss is 1.
   x = np.log([[[0.8, 0.2]] * 2, [[0.2, 0.8]] * 2]).astype(np.float32)
   options = dataclasses.replace(ALL_SCOPES, batch_balance_rows=1)
-  aux = aux_of(options, x, np.ones((2, 2), bool), np.eye(2), 2, 1)
+  _, aux = routed(options, x, np.ones((2, 2), bool), np.eye(2), 2, 1)
   for name, loss in zip(NAMES, (1.6, 1.6, 1.0), strict=True):
     total = getattr(aux, f'{name}_loss')
     np.testing.assert_allclose(total / 4, loss, rtol=1e-6)
@@ -53,10 +49,7 @@ def test_even_in_the_batch_is_not_even_in_each_row():
 
 @pytest.mark.parametrize(
   ('group_size', 'scores', 'choices'),
-  [
-    (T // 2, 'sigmoid', 'all'),
-    (3 * T, 'softmax', 'first'),
-  ],
+  [(T // 2, 'sigmoid', 'all'), (3 * T, 'softmax', 'first')],
 )
 def test_losses_are_those_of_rows_whatever_the_groups(
   group_size, scores, choices
@@ -70,7 +63,7 @@ def test_losses_are_those_of_rows_whatever_the_groups(
   padding = -(B * T) % group_size
   groups = np.pad(x.reshape(-1, M), ((0, padding), (0, 0)))
   in_groups = np.pad(mask.ravel(), (0, padding)).reshape(-1, group_size)
-  aux = aux_of(options, groups.reshape(-1, group_size, M), in_groups, w)
+  _, aux = routed(options, groups.reshape(-1, group_size, M), in_groups, w)
   logits = x.astype(np.float64) @ w
   probs = reference.softmax(logits)
   if scores == 'sigmoid':
@@ -94,24 +87,13 @@ def test_with_a_bias_they_count_choices_without_it():
   biased = dataclasses.replace(
     ALL_SCOPES, gates='sigmoid', balance_bias_rate=0.1
   )
-  sizes = Sizes(E, K, All(), T)
-  params = {'w': jnp.asarray(draw(M, E, seed=1))}
-  x, mask = jnp.asarray(draw(B, T, M)), jnp.ones((B, T), bool)
-
-  def losses(options, **variables):
-    module = options.module(sizes, Shared(), 'router')
-    variables['params'] = params
-    run = jax.jit(lambda x: module.apply(variables, x, mask))
-    chosen, aux = run(x)
-    return chosen.expert_index, aux
-
+  args = draw(B, T, M), np.ones((B, T), bool), draw(M, E, seed=1)
   bias = {'balance_bias': jnp.array([0.0, 0, 0, 5, 5])}
-  index, aux = losses(biased, router_state=bias)
-  assert set(np.unique(index)) == {3, 4}
-  unbiased = losses(dataclasses.replace(biased, balance_bias_rate=0.0))[1]
+  chosen, aux = routed(biased, *args, router_state=bias)
+  assert set(np.unique(chosen.expert_index)) == {3, 4}
+  plain = dataclasses.replace(biased, balance_bias_rate=0.0)
+  _, unbiased = routed(plain, *args)
   for name in NAMES:
-    loss = getattr(aux, f'{name}_loss')
-    np.testing.assert_allclose(
-      loss, getattr(unbiased, f'{name}_loss'), rtol=1e-6
-    )
+    loss, expected = (getattr(a, f'{name}_loss') for a in (aux, unbiased))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
   assert abs(aux.balance_loss - unbiased.balance_loss) > 1.0

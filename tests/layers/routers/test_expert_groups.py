@@ -44,26 +44,17 @@ def published(options, logits, bias):
   return chosen, gate * options.gate_scale
 
 
+SIGMOID = dataclasses.replace(V3, gates='sigmoid')
+
+
 @pytest.mark.parametrize(
-  'options',
-  [
-    V3,
-    V2,
-    pytest.param(
-      dataclasses.replace(V3, gates='sigmoid'), marks=pytest.mark.slow
-    ),
-  ],
+  'options', [V3, V2, pytest.param(SIGMOID, marks=pytest.mark.slow)]
 )
 def test_experts_and_gates_are_those_of_the_papers(options):
   w, x = draw(M, E, seed=1), draw(G, S, M)
-  chosen, aux = route(
-    options,
-    {'w': w},
-    x,
-    num_experts=E,
-    num_selected=K,
-    state={'balance_bias': jnp.asarray(BIAS)} if options.keeps_state else None,
-  )
+  state = {'balance_bias': jnp.asarray(BIAS)} if options.keeps_state else None
+  sizes = dict(num_experts=E, num_selected=K)
+  chosen, aux = route(options, {'w': w}, x, state=state, **sizes)
   logits = x.astype(np.float64) @ w
   for g, s in np.ndindex(G, S):
     index, gate = published(options, logits[g, s], BIAS)
@@ -80,15 +71,9 @@ def test_gates_of_sigmoids_that_vanish_stay_finite():
   # With logits of -60 the sum of the sigmoids is far below 1e-20, and so are
   # the gates; their gradient is finite, too.
   def total(x):
-    chosen, _ = route(
-      dataclasses.replace(V3, balance_bias_rate=0.0),
-      {'w': np.eye(E, dtype=np.float32)},
-      x,
-      num_experts=E,
-      num_selected=K,
-      ids=None,
-    )
-    return chosen.gate.sum()
+    options = dataclasses.replace(V3, balance_bias_rate=0.0)
+    w, sizes = np.eye(E, dtype=np.float32), dict(num_experts=E, num_selected=K)
+    return route(options, {'w': w}, x, ids=None, **sizes)[0].gate.sum()
 
   value, gradient = jax.value_and_grad(total)(jnp.full((1, 1, E), -60.0))
   assert 0 < value < 1e-4

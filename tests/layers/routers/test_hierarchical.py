@@ -7,13 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax import (
-  All,
-  Hierarchical,
-  NoisyTopK,
-  Shared,
-  TokenChoice,
-)
+from moe_jax import All, Hierarchical, NoisyTopK, Shared, TokenChoice
 from moe_jax.layers.routers import Sizes
 from tests import reference
 from tests.layers.routers.run import draw
@@ -66,19 +60,11 @@ def test_all_choices_with_gates_that_are_copies_are_the_flat_product():
   branch = {'w': w, 'w_branch': np.stack([inner] * a)}
   chosen, aux = compiled(nested)(branch, x, mask)
   expected, flat_aux = compiled(single)(flat_params, x, mask)
-  gates, flat_gates = (
-    np.take_along_axis(
-      np.asarray(r.gate), np.asarray(r.expert_index).argsort(-1), -1
-    )
-    for r in (chosen, expected)
-  )
-  np.testing.assert_allclose(gates, flat_gates, rtol=1e-4)
-  np.testing.assert_allclose(
-    aux.importance_loss, flat_aux.importance_loss, rtol=1e-4
-  )
-  np.testing.assert_allclose(
-    aux.stats.entropy, flat_aux.stats.entropy, rtol=1e-4
-  )
+  tiny.assert_trees_close(
+    *((r.token_gates(), a.importance_loss, a.stats.entropy)
+      for r, a in ((chosen, aux), (expected, flat_aux))),
+    rtol=1e-4,
+  )  # fmt: skip
 
 
 def in_numpy(params, x):
@@ -116,10 +102,7 @@ def test_choices_gates_and_losses_are_those_of_the_book():
 
 
 def params_of_router(module):
-  x, mask = x_and_mask()
-  shapes = jax.eval_shape(module.init, jax.random.key(0), x, mask)
-  shapes = nn.meta.unbox(shapes)['params']
-  return {k: draw(*v.shape, seed=i) for i, (k, v) in enumerate(shapes.items())}
+  return tiny.layer_params(module, *x_and_mask())
 
 
 def test_gates_start_with_the_fan_in_of_one_branch():
@@ -135,21 +118,10 @@ def test_gates_start_with_the_fan_in_of_one_branch():
 
 def test_work_does_not_grow_with_the_branches():
   # A gate over all 512 experts would multiply each token by 512 columns.
-  x, mask = jnp.ones((B, T, M)), jnp.ones((B, T), bool)
-  module = build(two_levels(32, 16))
-  text = str(
-    jax.make_jaxpr(
-      lambda x: module.init_with_output(jax.random.key(0), x, mask)[0][0].gate
-    )(x)
-  )
-  assert f'{B},{T},512]' not in text
-  single = build(flat(512, 4))
-  text = str(
-    jax.make_jaxpr(
-      lambda x: single.init_with_output(jax.random.key(0), x, mask)[0][0].gate
-    )(x)
-  )
-  assert f'{B},{T},512]' in text
+  for router, grows in ((two_levels(32, 16), False), (flat(512, 4), True)):
+    init = functools.partial(build(router).init_with_output, jax.random.key(0))
+    program = jax.make_jaxpr(lambda *args, f=init: f(*args)[0][0].gate)
+    assert (f'{B},{T},512]' in str(program(*x_and_mask()))) == grows
 
 
 def test_noise_is_drawn_at_both_levels_in_training_alone():

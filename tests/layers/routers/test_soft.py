@@ -22,6 +22,7 @@ from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.soft_rule import soft_routing
 from tests import reference
 from tests.models import tiny
+from tests.models.tiny import draw
 
 B, T, M, E, P, F = 8, 7, 6, 4, 3, 5
 OPTIONS = MoeOptions(
@@ -31,11 +32,6 @@ OPTIONS = MoeOptions(
   expert=FeedForwardExpert(F, 'relu'),
   dispatch=Einsum(),
 )
-
-
-def draw(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
 
 
 PARAMS = {
@@ -71,10 +67,9 @@ def test_a_slot_is_a_mean_of_tokens_and_a_token_one_of_slots():
 def test_a_layer_equals_a_loop_over_slots():
   x = draw(B, T, M)
   y, aux = run(PARAMS, jnp.asarray(x), jnp.asarray(MASK))
-  p = {n: v.astype(np.float64) for n, v in PARAMS['experts'].items()}
+  w_in, w_out = map(np.float64, PARAMS['experts'].values())
   experts = [
-    lambda v, e=e: np.maximum(v @ p['w_in'][e], 0) @ p['w_out'][e]
-    for e in range(E)
+    lambda v, e=e: np.maximum(v @ w_in[e], 0) @ w_out[e] for e in range(E)
   ]
   for b in range(B):
     real = x[b, MASK[b]].astype(np.float64)
@@ -147,11 +142,8 @@ def test_a_run_never_mixes_examples(size, run, problem):
     kind='encoder_decoder',
     encoder=EncoderOptions(2, {'moe': SOFT | {'group_size': size}}),
   )
-  shape = models.RunShape(
-    **(dict(total_steps=1, rows=4, microbatches=1, seq_len=8) | run),
-    target_len=6,
-  )
+  sizes = dict(total_steps=1, rows=4, microbatches=1, seq_len=8, target_len=6)
+  shape = models.RunShape(**sizes | run)
   problems = [p for p in options.problems_in(shape) if 'mix' in p]
-  assert [p.startswith(problem or '?') for p in problems] == [True] * bool(
-    problem
-  )
+  assert len(problems) == (problem is not None)
+  assert all(p.startswith(problem) for p in problems)

@@ -4,6 +4,8 @@ Losses and statistics are judged by the loops of `tests/reference.py`, noise and
 rounding by told logits. Which expert a token gets is in `tests/routing`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +17,8 @@ from moe_jax.layers.routers import Sizes
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD
 from tests import reference
-from tests.layers.routers.run import (
-  E,
-  G,
-  K,
-  M,
-  S,
-  draw,
-  module,
-  route,
-  some_mask,
-  start,
-)
+from tests.layers.routers import run
+from tests.layers.routers.run import E, G, K, M, S, draw, route, some_mask
 
 
 @pytest.mark.parametrize('balance_choices', ['all', 'first'])
@@ -47,10 +39,9 @@ def test_losses_and_statistics_are_sums_over_groups_by_real_tokens(
   logits, std = x @ w, np.log1p(np.exp(x @ w_noise))
   chosen = reference.token_choice(logits, num_selected=K, capacity=2, mask=mask)
   index = chosen.expert_index
-  gate = np.array(
-    [[reference.relative_gates(logits[g, s], index[g, s]) for s in range(S)]
-     for g in range(G)]
-  )  # fmt: skip
+  gate = np.zeros(index.shape)
+  for g, s in np.ndindex(G, S):
+    gate[g, s] = reference.relative_gates(logits[g, s], index[g, s])
   probability = reference.load_probability(logits, logits, std, K)
   tokens = mask.sum(1)
   losses = {
@@ -90,7 +81,7 @@ def test_importance_is_that_of_gates_with_their_noise():
 def test_the_load_that_is_kept_for_analysis_is_that_of_real_tokens():
   x, mask = draw(G, S, M), some_mask()
   params = {'w': draw(M, E, seed=1), 'w_noise': draw(M, E, seed=2)}
-  router = module(NoisyTopK(), Sizes(E, K, All()))
+  router = run.module(NoisyTopK(), Sizes(E, K, All()))
 
   @jax.jit
   def kept(x, mask):
@@ -119,17 +110,17 @@ def test_bfloat16_input_is_routed_in_float32():
   assert kinds | {chosen.gate.dtype} == {jnp.dtype('float32')}
 
 
-def test_jitter_multiplies_the_router_input_in_training_alone():
-  # With two experts, w = (3, 0) and x = 1, the logits differ by 3 * jitter.
+def factors_of_input(options, **kwargs):
+  """Factors of 300 inputs, as with w = (3, 0) and x = 1 logits differ by 3."""
   params = {'w': np.array([[3.0, 0.0]], np.float32)}
   x = np.ones((G, 100, 1), np.float32)
+  chosen, _ = route(options, params, x, num_experts=2, ids=None, **kwargs)
+  gate = np.asarray(chosen.gate, np.float64).ravel()
+  return np.log(gate / (1 - gate)) / 3
 
-  def factor(**kwargs):
-    chosen, _ = route(
-      TokenChoice(jitter=0.2), params, x, num_experts=2, ids=None, **kwargs
-    )
-    gate = np.asarray(chosen.gate, np.float64)
-    return np.log(gate / (1 - gate)).ravel() / 3
+
+def test_jitter_multiplies_the_router_input_in_training_alone():
+  factor = functools.partial(factors_of_input, TokenChoice(jitter=0.2))
 
   np.testing.assert_allclose(factor(), 1, rtol=1e-5)
   with pytest.raises(InvalidRngError, match='router'):
@@ -170,20 +161,11 @@ def test_sampled_choices_follow_the_probabilities_in_training_alone():
 
 
 def test_dropout_of_the_input_is_of_the_router_in_training_alone():
-  # With two experts, w = (3, 0) and x = 1, logits differ by 0 or by 3 / 0.8.
-  params = {'w': np.array([[3.0, 0.0]], np.float32)}
-  x = np.ones((G, 100, 1), np.float32)
-
-  def difference(**kwargs):
-    options = TokenChoice(input_dropout=0.2)
-    chosen, _ = route(options, params, x, num_experts=2, ids=None, **kwargs)
-    gate = np.asarray(chosen.gate, np.float64).ravel()
-    return np.log(gate / (1 - gate))
-
-  np.testing.assert_allclose(difference(), 3, rtol=1e-5)
-  differences = difference(train=True, key=0)
-  dropped = np.isclose(differences, 0, atol=1e-5)
-  np.testing.assert_allclose(differences[~dropped], 3 / 0.8, rtol=1e-4)
+  options = TokenChoice(input_dropout=0.2)
+  np.testing.assert_allclose(factors_of_input(options), 1, rtol=1e-5)
+  factors = factors_of_input(options, train=True, key=0)
+  dropped = np.isclose(factors, 0, atol=1e-5)
+  np.testing.assert_allclose(factors[~dropped], 1 / 0.8, rtol=1e-4)
   # The standard deviation of a share of 300 draws is 0.023.
   np.testing.assert_allclose(dropped.mean(), 0.2, atol=0.09)
 
@@ -254,13 +236,10 @@ def test_noise_is_drawn_from_its_stream_in_training_alone(name):
 
 def test_noisy_top_k_starts_from_zero_and_spreads_by_noise_alone():
   x = draw(G, 100, M)
-  params = start(NoisyTopK(), Sizes(E, K, All()), x)['params']
-  assert {name: w.shape for name, w in params.items()} == {
-    'w': (M, E),
-    'w_noise': (M, E),
-  }
-  assert not params['w'].any()
-  assert not params['w_noise'].any()
+  params = run.start(NoisyTopK(), Sizes(E, K, All()), x)['params']
+  shapes = {name: w.shape for name, w in params.items()}
+  assert shapes == {'w': (M, E), 'w_noise': (M, E)}
+  assert not params['w'].any() and not params['w_noise'].any()
   options = dict(num_selected=K, ids=None)
   _, clean = route(NoisyTopK(), params, x, **options)
   # Logits are equal: ties go to experts of lower number.

@@ -82,19 +82,13 @@ def test_the_limit_is_a_share_of_a_group_in_whole_tokens():
 def test_what_depends_on_later_tokens_is_said():
   sizes = Sizes(E, K, All())
   none_leave = dataclasses.replace(GATE, outgoing_fraction=0.0)
-  assert "use 'token_choice'" in GATE.causality(sizes).leak
-  assert 'token_choice' in GATE.causality(sizes).undecodable
-  for options in (UNLIMITED, none_leave):
-    assert options.causality(sizes).leak is None
-  assert UNLIMITED.causality(sizes).undecodable is None
   assert 'place in the batch' in none_leave.causality(sizes).undecodable
-  later = X + 10 * np.float32(np.arange(S) > 3)[:, None] * run.draw(
-    G, S, M, seed=5
+  assert UNLIMITED.causality(sizes) == none_leave.causality(sizes)._replace(
+    undecodable=None
   )
-  for options in (none_leave, GATE):
-    before, after = (route(options, x)[0] for x in (X, later))
-    unchanged = before.expert_index[:, :4] == after.expert_index[:, :4]
-    assert unchanged.all() == (options.causality(sizes).leak is None)
+  later = X + 10 * np.float32(np.arange(S) > 3)[:, None]
+  before, after = (route(none_leave, x)[0].expert_index for x in (X, later))
+  np.testing.assert_array_equal(before[:, :4], after[:, :4])
   # Slots leak as they do in other routers.
   slots = dataclasses.replace(UNLIMITED, slot_priority='choice_major')
   assert 'slot_priority' in slots.causality(Sizes(E, K, Fixed(slots=2))).leak
