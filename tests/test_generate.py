@@ -51,10 +51,14 @@ def expected(folder, prompts, **options):
   ).rows
 
 
-def test_one_prompt_is_streamed(run, capsys):
+def test_one_prompt_is_streamed(run, capsys, monkeypatch):
   likely = expected(run, ['def '])[0]
-  text = tokenizers.Bytes().decode(likely)
+  text, pieces, write = tokenizers.Bytes().decode(likely), [], sys.stdout.write
+  monkeypatch.setattr(
+    sys.stdout, 'write', lambda piece: pieces.append(piece) or write(piece)
+  )
   assert output_of(capsys, run, '--prompt=def ').out == text + '\n'
+  assert len(pieces) >= len(text)
   sampled = expected(run, ['def '], temperature=1.4, top_k=50, seed=6)[0]
   flags = '--temperature=1.4', '--top_k=50', '--seed=6'
   out = output_of(capsys, run, '--prompt=def ', *flags).out

@@ -181,13 +181,17 @@ def test_an_encoder_alone_has_experts_in_codes():
 
 def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
   run, output = tmp_path / 'run', tmp_path / 'int8'
-  params = folders.write(run, steps=(2, 3), model=MODEL)
+  bias = {'token_choice': {'gates': 'sigmoid', 'balance_bias_rate': 0.1}}
+  model = {**MODEL, 'moe': {**MODEL['moe'], 'router': bias}}
+  params = folders.write(run, steps=(2, 3), model=model)
   flags = ['--format=int8', '--method=rtn', '--step=2', f'--output={output}']
   command.main(['quantize', f'--run={run}', *flags])
   new = whole_run.read(output)
   names = {path[-2:] for path in coded_kernels(new)}
   assert names == {('experts', 'w_in'), ('experts', 'w_out')}
   models_tiny.assert_trees_close(numbers_of(new), params[2], atol=0.03)
+  states = (x.variables['router_state'] for x in (new, whole_run.read(run)))
+  models_tiny.assert_trees_close(*states, atol=0)
   # Beside the arrays, there are their names and the checkpoint's metadata.
   disk = whole_run.bytes_on_disk(output)
   assert 0 < disk - whole_run.bytes_in_memory(new.variables) < 40_000

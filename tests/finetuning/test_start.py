@@ -9,6 +9,7 @@ import pytest
 from moe_jax import finetuning, run_config
 from moe_jax.config import merge
 from moe_jax.training import loop, setup
+from tests import golden
 from tests.models.tiny import assert_trees_close
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -126,6 +127,13 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
   for message, config in {
     r'embedding: \[257, 16\] there': config_from(dense, {'width': 32}),
+    "is as small as ':runlocal' behind": merge(
+      golden.config('tiny_switch', 'runlocal'),
+      {
+        'init_from': {'workdir': str(dense)},
+        'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
+      },
+    ),
     'trained on tokens of bytes': merge(
       config_from(dense, data={'tokenizer': {'kind': 'chars'}}),
       {'init_from': {'keep_tokenizer': False}},

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+import safetensors
 
 from moe_jax import cli, generate, interop, run_config
 from moe_jax.config import merge, section_of
@@ -156,6 +157,9 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
   assert unfinished.startswith('.out.unfinished-')
   export_run(tmp_path / 'run', output)
   assert (output / 'tokenizer.json').exists()
+  # Earlier releases of transformers refuse files that do not say this.
+  with safetensors.safe_open(output / 'model.safetensors', 'np') as file:
+    assert file.metadata() == {'format': 'pt'}
   assert {path.name for path in tmp_path.iterdir()} == {'run', 'out'}
 
 

@@ -380,6 +380,18 @@ def test_what_bfloat16_has_is_kept_and_so_is_what_is_not_finite():
   np.testing.assert_array_equal(np.asarray(rounded, np.float32), x)
 
 
+def test_first_updates_are_those_of_adam_but_for_rounding():
+  params = random_tree(0)
+  ours, adam = HALVES(weight_decay=0.0), optax.scale_by_adam(0.9, 0.98)
+  ours = ours.preconditioner(AXES, None)
+  state, other = ours.init(params), adam.init(params)
+  for seed in (1, 2):
+    grads = random_tree(seed)
+    updates, state = jax.jit(ours.update)(grads, state)
+    expected, other = adam.update(grads, other)
+    tiny_models.assert_trees_close(updates, expected, atol=0.05)
+
+
 def test_noise_differs_between_steps_names_and_elements():
   first = np.asarray(noise('a', 1, (30, 40)))
   for other in (noise('a', 2, (30, 40)), noise('b', 1, (30, 40))):
