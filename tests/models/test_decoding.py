@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import models
+from moe_jax import generation, models
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Dropless, SharedExpertOptions, few_tokens
 from moe_jax.layers.norms import LayerNorm
@@ -248,6 +248,17 @@ def test_what_is_prepared_passes_through():
     assert {isinstance(leaf, jax.Array) for leaf in leaves} == {is_array}
   same_model, same_variables = model.for_decoding(variables)
   assert same_model is model and same_variables is variables
+
+
+def test_a_window_is_never_wider_than_the_models_own():
+  for own, expected in ((0, [0, 3, 9]), (4, [4, 3, 4])):
+    model = tiny.build(attention=dict(window=own))
+    variables = {'params': tiny.params_of(model)}
+    windows = (
+      generation.prepare(model, variables, window=window)[0]
+      for window in (0, 3, 9)
+    )
+    assert [x.blocks.block.attention.window for x in windows] == expected
 
 
 @pytest.mark.parametrize(
