@@ -152,6 +152,7 @@ STUDY = Study(
     **claim(DEEPSEEK, REMOVED, SHARED),
   },
   measure=without_shared,
+  gates={'loss: Switch < dense': ['*']},
   figure=Figure(['loss', 'largest load'], without=[REMOVED]),
   remarks="Loads are relative to the mean of each row's own experts.",
   written='2026-11-28',

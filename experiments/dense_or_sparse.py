@@ -261,6 +261,12 @@ STUDY = Study(
   },
   columns=COLUMNS,
   claims=claims(),
+  gates={
+    f'loss: {of_text(SPARSE, 1, 1)} < {of_text(TWIN, 1, 1)}': [
+      'sparse gains*',
+      '*overfits*',
+    ]
+  },
   figure=Figure(
     ['loss', GAP],
     'distinct text, MB',

@@ -140,6 +140,7 @@ STUDY = Study(
     'it gives some tokens three or four': f'{MANY}: {EC2} > 0',
   },
   measure=measure,
+  gates={'loss: top-2 < dense': ['* is better than top-*']},
   figure=Figure(['loss', UNSERVED, MANY]),
   remarks='Tokens without an expert are dropped by all their choices, or taken '
   'by no expert; the residual alone carries them.',

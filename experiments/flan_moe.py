@@ -246,6 +246,17 @@ STUDY = Study(
   },
   remarks=at_floor,
   written='2026-11-27',
+  gates={
+    'instructed: sparse, instructed < dense, instructed': [
+      'fine-tuned directly*',
+      'instructed first*',
+      'sparse gains*',
+      'freezing*',
+      'instruction tuning is worse*',
+      'the * helps',
+      'both losses*',
+    ]
+  },
   figure=Figure(
     ['instructed', 'zero-shot', 'fine-tuned'], without=[f'*{MORE}']
   ),

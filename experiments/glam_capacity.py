@@ -235,6 +235,7 @@ STUDY = Study(
   ],
   claims=CLAIMS,
   measure=measure,
+  gates={'loss: train 2; evaluated no drops < dense': ['*']},
   figure=Figure(['loss', 'dropped'], rows='slots a token'),
   remarks='"Generated" means that rows of a text are read token by token, 32 '
   'rows at a time, the tokens of a step being one group. These rows are not '

@@ -276,6 +276,7 @@ STUDY = Study(
       changes=SPEED_CHANGED,
     ),
   },
+  gates={'loss: token / task < dense': ['*beats*', 'sentences*']},
   figure=Figure(['loss', 'chrF', 'decoder']),
   rows=rows,
   measure=measure,

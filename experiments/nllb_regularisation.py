@@ -212,6 +212,13 @@ STUDY = Study(
   columns=COLUMNS,
   progress=ALL,
   claims=claims(),
+  gates={
+    'gap of small languages: MoE > dense': [
+      '*masking*',
+      'dropout*',
+      '*curriculum*',
+    ]
+  },
   figure=Figure([FEW, MANY, GAP]),
   remarks='Losses are means over languages of the loss of the translations. '
   f'Small languages: {", ".join(SMALL)}; large ones: {", ".join(LARGE)}. The '

@@ -1,21 +1,23 @@
-"""Writes all studies' results on one page, as Markdown.
+"""Writes what the studies found: a page for each, an overview, the findings.
 
     python -m experiments.report
 
 Copies `results/<study>/full/summary.json` of every study that has one, with its
-figure, to `experiments/results`, and writes `experiments/RESULTS.md` from all
-summaries there; a study that was not run again keeps its earlier summary.
-Claims are judged as the study has them today, and figures drawn. The page
-refuses to mix corpora: studies of one task must have seen the same bytes.
+figure, to `experiments/results`, and writes there a page for each summary, from
+which `RESULTS.md` and `FINDINGS.md` are made; a study that was not run again
+keeps its earlier summary. Claims are judged as the study has them today, and
+figures drawn. The pages refuse to mix corpora: studies of one task must have
+seen the same bytes.
 """
 
+import collections
 import importlib
 import importlib.util
 import json
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.study import figures, stored, verdicts
@@ -31,25 +33,49 @@ PAGE = 'RESULTS.md'
 MISSES = 'misses.md'
 BENCHMARKS = 'benchmarks'
 PRESET = 'full'
+FINDINGS = 'FINDINGS.md'
+# The finding of each study by which its paper is known: the claim, a sentence
+# that holds its number, and the verdict with which the sentence agrees.
+SENTENCES = HERE / 'study' / 'findings.json'
 _ABOUT = """\
 These are published tables that were run again at a size that two cores can
-train; `python -m experiments.report` makes this page from the result of each
-study's full preset. Models here are thousands of times smaller
-than the papers', so it is directions that are compared, never values. A
-direction counts as reproduced only where the paired 95 % interval of the
+train, in models thousands of times smaller than the papers', so that directions
+are compared, never values. [FINDINGS.md](FINDINGS.md) says in a sentence each
+what was found, [CHOOSE.md](CHOOSE.md) which settings follow, and the page of a
+study has its table, its claims and its figure. `python -m experiments.report`
+makes them from the results of full presets.
+
+A direction counts as reproduced only where the paired 95 % interval of the
 difference excludes zero on the paper's side; else it is "opposite" or "not
-resolved", with the smallest difference that the seeds could have resolved
-beside it. A claim that two rows are alike counts where the whole interval lies
-within its bound. Questions of our own, which no paper has a number for, are
-"shown" or "refuted". Each interval is that of a single comparison: of twenty
-pairs of rows that do not differ, one would be resolved by chance. Values marked
-as those of a secondary source were not read in the paper, and unverified ones
-are not shown. A verdict is withheld, with the reason, where fewer than three
-seeds were run or a run was a trial, and where the study has revised a row or a
-column since its result was stored: such cells have a †. It is also withheld
-where a baseline is not served as its paper has it. Each study stands with the
-command that made it, and with its device and date: the code has changed since.
+resolved". A claim that two rows are alike counts where the whole interval lies
+within its bound. Claims that no paper has a verified number for are questions
+of our own, "shown" or "refuted". Checks, which could not have failed, are
+counted nowhere. A verdict is withheld where fewer than three seeds were run,
+where a run was a trial or is older than what it is about (such cells have a †),
+where a baseline is not served as its paper has it, and where the study's gate
+is closed: what the question presupposes was not seen. A claim with a ‡ is
+resolved by itself, but falls if one in twenty of all resolved findings may be
+by chance (Benjamini and Hochberg).
 """
+_FINDINGS_ABOUT = """\
+# Findings
+
+One sentence for each paper and study, with one difference and its 95 %
+interval, all of models thousands of times smaller than the papers', trained for
+minutes on two cores. **Reproduced**: the direction is the paper's.
+**Contradicted**: it is the other one. **Shown** and **refuted**: the same of a
+question that no paper has a verified number for. **Not at this size**: the
+seeds resolve no difference. **Set-up too weak**: the study cannot decide.
+`python -m experiments.report` writes this page.
+"""
+GRADES = {
+  verdicts.REPRODUCED: 'reproduced',
+  verdicts.OPPOSITE: 'contradicted',
+  verdicts.SHOWN: 'shown',
+  verdicts.REFUTED: 'refuted',
+  verdicts.UNRESOLVED: 'not at this size',
+  verdicts.WITHHELD: 'set-up too weak',
+}
 
 
 def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -102,6 +128,7 @@ def read(
   for task, by_digests in names.items():
     if len(by_digests) > 1:
       raise InputError(f'studies of {task!r} saw different data: {by_digests}')
+  verdicts.mark_false_discoveries(summaries)
   return summaries
 
 
@@ -153,27 +180,107 @@ def redraw(summaries: Sequence[dict[str, Any]], archive: pathlib.Path) -> None:
       figures.draw(study.figure, summary, archive / f'{summary["name"]}.png')
 
 
-def page(summaries: Sequence[dict[str, Any]]) -> str:
-  """The page of all studies, in Markdown."""
-  overview = []
+def pages(summaries: Sequence[dict[str, Any]]) -> dict[str, str]:
+  """All pages in Markdown, by path in the folder of this file."""
+  texts = {PAGE: overview(summaries), FINDINGS: findings(summaries)}
   for summary in summaries:
-    words = [claim['verdict'] for claim in summary['claims']]
-    row = {'study': f'[{summary["name"]}](#{_anchor(summary["title"])})'}
-    for word in verdicts.WORDS:
-      row[word] = str(words.count(word))
-    overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
-  texts = [
-    study_results.text_of(summary, f'{KEPT}/{summary["name"]}.png')
-    for summary in summaries
-  ]
-  head = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
-  return '\n'.join(filter(None, [*head, pending(summaries), *texts]))
+    name = summary['name']
+    text = study_results.text_of(summary, f'{name}.png')
+    texts[f'{KEPT}/{name}.md'] = text
+  return texts
 
 
-def _anchor(title: str) -> str:
-  """The anchor that GitHub makes of a heading."""
-  characters = ''.join(c for c in title.lower() if c.isalnum() or c in ' -')
-  return characters.replace(' ', '-')
+def sentences() -> list[dict[str, str]]:
+  """The sentences of the findings, by year and paper."""
+  entries = json.loads(SENTENCES.read_text(encoding='utf-8'))
+  return sorted(entries, key=lambda entry: (entry['year'], entry['paper']))
+
+
+def findings(summaries: Sequence[dict[str, Any]]) -> str:
+  """The page of findings, in Markdown.
+
+  Raises:
+    ValueError: A sentence is about a claim that its study does not have, or
+      agrees with another verdict than that of today.
+  """
+  by_study = {summary['name']: summary for summary in summaries}
+  lines = []
+  for entry in sentences():
+    if (summary := by_study.get(entry['study'])) is None:
+      continue
+    claims = {claim['text']: claim for claim in summary['claims']}
+    claim = claims.get(entry['claim'])
+    if claim is None or claim['verdict'] != entry['verdict']:
+      found = claim and claim['verdict']
+      raise InputError(
+        f'{SENTENCES.name}, {entry["study"]}: the sentence is for '
+        f'{entry["verdict"]!r} of {entry["claim"]!r}, which is {found!r}; '
+        'write it anew'
+      )
+    digits = {c['name']: c['digits'] for c in summary['columns']}
+    spec = f'.{digits.get(claim["column"], 2)}f'
+    mean, width = claim['difference'], claim['half_width']
+    width = 'unknown' if width is None else f'{width:{spec}}'
+    number = 'unknown' if mean is None else f'{abs(mean):{spec}} ± {width}'
+    values = dict(difference=number, half_width=width)
+    sentence = entry['sentence'].format(**values)
+    grade = GRADES[claim['verdict']]
+    link = f'[{entry["study"]}]({KEPT}/{entry["study"]}.md)'
+    lines.append(f'- {entry["paper"]}: {sentence} **{grade}** ({link})')
+  return '\n'.join([_FINDINGS_ABOUT, *lines, ''])
+
+
+def overview(summaries: Sequence[dict[str, Any]]) -> str:
+  """The page that lists all studies, by the year of their paper."""
+  places = {
+    entry['study']: i for i, entry in reversed([*enumerate(sentences())])
+  }
+  papers = {e['study']: e['paper'] for e in reversed(sentences())}
+  last, rows = len(places), []
+  total: collections.Counter = collections.Counter()
+  for summary in sorted(summaries, key=lambda s: places.get(s['name'], last)):
+    counts = collections.Counter(
+      (claim['kind'], claim['verdict']) for claim in summary['claims']
+    )
+    total += counts
+    rows.append(
+      {
+        'paper': papers.get(summary['name'], summary['source']),
+        'study': f'[{summary["name"]}]({KEPT}/{summary["name"]}.md)',
+        'gate': ', '.join(
+          'open' if gate['verdict'] == verdicts.SHOWN else 'closed'
+          for gate in summary['gates']
+        ),
+        **_counted(counts),
+        'core minutes': f'{summary["minutes"]:g}',
+      }
+    )
+  names = ('paper', 'study', 'gate')
+  sums = dict.fromkeys(names, '') | _counted(total) | {'core minutes': ''}
+  rows.append(sums | {'paper': 'all'})
+  doubtful = sum(c['doubtful'] for s in summaries for c in s['claims'])
+  note = (
+    f'Verdicts on the papers\' claims: "{verdicts.REPRODUCED}" / '
+    f'"{verdicts.OPPOSITE}" / "{verdicts.UNRESOLVED}" / "{verdicts.WITHHELD}"; '
+    'on our questions: "shown" / "refuted" / the same two. Of all resolved '
+    f'claims {doubtful} have a ‡.\n'
+  )
+  parts = [f'# Results\n\n{_ABOUT}', note, markdown_table(rows)]
+  return '\n'.join(filter(None, [*parts, pending(summaries)]))
+
+
+def _counted(counts: Mapping[tuple[str, str], int]) -> dict[str, str]:
+  """The numbers of verdicts by kind of claim, as cells of the overview."""
+  no_difference = verdicts.UNRESOLVED, verdicts.WITHHELD
+  words = {
+    verdicts.PAPERS: (verdicts.REPRODUCED, verdicts.OPPOSITE, *no_difference),
+    verdicts.OURS: (verdicts.SHOWN, verdicts.REFUTED, *no_difference),
+  }
+  headings = {verdicts.PAPERS: "paper's claims", verdicts.OURS: 'our questions'}
+  return {
+    headings[kind]: ' / '.join(str(counts[kind, word]) for word in of_kind)
+    for kind, of_kind in words.items()
+  }
 
 
 @cli.reported()
@@ -186,10 +293,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
   summaries = read(output / KEPT, results)
+  texts = pages(summaries)
   collect(results, output / KEPT)
   redraw(summaries, output / KEPT)
-  (output / PAGE).write_text(page(summaries), encoding='utf-8')
-  print(f'written: {output / PAGE}')
+  for name, text in texts.items():
+    (output / name).write_text(text, encoding='utf-8')
+  print(f'written: {output / PAGE}, {FINDINGS} and the pages of {KEPT}/')
 
 
 if __name__ == '__main__':

@@ -173,6 +173,7 @@ STUDY = Study(
     ),
     'chance is worse than a learned choice': 'loss: random > top-1',
   },
+  gates={'loss: top-1 < dense': ['*']},
   figure=Figure(['loss', GENERATED, CHANGED]),
   measure=measure,
   remarks='All hash rows have the tables of one seed: their intervals are of '

@@ -363,6 +363,7 @@ STUDY = Study(
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),
+  gates={'loss: sparse < dense': ['*']},
   figure=Figure(['loss', 'chrF'], 'parameters in memory', against=MEMORY.name),
   written='2026-11-27',
   remarks='Sizes are those of all parameters as they are stored, float32 where '

@@ -95,6 +95,14 @@ STUDY = Study(
     'expert choice beats token choice': f'loss: {EC} < {TOP1}',
   },
   timed=['soft, 4', 'soft, 16', 'soft, 64', TOP1, EC],
+  gates={
+    'loss: top-1 of 16 < dense': [
+      '* beat token choice*',
+      '* beats token choice',
+      '* beat expert choice',
+      'more experts help*',
+    ]
+  },
   figure=Figure(['loss'], 'experts', log_x=True),
   remarks='Tokens without an expert are dropped, or taken by no expert. The '
   'load of Soft MoE counts the weights of mixtures.',

@@ -105,6 +105,9 @@ STUDY = Study(
     'sampling evens out loads in training': f'{MAX}: {SAMPLE} < {ARGMAX}',
   },
   measure=router_logits.explored,
+  gates={
+    'loss: argmax < dense': ['sample softmax is worse*', '* is as good as none']
+  },
   figure=Figure(['loss', EXPLORED, MAX]),
   remarks='Noise is of training alone; loads are those of training, with it.',
   written='2026-11-29',

@@ -119,6 +119,13 @@ STUDY = Study(
     parts.percent('dropped in training', 'train/drop_rate'),
   ],
   claims=claims(),
+  gates={
+    'loss: sparse, 1.0x < dense, 1.0x': [
+      '0.1x has*',
+      'the smaller scale*',
+      'at 1.0x*',
+    ]
+  },
   figure=Figure(['loss', DISTANCE], without=['*minus*']),
   remarks="The distance is that of a seed's loss from the median of its row, "
   'the mean of which measures the spread. Rows of differences are paired by '

@@ -112,6 +112,7 @@ STUDY = Study(
       note='The paper has no number of it.',
     ),
   },
+  gates={'gap: Switch d=0.1 > T5-Base d=0.1': ['dropout*', '0.4 inside*']},
   figure=Figure(['loss', 'gap']),
   tasks=finetuned.tasks('20 examples of each generated task'),
   written='2026-11-27',

@@ -243,6 +243,7 @@ STUDY = Study(
   remarks=remarks,
   length=length,
   written='2026-11-27',
+  gates={'loss: teacher, 16 experts < dense': ['*']},
   figure=Figure(['loss', 'share kept']),
   tasks={'cipher': TASKS['cipher'], **TASKS},
 )

@@ -120,6 +120,7 @@ STUDY = Study(
   measure=switch_table6.parameters,
   remarks=remarks,
   length=switch_table6.length,
+  gates={'loss: teacher, 32 experts < dense': ['*']},
   figure=Figure(['loss', 'share kept'], 'number of experts', log_x=True),
   tasks=switch_table6.STUDY.tasks,
   written='2026-11-27',

@@ -22,6 +22,7 @@ from moe_jax.runs.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
 OLDER = '†'  # the mark of cells that are older than the study
+DOUBTFUL = '‡'  # of claims that fall at 5 % of false discoveries
 
 
 def summary_of(
@@ -64,7 +65,7 @@ def summary_of(
     'jax': _all({m['jax'] for m in made}),
     'minutes': round(sum(m['minutes'] for m in made), 1),
     'code': code,
-    'marks': stored.older_code(code),
+    'earlier': [*study.earlier],
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
     'configs': dict(configs),
@@ -78,7 +79,7 @@ def _all(names: Collection[str]) -> str:
 
 
 def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
-  """The study's section of a page, in Markdown.
+  """The page of a study, in Markdown.
 
   Args:
     summary: Summary of the study.
@@ -91,17 +92,28 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     sentence = f'Step times, medians and quartiles: {listed}.'
     after.append(f'{sentence} {summary.get("timing", "")}'.rstrip())
   remarks = filter(None, (summary['remarks'], summary.get('misses')))
+  claims = [c for c in summary['claims'] if c['kind'] != verdicts.CHECK]
   paragraphs = [
-    f'## {title}',
+    f'# {title}',
     f'{summary["source"]}. `{command(summary)}`: {_conditions(summary)}',
     *summary.get('marks', []),
     *(_aged(summary, revision) for revision in summary.get('outdated', [])),
+    *(_gate(summary, gate) for gate in summary['gates']),
     results_table(summary),
-    claims_table(summary),
+    claims_table(summary, claims),
     *filter(None, (*after, ' '.join(remarks))),
+    *summary['earlier'],
+    checks_text(summary),
     f'![{title}]({picture})',
   ]
-  return '\n\n'.join(paragraphs) + '\n'
+  return '\n\n'.join(filter(None, paragraphs)) + '\n'
+
+
+def _gate(summary: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+  """A sentence on what the study presupposes, and whether it was seen."""
+  is_open = gate['verdict'] == verdicts.SHOWN
+  word = 'seen' if is_open else f'{gate["verdict"]}, so claims are withheld'
+  return f'Gate: {gate["text"]}. {_here(summary, gate)}: **{word}**.'
 
 
 def command(summary: Mapping[str, Any]) -> str:
@@ -166,33 +178,48 @@ def _cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:
   return Interval.of(values).text(f'z.{digits}f', bounds)
 
 
-def claims_table(summary: Mapping[str, Any]) -> str:
-  """The table of claims: published numbers, ours, verdicts; '' for no claim."""
+def _here(summary: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
+  """What was measured of a claim, with its interval."""
   digits = {c['name']: c['digits'] for c in summary['columns']}
+  spec = f'z.{digits.get(claim["column"], 2)}f'
+  mean, width = claim['difference'], claim['half_width']
+  measured = 'not measured'
+  if mean is not None:
+    measured = f'{Interval(mean, np.inf if width is None else width):+{spec}}'
+  than, within = claim['than'], claim.get('within', 0.0)
+  than = than if isinstance(than, str) else f'{than:g}'
+  bound = f'; equal if within {within:g}' if within else ''
+  return f'{claim["column"]}, {claim["row"]} minus {than}: {measured}{bound}'
+
+
+def claims_table(
+  summary: Mapping[str, Any], claims: Sequence[Mapping[str, Any]]
+) -> str:
+  """The table of claims: published numbers, ours, verdicts; '' for no claim."""
   lines = []
-  for claim in summary['claims']:
-    spec = f'z.{digits.get(claim["column"], 2)}f'
-    mean, width = claim['difference'], claim['half_width']
-    measured = 'not measured'
-    if mean is not None:
-      measured = f'{Interval(mean, np.inf if width is None else width):+{spec}}'
-    than, within = claim['than'], claim.get('within', 0.0)
-    than = than if isinstance(than, str) else f'{than:g}'
+  for claim in claims:
+    verdict = f'**{claim["verdict"]}**' + f' {DOUBTFUL}' * claim['doubtful']
     lines.append(
       {
         'claim': '. '.join(filter(None, (claim['text'], claim['note']))),
-        'published': ' against '.join(claim['published']),
-        'here': f'{claim["column"]}, {claim["row"]} minus {than}: {measured}'
-        + (f'; equal if within {within:g}' if within else ''),
-        'smallest that could be resolved': (
-          'none' if width is None else f'{width:{spec}}'
-        ),
-        'verdict': ': '.join(
-          filter(None, (f'**{claim["verdict"]}**', claim.get('reason')))
-        ),
+        'paper': ' against '.join(claim['published']),
+        'here': _here(summary, claim),
+        'verdict': ': '.join(filter(None, (verdict, claim.get('reason')))),
       }
     )
   return markdown_table(lines) if lines else ''
+
+
+def checks_text(summary: Mapping[str, Any]) -> str:
+  """A small paragraph on the claims that could not have failed; '' for none."""
+  checks = [c for c in summary['claims'] if c['kind'] == verdicts.CHECK]
+  if not checks:
+    return ''
+  texts = (
+    f'{c["text"]} ({_here(summary, c)}; {c["verdict"]}). {c["check"]}'
+    for c in checks
+  )
+  return f'<sub>Checks, which are counted nowhere: {" ".join(texts)}</sub>'
 
 
 def write(

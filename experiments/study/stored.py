@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import runner, verdicts
+from experiments.study import verdicts
 from experiments.study.parts import Claim, Preset, Revision, Row
 from experiments.study.study import Study
 from experiments.study.tasks import Task
@@ -62,7 +62,8 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     **remarks,
     'columns': [today.get(c['name'], c) for c in summary['columns']],
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
-    'marks': marks + older_code(summary.get('code', ())),
+    'earlier': [*study.earlier],
+    'marks': marks,
   }
 
 
@@ -123,16 +124,3 @@ def _decided(
     unknown = Interval(float('nan'), float('inf'))
     return Verdict(claim, unknown, verdicts.WITHHELD, reason)
   return verdicts.verdict(claim, rows, weak)
-
-
-def older_code(digests: Sequence[str]) -> list[str]:
-  """A sentence if runs are of an older state of the code, in a list.
-
-  Args:
-    digests: Digests of the code that made the runs; none where none were kept.
-  """
-  today = runner.code_digest()
-  if not set(digests) - {today}:
-    return []
-  subject = 'Some of the runs' if today in digests else 'The runs'
-  return [f'{subject} are of an older state of the code of `moe_jax`.']

@@ -93,6 +93,10 @@ class Study:
       reported, 'YYYY-MM-DD'; '' where it is not known. Later changes stand with
       each claim.
     revisions: Changes of what is run or measured since results were stored.
+    gates: Patterns of the texts of claims that mean nothing unless a comparison
+      holds, such as 'loss: sparse < dense', by that comparison.
+    earlier: Sentences on results that later ones replaced, and on claims that
+      were taken out; they stay printed.
   """
 
   name: str
@@ -117,9 +121,12 @@ class Study:
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
   written: str = ''
   revisions: Sequence[parts.Revision] = ()
+  gates: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  earlier: Sequence[str] = ()
 
   def __post_init__(self):
-    parts.stated(self.claims)  # an address or a comparison may be wrong
+    # An address or a comparison may be wrong.
+    parts.stated({**self.claims, **{text: text for text in self.gates}})
     if self.measure is not None:
       object.__setattr__(self, 'runner', TrainingRunner(self.measure))
 

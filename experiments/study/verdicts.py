@@ -3,17 +3,32 @@
 A direction counts as reproduced only where the 95 % interval of the paired
 difference excludes zero on the paper's side, and the absence of a difference
 only where the interval is within the bound that the claim names. A verdict is
-withheld where runs are too few or too short to decide anything.
+withheld where runs are too few or too short to decide anything, and where a
+gate of the study is closed: what its question presupposes was not seen.
+
+A claim is the paper's where all its published numbers are verified, else ours.
+A check, which could not have failed, is neither: `checks.json` has the reason.
 """
 
 import dataclasses
+import functools
+import json
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from experiments.study import claims
-from experiments.study.parts import Claim, Column, Preset, Row, stated
+from experiments.study.parts import (
+  Claim,
+  Column,
+  Preset,
+  Row,
+  matches,
+  stated,
+)
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.analysis.intervals import Interval
@@ -29,6 +44,16 @@ WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED, WITHHELD)
 # excludes zero however small the effect. With three an interval is still 4.3
 # standard errors wide on either side.
 LEAST_SEEDS = 3
+CHECK, PAPERS, OURS = 'check', 'paper', 'ours'
+CHECKS = pathlib.Path(__file__).with_name('checks.json')
+# Share of false discoveries among resolved findings that is accepted.
+FALSE_DISCOVERIES = 0.05
+
+
+@functools.cache
+def checks() -> dict[str, dict[str, str]]:
+  """By study, the reason why each of its checks could not have failed."""
+  return json.loads(CHECKS.read_text(encoding='utf-8'))
 
 
 class Verdict(NamedTuple):
@@ -41,12 +66,16 @@ class Verdict(NamedTuple):
     word: `REPRODUCED` or `OPPOSITE`; `SHOWN` or `REFUTED` where no verified
       number was published; `UNRESOLVED`; or `WITHHELD`.
     reason: Reason why the verdict is withheld; '' where it is not.
+    p: Probability of a difference so far on either side, were there none; of
+      one so far within the bound, were it as large as that. NaN where the
+      verdict is withheld.
   """
 
   claim: Claim
   difference: Interval
   word: str
   reason: str = ''
+  p: float = float('nan')
 
   def described(self) -> dict[str, Any]:
     """The verdict and its claim without its text, as JSON can hold them."""
@@ -62,6 +91,7 @@ class Verdict(NamedTuple):
       'half_width': plain([self.difference.half_width])[0],
       'verdict': self.word,
       'reason': self.reason,
+      'p': plain([self.p])[0],
       'note': ' '.join(filter(None, (claim.note, *claim.changes))),
     }
 
@@ -96,11 +126,27 @@ def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
   shortage *= len(numbers) < LEAST_SEEDS
   if withheld := '; '.join(filter(None, (claim.withheld, shortage, withheld))):
     return Verdict(claim, difference, WITHHELD, withheld)
-  marks = {claims.find(address).mark for address in claim.published}
-  is_published = bool(marks) and 'unverified' not in marks
-  yes, no = (REPRODUCED, OPPOSITE) if is_published else (SHOWN, REFUTED)
+  yes, no = (REPRODUCED, OPPOSITE) if is_papers(claim) else (SHOWN, REFUTED)
   word = {1: yes, -1: no, 0: UNRESOLVED}[_side(claim, difference)]
-  return Verdict(claim, difference, word)
+  p = _p_value(claim, difference, len(numbers))
+  return Verdict(claim, difference, word, p=p)
+
+
+def is_papers(claim: Claim) -> bool:
+  """Whether a paper has the claim's numbers, and all of them are verified."""
+  marks = {claims.find(address).mark for address in claim.published}
+  return bool(marks) and 'unverified' not in marks
+
+
+def _p_value(claim: Claim, difference: Interval, seeds: int) -> float:
+  distance = abs(difference.mean)
+  if claim.direction == 'equal':
+    distance = abs(claim.within - distance)
+  if not difference.half_width:  # counted, not measured
+    return float(not distance)
+  student = stats.t(seeds - 1)
+  error = difference.half_width / student.ppf(0.975)
+  return float(2 * student.sf(distance / error))
 
 
 def _side(claim: Claim, difference: Interval) -> int:
@@ -150,7 +196,8 @@ def judged(
 ) -> dict[str, Any]:
   """The entries of a summary that follow from rows and the study as it is now.
 
-  They are the study's title, source and date, the rows and the decided claims.
+  They are the study's title, source and date, the rows, the gates and the
+  decided claims.
 
   Args:
     study: The study.
@@ -162,20 +209,54 @@ def judged(
     decide: Function that decides a claim; see `verdict`.
   """
   row_names, weak = {row.name for row in rows}, underpowered(study, preset)
+  gates = {
+    compared: decide(Claim(compared), rows, weak)
+    for compared in study.gates
+    if not preset.without or Claim(compared).rows() <= row_names
+  }
   decided = []
   for text, claim in stated(study.claims).items():
     if not task.comparable:
       claim = dataclasses.replace(claim, published=())
     if not preset.without or claim.rows() <= row_names:
       verdict_on = decide(claim, rows, weak)
-      decided.append({'text': text, **verdict_on.described()})
+      for compared, gate in gates.items():
+        is_open = gate.word == SHOWN or claim.compared == compared
+        if is_open or not matches(text, study.gates[compared]):
+          continue
+        reason = f'the gate "{compared}" is {gate.word}'
+        verdict_on = Verdict(claim, verdict_on.difference, WITHHELD, reason)
+      kind = PAPERS if is_papers(claim) else OURS
+      reason = checks().get(study.name, {}).get(text, '')
+      about = {'kind': CHECK if reason else kind, 'check': reason}
+      about |= {'text': text, 'doubtful': False}
+      decided.append({**about, **verdict_on.described()})
   return {
     'title': study.title,
     'source': study.source,
     'written': study.written,
     'rows': [described_row(row) for row in rows],
+    'gates': [{'text': k, **v.described()} for k, v in gates.items()],
     'claims': decided,
   }
+
+
+def mark_false_discoveries(summaries: Sequence[dict[str, Any]]) -> None:
+  """Sets `doubtful` of claims that fall at 5 % of false discoveries.
+
+  The procedure is Benjamini and Hochberg's, over the findings of all studies;
+  checks and withheld verdicts are left out.
+  """
+  found = [
+    claim
+    for summary in summaries
+    for claim in summary['claims']
+    if claim['kind'] != CHECK and claim['p'] is not None
+  ]
+  adjusted = stats.false_discovery_control([c['p'] for c in found] or [1.0])
+  for claim, p in zip(found, adjusted):
+    resolved = claim['verdict'] != UNRESOLVED
+    claim['doubtful'] = bool(resolved and p > FALSE_DISCOVERIES)
 
 
 def described_row(row: Row) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import json
 import sys
 
 import pytest
+import scipy.stats
 
 from experiments import merge_or_prune, report
-from experiments.study import command, figures, runner, stored, verdicts
+from experiments.study import command, figures, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest, text_of
 from experiments.study.parts import (
@@ -92,12 +93,12 @@ def test_what_a_study_has_revised_since_is_marked_and_withheld():
   assert words(judged(revision, date='2026-01-03'))[0] == verdicts.SHOWN
 
 
-def test_runs_of_other_configs_or_code_are_marked():
+def test_runs_of_other_configs_are_marked():
   configs = STUDY.digests(STUDY.presets['full'])
   assert configs.keys() == {'dense', 'little', 'much'}
   assert len(set(configs.values())) == 3
-  same = stored.judged_again(summary(configs=configs, code=['old']), STUDY)
-  assert same['outdated'] == [] and 'older state' in same['marks'][0]
+  same = stored.judged_again(summary(configs=configs), STUDY)
+  assert same['outdated'] == same['marks'] == []
   changed_configs = {**configs, 'little': 'another'}
   judged = stored.judged_again(summary(configs=changed_configs), STUDY)
   assert 'Configs of today are others: little' in judged['outdated'][0]['what']
@@ -167,25 +168,78 @@ def test_a_stored_command_makes_its_table(path):
   assert options.flags == [] and len(judged['claims']) >= 4
 
 
-def test_a_new_table_says_that_some_of_its_runs_are_of_older_code():
-  # The first seed was run before the code changed, the second one after.
-  made = dict(device='a CPU', cores='2', date='2026-01-02', jax='1', minutes=1)
-  runs = [
-    {'data_digest': 'x', 'made': made | {'code': code}}
-    for code in ('older', runner.code_digest())
+def test_a_closed_gate_withholds_the_claims_behind_it():
+  claims = {'a': 'load: much < dense', 'b': 'load: little < much'}
+  study = dataclasses.replace(STUDY, claims=claims)
+
+  def page(gate, *behind):
+    gated = dataclasses.replace(study, gates={gate: behind})
+    judged = stored.judged_again(summary(), gated)
+    return words(judged), study_results.text_of(judged)
+
+  verdict, text = page('load: little < dense', '*')
+  assert verdict == [verdicts.SHOWN] * 2 and '**seen**' in text
+  verdict, text = page('load: little < 1.0', 'b')
+  assert verdict == [verdicts.SHOWN, verdicts.WITHHELD]
+  assert (
+    'Gate: load: little < 1.0. load, little minus 1: +0.1333 ± 0.3795' in text
+  )
+  assert '**withheld**: the gate "load: little < 1.0" is not resolved' in text
+  # A claim is not behind itself.
+  assert page('load: much < dense', '*')[0] == [verdicts.SHOWN] * 2
+
+
+def test_a_check_is_small_and_counted_nowhere(monkeypatch):
+  reason = 'Little is less than much.'
+  named = {STUDY.name: {'little is better': reason}}
+  monkeypatch.setattr(verdicts, 'checks', lambda: named)
+  judged = stored.judged_again(summary(), STUDY)
+  assert [claim['kind'] for claim in judged['claims']] == [
+    verdicts.CHECK, *[verdicts.OURS] * 2
+  ]  # fmt: skip
+  table, _, small = study_results.text_of(judged).partition('<sub>Checks')
+  assert f'minus much: -0.9667 ± 0.1434; shown). {reason}' in small
+  assert '| little is better than dense |' in table
+  assert '| little is better |' not in table
+  page = report.overview([judged])
+  assert '(results/tiny_study.md) |  | 0 / 0 / 0 / 0 | 1 / 0 / 0 / 1 |' in page
+
+
+def test_of_many_findings_some_fall():
+  def claim(p, verdict, kind=verdicts.OURS):
+    return {'p': p, 'verdict': verdict, 'kind': kind, 'doubtful': False}
+
+  found = [
+    claim(0.001, verdicts.SHOWN),
+    claim(0.04, verdicts.REFUTED),  # 0.06, as two of three are so small
+    claim(0.6, verdicts.UNRESOLVED),
+    claim(0.04, verdicts.SHOWN, verdicts.CHECK),
+    claim(None, verdicts.WITHHELD),
   ]
-  study = dataclasses.replace(tiny_study.DENSE, claims={})
-  preset, task = study.presets['quick'], study.tasks['text']
-  rows = [Row('slow', {'loss': [1.0, 2.0]})]
-  texts = [
-    study_results.text_of(
-      study_results.summary_of(study, preset, task, rows, {'slow': part}, {})
-    )
-    for part in (runs, runs[:1], runs[1:])
-  ]
-  assert 'Some of the runs are of an older state of the code' in texts[0]
-  assert 'The runs are of an older state of the code' in texts[1]
-  assert 'older state' not in texts[2]
+  verdicts.mark_false_discoveries([{'claims': found}])
+  assert [x['doubtful'] for x in found] == [False, True, False, False, False]
+
+
+def test_a_verdict_has_the_probability_of_its_test():
+  rows = [Row('a', {'x': [1.0, 1.2, 1.5]}), Row('b', {'x': [1.1, 1.0, 1.1]})]
+  verdict = verdicts.verdict(Claim('x: a > b'), rows)
+  expected = scipy.stats.ttest_rel(rows[0].values['x'], rows[1].values['x'])
+  assert verdict.p == pytest.approx(expected.pvalue)
+  # The bound is as far from the difference as the other side of zero.
+  within = 2 * verdict.difference.mean
+  equal = verdicts.verdict(Claim(f'x: a = b within {within:.10f}'), rows)
+  assert equal.p == pytest.approx(verdict.p)
+  counted = [Row('c', {'x': [2.0] * 3}), Row('d', {'x': [1.0] * 3})]
+  assert verdicts.verdict(Claim('x: c > d'), counted).p == 0
+
+
+def test_pages_are_those_of_the_stored_results():
+  summaries = report.read(report.HERE / report.KEPT)
+  for name, text in report.pages(summaries).items():
+    assert (report.HERE / name).read_text('utf-8') == text, name
+  texts = {s['name']: {c['text'] for c in s['claims']} for s in summaries}
+  for name, named in verdicts.checks().items():
+    assert named.keys() <= texts[name], name
 
 
 def summary_of(name: str, digest: str) -> dict:
@@ -220,11 +274,13 @@ def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
   misses.write_text('# Misses\n\n## first\n\nIt misses\nnothing.\n')
   report.main(argv)
   page = (output / report.PAGE).read_text()
-  assert '## About first' in page and '\nIt misses nothing.\n' in page
+  assert '(results/first.md)' in page
+  text = (output / report.KEPT / 'first.md').read_text()
+  assert '# About first' in text and '\nIt misses nothing.\n' in text
   write_summary(results, 'second', 'two')
   with pytest.raises(SystemExit):
     report.main(argv)
   assert 'saw different data' in capsys.readouterr().err
   file_names = sorted(path.name for path in (output / report.KEPT).iterdir())
-  assert file_names == ['first.json', 'first.png', report.MISSES]
+  assert file_names == ['first.json', 'first.md', 'first.png', report.MISSES]
   assert (output / report.PAGE).read_text() == page
