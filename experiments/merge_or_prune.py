@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.study import byte_models, command, finetuned, parts
+from experiments.study import byte_models, command, finetuned, parts, rates
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax.compression import fewer, merge, whole_run
@@ -274,6 +274,7 @@ STUDY = Study(
   columns=[byte_models.LOSS, ADDED, BYTES, UNUSED],
   claims=CLAIMS,
   written='2026-11-27',
+  exempt=rates.UNTRAINED,
   figure=Figure(['added loss'], 'experts removed, %'),
   length=lambda preset: (
     f'{preset.steps:,} steps, then merged or pruned, or trained on for '

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, command, parts
+from experiments.study import byte_models, command, parts, rates
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax.compression.quantize import quantize
@@ -127,6 +127,7 @@ STUDY = Study(
   columns=[byte_models.LOSS, ADDED, ZEROS, CODES, METADATA],
   claims=CLAIMS,
   written='2026-11-27',
+  exempt=rates.UNTRAINED,
   figure=Figure(['added loss', 'zeros'], 'bits', log_x=True),
   length=lambda preset: f'{preset.steps:,} steps, then quantised',
 )

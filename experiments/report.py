@@ -251,11 +251,13 @@ def overview(summaries: Sequence[dict[str, Any]]) -> str:
           'open' if gate['verdict'] == verdicts.SHOWN else 'closed'
           for gate in summary['gates']
         ),
+        'rate': 'searched' * summary['searched']
+        + 'exempt' * bool(summary['exempt']),
         **_counted(counts),
         'core minutes': f'{summary["minutes"]:g}',
       }
     )
-  names = ('paper', 'study', 'gate')
+  names = ('paper', 'study', 'gate', 'rate')
   sums = dict.fromkeys(names, '') | _counted(total) | {'core minutes': ''}
   rows.append(sums | {'paper': 'all'})
   doubtful = sum(c['doubtful'] for s in summaries for c in s['claims'])

@@ -22,7 +22,7 @@ import itertools
 
 import numpy as np
 
-from experiments.study import command, finetuned, parts
+from experiments.study import command, finetuned, parts, rates
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
 from experiments.study.study import Study
 
@@ -144,6 +144,7 @@ STUDY = Study(
   },
   remarks=best_cells,
   written='2026-11-27',
+  exempt=rates.OPTIMIZER,
   figure=Figure(
     ['loss'],
     'learning rate',

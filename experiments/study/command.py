@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.study import results, submit, times
+from experiments.study import rates, results, submit, times
 from experiments.study.executors import EXECUTORS, Where
 from experiments.study.jobs import Job
 from experiments.study.parts import Arm, Column, Results
@@ -163,7 +163,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     return levels[-1]
 
   arms, timed = study.arms_of(preset), {}
-  for stage in study.explorations(preset) if study.explorations else []:
+  for stage in study.stages(preset):
     trial_arms = stage.arms(arms, shared)
     jobs = run(trial_arms, stage.seeds, last=False)
     if stage.timed is not None:
@@ -181,6 +181,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     timed,
     arguments=arguments,
     configs=study.digests(preset, options.task),
+    rates={a.name: a.overrides.get(rates.KEY) for a in arms},
   )
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   words = [word[1:].replace('/', '_') for word in changed]

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.study import figures, stored, verdicts
+from experiments.study import rates as rates_lib
 from experiments.study import times as times_lib
 from experiments.study.parts import Figure, Preset, Results, Revision, Row
 from experiments.study.study import Study
@@ -34,6 +35,7 @@ def summary_of(
   times: Mapping[str, StepTime],
   arguments: Sequence[str] = (),
   configs: Mapping[str, str] = types.MappingProxyType({}),
+  rates: Mapping[str, float] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """The summary of a study, as JSON can hold it; `report` reads it.
 
@@ -46,6 +48,7 @@ def summary_of(
     times: Ratios of step times to those of a group's first arm, by arm.
     arguments: Arguments of the command that reproduces the table.
     configs: Digests of the configs, see `Study.digests`.
+    rates: The learning rates of arms, where the study searches them.
   """
   runs = [run for arm in results.values() for run in arm]
   made, remarks = [run['made'] for run in runs], study.remarks
@@ -66,6 +69,9 @@ def summary_of(
     'minutes': round(sum(m['minutes'] for m in made), 1),
     'code': code,
     'earlier': [*study.earlier],
+    'exempt': study.exempt,
+    'searched': bool(study.rates or study.explorations),
+    'rates': rates_lib.described(rates, study.rates) if study.rates else '',
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
     'configs': dict(configs),
@@ -99,6 +105,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     *summary.get('marks', []),
     *(_aged(summary, revision) for revision in summary.get('outdated', [])),
     *(_gate(summary, gate) for gate in summary['gates']),
+    _rates(summary),
     results_table(summary),
     claims_table(summary, claims),
     *filter(None, (*after, ' '.join(remarks))),
@@ -107,6 +114,18 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     f'![{title}]({picture})',
   ]
   return '\n\n'.join(filter(None, paragraphs)) + '\n'
+
+
+def _rates(summary: Mapping[str, Any]) -> str:
+  """A sentence on the arms' learning rates."""
+  if summary['searched']:
+    return summary.get('rates', '')
+  if summary['exempt']:
+    return f'No learning rate was searched, as {summary["exempt"]}.'
+  return (
+    'No learning rate was searched for each arm: a difference between arms may '
+    'be one of the rate that they share.'
+  )
 
 
 def _gate(summary: Mapping[str, Any], gate: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ published differences they are compared; `command.main` does the rest:
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments.study import jobs as jobs_lib
 from experiments.study import parts
+from experiments.study import rates as rates_lib
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm, Column, Preset, Results, Row, Start
 from experiments.study.runner import Measure, Runner, TrainingRunner
@@ -93,6 +95,10 @@ class Study:
       reported, 'YYYY-MM-DD'; '' where it is not known. Later changes stand with
       each claim.
     revisions: Changes of what is run or measured since results were stored.
+    rates: Learning rates that are searched for each arm, before all
+      explorations, by the first column, a loss; () where none is searched.
+    exempt: The reason why none is searched, one of two in `rates.py`; '' where
+      there is none, and claims rest on a rate that may suit one arm better.
     gates: Patterns of the texts of claims that mean nothing unless a comparison
       holds, such as 'loss: sparse < dense', by that comparison.
     earlier: Sentences on results that later ones replaced, and on claims that
@@ -121,12 +127,22 @@ class Study:
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
   written: str = ''
   revisions: Sequence[parts.Revision] = ()
+  rates: Sequence[float] = ()
+  exempt: str = ''
   gates: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   earlier: Sequence[str] = ()
 
   def __post_init__(self):
     # An address or a comparison may be wrong.
     parts.stated({**self.claims, **{text: text for text in self.gates}})
+    if 0 < len(self.rates) < rates_lib.LEAST_RATES:
+      raise InputError(
+        f'{self.name}: rates={self.rates} are fewer than '
+        f'{rates_lib.LEAST_RATES}'
+      )
+    if self.exempt not in ('', rates_lib.OPTIMIZER, rates_lib.UNTRAINED):
+      reasons = rates_lib.OPTIMIZER, rates_lib.UNTRAINED
+      raise unknown(f'exemption of {self.name}', self.exempt, reasons)
     if self.measure is not None:
       object.__setattr__(self, 'runner', TrainingRunner(self.measure))
 
@@ -234,7 +250,7 @@ class Study:
     """
     preset = preset or self.preset
     chosen = self.presets[preset]
-    explores = self.explorations is not None and self.explorations(chosen)
+    explores = self.stages(chosen)
     if self.starts or explores:
       which = 'begin with' if self.starts else 'are chosen by'
       raise InputError(
@@ -248,6 +264,27 @@ class Study:
       Item(spec, {'seed': job.seed, **job.arm.overrides}, str(job.workdir))
       for job in jobs
     ]
+
+  def stages(self, preset: Preset) -> list[Exploration]:
+    """The preliminary runs of a preset, the search of rates first."""
+    stages = list(self.explorations(preset) if self.explorations else [])
+    if not self.rates:
+      return stages
+
+    def with_rates(arms, results, _) -> list[Arm]:
+      best = rates_lib.chosen(self.rates, arms, results, self.columns[0])
+      key = rates_lib.KEY
+      return [
+        dataclasses.replace(
+          arm, overrides={**arm.overrides, key: best[arm.name]}
+        )
+        if arm.name in best
+        else arm
+        for arm in arms
+      ]
+
+    trials = functools.partial(rates_lib.trials, self.rates)
+    return [Exploration(trials, with_rates, rates_lib.SEEDS), *stages]
 
   def timed_groups(self, arms: Sequence[Arm]) -> Groups:
     """Names of the reported arms whose steps are timed, by group."""

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from experiments import merge_or_prune, report
-from experiments.study import command, figures, stored, verdicts
+from experiments.study import command, figures, rates, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest, text_of
 from experiments.study.parts import (
@@ -202,7 +202,9 @@ def test_a_check_is_small_and_counted_nowhere(monkeypatch):
   assert '| little is better than dense |' in table
   assert '| little is better |' not in table
   page = report.overview([judged])
-  assert '(results/tiny_study.md) |  | 0 / 0 / 0 / 0 | 1 / 0 / 0 / 1 |' in page
+  assert (
+    '(results/tiny_study.md) |  |  | 0 / 0 / 0 / 0 | 1 / 0 / 0 / 1 |' in page
+  )
 
 
 def test_of_many_findings_some_fall():
@@ -218,6 +220,43 @@ def test_of_many_findings_some_fall():
   ]
   verdicts.mark_false_discoveries([{'claims': found}])
   assert [x['doubtful'] for x in found] == [False, True, False, False, False]
+
+
+def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
+  grid = (0.1, 0.2, 0.4, 0.8)
+  study = dataclasses.replace(tiny_study.STUDY, rates=grid)
+  preset = study.presets['full']
+  arms, (stage,) = study.arms_of(preset), study.stages(preset)
+  trials = stage.arms(arms, study.shared(preset))
+  assert len(trials) == 12 and {*stage.seeds}.isdisjoint(range(preset.seeds))
+  assert trials[1].name == 'dense, trial at 0.2'
+  overrides = {'total_steps': 2, 'optimizer.learning_rate': 0.2}
+  assert trials[1].overrides.items() >= overrides.items()
+
+  key, nan = f'eval/{tiny_study.EVAL}/loss', float('nan')
+  losses = {
+    'dense': [(1.0, 5.0), (2.5, 2.5), (3.0, 3.0), (nan, 0.0)],
+    'little': [(nan, nan), (4.0, 4.0), (3.0, 3.0), (2.0, 2.0)],
+    'much': [(3.0, 3.0), (2.0, 2.0), (2.0, 2.0), (nan, nan)],
+  }
+  results = {
+    f'{arm}, trial at {rate:g}': [{key: loss} for loss in both]
+    for arm, of_rates in losses.items()
+    for rate, both in zip(grid, of_rates)
+  }
+  best = {
+    arm.name: arm.overrides[rates.KEY]
+    for arm in stage.chosen(arms, results, {})
+  }
+  assert best == {'dense': 0.2, 'little': 0.8, 'much': 0.2}
+  text = rates.described(best, grid)
+  assert (
+    'dense 0.2, little 0.8, much 0.2. At an end of the grid: little' in text
+  )
+  with pytest.raises(ValueError, match='fewer than 4'):
+    dataclasses.replace(study, rates=grid[:3])
+  with pytest.raises(ValueError, match='exemption of tiny_study'):
+    dataclasses.replace(study, exempt='it would take long')
 
 
 def test_a_verdict_has_the_probability_of_its_test():
