@@ -9,6 +9,7 @@ published differences they are compared; `command.main` does the rest:
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -135,6 +136,9 @@ class Study:
   def __post_init__(self):
     # An address or a comparison may be wrong.
     parts.stated({**self.claims, **{text: text for text in self.gates}})
+    for pattern in itertools.chain.from_iterable(self.gates.values()):
+      if not any(parts.matches(text, [pattern]) for text in self.claims):
+        raise InputError(f'{self.name}: no claim is like {pattern!r} of a gate')
     if 0 < len(self.rates) < rates_lib.LEAST_RATES:
       raise InputError(
         f'{self.name}: rates={self.rates} are fewer than '

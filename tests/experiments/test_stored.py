@@ -187,6 +187,8 @@ def test_a_closed_gate_withholds_the_claims_behind_it():
   assert '**withheld**: the gate "load: little < 1.0" is not resolved' in text
   # A claim is not behind itself.
   assert page('load: much < dense', '*')[0] == [verdicts.SHOWN] * 2
+  with pytest.raises(ValueError, match="no claim is like 'c\\*'"):
+    page('load: much < dense', 'c*')
 
 
 def test_a_check_is_small_and_counted_nowhere(monkeypatch):

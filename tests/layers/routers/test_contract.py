@@ -265,8 +265,10 @@ def test_padding_takes_no_slot_and_changes_nothing(kind, train):
     assert slots.sum(1).max() == 1
     np.testing.assert_allclose(aux.stats.kept_load.sum(), slots.sum())
   (_, aux, y), (_, same_aux, same_y) = results
-  np.testing.assert_array_equal(y, same_y)
-  jax.tree.map(np.testing.assert_array_equal, aux, same_aux)
+  # XLA's vectors may round numbers beside NaN otherwise, by a last bit.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  close(y, same_y)
+  jax.tree.map(close, aux, same_aux)
 
 
 @pytest.mark.parametrize('kind', OPTIONS)
