@@ -117,8 +117,14 @@ def make_batch(kind):
   assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {
     n: (x.shape, x.dtype) for n, x in batch.items()
   }
-  assert {*batch} - {*model.inputs(batch)} == {'targets', 'loss_weights'}
+  inputs = model.inputs(on_device(batch))
+  assert {*batch} - {*inputs} == {'targets', 'loss_weights'}
   return batch
+
+
+def on_device(batch):
+  """The batch as arrays of JAX, which a model takes."""
+  return jax.tree.map(jnp.asarray, batch)
 
 
 def edited(batch, name, *places):
@@ -138,7 +144,7 @@ def test_outputs_losses_and_layers_are_as_described(kind):
   L = model.stacks.num_layers
   assert {leaf.shape[0] for leaf in jax.tree.leaves(aux)} == {L}
   # Sparse layers count real tokens, and what the model says that they count.
-  counts = model.stacks.routed_tokens(batch)
+  counts = model.stacks.routed_tokens(on_device(batch))
   assert len(counts) == L
   real = {
     p: (batch[f'{p}segment_ids'] > 0).sum() for p in model.stacks.sequences
@@ -146,9 +152,9 @@ def test_outputs_losses_and_layers_are_as_described(kind):
   for i in model.stacks.sparse_layers:
     expected = real[model.stacks.sequence_of(i)]
     assert aux.stats.tokens[i] == counts[i] == expected
-  empty = {n: np.zeros_like(x) for n, x in batch.items()}
+  empty = {n: jnp.zeros_like(x) for n, x in batch.items()}
   np.testing.assert_array_equal(model.stacks.routed_tokens(empty), np.ones(L))
-  losses = model.loss(jnp.asarray(logits), batch)
+  losses = model.loss(jnp.asarray(logits), on_device(batch))
   log_probs = jax.nn.log_softmax(logits)
   nats = -np.take_along_axis(log_probs, batch['targets'][..., None], -1)
   weighted = batch['loss_weights'] > 0
@@ -258,7 +264,7 @@ def test_gradients_dropout_scan_and_remat(kind):
 def test_what_is_float32_in_a_bfloat16_model(kind):
   types = dict(dtype='bfloat16', param_dtype='bfloat16')
   model = options_of(kind, numerics=types).build()
-  trees, batch = models.describe(model), make_batch(kind)
+  trees, batch = models.describe(model), on_device(make_batch(kind))
   roles = jax.tree.leaves(trees.roles, is_leaf=lambda x: isinstance(x, Role))
   for role, leaf in zip(roles, jax.tree.leaves(trees.shapes), strict=True):
     # So is the table of relative positions, a bias of scores.
@@ -276,7 +282,7 @@ def test_what_is_float32_in_a_bfloat16_model(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', models.MODELS.builtin)
 def test_parameters_are_those_of_rows_of_any_length(kind):
-  model, batch = program(kind)[0], make_batch(kind)
+  model, batch = program(kind)[0], on_device(make_batch(kind))
   init = jax.jit(lambda key: model.init(key, **model.inputs(batch)))
   expected = nn.meta.unbox(init(tiny.key(3))['params'])
   params = nn.meta.unbox(models.init_params(model, tiny.key(3)))

@@ -4,6 +4,7 @@ The router's are judged by definition in `tests/layers/routers`.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
@@ -37,12 +38,12 @@ def test_load_is_told():
   def load(branch_probability):
     return shazeer_rules.hierarchical_load(
       branch_probability,
-      np.float32([[[[0.5, 0.5]], [[0.7, 0.3]]]]),
-      np.zeros((1, 2, 1), np.int32),
-      np.ones((1, 2), bool),
+      jnp.float32([[[[0.5, 0.5]], [[0.7, 0.3]]]]),
+      jnp.zeros((1, 2, 1), jnp.int32),
+      jnp.ones((1, 2), bool),
     )[0]
 
-  probability = np.float32([[[0.9, 0.1], [0.6, 0.4]]])
+  probability = jnp.float32([[[0.9, 0.1], [0.6, 0.4]]])
   share = (0.9 + 0.6) / 2
   expected = [share * 1.2, share * 0.8, 0, 0]
   np.testing.assert_allclose(load(probability), expected)

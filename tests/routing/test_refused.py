@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from moe_jax import routing
@@ -21,7 +20,7 @@ def choose(**changes):
 def leave(**changes):
   sizes = dict(num_selected=1, num_nodes=2, limit=0) | changes
   return limited_rules.limited_choice(
-    LOGITS, np.zeros(2, np.int32), REAL, **sizes
+    LOGITS, jnp.zeros(2, jnp.int32), REAL, **sizes
   )
 
 

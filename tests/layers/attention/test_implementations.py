@@ -308,6 +308,7 @@ def test_what_cannot_be_served_is_refused_when_parameters_are_made(message):
 
 def test_the_backward_pass_keeps_the_weights_and_no_mask():
   module, args = layer('einsum', seq_len=7)
+  args = [*map(jnp.asarray, args)]
   params = params_of(module, *args)
 
   def run(x):

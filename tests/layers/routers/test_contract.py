@@ -284,7 +284,8 @@ def test_gradients_reach_all_parameters_and_no_padding(kind):
   @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1))
   def gradient(params, x):
-    chosen, aux = module.apply(params, x, mask, False, info_of(ids))
+    real, info = jax.tree.map(jnp.asarray, (mask, info_of(ids)))
+    chosen, aux = module.apply(params, x, real, False, info)
     toward = jnp.cos(jnp.arange(chosen.gate.size)).reshape(chosen.gate.shape)
     return (chosen.gate * toward).sum() + sum(aux.losses.values())
 
