@@ -27,8 +27,9 @@ other work. The claims were written before any run.
 
 from experiments.study import byte_models, command, domains, routing
 from experiments.study.parts import Arm, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 # Options of the router that each arm changes.
 ARMS = {

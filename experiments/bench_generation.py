@@ -34,9 +34,16 @@ THEIRS = 'transformers'
 LIMIT = 'matrix products alone'
 # Implementations of experts in transformers, the default first.
 EXPERTS = ('grouped_mm', 'batched_mm', 'eager')
-SIZES = dict(vocab_size=1024, hidden_size=256, intermediate_size=512)
-SIZES |= dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-SIZES |= dict(num_local_experts=8, num_experts_per_tok=2)
+SIZES = dict(
+  vocab_size=1024,
+  hidden_size=256,
+  intermediate_size=512,
+  num_hidden_layers=4,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  num_local_experts=8,
+  num_experts_per_tok=2,
+)
 
 
 def transformers_model(sizes: Mapping[str, int], folder: pathlib.Path) -> Any:
@@ -53,10 +60,14 @@ def transformers_model(sizes: Mapping[str, int], folder: pathlib.Path) -> Any:
   except ImportError as error:
     raise SystemExit(f"needs the 'experiments' extra: {error}") from error
   torch.manual_seed(0)
-  ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
-  # Weights are so large that tokens vary and no two logits nearly tie.
   config = transformers.MixtralConfig(
-    **sizes, **ids, initializer_range=0.1, tie_word_embeddings=False
+    **sizes,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+    # Large enough that tokens vary and no two logits nearly tie.
+    initializer_range=0.1,
+    tie_word_embeddings=False,
   )
   model = transformers.MixtralForCausalLM(config).eval()
   model.save_pretrained(folder)
@@ -74,9 +85,11 @@ def their_cases(
   def run(experts):
     model.set_experts_implementation(experts)
     with torch.inference_mode():
-      mask, length = torch.ones_like(ids), {'max_new_tokens': num_tokens}
       sequences = model.generate(
-        ids, attention_mask=mask, do_sample=False, **length
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
       )
     return sequences[:, ids.shape[1] :].numpy()
 
@@ -146,11 +159,14 @@ def products(
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
   head = kernel(M, sizes['vocab_size'])
-  layers = []  # the kernels of each, and those of each of its experts
-  for _ in range(sizes['num_hidden_layers']):
-    kernels = [kernel(M, n) for n in (M, width, width, M, E)]
-    shapes = (M, F), (M, F), (F, M)
-    layers.append((kernels, [[kernel(*x) for x in shapes] for _ in range(E)]))
+  # The kernels of each layer, and those of each of its experts.
+  layers = [
+    (
+      [kernel(M, n) for n in (M, width, width, M, E)],
+      [[kernel(M, F), kernel(M, F), kernel(F, M)] for _ in range(E)],
+    )
+    for _ in range(sizes['num_hidden_layers'])
+  ]
   served = read_experts(batch_size, sizes)
   share = sizes['num_experts_per_tok'] / sizes['num_local_experts']
 
@@ -215,7 +231,7 @@ def measure(
   tokens = {name: run() for name, run in cases.items()}
   default = next(iter(peers))
   same_tokens = {
-    name: {'same_tokens': float((generated == tokens[default]).mean())}
+    name: float((generated == tokens[default]).mean())
     for name, generated in tokens.items()
   }
   cases[LIMIT] = products(sizes, batch_size, prompt_len, num_tokens)
@@ -225,18 +241,20 @@ def measure(
   rows = []
   for name, durations in times.items():
     duration = timing.Spread.of(durations).median
-    row = {
-      'case': name,
-      'batch': batch_size,
-      'rounds': len(durations),
-      'ms': 1e3 * duration,
-      'tokens_per_second': batch_size * num_tokens / duration,
-      'per_default': timing.ratio(times[default], durations),
-      'fastest_peer': fastest,
-      'per_fastest': timing.ratio(times[fastest], durations),
-      'over_limit': timing.ratio(durations, times[LIMIT]),
-    }
-    rows.append(row | same_tokens.get(name, {}))
+    rows.append(
+      {
+        'case': name,
+        'batch': batch_size,
+        'rounds': len(durations),
+        'ms': 1e3 * duration,
+        'tokens_per_second': batch_size * num_tokens / duration,
+        'per_default': timing.ratio(times[default], durations),
+        'fastest_peer': fastest,
+        'per_fastest': timing.ratio(times[fastest], durations),
+        'over_limit': timing.ratio(durations, times[LIMIT]),
+        **({'same_tokens': same_tokens[name]} if name in same_tokens else {}),
+      }
+    )
   return rows
 
 

@@ -35,9 +35,10 @@ from flax import traverse_util
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.layers.experts.experts import SHARED_EXPERT, SharedExpertOptions
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 HIDDEN = 256  # hidden width of all experts together that a token passes
 SWITCH, GSHARD, HASH = 'Switch', 'GShard', 'hash'

@@ -35,11 +35,12 @@ import numpy as np
 
 from experiments.study import byte_models, command, finetuned, parts, tables
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
 from moe_jax.analysis import cost, counts, memory
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 SPARSE, TWIN, WIDE = 'sparse', 'dense of equal FLOPs', 'wide dense'
 HIDDEN, EXPERTS = 256, 4

@@ -27,9 +27,10 @@ of its planned 20 minutes on two cores. The claims were written before any run.
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 HIDDEN = 256
 TOP1, TOP2, ROOMY2 = 'top-1', 'top-2', 'top-2, no drops'

@@ -41,10 +41,11 @@ from experiments.faster_moe.simulate import (
 )
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis.recording import FOLDER
 from moe_jax.parallel.cost_model import Sizes
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 JOHNNY, TREVOR, SLICE = CLUSTERS
 # Sources of the choices that are replayed: a run's trace, or draws.

@@ -32,7 +32,6 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax import generation
 from moe_jax.data.pipeline import spread
@@ -43,6 +42,8 @@ from moe_jax.models.recorded import Choices, recording
 from moe_jax.routing.capacity import All, Fixed
 from moe_jax.shapes import Array, Float32, Int32
 from moe_jax.training.evaluate import Variables
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 EXPERTS, ROWS = 16, 32
 TIGHT, WIDE, FREE = 'train 1', 'train 2', 'no drops in training'

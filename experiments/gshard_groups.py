@@ -37,12 +37,13 @@ from collections.abc import Mapping
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.times import StepTime
 from moe_jax.analysis import cost
 from moe_jax.analysis.recording import header_of
 from moe_jax.layers.experts import Einsum
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 # Tokens of a group by its name in rows; -1 is the whole batch.
 GROUPS = {'32': 32, '128': 128, '512': 512, '2048': -1}

@@ -31,7 +31,6 @@ import numpy as np
 from experiments.benchmarks import timing
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax import data, generation
@@ -45,6 +44,8 @@ from moe_jax.generation import trained_run
 from moe_jax.models import Model, check_generates
 from moe_jax.shapes import Int
 from moe_jax.training.evaluate import Losses, Setting
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 _SCORED = 64  # number of translations that are scored
 # Number of prompts that are read at once, of tokens that are generated for each
@@ -232,7 +233,7 @@ def rows(results: parts.Results) -> list[Row]:
 
 BEST = 'token / task'
 BLEU_NOTE = 'The paper has BLEU, where higher is better; here it is the loss.'
-# Of a claim on speed, the note and the change.
+# A claim on speed has this note and this change.
 SPEED_IS_OURS = (
   'A question of our own: what the paper measures is the exchange of 32 '
   'devices, which extraction makes needless.'

@@ -30,9 +30,10 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.training.evaluate import compiled_eval_step
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 WEIGHTS = (1e-3, 1e-2, 1e-1)
 RATES, ERROR_RATES = (1e-3, 1e-2, 1e-1), (1e-1,)

@@ -37,10 +37,11 @@ import numpy as np
 from experiments.study import byte_models, command, parts, routing, tables
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.times import StepTime
 from moe_jax.shapes import Int
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 BLOCKS, FACTORS = (8, 32, 128), (1, 1.5, 2)
 # Ways of serving a routing, by the part of the metrics' names for each.

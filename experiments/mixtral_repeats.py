@@ -25,10 +25,11 @@ from collections import defaultdict
 
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.parts import Claim, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 HIDDEN, EXPERTS, SELECTED = 256, 8, 2
 # Layers by name; the rows of each layer are of the arm 'top-2'.

@@ -44,7 +44,6 @@ import numpy as np
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
@@ -53,6 +52,8 @@ from moe_jax.analysis.traces import Header, Record
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing import even_choice
 from moe_jax.shapes import Bool, Int
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 # Checkpoints that are compared with the end, in % of the run.
 EARLY = (0, 10, 20, 50)

@@ -25,9 +25,10 @@ import numpy as np
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.byte_models import expert_choice, top_k
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.errors import InputError
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 # Number of rows that are measured, evenly spaced over the validation split.
 _ROWS = 32

@@ -35,12 +35,13 @@ from flax.traverse_util import path_aware_map
 from experiments import shazeer_table7
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.models import LstmLm
 from moe_jax.models.recorded import recording
 from moe_jax.runs.summary import Batch
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 E, K = 16, 4
 Variables = dict[str, Any]

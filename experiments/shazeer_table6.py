@@ -32,11 +32,12 @@ import numpy as np
 
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD as SOWN_LOAD
 from moe_jax.models import Model
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 WEIGHTS = [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01)]
 WEIGHTS += [(1.0, 1.0)]

@@ -34,13 +34,14 @@ import numpy as np
 from experiments.study import byte_models, command, domains, parts, routing
 from experiments.study.finetuned import minus
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax.analysis import routing_measures
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.routing_measures import Layers
 from moe_jax.shapes import Int
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 # Checkpoints that are measured besides the last, in % of the run.
 EARLY = (0, 20)

@@ -24,10 +24,11 @@ be run with the others anew. The runs of all nine took 47 core minutes.
 
 from experiments.study import byte_models, command, parts, routing
 from experiments.study.parts import Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
 from moe_jax.analysis.routing_measures import entropy
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 HIDDEN, LAYERS = 256, 3
 UNIFORM = 2.7726  # ln 16

@@ -34,9 +34,10 @@ from ml_collections import ConfigDict
 
 from experiments.study import byte_models, command, parts, router_logits
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.runs import metrics, recorder
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 RATE, HIGHER = 0.05, 0.15
 HIDDEN = 128

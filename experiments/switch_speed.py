@@ -41,12 +41,13 @@ from experiments.study import byte_models, command, parts
 from experiments.study.annealed import AnnealedRunner
 from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Exploration, Study
 from experiments.study.times import StepTime
 from experiments.switch_scaling import OTHER_TIME, SPEEDUP
 from moe_jax.analysis import cost
 from moe_jax.run_config import RunConfig
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 HIDDEN = 512
 DENSE = 'width 128, dense'

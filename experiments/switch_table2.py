@@ -37,9 +37,10 @@ from experiments.study import (
 )
 from experiments.study.jobs import nested
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from moe_jax.analysis import counts, memory
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 E = 16
 _DTYPE = 'numerics.dtype'

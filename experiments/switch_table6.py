@@ -28,11 +28,12 @@ import numpy as np
 
 from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
-from experiments.study.runner import Run, TrainState
 from experiments.study.study import Study
 from experiments.study.tables import ratios
 from experiments.study.tasks import TASKS
 from moe_jax.analysis.intervals import Interval
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 NUM_EXPERTS = 16
 DENSE, ALONE = 'dense', 'non-expert start alone'

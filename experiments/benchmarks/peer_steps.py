@@ -8,8 +8,8 @@ backward pass and AdamW.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments.benchmarks.train_step_programs import prepared, random_batch
 from moe_jax.cli import load_config
@@ -26,25 +26,42 @@ ABOUT = (
 )
 # Overrides of the config, the sizes of both models: M=256, F=1024, E=8, batches
 # of 8 examples with 256 input and 64 output tokens.
-_MOE = dict(num_experts=8, layers='1,3', group_size=0, expert={'dropout': 0.0})
-_MOE['router'] = {'token_choice': {'jitter': 0.0}}
-_MODEL = dict(vocab_size=1024, num_layers=4, width=256, dropout=0.0, moe=_MOE)
-_MODEL |= dict(attention=dict(num_heads=4, head_width=64), ffn={'hidden': 1024})
-_MODEL |= dict(numerics={'dtype': 'float32'}, remat='none', scan_layers=False)
-# The rate is so small that routing stays as it begins: at a rate that learns, a
-# few steps on one batch leave every token of a layer to one expert, and
-# PyTorch's optimizer passes over those without a gradient.
-_OPTIMIZER = dict(kind='adamw', learning_rate=1e-8, b1=0.9, clip_norm=1.0)
 SIZES = {
   'batch_size': 8,
   'microbatches': 1,
   'data': {'seq_len': 256, 'target_len': 64},
-  'optimizer': _OPTIMIZER | {'schedule': {'kind': 'constant'}},
-  'model': _MODEL,
+  'optimizer': {
+    'kind': 'adamw',
+    # The rate is so small that routing stays as it begins: at a rate that
+    # learns, a few steps on one batch leave every token of a layer to one
+    # expert, and PyTorch's optimizer passes over those without a gradient.
+    'learning_rate': 1e-8,
+    'schedule': {'kind': 'constant'},
+    'b1': 0.9,
+    'clip_norm': 1.0,
+  },
+  'model': {
+    'vocab_size': 1024,
+    'num_layers': 4,
+    'width': 256,
+    'attention': {'num_heads': 4, 'head_width': 64},
+    'ffn': {'hidden': 1024},
+    'dropout': 0.0,
+    'numerics': {'dtype': 'float32'},
+    'remat': 'none',
+    'scan_layers': False,
+    'moe': {
+      'num_experts': 8,
+      'layers': '1,3',
+      'group_size': 0,
+      'router': {'token_choice': {'jitter': 0.0}},
+      'expert': {'dropout': 0.0},
+    },
+  },
 }
 
 
-def config() -> ConfigDict:
+def config() -> ml_collections.ConfigDict:
   """Config of our step: Switch-Base, shrunk to `SIZES`."""
   return layered(RunConfig, load_config(CONFIG), SIZES)
 
@@ -70,15 +87,25 @@ def transformers_model(options: RunConfig) -> Any:
   m = options.model
   heads = m.attention
   torch.manual_seed(0)
-  sizes = dict(vocab_size=m.vocab_size, d_model=m.width, d_ff=m.ffn.hidden)
-  sizes |= dict(num_heads=heads.num_heads, d_kv=heads.head_width)
-  sizes |= dict(num_layers=m.encoder_half.num_layers, decoder_start_token_id=0)
-  sizes |= dict(num_decoder_layers=m.num_layers, num_experts=m.moe.num_experts)
-  sizes |= dict(num_sparse_encoder_layers=2, num_sparse_decoder_layers=2)
-  sizes['expert_capacity'] = options.data.seq_len  # drops nothing, at no cost
-  plain = dict(router_jitter_noise=0.0, dropout_rate=0.0, dense_act_fn='relu')
-  config = transformers.SwitchTransformersConfig(**sizes, **plain)
-  return transformers.SwitchTransformersForConditionalGeneration(config)
+  return transformers.SwitchTransformersForConditionalGeneration(
+    transformers.SwitchTransformersConfig(
+      vocab_size=m.vocab_size,
+      d_model=m.width,
+      d_kv=heads.head_width,
+      d_ff=m.ffn.hidden,
+      num_layers=m.encoder_half.num_layers,
+      num_decoder_layers=m.num_layers,
+      num_sparse_encoder_layers=2,
+      num_sparse_decoder_layers=2,
+      num_heads=heads.num_heads,
+      num_experts=m.moe.num_experts,
+      expert_capacity=options.data.seq_len,  # drops nothing, at no cost
+      router_jitter_noise=0.0,
+      dropout_rate=0.0,
+      dense_act_fn='relu',
+      decoder_start_token_id=0,
+    )
+  )
 
 
 def programs() -> dict[str, Callable[[], None]]:
@@ -89,8 +116,9 @@ def programs() -> dict[str, Callable[[], None]]:
   model, batch = transformers_model(options), random_batch(options)
 
   model.train()
-  rate = options.optimizer.learning_rate
-  optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=options.optimizer.learning_rate, fused=True
+  )
   names = ('encoder_tokens', 'tokens', 'targets')
   source, decoder_inputs, targets = (
     torch.from_numpy(np.asarray(batch[name])).long() for name in names
@@ -105,8 +133,9 @@ def programs() -> dict[str, Callable[[], None]]:
       output_router_logits=True,
     ).loss
     loss.backward()
-    clip = options.optimizer.clip_norm
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(
+      model.parameters(), options.optimizer.clip_norm
+    )
     optimizer.step()
 
   return {NAME: run}

@@ -22,14 +22,33 @@ from moe_jax.interop.tensor_files import SAFETENSORS
 from moe_jax.models import describe
 
 # All that does not grow with the number of layers has about 0.3 GB.
-BASE: dict[str, Any] = dict(model_type='qwen3_moe', dtype='bfloat16')
-BASE |= dict(architectures=['Qwen3MoeForCausalLM'], tie_word_embeddings=False)
-BASE |= dict(vocab_size=32768, hidden_size=2048, intermediate_size=4096)
-BASE |= dict(num_attention_heads=16, num_key_value_heads=4, head_dim=128)
-BASE |= dict(num_experts=64, num_experts_per_tok=8, norm_topk_prob=True)
-TINY = BASE | dict(vocab_size=64, hidden_size=24, num_hidden_layers=2)
-TINY |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6)
-TINY |= dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
+BASE: Mapping[str, Any] = dict(
+  model_type='qwen3_moe',
+  architectures=['Qwen3MoeForCausalLM'],
+  dtype='bfloat16',
+  vocab_size=32768,
+  hidden_size=2048,
+  num_attention_heads=16,
+  num_key_value_heads=4,
+  head_dim=128,
+  intermediate_size=4096,
+  num_experts=64,
+  num_experts_per_tok=8,
+  norm_topk_prob=True,
+  tie_word_embeddings=False,
+)
+TINY: Mapping[str, Any] = dict(
+  BASE,
+  vocab_size=64,
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=6,
+  num_experts=8,
+  num_experts_per_tok=2,
+  moe_intermediate_size=16,
+)
 _LAYER_BYTES = 8e8
 _WIDTHS = 16  # experts' widths are multiples of this
 # All bits but the highest of the exponent: the value is below 2, and finite.

@@ -15,8 +15,9 @@ import numpy as np
 from experiments.study import byte_models
 from experiments.study import routing as study_routing
 from experiments.study.parts import ANY, Arm, Claim, Column, percent
-from experiments.study.runner import Run, TrainState
 from moe_jax import routing
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
 # Shares of tokens that may leave their node; 0.14 is FastMoE's.
 SHARES = (1.0, 0.5, 0.14, 0.0)

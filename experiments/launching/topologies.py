@@ -22,15 +22,27 @@ _CUBES = (
 _CHIPS_PER_HOST = 4
 
 
-# Of each generation of TPUs: the value of the label
-# cloud.google.com/gke-tpu-accelerator; the first part of the accelerator type,
-# and the number that it counts for each chip; and the slices that accelerator
-# types name, the smallest first.
+class _Tpu(NamedTuple):
+  """A generation of TPUs.
+
+  Attributes:
+    label: Value of the label cloud.google.com/gke-tpu-accelerator.
+    prefix: First part of the accelerator type, 'v5litepod' of 'v5litepod-16'.
+    cores: Number that the accelerator type counts for each chip.
+    shapes: The slices that accelerator types name, the smallest first.
+  """
+
+  label: str
+  prefix: str
+  cores: int
+  shapes: tuple[str, ...]
+
+
 TPUS = {
-  'v4': ('tpu-v4-podslice', 'v4', 2, _CUBES),
-  'v5e': ('tpu-v5-lite-podslice', 'v5litepod', 1, _FLAT),
-  'v5p': ('tpu-v5p-slice', 'v5p', 2, _CUBES),
-  'v6e': ('tpu-v6e-slice', 'v6e', 1, _FLAT),
+  'v4': _Tpu('tpu-v4-podslice', 'v4', 2, _CUBES),
+  'v5e': _Tpu('tpu-v5-lite-podslice', 'v5litepod', 1, _FLAT),
+  'v5p': _Tpu('tpu-v5p-slice', 'v5p', 2, _CUBES),
+  'v6e': _Tpu('tpu-v6e-slice', 'v6e', 1, _FLAT),
 }
 TPUS['v5litepod'] = TPUS['v5e']
 # Values of the label cloud.google.com/gke-accelerator.

@@ -198,7 +198,7 @@ def _cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:
 
 
 def _here(summary: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
-  """What was measured of a claim, with its interval."""
+  """The rows that a claim compares, and their difference with its interval."""
   digits = {c['name']: c['digits'] for c in summary['columns']}
   spec = f'z.{digits.get(claim["column"], 2)}f'
   mean, width = claim['difference'], claim['half_width']

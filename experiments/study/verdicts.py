@@ -52,7 +52,7 @@ FALSE_DISCOVERIES = 0.05
 
 @functools.cache
 def checks() -> dict[str, dict[str, str]]:
-  """By study, the reason why each of its checks could not have failed."""
+  """The reasons why checks could not have failed, by study and claim."""
   return json.loads(CHECKS.read_text(encoding='utf-8'))
 
 

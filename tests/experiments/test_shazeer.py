@@ -1,4 +1,4 @@
-"""What the studies of arXiv:1701.06538 measure of batches and of thresholds."""
+"""The studies of arXiv:1701.06538 measure balance by batch, and thresholds."""
 
 import functools
 

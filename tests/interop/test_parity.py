@@ -202,8 +202,8 @@ def test_a_key_with_a_value_of_no_kind_is_refused_by_its_name(kind):
   assert any('none_such' in text for text in refused)
 
 
-# What each key may have alone, but not with the others, and what no dimension
-# of a tensor would refuse.
+# Values that a key may have alone, but not with the others, and values that no
+# dimension of a tensor would refuse.
 REFUSED = {
   'mixtral': (
     dict(

@@ -71,7 +71,7 @@ def dense(params, x):
 
 
 def served(params, e, token):
-  """What an expert makes of a token, in float64."""
+  """Computes the output of one expert for a token, in float64."""
   w = {k: np.float64(leaf[e]) for k, leaf in params['experts'].items()}
   return np.maximum(token @ w['w_in'] + w['b_in'], 0) @ w['w_out'] + w['b_out']
 

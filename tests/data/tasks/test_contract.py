@@ -111,7 +111,7 @@ def test_a_batch_follows_from_its_number_and_the_seed(kind, target_len):
   other = batch_dataset(rows, batch_size=6, seed=4)
   parts = [(share, batch_dataset(rows, batch_size=6, seed=3, share=share))
            for share in (np.array([0, 1, 2]), np.array([4, 5, 1]))]  # fmt: skip
-  # In any order; a batch of a later epoch is among them.
+  # Batches are asked for in any order, one of a later epoch among them.
   for i in (7, 0, 10 * len(rows)):
     assert (whole[i]['tokens'] != other[i]['tokens']).any()
     for share, part in parts:

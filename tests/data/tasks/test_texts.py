@@ -396,7 +396,7 @@ def test_wrong_mixtures_are_refused(denoisers, message):
     Ul2Task(denoisers=denoisers)
 
 
-# From options to rows.
+# The tests below make rows from options.
 
 
 def test_a_tokenizers_own_sentinels_are_used(tmp_path):

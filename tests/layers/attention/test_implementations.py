@@ -283,7 +283,7 @@ def test_auto_is_plain_where_the_kernel_cannot_serve():
   assert TPU_KERNEL in lowered('auto', dropout=0.5, train=False)
 
 
-# What an implementation cannot serve would be left out without a word.
+# An implementation must refuse what it would otherwise leave out silently.
 NO_BIAS = 'splash.*no relative'
 REFUSED = {
   'xla.*has no dropout': ('xla', dict(dropout=0.1)),
