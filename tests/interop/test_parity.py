@@ -439,13 +439,16 @@ def check_gradients(model, source, folder, batch):
   embeddings = [m for m in model.modules() if isinstance(m, Embedding)]
   pads = {id(m.weight): m.padding_idx for m in embeddings}
   for name, value in model.named_parameters():
-    if (gradient := value.grad) is None:
-      continue  # the weight is not used
-    ours = written[name].detach()
+    actual = written[name].detach()
+    if (gradient := value.grad) is None:  # the weight is not used
+      assert not actual.any(), name
+      continue
     if pads.get(id(value)) is not None:
-      ours[pads[id(value)]] = gradient[pads[id(value)]]
+      actual[pads[id(value)]] = gradient[pads[id(value)]]
     bound = 1e-5 + 1e-4 * float(gradient.abs().max())
-    np.testing.assert_allclose(ours, gradient, rtol=0, atol=bound, err_msg=name)
+    np.testing.assert_allclose(
+      actual, gradient, rtol=0, atol=bound, err_msg=name
+    )
 
 
 # Models with the usual options, which other cases leave as they are in part,

@@ -1,4 +1,4 @@
-"""Rotary positions and relative-position buckets, by hand and by property."""
+"""Rotary positions, relative buckets and sinusoids are those made by hand."""
 
 import functools
 

@@ -378,3 +378,17 @@ def test_dropless_sends_rows_and_gathers_no_kernel():
   kernel = r'(16,24|24,16)\]'
   assert not re.search(rf'= f32\[\d+,{kernel}\S* all-gather\(', result.text)
   assert not re.search(rf'f32\[{E},{kernel}', result.text)
+
+
+@pytest.mark.slow
+def test_a_rematerialization_would_be_seen(capfd):
+  mesh = partitioning.make_mesh(dict(data=2, expert=4))
+  x = jax.device_put(
+    np.ones((8, 8, 16), np.float32),
+    NamedSharding(mesh, PartitionSpec('expert', 'data')),
+  )
+  other = NamedSharding(mesh, PartitionSpec(None, None, ('data', 'expert')))
+  salt = time.time() % 1000
+  capfd.readouterr()
+  jax.jit(lambda x: jnp.sin(x) * salt, out_shardings=other).lower(x).compile()
+  assert 'rematerialization' in capfd.readouterr().err

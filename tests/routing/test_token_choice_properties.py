@@ -85,3 +85,20 @@ def test_raw_gates_teach_the_router():
     served = np.asarray(kept).any(-1)
     size = np.abs(gradient).max(-1)
     assert (size[served] > 1e-4).all() and not size[~served].any()
+
+
+@few_examples
+@given(logits, options(), st.permutations(range(S)))
+def test_without_drops_a_token_is_routed_alone(logits, options, order):
+  # Permuting a group permutes what its tokens get, and changes nothing else.
+  options['key'] = None
+  order = np.array(order)
+  routed, shuffled = (
+    jax.tree.map(np.asarray, token_choice(x, capacity=S, **options))
+    for x in (jnp.asarray(logits), jnp.asarray(logits[:, order]))
+  )
+  assert routed.kept.all() and shuffled.kept.all()
+  np.testing.assert_array_equal(
+    routed.expert_index[:, order], shuffled.expert_index
+  )
+  np.testing.assert_allclose(routed.gate[:, order], shuffled.gate, rtol=1e-6)

@@ -246,7 +246,7 @@ def test_another_seq_len_goes_on_at_the_same_share_of_the_data(
 
 
 def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
-  unbroken, tmp_path
+  unbroken, tmp_path, capsys
 ):
   workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
   message = r'a checkpoint of step 6, and total_steps=4: give at least as many'
@@ -258,7 +258,9 @@ def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
   # A damaged checkpoint after the last step is passed over.
   damage(workdir, 6)
   shorter = tiny.options(model=DROPOUT, total_steps=5)
+  capsys.readouterr()
   assert int(train_and_evaluate(shorter, workdir, resume=True).step) == 5
+  assert 'passed over the checkpoint of step 6' in capsys.readouterr().out
 
 
 def test_other_data_and_other_tokens_are_refused(unbroken, tmp_path):
