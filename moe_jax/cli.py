@@ -11,16 +11,18 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.machinery
+import importlib.util
 import io
 import os
 import pathlib
 import re
-import runpy
 import signal
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 import ml_collections
 from absl import flags, logging
@@ -152,7 +154,9 @@ def options_of(
     ValueError: The message gives everything that is wrong, by name.
   """
   config, problems = applied(base, overrides)
-  section: Any = config.get(part, {}) if part else config
+  section: Any = (
+    config.get(part, ml_collections.ConfigDict()) if part else config
+  )
   path = f'{part}.' if part else ''
   names = list(map(name_of, overrides))
   settled, ignored = settle(root, section, names, path)
@@ -185,9 +189,10 @@ def name_of(override: str) -> str:
 
 def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
   """The message for a key that does not exist; None if it may be set."""
+  keys: dict[str, Any] = flatten(config)
   section: Any = config
   path, rest = list[str](), name.split('.')
-  if name in flatten(config):
+  if name in keys:
     return None
   while rest and isinstance(section.get(rest[0]), ml_collections.ConfigDict):
     section = section[rest[0]]
@@ -206,8 +211,11 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
   ]
   text = unknown_key_text(name, beside)
   if is_open and rest[0] not in section:
+    value = '...'
+    for key in reversed(rest[1:]):
+      value = f"{{'{key}': {value}}}"
     new = '.'.join([*path, rest[0]])
-    text += f'; a new section is given whole: --config.{new}="{{...}}"'
+    text += f'; a new section is given whole: --config.{new}="{value}"'
   return text
 
 
@@ -223,11 +231,11 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
       refuses the argument, or returns something else than a config.
   """
   file, path, argument = _locate(spec)
-  values = _run(file, path)
-  if 'get_config' not in values:
+  module = _run(file, path)
+  if not hasattr(module, 'get_config'):
     raise InputError(f'{file} defines no get_config(arg)')
   try:
-    config = values['get_config'](*([argument] if argument else []))
+    config = module.get_config(*([argument] if argument else []))
   except InputError as error:
     raise InputError(f'{file}: {error}') from error
   except Exception as error:
@@ -283,17 +291,22 @@ def package_configs(package: str) -> dict[str, pathlib.Path]:
       f'package {package!r} has no configs: {error}; a config is a file, '
       f'configs/own.py, or a name, {_MOE_JAX}:tiny_switch'
     ) from None
-  return {
+  files = {
     path.stem: path
     for folder in folders
-    for path in sorted(pathlib.Path(folder).glob('[!_]*.py'))
+    for path in sorted(pathlib.Path(folder).glob('*.py'))
   }
+  files.pop('__init__', None)
+  return files
 
 
-def _run(file: str, path: pathlib.Path) -> dict[str, Any]:
-  """The names in a config file; raises ValueError that names the file."""
+def _run(file: str, path: pathlib.Path) -> types.ModuleType:
+  """The module of a config file; raises ValueError that names the file."""
+  loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+  spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+  module = importlib.util.module_from_spec(cast(Any, spec))
   try:
-    return runpy.run_path(str(path))
+    loader.exec_module(module)
   except ModuleNotFoundError as error:
     raise InputError(
       f'{file}: {error}; modules of your own are looked for in '
@@ -301,6 +314,7 @@ def _run(file: str, path: pathlib.Path) -> dict[str, Any]:
     ) from None
   except Exception as error:
     raise InputError(_error_text(file, path, error)) from error
+  return module
 
 
 def _error_text(file: str, path: pathlib.Path, error: Exception) -> str:
@@ -349,15 +363,16 @@ def about(text: str | None) -> dict[str, Any]:
   )
 
 
-class _Help(
-  argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
+class _Help(argparse.RawDescriptionHelpFormatter):
   """Help that shows the default of each option that has one."""
 
-  def _get_help_string(self, action: argparse.Action) -> str | None:
-    if isinstance(action.default, bool) or action.default in (None, '', []):
-      return action.help
-    return super()._get_help_string(action)
+  def _get_help_string(self, action: argparse.Action) -> str:
+    text, value = action.help or '', action.default
+    if isinstance(value, bool) or value in (None, '', [], argparse.SUPPRESS):
+      return text
+    if not action.option_strings or 'default' in text:
+      return text
+    return f'{text} (default: %(default)s)'
 
 
 def with_programs(text: str) -> str:
@@ -386,10 +401,7 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     show_traceback: Whether errors are raised as they are, with a traceback. If
       the environment has MOE_JAX_TRACEBACK, errors always are.
   """
-  # `python -m` finds modules in the working folder; a console command would
-  # not. The folder is searched last, so that it hides no library's module.
-  if '' not in sys.path:
-    sys.path.append('')
+  find_own_modules()
   show_traceback = show_traceback or 'MOE_JAX_TRACEBACK' in os.environ
   try:
     yield
@@ -411,6 +423,16 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
       f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")}: JAX finds no such '
       "device; JAX_PLATFORMS='' takes what there is"
     )
+
+
+def find_own_modules() -> None:
+  """Lets modules of the user be imported from the working folder.
+
+  `python -m` does so, too; a console command would not. The folder is searched
+  last, so that no file there hides a module of a library.
+  """
+  if '' not in sys.path:
+    sys.path.append('')
 
 
 class Parser(argparse.ArgumentParser):

@@ -75,10 +75,13 @@ def unknown_key_text(name: str, names: Iterable[str]) -> str:
       out a long list if one of the names is near.
   """
   names = list(names)
-  text = unknown_text('config key', name, names)
-  near, have, _ = text.partition('? have ')
-  is_long = have and len(names) > _FEW
-  return f'{near}? --describe prints all keys' if is_long else text
+  text, _, have = unknown_text('config key', name, names).partition('? have ')
+  if not have:
+    return text
+  is_short = len(names) <= _FEW
+  return (
+    f'{text}? {"have " + have if is_short else "--describe prints all keys"}'
+  )
 
 
 class OptionError(InputError):
@@ -201,10 +204,12 @@ def entries(
 
 
 def _field(default: Any, described: Option) -> Any:
-  field: Any = functools.partial(dataclasses.field, metadata={_KEY: described})
+  metadata = {_KEY: described}
   if isinstance(default, Mapping):  # which cannot be hashed
-    return field(default_factory=lambda: dict(default))
-  return field(default=default)
+    return dataclasses.field(
+      default_factory=lambda: dict(default), metadata=metadata
+    )
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 class Field(NamedTuple):
@@ -653,7 +658,7 @@ def settle(
   """
   reader = _Reader()
   reader.read(root, config, path)
-  settled: Any = copy.deepcopy(config)
+  settled: Any = _copied(config)
   ignored: dict[str, Any] = {}
   in_vain = [x for x in reader.problems if isinstance(x, InVain)]
   names = tuple(f'{text.partition("=")[0]}.' for text in in_vain)
@@ -663,7 +668,9 @@ def settle(
       continue
     ignored[key.path] = key.value
     *parents, name = key.path.removeprefix(path).split('.')
-    parent = functools.reduce(operator.getitem, parents, settled)
+    parent = settled
+    for section in parents:
+      parent = parent[section]
     with parent.ignore_type():
       if CUSTOM in parents:
         del parent[name]
@@ -676,8 +683,10 @@ def settle(
     holder, colon, name = text.partition('=')[0].partition(': ')
     if not colon or _is_given(holder, given):
       continue
-    *parents, last = f'{holder.removeprefix(path)}.{name}'.split('.')
-    parent = functools.reduce(lambda p, key: p.get(key, {}), parents, settled)
+    parents = f'{holder.removeprefix(path)}.{name}'.split('.')
+    last, parent = parents.pop(), settled
+    for section in parents:
+      parent = parent.get(section, {})
     if last in parent:
       ignored[f'{holder}.{name}'] = parent[last]
       del parent[last]
@@ -790,10 +799,11 @@ class _Reader:
       return self._entries(field, value, f'{path}.')
     if described.kinds is not None or isinstance(default, Options):
       subsection = {} if value is default else value
-      arguments = default, subsection, f'{path}.', unchosen
       if described.kinds is None:
-        return self._options(type(default), *arguments)
-      return self._choice(described.kinds, *arguments, described)
+        cls, arguments = type(default), (default, subsection, f'{path}.')
+        return self._options(cls, *arguments, unchosen)
+      arguments = described.kinds, default, subsection, f'{path}.'
+      return self._choice(*arguments, unchosen, described)
     value = None if value is MISSING else _tuples(value)  # JSON has no tuples
     self.keys.append(Key(path, value, default, described, unchosen))
     if unchosen or (value is None and default is None):
@@ -923,9 +933,16 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
     ValueError: An override's key does not exist (names the nearest), or its
       value has another type than the value that it replaces.
   """
-  merged = copy.deepcopy(config)
+  merged = _copied(config)
   _merge_into(merged, overrides, path)
   return merged
+
+
+def _copied(config: ConfigDict) -> ConfigDict:
+  """A copy of a config, locked wherever `config` is."""
+  # `copy.deepcopy` of a ConfigDict takes several times as long.
+  values = config.to_dict(preserve_field_references=True)
+  return _locked_like(ConfigDict(copy.deepcopy(values)), config)
 
 
 def _merge_into(merged: Any, overrides: Section, path: str):
@@ -961,3 +978,16 @@ def _replaced(old: Any, value: Any, key_path: str) -> Any:
       ]
     )
   return value
+
+
+def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
+  """`merged`, a copy of `config`, locked wherever `config` is locked."""
+  if config.is_locked:
+    merged.lock()  # sections below it, too
+  for key, subsection in config.items():
+    if isinstance(subsection, ConfigDict):
+      merged_subsection = cast(ConfigDict, merged[key])
+      if not subsection.is_locked:
+        merged_subsection.unlock()
+      _locked_like(merged_subsection, subsection)
+  return merged

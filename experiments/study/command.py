@@ -181,7 +181,11 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     timed,
     arguments=arguments,
     configs=study.digests(preset, options.task),
-    rates={a.name: a.overrides.get(rates.KEY) for a in arms},
+    rates={
+      arm.name: arm.overrides[rates.KEY]
+      for arm in arms
+      if rates.KEY in arm.overrides
+    },
   )
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   words = [word[1:].replace('/', '_') for word in changed]

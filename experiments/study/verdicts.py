@@ -224,7 +224,8 @@ def judged(
         is_open = gate.word == SHOWN or claim.compared == compared
         if is_open or not matches(text, study.gates[compared]):
           continue
-        reason = f'the gate "{compared}" is {gate.word}'
+        closed = f'the gate "{compared}" is {gate.word}'
+        reason = '; '.join(filter(None, (verdict_on.reason, closed)))
         verdict_on = Verdict(claim, verdict_on.difference, WITHHELD, reason)
       kind = PAPERS if is_papers(claim) else OURS
       reason = checks().get(study.name, {}).get(text, '')

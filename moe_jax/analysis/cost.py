@@ -95,8 +95,9 @@ def cost_table(model: Model, work: Workload) -> Table:
   if model.stacks.blocks:
     arrays = array_bytes(model, work)
     sentences.append(
-      'The forward pass leaves kept bytes for the backward pass; in training, '
-      'weights, gradients, optimizer state and temporary arrays come on top.'
+      'Kept bytes are what the forward pass leaves for the backward pass; in '
+      'training, weights, gradients, the state of the optimizer and temporary '
+      'arrays come on top.'
     )
   else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)

@@ -63,7 +63,7 @@ class DryRun:
     yield 'dry run: nothing is trained, and nothing is written'
     run, mesh = self._set_up(), self._mesh()
     options, notes, dataset = (
-      (run.options, run.notes, run.dataset) if run else self._filled()
+      (run.options, run.notes, run.dataset) if run else self._filled(mesh)
     )
     data_line = (
       dataset.describe()
@@ -127,7 +127,9 @@ class DryRun:
       return run
     return None
 
-  def _filled(self) -> tuple[RunConfig | None, list, data.Dataset | None]:
+  def _filled(
+    self, mesh: Mesh
+  ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
     """The options, the notes and the data of a run that could not be set up.
 
     The notes are the lines that the run would print when it is set up. The

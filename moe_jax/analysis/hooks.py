@@ -8,24 +8,25 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import models
+from moe_jax import generation, models
 from moe_jax.analysis import cost, roofline, routing_report, sharded
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.routing_report import ValueTable
 from moe_jax.analysis.run_page import Page
+from moe_jax.data import Rows
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
-from moe_jax.evaluation.generated_text import Pair, generator, window_pair
 from moe_jax.generation import trained_run
 from moe_jax.layers import experts
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models.recorded import recording
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import trainable
-from moe_jax.training.evaluate import Losses, Setting
+from moe_jax.training.evaluate import Losses
 from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run
@@ -151,36 +152,67 @@ class Sample(Hook):
     length of a row; where positions are learned, the sample ends at the last
     learned position.
     """
-    c, data = run.options.sample, run.options.data
+    c = run.options.sample
     if c.num_tokens < 1:
       return
-    tokenizer, rows = run.dataset.tokenizer, run.dataset.splits['validation']
-    imported = trained_run.is_imported(run.workdir)
-    ids = trained_run.encode(data.task, tokenizer, c.prompt, imported=imported)
-    pairs = [Pair(ids, c.prompt, '', c.task or next(iter(data.tasks), ''))]
-    if run.model.has_encoder:
-      examples = range(min(_SAMPLE_PAIRS, len(rows)))
-      pairs += [window_pair(tokenizer, rows, row) for row in examples]
-    parts = run.model, run.dataset, data, run.workdir, run.programs.put
-    how = dict(temperature=c.temperature, seed=c.seed)
     try:
-      generate = generator(Setting(*parts), {}, pairs, c.num_tokens, **how)
+      models.check_generates(run.model)
     except InputError as error:
       run.message(f'no sample: {error}')
       return
-    answers = generate.outputs(run.programs.variables(state))
+    data, tokenizer = run.options.data, run.dataset.tokenizer
+    imported = trained_run.is_imported(run.workdir)
+    window = trained_run.window(data, run.model, imported=imported)
+    variables = run.programs.variables(state)
+    model, variables = generation.prepare(run.model, variables, window=window)
+    prompt = trained_run.encode(
+      data.task, tokenizer, c.prompt, imported=imported
+    )
+    prompt, num_tokens = trained_run.fit(model, prompt, c.num_tokens)
+    pairs, names = [], []
+    if model.has_encoder:
+      pairs = first_pairs(run.dataset.splits['validation'])
+    if model.stacks.task_sequences:
+      tasks = (data.tasks[task] for *_, task in pairs)
+      names = [c.task or data.tasks[0], *tasks]
+    generated = generation.generate(
+      model,
+      variables,
+      [prompt, *(inputs for inputs, *_ in pairs)],
+      num_tokens=num_tokens,
+      temperature=c.temperature,
+      seed=c.seed,
+      task_ids=trained_run.task_ids(model, data, names, 'sample.task'),
+      **trained_run.special_ids(model, tokenizer),
+    )
+    answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
-    if run.model.has_encoder or data.task.reads == 'pairs':
+    if model.has_encoder or data.task.reads == 'pairs':
+      inputs = [c.prompt, *(tokenizer.decode(inputs) for inputs, *_ in pairs)]
+      targets = ['', *(tokenizer.decode(targets) for _, targets, _ in pairs)]
       text = '\n\n'.join(
-        f'inputs: {pair.inputs}\noutputs: {answer}'
-        + f'\ntargets: {pair.target}' * bool(pair.target)
-        for pair, answer in zip(pairs, answers)
+        f'inputs: {x}\noutputs: {answer}' + f'\ntargets: {y}' * bool(y)
+        for x, answer, y in zip(inputs, answers, targets)
       )
     if forced := run.model.stacks.forced_balance:
       text = f'[{forced}]\n{text}'
     if is_first():
       workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
     run.message(f'sample, temperature {c.temperature}:\n{text}')
+
+
+def first_pairs(rows: Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
+  """The first example of each of the first `_SAMPLE_PAIRS` rows.
+
+  An example is a triple: the token ids of its inputs and of its targets, and
+  the index of its task, which is 0 if the data has no tasks.
+  """
+  batch = rows.take(np.arange(min(_SAMPLE_PAIRS, len(rows))))
+  inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
+  targets = zip(batch['targets'], batch['segment_ids'] == 1)
+  tasks = batch.get('task_ids', np.zeros_like(batch['targets']))[:, 0]
+  pairs = zip(inputs, targets, tasks)
+  return [(x[of_x], y[of_y], int(task)) for (x, of_x), (y, of_y), task in pairs]
 
 
 class RoutingReport(Hook):
@@ -204,8 +236,12 @@ class RoutingReport(Hook):
 def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
   """Makes the tables of the routing report from some validation batches."""
   counts: routing_report.Counts = {}
-  rows = run.dataset.splits['validation']
-  losses = Losses(run.model, _REPORT_BATCHES, rows, run.programs.put)
+  losses = Losses(
+    model=run.model,
+    num_batches=_REPORT_BATCHES,
+    rows=run.dataset.splits['validation'],
+    put=run.programs.put,
+  )
   sums = losses.sums(
     run.programs.variables(state),
     recording,
@@ -245,9 +281,11 @@ def facts(
   if (moe := stacks.moe) is not None:
     counts = [stacks.moe_of(i).num_retained for i in stacks.sparse_layers]
     axes = dict(options.sharding.rules)['expert']
-    split = {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}
-    platform = 'cuda' if platform == 'gpu' else platform
-    dispatch = experts.describe(moe.dispatch, platform, split)
+    dispatch = experts.describe(
+      moe.dispatch,
+      'cuda' if platform == 'gpu' else platform,
+      {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1},
+    )
     yield (
       f'sparse layers {list(stacks.sparse_layers)}: '
       f'{counts[0] if len(set(counts)) == 1 else counts} experts, '

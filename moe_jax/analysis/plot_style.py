@@ -105,9 +105,13 @@ def heat_maps(
     axes.patch.set(facecolor='white', hatch='////', edgecolor='0.75')
     floor = np.where(ratios > 0, RATIOS[0], RATIOS[0] / 2)
     y, x = (np.arange(n + 1) - 0.5 for n in ratios.shape)
-    values = np.where(np.isnan(ratios), ratios, np.maximum(ratios, floor))
-    look: Any = dict(cmap=RATIO_COLOURS, norm=LogNorm(*RATIOS))
-    mesh = axes.pcolormesh(borders.get(title, x), y, values, **look)
+    mesh = axes.pcolormesh(
+      borders.get(title, x),
+      y,
+      np.where(np.isnan(ratios), ratios, np.maximum(ratios, floor)),
+      cmap=RATIO_COLOURS,
+      norm=LogNorm(*RATIOS),
+    )
     axes.set_ylim(len(ratios) - 0.5, -0.5)
     axes.set_title(title, loc='left', fontsize='medium')
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -118,7 +122,7 @@ def heat_maps(
   figure.supxlabel(labels[1], fontsize='medium')
   figure.supylabel(labels[2], fontsize='medium')
   axes = [*all_axes[: len(panels)]]
-  look = {'extend': 'both', 'pad': 0.01, 'aspect': 6 * size[1]}
+  look: Any = {'extend': 'both', 'pad': 0.01, 'aspect': 6 * size[1]}
   bar = figure.colorbar(mesh, ax=axes, **look)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
   bar.minorticks_off()
@@ -197,9 +201,7 @@ def load_figure(rows: Rows) -> Figure | None:
     middles = np.array([steps[span].mean() for span in spans])
     means = np.array([load[span].mean(axis=0) for span in spans])
     panels[f'layer {layer}'] = load.shape[1] * means.T
-    # The cells meet halfway between steps, from step 0 to the last one.
-    inner, last = (middles[1:] + middles[:-1]) / 2, max(middles[-1], 1)
-    borders[f'layer {layer}'] = np.array([0, *inner, last])
+    borders[f'layer {layer}'] = _borders(middles)
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   title = 'Load: share of all choices that each expert gets, before drops'
@@ -260,6 +262,15 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   axes.legend(fontsize='small', edgecolor='none')
 
 
+def _borders(middles: Float[np.ndarray, 'n']) -> np.ndarray:
+  """The `n + 1` borders of n cells whose middles are given, ascending."""
+  if len(middles) == 1:  # one cell reaches back to step 0
+    return np.array([0.0, max(middles[0], 1)])
+  inner = (middles[1:] + middles[:-1]) / 2
+  first, last = 2 * middles[0] - inner[0], 2 * middles[-1] - inner[-1]
+  return np.concatenate([[first], inner, [last]])
+
+
 def _names(rows: Rows, pattern: str) -> list[str]:
   """The part of each metric's name that the group of a pattern matches.
 
@@ -285,5 +296,8 @@ def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
   """The style of a line; its points are marked if there are only a few."""
-  marker = '.' if len(steps) < 30 else ''
-  return {'color': BLUE, 'linewidth': 0.9, 'marker': marker}
+  return {
+    'color': BLUE,
+    'linewidth': 0.9,
+    'marker': '.' if len(steps) < 30 else '',
+  }

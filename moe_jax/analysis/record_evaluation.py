@@ -13,6 +13,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+from absl import logging
 
 from moe_jax import cli, generation
 from moe_jax.analysis import traces
@@ -27,7 +28,7 @@ from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 KIND = 'loss'
 
 
-def record(options: argparse.Namespace, _: object = None) -> None:
+def record(options: argparse.Namespace) -> None:
   """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
@@ -41,19 +42,19 @@ def record(options: argparse.Namespace, _: object = None) -> None:
   sizes = {'num_batches': options.num_batches, 'split': options.split}
   entry = LossEvaluation(**sizes, model_overrides=overrides)
   run = generation.load(workdir, options.step, allow=options.allow_module)
-  o = run.options
-  model_options = entry.overridden(o.model)
-  model = model_options.build(o.sharding.rules)
+  described = run.options
+  model_options = entry.overridden(described.model)
+  model = model_options.build(described.sharding.rules)
   if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
-  dataset = load_data(o.data)
+  dataset = load_data(described.data)
   header = make_header(
     model,
     model_options,
-    o.data,
+    described.data,
     dataset.tokenizer,
-    batch_size=o.batch_size,
-    microbatches=o.microbatches,
+    batch_size=described.batch_size,
+    microbatches=described.microbatches,
     data_digest=dataset.digest,
     has_logits=options.logits,
     dtype=dtype,
@@ -61,9 +62,12 @@ def record(options: argparse.Namespace, _: object = None) -> None:
   )
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  put = Placing(device, o.batch_size, o.microbatches)
-  rows = dataset.splits[options.split]
-  losses = Losses(model, options.num_batches, rows, put)
+  losses = Losses(
+    model=model,
+    num_batches=options.num_batches,
+    rows=dataset.splits[options.split],
+    put=Placing(device, described.batch_size, described.microbatches),
+  )
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorder.measure(KIND, losses, apply)
     row = measure(run.variables, run.step)
@@ -87,16 +91,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--float32', action='store_true', help=text)
   add('--allow_module', action='append', default=[])
   add('--traceback', action='store_true')
-  parser.set_defaults(run=record)
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
+  options = parse(argv)
+  logging.set_verbosity(logging.WARNING)
   keep_freed_memory()
   if problem := keep_programs():
     cli.complain(problem)
-  cli.run_command(parse(argv), [])
+  with cli.reported(options.traceback):
+    record(options)
 
 
 if __name__ == '__main__':

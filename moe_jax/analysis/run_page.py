@@ -2,7 +2,6 @@
 
 import base64
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -174,8 +173,11 @@ def commands(run: Run, name: str) -> dict[str, str]:
     'Fine-tune': f'{train} --workdir={quote(f"{name}_finetuned")} '
     f'--config.init_from.workdir={quoted} {start}'.rstrip(),
   }
-  with contextlib.suppress(ValueError):
+  try:
     models.check_generates(run.model)
+  except ValueError:
+    pass
+  else:
     lines |= {
       'Generate text': f'moe_jax.generate {workdir} '
       f'--prompt={quote(options.sample.prompt or "Once ")}',
@@ -214,7 +216,6 @@ def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
   cost = counts.count(run.model, run.options.data.seq_len)
   speeds = sorted(values('train/tokens_per_second'))
   losses, drops = values('train/loss'), values('train/drop_rate')
-  median = f'{speeds[len(speeds) // 2]:,.0f} tokens/s' if speeds else ''
   sparse_layers = run.model.stacks.sparse_layers
   return {
     'model': type(run.options.model).__name__,
@@ -223,7 +224,9 @@ def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     'active per token': f'{cost.active_params:,}' if sparse_layers else '',
     'last training loss (nats/token)': f'{losses[-1]:.4f}' if losses else '',
     'dropped choices': f'{drops[-1]:.1%}' if drops else '',
-    'median speed': median,
+    'median speed': f'{speeds[len(speeds) // 2]:,.0f} tokens/s'
+    if speeds
+    else '',
   }
 
 

@@ -225,8 +225,10 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
       if path in found and listed_facts[name][1:] != [found[path]]:
         raise InputError(f'{name} has changed since it was written (sha256)')
   except (FileNotFoundError, InputError) as error:
+    is_lost = isinstance(error, FileNotFoundError)
+    reason = f'{LIST} is missing' if is_lost else error
     raise InputError(
-      f'{where or folder} is damaged: {error}; delete the folder to renew it'
+      f'{where or folder} is damaged: {reason}; delete the folder to renew it'
     ) from None
 
 

@@ -118,6 +118,7 @@ class Tokenizer(abc.ABC):
     tokenizer adds, and special tokens that the text spells. For a part of an
     input `added` is False, and the tokenizer adds no special tokens.
     """
+    del added
     return self.encode(text)
 
   @abc.abstractmethod
@@ -164,9 +165,12 @@ class Tokenizer(abc.ABC):
     return type(self).from_state, (self.state(),)
 
   def _in_vocabulary(self, ids: Ids) -> np.ndarray:
-    ids, size = np.asarray(ids, np.int64).reshape(-1), self.vocab_size
-    for wrong in ids[(ids < 0) | (ids >= size)]:
-      raise InputError(f'token {wrong} not in [0, vocab_size={size})')
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+    if wrong.size:
+      raise InputError(
+        f'token {wrong[0]} not in [0, vocab_size={self.vocab_size})'
+      )
     return ids
 
 
@@ -294,7 +298,10 @@ class Pieces:
     Every call gives the same ones in the same order. Where there is a single
     piece, all of 'train' come before all of 'validation'.
     """
-    return ((s, entry) for s in SPLITS for entry in self._entries(s))
+    del number
+    return (
+      (split, entry) for split in SPLITS for entry in self._entries(split)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +327,9 @@ class Texts:
 
   def in_pieces(self) -> Pieces:
     """The documents in pieces, at least one."""
-    return self.pieces or Pieces(lambda s: ((text,) for text in self.texts(s)))
+    return self.pieces or Pieces(
+      lambda split: ((text,) for text in self.texts(split))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,6 +412,7 @@ class SourceOptions(Options):
     Raises:
       ValueError: The source has no texts, or its data is missing or bad.
     """
+    del selection
     raise InputError(f'{type(self).__name__} gives no texts')
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
@@ -411,6 +421,7 @@ class SourceOptions(Options):
     Raises:
       ValueError: The source has no pairs, or its data is missing or bad.
     """
+    del selection
     raise InputError(f'{type(self).__name__} gives no pairs')
 
   @property
@@ -426,8 +437,11 @@ class SourceOptions(Options):
   @classmethod
   def gives(cls) -> tuple[str, ...]:
     """The forms of data that the source gives: 'texts', 'pairs', or both."""
-    usual, forms = vars(SourceOptions), ('texts', 'pairs')
-    return tuple(f for f in forms if getattr(cls, f) is not usual[f])
+    given = {
+      'texts': cls.texts is not SourceOptions.texts,
+      'pairs': cls.pairs is not SourceOptions.pairs,
+    }
+    return tuple(form for form in given if given[form])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,6 +546,7 @@ class TaskOptions(Options):
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """`base` with the ids that the task adds; by default a task adds none."""
+    del shape
     return base
 
   @required

@@ -91,7 +91,7 @@ def write_piece(
         split_before = split
       number = counts[split]['bytes'] // _BATCH_BYTES
       for text in sides:
-        content = encoded(text, 'a text of the source')
+        content = encoded(text, 'text of the source')
         digest.text(content)
         counts[split]['bytes'] += len(content)
       waiting[split].append(sides)

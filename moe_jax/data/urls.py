@@ -63,11 +63,14 @@ def stamp_of(path: Path) -> list:
 
 
 def upload(folder: pathlib.Path, url: str) -> None:
-  """Copies a folder of files to a URL; the file `LIST` comes last."""
+  """Copies the files of a folder to a URL; the file `LIST` comes last."""
   files = _file_system(url)
-  files.makedirs(url, exist_ok=True)
-  for path in sorted(folder.iterdir(), key=lambda path: path.name == LIST):
-    files.put_file(str(path), f'{url}/{path.name}')
+  names = [p.relative_to(folder).as_posix() for p in folder.rglob('*')]
+  for name in sorted(names, key=lambda name: name == LIST):
+    if (folder / name).is_file():
+      target = f'{url}/{name}'
+      files.makedirs(target.rpartition('/')[0], exist_ok=True)
+      files.put_file(str(folder / name), target)
 
 
 def fetch(url: str, folder: pathlib.Path) -> bool:

@@ -111,7 +111,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     if texts is None:
       rows = setting.dataset.splits['validation']
       indices = data.spread(len(rows), self.num_examples)
-      return [window_pair(tokenizer, rows, i) for i in indices]
+      return [_window_pair(tokenizer, rows, i) for i in indices]
     total = setting.dataset.counts['validation']['pairs']
     pairs = list(texts)
     if len(pairs) != total:  # encoding a whole split would take long
@@ -172,7 +172,7 @@ def generator(
   return Generate(setting, scores, pairs, arguments)
 
 
-def window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
+def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
   """A pair made of the first window of text in a row, which is split in two.
 
   Every evaluation splits the window at the same token.

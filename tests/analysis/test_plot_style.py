@@ -1,6 +1,6 @@
 """Colours as the colour-blind and a grey print show them.
 
-The deficiency is simulated by the matrix for a severity of 1.0 in Machado,
+Deficiencies are simulated by the matrices for a severity of 1.0 in Machado,
 Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color
 Vision Deficiency", IEEE TVCG 15(6), 2009, on linear RGB. Differences are
 distances in CIELAB (CIE 1976), in which about 2.3 is just noticeable.
@@ -14,21 +14,44 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from moe_jax.analysis import plot_style
-from moe_jax.analysis.plot_style import curves_figure, load_figure, save, smooth
+from moe_jax.analysis.plot_style import (
+  curves_figure,
+  load_figure,
+  save,
+  smooth,
+)
 
 SEEN_BY = {
   'all': np.eye(3),
-  'deuteranopes': np.array([
-    [0.367322, 0.860646, -0.227968],
-    [0.280085, 0.672501, 0.047413],
-    [-0.011820, 0.042940, 0.968881],
-  ]),
-}  # fmt: skip
-TO_XYZ = np.array([  # sRGB (IEC 61966-2-1), white D65
-  [0.4124564, 0.3575761, 0.1804375],
-  [0.2126729, 0.7151522, 0.0721750],
-  [0.0193339, 0.1191920, 0.9503041],
-])  # fmt: skip
+  'protanopes': np.array(
+    [
+      [0.152286, 1.052583, -0.204868],
+      [0.114503, 0.786281, 0.099216],
+      [-0.003882, -0.048116, 1.051998],
+    ]
+  ),
+  'deuteranopes': np.array(
+    [
+      [0.367322, 0.860646, -0.227968],
+      [0.280085, 0.672501, 0.047413],
+      [-0.011820, 0.042940, 0.968881],
+    ]
+  ),
+  'tritanopes': np.array(
+    [
+      [1.255528, -0.076749, -0.178779],
+      [-0.078411, 0.930809, 0.147602],
+      [0.004733, 0.691367, 0.303900],
+    ]
+  ),
+}
+TO_XYZ = np.array(  # sRGB (IEC 61966-2-1), white D65
+  [
+    [0.4124564, 0.3575761, 0.1804375],
+    [0.2126729, 0.7151522, 0.0721750],
+    [0.0193339, 0.1191920, 0.9503041],
+  ]
+)
 each_viewer = pytest.mark.parametrize('viewer', SEEN_BY)
 
 
@@ -45,11 +68,25 @@ def lab(colour, viewer='all'):
   return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+def test_lab_of_known_colours():
+  np.testing.assert_allclose(lab('white'), [100, 0, 0], atol=0.01)
+  np.testing.assert_allclose(lab('#ff0000'), [53.24, 80.09, 67.20], atol=0.02)
+  # Greys have no hue for anybody.
+  np.testing.assert_allclose(lab('0.5', 'protanopes')[1:], 0, atol=0.1)
+
+
 @each_viewer
 def test_colours_of_lines_are_told_apart(viewer):
   lab_colours = [lab(colour, viewer) for colour in plot_style.COLOURS]
   for a, b in itertools.combinations(lab_colours, 2):
     assert np.linalg.norm(a - b) > 15
+
+
+def test_another_palette_would_fail():
+  red, green = 'tab:red', 'tab:green'
+  far = np.linalg.norm(lab(red) - lab(green))
+  near = np.linalg.norm(lab(red, 'deuteranopes') - lab(green, 'deuteranopes'))
+  assert near < 15 < far
 
 
 def test_lines_of_one_grey_differ_in_dashes_and_marker():
@@ -72,24 +109,34 @@ def test_ratios_are_darker_the_larger_they_are(viewer):
   assert 100 - quarter > 5  # white is nothing at all
 
 
+PNG = b'\x89PNG\r\n\x1a\n'
+
 ROWS = [
   {
-    'step': 10, 'train/loss': 3.0, 'train/learning_rate': 0.1,
-    'train/drop_rate': 0.5, 'train/layer_1/load': [0.75, 0.25],
+    'step': 10,
+    'train/loss': 3.0,
+    'train/learning_rate': 0.1,
+    'train/drop_rate': 0.5,
+    'train/layer_1/load': [0.75, 0.25],
     'train/layer_11/load': [0.0, 0.5, 0.5],
   },
   {'step': 10, 'eval/valid/loss': 2.75},
   {
-    'step': 30, 'train/loss': 2.0, 'train/learning_rate': 0.05,
-    'train/drop_rate': 0.25, 'train/layer_1/load': [0.5, 0.5],
+    'step': 30,
+    'train/loss': 2.0,
+    'train/learning_rate': 0.05,
+    'train/drop_rate': 0.25,
+    'train/layer_1/load': [0.5, 0.5],
     'train/layer_11/load': [0.125, 0.375, 0.5],
   },
   {'step': 30, 'eval/valid/loss': 2.5, 'eval/held/out/loss': 2.625},
-]  # fmt: skip
+]
 
 
 def axes_titled(figure, title):
-  return next(a for a in figure.axes if a.get_title(loc='left') == title)
+  return next(
+    axes for axes in figure.axes if axes.get_title(loc='left') == title
+  )
 
 
 def points_of(axes):
@@ -113,35 +160,73 @@ def test_curves_show_losses_drops_and_schedule():
     [[30, 2.625]],
   ]
   labels = [text.get_text() for text in loss.get_legend().get_texts()]
-  assert labels[2] == 'held/out (last 2.6250)'
+  assert labels == [
+    'train (last 2.0000)',
+    'valid (last 2.5000)',
+    'held/out (last 2.6250)',
+  ]
+  assert loss.get_ylabel() == 'nats/token'
   drops = axes_titled(figure, 'Dropped choices of experts')
-  assert points_of(drops) == [[[10, 50.0], [30, 25.0]]]  # percent
+  assert points_of(drops) == [[[10, 50.0], [30, 25.0]]]
+  assert drops.get_ylabel() == 'percent'
   schedule = axes_titled(figure, 'Learning rate schedule')
   assert points_of(schedule) == [[[10, 0.1], [30, 0.05]]]
+  assert schedule.get_ylabel() == 'learning rate'
+  assert {axes.get_xlabel() for axes in figure.axes} == {'step'}
 
 
 def test_the_view_is_not_pressed_flat_by_the_first_steps():
-  losses = [10.0, 10.0, *(2 - i / 200 for i in range(2, 100))]
-  rows = [{'step': i, 'train/loss': x} for i, x in enumerate(losses)]
+  rows = [
+    {'step': i, 'train/loss': 10.0 if i < 2 else 2 - i / 200}
+    for i in range(100)
+  ]
   axes = curves_figure(rows).axes[0]
   low, high = axes.get_ylim()
   assert 1.4 < low < 1.52
   assert 1.9 < high < 2.2
-  # The last loss is the one that was logged.
-  labels = [text.get_text() for text in axes.get_legend().get_texts()]
-  assert labels == ['train (last 1.5050)', 'train, mean of 5 rows']
   raw, smoothed = points_of(axes)
   assert raw[0] == [0, 10.0]  # drawn all the same
   # The smoothed value is drawn although it is outside the limits.
   assert smoothed[50] == [50, pytest.approx(1.75)]
 
 
+def test_the_last_loss_is_the_logged_one_beside_the_smoothed_line():
+  rows = [{'step': i, 'train/loss': 2.0 + (i == 59)} for i in range(60)]
+  axes = curves_figure(rows).axes[0]
+  labels = [text.get_text() for text in axes.get_legend().get_texts()]
+  assert labels == ['train (last 3.0000)', 'train, mean of 3 rows']
+
+
+def test_a_loss_that_rises_is_not_hidden_by_its_legend():
+  rows = [{'step': i, 'train/loss': 2 + abs(i - 3)} for i in range(9)]
+  axes = curves_figure(rows).axes[0]
+  figure = axes.figure
+  figure.draw_without_rendering()
+  legend = axes.get_legend().get_window_extent()
+  points = axes.transData.transform(axes.lines[0].get_xydata())
+  assert not any(legend.contains(*point) for point in points)
+
+
+def test_one_row_has_whole_axes():
+  rows = [{'step': 20, 'train/loss': 4.0, 'train/layer_1/load': [0.5, 0.5]}]
+  axes = curves_figure(rows).axes[0]
+  assert axes.get_xlim() == (0, pytest.approx(20.6))
+  low, high = axes.get_ylim()
+  assert (low + high) / 2 == pytest.approx(4.0)
+  assert high - low > 0.1
+  axes.figure.draw_without_rendering()
+  ticks = [text.get_text() for text in axes.get_xticklabels()]
+  assert len(set(ticks)) == len(ticks)
+  (mesh,) = axes_titled(load_figure(rows), 'layer 1').collections
+  # The row is about all steps until then.
+  assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 20]
+
+
 def test_a_loss_that_diverged_can_be_drawn(tmp_path):
   rows = [{'step': i, 'train/loss': float('nan')} for i in range(3)]
   rows[0]['train/loss'] = float('inf')
   save(curves_figure(rows), tmp_path / 'curves.png')
-  assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG\r\n')
-  assert matplotlib.pyplot.get_fignums() == []  # no figure is kept
+  assert (tmp_path / 'curves.png').read_bytes().startswith(PNG)
 
 
 def test_loads_are_shares_relative_to_the_uniform_share():
@@ -151,8 +236,9 @@ def test_loads_are_shares_relative_to_the_uniform_share():
   # Loads [E, time]: 3/4 of the assignments are 1.5 times the even share of 2.
   np.testing.assert_allclose(mesh.get_array(), [[1.5, 1.0], [0.5, 1.0]])
   # Cells of the picture meet halfway between logged steps.
-  np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [0.0, 20.0, 30.0])
+  np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [0.0, 20.0, 40.0])
   np.testing.assert_allclose(mesh.get_coordinates()[:, 0, 1], [-0.5, 0.5, 1.5])
+  assert first.get_ylim() == (1.5, -0.5)
 
   (mesh,) = axes_titled(figure, 'layer 11').collections
   np.testing.assert_allclose(
@@ -164,7 +250,7 @@ def test_loads_are_shares_relative_to_the_uniform_share():
   assert colours[0, 0].tolist() == [1, 1, 1, 1]
   assert colours[0, 1, 0] > 1.3 * colours[0, 1, 2]
   assert mesh.cmap(mesh.norm(1.0))[:3] == pytest.approx([0.63] * 3, abs=0.04)
-  assert len(figure.axes) == 3  # two layers, and the bar of colours
+  assert figure.get_supxlabel() == 'step'
 
 
 def test_a_long_run_is_averaged_down():
@@ -175,6 +261,23 @@ def test_a_long_run_is_averaged_down():
   mesh = load_figure(rows).axes[0].collections[0]
   expected = np.broadcast_to([[1.5], [0.5]], (2, 400))
   np.testing.assert_allclose(mesh.get_array(), expected)
+
+
+@pytest.mark.parametrize('num_layers, num_experts', [(1, 4), (2, 64), (5, 3)])
+def test_every_sparse_layer_has_a_panel(num_layers, num_experts, tmp_path):
+  load = np.full(num_experts, 1 / num_experts).tolist()
+  row = {f'train/layer_{i}/load': load for i in range(num_layers)}
+  save(load_figure([{'step': 1} | row]), tmp_path / 'load.png')
+  assert (tmp_path / 'load.png').read_bytes().startswith(PNG)
+  *grid, bar = load_figure([{'step': 1} | row]).axes
+  assert len(grid) == num_layers
+  assert bar.get_ylabel() == 'share / uniform share'
+
+
+def test_pyplot_knows_of_no_figure(tmp_path):
+  save(curves_figure(ROWS), tmp_path / 'curves.png')
+  save(load_figure(ROWS), tmp_path / 'load.png')
+  assert matplotlib.pyplot.get_fignums() == []
 
 
 def test_rows_without_the_numbers_have_no_figure():

@@ -143,7 +143,7 @@ def test_a_bit_flip_anywhere_in_the_cache_is_found(cached):
 @pytest.mark.parametrize(
   ('name', 'content', 'phrase'),
   [
-    ('files.json', None, 'No such file'),
+    ('files.json', None, 'files.json is missing'),
     ('files.json', '[]\n', 'not as it was'),
     ('about.json', '{}', 'about.json has 2 bytes'),
   ],

@@ -107,8 +107,10 @@ def conversation(messages: Any, where: str) -> list[Pair]:
       raise InputError(f'{entry}: {unknown("role", role, ROLES)}')
     check_text(content, f'{entry}.content')
     weight = message.get('weight')
-    allowed = (None, 0, 1) if role == _ANSWERS else (None,)
-    if weight not in allowed or isinstance(weight, bool):
+    allowed = (0, 1) if role == _ANSWERS else ()
+    if weight is not None and (
+      type(weight) is not int or weight not in allowed
+    ):
       raise InputError(
         f'{entry}.weight={weight!r:.80}: only an answer has one, 0 or 1'
       )

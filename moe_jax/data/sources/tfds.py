@@ -68,7 +68,9 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
   """
   try:
     return cast(Any, builder).as_data_source(split=split)
-  except (NotImplementedError, ValueError) as error:
+  except NotImplementedError as error:  # the format has no random access
+    raise InputError(f'TFDS dataset {builder.name!r}: {error}') from error
+  except ValueError as error:
     raise InputError(
       f'split {split!r} of {builder.name!r} cannot be read; have '
       f'{sorted(builder.info.splits)} and parts of them ({error})'
