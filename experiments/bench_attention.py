@@ -43,7 +43,8 @@ SHAPES = (
 # B, T, H and D of a case, and whether rows hold several documents.
 Case = tuple[tuple[int, int, int, int], bool]
 # Implementations on every platform, and those that one has besides.
-IMPLEMENTATIONS, MORE = ('einsum', 'blocks', 'xla'), {'tpu': ('splash',)}
+IMPLEMENTATIONS = ('einsum', 'blocks', 'xla')
+MORE_IMPLEMENTATIONS = {'tpu': ('splash',)}
 _PRODUCTS = 7  # two forward, five backward; scores are computed twice
 
 
@@ -101,7 +102,10 @@ def measure(
   case: Case, peer: Runs, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
   """Times all implementations of one case, and a peer's; one row for each."""
-  names = (*IMPLEMENTATIONS, *MORE.get(jax.default_backend(), ()))
+  names = (
+    *IMPLEMENTATIONS,
+    *MORE_IMPLEMENTATIONS.get(jax.default_backend(), ()),
+  )
   runs = {name: program(name, case) for name in names} | dict(peer)
   (B, T, H, D), packed = case
   work = Work(_PRODUCTS * 2 * B * H * T * T * D, min_bytes=0)

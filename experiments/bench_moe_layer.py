@@ -57,15 +57,7 @@ class Preset(moe_layer.Sizes):
   most_ragged: int = 8
 
 
-def _on_gpu(num_tokens: int, width: int, hidden: int, E: int, K: int) -> Preset:
-  return Preset(
-    *(num_tokens, width, hidden, 'swiglu', 'bfloat16'),
-    experts=(E,),
-    selected=(K,),
-    forward_selected=(K,),
-  )
-
-
+_GPU = dict(activation='swiglu', dtype='bfloat16')
 _CPU = dict(num_tokens=4096, width=256, hidden=1024)
 PRESETS = {
   'quick': Preset(
@@ -74,8 +66,24 @@ PRESETS = {
   'cells': Preset(
     **_CPU, experts=(8, 64), routings=('uniform',), seconds=15.0, most_ragged=0
   ),
-  'gpu': _on_gpu(16_384, 4096, 14_336, E=8, K=2),
-  'gpu_fine': _on_gpu(32_768, 2048, 768, E=128, K=8),
+  'gpu': Preset(
+    num_tokens=16_384,
+    width=4096,
+    hidden=14_336,
+    **_GPU,
+    experts=(8,),
+    selected=(2,),
+    forward_selected=(2,),
+  ),
+  'gpu_fine': Preset(
+    num_tokens=32_768,
+    width=2048,
+    hidden=768,
+    **_GPU,
+    experts=(128,),
+    selected=(8,),
+    forward_selected=(8,),
+  ),
 }
 
 

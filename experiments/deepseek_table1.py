@@ -119,8 +119,8 @@ def claim(
   Args:
     better: Name of the row with the lower loss.
     worse: Name of the other row.
-    published: The paper's table and row of both, () where the paper has no such
-      pair; None are those of these names in its comparison.
+    published: The paper's table and row of both; () where the paper has no such
+      pair. None takes the rows of these names in its table `comparison_2b`.
   """
   if published is None:
     published = [f'comparison_2b/{row}' for row in (better, worse)]

@@ -27,7 +27,7 @@ from experiments.study import byte_models, command, parts
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 
-WIDTH = 64  # of the model
+WIDTH = 64
 BASE, HALF, NO_SHARED = 'base', 'half a shared expert', 'no shared expert'
 FROZEN, SHORT, NO_Z = 'frozen router', 'base, 0.65 of its steps', 'no z-loss'
 Z_LOSS = 'router z-loss'
@@ -37,7 +37,12 @@ SAME = 0.01
 def config(steps: int):
   """The config of the base, which the other arms change."""
   config = byte_models.decoder(
-    steps, num_experts=32, num_selected=4, expert_hidden=48, drops=False
+    steps,
+    width=WIDTH,
+    num_experts=32,
+    num_selected=4,
+    expert_hidden=48,
+    drops=False,
   )
   moe = config.model.moe
   moe.layer_reduce = 'mean'

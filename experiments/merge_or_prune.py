@@ -68,7 +68,13 @@ def config(steps: int):
 
 
 def merged(
-  run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int, **how: str
+  run: pathlib.Path,
+  new: pathlib.Path,
+  *,
+  left: int,
+  batches: int,
+  group_by: str,
+  rule: str,
 ) -> Mapping[str, float]:
   """Merges the experts of a run, as a change of an arm.
 
@@ -77,10 +83,10 @@ def merged(
     new: The folder of the new one.
     left: The number of experts that stay in each layer.
     batches: The number of batches on which experts are measured.
-    **how: Name `group_by` of the quantity by which experts are compared, and
-      `rule` of grouping.
+    group_by: Name of the quantity by which experts are compared.
+    rule: The rule of grouping.
   """
-  method = functools.partial(merge.merge, **how)
+  method = functools.partial(merge.merge, group_by=group_by, rule=rule)
   return _smaller(run, new, left, batches, method)
 
 
@@ -152,8 +158,9 @@ def made_smaller() -> list[Arm]:
   for method, change in changes.items():
     for removed, left in LEFT.items():
       how = functools.partial(change, left=left, batches=BATCHES)
+      place = dict(line=method, x=removed)
       name = f'{method}, {removed} %'
-      all_arms.append(Arm(name, {}, method, removed, TRAINED, how))
+      all_arms.append(Arm(name, {}, **place, start=TRAINED, change=how))
   return all_arms
 
 

@@ -232,10 +232,10 @@ def findings(summaries: Sequence[dict[str, Any]]) -> str:
 
 def overview(summaries: Sequence[dict[str, Any]]) -> str:
   """The page that lists all studies, by the year of their paper."""
-  places = {
-    entry['study']: i for i, entry in reversed([*enumerate(sentences())])
-  }
-  papers = {e['study']: e['paper'] for e in reversed(sentences())}
+  papers: dict[str, str] = {}  # of the first sentence of each study
+  for entry in sentences():
+    papers.setdefault(entry['study'], entry['paper'])
+  places = {name: i for i, name in enumerate(papers)}
   last, rows = len(places), []
   total: collections.Counter = collections.Counter()
   for summary in sorted(summaries, key=lambda s: places.get(s['name'], last)):

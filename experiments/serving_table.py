@@ -330,10 +330,10 @@ def _claims() -> parts.Claims:
       f'to prune to {share} is better than to merge': Claim(
         f'loss: pruned to {share} < merged to {share}',
         note='REAP says so of models that generate. In the decoder four '
-        f'languages use {IN_USE} of the {EXPERTS} experts at most{alone}.',
+        f'languages use {IN_USE} of the {EXPERTS} experts at most'
+        f'{_IN_ENCODER * (num_left >= IN_USE)}.',
       )
       for share, num_left in LEFT.items()
-      for alone in [_IN_ENCODER * (num_left >= IN_USE)]
     },
     'experts in 8 bits lose nothing': f'loss: int8 = {SPARSE} within {SAME}',
     'with experts in ternary codes the model is better than the dense twin': (

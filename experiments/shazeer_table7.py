@@ -50,10 +50,16 @@ def config(steps: int):
 def arms(_: Preset) -> list[Arm]:
   """Arms of the paper's models without sparsity, then of its mixtures."""
   E, router = 'model.moe.num_experts', 'model.moe.router'
-  two_levels = dict(branching=4, branches_selected=2, noisy=True)
-  two_levels |= dict(gates='renormalized', z_weight=0.0)
-  two_levels |= dict(importance_weight=0.1, load_weight=0.1)
-  two_levels = {f'{router}.hierarchical.{k}': v for k, v in two_levels.items()}
+  options = dict(
+    branching=4,
+    branches_selected=2,
+    noisy=True,
+    gates='renormalized',
+    importance_weight=0.1,
+    load_weight=0.1,
+    z_weight=0.0,
+  )
+  two_levels = {f'{router}.hierarchical.{k}': v for k, v in options.items()}
   two_levels[f'{router}.kind'] = 'hierarchical'
   return [
     Arm('4xLSTM', {'model.num_layers': 4, 'model.moe.layers': 'none'}),

@@ -6,6 +6,7 @@ are nominal numbers of the vendors, and assumptions here.
 """
 
 import dataclasses
+from typing import Any
 
 from moe_jax.parallel import topology
 from moe_jax.parallel.topology import Topology
@@ -66,7 +67,16 @@ class Cluster:
 
 
 def _v100s(
-  name, num_nodes, per_node, peak, socket, link, local, network, published
+  name: str,
+  *,
+  num_nodes: int,
+  per_node: int,
+  peak: float,
+  socket: str,
+  link: str,
+  local: float,
+  network: float,
+  published: str,
 ) -> Cluster:
   """One of the paper's clusters, with elements of float32."""
   sizes = dict(num_nodes=num_nodes, per_node=per_node)
@@ -97,13 +107,29 @@ def _tpus(name: str, peak: float = 197e12, link: float = 50e9) -> Cluster:
   return Cluster(torus, link, link, 1, 2, '', words)
 
 
-_PCIE = 'PCIe', 'PCIe 3.0 x16', 15.75e9
-_SXM2 = 'SXM2', 'NVLink', 150e9
+_PCIE: Any = dict(socket='PCIe', link='PCIe 3.0 x16', local=15.75e9)
+_SXM2: Any = dict(socket='SXM2', link='NVLink', local=150e9)
 CLUSTERS = {
   cluster.name: cluster
   for cluster in (
-    _v100s('johnny', 2, 8, 14e12, *_PCIE, 6.25e9, 'johnny, 16xV100'),
-    _v100s('trevor', 16, 4, 15.7e12, *_SXM2, 12.5e9, 'trevor, 64 GPUs'),
+    _v100s(
+      'johnny',
+      num_nodes=2,
+      per_node=8,
+      peak=14e12,
+      network=6.25e9,
+      published='johnny, 16xV100',
+      **_PCIE,
+    ),
+    _v100s(
+      'trevor',
+      num_nodes=16,
+      per_node=4,
+      peak=15.7e12,
+      network=12.5e9,
+      published='trevor, 64 GPUs',
+      **_SXM2,
+    ),
     _tpus('tpu:4x4'),
   )
 }

@@ -60,7 +60,8 @@ def decoder(
   Args:
     steps: Length of the run; the learning rate falls to a twentieth over it.
     width: Model width M.
-    hidden: Hidden width F of a dense feed-forward.
+    hidden: Hidden width F of a dense feed-forward and, unless `expert_hidden`
+      is given, of an expert.
     num_layers: Number of layers L.
     num_experts: Number of experts E of every layer.
     num_selected: Number of selected experts K.
@@ -245,15 +246,18 @@ def expert_choice(
   return of_moe(name, {**moe, **overrides})
 
 
-def of_moe(name: str, moe: Mapping[str, Any], *point: Any) -> Arm:
+def of_moe(
+  name: str, moe: Mapping[str, Any], line: str = '', x: float | None = None
+) -> Arm:
   """An arm that changes `model.moe`.
 
   Args:
     name: Name of the arm.
     moe: Values by dotted name in that section.
-    *point: The figure's line and coordinate, as in `Arm`.
+    line: Name of the figure's line, as in `Arm`.
+    x: Coordinate along the x axis, as in `Arm`.
   """
-  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, *point)
+  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, line, x)
 
 
 def training_flops(config: ConfigDict, overrides: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ grid, with seeds of its own, and goes on with the rate of the lowest mean loss.
 A study is exempt for one of two reasons, which its page gives.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ def trials(
   made = []
   for arm in arms:
     own = {key: arm.overrides.get(key, n) for key, n in lengths.items()}
-    shorter = {key: max(round(SHARE * n), 1) for key, n in own.items()}
+    shorter = {key: math.ceil(SHARE * n) for key, n in own.items()}
     before = dict(start=arm.start, teacher=arm.teacher)
     for rate in rates if arm.change is None else ():
       overrides = {**arm.overrides, **shorter, KEY: rate}

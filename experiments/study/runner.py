@@ -29,7 +29,7 @@ from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Ended, Hook, Run
 from moe_jax.training.step import TrainState
 
-# A function of a trained run; studies have the names of its types from here.
+# A function that measures a trained run.
 Measure = Callable[[Run, TrainState], Mapping[str, Any]]
 
 

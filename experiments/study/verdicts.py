@@ -254,7 +254,9 @@ def mark_false_discoveries(summaries: Sequence[dict[str, Any]]) -> None:
     for claim in summary['claims']
     if claim['kind'] != CHECK and claim['p'] is not None
   ]
-  adjusted = stats.false_discovery_control([c['p'] for c in found] or [1.0])
+  if not found:
+    return
+  adjusted = stats.false_discovery_control([c['p'] for c in found])
   for claim, p in zip(found, adjusted):
     resolved = claim['verdict'] != UNRESOLVED
     claim['doubtful'] = bool(resolved and p > FALSE_DISCOVERIES)
