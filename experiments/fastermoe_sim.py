@@ -98,11 +98,16 @@ def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
       sizes = layer._replace(bytes_per_element=cluster.bytes_per_element)
       W = cluster.num_devices
       try:
-        chosen = expert_counts.recorded(source, steps)
         if source in expert_counts.DRAWN:
           chosen = expert_counts.drawn(source, W, W * DRAWN, steps)
-        limits = clusters.TOKENS, cluster.outgoing
-        counts = expert_counts.counts_of(chosen, cluster, *limits)
+        else:
+          chosen = expert_counts.recorded(source, steps)
+        counts = expert_counts.counts_of(
+          chosen,
+          cluster,
+          tokens_per_device=clusters.TOKENS,
+          outgoing=cluster.outgoing,
+        )
       except expert_counts.DoesNotDivide as problem:
         remarks.append(f'left out: {source} on {name}, as {problem}')
         continue

@@ -44,6 +44,7 @@ from experiments.study import (
   submit,
   verdicts,
 )
+from experiments.study import claims as claims_lib
 from experiments.study import results as study_results
 from experiments.study.jobs import in_order, layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row, Start
@@ -271,9 +272,14 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch):
   assert again.splitlines()[3:] == text.splitlines()[3:]
   folder.rename(folder.with_name('full'))
   report.main([f'--results={tmp_path}', f'--output={tmp_path / "page"}'])
-  page = (tmp_path / 'page' / report.PAGE).read_text()
-  assert '| [dense_study](#a-question) | 0 | 0 | 0 | 0 | 0 | 2 |' in page
-  assert 'unverified, not shown' in page and '23.16' not in page
+  overview = (tmp_path / 'page' / report.PAGE).read_text()
+  assert '(results/dense_study.md) |  |  | 0 / 0 / 0 / 0 | 0 / 0 / 0 / 2 |' in (
+    overview
+  )
+  page = (tmp_path / 'page' / report.KEPT / 'dense_study.md').read_text()
+  hidden = [f'{claims_lib.find(address).value}' for address in UNVERIFIED]
+  assert 'unverified, not shown' in page
+  assert not [number for number in hidden if number in page]
 
 
 class Recorder(StepMetrics):
@@ -419,8 +425,8 @@ def check_flops(study):
     config = layered(RunConfig, shared, {**arm.overrides, **before})
     models[arm.name] = run_config.read(config).filled(257).build()
     assert models[arm.name].stacks.leaks_future == arm.name.startswith(LEAKING)
-  # Wide arms have equal slots instead; see the next test. Arms that differ only
-  # in losses or steps have equal models.
+  # Wide arms have equal slots instead, which another test compares. Arms that
+  # differ only in losses or steps have equal models.
   flops = [
     cost.count(model, shared.data.seq_len).training_flops
     for model in {m for n, m in models.items() if not n.startswith('wide ')}

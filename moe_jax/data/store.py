@@ -129,8 +129,9 @@ def join(
     if count < least:
       raise InputError(
         f'split {split!r} has {count} tokens in {total["texts"]} {entry}, and '
-        f'training needs at least {least}; most sources put about one text in '
-        '20 into validation, and pairs with an empty side do not count'
+        f'training needs at least {least}: give the source more files, lines '
+        'or modules (about one text in 20 is for validation, and pairs with an '
+        'empty side do not count)'
       )
   digest = facts[0]['sha256']
   if len(facts) > 1:

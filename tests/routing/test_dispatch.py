@@ -312,7 +312,7 @@ def test_rows_of_very_many_experts_are_in_the_order_of_the_tokens():
 # Tests of programs follow.
 
 
-def test_no_nan_on_the_way_to_it():
+def test_gates_that_lost_every_choice_have_no_nan_on_the_way():
   # With `jax_debug_nans` on, no NaN may occur even in between.
   def gates(logits):
     return token_choice(

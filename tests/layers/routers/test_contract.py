@@ -334,7 +334,11 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
   assert {role.role for role in roles} <= {'router'}
   kernels = [
     leaf
-    for leaf, role in zip(jax.tree.leaves(nn.meta.unbox(start)), roles)
+    for leaf, role in zip(
+      jax.tree.leaves(nn.meta.unbox(start.get('params', {}))),
+      roles,
+      strict=True,
+    )
     if role.form == 'kernel'
   ]
   total = sum(kernel.size for kernel in kernels)
