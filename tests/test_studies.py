@@ -64,7 +64,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Studies without a byte-level model, which have tests of their own.
 OTHER_MODELS = ('eigen_2013', 'jacobs_table1')
 # Studies whose arms differ in FLOPs, by which they set the lengths of runs.
-UNEQUAL = ('upcycling_figures',)
+UNEQUAL = ('deepseek_table1', 'expert_choice_table2', 'upcycling_figures')
 # Beginnings of the names of arms whose routers see later tokens; the last two
 # serve first choices before second ones.
 LEAKING = (
@@ -348,7 +348,8 @@ MEASURED = [
   'scores/chrf', 'scores/bleu', 'disk', 'memory', 'flops',
   'tokens_per_second', 'speed', 'bytes', 'unused', 'zeros', 'gate/leaving',
   'gate/kept_at_home', 'whole/bytes', 'learning_rate', 'extracted/loss',
-  'extracted/bytes', 'extracted/speed', 'code bits', 'metadata bits'
+  'extracted/bytes', 'extracted/speed', 'code bits', 'metadata bits',
+  'disabled/1', 'disabled/2', 'disabled/4',
 ]  # fmt: skip
 FACTS = dict(device='a machine', cores='2', date='2026-01-02', jax='1')
 
