@@ -10,9 +10,10 @@ every verdict and every ‡ is computed anew, and so are the counts of
 with 1 where there is any. Another folder than this one can be named.
 
 The direction and the bound of a claim, and whether it is a paper's, are read
-from the page, as pages are judged by the claims of today. A verdict that is
-withheld needs a reason, which must be true where it is a closed gate or a
-number of seeds. The end of a cell's interval may be cut at 0 or at 100.
+from the page, as pages are judged by the claims of today; and so are the seeds
+that judge claims, where not all do. A verdict that is withheld needs a reason,
+which must be true where it is a closed gate or a number of seeds. The end of a
+cell's interval may be cut at 0 or at 100.
 """
 
 import json
@@ -170,10 +171,13 @@ def main(folder: pathlib.Path = HERE) -> int:
         if line[0] != name or not cell_agrees(text.removesuffix(' †'), values):
           problems.append(f'{name}: {text!r} is not of {values}')
     claims = claims_of(page, summary)
+    judges = re.search(r'seeds from (\d+) on alone judge', page)
     for claim in claims:
       column, row, than = claim.group('column', 'row', 'than')
       differences = values_of(rows, row, column)
       differences = differences - values_of(rows, than, column)
+      if judges and not claim['gate']:
+        differences = differences[int(judges[1]) :]
       if problem := problem_of(claim, differences, page):
         problems.append(f'{claim[0]}: {problem}')
       elif claim['word'] not in (None, WITHHELD):

@@ -105,6 +105,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     *summary.get('marks', []),
     *(_aged(summary, revision) for revision in summary.get('outdated', [])),
     *(_gate(summary, gate) for gate in summary['gates']),
+    _added(summary),
     _rates(summary),
     results_table(summary),
     claims_table(summary, claims),
@@ -125,6 +126,18 @@ def _rates(summary: Mapping[str, Any]) -> str:
   return (
     'No learning rate was searched for each arm: a difference between arms may '
     'be one of the rate that they share.'
+  )
+
+
+def _added(summary: Mapping[str, Any]) -> str:
+  """A sentence on seeds that were added when others had been seen, or ''."""
+  seen = summary.get('seeds_seen', 0)
+  if not seen:
+    return ''
+  return (
+    f'The results of seeds 0 to {seen - 1} were known when others were added, '
+    f'so that seeds from {seen} on alone judge the claims. The table and the '
+    'figure show all seeds.'
   )
 
 

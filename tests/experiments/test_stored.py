@@ -192,6 +192,38 @@ def test_a_closed_gate_withholds_the_claims_behind_it():
     page('load: much < dense', 'c*')
 
 
+@pytest.mark.parametrize(
+  ('seen', 'word', 'reason'),
+  [
+    (0, verdicts.UNRESOLVED, ''),
+    (2, verdicts.SHOWN, ''),
+    (3, verdicts.WITHHELD, '2 of at least 3 seeds'),
+    (5, verdicts.WITHHELD, '0 of at least 3 seeds'),
+  ],
+)
+def test_seeds_that_were_added_after_a_look_judge_alone(seen, word, reason):
+  values = {'little': [4.0, 3.0, 1.0, 1.1, 1.2], 'much': [2.0] * 5}
+  rows = [
+    verdicts.described_row(Row(name, {'load': numbers}))
+    for name, numbers in values.items()
+  ]
+  compared = 'load: little < much'
+  study = dataclasses.replace(
+    STUDY,
+    claims={'the first two say no, the others yes': compared},
+    gates={compared: ()},
+    presets={'full': Preset(6, 5, seeds_seen=seen)},
+  )
+  judged = stored.judged_again(summary(rows=rows, seeds=[*range(5)]), study)
+  (claim,), (gate,) = judged['claims'], judged['gates']
+  assert (claim['verdict'], claim['reason']) == (word, reason)
+  # A gate is no finding: all seeds decide it, and all stand in the table.
+  assert gate['verdict'] == verdicts.UNRESOLVED
+  assert [len(row['values']['load']) for row in judged['rows']] == [5, 5]
+  sentence = f'seeds from {seen} on alone judge the claims'
+  assert (sentence in study_results.text_of(judged)) == bool(seen)
+
+
 def test_a_check_is_small_and_counted_nowhere(monkeypatch):
   reason = 'Little is less than much.'
   named = {STUDY.name: {'little is better': reason}}
