@@ -107,15 +107,6 @@ def side_of(claim: Claim, mean: float, half: float) -> int:
   return side if claim['side'] == 'above' else -side
 
 
-def is_reason(reason: str, page: str, seeds: int) -> bool:
-  """Whether a verdict is rightly withheld for a reason."""
-  if gate := re.search('the gate "(.*?)" is ([a-z ]+)', reason):
-    closed = rf'Gate: {re.escape(gate[1])}\. .*\*\*{gate[2]}, so claims'
-    return re.search(closed, page) is not None
-  few = re.search(r'(\d+) of at least \d+ seeds', reason)
-  return int(few[1]) == seeds < LEAST_SEEDS if few else bool(reason)
-
-
 def problem_of(claim: Claim, differences: np.ndarray, page: str) -> str:
   """What the page has wrong about a claim, in words; '' where nothing is."""
   mean, half = interval(differences)
@@ -126,12 +117,17 @@ def problem_of(claim: Claim, differences: np.ndarray, page: str) -> str:
   ):
     return f'the difference is {mean} ± {half}'
   word = claim['word'] or claim['gate'] or claim['check']
-  if word == WITHHELD:
-    reason = claim['rest'] or claim['why'] or ''
-    return '' if is_reason(reason, page, seeds) else 'no reason is seen'
-  expected = VERDICTS[side_of(claim, mean, half)]
-  is_right = word in expected and is_measured and seeds >= LEAST_SEEDS
-  return '' if is_right else f'{seeds} seeds say: {expected[1]}'
+  reason = claim['rest'] or claim['why'] or ''
+  if word != WITHHELD:
+    expected = VERDICTS[side_of(claim, mean, half)]
+    is_right = word in expected and is_measured and seeds >= LEAST_SEEDS
+    return f'{seeds} seeds say: {expected[1]}' * (not is_right)
+  if gate := re.search('the gate "(.*?)" is ([a-z ]+)', reason):
+    closed = rf'Gate: {re.escape(gate[1])}\. .*\*\*{gate[2]}, so claims'
+    return 'the gate is open' * (re.search(closed, page) is None)
+  few = re.search(r'(\d+) of at least \d+ seeds', reason)
+  is_right = int(few[1]) == seeds < LEAST_SEEDS if few else reason
+  return '' if is_right else f'it has {seeds} seeds and the reason {reason!r}'
 
 
 def probability(claim: Claim, differences: np.ndarray) -> float:
@@ -147,7 +143,6 @@ def counts_of(claims: Sequence[Claim]) -> list[str]:
   found = [
     (not claim['paper'] or 'unverified' in claim['paper'], claim['word'])
     for claim in claims
-    if claim['word']
   ]
   order = [VERDICTS[1], VERDICTS[-1], VERDICTS[0], (WITHHELD, WITHHELD)]
   return [
@@ -159,9 +154,9 @@ def counts_of(claims: Sequence[Claim]) -> list[str]:
 def main(folder: pathlib.Path = HERE) -> int:
   """Compares all pages of a folder; returns 1 where anything disagrees."""
   overview = (folder / 'RESULTS.md').read_text('utf-8')
-  by_line, findings, wrong, all_cells = {'': []}, [], 0, 0
+  by_line, findings, wrong, all_cells = {'': []}, [], [], 0
   for path in sorted((folder / 'results').glob('*.json')):
-    summary, problems, cells = json.loads(path.read_text('utf-8')), [], 0
+    summary, cells, before = json.loads(path.read_text('utf-8')), 0, len(wrong)
     page = path.with_suffix('.md').read_text('utf-8')
     rows = {row['name']: row['values'] for row in summary['rows']}
     for name, line in zip(rows, table(page, ''), strict=True):
@@ -169,7 +164,7 @@ def main(folder: pathlib.Path = HERE) -> int:
         values = values_of(rows, name, column['name'])
         cells += 1
         if line[0] != name or not cell_agrees(text.removesuffix(' †'), values):
-          problems.append(f'{name}: {text!r} is not of {values}')
+          wrong.append(f'{path.stem}: {name}: {text!r} is not of {values}')
     claims = claims_of(page, summary)
     judges = re.search(r'seeds from (\d+) on alone judge', page)
     for claim in claims:
@@ -179,32 +174,31 @@ def main(folder: pathlib.Path = HERE) -> int:
       if judges and not claim['gate']:
         differences = differences[int(judges[1]) :]
       if problem := problem_of(claim, differences, page):
-        problems.append(f'{claim[0]}: {problem}')
+        wrong.append(f'{path.stem}: {claim[0]}: {problem}')
       elif claim['word'] not in (None, WITHHELD):
         findings.append((probability(claim, differences), claim))
     if len(claims) != len(re.findall('; claimed |; equal if within', page)):
-      problems.append('not all claims can be read')
+      wrong.append(f'{path.stem}: not all claims can be read')
     by_line[f'[{path.stem}](results/{path.stem}.md)'] = claims
     by_line[''] += claims
-    wrong, all_cells = wrong + len(problems), all_cells + cells
-    head = f'{path.stem}: {cells} cells, {len(claims)} claims'
-    print(f'{head}, {len(problems)} disagree', *problems, sep='\n  ')
+    all_cells += cells
+    found = (
+      f'{cells} cells, {len(claims)} claims, {len(wrong) - before} disagree'
+    )
+    print(f'{path.stem}: {found}')
   adjusted = stats.false_discovery_control([p for p, _ in findings])
-  problems = [
-    f'{claim[0]}: its adjusted probability is {p}'
-    for p, (_, claim) in zip(adjusted, findings)
-    if (claim['word'] != OPEN and p > 0.05) != ('‡' in claim['rest'])
-  ]
+  for p, (_, claim) in zip(adjusted, findings, strict=True):
+    if (claim['word'] != OPEN and p > 0.05) != ('‡' in claim['rest']):
+      wrong.append(f'{claim[0]}: its adjusted probability is {p}')
   for line in table(overview, 'paper'):
     if line[4:6] != (counts := counts_of(by_line[line[1]])):
-      problems.append(f'{line}: {counts}')
+      wrong.append(f'{line}: {counts}')
   marks = sum('‡' in (claim['rest'] or '') for claim in by_line[''])
   if f'Of all resolved claims {marks} have a ‡' not in overview:
-    problems.append(f'{marks} claims have a ‡')
-  wrong += len(problems)
-  head = f'all: {all_cells} cells, {len(by_line[""])} claims, {wrong} disagree'
-  print(head, *problems, sep='\n  ')
-  return int(wrong > 0)
+    wrong.append(f'{marks} claims have a ‡')
+  found = f'{all_cells} cells, {len(by_line[""])} claims, {len(wrong)} disagree'
+  print(f'all: {found}', *wrong, sep='\n  ')
+  return int(bool(wrong))
 
 
 if __name__ == '__main__':
