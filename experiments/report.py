@@ -53,7 +53,8 @@ of our own, "shown" or "refuted". Checks, which could not have failed, are
 counted nowhere. A verdict is withheld where fewer than three seeds were run,
 where a run was a trial or is older than what it is about (such cells have a †),
 where a baseline is not served as its paper has it, and where the study's gate
-is closed: what the question presupposes was not seen. A claim with a ‡ is
+is closed: what the question presupposes was not seen. Where seeds were added
+after a look at the others, they alone judge. A claim with a ‡ is
 resolved by itself, but falls if one in twenty of all resolved findings may be
 by chance (Benjamini and Hochberg).
 """

@@ -139,6 +139,9 @@ class Preset:
       seeds, for intervals that hold both; otherwise in one.
     underpowered: The reason why runs of this size can decide no claim; '' where
       they can. Verdicts are withheld for it.
+    seeds_seen: Number of the first seeds whose results were known when the
+      others were added. They stand in the table and decide gates, which are no
+      findings; the others alone decide claims.
   """
 
   steps: int
@@ -148,6 +151,7 @@ class Preset:
   start_steps: int = 0
   burst_for_each_seed: bool = False
   underpowered: str = ''
+  seeds_seen: int = 0
 
   @property
   def bursts(self) -> int:
@@ -239,6 +243,11 @@ class Row:
     """The row with the numbers of further columns."""
     return dataclasses.replace(self, values={**self.values, **values})
 
+  def without_first(self, seeds: int) -> 'Row':
+    """The row without the numbers of so many first seeds."""
+    values = {name: numbers[seeds:] for name, numbers in self.values.items()}
+    return dataclasses.replace(self, values=values)
+
 
 def row_of(
   name: str,
@@ -253,15 +262,14 @@ def row_of(
   return Row(name, shown, line, x)
 
 
-def more_seeds(before: str, number: str, date: str) -> str:
-  """The change of a claim that was judged again with more seeds.
+def more_seeds(before: str, date: str) -> str:
+  """The change of a claim that seeds added after a look have judged otherwise.
 
   Args:
     before: The verdict and the interval with the earlier seeds, in words.
-    number: The number of seeds that took their place, in words.
-    date: The day.
+    date: The day on which seeds were added; see `Preset.seeds_seen`.
   """
-  return f'{before}; {number} took their place on {date}, when that was known.'
+  return f'{before}; when that was known, on {date}, others were added.'
 
 
 @dataclasses.dataclass(frozen=True)

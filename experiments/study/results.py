@@ -105,6 +105,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     *summary.get('marks', []),
     *(_aged(summary, revision) for revision in summary.get('outdated', [])),
     *(_gate(summary, gate) for gate in summary['gates']),
+    _added(summary),
     _rates(summary),
     results_table(summary),
     claims_table(summary, claims),
@@ -125,6 +126,18 @@ def _rates(summary: Mapping[str, Any]) -> str:
   return (
     'No learning rate was searched for each arm: a difference between arms may '
     'be one of the rate that they share.'
+  )
+
+
+def _added(summary: Mapping[str, Any]) -> str:
+  """A sentence on seeds that were added when others had been seen, or ''."""
+  seen = summary.get('seeds_seen', 0)
+  if not seen:
+    return ''
+  return (
+    f'The results of seeds 0 to {seen - 1} were known when others were added, '
+    f'so that seeds from {seen} on alone judge the claims. The table and the '
+    'figure show all seeds.'
   )
 
 
@@ -198,7 +211,7 @@ def _cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:
 
 
 def _here(summary: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
-  """The rows that a claim compares, and their difference with its interval."""
+  """The rows that a claim compares, their difference, and the claimed side."""
   digits = {c['name']: c['digits'] for c in summary['columns']}
   spec = f'z.{digits.get(claim["column"], 2)}f'
   mean, width = claim['difference'], claim['half_width']
@@ -207,8 +220,9 @@ def _here(summary: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
     measured = f'{Interval(mean, np.inf if width is None else width):+{spec}}'
   than, within = claim['than'], claim.get('within', 0.0)
   than = than if isinstance(than, str) else f'{than:g}'
-  bound = f'; equal if within {within:g}' if within else ''
-  return f'{claim["column"]}, {claim["row"]} minus {than}: {measured}{bound}'
+  sides = {'lower': 'claimed below 0', 'higher': 'claimed above 0'}
+  side = sides.get(claim['direction'], f'equal if within {within:g}')
+  return f'{claim["column"]}, {claim["row"]} minus {than}: {measured}; {side}'
 
 
 def claims_table(
@@ -234,10 +248,10 @@ def checks_text(summary: Mapping[str, Any]) -> str:
   checks = [c for c in summary['claims'] if c['kind'] == verdicts.CHECK]
   if not checks:
     return ''
-  texts = (
-    f'{c["text"]} ({_here(summary, c)}; {c["verdict"]}). {c["check"]}'
-    for c in checks
-  )
+  texts = []
+  for c in checks:
+    verdict = ': '.join(filter(None, (c['verdict'], c.get('reason'))))
+    texts.append(f'{c["text"]} ({_here(summary, c)}; {verdict}). {c["check"]}')
   return f'<sub>Checks, which are counted nowhere: {" ".join(texts)}</sub>'
 
 

@@ -4,7 +4,8 @@ A direction counts as reproduced only where the 95 % interval of the paired
 difference excludes zero on the paper's side, and the absence of a difference
 only where the interval is within the bound that the claim names. A verdict is
 withheld where runs are too few or too short to decide anything, and where a
-gate of the study is closed: what its question presupposes was not seen.
+gate of the study is closed: what its question presupposes was not seen. Where
+seeds were added when the results of others were known, they alone decide.
 
 A claim is the paper's where all its published numbers are verified, else ours.
 A check, which could not have failed, is neither: `checks.json` has the reason.
@@ -119,9 +120,10 @@ def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
     other_numbers = _values(claim.than, claim.column, rows)
   else:
     other_numbers = [claim.than] * len(numbers)
-  difference = Interval.of(
-    [a - b for a, b in zip(numbers, other_numbers, strict=True)]
-  )
+  differences = [a - b for a, b in zip(numbers, other_numbers, strict=True)]
+  difference = Interval(float('nan'), float('inf'))  # of no seeds
+  if differences:
+    difference = Interval.of(differences)
   shortage = f'{len(numbers)} of at least {LEAST_SEEDS} seeds'
   shortage *= len(numbers) < LEAST_SEEDS
   if withheld := '; '.join(filter(None, (claim.withheld, shortage, withheld))):
@@ -196,8 +198,8 @@ def judged(
 ) -> dict[str, Any]:
   """The entries of a summary that follow from rows and the study as it is now.
 
-  They are the study's title, source and date, the rows, the gates and the
-  decided claims.
+  They are the study's title, source and date, the rows, the gates, which all
+  seeds decide, and the claims, which those decide that had not been seen.
 
   Args:
     study: The study.
@@ -209,6 +211,7 @@ def judged(
     decide: Function that decides a claim; see `verdict`.
   """
   row_names, weak = {row.name for row in rows}, underpowered(study, preset)
+  deciding_rows = [row.without_first(preset.seeds_seen) for row in rows]
   gates = {
     compared: decide(Claim(compared), rows, weak)
     for compared in study.gates
@@ -219,7 +222,7 @@ def judged(
     if not task.comparable:
       claim = dataclasses.replace(claim, published=())
     if not preset.without or claim.rows() <= row_names:
-      verdict_on = decide(claim, rows, weak)
+      verdict_on = decide(claim, deciding_rows, weak)
       for compared, gate in gates.items():
         is_open = gate.word == SHOWN or claim.compared == compared
         if is_open or not matches(text, study.gates[compared]):
@@ -236,6 +239,7 @@ def judged(
     'title': study.title,
     'source': study.source,
     'written': study.written,
+    'seeds_seen': preset.seeds_seen,
     'rows': [described_row(row) for row in rows],
     'gates': [{'text': k, **v.described()} for k, v in gates.items()],
     'claims': decided,

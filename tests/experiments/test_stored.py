@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
 import scipy.stats
 
-from experiments import merge_or_prune, report
+from experiments import merge_or_prune, recompute, report
 from experiments.study import command, figures, rates, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest, text_of
@@ -191,6 +192,38 @@ def test_a_closed_gate_withholds_the_claims_behind_it():
     page('load: much < dense', 'c*')
 
 
+@pytest.mark.parametrize(
+  ('seen', 'word', 'reason'),
+  [
+    (0, verdicts.UNRESOLVED, ''),
+    (2, verdicts.SHOWN, ''),
+    (3, verdicts.WITHHELD, '2 of at least 3 seeds'),
+    (5, verdicts.WITHHELD, '0 of at least 3 seeds'),
+  ],
+)
+def test_seeds_that_were_added_after_a_look_judge_alone(seen, word, reason):
+  values = {'little': [4.0, 3.0, 1.0, 1.1, 1.2], 'much': [2.0] * 5}
+  rows = [
+    verdicts.described_row(Row(name, {'load': numbers}))
+    for name, numbers in values.items()
+  ]
+  compared = 'load: little < much'
+  study = dataclasses.replace(
+    STUDY,
+    claims={'the first two say no, the others yes': compared},
+    gates={compared: ()},
+    presets={'full': Preset(6, 5, seeds_seen=seen)},
+  )
+  judged = stored.judged_again(summary(rows=rows, seeds=[*range(5)]), study)
+  (claim,), (gate,) = judged['claims'], judged['gates']
+  assert (claim['verdict'], claim['reason']) == (word, reason)
+  # A gate is no finding: all seeds decide it, and all stand in the table.
+  assert gate['verdict'] == verdicts.UNRESOLVED
+  assert [len(row['values']['load']) for row in judged['rows']] == [5, 5]
+  sentence = f'seeds from {seen} on alone judge the claims'
+  assert (sentence in study_results.text_of(judged)) == bool(seen)
+
+
 def test_a_check_is_small_and_counted_nowhere(monkeypatch):
   reason = 'Little is less than much.'
   named = {STUDY.name: {'little is better': reason}}
@@ -200,7 +233,8 @@ def test_a_check_is_small_and_counted_nowhere(monkeypatch):
     verdicts.CHECK, *[verdicts.OURS] * 2
   ]  # fmt: skip
   table, _, small = study_results.text_of(judged).partition('<sub>Checks')
-  assert f'minus much: -0.9667 ± 0.1434; shown). {reason}' in small
+  difference = 'little minus much: -0.9667 ± 0.1434; claimed below 0'
+  assert f'{difference}; shown). {reason}' in small
   assert '| little is better than dense |' in table
   assert '| little is better |' not in table
   page = report.overview([judged])
@@ -281,6 +315,28 @@ def test_pages_are_those_of_the_stored_results():
   texts = {s['name']: {c['text'] for c in s['claims']} for s in summaries}
   for name, named in verdicts.checks().items():
     assert named.keys() <= texts[name], name
+
+
+def test_pages_are_recomputed_from_values_of_seeds(tmp_path, capsys):
+  assert recompute.main() == 0
+  capsys.readouterr()
+  shutil.copytree(report.HERE / report.KEPT, tmp_path / report.KEPT)
+  shutil.copy(report.HERE / report.PAGE, tmp_path)
+  page = tmp_path / report.KEPT / 'shazeer_table6.md'
+  text = page.read_text('utf-8')
+  for old, new in (
+    ('1.4571 ± 0.0077', '1.4572 ± 0.0077'),  # a cell
+    ('12.88 ± 1.55', '12.88 (0.00 to 14.43)'),  # cut without need
+    ('-0.0375 ± 0.0095', '-0.0375 ± 0.0096'),  # a claim
+    ('**opposite**', '**not resolved**'),
+    ('**opposite**', '**withheld**'),  # without a reason
+    ('claimed below 0; direction rep', 'claimed above 0; direction rep'),
+  ):
+    assert old in text
+    page.write_text(text.replace(old, new, 1), 'utf-8')
+    assert recompute.main(tmp_path) == 1
+    out = capsys.readouterr().out
+    assert 'shazeer_table6: 30 cells, 9 claims, 1 disagree' in out
 
 
 def summary_of(name: str, digest: str) -> dict:

@@ -440,8 +440,10 @@ def check_gradients(model, source, folder, batch):
   pads = {id(m.weight): m.padding_idx for m in embeddings}
   for name, value in model.named_parameters():
     actual = written[name].detach()
-    if (gradient := value.grad) is None:  # the weight is not used
-      assert not actual.any(), name
+    if (gradient := value.grad) is None:
+      # The weight is not used. Where halves have embeddings of their own, the
+      # file still has a shared one, which is the encoder's.
+      assert name == 'model.shared.weight' or not actual.any(), name
       continue
     if pads.get(id(value)) is not None:
       actual[pads[id(value)]] = gradient[pads[id(value)]]
