@@ -104,6 +104,8 @@ class Study:
       holds, such as 'loss: sparse < dense', by that comparison.
     earlier: Sentences on results that later ones replaced, and on claims that
       were taken out; they stay printed.
+    dropped: Number of published claims that were taken out, none of which was
+      resolved; they stay in the count of the overview.
   """
 
   name: str
@@ -132,6 +134,7 @@ class Study:
   exempt: str = ''
   gates: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   earlier: Sequence[str] = ()
+  dropped: int = 0
 
   def __post_init__(self):
     # An address or a comparison may be wrong.
