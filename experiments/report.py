@@ -262,11 +262,20 @@ def overview(summaries: Sequence[dict[str, Any]]) -> str:
   sums = dict.fromkeys(names, '') | _counted(total) | {'core minutes': ''}
   rows.append(sums | {'paper': 'all'})
   doubtful = sum(c['doubtful'] for s in summaries for c in s['claims'])
+  dropped = sum(summary.get('dropped', 0) for summary in summaries)
+  published = dropped + sum(
+    number for (kind, _), number in total.items() if kind == verdicts.PAPERS
+  )
+  resolved = sum(
+    total[verdicts.PAPERS, w] for w in (verdicts.REPRODUCED, verdicts.OPPOSITE)
+  )
   note = (
     f'Verdicts on the papers\' claims: "{verdicts.REPRODUCED}" / '
     f'"{verdicts.OPPOSITE}" / "{verdicts.UNRESOLVED}" / "{verdicts.WITHHELD}"; '
     'on our questions: "shown" / "refuted" / the same two. Of all resolved '
-    f'claims {doubtful} have a ‡.\n'
+    f'claims {doubtful} have a ‡. Of {published} published claims that could '
+    f'have failed, {dropped} that were taken out among them, {resolved} are '
+    f'resolved, {resolved / max(published, 1):.0%}.\n'
   )
   parts = [f'# Results\n\n{_ABOUT}', note, markdown_table(rows)]
   return '\n'.join(filter(None, [*parts, pending(summaries)]))

@@ -128,6 +128,7 @@ STUDY = Study(
     'is larger for the sparse model, a gain for the dense one, and more spread '
     'at the raised rate (one refuted, four withheld).'
   ],
+  dropped=2,
   written='2026-12-01',
 )
 get_config, get_items = command.entries(STUDY, __name__)

@@ -69,6 +69,7 @@ def summary_of(
     'minutes': round(sum(m['minutes'] for m in made), 1),
     'code': code,
     'earlier': [*study.earlier],
+    'dropped': study.dropped,
     'exempt': study.exempt,
     'searched': bool(study.rates or study.explorations),
     'rates': rates_lib.described(rates, study.rates) if study.rates else '',

@@ -63,6 +63,7 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     'columns': [today.get(c['name'], c) for c in summary['columns']],
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
     'earlier': [*study.earlier],
+    'dropped': study.dropped,
     'exempt': study.exempt,
     'searched': bool(summary.get('rates') or study.explorations),
     'marks': marks,

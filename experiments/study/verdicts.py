@@ -223,11 +223,12 @@ def judged(
       claim = dataclasses.replace(claim, published=())
     if not preset.without or claim.rows() <= row_names:
       verdict_on = decide(claim, deciding_rows, weak)
-      for compared, gate in gates.items():
-        is_open = gate.word == SHOWN or claim.compared == compared
-        if is_open or not matches(text, study.gates[compared]):
+      for compared, patterns in study.gates.items():
+        word = gates[compared].word if compared in gates else 'not run'
+        is_open = word == SHOWN or claim.compared == compared
+        if is_open or not matches(text, patterns):
           continue
-        closed = f'the gate "{compared}" is {gate.word}'
+        closed = f'the gate "{compared}" is {word}'
         reason = '; '.join(filter(None, (verdict_on.reason, closed)))
         verdict_on = Verdict(claim, verdict_on.difference, WITHHELD, reason)
       kind = PAPERS if is_papers(claim) else OURS

@@ -186,6 +186,13 @@ def test_a_closed_gate_withholds_the_claims_behind_it():
     'Gate: load: little < 1.0. load, little minus 1: +0.1333 ± 0.3795' in text
   )
   assert '**withheld**: the gate "load: little < 1.0" is not resolved' in text
+  # A preset that leaves the gate's rows out has not seen what it asks.
+  presets = {'full': Preset(6, 3, without=['slow'])}
+  gated = dataclasses.replace(
+    study, gates={'load: slow < 1': 'b'}, presets=presets
+  )
+  claim = stored.judged_again(summary(), gated)['claims'][1]
+  assert claim['reason'] == 'the gate "load: slow < 1" is not run'
   # A claim is not behind itself.
   assert page('load: much < dense', '*')[0] == [verdicts.SHOWN] * 2
   with pytest.raises(ValueError, match="no claim is like 'c\\*'"):
