@@ -262,7 +262,7 @@ STUDY = Study(
     f'loss: {WIDE} < {GSHARD}': ['*as good*'],
   },
   rates=(0.002, 0.004, 0.008, 0.016),
-  figure=Figure(['loss', ADDED.name], without=[REMOVED]),
+  figure=Figure(['loss', 'largest load'], without=[REMOVED, '*disabled']),
   remarks="Loads are relative to the mean of each row's own experts. FLOPs are "
   'those of training. What a token does without are its own likeliest experts, '
   'in both layers; a shared expert stays.',
