@@ -64,9 +64,9 @@ _FINDINGS_ABOUT = """\
 One sentence for each paper and study, with one difference and its 95 %
 interval, all of models thousands of times smaller than the papers', trained for
 minutes on two cores. **Reproduced**: the direction is the paper's.
-**Contradicted**: it is the other one. **Shown** and **refuted**: the same of a
-question that no paper has a verified number for. **Not at this size**: the
-seeds resolve no difference. **Set-up too weak**: the study cannot decide.
+**Contradicted**: it is the other one. **Shown** and **refuted**: as before, but
+of what we expected where no paper has a verified number. **Not at this size**:
+the seeds resolve no difference. **Set-up too weak**: the study cannot decide.
 `python -m experiments.report` writes this page.
 """
 GRADES = {
