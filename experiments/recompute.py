@@ -36,7 +36,7 @@ VERDICTS = (
   ('direction reproduced', 'shown', 'seen'),
   ('opposite', 'refuted', 'refuted'),
 )
-# What a page says of a claim, a gate or a check.
+# The text of a page about a claim, a gate or a check, in parts.
 Claim = re.Match[str]
 # Values by seed, by the names of row and column.
 Rows = Mapping[str, Mapping[str, Sequence[float | None]]]

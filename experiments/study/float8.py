@@ -183,12 +183,14 @@ class Float8Expert(FeedForwardExpert):
 
 @dataclasses.dataclass(frozen=True)
 class Float8TokenChoice(TokenChoice):
-  """Options of token choice whose product is rounded, without a bias or noise.
-
-  Options of `TokenChoice` that would change the logits have no effect.
-  """
+  """Options of token choice whose product is rounded, with no bias or noise."""
 
   rounding: Rounding = option(Rounding(), 'How the product is rounded.')
+
+  def problems(self):
+    yield from super().problems()
+    names = 'jitter', 'use_bias', 'input_dropout', 'logits_dtype'
+    yield from self.in_vain('where the product is rounded', *names)
 
   def module(self, sizes, shared, name=None):
     return Float8Router(self, sizes, shared, name=name)

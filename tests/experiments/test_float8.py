@@ -49,7 +49,7 @@ def test_each_product_of_the_gradient_rounds_its_own_operands():
   dx, dw = pull(dy)
   close(dx, E5M2(dy, 1) @ E5M2(w, 1).T)
   close(dw, E5M2(x, 0).T @ E5M2(dy, 0))
-  # Of a wire, each direction is rounded by itself.
+  # Each direction of a wire is rounded by itself.
   for ahead, back in ((True, False), (False, True)):
     y, pull = jax.vjp(functools.partial(E5M2.sent, ahead=ahead, back=back), x)
     close(y, E5M2(x, 1) if ahead else x)
