@@ -18,7 +18,7 @@ fewer tokens than there: with all steps 360,000 choices fall to each of 32, and
 experts beat four LSTMs in 2,000 steps was known from `shazeer_table7`: with all
 steps it is the gate, and no claim. Rates are searched for each row. The quick
 preset decides nothing. The full one, 8 arms of 1,400 or 350 steps, 5 seeds and
-64 trials, is planned for 48 core minutes. Claims were written before any run.
+64 trials, is planned for 45 core minutes. Claims were written before any run.
 """
 
 import numpy as np
