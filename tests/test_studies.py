@@ -68,7 +68,7 @@ OTHER_MODELS = ('eigen_2013', 'jacobs_table1')
 UNEQUAL = (
   'deepseek_table1',
   'expert_choice_table2',
-  'gshard_table2',
+  'gshard_table3',
   'upcycling_figures',
 )
 # Beginnings of the names of arms whose routers see later tokens; the last two
