@@ -22,6 +22,7 @@ below that of one level.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
@@ -47,11 +48,11 @@ def config(steps: int):
   return config
 
 
-def arms(_: Preset) -> list[Arm]:
-  """Arms of the paper's models without sparsity, then of its mixtures."""
-  E, router = 'model.moe.num_experts', 'model.moe.router'
+def two_levels(branching: int) -> dict[str, Any]:
+  """The keys of noisy gates of two levels, with so many branches."""
+  router = 'model.moe.router'
   options = dict(
-    branching=4,
+    branching=branching,
     branches_selected=2,
     noisy=True,
     gates='renormalized',
@@ -59,14 +60,19 @@ def arms(_: Preset) -> list[Arm]:
     load_weight=0.1,
     z_weight=0.0,
   )
-  two_levels = {f'{router}.hierarchical.{k}': v for k, v in options.items()}
-  two_levels[f'{router}.kind'] = 'hierarchical'
+  keys = {f'{router}.hierarchical.{k}': v for k, v in options.items()}
+  return {f'{router}.kind': 'hierarchical', **keys}
+
+
+def arms(_: Preset) -> list[Arm]:
+  """Arms of the paper's models without sparsity, then of its mixtures."""
+  E = 'model.moe.num_experts'
   return [
     Arm('4xLSTM', {'model.num_layers': 4, 'model.moe.layers': 'none'}),
     Arm('MoE-1-Wide', {E: 0}),
     Arm('MoE-1-Deep', {E: 0, 'model.lstm.twin_depth': 4}),
     *(Arm(f'MoE-{n}', {E: n}, 'one level', n) for n in EXPERTS),
-    Arm(TWO_LEVELS, two_levels, 'two levels', 32),
+    Arm(TWO_LEVELS, two_levels(4), 'two levels', 32),
   ]
 
 

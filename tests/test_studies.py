@@ -65,7 +65,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Studies without a byte-level model, which have tests of their own.
 OTHER_MODELS = ('eigen_2013', 'jacobs_table1')
 # Studies whose arms differ in FLOPs, by which they set the lengths of runs.
-UNEQUAL = ('deepseek_table1', 'expert_choice_table2', 'upcycling_figures')
+UNEQUAL = (
+  'deepseek_table1',
+  'expert_choice_table2',
+  'gshard_table3',
+  'upcycling_figures',
+)
 # Beginnings of the names of arms whose routers see later tokens; the last two
 # serve first choices before second ones.
 LEAKING = (
