@@ -125,6 +125,7 @@ def of_one_file() -> nbformat.NotebookNode:
   cells += [new.new_code_cell(_RUN), new.new_code_cell(_PICTURE)]
   for number, cell in enumerate(cells):
     cell.id = f'cell-{number}'  # else it were drawn at random
+    cell.source = cell.source.strip()
   return new.new_notebook(cells=cells)
 
 
