@@ -87,6 +87,21 @@ def test_a_notebook_keeps_its_outputs_and_no_error(path):
   )
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_opens_in_colab_by_the_badge_below_its_title(path):
+  colab = 'https://colab.research.google.com'
+  own = f'{colab}/github/moe-jax/moe_jax/blob/main/colab/{path.name}'
+  badge = f'[![Open in Colab]({colab}/assets/colab-badge.svg)]({own})'
+  title = nbformat.read(path, as_version=4).cells[0].source.split('\n')
+  assert title[0].startswith('# ') and title[2] == badge
+
+
+def test_notebooks_that_use_the_package_install_it_in_the_same_cell():
+  users = [path for path in NOTEBOOKS if path.stem != '00_one_file']
+  cells = {code_cells(nbformat.read(p, as_version=4))[0].source for p in users}
+  assert len(cells) == 1
+
+
 def test_the_notebook_of_the_one_file_is_that_file():
   stored = nbformat.read(ROOT / 'colab' / '00_one_file.ipynb', as_version=4)
   made = run_notebooks.of_one_file()
