@@ -2,11 +2,10 @@
 
     python colab/one_file_moe.py
 
-Reads the source text of Python's own library as bytes, trains a decoder whose
-every second feed-forward is a mixture of experts (Switch Transformers,
-https://arxiv.org/abs/2101.03961), evaluates it, writes a sample, and draws in
-`routing.svg` which expert took each byte. It needs jax, flax, optax and numpy,
-and is made to be copied. `one_file_sharded.py` splits it over devices.
+It reads Python's own library as bytes, trains a decoder whose every second
+feed-forward is a mixture of experts (Switch, https://arxiv.org/abs/2101.03961),
+and writes a sample, and in `routing.html` which expert took each byte. It is
+made to be copied. `one_file_sharded.py` splits it over devices.
 
 Letters: B sequences of T tokens; G groups of S tokens, which are routed by
 themselves; E experts, of which a token chooses K, with C slots each; M the
@@ -19,7 +18,6 @@ import html
 import math
 import os
 import pathlib
-import sys
 import time
 
 import jax
@@ -64,7 +62,7 @@ class MoE(nn.Module):
     E, K, F = c.num_experts, c.num_selected, c.hidden
     S = min(c.group_size, B * T)
     C = math.ceil(c.capacity_factor * K * S / E)
-    x = x.reshape(-1, S, M)  # [G, S, M]
+    x = split(x.reshape(-1, S, M), ('data', 'expert'))  # [G, S, M]
 
     # 1. The router: a linear layer, of whose logits each token takes K.
     logits = nn.Dense(E, use_bias=False, name='router')(x)
@@ -75,26 +73,24 @@ class MoE(nn.Module):
       gate = gate / gate.sum(-1, keepdims=True)
 
     # 2. Slots. Choices queue in the order of the text, so that no later token
-    # matters. A choice whose expert is full is dropped; where all choices of a
-    # token are, the residual alone carries it on.
+    # matters. A choice of a full expert is dropped: the residual carries on.
     chosen = jax.nn.one_hot(expert.reshape(-1, S * K), E, dtype=jnp.int32)
     slot = ((jnp.cumsum(chosen, 1) - 1) * chosen).sum(-1).reshape(-1, S, K)
     kept = slot < C
     place = jnp.where(kept, expert * C + slot, E * C).reshape(-1, S * K)
 
-    # 3. There: which token takes each place, and its row; an empty place, with
-    # token S, gets zeros. Over devices this is an all-to-all.
+    # 3. There: each place gets the row of its token; empty places have token S,
+    # which is zeros. Over devices this is an all-to-all.
     nobody = jnp.full(E * C + 1, S)
     token = jax.vmap(lambda p: nobody.at[p].set(jnp.arange(S * K) // K))(place)
-    rows = take(x, token[:, :-1]).reshape(-1, E, C, M)
-    rows = split(rows, 'data', 'expert')
+    rows = split(take(x, token[:, :-1]).reshape(-1, E, C, M), 'data', 'expert')
 
     # 4. Each expert is a feed-forward of its own.
     init = nn.initializers.lecun_normal(batch_axis=0)
     w_in = self.param('w_in', init, (E, M, F))
     w_out = self.param('w_out', init, (E, F, M))
     h = nn.gelu(jnp.einsum('GECM,EMF->GECF', rows, w_in), approximate=False)
-    y = jnp.einsum('GECF,EFM->GECM', h, w_out)
+    y = split(jnp.einsum('GECF,EFM->GECM', h, w_out), 'data', 'expert')
 
     # 5. And back: each token adds up what its experts made of it.
     y = split(y, ('data', 'expert')).reshape(-1, E * C, M)
@@ -139,8 +135,8 @@ class Attention(nn.Module):
       for name in ('query', 'key', 'value')
     )
     scores = jnp.einsum('BTHD,BSHD->BHTS', rotated(query), rotated(key))
-    scores = scores * (M // H) ** -0.5
-    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
+    seen = jnp.tril(jnp.ones((T, T), bool))
+    scores = jnp.where(seen, scores * (M // H) ** -0.5, -jnp.inf)
     y = jnp.einsum('BHTS,BSHD->BTHD', jax.nn.softmax(scores), value)
     return nn.Dense(M, use_bias=False, name='out')(y.reshape(B, T, M))
 
@@ -181,12 +177,8 @@ class Decoder(nn.Module):
     """Returns the logits, and what the sparse layers return, [L / 2, ...]."""
     c, init = self.config, nn.initializers.normal(0.02)
     table = self.param('embedding', init, (c.vocab_size, c.width))
-    layers = nn.scan(
-      TwoLayers,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      length=c.num_layers // 2,
-    )
+    axes = dict(variable_axes={'params': 0}, split_rngs={'params': True})
+    layers = nn.scan(TwoLayers, length=c.num_layers // 2, **axes)
     x, aux = layers(c, name='layers')(table[tokens], None)
     return nn.RMSNorm(name='final_norm')(x) @ table.T, aux
 
@@ -200,22 +192,18 @@ def loss_fn(params, tokens, config):
   return loss, {'nats': nats.mean(), **aux}
 
 
-def optimizer_of(config):
-  """AdamW, of whose parameters kernels alone decay, on clipped gradients."""
+def optimizer_of(c):
+  """AdamW on clipped gradients, with a warm-up and half a cosine."""
 
-  def decays(path, _):
-    return path[-1].key in ('kernel', 'w_in', 'w_out')
+  def rate(step):
+    rise = (step + 1) / c.warmup_steps
+    share = (step - c.warmup_steps) / (c.total_steps - c.warmup_steps)
+    fall = 0.55 + 0.45 * jnp.cos(jnp.pi * share)
+    return c.learning_rate * jnp.where(rise > 1, fall, rise)
 
-  peak, rise = config.learning_rate, config.warmup_steps
-  rate = optax.join_schedules(
-    [
-      optax.linear_schedule(peak / rise, peak, rise - 1),
-      optax.cosine_decay_schedule(peak, config.total_steps - rise, 0.1),
-    ],
-    [rise],
-  )
-  mask = functools.partial(jax.tree_util.tree_map_with_path, decays)
-  adamw = optax.adamw(rate, b2=0.98, weight_decay=0.1, mask=mask)
+  # Kernels alone decay, which have three axes with that of layers.
+  decays = functools.partial(jax.tree.map, lambda x: x.ndim > 2)
+  adamw = optax.adamw(rate, b2=0.98, weight_decay=0.1, mask=decays)
   return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
@@ -242,9 +230,10 @@ def sample(params, prompt, key, config, length=300, temperature=0.8):
     start = jnp.maximum(i - config.seq_len, 0)
     window = jax.lax.dynamic_slice(text, (start,), (config.seq_len,))
     logits, _ = Decoder(config).apply({'params': params}, window[None])
-    logits = logits[0, i - start - 1] / temperature
-    byte = jax.random.categorical(jax.random.fold_in(key, i), logits)
-    return text.at[i].set(byte)
+    logits, draw_key = logits[0, i - start - 1], jax.random.fold_in(key, i)
+    return text.at[i].set(
+      jax.random.categorical(draw_key, logits / temperature)
+    )
 
   text = jnp.pad(prompt, (0, length))
   return jax.lax.fori_loop(len(prompt), len(text), add_byte, text)
@@ -253,10 +242,9 @@ def sample(params, prompt, key, config, length=300, temperature=0.8):
 def read_text():
   """The bytes of Python's library to train on, and those of every 10th file."""
   files = sorted(pathlib.Path(os.__file__).parent.glob('*.py'))
-  texts = [np.frombuffer(file.read_bytes(), np.uint8) for file in files]
-  held_out = texts[::10]
-  del texts[::10]
-  return np.concatenate(texts), np.concatenate(held_out)
+  held_out = b''.join(file.read_bytes() for file in files[::10])
+  text = b''.join(f.read_bytes() for i, f in enumerate(files) if i % 10)
+  return np.frombuffer(text, np.uint8), np.frombuffer(held_out, np.uint8)
 
 
 def batch(text, config, seed):
@@ -266,55 +254,47 @@ def batch(text, config, seed):
   return np.stack([text[s : s + T + 1] for s in starts]).astype(np.int32)
 
 
-def draw(path, text, expert, kept, num_experts):
-  """Draws bytes [T] in the colours of their experts [L / 2, T], as SVG.
+def draw(path, text, aux, num_experts):
+  """Writes bytes [T] as HTML, each on the colour of its first expert.
 
-  Each layer has lines of its own; a byte that was dropped stands on white.
+  Each sparse layer has a paragraph; bytes that were dropped stand on white.
   """
-  parts, columns, height = [], 64, 24 * -(-len(text) // 64) + 12
-  for (layer, i), e in np.ndenumerate(expert):
-    x, y = 14 * (i % columns), 24 * (i // columns) + height * layer
-    colour = f'hsl({360 * e // num_experts},75%,75%)'
-    byte = html.escape(chr(text[i])) if 32 < text[i] < 127 else ' '
-    box = f'<rect x="{x}" y="{y}" width="14" height="22" fill="{colour}"/>'
-    parts += [box * int(kept[layer, i]), f'<text x="{x + 3}" y="{y + 16}">']
-    parts += [byte, '</text>']
-  size = f'width="{14 * columns}" height="{height * len(expert)}"'
-  style = 'style="background:white;font:14px monospace"'
-  head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
-  pathlib.Path(path).write_text(f'{head}{"".join(parts)}</svg>')
+  page, names = [], ('expert', 'kept')
+  experts, kept = (np.asarray(aux[name])[:, 0, :, 0] for name in names)
+  for (layer, i), expert in np.ndenumerate(experts):
+    hue, light = 360 * expert // num_experts, 80 if kept[layer, i] else 100
+    colour = f'<span style="background:hsl({hue},80%,{light}%)">'
+    page.append(
+      f'{"<hr>" * (i == 0)}{colour}{html.escape(chr(text[i]))}</span>'
+    )
+  pathlib.Path(path).write_text(f'<pre>{"".join(page)}</pre>')
 
 
 def main(config):
   """Trains, evaluates, samples and draws; returns the parameters."""
-  (text, held_out), begin = read_text(), time.time()
+  (text, held_out), start = read_text(), time.time()
   test = [batch(held_out, config, i) for i in range(16)]
   params = Decoder(config).init(jax.random.key(0), test[0][:, :-1])['params']
   opt_state = optimizer_of(config).init(params)
-  count = sum(x.size for x in jax.tree.leaves(params))
-  print(f'{count:,} parameters, {len(text):,} bytes of text')
+  print(f'{sum(x.size for x in jax.tree.leaves(params)):,} parameters')
   for step in range(config.total_steps):
     tokens = batch(text, config, step)
     params, opt_state, log = train_step(params, opt_state, tokens, config)
     if step % 100 == 0 or step == config.total_steps - 1:
       nats = np.mean([evaluate(params, x, config) for x in test])
-      loads = [f'{100 * x:.0f}' for x in log['load'][-1]]
+      load = np.asarray(100 * log['load'][-1]).round().astype(int)
       print(
-        f'step {step}: {log["nats"]:.3f} nats a byte, {nats:.3f} held out, '
-        f'{100 * log["dropped"].mean():.1f} % dropped; load of the last '
-        f"layer's experts in %: {' '.join(loads)}; {time.time() - begin:.0f} s"
+        f'step {step}: {log["nats"]:.3f} nats a byte, {nats:.3f} held out; '
+        f'{100 * log["dropped"].mean():.1f} % dropped, the last loads in % '
+        f'{load}; {time.time() - start:.0f} s'
       )
-  prompt = np.frombuffer(b'def ', np.uint8).astype(np.int32)
+  prompt = jnp.array([*b'def '])
   written = sample(params, prompt, jax.random.key(1), config)
   print(bytes(written.tolist()).decode('latin1'))
   _, aux = Decoder(config).apply({'params': params}, test[0][:, :-1])
-  expert, kept = (
-    np.asarray(aux[name])[:, 0, :, 0] for name in ('expert', 'kept')
-  )
-  draw('routing.svg', test[0][0, :-1], expert, kept, config.num_experts)
+  draw('routing.html', test[0][0, :-1], aux, config.num_experts)
   return params
 
 
 if __name__ == '__main__':
-  steps = int(sys.argv[1]) if sys.argv[1:] else Config.total_steps
-  main(Config(total_steps=steps))
+  main(Config())
