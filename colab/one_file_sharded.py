@@ -68,8 +68,8 @@ def main(config=one.Config(), steps=10):
   of_params = max(np.abs(x - y).max() for x, y in leaves)
   of_losses = np.abs(np.subtract(losses, expected_losses)).max()
   print(
-    f'mesh {dict(mesh.shape)}, {program.count("all-to-all(")} all-to-all; after '
-    f'{steps} steps losses differ from those of one device by at most '
+    f'{dict(mesh.shape)}, {program.count("all-to-all(")} all-to-all a step; '
+    f'after {steps} steps losses differ from those of one device by at most '
     f'{of_losses:.1e}, parameters by {of_params:.1e}'
   )
   return of_losses, of_params
