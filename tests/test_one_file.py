@@ -1,6 +1,6 @@
 """The model of `colab/one_file_moe.py` is the library's `tiny_switch`."""
 
-import importlib.util
+import importlib
 import pathlib
 
 import jax
@@ -23,14 +23,10 @@ def ranks_may_differ():
     yield
 
 
-@pytest.fixture(scope='module')
-def one_file():
-  spec = importlib.util.spec_from_file_location(
-    'one_file_moe', COLAB / 'one_file_moe.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+@pytest.fixture
+def one_file(monkeypatch):
+  monkeypatch.syspath_prepend(COLAB)
+  return importlib.import_module('one_file_moe')
 
 
 def library_options(config):
@@ -78,7 +74,9 @@ def in_library(tree, config):
   }
 
 
-@pytest.mark.parametrize('num_selected', [1, 2])
+@pytest.mark.parametrize(
+  'num_selected', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_the_one_file_computes_what_the_library_does(one_file, num_selected):
   config = one_file.Config(vocab_size=257, num_selected=num_selected)
   options = library_options(config)
@@ -142,3 +140,22 @@ def assert_close(tree, expected):
     )
 
   jax.tree_util.tree_map_with_path(check, tree, expected)
+
+
+@pytest.mark.slow
+def test_devices_that_share_the_experts_equal_one(one_file):
+  sharded = importlib.import_module('one_file_sharded')
+  config = one_file.Config(
+    width=32, hidden=64, seq_len=32, group_size=64, total_steps=4
+  )
+  of_losses, of_params = sharded.main(config, steps=2)
+  assert of_losses < 1e-5 and of_params < 1e-5
+
+
+@pytest.mark.slow
+def test_the_one_file_trains_samples_and_draws(one_file, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  config = one_file.Config(width=32, hidden=64, seq_len=32, total_steps=3)
+  one_file.main(config)
+  page = (tmp_path / 'routing.html').read_text()
+  assert page.count('</span>') == 2 * config.seq_len
