@@ -100,6 +100,14 @@ def test_the_python_of_a_room_runs(readme, tmp_path):
     assert scope['losses'][-1] < scope['losses'][0]
 
 
+def test_twelve_files_are_as_long_as_the_first_page_says():
+  section = text_of('README.md').split('## Twelve files')[1].split('\n## ')[0]
+  files = re.findall(r'^\| \[[^]]*\]\((.*?\.py)\)', section, re.MULTILINE)
+  lines = sum(len(text_of(file).splitlines()) for file in files)
+  assert len(files) == 12 and lines <= 2500
+  assert f'({lines:,} lines)' in section
+
+
 @each_readme
 def test_links_exist(readme):
   text, folder = text_of(readme), (ROOT / readme).parent
