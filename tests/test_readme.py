@@ -1,7 +1,9 @@
 """Code in the READMEs runs, and the links and keys that they name exist."""
 
+import json
 import pathlib
 import re
+import subprocess
 import sys
 import types
 
@@ -106,6 +108,19 @@ def test_twelve_files_are_as_long_as_the_first_page_says():
   lines = sum(len(text_of(file).splitlines()) for file in files)
   assert len(files) == 12 and lines <= 2500
   assert f'({lines:,} lines)' in section
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_no_error_in_the_readers_code(tmp_path):
+  pytest.importorskip('pyright')
+  for number, readme in enumerate(('README.md', 'moe_jax/layers/README.md')):
+    code = '\n\n'.join(blocks(readme))
+    (tmp_path / f'mine_{number}.py').write_text(code)
+  rules = {'typeCheckingMode': 'basic', 'extraPaths': [str(ROOT)]}
+  (tmp_path / 'pyrightconfig.json').write_text(json.dumps(rules))
+  command = [sys.executable, '-m', 'pyright', '-p', str(tmp_path)]
+  checked = subprocess.run(command, capture_output=True, text=True)
+  assert checked.returncode == 0, checked.stdout
 
 
 @each_readme
