@@ -102,12 +102,11 @@ def test_the_python_of_a_room_runs(readme, tmp_path):
     assert scope['losses'][-1] < scope['losses'][0]
 
 
-def test_twelve_files_are_as_long_as_the_first_page_says():
+def test_twelve_files_can_be_read_in_an_hour():
   section = text_of('README.md').split('## Twelve files')[1].split('\n## ')[0]
   files = re.findall(r'^\| \[[^]]*\]\((.*?\.py)\)', section, re.MULTILINE)
   lines = sum(len(text_of(file).splitlines()) for file in files)
   assert len(files) == 12 and lines <= 2500
-  assert f'({lines:,} lines)' in section
 
 
 @pytest.mark.slow
