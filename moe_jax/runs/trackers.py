@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_jax.config import flatten
-from moe_jax.errors import from_extra
+from moe_jax.errors import InputError, from_extra
 from moe_jax.runs.workdir import kept_config
 
 
