@@ -3,7 +3,7 @@
     python colab/one_file_sharded.py
 
 Sequences are split over all devices, and experts over the axis `expert`: each
-device has E / (size of the axis) of them. The two constraints of `MoE` say so,
+device has E / (size of the axis) of them. The constraints of `MoE` say so,
 and the compiler moves rows to their experts and back by all-to-all. Without
 accelerators, eight devices are simulated on the CPU. The steps are compared
 with those of one device.
