@@ -312,6 +312,13 @@ class Cost(NamedTuple):
         f' (routers have {self.router_flops / self.forward_flops:.1%} of them; '
         f'experts multiply {self.capacity_slack:.2f} rows for each choice)'
       )
+      if self.capacity_slack < 1:
+        lines.append(
+          f'slots: at most {self.capacity_slack:.0%} of the choices find one, '
+          'however even the load is (model.moe.capacity; a factor '
+          "'per_token' does not grow with num_selected, one 'per_assignment' "
+          'does)'
+        )
     if self.encoder:
       lines.append(
         f'FLOPs forward: {short(self.encoder.total)} for a token of the '

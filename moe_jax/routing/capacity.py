@@ -80,7 +80,8 @@ class _Share(Capacity):
   factor: float = option(
     1.25,
     'Capacity factor: slots of all experts together, divided by the tokens of '
-    "the group ('per_token') or by their choices ('per_assignment').",
+    "the group ('per_token', so that 1.25 with two choices is 0.625 slots a "
+    "choice) or by their choices ('per_assignment').",
     above=0,
   )
   rounding: str = option(
