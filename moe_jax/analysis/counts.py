@@ -150,7 +150,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """The number of tokens of a routing group, in a batch of equal sequences."""
+  """The number of tokens of a routing group, if rows have `length` tokens."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
