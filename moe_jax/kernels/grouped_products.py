@@ -129,7 +129,7 @@ def _check_backend(name: str) -> None:
 
 
 def check_shapes(x, w, group_sizes) -> None:
-  """Raises ValueError unless they are [N, M], [E, M, F] and integers [E]."""
+  """Raises ValueError unless x [N, M], w [E, M, F] and integers [E] fit."""
   ranks = np.ndim(x), np.ndim(w), np.ndim(group_sizes)
   if ranks != (2, 3, 1):
     raise InputError(
