@@ -174,9 +174,9 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def leaks_future(self) -> bool:
-    """Whether later tokens can change earlier outputs.
+    """Whether later tokens can change a decoder's earlier outputs.
 
-    An encoder sees all of its tokens anyway.
+    Encoders do not count, as each of their tokens sees all tokens anyway.
     """
     decoders = Stacks(stack for stack in self if stack.causal)
     return any(moe.leak() is not None for moe in decoders.mixtures)
@@ -188,10 +188,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def forced_balance(self) -> str:
-    """The warning that experts are forced, not chosen by routers; '' if not so.
-
-    See `MoeOptions.forced`.
-    """
+    """The warning that experts are forced; '' if routers choose them."""
     return next(filter(None, (moe.forced for moe in self.mixtures)), '')
 
   @property
@@ -249,7 +246,7 @@ class Stacks(tuple[LayerStack, ...]):
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
   """The tree in which `part` replaces `subtree(tree, path)`.
 
-  The path has at most one name.
+  The path is () or has a single name; longer paths are not supported.
   """
   return {**tree, path[0]: part} if path else part
 

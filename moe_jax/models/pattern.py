@@ -137,7 +137,7 @@ def period_name(segment: Segment, period: int) -> str:
 
 
 def shortest_period(kinds: tuple[Hashable, ...]) -> int:
-  """The least p that divides L with kinds[i] == kinds[i % p]."""
+  """The least divisor p of len(kinds) for which kinds[i] == kinds[i % p]."""
   L = len(kinds)
   return next(
     p
