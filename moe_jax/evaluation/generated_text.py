@@ -72,7 +72,6 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Yields a text for each name that is no score, and each unused option."""
     if self.num_beams == 1:
       yield from self.in_vain(
         'unless num_beams is at least 2', 'length_penalty'
