@@ -151,7 +151,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def sequences(self) -> tuple[str, ...]:
-    """The prefixes of the batch keys of each sequence that the model reads."""
+    """The prefix of each stack's batch keys: 'encoder_', or '' for a decoder."""
     return tuple(stack.prefix for stack in self)
 
   def sequence_of(self, layer: int) -> str:
@@ -193,7 +193,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def keeps_router_state(self) -> bool:
-    """Whether the model has the collection `router_state`."""
+    """Whether routers keep variables in the collection `router_state`."""
     return any(moe.router.keeps_state for moe in self.mixtures)
 
   def loss_weights(self) -> dict[str, float]:
@@ -244,10 +244,7 @@ class Stacks(tuple[LayerStack, ...]):
 
 
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
-  """The tree in which `part` replaces `subtree(tree, path)`.
-
-  The path is () or has a single name; longer paths are not supported.
-  """
+  """The tree in which `part` is at a path, which has at most one name."""
   return {**tree, path[0]: part} if path else part
 
 

@@ -169,7 +169,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """Yields a text for each option in which the two stacks must not differ."""
+  """Yields a text for each option that both stacks must share and do not."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:

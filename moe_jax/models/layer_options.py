@@ -128,7 +128,7 @@ class LayerOptions(Options):
       )
 
   def leak(self) -> Iterator[str]:
-    """Yields a text if a router leaks the future and no option permits it."""
+    """Yields a text if routing leaks later tokens and no option permits it."""
     reason = self.moe.leak() if self.has_experts else None
     if reason is None:
       return

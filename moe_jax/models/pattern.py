@@ -132,7 +132,7 @@ def layer_name(index: int) -> str:
 
 
 def period_name(segment: Segment, period: int) -> str:
-  """The name of the parameters of one period that is not stacked."""
+  """The name of one period's parameters, where periods are not stacked."""
   return f'{segment.name}_period_{period}'
 
 

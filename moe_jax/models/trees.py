@@ -72,13 +72,13 @@ def init_params(model: Model, key: PRNGKey) -> Any:
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """The shapes of all collections, in flax's boxes, without any arrays."""
+  """The shapes of all collections, in flax's boxes; no array is computed."""
   shapes = _initializer(model).eval_shape(jax.random.key(0))
   return jax.tree.map(lambda leaf: leaf, shapes)  # a copy
 
 
 def abstract_params(model: Model) -> Any:
-  """The shapes of the parameters, in flax's boxes, without any arrays."""
+  """The shapes of the parameters, in flax's boxes; no array is computed."""
   return abstract_variables(model)['params']
 
 
