@@ -172,7 +172,7 @@ def _choice_scores(
   asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """The score of each source with choices, and its `chance` and `nats`."""
+  """Each source's accuracy; its chance accuracy and its answers' mean nats."""
   scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
     return scores, details

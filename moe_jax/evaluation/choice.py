@@ -136,7 +136,7 @@ class Choice:
   batch compete for slots.
 
   Attributes:
-    setting: The parts of the run.
+    setting: The run's model, data and folder.
     options: The options of the evaluation.
     questions: The questions in token ids.
     layout: The layout of rows of tokens.
@@ -202,7 +202,7 @@ def log_likelihoods(
   """The log probability (nats) of each question's answers after its prompt.
 
   Args:
-    setting: The parts of the run.
+    setting: The run's model, data and folder.
     variables: The variables of the run's model.
     questions: The questions, at least one, each with answers that fit a row.
     layout: The layout of rows of tokens; short examples share a row.

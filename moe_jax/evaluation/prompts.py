@@ -181,7 +181,7 @@ class AskingEvaluation(EvaluationOptions):
 def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
   """The `Asker` that encodes questions for a run."""
   # Rows of a language model hold text without inputs and targets, and have no
-  # layout. Questions get a decoder's layout, cut to rows of the same length.
+  # layout. Questions get a decoder's layout and are cut to such a row's length.
   layout = setting.dataset.splits['validation'].layout
   return Asker(
     setting.data.task,
