@@ -244,7 +244,7 @@ def _noisy(
 
 
 def expert_axis(axes: Sequence[str | None]) -> int | None:
-  """The index of the dimension that is indexed by expert; None without one."""
+  """The index of the dimension that counts experts; None if there is none."""
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)
 
 
