@@ -151,7 +151,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def sequences(self) -> tuple[str, ...]:
-    """The prefix of each stack's batch keys: 'encoder_', or '' for a decoder."""
+    """The prefix of each stack's batch keys: 'encoder_', or '' in a decoder."""
     return tuple(stack.prefix for stack in self)
 
   def sequence_of(self, layer: int) -> str:
