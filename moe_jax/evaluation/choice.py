@@ -164,7 +164,7 @@ class Choice:
   def scores(
     self, variables: evaluate.Variables
   ) -> list[Float[np.ndarray, ' A']]:
-    """Log-likelihoods of each question's answers, divided by `normalize`."""
+    """Each question's log-likelihoods of answers, divided by their lengths."""
     asked, unit = self.questions, self.options.normalize
     log_probs = log_likelihoods(self.setting, variables, asked, self.layout)
     return [x / q.lengths(unit) for x, q in zip(log_probs, asked, strict=True)]

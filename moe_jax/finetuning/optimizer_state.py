@@ -168,7 +168,7 @@ def _target(
 def _settings(run: Run, folder: pathlib.Path) -> str:
   """A text on the settings of two runs that decide the optimizer's state.
 
-  One is `run`, "here"; the other is in `folder`, "there": its state was wanted.
+  The text calls `run` "here" and the run in `folder` "there".
   """
   config = kept_config(folder)
   old = (config.get('optimizer', {}).get('kind'), config.get('trainable'))

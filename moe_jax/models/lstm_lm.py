@@ -93,8 +93,8 @@ class LstmLmOptions(ModelOptions):
   def twin(self) -> Twin:
     """The dense feed-forward in place of `mixture` in a model without experts.
 
-    With `lstm.twin_depth` 1 its hidden layer is as wide as K experts; with more
-    hidden layers each of them is as wide as one expert.
+    With `lstm.twin_depth` 1 its hidden layer is as wide as K experts and the
+    shared expert; with more, each hidden layer is as wide as one expert.
     """
     moe = self.moe.within(self.ffn, self.dropout)
     return moe.twin() if self.lstm.twin_depth == 1 else moe.expert.twin(1)
