@@ -180,7 +180,7 @@ def _parts(
 
 
 def _file_splits(paths: Sequence[Path], pattern: str) -> dict[Path, str]:
-  """The split of each file, or `_BY_HASH` or `_LAST_TENTH` if it has both."""
+  """Each file's split, or the rule, such as `_BY_HASH`, for its documents."""
   if not all(map(is_text, paths)):
     return dict.fromkeys(paths, _BY_HASH)
   if len(paths) == 1:
