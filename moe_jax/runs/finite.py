@@ -19,7 +19,7 @@ _MOST_LISTED = 4
 
 
 def flags(tree: Any) -> Bool[Array, ' N']:
-  """Whether each floating-point leaf is finite, in order; [True] without any."""
+  """Whether each floating-point leaf, in order, is finite; [True] for none."""
   leaves = _floating(tree).values()
   # x - x is 0 for a finite number and NaN for any other. XLA's CPU compiler
   # reads a leaf once for this sum, but for `isfinite(x)` writes an array of
