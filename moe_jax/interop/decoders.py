@@ -165,7 +165,7 @@ def _heads(o: DecoderOptions) -> Any:
 
 
 def _has_bias(o: DecoderOptions) -> bool:
-  """Whether queries, or latent attention's compressed keys, have a bias."""
+  """`attention_bias`: if queries, or latent compressed keys, have a bias."""
   names = 'query', 'kv_down'
   return any(o.attention.has_bias(name, use_bias=False) for name in names)
 

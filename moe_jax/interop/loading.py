@@ -138,7 +138,8 @@ def load_variables(
 ) -> dict[str, Any]:
   """The sharded parameters, and the state of routers, by collection.
 
-  Every device holds the whole state of routers. For arguments see `load`.
+  Every device holds the whole state of routers. Arguments and errors are those
+  of `load`.
   """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)

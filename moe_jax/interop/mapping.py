@@ -260,7 +260,7 @@ def without_prefix(names: Names, prefix: str) -> Names:
 
 
 def embedding_tables(prefix: str = '') -> Names:
-  """The names of the embeddings and the logits kernel of an encoder-decoder."""
+  """The table entries of an encoder-decoder's embeddings and logits kernel."""
   shared = Name(f'{prefix}shared.weight', 'V M')
   encoder = Name(f'{prefix}encoder.embed_tokens.weight', 'V M')
   decoder = Name(f'{prefix}decoder.embed_tokens.weight', 'V M')

@@ -220,7 +220,7 @@ def choose(
   Raises:
     ValueError: No architecture computes the same function. The message lists
       how the architecture with the fewest differences differs, or, if none can
-      be compared, what the first one lacks.
+      be compared, why the first architecture cannot have the model.
   """
   if config.get('model_type') is not None:
     architecture = checkpoint_folder.architecture_of(config)

@@ -117,7 +117,7 @@ class TensorFiles:
     return self._reader(self._file_of[name]).read(name, index)
 
   def note_nonfinite(self, name: str, part: np.ndarray) -> None:
-    """Counts the values of `part` that are not finite, in `nonfinite`."""
+    """Adds the number of non-finite values of `part` to `nonfinite[name]`."""
     if count := count_nonfinite(part):
       self.nonfinite[name] = self.nonfinite.get(name, 0) + count
 

@@ -268,7 +268,7 @@ def logits(
 
 
 def _prompt(greedy, arrays) -> np.ndarray:
-  """The first row without padding, [1, S]; checks that `greedy` begins so."""
+  """The first row of `input_ids` unpadded, [1, S]; `greedy` must begin so."""
   prompt = arrays['input_ids'][0][arrays['attention_mask'][0].astype(bool)]
   first_ids = greedy[0, : len(prompt)]
   if not np.array_equal(first_ids, prompt):
