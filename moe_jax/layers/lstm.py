@@ -130,7 +130,7 @@ class Lstm(nn.Module):
     return y.swapaxes(0, 1), last
 
   def _parameters(self, M):
-    """Makes w_in and w_state [M, 4 * H], the bias, and w_out [H, M] or None."""
+    """Makes w_in and w_state [M, 4 H], the bias, and w_out (None if H is M)."""
     shared, H = self.shared, self.options.cells(M)
     dtype, param_dtype = shared.dtype, shared.param_dtype
     axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
