@@ -460,8 +460,19 @@ def parser(module: str, text: str | None) -> Parser:
 def add_config(parser: argparse.ArgumentParser) -> None:
   """Adds --config, which `parse_command` lets overrides follow."""
   parser.add_argument('--config', required=True, help=CONFIG)
+  add_traceback(parser)
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+  """Adds --traceback, which `reported` takes."""
   text = 'show where in the code an error came from'
   parser.add_argument('--traceback', action='store_true', help=text)
+
+
+def add_allow_module(parser: argparse.ArgumentParser) -> None:
+  """Adds --allow_module, a list of modules that a run's config may name."""
+  text = 'module or package that the run may import; repeatable'
+  parser.add_argument('--allow_module', action='append', default=[], help=text)
 
 
 def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:

@@ -66,11 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(f'--{name}', type=kind, default=default, help=text)
   seed, text = number(int, minimum=0, below=SEEDS), 'seed of the drawn tokens'
   add('--seed', type=seed, help=f'{text} (default: 0)')
-  for name, text in (
-    ('stop', 'token that ends a row, besides the end of text; repeatable'),
-    ('allow_module', 'module or package that the run may import; repeatable'),
-  ):
-    add(f'--{name}', action='append', default=[], help=text)
+  text = 'token that ends a row, besides the end of text; repeatable'
+  add('--stop', action='append', default=[], help=text)
   add(
     '--echo',
     action=argparse.BooleanOptionalAction,
@@ -78,7 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     'the output is a terminal, so that a pipe gets the new text alone',
   )
   add('--trace', help='new folder for the choices of experts of every token')
-  add('--traceback', action='store_true', help='show where an error came from')
+  cli.add_allow_module(parser)
+  cli.add_traceback(parser)
   options = parser.parse_args(argv)
   if options.chat and options.source_language:
     parser.error('--chat with --source_language: a turn of a chat has none')

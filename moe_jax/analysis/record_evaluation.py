@@ -89,8 +89,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--logits', action='store_true', help="record the routers' logits, too")
   text = 'record gates and logits unrounded (default: float16)'
   add('--float32', action='store_true', help=text)
-  add('--allow_module', action='append', default=[])
-  add('--traceback', action='store_true')
+  cli.add_allow_module(parser)
+  cli.add_traceback(parser)
   return parser.parse_args(argv)
 
 

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--kind', help=f'{text}; default: {default}, if there are any')
   text = "steps from FIRST on and before LAST; ':' stands for all"
   add('--steps', type=_steps, metavar='FIRST:LAST', default=':', help=text)
-  add('--traceback', action='store_true', help='shows where an error is raised')
+  cli.add_traceback(parser)
   return parser.parse_args(argv)
 
 

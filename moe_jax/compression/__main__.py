@@ -36,8 +36,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   for module in MODULES:
     module.add(commands)
   for command in commands.choices.values():
-    command.add_argument('--traceback', action='store_true')
-    command.add_argument('--allow_module', action='append', default=[])
+    cli.add_traceback(command)
+    cli.add_allow_module(command)
   return cli.parse_command(parser, argv)
 
 

@@ -45,7 +45,12 @@ def add(commands: Any) -> None:
       'proportion to the largest of their layer, at least K in each'
     )
     number.add_argument('--share', type=cli.SHARE, help=text)
-    add('--batches', type=cli.POSITIVE, default=8)
+    add(
+      '--batches',
+      type=cli.POSITIVE,
+      default=8,
+      help='of the training split',
+    )
     add('--config', default='', help="config of other data than the run's")
     if verb == 'prune':
       text = (

@@ -262,7 +262,11 @@ def add(commands: Any) -> None:
   add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
-  add('--batches', type=cli.POSITIVE, help=f'{BATCHES} if left out')
+  add(
+    '--batches',
+    type=cli.POSITIVE,
+    help=f'of the training split, for gptq ({BATCHES})',
+  )
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> str:

@@ -30,8 +30,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     about = cli.about('\n\n'.join([f'It {text}.', *lines]))
     added = commands.add_parser(name, help=text, **about)
     added.set_defaults(run=run)
-    text = 'show where in the code an error came from'
-    added.add_argument('--traceback', action='store_true', help=text)
+    cli.add_traceback(added)
     return added.add_argument
 
   source = 'folder, or id of a repository on the hub'
@@ -40,13 +39,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('source', metavar='SOURCE', help=source)
   add('--workdir', required=True, help='folder of the new run')
   add('--config', default='', help=f'{cli.CONFIG}; else the defaults')
-  add('--dtype', choices=('float32', 'bfloat16'), default='')
+  text = "of parameters and products; else the checkpoint's own"
+  add('--dtype', choices=('float32', 'bfloat16'), default='', help=text)
   add('--revision', default='', help=revision)
   add = command('export', _export, 'writes a run for transformers')
   add('--workdir', required=True, help='folder of the run')
   add('--output', required=True, help='new folder')
-  text = 'module or package that the run may import; repeatable'
-  add('--allow_module', action='append', default=[], help=text)
+  cli.add_allow_module(commands.choices['export'])
   add = command('verify', _verify, 'compares outputs with those expected')
   add('source', metavar='SOURCE', help=source)
   add('--expected', required=True, help='npz file of outputs of transformers')
