@@ -32,8 +32,6 @@ NOT_RUN = {
   'jupyter lab': 'serves until it is stopped',
   'srun ': 'needs a SLURM cluster',
   '--coordinator=': 'needs several hosts',
-  'google/switch-base-8': 'needs the network',
-  'runs/switch': 'is made of what comes over the network',
   'gs://': 'needs a bucket, and a service that runs Beam',
 }
 # Parts of commands, as patterns, that tests of their own run in small sizes.
