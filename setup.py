@@ -161,6 +161,6 @@ setup(
     'trackers': ['mlflow-skinny>=3', 'wandb>=0.19'],
     'colab': [*NOTEBOOK, DIGITS],
     'slurm': [SLURM],
-    'experiments': [DIGITS, DJANGO, TORCH, TRANSFORMERS],
+    'experiments': [DIGITS, DJANGO, SCORES, TORCH, TRANSFORMERS],
   },
 )
