@@ -453,7 +453,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(module: str, text: str | None) -> Parser:
-  """The parser of a module's command; see `program` and `about`."""
+  """The parser of a module's command; the docstring `text` becomes its help."""
   return Parser(prog=program(module), **about(text))
 
 

@@ -518,7 +518,7 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """Locks a config's section except where it is open; see `section_of`."""
+  """Locks a config's section, and unlocks entries, mappings and `custom`."""
   config.lock()
   _unlock_open(root, config)
   return config
@@ -569,7 +569,7 @@ def _choice(kinds: Kinds, chosen: Any) -> dict[str, Any]:
 
 
 def _unlock_open(root: type | Kinds, config: Any) -> None:
-  """Unlocks the open parts of a locked section of a class, or of a choice."""
+  """Unlocks entries, mappings and `custom` in a section and in nested ones."""
   if isinstance(root, Kinds):
     config[CUSTOM].unlock()
     for kind, cls in root.builtin.items():

@@ -193,7 +193,8 @@ class _Reader(NamedTuple):
   def shapes(self, name: str, value: Any) -> Iterator[Shape]:
     """Yields the arrays of an argument, each with the shape that it must have.
 
-    The argument's type is checked first.
+    Raises:
+      ValueError: The argument has none of the types of its annotation.
     """
     if isinstance(value, HasShapes):
       yield from shapes_in(name, value)

@@ -319,9 +319,10 @@ def _backward_flops(model: Model, seq_len: int, paths: Container[Path]) -> int:
 
 
 def run_flops(options: RunOptions, model: Model) -> int:
-  """FLOPs of all steps of a run, forward and backward; 0 if not counted.
+  """FLOPs of all steps of a run, forward and backward.
 
-  The FLOPs of `remat`, the optimizer, evaluations and a teacher are left out.
+  What `remat` computes again, the optimizer, evaluations and a teacher are left
+  out. Unless the model is a decoder, backward counts as twice the forward pass.
 
   Args:
     options: The options of the run, after `filled`.
@@ -340,8 +341,8 @@ def run_flops(options: RunOptions, model: Model) -> int:
 def least_step_seconds(options: RunOptions, model: Model, mesh: Mesh) -> float:
   """Seconds of a step at the peak speed that the devices' vendor prints.
 
-  They are 0 where the vendor's number is not known, or the FLOPs are not
-  counted. Arguments are those of `run_line`.
+  They are 0 where the vendor's number is not known. Arguments are those of
+  `run_line`.
   """
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate = roofline.vendor_rate(dtype, list(mesh.devices.flat))
@@ -409,7 +410,7 @@ class RunBytes(NamedTuple):
 
   @property
   def step(self) -> int:
-    """Bytes on a device in a step."""
+    """Bytes on a device in a training step: the first five fields together."""
     return sum(self[:5])
 
   @property

@@ -150,7 +150,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """The number of tokens of a routing group, in a batch of equal sequences."""
+  """The number of tokens of a routing group, if rows have `length` tokens."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
@@ -312,6 +312,13 @@ class Cost(NamedTuple):
         f' (routers have {self.router_flops / self.forward_flops:.1%} of them; '
         f'experts multiply {self.capacity_slack:.2f} rows for each choice)'
       )
+      if self.capacity_slack < 1:
+        lines.append(
+          f'slots: at most {self.capacity_slack:.0%} of the choices find one, '
+          'however even the load is (model.moe.capacity; a factor '
+          "'per_token' does not grow with num_selected, one 'per_assignment' "
+          'does)'
+        )
     if self.encoder:
       lines.append(
         f'FLOPs forward: {short(self.encoder.total)} for a token of the '

@@ -252,8 +252,8 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     style = series(i + 1) | {'markevery': max(1, len(steps) // 30)}
     axes.plot(steps, losses, **style, label=_label(name, losses))
     visible_losses.append(losses[len(losses) // 20 :])
-  # The losses of the first steps would press all others into a flat line; a
-  # single value stands in the middle.
+  # The losses of the first steps are left out of the axis's range, since they
+  # would press all others into a flat line. Equal values are in its middle.
   values = np.concatenate(visible_losses)
   if (values := values[np.isfinite(values)]).size:
     low, high = values.min(), values.max()

@@ -247,7 +247,7 @@ def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
 
 
 def repeats(one: Experts, other: Experts) -> Int[np.ndarray, '3']:
-  """Compares the choices of N pairs of tokens, of which `one` has the first.
+  """Compares the choices of N pairs of tokens: row n of `one` and of `other`.
 
   Returns:
     The number of pairs in which both tokens made a choice; how many of these
@@ -388,7 +388,7 @@ class Information(NamedTuple):
 
   @property
   def fraction(self) -> float:
-    """The share of the experts' entropy that is `net`; NaN if it is 0."""
+    """`net` divided by the entropy of the experts; NaN if that entropy is 0."""
     return self.net / self.entropy if self.entropy else math.nan
 
   @property

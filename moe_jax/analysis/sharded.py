@@ -1,8 +1,7 @@
-"""The instructions of a compiled step, and the bytes of one device of a mesh.
+"""Reads a compiled step: what a device holds, and what it sends to others.
 
-The text of the program is read. The collectives in the body of a loop count as
-often as the loop runs, which the compiler notes at each loop whose length it
-knows.
+Collectives are found in the text of the program. Those in the body of a loop
+count as often as the loop runs, or once if the compiler notes no number.
 """
 
 import collections

@@ -202,7 +202,7 @@ def in_groups(
 
 
 def _groups(layer: SparseLayer) -> int:
-  """The number of groups that tokens first choose among, before experts."""
+  """The number of a router's groups of experts; 1 if it has no groups."""
   return getattr(layer.moe.router, 'expert_groups', 1)
 
 

@@ -92,7 +92,7 @@ class StoredLogits:
     )
 
   def describe(self) -> str:
-    """A line on the logits' size, and on the probability of other tokens."""
+    """A line on the logits' size, and on the probability they leave out."""
     size = self.num_rows * self.row_type.itemsize
     full_size = 4 * self.num_rows * self.length * self.vocab_size
     return (

@@ -355,7 +355,7 @@ class Pairs:
     return (text for pair in self.pairs(split) for text in pair)
 
   def in_pieces(self) -> Pieces:
-    """The pairs in a single piece."""
+    """The pairs as a single piece, which one process tokenizes as a whole."""
     return Pieces(self.pairs)
 
   def with_prefix(self, prefix: str) -> 'Pairs':

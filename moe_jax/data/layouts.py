@@ -50,8 +50,8 @@ class Layout(abc.ABC):
       the encoder and of the decoder, or of a decoder alone.
     max_inputs: Largest number of input tokens that an example can have.
     max_targets: Largest number of target tokens that an example can have.
-    longest_text: Number of tokens of the longest text that can be split into
-      inputs and targets at several positions.
+    longest_text: Largest number of tokens of a text that a task splits, at a
+      position that it draws, into the inputs and targets of an example.
   """
 
   capacity: tuple[int, ...]

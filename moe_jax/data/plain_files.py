@@ -98,8 +98,8 @@ def read_text(path: pathlib.Path) -> str:
 def decoded(raw: bytes, where: Any, line: Callable | None = None) -> str:
   """The text of bytes of UTF-8, which messages call `where`.
 
-  Where `line` is given, it returns the number of the first line, and messages
-  name the bad one.
+  Given `line`, a function that returns the number of the line with which the
+  bytes begin, a message also has the number of the line that is not UTF-8.
 
   Raises:
     ValueError: The bytes are not UTF-8.

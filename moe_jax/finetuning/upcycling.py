@@ -334,8 +334,8 @@ def _finder(
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}
-  # The pieces of dense feed-forwards alone, by keys that have only the last
-  # part of the parameter's name.
+  # The pieces of dense feed-forwards alone; the key is (stack, layer, last part
+  # of the parameter's name).
   ffns: dict[tuple, list[Piece]] = {}
   for path, parameter in parameters.items():
     if (place := model.stacks.place_of(path)) is None:

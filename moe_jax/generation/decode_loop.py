@@ -190,7 +190,10 @@ def _advance(
   sampler: Sampler,
   pad_id: Int32[Array, ''],
 ) -> State:
-  """Takes steps until every row has `until` tokens or has ended."""
+  """Takes steps until every row has `until` new tokens or has ended.
+
+  It stops early after a step in which a logit was not finite.
+  """
 
   def goes_on(state):
     return (state.step < until) & ~state.ended.all() & state.finite

@@ -112,7 +112,8 @@ class Checkpoint:
     options: The options of the model.
     notes: A line for each value that acts only in training and is not carried
       over.
-    skipped_tensors: Patterns of the names of tensors that are not read.
+    skipped_tensors: Regular expressions; tensors in whose names one is found
+      are not read.
   """
 
   folder: pathlib.Path

@@ -287,8 +287,8 @@ def keys(
       **(training or {}),
     },
     fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
-    # A checkpoint has all parameters, so that none is initialized, and masks
-    # say which tokens are padding.
+    # `initializer_range` does not matter, as a checkpoint has all parameters;
+    # `pad_token_id` does not, as masks say which tokens are padding.
     ignored=(*COMMON_IGNORED, 'initializer_range', 'pad_token_id', *ignored),
     spellings={**dict.fromkeys(other_numbers, number), **(spellings or {})},
   )

@@ -107,7 +107,7 @@ class Form:
     return math.prod(int(part.split('/')[1]) for part in parts)
 
   def write(self, tensor: np.ndarray, array: np.ndarray) -> None:
-    """Writes our whole tensor into its block of a contiguous `tensor`."""
+    """Writes our array into its block of the checkpoint's contiguous tensor."""
     sizes = self._sizes(array.shape)
     parts = [part for group in self.theirs for part in group]
     blocks = tensor.reshape([sizes[part] for part in parts])

@@ -102,7 +102,6 @@ class EvenSlots(Capacity):
   )
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     slots = math.floor(num_selected * self.factor * group_size / num_experts)
     return min(max(slots + slots % 2, self.minimum), group_size)
 
@@ -120,7 +119,7 @@ class ShortTurns(LongRope):
   """
 
   def turns(self, theta, width, long=False):
-    """The frequencies of short rows; long rows have their own factor."""
+    """The rotations, in long rows with the frequencies of short rows."""
     short = super().turns(theta, width)
     if not long:
       return short

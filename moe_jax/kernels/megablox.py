@@ -96,7 +96,7 @@ def outer(
 
 
 def _width(lanes: int, most: int) -> int:
-  """The widest tile, at most `most`, that divides a width of 128 * lanes."""
+  """The largest multiple of 128, up to `most`, that divides 128 * lanes."""
   tile_lanes = range(1, most // _LANES + 1)
   return _LANES * max(n for n in tile_lanes if lanes % n == 0)
 

@@ -90,7 +90,7 @@ class Context(NamedTuple):
 
   @property
   def routed(self) -> Bool[Array, 'B T']:
-    """The tokens that routers see."""
+    """True at the tokens that routers see."""
     return self.token_mask if self.routed_mask is None else self.routed_mask
 
 

@@ -48,7 +48,7 @@ class Activation(NamedTuple):
 
   @property
   def gated(self) -> bool:
-    """Whether several kernels multiply x."""
+    """Whether another product of x multiplies the function's value (a GLU)."""
     return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:

@@ -160,7 +160,10 @@ def start(
   width: int,
   id_dtype: DTypeLike = jnp.int32,
 ) -> LstmState:
-  """The state of zeros with which `batch_size` rows of M = `width` begin."""
+  """The state of zeros with which `batch_size` rows of M = `width` begin.
+
+  The indices of documents in the state have the type `id_dtype`.
+  """
   return LstmState(
     cell=jnp.zeros((batch_size, options.cells(width)), jnp.float32),
     output=jnp.zeros((batch_size, width), shared.dtype),

@@ -113,8 +113,8 @@ class MoE(nn.Module):
       expert = SharedExpert(
         o.shared_expert, twin, self.shared, name=SHARED_EXPERT
       )
-      # With biases a shared expert's output is not zero for tokens that no
-      # router sees.
+      # A shared expert with biases has an output for tokens that no router
+      # sees; the mask makes it zero.
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
     return y, aux
 

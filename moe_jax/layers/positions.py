@@ -211,8 +211,8 @@ class Learned(Positions):
 
   def add(self, x, tokens, token_mask, positions, table=None):
     """Adds rows of the table; raises ValueError if it has too few of them."""
-    # A decoding step is short, and its cache has no more slots than there are
-    # positions.
+    # This finds rows that are too long. A decoding step passes whatever its
+    # positions are: its cache has no more slots than the table has positions.
     if positions.shape[1] > self.max_len:
       raise InputError(
         f'seq_len={positions.shape[1]} > max_len={self.max_len} of the learned '

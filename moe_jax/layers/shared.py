@@ -64,7 +64,7 @@ class FanIn(Init):
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser; the fan-in is that of one of stacked kernels."""
+    """Returns the initialiser; stacked kernels have the fan-in of one alone."""
     return nn.initializers.variance_scaling(
       self.scale / shrink, 'fan_in', 'truncated_normal', **axes
     )

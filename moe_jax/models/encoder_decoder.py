@@ -85,7 +85,7 @@ class EncoderDecoderOptions(DecoderOptions):
       OptionError: An override is unknown, bad or without effect.
     """
     # The number of layers and the overrides change at once, as an overridden
-    # moe.layers may fit the new number of layers alone.
+    # moe.layers may fit the new number of layers and not the old one.
     L = self.encoder.num_layers or self.num_layers
     changes = {'num_layers': L, **self.encoder.overrides}
     decoder = StackOptions(**self.stack_values)

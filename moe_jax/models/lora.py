@@ -96,7 +96,10 @@ class _Kernel(NamedTuple):
   inputs: int
 
   def factors(self, values: tuple[Any, ...], rank: Any) -> dict[str, Any]:
-    """Splits values, one for each dimension of the kernel, between A and B."""
+    """Values for each dimension of the factors, from those of the kernel's.
+
+    The dimension that A and B share has the value `rank`.
+    """
     stack, rest = values[: self.stacked], values[self.stacked :]
     return {
       'a': (*stack, *rest[: self.inputs], rank),

@@ -24,7 +24,7 @@ _TERM = re.compile(r'\s*(?P<sign>[+-]?)\s*(?P<term>re:\S+|\w+)\s*')
 
 
 def _terms(text: str) -> Iterator[tuple[bool, str]]:
-  """The terms of an expression, each with whether it is added.
+  """Yields each term of an expression, after True if added, False if taken off.
 
   Raises:
     ValueError: The text is no expression.

@@ -223,8 +223,8 @@ class Period(nn.Module):
     c = self.config
     block = Block
     if c.remat != 'none':
-      # The compiler never merges the body of a loop with its recomputation, but
-      # would merge straight code, which is unrolled or has one period.
+      # The compiler never merges the body of a loop with its recomputation. It
+      # would merge code outside loops (unrolled, or of a single period).
       block = nn.remat(
         Block, policy=REMATS[c.remat], prevent_cse=not self.loops
       )

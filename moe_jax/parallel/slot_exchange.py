@@ -141,7 +141,11 @@ def exchange_slots(
 
 
 def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
-  """The choices of a device for which the exchange has room, in one group."""
+  """Makes one group of a device's groups, with the choices that find room.
+
+  Raises:
+    ValueError: The experts choose tokens.
+  """
   if not (isinstance(sent, Routing) and sent.token_index is None):
     raise InputError(
       f'exchange.capacity_fraction={exchange.capacity_fraction} would always '

@@ -164,7 +164,7 @@ def importance_loss(
 def load_loss(
   probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
-  """CV(Load)^2, Load = the sum over tokens of P(x, i), `load_probability`.
+  """CV(Load)^2, where Load sums P(x, i), `load_probability`, over real tokens.
 
   Source: Eq. 10-11 of arXiv:1701.06538.
   """

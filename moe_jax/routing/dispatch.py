@@ -74,7 +74,9 @@ def _back_by_masks(
 def _to_slots(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to the same rows as `_by_masks`, by index: O(S K M) per group.
+  """Moves tokens to slots by index, which costs O(S K M) per group.
+
+  The rows are those of `_by_masks`, with zeros in empty slots.
 
   Raises:
     ValueError: The routing has no capacity.

@@ -320,7 +320,7 @@ def places_by_sum(
 def places_by_sort(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """Returns what `places_by_sum` does, by a sort, whose time is without E."""
+  """Returns what `places_by_sum` does, by a sort in time independent of E."""
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
   sorted_key = key[order]

@@ -33,7 +33,7 @@ _TRIES = 20  # to remove a folder to which a failed save may still write
 
 
 class CheckpointError(ReportedError, RuntimeError):
-  """A checkpoint could not be written or read; all other ones are untouched."""
+  """A checkpoint could not be written or read; no other one was changed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,8 @@ MOMENT_SECONDS = 5.0
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# All files have one size and are written in place: a full disk does not prevent
-# it, and network file systems show the new content to whoever opens the file.
+# All files have one size and are written in place, so that a full disk does not
+# prevent a write; network file systems show new content when a file is opened.
 _BYTES, _LONGEST_TEXT = 4096, 800
 
 

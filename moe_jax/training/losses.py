@@ -43,7 +43,7 @@ class Normalizers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-  """Coefficients of the losses that are added to a model's own.
+  """Coefficients of the losses that are added to the cross-entropy.
 
   Attributes:
     routers: Coefficients of the routers' losses by the loss's name, such as

@@ -110,7 +110,7 @@ class Optimizer(Options):
     raise NotImplementedError
 
   def rate(self, total_steps: int) -> optax.Schedule:
-    """Returns the function from the number of steps taken to the rate."""
+    """Returns the learning rate as a function of the number of steps taken."""
     return self.schedule.rate(self.learning_rate, total_steps)
 
   def next_rate(self, total_steps: int) -> Callable[[Any], Leaf]:

@@ -194,7 +194,7 @@ class Loaded(NamedTuple):
 
   @property
   def tokenizer(self) -> Tokenizer:
-    """The run's tokenizer, of a run that was read only if it has one."""
+    """The run's tokenizer; None if it has none, and `load` needed none."""
     return cast(Tokenizer, self.options.tokenizer)
 
 

@@ -66,8 +66,8 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 
 def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
   """Computes what `dot_product.einsum` does, a block of queries at a time."""
-  # A query that may see no key has the mean of all values, as in `einsum`; a
-  # query always sees its own key where `ids` and `key_ids` are the same array.
+  # No key may be left out where a query may see none: the query then has the
+  # mean of all values, as in `einsum`. If `key_ids` is `ids`, it sees its key.
   block_rules = keys
   if key_ids is not ids:
     block_rules = keys._replace(causal=False, window=0)

@@ -84,8 +84,8 @@ def apply_experts(
     if layout is None:
       return by_row.summed(params, x, routing, key), None
     if ffn.use_bias:
-      # A bias that each device added to its part of F would count several
-      # times.
+      # If F were split, each device would add the whole bias to its part of
+      # the product, and the sum over devices would have it several times.
       layout = dataclasses.replace(layout, hidden=())
     return exchange_sorted(
       by_row,

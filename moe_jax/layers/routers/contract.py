@@ -358,7 +358,8 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
   if aux.losses.keys() != weights.keys():
     raise InputError(
       f'{name}.route returned the losses {sorted(aux.losses)}; its options '
-      f'give weights to {sorted(weights)}'
+      f'give weights to {sorted(weights)}; give it an option <loss>_weight '
+      'for each (as in shared_options.py), or aux._replace(losses=...)'
     )
   load, rule = aux.stats.load, Float32[Array, f'{E}']
   arrays = [

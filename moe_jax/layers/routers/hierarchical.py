@@ -153,7 +153,10 @@ class HierarchicalRouter(contract.Router):
     return chosen, shazeer_rules.levels_aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
-    """The logits of the primary gate, [G, S, a], without and with noise."""
+    """Logits [G, S, a] of the gate over the a branches, without and with noise.
+
+    The second result, `NoisyLogits`, is None if the router is not noisy.
+    """
     axes, size = ('embed', None), level.num_experts
     clean = steps.product(self, 'w', self._init(axes), x, size)
     if not self.options.noisy:

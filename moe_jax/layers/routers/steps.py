@@ -52,7 +52,10 @@ EXPERTS_CHOOSE = (
 def jittered(
   module: contract.Router, x: Float[Array, 'G S M'], jitter: float, train: bool
 ) -> Float32[Array, 'G S M']:
-  """The input x in float32; in training times U(1 - jitter, 1 + jitter)."""
+  """The input x in float32, in training with noise of the rng 'router'.
+
+  The noise multiplies each number by one drawn from U(1 - jitter, 1 + jitter).
+  """
   x = x.astype(jnp.float32)
   if train and jitter > 0:
     low, high = 1.0 - jitter, 1.0 + jitter

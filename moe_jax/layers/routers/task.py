@@ -87,8 +87,8 @@ class TaskRouter(contract.Router):
       expert_index=steps.chosen_experts(logits, K, given),
       given=given,
     )
-    # The losses of a group with one token of each task, times the number of
-    # real tokens.
+    # The losses are those of a group with one token of each task, whatever the
+    # batch has, times the number of real tokens.
     each_task = jnp.ones(table.shape[:2], bool)
     probs, index = jax.nn.softmax(table), routing.choose(table, K)
     balance = routing.balance_loss(probs, index, each_task, o.balance_choices)

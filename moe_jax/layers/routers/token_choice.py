@@ -201,7 +201,10 @@ class TokenChoice(contract.RouterOptions):
     return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
 
   def shrunk(self):
-    """The options for a small model: a token chooses one of two groups."""
+    """The options for a small model.
+
+    If experts have groups, there are two, of which a token chooses one.
+    """
     if self.expert_groups == 1:
       return self
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)
