@@ -134,6 +134,8 @@ def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
   axes.set_title(title, loc='left')
   axes.set(xlabel='step', ylabel=unit, xlim=(0, 1.03 * max(last, 1)))
   axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+  if axes.get_ylim()[1] >= 1000:
+    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
   axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   axes.grid(alpha=0.25)

@@ -6,9 +6,9 @@
       --share=0.5
     python -m moe_jax.compression COMMAND --help
 
-Each command reads the folder of a run, trained or imported, and writes that of
-a new one. A command that takes --config=own.py reads its data, or what
-its help says, from there, with overrides: --config.data.seq_len=64.
+Each command but rates and keep_logits reads the folder of a run, trained or
+imported, and writes that of a new one. A command that takes --config=own.py
+reads what data to use from there, with overrides: --config.data.seq_len=64.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command."""
+  """Runs one command, and prints the text that it returns."""
   print(cli.run_command(*parse(argv)))
 
 

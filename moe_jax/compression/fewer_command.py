@@ -5,8 +5,8 @@
     python -m moe_jax.compression prune --run=runs/tiny --output=runs/half \
       --share=0.5 --score=reap
 
-Experts are measured on batches of training data. Recovery is training
-afterwards: distillation with the original run as the teacher.
+Experts are measured on batches of training data. Training afterwards, with the
+original run as the teacher (distillation), recovers what was lost.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def _merge(options: argparse.Namespace, _: list[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command."""
+  """Runs one command and prints what it has done."""
   print(cli.run_command(*parse(argv)))
 
 

@@ -15,8 +15,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import path_name
 
-# The parts of a model that an expression names: roles of parameters, where the
-# name of a role that can be counted is in the plural.
+# The names of parts of a model in an expression. All of them but 'all' and
+# 'non_experts' are roles of parameters; a final s is not part of the role.
 _ROLES = 'attention embeddings experts ffn gate head lstm norms router'
 NAMES = ('all', 'non_experts', *_ROLES.split(), 'shared_experts')
 _PATTERN = 're:'

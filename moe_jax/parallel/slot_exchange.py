@@ -36,7 +36,6 @@ class StackedExperts(NamedTuple):
   sizes: Sizes | None
 
   def __call__(self, rows: Float[Array, 'E R M']) -> Float[Array, 'E R M']:
-    """The outputs of all experts for their rows."""
     return self.compute(self.params, rows)
 
 
@@ -59,11 +58,11 @@ def exchange_slots(
     layout: The layout of groups and experts on the mesh.
     dispatcher: The dispatcher between tokens and rows.
     exchange: The exchange by which rows travel.
-    shadowing: The experts that are sent to all devices.
+    shadowing: The options of which experts are sent to all devices.
 
   Raises:
-    ValueError: The layout, the experts or the routing do not allow what the
-      options ask for.
+    ValueError: Experts that shadowing may choose are modules, or are split over
+      axes that groups are not; or an exchange drops rows where experts choose.
   """
   if shadowing.experts and experts.sizes is None:
     raise InputError(

@@ -75,7 +75,7 @@ class Capacity(Options):
 
 @dataclasses.dataclass(frozen=True)
 class _Share(Capacity):
-  """A rule that gives each expert a multiple of its share of the tokens."""
+  """A rule of a multiple of an expert's equal share of tokens or choices."""
 
   factor: float = option(
     1.25,
@@ -176,7 +176,6 @@ class All(Capacity):
 
   @property
   def binds(self):
-    """False: no expert is ever full."""
     return False
 
   def per_expert(self, group_size, num_experts, num_selected):
