@@ -207,9 +207,13 @@ def held_by_evaluations(programs: Programs) -> int:
 
   It then holds the train state, and kernels with merged adapters.
   """
-  state = programs.abstract_state
-  params, kernels = flatten(state.params), programs.adapters.kernels
-  return device_bytes((state, [params[path] for path in kernels]))
+  return device_bytes(programs.abstract_state) + merged_bytes(programs)
+
+
+def merged_bytes(programs: Programs) -> int:
+  """Bytes that one device holds of kernels with their adapters added."""
+  params = flatten(programs.abstract_state.params)
+  return device_bytes([params[path] for path in programs.adapters.kernels])
 
 
 def holders(

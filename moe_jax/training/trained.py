@@ -394,6 +394,7 @@ def derive(
   changes: Mapping[str, Any] | None = None,
   *,
   router_state: Mapping[str, Any] | None = None,
+  tokenizer: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Makes a new run's folder from a base run's folder and new parameters.
 
@@ -409,6 +410,7 @@ def derive(
     changes: Sections of the config that replace those of the base, by name.
     router_state: The state of the model's routers; None or empty where they
       keep none.
+    tokenizer: The `TOKENIZER` file of another run; None takes the base's.
 
   Returns:
     The new folder.
@@ -433,9 +435,9 @@ def derive(
   for name in (IMPORTED, TOKENIZER):
     config = _with_folder(config, str(base / name), str(output / name))
   with whole_folder(output) as unfinished:
-    for name in (TOKENIZER, workdir_lib.PLUGINS):
-      if (base / name).exists():
-        shutil.copyfile(base / name, unfinished / name)
+    for path in (tokenizer or base / TOKENIZER, base / workdir_lib.PLUGINS):
+      if path.exists():
+        shutil.copyfile(path, unfinished / path.name)
     if (imported := base / IMPORTED).is_dir():
       shutil.copytree(imported, unfinished / imported.name)
     write(unfinished, config, trees.variables(params, router_state))
