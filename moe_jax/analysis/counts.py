@@ -60,7 +60,7 @@ class Half(NamedTuple):
 
   @property
   def keys(self) -> int:
-    """Number of tokens a token attends to, with masked and the encoder's ones."""
+    """Number of keys of a query, with masked keys and keys of the encoder."""
     crosses = self.stack.block.cross
     return self.length + (self.memory_len if crosses else 0)
 
@@ -239,7 +239,7 @@ class Cost(NamedTuple):
   Attributes:
     total_params: Number of all parameters.
     active_params: Number of the parameters that compute one token: all but
-      parameters of the E - K experts in each layer that the token rejects.
+      parameters of the E - K experts of each layer that are not chosen.
     expert_params: Number of the parameters of all experts together.
     embedding_params: Number of the parameters of the tables that are indexed
       by token or position.

@@ -26,7 +26,7 @@ def weight_bytes(model: Model, dtype: str) -> int:
   stored.
 
   Args:
-    model: A model of blocks.
+    model: A model of Transformer blocks.
     dtype: One of `DTYPES`.
   """
   total = 0
@@ -44,7 +44,7 @@ def cache_bytes(
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
   Args:
-    model: A model of blocks.
+    model: A model of Transformer blocks.
     batch_size: Number of rows that are generated at once.
     max_len: Number of tokens of a row, its prompt included.
     encoder_len: Number of tokens that the encoder reads, whose keys and values

@@ -32,8 +32,7 @@ def record(options: argparse.Namespace) -> None:
   """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
-    ValueError: The folder has a trace already; the run has no sparse layers, or
-      cannot be read.
+    ValueError: There is a trace already, or no sparse layer, or no such run.
     CheckpointError: No checkpoint can be read.
   """
   workdir, dtype = options.workdir, 'float32' if options.float32 else 'float16'

@@ -54,7 +54,8 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
       the encoder's and the decoder's sequence.
 
   Raises:
-    ValueError: The records are of other tokens, documents or layers.
+    ValueError: The records have other tokens or documents than the batch, or
+      other layers than the model.
   """
   lines = []
   for key, value in ids(records).items():
