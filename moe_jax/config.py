@@ -456,7 +456,7 @@ def value_problem(name: str, value: Any, field: Field) -> str | None:
 
 
 def of_type(value: Any, hint: Any) -> bool:
-  """Whether a value has a field's type; for float an int will do, no bool."""
+  """Whether a value has a field's type; a float may be an int, but no bool."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, Union):
     return any(of_type(value, part) for part in args)
@@ -706,7 +706,7 @@ def settle(
 
 
 def _is_given(path: str, given: Collection[str]) -> bool:
-  """Whether a dotted name is given, or lies within or around a given name."""
+  """Whether `given` has a dotted name, a section around it or a key in it."""
   path += '.'
   names = (f'{name}.' for name in given)
   return any(name.startswith(path) or path.startswith(name) for name in names)

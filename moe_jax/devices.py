@@ -496,7 +496,7 @@ def keep_freed_memory() -> bool:
 
 
 def _cpu_is_backend() -> bool:
-  """Whether JAX will run on the CPU; asking JAX would start its backends."""
+  """Whether JAX will run on the CPU, judged without starting its backends."""
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms.split(',')[0] == 'cpu'
   drivers = ('nvidiactl', 'dxg', 'kfd', 'accel[0-9]*', 'vfio/[0-9]*')
