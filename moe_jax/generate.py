@@ -3,9 +3,9 @@
     python -m moe_jax.generate --workdir=runs/tiny --prompt='def ' \
       --temperature=0.8
 
-The text is printed token by token; with temperature 0, the default, each token
-is the likeliest, which small models repeat; 0.8 draws them. On a terminal, and
-with --echo anywhere, the prompt stands before it.
+The text is printed token by token. With temperature 0, the default, each token
+is the likeliest one, so that small models repeat themselves; with 0.8 tokens
+are drawn. On a terminal, or with --echo, the prompt is printed before the text.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
 
 
 def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
-  """The prompts' token ids, and the number of new tokens that all can have."""
+  """Token ids of prompts, and the number of new tokens, cut to fit a model."""
   encoded = [_encode(loaded, text, options) for text in texts]
   for text, ids in zip(texts, encoded):
     if not len(ids):

@@ -153,7 +153,7 @@ def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
 
 
 def array_of(name: str, value: Any, hint: Any) -> Shape:
-  """Returns an array with the shape that its type hint asks for."""
+  """An array with the dimensions that its type hint gives in letters."""
   return Shape(name, value, (_any_array(hint),))
 
 

@@ -143,7 +143,7 @@ def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a figure as PNG; at any moment the file is a whole picture."""
+  """Writes a figure as PNG; a reader never finds an unfinished file."""
   unfinished = path.with_name(path.name + '.tmp')
   figure.savefig(unfinished, format='png', dpi=150)
   unfinished.replace(path)

@@ -1,7 +1,7 @@
 """Reads a compiled step: what a device holds, and what it sends to others.
 
 Collectives are found in the text of the program. Those in the body of a loop
-count as often as the loop runs, or once if the compiler notes no number.
+count once for each of its rounds, or once if their number is not known.
 """
 
 import collections
@@ -203,9 +203,9 @@ def device_bytes(tree: Any) -> int:
 
 
 def held_by_evaluations(programs: Programs) -> int:
-  """Bytes that one device holds before a batch of an evaluation is there.
+  """Bytes that one device holds in an evaluation, apart from its batches.
 
-  It then holds the train state, and kernels with merged adapters.
+  They are the train state, and kernels into which adapters have been merged.
   """
   return device_bytes(programs.abstract_state) + merged_bytes(programs)
 
