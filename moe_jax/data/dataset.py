@@ -211,7 +211,7 @@ class MixedDataset(Dataset):
       cluster, counts = self.mixture.cluster(name), part.counts['train']
       count = self.per_period.get(name)
       rate = '  held out' if count is None else f'{count:>10,}'
-      keys = ('documents', 'pairs', 'examples', 'truncated')
+      keys = ('documents', 'pairs', 'truncated')
       numbers = [f'{counts[key]:,} {key}' for key in keys if key in counts]
       numbers.append(part.splits['train'].describe())
       note = f' ({cluster})' * (cluster != name)

@@ -77,14 +77,6 @@ class Retained(Options):
     rows = {i: row for i, row in self.rows.items() if max(row) == experts}
     return Retained.of({}, rows)
 
-  def renumbered(self, old_layers: tuple[int, ...]) -> 'Retained':
-    """The options of a stack whose layer i was layer `old_layers[i]`."""
-    pairs = list(enumerate(old_layers))
-    return Retained.of(
-      {i: self.counts[j] for i, j in pairs if j in self.counts},
-      {i: self.rows[j] for i, j in pairs if j in self.rows},
-    )
-
   def problems(self) -> Iterator[str]:
     """Yields a text if options cannot be read or contradict each other."""
     try:
