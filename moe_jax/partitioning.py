@@ -163,7 +163,20 @@ def _grid_in_slice(shape, devices) -> np.ndarray:
 
 
 def _grid_over_slices(spans, shape, devices) -> np.ndarray:
-  """The grid of a mesh over slices; a slice's devices are adjacent in it."""
+  """The array of a mesh's devices where axes of the mesh span several slices.
+
+  Along each axis, devices of the same slice are next to each other. Slices are
+  those of `_slices`; if that is one, it is cut into as many as are needed.
+
+  Args:
+    spans: The number of slices that each axis of the mesh spans.
+    shape: The number of devices of each axis within a slice.
+    devices: All devices, prod(spans) * prod(shape).
+
+  Raises:
+    ValueError: There are several slices, but not prod(spans); or a slice's
+      devices cannot have this shape.
+  """
   by_slice = _slices(devices)
   if len(by_slice) == 1:
     by_slice = np.split(np.asarray(devices), math.prod(spans))

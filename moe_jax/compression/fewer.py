@@ -259,9 +259,10 @@ def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
 def smaller(
   run: Loaded, new_layers: Mapping[int, SmallerLayer]
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """The options and the variables of the model with fewer experts.
+  """The options and the variables of a run's model with fewer experts.
 
-  The balancing bias of a pruned expert is removed with its router column.
+  With the router column of a pruned expert, the bias is removed that balances
+  the expert's load, if the router has such biases.
 
   Args:
     run: The run.
@@ -269,7 +270,8 @@ def smaller(
       are.
 
   Raises:
-    ValueError: A layer with fewer experts than others would have merged ones.
+    ValueError: A layer would have merged experts, and also fewer router columns
+      than another layer.
   """
   model = run.model
   layers = sparse_layers(model, run.variables)

@@ -196,9 +196,16 @@ def read(span: Span, field: str = 'text') -> Iterator[str]:
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
   """The offset of the first line that begins at byte `offset` or later.
 
-  In text that has no end of line within `MOST_BYTES` from there, it is instead
-  the offset of the first character that begins at `offset` or later. A line of
-  JSON that is longer than `MOST_LINE_BYTES` raises a ValueError.
+  In a plain text that has no end of line within `MOST_BYTES` from there, it is
+  instead the offset of the first character that begins at `offset` or later.
+
+  Args:
+    raw: The bytes of the file.
+    offset: The offset from which a line is looked for.
+    span: A part of the file, whose name says whether it is text or JSON lines.
+
+  Raises:
+    ValueError: In JSON lines, `MOST_LINE_BYTES` follow with no end of line.
   """
   if not offset:
     return 0

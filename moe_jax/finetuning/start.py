@@ -80,10 +80,18 @@ def initial(
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Makes the checks of `initial` that need no arrays.
+  """Checks that a run can begin with the run that `config.init_from` names.
 
-  Nothing is checked if `config.init_from` names no folder. Arguments and errors
-  are those of `initial`.
+  These are the checks of `initial` that read no checkpoint. Nothing is checked
+  if the config names no folder.
+
+  Args:
+    run: The run that begins.
+    allow: Modules whose classes, named in the folder, may be imported.
+
+  Raises:
+    ValueError: The folder holds no run, it has another tokenizer, its kernels
+      are quantised, or the models or the optimizer that is kept do not fit.
   """
   if run.options.init_from.workdir:
     _read(run, allow)

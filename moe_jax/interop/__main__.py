@@ -4,9 +4,11 @@
     python -m moe_jax.interop export --workdir runs/switch --output folder
     python -m moe_jax.interop verify folder --expected expected.npz
 
-SOURCE is a local folder or the id of a repository on the hub. `import` takes
-options that the checkpoint does not decide from the defaults, or from
---config=own.py, with overrides: --config.mesh.expert=4.
+`import` and `verify` read a local folder, or a repository on the hub by its id.
+A checkpoint does not decide all options of the new run. The others are those of
+--config=own.py, or else the defaults; --config.mesh.expert=4 changes one of
+them. `verify` compares logits and greedily generated tokens with those that
+transformers computed, which expected.npz holds.
 """
 
 import argparse

@@ -66,7 +66,15 @@ def layer(path: str, *names: tuple[str, str]) -> Names:
 
 
 def weight(path: str, module: str, form: str) -> Names:
-  """The table entry of a layer's parameter: the weight of `module`."""
+  """The entry of a layer's parameter, for a table of names of tensors.
+
+  Args:
+    path: The path of our parameter in the layer.
+    module: The module of the checkpoint's layer whose tensor `weight` has the
+      parameter's values.
+    form: The layout of the tensor, such as 'M' or, if the parameter has the
+      axes in another order, 'F M -> M F'.
+  """
   return layer(path, (f'{module}.weight', form))
 
 

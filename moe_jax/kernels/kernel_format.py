@@ -162,10 +162,14 @@ class KernelFormat(Options):
     return [grid[name].astype(jnp.float32) for name in names]
 
   def store(self, codes: Array, grid: Grid) -> dict[str, np.ndarray]:
-    """The arrays that store the codes and the grid, as in `stored_arrays`.
+    """The arrays that store kernels, named as in `stored_arrays`.
 
-    Ternary kernels get as many 16-bit codes as they need, and `fill_up` adds
-    codes until all have `num_codes`.
+    The number of 16-bit codes of ternary kernels depends on their weights, and
+    is not yet `num_codes`: `fill_up` makes it equal for all kernels of a model.
+
+    Args:
+      codes: The code of each weight, [*E, I, O], as `codes` returns them.
+      grid: The grid of the codes.
     """
     if self.name == TERNARY:
       rows = np.asarray(codes).swapaxes(-1, -2)

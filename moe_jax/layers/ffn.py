@@ -201,10 +201,16 @@ class FfnLayer:
   def specs(
     self, stack: tuple[int, ...], width: int
   ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
-    """The shape, logical axes and form of each parameter, in drawing order.
+    """The shape, logical axes and form of each parameter, by name.
 
-    The form is that of `parameters.Role`, or 'residual' for a kernel whose
-    product is added to the residual stream.
+    The order is that in which initial values are drawn. The form is that of
+    `parameters.Role`, or 'residual' for a kernel whose product is added to the
+    residual stream.
+
+    Args:
+      stack: The sizes of the leading dimensions, (E,) for E experts; () for a
+        single layer.
+      width: M, the width of the rows.
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'

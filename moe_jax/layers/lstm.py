@@ -83,7 +83,9 @@ class LstmState(NamedTuple):
 class Lstm(nn.Module):
   """i, f, g, o = x W_in + h W_state + b; c = f c + i g; h = (o tanh c) W_out.
 
-  i, f and o pass a sigmoid and g a tanh; there is a W_out if H is not M.
+  i, f and o pass a sigmoid and g a tanh. The input x and the output h have the
+  width M, and the cells c have H = `options.cells(M)`; there is a W_out [H, M]
+  only if H is not M. The product with W_state takes the h of the step before.
 
   Attributes:
     options: The options of the layer.

@@ -236,8 +236,9 @@ def step(
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
   """For each step of the ring, which devices send rows to which.
 
-  The number is 1 where device i (axis 2) sends rows to device k (axis 1) in
-  step j (axis 0), and 0 elsewhere.
+  The W devices are g groups of neighbours on a ring. In step j, group i sends
+  to group (i - j) mod g. The number [j, k, i] is 1 where device i sends rows to
+  device k in step j, and 0 elsewhere.
   """
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
@@ -269,12 +270,15 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R_j of a pass ends; see `Step`.
+  """The time at which a pass over N layers has given back all results.
+
+  In each of g steps j, R_j gives back the results of the products C_j. It
+  starts when C_j has ended on all devices and R_(j-1) has ended.
 
   Args:
-    give_back: The seconds of each R_j.
-    sent: The time before which no R_j starts.
-    ready: For each C_j, its end on the device that ends last.
+    give_back: The seconds of each R_j, [N, g].
+    sent: The time before which no R_j starts, [N].
+    ready: The time at which each C_j ends on its last device, g times [N].
   """
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]

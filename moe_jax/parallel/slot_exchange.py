@@ -24,10 +24,12 @@ class StackedExperts(NamedTuple):
   """Experts that all multiply equally many rows.
 
   Attributes:
-    compute: The function (params [*E, ...], rows [*E, R, M]) -> rows.
-    params: The parameters, [E, ...]; {} where a module holds them.
-    axes: The logical axes of each parameter.
-    sizes: The sizes of an expert; None for modules, which know no sizes.
+    compute: The function (params [*E, ...], rows [*E, R, M]) -> rows. It may
+      call a Flax module, which holds its own parameters.
+    params: The parameters, [E, ...], by name; {} if a module holds them.
+    axes: The logical axes of each parameter, by name.
+    sizes: The widths, and the bytes and FLOPs that follow from them, by which
+      shadowing chooses experts; None if `compute` calls a module.
   """
 
   compute: Callable[[Any, Array], Array]

@@ -372,6 +372,12 @@ def corrupt(
 
   A sentinel replaces each span among the kept tokens, and precedes the span's
   tokens among the tokens that are cut out.
+
+  Args:
+    window: The N tokens.
+    mask: True for tokens that are cut out; a span is a run of True.
+    sentinels: The sentinels' ids, the first for the first span; there are at
+      least as many as spans.
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]

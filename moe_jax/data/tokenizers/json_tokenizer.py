@@ -356,7 +356,12 @@ def _encoded(encode: Callable, given: Any, *, add_special_tokens: bool) -> Any:
 
 
 def _value_error(problem: str, error: BaseException) -> BaseException:
-  """A ValueError for the library's error or panic; Ctrl-C is returned."""
+  """The error to raise in place of one that came out of `tokenizers`.
+
+  An exception or a panic of the library becomes a ValueError, whose message is
+  `problem` and the first line of `error`. Any other error, such as the
+  KeyboardInterrupt of a Ctrl-C, is returned as it is.
+  """
   if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
     return InputError(f'{problem}: {first_line(error)}')
   return error  # Ctrl-C

@@ -160,12 +160,14 @@ def with_linear_gates(
   """The routing of choices with gates by logits, its losses and statistics.
 
   Args:
-    module: The router, whose options have `gates` and `balance_choices`.
-    logits: The logits, with their noise if they have any.
+    module: The router. Its option `gates` names the function from logits to
+      gates, and `balance_choices` the choices that the balance loss counts.
+    logits: The logits that make the gates, with their noise if they have any.
     expert_index: The choices.
     mask: False for padding.
     given: Choices that are imposed instead of `expert_index`, or None.
-    clean: The logits without noise. Default: `logits`.
+    clean: The logits without noise, of which losses and statistics are
+      computed. Default: `logits`.
     **queue: Arguments of `routing.token_choice`, such as `queue_options` makes.
   """
   o, clean = module.options, logits if clean is None else clean
