@@ -98,7 +98,7 @@ def applied(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """A config with the overrides that fit it, and the problems of all others.
 
-  Arguments are those of `config_of`.
+  Arguments are those of `config_of`; a value of another type does not fit.
 
   Raises:
     ValueError: The file cannot be read.
@@ -144,7 +144,7 @@ def options_of(
     base: A config, or its path or name.
     overrides: Flags such as '--config.seed=1'. Flags that have no effect are
       refused.
-    part: Name of the section of the config that is read; '' is all of it.
+    part: Name of the section of the config that is read; '' reads it all.
 
   Returns:
     The options, and a line for each value of the file that is ignored since it
@@ -344,7 +344,7 @@ def program(module: str) -> str:
 
 
 def about(text: str | None) -> dict[str, Any]:
-  """Arguments of a parser whose help ends with the examples of a docstring.
+  """Keyword arguments of a parser, for a help made of a module's docstring.
 
   Args:
     text: The docstring of the command's module: a sentence, and examples.
@@ -376,12 +376,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def with_programs(text: str) -> str:
-  """The text, in which programs are named as the user starts them."""
+  """The text with each 'python -m moe_jax...' as `program` of the module."""
   return re.sub(r'python -m (moe_jax[\w.]*)', lambda m: program(m[1]), text)
 
 
 def complain(text: str) -> None:
-  """Prints what is wrong; a reader that has closed the pipe is no error."""
+  """Prints a message to standard error, where a closed pipe is no error."""
   print_line(f'moe_jax: {text}', sys.stderr)
 
 
@@ -395,7 +395,7 @@ def fail(text: str) -> NoReturn:
 def reported(show_traceback: bool = False) -> Iterator[None]:
   """Ends the program with a message where the body raises a user's mistake.
 
-  Ctrl-C ends it without a traceback, too, with the shell's usual status.
+  Ctrl-C, too, ends the program without a traceback, with status 130.
 
   Args:
     show_traceback: Whether errors are raised as they are, with a traceback. If
@@ -453,15 +453,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(module: str, text: str | None) -> Parser:
-  """The parser of a module's command; see `program` and `about`."""
+  """The parser of a module's command; the docstring `text` becomes its help."""
   return Parser(prog=program(module), **about(text))
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-  """Adds --config, which `parse_command` lets overrides follow."""
+  """Adds --config, whose overrides `parse_command` takes, and --traceback."""
   parser.add_argument('--config', required=True, help=CONFIG)
+  add_traceback(parser)
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+  """Adds --traceback, which `reported` takes."""
   text = 'show where in the code an error came from'
   parser.add_argument('--traceback', action='store_true', help=text)
+
+
+def add_allow_module(parser: argparse.ArgumentParser) -> None:
+  """Adds --allow_module, a list of modules that a run's config may name."""
+  text = 'module or package that the run may import; repeatable'
+  parser.add_argument('--allow_module', action='append', default=[], help=text)
 
 
 def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
@@ -469,7 +480,7 @@ def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
 
   Args:
     kind: `int` or `float`.
-    **bounds: The bounds of the number; see `Option`.
+    **bounds: Bounds of the number: `minimum`, `above`, `maximum` or `below`.
   """
 
   field = Field('', kind, None, Option(**bounds))
@@ -492,9 +503,10 @@ SHARE = number(float, above=0, maximum=1)
 
 
 def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
-  """Prints a line at once; a reader that has closed the pipe is no error.
+  """Prints a line at once; it is no error if its reader has closed the pipe.
 
-  Ctrl-C ends the reader of a pipe, too (`| tee log`), before the run has saved.
+  In a pipe (`| tee log`) Ctrl-C ends the reader before the run, which still has
+  to save, and must not fail at its next line.
 
   Args:
     text: The line.
@@ -510,7 +522,7 @@ def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
 
 
 def say(lines: Iterable[str]) -> None:
-  """Prints lines; a reader that closes the pipe early is no error."""
+  """Prints lines; it is no error if their reader closes the pipe early."""
   for line in lines:
     print_line(line)
 
@@ -538,13 +550,13 @@ def parse_command(
   """Parses a command that may end in overrides of a config.
 
   Args:
-    parser: The parser, whose commands set `run`.
+    parser: The parser; it sets `run`, the function of the command.
     argv: The words of the command; None takes the program's own.
     has_config: Function that says whether the parsed command has a config to
       override; None asks whether the command has --config.
 
   Returns:
-    The options, and the overrides, words that begin with --config.
+    The options, and the overrides: words such as --config.seed=1.
   """
   rest, overrides = list[str](), list[str]()
   before = ''

@@ -8,8 +8,8 @@
 `read_options` makes an instance of a section and names all problems at once.
 Dataclasses and sections are nested in the same way. A choice is a section with
 a key `kind`, the options of each kind (in a section of the kind's name, or
-beside the key `kind`), and an open section `custom` for the options of a user's
-own class.
+beside the key `kind`), and a section `custom` for the options of a user's own
+class. `custom` is open: it takes any key, where other sections are locked.
 """
 
 import abc
@@ -42,7 +42,7 @@ KIND, CUSTOM = 'kind', 'custom'
 SEEDS = 2**32  # seeds are stored as unsigned numbers of 32 bits
 _KEY = 'moe_jax'
 # For each bound the comparison that a value must pass, and words and a bracket
-# for messages; lower bounds come first.
+# for messages. Lower bounds come first, as messages print ranges from left.
 _BOUNDS = {
   'minimum': (operator.ge, 'at least', '['),
   'above': (operator.gt, 'above', '('),
@@ -197,8 +197,8 @@ def entries(
 ) -> Any:
   """A field that holds any number of choices, each under a name the user gives.
 
-  The field's section is open: a config adds entries, such as evaluations, each
-  with a key `kind` and the options of this kind beside it.
+  A config may add keys to the field's section: entries, such as evaluations,
+  each with a key `kind` and the options of this kind beside it.
   """
   return _field(default, Option(sentence, kinds=kinds, holds_entries=True))
 
@@ -230,7 +230,7 @@ class Field(NamedTuple):
 
 @functools.cache
 def fields_of(cls: type) -> Mapping[str, Field]:
-  """The fields of a dataclass that are options, by name."""
+  """The fields of a dataclass that its constructor takes, by name."""
   hints, fields = typing.get_type_hints(cls), {}
   for field in dataclasses.fields(cls):
     factory = field.default_factory
@@ -383,11 +383,11 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
       raise OptionError(texts)
 
   def problems(self) -> Iterator[str]:
-    """The problems of several fields together, a text for each."""
+    """Yields a text for each problem that several fields have together."""
     return iter(())
 
   def in_vain(self, reason: str, *names: str) -> Iterator[str]:
-    """A problem for each named field that is set, as it has no effect.
+    """Yields a problem for each named field that differs from its default.
 
     Args:
       reason: The reason, in words that follow 'has no effect'.
@@ -400,7 +400,7 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section of a config in which all short notations are written out.
+    """The section with short notations, if the class has any, written out.
 
     Raises:
       OptionError: A notation is wrong.
@@ -428,7 +428,7 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
 
 
 def no_effect(name: str, value: Any, reason: str) -> InVain:
-  """The message for an option that is set where it cannot matter."""
+  """The message for an option that has a value where it has no effect."""
   return InVain(f'{name}={value!r} has no effect {reason}')
 
 
@@ -456,7 +456,7 @@ def value_problem(name: str, value: Any, field: Field) -> str | None:
 
 
 def of_type(value: Any, hint: Any) -> bool:
-  """Whether a value has a field's type; integers, but no bools, are floats."""
+  """Whether a value has a field's type; a float may be an int, but no bool."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, Union):
     return any(of_type(value, part) for part in args)
@@ -505,8 +505,8 @@ def section_of(
 ) -> ConfigDict:
   """The config's section of a class of options, or of an instance's values.
 
-  The section is locked against new keys, except where it is open: entries by
-  name, mappings, and `custom`.
+  The section is locked against new keys, except in sections whose keys the user
+  names: entries, mappings, and `custom`.
 
   Args:
     options: The class or instance.
@@ -518,7 +518,7 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """Locks a config's section except where it is open; see `section_of`."""
+  """Locks a section against new keys, but not entries, mappings, `custom`."""
   config.lock()
   _unlock_open(root, config)
   return config
@@ -569,7 +569,7 @@ def _choice(kinds: Kinds, chosen: Any) -> dict[str, Any]:
 
 
 def _unlock_open(root: type | Kinds, config: Any) -> None:
-  """Unlocks the open parts of a locked section of a class, or of a choice."""
+  """Lets entries, mappings and `custom` in a section, at any depth, grow."""
   if isinstance(root, Kinds):
     config[CUSTOM].unlock()
     for kind, cls in root.builtin.items():
@@ -706,7 +706,7 @@ def settle(
 
 
 def _is_given(path: str, given: Collection[str]) -> bool:
-  """Whether a dotted name is given, or lies within or around a given name."""
+  """Whether `given` has a dotted name, a section around it or a key in it."""
   path += '.'
   names = (f'{name}.' for name in given)
   return any(name.startswith(path) or path.startswith(name) for name in names)
@@ -833,9 +833,8 @@ class _Reader:
   ):
     """The options of the kind that a section names, or of the default kind.
 
-    The section may be an entry of an open section. It has the options of its
-    kind alone, and maybe some of another kind, which were set before its kind
-    was overridden.
+    A section that is an entry has the options of its kind alone, and maybe
+    some of another kind, which were set before the kind was overridden.
     """
     if not self._is_section(section, path):
       return None
@@ -892,7 +891,7 @@ class _Reader:
     return False
 
   def _entries(self, field, section, path):
-    """The options of each entry of an open section, by its name."""
+    """The options of each entry of a field made by `entries`, by name."""
     chosen, kinds = {}, field.option.kinds
     if not self._is_section(section, path):
       return None

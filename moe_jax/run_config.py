@@ -1,7 +1,4 @@
-"""The options of a whole config, which are read before anything is built.
-
-options = run_config.read(config)
-"""
+"""The options of a whole config; `read` reads them before anything is built."""
 
 import dataclasses
 import json
@@ -71,7 +68,7 @@ class RunConfig(RunOptions):
 
 
 def read(config: ml_collections.ConfigDict) -> RunConfig:
-  """The options of a config.
+  """The options of a config, checked.
 
   Raises:
     OptionError: The message lists all problems, by name.
@@ -80,7 +77,7 @@ def read(config: ml_collections.ConfigDict) -> RunConfig:
 
 
 def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config with the values of a JSON file.
+  """The config with a JSON file's values; other keys have their defaults.
 
   Raises:
     OptionError: The message lists all problems, by name.

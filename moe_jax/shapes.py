@@ -153,7 +153,7 @@ def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
 
 
 def array_of(name: str, value: Any, hint: Any) -> Shape:
-  """Returns an array with the shape that its type hint asks for."""
+  """An array with the dimensions that its type hint gives in letters."""
   return Shape(name, value, (_any_array(hint),))
 
 
@@ -193,7 +193,8 @@ class _Reader(NamedTuple):
   def shapes(self, name: str, value: Any) -> Iterator[Shape]:
     """Yields the arrays of an argument, each with the shape that it must have.
 
-    The argument's type is checked first.
+    Raises:
+      ValueError: The argument has none of the types of its annotation.
     """
     if isinstance(value, HasShapes):
       yield from shapes_in(name, value)

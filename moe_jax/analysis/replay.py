@@ -4,8 +4,8 @@
     logits, aux = model.apply(variables, **model.inputs(batch))
 
 The record decides the experts and the drops; gates, losses and gradients come
-from the running model's own routers. So two stacks, or two precisions, are
-compared with the routing held fixed.
+from the running model's own routers. So two implementations of a model, or two
+precisions, are compared with the routing held fixed.
 
 The hook `Replaying` gives each training step of a run the record of the same
 step in the trace `config.model.moe.replay`. A run that records its steps gets
@@ -54,7 +54,8 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
       the encoder's and the decoder's sequence.
 
   Raises:
-    ValueError: The records are of other tokens, documents or layers.
+    ValueError: The records have other tokens or documents than the batch, or
+      other layers than the model.
   """
   lines = []
   for key, value in ids(records).items():
@@ -188,7 +189,7 @@ class Replaying(Hook):
         raise InputError('\n'.join([name, *lines]))
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the training step with the arrays of replay, if there are any."""
+    """Adds the arrays of replay to batches, if the run replays or records."""
     if self._trace is not None:
       run.message(
         f'{run.options.model.moe.replay}: its choices of experts are replayed '
@@ -226,7 +227,7 @@ def _open_step(run: Run) -> Step:
 
 
 def _replayed_step(run: Run, trace: Trace) -> Step:
-  """Wraps a run's step, which repeats the choices of a trace step by step.
+  """Wraps a run's step so that each step repeats the choices of a trace.
 
   A step raises ValueError if the trace's record of this step is of other tokens
   or documents than the batch, or if the record's file is damaged.

@@ -6,9 +6,9 @@
       --share=0.5
     python -m moe_jax.compression COMMAND --help
 
-Each command reads the folder of a run, trained or imported, and writes that of
-a new one. A command that takes --config=own.py reads its data, or what
-its help says, from there, with overrides: --config.data.seq_len=64.
+Each command but rates and keep_logits reads the folder of a run, trained or
+imported, and writes that of a new one. A command that takes --config=own.py
+reads what data to use from there, with overrides: --config.data.seq_len=64.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   for module in MODULES:
     module.add(commands)
   for command in commands.choices.values():
-    command.add_argument('--traceback', action='store_true')
-    command.add_argument('--allow_module', action='append', default=[])
+    cli.add_traceback(command)
+    cli.add_allow_module(command)
   return cli.parse_command(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command."""
+  """Runs one command, and prints the text that it returns."""
   print(cli.run_command(*parse(argv)))
 
 

@@ -63,14 +63,14 @@ def extract(
   those of the whole model, but for rounding.
 
   Args:
-    options: The options of the whole model, with the sizes of its data.
+    options: The options of the whole model, vocabulary and tasks filled in.
     params: The parameters of the whole model.
     task: The index of the task.
 
   Raises:
-    ValueError: No layer routes by task, experts are no feed-forwards, layers
-      that route by task have merged experts or uneven numbers of experts, or
-      kernels are quantised.
+    ValueError: No layer routes by task; in a layer that does, experts are no
+      feed-forwards, or there are merged or shared experts or another number of
+      them than in other layers; or kernels are quantised.
   """
   code_trees.check_plain(options, 'the model')
   model = options.build()
@@ -146,7 +146,9 @@ def _with_dense_layers(
 def choice_of_task(
   moe: MoeOptions, shared: Shared, params: Mapping[str, Any], task: int
 ) -> tuple[Int32[Array, 'S K'], Float32[Array, 'S K']]:
-  """The experts and gates of a task in inference, for some random tokens.
+  """The experts and gates of a task in inference, for S random tokens.
+
+  All tokens have the same, if the router reads only tasks.
 
   Args:
     moe: The options of the layer.

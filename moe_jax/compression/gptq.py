@@ -3,7 +3,7 @@
 The method is GPTQ's, https://arxiv.org/abs/2210.17323. Damping, the fallback to
 the nearest value and experts without tokens are treated as in QMoE,
 https://arxiv.org/abs/2310.16795. A kernel is [*E, I, O], for I inputs and O
-output units; the papers' weight matrices have output units as rows.
+output units; in formulas W and its rounded Q are as in the papers, [O, I].
 """
 
 import functools
@@ -43,7 +43,7 @@ class Factor(NamedTuple):
 def hessian(
   x: Float[Array, '*E R I'], counted: Bool[Array, '*E R']
 ) -> Float32[Array, '*E I I']:
-  """X^T X of the inputs of each kernel, over the rows that count."""
+  """X^T X of the inputs [R, I] of each kernel, over the rows that count."""
   x = jnp.where(counted[..., None], x, 0).astype(jnp.float32)
   return jnp.matmul(x.swapaxes(-1, -2), x, precision=_EXACT)
 
@@ -72,7 +72,7 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
 def gptq(
   w: Float[Array, '*E I O'], format: KernelFormat, grid: Grid, factor: Factor
 ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
-  """Rounds one input's weights after another; later weights make up the error.
+  """Rounds weights input by input; those of later inputs make up for errors.
 
   Where the factor is the identity, weights are rounded to the nearest value,
   bit for bit.
@@ -159,9 +159,10 @@ class Outcome(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames='format')
 def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
-  """Rounds to the nearest value; errors are squares of weights, as with H = I.
+  """Rounds to the nearest value; errors are squared changes of weights.
 
-  With H = I GPTQ rounds to the nearest value, too, so both errors are equal.
+  These are the errors for H = I, with which GPTQ, too, rounds to the nearest
+  value, so that `rtn` and `gptq` are equal.
   """
   grid = format.grid(w)
   codes = format.codes(w, grid)

@@ -47,8 +47,7 @@ def merge(
     rule: One of `GROUPINGS`.
 
   Raises:
-    ValueError: The similarity is unknown, or layers have been pruned or merged
-      before.
+    ValueError: The similarity is unknown, or the experts have no hidden units.
   """
   new_layers = {}
   for n, layer in original.layers.items():
@@ -93,9 +92,9 @@ def aligned(
   experts are compared and averaged after a permutation of these units: step 1
   of M-SMoE.
 
-  The fit of two units is the sum of the products of all their weights. The
-  paper's code takes the weights of the first and last kernel alone, but gated
-  experts have a third kernel, and there may be biases.
+  The fit of two units is the sum of the products of all their weights. M-SMoE's
+  code takes the weights of the first and last kernel alone, but gated experts
+  have a third kernel, and there may be biases.
 
   Args:
     experts: The parameters of experts, [E, ...], by path.

@@ -19,7 +19,7 @@ from moe_jax.training.trained import Loaded
 
 
 def read(workdir: str | os.PathLike[str], **arguments: Any) -> Loaded:
-  """Reads a run onto the first local device, also one without a tokenizer.
+  """Reads a run, which may lack a tokenizer, onto the first local device.
 
   Arguments and errors are those of `trained.load`.
   """
@@ -38,8 +38,7 @@ def write(
 
   Like the folder of an imported model, the new folder serves for training,
   evaluation, generation and export. `config.sample.task` becomes '' if no
-  router of the new model goes by task, since a config with such a task would be
-  refused.
+  router of the new model goes by task, since the config would be refused.
 
   Args:
     run: The run whose model the new parameters were made of.
@@ -53,7 +52,7 @@ def write(
     The new folder.
 
   Raises:
-    ValueError: `output` holds something else.
+    ValueError: `output` is not empty.
   """
   changes = {}
   if model is not None:

@@ -113,7 +113,6 @@ class TaskRows(Rows):
     }
 
   def describe(self) -> str:
-    """The number and shape of the rows."""
     return self.source.describe()
 
 
@@ -132,7 +131,6 @@ class MixedRows(Rows):
     self.layout = next(iter(parts.values())).layout  # the same for all sources
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The index of each training row's source, and of the row in its source."""
     return self._schedule(row)
 
   def __len__(self) -> int:

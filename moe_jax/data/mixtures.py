@@ -165,7 +165,7 @@ class MixtureOptions(config.Options):
     return self.sources[name].cluster or name
 
   def is_held_out(self, name: str) -> bool:
-    """Whether a source is evaluated and not learned from."""
+    """Whether the option `held_out` names a source or its cluster."""
     return bool({name, self.cluster(name)} & set(self._held_out()))
 
   def learned(self) -> list[str]:

@@ -40,7 +40,10 @@ class Rows(abc.ABC):
   # A subclass may set this attribute itself, in place of the property.
   @functools.cached_property
   def parts(self) -> Mapping[str, 'Rows']:
-    """The rows of each source by name, each shuffled by itself in training."""
+    """The rows of each source by name, which is '' where there is no mixture.
+
+    Training shuffles the rows of each source by themselves.
+    """
     return {'': self}
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
@@ -214,7 +217,7 @@ class ExampleRows(Rows):
     return self._members[begin:end].tolist()
 
   def describe(self) -> str:
-    """The number and shape of the rows, and their share of padding."""
+    """The number and shape of the rows, and an estimate of their padding."""
     count = min(len(self), _ROWS_SAMPLED)
     batch = self.take(np.arange(count) * len(self) // max(count, 1))
     padding = ' and '.join(

@@ -129,7 +129,7 @@ class SourceScores(prompts.AskingEvaluation):
   def _questions(
     self, setting: evaluate.Setting
   ) -> list[tuple[str, data.Question]]:
-    """Pairs of a source and a question, spread over its validation split.
+    """Pairs of the name of a source and a question of its validation split.
 
     If `num_tokens` is 0, questions without choices are left out.
     """
@@ -172,7 +172,7 @@ def _choice_scores(
   asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """The score of each source with choices, and its `chance` and `nats`."""
+  """Each source's accuracy; its chance accuracy and its answers' mean nats."""
   scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
     return scores, details
@@ -181,8 +181,8 @@ def _choice_scores(
   log_probs = log_likelihoods(setting, variables, encoded, layout, task_ids)
   for name in dict.fromkeys(name for name, _ in asked):
     own = [(q, x) for (source, q), x in zip(asked, log_probs) if source == name]
-    # Scores are divided by length, as in `ChoiceEvaluation`, so that a longer
-    # answer is not worse for its length.
+    # Log probabilities are divided by the number of tokens, so that an answer
+    # is not less likely to be chosen for being longer.
     answers = [log_prob / q.lengths('tokens') for q, log_prob in own]
     row = accuracy_row(answers, [q.item.label for q, _ in own])
     scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']

@@ -30,7 +30,8 @@ def evaluate(
     workdir: The run's folder.
     entry: The options of the evaluation, as in an entry of `config.evals`; its
       `every_steps` is ignored.
-    **arguments: Other arguments of `evaluate_all`, which raises the errors.
+    **arguments: Other arguments of `evaluate_all`; errors are those that it
+      raises.
   """
   return evaluate_all(workdir, {_NAME: entry}, **arguments)[_NAME]
 
@@ -51,8 +52,8 @@ def evaluate_all(
     **arguments: `step`, `dtype` and `allow`, as `generation.load` takes them.
 
   Raises:
-    ValueError: As `generation.load`, or the run lacks what the evaluation
-      needs.
+    ValueError: `generation.load` refuses the folder or an argument, or the run
+      lacks what the evaluation needs.
     CheckpointError: No checkpoint is good.
   """
   if mesh is None:

@@ -27,8 +27,8 @@ class Score:
   Attributes:
     compute: Function from outputs, at least one, and as many targets to the
       score in percent.
-    signature: Function that returns a text on the computation of the score, for
-      printing; it may be called after the first `compute`.
+    signature: Function that returns a text, for printing, on how the score is
+      computed; it must not be called before `compute`.
   """
 
   compute: Callable[[Texts, Texts], float]

@@ -119,14 +119,14 @@ def choose(
   Args:
     workdir: Folder of the run.
     share: The share p of each layer's use that the chosen experts reach.
-    score: 'gate' or 'tokens'; see `shares`.
+    score: 'gate', use by the mean gate, or 'tokens', by the share of choices.
     num_batches: Number of batches of the training split, as a run that begins
       with the seed 0 reads them.
     options: The options of the task's data; None takes those of the run.
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: See `shares` and `chosen`; or the folder holds no run, or the
+    ValueError: `shares` or `chosen` raises it, the folder holds no run, or the
       tokenizer or the tasks of the data are not the run's.
     CheckpointError: No checkpoint is good.
   """

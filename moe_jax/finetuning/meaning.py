@@ -75,7 +75,7 @@ def _layers(half: Any, width: int) -> dict[str, Any]:
 
 
 def _router(router: Any, sizes: Sizes) -> RouterOptions:
-  """The router, with defaults for options that change none of its choices.
+  """The router, with default values of options that change none of its choices.
 
   The order of slots has no effect with room for all tokens, or with K = 1, as
   there is no second choice. The rate of a balancing bias has an effect only in

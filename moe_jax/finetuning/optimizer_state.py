@@ -129,7 +129,7 @@ def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
 
 
 def _name(path: Sequence[str], parameters: Set[str]) -> str:
-  """The path of an array in a state, with '*' for the path of a parameter."""
+  """An array's path in a transformation's state, '*' for a parameter's path."""
   for start, end in itertools.combinations(range(len(path) + 1), 2):
     if '/'.join(path[start:end]) in parameters:
       path = [*path[:start], '*', *path[end:]]
@@ -147,7 +147,8 @@ def _target(
 ) -> tuple[Any, ...]:
   """The parts of a saved optimizer state to read, in the shapes of `opt_state`.
 
-  The schedule, the last transformation, is among the parts that Orbax reads.
+  The learning-rate schedule, the last transformation, is read, too, although
+  `restore` puts a new one in its place.
 
   Raises:
     ValueError: The saved state lacks a part, or the part has another shape.
@@ -167,7 +168,7 @@ def _target(
 def _settings(run: Run, folder: pathlib.Path) -> str:
   """A text on the settings of two runs that decide the optimizer's state.
 
-  One run is `run`; the other is that in `folder`, whose state was asked for.
+  The text calls `run` "here" and the run in `folder` "there".
   """
   config = kept_config(folder)
   old = (config.get('optimizer', {}).get('kind'), config.get('trainable'))

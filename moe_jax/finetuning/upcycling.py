@@ -82,7 +82,6 @@ class InitFrom(InitFromOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Yields a text if the option `experts` is not a list of indices."""
     yield from super().problems()
     numbers = [part.strip() for part in self.experts.split(',')]
     if self.experts and not all(number.isdigit() for number in numbers):
@@ -218,7 +217,7 @@ class Plan:
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The index of the source's expert that each new expert copies.
+  """The index of the source's expert that each of `num_experts` experts copies.
 
   Experts are copied in turn: 0, 1, ..., `source_experts` - 1, and then 0 again.
   """
@@ -228,7 +227,11 @@ def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
 def _noisy(
   array: Array, experts: Sequence[int], axis: int, noise: float, key: PRNGKey
 ) -> Array:
-  """The array with noise on all copies of an expert except the first."""
+  """The array with noise on all copies of an expert except the first.
+
+  The noise has a standard deviation of `noise` times the array's root mean
+  square; `experts` are the numbers of the copied experts, along `axis`.
+  """
   counts = collections.Counter()
   is_later_copy = [counts.update([e]) or counts[e] > 1 for e in experts]
   if not noise or not any(is_later_copy):
@@ -241,7 +244,7 @@ def _noisy(
 
 
 def expert_axis(axes: Sequence[str | None]) -> int | None:
-  """The index of the dimension that is indexed by expert; None without one."""
+  """The index of the dimension that counts experts; None if there is none."""
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)
 
 
@@ -298,8 +301,8 @@ def plan(
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
-      # The sparse layer between the LSTMs of an LSTM model is in no stack, so
-      # that its number is None.
+      # The arrays of the sparse layer between the LSTMs of an LSTM model stack
+      # no layers, so that its number is None here.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue
@@ -334,8 +337,8 @@ def _finder(
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}
-  # The pieces of dense feed-forwards alone, by keys that have only the last
-  # part of the parameter's name.
+  # The pieces of dense feed-forwards alone; the key is (stack, layer, last part
+  # of the parameter's name).
   ffns: dict[tuple, list[Piece]] = {}
   for path, parameter in parameters.items():
     if (place := model.stacks.place_of(path)) is None:
@@ -363,10 +366,7 @@ def _problem(
   old_parameters: Mapping[Path, _Parameter],
   num_experts: int,
 ) -> list[str]:
-  """A list with the reason why a parameter cannot be made from its piece.
-
-  The list is empty if it can.
-  """
+  """The reason why a parameter cannot be made from its piece; [] if it can."""
   if piece.path is None:
     is_new = parameter.role.role == 'router'
     return [] if is_new else [f'{_name(path)}: not in the other model']

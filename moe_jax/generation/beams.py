@@ -34,7 +34,8 @@ class Beams(NamedTuple):
       on.
     lengths: int32 [B, R], the number of new tokens, including the stop token; 0
       where fewer than R sequences were found.
-    scores: float32 [B, R], see `beam_search`; -inf where there is no sequence.
+    scores: float32 [B, R], log probability / length^length_penalty; -inf where
+      there is no sequence.
   """
 
   tokens: Int32[Leaf, 'B R N']
@@ -64,7 +65,7 @@ def beam_search(
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
     variables: The variables of the model, its parameters under 'params'.
-    prompt: Token ids; see `generate`.
+    prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_beams: The number of beams: sequences that are followed for each row, at
       least 1.
     num_return: R, the number of sequences returned for each row, at most
@@ -75,8 +76,8 @@ def beam_search(
       `task_ids`; see `Ends`.
 
   Raises:
-    ValueError: A number is out of range, a logit is not finite, or as in
-      `generate`.
+    ValueError: A number is out of range, a logit is not finite, or `generate`
+      would refuse an argument, too.
   """
   check_whole('num_beams', num_beams, 1)
   given = f'num_beams={num_beams} and num_return'
@@ -237,6 +238,6 @@ def advance(
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
-  """Takes W chosen ones of the C sequences of `leaf`, [B, C] or [B, C, N]."""
+  """The W chosen of each row's C sequences; `leaf` is [B, C] or [B, C, N]."""
   index = chosen if leaf.ndim == 2 else chosen[..., None]
   return jnp.take_along_axis(leaf, index, axis=1)

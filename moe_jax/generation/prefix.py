@@ -37,7 +37,7 @@ def check_whole(
 
 
 def check_number(name: str, value: float) -> None:
-  """Raises ValueError unless a value is a finite number and no boolean."""
+  """Raises ValueError unless a value is a finite real number, not a boolean."""
   is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not is_number or not math.isfinite(value):
     raise InputError(f'{name}={value!r} must be a finite number')
@@ -226,12 +226,12 @@ def _check_length(model: Model, noun: str, num_positions: int) -> None:
 
 
 def _padded_length(model: Model, num_tokens: int) -> int:
-  """The length to which rows are padded: rounded up, if results stay the same.
+  """The length to which rows of at most `num_tokens` tokens are padded.
 
-  If learned positions suffice, the length of an encoder's rows then becomes a
-  multiple of the group sizes of its layers, so that all groups are whole. A
-  prepared model has groups only where experts choose or mix tokens; padding in
-  such groups is as in training.
+  The length is rounded up, unless capacity binds, since more padding may then
+  change results. If learned positions suffice, an encoder's length becomes a
+  multiple of the group sizes of its layers, so that all groups are whole: only
+  layers whose experts choose or mix tokens have groups in generation.
   """
   longest, length, stacks = decoding.longest(model), num_tokens, model.stacks
   longest = longest or _MAX
@@ -371,10 +371,11 @@ def start(
     variables: The variables of the model.
     prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_beams: The number of beams of each row.
-    num_tokens: This and all further arguments are as in `Ends`.
+    num_tokens: This and all further arguments are those of `Ends`.
 
   Raises:
-    ValueError: As `prepare` and `make_prefix`, or an id is unknown.
+    ValueError: `prepare` or `make_prefix` refuses an argument, or a stop id is
+      not in the vocabulary.
   """
   batch_size = num_beams * len(_rows_of(prompt))
   model, variables = prepare(model, variables, batch_size=batch_size)
@@ -402,11 +403,11 @@ def begin_with(
   """The cache of a prefix without each row's last token, and expert choices.
 
   Args:
-    apply: Function that applies the model, and may return the choices of
-      experts; see `models.recorded`.
+    apply: `models.recorded.plainly`, or a function like `recorded.recording`,
+      which also returns the choices of experts.
     model: A model as `prepare` returns it.
     variables: The variables of the model.
-    prefix: P tokens of each row.
+    prefix: The prefix, of P tokens in each row.
     num_slots: The number of slots of the cache: P - 1, and one for each step.
 
   Returns:

@@ -57,7 +57,7 @@ _MOE = 'block_sparse_moe'
 
 
 def _experts(path: str, stored: str, fused: str, form: str) -> Names:
-  """The table entry of experts' kernels, by names in files and in memory."""
+  """A kernel's table entry; `stored` names it in files, `fused` in memory."""
   names = f'{stored}.weight', f'experts.{fused}'
   return layer(f'moe/experts/{path}', *((f'{_MOE}.{n}', form) for n in names))
 

@@ -44,8 +44,8 @@ from moe_jax.models.trees import abstract_router_state
 from moe_jax.models.trees import variables as as_variables
 from moe_jax.partitioning import Rules
 
-# A model is refused at once if it has more than this many times as many
-# parameters as the files have values; names of tensors are then not compared.
+# The most parameters that a model may have for each value in the files; larger
+# models are refused at once, before names of tensors are compared.
 _MAX_RATIO = 4
 _LOG = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ def load(
 def fetch(
   source: str | os.PathLike[str], *, dtype: str = '', revision: str = ''
 ) -> Checkpoint:
-  """Downloads a checkpoint, if need be, and reads its config; see `load`.
+  """Downloads a checkpoint, if need be, and reads its config, not its tensors.
 
-  A config that is not supported is refused before weights are downloaded.
+  A config that is not supported is refused before weights are downloaded. For
+  arguments see `load`.
   """
   open_checkpoint(fetch_folder(source, weights=False, revision=revision), dtype)
   folder = fetch_folder(source, revision=revision)
@@ -137,7 +138,8 @@ def load_variables(
 ) -> dict[str, Any]:
   """The sharded parameters, and the state of routers, by collection.
 
-  Every device holds the whole state of routers. For arguments see `load`.
+  Every device holds the whole state of routers. Arguments and errors are those
+  of `load`.
   """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)
@@ -178,7 +180,7 @@ def load_variables(
 def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
   """Refuses a size in config.json above the number of all tensors' values.
 
-  The check comes before a model is built.
+  A damaged config.json is so refused before a huge model is built.
   """
   num_values = files.num_values
   problems = [

@@ -53,7 +53,8 @@ class Verdict:
   Attributes:
     largest_difference: The largest difference of a logit outside of padding.
     num_positions: The number of positions that were compared.
-    num_equal_tokens: The number of greedy tokens before the first difference.
+    num_equal_tokens: The number of greedy tokens, of all rows, at positions
+      before that of the first difference.
     first_difference: The first greedy token that differs, (row, position, ours,
       theirs); None if all agree.
   """
@@ -94,11 +95,11 @@ def verify(
 
   Args:
     source: A folder, or the id of a hub repository.
-    expected: An npz file with `input_ids`, `attention_mask` [B, S], `logits`
-      [B, T, V] and `greedy` [B, N]; for an encoder-decoder also
-      `decoder_input_ids` [B, T] and, if these have padding,
-      `decoder_attention_mask`. A decoder-only model's `greedy` continues the
-      first row without its padding.
+    expected: An npz file with `input_ids` and `attention_mask` [B, S], `logits`
+      [B, T, V] and `greedy` [B, N], the ids of greedy generation; for an
+      encoder-decoder also `decoder_input_ids` [B, T] and, if these have
+      padding, `decoder_attention_mask`. Of a decoder (T = S) `greedy` is the
+      first row without its padding, and its continuation.
     revision: A branch, tag or commit of a repository; '' is its main branch.
 
   Raises:
@@ -267,7 +268,7 @@ def logits(
 
 
 def _prompt(greedy, arrays) -> np.ndarray:
-  """The first row without its padding, [1, S]; `greedy` continues it."""
+  """The first row of `input_ids` unpadded, [1, S]; `greedy` must begin so."""
   prompt = arrays['input_ids'][0][arrays['attention_mask'][0].astype(bool)]
   first_ids = greedy[0, : len(prompt)]
   if not np.array_equal(first_ids, prompt):
@@ -279,7 +280,7 @@ def _prompt(greedy, arrays) -> np.ndarray:
 
 
 def _start(greedy, generation) -> np.ndarray:
-  """The start id of each row of the decoder, [B, 1]; checks `greedy` for it."""
+  """The first ids of `greedy`, [B, 1]; checks that they are the start id."""
   first_ids = greedy[:, :1]
   start_id = generation.get('decoder_start_token_id')
   start_id = generation.get('bos_token_id') if start_id is None else start_id
@@ -316,9 +317,10 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 
 
 def _compare(ours, theirs, start):
-  """The first greedy token that differs, and the number of tokens before it.
+  """The first greedy token that differs, and the number of tokens that agree.
 
-  Tokens are compared position by position, and row by row at each position.
+  Tokens are compared from position `start` on, at each position row by row.
+  Those at the position of the difference do not count as tokens that agree.
   """
   for position in range(start, theirs.shape[1]):
     for row in np.flatnonzero(ours[:, position] != theirs[:, position]):

@@ -2,8 +2,8 @@
 
 MegaBlocks calls such a product grouped matmul
 (https://arxiv.org/abs/2211.15841). This module has the gradients. A backend
-computes the products; it is a module with two functions. Backends are equal in
-value on every shape:
+computes the products, on every shape equal to those of other backends up to
+rounding; it is a module with two functions:
 
 - `matmul(x [N, M], w [E, M, F], group_sizes [E], transposed) -> [N, F]`, in
   the type of x and summed in float32; with `transposed`, w is [E, F, M]. Rows
@@ -102,7 +102,7 @@ def grouped_ffn(
 
   Args:
     x: The rows, sorted by expert.
-    w_ins: The first kernels: one, or several whose products are multiplied.
+    w_ins: The first kernels: one, or several whose products `hidden` combines.
     w_out: The last kernel.
     group_sizes: The number of rows of each expert, in all at most N.
     hidden: The elementwise function from the first products to the hidden
@@ -129,7 +129,7 @@ def _check_backend(name: str) -> None:
 
 
 def check_shapes(x, w, group_sizes) -> None:
-  """Raises ValueError where rows, kernels and groups do not fit."""
+  """Raises ValueError unless x [N, M], w [E, M, F] and integers [E] fit."""
   ranks = np.ndim(x), np.ndim(w), np.ndim(group_sizes)
   if ranks != (2, 3, 1):
     raise InputError(
@@ -157,8 +157,8 @@ def _choose(run: Callable[[str], Callable], backend: str, *args):
   return jax.lax.platform_dependent(*args, default=run(DEFAULT), **by_platform)
 
 
-# The products of a model have few shapes. For each shape, `jit` traces the
-# products of all platforms once.
+# Under `jit`, the products of all platforms are traced once for each shape, of
+# which a model has few, and not once for each call.
 @functools.partial(jax.jit, static_argnames=('transposed', 'backend'))
 def _matmul(
   x: Float[Array, 'N _'],

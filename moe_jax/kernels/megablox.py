@@ -16,10 +16,10 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 # A TPU's lanes, of which a tile's width is a multiple.
 _LANES = 128
 _LEAST_ROWS, _MOST_ROWS = 128, 512
-# The width of the widest tile, in bytes of a row. With it all tiles that a
-# kernel holds, fetched ahead in pairs, and its float32 sums stay below 16 MiB,
-# which XLA allows a kernel. The outer product sums over rows, so that its sums
-# are as wide as both its tiles; its tiles must therefore be narrower.
+# The width of the widest tile, in bytes of a row. With such tiles, all that a
+# kernel holds (each tile twice, as the next is fetched ahead, and float32 sums)
+# stays below 16 MiB, which XLA allows a kernel. The outer product sums over
+# rows: its sums are as wide as both tiles, which must therefore be narrower.
 _MATMUL_BYTES, _OUTER_BYTES = 2048, 1024
 
 
@@ -96,7 +96,7 @@ def outer(
 
 
 def _width(lanes: int, most: int) -> int:
-  """The widest tile, at most `most`, that divides a width of 128 * lanes."""
+  """The largest multiple of 128, up to `most`, that divides 128 * lanes."""
   tile_lanes = range(1, most // _LANES + 1)
   return _LANES * max(n for n in tile_lanes if lanes % n == 0)
 

@@ -168,7 +168,20 @@ def row_blocks(
 def _matmul_kernel(
   expert_ref, first_ref, stop_ref, x_ref, w_ref, y_ref, *, size, transposed
 ):
-  """Computes a tile of y; rows of no expert are not read, and get zeros."""
+  """Computes a tile of y [N, F], the product of a block of rows of one expert.
+
+  Rows of no expert are not read, and their outputs are zeros.
+
+  Args:
+    expert_ref: The expert of each block, as `row_blocks` returns it.
+    first_ref: The first row of each block.
+    stop_ref: The row behind the last one of each block's expert.
+    x_ref: The rows, [N, M].
+    w_ref: The kernels, [E, M, F], or [E, F, M] if `transposed`.
+    y_ref: The result, whole; a program writes its own tile.
+    size: The `Tiles` of the product.
+    transposed: Whether kernels are multiplied transposed.
+  """
   (E, M), F = (w_ref.shape[0], x_ref.shape[1]), y_ref.shape[1]
   block = pl.program_id(2) * _BAND + pl.program_id(0)
   e, first, stop = expert_ref[block], first_ref[block], stop_ref[block]

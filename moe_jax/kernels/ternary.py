@@ -71,8 +71,8 @@ def dictionary(p0: float = P0) -> Dictionary:
     for weights in range(2, MOST_WEIGHTS + 1, 2)
     for n in range(weights + 1)
   )
-  # A sequence's key is the low 2 bits of each of its weights, behind a
-  # leading 1.
+  # A sequence's key is an integer whose bits are a 1 and then, for each weight,
+  # its low 2 bits.
   keys = np.concatenate(
     [(1 << 2 * weights) + _sequences(weights, n) for _, weights, n in classes]
   )[:NUM_CODES]
@@ -131,15 +131,15 @@ class Codes(NamedTuple):
 def encode(ternary: np.ndarray) -> Codes:
   """The codes of ternary matrices, as numpy arrays.
 
-  Each code stands for the longest sequence of the dictionary that the rest of
-  its row begins with.
+  Each code stands for the longest sequence of the dictionary that the weights
+  of its row begin with, after those of the codes before it.
 
   Args:
     ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
 
   Raises:
-    ValueError: The weights are not int8, are others than -1, 0 and 1, or are
-      no matrix.
+    ValueError: The weights are not int8, are others than -1, 0 and 1, have
+      fewer than two dimensions, or are none.
   """
   ternary = np.asarray(ternary)
   if ternary.dtype != np.int8 or ternary.ndim < 2 or not ternary.size:

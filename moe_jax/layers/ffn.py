@@ -22,13 +22,12 @@ from moe_jax.shapes import Array, Float, Int32, PRNGKey, checked
 
 
 class Activation(NamedTuple):
-  """An elementwise function, and the products with x that it takes and scales.
+  """An elementwise function of x times a kernel; other products may scale it.
 
   Attributes:
     function: The elementwise function.
-    kernels: Names of the kernels that multiply x, in the order of `hidden`. The
-      function is applied to the first product; the other products multiply its
-      value.
+    kernels: Names of the kernels that multiply x. The function is applied to
+      the first product; the other products multiply the function's value.
     cheap: Whether the function costs so little that XLA computes it again
       rather than read its stored result.
     saved_arrays: The number of arrays as wide as the hidden values that the
@@ -48,11 +47,11 @@ class Activation(NamedTuple):
 
   @property
   def gated(self) -> bool:
-    """Whether several kernels multiply x."""
+    """Whether another product of x multiplies the function's value (a GLU)."""
     return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:
-    """The hidden values, from the products of x with each of `kernels`."""
+    """The hidden values, from the products of x with `kernels`, in order."""
     argument, *factors = products
     if self.limit is not None:
       argument = jnp.minimum(argument, self.limit)
@@ -66,7 +65,7 @@ class Activation(NamedTuple):
 
 
 def _quick_gelu(x: Array) -> Array:
-  """x sigmoid(1.702 x)."""
+  """x sigmoid(1.702 x), an approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -114,7 +113,7 @@ class FfnOptions(Options):
   )
 
   def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of width M = `width`."""
+    """The number of parameters in the kernels, where M is `width`."""
     kernels = len(ACTIVATIONS[self.activation].kernels) + 1
     return kernels * width * self.hidden
 
@@ -186,9 +185,9 @@ class FfnLayer:
     return p
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
-    """The sizes of the layer, as an expert, that the cost model asks for.
+    """The sizes of an expert that the cost model of exchanges asks for.
 
-    The rows that travel to the expert are of type `dtype`.
+    Rows of width M = `width` travel to the expert in the type `dtype`.
     """
     kernels = len(self.first_kernels) + 1
     row = jnp.dtype(dtype).itemsize
@@ -202,10 +201,16 @@ class FfnLayer:
   def specs(
     self, stack: tuple[int, ...], width: int
   ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
-    """The shape, axes and form of each parameter, in the order of drawing them.
+    """The shape, logical axes and form of each parameter, by name.
 
-    A parameter of the form 'residual' is a kernel whose product is added to the
+    The order is that in which initial values are drawn. The form is that of
+    `parameters.Role`, or 'residual' for a kernel whose product is added to the
     residual stream.
+
+    Args:
+      stack: The sizes of the leading dimensions, (E,) for E experts; () for a
+        single layer.
+      width: M, the width of the rows.
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
@@ -274,7 +279,7 @@ class FfnLayer:
 
     Args:
       p: The parameters of the layers, each [E, ...].
-      x: The rows. The output of rows that belong to no layer is undefined.
+      x: The rows. Rows after the last layer's have undefined outputs.
       group_sizes: The number of rows of each layer.
       dropout_key: The key of dropout; None: nothing is dropped.
       backend: The backend of the grouped products.
@@ -307,7 +312,7 @@ class FfnLayer:
     return jnp.where(keep_mask, h / keep_rate, 0)
 
   def dropout_module(self, module: nn.Module, train: bool) -> nn.Dropout:
-    """The dropout of hidden values, as a submodule of `module`."""
+    """The module that drops hidden values in training, a child of `module`."""
     return nn.Dropout(self.dropout, deterministic=not train, parent=module)
 
 
@@ -318,9 +323,9 @@ class FeedForward(nn.Module):
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of the layer's parameters, which the parent gives.
-    depth: The number of hidden layers, each of the same width; more than one
-      need an activation without gate.
+    role: The role of the layer's parameters, as in `parameters.Role`.
+    depth: The number of hidden layers, all of the same width; for more than one
+      the activation must not be gated.
   """
 
   options: FfnOptions
@@ -355,7 +360,7 @@ class FeedForward(nn.Module):
     return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
-    """The product that hidden layer i computes from the layer before it."""
+    """The product of h, hidden values, with the kernel of hidden layer i."""
     shared, F = self.shared, self.options.hidden
     init = parameters.kernel(shared, ('mlp', None), role=self.role)
     w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)

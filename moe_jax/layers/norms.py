@@ -16,7 +16,7 @@ _AXES = ('embed',)
 
 @dataclasses.dataclass(frozen=True)
 class Norm(Options):
-  """The contract of normalisations over the last dimension."""
+  """The base of kinds of normalisation over the last dimension."""
 
   epsilon: float = option(
     1e-6,
@@ -65,7 +65,7 @@ class LayerNorm(Norm):
   )
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """The module; its parameters are 'scale' and 'bias', if it has them."""
+    """The module; options decide if it has parameters 'scale' and 'bias'."""
     always = self.bias == 'always'
     return nn.LayerNorm(
       **self._arguments(shared, name),

@@ -1,8 +1,8 @@
 """Parameters in boxes: each carries its logical axes, its role and its form.
 
-The parent of a parameter gives its role. Axes and roles are read once, from
-the abstract initialisation of a model, into trees of the same structure as the
-parameters; train states are unboxed.
+The module that makes a parameter gives its role. Axes and roles are read once,
+from the abstract initialisation of a model, into trees of the same structure as
+the parameters; train states are unboxed.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from moe_jax.layers.shared import Shared
 
 Names = tuple[str | None, ...]
 
-# A function of a key, a shape and a dtype. Its result, an array, may be in a
-# box, from which flax takes the array.
+# A function of a random key, a shape and a dtype. Its result, an array, may be
+# in a box, from which flax takes the array.
 Initializer = Callable[..., Any]
 
 
@@ -27,7 +27,7 @@ class Role(NamedTuple):
   Attributes:
     role: The part of the model: 'attention', 'embedding', 'expert', 'ffn',
       'gate', 'head', 'lstm', 'norm', 'router' or 'shared_expert'; '' where no
-      parent gave one.
+      module gave one.
     form: The use of the parameter: a 'kernel' is contracted with activations, a
       'bias' is added to them, a 'scale' multiplies them, a 'table' is indexed;
       '' where it is unknown.
@@ -40,7 +40,8 @@ class Role(NamedTuple):
 class Parameter(nn.LogicallyPartitioned):
   """The box of a parameter, with its logical axes, its role and its use.
 
-  Flax's lifted transformations add an axis name and keep role and form.
+  Flax's lifted transformations, such as `nn.scan`, add the name of the axis
+  that they add, and keep role and form.
 
   Attributes:
     role: The part of the model that the parameter belongs to, as in `Role`.
@@ -155,7 +156,7 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
 
 
 def axes_of(abstract_variables: Any) -> Any:
-  """The logical axes of every variable: a tree of tuples, without boxes."""
+  """A tree of each variable's logical axes, with None for an unnamed axis."""
 
   def names(leaf):
     return leaf.names if hasattr(leaf, 'names') else (None,) * leaf.ndim
@@ -164,7 +165,7 @@ def axes_of(abstract_variables: Any) -> Any:
 
 
 def roles_of(abstract_variables: Any) -> Any:
-  """The `Role` of every variable: a tree of the same structure, unboxed."""
+  """A tree with the `Role` of every variable, `Role()` if none was set."""
 
   def role(leaf):
     is_known = isinstance(leaf, Parameter)

@@ -29,7 +29,7 @@ _FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Retained(Options):
-  """The experts that sparse layers have where pruning or merging left fewer."""
+  """The numbers of experts of layers in which pruning or merging left fewer."""
 
   experts: str = option(
     '',
@@ -69,24 +69,16 @@ class Retained(Options):
     return frozenset(self.counts) | frozenset(self.rows)
 
   def like(self, layer: int) -> 'Retained':
-    """The options with only merged layers that have as many experts as `layer`.
+    """The options of only the merged layers with as many experts as `layer`.
 
-    Pruned layers are left out.
+    Pruned layers are left out, so that equal layers have equal options.
     """
     experts = max(self.rows.get(layer, (-1,)))
     rows = {i: row for i, row in self.rows.items() if max(row) == experts}
     return Retained.of({}, rows)
 
-  def renumbered(self, old_layers: tuple[int, ...]) -> 'Retained':
-    """The options of a stack whose layer i is old_layers[i] of this stack."""
-    pairs = list(enumerate(old_layers))
-    return Retained.of(
-      {i: self.counts[j] for i, j in pairs if j in self.counts},
-      {i: self.rows[j] for i, j in pairs if j in self.rows},
-    )
-
   def problems(self) -> Iterator[str]:
-    """Yields texts on options that cannot be read, or contradict each other."""
+    """Yields a text if options cannot be read or contradict each other."""
     try:
       counts, rows = self.counts, self.rows
     except InputError as error:
@@ -131,7 +123,7 @@ class Retained(Options):
         )
 
   def shrunk(self) -> 'Retained':
-    """Options with which no layer has lost experts; see `Options.shrunk`."""
+    """Options for a laptop's model, whose layers have all their experts."""
     return Retained()
 
 

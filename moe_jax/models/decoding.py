@@ -41,7 +41,10 @@ def check_generates(model: Model) -> None:
 
 
 def check_decodes(moe: MoeOptions | None) -> None:
-  """Raises ValueError where a layer cannot be run token by token."""
+  """Raises ValueError if a layer with experts cannot run token by token.
+
+  None stands for a dense layer, which always can.
+  """
   if moe is not None and (reason := moe.causality.undecodable):
     raise InputError(reason)
 
@@ -176,9 +179,9 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   """The options of a sparse layer with room for all tokens.
 
   The options stay as they are where the capacity is part of an imported
-  checkpoint and can bind, and where experts choose tokens. No imported
-  checkpoint routes in groups of a fixed number of tokens, which need not divide
-  a prompt; such groups are removed.
+  checkpoint and can bind, and where experts choose tokens. Groups of a fixed
+  number of tokens are removed, since that number need not divide a prompt; no
+  imported checkpoint has such groups.
 
   Args:
     moe: The options of the layer.
@@ -198,7 +201,10 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
 
 def _for_few_tokens(stack, params, rows):
-  """A stack and its parameters, in the layout for steps of `rows` tokens."""
+  """A stack and its parameters, in the CPU's layout for steps of `rows` tokens.
+
+  Both are returned as they are if no such layout would be faster.
+  """
   moe = stack.experts
   plain = type(moe.expert).experts is FeedForwardExpert.experts
   if not (plain and isinstance(moe.dispatch, Dropless)):

@@ -151,7 +151,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def sequences(self) -> tuple[str, ...]:
-    """The prefixes of the batch keys of each sequence that the model reads."""
+    """The prefix of each stack's batch keys: 'encoder_', or '' in a decoder."""
     return tuple(stack.prefix for stack in self)
 
   def sequence_of(self, layer: int) -> str:
@@ -174,9 +174,9 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def leaks_future(self) -> bool:
-    """Whether later tokens can change earlier outputs.
+    """Whether later tokens can change a decoder's earlier outputs.
 
-    An encoder sees all of its tokens anyway.
+    Encoders do not count, as each of their tokens sees all tokens anyway.
     """
     decoders = Stacks(stack for stack in self if stack.causal)
     return any(moe.leak() is not None for moe in decoders.mixtures)
@@ -188,15 +188,12 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def forced_balance(self) -> str:
-    """The warning that experts are forced, not chosen by routers; '' if not so.
-
-    See `MoeOptions.forced`.
-    """
+    """The warning that experts are forced; '' if routers choose them."""
     return next(filter(None, (moe.forced for moe in self.mixtures)), '')
 
   @property
   def keeps_router_state(self) -> bool:
-    """Whether the model has the collection `router_state`."""
+    """Whether routers keep variables in the collection `router_state`."""
     return any(moe.router.keeps_state for moe in self.mixtures)
 
   def loss_weights(self) -> dict[str, float]:
@@ -247,10 +244,7 @@ class Stacks(tuple[LayerStack, ...]):
 
 
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
-  """The tree in which `part` replaces `subtree(tree, path)`.
-
-  The path has at most one name.
-  """
+  """The tree in which `part` is at a path, which has at most one name."""
   return {**tree, path[0]: part} if path else part
 
 

@@ -75,17 +75,17 @@ class EncoderDecoderOptions(DecoderOptions):
   def encoder_half(self) -> StackOptions:
     """The options of the encoder's layers, cached for all builds of the model.
 
-    They are the decoder's options with `encoder.overrides`. Before overrides,
-    the encoder has as many heads of keys and values as of queries, since fewer
-    heads only make the decoder's cache smaller; it has no window; and, as its
-    layers are counted anew, a router that draws or hashes has another seed, and
-    no layer has fewer experts than the others.
+    They are the decoder's options, first adapted and then changed by
+    `encoder.overrides`. The adapted options have as many heads of keys and
+    values as of queries, since fewer heads only make the decoder's cache
+    smaller; no window; another seed for a router that draws or hashes; and no
+    `moe.retained`, whose indices are those of the decoder's layers.
 
     Raises:
       OptionError: An override is unknown, bad or without effect.
     """
     # The number of layers and the overrides change at once, as an overridden
-    # moe.layers may fit the new number of layers alone.
+    # moe.layers may fit the new number of layers and not the old one.
     L = self.encoder.num_layers or self.num_layers
     changes = {'num_layers': L, **self.encoder.overrides}
     decoder = StackOptions(**self.stack_values)
@@ -127,7 +127,6 @@ class EncoderDecoderOptions(DecoderOptions):
     return super().routes_by_task or self.encoder_half.routes_by_task
 
   def problems(self) -> Iterator[str]:
-    """Yields texts on wrong options of decoder and encoder layers."""
     yield from self.decoder_problems()
     if not self.attention.crosses:
       yield (
@@ -157,7 +156,7 @@ class EncoderDecoderOptions(DecoderOptions):
 
 
 def _plain_encoder(decoder: StackOptions) -> StackOptions:
-  """The options of an encoder's layers before overrides; see `encoder_half`."""
+  """The options of an encoder's layers before `encoder.overrides`."""
   moe = decoder.moe
   router: Any = moe.router
   if 'seed' in fields_of(type(router)):
@@ -170,7 +169,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """Yields a text for each option in which the two stacks must not differ."""
+  """Yields a text for each option that both stacks must share and do not."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:
@@ -333,7 +332,8 @@ class EncoderDecoder(Decoder):
   def _project(self, encoded):
     """The keys and values of each decoder layer's attention to the encoder.
 
-    They are [B, N, S, D] for each layer, stacked if the layers' parameters are.
+    They are [B, heads, S, head width] for each layer, stacked over layers where
+    the layers' parameters are stacked.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
@@ -352,7 +352,7 @@ class EncoderDecoder(Decoder):
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
   """The losses and statistics of the layers of both stacks.
 
-  They are zeros where a stack lacks losses or experts that the other one has.
+  Zeros stand for losses and experts that one stack lacks and the other has.
   """
   losses = encoder_aux.losses | aux.losses
 

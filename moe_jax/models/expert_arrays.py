@@ -174,7 +174,7 @@ def with_moes(
 
 
 def has_merged(model: Model) -> bool:
-  """Whether several columns of some router lead to one, merged expert."""
+  """Whether some router has several columns that lead to one merged expert."""
   return any(moe.retained.rows for moe in model.stacks.mixtures)
 
 

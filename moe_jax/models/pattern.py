@@ -132,12 +132,12 @@ def layer_name(index: int) -> str:
 
 
 def period_name(segment: Segment, period: int) -> str:
-  """The name of the parameters of one period that is not stacked."""
+  """The name of one period's parameters, where periods are not stacked."""
   return f'{segment.name}_period_{period}'
 
 
 def shortest_period(kinds: tuple[Hashable, ...]) -> int:
-  """The least p that divides L with kinds[i] == kinds[i % p]."""
+  """The least divisor p of len(kinds) for which kinds[i] == kinds[i % p]."""
   L = len(kinds)
   return next(
     p

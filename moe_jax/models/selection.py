@@ -15,8 +15,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import path_name
 
-# The parts of a model that an expression names: roles of parameters, where the
-# name of a role that can be counted is in the plural.
+# The names of parts of a model in an expression. All of them but 'all' and
+# 'non_experts' are roles of parameters; a final s is not part of the role.
 _ROLES = 'attention embeddings experts ffn gate head lstm norms router'
 NAMES = ('all', 'non_experts', *_ROLES.split(), 'shared_experts')
 _PATTERN = 're:'
@@ -24,7 +24,7 @@ _TERM = re.compile(r'\s*(?P<sign>[+-]?)\s*(?P<term>re:\S+|\w+)\s*')
 
 
 def _terms(text: str) -> Iterator[tuple[bool, str]]:
-  """The terms of an expression, each with whether it is added.
+  """Yields each term of an expression, after True if added, False if taken off.
 
   Raises:
     ValueError: The text is no expression.

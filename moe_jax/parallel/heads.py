@@ -1,4 +1,4 @@
-"""Attention over a mesh: each device computes its own rows and heads."""
+"""Attention on a mesh: each device computes its own sequences and heads."""
 
 import math
 from collections.abc import Callable

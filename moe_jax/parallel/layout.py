@@ -78,8 +78,8 @@ class Layout:
 
     Args:
       axes: The logical axes of each parameter, 'expert' first.
-      *leading: The mesh axes of dimensions that stand in place of 'expert'.
-        Default: those that split the experts.
+      *leading: The mesh axes of each dimension in place of 'expert'. Default:
+        one dimension, split over the axes that split the experts.
     """
     leading = leading or (self.experts,)
     return {

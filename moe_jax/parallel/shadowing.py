@@ -45,7 +45,7 @@ from moe_jax.shapes import Array, Float, Int, Int32, Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-  """The speeds of equal devices, in the units of Algorithm 1.
+  """The speeds of equal devices, in the units of FasterMoE's Algorithm 1.
 
   Attributes:
     flops: P, FLOPs per second of a device.
@@ -66,7 +66,7 @@ class Speeds:
 def seconds_by_number(
   counts: Any, sizes: Sizes, speeds: Speeds, most: int
 ) -> tuple[Any, Any]:
-  """The seconds of a training step that Algorithm 1 compares.
+  """The seconds of a training step by the number of shadowed experts.
 
   Args:
     counts: The number of rows of each device that choose each expert, [E, W],
@@ -230,8 +230,8 @@ def gathered(
 ) -> dict[str, Array]:
   """The parameters of shadowed experts, [R, ...], on every device.
 
-  The function is called under `shard_map`. The parameters are zeros where
-  `shadowed` is E. The sum is over the devices that rows travel between.
+  The function is called under `shard_map`. It sums over the devices that rows
+  travel between. The parameters are zeros where `shadowed` is E.
 
   Args:
     layout: The layout of groups and experts.
@@ -268,14 +268,14 @@ def moved_rows(
       experts.
     shadowed: The indices of the shadowed experts; E where a place is unused.
     overflow: The number of this device's rows for which the exchange had no
-      room; where experts are split over `expert_only` axes, of the rows for
-      this part of the experts.
+      room; where `expert_only` axes split the experts, only rows for experts of
+      this device's part are counted.
   """
   if not layout.exchanged:
     return no_exchange()
 
   def away(counts):
-    """The number of rows whose expert is on another device than this one."""
+    """The number of these rows whose expert is not on this device."""
     blocks = own_blocks(layout, counts).sum(1)  # [X]
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 

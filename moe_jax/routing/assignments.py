@@ -50,9 +50,9 @@ class Routing:
   Attributes:
     expert_index: int32, the index of the expert, in [0, E), also of a choice
       that is not kept.
-    slot: int32, the number of choices before this one in its expert's queue. A
-      choice that never queued (padding, a second choice that was not sent) has
-      0.
+    slot: int32, the number of choices before this one in its expert's queue; 0
+      for a choice that does not queue, of padding or because a second policy
+      (see `token_choice`) does not send it.
     gate: float32, the weight of the expert's output; 0 where the choice is not
       kept.
     kept: bool, whether the choice is served. A served choice has slot <
@@ -96,7 +96,7 @@ class Routing:
     return cls(expert_index, slot, gate, kept, E, C, token_index, group_size)
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `shapes.HasShapes`."""
+    """The array type of each field, which `shapes.checked` compares."""
     # When `of_experts` leaves out experts, the arrays keep the slots of all
     # experts, so that their second axis is not E, but has a name of its own.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'
@@ -111,7 +111,7 @@ class Routing:
     return hints
 
   def static_sizes(self) -> dict[str, int]:
-    """The sizes E and S, which no array's shape tells.
+    """The sizes that the shapes of the arrays may not tell, by letter.
 
     Raises:
       ValueError: The capacity is neither None nor an integer of at least 1.
@@ -145,7 +145,7 @@ class Routing:
     return self.capacity
 
   def slot_shares(self) -> Bool[Array, 'G S E C']:
-    """Whether each slot holds each token; no slot holds a part of a token."""
+    """Whether each slot holds each token: True is a share of 1, False of 0."""
     return self._in_slots(self.kept.astype(jnp.int8)) > 0
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
@@ -153,10 +153,7 @@ class Routing:
     return self._in_slots(self.gate)
 
   def _in_slots(self, values: Leaf) -> Array:
-    """The values of served choices at their token and slot, [G, S, E, C].
-
-    Where a slot does not hold a token, there is 0.
-    """
+    """Served choices' values at their token and slot, [G, S, E, C]; else 0."""
     E, C = self.num_experts, self.bounded()
     if self.token_index is not None:
       return self._spread(values, self.slot)

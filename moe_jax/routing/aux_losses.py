@@ -1,9 +1,9 @@
 """The balancing losses of the literature, one function per equation.
 
-Losses are of real tokens alone, and unweighted. A function with the name of an
-equation returns the loss of each group, float32 [G], which is 0 in a group
-without real tokens; `over_groups`, `balance_of_rows` and `choice_losses` return
-sums over the real tokens of all groups.
+Losses are of real tokens alone, and unweighted. `balance_loss`, `z_loss`,
+`importance_loss` and `load_loss` return the loss of each group, float32 [G], 0
+in a group without real tokens; `over_groups`, `balance_of_rows` and
+`choice_losses` return sums over groups, each weighted by its real tokens.
 """
 
 import math
@@ -164,7 +164,7 @@ def importance_loss(
 def load_loss(
   probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
-  """CV(Load)^2, Load = the sum over tokens of P(x, i), `load_probability`.
+  """CV(Load)^2, where Load sums P(x, i), `load_probability`, over real tokens.
 
   Source: Eq. 10-11 of arXiv:1701.06538.
   """
@@ -183,7 +183,7 @@ def load_per_expert(
   counted: Bool[Array, 'G S #K'],
   num_experts: int,
 ) -> Float32[Array, 'G E']:
-  """The number of choices of each expert among those that `counted` marks."""
+  """The number of choices of each expert, where `counted` is True."""
   chosen = jax.nn.one_hot(expert_index, num_experts)
   return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))
 

@@ -38,11 +38,11 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to slots by a one-hot product.
+  """Fills slots with tokens, or mixtures of them, by a product with the shares.
 
   The rows of an expert are its slots in all groups, R = G * C. Empty slots are
   zero. The product costs O(S E C M) per group, which grows with the square of
-  the group size.
+  the group size, since C grows with S.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -74,7 +74,9 @@ def _back_by_masks(
 def _to_slots(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to the same rows as `_by_masks`, by index: O(S K M) per group.
+  """Moves tokens to slots by index, which costs O(S K M) per group.
+
+  The rows are those of `_by_masks`, with zeros in empty slots.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -189,7 +191,6 @@ def rows_by_expert(routing: Routing) -> Rows:
 
 
 def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
-  """The `Rows` made of the choice in each row and the row of each choice."""
   G, S, gate = len(routing.gate), routing.group_size, routing.gate
   if routing.token_index is None:
     shape, token = (G * S, -1), choice // gate.shape[-1]
@@ -201,7 +202,6 @@ def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
 
 
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
-  """The vector of the token in each row; zeros in an empty row."""
   x = x.reshape(-1, x.shape[-1])
   return take_tokens(x, rows.token, rows.row, len(x))
 
@@ -216,12 +216,12 @@ def _give_back(
   return y.reshape(shape)
 
 
-# A row holds at most one choice, and a choice has at most one row, so that
-# gates and their gradients are read by a gather. Where tokens choose, each
-# token has K choices, so that all other arrays are gathered, too. Where experts
-# choose, a token may have any number of rows, so that rows are added to their
-# tokens by a scatter-add: its cost grows with the number of rows, while the
-# cost of a list of each token's rows would grow with the number of experts.
+# A row holds at most one choice, and a choice has at most one row, so that the
+# functions below read gates and their gradients by a gather. Where tokens
+# choose, each token has K choices, so that rows are gathered, too. Where
+# experts choose, a token may have any number of rows, so that rows are added to
+# tokens by a scatter-add: its cost grows with the number of rows, while a
+# gather would need a list of E rows for each token.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -263,7 +263,6 @@ take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
 def _sum_rows(
   values: Float[Array, '*R M'], rows: Rows, num_tokens: int
 ) -> Float[Array, 'N M']:
-  """The rows of each token, weighted by the token's gates and summed."""
   gate = rows.gate[..., None].astype(values.dtype)
   if rows.row.ndim == 2:
     flat = values.reshape(-1, values.shape[-1])  # [R, M]
@@ -279,9 +278,9 @@ def _sum_rows_fwd(values, rows, num_tokens):
 def _sum_rows_bwd(num_tokens, saved, dy):
   del num_tokens
   values, (token, choice, row, gate) = saved
-  # Both gradients are computed from one gather, the row of dy for each expert
-  # row. A second gather, of each choice's expert row, would move as many bytes
-  # again.
+  # The gradients of rows and of gates are computed from one gather, the row of
+  # dy for each expert row. To gather the expert row of each choice, for the
+  # gates, would move as many bytes again.
   row_dy = _take_or_zero(dy, token)  # [*R, M]
   d_row_gate = jnp.einsum(
     '...M,...M->...',

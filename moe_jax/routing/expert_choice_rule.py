@@ -1,8 +1,8 @@
 """Expert choice: each expert picks the tokens it wants most.
 
-https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
-as many experts as pick it, or none. The picks depend on all tokens of the
-group, so that the rule is not causal.
+https://arxiv.org/abs/2202.09368. All experts pick equally many tokens, and a
+token may be picked by any number of experts, or by none. A pick depends on all
+tokens of the group, so that the rule is not causal.
 """
 
 import jax

@@ -49,7 +49,7 @@ class GivenChoices(NamedTuple):
     """Whether each expert may take each token, where experts choose tokens.
 
     An expert may take the tokens that are imposed on it, and takes all of them.
-    Every expert may take a token all of whose choices are open.
+    Every expert may take a token all of whose choices are `OPEN`.
     """
     chosen = jax.nn.one_hot(self.expert, num_experts, dtype=jnp.bool_)
     return chosen.any(2) | (self.expert == OPEN).all(2, keepdims=True)
@@ -59,7 +59,7 @@ def check_given(given: GivenChoices | None, sparse: Sequence[bool]) -> None:
   """Raises ValueError unless choices are [B, T, L, K] of L sparse layers.
 
   Args:
-    given: The choices that are imposed on a stack of layers, if any.
+    given: The choices that are imposed on a stack of layers; None passes.
     sparse: A flag for each layer, whether it has experts.
   """
   if given is None:
@@ -77,10 +77,10 @@ def given_to_layer(
   sparse: Sequence[bool],
   layer: int | Int32[Array, ''],
 ) -> GivenChoices | None:
-  """The choices [B, T, K] of one layer, whose index may be traced.
+  """The choices [B, T, K] of one layer of a stack; None if none are imposed.
 
-  For a layer that is not sparse these are the choices of another layer, and the
-  layer has to ignore them.
+  `layer` counts all layers, and may be traced. A layer that is not sparse gets
+  the choices of another layer, and has to ignore them.
   """
   if given is None:
     return None
@@ -118,7 +118,8 @@ def given_choice(
     expert_index: K different experts for each token.
     gate: The gate of each choice.
     num_experts: The number E of experts.
-    capacity, mask: As in `token_choice`.
+    capacity: C, the slots of an expert in each group; None for no bound.
+    mask: False for padding, which takes no slot. Default: all real.
     slot_priority: 'token_major' or 'choice_major'; there are no probabilities
       to order the tokens by, as 'batch_priority' would.
     given: The imposed choices, whose experts already are in `expert_index`;
@@ -224,7 +225,8 @@ def queue_choices(
     mask: False for padding.
     num_experts: The number E of experts.
     capacity: C, or None for no bound.
-    slot_priority, order: As in `queue_slots`.
+    slot_priority: 'token_major'; any other value makes choice-major queues.
+    order: The order in which tokens queue; None for that of the sequence.
     sent: Whether a second policy sends each choice. Default: all are sent.
     holds_place: Whether a choice that is not sent still counts in its expert's
       queue, so that later choices have the same slots as if it were sent.
@@ -236,8 +238,8 @@ def queue_choices(
   if given is not None and given.kept is not None:
     is_imposed = given.expert != OPEN
     served = jnp.where(is_imposed, real & given.kept, served)
-    # Where `order` sorts the tokens by probability, it is not known which of
-    # the choices that were not served stood in front of a served one.
+    # If `order` sorts the tokens by probability, it is not known which choices
+    # that were not served stood before a served one: only served ones queue.
     if not holds_place or order is not None:
       queued = jnp.where(is_imposed, served, queued)
   slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)
@@ -253,7 +255,7 @@ def queue_choices(
 
 
 def _is_full(expert_index, served, E, capacity):
-  """Whether the expert of each choice has no slot left."""
+  """Whether the expert of each choice [G, S, K] has all its slots served."""
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [G, S, K, E]
   count = (chosen & served[..., None]).sum((1, 2))  # [G, E]
   return (chosen & (count >= capacity)[:, None, None]).any(-1)
@@ -320,7 +322,7 @@ def places_by_sum(
 def places_by_sort(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """Returns what `places_by_sum` does, by a sort, whose time is without E."""
+  """Returns what `places_by_sum` does, by a sort in time independent of E."""
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
   sorted_key = key[order]

@@ -206,7 +206,7 @@ def forced_choices(
     num_experts: The number E of experts.
     num_selected: K, in [1, E].
     layer: The index of the layer; each layer has other choices.
-    key: The key of random choices; None: they are the same each time.
+    key: The key of random choices; None: a layer's are the same in each call.
   """
   sizes = dict(num_experts=num_experts, num_selected=num_selected)
   if kind == IN_TURN:

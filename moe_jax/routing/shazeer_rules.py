@@ -94,7 +94,8 @@ def load_probability(
   Args:
     logits: The logits without and with noise.
     num_selected: K.
-    largest: The min(K + 1, E) experts of largest noisy logits, if known.
+    largest: The min(K + 1, E) experts of largest noisy logits, the largest
+      first. None: they are computed.
   """
   E, K = logits.noisy.shape[-1], num_selected
   if K >= E:
@@ -143,10 +144,11 @@ def hierarchical_load(
   branch_index: Int32[Array, 'G S K1'],
   mask: Bool[Array, 'G S'],
 ) -> Float32[Array, 'G E']:
-  """Load_H, for expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
+  """Load_H of expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
 
-  X_i are the real tokens that chose branch i; the load of a branch that no
-  token chose is 0. The primary gate's gradient comes from the first factor.
+  Load_p and Load_i sum the P(x, .) of the primary gate and of branch i's gate.
+  X_i are the real tokens that chose branch i; its load is 0 if none did. The
+  primary gate's gradient comes from the first factor.
 
   Args:
     branch_probability: P(x, i) of the primary gate (`load_probability`).
@@ -172,7 +174,7 @@ def hierarchical_load(
 
 
 class GateLevel(NamedTuple):
-  """The choices of one of two levels of gates, for N tokens or branch choices.
+  """One of two levels of gates, for N tokens or for N choices of branches.
 
   Attributes:
     clean: float32 [G, N, E], the logits without noise.

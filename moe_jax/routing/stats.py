@@ -85,8 +85,8 @@ def routing_stats(
     router_logits: The logits of which the routing was made; None if there are
       none, or if the routing is a soft mixture.
     mask: False for padding.
-    num_selected: K, the length of `overflowed` and `unsent`; None where tokens
-      choose, whose choices tell it.
+    num_selected: K, the length of `overflowed` and `unsent`. It may be None
+      only where tokens choose, whose number of choices is then K.
   """
   routing, real = jax.lax.stop_gradient(routing), mask[..., None]
   K = num_selected
@@ -156,9 +156,9 @@ class ExchangeStats(NamedTuple):
       whose expert was not shadowed.
     shadowed: float32 [], experts that were shadowed: sent to all devices, so
       that their rows stay where they are.
-    choices: float32 [], the number of sets of devices that exchange rows,
-      summed over microbatches; shadowed / choices is the mean number of
-      shadowed experts.
+    choices: float32 [], the number of choices of experts to shadow: one in each
+      microbatch by each set of devices that exchange rows with each other;
+      shadowed / choices is the mean number of shadowed experts.
     overflow: float32 [], rows for which the exchange had no room, and which
       were dropped. Routers do not know of such drops: the rows count as served
       in `RoutingStats`, and as kept in traces.

@@ -108,8 +108,8 @@ def token_choice(
 
   Raises:
     ValueError: K is not in [1, E], an option is unknown, capacity < 1, K=1
-      with renormalised gates (the gate would be the constant 1, so that the
-      router has no gradient), or 'sampled' with K other than 2.
+      with renormalised gates (always 1, so that the router has no gradient),
+      'sampled' with K other than 2, or a threshold not in (0, 1].
   """
   E, K = router_logits.shape[-1], num_selected
   check_capacity(capacity)
@@ -162,7 +162,7 @@ def choice_slots(
   key: PRNGKey | None = None,
   given: GivenChoices | None = None,
 ) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
-  """The slot of each choice, and whether it is served; see `token_choice`."""
+  """The `slot` and `kept` of a `Routing`; arguments as in `token_choice`."""
   K, sent, order = expert_index.shape[-1], None, None
   if key is not None and second_policy != 'all' and K > 1:
     share = jax.nn.softmax(at_choices(router_logits, expert_index))
@@ -171,8 +171,8 @@ def choice_slots(
     first = jnp.arange(K) == 0
     sent = decided(first[None, None] | (scale * share > draw))
   if slot_priority == 'batch_priority':
-    # Tokens queue by their largest probability, chosen or not. Its logarithm,
-    # which is computed here, gives the same order.
+    # Tokens queue by their largest probability, the largest first, even if its
+    # expert is not chosen. Minus its logarithm, computed here, sorts them so.
     logits = jax.lax.stop_gradient(router_logits)
     order = jnp.argsort(jax.nn.logsumexp(logits, axis=-1) - logits.max(-1))
   return queue_choices(
@@ -249,12 +249,12 @@ def choice_gates(
   gates: str,
   kept: Bool[Array, 'G S K'] | None = None,
 ) -> Float32[Array, 'G S K']:
-  """The gates of choices; see `token_choice`.
+  """The gates of choices, of one of the kinds that `token_choice` describes.
 
   Args:
     router_logits: The logits, with their noise if they have any.
     expert_index: The chosen experts.
-    gates: One of `GATES`.
+    gates: The kind, one of `GATES`.
     kept: Whether each choice is served; a choice that is not has gate 0.
       Default: all are served.
   """
@@ -269,8 +269,8 @@ def choice_gates(
   elif gates == 'sigmoid':
     gate = jax.nn.sigmoid(chosen_logits)
   elif gates == 'sigmoid_renormalized':
-    # The gradient of a quotient would be NaN where the sum is near epsilon,
-    # whose square is 0 in float32.
+    # The quotient is computed by logarithms: its gradient would divide by the
+    # square of the sum, which is 0 in float32 where the sum is near epsilon.
     gate = jax.nn.log_sigmoid(chosen_logits)
     normalizer = jax.nn.logsumexp(gate, axis=-1, keepdims=True)
     gate = jnp.exp(gate - jnp.logaddexp(normalizer, math.log(_EPSILON)))

@@ -65,7 +65,7 @@ class Checkpointer(Directory):
 
   @property
   def last_step(self) -> int | None:
-    """The step that was last saved, is being saved, or was restored."""
+    """The step that is being saved, or was last saved or restored, if any."""
     return self._pending[0] if self._pending else self._last_step
 
   def save(
@@ -179,7 +179,7 @@ class Checkpointer(Directory):
         local device.
       step: The step to read instead of the newest good one.
       partial: Whether the checkpoint may hold more than `abstract_state`, such
-        as the optimizer's state; the rest is not read.
+        as the optimizer's state, which is then not read.
       cast: Whether `abstract_state` may have other floating-point types than
         were saved; leaves are converted as they are read.
       first: The collections to use instead of `abstract_state` for a checkpoint
@@ -242,7 +242,7 @@ class Checkpointer(Directory):
     """Adds values to a saved step's manifest, then deletes old checkpoints.
 
     Values of the same name are replaced. This runs on the checkpointer's
-    thread, after its pending save.
+    thread, after its pending save, which is `before` unless it is done.
     """
     if before is not None:
       before.result()
@@ -271,8 +271,8 @@ class Checkpointer(Directory):
     The manifest is added, the folder gets its final name, and old checkpoints
     are deleted. This runs on the checkpointer's thread.
     """
-    # With a copy on the host another try repeats the whole save, so that no
-    # single step of it is repeated.
+    # With a copy on the host another try repeats the whole save; so writing the
+    # manifest and renaming are not tried again by themselves.
     retry = self.retry if copy is None else Retry()
 
     def finish():

@@ -49,9 +49,9 @@ class Recorder:
     workdir: The folder of the run.
     total_steps: The number of steps of the whole run.
     log_every_steps: The number of steps between two rows.
-    max_nonfinite_steps: The number of steps that may be skipped.
+    max_nonfinite_steps: The number of steps that may be skipped as not finite.
     batch_tokens: The number of tokens of a batch.
-    moes: The mixture of experts of each layer, as in `Stacks.moes`.
+    moes: The options of each layer's mixture of experts; None if it is dense.
     state: The shapes of the train state.
     checkpoints: The run's checkpoints, which an error names.
     tell: Makes a text of an evaluation's row of metrics without a loss.
@@ -136,8 +136,7 @@ class Recorder:
     out.
 
     Raises:
-      NonFiniteError: More than `max_nonfinite_steps` steps were not
-        finite.
+      NonFiniteError: More than `max_nonfinite_steps` steps were not finite.
     """
     self._ended = self._thread.submit(_time_of_end, metrics.loss)
     self._flush()
@@ -145,7 +144,9 @@ class Recorder:
 
   @contextlib.contextmanager
   def paused(self, cause: str) -> Iterator[None]:
-    """Reads the metrics of the last step; no step is taken while the body runs.
+    """Reads the last step's metrics, then counts the body's time for a cause.
+
+    The body takes no step.
 
     Args:
       cause: The reason for the pause: 'evaluation' or 'checkpoint'.
@@ -288,7 +289,7 @@ def _time_of_end(array: Any) -> float:
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps, also of before a restart, whose batches are in the workdir."""
+  """The steps, of earlier starts too, whose batches were kept as not finite."""
   numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 

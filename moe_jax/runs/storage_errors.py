@@ -60,7 +60,10 @@ class Retry(NamedTuple):
 
 
 def is_transient(error: BaseException | None) -> bool:
-  """Whether another try may succeed after an error, or after its cause."""
+  """Whether another try may succeed after an error; None gives False.
+
+  An error of unknown kind is judged by its cause.
+  """
   while error is not None:
     # Names are compared, since requests, aiohttp and gcsfs, whose errors have a
     # status or a code, need not be installed.

@@ -82,10 +82,10 @@ def summarize(
 ) -> dict[str, Any]:
   """A row of metrics with `loss`, `drop_rate`, and `layer_<i>/...` by router.
 
-  The loss is in nats per token. The drop rate is that of
-  `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
-  all choices that fall on each expert, before drops. With `moe.force_balance` a
-  row has `forced_balance`, which is 1.
+  The loss is in nats per token. The drop rate is the fraction of choices of
+  experts that were dropped, averaged over sparse layers; `load` is the fraction
+  of all choices that fall on each expert, before drops. With
+  `moe.force_balance` a row has `forced_balance`, which is 1.
 
   Args:
     sums: Sums as `host` gives them.
@@ -108,15 +108,15 @@ def summarize(
 def layer_summary(
   sums: LossSums, layer: int, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
-  """The metrics of the router of one layer, which is a sparse one.
+  """The metrics, by name, of the router of layer `layer`, counted from 0.
 
   Raises:
     ValueError: A user's own router chose experts that the layer lacks.
   """
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   moe = cast(MoeOptions, moes[layer])
-  # Layers of an encoder and a decoder may differ in E and K, and zeros fill
-  # the statistics of all layers up to the largest.
+  # Layers of an encoder and a decoder may differ in E and K. Statistics have
+  # the largest E and K of all layers, filled up with zeros, which are cut off.
   E, K = moe.num_experts, moe.num_selected
   stats = aux.stats._replace(
     load=aux.stats.load[:E],

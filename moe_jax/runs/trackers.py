@@ -42,7 +42,7 @@ class TensorBoard:
     self._write(first_step, session_log={'status': 'START'})
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
-    """Adds the numbers of a row of metrics."""
+    """Adds the numbers of a row of metrics as the scalars of a step."""
     value = [{'tag': k, 'simple_value': v} for k, v in row.items()]
     self._write(step, summary={'value': value})
 

@@ -91,12 +91,12 @@ def averaging(
 
 
 def averaged(params: Any, averages: Averages | None) -> Any:
-  """The parameters, each replaced by its running mean where it has one."""
+  """The parameters; running means, if any, replace those that train."""
   if averages is None:
     return params
   return changed(averages.mean, params, lambda mean, p: mean.astype(p.dtype))
 
 
 def kept_by_optimizer(state: TrainState) -> Any:
-  """The optimizer's state, and the running means if the run keeps them."""
+  """The optimizer's state and the running means, None if a run keeps none."""
   return state.opt_state, getattr(state, 'averages', None)

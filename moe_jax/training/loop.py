@@ -62,15 +62,15 @@ def train_and_evaluate(
       when the function returns or raises.
     resume: Whether to go on even where the workdir's options differ.
     devices: The devices of the mesh; None means all devices.
-    initial: Gives the parameters for the section `init_from`; see
-      `setup.begin`.
+    initial: Gives the parameters of a new run, such as those of the run that
+      `init_from` names; None draws them from the seed.
 
   Raises:
     ValueError: The options or the data are bad; `workdir` cannot be written,
       belongs to another run, or another job uses it or has taken it.
     CheckpointError: A checkpoint could not be written or read.
-    NonFiniteError: The loss, the gradient or the new state is not finite;
-      nothing is saved after it.
+    NonFiniteError: The loss, the gradient or the new state was not finite in
+      more than `max_nonfinite_steps` steps; nothing is saved after them.
     Interrupted: Ctrl-C stopped the run before its end; it has saved.
   """
   if unserved := set(options.for_hooks) - {hook.serves for hook in hooks}:
@@ -236,7 +236,7 @@ def _evaluate(at: _Loop) -> bool:
 
 
 def _save(at: _Loop, best: float | None = None) -> None:
-  """Saves a checkpoint, or updates the manifest of the step's checkpoint.
+  """Saves a checkpoint; if the step has one, only its manifest is updated.
 
   Args:
     at: The run, and the step at which it is.
@@ -258,10 +258,10 @@ def _save(at: _Loop, best: float | None = None) -> None:
       run.message(f'step {at.step}: saving a checkpoint')
 
 
-# Processes agree by numbered calls where to stop: at the first number above
-# all that any process has passed to JAX. The numbers start at 1, since JAX acts
-# as if 0 had been passed; so they are not the steps, which start higher in a
-# resumed run.
+# Numbers of the calls in which processes ask JAX whether to stop. All stop at
+# the first number that no process had passed when the signal came; if none had
+# passed any, at 1, so the first call has the number 1. Steps would not do as
+# numbers: a resumed run begins above 1 and would then never stop.
 _CALLS = itertools.count(1)
 _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 

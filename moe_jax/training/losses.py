@@ -1,7 +1,7 @@
 """The loss that is minimised: a model's own loss, and weighted router losses.
 
 Sums are divided by normalisers of the whole batch, taken before it is split
-into microbatches, so that accumulation changes nothing. The weights of the
+into microbatches, so that their number changes nothing. The weights of the
 auxiliary losses are options of routers; a schedule multiplies them by a factor
 of the step. A new schedule is one class with its options and its factor.
 """
@@ -43,7 +43,7 @@ class Normalizers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-  """Coefficients of the losses that are added to a model's own.
+  """Coefficients of the losses that are added to the cross-entropy.
 
   Attributes:
     routers: Coefficients of the routers' losses by the loss's name, such as
@@ -92,7 +92,11 @@ def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
 def aux_loss(
   aux: MoeAux, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The weighted sum of the routers' losses, without losses of weight 0."""
+  """The weighted sum of the routers' losses, each per token that is routed.
+
+  The sum is over losses and layers, divided by `weights.num_averaged`. Losses
+  of weight 0 are left out.
+  """
   total = jnp.zeros((), jnp.float32)
   for loss, weight in weights.routers.items():
     if _counts(weight):
@@ -101,14 +105,17 @@ def aux_loss(
 
 
 def _counts(weight: Leaf) -> bool:
-  """Whether a loss is computed: its weight is not the constant 0."""
+  """Whether a loss is computed: its weight is an array, or a number but 0."""
   return isinstance(weight, jax.Array) or bool(weight)
 
 
 def total_loss(
   sums: LossSums, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The part of the whole batch's loss that a (micro)batch contributes."""
+  """The part of a batch's loss that the batch or a microbatch contributes.
+
+  `divisors` are those of the whole batch, so that microbatches add up to it.
+  """
   total = sums.cross_entropy / divisors.weight
   if _counts(weights.logits_z):
     total = total + weights.logits_z * sums.logits_z / divisors.weight
@@ -117,10 +124,7 @@ def total_loss(
 
 @dataclasses.dataclass(frozen=True)
 class AuxSchedule(Options):
-  """The contract of schedules of the auxiliary losses.
-
-  A subclass overrides `factor_at`.
-  """
+  """The base of schedules of auxiliary losses, which override `factor_at`."""
 
   losses: tuple[str, ...] = option(
     _BUILTIN,
@@ -184,7 +188,6 @@ class Constant(AuxSchedule):
   """A factor that no step changes: 1 keeps losses' weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor of losses' weights, a Python number, for any step."""
     return self.factor
 
 
@@ -192,7 +195,7 @@ class Constant(AuxSchedule):
 class Linear(AuxSchedule):
   """A factor that changes in a straight line from a first to a final value.
 
-  After the line it keeps the final value.
+  Before and after the line the factor keeps these values.
   """
 
   final_factor: float = option(
@@ -215,10 +218,6 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """The factor of losses' weights, linear in the step from `start_step` on.
-
-    It is `factor` before `start_step`, and `final_factor` after the line's end.
-    """
     if self.factor == self.final_factor:
       return self.factor
     fraction = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)

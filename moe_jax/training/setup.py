@@ -159,7 +159,6 @@ class Ended(Hook):
   ended: bool = False
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Sets `ended`, as nothing of the run is left to do."""
     self.ended = True
 
 
@@ -250,10 +249,11 @@ R = TypeVar('R', bound=RunOptions)
 def with_tokenizer(
   options: R, config: ConfigDict, folder: pathlib.Path
 ) -> tuple[R, list[str]]:
-  """The options with the tokenizer that a run takes in place of the config's.
+  """The options, with another tokenizer where a run does not take the config's.
 
-  It is the tokenizer of the run whose parameters this run begins with, or the
-  tokenizer in this run's folder where the config's cannot be read any more.
+  The other tokenizer is that of the run whose parameters this run begins with,
+  unless `init_from.keep_tokenizer` is False, or that in this run's folder where
+  the config's cannot be read any more.
 
   Args:
     options: The options of the run.
@@ -308,7 +308,8 @@ def begin(
 
   Args:
     run: The run, as `set_up` made it.
-    initial: Gives the parameters where there is no checkpoint.
+    initial: Gives the parameters where there is no checkpoint; None draws them
+      from the seed, and refuses options that name a run in `init_from`.
 
   Returns:
     The run, with the `row_offset` at which its data goes on; its state; and the

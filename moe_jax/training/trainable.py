@@ -62,7 +62,10 @@ class Trained:
     return sha.hexdigest() if self.masks else ''
 
   def count(self, tree: Any) -> int:
-    """The number of values of parameters, less experts that do not train."""
+    """The number of values in a tree like the parameters.
+
+    None and experts that do not train, by `masks`, count as 0 values.
+    """
 
     def size_of(path, leaf):
       mask = self.masks.get(path_name(path))
@@ -130,7 +133,7 @@ class Trained:
 
 
 def trained_by(adapters: Adapters, expression: str) -> Trained:
-  """The parameters that train: the adapters, or what an expression selects.
+  """The parameters that train: adapters, if any, or what `expression` selects.
 
   Raises:
     ValueError: The expression selects nothing, or a part that the model lacks.
@@ -223,8 +226,8 @@ def chosen_masks(
     names: The names of the parameters that train.
 
   Raises:
-    ValueError: The model has other sparse layers or experts, or no parameter of
-      experts trains.
+    ValueError: The model has other sparse layers, or other numbers of experts,
+      than `chosen`; or no parameter of experts trains.
   """
   moes = enumerate(model.stacks.moes)
   model_E = {i: moe.num_retained for i, moe in moes if moe is not None}

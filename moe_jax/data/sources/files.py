@@ -33,7 +33,7 @@ _FORMAT = 2  # how documents are cut and split, a part of the identity
 
 @dataclasses.dataclass(frozen=True)
 class FilesSource(SourceOptions):
-  """Files of text, JSON lines or parquet; see `document_files`.
+  """Documents in files of text, JSON lines or parquet, told apart by name.
 
   The pattern may be a URL that fsspec reads, such as 'gs://bucket/*.jsonl.gz'.
   """
@@ -99,7 +99,8 @@ class Part(NamedTuple):
 
   Attributes:
     span: The part.
-    split: 'train' or 'validation', or the rule that splits its documents.
+    split: 'train', 'validation', or a rule by which its documents are in both:
+      `_BY_HASH` or `_LAST_TENTH`.
     stamp: The file's `stamp_of` before the source's identity was taken, by
       which a later change of the file is noticed.
   """
@@ -110,7 +111,7 @@ class Part(NamedTuple):
 
 
 class FilePieces(Pieces):
-  """Parts of files, in pieces of about `PIECE_BYTES`."""
+  """The documents of parts of files, in pieces of about `PIECE_BYTES` bytes."""
 
   def __init__(self, parts: Iterable[Part], field: str, selection: Selection):
     """Groups the parts, in their order, into pieces."""
@@ -179,7 +180,7 @@ def _parts(
 
 
 def _file_splits(paths: Sequence[Path], pattern: str) -> dict[Path, str]:
-  """The split of each file, or the rule that splits its documents."""
+  """Each file's split, or the rule, such as `_BY_HASH`, for its documents."""
   if not all(map(is_text, paths)):
     return dict.fromkeys(paths, _BY_HASH)
   if len(paths) == 1:

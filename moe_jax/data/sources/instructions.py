@@ -87,7 +87,7 @@ class Drawn(NamedTuple):
 
   @property
   def subject(self) -> str:
-    """The key, or else the question; each is in one split only."""
+    """The text whose hash decides the split: the key, or else the question."""
     return self.key or self.question
 
 
@@ -110,7 +110,7 @@ class InstructionTask:
   metric: str = 'exact_match'
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """The content of example `index` of a split, and dice to draw its words.
+    """The content of example `index`, and dice for its template and shots.
 
     Raises:
       ValueError: The task has no example of the split.
@@ -136,7 +136,7 @@ class InstructionTask:
         have different keys.
 
     Raises:
-      ValueError: As `drawn`, or the task has too few examples.
+      ValueError: The task has no example of the split, or too few of 'train'.
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
@@ -170,7 +170,7 @@ _LETTERS = string.ascii_lowercase
 def _task(
   cluster: str, *templates: str, metric: str = 'exact_match'
 ) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
-  """A decorator that adds a function's task to `TASKS` under its name."""
+  """A decorator that makes a function a task in `TASKS`, under its name."""
 
   def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
     name = draw.__name__.removeprefix('_')
@@ -242,7 +242,7 @@ def functions() -> tuple[Function, ...]:
 
 @functools.cache
 def shorter(**most: int) -> tuple[Function, ...]:
-  """The functions with at most so many characters in each of these parts."""
+  """The functions with at most `most[field]` characters in each field named."""
   return tuple(
     f
     for f in functions()
@@ -252,7 +252,7 @@ def shorter(**most: int) -> tuple[Function, ...]:
 
 @functools.cache
 def digest() -> str:
-  """A text that is equal only for equal functions."""
+  """A text that is equal only where `functions` gives equal results."""
   sources = content_digest(source_files(MODULES))
   return f'Python {platform.python_version()} {sources}'
 
@@ -307,7 +307,7 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """Different answers in random order: the right answer and some of `texts`."""
+  """`count` different answers in random order, with `right` among them."""
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
@@ -764,7 +764,6 @@ class InstructionSource(SourceOptions):
 
   @property
   def cluster(self) -> str:
-    """The cluster of the task."""
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:

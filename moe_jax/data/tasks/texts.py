@@ -1,9 +1,9 @@
 """Tasks on texts: language modelling, and windows of text to be denoised.
 
-Prefix language modelling gives the beginning of a text, as in
-T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
-S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Span corruption cuts spans
-out of a text, as in T5, sections 3.1.4 and 3.3.4. UL2 mixes both.
+In prefix language modelling a model predicts how a text goes on: T5, section
+3.3.1 (https://arxiv.org/abs/1910.10683). In span corruption it predicts spans
+that are cut out of a text: T5, sections 3.1.4 and 3.3.4. UL2 mixes both, with a
+token for the mode before the inputs (https://arxiv.org/abs/2205.05131).
 """
 
 import abc
@@ -74,7 +74,7 @@ class LmTask(TaskOptions):
 
 
 class WindowTask(abc.ABC):
-  """Turns a window of text into inputs and targets.
+  """Turns a window, which is consecutive tokens of a document, into an example.
 
   Attributes:
     layout: Layout of the rows.
@@ -121,9 +121,10 @@ class DenoisedRows(ExampleRows):
 def windows(
   starts: Integer[np.ndarray, ' D'], total: int, longest: int
 ) -> Int[np.ndarray, 'P 2']:
-  """The begin and end of each window of 2 to `longest` tokens.
+  """The begin and end of each window, of 2 to `longest` tokens of a document.
 
-  Documents begin at `starts` and have `total` tokens in all.
+  Documents begin at `starts` and have `total` tokens in all. Each is cut into
+  as few windows as possible, of nearly equal lengths.
   """
   length = np.diff(starts, append=total)
   count = -(-length // longest)
@@ -156,7 +157,7 @@ class PrefixLmTask(TaskOptions):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(WindowTask):
-  """Windows of text, split in two at a position drawn anew each time.
+  """Windows of text, split in two at a position that each epoch draws anew.
 
   The targets end in an EOS only where the document does; a window from the
   middle of a document has no end to predict.
@@ -203,7 +204,6 @@ class PrefixLM(WindowTask):
     return shortest, np.clip(around_mean, shortest, most)
 
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of the examples that windows of `n` tokens give."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)
@@ -307,7 +307,7 @@ class SpanCorruption(WindowTask):
   def lengths(self, n: Counts) -> Lengths:
     """The lengths of examples of windows of `n` tokens.
 
-    None of the lengths falls as `n` rises.
+    None of the lengths falls as `n` rises, which `window` depends on.
     """
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
@@ -372,6 +372,12 @@ def corrupt(
 
   A sentinel replaces each span among the kept tokens, and precedes the span's
   tokens among the tokens that are cut out.
+
+  Args:
+    window: The N tokens.
+    mask: True for tokens that are cut out; a span is a run of True.
+    sentinels: The sentinels' ids, the first for the first span; there are at
+      least as many as spans.
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]

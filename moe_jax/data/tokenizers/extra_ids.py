@@ -142,7 +142,6 @@ class Extended(Tokenizer, kind='extended'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Extended':
-    """The tokenizer that `state` describes."""
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
 

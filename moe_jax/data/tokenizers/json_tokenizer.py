@@ -209,7 +209,7 @@ class Json(Tokenizer, kind='json'):
   def encode_chat(
     self, messages: Sequence[chat.Message], **variables: Any
   ) -> np.ndarray:
-    """The ids of a conversation, int32 [N]; see `chat.render`.
+    """The ids of a conversation, int32 [N], whose text `chat.render` makes.
 
     Raises:
       ValueError: There is no chat template, or it refuses the messages.
@@ -356,7 +356,12 @@ def _encoded(encode: Callable, given: Any, *, add_special_tokens: bool) -> Any:
 
 
 def _value_error(problem: str, error: BaseException) -> BaseException:
-  """A ValueError in place of an error of the library, such as a Rust panic."""
+  """The error to raise in place of one that came out of `tokenizers`.
+
+  An exception or a panic of the library becomes a ValueError, whose message is
+  `problem` and the first line of `error`. Any other error, such as the
+  KeyboardInterrupt of a Ctrl-C, is returned as it is.
+  """
   if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
     return InputError(f'{problem}: {first_line(error)}')
   return error  # Ctrl-C

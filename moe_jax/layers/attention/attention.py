@@ -1,7 +1,7 @@
 """Multi-head and grouped-query attention, of a sequence to itself or another.
 
-`AttentionBase` is the contract of the kinds of attention. Multi-head latent
-attention is a kind of its own, in `latent.py`.
+`AttentionBase` is the base of the options of all kinds of attention. Multi-head
+latent attention is a kind of its own, in `latent.py`.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ X = TypeVar('X', Array, Array | None)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBase(Options):
-  """The contract of the kinds of attention.
+  """The base of the options of all kinds of attention.
 
   Sizes of 0 stand for sizes that follow from the model's width; `within` fills
   them in.
 
   Attributes:
     PROJECTIONS: The projections that may add a bias.
-    ROTATED: The name of the option that sets how much of a head positions
-      rotate.
+    ROTATED: The name of the option for the width of the part of a head that
+      rotary positions may rotate.
     crosses: Whether a decoder's layers can attend to an encoder by this kind of
       attention.
   """
@@ -115,11 +115,11 @@ class AttentionBase(Options):
     raise NotImplementedError
 
   def within(self, width: int) -> Self:
-    """The options of attention in a model of this width, no size left at 0."""
+    """The options in a model of this width, where sizes of 0 are filled in."""
     return self
 
   def for_encoder(self) -> Self:
-    """The options of attention in an encoder, made from those in a decoder."""
+    """A decoder's options without the window, which no encoder has."""
     return dataclasses.replace(self, window=0, full_layers='none')
 
   @property
@@ -134,26 +134,26 @@ class AttentionBase(Options):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The number of heads and their width, for cached keys and for values."""
+    """The number of cached heads and their width, for keys and for values."""
     raise NotImplementedError
 
   @property
   def cached_values(self) -> int:
-    """The number of values that a cache keeps of a token in a layer."""
+    """How many numbers, of keys and values, a layer caches for a token."""
     return sum(heads * width for heads, width in self.cached_shapes)
 
   @property
   def decoding_products(self) -> int:
-    """The multiply-adds of a new token's attention to one cached token."""
+    """The multiply-adds, in one layer, of a new token with one cached token."""
     return self.num_heads * sum(self.head_widths)
 
   @property
   def projected_values(self) -> int:
-    """The number of a token's projected values that the backward pass needs."""
+    """How many numbers of a token's projections the backward pass needs."""
     return self.num_heads * self.head_widths[0] + self.cached_values
 
   def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of width M = `width`."""
+    """The number of parameters in the kernels, where M is `width`."""
     c = self.within(width)
     return width * (c.num_heads * sum(c.head_widths) + c.cached_values)
 
@@ -201,9 +201,9 @@ class Attention(nn.Module):
       segment_ids: The segment of each token in its row; None: each row is one
         segment.
       positions: The position of each token in its document.
-      bias: The bias of relative positions, which is added to the scaled scores.
+      bias: The bias of relative positions on the scaled scores; None: no bias.
       train: Turns on dropout.
-      memory: The encoder's output, which cross-attention reads.
+      memory: The encoder's output in cross-attention; None in self-attention.
       key_segment_ids: The segment of each token of the memory or, without a
         memory, of x. None: `segment_ids` for x; one segment for each row of a
         memory.
@@ -253,7 +253,7 @@ class Attention(nn.Module):
       x: Representations of the tokens after those of the cache.
       token_mask: False at padding, which comes in front.
       positions: The position of each token.
-      bias: The bias that is added to the scaled scores of every slot.
+      bias: The bias on the scaled scores of every slot; None: no bias.
       cache: The cache as `KVCache.begin` returned it.
       layer: The index of the layer.
     """
@@ -313,7 +313,7 @@ class Attention(nn.Module):
     return Keys(causal, c.window if causal else 0, c.score_scale, self.cross)
 
   def _queries(self, x, position_args):
-    """The queries [B, T, H, D], which positions have rotated."""
+    """The queries [B, T, H, D], rotated by positions in self-attention."""
     c = self.options.within(x.shape[-1])
     width, _ = c.head_widths
     # Unscaled scores start with the variance of scaled ones (T5).
@@ -332,7 +332,7 @@ class Attention(nn.Module):
     return key, value
 
   def _expanded(self, key, value):
-    """The keys and values of all heads, from what a cache keeps."""
+    """The keys and values to attend to, which here are those of the cache."""
     return key, value
 
   def _attend_slots(self, attention, query, key, value):
@@ -340,7 +340,7 @@ class Attention(nn.Module):
     return attention(query, key, value)
 
   def _heads(self, x, name, heads, shape, **init):
-    """Tokens projected to queries, keys or values, normalised and clipped."""
+    """Queries, keys or values by `name`, normed and clipped by the options."""
     options, scale = cast(AttentionOptions, self.options), None
     y = self._project(x, name, ('embed', heads, 'kv'), shape, **init)
     if name != 'value' and options.qk_norm != 'none':
@@ -372,7 +372,7 @@ class Attention(nn.Module):
     return y + b.astype(self.shared.dtype)[None, None]
 
   def _kernel(self, name, axes, inputs, outputs, **init):
-    """The kernel w_<name>, [*inputs, *outputs], as a matrix."""
+    """The parameter w_<name>, [*inputs, *outputs], reshaped to a matrix."""
     n, shape = len(inputs), (*inputs, *outputs)
     ins, outs = tuple(range(n)), tuple(range(n, len(shape)))
     kernel = parameters.kernel(
@@ -389,7 +389,7 @@ class Attention(nn.Module):
 
 
 def _only_real(x: X, segment_ids: Array | None) -> X | Array:
-  """x with zeros for NaN and infinities at padding, as 0 * NaN is NaN."""
+  """x with zeros for NaN and infinities at padding, which would spread."""
   if x is None or segment_ids is None:
     return x
   return without_nan(segment_ids > 0, x)
@@ -479,10 +479,9 @@ class AttentionOptions(AttentionBase):
     )
 
   def for_encoder(self) -> Self:
-    """The options of attention in an encoder, made from those in a decoder.
+    """A decoder's options without the window and with a key head for each head.
 
-    Every query head gets a key head of its own, as heads share keys only to
-    make a decoder's cache smaller.
+    Heads share keys only to make a decoder's cache smaller.
     """
     return dataclasses.replace(super().for_encoder(), num_kv_heads=0)
 
@@ -496,7 +495,6 @@ class AttentionOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The number of key heads and a head's width, for keys and for values."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
 

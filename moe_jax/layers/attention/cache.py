@@ -58,9 +58,9 @@ class KVCache(flax.struct.PyTreeNode):
   Attributes:
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
       window may have fewer slots S, with slot s at index s % S. In latent
-      attention they are short vectors and the rotated keys that heads share.
-    value: The values, in the layout of the keys; in latent attention, of width
-    0.
+      attention, N is 1 and a key is a latent vector with its rotated key.
+    value: The values, in the layout of the keys; in latent attention their
+      width is 0.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
@@ -129,7 +129,8 @@ class KVCache(flax.struct.PyTreeNode):
     """Reserves the next T slots; also returns the positions of the new tokens.
 
     After this call each layer fills the slots by `append` or `write`, and
-    `advance` ends the step. Padding gets the position of the token behind it.
+    `advance` ends the step. Padding gets the position of the token before it in
+    its row, or 0.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
@@ -143,9 +144,8 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
     """Keeps each row's newest token id; also returns the id before each token.
 
-    The id before the first token of a row is -1.
-
-    Padding may stand only in front of the new tokens.
+    The id before the first token of a row is -1. Padding may stand only in
+    front of the new tokens.
     """
     last, tokens = self.last_token[:, None], tokens.astype(jnp.int32)
     tokens = jnp.where(token_mask, tokens, last)
@@ -189,11 +189,11 @@ class KVCache(flax.struct.PyTreeNode):
     return layer_keys.shape[-2]
 
   def slots(self, layer: int | Int[Array, '']) -> Slots:
-    """The slots of one layer, in the order in which its arrays hold them."""
+    """The slots of one layer, in the order of its arrays, with `filled`."""
     return Slots(self.key, self.value, self.filled).at(layer)
 
   def _numbered(self, key, value, numbers: Int32[Array, ' S']) -> Slots:
-    """`Slots` whose `numbers` are the indices of the slots in their row.
+    """The `Slots` of these keys and values; `numbers` are their slots' indices.
 
     A slot whose index is below 0 holds no token yet.
     """
@@ -206,7 +206,7 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N U'],
   ) -> 'KVCache':
-    """Fills the slots that `begin` reserved, in one layer."""
+    """Writes keys and values of new tokens to the slots `begin` reserved."""
     slot = self.length
     if (length := self._num_slots(layer)) < self.max_len:
       slot = slot % length

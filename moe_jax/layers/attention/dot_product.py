@@ -17,8 +17,8 @@ from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
-# The smallest side of a block of the TPU kernel 'splash', and the sides that
-# are tried, in this order, as larger blocks make fewer steps.
+# The TPU kernel 'splash' needs a length that is a multiple of the first number.
+# The sides of its blocks are tried in order: larger blocks make fewer steps.
 _LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 
@@ -52,13 +52,13 @@ def attend(
       or, in another sequence, one segment for each row.
     keys: The rules for which of the segment's keys a token sees.
     implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
-    bias: The bias that is added to the scaled scores.
+    bias: The bias that is added to the scaled scores; None: no bias.
     sinks: The logit of each head that stands beside the scores in the
-      denominator of the softmax, and weighs nothing.
-    dropout: A function that drops some of the weights.
+      denominator of the softmax, and weighs no value; None: no sinks.
+    dropout: A function that drops some of the weights; None drops none.
     checked_alone: Whether the implementation is only checked, while einsum
-      computes: where parameters are made the output is not used, and arrays are
-      on no mesh yet.
+      computes: where parameters are initialised the output is not used, and
+      arrays are on no mesh yet.
 
   Raises:
     ValueError: The implementation cannot serve the options or this machine.
@@ -150,7 +150,7 @@ def _cuda_capability() -> float:
 def _of_one_width(f, query, key, value, *ids, keys, **options):
   """The result of f, an attention that needs keys as wide as values.
 
-  Zeros pad the narrower ones.
+  Zeros widen keys and queries, or values, whichever are narrower.
   """
   scored, width = key.shape[3], value.shape[3]
   if scored == width:
@@ -198,11 +198,10 @@ def cached(
   sinks: Float32[Array, ' H'] | None = None,
   slot_numbers: Int[Array, ' S'] | None = None,
 ) -> Float[Array, 'B T H U']:
-  """Attends to a cache [B, N, S, D], with the first query at slot `start`.
+  """Attends to cached keys and values, with the first query at slot `start`.
 
-  A causal query sees no slots behind its own, filled or not. With
-  `slot_numbers`, key s is in slot slot_numbers[s], and the bias has a column
-  for each slot.
+  A causal query sees no slots after its own, filled or not. Key s is in slot s
+  or, if given, in slot `slot_numbers[s]`; slots are the bias's last axis.
   """
   B, T, H, _ = query.shape
   N, S = key.shape[1:3]
@@ -223,14 +222,14 @@ def cached(
 
 
 def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:
-  """The softmax of scores that a mask [b, T, S] shows, and of heads' sinks."""
+  """The softmax over scores that a mask [b, T, S] shows, and heads' sinks."""
   if sinks is not None:
     sinks = sinks.reshape(1, *scores.shape[1:3], 1, 1)
   return masked_softmax(scores, mask[:, None, None], sinks)
 
 
 def jax_nn(query, key, value, ids, key_ids, *, keys, bias, implementation):
-  """JAX's own attention; rows of several segments need a mask in memory."""
+  """Calls JAX's own attention; segments need a mask [B, 1, T, S] in memory."""
   mask = None
   if ids is not None:
     lengths = query.shape[1], key.shape[1]

@@ -9,7 +9,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
 class Keys(NamedTuple):
-  """The rules for which keys a query sees, besides the segments.
+  """The rules for which keys of its own segment a query sees.
 
   Attributes:
     causal: Whether a query sees no key after its own.
@@ -40,7 +40,8 @@ def visible(
   """Whether the query at position start + t sees the key at position s.
 
   Call this function where the mask is used, so that the mask is fused and never
-  stored. With `key_positions`, key s is at position key_positions[s].
+  stored. With `key_positions`, key s is at position key_positions[s]. Where
+  segment ids are None, each row is one segment.
   """
   T, S = lengths
   query_position = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]

@@ -60,7 +60,7 @@ def apply_experts(
     ffn: The computation of one feed-forward expert.
     params: The parameters, each [E, ...]; for `Unrolled`, a list with the
       parameters of each expert.
-    x: Groups of tokens, of the type of products.
+    x: Groups of tokens, in the model's dtype.
     routing: The experts and the gates of each token.
     dispatch: The options that say how tokens move and are multiplied.
     layout: The layout of groups and experts on a mesh; None on one device.
@@ -84,8 +84,8 @@ def apply_experts(
     if layout is None:
       return by_row.summed(params, x, routing, key), None
     if ffn.use_bias:
-      # A bias that each device added to its part of F would count several
-      # times.
+      # If F were split, each device would add the whole bias to its part of
+      # the product, and the sum over devices would have it several times.
       layout = dataclasses.replace(layout, hidden=())
     return exchange_sorted(
       by_row,
@@ -105,7 +105,7 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The gated sums of outputs of experts that all have equally many rows."""
+  """The result of `apply_experts` where experts have equally many rows."""
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -128,7 +128,7 @@ class FeedForwardExperts(nn.Module):
   """E independent feed-forward layers.
 
   Every expert starts from its own draw, with the fan-in of one expert. With
-  E=1 this is the dense layer. The parameters are the same whatever the dispatch
+  E = 1 this is a dense layer. The parameters are the same whatever the dispatch
   is, except that under `Unrolled` each expert has arrays of its own.
 
   Attributes:
@@ -144,7 +144,7 @@ class FeedForwardExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Calls `apply_experts`, with dropout if `train`."""
+    """Returns the result of `apply_experts`, with dropout if `train`."""
     ffn, dispatch = self.ffn, self.dispatch
     E, M = routing.num_experts, x.shape[-1]
     if isinstance(dispatch, few_tokens.Unrolled):
@@ -191,7 +191,7 @@ class Twin(NamedTuple):
 
 
 class ExpertOptions(Options):
-  """The contract of an expert's options.
+  """The base of the options of all kinds of expert.
 
   A subclass defines `module`, or `experts` if its experts are applied in a way
   of their own.
@@ -292,7 +292,6 @@ class FeedForwardExpert(ExpertOptions):
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """Yields no reason, as each dispatch serves feed-forward layers."""
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
@@ -420,7 +419,7 @@ class SharedExpertOptions(Options):
 
 
 class SharedExpert(nn.Module):
-  """A feed-forward for every token, times the sigmoid of a gate if it has one.
+  """A feed-forward for every token, times a sigmoid gate if `options.gated`.
 
   Its output is added to that of the chosen experts (section 3.2 of
   arXiv:2401.06066), so that several shared experts are the same as one expert

@@ -1,4 +1,4 @@
-"""Experts in steps of few tokens on a CPU, without slices of kernels.
+"""Dispatches for decoding steps of few tokens on a CPU.
 
 These dispatches are for XLA's CPU compiler alone (`kernels/cpu.py`): it copies
 a kernel that it slices out of a stack, which is too slow for a decoding step.
@@ -31,16 +31,16 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch for experts that each have own arrays, as from `unrolled`."""
+  """The dispatch for experts with arrays of their own, as `unrolled` makes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batched(Dropless):
-  """The dispatch that gives few tokens to all experts, and sorts many."""
+  """The dispatch in which all experts multiply all tokens if these are few."""
 
 
 def are_few(x: Float[Array, 'G S M']) -> bool:
-  """Whether tokens are so few that each used expert multiplies all of them."""
+  """Whether tokens are too few for sorting them by expert to be worthwhile."""
   return x.shape[0] * x.shape[1] <= FEW_TOKENS
 
 
@@ -50,7 +50,7 @@ def apply_all_experts(
   x: Float[Array, 'G S M'],
   routing: AnyRouting,
 ) -> Float[Array, 'G S M']:
-  """The gated sums of experts' outputs, where each expert has all tokens.
+  """The gated sums of experts' outputs, where each multiplies all tokens.
 
   Args:
     ffn: The computation of one expert.
@@ -113,7 +113,7 @@ def apply_one_by_one(
 
 
 def _tokens_and_gates(x, routing):
-  """All tokens [N, M], and the gates of all experts [N, E]; 0 if not chosen."""
+  """All tokens [N, M], and gates [N, E]: 0 where the expert is not chosen."""
   gate = routing.token_gates().reshape(-1, routing.num_experts)
   # A NaN of a token that no expert serves would stay, as 0 * NaN is NaN.
   return without_nan((gate != 0).any(1), x.reshape(-1, x.shape[-1])), gate
@@ -136,10 +136,10 @@ def fold_unrolled(
   step: Callable[[int, Any, Array], Array],
   y: Float[Array, 'N M'],
 ) -> Float[Array, 'N M']:
-  """Takes y = step(e, p, y) for each used expert e, if experts have own arrays.
+  """Takes y = step(e, p, y) for each used expert e; returns the last y.
 
-  This is the argument `fold` of `apply_one_by_one`, given the parameters p of
-  each expert.
+  With `experts`, the parameters p of each expert, this function is the argument
+  `fold` of `apply_one_by_one`.
   """
   for e, p in enumerate(experts):
     y = jax.lax.cond(
@@ -149,12 +149,12 @@ def fold_unrolled(
 
 
 def own_name(expert: int) -> str:
-  """The name of the `OneExpert` of the expert with this index."""
+  """The name of the module `OneExpert` that has the parameters of an expert."""
   return f'expert_{expert}'
 
 
 def unrolled(params: dict[str, Any]) -> dict[str, Any]:
-  """The parameters of a model for the dispatch `Unrolled`.
+  """The parameters with arrays of its own for each expert, for `Unrolled`.
 
   Args:
     params: The parameters of the model, or of a part of it, with any other
