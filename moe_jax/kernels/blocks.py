@@ -96,7 +96,10 @@ def for_each_block(
 ) -> Any:
   """Folds `body(block, the expert's kernels, carry)` over all blocks, in order.
 
-  Experts without rows are skipped. `carry` is updated in place.
+  `body` returns the next carry, which is updated in place; the last one is
+  returned. `kernels` are arrays [E, ...], of which `body` gets one expert's,
+  [...]. Of N = `num_rows` rows, sorted by expert, each expert has as many as
+  `group_sizes` says; experts without rows are skipped.
   """
   E, N = group_sizes.shape[0], num_rows
   sizes = block_sizes(N, E)
@@ -146,9 +149,10 @@ def dot(
   contract: tuple[int, int],
   dtype=None,
 ) -> Float[Array, '_ _']:
-  """The product of x and w over the axes `contract`, summed in float32.
+  """The product of x and w, summed in float32 over one axis of each.
 
-  The type of the result is `dtype`, by default that of x.
+  `contract` is the pair of that axis of x and that axis of w. The type of the
+  result is `dtype`, by default that of x.
   """
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
   y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
@@ -168,7 +172,10 @@ def matmul(
   group_sizes: Int32[Array, ' E'],
   transposed: bool,
 ) -> Float[Array, 'N _']:
-  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
+  """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
+
+  Rows are sorted by group; those past the last group come out zero.
+  """
   N = x.shape[0]
 
   def body(block, kernels, y):
@@ -185,7 +192,7 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group."""
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
 
   def body(block, _, dw):
@@ -205,10 +212,12 @@ def ffn(
   group_sizes: Int32[Array, ' E'],
   hidden: Callable[..., Array],
 ) -> tuple[Float[Array, 'N M'], tuple[Float[Array, 'N F'], ...]]:
-  """The output of E feed-forward layers, and their products with `w_ins`.
+  """hidden(x @ w_in, ...) @ w_out of E layers, and the products with `w_ins`.
 
-  All products of a block are computed before those of the next block, so that
-  its rows stay in the cache.
+  Each row of x, which are sorted by expert, is multiplied by its own expert's
+  kernels; `hidden` is elementwise. Rows past the last group come out zero. All
+  products of a block are computed before those of the next block, so that its
+  rows stay in the cache.
   """
   N, F = x.shape[0], w_out.shape[1]
 
@@ -236,6 +245,9 @@ def ffn_gradients(
   hidden: Callable[..., Array],
 ) -> tuple:
   """The gradients of x, w_ins and w_out; those of kernels are float32.
+
+  `firsts` are the products with `w_ins`, as `ffn` returned them, and dy is the
+  gradient of its output; the other arguments are those that `ffn` had.
 
   An expert's first block may also have rows of other experts, whose hidden
   values are multiplied by zero: if one of these values is infinite, the

@@ -45,8 +45,8 @@ BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'
 def describe(name: str, platform: str) -> str:
   """The backend's name, with a note where it is interpreted, and so is slow.
 
-  Examples are 'blocks', and 'megablox, interpreted: slow' on a CPU. For 'auto'
-  the name is that of the platform's backend.
+  Examples are 'blocks', and 'megablox, interpreted: slow' on the platform
+  'cpu'. For 'auto' the name is that of the platform's backend.
   """
   if name == AUTO:
     return BY_PLATFORM.get(platform, DEFAULT)
@@ -96,9 +96,10 @@ def grouped_ffn(
 ) -> Float[Array, 'N M']:
   """y[n] = hidden(x[n] @ w_in[e], ...) @ w_out[e], e the group of row n.
 
-  Rows, groups, types, backends and errors are as in `grouped_matmul`. The
-  backend 'blocks' does both products of a block in one loop; other backends do
-  one product after the other.
+  The result has the type of x; rows past the sum of the group sizes come out
+  zero. The backend 'blocks' does both products of a block in one loop; other
+  backends do one product after the other. Derivatives are reverse-mode and
+  first-order. On a mesh, call the function on each device, under `shard_map`.
 
   Args:
     x: The rows, sorted by expert.
@@ -107,7 +108,10 @@ def grouped_ffn(
     group_sizes: The number of rows of each expert, in all at most N.
     hidden: The elementwise function from the first products to the hidden
       values.
-    backend: The name of the backend.
+    backend: One of `BACKENDS`, or 'auto', the backend of the platform.
+
+  Raises:
+    ValueError: Shapes do not fit, or the backend is unknown.
   """
   _check_backend(backend)
   for w in w_ins:
@@ -150,7 +154,7 @@ def check_shapes(x, w, group_sizes) -> None:
 
 
 def _choose(run: Callable[[str], Callable], backend: str, *args):
-  """Calls run(backend)(*args); for 'auto' the compiler picks the backend."""
+  """run(name)(*args) of the backend, which the compiler picks for 'auto'."""
   if backend != AUTO:
     return run(backend)(*args)
   by_platform = {platform: run(name) for platform, name in BY_PLATFORM.items()}

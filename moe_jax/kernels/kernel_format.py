@@ -44,7 +44,7 @@ def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
 def unpack(
   packed: UInt8[Array, '*E P O'], bits: int, inputs: int
 ) -> UInt8[Array, '*E I O']:
-  """The codes that `pack` put into bytes, for I inputs."""
+  """The codes that `pack` put into bytes, without padding; I is `inputs`."""
   *stack, rows, units = packed.shape
   codes = packed[..., None, :]
   codes = codes >> _shifts(bits, codes.ndim) & (1 << bits) - 1
@@ -92,7 +92,10 @@ class KernelFormat(Options):
   )
 
   def stored_arrays(self, shape: tuple[int, ...]) -> dict[str, StoredArray]:
-    """The arrays that store a kernel of this shape, [*E, I, O], by name."""
+    """The arrays that store a kernel of this shape, [*E, I, O], by name.
+
+    They are 'codes', the arrays of the grid and, if it is ternary, 'offsets'.
+    """
     *stack, inputs, units = shape
     by_unit = (*stack, 1, units)
     if self.name == TERNARY:
@@ -134,10 +137,10 @@ class KernelFormat(Options):
   def codes(
     self, w: Float[Array, '*E I O'], grid: Grid
   ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
-    """The code of the value nearest to each weight.
+    """The code of the number of the grid that is nearest to each weight.
 
-    The codes of a ternary grid are -1, 0 and 1, and 0 where two values are
-    equally near.
+    The codes of a ternary grid are -1, 0 and 1, and 0 where two numbers
+    are equally near.
     """
     w = w.astype(jnp.float32)
     first, second = self._bounds(grid)
@@ -157,7 +160,7 @@ class KernelFormat(Options):
     return first * (codes.astype(jnp.float32) - second)
 
   def _bounds(self, grid: Grid) -> list[Array]:
-    """The low and high values of a ternary grid; of others, scale and zero."""
+    """'low' and 'high' of a ternary grid, 'scale' and 'zero' of others."""
     names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
     return [grid[name].astype(jnp.float32) for name in names]
 
@@ -214,7 +217,8 @@ class KernelFormat(Options):
 def fill_up(stored: Iterable[dict[str, Any]]) -> int:
   """Pads ternary kernels in place to the number of codes of the longest kernel.
 
-  Returns this number, which is the option `KernelFormat.num_codes`.
+  Returns this number, which is the option `KernelFormat.num_codes`. Each of
+  `stored` has the arrays of one kernel, as `KernelFormat.store` returns them.
   """
   stored = list(stored)
   num_codes = max(arrays['codes'].shape[-1] for arrays in stored)

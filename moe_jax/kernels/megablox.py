@@ -53,7 +53,10 @@ def matmul(
   group_sizes: Int32[Array, ' E'],
   transposed: bool,
 ) -> Float[Array, 'N _']:
-  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
+  """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
+
+  Rows are sorted by group; those past the last group come out zero.
+  """
   (N, M), E = x.shape, w.shape[0]
   F = w.shape[1 if transposed else 2]
   tiles = tiling(N, E, (M, F), _MATMUL_BYTES // x.dtype.itemsize)
@@ -80,7 +83,7 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group."""
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
   tiles = tiling(N, E, (M, F), _OUTER_BYTES // x.dtype.itemsize)
   rows, tile_m, tile_f = tiles
@@ -109,7 +112,7 @@ def _padded(x: Array, tile: tuple[int, ...]) -> Array:
 
 
 def _by_platform(kernel, *args) -> Array:
-  """The kernel's result; on a CPU the kernel is interpreted.
+  """The result of kernel(*args), which is interpreted on a CPU.
 
   The platform is known when the program is lowered: a program for a TPU may be
   compiled without a TPU.

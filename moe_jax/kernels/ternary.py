@@ -99,7 +99,8 @@ def dictionary(p0: float = P0) -> Dictionary:
 def _sequences(weights: int, nonzeros: int) -> np.ndarray:
   """The first 2^16 sequences of `weights` weights, `nonzeros` of them not 0.
 
-  A sequence is an int64 in which each weight takes 2 bits.
+  A sequence is an int64 in which each weight takes its low 2 bits, the first
+  weight the highest; all are of one class, in its order.
   """
   if not 0 <= nonzeros <= weights:
     return np.zeros(0, np.int64)
@@ -173,7 +174,10 @@ def encode(ternary: np.ndarray) -> Codes:
 def _parse(
   ternary: np.ndarray, table: Dictionary
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The codes of some rows of weights, and the number of codes of each row."""
+  """The codes of rows of weights [R, M], and the number of codes of each row.
+
+  The codes, uint16, follow each other row by row; `table` is the dictionary.
+  """
   R, M = ternary.shape
   bits = np.zeros((R, M + M % 2), np.int8)
   bits[:, :M] = ternary & 3

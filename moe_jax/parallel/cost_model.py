@@ -91,9 +91,9 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
 class Step(NamedTuple):
   """A training step of a layer's experts, as operations of its forward pass.
 
-  The first axis counts layers, or steps of training, that do not depend on each
-  other. In step j of the smart schedule, S_j sends rows, C_j multiplies them
-  and R_j returns the results.
+  The first axis counts N layers, or steps of training, that do not depend on
+  each other. In each of the g steps j of the smart schedule, S_j sends rows,
+  C_j multiplies them and R_j returns the results. W is the number of devices.
 
   Attributes:
     send: The seconds of each S_j.
@@ -153,7 +153,7 @@ class Step(NamedTuple):
 
   @property
   def forward_seconds(self) -> Float[np.ndarray, ' N']:
-    """The time from the first operation of a forward pass to its last."""
+    """Seconds of a forward pass by the smart schedule, from start to end."""
     sent, products, ready = _send_and_compute(
       self.send, self.compute, np.zeros_like(self.shadow_compute)
     )
@@ -164,7 +164,7 @@ class Step(NamedTuple):
 
   @property
   def backward_seconds(self) -> Float[np.ndarray, ' N']:
-    """The time from the first operation of a backward pass to its last."""
+    """Seconds of a backward pass by the smart schedule, from start to end."""
     shadow_compute = 2 * self.shadow_compute
     sent, _, ready = _send_and_compute(
       self.send, 2 * self.compute, shadow_compute
@@ -248,16 +248,19 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The times at which the S_j and C_j of a pass end; see `Step`.
+  """The times at which the sending S_j and the products C_j of a pass end.
+
+  In each of g steps j, S_j starts when S_(j-1) has ended, and C_j on a device
+  when S_j has ended for all and C_(j-1) on that device.
 
   Args:
-    send: The seconds of each S_j.
-    compute: The seconds of each C_j, on each device.
+    send: The seconds of each S_j, [N, g].
+    compute: The seconds of each C_j, on each device, [N, g, W].
     busy: The time until which each device computes something else.
 
   Returns:
-    The end of the last S_j; of the last C_j on each device; and, for each C_j,
-    its end on the device that ends last.
+    The end of the last S_j, [N]; of the last C_j on each device, [N, W]; and,
+    for each C_j, its end on the device that ends last, g times [N].
   """
   arrived = np.cumsum(send, -1)
   ready = []
@@ -302,7 +305,7 @@ def semi_ideal(
 ) -> Float[np.ndarray, ' N']:
   """A device's FLOPs per second if sending and products do not overlap.
 
-  Arguments are those of `ideal`. The formula holds where all devices have
-  equally many rows.
+  It computes `flops_per_second` between exchanges; `ratio` is of computation to
+  communication. The formula holds where devices have equally many rows.
   """
   return flops_per_second / (1.0 + 1.0 / ratio)

@@ -79,7 +79,7 @@ class Exchange(Options):
     return rows
 
   def pieces_spec(self, layout: Layout) -> PartitionSpec:
-    """The partition spec of a piece, of which `cut` makes one device's part."""
+    """How the mesh splits a piece, of which `cut` returns one device's part."""
     return layout.spec((), layout.groups)
 
   @required
@@ -194,12 +194,12 @@ EXCHANGES = Kinds(
 
 
 def target(layout: Layout, device: Leaf, step: int) -> Leaf:
-  """The device to which `device` sends in a step along the ring."""
+  """The device to which `device` sends in a step; both are ring indices."""
   return (device - step) % layout.devices(layout.exchanged)
 
 
 def _targets(layout: Layout) -> list[Leaf]:
-  """The device that this one sends to in each step; under `shard_map`."""
+  """The ring index to which this device sends in each step of the ring."""
   me = jax.lax.axis_index(layout.exchanged)
   steps = range(layout.devices(layout.exchanged))
   return [target(layout, me, step) for step in steps]
@@ -213,8 +213,9 @@ def permuted(
 ) -> Float[Array, '*R M']:
   """The rows that a device receives in step `number` of the ring.
 
-  Where `to_experts` is False, the rows that the device sent in this step return
-  to it. The function is called under `shard_map`. Step 0 moves nothing.
+  The argument `rows` has those that the device sends in this step. Where
+  `to_experts` is False, the rows that it sent in this step return to it. The
+  function is called under `shard_map`. Step 0 moves nothing.
   """
   if number == 0:
     return rows
@@ -244,7 +245,11 @@ def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _all_blocks(layout, rows):
-  """Undoes `own_blocks`, by a gather along the axes `layout.expert_only`."""
+  """The rows [E, R, M] of all experts, from a device's blocks [X, J, R, M].
+
+  X devices, along the axes that rows travel along, have J experts each. Those
+  of devices along `layout.expert_only` are gathered.
+  """
   sizes = [layout.sizes[name] for name in layout.exchanged]
   rows = rows.reshape(*sizes, *rows.shape[1:])
   for i, name in enumerate(layout.experts):

@@ -114,6 +114,9 @@ RAGGED_EXCHANGES = Kinds(
 class Plan(NamedTuple):
   """A plan for how the rows of one device travel to their experts and back.
 
+  J is the number of experts of a device, and R the number of rows for which it
+  has room.
+
   Attributes:
     traffic: The numbers of rows that go between devices; None where rows stay.
     local_sizes: int32 [J], the number of rows of each expert of this device.
@@ -267,7 +270,11 @@ def all_gather_reference(
   *,
   axis_name: Axes,
 ) -> Float[Array, 'R M']:
-  """The result of `jax.lax.ragged_all_to_all`, by a gather of all rows."""
+  """The result of `jax.lax.ragged_all_to_all`, by a gather of all rows.
+
+  The arguments are those of that function, for P devices along the mesh axes
+  `axis_name`; `recv_sizes` is not read.
+  """
   del recv_sizes  # the same numbers are in the senders' sizes
   P, N = send_sizes.size, len(operand)
   all_rows = jax.lax.all_gather(operand, axis_name).reshape(P * N, -1)

@@ -59,7 +59,10 @@ class Speeds:
   def of_bytes(
     cls, flops: float, bytes_per_second: float, sizes: Sizes
   ) -> 'Speeds':
-    """The speeds of devices whose bandwidth is given in bytes per second."""
+    """The speeds of devices whose bandwidth is given in bytes per second.
+
+    `flops` are FLOPs per second, and `sizes` tell the bytes of an element.
+    """
     return cls(flops, bytes_per_second / sizes.bytes_per_element)
 
 
@@ -113,10 +116,17 @@ def choose(counts: Any, sizes: Sizes, speeds: Speeds, *, most: int) -> Any:
   the seconds of two choices agree to seven digits, the choice there may be
   another than for counts of numpy.
 
-  Args and errors are those of `seconds_by_number`.
+  Args:
+    counts: The number of rows of each device that choose each expert, [E, W].
+    sizes: The sizes of the experts.
+    speeds: The speeds of the devices.
+    most: R, the largest number of shadowed experts.
 
   Returns:
     The indices of the shadowed experts, [R]; E where a place is unused.
+
+  Raises:
+    ValueError: W does not divide E, or `most` is not in [0, E].
   """
   experts, seconds = seconds_by_number(counts, sizes, speeds, most)
   xp = counts.__array_namespace__()
@@ -275,7 +285,7 @@ def moved_rows(
     return no_exchange()
 
   def away(counts):
-    """The number of these rows whose expert is not on this device."""
+    """How many of these rows have an expert that is on another device."""
     blocks = own_blocks(layout, counts).sum(1)  # [X]
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 

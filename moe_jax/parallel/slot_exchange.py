@@ -104,7 +104,10 @@ def exchange_slots(
     return pieces, staying_rows, shadowed[None], (sent, staying), stats
 
   def arrive(pieces, staying_rows, choices):
-    """The gated sum of outputs for each token of one device."""
+    """The gated sum of outputs for each token of one device.
+
+    `choices` are the routings of the rows that travelled and that stayed.
+    """
     sent, staying = choices
     y = sums_of(exchange.joined(layout, pieces), sent)
     return y if staying is None else y + sums_of(staying_rows[0], staying)
@@ -144,6 +147,8 @@ def exchange_slots(
 def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
   """Makes one group of a device's groups, with the choices that find room.
 
+  The exchange has room for a share of the slots; other choices are dropped.
+
   Raises:
     ValueError: The experts choose tokens.
   """
@@ -165,8 +170,10 @@ def _in_shadow(
 ) -> Float[Array, 'D R N M']:
   """The outputs of shadowed experts for the rows that stay on their devices.
 
-  R is the number of shadowed experts. The dimension D is split over the mesh
-  axes that split groups but not experts.
+  Each of R shadowed experts has N rows on a device. The dimension D is split
+  over the mesh axes that split groups but not experts. `shadowed` has the
+  indices of the experts, or E where a place is unused, whose outputs are those
+  of parameters of zero.
   """
 
   def local(params, shadowed):

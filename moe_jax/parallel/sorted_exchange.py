@@ -29,8 +29,8 @@ class SortedExperts(NamedTuple):
     compute: The function (params [J, ...], rows [N, M], sizes [J], key) ->
       rows, where sizes are the numbers of rows of J experts, and the key is
       that of dropout, or None.
-    params: The parameters, [E, ...].
-    axes: The logical axes of each parameter.
+    params: The parameters, [E, ...], by name.
+    axes: The logical axes of each parameter, by name.
     sizes: The sizes of an expert, from which shadowing computes costs.
   """
 

@@ -43,7 +43,8 @@ def biased_scores(
   Args:
     router_logits: The logits that the scores are computed from.
     bias: The bias of each expert.
-    scores: One of `SCORES`; see `scores_of`.
+    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each logit
+      by itself, or 'softmax' over all experts.
 
   Source: Eq. 3 of arXiv:2408.15664, whose scores are 'sigmoid'; its Appendix C
   has 'softmax'.

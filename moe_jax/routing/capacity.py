@@ -75,7 +75,7 @@ class Capacity(Options):
 
 @dataclasses.dataclass(frozen=True)
 class _Share(Capacity):
-  """A rule of a multiple of an expert's equal share of tokens or choices."""
+  """A capacity: `factor` times an expert's equal share of tokens or choices."""
 
   factor: float = option(
     1.25,

@@ -38,11 +38,12 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
-  """Fills slots with tokens, or mixtures of them, by a product with the shares.
+  """Fills slots by a product with the share of each token in each slot.
 
-  The rows of an expert are its slots in all groups, R = G * C. Empty slots are
-  zero. The product costs O(S E C M) per group, which grows with the square of
-  the group size, since C grows with S.
+  A slot holds one token or, by a `SoftRouting`, a mixture. The rows of an
+  expert are its slots in all groups, R = G * C. Empty slots are zero. The
+  product costs O(S E C M) per group, which grows with the square of the group
+  size, since C grows with S.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -76,7 +77,8 @@ def _to_slots(
 ) -> Float[Array, 'E R M']:
   """Moves tokens to slots by index, which costs O(S K M) per group.
 
-  The rows are those of `_by_masks`, with zeros in empty slots.
+  The rows of an expert are its slots in all groups, R = G * C. Empty slots are
+  zero.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -100,7 +102,10 @@ def _from_slots(
 def _to_sorted(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'N M']:
-  """Moves tokens to rows sorted by expert; empty rows are zero, and last."""
+  """Moves tokens to rows sorted by expert; empty rows are zero, and last.
+
+  N is the largest number of choices that the routing can keep.
+  """
   return _take(x, rows_by_expert(routing))
 
 
@@ -123,7 +128,7 @@ sorted_rows = Dispatcher(_to_sorted, _from_sorted)
 
 
 def _check_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-  """Raises ValueError where the number of rows is not that of the routing."""
+  """Raises ValueError unless `shape` without its last size M is `expected`."""
   if shape[:-1] != expected:
     raise InputError(
       f'rows has shape {shape}; the routing has {expected} of them'
@@ -236,7 +241,8 @@ def take_tokens(
   Args:
     x: The vectors of the tokens.
     token: The index of the token in each row; N in an empty row.
-    row: The row of each choice, as in `Rows`, for the gradient.
+    row: The row of each choice, or the number of rows where a choice has none,
+      for the gradient; [N, K] where tokens choose, [P] where experts do.
     num_tokens: N, the number of tokens.
   """
   del row, num_tokens
@@ -307,7 +313,13 @@ def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
 
 
 def _sum_into_tokens(rows, token, num_tokens):
-  """The sum of each token's rows, added up in float32."""
+  """The sum of each token's rows, added up in float32.
+
+  Args:
+    rows: The rows, [*R, M].
+    token: int32 [*R], the token of each row; `num_tokens` in an empty row.
+    num_tokens: The number of sums in the result, [num_tokens, M].
+  """
   total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
   total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
   return total.astype(rows.dtype)

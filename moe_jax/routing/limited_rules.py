@@ -56,8 +56,9 @@ def limited_scores(
       group loses if its score is negative.
 
   Raises:
-    ValueError: An option is unknown, E experts do not form `num_groups` such
-      groups, or `chosen_groups` is not in [1, num_groups].
+    ValueError: An option is unknown, `num_groups` does not divide E, groups
+      of one expert are to be rated by two scores, or `chosen_groups` is not in
+      [1, num_groups].
   """
   for name, value, allowed in (
     ('group_score', group_score, GROUP_SCORES),
@@ -84,7 +85,11 @@ def limited_scores(
 def group_problems(
   num_experts: int, num_groups: int, group_score: str
 ) -> Iterator[str]:
-  """The reasons why E experts cannot form `num_groups` groups, as texts."""
+  """The reasons why E experts cannot form `num_groups` groups, as texts.
+
+  Groups are equally large, and have at least two experts if `group_score` is
+  'two_best'. Nothing is yielded if all is well.
+  """
   size, remainder = divmod(num_experts, num_groups)
   if remainder:
     yield f'num_experts={num_experts} does not divide by {num_groups} groups'
@@ -154,5 +159,8 @@ def limited_choice(
 
 
 def _is_remote(index, node, per_node):
-  """Whether each choice [G, S, K] is an expert of another node."""
+  """Whether each choice, an expert's index [G, S, K], is on another node.
+
+  `node` [G] is the node of each group; a node has `per_node` experts.
+  """
   return index // per_node != node[:, None, None]

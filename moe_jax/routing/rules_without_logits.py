@@ -88,7 +88,10 @@ def hash_ids(
 def previous_tokens(
   tokens: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None = None
 ) -> Int[Array, 'B T']:
-  """The token before each token in its segment; -1 for the first."""
+  """The token before each token in its segment; -1 for the first.
+
+  A row is one segment if `segment_ids` is None.
+  """
   previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   if segment_ids is None:
     return previous

@@ -68,6 +68,8 @@ def noisy_logits(
 ) -> NoisyLogits:
   """Adds N(0, 1) * Softplus(noise) to the logits, or nothing if key is None.
 
+  The logits `clean` are x Wg, and `noise` is x Wnoise.
+
   Source: Eq. 4 of arXiv:1701.06538. With Wg and Wnoise initialised to zero, as
   in the paper, std starts at ln 2.
   """
@@ -85,6 +87,9 @@ def load_probability(
   largest: Int32[Array, 'G S N'] | None = None,
 ) -> Float32[Array, 'G S E']:
   """P(x, i): the chance that expert i is chosen if only its noise is redrawn.
+
+  P(x, i) = Phi((clean_i - kth_excluding(Z, K, i)) / std_i), where Z are the
+  noisy logits and Phi is the normal distribution's function.
 
   Source: Eq. 8-9 of arXiv:1701.06538. kth_excluding(Z, K, i) is the K-th
   largest of the noisy logits other than logit i; for i among the K largest, it
@@ -176,11 +181,16 @@ def hierarchical_load(
 class GateLevel(NamedTuple):
   """One of two levels of gates, for N tokens or for N choices of branches.
 
+  For the primary gate N is S, and E counts branches. For the gates of the
+  chosen branches N is S times the choices of a token, and E counts the experts
+  of one branch.
+
   Attributes:
     clean: float32 [G, N, E], the logits without noise.
     index: int32 [G, N, K], the chosen branches or experts.
     gate: float32 [G, N, K], the weights of `index`, before drops.
-    probability: float32 [G, N, E], P of `load_probability`; None without noise.
+    probability: float32 [G, N, E], the chance of each branch or expert to be
+      chosen, from `load_probability`; None without noise.
   """
 
   clean: Array
@@ -220,7 +230,7 @@ def levels_aux(
     load = cv_squared(expected_load)
 
   def summed(per_token):
-    """The sum over real tokens of a measure of the logits of both levels."""
+    """The sum over real tokens of `per_token`(logits), of both levels."""
     inner = per_token(expert.clean).reshape(branch.gate.shape)
     # Without a gradient of the weights, the z-loss does not move tokens to
     # branches with small logits.
@@ -249,8 +259,11 @@ def batchwise_choice(
 ) -> Routing:
   """The batchwise mask: each expert takes m = ceil(K S / E) tokens.
 
-  Each group is a batch of its own. In a padded group of n real tokens an expert
-  takes ceil(m n / S). Ties go to the earlier token.
+  They are those with the largest gates, the softmax of the logits; the gates of
+  the result sum to one over a token's experts. Each group is a batch of its
+  own. In a padded group of n real tokens, where the mask is True, an expert
+  takes ceil(m n / S). Ties go to the earlier token. A K that is not in [1, E]
+  raises ValueError.
 
   Source: Eq. 16 and 18 of arXiv:1701.06538.
   """
@@ -271,8 +284,13 @@ def threshold_choice(
 ) -> Routing:
   """The threshold mask: experts take tokens with gates above their threshold.
 
-  An expert with fewer slots than such tokens takes those with the largest
-  gates. With room for all, a token's experts depend on the token alone.
+  Gates are the softmax of the logits, and in the result sum to one over a
+  token's experts. An expert with fewer slots than such tokens takes those with
+  the largest gates. With room for all, a token's experts depend on the token
+  alone.
+
+  No expert takes padding, where the mask is False. An expert has `capacity`
+  slots in each group; a number that is not in [1, S] raises ValueError.
 
   Source: Eq. 19 of arXiv:1701.06538.
   """

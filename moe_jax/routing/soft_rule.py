@@ -80,7 +80,7 @@ class SoftRouting:
     return self.gate.sum(-1)
 
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
-    """The choices of real tokens: all E experts, which all serve each token."""
+    """All E experts as kept choices of each real token; -1 at padding."""
     shape = (*mask.shape, self.num_experts)
     kept = jnp.broadcast_to(mask[..., None], shape)
     expert = jnp.where(kept, jnp.arange(shape[-1], dtype=jnp.int32), -1)
@@ -94,7 +94,11 @@ class SoftRouting:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'SoftRouting':
-    """The slots of some experts, numbered anew as in `Routing.of_experts`."""
+    """The slots of some experts alone, numbered anew up to `num_experts`.
+
+    `number` has the new index of each expert, `num_experts` or more for experts
+    whose slots are left out. Weights are 0 at an index that no expert gets.
+    """
     E = self.num_experts
     source = jnp.full(num_experts, E, jnp.int32)
     source = decided(source.at[number].set(jnp.arange(E), mode='drop'))
@@ -120,7 +124,7 @@ def soft_logits(
 
 
 def _of_unit_length(x: Float32[Array, '*N'], axis: int) -> Float32[Array, '*N']:
-  """The vectors along an axis, divided by their lengths; 0 stays 0."""
+  """The vectors along `axis`, divided by their lengths; 0 stays 0."""
   square = (x**2).sum(axis, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(square, _LEAST))
 

@@ -162,7 +162,14 @@ def choice_slots(
   key: PRNGKey | None = None,
   given: GivenChoices | None = None,
 ) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
-  """The `slot` and `kept` of a `Routing`; arguments as in `token_choice`."""
+  """The slot of each choice, and whether it is served, as in a `Routing`.
+
+  `expert_index` has all choices, imposed ones (`given`) included. The mask is
+  False for padding, which takes no slot. The capacity is None for unbounded
+  experts. The priority is the order in which choices are served, and the policy
+  (with its threshold and its key, if any) says which choices after the first
+  are sent; `token_choice` lists the values of both.
+  """
   K, sent, order = expert_index.shape[-1], None, None
   if key is not None and second_policy != 'all' and K > 1:
     share = jax.nn.softmax(at_choices(router_logits, expert_index))
@@ -192,9 +199,9 @@ def choice_slots(
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:
-  """The experts of the K largest scores, without a gradient.
+  """The experts of the K largest scores, the largest first, without a gradient.
 
-  Ties go to the expert of the lower index.
+  Ties go to the expert of the lower index. K outside [1, E] is a ValueError.
   """
   check_selected(num_selected, scores.shape[-1])
   scores = jax.lax.stop_gradient(scores)
@@ -210,8 +217,9 @@ def at_choices(
 ) -> Float32[Array, '*G K']:
   """The values of the chosen experts, read by one-hot sums.
 
-  Unlike indexing, such a sum has a gradient that is a product, not a scatter,
-  and it needs no gather where `values` is sharded.
+  An index that is no expert's, such as -1, reads 0. Unlike indexing, such a sum
+  has a gradient that is a product, not a scatter, and it needs no gather where
+  `values` is sharded.
   """
   E = values.shape[-1]
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [..., K, E]
@@ -225,7 +233,10 @@ def choice_problems(
   gates: str = 'raw',
   second_policy: str = 'all',
 ) -> Iterator[str]:
-  """The reasons why `token_choice` refuses E, K or options, as texts."""
+  """The reasons why `token_choice` refuses E, K or options, as texts.
+
+  `gates` is one of `GATES`, and `second_policy` one of `SECOND_POLICIES`.
+  """
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
@@ -254,7 +265,8 @@ def choice_gates(
   Args:
     router_logits: The logits, with their noise if they have any.
     expert_index: The chosen experts.
-    gates: The kind, one of `GATES`.
+    gates: The kind, one of `GATES`; 'renormalized_after_drop' alone computes
+      the gates of a token from those choices that are kept.
     kept: Whether each choice is served; a choice that is not has gate 0.
       Default: all are served.
   """
