@@ -105,17 +105,17 @@ def kernel(
 
 
 def zero_kernel(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a kernel that starts at zero."""
+  """The initialiser of a kernel of these logical axes, which starts at zero."""
   return boxed(nn.initializers.zeros, axes, role=role, form='kernel')
 
 
 def bias(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a bias, which starts at zero."""
+  """The initialiser of a bias of these logical axes, which starts at zero."""
   return boxed(nn.initializers.zeros, axes, role=role, form='bias')
 
 
 def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a scale, which starts at one."""
+  """The initialiser of a scale of these logical axes, which starts at one."""
   return boxed(nn.initializers.ones, axes, role=role, form='scale')
 
 
@@ -156,7 +156,10 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
 
 
 def axes_of(abstract_variables: Any) -> Any:
-  """A tree of each variable's logical axes, with None for an unnamed axis."""
+  """A tree of each variable's logical axes, with None for an unnamed axis.
+
+  The variables are boxed arrays or shapes; without a box all axes are unnamed.
+  """
 
   def names(leaf):
     return leaf.names if hasattr(leaf, 'names') else (None,) * leaf.ndim
@@ -165,7 +168,7 @@ def axes_of(abstract_variables: Any) -> Any:
 
 
 def roles_of(abstract_variables: Any) -> Any:
-  """A tree with the `Role` of every variable, `Role()` if none was set."""
+  """A tree with the `Role` of every boxed variable, `Role()` without a box."""
 
   def role(leaf):
     is_known = isinstance(leaf, Parameter)

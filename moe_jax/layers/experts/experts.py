@@ -105,7 +105,18 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The result of `apply_experts` where experts have equally many rows."""
+  """Moves groups x to slots of experts, applies these, and sums the outputs.
+
+  Args:
+    experts: The `StackedExperts`, called with rows in slots [E, R, M].
+    x: The groups of tokens, [G, S, M].
+    routing: The experts and the gates of each token.
+    dispatch: The options of a dispatch into slots.
+    layout: The layout of groups and experts on a mesh; None on one device.
+
+  Returns:
+    The gated sums [G, S, M], and counts of what moved between devices, or None.
+  """
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -165,9 +176,10 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The layout of groups and experts on a mesh.
+  """The layout of groups x [G, S, M] and E experts on a mesh.
 
-  None on one device, and during initialisation.
+  None on one device, and during the initialisation of `module`. `hidden` is the
+  hidden width F of an expert; 1 where it is not to be split.
   """
   if module.is_initializing():
     return None
@@ -230,7 +242,10 @@ class ExpertOptions(Options):
   def call(
     self, module: nn.Module, rows: Float[Array, 'R M'], train: bool
   ) -> Float[Array, 'R M']:
-    """The output of one expert for its rows."""
+    """The output of one expert, a module that `module` made, for its rows.
+
+    `train` turns on its dropout.
+    """
     return module(rows, train)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
@@ -376,7 +391,9 @@ class ModuleExperts(nn.Module):
 
 
 def _as_rows(name: str, y: Any, rows: Array) -> Array:
-  """An expert's output in the type of its rows.
+  """An expert's output y in the type of its rows [R, M].
+
+  The name of the expert's class is for messages.
 
   Raises:
     ValueError: The output is no array of numbers with a fraction, or has

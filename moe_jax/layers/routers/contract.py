@@ -170,7 +170,7 @@ class RouterOptions(Options):
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
   ) -> 'Router':
-    """The router's linen module."""
+    """The router's linen module, for a layer of these sizes."""
     raise NotImplementedError
 
   @required
@@ -313,11 +313,12 @@ class Router(nn.Module):
     layer: int | Array,
     given: GivenChoices | None = None,
   ) -> tuple[AnyRouting, MoeAux]:
-    """Routes; arguments and results are those of `__call__`.
+    """The routing of groups x [G, S, M], and its losses and statistics.
 
-    `__call__`, a compact method, calls this method, which may therefore make
-    parameters. `given` is passed only if it is not None, so that routers whose
-    options lack `takes_choices` need no such argument.
+    `__call__`, which describes the arguments, is a compact method and calls
+    this method, which may therefore make parameters. `given` is passed only if
+    it is not None, so that routers whose options lack `takes_choices` need no
+    such argument.
     """
     raise NotImplementedError
 
