@@ -156,7 +156,11 @@ class EncoderDecoderOptions(DecoderOptions):
 
 
 def _plain_encoder(decoder: StackOptions) -> StackOptions:
-  """The options of an encoder's layers before `encoder.overrides`."""
+  """The options of an encoder's layers before `encoder.overrides`.
+
+  They are the decoder's, with attention as an encoder has it, another seed of
+  the router, and no `moe.retained`.
+  """
   moe = decoder.moe
   router: Any = moe.router
   if 'seed' in fields_of(type(router)):
@@ -332,8 +336,8 @@ class EncoderDecoder(Decoder):
   def _project(self, encoded):
     """The keys and values of each decoder layer's attention to the encoder.
 
-    They are [B, heads, S, head width] for each layer, stacked over layers where
-    the layers' parameters are stacked.
+    `encoded` is the encoder's output [B, S, M]. Keys and values are [B, N, S,
+    D] for each layer, stacked over layers where their parameters are stacked.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
@@ -350,7 +354,7 @@ class EncoderDecoder(Decoder):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The losses and statistics of the layers of both stacks.
+  """The losses and statistics, [L, ...], of encoder's and decoder's layers.
 
   Zeros stand for losses and experts that one stack lacks and the other has.
   """

@@ -230,7 +230,10 @@ class Adapters:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_merge(adapters: Adapters, shardings: tuple[Any, ...]):
-  """The compiled `merged_kernels`, whose results have these shardings."""
+  """The compiled `merged_kernels`, whose results have these shardings.
+
+  There is a sharding for each kernel with an adapter, in order.
+  """
   out_shardings = dict(zip(adapters.kernels, shardings, strict=True))
   return jax.jit(adapters.merged_kernels, out_shardings=out_shardings)
 
@@ -273,7 +276,8 @@ def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
 
   The dimensions that stack kernels come first. Of two others, the first is the
   input. Of more, the first is the only input if its axis is 'embed' or
-  'latent'; otherwise the last is the only output if its axis is 'embed'.
+  'latent'; otherwise the last is the only output if its axis is 'embed', and
+  ValueError is raised if it is not.
   """
   stacked = 0
   while axes[stacked] in _STACKED:

@@ -72,7 +72,10 @@ def init_params(model: Model, key: PRNGKey) -> Any:
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """The shapes of all collections, in flax's boxes; no array is computed."""
+  """The shapes of all variables, by collection, in flax's boxes.
+
+  No array is computed.
+  """
   shapes = _initializer(model).eval_shape(jax.random.key(0))
   return jax.tree.map(lambda leaf: leaf, shapes)  # a copy
 
@@ -114,7 +117,10 @@ def _init(model, key):
 
 
 def variables(params: Any, router_state: Any) -> dict[str, Any]:
-  """The variables that `apply` takes; an empty `router_state` is left out."""
+  """The variables that a model's `apply` takes, as a dict of collections.
+
+  An empty `router_state` is left out.
+  """
   collections = {ROUTER_STATE: router_state} if router_state else {}
   return {'params': params, **collections}
 
@@ -150,7 +156,11 @@ def move_router_state(
   """
 
   def move(router, state, rows):
-    """Updates a router's state: the dict nearest the root that has an array."""
+    """The state of the router after the step, in the nested dicts of a layer.
+
+    The router's own variables are the outermost dict that holds an array;
+    `rows` are the loads of the layers whose states it stacks.
+    """
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)
     return {name: move(router, part, rows) for name, part in state.items()}
