@@ -173,10 +173,7 @@ class Block(nn.Module):
     return attention(h, ids, positions, bias, self.train, **keys), None
 
   def _residual_sum(self, x, y):
-    """The residual stream x plus the output y of attention or feed-forward.
-
-    Dropout and the residual multiplier are applied to y first.
-    """
+    """The residual stream x plus the output y of attention or feed-forward."""
     c = self.config
     y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
     if c.residual_multiplier != 1:

@@ -129,8 +129,7 @@ class FfnLayer:
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The part of the model that the parameters belong to, as in
-      `parameters.Role`.
+    role: The part of the model that the parameters belong to, such as 'ffn'.
   """
 
   options: FfnOptions
@@ -207,8 +206,8 @@ class FfnLayer:
   ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
     """The shape, logical axes and form of each parameter, by name.
 
-    The order is that in which initial values are drawn. The form is that of
-    `parameters.Role`, or 'residual' for a kernel whose product is added to the
+    The order is that in which initial values are drawn. The form is
+    'kernel', 'bias', or 'residual' for a kernel whose product is added to the
     residual stream.
 
     Args:
@@ -253,9 +252,9 @@ class FfnLayer:
     Args:
       p: The parameters by name, of one layer, or each [E, ...] of E layers.
       x: The rows.
-      dropout: The function that drops hidden values.
-      product: The function that multiplies rows by a kernel, with the arguments
-        of `rows_matmul`.
+      dropout: The function that drops hidden values; by default it drops none.
+      product: The function product(rows, kernel) that multiplies them; it also
+        takes `transposed_alone`, a hint for the gradient on a CPU.
       add_bias: The function add_bias(products, bias) that returns their sum.
     """
     act, dtype = self.activation, self.shared.dtype
@@ -327,7 +326,7 @@ class FeedForward(nn.Module):
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of the layer's parameters, as in `parameters.Role`.
+    role: The part of the model that the parameters belong to, such as 'ffn'.
     depth: The number of hidden layers, all of the same width; for more than one
       the activation must not be gated.
   """

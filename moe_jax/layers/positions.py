@@ -302,7 +302,10 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_len: int, key_len: int, start: int | Int[Array, ''] = 0
   ) -> Float32[Array, 'H T S']:
-    """The bias [t, s] of the query at position start + t on the key at s."""
+    """The bias of T = `query_len` queries on S = `key_len` keys.
+
+    Query t is at position start + t, and key s at position s.
+    """
     init, axes = nn.initializers.normal(0.02), ('heads', 'buckets')
     init = parameters.boxed(init, axes, role='attention', form='table')
     shape = self.num_heads, self.options.buckets

@@ -112,8 +112,8 @@ def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
   """The reasons why implementations cannot serve these arguments, by name.
 
   An implementation that can serve them is left out. `is_other` tells whether
-  keys are another sequence's or have segments of their own; the other arguments
-  are those of `attend`.
+  keys are another sequence's or have segments of their own; bias, sinks and
+  dropout may be None.
   """
   dtype, T = str(query.dtype), query.shape[1]
   D = max(query.shape[3], value.shape[3])
@@ -146,10 +146,7 @@ def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
 
 
 def _cuda_capability() -> float:
-  """The compute capability of this machine's NVIDIA GPU, such as 8.0 (A100).
-
-  0.0 without such a GPU.
-  """
+  """The compute capability of the first device; 0.0 if it is no NVIDIA GPU."""
   device = jax.local_devices()[0]
   if device.platform != 'gpu' or 'NVIDIA' not in device.device_kind:
     return 0.0
@@ -224,8 +221,7 @@ def cached(
 
   Args:
     query: The queries, unscaled; the first is in slot `start`.
-    key: The cached keys.
-    value: The cached values.
+    key, value: The cached keys and values.
     segment_ids: The segment of each query, which sees keys of the same segment.
     key_segment_ids: The segment of each key.
     keys: The rules for which keys of its segment a query sees.

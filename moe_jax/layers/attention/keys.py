@@ -71,11 +71,12 @@ def masked_softmax(
   mask: Bool[Array, '*b T S'],
   sinks: Float32[Array, '*c 1 1'] | None = None,
 ) -> Float32[Array, '*B T S']:
-  """Softmax over the keys where `mask` is True, at least one in each row.
+  """Softmax over the keys where `mask` is True.
 
-  A sink is one more score in the softmax; its weight is dropped, so that a row
-  of weights sums to less than 1. None: no sinks. Mask and sinks may have 1 in
-  place of a leading dimension of the scores.
+  A row without such keys has equal weights or, with a sink, zeros. A sink is
+  one more score in the softmax; its weight is dropped, so that a row of weights
+  sums to less than 1. None: no sinks. Mask and sinks may have 1 in place of a
+  leading dimension of the scores.
   """
   scores = scores + hidden(mask)
   if sinks is None:
@@ -87,8 +88,8 @@ def masked_softmax(
 def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:
   """The numbers that, added to scores, hide keys where `mask` is False.
 
-  They are 0 where the mask is True, and the least float where it is False.
-  A selection (`where`) would keep the mask, as large as the scores, for the
+  They are 0 where the mask is True, and the least float where it is False. To
+  select scores by `where` would keep the mask, as large as the scores, for the
   backward pass, although the gradient of hidden scores is zero anyway.
   """
   return jnp.where(mask, 0, jnp.finfo(jnp.float32).min).astype(jnp.float32)

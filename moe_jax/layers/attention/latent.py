@@ -171,10 +171,7 @@ class LatentAttention(Attention):
     return short, short[..., :0]
 
   def _normed(self, x, name):
-    """Vectors x [..., R] divided by their root mean square, times a scale [R].
-
-    The scale is the parameter `name`.
-    """
+    """x [..., R] divided by its root mean square, times the scale `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)
@@ -193,8 +190,9 @@ class LatentAttention(Attention):
   def _expanded(self, key, value):
     """The keys [B, S, H, n + r] and values [B, S, H, v] of all heads.
 
-    `key` and `value` are what `_cached` returned. n is the width of a key's
-    unrotated numbers, r of its rotated ones, and v that of a value.
+    `key` has latent vectors with rotated keys, [B, S, 1, R + r]; `value` has
+    no numbers. n is the width of a key's unrotated numbers, r that of its
+    rotated ones, and v that of a value.
     """
     c, kernel = self.options, self._up_kernel(key.dtype)
     vector, rotary = jnp.split(key, [c.kv_rank], axis=-1)

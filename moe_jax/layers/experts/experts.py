@@ -107,15 +107,10 @@ def apply_experts(
 def _apply_in_slots(experts, x, routing, dispatch, layout):
   """Moves groups x to slots of experts, applies these, and sums the outputs.
 
-  Args:
-    experts: The `StackedExperts`, called with rows in slots [E, R, M].
-    x: The groups of tokens, [G, S, M].
-    routing: The experts and the gates of each token.
-    dispatch: The options of a dispatch into slots.
-    layout: The layout of groups and experts on a mesh; None on one device.
-
-  Returns:
-    The gated sums [G, S, M], and counts of what moved between devices, or None.
+  The result is the gated sums [G, S, M], and counts of what moved between
+  devices, or None. `experts` are `StackedExperts`, called with rows [E, R, M].
+  `dispatch` has slots; `layout` is that of groups and experts on a mesh, None
+  on one device.
   """
   dispatcher = dispatch.dispatcher
   if layout is not None:
@@ -155,7 +150,11 @@ class FeedForwardExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Returns the result of `apply_experts`, with dropout if `train`."""
+    """Returns the gated sums of the experts' outputs for the groups x.
+
+    The second result is counts of what moved between devices, or None. There is
+    dropout only if `train`.
+    """
     ffn, dispatch = self.ffn, self.dispatch
     E, M = routing.num_experts, x.shape[-1]
     if isinstance(dispatch, few_tokens.Unrolled):
@@ -187,7 +186,7 @@ def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
 
 
 class Twin(NamedTuple):
-  """A dense layer that is equivalent to experts, as in a model's dense twin.
+  """A dense layer that replaces experts in a dense twin, or is a shared expert.
 
   Attributes:
     ffn: The width and activation of the layer.
@@ -352,7 +351,7 @@ class ModuleExperts(nn.Module):
 
   Attributes:
     options: The options of one expert.
-    dispatch: The options of the dispatch, which must be one into slots.
+    dispatch: The options of the dispatch, which must move tokens into slots.
     shared: The settings that all layers of the model share.
   """
 
@@ -365,7 +364,10 @@ class ModuleExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Moves tokens to the E experts, applies these, and sums their outputs."""
+    """Moves tokens to the E experts, applies these, and sums their outputs.
+
+    The second result is counts of what moved between devices, or None.
+    """
     module = self.options.module(self.shared, name='expert')
 
     @functools.partial(

@@ -31,7 +31,7 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch for experts with arrays of their own, as `unrolled` makes."""
+  """The dispatch for experts that each have own arrays, made by `unrolled`."""
 
 
 @dataclasses.dataclass(frozen=True)

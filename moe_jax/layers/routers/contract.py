@@ -96,7 +96,7 @@ class TokenInfo(NamedTuple):
     return dict.fromkeys(given, Int[Array, 'B T'])
 
   def static_sizes(self) -> dict[str, int]:
-    """No sizes for `shapes.checked`, as all follow from shapes of arrays."""
+    """{}: `shapes.checked` learns all sizes from the shapes of the arrays."""
     return {}
 
 
@@ -155,7 +155,7 @@ class RouterOptions(Options):
       on it, its argument `given`.
     has_columns: Whether tokens choose by logits, each of which comes from a
       column of the router's parameters (the axis 'expert_choice'), and several
-      columns may lead to the same merged expert; see `Retained`.
+      columns may lead to the same expert where experts are merged.
     reads: The fields of `TokenInfo` that the module reads. If 'segment_ids' is
       one of them, a group must not end within a row.
   """

@@ -76,7 +76,7 @@ def linear_logits(
 
   Args:
     module: The router, which makes the parameters `w` and `b`.
-    x: The input, as `jittered` returns it.
+    x: The input in float32, with noise if it has any.
     use_bias: Whether there is a bias.
     init: The initialiser of the kernel. Default: the model's.
     rounded: Function that rounds input, kernel and logits, one of `ROUNDINGS`.

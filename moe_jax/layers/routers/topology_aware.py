@@ -115,7 +115,7 @@ class TopologyAware(contract.RouterOptions):
 
   @property
   def limits(self) -> bool:
-    """Whether the limit on tokens that leave can change a token's choice."""
+    """Whether the limit on tokens that leave their node can change a choice."""
     return self.num_nodes > 1 and self.outgoing_fraction < 1
 
   def nodes(self, groups: int) -> Int32[Array, ' G']:
