@@ -227,7 +227,7 @@ class ModelOptions(LayerOptions):
     """The linen module of the model.
 
     Args:
-      rules: The mesh axes of each logical axis; see `ShardingOptions`.
+      rules: Pairs of a logical axis and its mesh axes, the sharding table.
 
     Raises:
       ValueError: The vocabulary, or another size that the data decides, is

@@ -239,7 +239,7 @@ class Decoder(Model):
     """An empty cache for rows of up to `max_len` tokens, padding included.
 
     Raises:
-      ValueError: The decoder's experts choose tokens; see `check_decodes`.
+      ValueError: The router cannot route tokens one by one.
     """
     c = self.blocks
     check_decodes(c.experts)

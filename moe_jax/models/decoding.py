@@ -124,7 +124,7 @@ def stacks_for_decoding(
       in the stacks.
 
   Raises:
-    ValueError: A stack is causal, and its experts choose tokens.
+    ValueError: A stack is causal, and its router cannot route single tokens.
   """
   params = dict(nn.meta.unbox(variables['params']))
   state = dict(variables.get(ROUTER_STATE, {}))

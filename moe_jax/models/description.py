@@ -221,10 +221,7 @@ class Stacks(tuple[LayerStack, ...]):
     return jnp.concatenate(counts)
 
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Each layer's variables in a collection; {} for a layer that has none.
-
-    Those of stacked layers are slices.
-    """
+    """Each layer's variables in a collection; {} for a layer that has none."""
     trees = []
     for layer in self.layers:
       tree = subtree(collection, layer.path)

@@ -252,7 +252,7 @@ class EncoderDecoder(Decoder):
         row; 0 is padding. A decoder's token sees the encoder's tokens of its
         own example. Default: one example a row.
       segment_ids: The index, from 1, of the example of each of the decoder's
-        tokens, as in `encoder_segment_ids`.
+        tokens; 0 is padding.
       encoder_positions: The position of each token in its example. Default:
         the position in the row.
       positions: The position of each of the decoder's tokens in its example.
@@ -323,7 +323,11 @@ class EncoderDecoder(Decoder):
   def _encode(
     self, tokens, segment_ids, positions, task_ids, given=None, train=False
   ):
-    """The encoder's output, and the losses and statistics of its layers."""
+    """The encoder's output, and the losses and statistics of its layers.
+
+    Tokens, segments, positions and tasks are [B, S]; tasks may be [B]. All but
+    the tokens may be None. `given` imposes choices [B, S, L, K] on its routers.
+    """
     context = make_context(
       self.encoder_blocks, tokens, segment_ids, positions, task_ids, given
     )

@@ -234,7 +234,7 @@ class LstmLm(Model):
     """The states with which rows begin; `max_len` has no effect.
 
     Raises:
-      ValueError: Experts choose tokens, so that the model cannot decode.
+      ValueError: The router cannot route tokens one by one.
     """
     del max_len
     o, embedding = self.options, self.embedding

@@ -179,7 +179,7 @@ class Stack(nn.Module):
 
 
 def _scanned(c: StackConfig, segment: Segment, train: bool):
-  """The module that loops over a segment's periods, unrolled if so configured.
+  """The loop over a segment's periods, a module; unrolled if not `scan_layers`.
 
   It is called with ((x, cache), the indices of layers [repeats, period],
   context); `train` turns on dropout and router noise.

@@ -72,10 +72,7 @@ def init_params(model: Model, key: PRNGKey) -> Any:
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """The shapes of all variables, by collection, in flax's boxes.
-
-  No array is computed.
-  """
+  """The shapes of variables, by collection, in boxes; no array is computed."""
   shapes = _initializer(model).eval_shape(jax.random.key(0))
   return jax.tree.map(lambda leaf: leaf, shapes)  # a copy
 
@@ -117,10 +114,7 @@ def _init(model, key):
 
 
 def variables(params: Any, router_state: Any) -> dict[str, Any]:
-  """The variables that a model's `apply` takes, as a dict of collections.
-
-  An empty `router_state` is left out.
-  """
+  """The variables that `apply` takes; an empty `router_state` is left out."""
   collections = {ROUTER_STATE: router_state} if router_state else {}
   return {'params': params, **collections}
 
@@ -159,7 +153,7 @@ def move_router_state(
     """The state of the router after the step, in the nested dicts of a layer.
 
     The router's own variables are the outermost dict that holds an array;
-    `rows` are the loads of the layers whose states it stacks.
+    `rows` are the loads of the layers whose states it stacks, [*L, E].
     """
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)
