@@ -152,9 +152,10 @@ class Block(nn.Module):
     return self.config.norm.module(self.config.shared, name)(x)
 
   def _attention(self, h, context, cache, layer, cross=False):
-    """The output of attention at the tokens h, and the cache after h.
+    """The output of attention at the tokens h [B, T, M], and the cache after h.
 
-    The cache is None outside of decoding.
+    Tokens attend to their own sequence or, if `cross`, to the encoder's output.
+    The cache is None outside of decoding; `layer` is the index of the block.
     """
     c, positions, ids = self.config, context.positions, context.segment_ids
     name, causal, bias = 'attention', c.causal, context.bias

@@ -129,8 +129,7 @@ class FfnLayer:
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The part of the model that the parameters belong to, as in
-      `parameters.Role`.
+    role: The part of the model that the parameters belong to, such as 'ffn'.
   """
 
   options: FfnOptions
@@ -140,7 +139,7 @@ class FfnLayer:
 
   @property
   def activation(self) -> Activation:
-    """The function between the first and the last product of the layer."""
+    """The activation between the first and the last product of the layer."""
     return ACTIVATIONS[self.options.activation]
 
   @property
@@ -161,13 +160,13 @@ class FfnLayer:
     width: int,
     kernel: Initializer | None = None,
   ) -> dict[str, Any]:
-    """Makes the parameters of the layer in `module`, each [*stack, ...].
+    """Makes the parameters of the layer, by name, each [*stack, ...].
 
     The parameters are w_in, w_out, w_gate and w_factor if the activation has
     them, b_in and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
 
     Args:
-      module: The module.
+      module: The module that the parameters belong to.
       stack: The sizes of the leading dimensions; () for a single layer.
       width: M, the width of the rows.
       kernel: The initialiser of kernels. Default: the model's.
@@ -195,7 +194,11 @@ class FfnLayer:
     return Sizes(width, self.options.hidden, row, kernels, parameter)
 
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
-    """The logical axes of each array that `parameters` makes."""
+    """The logical axes of each parameter of the layer, by name.
+
+    `stack` has the sizes of leading dimensions, (E,) for E experts; () for a
+    single layer. `width` is M.
+    """
     return {name: p[1] for name, p in self.specs(stack, width).items()}
 
   def specs(
@@ -203,8 +206,8 @@ class FfnLayer:
   ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
     """The shape, logical axes and form of each parameter, by name.
 
-    The order is that in which initial values are drawn. The form is that of
-    `parameters.Role`, or 'residual' for a kernel whose product is added to the
+    The order is that in which initial values are drawn. The form is
+    'kernel', 'bias', or 'residual' for a kernel whose product is added to the
     residual stream.
 
     Args:
@@ -247,11 +250,11 @@ class FfnLayer:
     """The output of one layer for rows, or of E layers for E lists of rows.
 
     Args:
-      p: The parameters of the layer, or of E layers.
+      p: The parameters by name, of one layer, or each [E, ...] of E layers.
       x: The rows.
-      dropout: The function that drops hidden values.
-      product: The function that multiplies rows by a kernel, with the arguments
-        of `rows_matmul`.
+      dropout: The function that drops hidden values; by default it drops none.
+      product: The function product(rows, kernel) that multiplies them; it also
+        takes `transposed_alone`, a hint for the gradient on a CPU.
       add_bias: The function add_bias(products, bias) that returns their sum.
     """
     act, dtype = self.activation, self.shared.dtype
@@ -323,7 +326,7 @@ class FeedForward(nn.Module):
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of the layer's parameters, as in `parameters.Role`.
+    role: The part of the model that the parameters belong to, such as 'ffn'.
     depth: The number of hidden layers, all of the same width; for more than one
       the activation must not be gated.
   """
@@ -360,7 +363,11 @@ class FeedForward(nn.Module):
     return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
-    """The product of h, hidden values, with the kernel of hidden layer i."""
+    """The product [N, F] of hidden values h [N, F] with the kernel of layer i.
+
+    i counts hidden layers from 0, and is at least 1 here. A bias is added if
+    `use_bias`.
+    """
     shared, F = self.shared, self.options.hidden
     init = parameters.kernel(shared, ('mlp', None), role=self.role)
     w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)

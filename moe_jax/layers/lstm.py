@@ -132,7 +132,10 @@ class Lstm(nn.Module):
     return y.swapaxes(0, 1), last
 
   def _parameters(self, M):
-    """Makes w_in and w_state [M, 4 H], the bias, and w_out (None if H is M)."""
+    """Makes w_in and w_state [M, 4 H], the bias [4 H], and w_out [H, M].
+
+    w_out is None if H is M.
+    """
     shared, H = self.shared, self.options.cells(M)
     dtype, param_dtype = shared.dtype, shared.param_dtype
     axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
@@ -174,7 +177,15 @@ def start(
 
 
 def _step(w_state, w_out, state, inputs):
-  """One step of an LSTM for all rows: the next state, and its output."""
+  """One step of an LSTM for all rows: the next state, and its output [B, M].
+
+  Args:
+    w_state: The kernel [M, 4 H] that multiplies the output of the step before.
+    w_out: The kernel [H, M] of the output; None if H is M.
+    state: The state after the step before.
+    inputs: The step's inputs times w_in with the bias, [B, 4 H], and documents
+      [B]; where they are 0, padding, the state stays as it is.
+  """
   x, segment = inputs
   real = (segment > 0)[:, None]
   same = (segment == state.segment)[:, None]

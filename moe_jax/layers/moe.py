@@ -119,7 +119,12 @@ class MoE(nn.Module):
     return y, aux
 
   def _imposed_choices(self, given, mask, train, layer):
-    """The choices imposed by `given` or `force_balance`, in groups, or None."""
+    """The choices imposed by `given` or by the option `force_balance`, or None.
+
+    `given` has [B, T, K]; the result, and the mask of real tokens, are in
+    groups. Raises ValueError if both impose choices, or none can be imposed on
+    merged experts.
+    """
     o, kind = self.options, self.options.force_balance
     if given is not None:
       if o.retained.rows:
@@ -179,7 +184,10 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
 def _result_of(
   experts: nn.Module, groups: Float[Array, 'G S M'], result: Any
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """The result that experts returned; raises ValueError for a wrong shape."""
+  """The `result` of experts: outputs for the groups, and counts of exchanges.
+
+  Raises ValueError if it is no such pair, or the outputs have a wrong shape.
+  """
   y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
   if getattr(y, 'shape', None) != groups.shape:
     raise InputError(
@@ -195,7 +203,8 @@ def _to_merged(
   """Turns choices of router columns into choices of merged experts.
 
   A router has a column for each expert that there was before merging; the
-  option `retained` says to which merged expert each column leads.
+  option `retained` says to which merged expert each column leads. `layer` is
+  the index of the layer.
   """
   chosen, rows = cast(Routing, chosen), options.retained.rows
   table = np.zeros((max(rows) + 1, options.num_experts), np.int32)

@@ -44,8 +44,8 @@ class Parameter(nn.LogicallyPartitioned):
   that they add, and keep role and form.
 
   Attributes:
-    role: The part of the model that the parameter belongs to, as in `Role`.
-    form: The use of the parameter, as in `Role`.
+    role: The part of the model, such as 'attention'; '' where none was given.
+    form: The use: 'kernel', 'bias', 'scale' or 'table'; '' where unknown.
   """
 
   role: str = flax.struct.field(default='', pytree_node=False)
@@ -60,8 +60,8 @@ def boxed(
   Args:
     init: The initialiser.
     axes: The logical name of each dimension; None for a dimension without one.
-    role: The part of the model, as in `Role`.
-    form: The use of the parameter, as in `Role`.
+    role: The part of the model, such as 'attention' or 'ffn'.
+    form: The use: 'kernel', 'bias', 'scale' or 'table'.
   """
 
   def make_box(*args: Any, **kwargs: Any) -> Parameter:
@@ -87,7 +87,7 @@ def kernel(
   Args:
     shared: The settings that all layers of the model share.
     axes: The logical name of each dimension; None for a dimension without one.
-    role: The part of the model, as in `Role`.
+    role: The part of the model, such as 'attention' or 'ffn'.
     in_axis: The dimensions that are contracted with activations.
     out_axis: The dimensions of the result.
     batch_axis: The dimensions along which independent kernels are stacked.
@@ -105,24 +105,24 @@ def kernel(
 
 
 def zero_kernel(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a kernel that starts at zero."""
+  """The initialiser of a kernel with this role and these axes, of zeros."""
   return boxed(nn.initializers.zeros, axes, role=role, form='kernel')
 
 
 def bias(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a bias, which starts at zero."""
+  """The initialiser of a bias with this role and these axes, of zeros."""
   return boxed(nn.initializers.zeros, axes, role=role, form='bias')
 
 
 def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a scale, which starts at one."""
+  """The initialiser of a scale with this role and these axes, of ones."""
   return boxed(nn.initializers.ones, axes, role=role, form='scale')
 
 
 def table(
   shared: Shared, axes: Sequence[str | None], *, role: str = 'embedding'
 ) -> Initializer:
-  """The initialiser of a table of embeddings, as the model's options say."""
+  """The initialiser of a table of embeddings, drawn as the options say."""
   init = shared.numerics.init.embedding()
   return boxed(init, axes, role=role, form='table')
 
@@ -156,7 +156,10 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
 
 
 def axes_of(abstract_variables: Any) -> Any:
-  """A tree of each variable's logical axes, with None for an unnamed axis."""
+  """A tree of each variable's logical axes, with None for an unnamed axis.
+
+  The variables are boxed arrays or shapes; without a box all axes are unnamed.
+  """
 
   def names(leaf):
     return leaf.names if hasattr(leaf, 'names') else (None,) * leaf.ndim
@@ -165,7 +168,7 @@ def axes_of(abstract_variables: Any) -> Any:
 
 
 def roles_of(abstract_variables: Any) -> Any:
-  """A tree with the `Role` of every variable, `Role()` if none was set."""
+  """A tree with the `Role` of every boxed variable, `Role()` without a box."""
 
   def role(leaf):
     is_known = isinstance(leaf, Parameter)

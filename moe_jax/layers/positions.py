@@ -34,7 +34,7 @@ class Positions(Options):
   scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
-    """The options, in which `max_len` replaces a table's length of 0."""
+    """The options, where `max_len`, in tokens, replaces a table length of 0."""
     return self
 
   def problems_with(
@@ -92,7 +92,11 @@ class Positions(Options):
   def bias(
     self, num_heads: int, causal: bool, name: str | None
   ) -> 'RelativePositionBias | None':
-    """The module whose bias is added to the scores; None in kinds without."""
+    """The module `name` whose bias [H, T, S] is added to scaled scores.
+
+    None in kinds of positions without a bias. H is `num_heads`; `causal` tells
+    whether a token sees no later tokens.
+    """
     return None
 
 
@@ -298,7 +302,10 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_len: int, key_len: int, start: int | Int[Array, ''] = 0
   ) -> Float32[Array, 'H T S']:
-    """The bias [t, s] of the query at position start + t on the key at s."""
+    """The bias of T = `query_len` queries on S = `key_len` keys.
+
+    Query t is at position start + t, and key s at position s.
+    """
     init, axes = nn.initializers.normal(0.02), ('heads', 'buckets')
     init = parameters.boxed(init, axes, role='attention', form='table')
     shape = self.num_heads, self.options.buckets
@@ -324,6 +331,7 @@ class RelativePositionBias(nn.Module):
 def _toeplitz(values, query_len, key_len) -> Float[Array, 'H T S']:
   """The array whose element [:, t, s] is values[:, s - t + T - 1].
 
+  T is `query_len`, S is `key_len`, and the values are [H, T + S - 1].
   Neither this array nor its gradient needs a gather: the values, and a zero
   after them, are repeated in a line and cut into rows of the values' length,
   each of which begins one value earlier than the row before.
@@ -372,8 +380,8 @@ def sinusoids(
 ) -> Float32[Array, 'B T M']:
   """Sines of M/2 wavelengths from 2 pi to 10000 * 2 pi, then their cosines.
 
-  Source: tensor2tensor's and fairseq's arrangement of section 3.5 of
-  arXiv:1706.03762, which NLLB uses; an odd width ends in a zero.
+  M is `width`. Source: tensor2tensor's and fairseq's arrangement of section 3.5
+  of arXiv:1706.03762, which NLLB uses; an odd width ends in a zero.
   """
   half = width // 2
   step = np.log(10_000.0) / max(half - 1, 1)

@@ -71,7 +71,8 @@ class Retained(Options):
   def like(self, layer: int) -> 'Retained':
     """The options of only the merged layers with as many experts as `layer`.
 
-    Pruned layers are left out, so that equal layers have equal options.
+    `layer` is an index. Pruned layers are left out, so that equal layers have
+    equal options; the result is empty if no expert of `layer` is merged.
     """
     experts = max(self.rows.get(layer, (-1,)))
     rows = {i: row for i, row in self.rows.items() if max(row) == experts}
@@ -129,7 +130,11 @@ class Retained(Options):
 
 @functools.cache
 def _entries(name: str, text: str) -> Mapping[int, tuple[int, ...]]:
-  """The numbers that an option's text gives to each layer, in layer order."""
+  """The numbers that an option's text gives to each layer, in layer order.
+
+  `name` is that of the option, 'experts' or 'expert_of'. Raises ValueError for
+  a text that cannot be read, or that names a layer twice.
+  """
   separator, numbers, example = _FORMS[name]
   entries = {}
   for entry in text.split(separator) if text.strip() else ():

@@ -49,7 +49,7 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position that makes a document long, if a token of it is there.
+    """The position at which a document is long, if its last token reaches it.
 
     In long documents the pairs turn by other angles. None: no document is long.
     """
@@ -146,7 +146,10 @@ class Yarn(RotaryScaling):
     return Turns(mixed.astype(np.float32), self._factor())
 
   def _pair(self, theta: float, width: int, num_turns: float) -> float:
-    """The pair, as a float, that turns `num_turns` times in `original_len`."""
+    """The index of the pair that turns `num_turns` times in `original_len`.
+
+    It lies between two pairs where it is no whole number.
+    """
     wavelength = self.original_len / (num_turns * 2 * math.pi)
     return width * math.log(wavelength) / (2 * math.log(theta))
 
@@ -158,7 +161,7 @@ class Yarn(RotaryScaling):
     return self._mscale(1.0)
 
   def _mscale(self, multiple: float) -> float:
-    """0.1 * multiple * ln(factor) + 1; 1 for a factor below 1."""
+    """The number 0.1 * multiple * ln(factor) + 1; 1 if `factor` is below 1."""
     return 0.1 * multiple * math.log(max(self.factor, 1.0)) + 1.0
 
   @property

@@ -68,7 +68,7 @@ class Model(nn.Module):
 
   @property
   def stacks(self) -> Stacks:
-    """The description of the layers; by default one stack that lists none."""
+    """The description of the layers; by default a stack without any layer."""
     return Stacks([LayerStack()])
 
   @property
@@ -83,7 +83,7 @@ class Model(nn.Module):
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Any]:
-    """The arguments of a call of the model, taken from a batch.
+    """The arguments of a call of the model by name, taken from a batch.
 
     Choices of experts are imposed if the batch has them, under the names
     `REPLAYED`.
@@ -175,7 +175,7 @@ class Model(nn.Module):
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
-  """The outputs, with zeros at tokens whose loss weight is 0.
+  """The outputs, with zeros at tokens whose loss weight in the batch is 0.
 
   A NaN at such a token would be 0 * NaN in the loss and in the gradient.
   """
@@ -227,7 +227,7 @@ class ModelOptions(LayerOptions):
     """The linen module of the model.
 
     Args:
-      rules: The mesh axes of each logical axis; see `ShardingOptions`.
+      rules: Pairs of a logical axis and its mesh axes, the sharding table.
 
     Raises:
       ValueError: The vocabulary, or another size that the data decides, is

@@ -239,7 +239,7 @@ class Decoder(Model):
     """An empty cache for rows of up to `max_len` tokens, padding included.
 
     Raises:
-      ValueError: The decoder's experts choose tokens; see `check_decodes`.
+      ValueError: The router cannot route tokens one by one.
     """
     c = self.blocks
     check_decodes(c.experts)
@@ -299,9 +299,13 @@ def make_context(
 
   Args:
     c: The configuration of the stack.
-    tokens, segment_ids, positions, given: The arguments of a call of `Decoder`,
-      with the same defaults for None.
+    tokens: Token ids.
+    segment_ids: The segment of each token, 0 at padding; None: each row is one
+      segment.
+    positions: The position of each token in its document; None: in its row.
     task_ids: The task of each token, or of each row, [B].
+    given: Choices [B, T, L, K] that are imposed on the routers of the L sparse
+      layers; None: routers choose.
     previous: The token before each token, when decoding; None: the token before
       it in its row.
 

@@ -116,11 +116,15 @@ def stacks_for_decoding(
   for whole rows.
 
   Args:
-    stacks: The stacks as trained or imported; the other arguments are those of
-      `Model.for_decoding`.
+    stacks: The stacks as trained or imported.
+    variables: Their parameters and `router_state`.
+    batch_size: The number of rows that take a step together.
+    platform: The platform of decoding; '': JAX's default backend.
+    window: The most tokens that a decoder's token sees, itself included; 0: as
+      in the stacks.
 
   Raises:
-    ValueError: A stack is causal, and its experts choose tokens.
+    ValueError: A stack is causal, and its router cannot route single tokens.
   """
   params = dict(nn.meta.unbox(variables['params']))
   state = dict(variables.get(ROUTER_STATE, {}))
@@ -140,7 +144,11 @@ def stacks_for_decoding(
 
 
 def _config_for_decoding(stack, window: int) -> StackConfig:
-  """The configuration of a stack for decoding, with layers still stacked."""
+  """The configuration of a stack for decoding, with layers still stacked.
+
+  `window` is the most tokens that a token of a causal stack sees; 0 sets no
+  window beside the stack's own. Raises ValueError if the stack cannot decode.
+  """
   block = stack.block
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
@@ -159,8 +167,9 @@ def _config_for_decoding(stack, window: int) -> StackConfig:
 
 
 def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-  """The variables of a stack, with arrays of its own for every period.
+  """A collection of the stack's variables, each period with its own arrays.
 
+  `tree` is the collection, in which the periods of a segment are stacked.
   Slices of stacked parameters would be copies, which take too long for a
   decoding step.
   """
@@ -203,7 +212,8 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 def _for_few_tokens(stack, params, rows):
   """A stack and its parameters, in the CPU's layout for steps of `rows` tokens.
 
-  Both are returned as they are if no such layout would be faster.
+  The stack is a `StackConfig` with experts. Both are returned as they are if no
+  such layout would be faster.
   """
   moe = stack.experts
   plain = type(moe.expert).experts is FeedForwardExpert.experts

@@ -79,7 +79,11 @@ class LayerStack:
   def of_blocks(
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
-    """The description of a stack of blocks, compiled to loops over layers."""
+    """The description of a stack of blocks, compiled to loops over layers.
+
+    `path` is where the stack's variables are in those of the model, and
+    `prefix` that of the batch keys of its tokens.
+    """
     layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):
@@ -227,7 +231,7 @@ class Stacks(tuple[LayerStack, ...]):
     return tuple(trees)
 
   def place_of(self, path: Path) -> LayerPlace | None:
-    """The layers of a stacked parameter; None for any other parameter."""
+    """The layers of the stacked parameter at a path; None for any other one."""
     first = 0
     for stack in self:
       numbers, name = [], path
@@ -244,7 +248,7 @@ class Stacks(tuple[LayerStack, ...]):
 
 
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
-  """The tree in which `part` is at a path, which has at most one name."""
+  """The tree with `part` at a path of one name; for the path (), the part."""
   return {**tree, path[0]: part} if path else part
 
 

@@ -133,9 +133,10 @@ class Embeddings(nn.Module):
     train: bool,
     encoder: bool = False,
   ) -> Float[Array, 'B T M']:
-    """The residual stream before the first block.
+    """The residual stream before the first block, made of token ids.
 
     The block is the encoder's if `encoder` is True, otherwise the decoder's.
+    `token_mask` is False at padding, and `train` turns on dropout.
     """
     c, shared = self.config, self.config.shared
     uses_encoder_table = encoder and c.encoder_table
@@ -177,7 +178,7 @@ def _product(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _float32_product(x, kernel):
-  """x @ kernel in the type of x, with results and sums in float32.
+  """x [N, M] @ kernel [M, V] in the type of x, with results in float32.
 
   The gradient has a rule of its own, since JAX would round a float32 kernel's
   gradient to the type of x.

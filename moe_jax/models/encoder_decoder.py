@@ -156,7 +156,11 @@ class EncoderDecoderOptions(DecoderOptions):
 
 
 def _plain_encoder(decoder: StackOptions) -> StackOptions:
-  """The options of an encoder's layers before `encoder.overrides`."""
+  """The options of an encoder's layers before `encoder.overrides`.
+
+  They are the decoder's, with attention as an encoder has it, another seed of
+  the router, and no `moe.retained`.
+  """
   moe = decoder.moe
   router: Any = moe.router
   if 'seed' in fields_of(type(router)):
@@ -248,7 +252,7 @@ class EncoderDecoder(Decoder):
         row; 0 is padding. A decoder's token sees the encoder's tokens of its
         own example. Default: one example a row.
       segment_ids: The index, from 1, of the example of each of the decoder's
-        tokens, as in `encoder_segment_ids`.
+        tokens; 0 is padding.
       encoder_positions: The position of each token in its example. Default:
         the position in the row.
       positions: The position of each of the decoder's tokens in its example.
@@ -319,7 +323,11 @@ class EncoderDecoder(Decoder):
   def _encode(
     self, tokens, segment_ids, positions, task_ids, given=None, train=False
   ):
-    """The encoder's output, and the losses and statistics of its layers."""
+    """The encoder's output, and the losses and statistics of its layers.
+
+    Tokens, segments, positions and tasks are [B, S]; tasks may be [B]. All but
+    the tokens may be None. `given` imposes choices [B, S, L, K] on its routers.
+    """
     context = make_context(
       self.encoder_blocks, tokens, segment_ids, positions, task_ids, given
     )
@@ -332,8 +340,8 @@ class EncoderDecoder(Decoder):
   def _project(self, encoded):
     """The keys and values of each decoder layer's attention to the encoder.
 
-    They are [B, heads, S, head width] for each layer, stacked over layers where
-    the layers' parameters are stacked.
+    `encoded` is the encoder's output [B, S, M]. Keys and values are [B, N, S,
+    D] for each layer, stacked over layers where their parameters are stacked.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
@@ -350,7 +358,7 @@ class EncoderDecoder(Decoder):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The losses and statistics of the layers of both stacks.
+  """The losses and statistics, [L, ...], of encoder's and decoder's layers.
 
   Zeros stand for losses and experts that one stack lacks and the other has.
   """

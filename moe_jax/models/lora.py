@@ -197,7 +197,10 @@ class Adapters:
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
   ) -> dict[Path, Array]:
-    """The kernels of `merged` that have adapters, by path."""
+    """The kernels that have adapters, by path, with their adapters added.
+
+    `params` has the factors, too; `key` is for dropout, and None drops nothing.
+    """
     flat = flatten(params)
     sums = {}
     for path, kernel in self.kernels.items():
@@ -216,9 +219,9 @@ class Adapters:
     return sums
 
   def merged_on_devices(self, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of `merged`, from arrays that any mesh may hold.
+    """The model's parameters with adapters added, on the mesh of `params`.
 
-    The sums keep the shardings of their kernels.
+    `params` has the factors, too. The sums keep the shardings of their kernels.
     """
     if not self.kernels:
       return dict(params)
@@ -230,7 +233,10 @@ class Adapters:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_merge(adapters: Adapters, shardings: tuple[Any, ...]):
-  """The compiled `merged_kernels`, whose results have these shardings."""
+  """The compiled `merged_kernels`, whose results have these shardings.
+
+  There is a sharding for each kernel with an adapter, in order.
+  """
   out_shardings = dict(zip(adapters.kernels, shardings, strict=True))
   return jax.jit(adapters.merged_kernels, out_shardings=out_shardings)
 
@@ -273,7 +279,8 @@ def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
 
   The dimensions that stack kernels come first. Of two others, the first is the
   input. Of more, the first is the only input if its axis is 'embed' or
-  'latent'; otherwise the last is the only output if its axis is 'embed'.
+  'latent'; otherwise the last is the only output if its axis is 'embed'. Other
+  axes raise ValueError.
   """
   stacked = 0
   while axes[stacked] in _STACKED:

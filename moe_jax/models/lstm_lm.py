@@ -186,7 +186,12 @@ class LstmLm(Model):
     return logits, aux
 
   def _run(self, tokens, segment_ids, positions, train, states, given=None):
-    """The logits, the layers' losses and statistics, and the last states."""
+    """The logits, the layers' losses and statistics, and the last states.
+
+    States are a tuple with the `LstmState` of each layer; None for a layer
+    without one, and, in `states`, for one that begins with zeros. Padding has
+    segment 0. `given` imposes choices [B, T, L, K] on the L sparse layers.
+    """
     sparse = self.options.sparse
     check_given(given, sparse if self.options.mixture else ())
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
@@ -229,7 +234,7 @@ class LstmLm(Model):
     """The states with which rows begin; `max_len` has no effect.
 
     Raises:
-      ValueError: Experts choose tokens, so that the model cannot decode.
+      ValueError: The router cannot route tokens one by one.
     """
     del max_len
     o, embedding = self.options, self.embedding
@@ -253,7 +258,11 @@ class LstmLm(Model):
 
 
 class _Layer(nn.Module):
-  """Adds dropout(lstm(x)) or dropout(sigmoid(feed_forward(x))) to x."""
+  """Adds dropout(lstm(x)) or dropout(sigmoid(feed_forward(x))) to x.
+
+  A layer that is `sparse` has the feed-forward, which is a mixture of experts
+  or its dense twin; `number` is its index in the model.
+  """
 
   options: LstmLmOptions
   shared: Shared
@@ -262,7 +271,11 @@ class _Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state, given):
-    """The residual stream, losses and statistics, and an LSTM's last state."""
+    """The residual stream, losses and statistics, and an LSTM's last state.
+
+    Without an LSTM the `state` is returned as it is. `given` are choices
+    [B, T, K] that are imposed on the router, or None.
+    """
     o, shared, moe = self.options, self.shared, self.options.mixture
     aux = empty_aux(1, 1) if moe is None else moe.dense_aux()
     if not self.sparse:

@@ -50,7 +50,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def expression_problems(name: str, text: str) -> Iterator[str]:
-  """Yields a text if the option's value is no expression over model parts."""
+  """Yields a text if `text`, the value of option `name`, is no expression."""
   try:
     list(_terms(text))
   except (InputError, re.error) as error:
@@ -93,7 +93,10 @@ def names_of(
 
 
 def _names(term: str, by_name: dict[str, str]) -> set[str]:
-  """The names of the parameters that a term of an expression stands for."""
+  """The names of the parameters that a term of an expression stands for.
+
+  `by_name` has the role of each parameter of the model by its name.
+  """
   if term.startswith(_PATTERN):
     pattern = re.compile(term.removeprefix(_PATTERN))
     return {name for name in by_name if pattern.search(name)}

@@ -179,7 +179,11 @@ class Stack(nn.Module):
 
 
 def _scanned(c: StackConfig, segment: Segment, train: bool):
-  """A loop over a segment's periods, unrolled if not `scan_layers`."""
+  """The loop over a segment's periods, a module; unrolled if not `scan_layers`.
+
+  It is called with ((x, cache), the indices of layers [repeats, period],
+  context); `train` turns on dropout and router noise.
+  """
   loops = c.scan_layers and segment.repeats > 1
   scanned = nn.scan(
     Period,

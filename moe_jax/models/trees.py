@@ -72,7 +72,7 @@ def init_params(model: Model, key: PRNGKey) -> Any:
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """The shapes of all collections, in flax's boxes; no array is computed."""
+  """The shapes of variables, by collection, in boxes; no array is computed."""
   shapes = _initializer(model).eval_shape(jax.random.key(0))
   return jax.tree.map(lambda leaf: leaf, shapes)  # a copy
 
@@ -150,7 +150,11 @@ def move_router_state(
   """
 
   def move(router, state, rows):
-    """Updates a router's state: the dict nearest the root that has an array."""
+    """The state of the router after the step, in the nested dicts of a layer.
+
+    The router's own variables are the outermost dict that holds an array;
+    `rows` are the loads of the layers whose states it stacks, [*L, E].
+    """
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)
     return {name: move(router, part, rows) for name, part in state.items()}

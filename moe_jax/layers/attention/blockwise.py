@@ -49,7 +49,13 @@ class Block(NamedTuple):
 
 
 def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
-  """Cuts all queries into blocks, in order, each with the keys it may see."""
+  """Cuts T queries into blocks, in order, each with the keys that it may see.
+
+  Args:
+    num_queries: T; query t is at position t.
+    num_keys: S; key s is at position s.
+    keys: The rules for which keys a query sees.
+  """
   T, S, query_blocks = num_queries, num_keys, []
   size = -(-T // _MOST_BLOCKS)
   size = -(-size // _LEAST_QUERIES) * _LEAST_QUERIES
@@ -65,7 +71,16 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 
 
 def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
-  """Computes what `dot_product.einsum` does, a block of queries at a time."""
+  """Scaled dot-product attention, computed a block of queries at a time.
+
+  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U];
+  the result is the weighted means of values, [B, T, H, U]. A query sees keys of
+  its own segment, by `ids` [B, T] and `key_ids` [B, S]; if either is None, each
+  row is one segment. `keys` has the rules for which of these keys it sees. The
+  bias [H, T, S] is added to scaled scores, and the sinks [H] are a logit of
+  each head beside them in the softmax, which weighs no value; None: there are
+  none.
+  """
   # A query that sees no key gets the mean of all values, as in `einsum`, so its
   # block needs all keys. If `key_ids` is `ids`, every query sees its own key.
   block_rules = keys
@@ -82,12 +97,13 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 
 
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
-  """The output, and the arrays that the backward pass reads.
+  """The output [B, T, H, U], and the arrays that the backward pass reads.
 
-  For each of the R queries of a block that share one of N heads of keys, the
-  backward pass reads two numbers [B, N, R, 1], from which it computes the
-  softmax again: the largest score, and the sum of the exponentials of all
-  scores less the largest.
+  `ids` are the segments of queries and of keys; `query_blocks` are the blocks
+  of `blocks_of`, which together have all queries. For each of the R queries of
+  a block that share one of N heads of keys, the backward pass reads two numbers
+  [B, N, R, 1], from which it computes the softmax again: the largest score, and
+  the sum of the exponentials of all scores less the largest.
   """
   outputs, statistics = [], []
   for block in query_blocks:
@@ -159,7 +175,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _product(x, y, contract) -> Float32[Array, 'B N _ _']:
-  """The product for each [B, N]; `contract` is the summed axes of x and y."""
+  """The product of x and y, [B, N, _, _] each, for each index of [B, N].
+
+  It is summed over axis `contract[0]` of x and axis `contract[1]` of y.
+  """
   axes = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
@@ -173,7 +192,8 @@ def queries_by_head(
 ) -> Float[Array, 'B N R D']:
   """Gathers the queries that share one of N heads of keys in one dimension R.
 
-  In R = H / N * t, the t tokens of one head of queries are side by side.
+  N is `num_heads`. In R = H / N * t, the t tokens of one head of queries are
+  side by side.
   """
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
@@ -189,14 +209,27 @@ def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
 
 
 def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
-  """The sink logit for each query of a block, ordered as `queries_by_head`."""
+  """The sink logit of its head for each of a block's queries; b is 1.
+
+  R, the queries that share one of N = `num_heads` heads of keys, is ordered as
+  `queries_by_head` orders it. `sinks` is [H].
+  """
   head_sinks = sinks.reshape(num_heads, -1)
   rows = jnp.repeat(head_sinks, block.stop - block.first, axis=1)
   return rows[None, :, :, None]
 
 
 def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
-  """The scaled scores of a block's queries, with bias and mask added."""
+  """The scaled scores of a block's queries, with bias and mask added.
+
+  Args:
+    block: The block; R are its queries that share one of N heads of keys.
+    query: All queries, [B, T, H, D].
+    k: The block's s keys, [B, N, s, D].
+    bias: The bias [H, T, S] of all queries on all keys, or None.
+    ids: The segments [B, T] of all queries and [B, S] of all keys; or None.
+    keys: The rules for which keys a query sees, and the scale.
+  """
   B, N, s = k.shape[:3]
   q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))
@@ -213,7 +246,9 @@ def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
   """The mask added to scores: 0 where a query sees a key, else the least float.
 
-  None where all queries see all keys.
+  It is that of a block's t queries and s keys; b is B, or 1 without segments.
+  None where all queries see all keys. `ids` are the segments [B, T] of all
+  queries and [B, S] of all keys, or None.
   """
   segment_ids, key_segment_ids = ids
   if segment_ids is not None and key_segment_ids is not None:
@@ -227,9 +262,11 @@ def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
 
 
 def _rows_of_bias(block, d_scores, num_keys) -> Float32[Array, 'N J t S']:
-  """The gradient of the bias of a block's queries, summed over sequences.
+  """The gradient of the bias of a block's t queries, summed over sequences.
 
-  J = H / N query heads share each of N heads of keys. The sum is a product with
+  It is made of `d_scores` [B, N, J * t, s], the gradient of the block's scores,
+  and is 0 at keys that the block lacks, of S = `num_keys` in all. J = H / N
+  query heads share each of N heads of keys. The sum is a product with
   ones, which XLA's CPU compiler computes faster than a sum over the first axis.
   """
   B, N, _, s = d_scores.shape

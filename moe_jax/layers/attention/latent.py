@@ -171,16 +171,16 @@ class LatentAttention(Attention):
     return short, short[..., :0]
 
   def _normed(self, x, name):
-    """Vectors divided by their root mean square, times the parameter `name`."""
+    """x [..., R] divided by its root mean square, times the scale `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)
 
   def _up_kernel(self, dtype):
-    """The kernel [R, H, D] that expands latent vectors of width R.
+    """The kernel [R, H, n + v] that expands latent vectors of width R.
 
-    D is the width of a head's unrotated key plus that of its value, in this
-    order.
+    n is the width of a head's unrotated key, and v that of its value; the
+    columns of the key come first.
     """
     c, axes = self.options, ('latent', 'heads', 'kv')
     shape = c.num_heads, c.plain_width + c.value_width
@@ -188,7 +188,12 @@ class LatentAttention(Attention):
     return w.reshape(c.kv_rank, *shape).astype(dtype)
 
   def _expanded(self, key, value):
-    """The keys and values of all heads, from what `_cached` returned."""
+    """The keys [B, S, H, n + r] and values [B, S, H, v] of all heads.
+
+    `key` has latent vectors with rotated keys, [B, S, 1, R + r]; `value` has
+    no numbers. n is the width of a key's unrotated numbers, r that of its
+    rotated ones, and v that of a value.
+    """
     c, kernel = self.options, self._up_kernel(key.dtype)
     vector, rotary = jnp.split(key, [c.kv_rank], axis=-1)
     (B, S, _, R), (H, D) = vector.shape, kernel.shape[1:]
@@ -198,10 +203,16 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1), value
 
   def _attend_slots(self, attention, query, key, value):
-    """The result of attention to `key`, cached latent vectors [B, 1, S, R + r].
+    """The result [B, T, H, v] of attention to cached latent vectors.
 
     For few queries the vectors are not expanded: the kernel of the keys
     multiplies the queries, and that of the values the weighted sums of vectors.
+
+    Args:
+      attention: The function attention(query, key, value).
+      query: The queries [B, T, H, n + r], whose last r numbers are rotated.
+      key: The latent vectors with their rotated keys, [B, 1, S, R + r].
+      value: An array [B, 1, S, 0] without numbers.
     """
     c = self.options
     if not c.absorbs(query.shape[1]):

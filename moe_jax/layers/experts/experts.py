@@ -105,7 +105,13 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The result of `apply_experts` where experts have equally many rows."""
+  """Moves groups x to slots of experts, applies these, and sums the outputs.
+
+  The result is the gated sums [G, S, M], and counts of what moved between
+  devices, or None. `experts` are `StackedExperts`, called with rows [E, R, M].
+  `dispatch` has slots; `layout` is that of groups and experts on a mesh, None
+  on one device.
+  """
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -144,7 +150,11 @@ class FeedForwardExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Returns the result of `apply_experts`, with dropout if `train`."""
+    """Returns the gated sums of the experts' outputs for the groups x.
+
+    The second result is counts of what moved between devices, or None. There is
+    dropout only if `train`.
+    """
     ffn, dispatch = self.ffn, self.dispatch
     E, M = routing.num_experts, x.shape[-1]
     if isinstance(dispatch, few_tokens.Unrolled):
@@ -165,9 +175,10 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The layout of groups and experts on a mesh.
+  """The layout of groups x [G, S, M] and E experts on a mesh.
 
-  None on one device, and during initialisation.
+  None on one device, and during the initialisation of `module`. `hidden` is the
+  hidden width F of an expert; 1 where it is not to be split.
   """
   if module.is_initializing():
     return None
@@ -175,7 +186,7 @@ def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
 
 
 class Twin(NamedTuple):
-  """A dense layer that is equivalent to experts, as in a model's dense twin.
+  """A dense layer that replaces experts in a dense twin, or is a shared expert.
 
   Attributes:
     ffn: The width and activation of the layer.
@@ -230,7 +241,10 @@ class ExpertOptions(Options):
   def call(
     self, module: nn.Module, rows: Float[Array, 'R M'], train: bool
   ) -> Float[Array, 'R M']:
-    """The output of one expert for its rows."""
+    """The output of one expert, a module that `module` made, for its rows.
+
+    `train` turns on its dropout.
+    """
     return module(rows, train)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
@@ -337,7 +351,7 @@ class ModuleExperts(nn.Module):
 
   Attributes:
     options: The options of one expert.
-    dispatch: The options of the dispatch, which must be one into slots.
+    dispatch: The options of the dispatch, which must move tokens into slots.
     shared: The settings that all layers of the model share.
   """
 
@@ -350,7 +364,10 @@ class ModuleExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Moves tokens to the E experts, applies these, and sums their outputs."""
+    """Moves tokens to the E experts, applies these, and sums their outputs.
+
+    The second result is counts of what moved between devices, or None.
+    """
     module = self.options.module(self.shared, name='expert')
 
     @functools.partial(
@@ -376,7 +393,9 @@ class ModuleExperts(nn.Module):
 
 
 def _as_rows(name: str, y: Any, rows: Array) -> Array:
-  """An expert's output in the type of its rows.
+  """An expert's output y in the type of its rows [R, M].
+
+  The name of the expert's class is for messages.
 
   Raises:
     ValueError: The output is no array of numbers with a fraction, or has

@@ -31,7 +31,7 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch for experts with arrays of their own, as `unrolled` makes."""
+  """The dispatch for experts that each have own arrays, made by `unrolled`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,10 @@ def apply_one_by_one(
   size = min(max(share, _LEAST_BLOCK), _MOST_BLOCK, len(rows))
 
   def write(e, p, y):
-    """Writes the outputs of expert e for its rows, in blocks of one size."""
+    """y [N, M] with the outputs of expert e, of parameters p, for its rows.
+
+    The rows are multiplied in blocks of one size.
+    """
     begin, stop = stops[e] - sizes[e], stops[e]
 
     def write_block(i, y):
@@ -113,14 +116,17 @@ def apply_one_by_one(
 
 
 def _tokens_and_gates(x, routing):
-  """All tokens [N, M], and gates [N, E]: 0 where the expert is not chosen."""
+  """The N tokens of all groups x, [N, M], and the gate of each expert, [N, E].
+
+  A gate is 0 where the expert is not chosen.
+  """
   gate = routing.token_gates().reshape(-1, routing.num_experts)
   # A NaN of a token that no expert serves would stay, as 0 * NaN is NaN.
   return without_nan((gate != 0).any(1), x.reshape(-1, x.shape[-1])), gate
 
 
 class OneExpert(nn.Module):
-  """A module with the parameters of one expert."""
+  """A module with the parameters of one expert, whose computation is `ffn`."""
 
   ffn: FfnLayer
 

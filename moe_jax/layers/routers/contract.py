@@ -96,7 +96,7 @@ class TokenInfo(NamedTuple):
     return dict.fromkeys(given, Int[Array, 'B T'])
 
   def static_sizes(self) -> dict[str, int]:
-    """No sizes for `shapes.checked`, as all follow from shapes of arrays."""
+    """{}: `shapes.checked` learns all sizes from the shapes of the arrays."""
     return {}
 
 
@@ -155,7 +155,7 @@ class RouterOptions(Options):
       on it, its argument `given`.
     has_columns: Whether tokens choose by logits, each of which comes from a
       column of the router's parameters (the axis 'expert_choice'), and several
-      columns may lead to the same merged expert; see `Retained`.
+      columns may lead to the same expert where experts are merged.
     reads: The fields of `TokenInfo` that the module reads. If 'segment_ids' is
       one of them, a group must not end within a row.
   """
@@ -170,7 +170,7 @@ class RouterOptions(Options):
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
   ) -> 'Router':
-    """The router's linen module."""
+    """The router's linen module, for a layer of these sizes."""
     raise NotImplementedError
 
   @required
@@ -313,11 +313,12 @@ class Router(nn.Module):
     layer: int | Array,
     given: GivenChoices | None = None,
   ) -> tuple[AnyRouting, MoeAux]:
-    """Routes; arguments and results are those of `__call__`.
+    """The routing of groups x [G, S, M], and its losses and statistics.
 
-    `__call__`, a compact method, calls this method, which may therefore make
-    parameters. `given` is passed only if it is not None, so that routers whose
-    options lack `takes_choices` need no such argument.
+    `__call__`, which describes the arguments, is a compact method and calls
+    this method, which may therefore make parameters. `given` is passed only if
+    it is not None, so that routers whose options lack `takes_choices` need no
+    such argument.
     """
     raise NotImplementedError
 

@@ -155,7 +155,8 @@ class HierarchicalRouter(contract.Router):
   def _primary_logits(self, x, level, train):
     """Logits [G, S, a] of the gate over the a branches, without and with noise.
 
-    The second result, `NoisyLogits`, is None if the router is not noisy.
+    The second result, `NoisyLogits`, is None if the router is not noisy. `x` is
+    [G, S, M] in float32, and `level` has the sizes of this gate.
     """
     axes, size = ('embed', None), level.num_experts
     clean = steps.product(self, 'w', self._init(axes), x, size)
@@ -167,7 +168,13 @@ class HierarchicalRouter(contract.Router):
   def _branch_logits(self, x, branch_index, level, train):
     """Logits [G, S * K1, b] in the chosen branches, without and with noise.
 
-    K1 is the number of branches that a token chooses.
+    The logits with noise, `NoisyLogits`, are None if the router is not noisy.
+
+    Args:
+      x: The tokens, [G, S, M] in float32.
+      branch_index: The K1 branches that each token chooses, [G, S, K1].
+      level: The sizes of the gate in a branch, of b experts.
+      train: Whether noise is drawn.
     """
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
@@ -211,7 +218,8 @@ def _level(sizes, clean, noise) -> shazeer_rules.GateLevel:
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   """Products of tokens with the kernels w [a, M, N] of their chosen branches.
 
-  Each of S tokens of a group chooses K1 branches; P is S * K1.
+  Each of the S tokens of a group, x [G, S, M], chooses the K1 branches of
+  `branch_index` [G, S, K1], which hold a kernel each; P is S * K1.
   """
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1

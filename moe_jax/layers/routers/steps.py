@@ -55,7 +55,7 @@ def jittered(
   """The input x in float32, in training with noise of the rng 'router'.
 
   The noise multiplies each number by a factor that is drawn uniformly from
-  [1 - jitter, 1 + jitter].
+  [1 - jitter, 1 + jitter]; 0.0: no noise.
   """
   x = x.astype(jnp.float32)
   if train and jitter > 0:
@@ -76,7 +76,7 @@ def linear_logits(
 
   Args:
     module: The router, which makes the parameters `w` and `b`.
-    x: The input, as `jittered` returns it.
+    x: The input in float32, with noise if it has any.
     use_bias: Whether there is a bias.
     init: The initialiser of the kernel. Default: the model's.
     rounded: Function that rounds input, kernel and logits, one of `ROUNDINGS`.
@@ -100,7 +100,8 @@ def product(
 ) -> Float32[Array, 'G S E']:
   """The product of x with a kernel [M, size], which the module makes as `name`.
 
-  Both factors are rounded by `rounded` before they are multiplied.
+  E is `size`. Both factors are rounded by `rounded`, one of `ROUNDINGS`, before
+  they are multiplied; `init` is the initialiser of the kernel.
   """
   G, S, M = x.shape
   w = module.param(name, init, (M, size), jnp.float32)
@@ -115,7 +116,10 @@ def product(
 def largest(
   scores: Float32[Array, 'G S E'], count: int
 ) -> Int32[Array, 'G S N']:
-  """Each token's `count` experts with the largest scores, the largest first."""
+  """Each token's N = `count` experts of the largest scores, the largest first.
+
+  Ties go to the expert of the lower index.
+  """
   # Each device chooses for its own groups: a compiler would not split the top-K
   # of a sharded array, but gather all groups on every device.
   choose = functools.partial(routing.choose, num_selected=count)
@@ -125,13 +129,16 @@ def largest(
 def chosen_experts(
   scores: Float32[Array, 'G S E'], count: int, given: GivenChoices | None
 ) -> Int32[Array, 'G S K']:
-  """The experts of the `count` largest scores, or those imposed by `given`."""
+  """The experts of the K = `count` largest scores, or those that are imposed.
+
+  `given`, if not None, imposes choices; where it is below 0, the scores choose.
+  """
   index = largest(scores, count)
   return index if given is None else given.in_place_of(index)
 
 
 def queue_options(module: contract.Router, train: bool) -> dict[str, Any]:
-  """The arguments of `routing.choice_slots` that a router's options decide.
+  """The arguments of `routing.choice_slots`, by name, that options decide.
 
   The arguments are the order of slots, and the policy for choices after the
   first, with its threshold and the key from which it draws; the key is None
@@ -260,8 +267,12 @@ def choice_aux(
 ) -> routing.MoeAux:
   """The losses, with the statistics of a routing and of its logits.
 
-  The logits are those without noise, and are also kept for analysis; None for a
-  router without logits.
+  Args:
+    module: The router, which also keeps the logits for analysis.
+    losses: The losses by name, sums over real tokens.
+    chosen: The routing.
+    logits: The logits without noise; None for a router without logits.
+    mask: False for padding.
   """
   if logits is not None:
     module.sow(contract.SOWN, contract.LOGITS, logits)
@@ -275,7 +286,11 @@ def slot_aux(
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses and statistics of a router whose experts choose tokens."""
+  """The losses and statistics of a router whose experts choose tokens.
+
+  The losses are z-loss and importance loss. The logits have no noise; the mask
+  is False for padding.
+  """
   importance = cv_squared(chosen.gate.sum(-1))
   losses = {
     'z_loss': over_groups(routing.z_loss(logits, mask), mask),
@@ -290,13 +305,13 @@ def scope_losses(
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
 ) -> dict[str, Float32[Array, '']]:
-  """The balance losses of each row, of sets of rows, and of the whole batch.
+  """The balance losses, by name: of rows, of sets of rows, and of the batch.
 
   Args:
     module: The router, whose options weigh the losses; a loss whose weight is 0
       is 0.
     logits: The logits without noise.
-    expert_index: The experts that the losses count.
+    expert_index: The choices that the losses count.
     mask: False for padding.
   """
   o, (G, S) = module.options, mask.shape

@@ -250,7 +250,10 @@ class TokenChoiceRouter(contract.Router):
   def logits(
     self, x: Float[Array, 'G S M'], train: bool
   ) -> Float32[Array, 'G S E']:
-    """The logits, from which choices, gates and losses are computed."""
+    """The logits, from which choices, gates and losses are computed.
+
+    In training the input x may have jitter and dropout, as the options say.
+    """
     o = self.options
     x = steps.jittered(self, x, o.jitter, train)
     if train and o.input_dropout > 0:

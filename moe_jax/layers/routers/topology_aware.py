@@ -115,11 +115,11 @@ class TopologyAware(contract.RouterOptions):
 
   @property
   def limits(self) -> bool:
-    """Whether the limit on tokens that leave can change a token's choice."""
+    """Whether the limit on tokens that leave their node can change a choice."""
     return self.num_nodes > 1 and self.outgoing_fraction < 1
 
   def nodes(self, groups: int) -> Int32[Array, ' G']:
-    """The index of each group's node, where groups lie on devices in order.
+    """The node of each of G = `groups` groups, which lie on devices in order.
 
     If the number of devices does not divide that of groups, some devices have
     one group more than others.
