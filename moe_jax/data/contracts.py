@@ -180,10 +180,10 @@ class TokenizerOptions(Options):
 
   @required
   def identity(self) -> str:
-    """Text that is equal for options that make equal tokenizers.
+    """Text that tells options apart by the tokenizers that they make.
 
-    Two options have equal text exactly if `fit` makes equal tokenizers of equal
-    texts by both.
+    It is equal exactly for options whose `fit` makes equal tokenizers from
+    equal texts.
 
     Raises:
       ValueError: A file of the tokenizer is missing or bad.

@@ -108,7 +108,7 @@ class Asker:
   def cut_inputs(
     self, ids: Int[np.ndarray, ' N'], length: int
   ) -> Int[np.ndarray, ' n']:
-    """At most `length` ids of inputs, cut as the task cuts its inputs.
+    """At most `length` ids: the first or, with the task's `keep_end`, the last.
 
     An EOS at the end is kept.
     """

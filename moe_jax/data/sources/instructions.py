@@ -247,7 +247,7 @@ def functions() -> tuple[Function, ...]:
 
 @functools.cache
 def shorter(**most: int) -> tuple[Function, ...]:
-  """Those of `functions()` with at most `most[field]` characters in a field."""
+  """The `functions` with at most `most[name]` characters in a field `name`."""
   return tuple(
     f
     for f in functions()
