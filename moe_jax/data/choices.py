@@ -49,7 +49,7 @@ class ChoiceSourceOptions(Options):
   has_train_split: ClassVar[bool] = True
 
   def items(self, split: str, selection: Selection = Selection()) -> Items:
-    """The questions of a split.
+    """The questions of a split, 'train' or 'validation'.
 
     Questions of 'validation' are asked; questions of 'train' serve as examples
     that are put before a question.

@@ -180,7 +180,10 @@ class TokenizerOptions(Options):
 
   @required
   def identity(self) -> str:
-    """Text that is equal exactly for options that `fit` equal texts equally.
+    """Text that tells options apart by the tokenizers that they make.
+
+    It is equal exactly for options whose `fit` makes equal tokenizers from
+    equal texts.
 
     Raises:
       ValueError: A file of the tokenizer is missing or bad.
@@ -219,7 +222,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 
 def from_json(saved: Mapping[str, Any]) -> Tokenizer:
-  """A tokenizer equal to the one whose method `to_json` returned `saved`."""
+  """A tokenizer equal to the one whose method `to_json` returned `saved`.
+
+  Raises:
+    ValueError: No class that has been imported has the name `saved['kind']`.
+  """
   state = dict(saved)
   kind = state.pop('kind')
   if not isinstance(kind, str) or kind not in _SAVED:
@@ -267,12 +274,18 @@ class Selection:
     return cache_root() / 'urls' / hashlib.sha256(url.encode()).hexdigest()[:16]
 
   def url(self, *names: str) -> str:
-    """The URL of a folder within `cache_dir`; '' if `cache_dir` is no URL."""
+    """The URL of a folder in `cache_dir`; '' if `cache_dir` is no URL.
+
+    `names` lead to the folder; without names it is `cache_dir` itself.
+    """
     is_url = urls.is_url(self.cache_dir)
     return '/'.join([self.cache_dir.rstrip('/'), *names]) if is_url else ''
 
   def check_splits(self, source: str) -> None:
-    """Raises ValueError unless both splits are 'train' or 'validation'."""
+    """Raises ValueError unless both splits are 'train' or 'validation'.
+
+    The message names the kind `source`, whose splits have no other names.
+    """
     for split in self.splits:
       if split not in SPLITS:
         raise unknown(f'split of {source}', split, SPLITS)
@@ -291,7 +304,10 @@ class Pieces:
   sizes: tuple[int, ...] = (0,)
 
   def __init__(self, entries: Callable[[str], Iterator[tuple[str, ...]]]):
-    """Takes a function from a split to its documents, as (text,), or pairs."""
+    """Takes a function that gives the documents or the pairs of a split.
+
+    Of 'train' or 'validation' it yields documents, each as (text,), or pairs.
+    """
     self._entries = entries
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -501,7 +517,7 @@ class Dataset:
     return '\n'.join(lines)
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """The metrics of an evaluation as text, to be printed after its name.
+    """The metrics of an evaluation as text, printed after its name.
 
     Args:
       row: The metrics by name.

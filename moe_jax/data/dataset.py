@@ -219,7 +219,11 @@ class MixedDataset(Dataset):
     return '\n'.join([super().describe(), *lines])
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """Metrics of an evaluation as text: a line for each cluster, then means."""
+    """Metrics by name as text: a line for each cluster, then all others.
+
+    A metric named like a source, also with '.' and more behind, belongs to its
+    cluster; a cluster's held-out sources have a line of their own.
+    """
     means, groups, text_of = dict(row), {}, super().tell
     for name in sorted(self.parts.keys() & row.keys()):
       held_out = ' (held out)' * (name not in self.per_period)
@@ -291,7 +295,7 @@ def _load(
   tokenizer: TokenizerOptions,
   engine: pieces.Engine,
 ) -> Dataset:
-  """The dataset of a single source; its tokens are memory-mapped."""
+  """The dataset of `source`, by `tokenizer` in place of that of `options`."""
   task, shape = options.task, options.shape
   corpus = task.open(source, options.selection)
   folder = pieces.make(corpus, tokenizer, options.selection, engine)

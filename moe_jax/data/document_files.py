@@ -225,7 +225,7 @@ def _too_long(where: str) -> str:
 
 
 def _cut_text(source: PartBytes) -> Iterator[str]:
-  """Yields documents of at least `LEAST_BYTES` bytes; the last may be shorter.
+  """Cuts plain text into documents of `LEAST_BYTES` or more, but for the last.
 
   A document ends after the first empty line that lies between `LEAST_BYTES` and
   twice as many bytes from the document's beginning. Without such a line, it
@@ -304,7 +304,7 @@ def _text_of(value: Any, field: str) -> str:
 
 
 def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
-  """Yields (name for messages, stripped bytes, value) of lines with content.
+  """Yields ('PATH, line 3', stripped bytes, value) of lines that are not blank.
 
   Raises:
     ValueError: A file is damaged, or a line is no JSON in UTF-8.
@@ -323,7 +323,7 @@ def _suffix(path: Path) -> str:
 
 
 def _continuation_length(raw: bytes) -> int:
-  """How many bytes at the begin of `raw` belong to a character before it."""
+  """How many of the first 3 bytes continue a character begun before `raw`."""
   count = 0
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1

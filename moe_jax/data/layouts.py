@@ -16,7 +16,7 @@ Window = Integer[np.ndarray, ' N']  # tokens of a stretch of a text
 
 
 class Example(NamedTuple):
-  """Token ids of one example; neither side is empty.
+  """Ids of an example of N input and M target tokens, at least one of each.
 
   Attributes:
     inputs: int32 [N], the tokens that a model is given.
@@ -74,9 +74,10 @@ class Layout(abc.ABC):
 
   @abc.abstractmethod
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """The batch of these rows; a row without examples is padding.
+    """The batch of these rows: the arrays that the class lists, by name.
 
-    The segment id of an example's tokens is its number in the row, from 1.
+    A row without examples is padding. The segment id of an example's tokens is
+    the example's number in the row, from 1.
     """
 
   @abc.abstractmethod
@@ -173,10 +174,10 @@ _DECODER = {**_ENCODER, 'targets': np.int32, 'loss_weights': np.float32}
 
 
 def _batch(rows, T: int, dtypes: Mapping) -> dict[str, np.ndarray]:
-  """Arrays [B, T] of rows of segments, by name.
+  """Arrays [B, T] of rows, which are lists of segments; `dtypes` names them.
 
   A segment is a tuple of its tokens and, for a decoder, of its targets and loss
-  weights.
+  weights. More than T tokens in a row raise a ValueError.
   """
   batch = {k: np.zeros((len(rows), T), dtype) for k, dtype in dtypes.items()}
   for b, row in enumerate(rows):
@@ -214,7 +215,10 @@ class RowShape:
     return self.target_len > 0
 
   def layout(self, start_id: int | None) -> Layout:
-    """The layout of examples; only an encoder-decoder needs `start_id`."""
+    """The layout of examples.
+
+    Only an encoder-decoder needs `start_id`, the first id of a decoder's input.
+    """
     if self.encoder_decoder:
       # The tokenizer has a start id, as a task of examples gives it an EOS.
       start = cast(int, start_id)

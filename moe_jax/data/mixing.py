@@ -104,7 +104,6 @@ class TaskRows(Rows):
     return len(self.source)
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, with their task ids."""
     batch = self.source.draw(indices, seed, epochs)
     return batch | {
       name.replace('segment', 'task'): np.full_like(values, self._task)
@@ -125,7 +124,7 @@ class MixedRows(Rows):
   """
 
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
-    """Takes the rows of each source by name, all of one task and shape."""
+    """Takes each source's rows, all of one task and shape, and their order."""
     self.parts, self._schedule = parts, schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
     self.layout = next(iter(parts.values())).layout  # the same for all sources

@@ -201,7 +201,7 @@ class MixtureOptions(config.Options):
 def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
   """Reads the text of a source in `lines`: its name, options and weight.
 
-  The weight is None if none is given.
+  The weight is None if none is given. A wrong text raises a ValueError.
   """
   match = _ENTRY.fullmatch(entry)
   if match is None:
@@ -235,9 +235,9 @@ def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
 
 
 def _split(text: str, separators: str) -> list[str]:
-  """Splits a text at the separators that are in no brackets and no quotes.
+  """Splits a text at characters of `separators` outside brackets and quotes.
 
-  Empty parts and comments are left out.
+  Empty parts, and comments (lines that begin with '#'), are left out.
 
   Raises:
     OptionError: A bracket or quote is not closed.

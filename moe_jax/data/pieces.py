@@ -75,7 +75,7 @@ class Engine(NamedTuple):
 
 
 def make_piece(work: Work, number: int) -> None:
-  """Writes the tokens of a piece, unless they exist already and are whole.
+  """Writes the tokens of piece `number`, unless they exist and are whole.
 
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
@@ -105,7 +105,7 @@ def make(
   selection: Selection,
   engine: Engine = Engine(),
 ) -> pathlib.Path:
-  """The folder of a source's tokens, which is made, or verified if it exists.
+  """The folder of a source's tokens, verified or, if missing, made by `engine`.
 
   Raises:
     ValueError: The data is missing or bad, a process was killed, or the folder

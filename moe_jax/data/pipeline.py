@@ -70,7 +70,8 @@ def batch_dataset(
 def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
   """A function from indices in one source's endless stream to the rows there.
 
-  The stream is shuffled anew each epoch. `name` is '' without a mixture.
+  The stream is shuffled anew each epoch. `name` is the source's, '' without a
+  mixture. No rows, or more than 2^32, raise a ValueError.
   """
   if not 0 < len(rows) <= _MOST_ROWS:
     of_source = f' of source {name!r}' * bool(name)
@@ -107,11 +108,14 @@ def train_batches(
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
 
-  The batches are assembled in the background.
+  The batches are assembled in the background, each of `batch_size` rows in all.
+  `share` has the indices of the rows of each batch that are read, or is None
+  for all rows. `offset` is the index, in the stream, of the row with which
+  batch 0 would begin.
 
   Raises:
-    ValueError: For a reason of `batch_dataset`, or the first row's index is
-      negative.
+    ValueError: There are no rows or more than 2^32, or the index of the first
+      row that is read is negative.
     DataError: A batch could not be made; `next` raises it, and the iterator
       then ends.
   """

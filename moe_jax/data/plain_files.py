@@ -169,5 +169,5 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-  """The beginning of the first line of another library's message."""
+  """The first 200 characters of the first line of a library's message."""
   return str(error).strip().split('\n', 1)[0][:_SHOWN]

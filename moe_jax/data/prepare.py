@@ -32,7 +32,7 @@ from moe_jax.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command; what follows '--' are flags of Apache Beam's runner."""
+  """Runs the command `argv`, in which '--' precedes flags of Beam's runner."""
   argv = sys.argv[1:] if argv is None else [*argv]
   end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)

@@ -111,6 +111,8 @@ def join(
 ) -> None:
   """Writes the tokens of all pieces, in order, and the tokenizer to `folder`.
 
+  `pieces` are folders that `write_piece` has filled with these `streams`.
+
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction, or no
       pair of which both sides have a token.

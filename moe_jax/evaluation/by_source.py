@@ -87,9 +87,10 @@ class SourceScores(prompts.AskingEvaluation):
   def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
     """Encodes all questions, and returns the function that measures the scores.
 
-    The function returns a `summary_row` of scores in percent. Where a source
-    has choices, `<source>.chance` is the score of guessing and `<source>.nats`
-    the mean negative log-likelihood of the right answer.
+    The function returns each source's score in percent and the means that
+    `summary_row` adds. Where a source has choices, `<source>.chance` is the
+    score of guessing and `<source>.nats` the mean negative log-likelihood of
+    the right answer.
 
     Raises:
       ValueError: The task has no inputs and targets that are text, a question
@@ -161,7 +162,7 @@ class SourceScores(prompts.AskingEvaluation):
 
 
 def _item(question: data.Question) -> data.Item:
-  """A question with choices as an item of `ChoiceEvaluation`."""
+  """A question with choices as an item, which has the right one's index."""
   label = question.choices.index(question.target)
   return data.Item(question.inputs, question.choices, label)
 
@@ -172,7 +173,12 @@ def _choice_scores(
   asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """Each source's accuracy; its chance accuracy and its answers' mean nats."""
+  """Each source's accuracy in percent by its name; and a row of details.
+
+  The details are `<source>.chance`, the accuracy of guessing, and
+  `<source>.nats`, the mean negative log-likelihood of the right answer. `asked`
+  has pairs of a source's name and a question.
+  """
   scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
     return scores, details

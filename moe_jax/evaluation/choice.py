@@ -148,11 +148,11 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: evaluate.Variables, step: int) -> Row:
-    """The metrics of `accuracy_row`, and counts of what did not fit.
+    """The `accuracy`, `standard_error` and `chance` in percent, and counts.
 
-    The metrics also include `cut_items`, the number of questions that had to be
-    cut to fit a row of tokens and, if there are examples before the questions,
-    `shots`, the mean number of examples that fitted.
+    `items` is the number of questions, and `cut_items` the number of those that
+    had to be cut to fit a row of tokens. If there are examples before the
+    questions, `shots` is the mean number of examples that fitted.
     """
     labels = [question.item.label for question in self.questions]
     row = accuracy_row(self.scores(variables), labels)

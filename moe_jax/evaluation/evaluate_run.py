@@ -49,7 +49,9 @@ def evaluate_all(
     workdir: The run's folder.
     entries: The options of each evaluation, by name; `every_steps` is ignored.
     mesh: The devices of the parameters; None is the first local device.
-    **arguments: `step`, `dtype` and `allow`, as `generation.load` takes them.
+    **arguments: `step` of the checkpoint, None for the newest good one; `dtype`
+      of parameters, '' for the run's own; `allow`, the modules whose classes,
+      named in the run's config, may be imported.
 
   Raises:
     ValueError: `generation.load` refuses the folder or an argument, or the run

@@ -174,7 +174,8 @@ def generator(
 def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
   """The first window of text in a row, split into inputs and target.
 
-  Every evaluation splits the window at the same token.
+  Every evaluation splits the window at the same token. `row` counts the rows of
+  all sources, one source after another.
   """
   parts = iter(all_rows.parts.items())
   task, rows = next(parts)

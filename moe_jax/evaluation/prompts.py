@@ -108,7 +108,7 @@ class Asker:
   def cut_inputs(
     self, ids: Int[np.ndarray, ' N'], length: int
   ) -> Int[np.ndarray, ' n']:
-    """At most `length` ids of inputs, cut as the task cuts its inputs.
+    """At most `length` ids: the first or, with the task's `keep_end`, the last.
 
     An EOS at the end is kept.
     """
@@ -179,7 +179,10 @@ class AskingEvaluation(EvaluationOptions):
 
 
 def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
-  """The `Asker` that encodes questions for a run."""
+  """The `Asker` that encodes questions for a run.
+
+  `answer_prefix` stands before an answer that continues its prompt.
+  """
   # Rows of a language model hold text without inputs and targets, and have no
   # layout. Questions get a decoder's layout and are cut to such a row's length.
   layout = setting.dataset.splits['validation'].layout

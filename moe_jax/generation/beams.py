@@ -27,11 +27,11 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Int32, Leaf
 
 
 class Beams(NamedTuple):
-  """The best sequences of each row that have ended, the best first.
+  """For each row the R best sequences that have ended, the best first.
 
   Attributes:
-    tokens: int32 [B, R, N], the new tokens; padding from the sequence's length
-      on.
+    tokens: int32 [B, R, N], the new tokens, at most N; padding from the
+      sequence's length on.
     lengths: int32 [B, R], the number of new tokens, including the stop token; 0
       where fewer than R sequences were found.
     scores: float32 [B, R], log probability / length^length_penalty; -inf where
@@ -104,7 +104,7 @@ def beam_search(
 class Search(NamedTuple):
   """The state of a search between two steps, apart from the cache.
 
-  A beam is a sequence that has not ended.
+  A beam is a sequence that has not ended; W are followed for each of B rows.
 
   Attributes:
     step: int32 [], the number of new tokens of a beam.
@@ -205,6 +205,13 @@ def advance(
 
   The candidates are the best continuations of all beams by one token, as many
   as it takes for at least W of them not to end their sequence.
+
+  Args:
+    search: The state before the step.
+    log_probs: The log probability of each token after each beam.
+    stop_ids: The ids each of which ends a sequence.
+    length_penalty: The exponent of the length by which the log probability of a
+      sequence that has ended is divided.
 
   Returns:
     The next state, and the index of the beam that each new beam continues.

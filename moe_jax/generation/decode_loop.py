@@ -192,7 +192,8 @@ def _advance(
 ) -> State:
   """Takes steps until every row has `until` new tokens or has ended.
 
-  It stops early after a step in which a logit was not finite.
+  It stops early after a step in which a logit was not finite. Each row draws
+  with its own key of `keys`; rows that have ended are given `pad_id`.
   """
 
   def goes_on(state):
@@ -224,7 +225,9 @@ def _stream(
 ) -> State:
   """Generates step by step, and calls `on_token` with the tokens of each step.
 
-  The forced tokens are given to `on_token` first.
+  The forced tokens are given to `on_token` first; a true result of it ends the
+  generation. `run` takes steps from a state until every row has ended or has
+  the given number of new tokens.
   """
   ended = np.zeros(len(state.token), bool)
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):

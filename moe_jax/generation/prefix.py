@@ -50,7 +50,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
-  """Checked ids as an array, which may be empty.
+  """Checked ids, int64 [N]; N may be 0.
 
   Args:
     name: The name of the argument, for messages.
@@ -198,7 +198,10 @@ def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
 def _tasks(
   model: Model, task_ids: Ids | None, count: int
 ) -> Int32[np.ndarray, ' B'] | None:
-  """The checked task of each row; None for a model that needs no tasks."""
+  """The checked task of each of `count` rows; None without routing by task.
+
+  Tasks that are missing, unknown or of no use raise a ValueError.
+  """
   if not model.stacks.task_sequences:
     if task_ids is not None:
       raise InputError(
@@ -244,7 +247,7 @@ def _padded_length(model: Model, num_tokens: int) -> int:
 
 
 def round_up(length: int) -> int:
-  """Rounds up to a multiple of 8; above 64, to 4 lengths per power of two."""
+  """Rounds up to a multiple of 8; above 64, to one of 4 per power of two."""
   step = max(8, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
@@ -252,7 +255,10 @@ def round_up(length: int) -> int:
 def padded(
   rows: Sequence[np.ndarray], length: int, *, front: bool
 ) -> tuple[Int32[np.ndarray, 'B P'], Bool[np.ndarray, 'B P']]:
-  """The tokens of rows, padded with 0 at one end; a mask, False at padding."""
+  """Rows padded with 0 to `length` P, and a mask that is False at padding.
+
+  Padding is before a row if `front`, or else behind it.
+  """
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, row in enumerate(rows):

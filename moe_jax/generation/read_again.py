@@ -84,11 +84,11 @@ def _read(
   mask: Bool[Array, 'B N'],
   apply: Apply,
 ) -> dict[int, LayerChoices]:
-  """The choices of experts for a prefix and N tokens.
+  """The choices of experts for a prefix and N tokens, by index of the layer.
 
-  The N tokens begin with the last token of the prefix, of P tokens. The choices
-  have the shape [B, P - 1 + N, K] in a decoder's layers, and [B, S, K] in an
-  encoder's.
+  The N tokens begin with the last of the prefix's P tokens. The choices are
+  arrays [B, P - 1 + N, ...] in a decoder's layers, and [B, S, ...] in those of
+  an encoder, which reads S tokens. `mask` is False at padding.
   """
   slots = prefix.tokens.shape[1] - 1 + tokens.shape[1]
   cache, choices_by_call = begin_with(apply, model, variables, prefix, slots)

@@ -114,7 +114,7 @@ class FilePieces(Pieces):
   """The documents of parts of files, in pieces of about `PIECE_BYTES` bytes."""
 
   def __init__(self, parts: Iterable[Part], field: str, selection: Selection):
-    """Groups the parts, in their order, into pieces."""
+    """Groups parts into pieces; `field` is the key or column with the text."""
     self._field, self._selection = field, selection
     self._pieces: list[list[Part]] = [[]]
     sizes = [0]
@@ -127,7 +127,6 @@ class FilePieces(Pieces):
     self.sizes = tuple(sizes)
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str]]]:
-    """The documents of all parts of a piece, in order."""
     for part in self._pieces[number]:
       for split, text in self._documents(part, SPLITS):
         yield split, (text,)
@@ -168,7 +167,11 @@ def _check_stamp(part: Part) -> None:
 def _parts(
   splits: Mapping[Path, str], stamps: Mapping[Path, list]
 ) -> Iterator[Part]:
-  """The parts of all files with their splits, in the order of `stamps`."""
+  """The parts of all files with their splits, in the order of `stamps`.
+
+  `splits` has the split of each file, or the rule for its documents; `stamps`
+  has what `stamp_of` gives for each file, its size first.
+  """
   for path, stamp in stamps.items():
     split, cut = splits[path], stamp[0] * 9 // 10
     extra_cuts = [cut] if split == _LAST_TENTH else []
@@ -180,7 +183,11 @@ def _parts(
 
 
 def _file_splits(paths: Sequence[Path], pattern: str) -> dict[Path, str]:
-  """Each file's split, or the rule, such as `_BY_HASH`, for its documents."""
+  """Each file's split, or the rule, such as `_BY_HASH`, for its documents.
+
+  Several files of text are split by their names after the fixed beginning of
+  `pattern`, which all paths match.
+  """
   if not all(map(is_text, paths)):
     return dict.fromkeys(paths, _BY_HASH)
   if len(paths) == 1:

@@ -112,6 +112,8 @@ class InstructionTask:
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
     """The content of example `index`, and dice for its template and shots.
 
+    Shots are other examples, which may stand before it.
+
     Raises:
       ValueError: The task has no example of the split.
     """
@@ -170,7 +172,10 @@ _LETTERS = string.ascii_lowercase
 def _task(
   cluster: str, *templates: str, metric: str = 'exact_match'
 ) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
-  """A decorator that makes a function a task in `TASKS`, under its name."""
+  """A decorator that makes a function the `draw` of a new task in `TASKS`.
+
+  The task has the function's name without '_'; the arguments are its fields.
+  """
 
   def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
     name = draw.__name__.removeprefix('_')
@@ -181,7 +186,7 @@ def _task(
 
 
 def identity(name: str) -> str:
-  """A text that is equal only where the examples of a task are equal."""
+  """A text that is equal only if the examples of the task `name` are equal."""
   code = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
   on_library = TASKS[name].cluster in ('code_reading', 'code_writing')
   return f'instructions {name} {code} {digest() if on_library else ""}'
@@ -226,7 +231,7 @@ class Function(NamedTuple):
 
 @functools.cache
 def functions() -> tuple[Function, ...]:
-  """The short functions that have a docstring, each source once."""
+  """The short, documented functions of the standard library, each once."""
   by_source = {}
   for _, text in source_files(MODULES):
     for _, source, docstring in documented_functions(text):
@@ -242,7 +247,7 @@ def functions() -> tuple[Function, ...]:
 
 @functools.cache
 def shorter(**most: int) -> tuple[Function, ...]:
-  """The functions with at most `most[field]` characters in each field named."""
+  """The `functions` with at most `most[name]` characters in a field `name`."""
   return tuple(
     f
     for f in functions()
@@ -258,7 +263,7 @@ def digest() -> str:
 
 
 def function_of(source: str, summary: str) -> Function | None:
-  """The function that a source defines, or None.
+  """The function that `source` defines, with its `summary`, or None.
 
   It is None if the source does not parse by itself, or defines a generator or
   an asynchronous function, of which it is unclear what it returns.
@@ -307,7 +312,7 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """`count` different answers in random order, with `right` among them."""
+  """`right` and other `texts`, `count` different answers in random order."""
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 

@@ -124,7 +124,7 @@ def as_text(value: Any, where: str) -> str:
 
 
 def _names_of(features: Any, outer: str = '') -> Iterator[str]:
-  """The keys that lead to each feature, joined: 'translation/de'."""
+  """The keys that lead to each feature, joined to `outer`: 'translation/de'."""
   for key, feature in features.items():
     if isinstance(feature, tfds.features.FeaturesDict):
       yield from _names_of(feature, f'{outer}{key}/')
@@ -203,9 +203,9 @@ class TfdsSource(SourceOptions):
   ) -> tuple[Builder, Callable[[str], Iterator[tuple[str, ...]]]]:
     """The builder, and a function from a split to texts of its examples.
 
-    The function takes 'train' or 'validation'. The values of the named options
-    are the features that give the texts. Features and splits are checked to
-    exist.
+    The function takes 'train' or 'validation'. `options` are names of options,
+    whose values are the features that give the texts. Features and splits are
+    checked to exist.
     """
     features = [getattr(self, name) for name in options]
     names = dict(zip(features, options))

@@ -87,7 +87,7 @@ class WindowTask(abc.ABC):
 
   @abc.abstractmethod
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of the examples that windows of `n` tokens give."""
+    """The largest lengths of examples that windows of `n` [P] tokens give."""
 
   @abc.abstractmethod
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
@@ -103,9 +103,9 @@ class DenoisedRows(ExampleRows):
   """
 
   def __init__(self, stream: Stream, task: WindowTask, *, pack: bool = True):
-    """Wraps a stream of tokens, as `PackedRows` does, without copying it.
+    """Wraps tokens and where each document begins, without copying them.
 
-    Without `pack`, windows of short documents have rows of their own.
+    With `pack`, examples of short windows share a row.
     """
     (self._tokens, starts), self._task = stream, task
     self._bounds = windows(starts, len(self._tokens), task.window)
@@ -113,7 +113,6 @@ class DenoisedRows(ExampleRows):
     super().__init__(lengths, task.layout, pack=pack)
 
   def example(self, index: int, generator: np.random.Generator) -> Example:
-    """The example of window `index`."""
     begin, end = self._bounds[index]
     return self._task(self._tokens[begin:end], generator)
 
@@ -332,10 +331,11 @@ class SpanCorruption(WindowTask):
 def noise_counts(
   n: Counts, density: float, mean_span: float
 ) -> tuple[Counts, Counts]:
-  """The numbers of tokens and of spans that are cut out of a window.
+  """The numbers of tokens and of spans that are cut out of P windows.
 
-  Of its `n` tokens, at least one is cut out and, if `n` > 1, at least one is
-  kept. At least one kept token lies between two spans.
+  Of each window's `n` tokens the share `density` is cut out, in spans of
+  `mean_span` tokens on average: at least one and, if `n` > 1, not all. At least
+  one kept token lies between two spans.
   """
   noise = np.clip(np.round(n * density), 1, np.maximum(n - 1, 1))
   most = np.minimum(noise, n - noise + 1)
@@ -346,11 +346,12 @@ def noise_counts(
 def noise_mask(
   n: int, generator: np.random.Generator, density: float, mean_span: float
 ) -> Bool[np.ndarray, ' n']:
-  """A mask that is True for tokens that are cut out.
+  """A mask of a window of `n` tokens, True for tokens that are cut out.
 
-  The numbers of cut-out tokens and of spans are those of `noise_counts`; all
-  such masks are equally likely. Unlike in T5's code, a window need not begin
-  with a kept token, nor end with a span.
+  A share `density` of the tokens is cut out, in spans of `mean_span` tokens on
+  average, as many as `noise_counts` says; all such masks are equally likely.
+  Unlike in T5's code, a window need not begin with a kept token, nor end with a
+  span.
   """
   counts = noise_counts(np.array([n]), density, mean_span)
   noise, spans = (int(count[0]) for count in counts)

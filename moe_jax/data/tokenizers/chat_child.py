@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _limit(resource_id: int, most: int) -> None:
-  """Sets a soft limit on a resource, where the system can limit it."""
+  """Sets the soft limit of a resource to `most`, where the system can."""
   with contextlib.suppress(OSError, ValueError):
     hard = resource.getrlimit(resource_id)[1]
     if hard != resource.RLIM_INFINITY:

@@ -133,4 +133,4 @@ class FileOptions(GivenOptions):
 
 
 class JsonOptions(FileOptions):
-  """The same options, under the kind 'json' in runs of imported models."""
+  """`FileOptions` under the kind 'json', as in runs of imported models."""
