@@ -77,7 +77,13 @@ def normalizers(model: Model, batch: Batch) -> Normalizers:
 
 
 def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
-  """The sums of losses and statistics over one batch or microbatch."""
+  """The sums of losses and statistics over one batch or microbatch.
+
+  Args:
+    losses: The losses of the tokens, which are multiplied by loss weights.
+    batch: The batch or microbatch, for its loss weights.
+    aux: The sums of the routers' losses and statistics, which are not changed.
+  """
   weights = batch['loss_weights']
 
   def weighted(nats):
@@ -95,7 +101,7 @@ def aux_loss(
   """The weighted sum of the routers' losses, each per token that is routed.
 
   The sum is over losses and layers, divided by `weights.num_averaged`. Losses
-  of weight 0 are left out.
+  of weight 0 are left out. `aux` has sums over tokens for each layer.
   """
   total = jnp.zeros((), jnp.float32)
   for loss, weight in weights.routers.items():
@@ -114,7 +120,8 @@ def total_loss(
 ) -> Float32[Array, '']:
   """The part of a batch's loss that the batch or a microbatch contributes.
 
-  `divisors` are those of the whole batch, so that microbatches add up to it.
+  `sums` are of the batch or microbatch, `divisors` always of the whole batch,
+  so that the results of its microbatches add up to its loss.
   """
   total = sums.cross_entropy / divisors.weight
   if _counts(weights.logits_z):
