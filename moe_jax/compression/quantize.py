@@ -173,6 +173,16 @@ def _round(
 ) -> tuple[dict[str, Outcome], list[int]]:
   """Rounds the kernels of a layer by GPTQ, or without batches to the nearest.
 
+  Args:
+    run: The run, with the kernels before rounding.
+    params: All parameters, with the kernels of earlier layers rounded; from
+      these the inputs of the layer are computed.
+    layer: The index of the layer.
+    p: The parameters of the layer's experts, [E, ...], by the last part of
+      their names.
+    format: The format of the quantised kernels.
+    batches: Batches of calibration data; if empty, the model is not run.
+
   Returns:
     The outcome of each kernel, and the indices of the experts that no counted
     token reaches, for which GPTQ rounds to the nearest value.

@@ -38,7 +38,11 @@ class Bits(NamedTuple):
 
 
 def measured(width: int, zeros: float, seed: int = 0) -> Bits:
-  """The bits per weight of one random matrix of about two million weights."""
+  """The bits per weight of one random matrix of about two million weights.
+
+  `width` is the number of weights of a row, and `zeros` the probability of a
+  zero.
+  """
   rows = max(_SAMPLE // width, 1)
   draw = np.random.default_rng(seed).random((rows, width), np.float32)
   half = (1 - zeros) / 2
@@ -80,6 +84,8 @@ def predicted(width: int, zeros: float) -> float:
 
 def _ends(weight: np.ndarray) -> np.ndarray:
   """The probability that a code that begins with pair a ends before pair b.
+
+  `weight`, [4], has the probability of a weight, by its two lowest bits.
 
   Returns:
     [14 * 16, 16], indexed by (16 d + a, b): the probability that d pairs follow
