@@ -19,7 +19,8 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.shapes import Array, Bool, Float, Float32, Int8, UInt8, checked
 
 # The share of the mean of the Hessian's diagonal that is added to the diagonal,
-# and the least number that is added.
+# and the least number that is added, so that a Hessian of few tokens, which is
+# singular, has an inverse.
 DAMPING, LEAST_DAMPING = 0.1, 1e-6
 # The number of inputs whose errors are passed on to later inputs together.
 BLOCK = 128
@@ -62,8 +63,9 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
   identity = jnp.broadcast_to(jnp.eye(size), h.shape)
   diagonal = jnp.diagonal(h, axis1=-2, axis2=-1).mean(-1)[..., None, None]
   damped = h + identity * jnp.maximum(DAMPING * diagonal, LEAST_DAMPING)
-  # With rows and columns in reverse order, the lower factor of H is an upper
-  # factor, and its inverse is the factor of the inverse.
+  # H with rows and columns in reverse order has a lower factor, which in reverse
+  # order is an upper factor R with H = R R^T. U, the inverse of R, then has
+  # inverse(H) = U^T U.
   lower = jnp.linalg.cholesky(damped[..., ::-1, ::-1])
   upper = jax.scipy.linalg.solve_triangular(lower[..., ::-1, ::-1], identity)
   fails = ~jnp.isfinite(upper).all((-2, -1))

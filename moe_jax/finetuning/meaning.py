@@ -79,7 +79,7 @@ def _layers(half: Any, width: int) -> dict[str, Any]:
 
 
 def _router(router: Any, sizes: Sizes) -> RouterOptions:
-  """The router, with default values of options that change none of its choices.
+  """A router's options, with defaults of those that change none of its choices.
 
   The order of slots has no effect with room for all tokens, or with K = 1, as
   there is no second choice. The rate of a balancing bias has an effect only in

@@ -308,15 +308,15 @@ def plan(
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
       # The arrays of the sparse layer between the LSTMs of an LSTM model stack
-      # no layers, so that its number is None here.
+      # no layers: its number is None here, and its arrays may be new, too.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue
       listed = sizes if piece.path else problems
       listed += _problem(path, piece, parameter, old, len(numbers))
   problems += [f'{_name(p)}: not in this model' for p in old if p not in used]
-  # If the numbers of layers differ, the parameters of layers that one model
-  # lacks are not listed.
+  # If the numbers of layers differ, lines say so in place of a line for each
+  # parameter that one model lacks.
   problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
     lines = ['the models do not fit:', *dict.fromkeys(problems)]

@@ -365,7 +365,8 @@ def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
       use_compression=False, type_handler_registry=handlers
     ),
     # If Orbax's thread cannot make a folder, its other threads wait for the
-    # folder, and the interpreter's exit for these threads, for five minutes.
+    # folder, and the interpreter's exit for these threads, for five minutes. So
+    # the folder is made before `save` returns, which then raises the error.
     async_options=ocp.options.AsyncOptions(
       create_directories_asynchronously=False
     ),

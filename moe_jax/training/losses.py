@@ -34,7 +34,8 @@ class Normalizers(NamedTuple):
 
   Attributes:
     weight: float32 [], sum of loss weights.
-    tokens: float32 [L], number of tokens that each layer's router routes.
+    tokens: float32 [L], number of tokens that each layer's router routes, at
+      least 1.
   """
 
   weight: Array
@@ -63,7 +64,11 @@ class LossWeights:
 
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
-  """The coefficients of a model's router losses, with `logits_z` as given."""
+  """The coefficients of a model's losses besides the cross-entropy.
+
+  Those of routers are from their options; `logits_z` is that of the z-loss of
+  the output logits.
+  """
   stacks, moe = model.stacks, model.stacks.moe
   mean = moe is not None and moe.layer_reduce == 'mean'
   num_averaged = len(stacks.mixtures) if mean else 1
@@ -161,7 +166,11 @@ class AuxSchedule(Options):
     raise NotImplementedError
 
   def weights(self, weights: LossWeights, step: Leaf) -> LossWeights:
-    """Returns the weights of the losses after `step` optimizer steps."""
+    """Returns the weights of the losses after `step` optimizer steps.
+
+    They are `weights`, multiplied by the factor of the step if the schedule
+    names the loss.
+    """
     factor = self.factor_at(step)
 
     def changed(loss, weight):
@@ -177,7 +186,8 @@ class AuxSchedule(Options):
   def check(self, weights: LossWeights) -> None:
     """Raises ValueError if the schedule names a loss that does not exist.
 
-    The losses that exist are those of the model and of built-in routers.
+    The losses that exist are those of the model, which `weights` names, and of
+    built-in routers.
     """
     own_names = (loss.removesuffix('_loss') for loss in weights.routers)
     names = {_LOGITS, *_BUILTIN, *own_names}
