@@ -63,9 +63,8 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
   identity = jnp.broadcast_to(jnp.eye(size), h.shape)
   diagonal = jnp.diagonal(h, axis1=-2, axis2=-1).mean(-1)[..., None, None]
   damped = h + identity * jnp.maximum(DAMPING * diagonal, LEAST_DAMPING)
-  # H with rows and columns in reverse order has a lower factor, which in reverse
-  # order is an upper factor R with H = R R^T. U, the inverse of R, then has
-  # inverse(H) = U^T U.
+  # The lower factor of H with rows and columns in reverse order is, reversed
+  # again, an upper R with H = R R^T. So inverse(H) = U^T U for U = inverse(R).
   lower = jnp.linalg.cholesky(damped[..., ::-1, ::-1])
   upper = jax.scipy.linalg.solve_triangular(lower[..., ::-1, ::-1], identity)
   fails = ~jnp.isfinite(upper).all((-2, -1))
