@@ -68,11 +68,11 @@ def quantize(
 
   Returns:
     Numbers about all kernels: 'rtn error' and 'gptq error', the mean over
-    layers of the squared change of outputs over the squared outputs; 'zeros',
-    the share of weights that are 0; 'code bits', the bits of codes for each
-    weight; 'metadata bits', those of all else that is stored, such as scales,
-    offsets and what fills up kernels of fewer codes; 'bytes' and 'bytes
-    before', of all parameters in memory.
+    layers of the squared change of outputs over the squared outputs ('rtn'
+    takes weights in place of outputs); 'zeros', the share of weights that are
+    0; 'code bits', the bits of codes for each weight; 'metadata bits', those of
+    all else that is stored, such as scales, offsets and what fills up kernels
+    of fewer codes; 'bytes' and 'bytes before', of all parameters in memory.
 
   Raises:
     ValueError: The model is quantised already, or has no experts in blocks or

@@ -53,7 +53,8 @@ def _layers(half: Any, width: int) -> dict[str, Any]:
   """The options that decide what the layers of an encoder or decoder compute.
 
   The result is by dotted name, without 'encoder.', and has 'sparse' and 'full',
-  which say of each layer whether it is sparse and attends without a window.
+  which say of each layer whether it is sparse, and whether it attends without a
+  window.
 
   Args:
     half: The options of the encoder or decoder.

@@ -45,7 +45,8 @@ class StepMetrics(NamedTuple):
     learning_rate: float32 [], the learning rate before the factors by parameter
       of `optimizer.rate_rules`.
     finite: bool [N], whether each floating-point leaf of the state after the
-      step is finite, in the order of `moe_jax.runs.finite.names`.
+      step, but for the optimizer's state, is finite, in the order of
+      `moe_jax.runs.finite.names`.
   """
 
   loss: Array

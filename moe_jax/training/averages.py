@@ -102,5 +102,5 @@ def averaged(params: Any, averages: Averages | None) -> Any:
 
 
 def kept_by_optimizer(state: TrainState) -> Any:
-  """A pair: the optimizer's state, and the running means or None without."""
+  """A pair: the optimizer's state, and the running means, None if not kept."""
   return state.opt_state, getattr(state, 'averages', None)
