@@ -30,7 +30,11 @@ MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+  """Parses a command; None takes the program's own words.
+
+  Returns:
+    The options, and overrides of a config, such as --config.data.seq_len=64.
+  """
   parser = cli.parser('moe_jax.compression', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
   for module in MODULES:

@@ -185,7 +185,10 @@ class ExpertTokens:
 
 
 def _chosen(routed_tokens: RoutedTokens, mask: np.ndarray) -> np.ndarray:
-  """Whether each token counts and is served by each expert, bool [N, E]."""
+  """Whether each token counts and is served by each expert, bool [N, E].
+
+  The N tokens are those of all groups; `mask`, bool [B, T], says which count.
+  """
   gates = np.asarray(routed_tokens.routing.token_gates())
   is_counted = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
   return ((gates != 0) & is_counted[..., None]).reshape(-1, gates.shape[-1])
@@ -300,7 +303,10 @@ def _layer_usage(
 
 
 def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
-  """The function from an expert's parameters and inputs to its outputs."""
+  """The function from one expert's parameters, by path, and x to its outputs.
+
+  x and the outputs are [G, S, M]; every token is served with a gate of 1.
+  """
   module = layer.moe.expert.experts(Gather(), layer.shared)
 
   def apply_expert(params: Arrays, x: Float[Array, 'G S M']) -> Array:

@@ -42,8 +42,9 @@ def rank(
 ) -> tuple[int, ...]:
   """The indices of experts by falling conditional probability.
 
-  The arguments are what `gate_sums` returns. Ties go to the lower index;
-  experts that serve no token are last.
+  `gates` has the sum of each expert's gates, and `tokens` the number of tokens
+  that it serves. Ties go to the lower index; experts that serve no token are
+  last.
   """
   probability = np.where(tokens > 0, gates / np.maximum(tokens, 1), -1.0)
   return tuple(np.argsort(-probability, kind='stable').tolist())
@@ -132,6 +133,11 @@ def concatenated(
 def _num_experts(model: Model, source: Model, layer: int) -> int:
   """The number of experts that together are as wide as a dense feed-forward.
 
+  Args:
+    model: The dense model, whose feed-forward it is.
+    source: The sparse model, whose experts they are.
+    layer: The index of the layer, in both models.
+
   Raises:
     ValueError: No number of experts has that width, a layer has a shared
       expert, activations or biases differ, or the new layer is not dense.
@@ -166,7 +172,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
 
 
 def _block(model: Model, layer: int) -> tuple[BlockConfig, MoeOptions | None]:
-  """The options of a layer's block, and of its experts if it is sparse."""
+  """The options of a layer's block, and those of its experts, None if dense."""
   return [
     (stack.block, kind.moe)
     for stack in model.stacks.blocks

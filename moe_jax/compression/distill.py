@@ -189,8 +189,8 @@ class Distilling(Hook):
     `config.init_from`; None if both name no run.
 
     Raises:
-      ValueError: The teacher does not fit the run; or see
-        `finetuning.initial`.
+      ValueError: The teacher, or the run of `config.init_from`, cannot be read
+        or does not fit the run.
       CheckpointError: No checkpoint is good.
     """
     options = _options(run)
@@ -251,7 +251,8 @@ def _begin_with(
 
   The teacher's parameters are copied, all but those of experts and routers.
   Where the teacher's layer is sparse, the student's feed-forward is drawn from
-  the seed, or made of the teacher's experts.
+  the seed, or made of the teacher's experts. ValueError is raised where the
+  parameters do not fit the student.
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)
@@ -375,7 +376,8 @@ def _taught_step(
 
   The labels are stored, or the teacher computes them for each microbatch. The
   teacher runs as in evaluation: dropout and routers' noise are off, and tokens
-  beyond the capacity of evaluation are dropped.
+  beyond the capacity of evaluation are dropped. ValueError is raised where the
+  stored logits are of another teacher or of other batches.
   """
   model, stored = teacher.model, None
   if options.logits:

@@ -180,7 +180,11 @@ def numbers_by_share(
 def check_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> None:
-  """Raises ValueError if a layer's groups cannot keep equally many experts."""
+  """Raises ValueError if a layer's groups cannot keep equally many experts.
+
+  `counts` has the number of experts that stay in each layer; groups are those
+  of a router whose tokens choose groups of experts first.
+  """
   for n, layer in layers.items():
     if counts[n] % (num_groups := _groups(layer)):
       raise InputError(
@@ -192,7 +196,10 @@ def check_groups(
 def in_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> dict[int, int]:
-  """The numbers of experts that stay, rounded up to multiples of the groups."""
+  """The `counts` of experts that stay, by layer, rounded up to fit the groups.
+
+  They become multiples of the number of groups from which tokens choose first.
+  """
   return {
     n: -(-counts[n] // _groups(layer)) * _groups(layer)
     for n, layer in layers.items()
@@ -231,6 +238,8 @@ def prune(
 
 def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
   """The layer with some experts alone, and their columns of the router.
+
+  `experts` are the indices of the experts that stay, ascending.
 
   Raises:
     ValueError: Fewer experts would stay than a token chooses, or groups of

@@ -68,11 +68,11 @@ def quantize(
 
   Returns:
     Numbers about all kernels: 'rtn error' and 'gptq error', the mean over
-    layers of the squared change of outputs over the squared outputs; 'zeros',
-    the share of weights that are 0; 'code bits', the bits of codes for each
-    weight; 'metadata bits', those of all else that is stored, such as scales,
-    offsets and what fills up kernels of fewer codes; 'bytes' and 'bytes
-    before', of all parameters in memory.
+    layers of the squared change of outputs over the squared outputs ('rtn'
+    takes weights in place of outputs); 'zeros', the share of weights that are
+    0; 'code bits', the bits of codes for each weight; 'metadata bits', those of
+    all else that is stored, such as scales, offsets and what fills up kernels
+    of fewer codes; 'bytes' and 'bytes before', of all parameters in memory.
 
   Raises:
     ValueError: The model is quantised already, or has no experts in blocks or
@@ -172,6 +172,16 @@ def _round(
   batches: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, Outcome], list[int]]:
   """Rounds the kernels of a layer by GPTQ, or without batches to the nearest.
+
+  Args:
+    run: The run, with the kernels before rounding.
+    params: All parameters, with the kernels of earlier layers rounded; from
+      these the inputs of the layer are computed.
+    layer: The index of the layer.
+    p: The parameters of the layer's experts, [E, ...], by the last part of
+      their names.
+    format: The format of the quantised kernels.
+    batches: Batches of calibration data; if empty, the model is not run.
 
   Returns:
     The outcome of each kernel, and the indices of the experts that no counted

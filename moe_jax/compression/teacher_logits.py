@@ -192,7 +192,10 @@ class StoredLogits:
 
 
 def row_digests(targets: Any) -> np.ndarray:
-  """The first 8 bytes of the sha256 of each row of targets, uint64 [R]."""
+  """The first 8 bytes of the sha256 of each of R rows of targets, uint64 [R].
+
+  `targets` are token ids, [R, T].
+  """
   rows = np.asarray(targets, np.int32)
   digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
   return np.frombuffer(b''.join(digests), np.uint64)

@@ -21,7 +21,12 @@ from moe_jax.training.trained import Loaded
 def read(workdir: str | os.PathLike[str], **arguments: Any) -> Loaded:
   """Reads a run, which may lack a tokenizer, onto the first local device.
 
-  Arguments and errors are those of `trained.load`.
+  `arguments` are arguments of `trained.load`, such as `step`, where None is the
+  newest good checkpoint, and `allow`, modules whose classes may be imported.
+
+  Raises:
+    ValueError: The folder lacks something, or its files do not fit together.
+    CheckpointError: No checkpoint is good.
   """
   return trained.load(workdir, tokenizer_needed=False, **arguments)
 

@@ -21,7 +21,11 @@ from moe_jax.finetuning import adapters, choose_experts
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+  """Parses a command; None takes the program's own words.
+
+  Returns:
+    The options, and overrides of a config, such as --config.data.seq_len=64.
+  """
   parser = cli.parser('moe_jax.finetuning', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 

@@ -166,8 +166,9 @@ def merge(
     A line about the new folder.
 
   Raises:
-    ValueError: See `read`; or `workdir` holds no run; the base has adapters or
-      router state; or `output` is not empty.
+    ValueError: `folder` holds no adapter, or one of other parameters; or
+      `workdir` holds no run; the base has adapters or router state; or `output`
+      is not empty.
     CheckpointError: No checkpoint is good.
   """
   model, own, params, base_step = _load(workdir, step, allow)
@@ -192,7 +193,11 @@ def merge(
 
 
 def _seal(about: Mapping[str, Any], folder: pathlib.Path) -> str:
-  """The sha256 of an adapter's options, its factors and its tokenizer."""
+  """The sha256, in hex, of an adapter's values, factors and tokenizer.
+
+  `about` has the values of `adapter.json` but the sha256 itself; `folder` has
+  the files of the factors and of the tokenizer, if there is one.
+  """
   sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
   for path in (folder / WEIGHTS, folder / TOKENIZER):
     sha.update(path.read_bytes() if path.exists() else b'')
@@ -200,7 +205,15 @@ def _seal(about: Mapping[str, Any], folder: pathlib.Path) -> str:
 
 
 def _load(workdir, step, allow) -> tuple[Model, Adapters, dict[str, Any], int]:
-  """A run's model, its adapters if it has any, the parameters, their step."""
+  """A run's model, its adapters if it has any, the parameters, their step.
+
+  Parameters include the adapters' factors, which are not merged into kernels.
+
+  Args:
+    workdir: The run's folder.
+    step: Step of the checkpoint; None is the newest good one.
+    allow: Modules whose classes, named in the run's folder, may be imported.
+  """
   run = trained.read(workdir, allow, tokenizer_needed=False)
   rules = run.sharding.rules
   model = run.model.build(rules)

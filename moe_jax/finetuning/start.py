@@ -105,6 +105,10 @@ def _read(
   Returns:
     That run's folder, its options and its model, and a plan by which the
     parameters of `run` are made from that run's parameters.
+
+  Raises:
+    ValueError: The folder holds no run, its kernels are quantised, or its
+      tokens, tasks or model do not fit `run`.
   """
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
   source_run = trained.read(folder, allow)
@@ -123,7 +127,8 @@ def _read(
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   """The plan by which a run's parameters are made from those of `source`.
 
-  `folder` holds the run whose model is `source`.
+  `folder` holds the run whose model is `source`. ValueError is raised if the
+  models, or an optimizer that is to be kept, do not fit.
   """
   options = cast(InitFrom, run.options.init_from)
   try:
@@ -171,8 +176,8 @@ def convert(
 
   Args:
     run: The run, whose seed gives the key for `apply`.
-    apply: A pure function from the other run's parameters and a key; see
-      `Plan.apply`.
+    apply: A pure function from the other run's parameters and a key to all
+      parameters of the run's model, without adapters.
     params: The parameters of the other run.
   """
   shardings = jax.tree.map(

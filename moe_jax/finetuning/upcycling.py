@@ -114,10 +114,13 @@ class Plan:
 
   Attributes:
     model: The new model.
-    pieces: The pieces of each parameter, one for each layer that it stacks.
+    pieces: The pieces of each parameter by its path: one for each layer that it
+      stacks, in order, or a single one where it stacks none.
     experts: The index of the source's expert that each expert is a copy of, in
-      layers that were sparse.
-    num_source_experts: The number of experts in the source; 0 if it is dense.
+      layers that were sparse; () if experts, where any are copied, keep their
+      indices.
+    num_source_experts: The number of the source's experts; 0 where `experts`
+      is ().
     copies: Options of how experts are copied and routers begin.
     upcycled: Indices of the layers that were dense and become sparse, an
       encoder's first.
@@ -244,7 +247,10 @@ def _noisy(
 
 
 def expert_axis(axes: Sequence[str | None]) -> int | None:
-  """The index of the dimension that counts experts; None if there is none."""
+  """The index of the dimension that counts experts; None if there is none.
+
+  `axes` are the logical names of the dimensions.
+  """
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)
 
 
@@ -302,15 +308,15 @@ def plan(
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
       # The arrays of the sparse layer between the LSTMs of an LSTM model stack
-      # no layers, so that its number is None here.
+      # no layers: its number is None here, and its arrays may be new, too.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue
       listed = sizes if piece.path else problems
       listed += _problem(path, piece, parameter, old, len(numbers))
   problems += [f'{_name(p)}: not in this model' for p in old if p not in used]
-  # If the numbers of layers differ, the parameters of layers that one model
-  # lacks are not listed.
+  # If the numbers of layers differ, lines say so in place of a line for each
+  # parameter that one model lacks.
   problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
     lines = ['the models do not fit:', *dict.fromkeys(problems)]
@@ -334,6 +340,14 @@ def _finder(
   The piece is the source model's parameter of the same name. For an expert in a
   layer that was dense, the piece is the dense feed-forward's parameter whose
   name has the same last part. Otherwise the parameter is new.
+
+  Args:
+    model: The source model.
+    parameters: Those of its parameters that may be copied, by path.
+
+  Returns:
+    The function from the index of a layer in its stack, the place of the new
+    stacked parameter and its role to the piece.
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}
@@ -366,7 +380,16 @@ def _problem(
   old_parameters: Mapping[Path, _Parameter],
   num_experts: int,
 ) -> list[str]:
-  """The reason why a parameter cannot be made from its piece; [] if it can."""
+  """The reason why a parameter cannot be made from its piece; [] if it can.
+
+  Args:
+    path: The path of the new parameter.
+    piece: The piece of one of its layers.
+    parameter: The description of the new parameter.
+    old_parameters: The descriptions of the source's parameters, by path.
+    num_experts: The number of experts that are copied by a list of indices; 0
+      if there is no list, so that both need equally many.
+  """
   if piece.path is None:
     is_new = parameter.role.role == 'router'
     return [] if is_new else [f'{_name(path)}: not in the other model']
@@ -389,7 +412,8 @@ def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
 
   The result is () unless both models have experts and each model has equally
   many in all its sparse layers. () means that experts, if both models have
-  them, are copied to equal indices.
+  them, are copied to equal indices. ValueError is raised if `copies.experts` do
+  not fit, or if the models differ in which experts are merged or pruned.
   """
   num_old, num_new = _num_experts(source), _num_experts(model)
   are_equal = equal_experts(model) and equal_experts(source)
@@ -452,7 +476,7 @@ def _lengths(model: Model, source: Model) -> list[str]:
 
 
 def _parameters(model: Model) -> dict[Path, _Parameter]:
-  """The description of every parameter, by its path."""
+  """The shape, axes and role of every parameter, by its path."""
   shapes, axes, roles = map(flatten, models.describe(model))
   return {
     path: _Parameter(leaf.shape, axes[path], roles[path])

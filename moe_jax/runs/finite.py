@@ -19,7 +19,10 @@ _MOST_LISTED = 4
 
 
 def flags(tree: Any) -> Bool[Array, ' N']:
-  """Whether each floating-point leaf, in order, is finite; [True] for none."""
+  """Whether each of a tree's N floating-point leaves, in order, is finite.
+
+  For a tree without such leaves the result is [True].
+  """
   leaves = _floating(tree).values()
   # x - x is 0 for a finite number and NaN for any other. XLA's CPU compiler
   # reads a leaf once for this sum, but for `isfinite(x)` writes an array of

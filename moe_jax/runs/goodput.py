@@ -27,7 +27,10 @@ def now() -> float:
 
 
 class Goodput:
-  """Counts a run's seconds by cause, those of earlier processes included."""
+  """Counts a run's seconds by cause, those of earlier processes included.
+
+  A cause is one of `CAUSES`, or `STEPS`.
+  """
 
   def __init__(self, last: Mapping[str, Any], begun: float):
     """Begins to count at the cause 'restart', from the seconds counted so far.

@@ -93,7 +93,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def _file_facts(folder: epath.Path) -> dict[str, tuple[int, str]]:
-  """The size and digest of every file but the manifest, by its path."""
+  """The bytes and the sha256 of every file but the manifest, by its path."""
   paths = sorted(
     str((parent / file).relative_to(folder))
     for parent, _, files in folder.walk()

@@ -183,7 +183,8 @@ def _lines(
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
   """Rewrites a file of metrics, all or nothing, without rows after `step`.
 
-  Rows of the evaluations `due` are dropped at `step` itself, too.
+  Rows of the evaluations named in `due` are dropped at `step` itself, too, and
+  so are lines that are no rows.
   """
   prefixes = tuple(f'eval/{name}/' for name in due)
   copy = path.with_name(f'{path.name}.tmp')

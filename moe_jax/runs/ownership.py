@@ -130,7 +130,12 @@ def owned(
 def _take(
   folder: epath.Path, owner: Owner, stack: contextlib.ExitStack
 ) -> None:
-  """Makes `owner` the owner of a folder until `stack` ends."""
+  """Makes `owner` the owner of a folder until `stack` ends.
+
+  Raises:
+    OwnedError: Another job holds the folder's lock.
+    ValueError: The folder cannot be made or written.
+  """
   is_local, is_locked = '://' not in os.fspath(folder), False
   try:
     for path in [*reversed(folder.parents), folder] if is_local else ():

@@ -51,10 +51,10 @@ class Recorder:
     log_every_steps: The number of steps between two rows.
     max_nonfinite_steps: The number of steps that may be skipped as not finite.
     batch_tokens: The number of tokens of a batch.
-    moes: The options of each layer's mixture of experts; None if it is dense.
+    moes: The options of each layer's mixture of experts, None for a dense one.
     state: The shapes of the train state.
     checkpoints: The run's checkpoints, which an error names.
-    tell: Makes a text of an evaluation's row of metrics without a loss.
+    tell: Makes a text of an evaluation's row of metrics, if that has no loss.
     confirm: Raises ValueError if another job has taken the folder.
     trackers: Names of the trackers that get the rows, too.
     least_step_seconds: The seconds that a step would take at the peak speed of
@@ -236,6 +236,12 @@ class Recorder:
     """Keeps the batch of a step that is not finite; raises after too many.
 
     The file is written all or nothing; every process calls this.
+
+    Args:
+      step: The number of the step.
+      text: What is not finite, for messages.
+      sums: The sums of the step, as `summary.host` gives them, for the error.
+      batch: The global batch of the step.
 
     Raises:
       NonFiniteError: No further step may be skipped.

@@ -241,7 +241,10 @@ class Directory:
     return sorted(removed)
 
   def prune(self) -> None:
-    """Deletes all checkpoints except the newest ones and the best."""
+    """Deletes all checkpoints except those that the options keep.
+
+    These are the `keep_newest` newest ones and, with `keep_best`, the best.
+    """
     steps = self.steps()
     kept_steps: set[int | None] = set(steps[-self.options.keep_newest :])
     if self.options.keep_best:

@@ -46,7 +46,10 @@ class Retry(NamedTuple):
   wait_seconds: float = 1.0
 
   def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-    """Returns `function(*args)`, which may be called several times."""
+    """Returns `function(*args)`, after several calls if needed.
+
+    The error of the last call, or one that is not transient, is raised.
+    """
     for number in itertools.count(1):
       try:
         return function(*args)

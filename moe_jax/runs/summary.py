@@ -45,7 +45,8 @@ class StepMetrics(NamedTuple):
     learning_rate: float32 [], the learning rate before the factors by parameter
       of `optimizer.rate_rules`.
     finite: bool [N], whether each floating-point leaf of the state after the
-      step is finite, in the order of `moe_jax.runs.finite.names`.
+      step, but for the optimizer's state, is finite, in the order of
+      `moe_jax.runs.finite.names`.
   """
 
   loss: Array
@@ -80,7 +81,7 @@ def sparse_layers(sums: LossSums) -> list[int]:
 def summarize(
   sums: LossSums, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
-  """A row of metrics with `loss`, `drop_rate`, and `layer_<i>/...` by router.
+  """A row of metrics: `loss`, `drop_rate`, and each router's `layer_<i>/...`.
 
   The loss is in nats per token. The drop rate is the fraction of choices of
   experts that were dropped, averaged over sparse layers; `load` is the fraction
@@ -90,8 +91,7 @@ def summarize(
   Args:
     sums: Sums as `host` gives them.
     moes: The options of each layer's mixture of experts, None for a dense
-      layer, as in `Stacks.moes`; they say how many experts and choices the
-      layer has.
+      layer; they say how many experts and choices the layer has.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}
@@ -109,6 +109,9 @@ def layer_summary(
   sums: LossSums, layer: int, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
   """The metrics, by name, of the router of layer `layer`, counted from 0.
+
+  `sums` are those that `host` gives; `moes` are the options of each layer's
+  mixture of experts, None for a dense layer.
 
   Raises:
     ValueError: A user's own router chose experts that the layer lacks.

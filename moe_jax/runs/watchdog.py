@@ -101,7 +101,10 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
 
 
 class Watchdog:
-  """Tells other processes this process' stages; ends it if another is lost."""
+  """Tells the others this process' stages; ends it if another is lost.
+
+  `folder` is the folder of the files in which processes write their stages.
+  """
 
   def __init__(self, timeouts: Timeouts, folder: pathlib.Path):
     self._index, self._size = jax.process_index(), jax.process_count()
@@ -220,7 +223,7 @@ class Watchdog:
     return f'nothing moved for {self._stall} s; {who} got only to {stage}'
 
   def _problem(self, index: int) -> str | None:
-    """The reason for which a process ends, or how it is lost; None if it runs.
+    """Why process `index` ends, or how it is lost; None if it runs on.
 
     The text is a sentence that names the process.
     """

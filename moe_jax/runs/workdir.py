@@ -148,6 +148,7 @@ def _checked_directory(
 ) -> epath.Path:
   """The directory of a run's checkpoints.
 
+  `directory` is the option `checkpoint.directory`; '' is the one in `folder`.
   ValueError is raised for another directory than before, where the run would
   begin anew, and, unless `resume`, for a directory that may be another run's,
   from whose checkpoints the run would go on.

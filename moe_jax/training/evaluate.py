@@ -74,7 +74,7 @@ class Setting:
 
 
 def every_steps_option(every_steps: int) -> Any:
-  """The field of an evaluation's options for its period, with its default."""
+  """The field of an evaluation's options for its period, with this default."""
   return option(
     every_steps,
     'Number of optimizer steps between two measurements of the evaluation, '
@@ -255,7 +255,10 @@ class Losses:
     return map(self.put.local, batches)
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row with the loss, in nats per token, and routers' statistics."""
+    """The row with the loss, in nats per token, and routers' statistics.
+
+    `step` is not used: the row depends on the variables alone.
+    """
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(
@@ -268,9 +271,10 @@ class Losses:
 
     Args:
       variables: The variables of the model.
-      apply: Applies the model, and may return the choices of experts.
+      apply: Applies the model, and returns its result and the choices of
+        experts, or None in place of the choices.
       record: Called for each batch with its index, the batch, and the choices
-        of experts.
+        of experts, or None where `apply` returns none.
     """
     compiled_step = compiled_eval_step(self.model, self.put, apply)
 
@@ -305,8 +309,9 @@ def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
   """Returns the compiled function (variables, batch) -> sums over the batch.
 
   The batch is one that `put` has moved. The sums are those of the losses and
-  of the routers' statistics. The model is applied without noise and dropout.
-  Equal models share the function.
+  of the routers' statistics, with the choices of experts if `apply` returns
+  them. `apply` applies the model, without noise and dropout. Equal arguments
+  share the function.
   """
 
   def eval_step(variables, batch):
@@ -362,7 +367,9 @@ def make_evaluations(
 def differing_parameters(model: Model, changed: Model) -> str:
   """Lines on the parameters whose shapes differ between two models.
 
-  The text is '' if there are none. Types of floating-point numbers may differ.
+  The lines call the parameters of `model` "saved" and those of `changed`
+  "wanted". The text is '' if no shapes differ. Types of floating-point numbers
+  may differ.
   """
   if changed == model:
     return ''

@@ -193,7 +193,8 @@ def _evaluate(at: _Loop) -> bool:
   Metrics are recorded before early stopping judges them. If early stopping
   ends the run, the evaluations that are not due at this step are run here,
   too. A run that is resumed with less patience may end at once; then only
-  those other evaluations are run.
+  those other evaluations are run. Where a signal or an `InputError` of an
+  evaluation cuts this short, the step is saved first if it is not yet.
   """
   run, measured, step = at.run, set[str](), at.step
   early = run.early_stopping
@@ -268,9 +269,10 @@ _SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 
 @contextlib.contextmanager
 def _handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
-  """Handles a signal while the body runs; does nothing outside the main thread.
+  """Handles the signal `number` with `handler` while the body runs.
 
-  Python lets only the main thread set a handler.
+  Outside the main thread this does nothing, as Python lets only the main thread
+  set a handler.
   """
   try:
     old_handler = signal.signal(number, handler)

@@ -34,7 +34,8 @@ class Normalizers(NamedTuple):
 
   Attributes:
     weight: float32 [], sum of loss weights.
-    tokens: float32 [L], number of tokens that each layer's router routes.
+    tokens: float32 [L], number of tokens that each layer's router routes, at
+      least 1.
   """
 
   weight: Array
@@ -63,7 +64,11 @@ class LossWeights:
 
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
-  """The coefficients of a model's router losses, with `logits_z` as given."""
+  """The coefficients of a model's losses besides the cross-entropy.
+
+  Those of routers are from their options; `logits_z` is that of the z-loss of
+  the output logits.
+  """
   stacks, moe = model.stacks, model.stacks.moe
   mean = moe is not None and moe.layer_reduce == 'mean'
   num_averaged = len(stacks.mixtures) if mean else 1
@@ -77,7 +82,13 @@ def normalizers(model: Model, batch: Batch) -> Normalizers:
 
 
 def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
-  """The sums of losses and statistics over one batch or microbatch."""
+  """The sums of losses and statistics over one batch or microbatch.
+
+  Args:
+    losses: The losses of the tokens, which are multiplied by loss weights.
+    batch: The batch or microbatch, for its loss weights.
+    aux: The sums of the routers' losses and statistics, which are not changed.
+  """
   weights = batch['loss_weights']
 
   def weighted(nats):
@@ -95,7 +106,7 @@ def aux_loss(
   """The weighted sum of the routers' losses, each per token that is routed.
 
   The sum is over losses and layers, divided by `weights.num_averaged`. Losses
-  of weight 0 are left out.
+  of weight 0 are left out. `aux` has sums over tokens for each layer.
   """
   total = jnp.zeros((), jnp.float32)
   for loss, weight in weights.routers.items():
@@ -114,7 +125,8 @@ def total_loss(
 ) -> Float32[Array, '']:
   """The part of a batch's loss that the batch or a microbatch contributes.
 
-  `divisors` are those of the whole batch, so that microbatches add up to it.
+  `sums` are of the batch or microbatch, `divisors` always of the whole batch,
+  so that the results of its microbatches add up to its loss.
   """
   total = sums.cross_entropy / divisors.weight
   if _counts(weights.logits_z):
@@ -154,7 +166,11 @@ class AuxSchedule(Options):
     raise NotImplementedError
 
   def weights(self, weights: LossWeights, step: Leaf) -> LossWeights:
-    """Returns the weights of the losses after `step` optimizer steps."""
+    """Returns the weights of the losses after `step` optimizer steps.
+
+    They are `weights`, multiplied by the factor of the step if the schedule
+    names the loss.
+    """
     factor = self.factor_at(step)
 
     def changed(loss, weight):
@@ -170,7 +186,8 @@ class AuxSchedule(Options):
   def check(self, weights: LossWeights) -> None:
     """Raises ValueError if the schedule names a loss that does not exist.
 
-    The losses that exist are those of the model and of built-in routers.
+    The losses that exist are those of the model, which `weights` names, and of
+    built-in routers.
     """
     own_names = (loss.removesuffix('_loss') for loss in weights.routers)
     names = {_LOGITS, *_BUILTIN, *own_names}

@@ -273,7 +273,7 @@ def _expression(pattern: str) -> str:
 
 
 def clipped(largest: float) -> Transform:
-  """Clips by the global norm, as `optax.clip_by_global_norm` does.
+  """Clips gradients to the global norm `largest`, as optax's function does.
 
   Each gradient is multiplied by one number, which is the same for all; optax
   first divides each gradient by the norm. A compiler repeats such a product
@@ -349,7 +349,7 @@ def per_matrix(transforms: Any, axes: Any) -> Transform:
 
 
 def stacked(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
-  """The leading logical axes along which matrices are stacked."""
+  """The leading logical axes of a parameter that stack layers or experts."""
   return tuple(itertools.takewhile(STACKED_AXES.__contains__, names))
 
 
@@ -447,7 +447,8 @@ def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
   """Whether a parameter is a kernel between hidden values, which Muon trains.
 
   A kernel from the residual stream to one number, a gate, is no matrix, and
-  neither is the factor of an adapter that leads to such a number.
+  neither is the factor of an adapter that leads to such a number. `names` are
+  the parameter's logical axes.
   """
   hidden = role.form == 'kernel' and role.role in _HIDDEN
   return hidden and names[-2:] not in (('embed', None), (RANK, None))
@@ -458,7 +459,8 @@ def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
 
   If the last axis is 'embed' (the residual stream) or the rank of an adapter,
   it is the output, and all other axes are inputs. Otherwise the first axis is
-  the input, and all others are outputs.
+  the input, and all others are outputs. `names` are the logical axes of one
+  matrix, without those that stack matrices; the result has their indices.
   """
   split = len(names) - 1 if names[-1] in ('embed', RANK) else 1
   return contrib.MuonDimensionNumbers(

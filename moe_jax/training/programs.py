@@ -231,7 +231,7 @@ def metrics_shardings(whole: Any, rows: Any) -> StepMetrics:
 
 
 def like_params(mesh: Mesh, state, params, param_shardings):
-  """The shardings of an optimizer's state.
+  """The shardings of an optimizer's state, as a tree like `state`.
 
   A leaf whose path contains that of a parameter is split like the parameter;
   any other leaf is whole on every device. Moments have the parameter's shape;

@@ -105,7 +105,7 @@ def noise(
 
 
 def _hash(x: UInt32[Array, '*N']) -> UInt32[Array, '*N']:
-  """The mixing function "lowbias32" of nullprogram.com/blog/2018/07/31."""
+  """Hashes each number by "lowbias32" of nullprogram.com/blog/2018/07/31."""
   x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
   return x ^ (x >> np.uint32(16))

@@ -172,8 +172,18 @@ def set_up(
 ) -> Run:
   """Builds a `Run`; on disk only the data cache may change.
 
-  Arguments and errors are those of `loop.train_and_evaluate`; `confirm` raises
-  ValueError if another job has taken the workdir.
+  Args:
+    options: The run's options.
+    workdir: The run's folder, which need not exist.
+    resume: Whether the run may go on where the workdir's options differ.
+    devices: The devices of the mesh; None means all devices.
+    confirm: Raises ValueError if another job has taken the workdir; it is
+      called before each row of metrics and each save.
+
+  Raises:
+    ValueError: The options or the data are bad, a tracker's package is not
+      installed, the processes differ in their options or data, or `workdir`
+      belongs to another run.
   """
   mesh = options.mesh.make(devices)
   row_parts = options.sharding.row_parts(mesh)

@@ -77,8 +77,10 @@ def make_grad_fn(
       kernels with their adapters, from those of the train state and a key for
       dropout.
     scheduled: Returns the weights of the losses after a number of steps.
-    loss: Returns the loss of the model's outputs; None takes the model's own.
-    apply: Applies the model, and may return the choices of experts.
+    loss: Returns the losses of tokens from the model's outputs and the batch;
+      None takes the model's own.
+    apply: Applies the model, and returns its result and the choices of experts,
+      or None in place of the choices.
     local_axes: The mesh axes over which gradients are exchanged once, after
       each device has added those of its own rows of all microbatches; with ()
       they are exchanged after each microbatch.
@@ -242,9 +244,10 @@ def train_step(
 
 
 def skipping_nonfinite(train_step):
-  """Wraps a step: the state is kept if the step is not finite.
+  """Wraps a step (state, batch) -> (state, metrics) to skip non-finite steps.
 
-  A step is finite if its loss, its gradient and the state after it are.
+  A step is finite if its loss, its gradient and the state after it are. After
+  any other step the state is the state before it.
 
   The state's `step` is counted all the same, so that the next step has other
   data and another key. Counts within the optimizer's state (the schedule's and

@@ -34,9 +34,9 @@ class Trained:
   Attributes:
     expression: The expression that selects the parameters.
     names: The names of the parameters that train, such as 'layers/layer_0/w'.
-    masks: Booleans that say which experts train, by the name of the parameter,
-      for parameters of which only some experts train; dimensions other than
-      those of layers and experts have size 1.
+    masks: Arrays of booleans, True for experts that train, by the name of the
+      parameter, for parameters of which only some experts train; dimensions
+      other than those of layers and experts have size 1.
   """
 
   expression: str
@@ -46,7 +46,10 @@ class Trained:
   def part(
     self, tree: Any, is_leaf: Callable[[Any], bool] | None = None
   ) -> Any:
-    """Replaces leaves of a tree by None for parameters that do not train."""
+    """A tree like the parameters with None for each that does not train.
+
+    Leaves of `tree` may be anything; `is_leaf` is that of `jax.tree.map`.
+    """
 
     def trained_leaf(path, leaf):
       return leaf if path_name(path) in self.names else None
@@ -83,7 +86,10 @@ class Trained:
     return self._other_experts(params, jax.lax.stop_gradient)
 
   def _other_experts(self, tree: Any, change: Callable[[Any], Any]) -> Any:
-    """A tree with `change` applied to the experts that do not train."""
+    """A tree like the parameters, changed in the experts that do not train.
+
+    These experts get their values in `change(leaf)`; all other values stay.
+    """
 
     def one(path, leaf):
       mask = self.masks.get(path_name(path))
@@ -217,7 +223,10 @@ def chosen_masks(
   trees: ParameterTrees,
   names: frozenset[str],
 ) -> dict[str, np.ndarray]:
-  """Masks of the experts that train, by the name of the stacked parameter.
+  """Masks, True for experts that train, by the name of the stacked parameter.
+
+  A mask has the parameter's rank, with size 1 in all dimensions but those of
+  layers and experts.
 
   Args:
     chosen: The chosen experts.

@@ -302,10 +302,10 @@ def restore_variables(
 ) -> Restored:
   """Reads the variables of a run, as a model's `apply` takes them.
 
-  The variables are 'params', which are the running means if the run keeps them,
-  with the run's adapters merged into the kernels, and 'router_state' where the
-  model has it. The optimizer's state is not read. The checkpoint's files are
-  verified first.
+  The variables are the `state` of the result: 'params', which are the running
+  means if the run keeps them, with the run's adapters merged into the kernels,
+  and 'router_state' where the model has it. The optimizer's state is not read.
+  The checkpoint's files are verified first.
 
   Args:
     workdir: The run's folder.
@@ -445,7 +445,7 @@ def derive(
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:
-  """A config's values, in which the path `new` replaces the path `old`."""
+  """Nested values of a config; each that equals `old` becomes `new`, a path."""
   if isinstance(values, Mapping):
     return {key: _with_folder(value, old, new) for key, value in values.items()}
   return new if values == old else values
