@@ -140,13 +140,13 @@ def connect(
 
 @contextlib.contextmanager
 def connected(*args: Any) -> Iterator[None]:
-  """Connects to the other processes while the body runs; see `connect`.
+  """Connects to the other processes, by `connect`, while the body runs.
 
   With several processes an error ends this process at once: JAX would first
   wait for the other processes to disconnect, and they may be lost.
 
   Args:
-    *args: The arguments of `connect`.
+    *args: The timeouts, and the flags or None, in the order of `connect`.
   """
   several = connect(*args)
   try:
@@ -364,7 +364,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """The tree with its arrays as whole numpy arrays; all processes call this."""
+  """The tree with each array gathered in numpy; all processes call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (
