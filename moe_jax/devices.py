@@ -277,7 +277,7 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
   if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
     return 'GKE'
   # These are the variables of an indexed Job of Kubernetes. JAX asks Kubernetes
-  # how many pods the Job has.
+  # how many pods the Job has, so that a Job of one pod need not be told apart.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
   return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None

@@ -82,8 +82,8 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
-  Each sequence has two arrays [B, T, L, K]: the indices of experts, int8 or
-  int16, and whether choices are served, bool; see `Model.inputs`.
+  Each sequence has two arrays [B, T, L, K], with L its sparse layers: indices
+  of experts, int8 or int16, and whether choices are served, bool.
 
   Raises:
     ValueError: The records do not have the model's sparse layers, or a token
@@ -117,8 +117,8 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key.
 
-  Each sequence of `batch` has two arrays [B, T, L, K]: indices of experts that
-  mean an open choice, and whether choices are served, False.
+  Each sequence of `batch` has two arrays [B, T, L, K] for its L sparse layers:
+  indices of experts that mean an open choice, and whether it is served, False.
   """
   choices, (expert, kept) = {}, REPLAYED
   dtype = expert_type(max(moe.num_experts for moe in model.stacks.mixtures))
