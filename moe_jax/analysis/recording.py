@@ -304,7 +304,7 @@ class Traces(Hook):
 
 
 def _recorded_step(step: Step, o: TraceOptions, recorder: Recorder) -> Step:
-  """A step whose choices go to a recorder, if `o` has it, not to metrics."""
+  """A step whose choices go to a recorder if `o` names it, never to metrics."""
   num_steps: int | None = None
 
   def recorded(state, batch):
