@@ -98,7 +98,8 @@ def applied(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """A config with the overrides that fit it, and the problems of all others.
 
-  Arguments are those of `config_of`; a value of another type does not fit.
+  Overrides are flags such as '--config.seed=1'; a value of another type than
+  the key's does not fit. `base` is a config, or its path or name.
 
   Raises:
     ValueError: The file cannot be read.
@@ -176,7 +177,11 @@ def options_of(
 def said_options(
   root: type[Options], base: str, overrides: Sequence[str], part: str
 ) -> Any:
-  """Prints the lines of `options_of` on ignored values; returns the options."""
+  """The options of a config's section `part`, as checked by `options_of`.
+
+  A line is printed for each value of the file that is ignored, since it has no
+  effect.
+  """
   options, ignored = options_of(root, base, overrides, part)
   say(ignored)
   return options
@@ -188,7 +193,7 @@ def name_of(override: str) -> str:
 
 
 def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
-  """The message for a key that does not exist; None if it may be set."""
+  """The message for a dotted `name` that is no key; None if it may be set."""
   keys: dict[str, Any] = flatten(config)
   section: Any = config
   path, rest = list[str](), name.split('.')
@@ -248,7 +253,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 
 def _locate(spec: str) -> tuple[str, pathlib.Path, str]:
-  """The name of a config's file in messages, its path, and the argument.
+  """A config file's name in messages, its path, and its argument, '' for none.
 
   Raises:
     ValueError: There is no such file.
@@ -301,7 +306,7 @@ def package_configs(package: str) -> dict[str, pathlib.Path]:
 
 
 def _run(file: str, path: pathlib.Path) -> types.ModuleType:
-  """The module of a config file; raises ValueError that names the file."""
+  """The module at `path`; errors are ValueErrors that call it `file`."""
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
   spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
   module = importlib.util.module_from_spec(cast(Any, spec))
@@ -318,7 +323,7 @@ def _run(file: str, path: pathlib.Path) -> types.ModuleType:
 
 
 def _error_text(file: str, path: pathlib.Path, error: Exception) -> str:
-  """The message for an error of a config file, with the line it is in."""
+  """The message for an error of the config at `path`: `file`, line, error."""
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)
@@ -376,7 +381,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def with_programs(text: str) -> str:
-  """The text with each 'python -m moe_jax...' as `program` of the module."""
+  """The text with each 'python -m moe_jax...' as the user can start it."""
   return re.sub(r'python -m (moe_jax[\w.]*)', lambda m: program(m[1]), text)
 
 
@@ -464,7 +469,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_traceback(parser: argparse.ArgumentParser) -> None:
-  """Adds --traceback, which `reported` takes."""
+  """Adds --traceback, with which `reported` raises errors as they are."""
   text = 'show where in the code an error came from'
   parser.add_argument('--traceback', action='store_true', help=text)
 

@@ -428,7 +428,7 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
 
 
 def no_effect(name: str, value: Any, reason: str) -> InVain:
-  """The message for an option that has a value where it has no effect."""
+  """The message that a value 'has no effect', which the words `reason` end."""
   return InVain(f'{name}={value!r} has no effect {reason}')
 
 
@@ -639,7 +639,7 @@ def read_options(root: Any, section: Section, path: str = '') -> Any:
 def keys_of(
   root: type[Options] | Kinds, section: Section, path: str = ''
 ) -> list[Key]:
-  """Every key of a section of a config, in the order of the dataclasses."""
+  """Every key of a section, in the order of fields; `path` begins each name."""
   reader = _Reader(only_keys=True)
   reader.read(root, section, path)
   return reader.keys
@@ -706,7 +706,7 @@ def settle(
 
 
 def _is_given(path: str, given: Collection[str]) -> bool:
-  """Whether `given` has a dotted name, a section around it or a key in it."""
+  """Whether `given` has `path`, a section around it or a key in it, dotted."""
   path += '.'
   names = (f'{name}.' for name in given)
   return any(name.startswith(path) or path.startswith(name) for name in names)
@@ -720,7 +720,9 @@ def layered(
 ) -> ConfigDict:
   """A locked copy of a config with one more layer of nested overrides.
 
-  Arguments are those of `settle`.
+  Options that lose their effect by the overrides get their defaults.
+  `root` is the class of the config, or the kinds that it chooses from; `path`
+  is the prefix of names in messages, such as 'model.'.
 
   Raises:
     OptionError: A key does not exist, or a value has another type.
@@ -757,7 +759,7 @@ class _Reader:
     self._only_keys = only_keys
 
   def read(self, root: Any, section: Section, path: str) -> Any:
-    """The options of a section; None where there is a problem."""
+    """The options, of class or kinds `root`, of a section; None if wrong."""
     if isinstance(section, ConfigDict):  # whose keys are slow to read
       section = section.to_dict()
     if isinstance(root, Kinds):
@@ -804,7 +806,7 @@ class _Reader:
         self.problems.append(unknown_key_text(f'{path}{key}', paths))
 
   def _value(self, field, section, path, unchosen):
-    """The value that a section gives to a field; notes the key and problems."""
+    """A field's value in the section at `path`; notes the key and problems."""
     described, default, path = field.option, field.default, path + field.name
     value = section.get(field.name, default)
     if described.holds_entries:
@@ -834,7 +836,11 @@ class _Reader:
     """The options of the kind that a section names, or of the default kind.
 
     A section that is an entry has the options of its kind alone, and maybe
-    some of another kind, which were set before the kind was overridden.
+    some of another kind, which were set before the kind was overridden. The
+    result is None if there is a problem. `default` has the options of the
+    default kind, None if there is none; `path` is the dotted name of the
+    section, with a dot at the end; `unchosen` is the choice because of which
+    the section has no effect, or None; `described` describes the choice.
     """
     if not self._is_section(section, path):
       return None
@@ -917,7 +923,7 @@ def plain(value: Any) -> Any:
 
 
 def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
-  """The values of a config by dotted name: `{'model.width': 64, ...}`."""
+  """The values of a config by `prefix` + name: `{'model.width': 64, ...}`."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, Mapping | ConfigDict) and len(value):
@@ -939,6 +945,8 @@ def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
 
 def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
   """A copy of `config` with nested `overrides`, locked wherever `config` is.
+
+  `path` is the prefix of names in messages, such as 'model.'.
 
   Raises:
     ValueError: An override's key does not exist (names the nearest), or its

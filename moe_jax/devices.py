@@ -140,13 +140,13 @@ def connect(
 
 @contextlib.contextmanager
 def connected(*args: Any) -> Iterator[None]:
-  """Connects to the other processes while the body runs; see `connect`.
+  """Connects to the other processes, by `connect`, while the body runs.
 
   With several processes an error ends this process at once: JAX would first
   wait for the other processes to disconnect, and they may be lost.
 
   Args:
-    *args: The arguments of `connect`.
+    *args: The timeouts, and the flags or None, in the order of `connect`.
   """
   several = connect(*args)
   try:
@@ -277,7 +277,7 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
   if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
     return 'GKE'
   # These are the variables of an indexed Job of Kubernetes. JAX asks Kubernetes
-  # how many pods the Job has.
+  # how many pods the Job has, so that a Job of one pod need not be told apart.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
   return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
@@ -364,7 +364,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """The tree with its arrays as whole numpy arrays; all processes call this."""
+  """The tree with each array gathered in numpy; all processes call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (

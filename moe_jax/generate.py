@@ -168,7 +168,10 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
 
 
 def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
-  """Token ids of prompts, and the number of new tokens, cut to fit a model."""
+  """Token ids of the prompts `texts`, and the number of new tokens of a row.
+
+  Both are cut to fit the loaded model, of which a line is printed.
+  """
   encoded = [_encode(loaded, text, options) for text in texts]
   for text, ids in zip(texts, encoded):
     if not len(ids):

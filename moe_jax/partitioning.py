@@ -54,11 +54,6 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """Yields a text for each mesh axis whose size is not allowed.
-
-    0 is not allowed, and -1 only once: that axis takes all devices that the
-    other axes leave.
-    """
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'
@@ -89,7 +84,7 @@ class MeshOptions(Options):
     }
 
   def sizes_on(self, num_devices: int) -> tuple[list[int], list[int]]:
-    """The size of each axis in a slice, and the number of slices it spans.
+    """Of each of `MESH_AXES`, its size in a slice and the slices it spans.
 
     Raises:
       ValueError: The product of the sizes is not the number of devices.
@@ -242,7 +237,6 @@ class ShardingOptions(Options):
   buckets: str = _mesh_axes('the table of relative positions', '')
 
   def problems(self):
-    """Yields a text for each name that is no mesh axis or stands twice."""
     for logical, axes in dataclasses.asdict(self).items():
       names = _axis_names(axes)
       for name in sorted({*names}):
@@ -254,7 +248,7 @@ class ShardingOptions(Options):
 
   @property
   def rules(self) -> Rules:
-    """The sharding table, as modules and `sharding` take it."""
+    """The sharding table: each logical axis with the names of its mesh axes."""
     axes_by_name = dataclasses.asdict(self).items()
     return tuple((name, _axis_names(axes)) for name, axes in axes_by_name)
 

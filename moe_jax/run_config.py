@@ -45,12 +45,10 @@ class RunConfig(RunOptions):
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
-    """Names of the sections in use that need a hook, `distill` included."""
     distill_section = ('distill',) if self.distill.teacher else ()
     return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
-    """A text for each problem of the options, `distill` among them."""
     yield from super().problems()
     o = self.distill
     if o.teacher and self.model.moe.replay:
@@ -89,9 +87,11 @@ def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
 def options_of(
   base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, list[str]]:
-  """The options of a config file with overrides.
+  """The options of a config with overrides such as '--config.seed=1'.
 
-  Arguments, results and errors are those of `cli.options_of`.
+  `base` is a config, or its path or name. The second result has a line for each
+  value of the file that is ignored since it has no effect. A ValueError gives
+  everything that is wrong, by name.
   """
   return cli.options_of(RunConfig, base, overrides)
 

@@ -181,7 +181,7 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
   """The table of the cost of training all of a model or parts of it.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: The run's model, of one stack of blocks.
   """
   forward = count(model, options.data.seq_len).forward_flops
@@ -253,7 +253,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
   inputs of every kernel whose own gradient is needed.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model, of one stack of blocks.
 
   Raises:
@@ -325,7 +325,7 @@ def run_flops(options: RunOptions, model: Model) -> int:
   out. Unless the model is a decoder, backward counts as twice the forward pass.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model.
   """
   steps, rows = options.total_steps, options.total_steps * options.batch_size
@@ -341,8 +341,8 @@ def run_flops(options: RunOptions, model: Model) -> int:
 def least_step_seconds(options: RunOptions, model: Model, mesh: Mesh) -> float:
   """Seconds of a step at the peak speed that the devices' vendor prints.
 
-  They are 0 where the vendor's number is not known. Arguments are those of
-  `run_line`.
+  They are 0 where the vendor's number is not known. The options are those of
+  the run with all sizes of the model filled in.
   """
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate = roofline.vendor_rate(dtype, list(mesh.devices.flat))
@@ -356,7 +356,7 @@ def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
   the run are not counted.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model.
     mesh: Its devices.
   """
@@ -435,7 +435,7 @@ def run_bytes(
   """Counts the bytes that a run takes on each device, and in a checkpoint.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model.
     programs: Its programs, whose shardings say what a device holds.
     mesh: The mesh of devices.

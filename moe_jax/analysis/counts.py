@@ -60,7 +60,7 @@ class Half(NamedTuple):
 
   @property
   def keys(self) -> int:
-    """Number of keys of a query, with masked keys and keys of the encoder."""
+    """Number of keys of each query, masked ones and the encoder's included."""
     crosses = self.stack.block.cross
     return self.length + (self.memory_len if crosses else 0)
 
@@ -157,7 +157,7 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def training_slots(moe: MoeOptions, group_size: int) -> int:
-  """An expert's slots in training; without a capacity, the group's tokens."""
+  """An expert's slots per group in training; without capacity, `group_size`."""
   (routing, _), _ = _in_training(moe.router, moe.sizes, group_size, 1)
   return group_size if routing.capacity is None else routing.capacity
 
@@ -183,7 +183,10 @@ def router_multiply_adds(moe: MoeOptions, width: int) -> int:
 def _in_training(
   router: RouterOptions, sizes: Sizes, group_size: int, width: int
 ) -> Any:
-  """The shapes of a router's result and variables, for one group of tokens."""
+  """The shapes of ((routing, aux), variables) of a router in training.
+
+  They are for one group of `group_size` tokens whose vectors have `width`.
+  """
   module = router.module(sizes, Shared(num_tasks=1), 'router')
 
   def run():
@@ -401,7 +404,11 @@ def _size(sized: Iterable[SizedParameter]) -> int:
 def _products(
   layers: list[SizedParameter], moes: list[MoeOptions], width: int
 ) -> TokenFlops:
-  """FLOPs for one token of the products with the kernels of all layers."""
+  """FLOPs for one token of the products with the kernels of all layers.
+
+  `layers` has the parameters of all layers, and `moes` the options of the
+  sparse ones; `width` is M.
+  """
   kernels = [p for p in layers if p.role.form == 'kernel']
   dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
   router = sum(router_multiply_adds(moe, width) for moe in moes)
@@ -413,7 +420,10 @@ def _products(
 
 
 def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
-  """How many of the parameters of layers belong to a token's K experts."""
+  """How many values of `layers` belong to a token's K experts; 0 if no `moes`.
+
+  `layers` has the parameters of layers, `moes` the options of sparse layers.
+  """
   expert_size = sum(p.size // p.num_experts for p in layers if p.of_expert)
   return expert_size * moes[0].num_selected if moes else 0
 

@@ -98,7 +98,7 @@ class DryRun:
 
   @contextlib.contextmanager
   def _noting_problems(self) -> Iterator[None]:
-    """Appends the body's errors to `problems`; keeps it from preparing data."""
+    """Appends errors of the body, which may not prepare data, to `problems`."""
     try:
       with reading_only():
         yield
@@ -207,7 +207,10 @@ class DryRun:
       yield line
 
   def _workdir_lines(self, run: Run | None) -> Iterator[str]:
-    """Lines on what the run's folder already holds."""
+    """Lines on what the run's folder already holds; notes its problems.
+
+    `run` is None if it cannot be set up.
+    """
     if not self.workdir:
       yield from self._start_lines()
       yield 'workdir: none is given; a run needs --workdir'

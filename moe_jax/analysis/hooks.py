@@ -40,7 +40,6 @@ class Facts(Hook):
   """Prints a run's steps, its time at matmul speed, data, model, devices."""
 
   def check(self, run: Run) -> None:
-    """Prints a run's steps, its time at the speed of matmuls, its folder."""
     if is_first():
       line = cost.run_line(run.options, run.model, run.mesh)
       run.message(f'{line}; writes to {run.workdir}')
@@ -73,10 +72,6 @@ class MeshSummary(Hook):
   """
 
   def start(self, run: Run) -> Run | None:
-    """Prints lines on what each device of the run holds and sends to others.
-
-    A run on a single device gets no such lines.
-    """
     if run.mesh.size == 1:
       return None
     state = run.programs.abstract_state
@@ -97,7 +92,6 @@ class Profile(Hook):
   _is_tracing = False
 
   def start(self, run: Run) -> Run | None:
-    """Makes the run's step profile itself, if the config names steps for it."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return None
@@ -128,7 +122,6 @@ class Profile(Hook):
     return dataclasses.replace(run, train_step=traced_step)
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Writes the trace, if the run ends before its last traced step."""
     self.close()
 
   def close(self) -> None:

@@ -84,7 +84,10 @@ class Activations(NamedTuple):
 def activations(
   model: Model, batch_size: int, seq_len: int, target_len: int = 0
 ) -> Activations:
-  """Bytes of activations in a training step on one batch or microbatch."""
+  """Bytes of activations in a training step on one batch or microbatch.
+
+  `target_len` is the decoder's length in an encoder-decoder, 0 for `seq_len`.
+  """
   stacks = halves(model, seq_len, target_len)
   return Activations(
     layers=sum(_kept_by_layers(half, batch_size) for half in stacks),
@@ -100,8 +103,8 @@ def evaluation(
 
   Without a backward pass only a layer's output outlives the layer. So the bytes
   are those of the logits and of one sparse layer's products, with that layer's
-  share of the dense layers' products. Scores of attention count as in
-  `activations`.
+  share of the dense layers' products and of attention's scores. `target_len` is
+  the decoder's length in an encoder-decoder, 0 for `seq_len`.
   """
   layer, stacks = 0, halves(model, seq_len, target_len)
   for half in stacks:

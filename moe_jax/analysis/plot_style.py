@@ -236,6 +236,7 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   """Draws the losses of training, logged and smoothed, and of evaluations.
 
   The legend gives the last training loss as logged, which a run prints too.
+  `rows` are rows of metrics, and `evals` the names of evaluations.
   """
   steps, losses = _series(rows, 'train/loss')
   visible_losses = []

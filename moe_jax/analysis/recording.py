@@ -142,7 +142,10 @@ def records_of(
 
 
 def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
-  """The choices; where experts choose, a token's largest gate comes first."""
+  """The choices, int32 experts; where experts choose tokens, by falling gate.
+
+  Then the last dimension is cut from E to the most choices of any token.
+  """
   choices = choices._replace(expert=choices.expert.astype(np.int32))
   if not by_expert:
     return choices
@@ -263,11 +266,6 @@ class Traces(Hook):
   _recorder: Recorder | None = None
 
   def check(self, run: Run) -> None:
-    """Checks that the choices can be recorded.
-
-    Raises:
-      ValueError: The workdir has the trace of another run.
-    """
     if run.options.trace.is_on and run.model.stacks.sparse_layers:
       folder, header = run.workdir / FOLDER, header_of(run)
       self._recorder = Recorder(folder, header, run.model, run.message)
@@ -301,13 +299,12 @@ class Traces(Hook):
       self._recorder.flush()
 
   def close(self) -> None:
-    """Writes the records that are in no file yet, and ends the recording."""
     if self._recorder is not None:
       self._recorder.close()
 
 
 def _recorded_step(step: Step, o: TraceOptions, recorder: Recorder) -> Step:
-  """A training step that gives its choices to a recorder, not the metrics."""
+  """A step whose choices go to a recorder if `o` names it, never to metrics."""
   num_steps: int | None = None
 
   def recorded(state, batch):

@@ -82,8 +82,8 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
-  Each sequence has two arrays [B, T, L, K]: the indices of experts, int8 or
-  int16, and whether choices are served, bool; see `Model.inputs`.
+  Each sequence has two arrays [B, T, L, K], with L its sparse layers: indices
+  of experts, int8 or int16, and whether choices are served, bool.
 
   Raises:
     ValueError: The records do not have the model's sparse layers, or a token
@@ -115,7 +115,11 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The arrays of a batch that leave all choices to the routers, by key."""
+  """The arrays of a batch that leave all choices to the routers, by key.
+
+  Each sequence of `batch` has two arrays [B, T, L, K] for its L sparse layers:
+  indices of experts that mean an open choice, and whether it is served, False.
+  """
   choices, (expert, kept) = {}, REPLAYED
   dtype = expert_type(max(moe.num_experts for moe in model.stacks.mixtures))
   for prefix, most in _layers(model.stacks).items():
@@ -144,7 +148,11 @@ def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
 
 
 def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
-  """A line for each reason why a trace cannot be replayed in a run."""
+  """A line for each reason why a trace cannot be replayed in a run.
+
+  The run would record its own trace with the header `in_run`, and has `steps`
+  training steps.
+  """
   in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
   yield from traces.differences(in_trace, in_run, names)

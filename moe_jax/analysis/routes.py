@@ -303,7 +303,10 @@ def _texts(
 def _panels(
   panels: Mapping[str, Ratios], labels: tuple[str, str, str]
 ) -> Figure:
-  """A figure of heat maps in a grid, with square cells."""
+  """A figure of heat maps of ratios, by title, in a grid, with square cells.
+
+  `labels` has the figure's title and the labels of the x axis and the y axis.
+  """
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4

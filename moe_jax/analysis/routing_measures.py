@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The tokens in records that are no padding; `rng` draws each `stranger`."""
+  """The records' tokens but padding; `rng` draws one to compare each with."""
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -135,7 +135,10 @@ class Layer(NamedTuple):
     return expert_counts(self.expert, self.info.num_experts)
 
   def first_counts(self, label: Numbers, num_labels: int) -> Table:
-    """Number of first choices by a label of tokens (rows) and by expert."""
+    """Number of first choices by the label of tokens (rows) and by expert.
+
+    `label` has the label of each token, from 0.
+    """
     return joint_counts(label, self.first, (num_labels, self.info.num_experts))
 
   @property
@@ -179,10 +182,10 @@ def layers_of(
 
 
 def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
-  """One array of the choices of all batches' tokens, padding included.
+  """Joins the batches' arrays [B, T, K] to [all tokens, K], padding included.
 
-  Where experts choose, batches differ in the most choices of a token; `filler`
-  stands for the choices that the tokens of a batch lack.
+  Where experts choose, batches differ in K, the most choices of a token;
+  `filler` stands for the choices that the tokens of a batch lack.
   """
   K = max(x.shape[-1] for x in batches)
   rows = [x.reshape(-1, x.shape[-1]) for x in batches]

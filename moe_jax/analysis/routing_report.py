@@ -122,6 +122,7 @@ def count_tokens(
 ) -> None:
   """Adds how often each token id of a batch chose each expert, before drops.
 
+  The numbers are added to `counts`, by layer; `choices` are those of the batch.
   Where experts choose tokens, this is how often an expert took the token id;
   where experts mix tokens, every expert takes every token. Every process has to
   call this function.
@@ -188,7 +189,7 @@ def tables(
 
 
 def _largest(values: Num[np.ndarray, 'n'], at_most: int) -> list[int]:
-  """Indices of the largest values above 0; ties go to the lower index."""
+  """Indices of the `at_most` largest values above 0; ties in order of index."""
   order = np.argsort(-values.astype(np.float64), kind='stable')[:at_most]
   return [int(index) for index in order if values[index] > 0]
 

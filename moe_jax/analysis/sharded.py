@@ -331,7 +331,10 @@ def _operands(program: Program, instruction: Instruction) -> list[Instruction]:
 def _sent_bytes(
   program: Program, instruction: Instruction, kind: str, num_devices: int
 ) -> int:
-  """Bytes that a device sends in one collective."""
+  """Bytes that a device sends in one collective, of a `kind` in `KINDS`.
+
+  `num_devices` is the number of all devices.
+  """
   operands = [_type_bytes(x.type) for x in _operands(program, instruction)]
   operand_bytes = sum(operands)
   if kind == 'ragged-all-to-all':

@@ -78,19 +78,27 @@ class Architecture:
 def activation_problems(
   key: str, name: str, table: Mapping[str, str]
 ) -> list[str]:
-  """A text, in a list, on an activation `name` that is not in `table`."""
+  """The problem, in a list, of a value of `key` that is not in `table`.
+
+  `name` is the value, and `table` has our activations by transformers' names.
+  """
   if name in table:
     return []
   return [f'{key}={name!r} is not supported, only {sorted(table)}']
 
 
 def their_activation(name: str, table: Mapping[str, str]) -> str:
-  """transformers' first name in `table` for our `name`, or else our `name`."""
+  """transformers' first name for our activation `name`; else `name` itself.
+
+  `table` has our activations by transformers' names.
+  """
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 
 def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
-  """The options of a stack's attention; sizes of 0 are derived from `width`.
+  """A stack's options of attention, with actual sizes for sizes of 0.
+
+  They are derived from `width`, the width M of the model.
 
   Raises:
     ValueError: The attention is latent.
@@ -102,7 +110,10 @@ def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
 
 
 def layers(sparse: Sequence[bool]) -> str:
-  """The value of `moe.layers` for a flag per layer: 'all', 'none' or '1,3'."""
+  """Names the sparse layers as the option `moe.layers`: 'all', 'none' or '1,3'.
+
+  `sparse` says of each layer whether it is sparse.
+  """
   if all(sparse) or not any(sparse):
     return 'all' if any(sparse) else 'none'
   return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
@@ -124,7 +135,10 @@ def sparse_flags(num_layers: int, step: int, first: int) -> tuple[bool, ...]:
 
 
 def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """The `step` for which `sparse_flags` returns `sparse`; None if none does."""
+  """Finds n if one in n layers is sparse; 0 if none is, None if no n fits.
+
+  `first` is 0 if the first sparse layer is n - 1, and 1 if it is layer 1.
+  """
   L = len(sparse)
   steps = (n for n in range(L + 2) if sparse_flags(L, n, first) == sparse)
   return next(steps, None)

@@ -94,7 +94,7 @@ class Keys:
 
 
 class Values(types.SimpleNamespace):
-  """Attributes with the values, or defaults, of honoured and training keys."""
+  """The value, or default, of each honoured or training key as an attribute."""
 
 
 def read(
@@ -143,7 +143,7 @@ def read(
 
 
 def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
-  """A text for each special token whose id is not in the vocabulary."""
+  """A text for each key of config.json with a token id outside [0, V)."""
   rule = f'token id, an integer in [0, {vocab_size})'
   kind = Number(rule, 0, vocab_size, whole=True)
   return [
@@ -156,7 +156,7 @@ def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 
 def is_kind(value: Any, kind: Any) -> bool:
-  """Whether a value of a JSON file obeys a `Number` or is of a Python type."""
+  """Whether a JSON value obeys `kind`, a `Number`, or has `kind`, a type."""
   if isinstance(kind, Number):
     return kind.holds(value)
   if isinstance(value, bool):

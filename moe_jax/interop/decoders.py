@@ -2,9 +2,10 @@
 
 Unless the module of a family says otherwise, decoders have pre-norm blocks with
 root mean square norms, rotary positions, keys and values that heads share, and
-gated feed-forwards, and drop no token. A key of config.json that several have
-means the same in all. The module calls `decoder` with the family's keys, its
-table of names of tensors (`mapping.Names`), and functions for all else.
+gated feed-forwards, and drop no token. A key of config.json that several
+decoders have means the same in all. The module of a family calls `decoder` with
+its keys, its table of names of tensors (`mapping.Names`), and functions for all
+else.
 """
 
 import dataclasses
@@ -53,10 +54,12 @@ from moe_jax.routing.capacity import All
 
 
 def layer(path: str, *names: tuple[str, str]) -> Names:
-  """The table entry of a layer's parameter, whose path in the layer is `path`.
+  """The entry of a layer's parameter, for a table of names of tensors.
 
-  `names` has (name, layout) pairs of alternative tensors; the function adds the
-  prefix 'model.layers.{layer}.' to each name.
+  Args:
+    path: The path of our parameter in the layer.
+    *names: (name, layout) of alternative tensors; each name gets the prefix
+      'model.layers.{layer}.'.
   """
   return {
     f'layer/{path}': tuple(
@@ -107,7 +110,10 @@ HEAD_NORMS: Names = {
 
 
 def gated_ffn(path: str, module: str) -> Names:
-  """The table entries of a gated feed-forward's three weights."""
+  """The table entries of a gated feed-forward's three weights.
+
+  `path` is the path of ours in the layer, and `module` the name of theirs.
+  """
   return {
     **weight(f'{path}/w_gate', f'{module}.gate_proj', 'F M -> M F'),
     **weight(f'{path}/w_in', f'{module}.up_proj', 'F M -> M F'),
@@ -116,7 +122,7 @@ def gated_ffn(path: str, module: str) -> Names:
 
 
 def router(*modules: str) -> Names:
-  """The table entry of routers' kernels; `modules` are alternative names."""
+  """The table entry of routers' kernels, of a module with one of the names."""
   names = ((f'{module}.weight', 'E M -> M E') for module in modules)
   return layer('moe/router/w', *names)
 
@@ -168,18 +174,17 @@ WINDOW, FULL = 'sliding_attention', 'full_attention'
 
 
 def _heads(o: DecoderOptions) -> Any:
-  """The options of attention; sizes of 0 are derived from the width."""
+  """A decoder's options of attention, with actual sizes for sizes of 0."""
   return o.attention.within(o.width)
 
 
 def _has_bias(o: DecoderOptions) -> bool:
-  """`attention_bias`: if queries, or latent compressed keys, have a bias."""
+  """Whether queries, or compressed keys of latent attention, have a bias."""
   names = 'query', 'kv_down'
   return any(o.attention.has_bias(name, use_bias=False) for name in names)
 
 
 def _router(o: DecoderOptions, name: str, default: Any) -> Any:
-  """The value of the router's option `name`; `default` if there is none."""
   return getattr(o.moe.router, name, default)
 
 
@@ -308,7 +313,11 @@ def _problems(
   rope_types: tuple[str, ...],
   activations: Mapping[str, str],
 ) -> Iterator[str]:
-  """A text for each value of the shared keys that is not supported."""
+  """A text for each value of the shared keys that is not supported.
+
+  The architecture has the rotary parameters `rope` where the config has none,
+  these `rope_types`, and our `activations` by their names in config.json.
+  """
   yield from activation_problems('hidden_act', c.hidden_act, activations)
   yield from rotary_keys.problems(c, rope, rope_types)
   if not hasattr(c, 'layer_types'):
@@ -451,6 +460,8 @@ def _describe(
 ) -> dict[str, Any]:
   """The values of the shared keys of config.json for a model's options.
 
+  `keys` are the architecture's, `activations` ours by names in config.json.
+
   Raises:
     ValueError: The model is no decoder, or its heads or experts are not of the
       kinds that transformers' decoders have.
@@ -471,7 +482,7 @@ def _describe(
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
-  """The options of attention without sizes of 0; ValueError if it is latent."""
+  """Attention's options, with actual sizes; ValueError if it is latent."""
   return plain_attention(o, o.width)
 
 
@@ -504,12 +515,12 @@ def decoder(
   """The architecture of a decoder with rotary positions.
 
   Args:
-    model_type: The name in config.json; see `Architecture`.
+    model_type: The architecture's name in config.json.
     stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
     names: The table of names of tensors, by the paths of our variables.
-    options: Returns what sets the architecture's models apart: `router`,
-      `losses`, `moe` and options of `DecoderOptions`, see `_options`.
+    options: Returns what sets the architecture's models apart, as keyword
+      arguments of `_options`: `router`, `losses`, `moe`, options of the model.
     describe: Returns the values of the architecture's own keys for a model. A
       key that is another spelling of a shared key replaces it.
     problems: Returns a text for each value of the architecture's own keys that

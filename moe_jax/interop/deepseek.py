@@ -186,7 +186,6 @@ def _problems_v1(c: Values) -> Iterator[str]:
 
 
 def _sparse(c: Values) -> list[bool]:
-  """Whether each layer is sparse."""
   first, step = c.first_k_dense_replace, c.moe_layer_freq
   return [i >= first and i % step == 0 for i in range(c.num_hidden_layers)]
 

@@ -35,7 +35,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   A tokenizer of bytes or characters becomes a `tokenizer.json` with the same
   ids. As in this package, the name of a special token within a text is read as
   plain text; but the names of ids that a task added are read as these ids, as
-  this package reads them in inputs.
+  this package reads them in inputs. For None nothing is written.
   """
   base, names = tokenizer, ()
   if isinstance(tokenizer, tokenizers.Extended):
@@ -79,7 +79,10 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The tokenizer of the library `tokenizers` with the same ids, or None."""
+  """The same tokenizer of the library `tokenizers`; None if there is none.
+
+  There is one for a tokenizer.json, and for bytes and characters.
+  """
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model.to_str())
   if isinstance(tokenizer, tokenizers.Bytes):
@@ -148,7 +151,7 @@ def _byte_model() -> library.Tokenizer:
 
 
 def _character_model(characters: str) -> library.Tokenizer:
-  """A tokenizer whose tokens are characters, which refuses unknown ones."""
+  """A tokenizer whose ids index `characters`, which refuses all others."""
   vocabulary = {character: i for i, character in enumerate(characters)}
   model = library.Tokenizer(library.models.WordLevel(vocabulary, _EOS))
   model.pre_tokenizer = library.pre_tokenizers.Split(
@@ -177,7 +180,8 @@ def export_run(
     Lines about the export, for printing.
 
   Raises:
-    ValueError: The folder holds no run or no checkpoint, or see `save`.
+    ValueError: The folder holds no run or no checkpoint, `output` is not empty,
+      or transformers has no such model.
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
@@ -225,7 +229,11 @@ def export_run(
 
 
 def _imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files that came with an imported checkpoint, besides its config."""
+  """The files that an imported run keeps of its source, besides the config.
+
+  `folder`, in the run's folder, has them; without it there are none. A link is
+  refused with a ValueError.
+  """
   if folder.is_symlink():
     raise InputError(f'{folder} is a link, which is not followed')
   if not folder.is_dir():

@@ -70,7 +70,7 @@ class Mxfp4Files(TensorFiles):
       raise ProblemsError(f'{folder} cannot be read', problems)
 
   def _problem(self, name: str) -> str:
-    """The reason why a tensor in MXFP4 cannot be decoded, or ''."""
+    """The reason why `name`, in MXFP4, cannot be decoded; '' if it can."""
     blocks = self.specs[name + _BLOCKS]
     scales = self.specs.get(name + _SCALES)
     if name in self.specs:
@@ -88,7 +88,7 @@ class Mxfp4Files(TensorFiles):
     return ''
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """Reads a slice as `TensorFiles` does, and only the needed MXFP4 blocks."""
+    """A copy of a tensor's slice, MXFP4 decoded to bfloat16; None takes all."""
     if name not in self._packed:
       return super().read(name, index)
     if index is None:

@@ -116,7 +116,8 @@ def _tokenizer(
   file, since transformers may give the model's pieces other ids.
 
   Returns:
-    The tokenizer or None, and a line if the config's file is not used.
+    The tokenizer, None if there is neither, and a line if the config's file is
+    not used.
   """
   names_file = isinstance(data.tokenizer, FileOptions)
   has_json = plain_files.plain(folder, 'tokenizer.json') is not None
@@ -177,7 +178,7 @@ def _fitting_data(
   folder: pathlib.Path,
   tokenizer: Tokenizer | None,
 ) -> DataOptions:
-  """The options of data, with the checkpoint's tokenizer and a fitting task.
+  """The options of data, with the tokenizer in `folder` and a fitting task.
 
   If the task has no inputs and targets, an encoder-decoder gets another task:
   span corruption if the model was trained on it, or else pairs of inputs and

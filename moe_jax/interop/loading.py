@@ -110,8 +110,11 @@ def fetch(
 ) -> Checkpoint:
   """Downloads a checkpoint, if need be, and reads its config, not its tensors.
 
-  A config that is not supported is refused before weights are downloaded. For
-  arguments see `load`.
+  A config that is not supported is refused before weights are downloaded.
+
+  `source` is a folder or the id of a hub repository, `dtype` that of parameters
+  and products, '' for the checkpoint's own, and `revision` a branch, tag or
+  commit of a repository, '' for its main branch.
   """
   open_checkpoint(fetch_folder(source, weights=False, revision=revision), dtype)
   folder = fetch_folder(source, revision=revision)
@@ -138,8 +141,12 @@ def load_variables(
 ) -> dict[str, Any]:
   """The sharded parameters, and the state of routers, by collection.
 
-  Every device holds the whole state of routers. Arguments and errors are those
-  of `load`.
+  Parameters are on `mesh`, by default the first local device, as the sharding
+  table `rules` says. Every device holds the whole state of routers.
+
+  Raises:
+    ValueError: Tensors do not fit the config; or have values that are not
+      finite, unless `allow_nonfinite` is set.
   """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)
@@ -200,6 +207,8 @@ def _checked_leaves(
   checkpoint: Checkpoint, model: Model, shapes: Any, files: TensorFiles
 ) -> dict[str, Leaf]:
   """The tensors of every variable, by path, checked against the files.
+
+  `shapes` has the shapes of the model's variables, by collection.
 
   Raises:
     ValueError: Tensors are missing, unknown or of another shape; all are
@@ -274,10 +283,10 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
-  """Yields the arrays of the tensors in one shard of a variable.
+  """Yields the start and the array of each tensor in one shard of a variable.
 
-  Each comes with the tensor's leading indices (of layer and expert) within the
-  shard.
+  The start has the tensor's leading indices (of layer and expert) within the
+  shard; `index` has the shard's slice of each dimension of the variable.
   """
   num_stacked = leaf.num_stacked
   piece_index, piece_shape = index[num_stacked:], leaf.shape[num_stacked:]

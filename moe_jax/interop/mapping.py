@@ -172,7 +172,7 @@ class Leaf:
 
   @property
   def tensor_shape(self) -> tuple[int, ...]:
-    """The shape that each tensor must have."""
+    """The shape that each of the checkpoint's tensors must have."""
     return self.form.their_shape(self.shape[self.num_stacked :])
 
   @property
@@ -260,7 +260,10 @@ def without_prefix(names: Names, prefix: str) -> Names:
 
 
 def embedding_tables(prefix: str = '') -> Names:
-  """The table entries of an encoder-decoder's embeddings and logits kernel."""
+  """The table entries of an encoder-decoder's embeddings and logits kernel.
+
+  `prefix` begins the names of the embeddings' tensors.
+  """
   shared = Name(f'{prefix}shared.weight', 'V M')
   encoder = Name(f'{prefix}encoder.embed_tokens.weight', 'V M')
   decoder = Name(f'{prefix}decoder.embed_tokens.weight', 'V M')

@@ -151,9 +151,10 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _ffn(path: str, module: str) -> Names:
-  """The tensors of a feed-forward whose SwiGLU's two kernels are one tensor.
+  """The table entries of a feed-forward whose SwiGLU has one fused tensor.
 
-  The first half of the tensor is the linear kernel.
+  `path` is the path of ours in the layer, and `module` the name of theirs. The
+  first half of the fused tensor is the linear kernel.
   """
   gate = f'{module}.gate_proj'
   return {

@@ -44,7 +44,6 @@ class ServedByRank(TokenChoice):
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
-    """Yields a text unless each token chooses exactly two experts."""
     yield from super().problems_with(sizes)
     if sizes.num_selected != 2:
       yield (
@@ -106,7 +105,7 @@ class EvenSlots(Capacity):
     return min(max(slots + slots % 2, self.minimum), group_size)
 
   def keeps_in_generation(self, single):
-    """True: OpenMoE's code drops tokens in generation, too."""
+    """True: generation drops tokens as well, as in OpenMoE's code."""
     return True
 
 
@@ -166,11 +165,9 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @property
   def padding(self) -> Padding:
-    """The treatment of padding by blocks and routers."""
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:
-    """Also a text if `encoder_table` is set although logits are tied."""
     yield from super().problems()
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'

@@ -70,7 +70,6 @@ _REQUIRED: Mapping[str, set[str]] = {
 
 
 def _option(key: str) -> str:
-  """The name of our option for a parameter of config.json."""
   return 'original_len' if key == _ORIGINAL else key
 
 
@@ -141,7 +140,10 @@ def rotary(
 
 
 def rope_parameters(positions: Positions) -> dict[str, Any]:
-  """The value of `rope_parameters`; that of `Rotary()` if not rotary."""
+  """The value of the key `rope_parameters` for the positions of a model.
+
+  Positions that are not rotary get the value of `Rotary()`.
+  """
   if not isinstance(positions, Rotary):
     positions = Rotary()
   name = SCALINGS.name_of(positions.scaling)
@@ -163,7 +165,12 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
 def parameters_of(
   c: Values, rope: Mapping[str, Any] = ROPE
 ) -> tuple[str, dict[str, Any]]:
-  """The rope type and its parameters, from `rope` where the config has none."""
+  """The rope type and its parameters in a config.json, unchecked.
+
+  Args:
+    c: The values of config.json.
+    rope: The architecture's parameters where the config has none.
+  """
   theta, fraction = rope['rope_theta'], rope.get(_FRACTION)
   parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   if c.rope_parameters is None and c.rope_scaling is None:

@@ -148,11 +148,12 @@ def _tensors(
 def _table_names(
   names: Names, arrays: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-  """The names of tensors that each embedding table is written to, by table.
+  """The names of tensors that each embedding table is written to, by its path.
 
   The result is {} if logits are tied. Otherwise transformers has a table for
   the encoder and a table for the decoder. A third table, the shared one, exists
-  but is not read; it is written as a copy of the decoder's.
+  but is not read; it is written as a copy of the decoder's. `arrays` has the
+  model's variables by path.
   """
   if 'w_logits' not in arrays:
     return {}
@@ -188,7 +189,7 @@ def _take(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
 def _write(
   folder: pathlib.Path, tensors: Mapping[str, Sequence[_Part]], shard_bytes: int
 ) -> None:
-  """Writes one file of tensors, or several files and an index."""
+  """Writes one file, or files of at most `shard_bytes` and an index."""
 
   def num_bytes(parts: Sequence[_Part]) -> int:
     return math.prod(parts[0].leaf.tensor_shape) * _dtype(parts).itemsize
@@ -213,9 +214,9 @@ def choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  The architecture is the one that `config` names, or else the first that
-  computes the same function; architectures without a class in transformers are
-  tried last.
+  `config` has further keys of config.json. The architecture is the one that
+  they name, or else the first that computes the same function; architectures
+  without a class in transformers are tried last.
 
   Raises:
     ValueError: No architecture computes the same function. The message lists
@@ -261,6 +262,8 @@ def describe(
   options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The content of config.json for a model, written as one of `architecture`.
+
+  Keys of `config` are kept, unless the model decides or replaces them.
 
   Raises:
     ValueError: No model of the architecture computes the same function.

@@ -34,7 +34,7 @@ Index = tuple[slice, ...]
 
 
 class TensorSpec(NamedTuple):
-  """The shape of a tensor, and its dtype: one of `FLOATS`, or as files say."""
+  """The shape of a tensor, and its dtype: of `FLOATS`, or a file's own name."""
 
   shape: tuple[int, ...]
   dtype: str
