@@ -47,6 +47,8 @@ class Arm:
       of training (see `runner.py`); None trains.
     teacher: Name of the start that teaches the runs (`config.distill`); '' for
       none.
+    rate_of: Name of the arm whose searched learning rate the runs take; ''
+      searches one for them.
   """
 
   name: str
@@ -56,6 +58,7 @@ class Arm:
   start: str = ''
   change: Change | None = None
   teacher: str = ''
+  rate_of: str = ''
 
   def __post_init__(self):
     if self.change is not None and not self.start:
@@ -80,6 +83,8 @@ class Start:
     change: Function that makes the run from that start, as in `Arm`.
     teacher: Name of the start that teaches the run; '' for none.
     overrides: Values that the run changes in that config, by dotted name.
+    searched: Whether its learning rate is searched before those of arms; it
+      then has no `config`.
   """
 
   name: str
@@ -88,6 +93,7 @@ class Start:
   change: Change | None = None
   teacher: str = ''
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  searched: bool = False
 
   @property
   def arm(self) -> Arm:

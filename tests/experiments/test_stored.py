@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import pathlib
 import shutil
 import sys
 
@@ -22,6 +23,7 @@ from experiments.study.parts import (
   Preset,
   Revision,
   Row,
+  Start,
 )
 from experiments.study.tables import bounds_of
 from experiments.study.tasks import TASKS
@@ -275,6 +277,9 @@ def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
   assert trials[1].name == 'dense, trial at 0.2'
   overrides = {'total_steps': 2, 'optimizer.learning_rate': 0.2}
   assert trials[1].overrides.items() >= overrides.items()
+  own = dataclasses.replace(arms[0], overrides={rates.KEY: 3.0})
+  taken = Arm('taken', {}, rate_of='little')
+  assert not stage.arms([own, taken], study.shared(preset))
 
   key, nan = f'eval/{tiny_study.EVAL}/loss', float('nan')
   losses = {
@@ -289,17 +294,43 @@ def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
   }
   best = {
     arm.name: arm.overrides[rates.KEY]
-    for arm in stage.chosen(arms, results, {})
+    for arm in stage.chosen([*arms, taken], results, {})
   }
-  assert best == {'dense': 0.2, 'little': 0.8, 'much': 0.2}
+  both = {'little': 0.8, 'taken': 0.8}
+  assert best == {'dense': 0.2, 'much': 0.2, **both}
   text = rates.described(best, grid)
-  assert (
-    'dense 0.2, little 0.8, much 0.2. At an end of the grid: little' in text
-  )
+  assert 'much 0.2, taken 0.8. At an end of the grid: little, taken' in text
   with pytest.raises(ValueError, match='fewer than 4'):
     dataclasses.replace(study, rates=grid[:3])
   with pytest.raises(ValueError, match='exemption of tiny_study'):
     dataclasses.replace(study, exempt='it would take long')
+
+
+def test_arms_are_tried_with_starts_that_have_the_rates_of_their_trials():
+  grid, key = (0.1, 0.2, 0.4, 0.8), f'eval/{tiny_study.EVAL}/loss'
+  start = Start('start', overrides={'total_steps': 10}, searched=True)
+  study = dataclasses.replace(
+    tiny_study.STUDY, rates=grid, starts=lambda _: [start, Start('other')]
+  )
+  preset, output = study.presets['full'], pathlib.Path('results')
+  shared, arms = study.shared(preset), [Arm('goes on', {}, start='start')]
+  first, second = study.stages(preset)
+  trials = first.arms(arms, shared)
+  assert [arm.name for arm in trials] == [
+    f'start, trial at {rate:g}' for rate in grid
+  ]
+  overrides = {'total_steps': 3, rates.KEY: 0.1}
+  assert trials[0].overrides.items() >= overrides.items()
+  losses = (3.0, 2.0, 1.0, 2.0)
+  made = {arm.name: [{key: x}] * 2 for arm, x in zip(trials, losses)}
+  assert first.chosen(arms, made, {}) == arms
+  tried = second.arms(arms, shared)
+  (job,), last = study.runs(preset, shared, tried, [1000], output, made)
+  assert job.config.optimizer.learning_rate == 0.4
+  assert job.config.total_steps == 10 and len(last) == len(grid)
+  assert {j.begins_with for j in last} == {job.folder}
+  other = study.starts_at(preset, made)[1]
+  assert rates.KEY not in other.overrides
 
 
 def test_a_verdict_has_the_probability_of_its_test():
