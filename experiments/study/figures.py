@@ -186,7 +186,7 @@ def bar(interval: Interval, bounds: Bounds) -> tuple[float, float]:
 
 def _style(number: int, name: str) -> dict[str, Any]:
   """The style of a row or line; dense twins are grey in all figures."""
-  is_dense = name.startswith('dense')
+  is_dense = name.startswith('dense') or ', dense' in name
   return plot_style.series(number) | (dict(color='0.45') if is_dense else {})
 
 

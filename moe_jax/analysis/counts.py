@@ -317,8 +317,8 @@ class Cost(NamedTuple):
       )
       if self.capacity_slack < 1:
         lines.append(
-          f'slots: at most {self.capacity_slack:.0%} of the choices find one, '
-          'however even the load is (model.moe.capacity; a factor '
+          f'WARNING: at most {self.capacity_slack:.0%} of the choices find a '
+          'slot, however even the load is (model.moe.capacity; a factor '
           "'per_token' does not grow with num_selected, one 'per_assignment' "
           'does)'
         )

@@ -287,6 +287,7 @@ def choice_gates(
     normalizer = jax.nn.logsumexp(gate, axis=-1, keepdims=True)
     gate = jnp.exp(gate - jnp.logaddexp(normalizer, math.log(_EPSILON)))
   else:
+    assert gates == 'renormalized_after_drop', gates
     # A token without a kept choice would have only -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)
     masked = jnp.where(kept, chosen_logits, -jnp.inf)

@@ -167,7 +167,8 @@ class TokenChoice(contract.RouterOptions):
       yield (
         f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
         f'gates={self.gates!r}, whose scores are {self.gate_scores!r}; '
-        "Loss-Free Balancing has 'sigmoid' for both"
+        f'set balance_bias_scores={self.gate_scores!r}, or other gates: '
+        "Loss-Free Balancing has gates='sigmoid'"
       )
 
   def problems_with(self, sizes):
