@@ -27,7 +27,8 @@ from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
 from moe_jax.models import Model, code_trees
-from moe_jax.models.base import Batch, TokenLosses, counted
+from moe_jax.models.base import Batch, TokenLosses, counted, of_targets
+from moe_jax.models.logits import by_blocks
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import Array, Float32, Int
@@ -314,23 +315,30 @@ def soft_cross_entropy(
 
 
 def mixed(
-  model: Model, options: DistillOptions, soft: Callable[[Array, Batch], Array]
+  model: Model, options: DistillOptions, labels: Callable[[Batch], Any]
 ) -> Callable[[Any, Batch], TokenLosses]:
-  """The loss of a student: its own loss and `soft`, weighted by the options.
+  """The loss of a student: its own loss and that of soft labels, weighted.
 
   Args:
     model: The student.
-    options: The two weights; a `hard_weight` of 0 leaves out the model's loss.
-    soft: The function (student's logits, batch) to the nats of each token. It
-      is given zeros as the logits of tokens with loss weight 0.
+    options: The two weights, and the temperature of the soft labels; a
+      `hard_weight` of 0 leaves out the model's loss.
+    labels: The function from a batch to the `logits` and `ids` that
+      `soft_cross_entropy` takes; the logits may be yet to be computed.
   """
 
-  def loss(outputs: Array, batch: Batch) -> TokenLosses:
-    hard_loss = model.loss(outputs, batch)
-    nats = options.soft_weight * soft(counted(outputs, batch), batch)
+  def of_tokens(arrays, rows):
+    outputs, (logits, ids) = arrays
+    hard_loss = model.loss(outputs, rows)
+    nats = options.soft_weight * soft_cross_entropy(
+      counted(outputs, rows), counted(logits, rows), options.temperature, ids
+    )
     if options.hard_weight:
       nats = options.hard_weight * hard_loss.nats + nats
     return hard_loss._replace(nats=nats)
+
+  def loss(outputs: Any, batch: Batch) -> TokenLosses:
+    return by_blocks(of_tokens, (outputs, labels(batch)), of_targets(batch))
 
   return loss
 
@@ -379,20 +387,18 @@ def _taught_step(
   beyond the capacity of evaluation are dropped. ValueError is raised where the
   stored logits are of another teacher or of other batches.
   """
-  model, stored = teacher.model, None
+  model, stored = teacher.model.with_deferred_logits(), None
   if options.logits:
     stored = teacher_logits.read(options.logits)
     stored.check(run, teacher.step, teacher.digest)
     run.message(stored.describe())
   arrays = stored.shapes(run) if stored else teacher.restored.state
 
-  def soft(arrays, outputs, batch):
+  def labels(arrays, batch):
     if stored:
-      logits, ids = (batch[name] for name in teacher_logits.IN_BATCH)
-    else:
-      logits, _ = model.apply(arrays, **model.inputs(batch))
-      logits, ids = counted(logits, batch), None
-    return soft_cross_entropy(outputs, logits, options.temperature, ids)
+      return tuple(batch[name] for name in teacher_logits.IN_BATCH)
+    logits, _ = model.apply(arrays, **model.inputs(batch))
+    return logits, None
 
   def train_step(arrays, state, batch):
     step = make_step(
@@ -401,7 +407,7 @@ def _taught_step(
       run.programs.adapters,
       run.programs.trained,
       run.programs.optimizer,
-      loss=mixed(run.model, options, functools.partial(soft, arrays)),
+      loss=mixed(run.model, options, functools.partial(labels, arrays)),
     )
     # Stored logits are in the batch, so that microbatches split them, too.
     return step(state, {**batch, **arrays} if stored else batch)

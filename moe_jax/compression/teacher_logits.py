@@ -31,6 +31,7 @@ from moe_jax.data.plain_files import read_json
 from moe_jax.devices import fetch, in_bytes
 from moe_jax.errors import InputError, writing
 from moe_jax.models import Model, code_trees
+from moe_jax.models.logits import by_blocks
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Array, Float32, Int32
 from moe_jax.training import trained
@@ -237,12 +238,17 @@ def largest(
   The last of the three results is the summed probability of all other tokens,
   or 0 where the loss weight is 0.
   """
-  logits, _ = model.apply(variables, **model.inputs(batch))
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  top_log_probs, ids = jax.lax.top_k(log_probs, top)
-  left_out = jnp.maximum(1.0 - jnp.exp(top_log_probs).sum(-1), 0.0)
-  left_out = jnp.where(batch['loss_weights'] != 0, left_out, 0.0)
-  return ids.astype(jnp.int32), top_log_probs, left_out
+  model = model.with_deferred_logits()
+
+  def of_tokens(logits, rows):
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    top_log_probs, ids = jax.lax.top_k(log_probs, top)
+    left_out = jnp.maximum(1.0 - jnp.exp(top_log_probs).sum(-1), 0.0)
+    left_out = jnp.where(rows['loss_weights'] != 0, left_out, 0.0)
+    return ids.astype(jnp.int32), top_log_probs, left_out
+
+  outputs, _ = model.apply(variables, **model.inputs(batch))
+  return by_blocks(of_tokens, outputs, {'loss_weights': batch['loss_weights']})
 
 
 def write(

@@ -13,7 +13,6 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from moe_jax import data
 from moe_jax.config import choice, option
@@ -246,11 +245,11 @@ def _log_probs(
 ) -> Float32[Array, 'B T']:
   """The log probability of each target in nats, times its loss weight."""
 
+  model = model.with_deferred_logits()
+
   def of_slice(index, batch):
-    logits, _ = model.apply(variables, **model.inputs(batch))
-    nats = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch['targets']
-    )
+    outputs, _ = model.apply(variables, **model.inputs(batch))
+    nats = model.loss(outputs, batch).nats
     weights = batch['loss_weights']
     return None, jnp.where(weights != 0, -nats * weights, 0.0)
 

@@ -19,6 +19,7 @@ from moe_jax.layers.shared import RULES, Numerics, Shared
 from moe_jax.models.description import LayerStack, Stacks
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.layer_options import LayerOptions, RunShape
+from moe_jax.models.logits import by_blocks
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices
 from moe_jax.shapes import Array, Float32
@@ -136,12 +137,26 @@ class Model(nn.Module):
     # Imported here, as optax takes a tenth of the time of `import moe_jax`.
     import optax
 
-    outputs = counted(outputs, batch)
-    return TokenLosses(
-      optax.softmax_cross_entropy_with_integer_labels(
-        outputs, batch['targets']
-      ),
-      jax.nn.logsumexp(outputs, axis=-1) ** 2,
+    def of_tokens(logits, rows):
+      logits = counted(logits, rows)
+      cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+      return TokenLosses(
+        cross_entropy(logits, rows['targets']),
+        jax.nn.logsumexp(logits, axis=-1) ** 2,
+      )
+
+    return by_blocks(of_tokens, outputs, of_targets(batch))
+
+  @nn.nowrap
+  def with_deferred_logits(self) -> 'Model':
+    """The same model, which returns `Logits` for `by_blocks`, not arrays.
+
+    A model without `embedding` is returned as it is.
+    """
+    if not hasattr(self, 'embedding'):
+      return self
+    return self.clone(
+      embedding=dataclasses.replace(self.embedding, deferred=True)
     )
 
   @nn.nowrap
@@ -172,6 +187,12 @@ class Model(nn.Module):
       NotImplementedError: The model does not generate.
     """
     raise NotImplementedError
+
+
+def of_targets(batch: Batch) -> Batch:
+  """The arrays of a batch that the loss of text reads, [B, T]."""
+  keys = 'targets', 'loss_weights'
+  return {key: batch[key] for key in keys if key in batch}
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:

@@ -22,6 +22,7 @@ from moe_jax.models.decoding import check_decodes, stacks_for_decoding
 from moe_jax.models.description import LayerStack, Stacks
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
 from moe_jax.models.layer_options import StackOptions
+from moe_jax.models.logits import Logits
 from moe_jax.models.stack import Padding, Stack, StackConfig
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux, rules_without_logits
@@ -193,7 +194,7 @@ class Decoder(Model):
     train: bool = False,
     task_ids: Int[Array, 'B T'] | None = None,
     given: GivenChoices | None = None,
-  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+  ) -> tuple[Float32[Array, 'B T V'] | Logits, MoeAux]:
     """Returns float32 logits, and losses and statistics of layers, [L, ...].
 
     Args:
@@ -214,7 +215,7 @@ class Decoder(Model):
 
   def run_decoder(
     self, tokens: Int[Array, 'B T'], context: Context, train: bool
-  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+  ) -> tuple[Float32[Array, 'B T V'] | Logits, MoeAux]:
     """The logits, and the layers' losses and statistics.
 
     The context has all arrays that the blocks read besides the tokens.

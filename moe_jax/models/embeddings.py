@@ -14,6 +14,7 @@ from moe_jax.config import Options, option
 from moe_jax.layers import parameters
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
+from moe_jax.models.logits import Head, Logits
 from moe_jax.partitioning import by_token, stated
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -53,6 +54,14 @@ class EmbeddingOptions(Options):
   logits_bias: bool = option(
     False, 'Whether logits have a learned bias for each token (Phi-3.5-MoE).'
   )
+  block_mb: int = option(
+    512,
+    'Most MiB of float32 logits that a device computes at once for a loss or a '
+    'score; more are computed by blocks of tokens, and for a gradient again. 0 '
+    'sets no limit.',
+    minimum=0,
+    same_function=True,
+  )
   logits_scale: str = option(
     'none',
     "Factor of the last layer's output before the logits: 'none', or "
@@ -78,6 +87,7 @@ class EmbeddingConfig:
     dropout: The rate of dropout on embedded tokens in training.
     encoder_dropout: The rate of dropout on an encoder's embedded tokens; None:
       `dropout`.
+    deferred: Whether the model returns `Logits` that are yet to be computed.
   """
 
   options: EmbeddingOptions
@@ -88,6 +98,7 @@ class EmbeddingConfig:
   encoder_table: bool = False
   dropout: float = 0.0
   encoder_dropout: float | None = None
+  deferred: bool = False
 
 
 class Embeddings(nn.Module):
@@ -158,44 +169,27 @@ class Embeddings(nn.Module):
   @jax.named_scope('logits')
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:
     """The float32 logits, from the output x of the last block."""
+    logits = self._logits(x)
+    return logits.head(logits.x)
+
+  def outputs(
+    self, x: Float[Array, 'B T M']
+  ) -> Float32[Array, 'B T V'] | Logits:
+    """The outputs of the model, from the output x of the last block."""
+    return self._logits(x) if self.config.deferred else self.logits(x)
+
+  def _logits(self, x: Float[Array, 'B T M']) -> Logits:
     c = self.config
     table = self.embedding if c.options.tie else self.w_logits.T
     table = by_token(table, c.shared.mesh_axes('vocab'))
     if c.options.logits_scale == 'inverse_sqrt_width':
       x = x * jnp.asarray(c.width**-0.5, x.dtype)
-    B, T, M = x.shape
-    logits = _float32_product(x.reshape(B * T, M), table.T)
-    if c.options.logits_bias:
-      logits = logits + self.b_logits.astype(jnp.float32)[None]
-    if c.options.logits_divisor != 1:
-      logits = logits / c.options.logits_divisor
-    return logits.reshape(B, T, c.vocab_size)
-
-
-def _product(x: Array, kernel: Array) -> Array:
-  return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def _float32_product(x, kernel):
-  """x [N, M] @ kernel [M, V] in the type of x, with results in float32.
-
-  The gradient has a rule of its own, since JAX would round a float32 kernel's
-  gradient to the type of x.
-  """
-  return _product(x, kernel.astype(x.dtype))
-
-
-def _forward(x, kernel):
-  return _float32_product(x, kernel), (x, kernel)
-
-
-def _backward(saved, dy):
-  x, kernel = saved
-  _, x_vjp = jax.vjp(lambda x: _product(x, kernel.astype(x.dtype)), x)
-  x, w = x.astype(jnp.float32), kernel.astype(jnp.float32)
-  _, kernel_vjp = jax.vjp(lambda w: _product(x, w), w)
-  return *x_vjp(dy), kernel_vjp(dy)[0].astype(kernel.dtype)
-
-
-_float32_product.defvjp(_forward, _backward)
+    head = Head(
+      kernel=table.T,
+      bias=self.b_logits if c.options.logits_bias else None,
+      divisor=c.options.logits_divisor,
+      block_mb=c.options.block_mb,
+      row_axes=c.shared.mesh_axes('batch'),
+      vocab_axes=c.shared.mesh_axes('vocab'),
+    )
+    return Logits(x, head)

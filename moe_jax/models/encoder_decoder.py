@@ -27,6 +27,7 @@ from moe_jax.models.decoder import Decoder, DecoderOptions, make_context
 from moe_jax.models.description import LayerStack, Stacks
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_options import StackOptions
+from moe_jax.models.logits import Logits
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.trees import unflatten
 from moe_jax.partitioning import Rules
@@ -239,7 +240,7 @@ class EncoderDecoder(Decoder):
     task_ids: Int[Array, 'B T'] | None = None,
     encoder_given: GivenChoices | None = None,
     given: GivenChoices | None = None,
-  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+  ) -> tuple[Float32[Array, 'B T V'] | Logits, MoeAux]:
     """Returns float32 logits, and losses and statistics of layers, [L, ...].
 
     The layers of the encoder come first.

@@ -28,6 +28,7 @@ from moe_jax.models.base import Model, ModelOptions
 from moe_jax.models.decoding import check_decodes, serving_all
 from moe_jax.models.description import Layer, LayerStack, Stacks
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
+from moe_jax.models.logits import Logits
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux, empty_aux
 from moe_jax.routing.given_choice_rule import check_given, given_to_layer
@@ -160,7 +161,7 @@ class LstmLm(Model):
     positions: Int[Array, 'B T'] | None = None,
     train: bool = False,
     given: GivenChoices | None = None,
-  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+  ) -> tuple[Float32[Array, 'B T V'] | Logits, MoeAux]:
     """Returns float32 logits, and losses and statistics of layers, [L, ...].
 
     Args:

@@ -314,6 +314,8 @@ def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
   share the function.
   """
 
+  model = model.with_deferred_logits()
+
   def eval_step(variables, batch):
     def of_slice(index, batch):
       (outputs, aux), choices = apply(model, variables, **model.inputs(batch))

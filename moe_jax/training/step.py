@@ -86,6 +86,7 @@ def make_grad_fn(
       they are exchanged after each microbatch.
   """
   loss = loss or model.loss
+  model = model.with_deferred_logits()
 
   def loss_fn(part, params, batch, divisors, key, router_state, step):
     params = changed(part, params, lambda trained_leaf, _: trained_leaf)
