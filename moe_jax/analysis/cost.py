@@ -148,7 +148,7 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
   training = {
     f'{layers} (remat={decoder.stack.remat!r})': kept.layers,
     'kept attention scores, unless attention is fused': kept.scores,
-    'kept output logits, in float32': kept.logits,
+    'output logits at once, in float32': kept.logits,
   }
   for half in stacks:
     if (moe := half.moe) is None:

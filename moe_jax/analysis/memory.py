@@ -73,7 +73,8 @@ class Activations(NamedTuple):
     scores: Bytes of attention's scores, in float32 and in the type of the
       activations, and of the bias of relative positions. A fused kernel of
       attention keeps none of them.
-    logits: Bytes of the decoder's output logits, in float32.
+    logits: Bytes of the decoder's output logits, in float32, that are computed
+      at once.
   """
 
   layers: int
@@ -92,7 +93,7 @@ def activations(
   return Activations(
     layers=sum(_kept_by_layers(half, batch_size) for half in stacks),
     scores=sum(_kept_scores(half, batch_size) for half in stacks),
-    logits=4 * batch_size * stacks[-1].length * model.vocab_size,
+    logits=_logits(model, batch_size * stacks[-1].length),
   )
 
 
@@ -112,7 +113,14 @@ def evaluation(
     half = half._replace(stack=dataclasses.replace(stack, remat='dots'))
     kept = _kept_by_layers(half, batch_size) + scores
     layer = max(layer, kept // (len(half.moes) or len(stack.sparse)))
-  return 4 * batch_size * stacks[-1].length * model.vocab_size + layer
+  return _logits(model, batch_size * stacks[-1].length) + layer
+
+
+def _logits(model: Model, num_tokens: int) -> int:
+  """Bytes of the float32 logits that are computed at once."""
+  total = 4 * num_tokens * model.vocab_size
+  block = model.embedding.options.block_mb * 2**20
+  return min(total, block) if block else total
 
 
 def _kept_by_layers(half: Half, B: int) -> int:

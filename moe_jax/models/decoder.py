@@ -224,7 +224,7 @@ class Decoder(Model):
       tokens, context.token_mask, context.positions, train
     )
     x, aux, _ = self.decoder(x, context, train)
-    return self.embeddings.logits(x), aux
+    return self.embeddings.outputs(x), aux
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):

@@ -204,7 +204,7 @@ class LstmLm(Model):
       auxes.append(aux)
       new_states.append(state)
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
-    return self.embeddings.logits(x), aux, tuple(new_states)
+    return self.embeddings.outputs(x), aux, tuple(new_states)
 
   @checked
   def decode(
