@@ -93,7 +93,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   (half,) = counts.halves(run.model, T)
   for layer in run.model.stacks.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.
-    moved = 4 * E * memory.all_to_all_bytes(half, B, E) / (B * T)
+    moved = 4 * E * memory.exchange_bytes(half, B, E) / (B * T)
     numbers[f'routing/layer_{layer}/moved'] = moved
   return numbers
 

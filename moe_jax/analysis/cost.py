@@ -158,10 +158,10 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
     dispatch = f'{DISPATCHES.name_of(moe.dispatch)}, {num_rows} rows'
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
     training[name] = memory.dispatch_bytes(half, B)
-    if sent := memory.all_to_all_bytes(half, B, work.num_parts):
+    if sent := memory.exchange_bytes(half, B, work.num_parts):
       n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
-      training[f'{stack}one all-to-all, as {devices} sends it'] = sent
-      training[f'{stack}the {n} all-to-alls of a training step'] = n * sent
+      training[f'{stack}one exchange of rows, as {devices} sends it'] = sent
+      training[f'{stack}the {n} exchanges of a training step'] = n * sent
   size = work.num_generated, decoder.length, decoder.memory_len
   generation = {
     f'weights in {dtype}': memory.weight_bytes(model, dtype)

@@ -222,11 +222,12 @@ def dispatch_bytes(half: Half, batch_size: int) -> int:
   return num_rows * (2 * half.width * half.itemsize + masks)
 
 
-def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
+def exchange_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   """Bytes that one device sends in one exchange of one sparse layer.
 
   The batch and the experts are each split over `num_parts` devices; a device
-  sends all its rows but those of its own experts. A layer has two exchanges,
+  sends all its rows but those of its own experts, or, where tokens are gathered
+  instead, all its tokens to each other device. A layer has two exchanges,
   to the experts and back, and two more in the backward pass. The bytes of
   dropless layers are counted as if all devices got equally many rows. Shadowed
   experts, which are sent to all devices instead of their rows, are not
@@ -244,5 +245,8 @@ def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   E = moe.num_retained
   if num_parts < 1 or E % num_parts:
     raise InputError(f'a split of {num_parts} does not divide num_experts={E}')
-  num_bytes = expert_rows(moe, batch_size, half.length) * half.width
-  return num_bytes * half.itemsize * (num_parts - 1) // num_parts**2
+  vector, others = half.width * half.itemsize, num_parts - 1
+  if moe.dispatch.exchange.gathers:
+    return batch_size * half.length * vector * others // num_parts
+  rows = expert_rows(moe, batch_size, half.length)
+  return rows * vector * others // num_parts**2

@@ -184,6 +184,7 @@ def step(
   *,
   num_groups: int = 1,
   shadowed: Bool[np.ndarray, 'N E'] | None = None,
+  gathered: Int[np.ndarray, 'N W'] | None = None,
 ) -> Step:
   """The operations of a training step of a layer, with their seconds.
 
@@ -195,6 +196,9 @@ def step(
     num_groups: g, the number of groups; with one group an exchange is a single
       all-to-all.
     shadowed: Whether each expert is shadowed; None for no expert.
+    gathered: The number of tokens of each device, where all devices gather
+      tokens, and sum outputs, in place of rows that travel; None: rows travel.
+      There is one group then, and no expert is shadowed.
 
   Raises:
     ValueError: The counts are not those of the topology's devices, the devices
@@ -222,10 +226,15 @@ def step(
   step_rows = received[:, None] * _masks(W, g)  # [N, g, W, W]
   row_seconds = sizes.row_flops / topology.flops_per_second
   row_bytes = float(sizes.row_bytes)
+  if gathered is None:
+    send = topology.all_to_all_seconds(step_rows.swapaxes(-1, -2) * row_bytes)
+    give_back = topology.all_to_all_seconds(step_rows * row_bytes)
+  else:
+    send = give_back = topology.broadcast_seconds(gathered * row_bytes)[:, None]
   return Step(
-    send=topology.all_to_all_seconds(step_rows.swapaxes(-1, -2) * row_bytes),
+    send=send,
     compute=step_rows.sum(-1) * row_seconds,
-    give_back=topology.all_to_all_seconds(step_rows * row_bytes),
+    give_back=give_back,
     shadow_send=topology.broadcast_seconds(
       shadowed @ roots * sizes.expert_bytes
     ),

@@ -8,7 +8,8 @@ multiplied on the device of its expert. Rows are `[E, R, M]`, R for each expert.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,13 @@ class Exchange(Options):
   one piece. Exchanges are equal in value and gradient, except for experts'
   dropout, since rows may come in another order. Where no mesh axis splits both
   groups and experts, no rows travel, and `Constraint` replaces any exchange.
+
+  Attributes:
+    gathers: Whether tokens are gathered on all devices in place of rows that
+      travel.
   """
+
+  gathers: ClassVar[bool] = False
 
   capacity_fraction: float = option(
     1.0,
@@ -188,8 +195,24 @@ class InRing(Exchange):
     )(rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class AllGather(Constraint):
+  """An exchange in which tokens are gathered, and no rows travel.
+
+  `gather_exchange.py` does what these options say.
+  """
+
+  gathers: ClassVar[bool] = True
+
+  def problems(self) -> Iterator[str]:
+    yield from self.in_vain('as all tokens travel', 'capacity_fraction')
+
+
 EXCHANGES = Kinds(
-  'exchange', Exchange, {'constraint': Constraint, 'ring': InRing}, inline=True
+  'exchange',
+  Exchange,
+  {'constraint': Constraint, 'ring': InRing, 'all_gather': AllGather},
+  inline=True,
 )
 
 

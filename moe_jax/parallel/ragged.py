@@ -10,8 +10,8 @@ device, or for a share of them, `capacity_fraction`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,14 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class RaggedExchange(Options):
-  """The exchange of rows sorted by expert, in which all rows travel at once."""
+  """The exchange of rows sorted by expert, in which all rows travel at once.
+
+  Attributes:
+    gathers: Whether tokens are gathered on all devices in place of rows that
+      travel.
+  """
+
+  gathers: ClassVar[bool] = False
 
   capacity_fraction: float = option(
     1.0,
@@ -106,8 +113,24 @@ class RaggedExchange(Options):
     return PerToken(self.capacity_fraction).per_expert(num_rows, 1, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class RaggedAllGather(RaggedExchange):
+  """An exchange in which tokens are gathered, and no rows travel.
+
+  `gather_exchange.py` does what these options say.
+  """
+
+  gathers: ClassVar[bool] = True
+
+  def problems(self) -> Iterator[str]:
+    yield from self.in_vain('as all tokens travel', 'capacity_fraction')
+
+
 RAGGED_EXCHANGES = Kinds(
-  'exchange', RaggedExchange, {'all_to_all': RaggedExchange}, inline=True
+  'exchange',
+  RaggedExchange,
+  {'all_to_all': RaggedExchange, 'all_gather': RaggedAllGather},
+  inline=True,
 )
 
 

@@ -94,7 +94,7 @@ def exchange_sorted(
     # Devices that differ in rows, experts or part of F get different keys, so
     # that their dropout differs; devices with copies of all three get the same.
     names = sorted({*layout.groups, *layout.experts, *layout.hidden})
-    key = _folded(key, *map(jax.lax.axis_index, names))
+    key = folded(key, *map(jax.lax.axis_index, names))
     counts = routing.rows_per_expert()
     shadowed = shadowing.choose(layout, counts, experts.sizes)
     sent, staying = split(routing, shadowed)
@@ -103,7 +103,7 @@ def exchange_sorted(
     sent_counts = sent.rows_per_expert()
 
     def compute(rows, sizes):
-      return experts.compute(params, rows, sizes, _folded(key, 1))
+      return experts.compute(params, rows, sizes, folded(key, 1))
 
     if layout.experts:
       rows, overflow = exchange.exchange_rows(
@@ -115,7 +115,7 @@ def exchange_sorted(
       y = sorted_rows.combine(rows, sent)
     if staying is not None:
       copies = gathered(layout, params, shadowed)
-      y = y + experts.summed(copies, x, staying, _folded(key, 0))
+      y = y + experts.summed(copies, x, staying, folded(key, 0))
     # Each device has only summed over its part of F, or over its experts.
     partial_axes = (*layout.hidden, *layout.expert_only)
     y = jax.lax.psum(y, partial_axes) if partial_axes else y
@@ -130,7 +130,7 @@ def exchange_sorted(
   return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
 
 
-def _folded(key: PRNGKey | None, *numbers: Any) -> PRNGKey | None:
+def folded(key: PRNGKey | None, *numbers: Any) -> PRNGKey | None:
   """The key with each number folded in; None if there is no key."""
   for number in numbers:
     key = None if key is None else jax.random.fold_in(key, number)

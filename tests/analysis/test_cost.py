@@ -227,7 +227,7 @@ def test_the_bytes_of_mixtral():
     'weights in int8': '46.7 GB',
     'a full cache': '4.3 GB',
   }
-  assert 'one all-to-all, as each of 8 devices sends it' in training
+  assert 'one exchange of rows, as each of 8 devices sends it' in training
 
 
 def test_the_bytes_of_an_encoder_decoder_name_both_halves():
@@ -238,9 +238,9 @@ def test_the_bytes_of_an_encoder_decoder_name_both_halves():
   assert generation == 'Bytes to generate 3 x 6 tokens'
   rows = 'rows to and from the experts of a sparse layer (gather, 45 rows)'
   assert f'encoder: {rows}' in arrays
-  sent = arrays['decoder: one all-to-all, as each of 5 devices sends it']
+  sent = arrays['decoder: one exchange of rows, as each of 5 devices sends it']
   # Two layers send to the experts and back, forward and backward.
-  assert arrays['decoder: the 8 all-to-alls of a training step'] == 8 * sent
+  assert arrays['decoder: the 8 exchanges of a training step'] == 8 * sent
 
 
 def test_a_dense_model_has_no_rows_of_experts():

@@ -17,6 +17,7 @@ from moe_jax.layers.experts import Dropless, Einsum, Gather
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import ExpertChoice
+from moe_jax.parallel.exchange import AllGather
 from moe_jax.routing import expert_choice, token_choice
 from moe_jax.routing.capacity import All, PerToken
 from moe_jax.routing.dispatch import einsum, gather, sorted_rows
@@ -134,10 +135,13 @@ def test_what_a_device_sends_to_the_experts_of_others():
   # fifth of these and sends the others, which have 12 numbers of 4 bytes.
   (half,) = halves(tiny.build(), T)
   assert memory.expert_rows(half.stack.block.moe, 4, T) == 60
-  assert memory.all_to_all_bytes(half, 4, 5) == 12 * 4 // 5 * 48 + 28
-  assert memory.all_to_all_bytes(half, 4, 1) == 0
+  assert memory.exchange_bytes(half, 4, 5) == 12 * 4 // 5 * 48 + 28
+  assert memory.exchange_bytes(half, 4, 1) == 0
+  # With tokens gathered, a device sends its 8 tokens to each of the 4 others.
+  (gathered,) = halves(tiny.build(dict(dispatch=Gather(AllGather()))), T)
+  assert memory.exchange_bytes(gathered, 4, 5) == 4 * T // 5 * 48 * 4
   with pytest.raises(ValueError, match='of 2 does not divide num_experts=5'):
-    memory.all_to_all_bytes(half, 4, 2)
+    memory.exchange_bytes(half, 4, 2)
 
 
 def residual_bytes(model, lengths):

@@ -84,6 +84,18 @@ def test_experts_of_one_device_share_it():
   np.testing.assert_allclose(step.comm, 4 * 11 * 20 / 10)
 
 
+def test_gathered_tokens_go_to_all_devices_and_their_sums_come_back():
+  counts = np.zeros((1, 8, 4), int)
+  counts[0, 2, 0], counts[0, 3, 0] = 5, 6  # both are on device 1
+  tokens = np.array([[7, 2, 3, 1]])
+  step = cost_model.step(RING, counts, SIZES, gathered=tokens)
+  np.testing.assert_allclose(step.comp, 3 * 11 * 0.2)
+  # The link from device 1 to device 2 carries the 7 tokens of device 0 and the
+  # 2 of device 1, once each. A token has 20 bytes.
+  busiest = 20 * (7 + 2) / 10
+  np.testing.assert_allclose(step.comm, 2 * 2 * busiest)
+
+
 @pytest.mark.parametrize('rows', [1, 400])
 def test_steps_of_even_rows_lie_on_the_curves(rows):
   step = cost_model.step(TWO_BY_TWO, np.full((1, 4, 4), rows), SIZES)

@@ -32,7 +32,7 @@ from moe_jax.layers.routers import Causality, Router, RouterOptions, TokenInfo
 from moe_jax.layers.shared import RULES, Shared
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.exchange import (
-  EXCHANGES,
+  AllGather,
   Constraint,
   Exchange,
   InRing,
@@ -40,7 +40,7 @@ from moe_jax.parallel.exchange import (
   target,
 )
 from moe_jax.parallel.layout import Layout, layout_of
-from moe_jax.parallel.ragged import RaggedExchange
+from moe_jax.parallel.ragged import RaggedAllGather, RaggedExchange
 from moe_jax.parallel.shadowing import Shadowing, Speeds, choose
 from moe_jax.partitioning import make_mesh
 from moe_jax.routing.capacity import All
@@ -170,11 +170,14 @@ def ids_of(skew):
 
 # Each kind stands with and without shadowed experts, or by masks.
 DISPATCHES = {
-  **{k: Gather(kind(), SHADOWING) for k, kind in EXCHANGES.builtin.items()},
+  'constraint': Gather(Constraint(), SHADOWING),
+  'ring': Gather(InRing(), SHADOWING),
   'own': Gather(Gathered(), SHADOWING),
   'masks': Einsum(shadowing=SHADOWING),
   'ring alone': Gather(InRing()),
   'ragged': Dropless(shadowing=SHADOWING),
+  'gathered alone': Gather(AllGather()),
+  'gathered rows alone': Dropless(exchange=RaggedAllGather()),
 }
 MESHES = dict(
   four=dict(expert=4),
@@ -274,10 +277,18 @@ def prediction(skew, devices, copies=1, expert_shards=1, shadowed=True):
 # A dispatch has one program for all kinds of routing on a mesh.
 CASES = [
   *((kind, 'data', ('zipf', 'one')) for kind in DISPATCHES),
-  *((kind, 'tensor', ('zipf',)) for kind in ('constraint', 'ragged')),
+  *(
+    (kind, 'tensor', ('zipf',))
+    for kind in (
+      'constraint',
+      'ragged',
+      'gathered alone',
+      'gathered rows alone',
+    )
+  ),
   ('ring alone', 'eight', ('uniform',)),
 ]
-FAST = ('constraint', 'ring', 'own', 'ragged')
+FAST = ('constraint', 'ring', 'own', 'ragged', 'gathered rows alone')
 
 
 def marks(kind, mesh):

@@ -7,6 +7,7 @@ rows travel between devices.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from moe_jax.config import Options, choice, option
@@ -42,6 +43,13 @@ class Dispatch(Options):
 
   exchange: Any
   shadowing: Shadowing
+
+  def problems(self) -> Iterator[str]:
+    if self.exchange.gathers and self.shadowing.experts:
+      yield (
+        f'shadowing.experts={self.shadowing.experts} has no effect with an '
+        'exchange that gathers all tokens; set it to 0'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from moe_jax.layers.experts.dispatch_options import (
 )
 from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
+from moe_jax.parallel.gather_exchange import exchange_tokens
 from moe_jax.parallel.layout import Layout, layout_of
 from moe_jax.parallel.slot_exchange import StackedExperts, exchange_slots
 from moe_jax.parallel.sorted_exchange import SortedExperts, exchange_sorted
@@ -83,10 +84,11 @@ def apply_experts(
     x, key = x.astype(dtype), next_key()
     if layout is None:
       return by_row.summed(params, x, routing, key), None
-    if ffn.use_bias:
-      # If F were split, each device would add the whole bias to its part of
-      # the product, and the sum over devices would have it several times.
-      layout = dataclasses.replace(layout, hidden=())
+    layout = _biases_once(layout, ffn)
+    if layout.exchanged and dispatch.exchange.gathers:
+      return exchange_tokens(
+        by_row.summed, params, axes, x, routing, layout=layout, key=key
+      )
     return exchange_sorted(
       by_row,
       x,
@@ -97,11 +99,32 @@ def apply_experts(
       key=key,
     )
 
+  if layout is not None and layout.exchanged and dispatch.exchange.gathers:
+
+    def summed(params, x, routing, key):
+      rows = dispatch.dispatcher.dispatch(x, routing)
+      rows = ffn.compute(params, rows, lambda h: ffn.dropped(h, key))
+      return dispatch.dispatcher.combine(rows, routing)
+
+    layout, key = _biases_once(layout, ffn), next_key()
+    return exchange_tokens(
+      summed, params, axes, x.astype(dtype), routing, layout=layout, key=key
+    )
+
   def compute(params, rows):
     return ffn.compute(params, rows, lambda h: ffn.dropped(h, next_key()))
 
   experts = StackedExperts(compute, params, axes, sizes)
   return _apply_in_slots(experts, x, routing, dispatch, layout)
+
+
+def _biases_once(layout: Layout, ffn: FfnLayer) -> Layout:
+  """The layout, without a split of the hidden width F where there are biases.
+
+  Each device would add the whole bias to its part of the product, and the sum
+  over devices would have it several times.
+  """
+  return dataclasses.replace(layout, hidden=()) if ffn.use_bias else layout
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
@@ -232,6 +255,11 @@ class ExpertOptions(Options):
       yield (
         f'dispatch={type(dispatch).__name__} serves no experts of '
         f'{type(self).__name__}: it has no rows [E, R, M]; use Gather'
+      )
+    elif dispatch.exchange.gathers:
+      yield (
+        f'experts of {type(self).__name__} are modules, whose rows have to '
+        'travel: set exchange.kind to another one than an all-gather'
       )
 
   def module(self, shared: Shared, name: str) -> nn.Module:
