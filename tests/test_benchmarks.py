@@ -13,6 +13,7 @@ import pytest
 from experiments import (
   bench_attention,
   bench_generation,
+  bench_loss,
   bench_moe_layer,
   bench_overhead,
   bench_prepare,
@@ -358,6 +359,18 @@ def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
   for row in rows:
     name = row['case'].lower()
     assert row['ms'] > 0 and row.get(f'per_{name}', 1) == 1
+
+
+@pytest.mark.slow
+def test_blocks_of_logits_take_less_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench_loss, 'VOCAB_SIZES', (4096,))
+  monkeypatch.setattr(
+    bench_loss, 'BLOCK_MB', {'all at once': 0, 'by blocks': 1}
+  )
+  bench_loss.main(['--seconds', '0', '--rough_peaks', f'--output={tmp_path}'])
+  whole, blocks = results_in(tmp_path)['rows']
+  assert whole['logits_mb'] == 16 and blocks['difference'] < 1e-5
+  assert blocks['peak_mb'] < whole['peak_mb'] / 2
 
 
 @pytest.mark.parametrize(('num_tokens', 'read'), [(2, 4), (8, 7)])

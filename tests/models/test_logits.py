@@ -76,6 +76,7 @@ def gradient_on(block_mb, **mesh):
   options = tiny.options(
     batch_size=16,
     model=dict(
+      attention=dict(num_heads=4),
       vocab_size=2 * V,
       embedding=dict(block_mb=block_mb),
       **tiny.router(balance_weight=0.5),
@@ -98,13 +99,15 @@ def gradient_on(block_mb, **mesh):
 @pytest.mark.as_users_compile
 def test_devices_loop_over_their_own_rows():
   loss, grads, _ = gradient_on(0)
-  for mesh in ({}, dict(data=2, fsdp=2), dict(expert=2, tensor=2)):
+  # A block of a MiB has at most 31 tokens, or 127 if four devices share the
+  # vocabulary, which they do not divide.
+  for mesh, vocab_size, size in (
+    ({}, 2 * V, 24),
+    (dict(data=2, fsdp=2), 2 * V, 24),
+    (dict(data=2, tensor=4), 2050, 96),
+  ):
     other_loss, other_grads, compiled = gradient_on(1, **mesh)
-    # A block of a MiB has at most 31 tokens, or 63 of half of the vocabulary;
-    # divisors of a device's tokens are 24 and 48.
-    is_split = 'tensor' in mesh
-    size = widest(compiled, V if is_split else 2 * V)
-    assert size == (48 if is_split else 24)
+    assert widest(compiled, vocab_size) == size
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     assert_close(other_grads, grads)
 
