@@ -63,7 +63,7 @@ class DryRun:
     yield 'dry run: nothing is trained, and nothing is written'
     run, mesh = self._set_up(), self._mesh()
     options, notes, dataset = (
-      (run.options, run.notes, run.dataset) if run else self._filled(mesh)
+      (run.options, run.notes, run.dataset) if run else self._filled()
     )
     data_line = (
       dataset.describe()
@@ -128,7 +128,7 @@ class DryRun:
     return None
 
   def _filled(
-    self, mesh: Mesh
+    self,
   ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
     """The options, the notes and the data of a run that could not be set up.
 
@@ -167,9 +167,11 @@ class DryRun:
       line += f', and {who} {in_bytes(room)}'
     yield line
     if room and needs.total * mesh.size > room:
+      remat = getattr(self.options.model, 'remat', 'full')
+      advice = '' if remat == 'full' else "model.remat='full', "
       yield (
         'WARNING: that does not fit; a smaller batch_size / microbatches, '
-        "model.remat='full', or more devices (mesh.fsdp) need less on each"
+        f'{advice}or more devices (mesh.fsdp) need less on each'
       )
     c, size = self.options.checkpoint, needs.checkpoint
     last = self.options.total_steps - 1

@@ -13,6 +13,7 @@ from moe_jax.layers.ffn import ACTIVATIONS, FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
+from moe_jax.models.stack import KEPT, kept_names
 
 # Bytes of a stored value, by type. The scales of int8 kernels, one for each
 # output column, are not counted.
@@ -129,39 +130,44 @@ def _kept_by_layers(half: Half, B: int) -> int:
   n, L, M = B * half.length, len(c.sparse), half.width
   b = half.itemsize
   total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
-  if c.remat == 'full':
-    return total
-  keeps_all, a, crosses = c.remat == 'none', half.attention, block.cross
-  output = a.num_heads * a.head_widths[1]
-  total += L * n * (a.projected_values + M) * b
-  if crosses:
-    total += L * (n * (output + M) + B * half.memory_len * a.cached_values) * b
-  has_extra = block.moe is not None and block.moe.extra_ffn
-  # The dense feed-forwards that follow those of experts within a layer.
-  extra = sum(c.sparse) if has_extra else 0
-  dense = L - sum(c.sparse) + extra
-  total += dense * n * _kept_hidden(half, block.ffn, keeps_all)
-  if block.moe is not None and moe is None:  # a dense twin
-    hidden = _kept_hidden(half, block.moe.twin().ffn, keeps_all)
-    total += sum(c.sparse) * n * hidden
+  names, a, crosses = kept_names(c.remat), half.attention, block.cross
+  keeps_all = names is None
+  kept = {*KEPT} if names is None else {*names}
   rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
-  if moe is not None:
-    # The products without slots have a gradient that keeps their inputs alone.
-    keeps_slots = keeps_all and moe.dispatch.by_slot
-    hidden = _kept_hidden(half, moe.expert.twin(1).ffn, keeps_slots)
-    columns = sum(layer_moe.num_experts for layer_moe in half.moes)
-    total += rows * (hidden + M * b) + n * 4 * columns
-    if (shared := moe.shared_twin) is not None:
-      hidden = _kept_hidden(half, shared.ffn, keeps_all)
-      total += len(half.moes) * n * hidden
+  output = L * n * a.num_heads * a.head_widths[1] * b  # of one attention
+  # The dense feed-forwards that follow those of experts within a layer.
+  has_extra = block.moe is not None and block.moe.extra_ffn
+  extra = sum(c.sparse) if has_extra else 0
+  if 'attention' in kept:
+    total += output * (1 + crosses)
+  if 'rows' in kept:
+    total += rows * M * b
+  if 'products' in kept:
+    total += L * n * (a.projected_values + M) * b + rows * M * b
+    total += n * 4 * sum(layer_moe.num_experts for layer_moe in half.moes)
+    if crosses:
+      cached = B * half.memory_len * a.cached_values
+      total += output + L * (n * M + cached) * b
+  if kept & {'products', 'hidden'}:
+    total += (
+      (L - sum(c.sparse) + extra) * n * _kept_hidden(half, block.ffn, keeps_all)
+    )
+    if block.moe is not None and moe is None:  # a dense twin
+      hidden = _kept_hidden(half, block.moe.twin().ffn, keeps_all)
+      total += sum(c.sparse) * n * hidden
+    if moe is not None:
+      # Products without slots have a gradient that keeps their inputs alone.
+      keeps_slots = keeps_all and moe.dispatch.by_slot
+      total += rows * _kept_hidden(half, moe.expert.twin(1).ffn, keeps_slots)
+      if (shared := moe.shared_twin) is not None:
+        hidden = _kept_hidden(half, shared.ffn, keeps_all)
+        total += len(half.moes) * n * hidden
   if keeps_all:
     # Each norm keeps three float32 arrays, and its output twice, once as what
-    # the next product multiplies. Attention's output and the rows that experts
-    # multiply are kept, too. Two arrays [n, M] a layer, its input and what
+    # the next product multiplies. Two arrays [n, M] a layer, its input and what
     # attention adds to it, are in the total already.
     norms = L * (2 + crosses) + extra
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
-    total += L * n * output * b * (1 + crosses) + rows * M * b
   return total
 
 

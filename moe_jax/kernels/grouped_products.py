@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.kernels import blocks, megablox, pallas_gpu
+from moe_jax.kernels.rows_product import HIDDEN
 from moe_jax.shapes import Array, Float, Float32, Int32
 
 # The name under which a remat policy finds the results of products.
@@ -225,7 +226,9 @@ def _ffn_forward(x, w_ins, w_out, group_sizes, hidden, backend):
     return composed
 
   y, firsts = _choose(run, backend, x, ins, out, group_sizes)
-  firsts = tuple(checkpoint_name(z, PRODUCT) for z in firsts)
+  firsts = tuple(
+    checkpoint_name(checkpoint_name(z, PRODUCT), HIDDEN) for z in firsts
+  )
   return y, (x, w_ins, w_out, group_sizes, firsts)
 
 

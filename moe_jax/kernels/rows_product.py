@@ -19,6 +19,8 @@ from moe_jax.shapes import Array, Float, checked
 
 # The name under which a remat policy finds the results of products.
 PRODUCT = 'rows_matmul'
+# And that of the products alone whose activation makes hidden values.
+HIDDEN = 'hidden'
 
 
 @checked

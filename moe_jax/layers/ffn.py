@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.kernels import cpu, grouped_ffn, grouped_matmul
 from moe_jax.kernels.grouped_products import AUTO
-from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.kernels.rows_product import HIDDEN, rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.parameters import Initializer, Names
 from moe_jax.layers.shared import Shared
@@ -264,7 +265,8 @@ class FfnLayer:
 
     x = x.astype(dtype)
     products = [
-      biased(product(x, p[name]), f'b{name[1:]}') for name in self.first_kernels
+      checkpoint_name(biased(product(x, p[name]), f'b{name[1:]}'), HIDDEN)
+      for name in self.first_kernels
     ]
     h = dropout(act.hidden(*products))
     y = product(h, p['w_out'], transposed_alone=not act.cheap)

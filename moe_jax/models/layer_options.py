@@ -16,7 +16,7 @@ from moe_jax.models.pattern import (
   sparse_numbers,
   sparse_pattern,
 )
-from moe_jax.models.stack import REMATS
+from moe_jax.models.stack import kept_names
 
 
 class RunShape(NamedTuple):
@@ -241,9 +241,10 @@ class StackOptions(LayerOptions):
     'none',
     "Values that the backward pass recomputes to save memory: 'none'; 'full': "
     "all but the inputs of layers and the routers' decisions; 'dots': all but "
-    'those and the products with kernels. Unrolled layers save no memory on a '
-    'CPU.',
-    choices=REMATS,
+    "those and the products with kernels; 'save=' and names, as in "
+    "'save=rows,hidden': all but those and the 'rows' that experts multiply, "
+    "the 'hidden' products before activations, the outputs of 'attention', or "
+    "all 'products'. Unrolled layers save no memory on a CPU.",
     same_function=True,
   )
 
@@ -269,6 +270,10 @@ class StackOptions(LayerOptions):
 
   def problems(self) -> Iterator[str]:
     yield from super().problems()
+    try:
+      kept_names(self.remat)
+    except InputError as error:
+      yield str(error)
     layers, option_name = self.attention.full_layers, 'attention.full_layers'
     if not self.attention.window:
       return

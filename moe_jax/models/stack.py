@@ -5,6 +5,7 @@ not grow with L.
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple, cast
 
 import jax
@@ -12,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from moe_jax.config import unknown
 from moe_jax.kernels.grouped_products import PRODUCT as GROUPED_PRODUCT
-from moe_jax.kernels.rows_product import PRODUCT
+from moe_jax.kernels.rows_product import HIDDEN, PRODUCT
+from moe_jax.layers.attention.attention import OUTPUT
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
+from moe_jax.layers.experts.experts import ROWS
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux
@@ -41,13 +45,36 @@ class Padding:
     return segment_ids > 0
 
 
-REMATS = {
-  'none': None,
-  'full': jax.checkpoint_policies.save_only_these_names(DECISION),
-  'dots': jax.checkpoint_policies.save_only_these_names(
-    DECISION, PRODUCT, GROUPED_PRODUCT
-  ),
+# Names of what the backward pass keeps of a layer, by the names that options
+# give them. Routers' decisions, which are small integers, are always kept.
+KEPT = {
+  'rows': (ROWS,),
+  'hidden': (HIDDEN,),
+  'attention': (OUTPUT,),
+  'products': (PRODUCT, GROUPED_PRODUCT),
 }
+REMATS = {'none': None, 'full': (), 'dots': ('products',)}
+_SAVE = 'save='
+
+
+def kept_names(remat: str) -> tuple[str, ...] | None:
+  """What of a layer is kept for the backward pass, besides its input.
+
+  None stands for all. The names are among `KEPT`; `remat` is one of `REMATS` or
+  'save=' and names with commas between them.
+
+  Raises:
+    ValueError: `remat` is neither.
+  """
+  if not remat.startswith(_SAVE):
+    if remat not in REMATS:
+      raise unknown('remat', remat, (*REMATS, *(_SAVE + name for name in KEPT)))
+    return REMATS[remat]
+  names = tuple(remat.removeprefix(_SAVE).split(','))
+  for name in names:
+    if name not in KEPT:
+      raise unknown(f'name in remat={remat!r}', name, KEPT)
+  return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +89,7 @@ class StackConfig:
     padding: The rule for whether blocks and routers see padding.
     scan_layers: Whether the periods of the layer pattern are a loop (compile
       time independent of L) or unrolled; results are the same.
-    remat: The policy for what the backward pass recomputes, one of `REMATS`.
+    remat: What the backward pass recomputes; `kept_names` reads it.
     stacked: Whether periods of a segment share stacked arrays of parameters. If
       not, each period has its own, which decoding reads without a copy.
   """
@@ -228,13 +255,14 @@ class Period(nn.Module):
     """
     c = self.config
     block = Block
-    if c.remat != 'none':
+    if (kept := kept_names(c.remat)) is not None:
       # Merged with the forward pass, a recomputation would save no memory. The
       # compiler would merge them outside loops (unrolled, or a single period);
       # in a loop's body it never does, so nothing has to be prevented there.
-      block = nn.remat(
-        Block, policy=REMATS[c.remat], prevent_cse=not self.loops
+      policy = jax.checkpoint_policies.save_only_these_names(
+        DECISION, *itertools.chain(*(KEPT[name] for name in kept))
       )
+      block = nn.remat(Block, policy=policy, prevent_cse=not self.loops)
     x, cache = carry
     auxes = []
     for i, (moe, window) in enumerate(self.pattern):

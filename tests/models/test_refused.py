@@ -136,6 +136,13 @@ def test_rows_longer_than_the_positions_are_refused_in_a_run():
   assert 'data.seq_len=10 is more than the 8 positions' in problem
 
 
+def test_what_remat_may_keep_is_named():
+  with pytest.raises(ValueError, match=r"'zz'; have \['attention', 'hidden'"):
+    tiny.build(remat='save=rows,zz')
+  with pytest.raises(ValueError, match="unknown remat 'some'"):
+    tiny.build(remat='some')
+
+
 def test_experts_that_do_not_divide_are_refused_on_a_mesh():
   options = dict(num_experts=4, retained=Retained('1:3'))
   trees = models.describe(tiny.build(options))

@@ -66,6 +66,7 @@ def trained(scan_layers, remat, router='sampled'):
       marks=[pytest.mark.slow, pytest.mark.as_users_compile],
     ),
     pytest.param(True, 'full', 'expert_choice', marks=pytest.mark.slow),
+    (True, 'save=rows,hidden', 'sampled'),
   ],
 )
 def test_loss_logits_and_gradients_equal_the_plain_loop(

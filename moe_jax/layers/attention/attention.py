@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import OptionError, Options, option
 from moe_jax.kernels.rows_product import rows_matmul
@@ -26,6 +27,8 @@ from moe_jax.routing.rows import without_nan
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, checked
 
 _ROLE = 'attention'
+# The name under which a remat policy finds the weighted means of values.
+OUTPUT = 'attention_output'
 X = TypeVar('X', Array, Array | None)
 
 
@@ -314,7 +317,8 @@ class Attention(nn.Module):
     query = self._queries(x.astype(dtype), position_args)
     if source is not None:
       cached = self._cached(source.astype(dtype), position_args)
-    y, axes = attend(query, *cached), ('heads', 'kv', 'embed')
+    y = checkpoint_name(attend(query, *cached), OUTPUT)
+    axes = ('heads', 'kv', 'embed')
     return self._project(y, 'out', axes, x.shape[-1:], residual=True)
 
   @property

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
@@ -37,6 +38,8 @@ from moe_jax.parallel.sorted_exchange import SortedExperts, exchange_sorted
 from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.shapes import Array, Float, PRNGKey, checked, type_text
 
+# The name under which a remat policy finds the rows that experts multiply.
+ROWS = 'expert_rows'
 # The role of the parameters of experts.
 ROLE = 'expert'
 # The name of the shared expert's module, and the role of its parameters.
@@ -79,7 +82,11 @@ def apply_experts(
   E, M, dtype = routing.num_experts, x.shape[-1], ffn.shared.dtype
   axes, sizes = ffn.axes((E,), M), ffn.sizes(M, jnp.dtype(dtype))
   if isinstance(dispatch, Dropless):
-    products = functools.partial(ffn.compute_sorted, backend=dispatch.backend)
+
+    def products(p, rows, sizes, key):
+      rows = checkpoint_name(rows, ROWS)
+      return ffn.compute_sorted(p, rows, sizes, key, dispatch.backend)
+
     by_row = SortedExperts(products, params, axes, sizes)
     x, key = x.astype(dtype), next_key()
     if layout is None:
@@ -103,6 +110,7 @@ def apply_experts(
 
     def summed(params, x, routing, key):
       rows = dispatch.dispatcher.dispatch(x, routing)
+      rows = checkpoint_name(rows, ROWS)
       rows = ffn.compute(params, rows, lambda h: ffn.dropped(h, key))
       return dispatch.dispatcher.combine(rows, routing)
 
@@ -112,6 +120,7 @@ def apply_experts(
     )
 
   def compute(params, rows):
+    rows = checkpoint_name(rows, ROWS)
     return ffn.compute(params, rows, lambda h: ffn.dropped(h, next_key()))
 
   experts = StackedExperts(compute, params, axes, sizes)
