@@ -190,13 +190,13 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
     'optimizer': in_bytes,
     'gradients': in_bytes,
     'FLOPs a token': short,
-    'FLOPs a step': short,
+    'FLOPs of factors a step': short,
   }
   title = f'Training, with the forward pass at {short(forward)} FLOPs a token'
   note = (
     'FLOPs a token are those of the backward pass. Adapters are added to whole '
     'kernels before a step computes; the gradients of these are computed and '
-    'held for a while. FLOPs of factors, a step, do not grow with the batch.'
+    'held for a while. FLOPs of factors do not grow with the batch.'
   )
   rows = []
   for name, variant in variants(options, model):

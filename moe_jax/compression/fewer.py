@@ -26,7 +26,7 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.compression.calibration import SCORES, Usage, measure
-from moe_jax.config import Option
+from moe_jax.config import Option, unknown
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
@@ -222,8 +222,10 @@ def prune(
     score: One of `calibration.SCORES`.
 
   Raises:
-    ValueError: Groups of experts would differ in their size.
+    ValueError: The score is unknown, or groups of experts would differ in size.
   """
+  if score not in SCORES:
+    raise unknown('score', score, SCORES)
   check_groups(original.layers, counts)
   new_layers = {}
   for n, layer in original.layers.items():

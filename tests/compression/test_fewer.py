@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.compression import merge
 from moe_jax.compression.fewer import (
+  Calibrated,
   check_layer,
   in_groups,
   numbers,
@@ -81,6 +82,16 @@ def test_layers_keep_the_experts_of_the_largest_scores():
   even = prune(calibrated, {1: 3, 2: 3})
   moe = smaller_run(calibrated.run, even).options.model.moe
   assert (moe.num_experts, moe.retained) == (3, Retained())
+
+
+def test_a_score_or_a_rule_that_there_is_not_is_named():
+  none = Calibrated(None, {}, {})
+  with pytest.raises(ValueError, match=r"unknown score 'raep'; did you mean"):
+    prune(none, {}, score='raep')
+  with pytest.raises(
+    ValueError, match=r"rule 'zz'; have \['clusters', 'cores'"
+  ):
+    merge.merge(none, {}, rule='zz')
 
 
 def test_numbers_are_one_for_all_or_one_for_each_layer():
