@@ -15,9 +15,9 @@ experts in each of two layers. Its encoder reads keys, and its decoder has to
 know their values by heart, so that the encoder matters: where experts serve
 three of four tokens, the loss is 0.2 nats a token higher (`eval_capacity`). On
 spans of program text, which the study had before (`--task=text`), no sparse
-encoder was better than its dense twin. An encoder sees all of its input, so
-that expert choice leaks nothing; `routing_rules` shows its leak in a causal
-model. A group is the whole batch. All experts are as wide as the dense
+encoder was resolved better than its dense twin. An encoder sees all of its
+input, so that expert choice leaks nothing; `routing_rules` shows its leak in a
+causal model. A group is the whole batch. All experts are as wide as the dense
 feed-forward, so that rows with two experts a token have more FLOPs than those
 with one; the table has the number. Token choice is that of its papers: Switch
 with a capacity factor of 1.25 and raw gates; GShard with 2.0 (one slot a
@@ -31,10 +31,11 @@ by heart.
 
 Three seeds of the quick preset have hardly begun to learn: they resolve loads
 and shares of tokens, not losses. The full preset, 7 arms, 5 seeds and 1,000
-steps, and 56 trials of 800, is planned for 65 core minutes. The claims were
-written anew, before any run of them, when the task was changed. Trials of 300
-steps had then shown that no model learns in them, and one of expert choice that
-it begins to after 400, so that trials are longer here than in other studies.
+steps, and 56 trials of 800, was planned for 65 core minutes; its runs took 132
+on busy cores. The claims were written anew, before any run of them, when the
+task was changed. Trials of 300 steps had then shown that no model learns in
+them, and one of expert choice that it begins to after 400, so that trials are
+longer here than in other studies.
 """
 
 import dataclasses
@@ -274,7 +275,8 @@ STUDY = Study(
   trial_share=0.8,
   figure=Figure(['loss', UNSERVED, MANY]),
   remarks='Tokens without an expert are dropped by all their choices, or taken '
-  'by no expert; the residual alone carries them.',
+  'by no expert; the residual alone carries them. Numbers of experts are those '
+  'of training, in which GShard sends second choices by chance.',
   tasks=dict(reversed(DENOISING_TASKS.items())),
   earlier=[
     'Until 2026-12-01 the task was span corruption of program text, without a '
