@@ -24,6 +24,7 @@ from experiments import (
   glam_capacity,
   kudugunta_table,
   megablocks_tables,
+  merge_or_prune,
   report,
   shazeer_table6,
   specialisation,
@@ -401,7 +402,7 @@ def measured_routing(study, number: float) -> dict[str, float]:
     suffixes = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
     layers += [f'layer_{i}{suffix}' for suffix in suffixes]
     layers += [f'layer_{i}/{way}' for way in megablocks_tables.WAYS]
-  layers += fp8_products.CASES
+  layers += [*fp8_products.CASES, *merge_or_prune.SMALLER]
   return {
     column.key.replace('*', layer): number
     for column in study.columns
