@@ -25,8 +25,8 @@ Controls at random have groups of the sizes that outputs give, or keep experts
 by the gates of others, drawn anew for each set.
 
 The quick preset decides nothing. The full preset, 2 arms, 12 seeds and 800
-steps, and 16 trials of 240, is planned for 55 core minutes. The claims
-were written anew, before any run of them, when task and size were changed.
+steps, and 16 trials of 240, is planned for 55 core minutes. The claims were
+written anew, before any run of them, when task and size were changed.
 """
 
 import dataclasses
@@ -89,13 +89,9 @@ def config(steps: int):
   return config
 
 
-def smaller(method: str, removed: int) -> str:
-  """The name of the row of a method and the share that it removes."""
-  return f'{method}, {removed} %'
-
-
+# Method and share removed in per cent, by the name of the row of both.
 SMALLER = {
-  smaller(method, removed): (method, removed)
+  f'{method}, {removed} %': (method, removed)
   for method in METHODS
   for removed in LEFT
 }
@@ -127,12 +123,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       model, own = with_layers(whole, make(sources[source], counts))
       measured = dataclasses.replace(evaluation, model=model)
       added[name].append(measured(own, step)['loss'] - loss)
-  return routing.named(
-    {
-      name: {'added': float(np.mean(x)), 'spread': float(np.std(x, ddof=1))}
-      for name, x in added.items()
-    }
-  )
+  measures = {
+    name: {'added': float(np.mean(x)), 'spread': float(np.std(x, ddof=1))}
+    for name, x in added.items()
+  }
+  return routing.named(measures)
 
 
 def compared_by(
@@ -155,10 +150,8 @@ def compared_by(
     of_tokens = np.concatenate(
       [np.asarray(choices[n].logits).reshape(-1, EXPERTS) for choices in chosen]
     )
-    directions = of_tokens.T / np.linalg.norm(
-      of_tokens.T, axis=1, keepdims=True
-    )
-    logits[n] = usage._replace(output=directions)
+    of_tokens = of_tokens / np.linalg.norm(of_tokens, axis=0)
+    logits[n] = usage._replace(output=of_tokens.T)
     order = rng.permutation(EXPERTS)
     mixed = dict(output=usage.output[order], gate=usage.gate[order])
     shuffled[n] = usage._replace(**mixed)
@@ -217,7 +210,7 @@ def claims(
     cells = [f'hcsmoe2024/similarity/{name}/score' for name in names]
   return {
     f'{better} is better than {worse}, {n} % removed': Claim(
-      f'{ADDED.name}: {smaller(better, n)} < {smaller(worse, n)}',
+      f'{ADDED.name}: {better}, {n} % < {worse}, {n} %',
       cells if n == 25 else (),
       note,
     )
@@ -252,13 +245,11 @@ STUDY = Study(
   gates={
     f'loss: {TRAINED} < {DENSE}': ['*'],
     **{
-      f'{ADDED.name}: {smaller(BY_CHANCE, n)} > 0': [f'*{n} % removed']
-      for n in LEFT
+      f'{ADDED.name}: {BY_CHANCE}, {n} % > 0': [f'*{n} % removed'] for n in LEFT
     },
   },
   rates=(0.002, 0.004, 0.008, 0.016),
   figure=Figure([ADDED.name], 'experts removed, %', without=[DENSE, TRAINED]),
-  length=lambda preset: f'{preset.steps:,} steps, then merged or pruned',
   remarks='The added loss is the mean over three calibrations of each model, '
   'and the spread its standard deviation over them.',
   tasks={'cipher': TASKS['cipher'], **TASKS},
