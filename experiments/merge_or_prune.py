@@ -25,7 +25,7 @@ Controls at random have groups of the sizes that outputs give, or keep experts
 by the gates of others, drawn anew for each set.
 
 The quick preset decides nothing. The full preset, 2 arms, 12 seeds and 800
-steps, and 16 trials of 240, is planned for 55 core minutes. The claims were
+steps, and 16 trials of 240, is planned for 57 core minutes. The claims were
 written anew, before any run of them, when task and size were changed.
 """
 
