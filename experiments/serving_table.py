@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import kudugunta_table, merge_or_prune
+from experiments import kudugunta_table
 from experiments.benchmarks import timing
 from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
@@ -41,7 +41,7 @@ from experiments.study.parts import Arm, Claim, Column, Figure, Preset, Row
 from experiments.study.study import Study
 from moe_jax import data, generation, run_config
 from moe_jax.analysis import counts
-from moe_jax.compression import extract, whole_run
+from moe_jax.compression import extract, fewer, merge, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk
 from moe_jax.configs import base
@@ -224,16 +224,25 @@ def merged(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
   """Merges the experts whose outputs are alike, as a change of an arm."""
-  grouping = dict(group_by='outputs', rule='clusters')
-  merge_or_prune.merged(run, new, left=left, batches=batches, **grouping)
-  return _measured(run, new)
+  return _with_fewer(merge.merge, run, new, left, batches)
 
 
 def pruned(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
   """Prunes experts by REAP, as a change of an arm."""
-  merge_or_prune.pruned(run, new, left=left, batches=batches, score='reap')
+  return _with_fewer(fewer.prune, run, new, left, batches)
+
+
+def _with_fewer(method, run, new, left, batches) -> dict[str, float]:
+  """Writes the run with the layers that a method makes of measured ones."""
+  before = fewer.calibrated(whole_run.read(run), batches)
+  layers = method(before, fewer.numbers(str(left), before.layers))
+  options, variables = fewer.smaller(before.run, layers)
+  state = variables.get('router_state')
+  whole_run.write(
+    before.run, new, variables['params'], options, router_state=state
+  )
   return _measured(run, new)
 
 

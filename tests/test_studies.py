@@ -24,6 +24,7 @@ from experiments import (
   glam_capacity,
   kudugunta_table,
   megablocks_tables,
+  merge_or_prune,
   report,
   shazeer_table6,
   specialisation,
@@ -406,7 +407,7 @@ def measured_routing(study, number: float) -> dict[str, float]:
     suffixes = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
     layers += [f'layer_{i}{suffix}' for suffix in suffixes]
     layers += [f'layer_{i}/{way}' for way in megablocks_tables.WAYS]
-  layers += fp8_products.CASES
+  layers += [*fp8_products.CASES, *merge_or_prune.SMALLER]
   return {
     column.key.replace('*', layer): number
     for column in study.columns
@@ -546,8 +547,8 @@ def new_arms():
   """Arms that are not made and measured as earlier ones, by study.
 
   Other arms differ from these in their configs alone, of which other tests
-  build each model. The last arms of a study are those that have most. Two have
-  models that other studies make, and a measure that other arms have.
+  build each model. The last arms of a study are those that have most. One has a
+  model that another study makes, and a measure that other arms have.
   """
   recipes, arms_by_study = set(), {}
   for name, study in STUDIES.items():
@@ -556,8 +557,7 @@ def new_arms():
       # A partial function is known by the one that it calls.
       made = [getattr(f, 'func', f) for f in (measure, arm.change)]
       recipe = type(study.runner), *made, bool(arm.start), bool(arm.teacher)
-      alike = 'pruned to a half', 'merged to a half', 'distilled, served'
-      if recipe not in recipes and arm.name not in alike:
+      if recipe not in recipes and arm.name != 'distilled, served':
         recipes.add(recipe)
         arms_by_study.setdefault(name, []).append(arm.name)
   return arms_by_study

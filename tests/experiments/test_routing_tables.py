@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 
-from experiments import megablocks_tables, openmoe_routing, specialisation
+from experiments import (
+  megablocks_tables,
+  merge_or_prune,
+  openmoe_routing,
+  specialisation,
+)
 from experiments.study import routing
 from moe_jax.analysis.routing_measures import layers_of
 from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
+from moe_jax.compression import merge
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing.capacity import Fixed
+from tests.compression import sparse_runs
 
 
 def record(expert, tokens, step: int = 0) -> Record:
@@ -144,3 +151,36 @@ def test_a_load_is_of_the_real_tokens_of_a_batch():
   np.testing.assert_array_equal(
     routing.loads(layer, 3), [[1, 1, 2, 0], [1, 0, 1, 0]]
   )
+
+
+def test_merged_experts_in_the_whole_model_are_the_merged_model(monkeypatch):
+  monkeypatch.setattr(merge_or_prune, 'EXPERTS', sparse_runs.E)
+  run = sparse_runs.run_of()
+  layers = merge.merge(sparse_runs.calibrated(run), {1: 3, 2: 2})
+  model, variables = merge_or_prune.with_layers(run, layers)
+  assert model == run.model
+  whole = run._replace(variables=variables)
+  for n in layers:
+    y, _ = sparse_runs.outputs(whole, n)
+    merged = sparse_runs.outputs(sparse_runs.smaller_run(run, layers), n)
+    np.testing.assert_allclose(y, merged[0], atol=1e-6)
+    assert np.abs(y - sparse_runs.outputs(run, n)[0]).max() > 1e-3
+
+
+def test_experts_are_compared_by_the_logits_of_tokens(monkeypatch):
+  monkeypatch.setattr(merge_or_prune, 'EXPERTS', sparse_runs.E)
+  run, batches = sparse_runs.run_of(), sparse_runs.BATCHES
+  rng = np.random.default_rng(0)
+  sources = merge_or_prune.compared_by(run, batches, rng)
+  own = sources[''].usage[1]
+  by_logits = sources[merge_or_prune.LOGITS].usage[1].output
+  tokens = sum(batch['tokens'].size for batch in batches)
+  assert by_logits.shape == (sparse_runs.E, tokens)
+  np.testing.assert_allclose(np.linalg.norm(by_logits, axis=1), 1, rtol=1e-5)
+  # Chance keeps what merging weights experts by, and mixes whose outputs are
+  # whose.
+  mixed = sources[merge_or_prune.RANDOM].usage[1]
+  np.testing.assert_array_equal(mixed.choices, own.choices)
+  order = [own.gate.tolist().index(gate) for gate in mixed.gate]
+  assert sorted(order) == [*range(sparse_runs.E)] != order
+  np.testing.assert_array_equal(mixed.output, own.output[order])

@@ -10,7 +10,7 @@ import sys
 import pytest
 import scipy.stats
 
-from experiments import merge_or_prune, recompute, report
+from experiments import recompute, report, serving_table
 from experiments.study import command, figures, rates, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest, text_of
@@ -118,13 +118,13 @@ def test_a_digest_is_of_what_is_stated():
 
 
 def test_a_change_has_the_same_name_where_its_study_is_run(monkeypatch):
-  change = functools.partial(merge_or_prune.pruned, left=4)
+  change = functools.partial(serving_table.pruned, left=4)
   name = text_of(change)
-  module = sys.modules[merge_or_prune.__name__]
+  module = sys.modules[serving_table.__name__]
   monkeypatch.setitem(sys.modules, '__main__', module)
-  monkeypatch.setattr(merge_or_prune.pruned, '__module__', '__main__')
+  monkeypatch.setattr(serving_table.pruned, '__module__', '__main__')
   assert text_of(change) == name
-  assert 'experiments.merge_or_prune.pruned' in name
+  assert 'experiments.serving_table.pruned' in name
 
 
 @pytest.mark.parametrize(
