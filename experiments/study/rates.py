@@ -31,13 +31,18 @@ def trial_name(arm: Arm, rate: float) -> str:
 def trials(
   rates: Sequence[float], arms: Sequence[Arm], shared: ConfigDict
 ) -> list[Arm]:
-  """The trials of arms that train: at every rate a run with fewer steps."""
+  """The trials of arms that train: at every rate a run with fewer steps.
+
+  An arm that sets a rate itself keeps it: what that does is its question.
+  """
   lengths: dict[str, int] = {'total_steps': shared.total_steps}
   if 'warmup_steps' in shared.optimizer.schedule:
     warmup_steps = shared.optimizer.schedule.warmup_steps
     lengths['optimizer.schedule.warmup_steps'] = warmup_steps
   made = []
   for arm in arms:
+    if KEY in arm.overrides:
+      continue
     own = {key: arm.overrides.get(key, n) for key, n in lengths.items()}
     shorter = {key: math.ceil(SHARE * n) for key, n in own.items()}
     before = dict(start=arm.start, teacher=arm.teacher)

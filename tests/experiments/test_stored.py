@@ -275,6 +275,8 @@ def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
   assert trials[1].name == 'dense, trial at 0.2'
   overrides = {'total_steps': 2, 'optimizer.learning_rate': 0.2}
   assert trials[1].overrides.items() >= overrides.items()
+  own = dataclasses.replace(arms[0], overrides={rates.KEY: 3.0})
+  assert not stage.arms([own], study.shared(preset))
 
   key, nan = f'eval/{tiny_study.EVAL}/loss', float('nan')
   losses = {
