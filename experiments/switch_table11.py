@@ -98,10 +98,6 @@ STUDY = Study(
     'sampling explores more than input dropout': (
       f'{EXPLORED}: {SAMPLE} > {DROPOUT}'
     ),
-    'input dropout explores more than jitter': (
-      f'{EXPLORED}: {DROPOUT} > {JITTER}'
-    ),
-    'jitter of 0.01 sends some elsewhere': f'{EXPLORED}: {JITTER} > 0',
     'sampling evens out loads in training': f'{MAX}: {SAMPLE} < {ARGMAX}',
   },
   measure=router_logits.explored,

@@ -72,46 +72,38 @@ def arms(_: Preset) -> list[Arm]:
 
   The one of float32 is evaluated in all the others.
   """
-  evaluations = {}
+  slots, evaluations = {'moe.capacity.per_token.factor': 2.0}, {}
   for name, changes in ROUNDED.items():
-    slots = {'moe.capacity.per_token.factor': 2.0}
-    changed = byte_models.evaluation(**nested(changes | slots))
-    evaluations[f'evals.{name}'] = changed
-  return [
-    byte_models.dense(),
-    Arm(EXACT, evaluations),
-    *(
-      Arm(name, {f'model.{k}': x for k, x in ROUNDED[name].items()})
-      for name in (LOW, SELECTIVE)
-    ),
+    evaluation = byte_models.evaluation(**nested(changes | slots))
+    evaluations[f'evals.{name}'] = evaluation
+  trained = [
+    Arm(name, {f'model.{key}': x for key, x in ROUNDED[name].items()})
+    for name in (LOW, SELECTIVE)
   ]
+  return [byte_models.dense(), *trained, Arm(EXACT, evaluations)]
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Choices that rounding flips in a model trained in float32, by layer."""
-  exact = routing.evaluation_of(run).model
-  measures: dict[int, dict[str, float]] = {}
+  exact, measures = routing.evaluation_of(run).model, {}
   evaluations = {entry.name for entry in run.evaluations}
   for name in sorted(evaluations & ROUNDED.keys()):
     other = routing.evaluation_of(run, name).model
     for layer, share in router_logits.changed(run, state, exact, other).items():
-      measures.setdefault(layer, {})[name] = share
-  return routing.named(measures)
+      measures[f'routing/layer_{layer}/{name}'] = share
+  return measures
 
 
 def rows(results: parts.Results) -> list[Row]:
   """A row of each arm, with differences of that of float32."""
-  table = []
-  for arm in arms(STUDY.presets['full']):
-    if arm.name in results:  # a quick preset leaves some out
-      table.append(STUDY.row_of(arm, results))
-    if arm.name == EXACT:
-      low = Column(LOW, f'eval/{LOW}/loss')
-      after = [low.of(run) - byte_models.LOSS.of(run) for run in results[EXACT]]
-      router, rest = (table[-1].values[FLIPPED[x]] for x in (ROUTER, SELECTIVE))
-      more = np.subtract(router, rest).tolist()
-      table[-1] = table[-1].plus({MORE: more, AFTER: after})
-  return table
+  # A quick preset leaves some out, and float32 is the last.
+  reported = [arm for arm in arms(STUDY.presets['full']) if arm.name in results]
+  *table, exact = (STUDY.row_of(arm, results) for arm in reported)
+  router, rest = (exact.values[FLIPPED[name]] for name in (ROUTER, SELECTIVE))
+  low = [run[f'eval/{LOW}/loss'] for run in results[EXACT]]
+  more = {MORE: (router, rest), AFTER: (low, exact.values['loss'])}
+  added = {name: np.subtract(*pair).tolist() for name, pair in more.items()}
+  return [*table, exact.plus(added)]
 
 
 def claim(one: str, sign: str, other: str) -> Claim:
