@@ -19,10 +19,10 @@ FLOPs. Jitter is in `switch_table11`, and bfloat16 in `switch_table2`.
 
 Each row has a learning rate of its own: updates clipped at a tenth are steps of
 up to a tenth, so that at one rate for all this row would only be slower. Rates
-are tried up to ten times those of `switch_table2` for its sake. The baseline
-and the z-loss are also run at a rate of 0.5 that is not searched, where a
-z-loss may be needed: in `switch_table3` models of such sizes still learned at
-0.3, less well than at 0.1, and no more at 1.
+are tried up to 3 for its sake. The baseline and the z-loss are also run at a
+rate of 0.5 that is not searched, where a z-loss may be needed: in trials of
+`switch_table3` models of such sizes still learned at 0.3, less well than at
+0.1, and no more at 1.
 
 A z-loss penalises the squared logarithm of the sum of the exponentials of a
 token's logits. A shift of all logits changes it, and no gate; so the largest
