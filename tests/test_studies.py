@@ -349,7 +349,7 @@ def test_ratio_to_a_loss_is_told(target, lengths, losses, ratio):
 MEASURED = [
   'max_violation_batch', 'leak/changed', 'leak/at_once', 'leak/generated',
   'agreement', 'removed/loss', 'unlearned', 'experts', 'none', 'lost',
-  'foreseen', 'rise', 'spikes', 'stable', 'cost/params', 'cost/flops',
+  'foreseen', 'stable', 'cost/params', 'cost/flops',
   'cost/memory', 'cost/activations', 'data/epochs', 'data/distinct',
   'cv_importance', 'cv_load', 'max_over_mean', 'counted_max_over_mean',
   'scores/chrf', 'scores/bleu', 'disk', 'memory', 'flops',

@@ -28,6 +28,9 @@ _BATCHES = 40
 # have there and in the whole config.
 ROOM = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
 DROPLESS = {f'model.moe.{key}': kind for key, kind in ROOM.items()}
+# Rates that are tried for `switch_decoder`. In trials of `switch_table3` 0.03
+# was too low and 0.3 too high for models of either kind.
+SWITCH_RATES = (0.03, 0.06, 0.12, 0.24)
 
 
 def columns_of(evaluation: str) -> list[Column]:

@@ -47,6 +47,8 @@ class Arm:
       of training (see `runner.py`); None trains.
     teacher: Name of the start that teaches the runs (`config.distill`); '' for
       none.
+    rate_of: Name of the arm whose searched learning rate the runs take; ''
+      searches one for them.
   """
 
   name: str
@@ -56,6 +58,7 @@ class Arm:
   start: str = ''
   change: Change | None = None
   teacher: str = ''
+  rate_of: str = ''
 
   def __post_init__(self):
     if self.change is not None and not self.start:

@@ -23,9 +23,9 @@ SHARE = 0.3  # of a run's steps that a trial has, unless a study says otherwise
 OPTIMIZER, UNTRAINED = 'the optimizer is the question', 'nothing is trained'
 
 
-def trial_name(arm: Arm, rate: float) -> str:
-  """Name of the runs that try a rate for an arm."""
-  return f'{arm.name}, trial at {rate:g}'
+def trial_name(arm: str, rate: float) -> str:
+  """Name of the runs that try a rate for an arm, by the arm's name."""
+  return f'{arm}, trial at {rate:g}'
 
 
 def trials(
@@ -34,19 +34,25 @@ def trials(
   arms: Sequence[Arm],
   shared: ConfigDict,
 ) -> list[Arm]:
-  """The trials of arms that train, at every rate; see `Study.trial_share`."""
+  """The trials of arms that train, at every rate; see `Study.trial_share`.
+
+  An arm that sets a rate itself keeps it: what that does is its question. One
+  that takes the rate of another arm has no trials.
+  """
   lengths: dict[str, int] = {'total_steps': shared.total_steps}
   if 'warmup_steps' in shared.optimizer.schedule:
     warmup_steps = shared.optimizer.schedule.warmup_steps
     lengths['optimizer.schedule.warmup_steps'] = warmup_steps
   made = []
   for arm in arms:
+    if KEY in arm.overrides or arm.rate_of:
+      continue
     own = {key: arm.overrides.get(key, n) for key, n in lengths.items()}
     shorter = {key: math.ceil(share * n) for key, n in own.items()}
     before = dict(start=arm.start, teacher=arm.teacher)
     for rate in rates if arm.change is None else ():
       overrides = {**arm.overrides, **shorter, KEY: rate}
-      made.append(Arm(trial_name(arm, rate), overrides, **before))
+      made.append(Arm(trial_name(arm.name, rate), overrides, **before))
   return made
 
 
@@ -55,12 +61,13 @@ def chosen(
 ) -> dict[str, float]:
   """The rate of the lowest mean loss of each arm's trials, by the arm's name.
 
-  Of equal ones the first is taken; a trial that diverged has no loss.
+  Of equal ones the first is taken; a trial that diverged has no loss. An arm
+  may take the rate of another, whose trials must be there.
   """
   best = {}
   for arm in arms:
-    names = [trial_name(arm, rate) for rate in rates]
-    if names[0] in results:
+    names = [trial_name(arm.rate_of or arm.name, rate) for rate in rates]
+    if arm.rate_of or names[0] in results:
       losses = [np.mean([*map(column.of, results[name])]) for name in names]
       finite = np.nan_to_num(losses, nan=np.inf)
       best[arm.name] = rates[int(np.argmin(finite))]

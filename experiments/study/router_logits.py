@@ -22,18 +22,31 @@ def rounding(run: Run, state: TrainState) -> dict[str, float]:
   """The size of the trained model's logits, and what rounding them changes.
 
   Returns:
-    `routing/layer_<i>/largest_logit`, the largest absolute logit, and
-    `routing/layer_<i>/rounded`, the share of tokens whose first choice is
-    another where their logits are rounded to bfloat16.
+    `routing/layer_<i>/<name>` for the names of `sizes`, and for `rounded`, the
+    share of tokens whose first choice is another where their logits are rounded
+    to bfloat16.
   """
   measures = {}
   for number, layer in _layers(run, state, run.model).items():
     logits = np.asarray(layer.logits)
-    measures[number] = {
-      'largest_logit': float(np.abs(logits).max()),
-      'rounded': rounded_choices(logits),
-    }
+    measures[number] = {**sizes(logits), 'rounded': rounded_choices(logits)}
   return routing.named(measures)
+
+
+def sizes(logits: np.ndarray) -> dict[str, float]:
+  """Two sizes of logits [N, E].
+
+  Returns:
+    `squared_lse`, the mean of log(sum(exp(logits))) squared over tokens, which
+    a z-loss penalises; and `centred`, the largest absolute logit after each
+    token's mean, on which no choice or gate depends, is taken away.
+  """
+  centred = logits - logits.mean(-1, keepdims=True)
+  lse = np.logaddexp.reduce(logits, axis=-1)
+  return {
+    'squared_lse': float((lse**2).mean()),
+    'centred': float(np.abs(centred).max()),
+  }
 
 
 def rounded_choices(logits: np.ndarray) -> float:

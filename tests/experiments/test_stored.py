@@ -275,6 +275,9 @@ def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
   assert trials[1].name == 'dense, trial at 0.2'
   overrides = {'total_steps': 2, 'optimizer.learning_rate': 0.2}
   assert trials[1].overrides.items() >= overrides.items()
+  own = dataclasses.replace(arms[0], overrides={rates.KEY: 3.0})
+  taken = Arm('taken', {}, rate_of='little')
+  assert not stage.arms([own, taken], study.shared(preset))
 
   key, nan = f'eval/{tiny_study.EVAL}/loss', float('nan')
   losses = {
@@ -289,13 +292,12 @@ def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
   }
   best = {
     arm.name: arm.overrides[rates.KEY]
-    for arm in stage.chosen(arms, results, {})
+    for arm in stage.chosen([*arms, taken], results, {})
   }
-  assert best == {'dense': 0.2, 'little': 0.8, 'much': 0.2}
+  both = {'little': 0.8, 'taken': 0.8}
+  assert best == {'dense': 0.2, 'much': 0.2, **both}
   text = rates.described(best, grid)
-  assert (
-    'dense 0.2, little 0.8, much 0.2. At an end of the grid: little' in text
-  )
+  assert 'much 0.2, taken 0.8. At an end of the grid: little, taken' in text
   with pytest.raises(ValueError, match='fewer than 4'):
     dataclasses.replace(study, rates=grid[:3])
   with pytest.raises(ValueError, match='exemption of tiny_study'):
