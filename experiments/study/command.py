@@ -149,7 +149,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
 
   def run(arms: Sequence[Arm], seeds: Sequence[int], last: bool) -> list[Job]:
     """Makes the runs of arms, the last ones or explored; adds all results."""
-    levels = study.runs(preset, shared, arms, seeds, output.parent)
+    levels = study.runs(preset, shared, arms, seeds, output.parent, made)
     run_names.extend(job.name for level in levels for job in level)
     if last and options.only not in ('', *run_names):
       raise unknown('run of --only', options.only, run_names)
@@ -170,6 +170,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
       timed |= times.step_times(stage.timed(trial_arms), jobs, output)
     arms = stage.chosen(arms, made, timed)
   jobs = run(arms, range(preset.seeds), last=True)
+  searched = [s for s in study.starts_at(preset, made) if s.searched]
   groups = study.timed_groups(arms)
   timed |= times.step_times(groups, jobs, output, preset.bursts)
   summary = results.summary_of(
@@ -182,9 +183,9 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     arguments=arguments,
     configs=study.digests(preset, options.task),
     rates={
-      arm.name: arm.overrides[rates.KEY]
-      for arm in arms
-      if rates.KEY in arm.overrides
+      run.name: run.overrides[rates.KEY]
+      for run in (*searched, *arms)
+      if rates.KEY in run.overrides
     },
   )
   configs = {job.arm.name: job.config for job in jobs if not job.seed}

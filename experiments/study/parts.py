@@ -83,6 +83,8 @@ class Start:
     change: Function that makes the run from that start, as in `Arm`.
     teacher: Name of the start that teaches the run; '' for none.
     overrides: Values that the run changes in that config, by dotted name.
+    searched: Whether its learning rate is searched before those of arms; it
+      then has no `config`.
   """
 
   name: str
@@ -91,6 +93,7 @@ class Start:
   change: Change | None = None
   teacher: str = ''
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  searched: bool = False
 
   @property
   def arm(self) -> Arm:

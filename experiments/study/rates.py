@@ -6,8 +6,10 @@ grid, with seeds of its own, and goes on with the rate of the lowest mean loss.
 A study is exempt for one of two reasons, which its page gives.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -72,6 +74,16 @@ def chosen(
       finite = np.nan_to_num(losses, nan=np.inf)
       best[arm.name] = rates[int(np.argmin(finite))]
   return best
+
+
+def at_rates(runs: Sequence[Any], best: Mapping[str, float]) -> list[Any]:
+  """Arms or starts at their rates; those that have none are as before."""
+  return [
+    dataclasses.replace(run, overrides={**run.overrides, KEY: best[run.name]})
+    if run.name in best
+    else run
+    for run in runs
+  ]
 
 
 def described(best: Mapping[str, float], rates: Sequence[float]) -> str:

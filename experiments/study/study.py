@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -195,6 +196,7 @@ class Study:
     arms: Sequence[Arm],
     seeds: Sequence[int],
     results: pathlib.Path,
+    made: Results = types.MappingProxyType({}),
   ) -> list[list[Job]]:
     """The runs of arms, in the last list, after those that they begin with.
 
@@ -204,11 +206,11 @@ class Study:
       arms: The arms.
       seeds: The seeds.
       results: Folder of all studies' results.
+      made: Results so far, as in `starts_at`.
     """
     options, levels = self.runner.options, []
     started: dict[tuple[str, int], Job] = {}
-    starts = self.starts(preset) if self.starts else []
-    for level in jobs_lib.in_order(starts, arms):
+    for level in jobs_lib.in_order(self.starts_at(preset, made), arms):
       jobs = []
       for start in level:
         config = start.config(shared) if start.config else shared
@@ -218,6 +220,21 @@ class Study:
       started |= {(job.arm.name, job.seed): job for job in levels[-1]}
     output = results / self.name
     return [*levels, jobs_of(options, shared, arms, seeds, output, started)]
+
+  def starts_at(
+    self, preset: Preset, made: Results = types.MappingProxyType({})
+  ) -> list[Start]:
+    """The runs that arms begin with or learn from.
+
+    Args:
+      preset: The preset.
+      made: Results so far; where they have the trials of a start, its rate is
+        the best one.
+    """
+    starts = self.starts(preset) if self.starts else []
+    searched = [start.arm for start in starts if start.searched]
+    best = rates_lib.chosen(self.rates, searched, made, self.columns[0])
+    return rates_lib.at_rates(starts, best)
 
   def digests(self, preset: Preset, task: str = '') -> dict[str, str]:
     """Digests of what the preset's runs are, by name of the arm or start.
@@ -283,18 +300,19 @@ class Study:
 
     def with_rates(arms, results, _) -> list[Arm]:
       best = rates_lib.chosen(self.rates, arms, results, self.columns[0])
-      key = rates_lib.KEY
-      return [
-        dataclasses.replace(
-          arm, overrides={**arm.overrides, key: best[arm.name]}
-        )
-        if arm.name in best
-        else arm
-        for arm in arms
-      ]
+      return rates_lib.at_rates(arms, best)
 
     trials = functools.partial(rates_lib.trials, self.rates, self.trial_share)
-    return [Exploration(trials, with_rates, rates_lib.SEEDS), *stages]
+    stages = [Exploration(trials, with_rates, rates_lib.SEEDS), *stages]
+    if starts := [s.arm for s in self.starts_at(preset) if s.searched]:
+      # Students are tried with teachers that have their rates.
+      first = Exploration(
+        lambda _, shared: trials(starts, shared),
+        lambda arms, *_: arms,
+        rates_lib.SEEDS,
+      )
+      return [first, *stages]
+    return stages
 
   def timed_groups(self, arms: Sequence[Arm]) -> Groups:
     """Names of the reported arms whose steps are timed, by group."""

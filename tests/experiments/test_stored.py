@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import pathlib
 import shutil
 import sys
 
@@ -22,6 +23,7 @@ from experiments.study.parts import (
   Preset,
   Revision,
   Row,
+  Start,
 )
 from experiments.study.tables import bounds_of
 from experiments.study.tasks import TASKS
@@ -302,6 +304,33 @@ def test_each_arm_goes_on_with_the_rate_of_its_best_trials():
     dataclasses.replace(study, rates=grid[:3])
   with pytest.raises(ValueError, match='exemption of tiny_study'):
     dataclasses.replace(study, exempt='it would take long')
+
+
+def test_arms_are_tried_with_starts_that_have_the_rates_of_their_trials():
+  grid, key = (0.1, 0.2, 0.4, 0.8), f'eval/{tiny_study.EVAL}/loss'
+  start = Start('start', overrides={'total_steps': 10}, searched=True)
+  study = dataclasses.replace(
+    tiny_study.STUDY, rates=grid, starts=lambda _: [start, Start('other')]
+  )
+  preset, output = study.presets['full'], pathlib.Path('results')
+  shared, arms = study.shared(preset), [Arm('goes on', {}, start='start')]
+  first, second = study.stages(preset)
+  trials = first.arms(arms, shared)
+  assert [arm.name for arm in trials] == [
+    f'start, trial at {rate:g}' for rate in grid
+  ]
+  overrides = {'total_steps': 3, rates.KEY: 0.1}
+  assert trials[0].overrides.items() >= overrides.items()
+  losses = (3.0, 2.0, 1.0, 2.0)
+  made = {arm.name: [{key: x}] * 2 for arm, x in zip(trials, losses)}
+  assert first.chosen(arms, made, {}) == arms
+  tried = second.arms(arms, shared)
+  (job,), last = study.runs(preset, shared, tried, [1000], output, made)
+  assert job.config.optimizer.learning_rate == 0.4
+  assert job.config.total_steps == 10 and len(last) == len(grid)
+  assert {j.begins_with for j in last} == {job.folder}
+  other = study.starts_at(preset, made)[1]
+  assert rates.KEY not in other.overrides
 
 
 def test_a_verdict_has_the_probability_of_its_test():
