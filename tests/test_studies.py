@@ -72,7 +72,9 @@ LEAKING = (
   *('expert choice', 'strict', 'sentence / s', 'gate, 0.', 'as shipped'),
   *('GShard top-2', 'wide GShard'),
 )
-FIRST_CHOICES_FIRST = ('sparse_overfits', 'stmoe_batch_rate', 'stmoe_table5')
+FIRST_CHOICES_FIRST = (
+  *('flan_moe', 'sparse_overfits', 'stmoe_batch_rate', 'stmoe_table5'),
+)
 STUDIES = {
   path.stem: importlib.import_module(f'experiments.{path.stem}').STUDY
   for path in sorted((ROOT / 'experiments').glob('*.py'))

@@ -60,10 +60,6 @@ _GENERAL = (
   'typing,tarfile,doctest,argparse'
 )
 _TOPIC = 'email,http,urllib,html,mailbox,xmlrpc,imaplib,wsgiref'
-OTHER_ORDER = (
-  'the sparse model is not served as in the paper, first choices before second '
-  'ones, and loses late tokens whole, which its dense twin does not'
-)
 # Changes of an arm whose experts have one slot each, and the name of the row of
 # what it loses by that.
 _FACTOR = 'moe.capacity.per_token.factor'
