@@ -49,10 +49,17 @@ class CipherSource(SourceOptions):
   modules: str = option(
     '', 'Modules whose text is enciphered, as those of `python_stdlib`.'
   )
+  train_bytes: int = option(
+    0,
+    'Number of bytes of text of the training split, as that of '
+    '`python_stdlib`; 0 takes all.',
+    minimum=0,
+  )
 
   def texts(self, selection: Selection = Selection()) -> Texts:
     """The enciphered pieces, each as a document."""
-    plain = PythonStdlibSource(self.modules).texts(selection)
+    plain = PythonStdlibSource(self.modules, self.train_bytes)
+    plain = plain.texts(selection)
     marked = ', marked,' * self.marked
     return Texts(
       f'synthetic: {self.num_ciphers} ciphers{marked} of {plain.name}',

@@ -9,10 +9,18 @@ random where its gate is small, the capacity factor is 1.25 in training and 2 in
 evaluation, and both auxiliary losses stay on. Unlike in the paper, the models
 are decoders of bytes. Factors count slots a token, as in the paper, so that
 1.25 has slots for five choices of eight in training, and their tokens are
-served in order, each with both choices, which no later token changes. The
-papers' code serves first choices before second ones. Ours drops late tokens
-whole, so that claims which hold a sparse model against its dense twin are
-withheld (`OTHER_ORDER`); arms that are served alike may be compared.
+served in order, each with both choices, which no later token changes. Late
+tokens are then dropped whole, so that such sparse models are not compared with
+their dense twins, but with each other.
+
+The papers' code serves first choices before second ones. So do the models of
+`all_sparse`, on which sparse is compared with dense. They have two layers, both
+of which are sparse: one layer of four is worth hardly anything at this size.
+Those of `ciphered` are pre-trained on text in eight ciphers and fine-tuned on
+text of other modules in the same ones, since there is much to know of ciphers
+(`tasks.py`), and little is learned of generated tasks within minutes. The rate
+of pre-training is one for sparse and dense models. Unlike that of fine-tuning
+it is not searched, so that what is between them may be that rate.
 """
 
 import copy
@@ -47,10 +55,36 @@ DROPPED = percent(
 GAP = Column('gap', unit='nats/token')
 GAP_COLUMNS = [LOSS, TRAINED_LOSS, GAP]
 _SEQ_LEN = 96
-OTHER_ORDER = (
-  'the sparse model is not served as in the paper, first choices before second '
-  'ones, and loses late tokens whole, which its dense twin does not'
+# Modules of Python's library that `ciphered` models are pre-trained on, and the
+# topic that they are fine-tuned on, the network.
+_GENERAL = (
+  'asyncio,xml,multiprocessing,unittest,_pydecimal,importlib,logging,inspect,'
+  'typing,tarfile,doctest,argparse'
 )
+_TOPIC = 'email,http,urllib,html,mailbox,xmlrpc,imaplib,wsgiref'
+# Changes of an arm whose experts have one slot each, and the name of the row of
+# what it loses by that.
+_FACTOR = 'moe.capacity.per_token.factor'
+NEARLY_ALL_DROPPED = {
+  f'model.{_FACTOR}': 0.001,
+  f'evals.{byte_models.EVAL}.model_overrides.{_FACTOR}': 0.001,
+}
+WORTH = 'worth of the sparse layers'
+# Rates that are searched, and the reason why quick presets decide nothing.
+RATES = (0.0013, 0.0032, 0.008, 0.02)
+TOO_SHORT = 'models have hardly begun to differ'
+# What pages say of the rate of pre-training of `all_sparse` models.
+UNSEARCHED = (
+  'Pre-training has a rate of 0.008, which was searched for neither model: a '
+  'difference of sparse and dense may be one of that rate.'
+)
+CIPHERED_TASKS = {
+  'cipher': Task(
+    {},
+    'synthetic: modules on the network in 8 substitution ciphers, after other '
+    'modules of the Python standard library in the same ciphers',
+  )
+}
 
 
 def config(
@@ -86,6 +120,37 @@ def config(
   mixture.rule = 'given'
   config.evals = {byte_models.EVAL: byte_models.with_slots(2.0)}
   return config
+
+
+def all_sparse(config: ConfigDict) -> ConfigDict:
+  """The config with two layers, both sparse, which are served as in the papers.
+
+  First choices are served before second ones, so that later tokens may decide
+  whether a second choice finds a slot.
+  """
+  config.model.num_layers = 2
+  config.model.moe.update(layers='all', allow_future_leak=True)
+  config.model.moe.router.token_choice.slot_priority = 'choice_major'
+  return config
+
+
+def ciphered(steps: int) -> ConfigDict:
+  """Config of fine-tuning on text of a topic in eight ciphers.
+
+  Args:
+    steps: Number of optimizer steps of fine-tuning.
+  """
+  shared = all_sparse(config(steps, clusters=()))
+  shared.data = base.get_config().data
+  shared.data.seq_len = 64
+  _encipher(shared, _TOPIC)
+  return shared
+
+
+def _encipher(config: ConfigDict, modules: str) -> None:
+  """Changes a config to text of some modules in eight ciphers."""
+  kind = 'experiments.study.cipher:CipherSource'
+  config.data.source.update(kind=kind, custom={'modules': modules})
 
 
 def length(steps: int, log_every: int) -> dict[str, int]:
@@ -132,6 +197,11 @@ def _pretraining(shared: ConfigDict, steps: int) -> ConfigDict:
   config.model = copy.deepcopy(shared.model)
   byte_models.shorten(config, steps)
   config.batch_size = 32
-  config.data.seq_len = _SEQ_LEN
-  config.optimizer.learning_rate = 3e-3
+  config.data.seq_len = shared.data.seq_len
+  if 'modules' in shared.data.source.custom:
+    _encipher(config, _GENERAL)
+  # Searches from scratch gave 0.008 for sparse and dense models alike
+  # (`deepseek_table1`); older studies have 0.003.
+  is_all_sparse = config.model.moe.layers == 'all'
+  config.optimizer.learning_rate = 8e-3 if is_all_sparse else 3e-3
   return base.finish(config)

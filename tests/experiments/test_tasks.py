@@ -108,6 +108,15 @@ def test_the_whole_text_is_there_in_its_own_split(source):
   assert full['validation'] and not full['validation'] & full['train']
 
 
+def test_the_text_that_is_learned_can_be_cut(source):
+  cut = CipherSource(5, modules=PART, train_bytes=PIECE + 10).texts()
+  # Email and json begin with printable text alone.
+  first, second, *_ = texts(source, 'train')
+  assert texts(cut, 'train') == [first, second[:10]]
+  assert texts(cut, 'validation') == texts(source, 'validation')
+  assert cut.identity != source.identity
+
+
 def test_identity_and_name(source):
   option_sets = [(5, False, PART), (6, False, PART), (5, True, PART)]
   option_sets += [(5, False, 'email'), (5, False, 'json,email')]
