@@ -18,7 +18,7 @@ KEY = 'optimizer.learning_rate'
 LEAST_RATES = 4
 # None of them is a seed of reported runs, which are counted from 0.
 SEEDS = (1000, 1001)
-SHARE = 0.3  # of a run's steps that a trial has
+SHARE = 0.3  # of a run's steps that a trial has, unless a study says otherwise
 # Reasons to search no rate.
 OPTIMIZER, UNTRAINED = 'the optimizer is the question', 'nothing is trained'
 
@@ -29,9 +29,12 @@ def trial_name(arm: Arm, rate: float) -> str:
 
 
 def trials(
-  rates: Sequence[float], arms: Sequence[Arm], shared: ConfigDict
+  rates: Sequence[float],
+  share: float,
+  arms: Sequence[Arm],
+  shared: ConfigDict,
 ) -> list[Arm]:
-  """The trials of arms that train: at every rate a run with fewer steps."""
+  """The trials of arms that train, at every rate; see `Study.trial_share`."""
   lengths: dict[str, int] = {'total_steps': shared.total_steps}
   if 'warmup_steps' in shared.optimizer.schedule:
     warmup_steps = shared.optimizer.schedule.warmup_steps
@@ -39,7 +42,7 @@ def trials(
   made = []
   for arm in arms:
     own = {key: arm.overrides.get(key, n) for key, n in lengths.items()}
-    shorter = {key: math.ceil(SHARE * n) for key, n in own.items()}
+    shorter = {key: math.ceil(share * n) for key, n in own.items()}
     before = dict(start=arm.start, teacher=arm.teacher)
     for rate in rates if arm.change is None else ():
       overrides = {**arm.overrides, **shorter, KEY: rate}

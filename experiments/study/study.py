@@ -98,6 +98,8 @@ class Study:
     revisions: Changes of what is run or measured since results were stored.
     rates: Learning rates that are searched for each arm, before all
       explorations, by the first column, a loss; () where none is searched.
+    trial_share: Share of a run's steps that a trial of a rate has; more where
+      runs learn late.
     exempt: The reason why none is searched, one of two in `rates.py`; '' where
       there is none, and claims rest on a rate that may suit one arm better.
     gates: Patterns of the texts of claims that mean nothing unless a comparison
@@ -131,6 +133,7 @@ class Study:
   written: str = ''
   revisions: Sequence[parts.Revision] = ()
   rates: Sequence[float] = ()
+  trial_share: float = rates_lib.SHARE
   exempt: str = ''
   gates: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   earlier: Sequence[str] = ()
@@ -290,7 +293,7 @@ class Study:
         for arm in arms
       ]
 
-    trials = functools.partial(rates_lib.trials, self.rates)
+    trials = functools.partial(rates_lib.trials, self.rates, self.trial_share)
     return [Exploration(trials, with_rates, rates_lib.SEEDS), *stages]
 
   def timed_groups(self, arms: Sequence[Arm]) -> Groups:
