@@ -13,7 +13,8 @@ DIGITS = 'scikit-learn>=1.4'  # its images
 DJANGO = 'django>=5'  # its gettext catalogues
 PARQUET = 'pyarrow>=16'  # parquet files, and .zst
 SLURM = 'submitit>=1.5'  # studies on a cluster
-PLOTS = ['matplotlib>=3.8']
+SCORES = 'sacrebleu>=2.4'  # BLEU and chrF
+SENTENCEPIECE = 'sentencepiece>=0.2.1'  # unigram tokenizers
 NOTEBOOK = ['ipykernel>=6.29', 'ipywidgets>=8.1', 'nbformat>=5.10']
 # Checkpoints and speed are compared with this release, whose bugs count, too.
 TORCH = 'torch>=2.6'
@@ -25,6 +26,8 @@ TEST = [
   DIGITS,
   DJANGO,
   PARQUET,
+  SCORES,
+  SENTENCEPIECE,
   'hypothesis>=6.100',
   'import-linter>=2.5',
   'jsonschema>=4.18',
@@ -124,19 +127,17 @@ setup(
     'jax>=0.10',
     'jaxtyping>=0.3',
     'jinja2>=3.1',
+    'matplotlib>=3.8',
     'ml_collections>=1.0',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
     'rich>=13.0',
-    'sacrebleu>=2.4',
     'safetensors>=0.4.5',
     'scipy>=1.11',
-    'sentencepiece>=0.2.1',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.7',
     'tokenizers>=0.20',
     'universal_pathlib>=0.3',
-    *PLOTS,
   ],
   extras_require={
     # Extras of jax for accelerators, in the release of the jax that is there;
@@ -154,10 +155,12 @@ setup(
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
     'data': [PARQUET],
+    'scores': [SCORES],
+    'sentencepiece': [SENTENCEPIECE],
     'beam': ['apache-beam>=2.65'],
     'trackers': ['mlflow-skinny>=3', 'wandb>=0.19'],
     'colab': [*NOTEBOOK, DIGITS],
     'slurm': [SLURM],
-    'experiments': [DIGITS, DJANGO, TORCH, TRANSFORMERS],
+    'experiments': [DIGITS, DJANGO, SCORES, TORCH, TRANSFORMERS],
   },
 )

@@ -337,8 +337,20 @@ def load_class(name: str, noun: str, base: type) -> type:
 class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
   """Base of dataclasses of options; an instance checks its fields at once.
 
-  A subclass adds rules that concern several fields in `problems`.
+  A subclass adds rules that concern several fields in `problems`. Its docstring
+  gets the sentences of all fields, which notebooks and `help` show.
   """
+
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    fields = dict(getattr(cls, '__dataclass_fields__', {})) | vars(cls)
+    sentences = [
+      f'  {name}: {field.metadata[_KEY].sentence}'
+      for name, field in fields.items()
+      if isinstance(field, dataclasses.Field) and _KEY in field.metadata
+    ]
+    if sentences and cls.__doc__:
+      cls.__doc__ += '\n\nOptions:\n' + '\n'.join(sentences)
 
   def __new__(cls, *args: Any, **values: Any) -> Self:
     """Refuses arguments that are no fields, and names the nearest fields.

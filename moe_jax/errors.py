@@ -7,8 +7,10 @@ traceback.
 
 import contextlib
 import errno
+import importlib
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 # The system's messages for a full disk, a user's quota, and a limit on a file's
 # size. Libraries that write have errors of their own with these messages.
@@ -21,6 +23,26 @@ class ReportedError(Exception):
 
 class InputError(ReportedError, ValueError):
   """The error of a refused value: it says the value, the rule, what exists."""
+
+
+def from_extra(module: str, extra: str, use: str) -> ModuleType:
+  """Imports a module that an extra of this package installs.
+
+  Args:
+    module: Name of the module.
+    extra: Name of the extra.
+    use: What needs the module, in words.
+
+  Raises:
+    ValueError: The module's package is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError:
+    raise InputError(
+      f'{use}: the package of {module} is not installed: pip install '
+      f"'moe_jax[{extra}]'"
+    ) from None
 
 
 @contextlib.contextmanager

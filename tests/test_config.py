@@ -345,3 +345,15 @@ def test_every_number_has_a_bound():
     and all(getattr(field.option, bound) is None for bound in bounds)
   }
   assert unbounded == UNBOUNDED
+
+
+def test_the_docstring_of_options_has_their_sentences():
+  @dataclasses.dataclass(frozen=True)
+  class Wide(Shape):
+    """A wide shape."""
+
+    height: int = option(1, 'Height.')
+
+  assert Wide.__doc__ == (
+    'A wide shape.\n\nOptions:\n  width: Width.\n  height: Height.'
+  )

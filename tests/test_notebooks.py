@@ -87,6 +87,12 @@ def test_a_notebook_keeps_its_outputs_and_no_error(path):
   )
 
 
+def test_the_notebook_of_the_one_file_is_that_file():
+  stored = nbformat.read(ROOT / 'colab' / '00_one_file.ipynb', as_version=4)
+  made = run_notebooks.of_one_file()
+  assert [c.source for c in stored.cells] == [c.source for c in made.cells]
+
+
 def test_an_error_fails_the_run_and_its_kernel_ends(tmp_path):
   pid = "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))"
   lines = [pid, 'raise ValueError("seven slots")']

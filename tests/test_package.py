@@ -13,6 +13,9 @@ import setuptools
 
 from moe_jax import cli, run_config
 from moe_jax.config import flatten
+from moe_jax.data import document_files
+from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
+from moe_jax.evaluation.scores import make_scores
 from tests import programs
 from tests.programs import ROOT
 
@@ -39,6 +42,26 @@ def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
   assert flatten(changed) == {**by_path[0], 'seed': 3}
   options, _ = run_config.options_of(f'{names[0]}:runlocal')
   assert (options.total_steps, options.model.width) == (2, 32)
+
+
+@pytest.mark.parametrize(
+  ('module', 'extra', 'use'),
+  [
+    ('sacrebleu.metrics', 'scores', lambda: make_scores('chrf')),
+    ('sentencepiece', 'sentencepiece', lambda: SentencePiece(b'')),
+    ('pyarrow', 'data', lambda: document_files.CODECS['.zst'](None)),
+  ],
+)
+def test_what_an_extra_installs_is_named(
+  module, extra, use, packaging, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+  message = rf"package of {module} is not .*'moe_jax\[{extra}\]'"
+  with pytest.raises(ValueError, match=message):
+    use()
+  (requirement,) = packaging['setup']['extras_require'][extra]
+  assert requirement.startswith(module.split('.')[0])
+  assert requirement not in packaging['setup']['install_requires']
 
 
 @pytest.mark.parametrize(

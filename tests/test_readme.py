@@ -1,7 +1,9 @@
 """Code in the READMEs runs, and the links and keys that they name exist."""
 
+import json
 import pathlib
 import re
+import subprocess
 import sys
 import types
 
@@ -98,6 +100,26 @@ def test_the_python_of_a_room_runs(readme, tmp_path):
     assert scope['output'].tokens.shape[0] == 2
   if 'losses' in scope:
     assert scope['losses'][-1] < scope['losses'][0]
+
+
+def test_twelve_files_can_be_read_in_an_hour():
+  section = text_of('README.md').split('## Twelve files')[1].split('\n## ')[0]
+  files = re.findall(r'^\| \[[^]]*\]\((.*?\.py)\)', section, re.MULTILINE)
+  lines = sum(len(text_of(file).splitlines()) for file in files)
+  assert len(files) == 12 and lines <= 2500
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_no_error_in_the_readers_code(tmp_path):
+  pytest.importorskip('pyright')
+  for number, readme in enumerate(('README.md', 'moe_jax/layers/README.md')):
+    code = '\n\n'.join(blocks(readme))
+    (tmp_path / f'mine_{number}.py').write_text(code)
+  rules = {'typeCheckingMode': 'basic', 'extraPaths': [str(ROOT)]}
+  (tmp_path / 'pyrightconfig.json').write_text(json.dumps(rules))
+  command = [sys.executable, '-m', 'pyright', '-p', str(tmp_path)]
+  checked = subprocess.run(command, capture_output=True, text=True)
+  assert checked.returncode == 0, checked.stdout
 
 
 @each_readme

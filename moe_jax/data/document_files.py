@@ -16,13 +16,11 @@ import bz2
 import dataclasses
 import functools
 import gzip
-import importlib
 import io
 import itertools
 import lzma
 import re
 import sys
-import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -32,7 +30,7 @@ from upath import UPath
 from moe_jax.config import option
 from moe_jax.data.plain_files import decoded, encoded, first_line, parse_json
 from moe_jax.data.urls import Path
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, from_extra
 
 # Largest size in bytes of an uncompressed text file that is one document.
 WHOLE_BYTES = 2**24
@@ -325,7 +323,7 @@ def _continuation_length(raw: bytes) -> int:
 
 
 def _zst(raw: BinaryIO) -> io.IOBase:
-  arrow = _library('pyarrow', '.zst files')
+  arrow = from_extra('pyarrow', 'data', '.zst files')
   return arrow.CompressedInputStream(arrow.PythonFile(raw, 'r'), 'zstd')
 
 
@@ -399,7 +397,7 @@ def _parquet_texts(
 
 
 def _parquet(path: Path):
-  parquet = _library('pyarrow.parquet', 'parquet files')
+  parquet = from_extra('pyarrow.parquet', 'data', 'parquet files')
   try:
     file = path.open('rb') if isinstance(path, UPath) else path
     # With `buffer_size` only a block of a column is read at a time; without it,
@@ -408,13 +406,3 @@ def _parquet(path: Path):
   except (OSError, ValueError) as error:
     reason = first_line(error)
     raise InputError(f'{path} is no parquet file: {reason}') from None
-
-
-def _library(name: str, file_kind: str) -> types.ModuleType:
-  try:
-    return importlib.import_module(name)
-  except ImportError:
-    raise InputError(
-      f'{file_kind} are read by pyarrow, which is not installed: pip install '
-      "'moe_jax[data]', or pip install pyarrow"
-    ) from None

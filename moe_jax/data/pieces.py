@@ -25,7 +25,7 @@ from moe_jax.data import store
 from moe_jax.data.cache_folders import FORMAT, prepared, verify
 from moe_jax.data.contracts import SPLITS, Pairs, Pieces, Selection, Texts
 from moe_jax.data.tokenizers import Fitted, Tokenizer, TokenizerOptions, load
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, from_extra
 
 POOL = 'pool'  # runner of a pool of processes
 # Threads of the tokenizers library would take cores from the other processes.
@@ -267,16 +267,13 @@ def run_beam(work: Work, numbers: list[int], engine: Engine) -> Iterator[int]:
     ValueError: Beam is not installed, or its machines have written pieces to
       folders of their own.
   """
-  try:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-  except ImportError:
-    raise InputError(
-      f'--runner={engine.runner} is one of Apache Beam, which is not installed:'
-      " pip install 'moe_jax[beam]'"
-    ) from None
-  flags = [f'--runner={engine.runner}', *engine.arguments]
-  with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+  runner = f'--runner={engine.runner}'
+  beam, options = (
+    from_extra(f'apache_beam{module}', 'beam', runner)
+    for module in ('', '.options.pipeline_options')
+  )
+  flags = options.PipelineOptions([runner, *engine.arguments])
+  with beam.Pipeline(options=flags) as pipeline:
     indices = pipeline | beam.Create(numbers) | beam.Reshuffle()
     _ = indices | beam.Map(lambda number: make_piece(work, number))
   for number in numbers:

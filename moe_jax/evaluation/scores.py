@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import unknown
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, from_extra
 
 Texts = Sequence[str]
 METRICS = ('bleu', 'chrf', 'rouge_l', 'exact_match')
@@ -68,14 +68,12 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
 def _sacrebleu_score(kind: str, **options: Any) -> Score:
   # sacrebleu is imported only here, since few runs score texts, and an import
   # at the top of the file would delay all runs.
-  from sacrebleu import metrics as sacrebleu_metrics
-  from sacrebleu.metrics.bleu import BLEU
-
-  tokenizers = BLEU.TOKENIZERS
+  metrics = from_extra('sacrebleu.metrics', 'scores', f'the score {kind}')
+  tokenizers = metrics.BLEU.TOKENIZERS
   if options.get('tokenize', '13a') not in tokenizers:
     raise unknown('bleu_tokenizer', options['tokenize'], tokenizers)
   try:
-    metric = getattr(sacrebleu_metrics, kind)(**options)
+    metric = getattr(metrics, kind)(**options)
   except Exception as error:  # a package or a download that is missing
     raise InputError(f'sacrebleu, {kind} with {options}: {error}') from error
   return Score(

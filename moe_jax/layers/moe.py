@@ -6,7 +6,7 @@ rules of routing are `moe_jax.routing`; moving tokens and multiplying them is
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,10 @@ class MoE(nn.Module):
 
   options: MoeOptions
   shared: Shared = Shared()
+
+  if TYPE_CHECKING:  # flax says that it returns a pair of other types
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
   @nn.compact
   @checked

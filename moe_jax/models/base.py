@@ -60,9 +60,10 @@ class Model(nn.Module):
   cache. `Decoder` describes the arguments of these methods.
   """
 
-  if TYPE_CHECKING:  # type checkers do not see that flax defines it
+  if TYPE_CHECKING:  # type checkers do not see that flax defines these so
 
     def __hash__(self) -> int: ...
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
   @property
   def stacks(self) -> Stacks:

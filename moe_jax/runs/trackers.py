@@ -7,7 +7,6 @@ class with `write(step, row)` and `close()`; a row has numbers by name.
 """
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import time
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_jax.config import flatten
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, from_extra
 from moe_jax.runs.workdir import kept_config
 
 
@@ -123,11 +122,7 @@ TRACKERS = {'wandb': WeightsAndBiases, 'mlflow': MLflow}
 def check_installed(names: Iterable[str]) -> None:
   """Raises ValueError where the package of a tracker is not installed."""
   for name in names:
-    if importlib.util.find_spec(name) is None:
-      raise InputError(
-        f'trackers names {name!r}, and the package {name} is not installed: '
-        "`pip install 'moe_jax[trackers]'`, or leave it out"
-      )
+    from_extra(name, 'trackers', f'trackers names {name!r}')
 
 
 def begin_tracker(name: str, folder: pathlib.Path, is_new: bool) -> Any:

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from moe_jax.data.contracts import Ids, Token, Tokenizer
 from moe_jax.data.plain_files import first_line
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, from_extra
+
+
+def library() -> Any:
+  """The library `sentencepiece`, which an extra installs."""
+  return from_extra('sentencepiece', 'sentencepiece', 'unigram tokenizers')
 
 
 class SentencePiece(Tokenizer, kind='sentencepiece'):
@@ -37,7 +41,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   def __init__(self, model: bytes):
     self.content = model
-    self._model = sentencepiece.SentencePieceProcessor()
+    self._model = library().SentencePieceProcessor()
     try:
       self._model.LoadFromSerializedProto(model)
       self.vocab_size = self._model.get_piece_size()

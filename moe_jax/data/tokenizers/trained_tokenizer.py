@@ -10,7 +10,6 @@ import dataclasses
 import io
 from collections.abc import Iterable, Iterator
 
-import sentencepiece
 import tokenizers
 
 from moe_jax.config import option
@@ -18,7 +17,10 @@ from moe_jax.data.contracts import Tokenizer, TokenizerOptions
 from moe_jax.data.plain_files import first_line
 from moe_jax.data.tokenizers.extra_ids import EOS
 from moe_jax.data.tokenizers.json_tokenizer import Json
-from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
+from moe_jax.data.tokenizers.sentencepiece_tokenizer import (
+  SentencePiece,
+  library,
+)
 from moe_jax.errors import InputError
 
 # The least size of a vocabulary, which has the 256 bytes and the EOS, and for
@@ -111,7 +113,7 @@ def _bpe(texts: Iterable[str], vocab_size: int) -> Json:
 def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
   written = io.BytesIO()
   try:
-    sentencepiece.SentencePieceTrainer.train(
+    library().SentencePieceTrainer.train(
       sentence_iterator=_lines(texts),
       model_writer=written,
       model_type='unigram',
