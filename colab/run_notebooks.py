@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ONE_FILE = ROOT / 'colab' / 'one_file_moe.py'
 _ADDRESS = 'https://colab.research.google.com/github/moe-jax/moe_jax/blob/main'
-# What begins with the parts of the one file that begin with these words.
+# Headings of sections, by the first words of the file's part below each.
 _HEADINGS = {
   'import ': 'Setup',
   '@dataclasses': 'Sizes',

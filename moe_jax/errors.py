@@ -34,14 +34,13 @@ def from_extra(module: str, extra: str, use: str) -> ModuleType:
     use: What needs the module, in words.
 
   Raises:
-    ValueError: The module's package is not installed.
+    ValueError: The module cannot be imported; the message names the extra.
   """
   try:
     return importlib.import_module(module)
-  except ImportError:
+  except ImportError as error:
     raise InputError(
-      f'{use}: the package of {module} is not installed: pip install '
-      f"'moe_jax[{extra}]'"
+      f"{use}: {error}; pip install 'moe_jax[{extra}]'"
     ) from None
 
 

@@ -33,6 +33,7 @@ def library_options(config):
   """The options of `tiny_switch`, with the one file's length and no noise."""
   c = tiny_switch.get_config()
   c.total_steps = config.total_steps
+  c.optimizer.schedule.warmup_steps = config.warmup_steps
   c.model.moe.router.token_choice.jitter = 0.0
   c.model.moe.num_selected = config.num_selected
   if config.num_selected > 1:
@@ -78,7 +79,9 @@ def in_library(tree, config):
   'num_selected', [1, pytest.param(2, marks=pytest.mark.slow)]
 )
 def test_the_one_file_computes_what_the_library_does(one_file, num_selected):
-  config = one_file.Config(vocab_size=257, num_selected=num_selected)
+  config = one_file.Config(
+    vocab_size=257, num_selected=num_selected, total_steps=6, warmup_steps=2
+  )
   options = library_options(config)
   B, T = config.batch_size, config.seq_len
   tokens = np.random.default_rng(0).integers(0, 256, (B, T + 1))
@@ -116,14 +119,14 @@ def test_the_one_file_computes_what_the_library_does(one_file, num_selected):
     numbers['nats'], sums.cross_entropy / (B * T), rtol=1e-6
   )
   assert_close(in_library(own_gradient, config), gradient)
-  # Three steps, whose rates differ, on equal gradients.
+  # All steps, whose rates rise and fall, on equal gradients.
   theirs_gradient = in_library(own_gradient, config)
   optimizer, own_optimizer = (
     tiny.optimizer_of(options),
     one_file.optimizer_of(config),
   )
   state, own_state = optimizer.init(theirs), own_optimizer.init(params)
-  for _ in range(3):
+  for _ in range(config.total_steps):
     updates, state = optimizer.update(theirs_gradient, state, theirs)
     theirs = optax.apply_updates(theirs, updates)
     updates, own_state = own_optimizer.update(own_gradient, own_state, params)

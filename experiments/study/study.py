@@ -107,8 +107,8 @@ class Study:
       holds, such as 'loss: sparse < dense', by that comparison.
     earlier: Sentences on results that later ones replaced, and on claims that
       were taken out; they stay printed.
-    dropped: Number of published claims that were taken out, none of which was
-      resolved; they stay in the count of the overview.
+    dropped: Number of published claims that were taken out; they stay in the
+      count of the overview, as claims that are not resolved.
   """
 
   name: str

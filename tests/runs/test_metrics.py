@@ -326,8 +326,6 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused(
     tiny.options(trackers='mlflow, wand')
   monkeypatch.setitem(sys.modules, 'wandb', None)
   options = tiny.options(trackers='wandb')
-  with pytest.raises(
-    ValueError, match=r'wandb is not installed: .*\[trackers\]'
-  ):
+  with pytest.raises(ValueError, match=r'import of wandb halted.*\[trackers\]'):
     setup.set_up(options, tmp_path / 'run', devices=jax.devices()[:1])
   assert not (tmp_path / 'run').exists()

@@ -111,9 +111,9 @@ def _bpe(texts: Iterable[str], vocab_size: int) -> Json:
 
 
 def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
-  written = io.BytesIO()
+  written, trainer = io.BytesIO(), library().SentencePieceTrainer
   try:
-    library().SentencePieceTrainer.train(
+    trainer.train(
       sentence_iterator=_lines(texts),
       model_writer=written,
       model_type='unigram',
