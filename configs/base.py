@@ -39,17 +39,17 @@ RUNLOCAL = 'runlocal'
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The defaults, locked against new keys except in open sections."""
+  """The defaults, locked against new keys except where users name the keys."""
   return finish(section_of(RunConfig), arg)
 
 
 def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
-  """Locks a config, and shrinks it for 'runlocal'; every config ends with this.
+  """Locks a config, or shrinks it for 'runlocal'; each `get_config` calls this.
 
   Args:
     config: The config.
-    arg: The text after the file's name and a colon: with 'runlocal' the same
-      structure gets a laptop's size, and the embedded corpus.
+    arg: The text after the file's name and a colon. With 'runlocal' the model
+      keeps its structure, gets a laptop's size, and reads the embedded corpus.
 
   Raises:
     ValueError: `arg` is neither '' nor 'runlocal', or the config to be shrunk
@@ -87,8 +87,8 @@ def generate_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:
   """An entry of `evals` of kind 'generate': scores of generated outputs.
 
   Args:
-    every_steps: As in `evaluation`.
-    **keys: As in `entry`.
+    every_steps: Number of steps between two evaluations; 0: only at the end.
+    **keys: Options of this kind, and keys of `config.model` to override.
   """
   return entry(GenerateEvaluation, every_steps=every_steps, **keys)
 
@@ -97,8 +97,8 @@ def choice_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:
   """An entry of `evals` of kind 'choice': accuracy on multiple choice.
 
   Args:
-    every_steps: As in `evaluation`.
-    **keys: As in `entry`.
+    every_steps: Number of steps between two evaluations; 0: only at the end.
+    **keys: Options of this kind, and keys of `config.model` to override.
   """
   return entry(ChoiceEvaluation, every_steps=every_steps, **keys)
 

@@ -1,9 +1,9 @@
 """DeepSeekMoE-16B: 16.4B parameters, 2.8B active (arXiv:2401.06066).
 
-The sizes of the released config.json: L=28, M=2048, H=16 of 128, V=102400, rows
+The sizes of the released config.json: L=28, M=2048, H=16, D=128, V=102400, rows
 of 4096 tokens. The first layer is dense with F=10944; all others have 64
-experts of F=1408, of which six are selected, and two shared ones, which are one
-of twice that width. Gates are raw probabilities, and experts drop nothing. The
+experts of F=1408, of which six are selected, and two shared experts, here one
+of twice the width. Gates are raw probabilities, and experts drop nothing. The
 balance loss has the weight of config.json, and, as config.json says, each
 sequence has its own loss. Optimizer, batch and schedule are ours.
 

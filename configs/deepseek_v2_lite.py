@@ -3,13 +3,13 @@
 The sizes of the released config.json: L=27, M=2048, V=102400, and 16 heads of
 latent attention, each with a part of 128 without positions and a part of 64
 with them. The cache keeps 512 + 64 numbers of a token in a layer, where keys
-and values of all heads would be 16 (192 + 128). Positions follow YaRN, from
+and values of all heads would be 16 * (192 + 128). Positions follow YaRN, from
 4096 to 163840 tokens. The first layer is dense with F=10944; all others have 64
-experts of F=1408, of which six are selected, and two shared ones, which are one
-of twice that width. Gates are raw probabilities, and experts drop nothing. The
+experts of F=1408, of which six are selected, and two shared experts, here one
+of twice the width. Gates are raw probabilities, and experts drop nothing. The
 balance loss has the weight of config.json, and, as config.json says, each
 sequence has its own loss. Optimizer, batch and schedule are ours, and so are
-training rows of 4096 tokens with the positions of the long model.
+training rows of 4096 tokens, whose positions are scaled for 163840.
 
     python -m moe_jax.main --config=moe_jax:deepseek_v2_lite:runlocal \
       --workdir=runs/deepseek_v2_local

@@ -3,16 +3,16 @@
 The sizes of the released config.json: L=61, M=7168, V=129280, and 128 heads of
 latent attention, whose queries expand from 1536 numbers; the cache keeps
 512 + 64 numbers of a token in a layer, where keys and values of all heads would
-be 128 (192 + 128). Positions follow YaRN, from 4096 to 163840 tokens. The first
-three layers are dense with F=18432; all others have 256 experts of F=2048 in 8
-groups, and a shared one. A token chooses the 4 groups with the largest sum of
-their two best scores, and 8 experts in them by sigmoids with a balancing bias;
-its gates sum to 2.5. Experts drop nothing.
+be 128 * (192 + 128). Positions follow YaRN, from 4096 to 163840 tokens. The
+first three layers are dense with F=18432; all others have a shared expert, and
+256 experts of F=2048 in 8 groups. A token chooses the 4 groups with the largest
+sum of their two best scores, and 8 experts in them by sigmoids with a balancing
+bias; its gates sum to 2.5. Experts drop nothing.
 
 A balance loss of each sequence with a weight of 1e-4 stands beside the bias,
-whose rate is that of Loss-Free Balancing. Unlike the paper, no module predicts
-a second token (14B parameters more). Optimizer, batch and schedule are ours,
-and so are training rows of 4096 tokens with the positions of the long model.
+whose rate is that of Loss-Free Balancing. Unlike in the paper, no module (of
+14B more parameters) predicts a second token. Optimizer, batch and schedule are
+ours, and so are rows of 4096 tokens, whose positions are scaled for 163840.
 
     python -m moe_jax.main --config=moe_jax:deepseek_v3:runlocal \
       --workdir=runs/deepseek_v3_local

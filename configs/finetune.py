@@ -1,8 +1,8 @@
-"""Fine-tuning of a trained run: what trains, small batches, a high rate.
+"""Fine-tuning of a trained run in small batches, its experts unchanged.
 
 It begins with the parameters of `tiny_switch.py` and learns to write docstrings
-after functions, with the experts kept as they are. Flags name the other run's
-folder, and what trains:
+after functions, with the experts kept as they are. Flags name the folder of the
+other run, and may have other parameters trained, as here the experts alone:
 
     python -m moe_jax.main --config=moe_jax:tiny_switch --workdir=runs/tiny
     python -m moe_jax.main --config=moe_jax:finetune \
@@ -14,9 +14,9 @@ once its evaluation gets no better, `--config.init_from.keep_optimizer` goes on
 with the other run's moments, `--config.aux_losses.factor=0.0` switches the
 routers' losses off; `config.optimizer.rate_rules` has rates by part.
 
-Low-rank adapters train alone: `--config.lora.rank=8 --config.trainable=all`.
+`--config.lora.rank=8 --config.trainable=all` trains low-rank adapters alone.
 
-The model has to be that of the other run, whose tokenizer is kept.
+The other run must have the same model; its tokenizer is kept.
 """
 
 from moe_jax.configs import base, tiny_switch

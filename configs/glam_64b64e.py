@@ -1,14 +1,14 @@
 """GLaM 64B/64E: 1.2T parameters, 96.6B active (arXiv:2112.06905).
 
-L=64, M=8192, F=32768, H=128 of 128, 64 experts in every other layer, 2
+L=64, M=8192, F=32768, H=128, D=128, 64 experts in every other layer, 2
 selected, V=256K, sequences of 1024, a million tokens a batch. The published
-counts come out with GELU experts without a gate, gated dense layers, and
-relative positions.
+numbers of parameters result if experts are GELU without a gate, dense layers
+are gated, and positions are relative.
 
 GShard's slots are choice-major: a later token's first choice evicts an
 earlier token's second, so outputs leak the future wherever capacity binds.
-That is what was published, hence `allow_future_leak`. Ours: its one-shot
-questions are about docstrings.
+That is what was published, hence `allow_future_leak`. The text of the one-shot
+questions is ours: docstrings.
 
     python -m moe_jax.main --config=moe_jax:glam_64b64e:runlocal \
       --workdir=runs/glam_local

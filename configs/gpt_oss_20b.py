@@ -1,13 +1,13 @@
 """gpt-oss-20b: 20.9B parameters, 3.6B active (arXiv:2508.10925).
 
-The sizes of the released config.json: L=24, M=2880, H=64 with 8 kv heads of 64,
+The sizes of the released config.json: L=24, M=2880, H=64, 8 kv heads, D=64,
 F=2880, 32 experts in every layer, 4 selected, V=201088. Every second layer,
 from the first, sees 128 tokens; each head has a sink; positions follow YaRN,
 from 4096 to 131072 tokens. All products have biases, the router's too, and the
 SwiGLU is clamped. The gates of the chosen experts sum to one, and experts drop
 nothing. Optimizer, data, batch and schedule are not published, nor is the
 weight of a balance loss in training; ours stand in. Training rows have 4096
-tokens, with the positions of the long model.
+tokens, whose positions are scaled for 131072.
 
     python -m moe_jax.main --config=moe_jax:gpt_oss_20b:runlocal \
       --workdir=runs/gpt_oss_local

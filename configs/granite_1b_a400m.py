@@ -1,6 +1,6 @@
 """Granite 3.0 1B-A400M: 1.3B parameters, 400M active (ibm-granite, 2024).
 
-The sizes of the released config.json: L=24, M=1024, H=16 with 8 kv heads of 64,
+The sizes of the released config.json: L=24, M=1024, H=16, 8 kv heads, D=64,
 F=512, 32 experts in every layer, 8 selected, V=49152, rows of 4096 tokens, one
 table for embeddings and logits. Four multipliers: embeddings times 12, scores
 times 1 / 64, the output of each attention and feed-forward times 0.22, logits

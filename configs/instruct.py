@@ -1,10 +1,10 @@
-"""Instruction tuning from scratch: the embedded suite, held-out clusters apart.
+"""Instruction tuning from scratch, with two clusters of tasks held out.
 
-A decoder of the size of `tiny_switch.py` learns the tasks of the suite, which
-are made from Python's own library and generators, in equal shares. Two clusters
-are held out: they are answered, and never learned from. It trains for about a
-quarter of an hour on two cores, and nothing is downloaded. At the end the score
-of every task is printed, with means over tasks and over clusters.
+A decoder of the size of `tiny_switch.py` learns the tasks of the package, which
+are made from Python's own library and generators, in equal shares. The held-out
+clusters are evaluated, and never trained on. Training takes about a quarter of
+an hour on two cores, and nothing is downloaded. At the end the score of every
+task is printed, with means over tasks and over clusters.
 
     python -m moe_jax.main --config=moe_jax:instruct --workdir=runs/instruct
     python -m moe_jax.generate --workdir=runs/instruct --temperature=0 \

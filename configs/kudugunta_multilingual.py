@@ -1,13 +1,13 @@
-"""Translation into twelve languages, the part of each of which is separable.
+"""A translation model from which the part of one language can be extracted.
 
 Kudugunta et al. 2021 (https://arxiv.org/abs/2110.03742) route tokens in the
 encoder and tasks in the decoder of a translation model: all tokens of a target
 language have the same two experts of a layer. So a language's part of the
-decoder is a dense model, and is extracted without a change. As in the paper,
+decoder is a dense model, which is extracted as it is. As in the paper,
 tokens choose 2 of 32 experts in every other layer and languages are drawn at
 temperature 5. The data and the size of the layers are those of
-`shazeer_multilingual.py` (`pip install django`): a source for each language,
-which is its task. The data have translations from English alone, so that a
+`shazeer_multilingual.py` (`pip install django`): each language is a source of
+data, and a task. The data have translations from English alone, so that a
 target language and a pair of languages are the same.
 
     python -m moe_jax.main --config=moe_jax:kudugunta_multilingual \

@@ -1,6 +1,6 @@
 """Mixtral 8x7B: 46.7B parameters, 12.9B active (arXiv:2401.04088).
 
-The widely published sizes: L=32, M=4096, H=32 with 8 kv heads of 128,
+The widely published sizes: L=32, M=4096, H=32, 8 kv heads, D=128,
 F=14336, 8 experts in every layer, 2 selected, V=32000, context 32768. Experts
 drop nothing. Optimizer and data are not published; ours stand in.
 

@@ -11,9 +11,9 @@ V=256206, LayerNorm, biases everywhere, sinusoidal positions from 2 on,
 embeddings times sqrt(M), tied logits.
 
 Unlike the published code, the decoder's slots are token-major, so that nothing
-leaks; the dropout of attention weights (0.1 there) and of hidden values (none)
-is the one rate; labels are not smoothed (0.1); the languages have no
-curriculum. Ours: the mesh, the initialisation and the text.
+leaks; attention weights (dropout 0.1 there) and hidden values (none there) have
+the dropout rate of all others; labels are not smoothed (0.1 there); the
+languages have no curriculum. Ours: the mesh, the initialisation and the text.
 
     python -m moe_jax.main --config=moe_jax:nllb_moe_54b:runlocal \
       --workdir=runs/nllb_moe_local

@@ -1,6 +1,6 @@
 """OLMoE-1B-7B: 6.9B parameters, 1.3B active (arXiv:2409.02060).
 
-The sizes of the released config.json: L=16, M=2048, H=16 of 128, F=1024, 64
+The sizes of the released config.json: L=16, M=2048, H=16, D=128, F=1024, 64
 experts in every layer, 8 selected, V=50304, rows of 4096 tokens. Queries and
 keys are normed over all heads together, gates are raw probabilities, and
 experts drop nothing. The balance loss has the weight of config.json. Optimizer,

@@ -1,15 +1,15 @@
 """OpenMoE-8B/32E (arXiv:2402.01739): ST-MoE's layout as a decoder.
 
 Published, in the released `openmoe_8b_config.json` and its PyTorch and
-flaxformer code: L=24, M=2048, F=8192, H=24 of 128, V=256384, logits with a
+flaxformer code: L=24, M=2048, F=8192, H=24, D=128, V=256384, logits with a
 kernel of their own, scores that are not scaled, rotary positions, sequences of
 2048; 32 experts in every sixth layer, two selected, gates that are raw
 probabilities, capacity factor 1.25 per token (2.0 in evaluation), at least 4
 slots; after each sparse layer a dense feed-forward with its own norm and
-residual (`extra_ffn` is the same). Feed-forwards multiply a SwiGLU, whose
-kernel is twice as wide, by a third product, (x W1 * silu(x W2)) * (x W3).
-flaxformer's balance loss, 0.01 of shares that sum to two, is 0.02 of ours;
-losses are averaged over layers.
+residual (`extra_ffn`). The hidden values of a feed-forward are a SwiGLU times a
+third product, (x W1 * silu(x W2)) * (x W3). The weight 0.02 of the balance loss
+is flaxformer's 0.01, whose shares of choices sum to two and not to one. Losses
+are averaged over layers.
 
 The model has 11.9B parameters, as have the released checkpoints, which take 23
 GB in bfloat16; the published name says "8B". Unlike in the published code,

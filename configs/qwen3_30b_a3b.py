@@ -1,7 +1,7 @@
 """Qwen3-30B-A3B: 30.5B parameters, 3.3B active (arXiv:2505.09388).
 
-The sizes of the released config.json: L=48, M=2048, H=32 with 4 kv heads of
-128, F=768, 128 experts in every layer, 8 selected, V=151936, rows of 32768
+The sizes of the released config.json: L=48, M=2048, H=32, 4 kv heads, D=128,
+F=768, 128 experts in every layer, 8 selected, V=151936, rows of 32768
 tokens. Queries and keys are normed within each head, the gates of the chosen
 experts sum to one, and experts drop nothing. The balance loss has the weight of
 config.json. Optimizer, batch and schedule are ours.

@@ -1,8 +1,8 @@
 """`shakespeare_dense` with GShard's top-2 of 8 experts of half the width.
 
-Equal to it in FLOPs per token: two experts of F/2 serve a token. Unlike
-GShard, slots are token-major, so that no later token can evict an earlier
-one's second choice.
+It has the FLOPs per token of the dense model: two experts of F/2 serve a token.
+Unlike in GShard, slots are token-major, so that no later token can evict an
+earlier token's second choice.
 
     python -m moe_jax.main --config=moe_jax:shakespeare_gshard \
       --workdir=runs/shakespeare_gshard

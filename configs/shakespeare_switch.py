@@ -1,9 +1,9 @@
 """`shakespeare_dense` with 8 Switch experts in its last two layers.
 
-Equal to it in FLOPs per token: one expert of the dense width serves a token.
+It has the FLOPs per token of the dense model: one expert serves a token.
 The last layers are sparse, as in V-MoE (arXiv:2106.05974), and the capacity
 factor is 1.0, with which Switch (arXiv:2101.03961, Table 1) was fastest to a
-given quality: both keep a step close to the dense twin's.
+given quality: both keep the time of a step close to the dense twin's.
 
     python -m moe_jax.main --config=moe_jax:shakespeare_switch \
       --workdir=runs/shakespeare_switch

@@ -1,20 +1,21 @@
 """LSTM - mixture of experts - LSTM, the language models of Shazeer et al. 2017.
 
 https://arxiv.org/abs/1701.06538, Appendices C and D. Without an argument it is
-a small model on bytes: 16 experts in 4 branches, two of each selected, one
-minute on two cores. With `:<model>` it is a published one: `MoE-4`, `MoE-32`,
-`MoE-256`, `MoE-256-h` (-h: gates of two levels), `MoE-1024-h`, `MoE-4096-h`,
-`MoE-34M`, `MoE-143M`, and without experts `MoE-1-Wide`, `MoE-1-Deep`,
-`4xLSTM-512`, `LSTM-1024-512` and `LSTM-2048-512`, from Table 7; `MoE-16384-h`,
-`MoE-65536-h` and `MoE-131072-h` from Table 8. (In Table 8 the smaller models of
-two levels have more branches: 32 with 256 and with 1024 experts, 64 with 4096.)
+a small model on bytes, which trains in a minute on two cores: a token chooses 2
+of 4 branches and 2 of 4 experts in each. A published model is `:<model>`, such
+as `:MoE-4`: `MoE-4`, `MoE-32`, `MoE-256`, `MoE-256-h` (-h: gates of two
+levels), `MoE-1024-h`, `MoE-4096-h`, `MoE-34M`, `MoE-143M`, and without experts
+`MoE-1-Wide`, `MoE-1-Deep`, `4xLSTM-512`, `LSTM-1024-512` and `LSTM-2048-512`,
+from Table 7; `MoE-16384-h`, `MoE-65536-h` and `MoE-131072-h` from Table 8. (In
+Table 8 the smaller models of two levels have more branches: 32 with 256 and
+with 1024 experts, 64 with 4096.)
 The cost of a model, without embedding and softmax, is printed by
 
     python -m moe_jax.analysis.cost --config=moe_jax:shazeer_lstm:MoE-256-h
 
 Published: widths, experts, noisy top-4 (top-2 at each level), weights of 0.1 on
-importance and load, dropout on every layer's output, the sigmoid after the
-mixture, Adam, 1000 steps of warm-up and the inverse square root after them.
+importance and load losses, dropout on every layer's output, the sigmoid after
+the mixture, Adam, a rate that warms up in 1000 steps and falls as 1/sqrt(step).
 Ours: the learning rate, clipping, the forget gate's bias, a softmax over all of
 a vocabulary of bytes (theirs was sampled, of words), the batch and the text.
 
@@ -40,8 +41,8 @@ EXPERTS = {
   'MoE-34M': (1024, 16),
   'MoE-143M': (256, 16),
 }
-# Keys of the section `model` that a model changes from those that all published
-# ones share. The paper searched for dropout rates in steps of 0.1.
+# Keys of the section `model` in which a model differs from most published ones.
+# The paper searched for dropout rates in steps of 0.1.
 CHANGES = {
   'MoE-1024-h': dict(dropout=0.2),
   'MoE-4096-h': dict(dropout=0.2),
@@ -97,7 +98,7 @@ def get_config(arg: str = ''):
 
 
 def set_experts(moe, num_experts: int, branching: int = 0) -> None:
-  """Sets experts and noisy gates in a section `model.moe`.
+  """Sets the experts, and a router with noisy gates, in a section `model.moe`.
 
   Args:
     moe: The section, whose `num_selected` is kept.

@@ -1,15 +1,15 @@
-"""One translation model for many languages, which share its mixtures.
+"""One translation model for many languages, which share its experts.
 
-Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), section 5.4, put a
-mixture into the encoder and one into the decoder of a translation model and
-trained it on twelve pairs of languages at once. This model translates the texts
+Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), section 5.4, put one
+sparse layer into the encoder and one into the decoder of a translation model,
+and trained it on twelve pairs of languages. This model translates the texts
 of django's interface (`pip install django`) from English into twelve languages,
-with the name of the language before each text. The layers around the mixtures
-are those of a Transformer, not LSTMs with attention as in the paper. As in its
-section on translation, tokens choose 4 of 32 experts by noisy top-4, with
-weights of 0.01 on importance and load. Without dropout the 9,410 pairs are soon
-memorised; with it the run takes eleven minutes on two cores and ends at a
-validation loss of 1.71 nats per byte.
+with the name of the language before each text. All other layers are those of a
+Transformer, not LSTMs with attention as in the paper. As in the paper, tokens
+choose 4 of 32 experts by noisy top-4, with weights of 0.01 on importance and
+load losses. Without dropout the 9,410 pairs are soon memorised; with dropout
+the run takes eleven minutes on two cores and ends at a validation loss of 1.71
+nats per byte.
 
     python -m moe_jax.main --config=moe_jax:shazeer_multilingual \
       --workdir=runs/shazeer_multilingual

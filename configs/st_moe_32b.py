@@ -1,11 +1,11 @@
-"""ST-MoE-32B: 269B parameters with the FLOPs of 32B dense ones.
+"""ST-MoE-32B: 269B parameters with the FLOPs of a dense model of 32B.
 
-Published (arXiv:2202.08906): M=5120, F=20480, H=64 of 128, 64 experts in every
+Published (arXiv:2202.08906): M=5120, F=20480, H=64, D=128, 64 experts in every
 fourth layer, 269B parameters, and the settings of `st_moe_base`. flaxformer's
-port has 24 + 24 layers, with which the published counts come out (269B here,
-4.1B for ST-MoE-L); with the 27 of the paper's table they would be 272B and
-4.2B. Ours: the mesh (64 experts over 16 parts of each, as flaxformer's), the
-batch and the text.
+port has 24 + 24 layers, which give the published numbers of parameters (269B,
+and 4.1B for ST-MoE-L); the 27 layers of the paper's table would give 272B and
+4.2B. Ours: the mesh (64 devices for experts times 16 that split each expert, as
+in flaxformer), the batch and the text.
 
     python -m moe_jax.main --config=moe_jax:st_moe_32b:runlocal \
       --workdir=runs/st_moe_32b_local

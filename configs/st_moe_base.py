@@ -1,7 +1,7 @@
 """ST-MoE-Base: T5 1.1's layout with 16 experts a sparse layer.
 
-flaxformer's size of the ST-MoE recipe (arXiv:2202.08906): 12 + 12 layers,
-M=768, F=2048, H=12 of 64, V=32128. Published: GEGLU, untied embeddings, experts
+ST-MoE's recipe (arXiv:2202.08906) at flaxformer's size Base: 12 + 12 layers,
+M=768, F=2048, H=12, D=64, V=32128. Published: GEGLU, untied embeddings, experts
 in every fourth layer of the encoder and of the decoder with a dense
 feed-forward after each, two selected, the second with probability gate / 0.2,
 capacity factor 1.25 (2.0 in evaluation), balance loss 0.01 of first choices,

@@ -1,7 +1,7 @@
 """Switch-C: 1571B parameters in 2048 experts a layer (arXiv:2101.03961).
 
 Published (Table 9): 15 + 15 layers, all sparse in the encoder and in the
-decoder, M=2080, F=6144, H=32 of 64, 2048 experts, one selected, no GEGLU. From
+decoder, M=2080, F=6144, H=32, D=64, E=2048, one selected, no GEGLU. From
 flaxformer's port: ReLU, a logits kernel of its own, capacity factor 1.0 and at
 least 2 slots, groups of 2048 tokens (its 30 heads are not the paper's). Ours:
 the mesh, the batch and the text. A batch has 128 groups of decoder tokens, one

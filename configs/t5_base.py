@@ -1,13 +1,13 @@
 """T5-Base: 223M parameters, an encoder-decoder without experts.
 
-T5 1.0 (arXiv:1910.10683) as published: 12 + 12 layers, M=768, F=3072, H=12 of
-64, V=32128, ReLU, RMSNorm, no biases, relative positions in 32 buckets up to
+T5 1.0 (arXiv:1910.10683) as published: 12 + 12 layers, M=768, F=3072, H=12,
+D=64, V=32128, ReLU, RMSNorm, no biases, relative positions in 32 buckets up to
 128, scores that are not scaled, tied embeddings of standard deviation 1 with
-logits over sqrt(M), dropout 0.1, spans of 3 tokens cut out of 512, 15 %
-of them, a million tokens a batch, Adafactor at 1 / sqrt(step) from step 10,000
-on. Ours: a rate that rises to that one in a line, where T5 has the rate of step
-10,000 from the start; rows of 128 targets, not 114, so that groups of a sparse
-sibling's tokens divide; the text.
+logits over sqrt(M), dropout 0.1, spans of 3 tokens, 15 % of 512 tokens in all,
+cut out, a million tokens a batch, Adafactor at 1 / sqrt(step) from step 10,000
+on. Ours: a rate that rises linearly until step 10,000, where T5 has the rate of
+that step from the start; rows of 128 targets, not 114, which the routing groups
+of sparse siblings divide; the text of the data.
 
     python -m moe_jax.main --config=moe_jax:t5_base:runlocal \
       --workdir=runs/t5_local

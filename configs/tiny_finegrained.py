@@ -1,15 +1,15 @@
 """Fine-grained experts on the text of `tiny_switch`, at equal FLOPs a token.
 
-A sparse layer has 64 experts and one that all tokens share. A token chooses six
-by sigmoids; a bias that balances loads takes the place of a balance loss, and
-the gates sum to 2.5, as in DeepSeek-V3. Experts drop nothing.
+A sparse layer has 64 experts, and a shared one for all tokens. A token chooses
+six by sigmoids; a bias that balances loads takes the place of a balance loss,
+and the gates sum to 2.5, as in DeepSeek-V3. Experts drop nothing.
 
 The hidden layer of `tiny_switch`'s expert has a width of 512. Here it is cut
 into eighths: six chosen experts of 64 and a shared one of 128 have 6 * 64 + 128
 = 512, so that a token takes as many products. The 64 experts have as many
-parameters as the 8 of `tiny_switch`; the shared one comes on top, and so do the
-products of the router with 56 more experts, 1.5 % of all FLOPs. The slots of
-`tiny_switch` that stay empty are not counted.
+parameters as the 8 of `tiny_switch`. Parameters of the shared expert are added,
+and the FLOPs of a router for 56 more experts, 1.5 % of all. The count of FLOPs
+leaves out the slots of `tiny_switch` that stay empty.
 
     python -m moe_jax.main --config=moe_jax:tiny_finegrained \
       --workdir=runs/finegrained

@@ -1,6 +1,6 @@
 """A first encoder-decoder: docstrings of Python's own standard library.
 
-It reads a function and writes its docstring, both as bytes. The model has T5's
+The model reads a function and writes its docstring, as bytes. It has T5's
 layout with 8 Switch experts in the second layer of encoder and decoder. It
 trains for a few minutes on two cores, and nothing is downloaded. At the end it
 documents `config.sample.prompt`, taking the likeliest byte each time, and 48

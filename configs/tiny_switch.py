@@ -12,7 +12,7 @@ from moe_jax.configs import base
 def get_config(arg: str = ''):
   config = base.get_config()
   config.batch_size = 16
-  config.total_steps = 1000
+  config.total_steps = 800
   config.data.seq_len = 128
   m = config.model
   m.num_layers = 4
@@ -24,9 +24,10 @@ def get_config(arg: str = ''):
   m.moe.group_size = 256
   m.moe.router.token_choice.jitter = 0.01
   config.optimizer.learning_rate = 3e-3
-  config.checkpoint.every_steps = 250
+  config.log_every_steps = 10
+  config.checkpoint.every_steps = 400
   config.sample.prompt = 'def '
   for entry in config.evals.values():
-    entry.every_steps = 250
-    entry.num_batches = 16
+    entry.every_steps = 400
+    entry.num_batches = 8
   return base.finish(config, arg)

@@ -14,7 +14,7 @@ in more than the cut: gates are sigmoids that sum to 2.5, a bias balances loads,
 and no token is dropped. Of these only drops have an arm of their own, so that
 the claims are about the designs as a whole. The claims were committed after
 seven runs of the preset `quick`, unchanged. The full preset has 600 steps
-instead of the 1,000 of `tiny_switch`, so that 4 arms on 5 seeds were planned
+instead of the 800 of `tiny_switch`, so that 4 arms on 5 seeds were planned
 for 25 minutes on two idle cores; their runs took 147 core minutes, beside other
 work.
 """

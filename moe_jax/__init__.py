@@ -10,8 +10,8 @@
       )
     )
 
-`routing` says who goes where, `dispatch` moves the tokens, `layers` and
-`models` are linen modules, `training` drives them from a config.
+`routing` chooses experts for tokens, `dispatch` moves the tokens, `layers` and
+`models` are Flax linen modules, and `training` trains them by a config.
 """
 
 # `import X as X` marks the name X as public.

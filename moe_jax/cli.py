@@ -98,7 +98,8 @@ def applied(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """A config with the overrides that fit it, and the problems of all others.
 
-  Arguments are those of `config_of`.
+  Overrides are flags such as '--config.seed=1'; a value of another type than
+  the key's does not fit. `base` is a config, or its path or name.
 
   Raises:
     ValueError: The file cannot be read.
@@ -144,7 +145,7 @@ def options_of(
     base: A config, or its path or name.
     overrides: Flags such as '--config.seed=1'. Flags that have no effect are
       refused.
-    part: Name of the section of the config that is read; '' is all of it.
+    part: Name of the section of the config that is read; '' reads it all.
 
   Returns:
     The options, and a line for each value of the file that is ignored since it
@@ -176,7 +177,11 @@ def options_of(
 def said_options(
   root: type[Options], base: str, overrides: Sequence[str], part: str
 ) -> Any:
-  """Prints the lines of `options_of` on ignored values; returns the options."""
+  """The options of a config's section `part`, as checked by `options_of`.
+
+  A line is printed for each value of the file that is ignored, since it has no
+  effect.
+  """
   options, ignored = options_of(root, base, overrides, part)
   say(ignored)
   return options
@@ -188,7 +193,7 @@ def name_of(override: str) -> str:
 
 
 def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
-  """The message for a key that does not exist; None if it may be set."""
+  """The message for a dotted `name` that is no key; None if it may be set."""
   keys: dict[str, Any] = flatten(config)
   section: Any = config
   path, rest = list[str](), name.split('.')
@@ -248,7 +253,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 
 def _locate(spec: str) -> tuple[str, pathlib.Path, str]:
-  """The name of a config's file in messages, its path, and the argument.
+  """A config file's name in messages, its path, and its argument, '' for none.
 
   Raises:
     ValueError: There is no such file.
@@ -301,7 +306,7 @@ def package_configs(package: str) -> dict[str, pathlib.Path]:
 
 
 def _run(file: str, path: pathlib.Path) -> types.ModuleType:
-  """The module of a config file; raises ValueError that names the file."""
+  """The module at `path`; errors are ValueErrors that call it `file`."""
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
   spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
   module = importlib.util.module_from_spec(cast(Any, spec))
@@ -318,7 +323,7 @@ def _run(file: str, path: pathlib.Path) -> types.ModuleType:
 
 
 def _error_text(file: str, path: pathlib.Path, error: Exception) -> str:
-  """The message for an error of a config file, with the line it is in."""
+  """The message for an error of the config at `path`: `file`, line, error."""
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)
@@ -344,7 +349,7 @@ def program(module: str) -> str:
 
 
 def about(text: str | None) -> dict[str, Any]:
-  """Arguments of a parser whose help ends with the examples of a docstring.
+  """Keyword arguments of a parser, for a help made of a module's docstring.
 
   Args:
     text: The docstring of the command's module: a sentence, and examples.
@@ -376,12 +381,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def with_programs(text: str) -> str:
-  """The text, in which programs are named as the user starts them."""
+  """The text with each 'python -m moe_jax...' as the user can start it."""
   return re.sub(r'python -m (moe_jax[\w.]*)', lambda m: program(m[1]), text)
 
 
 def complain(text: str) -> None:
-  """Prints what is wrong; a reader that has closed the pipe is no error."""
+  """Prints a message to standard error, where a closed pipe is no error."""
   print_line(f'moe_jax: {text}', sys.stderr)
 
 
@@ -395,7 +400,7 @@ def fail(text: str) -> NoReturn:
 def reported(show_traceback: bool = False) -> Iterator[None]:
   """Ends the program with a message where the body raises a user's mistake.
 
-  Ctrl-C ends it without a traceback, too, with the shell's usual status.
+  Ctrl-C, too, ends the program without a traceback, with status 130.
 
   Args:
     show_traceback: Whether errors are raised as they are, with a traceback. If
@@ -453,15 +458,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(module: str, text: str | None) -> Parser:
-  """The parser of a module's command; see `program` and `about`."""
+  """The parser of a module's command; the docstring `text` becomes its help."""
   return Parser(prog=program(module), **about(text))
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-  """Adds --config, which `parse_command` lets overrides follow."""
+  """Adds --config, whose overrides `parse_command` takes, and --traceback."""
   parser.add_argument('--config', required=True, help=CONFIG)
+  add_traceback(parser)
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+  """Adds --traceback, with which `reported` raises errors as they are."""
   text = 'show where in the code an error came from'
   parser.add_argument('--traceback', action='store_true', help=text)
+
+
+def add_allow_module(parser: argparse.ArgumentParser) -> None:
+  """Adds --allow_module, a list of modules that a run's config may name."""
+  text = 'module or package that the run may import; repeatable'
+  parser.add_argument('--allow_module', action='append', default=[], help=text)
 
 
 def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
@@ -469,7 +485,7 @@ def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
 
   Args:
     kind: `int` or `float`.
-    **bounds: The bounds of the number; see `Option`.
+    **bounds: Bounds of the number: `minimum`, `above`, `maximum` or `below`.
   """
 
   field = Field('', kind, None, Option(**bounds))
@@ -492,9 +508,10 @@ SHARE = number(float, above=0, maximum=1)
 
 
 def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
-  """Prints a line at once; a reader that has closed the pipe is no error.
+  """Prints a line at once; it is no error if its reader has closed the pipe.
 
-  Ctrl-C ends the reader of a pipe, too (`| tee log`), before the run has saved.
+  In a pipe (`| tee log`) Ctrl-C ends the reader before the run, which still has
+  to save, and must not fail at its next line.
 
   Args:
     text: The line.
@@ -510,7 +527,7 @@ def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
 
 
 def say(lines: Iterable[str]) -> None:
-  """Prints lines; a reader that closes the pipe early is no error."""
+  """Prints lines; it is no error if their reader closes the pipe early."""
   for line in lines:
     print_line(line)
 
@@ -538,13 +555,13 @@ def parse_command(
   """Parses a command that may end in overrides of a config.
 
   Args:
-    parser: The parser, whose commands set `run`.
+    parser: The parser; it sets `run`, the function of the command.
     argv: The words of the command; None takes the program's own.
     has_config: Function that says whether the parsed command has a config to
       override; None asks whether the command has --config.
 
   Returns:
-    The options, and the overrides, words that begin with --config.
+    The options, and the overrides: words such as --config.seed=1.
   """
   rest, overrides = list[str](), list[str]()
   before = ''

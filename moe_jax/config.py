@@ -8,8 +8,8 @@
 `read_options` makes an instance of a section and names all problems at once.
 Dataclasses and sections are nested in the same way. A choice is a section with
 a key `kind`, the options of each kind (in a section of the kind's name, or
-beside the key `kind`), and an open section `custom` for the options of a user's
-own class.
+beside the key `kind`), and a section `custom` for the options of a user's own
+class. `custom` is open: it takes any key, where other sections are locked.
 """
 
 import abc
@@ -42,7 +42,7 @@ KIND, CUSTOM = 'kind', 'custom'
 SEEDS = 2**32  # seeds are stored as unsigned numbers of 32 bits
 _KEY = 'moe_jax'
 # For each bound the comparison that a value must pass, and words and a bracket
-# for messages; lower bounds come first.
+# for messages. Lower bounds come first, as messages print ranges from left.
 _BOUNDS = {
   'minimum': (operator.ge, 'at least', '['),
   'above': (operator.gt, 'above', '('),
@@ -197,8 +197,8 @@ def entries(
 ) -> Any:
   """A field that holds any number of choices, each under a name the user gives.
 
-  The field's section is open: a config adds entries, such as evaluations, each
-  with a key `kind` and the options of this kind beside it.
+  A config may add keys to the field's section: entries, such as evaluations,
+  each with a key `kind` and the options of this kind beside it.
   """
   return _field(default, Option(sentence, kinds=kinds, holds_entries=True))
 
@@ -230,7 +230,7 @@ class Field(NamedTuple):
 
 @functools.cache
 def fields_of(cls: type) -> Mapping[str, Field]:
-  """The fields of a dataclass that are options, by name."""
+  """The fields of a dataclass that its constructor takes, by name."""
   hints, fields = typing.get_type_hints(cls), {}
   for field in dataclasses.fields(cls):
     factory = field.default_factory
@@ -383,11 +383,11 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
       raise OptionError(texts)
 
   def problems(self) -> Iterator[str]:
-    """The problems of several fields together, a text for each."""
+    """Yields a text for each problem that several fields have together."""
     return iter(())
 
   def in_vain(self, reason: str, *names: str) -> Iterator[str]:
-    """A problem for each named field that is set, as it has no effect.
+    """Yields a problem for each named field that differs from its default.
 
     Args:
       reason: The reason, in words that follow 'has no effect'.
@@ -400,7 +400,7 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section of a config in which all short notations are written out.
+    """The section with short notations, if the class has any, written out.
 
     Raises:
       OptionError: A notation is wrong.
@@ -428,7 +428,7 @@ class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
 
 
 def no_effect(name: str, value: Any, reason: str) -> InVain:
-  """The message for an option that is set where it cannot matter."""
+  """The message that a value 'has no effect', which the words `reason` end."""
   return InVain(f'{name}={value!r} has no effect {reason}')
 
 
@@ -456,7 +456,7 @@ def value_problem(name: str, value: Any, field: Field) -> str | None:
 
 
 def of_type(value: Any, hint: Any) -> bool:
-  """Whether a value has a field's type; integers, but no bools, are floats."""
+  """Whether a value has a field's type; a float may be an int, but no bool."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, Union):
     return any(of_type(value, part) for part in args)
@@ -505,8 +505,8 @@ def section_of(
 ) -> ConfigDict:
   """The config's section of a class of options, or of an instance's values.
 
-  The section is locked against new keys, except where it is open: entries by
-  name, mappings, and `custom`.
+  The section is locked against new keys, except in sections whose keys the user
+  names: entries, mappings, and `custom`.
 
   Args:
     options: The class or instance.
@@ -518,7 +518,7 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """Locks a config's section except where it is open; see `section_of`."""
+  """Locks a section against new keys, but not entries, mappings, `custom`."""
   config.lock()
   _unlock_open(root, config)
   return config
@@ -569,7 +569,7 @@ def _choice(kinds: Kinds, chosen: Any) -> dict[str, Any]:
 
 
 def _unlock_open(root: type | Kinds, config: Any) -> None:
-  """Unlocks the open parts of a locked section of a class, or of a choice."""
+  """Lets entries, mappings and `custom` in a section, at any depth, grow."""
   if isinstance(root, Kinds):
     config[CUSTOM].unlock()
     for kind, cls in root.builtin.items():
@@ -639,7 +639,7 @@ def read_options(root: Any, section: Section, path: str = '') -> Any:
 def keys_of(
   root: type[Options] | Kinds, section: Section, path: str = ''
 ) -> list[Key]:
-  """Every key of a section of a config, in the order of the dataclasses."""
+  """Every key of a section, in the order of fields; `path` begins each name."""
   reader = _Reader(only_keys=True)
   reader.read(root, section, path)
   return reader.keys
@@ -706,7 +706,7 @@ def settle(
 
 
 def _is_given(path: str, given: Collection[str]) -> bool:
-  """Whether a dotted name is given, or lies within or around a given name."""
+  """Whether `given` has `path`, a section around it or a key in it, dotted."""
   path += '.'
   names = (f'{name}.' for name in given)
   return any(name.startswith(path) or path.startswith(name) for name in names)
@@ -720,7 +720,9 @@ def layered(
 ) -> ConfigDict:
   """A locked copy of a config with one more layer of nested overrides.
 
-  Arguments are those of `settle`.
+  Options that lose their effect by the overrides get their defaults.
+  `root` is the class of the config, or the kinds that it chooses from; `path`
+  is the prefix of names in messages, such as 'model.'.
 
   Raises:
     OptionError: A key does not exist, or a value has another type.
@@ -757,7 +759,7 @@ class _Reader:
     self._only_keys = only_keys
 
   def read(self, root: Any, section: Section, path: str) -> Any:
-    """The options of a section; None where there is a problem."""
+    """The options, of class or kinds `root`, of a section; None if wrong."""
     if isinstance(section, ConfigDict):  # whose keys are slow to read
       section = section.to_dict()
     if isinstance(root, Kinds):
@@ -804,7 +806,7 @@ class _Reader:
         self.problems.append(unknown_key_text(f'{path}{key}', paths))
 
   def _value(self, field, section, path, unchosen):
-    """The value that a section gives to a field; notes the key and problems."""
+    """A field's value in the section at `path`; notes the key and problems."""
     described, default, path = field.option, field.default, path + field.name
     value = section.get(field.name, default)
     if described.holds_entries:
@@ -833,9 +835,12 @@ class _Reader:
   ):
     """The options of the kind that a section names, or of the default kind.
 
-    The section may be an entry of an open section. It has the options of its
-    kind alone, and maybe some of another kind, which were set before its kind
-    was overridden.
+    A section that is an entry has the options of its kind alone, and maybe
+    some of another kind, which were set before the kind was overridden. The
+    result is None if there is a problem. `default` has the options of the
+    default kind, None if there is none; `path` is the dotted name of the
+    section, with a dot at the end; `unchosen` is the choice because of which
+    the section has no effect, or None; `described` describes the choice.
     """
     if not self._is_section(section, path):
       return None
@@ -892,7 +897,7 @@ class _Reader:
     return False
 
   def _entries(self, field, section, path):
-    """The options of each entry of an open section, by its name."""
+    """The options of each entry of a field made by `entries`, by name."""
     chosen, kinds = {}, field.option.kinds
     if not self._is_section(section, path):
       return None
@@ -918,7 +923,7 @@ def plain(value: Any) -> Any:
 
 
 def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
-  """The values of a config by dotted name: `{'model.width': 64, ...}`."""
+  """The values of a config by `prefix` + name: `{'model.width': 64, ...}`."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, Mapping | ConfigDict) and len(value):
@@ -940,6 +945,8 @@ def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
 
 def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
   """A copy of `config` with nested `overrides`, locked wherever `config` is.
+
+  `path` is the prefix of names in messages, such as 'model.'.
 
   Raises:
     ValueError: An override's key does not exist (names the nearest), or its

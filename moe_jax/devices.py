@@ -140,13 +140,13 @@ def connect(
 
 @contextlib.contextmanager
 def connected(*args: Any) -> Iterator[None]:
-  """Connects to the other processes while the body runs; see `connect`.
+  """Connects to the other processes, by `connect`, while the body runs.
 
   With several processes an error ends this process at once: JAX would first
   wait for the other processes to disconnect, and they may be lost.
 
   Args:
-    *args: The arguments of `connect`.
+    *args: The timeouts, and the flags or None, in the order of `connect`.
   """
   several = connect(*args)
   try:
@@ -158,8 +158,8 @@ def connected(*args: Any) -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # JAX's service ends with process 0, and processes that have yet to report
-    # their error would abort with a stack trace.
+    # JAX's service ends with process 0, which waits here: processes that have
+    # yet to report their error would abort with a stack trace.
     if is_first():
       time.sleep(2.0)
     status = getattr(error, 'code', 1)
@@ -219,7 +219,7 @@ def checked_flags(
 
 
 def claim_process(coordinator: str, process_id: int) -> None:
-  """Claims the index of this process on its machine; process 0 claims its port.
+  """Claims this process' index on its machine; process 0 also tries its port.
 
   JAX would crash if the port is in use, and abort all processes if two have the
   same index. Two processes with the same index on two machines are not found
@@ -277,7 +277,7 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
   if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
     return 'GKE'
   # These are the variables of an indexed Job of Kubernetes. JAX asks Kubernetes
-  # how many pods the Job has.
+  # how many pods the Job has, so that a Job of one pod need not be told apart.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
   return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
@@ -364,7 +364,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """The tree with its arrays as whole numpy arrays; all processes call this."""
+  """The tree with each array gathered in numpy; all processes call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (
@@ -479,7 +479,7 @@ def keep_freed_memory() -> bool:
   XLA's CPU backend allocates a step's temporaries anew at every step. Above 32
   MiB glibc maps them from the system and unmaps them at the end, so that each
   step pays a page fault for every 4 KiB. The price is that resident memory
-  stays at its peak, and that threads wait for each other to allocate: without
+  stays at its peak, and that threads wait for each other to allocate. Without
   glibc, or where the backend is no CPU, nothing is changed.
   """
   if not sys.platform.startswith('linux') or not _cpu_is_backend():
@@ -496,7 +496,7 @@ def keep_freed_memory() -> bool:
 
 
 def _cpu_is_backend() -> bool:
-  """Whether JAX will run on the CPU; asking JAX would start its backends."""
+  """Whether JAX will run on the CPU, judged without starting its backends."""
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms.split(',')[0] == 'cpu'
   drivers = ('nvidiactl', 'dxg', 'kfd', 'accel[0-9]*', 'vfio/[0-9]*')
@@ -507,8 +507,8 @@ def forget_programs(most_regions: int = 20_000) -> None:
   """Clears JAX's compiled programs if the process has many mapped regions.
 
   Linux allows a process 65,530 regions, of which each program that XLA compiled
-  for a CPU takes a few. Without one left, XLA raises an error that says "Failed
-  to materialize symbols", or ends the process. A process that trains many
+  for a CPU takes a few. When none is left, XLA ends the process, or raises an
+  error that says "Failed to materialize symbols". A process that trains many
   models calls this between them. Elsewhere than on Linux nothing is cleared.
 
   Args:
@@ -569,7 +569,7 @@ def keep_programs(folder: str = '') -> str:
 
 
 def _delete_oldest(folder: pathlib.Path) -> None:
-  """Deletes the programs that nobody used for longest, beyond `MOST_BYTES`."""
+  """Deletes the least recently used programs beyond `MOST_BYTES` in all."""
   programs = []
   for path in folder.glob('*-cache'):
     with contextlib.suppress(OSError):  # another process has deleted it

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 # The system's messages for a full disk, a user's quota, and a limit on a file's
-# size. Libraries that write have errors of their own with these messages.
+# size. Libraries raise errors of their own types, known by these messages.
 _FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))]
 
 
@@ -22,7 +22,7 @@ class ReportedError(Exception):
 
 
 class InputError(ReportedError, ValueError):
-  """The error of a refused value: it says the value, the rule, what exists."""
+  """A refused value; the message gives the value, the rule and what exists."""
 
 
 def from_extra(module: str, extra: str, use: str) -> ModuleType:

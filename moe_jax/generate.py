@@ -3,9 +3,9 @@
     python -m moe_jax.generate --workdir=runs/tiny --prompt='def ' \
       --temperature=0.8
 
-The text is printed token by token; with temperature 0, the default, each token
-is the likeliest, which small models repeat; 0.8 draws them. On a terminal, and
-with --echo anywhere, the prompt stands before it.
+The text is printed token by token. With temperature 0, the default, each token
+is the likeliest one, so that small models repeat themselves; with 0.8 tokens
+are drawn. On a terminal, or with --echo, the prompt is printed before the text.
 """
 
 import argparse
@@ -66,11 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(f'--{name}', type=kind, default=default, help=text)
   seed, text = number(int, minimum=0, below=SEEDS), 'seed of the drawn tokens'
   add('--seed', type=seed, help=f'{text} (default: 0)')
-  for name, text in (
-    ('stop', 'token that ends a row, besides the end of text; repeatable'),
-    ('allow_module', 'module or package that the run may import; repeatable'),
-  ):
-    add(f'--{name}', action='append', default=[], help=text)
+  text = 'token that ends a row, besides the end of text; repeatable'
+  add('--stop', action='append', default=[], help=text)
   add(
     '--echo',
     action=argparse.BooleanOptionalAction,
@@ -78,7 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     'the output is a terminal, so that a pipe gets the new text alone',
   )
   add('--trace', help='new folder for the choices of experts of every token')
-  add('--traceback', action='store_true', help='show where an error came from')
+  cli.add_allow_module(parser)
+  cli.add_traceback(parser)
   options = parser.parse_args(argv)
   if options.chat and options.source_language:
     parser.error('--chat with --source_language: a turn of a chat has none')
@@ -170,7 +168,10 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
 
 
 def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
-  """The prompts' token ids, and the number of new tokens that all can have."""
+  """Token ids of the prompts `texts`, and the number of new tokens of a row.
+
+  Both are cut to fit the loaded model, of which a line is printed.
+  """
   encoded = [_encode(loaded, text, options) for text in texts]
   for text, ids in zip(texts, encoded):
     if not len(ids):

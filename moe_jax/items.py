@@ -72,7 +72,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
-  """Adds --sweep, the swept keys with their values, as `swept` takes them."""
+  """Adds the flag --sweep; its values are the argument `sweeps` of `swept`."""
   parser.add_argument(
     '--sweep',
     type=pair,
@@ -109,8 +109,8 @@ def swept(
   for key in keys:
     if keys.count(key) > 1:
       raise InputError(f'{key} is given twice')
-  # A workdir's name has the last parts of keys, 'seed=0,num_experts=4', or
-  # where these are not unique the whole keys.
+  # A workdir's name has the last word of each dotted key, as in
+  # 'seed=0,num_experts=4', or all words where the last ones are not unique.
   names = [key.rpartition('.')[2] for key, _ in sweeps]
   if len(set(names)) < len(names):
     names = [key for key, _ in sweeps]

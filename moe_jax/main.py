@@ -114,7 +114,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
 def _dry_run(
   flags: argparse.Namespace, options: RunConfig, lines: Sequence[str]
 ) -> int:
-  """Prints what a run would do; status 1 if the run would be refused."""
+  """Prints `lines` on ignored values, and the dry run; status 1 if refused."""
   cli.say(lines)
   trial = DryRun(
     options,
@@ -132,7 +132,7 @@ def _dry_run(
 def _train(
   flags: argparse.Namespace, options: RunConfig, lines: Sequence[str]
 ) -> int:
-  """Trains the model that the config describes; returns the exit status."""
+  """Prints `lines` on ignored values, and trains; returns the exit status."""
   problem = keep_programs(flags.compile_cache)
   if is_first():
     if problem:

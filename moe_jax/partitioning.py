@@ -54,11 +54,6 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """Yields a text for each mesh axis whose size is not allowed.
-
-    0 is not allowed, and -1 only once: that axis takes all devices that the
-    other axes leave.
-    """
     for name in MESH_AXES:
       if not getattr(self, name):
         yield f'{name}=0 must be at least 1, or -1'
@@ -89,7 +84,7 @@ class MeshOptions(Options):
     }
 
   def sizes_on(self, num_devices: int) -> tuple[list[int], list[int]]:
-    """The size of each axis within a slice, and the slices that it spans.
+    """Of each of `MESH_AXES`, its size in a slice and the slices it spans.
 
     Raises:
       ValueError: The product of the sizes is not the number of devices.
@@ -149,8 +144,8 @@ def make_mesh(
 
 def _grid_in_slice(shape, devices) -> np.ndarray:
   try:
-    # An axis may take one side of the torus and a part of another side: 8
-    # devices of 4 x 4 x 4.
+    # On the torus of a TPU slice, an axis may take one side and a part of
+    # another: 8 devices of 4 x 4 x 4.
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
@@ -163,7 +158,20 @@ def _grid_in_slice(shape, devices) -> np.ndarray:
 
 
 def _grid_over_slices(spans, shape, devices) -> np.ndarray:
-  """The devices of a mesh over slices; those of a slice are neighbours."""
+  """The array of a mesh's devices where axes of the mesh span several slices.
+
+  Along each axis, devices of the same slice are next to each other. Slices are
+  those of `_slices`; if that is one, it is cut into as many as are needed.
+
+  Args:
+    spans: The number of slices that each axis of the mesh spans.
+    shape: The number of devices of each axis within a slice.
+    devices: All devices, prod(spans) * prod(shape).
+
+  Raises:
+    ValueError: There are several slices, but not prod(spans); or a slice's
+      devices cannot have this shape.
+  """
   by_slice = _slices(devices)
   if len(by_slice) == 1:
     by_slice = np.split(np.asarray(devices), math.prod(spans))
@@ -187,8 +195,8 @@ def _slices(devices) -> list[list]:
   """The devices of each slice: of a TPU slice, or else of a process."""
   slices = collections.defaultdict(list)
   for device in devices:
-    # libtpu names no slice where there is a single slice, of any number of
-    # hosts.
+    # libtpu names no slice where there is only one, even of several hosts; all
+    # TPUs are then in slice 0.
     only = 0 if device.platform == 'tpu' else device.process_index
     slices[getattr(device, 'slice_index', only)].append(device)
   return [slices[key] for key in sorted(slices)]
@@ -229,7 +237,6 @@ class ShardingOptions(Options):
   buckets: str = _mesh_axes('the table of relative positions', '')
 
   def problems(self):
-    """Yields a text for each name that is no mesh axis or stands twice."""
     for logical, axes in dataclasses.asdict(self).items():
       names = _axis_names(axes)
       for name in sorted({*names}):
@@ -241,7 +248,7 @@ class ShardingOptions(Options):
 
   @property
   def rules(self) -> Rules:
-    """The sharding table, as modules and `sharding` take it."""
+    """The sharding table: each logical axis with the names of its mesh axes."""
     axes_by_name = dataclasses.asdict(self).items()
     return tuple((name, _axis_names(axes)) for name, axes in axes_by_name)
 
@@ -249,7 +256,7 @@ class ShardingOptions(Options):
     """The number of devices of a mesh that the rows of a batch are split over.
 
     Raises:
-      OptionError: Nothing is split over some of the devices.
+      OptionError: No rule names an axis of the mesh that has several devices.
     """
     used_axes = {axis for _, axes in self.rules for axis in axes}
     for axis, size in mesh.shape.items():
@@ -285,7 +292,7 @@ def stated(
 
   Mesh axes of one device are left out. A dimension that its axes do not divide
   stays whole, as do dimensions beyond `axes`; with `padded`, the compiler pads
-  it instead, and masks the padding in whatever is computed from it.
+  such a dimension instead, and masks the padding in all that is computed of it.
   """
   sizes = spread(x)
   if not sizes:
@@ -300,11 +307,10 @@ def stated(
 
 
 def by_token(table: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """A table [V, M] with its tokens split over mesh axes, and its rows whole.
+  """A table [V, M] with V split over mesh axes, and each token's vector whole.
 
-  If the axes do not divide the number of tokens, this function alone pads it to
-  a multiple: stored tables are unpadded, and have their rows split over these
-  axes (`sharding`).
+  If the axes do not divide V, the compiler pads V to a multiple. (The stored
+  table is unpadded, and has M split over these axes instead; see `sharding`.)
   """
   sizes = spread(table)
   if table.shape[0] % math.prod(sizes.get(name, 1) for name in axes):
@@ -331,7 +337,7 @@ def on_each_device(
     f: A pure function.
     split: Trees of arrays with the batch, or its groups, in front.
     whole: Trees of arrays that every device needs.
-    whole_specs: Partition specs of `whole`, for those that f takes split.
+    whole_specs: A spec for each tree of `whole`, which may split it over axes.
   """
   x = jax.tree.leaves(split)[0]
   axes = spread(x)
@@ -355,7 +361,7 @@ def _axis_names(axes: str) -> tuple[str, ...]:
 
 
 def row_parts(mesh: Mesh, rules: Rules) -> int:
-  """The number of parts that the rows of a batch are split into."""
+  """The number of devices that the rows of a batch are split over."""
   return math.prod(mesh.shape[axis] for axis in dict(rules)['batch'])
 
 
@@ -373,6 +379,8 @@ def sharding(
   A vocabulary whose size its mesh axes do not divide stays whole; these axes
   then split the width of the same array too, if they divide it. With `uneven`,
   every other dimension that its mesh axes do not divide stays whole as well.
+  Without `shape`, each dimension is taken to be divided by its mesh axes. In
+  errors the array is called `name`.
 
   Raises:
     ValueError: An axis has no rule, two dimensions map to one mesh axis, or

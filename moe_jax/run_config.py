@@ -1,7 +1,4 @@
-"""The options of a whole config, which are read before anything is built.
-
-options = run_config.read(config)
-"""
+"""The options of a whole config; `read` reads them before anything is built."""
 
 import dataclasses
 import json
@@ -48,12 +45,10 @@ class RunConfig(RunOptions):
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
-    """Names of the sections in use that need a hook, `distill` included."""
     distill_section = ('distill',) if self.distill.teacher else ()
     return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
-    """A text for each problem of the options, `distill` among them."""
     yield from super().problems()
     o = self.distill
     if o.teacher and self.model.moe.replay:
@@ -71,7 +66,7 @@ class RunConfig(RunOptions):
 
 
 def read(config: ml_collections.ConfigDict) -> RunConfig:
-  """The options of a config.
+  """The options of a config, checked.
 
   Raises:
     OptionError: The message lists all problems, by name.
@@ -80,7 +75,7 @@ def read(config: ml_collections.ConfigDict) -> RunConfig:
 
 
 def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config with the values of a JSON file.
+  """The config with a JSON file's values; other keys have their defaults.
 
   Raises:
     OptionError: The message lists all problems, by name.
@@ -92,9 +87,11 @@ def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
 def options_of(
   base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, list[str]]:
-  """The options of a config file with overrides.
+  """The options of a config with overrides such as '--config.seed=1'.
 
-  Arguments, results and errors are those of `cli.options_of`.
+  `base` is a config, or its path or name. The second result has a line for each
+  value of the file that is ignored since it has no effect. A ValueError gives
+  everything that is wrong, by name.
   """
   return cli.options_of(RunConfig, base, overrides)
 

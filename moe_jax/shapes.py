@@ -64,7 +64,7 @@ class HasShapes(Protocol):
   """An object of arrays whose shapes are checked with those of arguments."""
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field, with the letters of this module."""
+    """The jaxtyping type of each field, by name, in this module's letters."""
     ...
 
   def static_sizes(self) -> dict[str, int]:
@@ -143,7 +143,10 @@ def check_shapes(shapes: Iterable[Shape]) -> None:
 
 
 def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
-  """The shapes of the arrays in an object, and of its static sizes."""
+  """Yields the shapes of an object's arrays, and of its static sizes.
+
+  `name` is the name of the object in messages.
+  """
   for field, hint in value.shape_hints().items():
     yield Shape(f'{name}.{field}', getattr(value, field), (_any_array(hint),))
   for letter, size in value.static_sizes().items():
@@ -153,7 +156,7 @@ def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
 
 
 def array_of(name: str, value: Any, hint: Any) -> Shape:
-  """Returns an array with the shape that its type hint asks for."""
+  """The array `value`, called `name`, with the dimensions that `hint` gives."""
   return Shape(name, value, (_any_array(hint),))
 
 
@@ -193,7 +196,8 @@ class _Reader(NamedTuple):
   def shapes(self, name: str, value: Any) -> Iterator[Shape]:
     """Yields the arrays of an argument, each with the shape that it must have.
 
-    The argument's type is checked first.
+    Raises:
+      ValueError: The argument has none of the types of its annotation.
     """
     if isinstance(value, HasShapes):
       yield from shapes_in(name, value)
@@ -242,7 +246,11 @@ def _as_struct(shape: Shape) -> Any:
 
 
 def _problem(shape: Shape, array: Any, earlier_shapes: list[Shape]) -> str:
-  """The message for an argument whose shape fits none of its array types."""
+  """The message for an argument whose shape fits none of its array types.
+
+  `array` has its actual shape and dtype. The message names those of the earlier
+  shapes that decide the sizes of its letters.
+  """
   hint = shape.hints[0]
   any_type = hint.dtype is jaxtyping.Shaped
   if not any_type and str(array.dtype) not in hint.dtypes:

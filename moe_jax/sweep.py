@@ -68,7 +68,9 @@ def last_value(item: Item, metric: str) -> float:
 def compare(arms: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
   """A row of the printed table for each arm, a combination of swept values.
 
-  JSON can hold the rows: None stands for NaN or infinity.
+  A row has 'arm', 'values' by seed and 'mean', and for an arm with a comparison
+  'difference', 'half_width' and 'verdict', one of `VERDICTS`. JSON can hold the
+  rows: None stands for NaN or infinity.
 
   Args:
     arms: Values of the metric by arm and seed. Each other arm is compared with

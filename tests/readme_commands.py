@@ -2,11 +2,12 @@
 
     python -m tests.readme_commands
 
-Each line of the input is a job, as JSON: `argv`, the words after `python -m`;
-`folder`, to run in; `settings`, values of JAX's options by name; `is_read`,
-whether the command only reads its words and its config. For each, a line is
-printed once it is done: its exit status and its output. A process that is
-forked before a backend starts saves the seconds that an import takes.
+Each line of the input is a job, as JSON: `argv`, the words after `python -m`,
+or after `python` if the first one is a file; `folder`, to run in; `settings`,
+values of JAX's options by name; `is_read`, whether the command only reads its
+words and its config. For each, a line is printed once it is done: its exit
+status and its output. A process that is forked before a backend starts saves
+the seconds that an import takes.
 """
 
 import argparse
@@ -56,7 +57,10 @@ def status_of(job):
     read_only()
   sys.argv = job['argv']
   try:
-    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+    if sys.argv[0].endswith('.py'):
+      runpy.run_path(sys.argv[0], run_name='__main__')
+    else:
+      runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
   except SystemExit as end:
     if isinstance(end.code, str):
       print(end.code, file=sys.stderr)

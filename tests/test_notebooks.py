@@ -17,6 +17,7 @@ from colab import run_notebooks
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
+TRANSFORMERS = ROOT / 'colab' / '07_checkpoint_to_checkpoint.ipynb'
 MESHES = ROOT / 'colab' / '05_train_on_an_accelerator.ipynb'
 # Pictures at both ends of each slider, in place of sliders. (A view of a slider
 # can make nbclient wait for ever.)
@@ -50,6 +51,8 @@ def executed(path, **variables):
   'path', [path for path in NOTEBOOKS if path != MESHES], ids=lambda p: p.stem
 )
 def test_notebook_runs(path):
+  if path == TRANSFORMERS:
+    pytest.importorskip('torch')
   notebook = executed(path, begin=ENDS)
   assert all(cell.execution_count for cell in code_cells(notebook))
 
@@ -85,6 +88,21 @@ def test_a_notebook_keeps_its_outputs_and_no_error(path):
   assert not re.search(
     own_path, ''.join(str(o.get('text', '')) for o in outputs)
   )
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_opens_in_colab_by_the_badge_below_its_title(path):
+  colab = 'https://colab.research.google.com'
+  own = f'{colab}/github/moe-jax/moe_jax/blob/main/colab/{path.name}'
+  badge = f'[![Open in Colab]({colab}/assets/colab-badge.svg)]({own})'
+  title = nbformat.read(path, as_version=4).cells[0].source.split('\n')
+  assert title[0].startswith('# ') and title[2] == badge
+
+
+def test_notebooks_that_use_the_package_install_it_in_the_same_cell():
+  users = [path for path in NOTEBOOKS if path.stem != '00_one_file']
+  cells = {code_cells(nbformat.read(p, as_version=4))[0].source for p in users}
+  assert len(cells) == 1
 
 
 def test_the_notebook_of_the_one_file_is_that_file():

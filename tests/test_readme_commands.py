@@ -32,8 +32,6 @@ NOT_RUN = {
   'jupyter lab': 'serves until it is stopped',
   'srun ': 'needs a SLURM cluster',
   '--coordinator=': 'needs several hosts',
-  'google/switch-base-8': 'needs the network',
-  'runs/switch': 'is made of what comes over the network',
   'gs://': 'needs a bucket, and a service that runs Beam',
 }
 # Parts of commands, as patterns, that tests of their own run in small sizes.
@@ -139,14 +137,18 @@ def is_described(words):
 
 
 def job(words, folder):
-  """The job of `VARIABLE=value python -m module ...` for `readme_commands`."""
+  """The job of `VARIABLE=value python -m module ...` for `readme_commands`.
+
+  A file that a page has its reader save stands in place of `-m module`.
+  """
   index = words.index('python')
-  assert words[index + 1] == '-m', words
+  is_file = words[index + 1].endswith('.py')
+  assert is_file or words[index + 1] == '-m', words
   variables = (word.split('=') for word in words[:index])
   settings = {name.lower(): int(value) for name, value in variables}
   is_read = not folder_of(words) and is_tested_apart(shlex.join(words))
   return {
-    'argv': smaller(words[index + 2 :]),
+    'argv': smaller(words[index + 2 - is_file :]),
     'folder': str(folder),
     'settings': settings,
     'is_read': is_read,
@@ -163,7 +165,11 @@ def run(server, words, folder):
 
 
 def write_files(folder):
-  """The checkpoints, texts and the tokenizer that commands name."""
+  """The programs, checkpoints, texts and the tokenizer that commands name."""
+  for readme in test_readme.READMES:
+    for block in test_readme.blocks(readme):
+      if saved := re.match(test_readme.SAVED, block):
+        (folder / saved[1]).write_text(block)
   test_readme.checkpoint(folder / 'folder_of_mixtral', test_readme.mixtral(257))
   test_readme.checkpoint(folder / 'bare_checkpoint', test_readme.mixtral(400))
   (folder / 'tokenizer.model').write_bytes(models.bpe())
@@ -200,6 +206,7 @@ def server():
 
 @pytest.mark.slow
 def test_commands_run(server, tmp_path):
+  pytest.importorskip('torch')  # a page makes a checkpoint with transformers
   first, finished = tmp_path / 'first', set()
   first.mkdir()
   (first / 'configs').symlink_to(ROOT / 'configs')

@@ -184,6 +184,12 @@ def bar(interval: Interval, bounds: Bounds) -> tuple[float, float]:
   return max(interval.mean - low, 0.0), max(high - interval.mean, 0.0)
 
 
+def _style(number: int, name: str) -> dict[str, Any]:
+  """The style of a row or line; dense twins are grey in all figures."""
+  is_dense = name.startswith('dense') or ', dense' in name
+  return plot_style.series(number) | (dict(color='0.45') if is_dense else {})
+
+
 def _lines(ax, spec, rows, column, names: list[str]) -> None:
   lines: dict[str, list] = {}
   levels: dict[str, float] = {}
@@ -197,10 +203,10 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
       lines.setdefault(row['line'], []).append((row['x'], *point))
   for line, points in lines.items():
     xs, means, bars = zip(*sorted(points), strict=True)
-    style = plot_style.series(names.index(line))
+    style = _style(names.index(line), line)
     ax.errorbar(xs, means, np.transpose(bars), **style, capsize=3, label=line)
   for name, mean in levels.items():
-    style = plot_style.series(names.index(name))
+    style = _style(names.index(name), name)
     color, dashes = style['color'], style['linestyle']
     ax.axhline(mean, color=color, linestyle=dashes, label=name)
   if spec.log_x:
@@ -217,7 +223,7 @@ def _points(ax, rows, column, *, labels: bool) -> None:
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
-      style = plot_style.series(i)
+      style = _style(i, row['name'])
       xerr = np.transpose([bar(interval, bounds_of(row, column))])
       ax.errorbar(interval.mean, y, xerr=xerr, **style, capsize=3)
   ax.locator_params(axis='x', nbins=6)  # more labels would touch each other

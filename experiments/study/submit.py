@@ -27,7 +27,7 @@ from moe_jax import cli
 from moe_jax.analysis.intervals import Interval
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.errors import InputError
-from moe_jax.training.loop import catching_interrupt
+from moe_jax.runs.signals import catching_interrupt
 
 LOG = 'log.txt'
 # Seconds between two lines on what is running, and between two looks at what

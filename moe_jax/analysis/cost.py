@@ -181,7 +181,7 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
   """The table of the cost of training all of a model or parts of it.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: The run's model, of one stack of blocks.
   """
   forward = count(model, options.data.seq_len).forward_flops
@@ -253,7 +253,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
   inputs of every kernel whose own gradient is needed.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model, of one stack of blocks.
 
   Raises:
@@ -319,12 +319,13 @@ def _backward_flops(model: Model, seq_len: int, paths: Container[Path]) -> int:
 
 
 def run_flops(options: RunOptions, model: Model) -> int:
-  """FLOPs of all steps of a run, forward and backward; 0 if not counted.
+  """FLOPs of all steps of a run, forward and backward.
 
-  The FLOPs of `remat`, the optimizer, evaluations and a teacher are left out.
+  What `remat` computes again, the optimizer, evaluations and a teacher are left
+  out. Unless the model is a decoder, backward counts as twice the forward pass.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model.
   """
   steps, rows = options.total_steps, options.total_steps * options.batch_size
@@ -340,8 +341,8 @@ def run_flops(options: RunOptions, model: Model) -> int:
 def least_step_seconds(options: RunOptions, model: Model, mesh: Mesh) -> float:
   """Seconds of a step at the peak speed that the devices' vendor prints.
 
-  They are 0 where the vendor's number is not known, or the FLOPs are not
-  counted. Arguments are those of `run_line`.
+  They are 0 where the vendor's number is not known. The options are those of
+  the run with all sizes of the model filled in.
   """
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate = roofline.vendor_rate(dtype, list(mesh.devices.flat))
@@ -355,7 +356,7 @@ def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
   the run are not counted.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model.
     mesh: Its devices.
   """
@@ -387,8 +388,11 @@ class RunBytes(NamedTuple):
 
   Attributes:
     parameters: Bytes of the parameters on a device.
+    merged: Bytes of the sums of kernels and adapters, on a device, with which
+      the model computes; kernels without adapters are not copied.
     optimizer: Bytes of the optimizer's state on a device.
-    gradients: Bytes of the gradients of trained parameters, on a device.
+    gradients: Bytes of the gradients that a step computes, on a device: those
+      of trained parameters and of `merged`.
     activations: Bytes that the forward pass of a microbatch leaves for the
       backward pass, by formula; 0 where they are not counted.
     evaluation: Bytes on a device in the evaluation that needs most: parameters,
@@ -397,6 +401,7 @@ class RunBytes(NamedTuple):
   """
 
   parameters: int
+  merged: int
   optimizer: int
   gradients: int
   activations: int
@@ -405,8 +410,8 @@ class RunBytes(NamedTuple):
 
   @property
   def step(self) -> int:
-    """Bytes on a device in a step."""
-    return sum(self[:4])
+    """Bytes on a device in a training step: the first five fields together."""
+    return sum(self[:5])
 
   @property
   def total(self) -> int:
@@ -415,7 +420,8 @@ class RunBytes(NamedTuple):
 
   def describe(self) -> str:
     """A line of text on the bytes that each device holds."""
-    names = ('parameters', 'optimizer state', 'gradients', 'activations')
+    names = ('parameters', 'kernels with merged adapters', 'optimizer state')
+    names += ('gradients', 'activations')
     phrases = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
     line = f'{", ".join(phrases)}: about {in_bytes(self.step)} on each device'
     if self.evaluation:
@@ -429,13 +435,14 @@ def run_bytes(
   """Counts the bytes that a run takes on each device, and in a checkpoint.
 
   Args:
-    options: The options of the run, after `filled`.
+    options: The options of the run, with all sizes of the model filled in.
     model: Its model.
     programs: Its programs, whose shardings say what a device holds.
     mesh: The mesh of devices.
   """
   state = programs.abstract_state
   activations = evaluation = 0
+  merged = sharded.merged_bytes(programs)
   if model.stacks.blocks:
     num_parts = partitioning.row_parts(mesh, options.sharding.rules)
     rows = -(-options.shape().rows // num_parts)
@@ -451,8 +458,10 @@ def run_bytes(
       )
   return RunBytes(
     parameters=sharded.device_bytes(state.params),
+    merged=merged,
     optimizer=sharded.device_bytes(kept_by_optimizer(state)),
-    gradients=sharded.device_bytes(programs.trained.part(state.params)),
+    gradients=merged
+    + sharded.device_bytes(programs.trained.part(state.params)),
     activations=activations,
     evaluation=evaluation,
     checkpoint=_bytes(state),

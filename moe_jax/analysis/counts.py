@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, counted from its shapes and options.
 
 Nothing is measured, and nothing is read from a compiled program. Parameters are
-told apart by their roles, never by their names.
+told apart by the roles that modules give them, such as 'expert', never by name.
 """
 
 import dataclasses
@@ -50,17 +50,17 @@ class Half(NamedTuple):
 
   @property
   def attention(self) -> AttentionBase:
-    """The options of a layer's attention, with sizes that follow from M."""
+    """Options of attention, in which sizes of 0 are replaced by actual ones."""
     return self.stack.block.attention.within(self.width)
 
   @property
   def itemsize(self) -> int:
-    """Bytes of a number in the type of the activations."""
+    """Bytes of one number in the dtype of the activations."""
     return jnp.dtype(self.stack.block.shared.dtype).itemsize
 
   @property
   def keys(self) -> int:
-    """Number of tokens that each token attends to, masked ones counted."""
+    """Number of keys of each query, masked ones and the encoder's included."""
     crosses = self.stack.block.cross
     return self.length + (self.memory_len if crosses else 0)
 
@@ -79,8 +79,8 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
   """The stacks of a model with the lengths of their sequences, encoder first.
 
   Args:
-    model: A model of blocks.
-    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+    model: A model, whose stacks without blocks (those of LSTMs) are left out.
+    seq_len: Number of tokens of a row; in an encoder-decoder, of the encoder's
       row.
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
@@ -150,14 +150,14 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """The number of tokens of a routing group, in a batch of equal sequences."""
+  """The number of tokens of a routing group, if rows have `length` tokens."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
 
 
 def training_slots(moe: MoeOptions, group_size: int) -> int:
-  """The number of an expert's slots, in training, for a group of this size."""
+  """An expert's slots per group in training; without capacity, `group_size`."""
   (routing, _), _ = _in_training(moe.router, moe.sizes, group_size, 1)
   return group_size if routing.capacity is None else routing.capacity
 
@@ -183,7 +183,10 @@ def router_multiply_adds(moe: MoeOptions, width: int) -> int:
 def _in_training(
   router: RouterOptions, sizes: Sizes, group_size: int, width: int
 ) -> Any:
-  """The shapes of a router's result and variables, for one group of tokens."""
+  """The shapes of ((routing, aux), variables) of a router in training.
+
+  They are for one group of `group_size` tokens whose vectors have `width`.
+  """
   module = router.module(sizes, Shared(num_tasks=1), 'router')
 
   def run():
@@ -239,7 +242,7 @@ class Cost(NamedTuple):
   Attributes:
     total_params: Number of all parameters.
     active_params: Number of the parameters that compute one token: all but
-      parameters of the E - K experts in each layer that it does not choose.
+      parameters of the E - K experts of each layer that are not chosen.
     expert_params: Number of the parameters of all experts together.
     embedding_params: Number of the parameters of the tables that are indexed
       by token or position.
@@ -254,7 +257,7 @@ class Cost(NamedTuple):
       expert, in full groups: E * slots / (K * tokens). Below 1.0 some choices
       are dropped for certain. It is 1.0 in dense and dropless models.
     step_attention: FLOPs of attention's scores and weighted sums for a
-      generated token. Latent attention does not expand what is in the cache.
+      generated token. Latent attention reads its cache without expanding it.
   """
 
   total_params: int
@@ -270,7 +273,7 @@ class Cost(NamedTuple):
 
   @property
   def example_flops(self) -> int:
-    """FLOPs of the forward pass for an example, with any encoder's FLOPs."""
+    """FLOPs of the forward pass for an example, of encoder and decoder."""
     return self._per_example('total')
 
   @property
@@ -290,7 +293,7 @@ class Cost(NamedTuple):
 
   @property
   def prefill_flops(self) -> int:
-    """FLOPs for each token that is read before the first one is generated."""
+    """FLOPs for each token of a prompt, which is read before generation."""
     return (self.encoder or self.decoder).total
 
   @property
@@ -299,7 +302,7 @@ class Cost(NamedTuple):
     return self.decoder.total - self.decoder.attention + self.step_attention
 
   def describe(self) -> str:
-    """The counts as two or three lines of text."""
+    """The counts as two to four lines of text."""
     lines = [
       f'parameters: {short(self.total_params)} in all, '
       f'{short(self.active_params)} active per token, '
@@ -312,6 +315,13 @@ class Cost(NamedTuple):
         f' (routers have {self.router_flops / self.forward_flops:.1%} of them; '
         f'experts multiply {self.capacity_slack:.2f} rows for each choice)'
       )
+      if self.capacity_slack < 1:
+        lines.append(
+          f'WARNING: at most {self.capacity_slack:.0%} of the choices find a '
+          'slot, however even the load is (model.moe.capacity; a factor '
+          "'per_token' does not grow with num_selected, one 'per_assignment' "
+          'does)'
+        )
     if self.encoder:
       lines.append(
         f'FLOPs forward: {short(self.encoder.total)} for a token of the '
@@ -330,11 +340,11 @@ class Cost(NamedTuple):
 def count(
   model: Model, seq_len: int, target_len: int = 0, batch_size: int = 1
 ) -> Cost:
-  """Counts the parameters and the FLOPs of a model of tokens.
+  """Counts the parameters and the FLOPs of a model.
 
   Args:
     model: The model.
-    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+    seq_len: Number of tokens of a row; in an encoder-decoder, of the encoder's
       row.
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
@@ -394,7 +404,11 @@ def _size(sized: Iterable[SizedParameter]) -> int:
 def _products(
   layers: list[SizedParameter], moes: list[MoeOptions], width: int
 ) -> TokenFlops:
-  """FLOPs for one token of the products with the kernels of all layers."""
+  """FLOPs for one token of the products with the kernels of all layers.
+
+  `layers` has the parameters of all layers, and `moes` the options of the
+  sparse ones; `width` is M.
+  """
   kernels = [p for p in layers if p.role.form == 'kernel']
   dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
   router = sum(router_multiply_adds(moe, width) for moe in moes)
@@ -406,7 +420,10 @@ def _products(
 
 
 def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
-  """How many of the parameters of layers belong to a token's K experts."""
+  """How many values of `layers` belong to a token's K experts; 0 if no `moes`.
+
+  `layers` has the parameters of layers, `moes` the options of sparse layers.
+  """
   expert_size = sum(p.size // p.num_experts for p in layers if p.of_expert)
   return expert_size * moes[0].num_selected if moes else 0
 
@@ -414,8 +431,8 @@ def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
 def _slack(lengths: Sequence[tuple[MoeOptions, int]], batch_size: int) -> float:
   """Rows that experts multiply, divided by the number of choices of experts.
 
-  Both are sums over the sparse layers, whose options `lengths` has together
-  with the number T of tokens of their sequence; see `Cost.capacity_slack`.
+  Both are sums over sparse layers. For each of them `lengths` has its options
+  and the number T of tokens of its sequence. Without choices the result is 1.
   """
   rows = choices = 0.0
   for moe, T in lengths:

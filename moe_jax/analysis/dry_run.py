@@ -98,7 +98,7 @@ class DryRun:
 
   @contextlib.contextmanager
   def _noting_problems(self) -> Iterator[None]:
-    """Notes the errors of the body in `problems`; the body prepares no data."""
+    """Appends errors of the body, which may not prepare data, to `problems`."""
     try:
       with reading_only():
         yield
@@ -112,9 +112,9 @@ class DryRun:
       self.problems.append(problem)
 
   def _set_up(self) -> Run | None:
-    """The run, if it would not be refused and its data is prepared.
+    """The run; None if it cannot be set up or its data is not prepared.
 
-    The hooks check the run, without printing anything.
+    The hooks check the run and print nothing; their errors become problems.
     """
     with self._noting_problems():
       folder = self.workdir or _NOWHERE
@@ -207,7 +207,10 @@ class DryRun:
       yield line
 
   def _workdir_lines(self, run: Run | None) -> Iterator[str]:
-    """Lines on what the run's folder already holds."""
+    """Lines on what the run's folder already holds; notes its problems.
+
+    `run` is None if it cannot be set up.
+    """
     if not self.workdir:
       yield from self._start_lines()
       yield 'workdir: none is given; a run needs --workdir'

@@ -37,10 +37,9 @@ _SAMPLE_PAIRS = 3
 
 
 class Facts(Hook):
-  """Prints a run's size and least time, its data, its model and its devices."""
+  """Prints a run's steps, its time at matmul speed, data, model, devices."""
 
   def check(self, run: Run) -> None:
-    """Prints the first line of a run: its steps, its least time, its folder."""
     if is_first():
       line = cost.run_line(run.options, run.model, run.mesh)
       run.message(f'{line}; writes to {run.workdir}')
@@ -49,8 +48,8 @@ class Facts(Hook):
     """Prints lines on data, model and devices; warns of a non-causal model.
 
     The last line says why nothing is printed for a while before the first step.
-    The run's recorder of metrics gets the least time of a step, from which it
-    computes `mfu`, the share of the devices' peak speed that training reaches.
+    The recorder of metrics gets the time of a step at the devices' peak speed,
+    to compute `mfu`, the share of the peak speed that training reaches.
     """
     lines = facts(run.options, run.model, run.programs, run.mesh)
     for line in (run.dataset.describe(), *lines):
@@ -67,16 +66,12 @@ class Facts(Hook):
 class MeshSummary(Hook):
   """Prints what each of several devices holds, and the bytes that it sends.
 
-  The step is compiled to read these numbers. The run then uses the compiled
-  step, so nothing is compiled twice. This hook has to come before hooks that
-  wrap the step.
+  The step is compiled to read these numbers, and the run uses this compiled
+  step. So this hook has to come before hooks that wrap the step: after them the
+  run could not use it, and would compile the step again.
   """
 
   def start(self, run: Run) -> Run | None:
-    """Prints lines on what each device of the run holds and sends to others.
-
-    A run on a single device gets no such lines.
-    """
     if run.mesh.size == 1:
       return None
     state = run.programs.abstract_state
@@ -97,7 +92,6 @@ class Profile(Hook):
   _is_tracing = False
 
   def start(self, run: Run) -> Run | None:
-    """Gives the run a step that profiles itself, if the config names steps."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return None
@@ -128,7 +122,6 @@ class Profile(Hook):
     return dataclasses.replace(run, train_step=traced_step)
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Writes the trace, if the run ends before its last traced step."""
     self.close()
 
   def close(self) -> None:
@@ -252,7 +245,7 @@ def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
 
 
 def default_hooks() -> list[Hook]:
-  """Returns the hooks that `moe_jax.main` gives to a run without others."""
+  """Returns the hooks of every run of `moe_jax.main`, in their order."""
   # Facts are printed before the summary, which compiles.
   hooks = Replaying(), Facts(), MeshSummary(), Profile(), Traces()
   return [*hooks, RoutingReport(), Sample(), Page()]

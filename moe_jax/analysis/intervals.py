@@ -22,7 +22,7 @@ class Interval:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Interval':
-    """The interval for the mean of values, of which each seed gives one."""
+    """The interval for the mean of `values`, which has one value a seed."""
     n = len(values)
     if n < 2:
       return cls(float(np.mean(values)), float('inf'))

@@ -26,7 +26,7 @@ def weight_bytes(model: Model, dtype: str) -> int:
   stored.
 
   Args:
-    model: A model of blocks.
+    model: A model of Transformer blocks.
     dtype: One of `DTYPES`.
   """
   total = 0
@@ -44,7 +44,7 @@ def cache_bytes(
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
   Args:
-    model: A model of blocks.
+    model: A model of Transformer blocks.
     batch_size: Number of rows that are generated at once.
     max_len: Number of tokens of a row, its prompt included.
     encoder_len: Number of tokens that the encoder reads, whose keys and values
@@ -55,8 +55,8 @@ def cache_bytes(
   stack = dataclasses.replace(decoder.stack, stacked=False)
   memory_len = encoder_len if decoder.memory_len else 0
   slots = sum(stack.cache_lengths(max_len)) + memory_len * len(stack.sparse)
-  # Besides keys and values, the cache has a flag for each slot, the next
-  # position and the last token of each row, and its length.
+  # Besides keys and values, the cache has a flag of a byte for each slot, a
+  # row's next position and last token (8 bytes), and its own length (4 bytes).
   flags = max_len + memory_len
   cached_bytes = slots * decoder.attention.cached_values * decoder.itemsize
   return batch_size * (cached_bytes + flags + 8) + 4
@@ -84,7 +84,10 @@ class Activations(NamedTuple):
 def activations(
   model: Model, batch_size: int, seq_len: int, target_len: int = 0
 ) -> Activations:
-  """Bytes of activations in a training step on one batch or microbatch."""
+  """Bytes of activations in a training step on one batch or microbatch.
+
+  `target_len` is the decoder's length in an encoder-decoder, 0 for `seq_len`.
+  """
   stacks = halves(model, seq_len, target_len)
   return Activations(
     layers=sum(_kept_by_layers(half, batch_size) for half in stacks),
@@ -100,8 +103,8 @@ def evaluation(
 
   Without a backward pass only a layer's output outlives the layer. So the bytes
   are those of the logits and of one sparse layer's products, with that layer's
-  share of the dense layers' products. Scores of attention count as in
-  `activations`.
+  share of the dense layers' products and of attention's scores. `target_len` is
+  the decoder's length in an encoder-decoder, 0 for `seq_len`.
   """
   layer, stacks = 0, halves(model, seq_len, target_len)
   for half in stacks:
@@ -113,7 +116,7 @@ def evaluation(
 
 
 def _kept_by_layers(half: Half, B: int) -> int:
-  """Bytes, less attention scores, that layers keep for the backward pass."""
+  """Bytes that layers keep for the backward pass, without attention scores."""
   c, block, moe = half.stack, half.stack.block, half.moe
   n, L, M = B * half.length, len(c.sparse), half.width
   b = half.itemsize
@@ -199,7 +202,7 @@ def dispatch_bytes(half: Half, batch_size: int) -> int:
   mask has no dimension K.
 
   Args:
-    half: A stack with sparse layers, of which the last one counts.
+    half: A stack with sparse layers; the result is for its last one.
     batch_size: Number of rows in the batch.
   """
   moe, masks = half.moes[-1], 0
@@ -216,13 +219,14 @@ def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   The batch and the experts are each split over `num_parts` devices; a device
   sends all its rows but those of its own experts. A layer has two exchanges,
   to the experts and back, and two more in the backward pass. The bytes of
-  dropless layers are counted as if all devices got equally many rows; shadowed
-  experts and rows for which a device has no room are not considered.
+  dropless layers are counted as if all devices got equally many rows. Shadowed
+  experts, which are sent to all devices instead of their rows, are not
+  considered, nor are rows for which a device has no room.
 
   Args:
-    half: A stack with sparse layers, of which the last one counts.
+    half: A stack with sparse layers; the result is for its last one.
     batch_size: Number of rows in the batch.
-    num_parts: Number of devices.
+    num_parts: Number of these devices.
 
   Raises:
     ValueError: The number of experts does not divide by the devices.

@@ -134,6 +134,8 @@ def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
   axes.set_title(title, loc='left')
   axes.set(xlabel='step', ylabel=unit, xlim=(0, 1.03 * max(last, 1)))
   axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+  if axes.get_ylim()[1] >= 1000:
+    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
   axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   axes.grid(alpha=0.25)
@@ -141,7 +143,7 @@ def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a figure as PNG; at any moment the file is a whole picture."""
+  """Writes a figure as PNG; a reader never finds an unfinished file."""
   unfinished = path.with_name(path.name + '.tmp')
   figure.savefig(unfinished, format='png', dpi=150)
   unfinished.replace(path)
@@ -234,6 +236,7 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   """Draws the losses of training, logged and smoothed, and of evaluations.
 
   The legend gives the last training loss as logged, which a run prints too.
+  `rows` are rows of metrics, and `evals` the names of evaluations.
   """
   steps, losses = _series(rows, 'train/loss')
   visible_losses = []
@@ -252,8 +255,8 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     style = series(i + 1) | {'markevery': max(1, len(steps) // 30)}
     axes.plot(steps, losses, **style, label=_label(name, losses))
     visible_losses.append(losses[len(losses) // 20 :])
-  # The losses of the first steps would press all others into a flat line; a
-  # single value stands in the middle.
+  # The losses of the first steps are left out of the axis's range, since they
+  # would press all others into a flat line. Equal values are in its middle.
   values = np.concatenate(visible_losses)
   if (values := values[np.isfinite(values)]).size:
     low, high = values.min(), values.max()

@@ -3,8 +3,8 @@
     python -m moe_jax.analysis.record_evaluation --workdir=runs/tiny \
       --trace=traces/tiny --num_batches=16
 
-The capacity is that of training; with --room_for_all there is no bound. The
-record's kind is 'loss'.
+Experts have the capacity of training; with --room_for_all they drop no token.
+The records are of the kind 'loss'.
 """
 
 import argparse
@@ -32,9 +32,8 @@ def record(options: argparse.Namespace) -> None:
   """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
-    ValueError: The folder has a trace already; the run has no sparse layers, or
-      cannot be read.
-    CheckpointError: No checkpoint is good.
+    ValueError: There is a trace already, or no sparse layer, or no such run.
+    CheckpointError: No checkpoint can be read.
   """
   workdir, dtype = options.workdir, 'float32' if options.float32 else 'float16'
   traces.check_new(options.trace)
@@ -89,8 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--logits', action='store_true', help="record the routers' logits, too")
   text = 'record gates and logits unrounded (default: float16)'
   add('--float32', action='store_true', help=text)
-  add('--allow_module', action='append', default=[])
-  add('--traceback', action='store_true')
+  cli.add_allow_module(parser)
+  cli.add_traceback(parser)
   return parser.parse_args(argv)
 
 

@@ -34,8 +34,8 @@ FOLDER = 'trace'
 # The most batches that may wait for the thread that writes records. Until a
 # batch is written, the devices hold its arrays.
 _QUEUE_SIZE = 8
-# For each of these fields of a record the key of its array in a batch, without
-# the prefix of the sequence.
+# The key of the array in a batch that becomes each of these fields of a record.
+# An encoder's arrays have keys with the prefix 'encoder_'.
 _KEYS = {
   'tokens': 'tokens',
   'positions': 'positions',
@@ -119,7 +119,7 @@ def records_of(
   batch: Mapping[str, Any],
   choices: Mapping[int, LayerChoices],
 ) -> Iterator[Record]:
-  """The records of a batch, one for each sequence that sparse layers see.
+  """The records of a batch: one for each stack that has sparse layers.
 
   Args:
     model: The model.
@@ -142,7 +142,10 @@ def records_of(
 
 
 def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
-  """The choices, with a token's largest gate first where experts choose."""
+  """The choices, int32 experts; where experts choose tokens, by falling gate.
+
+  Then the last dimension is cut from E to the most choices of any token.
+  """
   choices = choices._replace(expert=choices.expert.astype(np.int32))
   if not by_expert:
     return choices
@@ -189,14 +192,14 @@ class Recorder:
   def add(
     self, kind: str, step: int, number: int, batch: Batch, choices: Choices
   ) -> None:
-    """Records the choices in a batch; waits only if several batches still wait.
+    """Records a batch's choices; waits while over `_QUEUE_SIZE` batches wait.
 
     Every process calls this method, and the first process writes. Of several
     processes each waits until the batch is computed, since the rows of the
     batch are gathered from all processes.
 
     Args:
-      kind, step, number: The fields `kind`, `step` and `batch` of its records.
+      kind, step, number: The fields `kind`, `step` and `batch` of the records.
       batch: The batch.
       choices: The choices of experts that were made in the batch.
     """
@@ -263,11 +266,6 @@ class Traces(Hook):
   _recorder: Recorder | None = None
 
   def check(self, run: Run) -> None:
-    """Checks that the choices can be recorded.
-
-    Raises:
-      ValueError: The workdir has the trace of another run.
-    """
     if run.options.trace.is_on and run.model.stacks.sparse_layers:
       folder, header = run.workdir / FOLDER, header_of(run)
       self._recorder = Recorder(folder, header, run.model, run.message)
@@ -293,7 +291,7 @@ class Traces(Hook):
     return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
   def paused(self) -> None:
-    """Waits until all records are written, before a checkpoint is.
+    """Waits until all records are written, before a checkpoint is written.
 
     So a run that goes on from the checkpoint misses no step in its trace.
     """
@@ -301,13 +299,12 @@ class Traces(Hook):
       self._recorder.flush()
 
   def close(self) -> None:
-    """Writes the records that are in no file yet, and ends the recording."""
     if self._recorder is not None:
       self._recorder.close()
 
 
 def _recorded_step(step: Step, o: TraceOptions, recorder: Recorder) -> Step:
-  """Wraps a training step; its choices go to a recorder, not to the metrics."""
+  """A step whose choices go to a recorder if `o` names it, never to metrics."""
   num_steps: int | None = None
 
   def recorded(state, batch):

@@ -4,8 +4,8 @@
     logits, aux = model.apply(variables, **model.inputs(batch))
 
 The record decides the experts and the drops; gates, losses and gradients come
-from the running model's own routers. So two stacks, or two precisions, are
-compared with the routing held fixed.
+from the running model's own routers. So two implementations of a model, or two
+precisions, are compared with the routing held fixed.
 
 The hook `Replaying` gives each training step of a run the record of the same
 step in the trace `config.model.moe.replay`. A run that records its steps gets
@@ -54,7 +54,8 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
       the encoder's and the decoder's sequence.
 
   Raises:
-    ValueError: The records are of other tokens, documents or layers.
+    ValueError: The records have other tokens or documents than the batch, or
+      other layers than the model.
   """
   lines = []
   for key, value in ids(records).items():
@@ -81,8 +82,8 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
-  Each sequence has two arrays [B, T, L, K]: the indices of experts, int8 or
-  int16, and whether choices are served, bool; see `Model.inputs`.
+  Each sequence has two arrays [B, T, L, K], with L its sparse layers: indices
+  of experts, int8 or int16, and whether choices are served, bool.
 
   Raises:
     ValueError: The records do not have the model's sparse layers, or a token
@@ -114,7 +115,11 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The arrays of a batch that leave all choices to the routers, by key."""
+  """The arrays of a batch that leave all choices to the routers, by key.
+
+  Each sequence of `batch` has two arrays [B, T, L, K] for its L sparse layers:
+  indices of experts that mean an open choice, and whether it is served, False.
+  """
   choices, (expert, kept) = {}, REPLAYED
   dtype = expert_type(max(moe.num_experts for moe in model.stacks.mixtures))
   for prefix, most in _layers(model.stacks).items():
@@ -143,7 +148,11 @@ def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
 
 
 def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
-  """A line for each reason why a trace cannot be replayed in a run."""
+  """A line for each reason why a trace cannot be replayed in a run.
+
+  The run would record its own trace with the header `in_run`, and has `steps`
+  training steps.
+  """
   in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
   yield from traces.differences(in_trace, in_run, names)
@@ -188,7 +197,7 @@ class Replaying(Hook):
         raise InputError('\n'.join([name, *lines]))
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the training step with the arrays of replay, if there are any."""
+    """Adds the arrays of replay to batches, if the run replays or records."""
     if self._trace is not None:
       run.message(
         f'{run.options.model.moe.replay}: its choices of experts are replayed '
@@ -226,7 +235,7 @@ def _open_step(run: Run) -> Step:
 
 
 def _replayed_step(run: Run, trace: Trace) -> Step:
-  """Wraps a run's step, which repeats the choices of a trace step by step.
+  """Wraps a run's step so that each step repeats the choices of a trace.
 
   A step raises ValueError if the trace's record of this step is of other tokens
   or documents than the batch, or if the record's file is damaged.

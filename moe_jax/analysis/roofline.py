@@ -86,7 +86,7 @@ class Device(NamedTuple):
 
 
 def _device(name: str, gigabytes: int, kinds: str, teraflops: int) -> Device:
-  """A device with products of bfloat16 at so many TFLOPs per second."""
+  """A device of which only the speed of products in bfloat16 is listed."""
   return Device(name, gigabytes * 10**9, kinds, {'bfloat16': teraflops * 1e12})
 
 
@@ -122,7 +122,7 @@ class Peak(NamedTuple):
 
 
 def device_of(name: str) -> Device:
-  """The device of that name.
+  """The device that `DEVICES` lists under a name.
 
   Raises:
     ValueError: The name is none of `DEVICES`.

@@ -29,8 +29,8 @@ from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
 from moe_jax.routing.stats import load_summary
 
-# Kinds of records that are made with the capacity of training, so that a choice
-# is dropped there where training drops it.
+# Kinds of records that are read if the user names none. Both are made with the
+# capacity of training, so that their choices are dropped as in training.
 _PREFERRED_KINDS = ('train', 'train_capacity')
 _QUARTERS = 4
 # Lighter tints of Okabe and Ito's colours, on which black text is read.
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--kind', help=f'{text}; default: {default}, if there are any')
   text = "steps from FIRST on and before LAST; ':' stands for all"
   add('--steps', type=_steps, metavar='FIRST:LAST', default=':', help=text)
-  add('--traceback', action='store_true', help='shows where an error is raised')
+  cli.add_traceback(parser)
   return parser.parse_args(argv)
 
 
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
   """Prints the tables of a trace, and saves its pictures.
 
   Raises:
-    ValueError: The trace cannot be read, or does not fit the other options.
+    ValueError: The trace cannot be read, or lacks the kind or the steps.
   """
   trace = traces.read(options.trace)
   preferred = [kind for kind in _PREFERRED_KINDS if kind in trace.kinds]
@@ -303,7 +303,10 @@ def _texts(
 def _panels(
   panels: Mapping[str, Ratios], labels: tuple[str, str, str]
 ) -> Figure:
-  """A figure of heat maps in a grid, with square cells."""
+  """A figure of heat maps of ratios, by title, in a grid, with square cells.
+
+  `labels` has the figure's title and the labels of the x axis and the y axis.
+  """
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
@@ -315,7 +318,7 @@ def _panels(
 
 
 def _over(counts: Int[np.ndarray, 'rows columns'], chance: Ratios) -> Ratios:
-  """Divides counts by those that chance gives; NaN where those are below 5."""
+  """Divides counts by those of chance; NaN where chance gives fewer than 5."""
   undefined = np.full(chance.shape, math.nan)
   return np.divide(counts, chance, out=undefined, where=chance >= _MIN_CHANCE)
 

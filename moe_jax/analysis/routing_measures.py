@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The tokens in records that are no padding; `rng` draws each `stranger`."""
+  """The records' tokens but padding; `rng` draws one to compare each with."""
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -135,12 +135,15 @@ class Layer(NamedTuple):
     return expert_counts(self.expert, self.info.num_experts)
 
   def first_counts(self, label: Numbers, num_labels: int) -> Table:
-    """The table of first choices by a label of each token."""
+    """Number of first choices by the label of tokens (rows) and by expert.
+
+    `label` has the label of each token, from 0.
+    """
     return joint_counts(label, self.first, (num_labels, self.info.num_experts))
 
   @property
   def by_token(self) -> Int[np.ndarray, 'V E']:
-    """The table of first choices by token id."""
+    """Number of first choices by token id (rows) and by expert."""
     return self.first_counts(self.tokens.token, self.header.vocab_size)
 
 
@@ -155,7 +158,7 @@ def layers_of(
   Args:
     header: The header of the trace.
     records: The records of the trace that are read.
-    seed: Seed of the draws of random other tokens.
+    seed: Seed of the draws of `Tokens.stranger`.
 
   Raises:
     ValueError: There are no records.
@@ -179,10 +182,10 @@ def layers_of(
 
 
 def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
-  """One array of the choices of all batches' tokens, padding included.
+  """Joins the batches' arrays [B, T, K] to [all tokens, K], padding included.
 
-  Where experts choose, batches differ in the most choices of a token; `filler`
-  stands for the choices that the tokens of a batch lack.
+  Where experts choose, batches differ in K, the most choices of a token;
+  `filler` stands for the choices that the tokens of a batch lack.
   """
   K = max(x.shape[-1] for x in batches)
   rows = [x.reshape(-1, x.shape[-1]) for x in batches]
@@ -226,8 +229,8 @@ def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
   Each expert is in as many pairs as before, and no token chooses an expert
   twice: the counts are w_a w_b for a != b, with the weights w that give the
   same sums of rows (quasi-independence, found by iterative proportional
-  fitting). With an even load all counts are equal. If a token could choose an
-  expert twice, random choices would seem to avoid each other.
+  fitting). With an even load all counts are equal. A product of a row's and a
+  column's sum would expect pairs of an expert with itself, and too few others.
 
   Args:
     pairs: Symmetric counts of pairs, 0 on the diagonal.
@@ -247,7 +250,7 @@ def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
 
 
 def repeats(one: Experts, other: Experts) -> Int[np.ndarray, '3']:
-  """Compares the choices of N pairs of tokens, of which `one` has the first.
+  """Compares the choices of N pairs of tokens: row n of `one` and of `other`.
 
   Returns:
     The number of pairs in which both tokens made a choice; how many of these
@@ -287,7 +290,7 @@ def parts_of(position: Numbers, length: int, num_parts: int) -> Numbers:
 def drop_rates(
   expert: Experts, kept: Kept, part: Numbers | None = None, num_parts: int = 1
 ) -> Rates:
-  """The share of choices that are not served, in each part of the tokens.
+  """The share of choices not served, in each part of the tokens.
 
   `part` has the index of each token's part; without it there is one rate for
   all tokens. A part without choices has the rate NaN.
@@ -330,7 +333,7 @@ def entropy(counts: Num[np.ndarray, '...']) -> float:
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:
-  """The entropy of a load divided by ln E; 1 if the load is even."""
+  """The entropy of a load divided by ln E; 1 if it is even, NaN if E is 1."""
   most = math.log(len(load))
   return entropy(load) / most if most else math.nan
 
@@ -338,7 +341,7 @@ def load_evenness(load: Int[np.ndarray, 'E']) -> float:
 def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
   """The mean entropy of tokens' softmax over the E logits, divided by ln E.
 
-  NaN without logits, or with a single one.
+  The result is NaN without logits or tokens, or with a single expert.
   """
   if logits is None or not len(logits) or logits.shape[1] < 2:
     return math.nan
@@ -367,8 +370,8 @@ class Information(NamedTuple):
     shuffled: Mutual information of shuffled labels and expert, in nats,
       averaged over shuffles: what chance gives with as many choices.
     deviation: Standard deviation of `shuffled` over the shuffles.
-    accuracy: Share of choices that are the most frequent expert of their label,
-      counted on the same choices from which the most frequent one is known.
+    accuracy: Share of choices that are the most frequent expert of their label.
+      The same choices tell which expert that is, so the share is optimistic.
     base_rate: Share of choices that are the most frequent expert of all.
   """
 
@@ -388,7 +391,7 @@ class Information(NamedTuple):
 
   @property
   def fraction(self) -> float:
-    """The share of the experts' entropy that is `net`; NaN if it is 0."""
+    """`net` divided by the entropy of the experts; NaN if that entropy is 0."""
     return self.net / self.entropy if self.entropy else math.nan
 
   @property

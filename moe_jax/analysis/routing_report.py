@@ -1,6 +1,6 @@
 """The routing report: tables of the loads and choices in each sparse layer.
 
-The numbers of the tables are sums over the batches of an evaluation.
+The numbers are computed from sums over the batches of an evaluation.
 """
 
 import math
@@ -60,7 +60,7 @@ class ValueTable(NamedTuple):
 
   @property
   def columns(self) -> dict[str, str]:
-    """The format of each column that a row has, by its name."""
+    """The format of each column that some row has, by the column's name."""
     by_type = {int: ',d', float: '.3f', str: ''}
     return {
       name: self.forms.get(name) or by_type[type(value)]
@@ -88,7 +88,7 @@ class ValueTable(NamedTuple):
     return '\n'.join([f'## {self.title}', '', self.note, '', *lines]) + '\n'
 
   def terminal(self) -> Table:
-    """The table for a terminal."""
+    """The table as rich prints it on a terminal."""
     headings, *rows = self.cells()
     table = Table(*headings, title=self.title, box=box.SIMPLE_HEAD)
     table.title_justify, table.padding = 'left', (0, 1, 0, 0)
@@ -122,9 +122,10 @@ def count_tokens(
 ) -> None:
   """Adds how often each token id of a batch chose each expert, before drops.
 
-  Where experts choose tokens, it is how often experts took the token id; where
-  experts mix tokens, every expert takes every token. Every process has to call
-  this function.
+  The numbers are added to `counts`, by layer; `choices` are those of the batch.
+  Where experts choose tokens, this is how often an expert took the token id;
+  where experts mix tokens, every expert takes every token. Every process has to
+  call this function.
   """
   for layer, recorded in (choices or {}).items():
     ids = fetch(batch[f'{model.stacks.sequence_of(layer)}tokens'])
@@ -141,7 +142,7 @@ def tables(
 ) -> list[ValueTable]:
   """A table of the sparse layers, and a table of their busiest experts.
 
-  Ties go to the lower index.
+  Of experts or tokens with equal counts, the lower index comes first.
 
   Args:
     sums: The sums of an evaluation.
@@ -188,13 +189,13 @@ def tables(
 
 
 def _largest(values: Num[np.ndarray, 'n'], at_most: int) -> list[int]:
-  """Indices of the largest values above 0; ties go to the lower index."""
+  """Indices of the `at_most` largest values above 0; ties in order of index."""
   order = np.argsort(-values.astype(np.float64), kind='stable')[:at_most]
   return [int(index) for index in order if values[index] > 0]
 
 
 def _shown(name: str) -> str:
-  r"""A name as a code span, with `␣` for a space and `\n` for a line's end."""
+  r"""A token's name as Markdown code; a space is `␣`, a line's end `\n`."""
   text = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode()
     for c in name.replace(' ', '␣') or "''"

@@ -156,8 +156,8 @@ def commands(run: Run, name: str) -> dict[str, str]:
   options, quote = run.options, shlex.quote
   workdir, quoted = f'--workdir={quote(name)}', quote(name)
   train = f'moe_jax.main --config={quote(f"{name}/{workdir_lib.CONFIG_PY}")}'
-  # The options by which this run itself began with another run get their
-  # defaults: this run's own parameters are to be taken as they are.
+  # In the command to fine-tune this run, the options by which the run itself
+  # began with another get their defaults, since its parameters need no change.
   start = ' '.join(
     quote(f'--config.{leaf.path}={leaf.default}')
     for leaf in keys_of(RunConfig, run.config)

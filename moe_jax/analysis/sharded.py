@@ -1,8 +1,7 @@
-"""The instructions of a compiled step, and the bytes of one device of a mesh.
+"""Reads a compiled step: what a device holds, and what it sends to others.
 
-The text of the program is read. The collectives in the body of a loop count as
-often as the loop runs, which the compiler notes at each loop whose length it
-knows.
+Collectives are found in the text of the program. Those in the body of a loop
+count once for each of its rounds, or once if their number is not known.
 """
 
 import collections
@@ -204,13 +203,17 @@ def device_bytes(tree: Any) -> int:
 
 
 def held_by_evaluations(programs: Programs) -> int:
-  """Bytes that one device holds before a batch of an evaluation is there.
+  """Bytes that one device holds in an evaluation, apart from its batches.
 
-  It then holds the train state, and kernels with merged adapters.
+  They are the train state, and kernels into which adapters have been merged.
   """
-  state = programs.abstract_state
-  params, kernels = flatten(state.params), programs.adapters.kernels
-  return device_bytes((state, [params[path] for path in kernels]))
+  return device_bytes(programs.abstract_state) + merged_bytes(programs)
+
+
+def merged_bytes(programs: Programs) -> int:
+  """Bytes that one device holds of kernels with their adapters added."""
+  params = flatten(programs.abstract_state.params)
+  return device_bytes([params[path] for path in programs.adapters.kernels])
 
 
 def holders(
@@ -328,7 +331,10 @@ def _operands(program: Program, instruction: Instruction) -> list[Instruction]:
 def _sent_bytes(
   program: Program, instruction: Instruction, kind: str, num_devices: int
 ) -> int:
-  """Bytes that a device sends in one collective."""
+  """Bytes that a device sends in one collective, of a `kind` in `KINDS`.
+
+  `num_devices` is the number of all devices.
+  """
   operands = [_type_bytes(x.type) for x in _operands(program, instruction)]
   operand_bytes = sum(operands)
   if kind == 'ragged-all-to-all':

@@ -226,7 +226,7 @@ def check_new(folder: Folder) -> None:
 
 
 def save(folder: pathlib.Path, header: Header, record: Record) -> None:
-  """Writes a record; its file gets its name only when it is complete.
+  """Writes a record; the file gets its name only when it is complete.
 
   Raises:
     ValueError: The record does not fit the header.

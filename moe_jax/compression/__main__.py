@@ -6,9 +6,9 @@
       --share=0.5
     python -m moe_jax.compression COMMAND --help
 
-Each command reads the folder of a run, trained or imported, and writes that of
-a new one. A command that takes --config=own.py reads its data, or what
-its help says, from there, with overrides: --config.data.seq_len=64.
+Each command but rates and keep_logits reads the folder of a run, trained or
+imported, and writes that of a new one. A command that takes --config=own.py
+reads what data to use from there, with overrides: --config.data.seq_len=64.
 """
 
 import argparse
@@ -30,19 +30,23 @@ MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+  """Parses a command; None takes the program's own words.
+
+  Returns:
+    The options, and overrides of a config, such as --config.data.seq_len=64.
+  """
   parser = cli.parser('moe_jax.compression', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
   for module in MODULES:
     module.add(commands)
   for command in commands.choices.values():
-    command.add_argument('--traceback', action='store_true')
-    command.add_argument('--allow_module', action='append', default=[])
+    cli.add_traceback(command)
+    cli.add_allow_module(command)
   return cli.parse_command(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command."""
+  """Runs one command, and prints the text that it returns."""
   print(cli.run_command(*parse(argv)))
 
 

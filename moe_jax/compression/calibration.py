@@ -1,9 +1,9 @@
 """Calibration: the tokens of some batches that reach the experts of a model.
 
-Experts are ranked by statistics of these tokens. Special tokens do not count
-among the inputs of kernels, as in QMoE (https://arxiv.org/abs/2310.16795):
-their representations are large, and the experts' outputs for them do not
-matter.
+Pruning and merging rank experts by statistics of these tokens, and GPTQ rounds
+kernels for them. As inputs of kernels, special tokens do not count, as in QMoE
+(https://arxiv.org/abs/2310.16795): their representations are large, and the
+experts' outputs for them do not matter.
 """
 
 import functools
@@ -32,8 +32,8 @@ from moe_jax.training.trained import Loaded
 
 # The most tokens that an expert keeps, as a multiple of the experts' mean.
 MOST_TOKENS = 4
-# The number of rows of an expert is rounded up to a multiple of this number, so
-# that few programs are compiled.
+# The number of rows (inputs) of experts is rounded up to a multiple of this
+# number, so that few programs are compiled.
 _ROWS_STEP = 64
 _SOWN_NAME = 'reached'
 
@@ -42,7 +42,7 @@ class RoutedTokens(flax.struct.PyTreeNode):
   """The tokens that reach a sparse layer, and where its router sends them.
 
   Attributes:
-    x: float [G, S, M], the inputs of the experts, of the type of products.
+    x: float [G, S, M], the inputs of the experts, in the dtype of products.
     routing: The routing of the G groups of S tokens.
   """
 
@@ -106,8 +106,8 @@ class Rows(NamedTuple):
   """The inputs of the kernels of some experts.
 
   Attributes:
-    x: float [E, R, M], the inputs of each expert, one for each of its tokens,
-      and then zeros.
+    x: float [E, R, M], in each expert's R rows the inputs of its tokens, and
+      then zeros.
     filled: bool [E, R], whether the row is that of a token.
   """
 
@@ -125,7 +125,7 @@ def counted(
 
   Args:
     batch: A batch.
-    prefix: The prefix of the sequence's keys in the batch.
+    prefix: The prefix of the sequence's keys in the batch, '' for a decoder's.
     tokenizer: The tokenizer of the batch; with None no token is special.
   """
   is_counted = np.asarray(batch[f'{prefix}segment_ids']) > 0
@@ -153,8 +153,8 @@ class ExpertTokens:
   ):
     """Sorts the tokens that count by the experts that serve them.
 
-    An expert keeps at most `MOST_TOKENS` times the mean number of tokens of an
-    expert.
+    An expert keeps only its first tokens, if it serves more than `MOST_TOKENS`
+    times as many as an expert does on average.
 
     Args:
       batches: The tokens of each batch with their routing.
@@ -185,7 +185,10 @@ class ExpertTokens:
 
 
 def _chosen(routed_tokens: RoutedTokens, mask: np.ndarray) -> np.ndarray:
-  """Whether each token counts and is served by each expert, bool [N, E]."""
+  """Whether each token counts and is served by each expert, bool [N, E].
+
+  The N tokens are those of all groups; `mask`, bool [B, T], says which count.
+  """
   gates = np.asarray(routed_tokens.routing.token_gates())
   is_counted = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
   return ((gates != 0) & is_counted[..., None]).reshape(-1, gates.shape[-1])
@@ -227,8 +230,8 @@ SCORES: Mapping[str, Callable[[Usage], np.ndarray]] = {
   'usage': lambda usage: usage.choices / max(float(usage.choices.sum()), 1.0),
   # The mean gate over the tokens of the layer.
   'gate': lambda usage: usage.gate / max(float(usage.tokens), 1.0),
-  # The mean of gate times norm of output over the tokens of an expert,
-  # https://arxiv.org/abs/2510.13999.
+  # The mean of gate times norm of the expert's output over the tokens that it
+  # serves, https://arxiv.org/abs/2510.13999.
   'reap': lambda usage: usage.gated_norm / np.maximum(usage.choices, 1.0),
 }
 
@@ -300,7 +303,10 @@ def _layer_usage(
 
 
 def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
-  """The function from an expert's parameters and inputs to its outputs."""
+  """The function from one expert's parameters, by path, and x to its outputs.
+
+  x and the outputs are [G, S, M]; every token is served with a gate of 1.
+  """
   module = layer.moe.expert.experts(Gather(), layer.shared)
 
   def apply_expert(params: Arrays, x: Float[Array, 'G S M']) -> Array:

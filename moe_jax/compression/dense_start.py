@@ -1,11 +1,11 @@
 """Dense feed-forwards made of a sparse layer's experts, concatenated.
 
-The rule of https://arxiv.org/abs/2605.28207: the N experts of the highest
+By the rule of https://arxiv.org/abs/2605.28207, the N experts of the highest
 conditional probability are concatenated into one feed-forward of N times their
-width, whose output is divided by N, since a router would have weighted each by
-about 1/N. The conditional probability of an expert is its mean gate over the
-tokens that it serves. Where the gates of N experts are 1/N for all tokens, the
-dense layer computes what the sparse one did.
+width. Its output is divided by N, since a router would have weighted each of
+them by about 1/N. An expert's conditional probability is its mean gate over the
+tokens that it serves. If the N experts served all tokens with gates of 1/N,
+the dense layer computes what the sparse layer did.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +32,7 @@ from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 def gate_sums(
   routing: Routing,
 ) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
-  """The sum of each expert's gates, and the number of tokens it serves."""
+  """The sum of each expert's gates, and the number of tokens that it serves."""
   gates = routing.token_gates()
   return gates.sum((0, 1)), (gates > 0).sum((0, 1)).astype(gates.dtype)
 
@@ -42,8 +42,9 @@ def rank(
 ) -> tuple[int, ...]:
   """The indices of experts by falling conditional probability.
 
-  The arguments are what `gate_sums` returns. Ties go to the lower index;
-  experts that serve no token are last.
+  `gates` has the sum of each expert's gates, and `tokens` the number of tokens
+  that it serves. Ties go to the lower index; experts that serve no token are
+  last.
   """
   probability = np.where(tokens > 0, gates / np.maximum(tokens, 1), -1.0)
   return tuple(np.argsort(-probability, kind='stable').tolist())
@@ -67,8 +68,8 @@ def best_experts(
     batches: The batches of data, at least one, on which experts are ranked.
 
   Raises:
-    ValueError: The models do not fit, or the width of a feed-forward is no
-      multiple of the width of an expert.
+    ValueError: The sparse model has no experts, or shared ones; or a layer's
+      width, activation or biases in the dense model do not fit its experts.
   """
   counts = {
     layer: _num_experts(model, source, layer)
@@ -132,6 +133,11 @@ def concatenated(
 def _num_experts(model: Model, source: Model, layer: int) -> int:
   """The number of experts that together are as wide as a dense feed-forward.
 
+  Args:
+    model: The dense model, whose feed-forward it is.
+    source: The sparse model, whose experts they are.
+    layer: The index of the layer, in both models.
+
   Raises:
     ValueError: No number of experts has that width, a layer has a shared
       expert, activations or biases differ, or the new layer is not dense.
@@ -166,7 +172,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
 
 
 def _block(model: Model, layer: int) -> tuple[BlockConfig, MoeOptions | None]:
-  """The options of a layer's block, and of its experts if it is sparse."""
+  """The options of a layer's block, and those of its experts, None if dense."""
   return [
     (stack.block, kind.moe)
     for stack in model.stacks.blocks

@@ -4,8 +4,8 @@
 
 The teacher's soft labels are mixed with hard ones, as in
 https://arxiv.org/abs/1503.02531 and in section 4.2 of Switch Transformers
-(https://arxiv.org/abs/2101.03961). The hook `Distilling` wraps the step, and
-gives the parameters to begin with.
+(https://arxiv.org/abs/2101.03961). The hook `Distilling` puts the soft labels
+into the training step, and gives the parameters to begin with.
 """
 
 import dataclasses
@@ -103,7 +103,8 @@ class Teacher:
     """The teacher's variables on the run's devices, with their step.
 
     Raises:
-      ValueError: The teacher has no such checkpoint, or it is of another model.
+      ValueError: No checkpoint has the step, or the checkpoint is of another
+        model than the teacher's config describes.
       CheckpointError: The checkpoint is not good.
     """
     return trained.restore_variables(
@@ -116,7 +117,7 @@ class Teacher:
 
   @property
   def step(self) -> int:
-    """The step of the teacher's checkpoint, read if the options name none."""
+    """The step of the teacher's checkpoint, the newest if options name none."""
     pinned = self._pinned_step
     return self.restored.step if pinned is None else pinned
 
@@ -127,12 +128,12 @@ class Teacher:
     The manifest has the sha256 of every other file.
 
     Raises:
-      ValueError: The teacher has no such checkpoint.
+      ValueError: The teacher has no checkpoint of `step`.
     """
     return trained.checkpoint_digest(self.folder, self.step)
 
   def keep_to(self) -> None:
-    """Notes the teacher's checkpoint in the run's folder.
+    """Notes the teacher's checkpoint in the run's folder, for resumed runs.
 
     Raises:
       ValueError: The run has begun with another checkpoint: its step is the
@@ -172,7 +173,7 @@ class Distilling(Hook):
   def check(self, run: Run) -> None:
     """Checks the teacher or the run of `config.init_from`, without any arrays.
 
-    A run that has a checkpoint no longer needs the run of `config.init_from`.
+    The run of `config.init_from` is not checked if this run has a checkpoint.
     """
     options = _options(run)
     if options.teacher:
@@ -182,14 +183,14 @@ class Distilling(Hook):
     finetuning.check(run, self.allow)
 
   def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
-    """The variables that a run begins with; see `training.setup.Initial`.
+    """The variables that a run begins with, and a line that says which.
 
-    The variables come from the teacher, as `distill.start` says, or from
-    `config.init_from`.
+    They come from the teacher, as `distill.start` says, or from
+    `config.init_from`; None if both name no run.
 
     Raises:
-      ValueError: The teacher does not fit the run; or see
-        `finetuning.initial`.
+      ValueError: The teacher, or the run of `config.init_from`, cannot be read
+        or does not fit the run.
       CheckpointError: No checkpoint is good.
     """
     options = _options(run)
@@ -199,7 +200,9 @@ class Distilling(Hook):
     return _begin_with(run, options, self._teacher)
 
   def start(self, run: Run) -> Run | None:
-    """Wraps the step, and notes the teacher in the run's folder.
+    """Puts soft labels into the run's step; None if the run learns from none.
+
+    The teacher is noted in the run's folder.
 
     Raises:
       ValueError: The teacher or the folder of logits does not fit the run, or
@@ -248,7 +251,8 @@ def _begin_with(
 
   The teacher's parameters are copied, all but those of experts and routers.
   Where the teacher's layer is sparse, the student's feed-forward is drawn from
-  the seed, or made of the teacher's experts.
+  the seed, or made of the teacher's experts. ValueError is raised where the
+  parameters do not fit the student.
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)
@@ -299,8 +303,8 @@ def soft_cross_entropy(
     logits: The teacher's logits or log-probabilities, through which no gradient
       flows.
     temperature: T.
-    ids: The ids of the tokens that `logits` is about, in any order; None if
-      `logits` is about all V. Tokens that are left out count as impossible.
+    ids: The ids of the L tokens that `logits` is about, in any order; None if
+      it is about all V. The teacher gives other tokens the probability 0.
   """
   labels = jax.nn.softmax(jax.lax.stop_gradient(logits) / temperature)
   log_probs = jax.nn.log_softmax(outputs / temperature)
@@ -316,7 +320,7 @@ def mixed(
 
   Args:
     model: The student.
-    options: The two weights; with `hard_weight` 0 the own loss is left out.
+    options: The two weights; a `hard_weight` of 0 leaves out the model's loss.
     soft: The function (student's logits, batch) to the nats of each token. It
       is given zeros as the logits of tokens with loss weight 0.
   """
@@ -333,7 +337,7 @@ def mixed(
 
 @dataclasses.dataclass(frozen=True)
 class TaughtStep:
-  """A training step (state, batch) that also hands over the teacher's arrays.
+  """A training step (state, batch) that gives `stage` the teacher's arrays.
 
   The step is lowered and compiled like a function that `jax.jit` returns.
 
@@ -341,7 +345,7 @@ class TaughtStep:
     stage: The function (teacher's arrays, state, batch) that is called, or a
       stage of its compilation.
     arrays_of: The function from the state to the teacher's variables or logits.
-    like: Arrays like the teacher's, or their shapes with shardings.
+    like: Arrays like the teacher's, or shapes with shardings, for `lower`.
   """
 
   stage: Any
@@ -349,7 +353,7 @@ class TaughtStep:
   like: Any
 
   def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> Any:
-    """The new state and the metrics; see `training.step.train_step`."""
+    """The state after one step, and the metrics of the step."""
     return self.stage(self.arrays_of(state), state, batch)
 
   def lower(self, state: Any, batch: Any) -> 'TaughtStep':
@@ -370,9 +374,10 @@ def _taught_step(
 ) -> TaughtStep:
   """A training step that also learns from the teacher's soft labels.
 
-  The labels are stored, or the teacher computes them for each microbatch. It
-  runs as in its evaluation: dropout and routers' noise are off, and tokens
-  beyond the capacity of evaluation are dropped.
+  The labels are stored, or the teacher computes them for each microbatch. The
+  teacher runs as in evaluation: dropout and routers' noise are off, and tokens
+  beyond the capacity of evaluation are dropped. ValueError is raised where the
+  stored logits are of another teacher or of other batches.
   """
   model, stored = teacher.model, None
   if options.logits:

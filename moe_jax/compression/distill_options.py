@@ -11,7 +11,7 @@ NONE, NON_EXPERTS, CONCATENATED = 'none', 'non_experts', 'concatenated'
 
 @dataclasses.dataclass(frozen=True)
 class DistillOptions(Options):
-  """Another run whose model teaches this run's model."""
+  """Options of distillation from another run, whose model is the teacher."""
 
   teacher: str = option(
     '',

@@ -63,14 +63,14 @@ def extract(
   those of the whole model, but for rounding.
 
   Args:
-    options: The options of the whole model, with the sizes of its data.
+    options: The options of the whole model, vocabulary and tasks filled in.
     params: The parameters of the whole model.
     task: The index of the task.
 
   Raises:
-    ValueError: No layer routes by task, experts are no feed-forwards, layers
-      that route by task have merged experts or uneven numbers of experts, or
-      kernels are quantised.
+    ValueError: No layer routes by task; in a layer that does, experts are no
+      feed-forwards, or there are merged or shared experts or another number of
+      them than in other layers; or kernels are quantised.
   """
   code_trees.check_plain(options, 'the model')
   model = options.build()
@@ -102,7 +102,18 @@ def _routes_by_task(moe: MoeOptions | None) -> TypeGuard[MoeOptions]:
 def _with_dense_layers(
   stack: Params, moe: MoeOptions, shared: Shared, task: int
 ) -> Params:
-  """A stack's parameters with a dense layer in place of each sparse one."""
+  """A stack's parameters with a dense layer in place of each sparse one.
+
+  Args:
+    stack: The parameters of an encoder or decoder, in which layers are stacked.
+    moe: The options of its sparse layers, which route by task.
+    shared: The settings that all layers of the model share.
+    task: The index of the task.
+
+  Raises:
+    ValueError: Experts are no feed-forwards, shared, merged or of uneven
+      numbers; or the router's choices depend on more than the task.
+  """
   if not isinstance(moe.expert, FeedForwardExpert):
     raise InputError(
       f'experts of {type(moe.expert).__name__} cannot become one dense '
@@ -120,7 +131,7 @@ def _with_dense_layers(
     )
 
   def dense(layers: Params) -> Params:
-    """The stacked dense layers that are made of stacked sparse layers."""
+    """The parameters [L, ...] of L dense layers, from those of sparse ones."""
     choice = functools.partial(choice_of_task, moe, shared, task=task)
     index, gate = jax.vmap(choice)(layers)  # [L, S, K]
     if (index != index[:, :1]).any() or (gate != gate[:, :1]).any():
@@ -146,12 +157,14 @@ def _with_dense_layers(
 def choice_of_task(
   moe: MoeOptions, shared: Shared, params: Mapping[str, Any], task: int
 ) -> tuple[Int32[Array, 'S K'], Float32[Array, 'S K']]:
-  """The experts and gates of a task in inference, for some random tokens.
+  """The indices and gates of a task's experts, for S random tokens.
+
+  All tokens have the same, if the router reads only tasks. Noise is off.
 
   Args:
     moe: The options of the layer.
     shared: The settings that all layers of the model share.
-    params: The parameters of the layer.
+    params: The parameters of the layer, a single one.
     task: The index of the task.
   """
   router = moe.router.module(moe.sizes, shared, 'router')
@@ -175,7 +188,8 @@ def as_one(
   """The parameters of a feed-forward of width K*F that sums K experts.
 
   Args:
-    experts: The parameters of E feed-forwards, [E, ...] each; see `FfnLayer`.
+    experts: The parameters of E feed-forwards, [E, ...] each, by name: 'w_in',
+      'w_out' and, where experts have them, gates and biases.
     index: The indices of the K experts.
     gate: The weight of each of the K experts in the sum.
   """
@@ -196,7 +210,10 @@ def as_one(
 
 
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
-  """The options of a stack's sparse layers, made dense if routed by task."""
+  """The options of a stack's mixture of experts, made dense if routed by task.
+
+  `half` has the options of the encoder's or decoder's layers.
+  """
   moe = half.moe
   if not half.routes_by_task:
     return moe
@@ -213,7 +230,8 @@ def of_run(run: Loaded, task: str) -> Extracted:
   """The model of one task of a run, by the task's name.
 
   Raises:
-    ValueError: The run has no such task, or see `extract`.
+    ValueError: The run has no such task or no router by task, or its experts
+      cannot become a dense feed-forward.
   """
   tasks = run.options.data.tasks
   if run.options.model.routes_by_task and task not in tasks:

@@ -13,7 +13,7 @@ choices. For a token whose choices all stay:
   g / (1 - p), where p is the sum of the probabilities of the pruned experts. So
   the layer's output y becomes y / (1 - p).
 
-Where a token chooses groups of experts first, all groups keep equally many.
+Where a token chooses groups of experts first, all groups keep the same number.
 """
 
 import dataclasses
@@ -88,8 +88,8 @@ def calibrated(
     options: The options of other data; None takes those of the run.
 
   Raises:
-    ValueError: The model's experts cannot be merged or pruned, or see
-      `calibration.batches`.
+    ValueError: The model's experts cannot be merged or pruned, or
+      `calibration.batches` refuses the data.
   """
   code_trees.check_plain(run.options.model, run.folder)
   layers = sparse_layers(run.model, run.variables)
@@ -156,9 +156,10 @@ def numbers_by_share(
 
   Scores are divided by the largest of their layer, as in M-SMoE; the experts of
   the highest scores stay, whatever their layer, and at least K of each layer.
+  Of equal scores that in the lower layer stays.
 
   Args:
-    share: The share of all experts that stay, in (0, 1].
+    share: The share of all experts that stay, in (0, 1]; else ValueError.
     scores: The score of each expert, by layer.
     layers: The sparse layers.
   """
@@ -179,7 +180,11 @@ def numbers_by_share(
 def check_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> None:
-  """Raises ValueError if a layer's groups cannot keep equally many experts."""
+  """Raises ValueError if a layer's groups cannot keep equally many experts.
+
+  `counts` has the number of experts that stay in each layer; groups are those
+  of a router whose tokens choose groups of experts first.
+  """
   for n, layer in layers.items():
     if counts[n] % (num_groups := _groups(layer)):
       raise InputError(
@@ -191,9 +196,9 @@ def check_groups(
 def in_groups(
   layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
 ) -> dict[int, int]:
-  """The numbers of experts that stay, rounded up for groups of experts.
+  """The `counts` of experts that stay, by layer, rounded up to fit the groups.
 
-  Each group of a layer keeps equally many experts.
+  They become multiples of the number of groups from which tokens choose first.
   """
   return {
     n: -(-counts[n] // _groups(layer)) * _groups(layer)
@@ -202,7 +207,7 @@ def in_groups(
 
 
 def _groups(layer: SparseLayer) -> int:
-  """The number of groups that tokens first choose among, before experts."""
+  """The number of a router's groups of experts; 1 if it has no groups."""
   return getattr(layer.moe.router, 'expert_groups', 1)
 
 
@@ -234,6 +239,8 @@ def prune(
 def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
   """The layer with some experts alone, and their columns of the router.
 
+  `experts` are the indices of the experts that stay, ascending.
+
   Raises:
     ValueError: Fewer experts would stay than a token chooses, or groups of
       experts would differ in their size.
@@ -261,9 +268,10 @@ def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
 def smaller(
   run: Loaded, new_layers: Mapping[int, SmallerLayer]
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """The options and the variables of the model with fewer experts.
+  """The options and the variables of a run's model with fewer experts.
 
-  The balancing bias of a pruned expert is removed with its router column.
+  With the router column of a pruned expert, the bias is removed that balances
+  the expert's load, if the router has such biases.
 
   Args:
     run: The run.
@@ -271,7 +279,8 @@ def smaller(
       are.
 
   Raises:
-    ValueError: Some layers have pruned experts, and others merged experts.
+    ValueError: A layer would have merged experts, and also fewer router columns
+      than another layer.
   """
   model = run.model
   layers = sparse_layers(model, run.variables)
@@ -316,8 +325,8 @@ def without(run: Loaded, lost: Mapping[int, Collection[int]]) -> Loaded:
     lost: The indices of the experts to remove, by the index of their layer.
 
   Raises:
-    ValueError: A layer is not sparse, has no such expert or would keep fewer
-      than a token chooses, or see `check_layer` and `only`.
+    ValueError: A layer is not sparse, lacks the expert, has merged experts, or
+      would keep fewer than a token chooses or groups of unequal size.
   """
   layers = sparse_layers(run.model, run.variables)
   new_layers = {}

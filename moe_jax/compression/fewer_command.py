@@ -5,8 +5,8 @@
     python -m moe_jax.compression prune --run=runs/tiny --output=runs/half \
       --share=0.5 --score=reap
 
-Experts are measured on batches of training data. Recovery is training
-afterwards: distillation with the original run as the teacher.
+Experts are measured on batches of training data. Training afterwards, with the
+original run as the teacher (distillation), recovers what was lost.
 """
 
 import argparse
@@ -45,7 +45,12 @@ def add(commands: Any) -> None:
       'proportion to the largest of their layer, at least K in each'
     )
     number.add_argument('--share', type=cli.SHARE, help=text)
-    add('--batches', type=cli.POSITIVE, default=8)
+    add(
+      '--batches',
+      type=cli.POSITIVE,
+      default=8,
+      help='of the training split',
+    )
     add('--config', default='', help="config of other data than the run's")
     if verb == 'prune':
       text = (

@@ -3,7 +3,8 @@
 The method is GPTQ's, https://arxiv.org/abs/2210.17323. Damping, the fallback to
 the nearest value and experts without tokens are treated as in QMoE,
 https://arxiv.org/abs/2310.16795. A kernel is [*E, I, O], for I inputs and O
-output units; the papers' weight matrices have output units as rows.
+output units; in formulas W and its rounded Q are as in the papers, [O, I], and
+H, [I, I], is the Hessian X^T X of the inputs X of the kernel.
 """
 
 import functools
@@ -18,7 +19,8 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.shapes import Array, Bool, Float, Float32, Int8, UInt8, checked
 
 # The share of the mean of the Hessian's diagonal that is added to the diagonal,
-# and the least number that is added.
+# and the least number that is added, so that a Hessian of few tokens, which is
+# singular, has an inverse.
 DAMPING, LEAST_DAMPING = 0.1, 1e-6
 # The number of inputs whose errors are passed on to later inputs together.
 BLOCK = 128
@@ -27,6 +29,8 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 class Factor(NamedTuple):
   """The triangular factors of the inverses of Hessians H, which rounding reads.
+
+  H is the Hessian of a kernel's I inputs, with damping.
 
   Attributes:
     upper: float32 [*E, I, I], the upper triangular U with inverse(H) = U^T U;
@@ -43,7 +47,7 @@ class Factor(NamedTuple):
 def hessian(
   x: Float[Array, '*E R I'], counted: Bool[Array, '*E R']
 ) -> Float32[Array, '*E I I']:
-  """X^T X of the inputs of each kernel, over the rows that count."""
+  """X^T X of the inputs [R, I] of each kernel, over the rows that count."""
   x = jnp.where(counted[..., None], x, 0).astype(jnp.float32)
   return jnp.matmul(x.swapaxes(-1, -2), x, precision=_EXACT)
 
@@ -59,8 +63,8 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
   identity = jnp.broadcast_to(jnp.eye(size), h.shape)
   diagonal = jnp.diagonal(h, axis1=-2, axis2=-1).mean(-1)[..., None, None]
   damped = h + identity * jnp.maximum(DAMPING * diagonal, LEAST_DAMPING)
-  # With rows and columns in reverse order, the lower factor of H is an upper
-  # factor, and its inverse is the factor of the inverse.
+  # The lower factor of H with rows and columns in reverse order is, reversed
+  # again, an upper R with H = R R^T. So inverse(H) = U^T U for U = inverse(R).
   lower = jnp.linalg.cholesky(damped[..., ::-1, ::-1])
   upper = jax.scipy.linalg.solve_triangular(lower[..., ::-1, ::-1], identity)
   fails = ~jnp.isfinite(upper).all((-2, -1))
@@ -72,10 +76,11 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
 def gptq(
   w: Float[Array, '*E I O'], format: KernelFormat, grid: Grid, factor: Factor
 ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
-  """Rounds one input's weights after another; later weights make up the error.
+  """Rounds weights input by input; those of later inputs make up for errors.
 
-  Where the factor is the identity, weights are rounded to the nearest value,
-  bit for bit.
+  `grid` says which number each code of `format` stands for; `factor` is made of
+  the Hessians of the kernels' inputs. Where the factor is the identity, weights
+  are rounded to the nearest value, bit for bit.
 
   Returns:
     The integer codes of the weights on `grid`, which does not change.
@@ -87,7 +92,11 @@ def gptq(
 
 
 def _sweep(format, w, grid, upper):
-  """The integer codes of one kernel [I, O], rounded by GPTQ."""
+  """The integer codes of one kernel w, float32 [I, O], rounded by GPTQ.
+
+  `format` and `grid` are those of the codes; `upper`, [I, I], is the factor of
+  the inverse Hessian of the kernel's inputs.
+  """
   inputs, units = w.shape
   block = min(BLOCK, inputs)
   padding = -inputs % block
@@ -137,14 +146,17 @@ def error(
 class Outcome(NamedTuple):
   """Some quantised kernels, and the errors of GPTQ and of nearest rounding.
 
+  An error is tr((W - Q) H (W - Q)^T), the squared change of a kernel's outputs
+  by rounding W to Q, for the Hessian H of its inputs.
+
   Attributes:
     codes: uint8 or int8 [E, I, O], the integer codes of the kernels, as the
       chosen method rounds them.
     grid: The grid of values that the codes point to.
     values: float32 [E, I, O], the values that the codes stand for.
-    rtn: float32 [E], tr((W - Q) H (W - Q)^T) of rounding to the nearest value.
-    gptq: float32 [E], tr((W - Q) H (W - Q)^T) of rounding by GPTQ.
-    total: float32 [E], tr(W H W^T).
+    rtn: float32 [E], the error of rounding to the nearest value.
+    gptq: float32 [E], the error of rounding by GPTQ.
+    total: float32 [E], tr(W H W^T), the squared outputs.
     plain: bool [E], whether GPTQ took the identity for H.
   """
 
@@ -159,9 +171,10 @@ class Outcome(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames='format')
 def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
-  """Rounds to the nearest value; errors are squares of weights, as with H = I.
+  """Rounds to the nearest value; errors are squared changes of weights.
 
-  With H = I GPTQ rounds to the nearest value, too, so both errors are equal.
+  These are the errors for the identity as the Hessian of the inputs, with which
+  GPTQ, too, rounds to the nearest value, so that `rtn` and `gptq` are equal.
   """
   grid = format.grid(w)
   codes = format.codes(w, grid)
@@ -201,6 +214,9 @@ def feed_forwards(
     p: The parameters of the E feed-forwards, each [E, ...].
     rows: The inputs of the feed-forwards.
     format: The format of the quantised kernels.
+
+  Returns:
+    The outcome of each kernel by its name, such as 'w_in' and 'w_out'.
   """
   p, h = dict(p), hessian(*rows)
   outcomes = {}

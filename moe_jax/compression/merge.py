@@ -47,8 +47,7 @@ def merge(
     rule: One of `GROUPINGS`.
 
   Raises:
-    ValueError: The similarity is unknown, or layers have been pruned or merged
-      before.
+    ValueError: The similarity is unknown, or the experts have no hidden units.
   """
   new_layers = {}
   for n, layer in original.layers.items():
@@ -62,7 +61,8 @@ def merge(
 def merged(layer: SparseLayer, usage: Usage, groups: Groups) -> SmallerLayer:
   """The layer with each group of experts merged into one expert.
 
-  A group of a single expert is copied bit for bit.
+  `groups` has the indices of the experts of each group, and `usage` gives their
+  weights. A group of a single expert is copied bit for bit.
   """
   experts = {path: np.asarray(x) for path, x in layer.experts.items()}
   means = {path: [] for path in experts}
@@ -93,9 +93,9 @@ def aligned(
   experts are compared and averaged after a permutation of these units: step 1
   of M-SMoE.
 
-  The fit of two units is the sum of the products of all their weights. The
-  paper's code takes the weights of the first and last kernel alone, but gated
-  experts have a third kernel, and there may be biases.
+  The fit of two units is the sum of the products of all their weights. M-SMoE's
+  code takes the weights of the first and last kernel alone, but gated experts
+  have a third kernel, and there may be biases.
 
   Args:
     experts: The parameters of experts, [E, ...], by path.
@@ -156,6 +156,8 @@ def distances(
 ) -> Float[np.ndarray, 'E E']:
   """The distances between all pairs of experts of a layer.
 
+  `group_by` is a key of `SIMILARITIES`; `usage` has the experts' statistics.
+
   Raises:
     ValueError: The similarity is unknown.
   """
@@ -193,6 +195,11 @@ def cores(
 
   Source: step 3 of M-SMoE, https://arxiv.org/abs/2310.01334. Ties go to the
   lower index.
+
+  Args:
+    distance: The distances between all pairs of experts.
+    usage: The statistics of the experts, by which the most used are found.
+    num_groups: E', in [1, E].
   """
   most_used = np.argsort(-SCORES['usage'](usage), kind='stable')[:num_groups]
   labels = np.argmin(distance[:, np.sort(most_used)], axis=1)
@@ -204,6 +211,6 @@ GROUPINGS = {'clusters': clusters, 'cores': cores}
 
 
 def _in_order(labels: np.ndarray) -> Groups:
-  """The groups of experts with equal labels, ordered by their lowest index."""
+  """The groups of experts with equal labels [E], ordered by lowest index."""
   groups = [tuple(np.flatnonzero(labels == g).tolist()) for g in set(labels)]
   return tuple(sorted(groups))

@@ -68,15 +68,15 @@ def quantize(
 
   Returns:
     Numbers about all kernels: 'rtn error' and 'gptq error', the mean over
-    layers of the squared change of outputs over the squared outputs; 'zeros',
-    the share of weights that are 0; 'code bits', the bits of codes for each
-    weight; 'metadata bits', those of all else that is stored, such as scales,
-    offsets and what fills up kernels of fewer codes; 'bytes' and 'bytes
-    before', of all parameters in memory.
+    layers of the squared change of outputs over the squared outputs ('rtn'
+    takes weights in place of outputs); 'zeros', the share of weights that are
+    0; 'code bits', the bits of codes for each weight; 'metadata bits', those of
+    all else that is stored, such as scales, offsets and what fills up kernels
+    of fewer codes; 'bytes' and 'bytes before', of all parameters in memory.
 
   Raises:
-    ValueError: The run cannot be quantised in this way, or `output` is not
-      empty.
+    ValueError: The model is quantised already, or has no experts in blocks or
+      experts that are no feed-forwards; or `output` is not empty.
   """
   if method not in METHODS:
     raise unknown('method', method, METHODS)
@@ -171,7 +171,17 @@ def _round(
   format: KernelFormat,
   batches: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, Outcome], list[int]]:
-  """Rounds the kernels of a layer, by GPTQ if there are batches.
+  """Rounds the kernels of a layer by GPTQ, or without batches to the nearest.
+
+  Args:
+    run: The run, with the kernels before rounding.
+    params: All parameters, with the kernels of earlier layers rounded; from
+      these the inputs of the layer are computed.
+    layer: The index of the layer.
+    p: The parameters of the layer's experts, [E, ...], by the last part of
+      their names.
+    format: The format of the quantised kernels.
+    batches: Batches of calibration data; if empty, the model is not run.
 
   Returns:
     The outcome of each kernel, and the indices of the experts that no counted
@@ -207,8 +217,10 @@ def report(
   """Numbers about the kernels of a layer, and a line that prints them.
 
   Errors are the squared changes of the kernels' outputs divided by the squared
-  outputs. The line names experts for which H = I, because no counted token
-  reaches them, their inputs are all zero, or the factorisation failed.
+  outputs; 'zeros', 'weights' and 'code bits' are counts over all kernels.
+  The line names experts that GPTQ rounds to the nearest value: it takes their
+  Hessian H for the identity, as no counted token reaches them, their inputs are
+  zero, or the factorisation fails.
 
   Args:
     outcomes: The outcome of each kernel.
@@ -260,7 +272,11 @@ def add(commands: Any) -> None:
   add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
-  add('--batches', type=cli.POSITIVE, help=f'{BATCHES} if left out')
+  add(
+    '--batches',
+    type=cli.POSITIVE,
+    help=f'of the training split, for gptq ({BATCHES})',
+  )
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> str:

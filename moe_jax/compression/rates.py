@@ -15,8 +15,8 @@ from moe_jax import cli
 from moe_jax.kernels import ternary
 from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
 
-# The paper's widest models have rows of 6144 weights; 64 is as narrow as the
-# models in tests.
+# The default probabilities of a zero and widths of rows, from the widest of
+# arXiv:2310.16795 to the narrowest of models in tests.
 ZEROS, WIDTHS = (0.80, 0.857, 0.885, 0.95), (6144, 3072, 768, 64)
 # The number of weights, at most, that a rate is measured on.
 _SAMPLE = 1 << 21
@@ -38,7 +38,11 @@ class Bits(NamedTuple):
 
 
 def measured(width: int, zeros: float, seed: int = 0) -> Bits:
-  """The bits per weight of one random matrix of about two million weights."""
+  """The bits per weight of one random matrix of about two million weights.
+
+  `width` is the number of weights of a row, and `zeros` the probability of a
+  zero.
+  """
   rows = max(_SAMPLE // width, 1)
   draw = np.random.default_rng(seed).random((rows, width), np.float32)
   half = (1 - zeros) / 2
@@ -68,8 +72,9 @@ def predicted(width: int, zeros: float) -> float:
   last = np.outer(weight, [1, 0, 0, 0]).reshape(-1) if width % 2 else pair
   ends = _ends(weight)
   steps = -(-width // 2)
-  # begins[MOST_PAIRS + t, a]: the probability that a code begins at pair t of
-  # the row and that this pair is a. The first MOST_PAIRS rows are zeros.
+  # begins[MOST_PAIRS + t, a] is the probability that a code begins at pair t of
+  # the row and that this pair has the index a. The first MOST_PAIRS rows stay
+  # zeros, since no code begins before the row.
   begins = np.zeros((MOST_PAIRS + steps, 16))
   for t in range(steps):
     before = begins[t : t + MOST_PAIRS][::-1]  # by length of the ended code
@@ -80,6 +85,9 @@ def predicted(width: int, zeros: float) -> float:
 
 def _ends(weight: np.ndarray) -> np.ndarray:
   """The probability that a code that begins with pair a ends before pair b.
+
+  `weight`, [4], has the probability of each weight w, which is -1, 0 or 1, at
+  the index w & 3. The pair of weights (v, w) has the index 4 (v & 3) + (w & 3).
 
   Returns:
     [14 * 16, 16], indexed by (16 d + a, b): the probability that d pairs follow

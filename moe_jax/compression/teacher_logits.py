@@ -5,10 +5,10 @@
 
 The folder has an array of rows, `np.load('logits/rows.npy', mmap_mode='r')`,
 and a manifest, which is written last: what a killed command left is no folder
-of logits, and the same command begins anew. Kept are the logarithms of the
-`top` largest probabilities of each token, and their ids; the manifest says how
-much probability that leaves out. Row r is row r of the stream of a run with the
-same data and seed.
+of logits, and the same command begins anew. A row has, for each token, the
+logarithms of the `top` largest probabilities and their ids; the manifest says
+how much probability that leaves out. Row r is for row r of the stream of
+examples that a run with the same data and seed reads.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class StoredLogits:
     num_rows: The number of rows.
     left_out_mean: The probability, at temperature 1, of the tokens that are not
       among the `top` ones, averaged over the tokens of the rows.
-    left_out_max: The largest such probability of any token of the rows.
+    left_out_max: The largest probability that is left out at any token.
     rows_sha256: The sha256 of the file of rows.
   """
 
@@ -92,7 +92,7 @@ class StoredLogits:
     )
 
   def describe(self) -> str:
-    """A line on the logits' size, and on the probability of other tokens."""
+    """A line on the logits' size, and on the probability they leave out."""
     size = self.num_rows * self.row_type.itemsize
     full_size = 4 * self.num_rows * self.length * self.vocab_size
     return (
@@ -180,11 +180,7 @@ class StoredLogits:
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
-    """Checks that the logits were stored for the targets of batch `number`.
-
-    Raises:
-      ValueError: The run's batch has other targets.
-    """
+    """Raises ValueError if the targets of batch `number` are not the stored."""
     targets = fetch(next(run.batches(number))['targets'])
     first = run.row_offset + number * run.options.batch_size
     rows = self.rows[first:][: len(targets)]
@@ -196,7 +192,10 @@ class StoredLogits:
 
 
 def row_digests(targets: Any) -> np.ndarray:
-  """The first 8 bytes of the sha256 of each row of targets, uint64 [R]."""
+  """The first 8 bytes of the sha256 of each of R rows of targets, uint64 [R].
+
+  `targets` are token ids, [R, T].
+  """
   rows = np.asarray(targets, np.int32)
   digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
   return np.frombuffer(b''.join(digests), np.uint64)
@@ -235,8 +234,8 @@ def largest(
 ]:
   """Ids and log-probabilities of the likeliest tokens, largest first.
 
-  The last of the three results is the summed probability of all other tokens;
-  it is 0 where the loss weight is 0.
+  The last of the three results is the summed probability of all other tokens,
+  or 0 where the loss weight is 0.
   """
   logits, _ = model.apply(variables, **model.inputs(batch))
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))

@@ -19,9 +19,14 @@ from moe_jax.training.trained import Loaded
 
 
 def read(workdir: str | os.PathLike[str], **arguments: Any) -> Loaded:
-  """Reads a run onto the first local device, also one without a tokenizer.
+  """Reads a run, which may lack a tokenizer, onto the first local device.
 
-  Arguments and errors are those of `trained.load`.
+  `arguments` are arguments of `trained.load`, such as `step`, where None is the
+  newest good checkpoint, and `allow`, modules whose classes may be imported.
+
+  Raises:
+    ValueError: The folder lacks something, or its files do not fit together.
+    CheckpointError: No checkpoint is good.
   """
   return trained.load(workdir, tokenizer_needed=False, **arguments)
 
@@ -38,8 +43,7 @@ def write(
 
   Like the folder of an imported model, the new folder serves for training,
   evaluation, generation and export. `config.sample.task` becomes '' if no
-  router of the new model goes by task, since a config with such a task would be
-  refused.
+  router of the new model goes by task, since the config would be refused.
 
   Args:
     run: The run whose model the new parameters were made of.
@@ -53,7 +57,7 @@ def write(
     The new folder.
 
   Raises:
-    ValueError: `output` holds something else.
+    ValueError: `output` is not empty.
   """
   changes = {}
   if model is not None:

@@ -38,7 +38,7 @@ from moe_jax.errors import InputError, writing
 FORMAT = 3  # version of the cache's folders, a part of their names
 SMALL = 2**20
 # A file that was written less than so many seconds before it was read is read
-# again the next time, as its times may not tell a later change.
+# again the next time, as a later change may have left its times the same.
 _REST_SECONDS = 2
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
@@ -142,8 +142,8 @@ def _new_folder(folder: pathlib.Path, alone: bool) -> Iterator[pathlib.Path]:
       prefix=prefix, dir=parent, ignore_cleanup_errors=True
     ) as private_parent,
   ):
-    # The folder lies within the temporary folder, as other users cannot read a
-    # temporary folder itself.
+    # The new folder lies within the temporary folder, as the mode of the latter
+    # keeps other users out and would remain when it is renamed.
     unfinished = pathlib.Path(private_parent) / folder.name
     unfinished.mkdir()
     yield unfinished
@@ -177,7 +177,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   that killed commands have left beside `folder` are removed.
 
   Raises:
-    ValueError: `folder` is neither new nor empty.
+    ValueError: `folder` is neither new nor empty, or is a mount point.
   """
   folder = folder.resolve()
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_free(folder: pathlib.Path) -> None:
-  """Raises ValueError for a mount point or a folder that is not empty."""
+  """Raises ValueError for a file, a mount point or a folder with content."""
   if os.path.ismount(folder):
     raise InputError(f'{folder} is a mount point; give a new folder in it')
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -200,13 +200,13 @@ def verify(folder: pathlib.Path, *, digests: bool, where: str = '') -> None:
   """Raises ValueError unless a folder's files are as they were written.
 
   Digests of large files are checked only with `digests`. The message advises to
-  delete the folder, and calls it `where` if that is given.
+  delete the folder, which it calls `where`, or by its path if `where` is ''.
   """
   try:
     text = read_text(folder / LIST)
     listed_facts = parse_json(text, LIST)
-    # The texts are compared, as a comparison of parsed values would overlook
-    # a changed space.
+    # The texts are compared, not the parsed values, so that even a changed
+    # space in the list is found.
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise InputError(f'{LIST} is not as it was written')
     paths, small, large = _files(folder), [], []
@@ -257,8 +257,8 @@ def sha256s(
 
   Args:
     paths: The files.
-    memory: File that keeps the digests; it is written anew if its content has
-      changed, but not within `reading_only` or where it cannot be written.
+    memory: File that keeps the digests, so that unchanged files are not read
+      again; it is not written within `reading_only` or where it cannot be.
   """
   old_entries, new_entries, digests = {}, {}, {}
   with contextlib.suppress(OSError, InputError):

@@ -49,7 +49,7 @@ class ChoiceSourceOptions(Options):
   has_train_split: ClassVar[bool] = True
 
   def items(self, split: str, selection: Selection = Selection()) -> Items:
-    """The questions of a split.
+    """The questions of a split, 'train' or 'validation'.
 
     Questions of 'validation' are asked; questions of 'train' serve as examples
     that are put before a question.
@@ -62,11 +62,11 @@ class ChoiceSourceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """Takes examples from the train split of the source whose items are asked."""
+  """Stands for the source of the questions, whose 'train' gives examples."""
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
-  """Checks a prompt, its answers and the right one's index; returns the item.
+  """Checks the fields of an item, which messages call `where`; returns it.
 
   Raises:
     ValueError: A field is missing, empty or out of range, or two answers are
@@ -115,7 +115,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceTfdsSource(ChoiceSourceOptions):
-  """Questions from a TFDS dataset, in the folder that `TfdsSource` names."""
+  """Questions from a TFDS dataset in $TFDS_DATA_DIR, prepared if needed."""
 
   name: str = option(
     dataclasses.MISSING, 'Name of the TFDS dataset of questions.', required=True

@@ -39,7 +39,7 @@ Ids = Collection  # of integers: a list, a tuple, an array [N]
 # Errors that a state which `save` did not write may raise in `from_state`.
 _DAMAGED = AttributeError, LookupError, RecursionError, TypeError, ValueError
 # Tokenizer classes by their names in files. A class is added when its module is
-# imported; no module is imported because a file names it.
+# imported. A file that names a class imports nothing, so it runs no code.
 _SAVED: dict[str, type['Tokenizer']] = {}
 
 
@@ -81,12 +81,12 @@ class Tokenizer(abc.ABC):
 
   @functools.cached_property
   def start_id(self) -> int | None:
-    """The first id of a decoder's input; None if there is none."""
+    """The first id of a decoder's input, by default the EOS; it may be None."""
     return self.eos_id
 
   @functools.cached_property
   def eos_ids(self) -> tuple[int, ...]:
-    """All ids that end generation, `eos_id` first."""
+    """All ids that end generation, `eos_id` first; empty if there is none."""
     return () if self.eos_id is None else (self.eos_id,)
 
   @functools.cached_property
@@ -115,8 +115,9 @@ class Tokenizer(abc.ABC):
     """The ids of a model's input, int32 [N].
 
     Unlike the ids of a document, these ids include special tokens that the
-    tokenizer adds, and special tokens that the text spells. For a part of an
-    input `added` is False, and the tokenizer adds no special tokens.
+    tokenizer adds, and special tokens that the text spells. `added=False` is
+    for a part of an input, to which nothing is added. By default, the ids are
+    those of `encode`.
     """
     del added
     return self.encode(text)
@@ -139,9 +140,9 @@ class Tokenizer(abc.ABC):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Tokenizer':
-    """The tokenizer whose method `state` gave `state`.
+    """A tokenizer equal to the one whose method `state` returned `state`.
 
-    By default the state is a mapping of the arguments of the class by name.
+    By default the class is called with the entries of `state` as arguments.
     """
     return cls(**state)
 
@@ -152,7 +153,7 @@ class Tokenizer(abc.ABC):
   def save(self, path: str | os.PathLike) -> None:
     """Writes the tokenizer as JSON, which `load` reads.
 
-    At any moment the file is the whole old or the whole new file.
+    The file is replaced at once, so that it is never half written.
     """
     text = json.dumps(self.to_json(), indent=1)
     path = pathlib.Path(path)
@@ -161,7 +162,7 @@ class Tokenizer(abc.ABC):
     unfinished.replace(path)
 
   def __reduce__(self):
-    """The pickled form is the state, from which an equal tokenizer is made."""
+    """Pickles the state alone, from which an equal tokenizer is made."""
     return type(self).from_state, (self.state(),)
 
   def _in_vocabulary(self, ids: Ids) -> np.ndarray:
@@ -175,14 +176,17 @@ class Tokenizer(abc.ABC):
 
 
 class TokenizerOptions(Options):
-  """Contract of the options of a tokenizer."""
+  """Contract of options from which a tokenizer is read, or fitted to texts."""
 
   @required
   def identity(self) -> str:
-    """Text that is equal for two options exactly if `fit` gives equal results.
+    """Text that tells options apart by the tokenizers that they make.
+
+    It is equal exactly for options whose `fit` makes equal tokenizers from
+    equal texts.
 
     Raises:
-      ValueError: A file is missing or bad.
+      ValueError: A file of the tokenizer is missing or bad.
     """
 
   @required
@@ -193,7 +197,8 @@ class TokenizerOptions(Options):
       texts: All texts of the data, for a tokenizer that depends on them.
 
     Raises:
-      ValueError: A file is missing or bad, or the texts are too few.
+      ValueError: A file of the tokenizer is missing or bad, or the texts are
+        too few.
     """
 
   def known_vocab_size(self) -> int | None:
@@ -217,7 +222,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 
 def from_json(saved: Mapping[str, Any]) -> Tokenizer:
-  """The tokenizer whose `to_json` is `saved`."""
+  """A tokenizer equal to the one whose method `to_json` returned `saved`.
+
+  Raises:
+    ValueError: No class that has been imported has the name `saved['kind']`.
+  """
   state = dict(saved)
   kind = state.pop('kind')
   if not isinstance(kind, str) or kind not in _SAVED:
@@ -238,9 +247,9 @@ class Selection:
     splits: The source's own names of the splits that are taken for 'train' and
       'validation'. TFDS sources, as well as python_stdlib and its docstrings,
       take any split expression, such as 'train[90%:]'.
-    cache_dir: Folder of prepared data; '' is the one that
-      `moe_jax.devices.cache_root` names. If it is a URL, data that lies there
-      is first copied to a folder within `cache_root`.
+    cache_dir: Folder of prepared data; '' stands for $MOE_JAX_CACHE or
+      ~/.cache/moe_jax. If `cache_dir` is a URL, data that lies there is first
+      copied to a folder within that default folder.
     cache_digests: Whether large files of prepared data are read through before
       use, to check their digests.
   """
@@ -265,12 +274,18 @@ class Selection:
     return cache_root() / 'urls' / hashlib.sha256(url.encode()).hexdigest()[:16]
 
   def url(self, *names: str) -> str:
-    """The URL of a folder within `cache_dir`; '' if `cache_dir` is no URL."""
+    """The URL of a folder in `cache_dir`; '' if `cache_dir` is no URL.
+
+    `names` lead to the folder; without names it is `cache_dir` itself.
+    """
     is_url = urls.is_url(self.cache_dir)
     return '/'.join([self.cache_dir.rstrip('/'), *names]) if is_url else ''
 
   def check_splits(self, source: str) -> None:
-    """Raises ValueError unless both splits are 'train' or 'validation'."""
+    """Raises ValueError unless both splits are 'train' or 'validation'.
+
+    The message names the kind `source`, whose splits have no other names.
+    """
     for split in self.splits:
       if split not in SPLITS:
         raise unknown(f'split of {source}', split, SPLITS)
@@ -279,24 +294,27 @@ class Selection:
 class Pieces:
   """The documents or pairs of a source in pieces, by default in one piece.
 
-  A subclass overrides `sizes` and `read` where several processes are to read
-  pieces independently, and can then be pickled.
+  A process tokenizes a piece at a time. A subclass that is to have several
+  pieces overrides `sizes` and `read`, and must be possible to pickle.
 
   Attributes:
-    sizes: Number of bytes of each piece in the files that it is read from.
+    sizes: Number of bytes of each piece in its files; 0 if it is not known.
   """
 
   sizes: tuple[int, ...] = (0,)
 
   def __init__(self, entries: Callable[[str], Iterator[tuple[str, ...]]]):
-    """Takes a function from a split to its documents, as (text,), or pairs."""
+    """Takes a function that gives the documents or the pairs of a split.
+
+    Of 'train' or 'validation' it yields documents, each as (text,), or pairs.
+    """
     self._entries = entries
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The documents or pairs of piece `number`, each as (split, its texts).
 
-    Every call gives the same ones in the same order. Where there is a single
-    piece, all of 'train' come before all of 'validation'.
+    Every call gives the same texts in the same order. Where there is a single
+    piece, all texts of 'train' come before those of 'validation'.
     """
     del number
     return (
@@ -310,8 +328,8 @@ class Texts:
 
   Attributes:
     name: Description of the source for messages.
-    identity: Text that is equal only for equal documents in equal order; that
-      of a TFDS dataset is found without a pass over the documents.
+    identity: Text that is equal only for equal documents in equal order (of a
+      TFDS dataset, only if description, paths and times of files are equal).
     texts: Function from 'train' or 'validation' to an iterator over the texts,
       which begins anew at each call and has the same order.
     pieces: The same documents in pieces, for several processes; None where one
@@ -326,7 +344,7 @@ class Texts:
   pieces: Pieces | None = None
 
   def in_pieces(self) -> Pieces:
-    """The documents in pieces, at least one."""
+    """The documents in pieces; in a single one if `pieces` is None."""
     return self.pieces or Pieces(
       lambda split: ((text,) for text in self.texts(split))
     )
@@ -338,8 +356,8 @@ class Pairs:
 
   Attributes:
     name: Description of the source for messages.
-    identity: Text that is equal only for equal pairs in equal order; that of a
-      TFDS dataset is found without a pass over the pairs.
+    identity: Text that is equal only for equal pairs in equal order (of a TFDS
+      dataset, only if description, paths and times of files are equal).
     pairs: Function from 'train' or 'validation' to an iterator over (inputs,
       targets), which begins anew at each call and has the same order.
   """
@@ -355,7 +373,7 @@ class Pairs:
     return (text for pair in self.pairs(split) for text in pair)
 
   def in_pieces(self) -> Pieces:
-    """The pairs in a single piece."""
+    """The pairs as a single piece, which one process tokenizes as a whole."""
     return Pieces(self.pairs)
 
   def with_prefix(self, prefix: str) -> 'Pairs':
@@ -389,7 +407,8 @@ class Question(NamedTuple):
 class SourceOptions(Options):
   """Contract of a source, whose options open its texts, its pairs, or both.
 
-  A source overrides `texts`, `pairs`, or both, by what it gives.
+  A source overrides the method `texts`, `pairs`, or both. A caller that asks
+  for the other form of data gets a ValueError.
 
   Attributes:
     only_in: 'texts' or 'pairs', by the name of each option that has an effect
@@ -430,7 +449,7 @@ class SourceOptions(Options):
     return ''
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:
-    """The validation pairs as questions; raises ValueError as `pairs` does."""
+    """The validation pairs as questions; a pair with an empty side has none."""
     pairs = self.pairs(selection).pairs('validation')
     return [Question(*pair, metric=self.metric) for pair in pairs if all(pair)]
 
@@ -498,7 +517,7 @@ class Dataset:
     return '\n'.join(lines)
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """The metrics of an evaluation as text, to be printed after its name.
+    """The metrics of an evaluation as text, printed after its name.
 
     Args:
       row: The metrics by name.
@@ -509,10 +528,9 @@ class Dataset:
 class TaskOptions(Options):
   """Contract of a task: the rows that it cuts from streams of tokens.
 
-  The cache has whole streams of tokens, by the content of the source and the
-  tokenizer, so that rows of other lengths and other tasks can use the same
-  streams. Code outside of tasks depends on these attributes and never on a
-  task's name.
+  The cache keeps streams of tokens, which depend on source and tokenizer alone,
+  so that other tasks and rows of other lengths use the same streams. Code that
+  is not a task depends on the attributes below, never on a task's name.
 
   Attributes:
     reads: What the task reads of a source: 'texts', tokenized to one stream, or

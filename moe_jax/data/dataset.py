@@ -102,7 +102,7 @@ class DataOptions(Options):
 
   @property
   def row_tokens(self) -> int:
-    """The number of tokens of a row, on the encoder's and decoder's sides."""
+    """The tokens of a row, of the encoder's and the decoder's side together."""
     return self.seq_len + self.target_len
 
   @property
@@ -114,10 +114,10 @@ class DataOptions(Options):
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'DataOptions':
     """The options with the tokenizer of a run in place of their own.
 
-    The tokenizer may have ids that the run's task added. Where the task of
-    these options would add the same ids, they are first removed from the
-    tokenizer, since the task adds them anyway; so, with the options of that run
-    itself, the data stays what it was. Ids that another task added stay.
+    The tokenizer may have ids that the run's task added. If the task of these
+    options would add exactly the same ids, they are first removed from the
+    tokenizer, so that the options of that run itself find their data in the
+    cache. Otherwise the ids stay.
     """
     run_tokenizer = without_endings(tokenizer)
     if isinstance(run_tokenizer, tokenizers.Extended):
@@ -211,7 +211,7 @@ class MixedDataset(Dataset):
       cluster, counts = self.mixture.cluster(name), part.counts['train']
       count = self.per_period.get(name)
       rate = '  held out' if count is None else f'{count:>10,}'
-      keys = ('documents', 'pairs', 'examples', 'truncated')
+      keys = ('documents', 'pairs', 'truncated')
       numbers = [f'{counts[key]:,} {key}' for key in keys if key in counts]
       numbers.append(part.splits['train'].describe())
       note = f' ({cluster})' * (cluster != name)
@@ -219,7 +219,11 @@ class MixedDataset(Dataset):
     return '\n'.join([super().describe(), *lines])
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """Metrics of an evaluation as text: a line for each cluster, then means."""
+    """Metrics by name as text: a line for each cluster, then all others.
+
+    A metric named like a source, also with '.' and more behind, belongs to its
+    cluster; a cluster's held-out sources have a line of their own.
+    """
     means, groups, text_of = dict(row), {}, super().tell
     for name in sorted(self.parts.keys() & row.keys()):
       held_out = ' (held out)' * (name not in self.per_period)
@@ -251,8 +255,8 @@ def load(
   if not mixture.sources:
     return _load(options, options.source, options.tokenizer, engine)
   tokenizer = shared_tokenizer(options)
-  # A config keeps no order of its sources, and a run must be the same when its
-  # config is read again.
+  # The sources are sorted, since a config keeps no order of them, and a run
+  # must be the same when its config is read again.
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):
     try:
       part = _load(options, source, tokenizer, engine)
@@ -291,7 +295,7 @@ def _load(
   tokenizer: TokenizerOptions,
   engine: pieces.Engine,
 ) -> Dataset:
-  """The dataset of a single source; its tokens are memory-mapped."""
+  """The dataset of `source`, by `tokenizer` in place of that of `options`."""
   task, shape = options.task, options.shape
   corpus = task.open(source, options.selection)
   folder = pieces.make(corpus, tokenizer, options.selection, engine)

@@ -7,9 +7,9 @@ The name of a file says how it is read: `.jsonl` and `.ndjson` are JSON lines,
 `.parquet` is parquet, and everything else is text in UTF-8. Text and lines may
 be compressed: `.gz`, `.bz2`, `.xz`, `.zst`. Each line of JSON and each row of
 parquet holds a document. A file of text of up to `WHOLE_BYTES` bytes that is
-not compressed is one document; longer and compressed text is cut (see
-`_cut_text`). Parquet and `.zst` need pyarrow, which `pip install moe_jax[data]`
-brings.
+not compressed is one document; longer and compressed text is cut at an empty
+line or an end of line into documents of 64 KiB to 1 MiB. Parquet and `.zst`
+need pyarrow, which `pip install moe_jax[data]` brings.
 """
 
 import bz2
@@ -63,7 +63,7 @@ class Span(NamedTuple):
     path: The file.
     begin: First byte, or first row group of a parquet file. A line or document
       belongs to the span in which it begins.
-    end: End of the bytes or row groups.
+    end: The byte or row group after the last.
     size: Number of bytes of the file that this part takes.
     whole: Whether the part is a single document.
   """
@@ -85,7 +85,7 @@ class PartBytes:
       that is not taken yet.
     begin: Offset in the file of the part's first byte.
     left: Upper bound on the number of bytes of the part that are not taken yet.
-    lines: Number of lines that the caller has counted.
+    lines: Number of lines that the caller has taken; the caller counts them.
   """
 
   path: Path
@@ -104,7 +104,7 @@ class PartBytes:
     Raises:
       ValueError: The file is damaged.
     """
-    # A span ends where a line ends, so that no line is cut at its end.
+    # The part ends where a line ends, so that this limit cuts no line.
     most = min(most, self.left)
     try:
       block = getattr(self.stream, method)(most) if most else b''
@@ -116,7 +116,7 @@ class PartBytes:
     return block
 
   def line(self) -> int:
-    """The number in the file, from 1, of the line after the `lines` counted."""
+    """The next line's number in the file, from 1, by the count `lines`."""
     with self.path.open('rb') as file:
       lines_before = 0
       while block := file.read(min(_BLOCK, self.begin - file.tell())):
@@ -124,12 +124,12 @@ class PartBytes:
     return lines_before + self.lines + 1
 
   def where(self) -> str:
-    """The name, for messages, of the line after the `lines` counted."""
+    """The path and the number of the next line, as messages name it."""
     return f'{self.path}, line {self.line()}'
 
 
 def is_text(path: Path) -> bool:
-  """Whether the name of a file says that it is text, compressed or not."""
+  """Whether a file is plain text by its name, not JSON lines or parquet."""
   return _suffix(path) not in (*_LINES, PARQUET)
 
 
@@ -196,8 +196,16 @@ def read(span: Span, field: str = 'text') -> Iterator[str]:
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
   """The offset of the first line that begins at byte `offset` or later.
 
-  In text without an end of line for `MOST_BYTES`, it is the offset of the first
-  character that begins there or later.
+  In a plain text that has no end of line within `MOST_BYTES` from there, it is
+  instead the offset of the first character that begins at `offset` or later.
+
+  Args:
+    raw: The bytes of the file.
+    offset: The offset from which a line is looked for.
+    span: A part of the file, whose name says whether it is text or JSON lines.
+
+  Raises:
+    ValueError: In JSON lines, `MOST_LINE_BYTES` follow with no end of line.
   """
   if not offset:
     return 0
@@ -217,7 +225,7 @@ def _too_long(where: str) -> str:
 
 
 def _cut_text(source: PartBytes) -> Iterator[str]:
-  """Yields documents of at least `LEAST_BYTES` bytes; the last may be shorter.
+  """Cuts plain text into documents of `LEAST_BYTES` or more, but for the last.
 
   A document ends after the first empty line that lies between `LEAST_BYTES` and
   twice as many bytes from the document's beginning. Without such a line, it
@@ -296,7 +304,7 @@ def _text_of(value: Any, field: str) -> str:
 
 
 def json_lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, Any]]:
-  """Yields (name for messages, stripped bytes, value) of lines with content.
+  """Yields ('PATH, line 3', stripped bytes, value) of lines that are not blank.
 
   Raises:
     ValueError: A file is damaged, or a line is no JSON in UTF-8.
@@ -315,7 +323,7 @@ def _suffix(path: Path) -> str:
 
 
 def _continuation_length(raw: bytes) -> int:
-  """The number of first bytes of `raw` that continue an earlier character."""
+  """How many of the first 3 bytes continue a character begun before `raw`."""
   count = 0
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1

@@ -16,7 +16,7 @@ Window = Integer[np.ndarray, ' N']  # tokens of a stretch of a text
 
 
 class Example(NamedTuple):
-  """Token ids of one example; neither side is empty.
+  """Ids of an example of N input and M target tokens, at least one of each.
 
   Attributes:
     inputs: int32 [N], the tokens that a model is given.
@@ -50,8 +50,8 @@ class Layout(abc.ABC):
       the encoder and of the decoder, or of a decoder alone.
     max_inputs: Largest number of input tokens that an example can have.
     max_targets: Largest number of target tokens that an example can have.
-    longest_text: Number of tokens of the longest text that can be split into
-      inputs and targets at several positions.
+    longest_text: Largest number of tokens of a text that a task splits, at a
+      position that it draws, into the inputs and targets of an example.
   """
 
   capacity: tuple[int, ...]
@@ -74,9 +74,10 @@ class Layout(abc.ABC):
 
   @abc.abstractmethod
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """The batch of these rows; a row without examples is padding.
+    """The batch of these rows: the arrays that the class lists, by name.
 
-    The segment id of an example's tokens is its number in the row, from 1.
+    A row without examples is padding. The segment id of an example's tokens is
+    the example's number in the row, from 1.
     """
 
   @abc.abstractmethod
@@ -114,8 +115,6 @@ class EncoderDecoderLayout(Layout):
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """The batch with the arrays that the docstring of the class lists."""
-
     def decoder_segment(targets):
       return np.append(self.start_id, targets[:-1]), targets, 1.0
 
@@ -133,13 +132,14 @@ class EncoderDecoderLayout(Layout):
 class DecoderLayout(Layout):
   """Rows of inputs followed by targets, for a decoder-only model.
 
-  A batch has the arrays of `packing.PackedRows`; `loss_weights` are 1 where
-  the next token belongs to the targets.
+  A batch has `tokens`, `targets` (the next tokens), `segment_ids`, `positions`
+  int32 and `loss_weights` float32 [B, T], which are 1 where the next token
+  belongs to the targets of an example.
   """
 
   def __init__(self, seq_len: int):
-    # Only the last target is not in the row's `tokens`, and at least one token
-    # has to precede the targets.
+    # A row has room for an example of T + 1 tokens, as the last target is not
+    # among its `tokens`. Each side can have T, as the other has one at least.
     self.seq_len = self.max_inputs = self.max_targets = seq_len
     self.capacity, self.longest_text = (seq_len,), seq_len + 1
 
@@ -156,8 +156,6 @@ class DecoderLayout(Layout):
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """The batch with the arrays that the docstring of the class lists."""
-
     def segment(inputs, targets):
       text = np.concatenate([inputs, targets])
       learned = np.arange(1, len(text)) >= len(inputs)
@@ -176,10 +174,10 @@ _DECODER = {**_ENCODER, 'targets': np.int32, 'loss_weights': np.float32}
 
 
 def _batch(rows, T: int, dtypes: Mapping) -> dict[str, np.ndarray]:
-  """Arrays [B, T] of rows of segments, by name.
+  """Arrays [B, T] of rows, which are lists of segments; `dtypes` names them.
 
   A segment is a tuple of its tokens and, for a decoder, of its targets and loss
-  weights.
+  weights. More than T tokens in a row raise a ValueError.
   """
   batch = {k: np.zeros((len(rows), T), dtype) for k, dtype in dtypes.items()}
   for b, row in enumerate(rows):
@@ -217,7 +215,10 @@ class RowShape:
     return self.target_len > 0
 
   def layout(self, start_id: int | None) -> Layout:
-    """The layout of examples; a decoder's inputs start with `start_id`."""
+    """The layout of examples.
+
+    Only an encoder-decoder needs `start_id`, the first id of a decoder's input.
+    """
     if self.encoder_decoder:
       # The tokenizer has a start id, as a task of examples gives it an EOS.
       start = cast(int, start_id)

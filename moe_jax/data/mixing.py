@@ -104,7 +104,6 @@ class TaskRows(Rows):
     return len(self.source)
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, with their task ids."""
     batch = self.source.draw(indices, seed, epochs)
     return batch | {
       name.replace('segment', 'task'): np.full_like(values, self._task)
@@ -113,7 +112,6 @@ class TaskRows(Rows):
     }
 
   def describe(self) -> str:
-    """The number and shape of the rows."""
     return self.source.describe()
 
 
@@ -126,13 +124,12 @@ class MixedRows(Rows):
   """
 
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
-    """Takes the rows of each source by name, all of one task and shape."""
+    """Takes each source's rows, all of one task and shape, and their order."""
     self.parts, self._schedule = parts, schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
     self.layout = next(iter(parts.values())).layout  # the same for all sources
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The index of each training row's source, and of the row in its source."""
     return self._schedule(row)
 
   def __len__(self) -> int:

@@ -165,7 +165,7 @@ class MixtureOptions(config.Options):
     return self.sources[name].cluster or name
 
   def is_held_out(self, name: str) -> bool:
-    """Whether a source is evaluated and not learned from."""
+    """Whether the option `held_out` names a source or its cluster."""
     return bool({name, self.cluster(name)} & set(self._held_out()))
 
   def learned(self) -> list[str]:
@@ -201,7 +201,7 @@ class MixtureOptions(config.Options):
 def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
   """Reads the text of a source in `lines`: its name, options and weight.
 
-  The weight is None if none is given.
+  The weight is None if none is given. A wrong text raises a ValueError.
   """
   match = _ENTRY.fullmatch(entry)
   if match is None:
@@ -235,9 +235,9 @@ def _read_entry(entry: str) -> tuple[str, SourceOptions, float | None]:
 
 
 def _split(text: str, separators: str) -> list[str]:
-  """Splits a text at the separators that are in no brackets and no quotes.
+  """Splits a text at characters of `separators` outside brackets and quotes.
 
-  Empty parts and comments are left out.
+  Empty parts, and comments (lines that begin with '#'), are left out.
 
   Raises:
     OptionError: A bracket or quote is not closed.

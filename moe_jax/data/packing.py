@@ -40,7 +40,10 @@ class Rows(abc.ABC):
   # A subclass may set this attribute itself, in place of the property.
   @functools.cached_property
   def parts(self) -> Mapping[str, 'Rows']:
-    """The rows of each source by name, each shuffled by itself in training."""
+    """The rows of each source by name, which is '' where there is no mixture.
+
+    Training shuffles the rows of each source by themselves.
+    """
     return {'': self}
 
   def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
@@ -65,7 +68,7 @@ class Rows(abc.ABC):
 
   @abc.abstractmethod
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, with the noise that training has in their epochs.
+    """The batch of the rows at `indices`, with the noise of their `epochs`.
 
     The noise is what a task draws at random, such as which spans of a text are
     cut out. A row depends on its index, its epoch (from 0) and the seed alone.
@@ -128,10 +131,10 @@ class PackedRows(Rows):
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, cut at other tokens in each epoch after the first.
 
-    The first row of such an epoch begins at a drawn offset below T, and the
-    last rows wrap around the end of the stream. So all tokens are used, and
-    only the token at the offset is never predicted. The only row of a short
-    stream is the same in every epoch.
+    The first row of such an epoch begins at an offset below T, which follows
+    from seed and epoch, and the last rows wrap around the end of the stream. So
+    all tokens are used, and only the token at the offset is never predicted.
+    The only row of a short stream is the same in every epoch.
     """
     if len(self) <= 1:  # a cut could only take context away
       return self.take(indices)
@@ -182,7 +185,7 @@ class ExampleRows(Rows):
   def __init__(self, lengths: Lengths, layout: Layout, *, pack: bool = True):
     """Decides which examples each row has: one, or with `pack` several.
 
-    Every example has to fit a row of the layout.
+    `lengths` are those of all examples, by index; each has to fit a row.
     """
     self.layout: Layout = layout
     count = len(lengths.total)
@@ -200,7 +203,6 @@ class ExampleRows(Rows):
     """Example `index`; its noise, if it has any, is drawn by `generator`."""
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`; what a row draws at random varies by epoch."""
     rows = []
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
       generator = np.random.default_rng([seed, epoch, index])
@@ -214,7 +216,7 @@ class ExampleRows(Rows):
     return self._members[begin:end].tolist()
 
   def describe(self) -> str:
-    """The number and shape of the rows, and their share of padding."""
+    """The number and shape of the rows, and an estimate of their padding."""
     count = min(len(self), _ROWS_SAMPLED)
     batch = self.take(np.arange(count) * len(self) // max(count, 1))
     padding = ' and '.join(

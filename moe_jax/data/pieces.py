@@ -39,7 +39,7 @@ class Work(NamedTuple):
   Attributes:
     folder: Folder of finished pieces.
     pieces: The texts to tokenize, in pieces.
-    streams: The streams of tokens; see `store.write_piece`.
+    streams: Names of the streams of tokens, DOCUMENTS or PAIRS of `contracts`.
     tokenizer: The tokenizer.
     url: URL of a folder of the same pieces. Pieces that exist at the URL are
       copied from there, and others are made and copied to the URL; '' stands
@@ -75,7 +75,7 @@ class Engine(NamedTuple):
 
 
 def make_piece(work: Work, number: int) -> None:
-  """Writes the tokens of a piece, unless they exist already and are whole.
+  """Writes the tokens of piece `number`, unless they exist and are whole.
 
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
@@ -105,7 +105,7 @@ def make(
   selection: Selection,
   engine: Engine = Engine(),
 ) -> pathlib.Path:
-  """Makes the folder of a source's tokens, or verifies the folder if it exists.
+  """The folder of a source's tokens, verified or, if missing, made by `engine`.
 
   Raises:
     ValueError: The data is missing or bad, a process was killed, or the folder

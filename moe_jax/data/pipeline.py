@@ -70,22 +70,23 @@ def batch_dataset(
 def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
   """A function from indices in one source's endless stream to the rows there.
 
-  The stream is shuffled anew each epoch.
+  The stream is shuffled anew each epoch. `name` is the source's, '' without a
+  mixture. No rows, or more than 2^32, raise a ValueError.
   """
   if not 0 < len(rows) <= _MOST_ROWS:
     of_source = f' of source {name!r}' * bool(name)
     raise InputError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
-  # Epoch e is shuffled with seed + e, so neighbouring seeds would have the same
-  # orders, one epoch apart. The order of a source in a mixture depends
-  # on its own name alone, not on the other sources.
+  # Epoch e is shuffled with stream_seed + e. `seed` is hashed, as neighbouring
+  # seeds would have the same orders, one epoch apart. The order of a source in
+  # a mixture depends on its own name alone, not on the other sources.
   name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
   sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
   stream_seed = int(sequence.generate_state(1)[0])
 
   def draw(row: Numbers) -> Batch:
     epochs, positions = np.divmod(row, len(rows))
-    # This is the order of `grain.MapDataset.shuffle`, whose shuffle has four
-    # rounds, too, and takes twice as long for each row.
+    # `index_shuffle` with 4 rounds gives the order of
+    # `grain.MapDataset.shuffle`, which takes twice as long for each row.
     pairs = zip(positions.tolist(), epochs.tolist())
     indices = [
       index_shuffle(position, len(rows) - 1, (stream_seed + epoch) % 2**32, 4)
@@ -107,11 +108,14 @@ def train_batches(
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
 
-  The batches are assembled in the background.
+  The batches are assembled in the background, each of `batch_size` rows in all.
+  `share` has the indices of the rows of each batch that are read, or is None
+  for all rows. `offset` is the index, in the stream, of the row with which
+  batch 0 would begin.
 
   Raises:
-    ValueError: For a reason of `batch_dataset`, or the first row's index is
-      negative.
+    ValueError: There are no rows or more than 2^32, or the index of the first
+      row that is read is negative.
     DataError: A batch could not be made; `next` raises it, and the iterator
       then ends.
   """
@@ -137,10 +141,11 @@ def eval_batches(
 
   Args:
     rows: Rows to evaluate on.
-    batch_size: Global number B of rows in a batch; arrays are [R, T].
+    batch_size: Global number B of rows in a batch.
     num_batches: Number of batches, spread evenly over all batches and the same
       at every call; 0, or more than there are, takes all.
-    share: See `batch_dataset`.
+    share: Indices, from 0, of the R rows of each batch that are read, which
+      gives arrays [R, T]; None reads all rows, R = B.
 
   Raises:
     DataError: A batch could not be made; `next` raises it, and the iterator

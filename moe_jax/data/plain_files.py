@@ -98,8 +98,8 @@ def read_text(path: pathlib.Path) -> str:
 def decoded(raw: bytes, where: Any, line: Callable | None = None) -> str:
   """The text of bytes of UTF-8, which messages call `where`.
 
-  Where `line` is given, it returns the number of the first line, and messages
-  name the bad one.
+  Given `line`, a function that returns the number of the line with which the
+  bytes begin, a message also has the number of the line that is not UTF-8.
 
   Raises:
     ValueError: The bytes are not UTF-8.
@@ -129,7 +129,7 @@ def encoded(text: Any, where: str) -> bytes:
 
 
 def check_text(text: Any, where: str) -> None:
-  """Raises ValueError unless `encoded` takes the text, and it is not empty."""
+  """Raises ValueError, naming `where`, unless `text` is a non-empty text."""
   if not encoded(text, where):
     raise InputError(f"{where}='' is to be a text that is not empty")
 
@@ -157,8 +157,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The object in a folder's JSON file; an empty dict if there is no file.
 
   Raises:
-    ValueError: The file is not plain (see `plain`), is not JSON, or holds no
-      object.
+    ValueError: The file is a link out of its folder or no regular file, is not
+      JSON, or holds no object.
   """
   if plain(path.parent, path.name) is None:
     return {}
@@ -169,5 +169,5 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-  """The beginning of the first line of another library's message."""
+  """The first 200 characters of the first line of a library's message."""
   return str(error).strip().split('\n', 1)[0][:_SHOWN]

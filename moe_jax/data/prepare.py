@@ -5,16 +5,16 @@
       --config.data.source.files.pattern='books/*.jsonl.gz' --processes=8
 
 A run with the same `data` section then finds the tokens in the cache, the same
-that it would have made by itself. On several machines a runner of Apache Beam
-(`pip install 'moe_jax[beam]'`) does it, whose own flags follow after `--`; the
-tokens are kept at a URL, from where runs copy them:
+that it would have made by itself. A runner of Apache Beam does the work on
+several machines (`pip install 'moe_jax[beam]'`); its own flags follow after
+`--`, and the tokens are kept at a URL, from where runs copy them:
 
       --config.data.cache_dir=gs://bucket/cache --runner=DataflowRunner \
       -- --project=project --region=europe-west1
 
-What is killed goes on with the same command, or with another number of
-processes or another runner. Sources that are small or made on the spot are
-tokenized by one process.
+Work that was killed goes on with the same command, also with another number of
+processes or another runner. Only files of more than about 32 MiB in all (kind
+`files`) are tokenized by several processes, other sources by one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from moe_jax.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command; what follows '--' are flags of Apache Beam's runner."""
+  """Runs the command `argv`, in which '--' precedes flags of Beam's runner."""
   argv = sys.argv[1:] if argv is None else [*argv]
   end = argv.index('--') if '--' in argv else len(argv)
   parser = cli.parser('moe_jax.data.prepare', __doc__)
@@ -53,8 +53,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   if options.arguments and options.runner == POOL:
     raise InputError(f'--runner={POOL} has no flags {options.arguments}')
   data = cli.said_options(DataOptions, options.config, overrides, 'data')
-  # A run that begins with another run's parameters has that run's tokenizer,
-  # too.
+  # A run that begins with another run's parameters tokenizes its data by that
+  # run's tokenizer, so that the same tokens are prepared.
   config = cli.config_of(options.config, overrides)
   begin: Any = config.get('init_from', {})
   if begin.get('workdir') and begin.get('keep_tokenizer', True):

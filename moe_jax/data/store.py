@@ -109,7 +109,9 @@ def join(
   tokenizer: Tokenizer,
   streams: Sequence[str],
 ) -> None:
-  """Writes the tokens of all pieces, in order, into `folder`.
+  """Writes the tokens of all pieces, in order, and the tokenizer to `folder`.
+
+  `pieces` are folders that `write_piece` has filled with these `streams`.
 
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction, or no
@@ -184,7 +186,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Digest:
-  """The sha256 of the texts of all splits, each preceded by its length."""
+  """The sha256 of the texts of all splits, each text preceded by its length."""
 
   def __init__(self):
     self._sha256 = hashlib.sha256()
@@ -194,7 +196,7 @@ class Digest:
     self._sha256.update(f'split {name}\n'.encode())
 
   def text(self, content: bytes) -> None:
-    """Adds one document, its text in UTF-8."""
+    """Adds a document, or one side of a pair, in UTF-8."""
     self._sha256.update(f'text {len(content)}\n'.encode() + content)
 
   def hexdigest(self) -> str:

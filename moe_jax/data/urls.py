@@ -74,10 +74,11 @@ def upload(folder: pathlib.Path, url: str) -> None:
 
 
 def fetch(url: str, folder: pathlib.Path) -> bool:
-  """Copies a folder from a URL to which `upload` has copied all of it.
+  """Copies a folder that `upload` has copied to a URL.
 
   Returns:
-    Whether the folder is at the URL.
+    Whether the URL has the folder; if its file `LIST` is missing, the upload is
+    not complete, and nothing is copied.
   """
   files = _file_system(url)
   if not files.exists(f'{url}/{LIST}'):

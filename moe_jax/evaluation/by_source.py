@@ -87,9 +87,10 @@ class SourceScores(prompts.AskingEvaluation):
   def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
     """Encodes all questions, and returns the function that measures the scores.
 
-    The function returns a `summary_row` of scores in percent. Where a source
-    has choices, `<source>.chance` is the score of guessing and `<source>.nats`
-    the mean negative log-likelihood of the right answer.
+    The function returns each source's score in percent and the means that
+    `summary_row` adds. Where a source has choices, `<source>.chance` is the
+    score of guessing and `<source>.nats` the mean negative log-likelihood of
+    the right answer.
 
     Raises:
       ValueError: The task has no inputs and targets that are text, a question
@@ -129,7 +130,7 @@ class SourceScores(prompts.AskingEvaluation):
   def _questions(
     self, setting: evaluate.Setting
   ) -> list[tuple[str, data.Question]]:
-    """Pairs of a source and a question, spread over its validation split.
+    """Pairs of the name of a source and a question of its validation split.
 
     If `num_tokens` is 0, questions without choices are left out.
     """
@@ -161,7 +162,7 @@ class SourceScores(prompts.AskingEvaluation):
 
 
 def _item(question: data.Question) -> data.Item:
-  """A question with choices as an item of `ChoiceEvaluation`."""
+  """A question with choices as an item, which has the right one's index."""
   label = question.choices.index(question.target)
   return data.Item(question.inputs, question.choices, label)
 
@@ -172,7 +173,12 @@ def _choice_scores(
   asked: Sequence[tuple[str, prompts.EncodedQuestion]],
   layout: Layout,
 ) -> tuple[Row, Row]:
-  """The score of each source with choices, and its `chance` and `nats`."""
+  """Each source's accuracy in percent by its name; and a row of details.
+
+  The details are `<source>.chance`, the accuracy of guessing, and
+  `<source>.nats`, the mean negative log-likelihood of the right answer. `asked`
+  has pairs of a source's name and a question.
+  """
   scores, details, tasks = {}, {}, setting.data.tasks
   if not asked:
     return scores, details
@@ -181,8 +187,8 @@ def _choice_scores(
   log_probs = log_likelihoods(setting, variables, encoded, layout, task_ids)
   for name in dict.fromkeys(name for name, _ in asked):
     own = [(q, x) for (source, q), x in zip(asked, log_probs) if source == name]
-    # Scores are divided by length, as in `ChoiceEvaluation`, so that a longer
-    # answer is not worse for its length.
+    # Log probabilities are divided by the number of tokens, so that an answer
+    # is not less likely to be chosen for being longer.
     answers = [log_prob / q.lengths('tokens') for q, log_prob in own]
     row = accuracy_row(answers, [q.item.label for q, _ in own])
     scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']

@@ -1,8 +1,8 @@
 """The kind of evaluation 'choice': how often the likeliest answer is right.
 
-The score of an answer is its log-likelihood after its prompt, which examples of
-the train split may precede, divided by the answer's length in tokens, as in
-GLaM (https://arxiv.org/abs/2112.06905), or in bytes, or not at all.
+The score of an answer is its log-likelihood after its prompt, divided by the
+answer's length in tokens, as in GLaM (https://arxiv.org/abs/2112.06905), or in
+bytes, or not at all. Examples of the train split may stand before the prompt.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ class Choice:
   batch compete for slots.
 
   Attributes:
-    setting: The parts of the run.
+    setting: The run's model, data and folder.
     options: The options of the evaluation.
     questions: The questions in token ids.
     layout: The layout of rows of tokens.
@@ -148,11 +148,11 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: evaluate.Variables, step: int) -> Row:
-    """The metrics of `accuracy_row`, and counts of what did not fit.
+    """The `accuracy`, `standard_error` and `chance` in percent, and counts.
 
-    The metrics also include `cut_items`, the number of questions that had to be
-    cut to fit a row of tokens and, if there are examples before the questions,
-    `shots`, the mean number of examples that fitted.
+    `items` is the number of questions, and `cut_items` the number of those that
+    had to be cut to fit a row of tokens. If there are examples before the
+    questions, `shots` is the mean number of examples that fitted.
     """
     labels = [question.item.label for question in self.questions]
     row = accuracy_row(self.scores(variables), labels)
@@ -164,7 +164,7 @@ class Choice:
   def scores(
     self, variables: evaluate.Variables
   ) -> list[Float[np.ndarray, ' A']]:
-    """The normalised log-likelihoods of each question's answers."""
+    """Each question's log-likelihoods of answers, divided by their lengths."""
     asked, unit = self.questions, self.options.normalize
     log_probs = log_likelihoods(self.setting, variables, asked, self.layout)
     return [x / q.lengths(unit) for x, q in zip(log_probs, asked, strict=True)]
@@ -176,7 +176,7 @@ def accuracy_row(
   """Returns `accuracy`, `standard_error` and `chance` in percent, and `items`.
 
   Of answers with equal scores the first counts as chosen; `chance` is the
-  accuracy of guessing, `items` the number of questions.
+  expected accuracy of guesses, `items` the number of questions.
 
   Args:
     scores: The scores of each question's answers.
@@ -202,7 +202,7 @@ def log_likelihoods(
   """The log probability (nats) of each question's answers after its prompt.
 
   Args:
-    setting: The parts of the run.
+    setting: The run's model, data and folder.
     variables: The variables of the run's model.
     questions: The questions, at least one, each with answers that fit a row.
     layout: The layout of rows of tokens; short examples share a row.
@@ -244,7 +244,7 @@ def log_likelihoods(
 def _log_probs(
   variables, batch, *, model: Model, microbatches: int
 ) -> Float32[Array, 'B T']:
-  """The log probability of each target; 0 where its loss weight is 0."""
+  """The log probability of each target in nats, times its loss weight."""
 
   def of_slice(index, batch):
     logits, _ = model.apply(variables, **model.inputs(batch))

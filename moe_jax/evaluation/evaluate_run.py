@@ -30,7 +30,8 @@ def evaluate(
     workdir: The run's folder.
     entry: The options of the evaluation, as in an entry of `config.evals`; its
       `every_steps` is ignored.
-    **arguments: Other arguments of `evaluate_all`, which raises the errors.
+    **arguments: Other arguments of `evaluate_all`; errors are those that it
+      raises.
   """
   return evaluate_all(workdir, {_NAME: entry}, **arguments)[_NAME]
 
@@ -48,11 +49,13 @@ def evaluate_all(
     workdir: The run's folder.
     entries: The options of each evaluation, by name; `every_steps` is ignored.
     mesh: The devices of the parameters; None is the first local device.
-    **arguments: `step`, `dtype` and `allow`, as `generation.load` takes them.
+    **arguments: `step` of the checkpoint, None for the newest good one; `dtype`
+      of parameters, '' for the run's own; `allow`, the modules whose classes,
+      named in the run's config, may be imported.
 
   Raises:
-    ValueError: As `generation.load`, or the run lacks what the evaluation
-      needs.
+    ValueError: `generation.load` refuses the folder or an argument, or the run
+      lacks what the evaluation needs.
     CheckpointError: No checkpoint is good.
   """
   if mesh is None:

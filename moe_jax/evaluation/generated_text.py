@@ -72,7 +72,6 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Yields a text for each name that is no score, and each unused option."""
     if self.num_beams == 1:
       yield from self.in_vain(
         'unless num_beams is at least 2', 'length_penalty'
@@ -95,7 +94,7 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
     return generator(setting, scores, pairs, self.num_tokens, **search)
 
   def pairs(self, setting: evaluate.Setting) -> list[Pair]:
-    """The examples: pairs of texts from the source, or windows split in two.
+    """The examples: pairs from the source, or windows of text split in two.
 
     Raises:
       ValueError: The task has no inputs and targets that are text.
@@ -143,12 +142,12 @@ def generator(
   num_tokens: int,
   **arguments: Any,
 ) -> 'Generate':
-  """The function that scores outputs for pairs; too long inputs are cut.
+  """The function that scores outputs for pairs.
 
-  Inputs and outputs have room for as many tokens as the model has positions.
+  With learned positions, inputs are cut and outputs end so that both fit.
 
   Args:
-    setting: The parts of the run.
+    setting: The run's model, data and folder.
     scores: The scores by name.
     pairs: The pairs of inputs and target.
     num_tokens: Number of tokens at which an output ends.
@@ -173,9 +172,10 @@ def generator(
 
 
 def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
-  """A pair made of the first window of text in a row, which is split in two.
+  """The first window of text in a row, split into inputs and target.
 
-  Every evaluation splits the window at the same token.
+  Every evaluation splits the window at the same token. `row` counts the rows of
+  all sources, one source after another.
   """
   parts = iter(all_rows.parts.items())
   task, rows = next(parts)
@@ -194,7 +194,7 @@ class Generate:
   """Measures how similar generated outputs are to targets.
 
   Attributes:
-    setting: The parts of the run.
+    setting: The run's model, data and folder.
     scores: The scores by name.
     pairs: The examples.
     arguments: Arguments of `generation.generate`.

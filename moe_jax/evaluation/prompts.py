@@ -27,8 +27,10 @@ class EncodedQuestion(NamedTuple):
   """A question in token ids.
 
   Attributes:
-    examples: For each answer, the prompt as inputs and the answer as targets.
-    num_shots: Number of examples that fitted before the prompt.
+    examples: For each answer, the prompt, with the shots before it, as inputs
+      and the answer as targets.
+    num_shots: Number of shots, other questions with their right answers, that
+      fitted before the prompt.
     is_cut: Whether the prompt or an answer had to be cut.
     item: The question.
   """
@@ -80,8 +82,8 @@ class Asker:
   ) -> EncodedQuestion:
     """The question behind as many of the last `shots` as fit into its row.
 
-    These examples never take the room of an answer. A prompt that alone is too
-    long loses its beginning if the answer continues it, or else is cut as in
+    No answer is cut to make room for shots. A prompt that is too long without
+    shots loses its beginning if the answer continues it, or else is cut as in
     training.
 
     Raises:
@@ -106,7 +108,7 @@ class Asker:
   def cut_inputs(
     self, ids: Int[np.ndarray, ' N'], length: int
   ) -> Int[np.ndarray, ' n']:
-    """At most `length` ids of inputs, cut as the task cuts its inputs.
+    """At most `length` ids: the first or, with the task's `keep_end`, the last.
 
     An EOS at the end is kept.
     """
@@ -161,7 +163,7 @@ class Asker:
 
 @dataclasses.dataclass(frozen=True)
 class AskingEvaluation(EvaluationOptions):
-  """Options of an evaluation by questions, in which experts drop no tokens."""
+  """Options of an evaluation by questions; by default experts drop no token."""
 
   model_overrides: Mapping[str, Any] = option(
     ROOM_FOR_ALL,
@@ -177,9 +179,12 @@ class AskingEvaluation(EvaluationOptions):
 
 
 def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
-  """The `Asker` that encodes questions for a run."""
-  # Rows of a language model have no layout, as they hold no examples. Each
-  # question then has a row to itself.
+  """The `Asker` that encodes questions for a run.
+
+  `answer_prefix` stands before an answer that continues its prompt.
+  """
+  # Rows of a language model hold text without inputs and targets, and have no
+  # layout. Questions get a decoder's layout and are cut to such a row's length.
   layout = setting.dataset.splits['validation'].layout
   return Asker(
     setting.data.task,

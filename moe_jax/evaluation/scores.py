@@ -27,8 +27,8 @@ class Score:
   Attributes:
     compute: Function from outputs, at least one, and as many targets to the
       score in percent.
-    signature: Function that returns a text on the computation of the score, for
-      printing; it may be called after the first `compute`.
+    signature: Function that returns a text, for printing, on how the score is
+      computed; it must not be called before `compute`.
   """
 
   compute: Callable[[Texts, Texts], float]
@@ -104,7 +104,7 @@ def _words(text: str) -> list[str]:
 
 
 def _f1(output: list[str], target: list[str]) -> float:
-  """F1 = 2 P R / (P + R), of precision P and recall R of common words."""
+  """The F1, from 0 to 1, of the longest common subsequence of words."""
   if not output or not target:
     return 0.0
   return 2 * _longest_common(output, target) / (len(output) + len(target))

@@ -4,8 +4,8 @@
       --workdir=runs/sparse --config.init_from.workdir=runs/dense
 
 Parameters of the same model are copied. A dense model is upcycled, and a sparse
-one can get another number of experts, by the rules of `upcycling.py`. The
-optimizer begins anew, at step 0.
+one can get another number of experts, by the rules of `upcycling.py`. Steps are
+counted from 0, and the optimizer is new unless `keep_optimizer` is set.
 """
 
 # `as` with the same name marks a name as public.

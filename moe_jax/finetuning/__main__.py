@@ -21,7 +21,11 @@ from moe_jax.finetuning import adapters, choose_experts
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+  """Parses a command; None takes the program's own words.
+
+  Returns:
+    The options, and overrides of a config, such as --config.data.seq_len=64.
+  """
   parser = cli.parser('moe_jax.finetuning', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
@@ -30,8 +34,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     subparser.set_defaults(run=run)
     subparser.add_argument('--workdir', required=True, help=workdir)
     subparser.add_argument('--output', required=True, help=output)
-    subparser.add_argument('--traceback', action='store_true')
-    subparser.add_argument('--allow_module', action='append', default=[])
+    cli.add_traceback(subparser)
+    cli.add_allow_module(subparser)
     return subparser.add_argument
 
   add = command(
@@ -44,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   text = 'share p of the use, to 1'
   add('--share', type=cli.SHARE, required=True, help=text)
   add('--score', choices=[*choose_experts.SCORES], default='gate')
-  add('--batches', type=cli.POSITIVE, default=8)
+  add('--batches', type=cli.POSITIVE, default=8, help='of the training split')
   add('--config', default='', help="config of other data than the run's")
   run, new = 'folder of the run', 'new folder'
   save = command('save', _save, 'writes the adapter of a run', run, new)
@@ -101,7 +105,7 @@ def _merge(options: argparse.Namespace, _: list[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command."""
+  """Runs one command and prints what it has done."""
   print(cli.run_command(*parse(argv)))
 
 

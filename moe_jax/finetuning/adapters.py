@@ -1,9 +1,9 @@
 """Keeps the adapter of a run in a small folder, apart from its base parameters.
 
-The folder has `adapter.safetensors`, the low-rank factors by name, and
+The folder has `adapter.safetensors`, the low-rank factors by name,
 `adapter.json`, with the options of the adapter and the sha256 of the base
-parameters that it was trained on. An adapter is read only if the parameters
-have that sha256 and neither file has changed.
+parameters that it was trained on, and the tokenizer of the run. An adapter is
+read only if the parameters have that sha256 and no file has changed.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from moe_jax.models import Model
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.trees import describe, flatten, unflatten
 from moe_jax.partitioning import path_name
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.workdir import TOKENIZER
 from moe_jax.training import trained
 
 WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
@@ -86,7 +89,9 @@ def save(
   folder = pathlib.Path(output).expanduser()
   with whole_folder(folder) as unfinished:
     save_file(factors, unfinished / WEIGHTS)
-    about['sha256'] = _seal(about, unfinished / WEIGHTS)
+    if (tokenizer := workdir_lib.folder_of(workdir) / TOKENIZER).exists():
+      shutil.copyfile(tokenizer, unfinished / TOKENIZER)
+    about['sha256'] = _seal(about, unfinished)
     text = json.dumps(about, indent=2, sort_keys=True) + '\n'
     (unfinished / ABOUT).write_text(text, encoding='utf-8')
   size = sum(factor.nbytes for factor in factors.values())
@@ -121,10 +126,9 @@ def read(
       f'{path} has format {version!r}, not {_FORMAT}; write it again by '
       '`python -m moe_jax.finetuning save`'
     )
-  if about.pop('sha256', None) != _seal(about, path / WEIGHTS):
-    raise InputError(
-      f'{path} is damaged: {ABOUT} or {WEIGHTS} is not as it was written'
-    )
+  if about.pop('sha256', None) != _seal(about, path):
+    files = f'{ABOUT}, {WEIGHTS} or {TOKENIZER}'
+    raise InputError(f'{path} is damaged: {files} is not as it was written')
   if (base := about['base']) != (params_digest := digest(params)):
     raise InputError(
       f'{path} is an adapter of the base with sha256 {base:.12}; these '
@@ -148,7 +152,8 @@ def merge(
   """Writes a run's folder with a saved adapter merged into the base's weights.
 
   Like the folder of an imported model, the new folder has a checkpoint of step
-  0 with parameters alone, and serves for generation, export and training.
+  0 with parameters alone, and serves for generation, export and training. It
+  has the tokenizer of the adapter's run, and so its EOS after inputs.
 
   Args:
     folder: The adapter's folder.
@@ -161,8 +166,9 @@ def merge(
     A line about the new folder.
 
   Raises:
-    ValueError: See `read`; or `workdir` holds no run; the base has adapters or
-      router state; or `output` is not empty.
+    ValueError: `folder` holds no adapter, or one of other parameters; or
+      `workdir` holds no run; the base has adapters or router state; or `output`
+      is not empty.
     CheckpointError: No checkpoint is good.
   """
   model, own, params, base_step = _load(workdir, step, allow)
@@ -176,22 +182,38 @@ def merge(
   _check_stateless(model)
   adapters, params = read(folder, model, params)
   merged = adapters.merged_on_devices(params)
-  new_folder = trained.derive(base, output, merged)
+  kept = pathlib.Path(folder).expanduser() / TOKENIZER
+  tokenizer = kept if kept.exists() else None  # older adapters have none
+  new_folder = trained.derive(base, output, merged, tokenizer=tokenizer)
   return (
     f'step {base_step} of {base} with the adapter of {folder} is in '
-    f'{new_folder}; its data, task and tokenizer are those of the base'
+    f'{new_folder}; its data and task are those of the base, its tokenizer is '
+    "that of the adapter's run"
   )
 
 
-def _seal(about: Mapping[str, Any], weights: pathlib.Path) -> str:
-  """The sha256 of an adapter's options and of its file of factors."""
+def _seal(about: Mapping[str, Any], folder: pathlib.Path) -> str:
+  """The sha256, in hex, of an adapter's values, factors and tokenizer.
+
+  `about` has the values of `adapter.json` but the sha256 itself; `folder` has
+  the files of the factors and of the tokenizer, if there is one.
+  """
   sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-  sha.update(weights.read_bytes())
+  for path in (folder / WEIGHTS, folder / TOKENIZER):
+    sha.update(path.read_bytes() if path.exists() else b'')
   return sha.hexdigest()
 
 
 def _load(workdir, step, allow) -> tuple[Model, Adapters, dict[str, Any], int]:
-  """A run's model, its adapters if it has any, the parameters, their step."""
+  """A run's model, its adapters if it has any, the parameters, their step.
+
+  Parameters include the adapters' factors, which are not merged into kernels.
+
+  Args:
+    workdir: The run's folder.
+    step: Step of the checkpoint; None is the newest good one.
+    allow: Modules whose classes, named in the run's folder, may be imported.
+  """
   run = trained.read(workdir, allow, tokenizer_needed=False)
   rules = run.sharding.rules
   model = run.model.build(rules)

@@ -62,7 +62,8 @@ def shares(
     score: 'gate', by the mean gate, or 'tokens', by the share of choices.
 
   Raises:
-    ValueError: The model has no sparse layer, or there are no batches.
+    ValueError: The model has no sparse layer, its sparse layers have merged or
+      unequally many experts, or in some layer no token reaches an expert.
   """
   if not model.stacks.sparse_layers:
     raise InputError('the model has no sparse layers, so no experts to choose')
@@ -89,6 +90,7 @@ def chosen(
   """The fewest experts of each layer whose shares sum up to `share` or more.
 
   Experts of the largest shares are taken first; ties go to the lower index.
+  `shares_of` and the result, ascending indices, are by the layer's index.
 
   Raises:
     ValueError: `share` is not in (0, 1].
@@ -119,15 +121,16 @@ def choose(
   Args:
     workdir: Folder of the run.
     share: The share p of each layer's use that the chosen experts reach.
-    score: 'gate' or 'tokens'; see `shares`.
+    score: 'gate', use by the mean gate, or 'tokens', by the share of choices.
     num_batches: Number of batches of the training split, as a run that begins
       with the seed 0 reads them.
     options: The options of the task's data; None takes those of the run.
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: See `shares` and `chosen`; or the folder holds no run, or the
-      tokenizer or the tasks of the data are not the run's.
+    ValueError: `share` is not in (0, 1]; the folder holds no run; the data has
+      other tokens or tasks than the run; the model has no sparse layers, or
+      merged or unequally many experts; or no token reaches an expert.
     CheckpointError: No checkpoint is good.
   """
   run = trained.load(workdir, allow=allow)
@@ -155,7 +158,8 @@ def choose(
 def _use(model: Model, score: str, variables, batch) -> list[Array]:
   """The sum of each expert's gates, or choices, over the tokens of a batch.
 
-  There is an array [E] for each sparse layer.
+  `score` is a key of `SCORES`. There is a float32 array [E] for each sparse
+  layer.
   """
   measure = SCORES[score]
 

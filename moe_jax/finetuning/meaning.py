@@ -52,8 +52,13 @@ def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
 def _layers(half: Any, width: int) -> dict[str, Any]:
   """The options that decide what the layers of an encoder or decoder compute.
 
-  Names and values are as in `meaning`; `width` is M, the width of the layers'
-  input.
+  The result is by dotted name, without 'encoder.', and has 'sparse' and 'full',
+  which say of each layer whether it is sparse, and whether it attends without a
+  window.
+
+  Args:
+    half: The options of the encoder or decoder.
+    width: M, the width of the layers' input.
   """
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0
@@ -75,11 +80,11 @@ def _layers(half: Any, width: int) -> dict[str, Any]:
 
 
 def _router(router: Any, sizes: Sizes) -> RouterOptions:
-  """The router, with defaults for options that change none of its choices.
+  """A router's options, with defaults of those that change none of its choices.
 
   The order of slots has no effect with room for all tokens, or with K = 1, as
   there is no second choice. The rate of a balancing bias has an effect only in
-  training.
+  training. `sizes` are those of the layer: E, K, capacity and others.
   """
   names, changes = fields_of(type(router)), {}
   if 'slot_priority' in names:

@@ -89,9 +89,10 @@ def paired_links(
   paired in their order.
 
   Args:
-    arrays: The arrays of a run in `params` and `opt_state`, described as in a
-      checkpoint's manifest.
-    saved: The arrays of another run, described in the same way.
+    arrays: Type and shape, as text, of a run's arrays by path, which begins
+      with 'params/' or 'opt_state/'.
+    saved: The same of another run, from a checkpoint's manifest; arrays of
+      other trees in it are ignored.
 
   Returns:
     The index of a transformation in the other run's chain, by the index in this
@@ -113,7 +114,8 @@ def paired_links(
 def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
   """The names in the state of each Optax transformation that has a state.
 
-  Transformations are given by their index in the chain.
+  `described` has the arrays in 'params/' and 'opt_state/', by path. The result
+  is by the transformation's index in the chain; its names are sorted.
   """
   parameters = {
     path.removeprefix('params/')
@@ -129,7 +131,10 @@ def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
 
 
 def _name(path: Sequence[str], parameters: Set[str]) -> str:
-  """The path of an array in a state, with '*' for the path of a parameter."""
+  """The path of an array in a transformation's state, as text, such as 'mu/*'.
+
+  '*' stands for the path of one of `parameters` within it.
+  """
   for start, end in itertools.combinations(range(len(path) + 1), 2):
     if '/'.join(path[start:end]) in parameters:
       path = [*path[:start], '*', *path[end:]]
@@ -147,7 +152,18 @@ def _target(
 ) -> tuple[Any, ...]:
   """The parts of a saved optimizer state to read, in the shapes of `opt_state`.
 
-  The schedule, the last transformation, is among the parts that Orbax reads.
+  The learning-rate schedule, the last transformation, is read, too, although
+  `restore` puts a new one in its place.
+
+  Args:
+    opt_state: The state of this run's chain, or its shapes.
+    link_pairs: What `paired_links` returns: the index of each transformation in
+      the saved chain, by its index in this run's.
+    saved: The arrays of the checkpoint, by path, from its manifest.
+
+  Returns:
+    A chain's state in the order of the saved chain, with empty states for
+    transformations that are not read.
 
   Raises:
     ValueError: The saved state lacks a part, or the part has another shape.
@@ -167,7 +183,7 @@ def _target(
 def _settings(run: Run, folder: pathlib.Path) -> str:
   """A text on the settings of two runs that decide the optimizer's state.
 
-  One run is `run`; the other is that in `folder`, whose state was asked for.
+  The text calls `run` "here" and the run in `folder` "there".
   """
   config = kept_config(folder)
   old = (config.get('optimizer', {}).get('kind'), config.get('trainable'))

@@ -80,11 +80,18 @@ def initial(
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Makes the checks of `initial` that need no arrays.
+  """Checks that a run can begin with the run that `config.init_from` names.
 
-  Nothing is checked if `config.init_from` names no folder.
+  These are the checks of `initial` that read no checkpoint. Nothing is checked
+  if the config names no folder.
 
-  Arguments and errors are the same as those of `initial`.
+  Args:
+    run: The run that begins.
+    allow: Modules whose classes, named in the folder, may be imported.
+
+  Raises:
+    ValueError: The folder holds no run, it has another tokenizer, its kernels
+      are quantised, or the models or the optimizer that is kept do not fit.
   """
   if run.options.init_from.workdir:
     _read(run, allow)
@@ -98,6 +105,10 @@ def _read(
   Returns:
     That run's folder, its options and its model, and a plan by which the
     parameters of `run` are made from that run's parameters.
+
+  Raises:
+    ValueError: The folder holds no run, its kernels are quantised, or its
+      tokens, tasks or model do not fit `run`.
   """
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
   source_run = trained.read(folder, allow)
@@ -116,7 +127,8 @@ def _read(
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   """The plan by which a run's parameters are made from those of `source`.
 
-  `folder` holds the run whose model is `source`.
+  `folder` holds the run whose model is `source`. ValueError is raised if the
+  models, or an optimizer that is to be kept, do not fit.
   """
   options = cast(InitFrom, run.options.init_from)
   try:
@@ -140,7 +152,7 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
 
 
 def _own_model(folder: pathlib.Path) -> str:
-  """A line on how to train the model of the run in `folder` further.
+  """A line, for errors, on how to train the model of the run in `folder` on.
 
   The line is '' if the folder has no config file.
   """
@@ -164,8 +176,8 @@ def convert(
 
   Args:
     run: The run, whose seed gives the key for `apply`.
-    apply: A pure function from the other run's parameters and a key; see
-      `Plan.apply`.
+    apply: A pure function from the other run's parameters and a key to all
+      parameters of the run's model, without adapters.
     params: The parameters of the other run.
   """
   shardings = jax.tree.map(
@@ -178,14 +190,14 @@ def convert(
 
 
 def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
-  """Lines on settings outside of sparse layers that change what is computed."""
+  """Lines on differences, outside of sparse layers, in what models compute."""
   for name, (old_value, new_value) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
       yield f'model.{name} {old_value!r} -> {new_value!r}'
 
 
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:
-  """Lines on settings in which experts differ from the copied dense layer."""
+  """Lines on options in which experts differ from the dense layer they copy."""
   dense = source.stacks.blocks[-1].block.ffn
   expert = model.stacks.mixtures[-1].expert
   for name in fields_of(type(dense)):

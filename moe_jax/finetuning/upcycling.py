@@ -82,7 +82,6 @@ class InitFrom(InitFromOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Yields a text if the option `experts` is not a list of indices."""
     yield from super().problems()
     numbers = [part.strip() for part in self.experts.split(',')]
     if self.experts and not all(number.isdigit() for number in numbers):
@@ -115,10 +114,13 @@ class Plan:
 
   Attributes:
     model: The new model.
-    pieces: The pieces of each parameter, one for each layer that it stacks.
+    pieces: The pieces of each parameter by its path: one for each layer that it
+      stacks, in order, or a single one where it stacks none.
     experts: The index of the source's expert that each expert is a copy of, in
-      layers that were sparse.
-    num_source_experts: The number of experts in the source; 0 if it is dense.
+      layers that were sparse; () if experts, where any are copied, keep their
+      indices.
+    num_source_experts: The number of the source's experts; 0 where `experts`
+      is ().
     copies: Options of how experts are copied and routers begin.
     upcycled: Indices of the layers that were dense and become sparse, an
       encoder's first.
@@ -218,7 +220,7 @@ class Plan:
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The index of the source's expert that each new expert copies.
+  """The index of the source's expert that each of `num_experts` experts copies.
 
   Experts are copied in turn: 0, 1, ..., `source_experts` - 1, and then 0 again.
   """
@@ -228,7 +230,11 @@ def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
 def _noisy(
   array: Array, experts: Sequence[int], axis: int, noise: float, key: PRNGKey
 ) -> Array:
-  """The array with noise on all copies of an expert except the first."""
+  """The array with noise on all copies of an expert except the first.
+
+  The noise has a standard deviation of `noise` times the array's root mean
+  square; `experts` are the numbers of the copied experts, along `axis`.
+  """
   counts = collections.Counter()
   is_later_copy = [counts.update([e]) or counts[e] > 1 for e in experts]
   if not noise or not any(is_later_copy):
@@ -241,7 +247,10 @@ def _noisy(
 
 
 def expert_axis(axes: Sequence[str | None]) -> int | None:
-  """The index of the dimension that is indexed by expert; None without one."""
+  """The index of the dimension that counts experts; None if there is none.
+
+  `axes` are the logical names of the dimensions.
+  """
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)
 
 
@@ -298,16 +307,16 @@ def plan(
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
-      # The sparse layer between the LSTMs of an LSTM model is in no stack, so
-      # that its number is None.
+      # The arrays of the sparse layer between the LSTMs of an LSTM model stack
+      # no layers: its number is None here, and its arrays may be new, too.
       is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
       if piece.path is None and is_new and drawn:
         continue
       listed = sizes if piece.path else problems
       listed += _problem(path, piece, parameter, old, len(numbers))
   problems += [f'{_name(p)}: not in this model' for p in old if p not in used]
-  # If the numbers of layers differ, the parameters of layers that one model
-  # lacks are not listed.
+  # If the numbers of layers differ, lines say so in place of a line for each
+  # parameter that one model lacks.
   problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
     lines = ['the models do not fit:', *dict.fromkeys(problems)]
@@ -331,11 +340,19 @@ def _finder(
   The piece is the source model's parameter of the same name. For an expert in a
   layer that was dense, the piece is the dense feed-forward's parameter whose
   name has the same last part. Otherwise the parameter is new.
+
+  Args:
+    model: The source model.
+    parameters: Those of its parameters that may be copied, by path.
+
+  Returns:
+    The function from the index of a layer in its stack, the place of the new
+    stacked parameter and its role to the piece.
   """
   # The key is (stack, layer, name of the parameter within a layer).
   pieces: dict[tuple, Piece] = {}
-  # The pieces of dense feed-forwards alone, by keys that have only the last
-  # part of the parameter's name.
+  # The pieces of dense feed-forwards alone; the key is (stack, layer, last part
+  # of the parameter's name).
   ffns: dict[tuple, list[Piece]] = {}
   for path, parameter in parameters.items():
     if (place := model.stacks.place_of(path)) is None:
@@ -363,9 +380,15 @@ def _problem(
   old_parameters: Mapping[Path, _Parameter],
   num_experts: int,
 ) -> list[str]:
-  """A list with the reason why a parameter cannot be made from its piece.
+  """The reason why a parameter cannot be made from its piece; [] if it can.
 
-  The list is empty if it can.
+  Args:
+    path: The path of the new parameter.
+    piece: The piece of one of its layers.
+    parameter: The description of the new parameter.
+    old_parameters: The descriptions of the source's parameters, by path.
+    num_experts: The number of experts that are copied by a list of indices; 0
+      if there is no list, so that both need equally many.
   """
   if piece.path is None:
     is_new = parameter.role.role == 'router'
@@ -389,7 +412,8 @@ def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
 
   The result is () unless both models have experts and each model has equally
   many in all its sparse layers. () means that experts, if both models have
-  them, are copied to equal indices.
+  them, are copied to equal indices. ValueError is raised if `copies.experts` do
+  not fit, or if the models differ in which experts are merged or pruned.
   """
   num_old, num_new = _num_experts(source), _num_experts(model)
   are_equal = equal_experts(model) and equal_experts(source)
@@ -452,7 +476,7 @@ def _lengths(model: Model, source: Model) -> list[str]:
 
 
 def _parameters(model: Model) -> dict[Path, _Parameter]:
-  """The description of every parameter, by its path."""
+  """The shape, axes and role of every parameter, by its path."""
   shapes, axes, roles = map(flatten, models.describe(model))
   return {
     path: _Parameter(leaf.shape, axes[path], roles[path])

@@ -27,14 +27,15 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Int32, Leaf
 
 
 class Beams(NamedTuple):
-  """The best sequences of each row that have ended, the best first.
+  """For each row the R best sequences that have ended, the best first.
 
   Attributes:
-    tokens: int32 [B, R, N], the new tokens; padding from the sequence's length
-      on.
+    tokens: int32 [B, R, N], the new tokens, at most N; padding from the
+      sequence's length on.
     lengths: int32 [B, R], the number of new tokens, including the stop token; 0
       where fewer than R sequences were found.
-    scores: float32 [B, R], see `beam_search`; -inf where there is no sequence.
+    scores: float32 [B, R], log probability / length^length_penalty; -inf where
+      there is no sequence.
   """
 
   tokens: Int32[Leaf, 'B R N']
@@ -64,7 +65,7 @@ def beam_search(
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
     variables: The variables of the model, its parameters under 'params'.
-    prompt: Token ids; see `generate`.
+    prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_beams: The number of beams: sequences that are followed for each row, at
       least 1.
     num_return: R, the number of sequences returned for each row, at most
@@ -75,8 +76,8 @@ def beam_search(
       `task_ids`; see `Ends`.
 
   Raises:
-    ValueError: A number is out of range, a logit is not finite, or as in
-      `generate`.
+    ValueError: A number is out of range, a logit is not finite, or `generate`
+      would refuse an argument, too.
   """
   check_whole('num_beams', num_beams, 1)
   given = f'num_beams={num_beams} and num_return'
@@ -103,7 +104,7 @@ def beam_search(
 class Search(NamedTuple):
   """The state of a search between two steps, apart from the cache.
 
-  A beam is a sequence that has not ended.
+  A beam is a sequence that has not ended; W are followed for each of B rows.
 
   Attributes:
     step: int32 [], the number of new tokens of a beam.
@@ -205,6 +206,13 @@ def advance(
   The candidates are the best continuations of all beams by one token, as many
   as it takes for at least W of them not to end their sequence.
 
+  Args:
+    search: The state before the step.
+    log_probs: The log probability of each token after each beam.
+    stop_ids: The ids each of which ends a sequence.
+    length_penalty: The exponent of the length by which the log probability of a
+      sequence that has ended is divided.
+
   Returns:
     The next state, and the index of the beam that each new beam continues.
   """
@@ -237,6 +245,6 @@ def advance(
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
-  """Takes W chosen ones of the C sequences of `leaf`, [B, C] or [B, C, N]."""
+  """The W chosen of each row's C sequences; `leaf` is [B, C] or [B, C, N]."""
   index = chosen if leaf.ndim == 2 else chosen[..., None]
   return jnp.take_along_axis(leaf, index, axis=1)

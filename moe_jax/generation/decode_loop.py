@@ -87,9 +87,9 @@ def generate(
       is returned.
     length_penalty: The exponent of a beam's length, by which its summed log
       probability is divided; only with several beams.
-    on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
-      -1 for rows that have ended; a true result ends the generation. Without
-      it nothing leaves the device before the end.
+    on_token: Called as on_token(n, tokens [B]) with the new token of index n,
+      from 0, of every row, -1 for rows that have ended; a true result ends the
+      generation. With None nothing leaves the device before the end.
     **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
       `task_ids`; see `Ends`.
 
@@ -136,7 +136,7 @@ def generate(
 def _check_beams(
   num_beams: int, length_penalty: float, temperature: float, on_token: Any
 ) -> None:
-  """Raises ValueError where options of beams contradict other options."""
+  """Raises ValueError where options of beams are wrong or contradict others."""
   check_whole('num_beams', num_beams, 1)
   check_number('length_penalty', length_penalty)
   if num_beams != 1 and temperature:
@@ -190,7 +190,11 @@ def _advance(
   sampler: Sampler,
   pad_id: Int32[Array, ''],
 ) -> State:
-  """Takes steps until every row has `until` tokens or has ended."""
+  """Takes steps until every row has `until` new tokens or has ended.
+
+  It stops early after a step in which a logit was not finite. Each row draws
+  with its own key of `keys`; rows that have ended are given `pad_id`.
+  """
 
   def goes_on(state):
     return (state.step < until) & ~state.ended.all() & state.finite
@@ -221,7 +225,9 @@ def _stream(
 ) -> State:
   """Generates step by step, and calls `on_token` with the tokens of each step.
 
-  The forced tokens are given to `on_token` first.
+  The forced tokens are given to `on_token` first; a true result of it ends the
+  generation. `run` takes steps from a state until every row has ended or has
+  the given number of new tokens.
   """
   ended = np.zeros(len(state.token), bool)
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):

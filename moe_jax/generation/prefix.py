@@ -37,7 +37,7 @@ def check_whole(
 
 
 def check_number(name: str, value: float) -> None:
-  """Raises ValueError unless a value is a finite number and no boolean."""
+  """Raises ValueError unless a value is a finite real number, not a boolean."""
   is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not is_number or not math.isfinite(value):
     raise InputError(f'{name}={value!r} must be a finite number')
@@ -50,7 +50,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
-  """Checked ids as an array, which may be empty.
+  """Checked ids, int64 [N]; N may be 0.
 
   Args:
     name: The name of the argument, for messages.
@@ -198,7 +198,10 @@ def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
 def _tasks(
   model: Model, task_ids: Ids | None, count: int
 ) -> Int32[np.ndarray, ' B'] | None:
-  """The checked task of each row; None for a model that needs no tasks."""
+  """The checked task of each of `count` rows; None without routing by task.
+
+  Tasks that are missing, unknown or of no use raise a ValueError.
+  """
   if not model.stacks.task_sequences:
     if task_ids is not None:
       raise InputError(
@@ -226,12 +229,12 @@ def _check_length(model: Model, noun: str, num_positions: int) -> None:
 
 
 def _padded_length(model: Model, num_tokens: int) -> int:
-  """The length to which rows are padded: rounded up, if results stay the same.
+  """The length to which rows of at most `num_tokens` tokens are padded.
 
-  If learned positions suffice, the length of an encoder's rows then becomes a
-  multiple of the group sizes of its layers, so that all groups are whole. A
-  prepared model has groups only where experts choose or mix tokens; padding in
-  such groups is as in training.
+  The length is rounded up, unless capacity binds, since more padding may then
+  change results. If learned positions suffice, an encoder's length becomes a
+  multiple of the group sizes of its layers, so that all groups are whole: only
+  layers whose experts choose or mix tokens have groups in generation.
   """
   longest, length, stacks = decoding.longest(model), num_tokens, model.stacks
   longest = longest or _MAX
@@ -244,7 +247,7 @@ def _padded_length(model: Model, num_tokens: int) -> int:
 
 
 def round_up(length: int) -> int:
-  """Rounds up to a multiple of 8; above 64, to 4 lengths per power of two."""
+  """Rounds up to a multiple of 8; above 64, to one of 4 per power of two."""
   step = max(8, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
@@ -252,7 +255,10 @@ def round_up(length: int) -> int:
 def padded(
   rows: Sequence[np.ndarray], length: int, *, front: bool
 ) -> tuple[Int32[np.ndarray, 'B P'], Bool[np.ndarray, 'B P']]:
-  """The tokens of rows, padded with 0 at one end; a mask, False at padding."""
+  """Rows padded with 0 to `length` P, and a mask that is False at padding.
+
+  Padding is before a row if `front`, or else behind it.
+  """
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, row in enumerate(rows):
@@ -371,10 +377,11 @@ def start(
     variables: The variables of the model.
     prompt: Token ids, one sequence for each row, or the ids of a single row.
     num_beams: The number of beams of each row.
-    num_tokens: This and all further arguments are as in `Ends`.
+    num_tokens: This and all further arguments are those of `Ends`.
 
   Raises:
-    ValueError: As `prepare` and `make_prefix`, or an id is unknown.
+    ValueError: `prepare` or `make_prefix` refuses an argument, or a stop id is
+      not in the vocabulary.
   """
   batch_size = num_beams * len(_rows_of(prompt))
   model, variables = prepare(model, variables, batch_size=batch_size)
@@ -402,11 +409,11 @@ def begin_with(
   """The cache of a prefix without each row's last token, and expert choices.
 
   Args:
-    apply: Function that applies the model, and may return the choices of
-      experts; see `models.recorded`.
+    apply: `models.recorded.plainly`, or a function like `recorded.recording`,
+      which also returns the choices of experts.
     model: A model as `prepare` returns it.
     variables: The variables of the model.
-    prefix: P tokens of each row.
+    prefix: The prefix, of P tokens in each row.
     num_slots: The number of slots of the cache: P - 1, and one for each step.
 
   Returns:

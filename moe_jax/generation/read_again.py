@@ -37,18 +37,17 @@ def choices(
   start_id: int | None = None,
   task_ids: Ids | None = None,
 ) -> tuple[Batch, Mapping[int, LayerChoices]]:
-  """The tokens that a model read in a generation, and each layer's choices.
+  """The tokens that a model read in a generation, and their choices of experts.
 
-  The choices are those of experts, for each of these tokens. The last new token
-  of a row is left out, as the model has not read it.
+  The last new token of a row is left out, as the model has not read it.
 
   Args:
     model: The model, as `prefix.prepare` returns it.
     variables: The variables of the model.
     prompt: The token ids of each row's prompt.
     rows: The new tokens of each row, with those that the caller had forced.
-    apply: Function that applies the model and returns the choices of experts;
-      see `models.recorded`.
+    apply: A function like `models.recorded.recording`, which returns the
+      choices of experts, too.
     start_id: The id that an encoder-decoder's decoder reads first.
     task_ids: The task of each row.
 
@@ -85,11 +84,11 @@ def _read(
   mask: Bool[Array, 'B N'],
   apply: Apply,
 ) -> dict[int, LayerChoices]:
-  """The choices of experts for a prefix and N tokens.
+  """The choices of experts for a prefix and N tokens, by index of the layer.
 
-  The N tokens begin with the last token of the prefix, of P tokens. The choices
-  have the shape [B, P - 1 + N, K] in a decoder's layers, and [B, S, K] in an
-  encoder's.
+  The N tokens begin with the last of the prefix's P tokens. The choices are
+  arrays [B, P - 1 + N, ...] in a decoder's layers, and [B, S, ...] in those of
+  an encoder, which reads S tokens. `mask` is False at padding.
   """
   slots = prefix.tokens.shape[1] - 1 + tokens.shape[1]
   cache, choices_by_call = begin_with(apply, model, variables, prefix, slots)

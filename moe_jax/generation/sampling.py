@@ -29,7 +29,7 @@ def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
 def keep_top_p(
   logits: Float32[Array, 'B V'], p: float | Float32[Array, '']
 ) -> Float32[Array, 'B V']:
-  """Sets logits to -inf, except those of the likeliest tokens, up to p.
+  """Sets logits to -inf, except those of the likeliest tokens of each row.
 
   A token stays if the probabilities of all likelier tokens sum to less than p
   (nucleus sampling, section 3.1 of arXiv:1904.09751). The likeliest token
@@ -129,5 +129,5 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
 
 
 def step_keys(keys: Key[Array, ' B'], step: Int[Array, '']) -> Key[Array, ' B']:
-  """The random key of each row in one step."""
+  """The random key of each row in one step, made from the row's own key."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, step)

@@ -58,8 +58,9 @@ def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:
 def window(data: DataOptions, model: Model, *, imported: bool = False) -> int:
   """The argument `window` of `prepare` for texts longer than training rows.
 
-  The window is that of `decoding.window_beyond`, or 0 for an imported model,
-  whose training rows have an unknown length.
+  The window is as long as a training row; 0, for no window, in a model that
+  adds positions to embedded tokens or is no decoder of blocks, and in an
+  imported model, whose training rows have an unknown length.
   """
   return 0 if imported else decoding.window_beyond(model, data.seq_len)
 
@@ -71,7 +72,7 @@ def fit(
 
   New tokens have priority, but a prompt keeps as many of its last tokens as
   fill half of the positions. In an encoder-decoder, encoder and decoder each
-  have all positions.
+  have all positions, and a prompt that is too long loses its end.
   """
   num_positions = decoding.longest(model)
   if num_positions is None:
@@ -85,6 +86,9 @@ def fit(
 
 def special_ids(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
   """The arguments of `generate` that a tokenizer decides.
+
+  They are `stop_ids`, `pad_id` if there is such an id and, for an
+  encoder-decoder, `start_id` and `forced_ids` if there are any.
 
   Raises:
     ValueError: The model is an encoder-decoder, and the tokenizer has no id

@@ -4,9 +4,11 @@
     python -m moe_jax.interop export --workdir runs/switch --output folder
     python -m moe_jax.interop verify folder --expected expected.npz
 
-SOURCE is a local folder or the id of a repository on the hub. `import` takes
-options that the checkpoint does not decide from the defaults, or from
---config=own.py, with overrides: --config.mesh.expert=4.
+`import` and `verify` read a local folder, or a repository on the hub by its id.
+A checkpoint does not decide all options of the new run. The others are those of
+--config=own.py, or else the defaults; --config.mesh.expert=4 changes one of
+them. `verify` compares logits and greedily generated tokens with those that
+transformers computed, which expected.npz holds.
 """
 
 import argparse
@@ -30,8 +32,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     about = cli.about('\n\n'.join([f'It {text}.', *lines]))
     added = commands.add_parser(name, help=text, **about)
     added.set_defaults(run=run)
-    text = 'show where in the code an error came from'
-    added.add_argument('--traceback', action='store_true', help=text)
+    cli.add_traceback(added)
     return added.add_argument
 
   source = 'folder, or id of a repository on the hub'
@@ -40,13 +41,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('source', metavar='SOURCE', help=source)
   add('--workdir', required=True, help='folder of the new run')
   add('--config', default='', help=f'{cli.CONFIG}; else the defaults')
-  add('--dtype', choices=('float32', 'bfloat16'), default='')
+  text = "of parameters and products; else the checkpoint's own"
+  add('--dtype', choices=('float32', 'bfloat16'), default='', help=text)
   add('--revision', default='', help=revision)
   add = command('export', _export, 'writes a run for transformers')
   add('--workdir', required=True, help='folder of the run')
   add('--output', required=True, help='new folder')
-  text = 'module or package that the run may import; repeatable'
-  add('--allow_module', action='append', default=[], help=text)
+  cli.add_allow_module(commands.choices['export'])
   add = command('verify', _verify, 'compares outputs with those expected')
   add('source', metavar='SOURCE', help=source)
   add('--expected', required=True, help='npz file of outputs of transformers')

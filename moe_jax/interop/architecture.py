@@ -30,7 +30,7 @@ class Architecture:
     model_type: The name in config.json.
     classes: The names that the key `architectures` of config.json may hold; an
       export writes the first.
-    keys: The keys of config.json.
+    keys: The keys of config.json, sorted by treatment.
     problems: Returns a text for each value of the keys that our models cannot
       express.
     options: Returns the options of the model, for values in which `problems`
@@ -39,7 +39,7 @@ class Architecture:
       decide; raises ValueError if the architecture has no such model.
     suits: Returns whether a model that was not imported may be exported as this
       architecture.
-    names: The tensors of our variables; see `mapping`.
+    names: The table of names of tensors, by the paths of our variables.
     borrowed_type: The `model_type` in config.json if checkpoints use the name
       of another architecture, so that `architectures` must name the class.
     needs_code: Whether transformers has no class for the architecture, so that
@@ -53,8 +53,8 @@ class Architecture:
     fills_gaps: Whether the checkpoints were trained to fill gaps in text that
       are marked by sentinels (T5).
     files: Opens the tensors in the files of a folder.
-    unnumbered_id: Returns the id of the tokens that have no position of their
-      own; None if all tokens have one.
+    unnumbered_id: Returns, for the options of a model, the id of tokens that
+      have no position of their own; None if all tokens have a position.
   """
 
   model_type: str
@@ -78,19 +78,27 @@ class Architecture:
 def activation_problems(
   key: str, name: str, table: Mapping[str, str]
 ) -> list[str]:
-  """A list with a text if an activation is not in `table`, else empty."""
+  """The problem, in a list, of a value of `key` that is not in `table`.
+
+  `name` is the value, and `table` has our activations by transformers' names.
+  """
   if name in table:
     return []
   return [f'{key}={name!r} is not supported, only {sorted(table)}']
 
 
 def their_activation(name: str, table: Mapping[str, str]) -> str:
-  """The first name in `table` of our activation `name`, or else our name."""
+  """transformers' first name for our activation `name`; else `name` itself.
+
+  `table` has our activations by transformers' names.
+  """
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 
 def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
-  """The attention of a stack, in which defaults replace sizes of 0.
+  """A stack's options of attention, with actual sizes for sizes of 0.
+
+  They are derived from `width`, the width M of the model.
 
   Raises:
     ValueError: The attention is latent.
@@ -102,7 +110,10 @@ def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
 
 
 def layers(sparse: Sequence[bool]) -> str:
-  """The value of `moe.layers` for flags that say which layers are sparse."""
+  """Names the sparse layers as the option `moe.layers`: 'all', 'none' or '1,3'.
+
+  `sparse` says of each layer whether it is sparse.
+  """
   if all(sparse) or not any(sparse):
     return 'all' if any(sparse) else 'none'
   return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
@@ -124,7 +135,10 @@ def sparse_flags(num_layers: int, step: int, first: int) -> tuple[bool, ...]:
 
 
 def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """The `step` for which `sparse_flags` returns `sparse`; None if none does."""
+  """Finds n if one in n layers is sparse; 0 if none is, None if no n fits.
+
+  `first` is 0 if the first sparse layer is n - 1, and 1 if it is layer 1.
+  """
   L = len(sparse)
   steps = (n for n in range(L + 2) if sparse_flags(L, n, first) == sparse)
   return next(steps, None)

@@ -37,7 +37,7 @@ def fetch_folder(
     revision: A branch, tag or commit; '' is the main branch.
 
   Raises:
-    ValueError: The source is neither a folder nor a repository.
+    ValueError: The source is no folder, and no repository that the hub gives.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -60,7 +60,7 @@ def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a checkpoint besides weights and their index.
 
   Raises:
-    ValueError: A file is a link out of the folder, or no plain file.
+    ValueError: A file is a link out of the folder, a pipe or the like.
   """
   files = plain_files.matching(folder, SMALL)
   return [path for path in files if not path.name.endswith('.index.json')]
@@ -110,9 +110,10 @@ class Checkpoint:
     architecture: The architecture of the checkpoint.
     config: The content of config.json.
     options: The options of the model.
-    notes: A line for each value that acts only in training and is not carried
-      over.
-    skipped_tensors: Patterns of the names of tensors that are not read.
+    notes: A line for each value of `config` that acts only in training and that
+      `options` cannot express.
+    skipped_tensors: Regular expressions; a tensor is not read if one of them
+      matches a part of the tensor's name.
   """
 
   folder: pathlib.Path
@@ -132,8 +133,8 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
   Args:
     folder: The folder of a checkpoint.
-    dtype: Dtype of parameters and products; '' is the dtype that config.json
-      names, or float32 if it names none.
+    dtype: Dtype of parameters and matrix products; '' is the dtype that
+      config.json names, or float32 if that is float16 or missing.
 
   Raises:
     ValueError: The architecture, a key or a value is not supported; all
@@ -159,7 +160,7 @@ def from_config(config: Mapping[str, Any]) -> ModelOptions:
   No file is read. The model is in float32, whatever dtype the content names.
 
   Raises:
-    ValueError: See `open_checkpoint`.
+    ValueError: The architecture, a key or a value is not supported.
   """
   path = pathlib.Path('config.json')
   return _read_checkpoint(config, path, 'what would be written there').options
@@ -202,8 +203,8 @@ def architecture_of(
   """The architecture that `architectures` and `model_type` of a config name.
 
   Raises:
-    ValueError: The architecture is not supported; the message lists those that
-      are supported.
+    ValueError: The architecture is not supported; the message, in which
+      `location` follows 'model_type', lists those that are.
   """
   model_type, classes = config.get('model_type'), config.get('architectures')
   for architecture in ARCHITECTURES.values():

@@ -76,10 +76,10 @@ class Keys:
     honoured: For each key that shapes the model, its type and transformers'
       default.
     training: For each key that acts only in training, its type, its default,
-      its neutral value and a reason. The neutral value is the one with which
-      our models train alike; the reason says why no other value is carried
-      over. In place of the neutral value stands the name of a key that has it,
-      or `...` if every value is carried over.
+      its neutral value and a reason. The neutral value is the only one with
+      which our models train in the same way, or the name of a key whose value
+      it is, or `...` if our options can express every value. The reason, for
+      messages, says why no other value is carried over.
     fixed: For each key of which only some values are supported, these values,
       the default first.
     ignored: The other keys, which change neither inference nor training.
@@ -94,7 +94,7 @@ class Keys:
 
 
 class Values(types.SimpleNamespace):
-  """The values of honoured and training keys, with defaults, as attributes."""
+  """The value, or default, of each honoured or training key as an attribute."""
 
 
 def read(
@@ -107,8 +107,8 @@ def read(
     config: The content of `config.json`.
 
   Returns:
-    The values; a text for each problem; and a text for each value that is not
-    carried over.
+    The values, in which defaults replace bad ones; a text for each problem; and
+    a text for each value of a training key that our options cannot express.
   """
   values, notes = Values(), []
   problems = [
@@ -143,7 +143,7 @@ def read(
 
 
 def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
-  """A text for each special token whose id is not in the vocabulary."""
+  """A text for each key of config.json with a token id outside [0, V)."""
   rule = f'token id, an integer in [0, {vocab_size})'
   kind = Number(rule, 0, vocab_size, whole=True)
   return [
@@ -156,7 +156,7 @@ def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 
 def is_kind(value: Any, kind: Any) -> bool:
-  """Whether a value of a JSON file obeys a `Number` or is of a Python type."""
+  """Whether a JSON value obeys `kind`, a `Number`, or has `kind`, a type."""
   if isinstance(kind, Number):
     return kind.holds(value)
   if isinstance(value, bool):
@@ -182,8 +182,8 @@ COMMON_FIXED = {
   'add_cross_attention': (False,),
   'is_decoder': (False,),
 }
-# Keys on which the model does not depend; generation reads the special ids
-# among them.
+# Keys on which the model does not depend, so that every value is allowed;
+# generation reads the special ids among them.
 _GENERATION = """
   bos_token_id eos_token_id decoder_start_token_id forced_bos_token_id
   forced_eos_token_id sep_token_id max_length min_length do_sample
@@ -209,8 +209,8 @@ _NO_NUMBER = """
 _CLASSIFICATION = 'finetuning_task id2label label2id num_labels problem_type'
 # Keys with which transformers 5.24 does nothing in a model.
 _UNUSED = 'prefix task_specific_params tf_legacy_loss tokenizer_class'
-# Keys that are read before all others, as they choose the architecture or the
-# dtype. `auto_map` names code of the repository, none of which is run.
+# Keys that `read` ignores, as they have been read to choose the architecture or
+# the dtype; `auto_map` names code of the repository, none of which is run.
 _READ_BEFORE = 'model_type architectures auto_map dtype torch_dtype'
 COMMON_IGNORED = (
   *_READ_BEFORE.split(),

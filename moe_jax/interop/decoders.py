@@ -1,11 +1,11 @@
 """Keys of config.json and names of tensors that transformers' decoders share.
 
-These decoders have pre-norm blocks with root mean square norms, rotary
-positions, grouped keys and gated feed-forwards, and drop no token, unless the
-module of their family says otherwise. A key of config.json that several
+Unless the module of a family says otherwise, decoders have pre-norm blocks with
+root mean square norms, rotary positions, keys and values that heads share, and
+gated feed-forwards, and drop no token. A key of config.json that several
 decoders have means the same in all. The module of a family calls `decoder` with
-the family's keys, the names of its tensors (parts of a table, `mapping.Names`),
-and functions for what sets the family apart.
+its keys, its table of names of tensors (`mapping.Names`), and functions for all
+else.
 """
 
 import dataclasses
@@ -54,9 +54,12 @@ from moe_jax.routing.capacity import All
 
 
 def layer(path: str, *names: tuple[str, str]) -> Names:
-  """The table entry of a layer's parameter, from (name, layout) pairs.
+  """The entry of a layer's parameter, for a table of names of tensors.
 
-  The names lack the prefix 'model.layers.{layer}.', which is added.
+  Args:
+    path: The path of our parameter in the layer.
+    *names: (name, layout) of alternative tensors; each name gets the prefix
+      'model.layers.{layer}.'.
   """
   return {
     f'layer/{path}': tuple(
@@ -66,12 +69,20 @@ def layer(path: str, *names: tuple[str, str]) -> Names:
 
 
 def weight(path: str, module: str, form: str) -> Names:
-  """The table entry of a layer's parameter that is a module's weight."""
+  """The entry of a layer's parameter, for a table of names of tensors.
+
+  Args:
+    path: The path of our parameter in the layer.
+    module: The module of the checkpoint's layer whose tensor `weight` has the
+      parameter's values.
+    form: The layout of the tensor, such as 'M' or, if the parameter has the
+      axes in another order, 'F M -> M F'.
+  """
   return layer(path, (f'{module}.weight', form))
 
 
-# The tensors that all decoders have: the embedding, the final norm, the head,
-# and in layers the norms before attention and before feed-forwards.
+# The tensors that all decoders have: embedding, logits kernel, final norm, and
+# in layers the norms before attention and before feed-forwards.
 COMMON: Names = {
   'embedding': (Name('model.embed_tokens.weight', 'V M'),),
   'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
@@ -99,7 +110,10 @@ HEAD_NORMS: Names = {
 
 
 def gated_ffn(path: str, module: str) -> Names:
-  """The table entries of a gated feed-forward's three weights."""
+  """The table entries of a gated feed-forward's three weights.
+
+  `path` is the path of ours in the layer, and `module` the name of theirs.
+  """
   return {
     **weight(f'{path}/w_gate', f'{module}.gate_proj', 'F M -> M F'),
     **weight(f'{path}/w_in', f'{module}.up_proj', 'F M -> M F'),
@@ -108,7 +122,7 @@ def gated_ffn(path: str, module: str) -> Names:
 
 
 def router(*modules: str) -> Names:
-  """The table entry of routers' weights; `modules` are alternative names."""
+  """The table entry of routers' kernels, of a module with one of the names."""
   names = ((f'{module}.weight', 'E M -> M E') for module in modules)
   return layer('moe/router/w', *names)
 
@@ -121,10 +135,10 @@ def experts(
 ) -> Names:
   """The table entries of gated experts' weights.
 
-  Files that are written have three tensors for each expert. Files that are read
-  may also have experts in the module 'mlp.experts', or the tensors that
-  transformers has in memory: experts are stacked, and `gate` and `up` are one
-  tensor.
+  An export writes three tensors for each expert, in `module`. A checkpoint may
+  also have them in the module 'mlp.experts', or may have the tensors that
+  transformers has in memory, in which experts are stacked, and `gate` and `up`
+  are one tensor.
 
   Args:
     module: The name of the experts' module in files.
@@ -160,27 +174,26 @@ WINDOW, FULL = 'sliding_attention', 'full_attention'
 
 
 def _heads(o: DecoderOptions) -> Any:
-  """The options of attention, in which defaults replace sizes of 0."""
+  """A decoder's options of attention, with actual sizes for sizes of 0."""
   return o.attention.within(o.width)
 
 
 def _has_bias(o: DecoderOptions) -> bool:
-  """Whether queries, or latent attention's compressed keys, have a bias."""
+  """Whether queries, or compressed keys of latent attention, have a bias."""
   names = 'query', 'kv_down'
   return any(o.attention.has_bias(name, use_bias=False) for name in names)
 
 
 def _router(o: DecoderOptions, name: str, default: Any) -> Any:
-  """The value of a router's option; the default if the router lacks it."""
   return getattr(o.moe.router, name, default)
 
 
 # The keys for the number of experts; config.json may have any of these.
 _NUM_EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
 # For each key that several decoders have, the type of its values, and the
-# function from a model's options to the key's value. If the model has something
-# that no decoder here has, the function gives a default: read back, it differs
-# from the model, and the difference is reported.
+# function from a model's options to the key's value. For options that no such
+# decoder can have the function gives a default; an export, which reads its
+# config.json back, then finds the difference from the model, and reports it.
 _SHARED: Mapping[str, tuple[Any, Callable[[DecoderOptions], Any]]] = {
   'vocab_size': (SIZE, lambda o: o.vocab_size),
   'hidden_size': (SIZE, lambda o: o.width),
@@ -252,13 +265,13 @@ def keys(
   """The keys of an architecture: those that decoders share, and its own.
 
   Args:
-    defaults: transformers' defaults of the shared keys, where they are not
-      those of most decoders.
-    honoured: The own keys that shape the model; see `Keys`.
-    training: The own keys that act only in training.
-    fixed: The own keys of which only some values are supported.
-    ignored: The own keys that change nothing.
-    spellings: Other spellings of keys.
+    defaults: transformers' defaults of the architecture's shared keys that not
+      every decoder has, or whose default is not that of most decoders.
+    honoured: The architecture's own keys that shape the model; see `Keys`.
+    training: Its own keys that act only in training.
+    fixed: Its own keys of which only some values are supported.
+    ignored: Its own keys that change nothing.
+    spellings: Other spellings of keys, each with the key that it stands for.
   """
   values = {**_DEFAULTS, **defaults}
   balance_weight = values.pop('router_aux_loss_coef')
@@ -287,8 +300,8 @@ def keys(
       **(training or {}),
     },
     fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
-    # A checkpoint has all parameters, so that none is initialized, and masks
-    # say which tokens are padding.
+    # `initializer_range` does not matter, as a checkpoint has all parameters;
+    # `pad_token_id` does not, as masks say which tokens are padding.
     ignored=(*COMMON_IGNORED, 'initializer_range', 'pad_token_id', *ignored),
     spellings={**dict.fromkeys(other_numbers, number), **(spellings or {})},
   )
@@ -300,7 +313,11 @@ def _problems(
   rope_types: tuple[str, ...],
   activations: Mapping[str, str],
 ) -> Iterator[str]:
-  """A text for each value of the shared keys that is not supported."""
+  """A text for each value of the shared keys that is not supported.
+
+  The architecture has the rotary parameters `rope` where the config has none,
+  these `rope_types`, and our `activations` by their names in config.json.
+  """
   yield from activation_problems('hidden_act', c.hidden_act, activations)
   yield from rotary_keys.problems(c, rope, rope_types)
   if not hasattr(c, 'layer_types'):
@@ -317,7 +334,7 @@ def _problems(
 
 
 def gate_problems(c: Values) -> Iterator[str]:
-  """A text if a token has a single gate that is divided by itself."""
+  """A text if a token's single gate would be divided by itself, so always 1."""
   if c.num_experts_per_tok == 1 and getattr(c, 'norm_topk_prob', True):
     flag = ' with norm_topk_prob=True' * hasattr(c, 'norm_topk_prob')
     yield (
@@ -443,6 +460,8 @@ def _describe(
 ) -> dict[str, Any]:
   """The values of the shared keys of config.json for a model's options.
 
+  `keys` are the architecture's, `activations` ours by names in config.json.
+
   Raises:
     ValueError: The model is no decoder, or its heads or experts are not of the
       kinds that transformers' decoders have.
@@ -463,12 +482,12 @@ def _describe(
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
-  """The options of attention, from `plain_attention`, at the model's width."""
+  """Attention's options, with actual sizes; ValueError if it is latent."""
   return plain_attention(o, o.width)
 
 
 def expert_of(o: DecoderOptions) -> FeedForwardExpert:
-  """The options of the experts, in which defaults replace sizes of 0.
+  """The options of the experts; sizes of 0 are those of dense feed-forwards.
 
   Raises:
     ValueError: The experts are no feed-forwards.
@@ -496,18 +515,18 @@ def decoder(
   """The architecture of a decoder with rotary positions.
 
   Args:
-    model_type: The name in config.json; see `Architecture`.
+    model_type: The architecture's name in config.json.
     stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
-    names: The tensors of our variables.
-    options: Returns what sets the architecture's models apart: `router`,
-      `losses`, `moe` and options of `DecoderOptions`, see `_options`.
+    names: The table of names of tensors, by the paths of our variables.
+    options: Returns what sets the architecture's models apart, as keyword
+      arguments of `_options`: `router`, `losses`, `moe`, options of the model.
     describe: Returns the values of the architecture's own keys for a model. A
       key that is another spelling of a shared key replaces it.
     problems: Returns a text for each value of the architecture's own keys that
       our models cannot express.
-    rope: The parameters of rotary positions where the config has none, with
-      the `partial_rotary_factor` only if heads need not rotate as a whole.
+    rope: The parameters of rotary positions where the config has none. It has
+      `partial_rotary_factor` only if configs may rotate a part of each head.
     rope_types: The rope types that the architecture has.
     activations: Our names of the architecture's activations, by the names in
       config.json.

@@ -55,8 +55,8 @@ from moe_jax.models import DecoderOptions
 # whatever rms_norm_eps is.
 _EPSILON = 1e-6
 _GREEDY, _GROUPED = 'greedy', 'group_limited_greedy'
-# transformers reads layer 61 of no checkpoint, since DeepSeek-V3's own has a
-# layer of this index behind the 61 layers, 0 to 60, of its model.
+# transformers skips layer 61 of every checkpoint, and so does an import, since
+# DeepSeek-V3's own has a further layer 61 behind those of its model, 0 to 60.
 _PUBLISHED_LAYERS = 61
 
 KEYS_V1 = decoders.keys(
@@ -186,7 +186,6 @@ def _problems_v1(c: Values) -> Iterator[str]:
 
 
 def _sparse(c: Values) -> list[bool]:
-  """Whether each layer is sparse."""
   first, step = c.first_k_dense_replace, c.moe_layer_freq
   return [i >= first and i % step == 0 for i in range(c.num_hidden_layers)]
 
@@ -253,7 +252,6 @@ def _options_v1(c: Values) -> dict[str, Any]:
 
 
 def _latent(c: Values) -> LatentOptions:
-  """The latent attention of DeepSeek-V2 and V3."""
   biases = 'query_down, kv_down, out' if c.q_lora_rank else 'kv_down, out'
   return LatentOptions(
     num_heads=c.num_attention_heads,

@@ -35,19 +35,18 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   A tokenizer of bytes or characters becomes a `tokenizer.json` with the same
   ids. As in this package, the name of a special token within a text is read as
   plain text; but the names of ids that a task added are read as these ids, as
-  this package reads them in inputs.
+  this package reads them in inputs. For None nothing is written.
   """
-  base, names, ends_in_eos = tokenizer, (), False
+  base, names = tokenizer, ()
   if isinstance(tokenizer, tokenizers.Extended):
     base, names = tokenizer.base, tokenizer.names
-    ends_in_eos = tokenizer.end_inputs
   if isinstance(base, tokenizers.SentencePiece):
     (output / _MODEL).write_bytes(base.content)
     return (
       f'{_MODEL} is the SentencePiece model; transformers converts it by rules '
       'of its own: compare its ids'
       + ', and it is without the ids that the task added' * bool(names)
-      + '; inputs here end in an EOS' * ends_in_eos
+      + '; inputs here end in an EOS' * getattr(tokenizer, 'end_inputs', False)
     )
   model = _model(base)
   if model is None:
@@ -64,14 +63,6 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
     if (token_id := getattr(tokenizer, f'{role}_id')) is not None
     and (token := model.id_to_token(token_id)) is not None
   }
-  if ends_in_eos and has_names and model.post_processor is None:
-    eos_id = cast(Any, tokenizer).eos_id
-    eos = model.id_to_token(eos_id)
-    model.post_processor = library.processors.TemplateProcessing(
-      single=f'$A {eos}',
-      pair=f'$A {eos} $B {eos}',
-      special_tokens=[(eos, eos_id)],
-    )
   (output / _JSON).write_text(model.to_str(pretty=True), encoding='utf-8')
   config: dict[str, Any] = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -81,13 +72,17 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   if not isinstance(base, tokenizers.Json) and not names:
     config['split_special_tokens'] = True
   (output / _CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+  line = 'the tokenizer is there too'
   if not has_names:
-    return 'the tokenizer is there too, without the ids that the task added'
-  return 'the tokenizer is there too'
+    line += ', without the ids that the task added'
+  return line + _end_inputs(output, tokenizer)
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The tokenizer of the library `tokenizers` with the same ids, or None."""
+  """The same tokenizer of the library `tokenizers`; None if there is none.
+
+  There is one for a tokenizer.json, and for bytes and characters.
+  """
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model.to_str())
   if isinstance(tokenizer, tokenizers.Bytes):
@@ -95,6 +90,43 @@ def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
   if isinstance(tokenizer, tokenizers.Chars):
     return _character_model(tokenizer.characters)
   return None
+
+
+def _end_inputs(folder: pathlib.Path, tokenizer: Tokenizer | None) -> str:
+  """Makes a folder's tokenizer end inputs in an EOS, or not, as the run's does.
+
+  Returns words about the change; '' if there is none.
+  """
+  path = folder / _JSON
+  if not isinstance(tokenizer, tokenizers.Extended) or not path.exists():
+    return ''
+  model, eos_id = library.Tokenizer.from_file(str(path)), tokenizer.eos_id
+  if eos_id is None or (eos := model.id_to_token(eos_id)) is None:
+    return ''
+  e, ends = model.encode(eos), tokenizer.end_inputs
+  columns = zip(e.tokens, e.sequence_ids, e.attention_mask)
+  tokens, parts = zip(*((t, part) for t, part, real in columns if real))
+  start, size = parts.index(0), parts.count(0)  # of the text, not what is added
+  begin, end = tokens[:start], tokens[start + size :]
+  if ends == (end[-1:] == (eos,)):
+    return ''
+  new_end = [*end, eos] if ends else end[:-1]
+  # A template cannot follow another one, which has added ids.
+  old = None if model.num_special_tokens_to_add(False) else model.post_processor
+  template = library.processors.TemplateProcessing(
+    single=[*begin, '$A', *new_end],
+    pair=[*begin, '$A', *new_end, '$B', *new_end],
+    special_tokens=[(t, model.token_to_id(t)) for t in {*begin, *new_end}],
+  )
+  steps = [*filter(None, [old]), template]
+  model.post_processor = library.processors.Sequence(steps)
+  path.write_text(model.to_str(pretty=True), encoding='utf-8')
+  config = plain_files.read_json(folder / _CONFIG)
+  # With these keys, transformers makes the post-processor anew.
+  if {'add_bos_token', 'add_eos_token'} & config.keys():
+    text = json.dumps({**config, 'add_eos_token': ends}, indent=2)
+    (folder / _CONFIG).write_text(text + '\n', encoding='utf-8')
+  return f'; inputs {"end" if ends else "do not end"} in an EOS, as here'
 
 
 def _byte_model() -> library.Tokenizer:
@@ -119,7 +151,7 @@ def _byte_model() -> library.Tokenizer:
 
 
 def _character_model(characters: str) -> library.Tokenizer:
-  """A tokenizer whose tokens are characters, which refuses unknown ones."""
+  """A tokenizer whose ids index `characters`, which refuses all others."""
   vocabulary = {character: i for i, character in enumerate(characters)}
   model = library.Tokenizer(library.models.WordLevel(vocabulary, _EOS))
   model.pre_tokenizer = library.pre_tokenizers.Split(
@@ -148,7 +180,8 @@ def export_run(
     Lines about the export, for printing.
 
   Raises:
-    ValueError: The folder holds no run or no checkpoint, or see `save`.
+    ValueError: The folder holds no run or no checkpoint, `output` is not empty,
+      or transformers has no such model.
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
@@ -196,7 +229,11 @@ def export_run(
 
 
 def _imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files that came with an imported checkpoint, besides its config."""
+  """The files that an imported run keeps of its source, besides the config.
+
+  `folder`, in the run's folder, has them; without it there are none. A link is
+  refused with a ValueError.
+  """
   if folder.is_symlink():
     raise InputError(f'{folder} is a link, which is not followed')
   if not folder.is_dir():
@@ -231,5 +268,5 @@ def _export_tokenizer(
     line = f"the imported checkpoint's other files are there too: {names}"
     if isinstance(tokenizer, tokenizers.Extended) and tokenizer.names:
       line += '; they are without the ids that the task added'
-    return line
+    return line + _end_inputs(output, tokenizer)
   return write_tokenizer(tokenizer, output)

@@ -12,9 +12,9 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 Published files hold experts in MXFP4, a format of 4-bit numbers; an export has
 bfloat16. Blocks of 32 numbers share a scale, which is a power of two (OCP
 Microscaling Formats 1.0). Files have the tensor `name` as `name_blocks`, uint8
-[E, N, M / 32, 16], two numbers a byte and the first in the lower half, and
-`name_scales`, uint8 [E, N, M / 32]. Both are read as one bfloat16 tensor `name`
-[E, M, N], which holds every number exactly unless its scale is extreme.
+[E, N, M / 32, 16], two numbers a byte with the first in the lower half, and
+`name_scales`, uint8 [E, N, M / 32], for kernels of M inputs and N outputs. They
+are read as one bfloat16 tensor [E, M, N], exactly unless a scale is extreme.
 """
 
 import pathlib
@@ -48,8 +48,8 @@ class Mxfp4Files(TensorFiles):
   """The tensors of a folder; tensors in MXFP4 appear decoded.
 
   Raises:
-    ValueError: See `TensorFiles`; or blocks and scales do not fit, and all
-      problems are listed.
+    ValueError: `TensorFiles` cannot read the folder; or blocks and scales do
+      not fit, and all problems are listed.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -70,7 +70,7 @@ class Mxfp4Files(TensorFiles):
       raise ProblemsError(f'{folder} cannot be read', problems)
 
   def _problem(self, name: str) -> str:
-    """The reason why a tensor in MXFP4 cannot be decoded, or ''."""
+    """The reason why `name`, in MXFP4, cannot be decoded; '' if it can."""
     blocks = self.specs[name + _BLOCKS]
     scales = self.specs.get(name + _SCALES)
     if name in self.specs:
@@ -88,7 +88,7 @@ class Mxfp4Files(TensorFiles):
     return ''
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """Reads a slice as `TensorFiles` does, and only the needed MXFP4 blocks."""
+    """A copy of a tensor's slice, MXFP4 decoded to bfloat16; None takes all."""
     if name not in self._packed:
       return super().read(name, index)
     if index is None:
@@ -103,8 +103,8 @@ class Mxfp4Files(TensorFiles):
     stop = start + inputs.stop - inputs.start
     sizes = (part.stop - part.start for part in (experts, inputs, outputs))
     numbers = np.empty(tuple(sizes), ml_dtypes.bfloat16)
-    # Experts are decoded one at a time, as decoding takes about five times the
-    # bytes of what is decoded.
+    # Experts are decoded one at a time, as decoding takes about five times as
+    # much memory as the numbers that it gives.
     for i, expert in enumerate(range(experts.start, experts.stop)):
       index = slice(expert, expert + 1), outputs, rows
       scales = super().read(name + _SCALES, index)
@@ -118,8 +118,8 @@ def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
   """The numbers in blocks of MXFP4.
 
   Args:
-    blocks: Two numbers a byte, uint8 [..., C, 16].
-    scales: Exponents of two with a bias of 127, uint8 [..., C].
+    blocks: C blocks of 32 numbers, two numbers a byte, uint8 [..., C, 16].
+    scales: Each block's exponent of two, plus 127, uint8 [..., C].
 
   Returns:
     bfloat16 [..., C * 32].
@@ -163,8 +163,8 @@ KEYS = decoders.keys(
     'quantization_config': (dict | None, None),
   },
   fixed={'swiglu_alpha': (1.702,), 'swiglu_limit': (7.0,)},
-  # The value of the first key is in rope_scaling, too; the second key repeats
-  # num_experts_per_tok.
+  # These keys repeat `original_max_position_embeddings` of rope_scaling and
+  # `num_experts_per_tok`, which are read.
   ignored=('initial_context_length', 'experts_per_token'),
 )
 

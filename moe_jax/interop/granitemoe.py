@@ -57,7 +57,10 @@ _MOE = 'block_sparse_moe'
 
 
 def _experts(path: str, stored: str, fused: str, form: str) -> Names:
-  """The table entry of experts' kernels, by names in files and in memory."""
+  """The table entry of the experts' kernel `path`, of the layout `form`.
+
+  `stored` names its tensor in files, `fused` in transformers' memory.
+  """
   names = f'{stored}.weight', f'experts.{fused}'
   return layer(f'moe/experts/{path}', *((f'{_MOE}.{n}', form) for n in names))
 

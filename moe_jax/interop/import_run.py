@@ -65,9 +65,9 @@ def import_run(
     Lines about the import, for printing.
 
   Raises:
-    ValueError: See `load`; or the folder is not empty; the tokenizer cannot be
-      read, or has tokens for which the model has no embedding; or a small file
-      of the checkpoint is a link.
+    ValueError: `load` refuses the checkpoint; `workdir` is not empty; the
+      tokenizer cannot be read, or has tokens for which the model has no
+      embedding; or a config or tokenizer file is a link out of its folder.
   """
   folder = pathlib.Path(workdir).expanduser().resolve()
   check_free(folder)
@@ -110,13 +110,14 @@ def import_run(
 def _tokenizer(
   folder: pathlib.Path, data: DataOptions
 ) -> tuple[Tokenizer | None, list[str]]:
-  """The tokenizer.json of a folder, or else the tokenizer of the config.
+  """The tokenizer.json of a folder, or else the file that the config names.
 
-  A SentencePiece model in the folder is not taken as the tokenizer, since
-  transformers may give its pieces other ids.
+  A folder with only a SentencePiece model is refused if the config names no
+  file, since transformers may give the model's pieces other ids.
 
   Returns:
-    The tokenizer, and a line if the config names one that is not used.
+    The tokenizer, None if there is neither, and a line if the config's file is
+    not used.
   """
   names_file = isinstance(data.tokenizer, FileOptions)
   has_json = plain_files.plain(folder, 'tokenizer.json') is not None
@@ -135,7 +136,8 @@ def _tokenizer(
 def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
   """The checkpoint's model options, with a run's options on computation.
 
-  The checkpoint's own dropout, losses and dtypes take precedence.
+  Dtypes are the checkpoint's, and so are rates of dropout and weights of losses
+  that are not the defaults.
   """
   model: Any = _computed_as(imported, configured)
   stored_numerics = cast(Any, imported).numerics
@@ -150,9 +152,8 @@ def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
 def _computed_as(imported: O, configured: Options, how: bool = False) -> O:
   """The imported options, with the run's values of options on computation.
 
-  Options on computation only say how something is computed; see `Option`. If
-  such an option has another value than its default in `imported`, that value
-  is kept.
+  Options on computation are those with `Option.same_function`. If one has
+  another value than its default in `imported`, that value is kept.
 
   Args:
     imported: The options of the checkpoint.
@@ -177,7 +178,7 @@ def _fitting_data(
   folder: pathlib.Path,
   tokenizer: Tokenizer | None,
 ) -> DataOptions:
-  """The options of data, with the checkpoint's tokenizer and a fitting task.
+  """The options of data, with the tokenizer in `folder` and a fitting task.
 
   If the task has no inputs and targets, an encoder-decoder gets another task:
   span corruption if the model was trained on it, or else pairs of inputs and

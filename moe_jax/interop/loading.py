@@ -44,8 +44,8 @@ from moe_jax.models.trees import abstract_router_state
 from moe_jax.models.trees import variables as as_variables
 from moe_jax.partitioning import Rules
 
-# A model is refused at once if it has more than this many times as many
-# parameters as the files have values; names of tensors are then not compared.
+# The most parameters that a model may have for each value in the files; larger
+# models are refused at once, before names of tensors are compared.
 _MAX_RATIO = 4
 _LOG = logging.getLogger(__name__)
 
@@ -108,9 +108,13 @@ def load(
 def fetch(
   source: str | os.PathLike[str], *, dtype: str = '', revision: str = ''
 ) -> Checkpoint:
-  """Downloads a checkpoint, if need be, and reads its config; see `load`.
+  """Downloads a checkpoint, if need be, and reads its config, not its tensors.
 
   A config that is not supported is refused before weights are downloaded.
+
+  `source` is a folder or the id of a hub repository, `dtype` that of parameters
+  and products, '' for the checkpoint's own, and `revision` a branch, tag or
+  commit of a repository, '' for its main branch.
   """
   open_checkpoint(fetch_folder(source, weights=False, revision=revision), dtype)
   folder = fetch_folder(source, revision=revision)
@@ -137,7 +141,12 @@ def load_variables(
 ) -> dict[str, Any]:
   """The sharded parameters, and the state of routers, by collection.
 
-  Every device holds the whole state of routers. For arguments see `load`.
+  Parameters are on `mesh`, by default the first local device, as the sharding
+  table `rules` says. Every device holds the whole state of routers.
+
+  Raises:
+    ValueError: Tensors do not fit the config; or have values that are not
+      finite, unless `allow_nonfinite` is set.
   """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)
@@ -178,7 +187,7 @@ def load_variables(
 def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
   """Refuses a size in config.json above the number of all tensors' values.
 
-  The check comes before a model is built.
+  A damaged config.json is so refused before a huge model is built.
   """
   num_values = files.num_values
   problems = [
@@ -198,6 +207,8 @@ def _checked_leaves(
   checkpoint: Checkpoint, model: Model, shapes: Any, files: TensorFiles
 ) -> dict[str, Leaf]:
   """The tensors of every variable, by path, checked against the files.
+
+  `shapes` has the shapes of the model's variables, by collection.
 
   Raises:
     ValueError: Tensors are missing, unknown or of another shape; all are
@@ -272,10 +283,10 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
-  """Yields the arrays of the tensors in one shard of a variable.
+  """Yields the start and the array of each tensor in one shard of a variable.
 
-  Each comes with the tensor's leading indices (of layer and expert) within the
-  shard.
+  The start has the tensor's leading indices (of layer and expert) within the
+  shard; `index` has the shard's slice of each dimension of the variable.
   """
   num_stacked = leaf.num_stacked
   piece_index, piece_shape = index[num_stacked:], leaf.shape[num_stacked:]

@@ -5,11 +5,11 @@ layers and experts; a checkpoint has a tensor for each layer and expert. An
 architecture has a table from the path of our variable in a layer to names of
 tensors.
 
-Layouts are written in letters. `'(H D) M -> M H D'` is a linear layer in
-PyTorch's layout, [out, in], whose output has H heads of width D, and our layout
-of it. `'E (1/2 F) M -> E M F'` takes block 1 of 2, the second half, of the
-second dimension, and `'E M (F 0/2) -> E M F'` every second value of the third,
-from the first on.
+Layouts are written in letters, the checkpoint's before the arrow and ours after
+it. `'(H D) M -> M H D'` is for a linear layer that PyTorch stores as [out, in]
+and whose output has H heads of width D. `'E (1/2 F) M -> E M F'` takes block 1
+of 2, the second half, of the second dimension, and `'E M (F 0/2) -> E M F'`
+every second value of the third, from the first on.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class Form:
     Args:
       read_slice: Returns a copy of a slice of the checkpoint's tensor.
       shape: The shape of our whole tensor.
-      index: The slice of each dimension of our tensor, with plain bounds.
+      index: The slice of each dimension of our tensor; bounds are not None.
     """
     sizes = self._sizes(shape)
     letter_bounds = {
@@ -107,7 +107,7 @@ class Form:
     return math.prod(int(part.split('/')[1]) for part in parts)
 
   def write(self, tensor: np.ndarray, array: np.ndarray) -> None:
-    """Writes our whole tensor into its block of a contiguous `tensor`."""
+    """Writes our array into its block of the checkpoint's contiguous tensor."""
     sizes = self._sizes(array.shape)
     parts = [part for group in self.theirs for part in group]
     blocks = tensor.reshape([sizes[part] for part in parts])
@@ -161,7 +161,7 @@ class Leaf:
       its collection; no two collections have a path in common.
     shape: The shape of the variable.
     tensors: The name of each tensor, by the leading indices (of a layer and an
-      expert) of the part of the variable that the tensor holds.
+      expert) of the part of the variable that the tensor holds; () is all.
     form: The layout of each tensor.
   """
 
@@ -172,7 +172,7 @@ class Leaf:
 
   @property
   def tensor_shape(self) -> tuple[int, ...]:
-    """The shape that each tensor must have."""
+    """The shape that each of the checkpoint's tensors must have."""
     return self.form.their_shape(self.shape[self.num_stacked :])
 
   @property
@@ -187,7 +187,7 @@ def leaves(
   variables: Mapping[str, Any],
   tensors: Sequence[str] = (),
 ) -> list[Leaf]:
-  """The tensors of every variable.
+  """Every variable of a model with the names of its tensors.
 
   Args:
     names: The architecture's table.
@@ -229,7 +229,7 @@ def leaves(
 
 
 def path_in_collection(keys: tuple[Any, ...]) -> str:
-  """The path of a variable in its collection; see `Leaf.path`."""
+  """A variable's path without its first key, the name of the collection."""
   return path_name(keys[1:])
 
 
@@ -260,7 +260,10 @@ def without_prefix(names: Names, prefix: str) -> Names:
 
 
 def embedding_tables(prefix: str = '') -> Names:
-  """The names of the embeddings and the logits kernel of an encoder-decoder."""
+  """The table entries of an encoder-decoder's embeddings and logits kernel.
+
+  `prefix` begins the names of the embeddings' tensors.
+  """
   shared = Name(f'{prefix}shared.weight', 'V M')
   encoder = Name(f'{prefix}encoder.embed_tokens.weight', 'V M')
   decoder = Name(f'{prefix}decoder.embed_tokens.weight', 'V M')
@@ -274,8 +277,8 @@ def embedding_tables(prefix: str = '') -> Names:
 def with_encoder_table(names: Names) -> Names:
   """The table of names for an encoder with an embedding of its own.
 
-  The embedding of the decoder then is neither the shared tensor nor the
-  encoder's.
+  Names of the shared tensor and of the encoder's are then no longer names of
+  the decoder's embedding.
   """
   table = names['encoder_embedding'][0]
   _, *alternatives = names['embedding']
@@ -299,8 +302,8 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
 def copies(names: Names, our_leaves: Sequence[Leaf]) -> dict[str, str]:
   """Names of tensors that may repeat the embedding's tensor, which is read.
 
-  A checkpoint may have the embedding by several names and, if logits are tied
-  to it, as the logits kernel.
+  A checkpoint may have the embedding by several names and, if the model has no
+  logits kernel since logits are tied to the embedding, also as that kernel.
 
   Returns:
     The name of the embedding's tensor for each name of a copy.

@@ -2,7 +2,7 @@
 
 Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 
-- Positions count padding, too; only differences of positions matter.
+- Positions count padding, too, but logits depend only on their differences.
 - `sliding_window` includes the token itself.
 - `head_dim` may differ from the width over the number of heads; gates are the
   chosen experts' probabilities, divided by their sum (`gates='renormalized'`).

@@ -152,8 +152,8 @@ def options(c: Values) -> TransformersEncoderDecoder:
       layers=_sparse(c.decoder_layers, c.decoder_sparse_step),
       group_size=-1,
       output_masking=float(c.moe_token_dropout),
-      # An evaluation may choose a capacity with which tokens are dropped, and
-      # then later tokens can take the slots of earlier ones.
+      # Without this option a causal model is refused whose capacity drops
+      # tokens, as later tokens can take the slots of earlier ones.
       allow_future_leak=True,
       router=ServedByRank(
         gates='renormalized' if norm_first else 'renormalized_after_drop',
@@ -190,7 +190,7 @@ def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
 
 
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides, with their values."""
+  """The keys and values of config.json for a model; ValueError if none fit."""
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half

@@ -5,7 +5,7 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 - Queries and keys are normed over all heads together, before they are split
   into heads, and clipped after that, as values are.
 - Gates are probabilities among all experts. With `norm_topk_prob`, which the
-  published checkpoints do not have, they are divided by their sum.
+  published checkpoints do not set, a token's gates are divided by their sum.
 """
 
 from typing import Any

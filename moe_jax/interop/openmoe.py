@@ -6,8 +6,8 @@ it has LLaMA's `model_type`. As that code computes it:
 - Scores of attention are not scaled, and rotary positions have the base 10000.
 - Every `moe_layer_interval`-th layer is sparse, and a dense feed-forward with a
   norm and a residual of its own follows its experts.
-- Feed-forwards multiply a SwiGLU, both of whose products are one tensor, by a
-  third product.
+- The hidden values of a feed-forward are a SwiGLU, whose two kernels are one
+  tensor, times a third linear function of the input.
 - Gates are probabilities among all experts. The whole batch competes for slots,
   first choices before second ones, in evaluation as in training. An expert has
   `router_capacity_factor_eval` times an even share of slots in evaluation
@@ -34,8 +34,8 @@ from moe_jax.models import DecoderOptions
 
 _THETA = 10_000.0
 _LAST = 0  # the sparse layer of an interval is its last
-# Keys on which no number of the model depends; instead of the last one, the
-# published code reads rms_norm_eps.
+# Keys on which no number of the model depends; instead of layer_norm_epsilon
+# the published code reads rms_norm_eps.
 _IGNORED = """
   enable_comm_overlap enable_hierarchical_alltoall enable_kernel
   enable_load_balance expert_parallel load_balance_beam_width
@@ -74,8 +74,8 @@ KEYS = decoders.keys(
     # Other values would split products, which the published code cannot do for
     # its wider kernels.
     'pretraining_tp': (1,),
-    # In a single process the published code drops tokens even if this key is
-    # false.
+    # False is refused: in a single process the published code drops tokens
+    # nevertheless.
     'router_drop_tks': (True,),
   },
   ignored=_IGNORED.split(),
@@ -108,7 +108,7 @@ def _options(c: Values) -> dict[str, Any]:
     router=TokenChoice(gates='raw', slot_priority='choice_major'),
     attention=decoders.heads(c, scale='none'),
     # In the published code the balance loss of an even load of K choices is K,
-    # and here it is 1.
+    # and here it is 1, so its weight here is K times the published one.
     losses=dict(
       balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
       z_weight=float(c.router_z_loss_factor),
@@ -151,9 +151,10 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 
 
 def _ffn(path: str, module: str) -> Names:
-  """The tensors of a feed-forward whose SwiGLU's two kernels are one tensor.
+  """The table entries of a feed-forward whose SwiGLU has one fused tensor.
 
-  The first half of the tensor is the linear kernel.
+  `path` is the path of ours in the layer, and `module` the name of theirs. The
+  first half of the fused tensor is the linear kernel.
   """
   gate = f'{module}.gate_proj'
   return {

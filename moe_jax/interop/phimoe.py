@@ -2,8 +2,9 @@
 
 Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 
-- SparseMixer chooses two experts, one after the other; each gate is a
-  probability among the experts near the best that is left.
+- SparseMixer chooses two experts, one after the other; each gate is the chosen
+  expert's probability among the experts, not chosen before, whose logits are
+  near the largest.
 - Norms are LayerNorms with a bias, and logits may have one.
 - In texts longer than those of the first training, LongRoPE's factor of queries
   and keys changes, but not the frequencies of rotation, which stay those of

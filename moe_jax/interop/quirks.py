@@ -39,12 +39,11 @@ class ServedByRank(TokenChoice):
   # The router's columns do not decide the serving experts, so that no column
   # can be pruned or lead to another expert.
   has_columns: ClassVar[bool] = False
-  # The experts that serve a token are not those that it chose, and so would not
-  # be those of imposed choices.
+  # Choices cannot be imposed: the experts that serve a token would not be the
+  # imposed ones, as they are not those that a token chooses.
   takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
-    """Yields a text unless each token chooses exactly two experts."""
     yield from super().problems_with(sizes)
     if sizes.num_selected != 2:
       yield (
@@ -85,10 +84,10 @@ def by_rank(routing: Routing) -> Routing:
 
 @dataclasses.dataclass(frozen=True)
 class EvenSlots(Capacity):
-  """A capacity of factor * K * S / E, rounded down and then up to even numbers.
+  """A capacity of factor * K * S / E, rounded down, and then up to be even.
 
-  The PyTorch code of OpenMoE has this capacity, in evaluation and generation
-  too. As in that code, the product is computed in floating point.
+  It is at least `minimum` and at most S. OpenMoE's PyTorch code has this
+  capacity, in evaluation and generation too, and computes it in floating point.
   """
 
   factor: float = option(
@@ -102,12 +101,11 @@ class EvenSlots(Capacity):
   )
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     slots = math.floor(num_selected * self.factor * group_size / num_experts)
     return min(max(slots + slots % 2, self.minimum), group_size)
 
   def keeps_in_generation(self, single):
-    """True: the published code drops tokens of prompts, too."""
+    """True: generation drops tokens as well, as in OpenMoE's code."""
     return True
 
 
@@ -120,7 +118,6 @@ class ShortTurns(LongRope):
   """
 
   def turns(self, theta, width, long=False):
-    """The frequencies of short rows; long rows have their own factor."""
     short = super().turns(theta, width)
     if not long:
       return short
@@ -142,7 +139,6 @@ class RoutedPadding(Padding):
     )
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
-    """True for all tokens: routers see padding, too."""
     return jnp.ones(segment_ids.shape, bool)
 
 
@@ -169,11 +165,9 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   @property
   def padding(self) -> Padding:
-    """The treatment of padding by blocks and routers."""
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:
-    """A text if the encoder has a table of its own but logits are tied."""
     yield from super().problems()
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'

@@ -38,8 +38,8 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 
 
 # For each rope type, its parameters and the types of their values. Our scaling
-# has the name of the rope type, except for 'default', and our options have the
-# names of the parameters, except for `original_max_position_embeddings`.
+# has the name of the rope type, 'none' for 'default', and its options have the
+# names of the parameters, except the one that `_option` renames.
 _TYPES: Mapping[str, Mapping[str, Any]] = {
   'default': {},
   'yarn': {
@@ -70,7 +70,6 @@ _REQUIRED: Mapping[str, set[str]] = {
 
 
 def _option(key: str) -> str:
-  """The name of our option for a parameter of config.json."""
   return 'original_len' if key == _ORIGINAL else key
 
 
@@ -81,8 +80,8 @@ def problems(
 
   Args:
     c: The values of config.json.
-    rope: The architecture's parameters where the config has none, with the
-      `partial_rotary_factor` only if heads need not rotate as a whole.
+    rope: The architecture's parameters where the config has none. It has
+      `partial_rotary_factor` only if configs may rotate a part of each head.
     types: The rope types that the architecture has, of those in `_TYPES`.
   """
   rope_type, parameters = parameters_of(c, rope)
@@ -120,7 +119,7 @@ def rotary(
   Args:
     c: The values of config.json, in which `problems` has found no problem.
     rope: The rotary parameters if config.json has none.
-    interleaved: Whether the pairs that rotate are neighbours.
+    interleaved: Whether the dimensions of a rotating pair are neighbours.
   """
   rope_type, parameters = parameters_of(c, rope)
   scaling: dict[str, Any] = {}
@@ -141,7 +140,10 @@ def rotary(
 
 
 def rope_parameters(positions: Positions) -> dict[str, Any]:
-  """The value of `rope_parameters`, the default if positions are not rotary."""
+  """The value of the key `rope_parameters` for the positions of a model.
+
+  Positions that are not rotary get the value of `Rotary()`.
+  """
   if not isinstance(positions, Rotary):
     positions = Rotary()
   name = SCALINGS.name_of(positions.scaling)
@@ -163,7 +165,12 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
 def parameters_of(
   c: Values, rope: Mapping[str, Any] = ROPE
 ) -> tuple[str, dict[str, Any]]:
-  """The rope type, and those of its parameters that are not null."""
+  """The rope type and its parameters in a config.json, unchecked.
+
+  Args:
+    c: The values of config.json.
+    rope: The architecture's parameters where the config has none.
+  """
   theta, fraction = rope['rope_theta'], rope.get(_FRACTION)
   parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   if c.rope_parameters is None and c.rope_scaling is None:

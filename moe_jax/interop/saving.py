@@ -30,8 +30,8 @@ from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import has_merged, with_copies
 from moe_jax.models.trees import variables as as_variables
 
-# Keys that are not carried over: keys of older versions of transformers, which
-# newer keys replace, and the key of quantized tensors.
+# Keys of an imported config.json that an export leaves out: those that newer
+# versions of transformers replace, and the key of quantized tensors.
 _REPLACED_KEYS = (
   'torch_dtype',
   'rope_theta',
@@ -112,7 +112,7 @@ class _Part(NamedTuple):
   Attributes:
     array: The variable.
     leaf: The names and the layout of the variable's tensors.
-    index: The leading indices of the part, of a layer and an expert.
+    index: The leading indices of the part, of a layer and an expert; () is all.
   """
 
   array: jax.Array
@@ -123,7 +123,7 @@ class _Part(NamedTuple):
 def _tensors(
   our_leaves: Sequence[Leaf], architecture: Architecture, variables: Any
 ) -> dict[str, list[_Part]]:
-  """The parts of each tensor that is written, by its name."""
+  """The parts of variables that each written tensor is made of, by its name."""
   arrays = {
     path_in_collection(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
@@ -148,11 +148,12 @@ def _tensors(
 def _table_names(
   names: Names, arrays: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-  """The names of tensors that each embedding table is written to, by table.
+  """The names of tensors that each embedding table is written to, by its path.
 
   The result is {} if logits are tied. Otherwise transformers has a table for
   the encoder and a table for the decoder. A third table, the shared one, exists
-  but is not read; it is written as a copy of the decoder's.
+  but is not read; it is written as a copy of the decoder's. `arrays` has the
+  model's variables by path.
   """
   if 'w_logits' not in arrays:
     return {}
@@ -188,7 +189,7 @@ def _take(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
 def _write(
   folder: pathlib.Path, tensors: Mapping[str, Sequence[_Part]], shard_bytes: int
 ) -> None:
-  """Writes one file of tensors, or several files and an index."""
+  """Writes one file, or files of at most `shard_bytes` and an index."""
 
   def num_bytes(parts: Sequence[_Part]) -> int:
     return math.prod(parts[0].leaf.tensor_shape) * _dtype(parts).itemsize
@@ -213,14 +214,14 @@ def choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  The architecture is the one that `config` names, or else the first that
-  computes the same function; architectures without a class in transformers are
-  tried last.
+  `config` has further keys of config.json. The architecture is the one that
+  they name, or else the first that computes the same function; architectures
+  without a class in transformers are tried last.
 
   Raises:
     ValueError: No architecture computes the same function. The message lists
       how the architecture with the fewest differences differs, or, if none can
-      be compared, what the first one lacks.
+      be compared, why the first architecture cannot have the model.
   """
   if config.get('model_type') is not None:
     architecture = checkpoint_folder.architecture_of(config)
@@ -261,6 +262,8 @@ def describe(
   options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The content of config.json for a model, written as one of `architecture`.
+
+  Keys of `config` are kept, unless the model decides or replaces them.
 
   Raises:
     ValueError: No model of the architecture computes the same function.
@@ -334,16 +337,15 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
   """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
-    # config.json does not say if the encoder has an embedding table of its own;
-    # the tensors do.
+    # The tensors say if the encoder has an embedding table of its own, and
+    # config.json does not, so that this is no difference.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
     if not ours.build().stacks.capacity_binds:
       # If all tokens have slots, the slots that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)
-  # If the architecture's model lacks an option, the models also differ in
-  # another one, such as a kind, from which this follows; that one is listed
-  # instead.
+  # An option that `theirs` lacks is listed only if there is nothing else: it is
+  # lacking because another option differs, such as the choice of a router.
   causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
   return [
     f'{_OPTION_TEXTS.get(name, name)}: '

@@ -153,7 +153,7 @@ def _sparse(step: int | None, num_layers: int, num_sparse: int) -> str:
 
 
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides, with their values."""
+  """The keys and values of config.json for a model; ValueError if none fit."""
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half

@@ -34,7 +34,7 @@ Index = tuple[slice, ...]
 
 
 class TensorSpec(NamedTuple):
-  """The shape and dtype of a tensor, known before it is read."""
+  """The shape of a tensor, and its dtype: of `FLOATS`, or a file's own name."""
 
   shape: tuple[int, ...]
   dtype: str
@@ -98,7 +98,7 @@ class TensorFiles:
 
   @functools.cached_property
   def dtype(self) -> str:
-    """The float dtype of most bytes of the tensors, or else `FLOATS[0]`."""
+    """The dtype in `FLOATS` with the most bytes; if there is none, bfloat16."""
     sizes = dict.fromkeys(FLOATS, 0)
     for spec in self.specs.values():
       if spec.dtype in sizes:
@@ -117,14 +117,14 @@ class TensorFiles:
     return self._reader(self._file_of[name]).read(name, index)
 
   def note_nonfinite(self, name: str, part: np.ndarray) -> None:
-    """Adds the number of a part's non-finite values to that of its tensor."""
+    """Adds the number of non-finite values of `part` to `nonfinite[name]`."""
     if count := count_nonfinite(part):
       self.nonfinite[name] = self.nonfinite.get(name, 0) + count
 
   def _reader(self, file: str) -> '_SafeTensors | _Torch':
     if file not in self._readers:
-      # A file whose tensors are all held in memory is dropped before the next
-      # file is read.
+      # To save memory, a file whose tensors are all held in memory is dropped
+      # before the next file is read.
       self._readers = {
         name: reader
         for name, reader in self._readers.items()
@@ -158,7 +158,6 @@ class _SafeTensors:
       self.specs[name] = TensorSpec(shape, _DTYPES.get(dtype, dtype))
 
   def read(self, name: str, index: Index) -> np.ndarray:
-    """A copy of a slice of a tensor."""
     if not index:
       return self._file.get_tensor(name)
     return self._file.get_slice(name)[index]
@@ -197,7 +196,6 @@ class _Torch:
     }
 
   def read(self, name: str, index: Index) -> np.ndarray:
-    """A copy of a slice of a tensor."""
     part = self._tensors[name].detach()[index]
     if part.dtype != self._bfloat16:
       return part.numpy().copy()
@@ -255,7 +253,7 @@ def _read_index(path: pathlib.Path, ending: str) -> dict[str, str]:
 
 
 class ProblemsError(InputError):
-  """An error with a line for each problem, or for the first of very many.
+  """An error with a line for each of the first `_LISTED` problems.
 
   Attributes:
     problems: A text for each problem.

@@ -1,4 +1,4 @@
-"""Products of rows sorted by expert, and kernels in codes of few bits."""
+"""Products of rows sorted by expert, and kernels quantised to few bits."""
 
 from moe_jax.kernels.grouped_products import (
   BACKENDS,

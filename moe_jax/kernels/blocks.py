@@ -1,9 +1,9 @@
 """Products of rows grouped by expert, in loops over blocks: the CPU backend.
 
-The loop's trip counts are dynamic, so neither unused experts nor padding cost
-anything, and an expert's kernel is sliced out once, however many blocks it
-multiplies. An expert's first block has the fewest rows that leave a whole
-number of full blocks behind it; it alone has rows of neighbouring experts, too.
+Trip counts are dynamic, so neither unused experts nor padding cost anything,
+and an expert's kernel is sliced out once, however many blocks it multiplies. An
+expert's first block has the rows that its full blocks leave. Its size is one of
+a few, rounded up, so that it alone may reach into rows of other experts.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 # other, so that 3 % of a block's rows are wasted; below, they are far apart.
 # More sizes take longer to compile.
 SIXTEENTHS = (2, 4, 8, *range(12, 21))
-# For the sizes of blocks, an expert's equal share counts as at most the first
-# number of rows. The sizes are multiples of the second number.
+# The sizes of blocks are computed from an expert's equal share of the rows, but
+# from at most _MOST_SHARE rows, and are rounded up to multiples of _MULTIPLE.
 _MOST_SHARE, _MULTIPLE = 1024, 8
 
 
@@ -31,8 +31,8 @@ class Block(NamedTuple):
   Attributes:
     expert: int32 [], the index of the expert.
     start: int32 [], the first row that the block multiplies.
-    first_own: int32 [], the first row that belongs to the expert.
-    stop: int32 [], the row after the last that belongs to the expert.
+    first_own: int32 [], the block's first row that belongs to the expert.
+    stop: int32 [], the row after the block's last that belongs to the expert.
     size: The number of rows that the block multiplies.
     is_first: Whether the block is the expert's first block, which alone has
       rows of other experts, too.
@@ -65,7 +65,7 @@ class Block(NamedTuple):
   def add(
     self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
   ) -> Float[Array, 'E M F']:
-    """Adds `part` to total[expert], which the first block overwrites."""
+    """Adds `part` to total[expert]; the first block sets it to `part`."""
     if not self.is_first:
       part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
     return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
@@ -76,9 +76,9 @@ class Block(NamedTuple):
 
 
 def block_sizes(num_rows: int, num_experts: int) -> list[int]:
-  """The sizes that a first block can have, ascending; the last is a full block.
+  """The numbers of rows that an expert's first block can have, ascending.
 
-  No block is larger than all the rows.
+  All other blocks have the last of these numbers, which is at most `num_rows`.
   """
   share = min(-(-num_rows // num_experts), _MOST_SHARE)
   sizes = {
@@ -96,7 +96,10 @@ def for_each_block(
 ) -> Any:
   """Folds `body(block, the expert's kernels, carry)` over all blocks, in order.
 
-  Experts without rows are skipped. `carry` is updated in place.
+  `body` returns the next carry, which is updated in place; the last one is
+  returned. `kernels` are arrays [E, ...], of which `body` gets one expert's,
+  [...]. Of N = `num_rows` rows, sorted by expert, each expert has as many as
+  `group_sizes` says; experts without rows are skipped.
   """
   E, N = group_sizes.shape[0], num_rows
   sizes = block_sizes(N, E)
@@ -146,9 +149,10 @@ def dot(
   contract: tuple[int, int],
   dtype=None,
 ) -> Float[Array, '_ _']:
-  """The product of x and w over the axes `contract`, summed in float32.
+  """The product of x and w, summed in float32 over one axis of each.
 
-  The type of the result is `dtype`, by default that of x.
+  `contract` is the pair of that axis of x and that axis of w. The type of the
+  result is `dtype`, by default that of x.
   """
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
   y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
@@ -168,7 +172,10 @@ def matmul(
   group_sizes: Int32[Array, ' E'],
   transposed: bool,
 ) -> Float[Array, 'N _']:
-  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
+  """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
+
+  Rows are sorted by group; those past the last group come out zero.
+  """
   N = x.shape[0]
 
   def body(block, kernels, y):
@@ -185,7 +192,7 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group."""
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
 
   def body(block, _, dw):
@@ -205,9 +212,12 @@ def ffn(
   group_sizes: Int32[Array, ' E'],
   hidden: Callable[..., Array],
 ) -> tuple[Float[Array, 'N M'], tuple[Float[Array, 'N F'], ...]]:
-  """The output of E feed-forward layers, and their first products, in one loop.
+  """hidden(x @ w_in, ...) @ w_out of E layers, and the products with `w_ins`.
 
-  Between the first and the last product a block's rows stay in the cache.
+  Each row of x, which are sorted by expert, is multiplied by its own expert's
+  kernels; `hidden` is elementwise. Rows past the last group come out zero. All
+  products of a block are computed before those of the next block, so that its
+  rows stay in the cache.
   """
   N, F = x.shape[0], w_out.shape[1]
 
@@ -236,9 +246,12 @@ def ffn_gradients(
 ) -> tuple:
   """The gradients of x, w_ins and w_out; those of kernels are float32.
 
-  An expert's first block may also have rows of other experts. Their hidden
-  values are multiplied by zero, so that an infinite one makes the gradient of
-  the block's expert NaN.
+  `firsts` are the products with `w_ins`, as `ffn` returned them, and dy is the
+  gradient of its output; the other arguments are those that `ffn` had.
+
+  An expert's first block may also have rows of other experts, whose hidden
+  values are multiplied by zero: if one of these values is infinite, the
+  gradient of the block's expert is NaN.
   """
 
   def body(block, kernels, carry):
@@ -246,8 +259,8 @@ def ffn_gradients(
     dx, dw_ins, dw_out = carry
     rows, d_rows = block.own_rows(x), block.own_rows(dy)
     h, pull = jax.vjp(hidden, *(block.rows(z) for z in firsts))
-    # In the rows of other experts `d_firsts` is zero, as d_rows is; the values
-    # that `ffn` left there in `firsts` are finite.
+    # In the rows of other experts `d_firsts` is zero, as d_rows is: not NaN, as
+    # the values that `ffn` wrote there to `firsts` are finite.
     d_firsts = pull(dot(d_rows, out, (1, 1)))
     d_rows_in = [dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
     dw_ins = tuple(

@@ -1,19 +1,19 @@
 """Code that exists only for XLA's CPU compiler, with the reasons.
 
-Other platforms compile the plain form at least as well; none of this changes a
-number by more than rounding. Other code for that compiler stands elsewhere:
+Other platforms compile the usual JAX functions at least as well; none of this
+changes a number by more than rounding. More code for that compiler is:
 
 - the backend 'blocks' of grouped products (`blocks.py`);
 - attention by blocks of queries (`layers/attention/blockwise.py`);
-- experts that serve few tokens (`layers/experts/few_tokens.py`), layers with
-  arrays of their own in which a model decodes (`models/decoding.py`) and their
-  caches (`layers/attention/cache.py`): the compiler copies what it slices out
-  of a stack;
-- `prevent_cse` where layers are no loop (`models/stack.py`): straight code is
-  otherwise merged with its recomputation;
+- experts that serve few tokens (`layers/experts/few_tokens.py`), and layers
+  whose parameters (`models/decoding.py`) and caches
+  (`layers/attention/cache.py`) are not stacked in decoding: the compiler copies
+  what it slices out of a stack;
+- `prevent_cse` where layers are not in a loop (`models/stack.py`): the compiler
+  would merge a layer with its recomputation, and keep what remat drops;
 - rows of `[B * T, M]` in place of `[B, T, M]` before products with kernels: a
-  kernel's gradient then contracts one dimension, which the compiler turns into
-  a plain product; with two it copies.
+  kernel's gradient then contracts one dimension, as a matrix product does; to
+  contract two, the compiler copies the rows.
 """
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from moe_jax.shapes import Array, Float, Float32
 
 # Up to this number of tokens, `few_tokens.py` multiplies all of them by each
-# expert: the time goes into reading kernels, and nothing is sorted.
+# expert in use, as reading kernels then takes all the time, and sorts nothing.
 FEW_TOKENS = 16
 # The largest number of experts, over all layers, that may have arrays of their
 # own: each of them adds a branch to the compiled program.

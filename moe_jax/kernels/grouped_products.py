@@ -2,8 +2,8 @@
 
 MegaBlocks calls such a product grouped matmul
 (https://arxiv.org/abs/2211.15841). This module has the gradients. A backend
-computes the products; it is a module with two functions. Backends are equal in
-value on every shape:
+computes the products, on every shape equal to those of other backends up to
+rounding; it is a module with two functions:
 
 - `matmul(x [N, M], w [E, M, F], group_sizes [E], transposed) -> [N, F]`, in
   the type of x and summed in float32; with `transposed`, w is [E, F, M]. Rows
@@ -45,8 +45,8 @@ BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'
 def describe(name: str, platform: str) -> str:
   """The backend's name, with a note where it is interpreted, and so is slow.
 
-  Examples are 'blocks', and 'megablox, interpreted: slow' on a CPU. For 'auto'
-  the name is that of the platform's backend.
+  Examples are 'blocks', and 'megablox, interpreted: slow' on the platform
+  'cpu'. For 'auto' the name is that of the platform's backend.
   """
   if name == AUTO:
     return BY_PLATFORM.get(platform, DEFAULT)
@@ -96,18 +96,22 @@ def grouped_ffn(
 ) -> Float[Array, 'N M']:
   """y[n] = hidden(x[n] @ w_in[e], ...) @ w_out[e], e the group of row n.
 
-  Rows, groups, types, backends and errors are as in `grouped_matmul`. The
-  backend 'blocks' does both products of a block in one loop; other backends do
-  one product after the other.
+  The result has the type of x; rows past the sum of the group sizes come out
+  zero. The backend 'blocks' does both products of a block in one loop; other
+  backends do one product after the other. Derivatives are reverse-mode and
+  first-order. On a mesh, call the function on each device, under `shard_map`.
 
   Args:
     x: The rows, sorted by expert.
-    w_ins: The first kernels: one, or several whose products are multiplied.
+    w_ins: The first kernels: one, or several whose products `hidden` combines.
     w_out: The last kernel.
     group_sizes: The number of rows of each expert, in all at most N.
     hidden: The elementwise function from the first products to the hidden
       values.
-    backend: The name of the backend.
+    backend: One of `BACKENDS`, or 'auto', the backend of the platform.
+
+  Raises:
+    ValueError: Shapes do not fit, or the backend is unknown.
   """
   _check_backend(backend)
   for w in w_ins:
@@ -129,7 +133,7 @@ def _check_backend(name: str) -> None:
 
 
 def check_shapes(x, w, group_sizes) -> None:
-  """Raises ValueError where rows, kernels and groups do not fit."""
+  """Raises ValueError unless x [N, M], w [E, M, F] and integers [E] fit."""
   ranks = np.ndim(x), np.ndim(w), np.ndim(group_sizes)
   if ranks != (2, 3, 1):
     raise InputError(
@@ -150,15 +154,15 @@ def check_shapes(x, w, group_sizes) -> None:
 
 
 def _choose(run: Callable[[str], Callable], backend: str, *args):
-  """Calls run(backend)(*args); for 'auto' the compiler picks the backend."""
+  """run(name)(*args) of the backend, which the compiler picks for 'auto'."""
   if backend != AUTO:
     return run(backend)(*args)
   by_platform = {platform: run(name) for platform, name in BY_PLATFORM.items()}
   return jax.lax.platform_dependent(*args, default=run(DEFAULT), **by_platform)
 
 
-# The products of a model have few shapes. For each shape, `jit` traces the
-# products of all platforms once.
+# Under `jit`, the products of all platforms are traced once for each shape, of
+# which a model has few, and not once for each call.
 @functools.partial(jax.jit, static_argnames=('transposed', 'backend'))
 def _matmul(
   x: Float[Array, 'N _'],

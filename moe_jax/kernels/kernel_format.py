@@ -31,7 +31,7 @@ Grid = Mapping[str, Array]
 
 @functools.partial(jax.jit, static_argnames='bits')
 def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
-  """Puts 8 // bits codes of the same output unit into each byte."""
+  """Puts 8 // bits codes of an output unit into each of its P bytes."""
   per_byte = 8 // bits
   padding = [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % per_byte)]
   codes = jnp.pad(codes, [*padding, (0, 0)])
@@ -44,7 +44,7 @@ def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
 def unpack(
   packed: UInt8[Array, '*E P O'], bits: int, inputs: int
 ) -> UInt8[Array, '*E I O']:
-  """The codes that `pack` put into bytes, for I inputs."""
+  """The codes that `pack` put into bytes, without padding; I is `inputs`."""
   *stack, rows, units = packed.shape
   codes = packed[..., None, :]
   codes = codes >> _shifts(bits, codes.ndim) & (1 << bits) - 1
@@ -53,7 +53,7 @@ def unpack(
 
 
 def _shifts(bits: int, ndim: int) -> UInt8[Array, '...']:
-  """The number of bits by which each code of a byte is shifted, on axis -2."""
+  """The shift in bits of each code of a byte, on axis -2 of `ndim` axes."""
   shifts = bits * jnp.arange(8 // bits, dtype=jnp.uint8)
   return shifts.reshape(*(1,) * (ndim - 2), -1, 1)
 
@@ -64,7 +64,8 @@ class StoredArray(NamedTuple):
   Attributes:
     shape: The shape of the array.
     dtype: The type of the array.
-    form: The use of the array, as in `layers.parameters.Role`.
+    form: The use of the array: 'kernel' for codes, 'scale' for the grid, or
+      'table' for an array of indices, as in `layers.parameters.Role`.
   """
 
   shape: tuple[int, ...]
@@ -91,7 +92,10 @@ class KernelFormat(Options):
   )
 
   def stored_arrays(self, shape: tuple[int, ...]) -> dict[str, StoredArray]:
-    """The arrays that store a kernel [*E, I, O], in this format."""
+    """The arrays that store a kernel of this shape, [*E, I, O], by name.
+
+    They are 'codes', the arrays of the grid and, if it is ternary, 'offsets'.
+    """
     *stack, inputs, units = shape
     by_unit = (*stack, 1, units)
     if self.name == TERNARY:
@@ -133,10 +137,10 @@ class KernelFormat(Options):
   def codes(
     self, w: Float[Array, '*E I O'], grid: Grid
   ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
-    """The code of the value nearest to each weight.
+    """The code of the number of the grid that is nearest to each weight.
 
-    The codes of a ternary grid are -1, 0 and 1, and 0 where two values are
-    equally near.
+    The codes of a ternary grid are -1, 0 and 1, and 0 where two numbers
+    are equally near.
     """
     w = w.astype(jnp.float32)
     first, second = self._bounds(grid)
@@ -149,21 +153,26 @@ class KernelFormat(Options):
   def values(
     self, codes: Int8[Array, '*E I O'] | UInt8[Array, '*E I O'], grid: Grid
   ) -> Float32[Array, '*E I O']:
-    """The values that codes stand for."""
+    """The numbers of the grid that codes stand for."""
     first, second = self._bounds(grid)
     if self.name == TERNARY:
       return jnp.where(codes > 0, second, jnp.where(codes < 0, first, 0.0))
     return first * (codes.astype(jnp.float32) - second)
 
   def _bounds(self, grid: Grid) -> list[Array]:
-    """The low and high values of a ternary grid; of others, scale and zero."""
+    """'low' and 'high' of a ternary grid, 'scale' and 'zero' of others."""
     names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
     return [grid[name].astype(jnp.float32) for name in names]
 
   def store(self, codes: Array, grid: Grid) -> dict[str, np.ndarray]:
-    """The arrays that store the codes and the grid, as in `stored_arrays`.
+    """The arrays that store kernels, named as in `stored_arrays`.
 
-    Ternary kernels have as many 16-bit codes as they need.
+    The number of 16-bit codes of ternary kernels depends on their weights, and
+    is not yet `num_codes`: `fill_up` makes it equal for all kernels of a model.
+
+    Args:
+      codes: The code of each weight, [*E, I, O], as `codes` returns them.
+      grid: The grid of the codes.
     """
     if self.name == TERNARY:
       rows = np.asarray(codes).swapaxes(-1, -2)
@@ -208,7 +217,8 @@ class KernelFormat(Options):
 def fill_up(stored: Iterable[dict[str, Any]]) -> int:
   """Pads ternary kernels in place to the number of codes of the longest kernel.
 
-  Returns this number, which is the option `KernelFormat.num_codes`.
+  Returns this number, which is the option `KernelFormat.num_codes`. Each of
+  `stored` has the arrays of one kernel, as `KernelFormat.store` returns them.
   """
   stored = list(stored)
   num_codes = max(arrays['codes'].shape[-1] for arrays in stored)

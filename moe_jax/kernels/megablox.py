@@ -16,10 +16,10 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 # A TPU's lanes, of which a tile's width is a multiple.
 _LANES = 128
 _LEAST_ROWS, _MOST_ROWS = 128, 512
-# The width of the widest tile, in bytes of a row. With it all tiles that a
-# kernel holds, fetched ahead in pairs, and its float32 sums stay below 16 MiB,
-# which XLA allows a kernel. The outer product sums over rows, so that its sums
-# are as wide as both its tiles; its tiles must therefore be narrower.
+# The width of the widest tile, in bytes of a row. With such tiles, all that a
+# kernel holds (each tile twice, as the next is fetched ahead, and float32 sums)
+# stays below 16 MiB, which XLA allows a kernel. The outer product sums over
+# rows: its sums are as wide as both tiles, which must therefore be narrower.
 _MATMUL_BYTES, _OUTER_BYTES = 2048, 1024
 
 
@@ -53,7 +53,10 @@ def matmul(
   group_sizes: Int32[Array, ' E'],
   transposed: bool,
 ) -> Float[Array, 'N _']:
-  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
+  """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
+
+  Rows are sorted by group; those past the last group come out zero.
+  """
   (N, M), E = x.shape, w.shape[0]
   F = w.shape[1 if transposed else 2]
   tiles = tiling(N, E, (M, F), _MATMUL_BYTES // x.dtype.itemsize)
@@ -80,7 +83,7 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group."""
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
   tiles = tiling(N, E, (M, F), _OUTER_BYTES // x.dtype.itemsize)
   rows, tile_m, tile_f = tiles
@@ -96,7 +99,7 @@ def outer(
 
 
 def _width(lanes: int, most: int) -> int:
-  """The widest tile, at most `most`, that divides a width of 128 * lanes."""
+  """The largest multiple of 128, up to `most`, that divides 128 * lanes."""
   tile_lanes = range(1, most // _LANES + 1)
   return _LANES * max(n for n in tile_lanes if lanes % n == 0)
 
@@ -109,7 +112,7 @@ def _padded(x: Array, tile: tuple[int, ...]) -> Array:
 
 
 def _by_platform(kernel, *args) -> Array:
-  """The kernel's result; on a CPU the kernel is interpreted.
+  """The result of kernel(*args), which is interpreted on a CPU.
 
   The platform is known when the program is lowered: a program for a TPU may be
   compiled without a TPU.

@@ -45,7 +45,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, contract: int, cols: int, dtype) -> Tiles:
-  """Tile sizes for a [rows, contract] by [contract, cols] product.
+  """Tile sizes for a [rows, contract] by [contract, cols] product of `dtype`.
 
   A tile is at most 128 x 128, and 128 bytes along the contracted dimension of
   each operand are loaded at a time: three stages of such loads take 96 KiB of
@@ -67,7 +67,9 @@ def matmul(
   group_sizes: Int32[Array, ' E'],
   transposed: bool,
 ) -> Float[Array, 'N F']:
-  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e.
+  """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
+
+  Rows are sorted by group; those past the last group come out zero.
 
   float32 operands are multiplied as `jax.default_matmul_precision` says: as
   TF32 by default, like every other product on these GPUs.
@@ -95,9 +97,10 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group.
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none.
 
-  As in `matmul`, float32 operands are multiplied as TF32 by default.
+  Float32 operands are multiplied as `jax.default_matmul_precision` says: as
+  TF32 by default.
   """
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
   size = tiles(M, pl.cdiv(N, E), F, x.dtype)
@@ -117,6 +120,8 @@ def _call(kernel, grid, out_shape, size, *args):
   """Calls the kernel, interpreted where the program is lowered for a CPU.
 
   Programs run in the order of the grid, its first axis fastest.
+  The kernel gets the refs of all `args` and of the result, and the compiler the
+  parameters of the `Tiles` `size`. If one of `args` is empty, zeros return.
   """
   if not all(arg.size for arg in args):  # a grid must not be empty
     return jnp.zeros(out_shape.shape, out_shape.dtype)
@@ -134,7 +139,7 @@ def _call(kernel, grid, out_shape, size, *args):
 
 
 def _bounds(group_sizes, num_rows) -> tuple[Array, Array]:
-  """Each group's first row and the row behind its last, int32 [E] each."""
+  """Each group's first row and the row behind its last, at most N: [E] each."""
   # Sizes that sum to more than N must not make a kernel write past the end.
   stop = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), num_rows)
   return jnp.append(jnp.zeros(1, jnp.int32), stop[:-1]), stop
@@ -148,6 +153,8 @@ def row_blocks(
 ) -> tuple[Int32[Array, ' B'], Int32[Array, ' B'], Int32[Array, ' B']]:
   """Each block's expert, its first row, and the row behind its expert's last.
 
+  B = `num_blocks` blocks of `block_rows` rows go over N = `num_rows` rows that
+  are sorted by expert. The last block of an expert may be filled in part.
   Rows of no expert count as rows of expert E. Blocks that are not needed count
   as blocks of expert E, too, and begin at or behind its last row. Rows past N
   are in no block, whatever the sizes sum to.
@@ -168,7 +175,21 @@ def row_blocks(
 def _matmul_kernel(
   expert_ref, first_ref, stop_ref, x_ref, w_ref, y_ref, *, size, transposed
 ):
-  """Computes a tile of y; rows of no expert are not read, and get zeros."""
+  """Computes a tile of y [N, F], the product of a block of rows of one expert.
+
+  Rows of no expert are not read, and their outputs are zeros.
+
+  Args:
+    expert_ref: The expert of each block, as `row_blocks` returns it; E for rows
+      of no expert.
+    first_ref: The first row of each block.
+    stop_ref: The row behind the last one of each block's expert.
+    x_ref: The rows, [N, M].
+    w_ref: The kernels, [E, M, F], or [E, F, M] if `transposed`.
+    y_ref: The result, whole; a program writes its own tile.
+    size: The `Tiles` of the product.
+    transposed: Whether kernels are multiplied transposed.
+  """
   (E, M), F = (w_ref.shape[0], x_ref.shape[1]), y_ref.shape[1]
   block = pl.program_id(2) * _BAND + pl.program_id(0)
   e, first, stop = expert_ref[block], first_ref[block], stop_ref[block]
@@ -192,7 +213,17 @@ def _matmul_kernel(
 
 
 def _outer_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, size, band):
-  """Computes a tile of dw[e], a sum over all rows of the group e."""
+  """Computes a tile of dw[e], the sum of x[n]^T dy[n] over the rows of group e.
+
+  Args:
+    start_ref: The first row of each group, [E].
+    stop_ref: The row behind the last one of each group, [E].
+    x_ref: The rows, [N, M].
+    dy_ref: The gradients of their products, [N, F].
+    dw_ref: The result, [E, M, F]; a program writes its own tile.
+    size: The `Tiles` of the product.
+    band: The number of tiles along M that the grid's first axis counts.
+  """
   M, F = dw_ref.shape[1:]
   m = _tile(pl.program_id(2) * band + pl.program_id(0), size.rows)
   f, e = _tile(pl.program_id(1), size.cols), pl.program_id(3)
@@ -219,13 +250,19 @@ def _tile(index, size) -> slice | pl.Slice:
 
 
 def _below(first, size, stop, axis):
-  """The mask of `size` indices from `first` on: True for those below `stop`."""
+  """The mask of `size` indices from `first` on: True for those below `stop`.
+
+  It is [size, 1] for the axis 0 of a tile, and [1, size] for the axis 1.
+  """
   index = first + jnp.arange(size, dtype=jnp.int32)
   return jnp.expand_dims(index < stop, 1 - axis)
 
 
 def _edge(tile, limit, axis):
-  """The mask of a tile's indices below `limit`; None if no tile crosses it."""
+  """The mask of a slice's n indices, True below `limit`; [n, 1] or [1, n].
+
+  It is along `axis`, 0 or 1, and None if n divides `limit`: no tile crosses it.
+  """
   if limit % tile.size == 0:
     return None
   return _below(tile.start, tile.size, limit, axis)
@@ -237,7 +274,10 @@ def _all(*masks):
 
 
 def _load(ref, *masks):
-  """Loads a tile, zero where a mask is False; memory there is never read."""
+  """Loads a tile, zero where a mask is False; memory there is never read.
+
+  A mask that is None is True everywhere.
+  """
   mask = _all(*masks)
   return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 

@@ -39,7 +39,7 @@ def rows_matmul(
     precision: The precision of the product and of its two gradients.
       Accelerators multiply float32 in fewer bits unless it is HIGHEST.
     transposed_alone: Whether the gradient, on the CPU, transposes the rows
-      into an array of their own.
+      into an array of their own; False folds the transpose into the product.
   """
   y = _product(x, w, precision, transposed_alone)
   return checkpoint_name(y, PRODUCT)

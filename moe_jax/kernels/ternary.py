@@ -71,8 +71,8 @@ def dictionary(p0: float = P0) -> Dictionary:
     for weights in range(2, MOST_WEIGHTS + 1, 2)
     for n in range(weights + 1)
   )
-  # A sequence's key is the low 2 bits of each of its weights, behind a
-  # leading 1.
+  # A sequence's key is an integer whose bits are a 1 and then, for each weight,
+  # its low 2 bits.
   keys = np.concatenate(
     [(1 << 2 * weights) + _sequences(weights, n) for _, weights, n in classes]
   )[:NUM_CODES]
@@ -99,7 +99,8 @@ def dictionary(p0: float = P0) -> Dictionary:
 def _sequences(weights: int, nonzeros: int) -> np.ndarray:
   """The first 2^16 sequences of `weights` weights, `nonzeros` of them not 0.
 
-  A sequence is an int64 in which each weight takes 2 bits.
+  A sequence is an int64 in which each weight takes its low 2 bits, the first
+  weight the highest; all are of one class, in its order.
   """
   if not 0 <= nonzeros <= weights:
     return np.zeros(0, np.int64)
@@ -131,15 +132,15 @@ class Codes(NamedTuple):
 def encode(ternary: np.ndarray) -> Codes:
   """The codes of ternary matrices, as numpy arrays.
 
-  Each code stands for the longest sequence of the dictionary that the rest of
-  its row begins with.
+  Each code stands for the longest sequence of the dictionary that the weights
+  of its row begin with, after those of the codes before it.
 
   Args:
     ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
 
   Raises:
-    ValueError: The weights are not int8, are others than -1, 0 and 1, or are
-      no matrix.
+    ValueError: The weights are not int8, are others than -1, 0 and 1, have
+      fewer than two dimensions, or are none.
   """
   ternary = np.asarray(ternary)
   if ternary.dtype != np.int8 or ternary.ndim < 2 or not ternary.size:
@@ -173,7 +174,10 @@ def encode(ternary: np.ndarray) -> Codes:
 def _parse(
   ternary: np.ndarray, table: Dictionary
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The codes of some rows of weights, and the number of codes of each row."""
+  """The codes of rows of weights [R, M], and the number of codes of each row.
+
+  The codes, uint16, follow each other row by row; `table` is the dictionary.
+  """
   R, M = ternary.shape
   bits = np.zeros((R, M + M % 2), np.int8)
   bits[:, :M] = ternary & 3

@@ -90,7 +90,7 @@ class Context(NamedTuple):
 
   @property
   def routed(self) -> Bool[Array, 'B T']:
-    """The tokens that routers see."""
+    """True at the tokens that routers see."""
     return self.token_mask if self.routed_mask is None else self.routed_mask
 
 
@@ -120,9 +120,9 @@ class Block(nn.Module):
     Args:
       x: The residual stream.
       context: The arrays that all blocks read.
-      cache: The cache of the tokens before x, when decoding; it is returned
-        with the tokens of x added.
-      layer: The index of the block, by which it finds its part of the cache.
+      cache: The cache of the tokens before x, which is returned with those of x
+        added; None outside of decoding.
+      layer: The index of the block, for the cache and for the router.
     """
     c, moe = self.config, self.config.moe if self.sparse else None
     h = self._norm(x, 'attention_norm')
@@ -152,9 +152,10 @@ class Block(nn.Module):
     return self.config.norm.module(self.config.shared, name)(x)
 
   def _attention(self, h, context, cache, layer, cross=False):
-    """The output of attention at the tokens h, and the cache after h.
+    """The output of attention at the tokens h [B, T, M], and the cache after h.
 
-    The cache is None outside of decoding.
+    Tokens attend to their own sequence or, if `cross`, to the encoder's output.
+    The cache is None outside of decoding; `layer` is the index of the block.
     """
     c, positions, ids = self.config, context.positions, context.segment_ids
     name, causal, bias = 'attention', c.causal, context.bias

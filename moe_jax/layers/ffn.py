@@ -22,13 +22,12 @@ from moe_jax.shapes import Array, Float, Int32, PRNGKey, checked
 
 
 class Activation(NamedTuple):
-  """An elementwise function, and the products with x that it takes and scales.
+  """An elementwise function of x times a kernel; other products may scale it.
 
   Attributes:
     function: The elementwise function.
-    kernels: Names of the kernels that multiply x, in the order of `hidden`. The
-      function is applied to the first product; the other products multiply its
-      value.
+    kernels: Names of the kernels that multiply x. The function is applied to
+      the first product; the other products multiply the function's value.
     cheap: Whether the function costs so little that XLA computes it again
       rather than read its stored result.
     saved_arrays: The number of arrays as wide as the hidden values that the
@@ -48,11 +47,11 @@ class Activation(NamedTuple):
 
   @property
   def gated(self) -> bool:
-    """Whether several kernels multiply x."""
+    """Whether another product of x multiplies the function's value (a GLU)."""
     return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:
-    """The hidden values, from the products of x with each of `kernels`."""
+    """The hidden values, from the products of x with `kernels`, in order."""
     argument, *factors = products
     if self.limit is not None:
       argument = jnp.minimum(argument, self.limit)
@@ -66,7 +65,7 @@ class Activation(NamedTuple):
 
 
 def _quick_gelu(x: Array) -> Array:
-  """x sigmoid(1.702 x)."""
+  """x sigmoid(1.702 x), an approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -114,7 +113,7 @@ class FfnOptions(Options):
   )
 
   def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of width M = `width`."""
+    """The number of parameters in the kernels, where M is `width`."""
     kernels = len(ACTIVATIONS[self.activation].kernels) + 1
     return kernels * width * self.hidden
 
@@ -130,8 +129,7 @@ class FfnLayer:
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The part of the model that the parameters belong to, as in
-      `parameters.Role`.
+    role: The part of the model that the parameters belong to, such as 'ffn'.
   """
 
   options: FfnOptions
@@ -141,7 +139,7 @@ class FfnLayer:
 
   @property
   def activation(self) -> Activation:
-    """The function between the first and the last product of the layer."""
+    """The activation between the first and the last product of the layer."""
     return ACTIVATIONS[self.options.activation]
 
   @property
@@ -162,13 +160,13 @@ class FfnLayer:
     width: int,
     kernel: Initializer | None = None,
   ) -> dict[str, Any]:
-    """Makes the parameters of the layer in `module`, each [*stack, ...].
+    """Makes the parameters of the layer, by name, each [*stack, ...].
 
     The parameters are w_in, w_out, w_gate and w_factor if the activation has
     them, b_in and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
 
     Args:
-      module: The module.
+      module: The module that the parameters belong to.
       stack: The sizes of the leading dimensions; () for a single layer.
       width: M, the width of the rows.
       kernel: The initialiser of kernels. Default: the model's.
@@ -186,9 +184,9 @@ class FfnLayer:
     return p
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
-    """The sizes of the layer, as an expert, that the cost model asks for.
+    """The sizes of an expert that the cost model of exchanges asks for.
 
-    The rows that travel to the expert are of type `dtype`.
+    Rows of width M = `width` travel to the expert in the type `dtype`.
     """
     kernels = len(self.first_kernels) + 1
     row = jnp.dtype(dtype).itemsize
@@ -196,16 +194,26 @@ class FfnLayer:
     return Sizes(width, self.options.hidden, row, kernels, parameter)
 
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
-    """The logical axes of each array that `parameters` makes."""
+    """The logical axes of each parameter of the layer, by name.
+
+    `stack` has the sizes of leading dimensions, (E,) for E experts; () for a
+    single layer. `width` is M.
+    """
     return {name: p[1] for name, p in self.specs(stack, width).items()}
 
   def specs(
     self, stack: tuple[int, ...], width: int
   ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
-    """The shape, axes and form of each parameter, in the order of drawing them.
+    """The shape, logical axes and form of each parameter, by name.
 
-    A parameter of the form 'residual' is a kernel whose product is added to the
+    The order is that in which initial values are drawn. The form is
+    'kernel', 'bias', or 'residual' for a kernel whose product is added to the
     residual stream.
+
+    Args:
+      stack: The sizes of the leading dimensions, (E,) for E experts; () for a
+        single layer.
+      width: M, the width of the rows.
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
@@ -242,11 +250,11 @@ class FfnLayer:
     """The output of one layer for rows, or of E layers for E lists of rows.
 
     Args:
-      p: The parameters of the layer, or of E layers.
+      p: The parameters by name, of one layer, or each [E, ...] of E layers.
       x: The rows.
-      dropout: The function that drops hidden values.
-      product: The function that multiplies rows by a kernel, with the arguments
-        of `rows_matmul`.
+      dropout: The function that drops hidden values; by default it drops none.
+      product: The function product(rows, kernel) that multiplies them; it also
+        takes `transposed_alone`, a hint for the gradient on a CPU.
       add_bias: The function add_bias(products, bias) that returns their sum.
     """
     act, dtype = self.activation, self.shared.dtype
@@ -274,7 +282,7 @@ class FfnLayer:
 
     Args:
       p: The parameters of the layers, each [E, ...].
-      x: The rows. The output of rows that belong to no layer is undefined.
+      x: The rows. Rows after the last layer's have undefined outputs.
       group_sizes: The number of rows of each layer.
       dropout_key: The key of dropout; None: nothing is dropped.
       backend: The backend of the grouped products.
@@ -307,7 +315,7 @@ class FfnLayer:
     return jnp.where(keep_mask, h / keep_rate, 0)
 
   def dropout_module(self, module: nn.Module, train: bool) -> nn.Dropout:
-    """The dropout of hidden values, as a submodule of `module`."""
+    """The module that drops hidden values in training, a child of `module`."""
     return nn.Dropout(self.dropout, deterministic=not train, parent=module)
 
 
@@ -318,9 +326,9 @@ class FeedForward(nn.Module):
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of the layer's parameters, which the parent gives.
-    depth: The number of hidden layers, each of the same width; more than one
-      need an activation without gate.
+    role: The part of the model that the parameters belong to, such as 'ffn'.
+    depth: The number of hidden layers, all of the same width; for more than one
+      the activation must not be gated.
   """
 
   options: FfnOptions
@@ -355,7 +363,11 @@ class FeedForward(nn.Module):
     return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
-    """The product that hidden layer i computes from the layer before it."""
+    """The product [N, F] of hidden values h [N, F] with the kernel of layer i.
+
+    i counts hidden layers from 0, and is at least 1 here. A bias is added if
+    `use_bias`.
+    """
     shared, F = self.shared, self.options.hidden
     init = parameters.kernel(shared, ('mlp', None), role=self.role)
     w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)

@@ -83,7 +83,9 @@ class LstmState(NamedTuple):
 class Lstm(nn.Module):
   """i, f, g, o = x W_in + h W_state + b; c = f c + i g; h = (o tanh c) W_out.
 
-  i, f and o pass a sigmoid and g a tanh; there is a W_out if H is not M.
+  i, f and o pass a sigmoid and g a tanh. The input x and the output h have the
+  width M, and the cells c have H = `options.cells(M)`; there is a W_out [H, M]
+  only if H is not M. The product with W_state takes the h of the step before.
 
   Attributes:
     options: The options of the layer.
@@ -130,7 +132,10 @@ class Lstm(nn.Module):
     return y.swapaxes(0, 1), last
 
   def _parameters(self, M):
-    """Makes w_in and w_state [M, 4 * H], the bias, and w_out [H, M] or None."""
+    """Makes w_in and w_state [M, 4 H], the bias [4 H], and w_out [H, M].
+
+    w_out is None if H is M.
+    """
     shared, H = self.shared, self.options.cells(M)
     dtype, param_dtype = shared.dtype, shared.param_dtype
     axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
@@ -160,7 +165,10 @@ def start(
   width: int,
   id_dtype: DTypeLike = jnp.int32,
 ) -> LstmState:
-  """The state of zeros with which `batch_size` rows of M = `width` begin."""
+  """The state of zeros with which `batch_size` rows of M = `width` begin.
+
+  The indices of documents in the state have the type `id_dtype`.
+  """
   return LstmState(
     cell=jnp.zeros((batch_size, options.cells(width)), jnp.float32),
     output=jnp.zeros((batch_size, width), shared.dtype),
@@ -169,7 +177,15 @@ def start(
 
 
 def _step(w_state, w_out, state, inputs):
-  """One step of an LSTM for all rows: the next state, and its output."""
+  """One step of an LSTM for all rows: the next state, and its output [B, M].
+
+  Args:
+    w_state: The kernel [M, 4 H] that multiplies the output of the step before.
+    w_out: The kernel [H, M] of the output; None if H is M.
+    state: The state after the step before.
+    inputs: The step's inputs times w_in with the bias, [B, 4 H], and documents
+      [B]; where they are 0, padding, the state stays as it is.
+  """
   x, segment = inputs
   real = (segment > 0)[:, None]
   same = (segment == state.segment)[:, None]

@@ -45,8 +45,8 @@ class MoE(nn.Module):
   an axis.
 
   Attributes:
-    options: The options of the layer. If no model filled in the options that
-      experts take from it, they are those of `FfnOptions()`, without dropout.
+    options: The options of the layer. Experts' defaults that no model has
+      filled in by `within` are those of `FfnOptions()`, without dropout.
     shared: The settings that all layers of the model share.
   """
 
@@ -76,10 +76,10 @@ class MoE(nn.Module):
         slot and get zeros, and their values, even NaN, reach no other token and
         no gradient. Default: routers see all tokens.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
-      token_info: The arrays that the router reads; see its `reads`.
+      token_info: The arrays that the router's options name in `reads`.
       layer: The index of the layer; routers without parameters choose other
         experts in each layer.
-      given: Choices that are imposed on the router, [B, T, K].
+      given: Choices [B, T, K] imposed on the router; None: it chooses itself.
     """
     _check_options(self.options)
     o = self.options.within(FfnOptions(), 0.0)
@@ -113,13 +113,18 @@ class MoE(nn.Module):
       expert = SharedExpert(
         o.shared_expert, twin, self.shared, name=SHARED_EXPERT
       )
-      # With biases a shared expert's output is not zero for tokens that no
-      # router sees.
+      # A shared expert with biases has an output for tokens that no router
+      # sees; the mask makes it zero.
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
     return y, aux
 
   def _imposed_choices(self, given, mask, train, layer):
-    """The choices imposed on the router, cut into groups; None without any."""
+    """The choices imposed by `given` or by the option `force_balance`, or None.
+
+    `given` has [B, T, K]; the result, and the mask of real tokens, are in
+    groups. Raises ValueError if both impose choices, or none can be imposed on
+    merged experts.
+    """
     o, kind = self.options, self.options.force_balance
     if given is not None:
       if o.retained.rows:
@@ -179,7 +184,10 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
 def _result_of(
   experts: nn.Module, groups: Float[Array, 'G S M'], result: Any
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-  """The result that experts returned; raises ValueError for a wrong shape."""
+  """The `result` of experts: outputs for the groups, and counts of exchanges.
+
+  Raises ValueError if it is no such pair, or the outputs have a wrong shape.
+  """
   y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
   if getattr(y, 'shape', None) != groups.shape:
     raise InputError(
@@ -194,8 +202,9 @@ def _to_merged(
 ) -> Routing:
   """Turns choices of router columns into choices of merged experts.
 
-  A router has a column for each expert before merging; the option `retained`
-  says which merged expert each column leads to.
+  A router has a column for each expert that there was before merging; the
+  option `retained` says to which merged expert each column leads. `layer` is
+  the index of the layer.
   """
   chosen, rows = cast(Routing, chosen), options.retained.rows
   table = np.zeros((max(rows) + 1, options.num_experts), np.int32)
@@ -215,6 +224,8 @@ def to_groups(
   x: Float[Array, 'B T M'], token_mask: Bool[Array, 'B T'], group_size: int
 ) -> tuple[Float[Array, 'G S M'], Bool[Array, 'G S']]:
   """Cuts the batch into groups of consecutive tokens, padded with mask False.
+
+  A `group_size` of 0 stands for T, and -1 for the whole batch.
 
   Raises:
     ValueError: group_size neither divides T nor is a multiple of it.
@@ -239,7 +250,7 @@ def to_rows(
 def in_groups(
   values: Shaped[Array, 'B T ...'], group_size: int
 ) -> Shaped[Array, 'G S ...']:
-  """The values of all tokens, cut as in `to_groups` and padded with zeros."""
+  """Cuts values of tokens into groups of one size, the last padded with 0."""
   values = values.reshape(-1, *values.shape[2:])
   padding = [(0, -len(values) % group_size), *[(0, 0)] * (values.ndim - 1)]
   return jnp.pad(values, padding).reshape(-1, group_size, *values.shape[1:])

@@ -1,4 +1,4 @@
-"""Options of a sparse layer: its router, its experts and what joins them."""
+"""Options of a sparse layer: router, capacity, dispatch and experts."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -125,7 +125,7 @@ class MoeOptions(Options):
 
   @property
   def sizes(self) -> Sizes:
-    """The sizes that the methods of the router's options take."""
+    """E, K and the capacity, for the methods of the router's options."""
     return Sizes(self.num_experts, self.num_selected, self.capacity)
 
   @property
@@ -135,7 +135,7 @@ class MoeOptions(Options):
 
   @property
   def num_retained(self) -> int:
-    """The number of experts of a layer: E unless some are merged."""
+    """The number of experts that a layer has: E unless some are merged."""
     rows = self.retained.rows.values()
     return max(map(max, rows)) + 1 if rows else self.num_experts
 
@@ -158,7 +158,7 @@ class MoeOptions(Options):
 
   @property
   def forced(self) -> str:
-    """The warning for readers of results that choices are forced; '' if not.
+    """The warning that `force_balance` forces choices; '' where it does not.
 
     Every output of a model with forced choices has to show this text.
     """
@@ -182,7 +182,7 @@ class MoeOptions(Options):
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
-    The reason is the router's, or that of the exchange on a mesh.
+    It lies in the router, or in the exchange of rows between devices.
     """
     dispatch = self.dispatch
     return self.causality.leak or dispatch.exchange.leak(dispatch.shadowing)
@@ -279,14 +279,14 @@ class MoeOptions(Options):
     return self.expert.twin(1).of_width(width) if width else None
 
   def dense_aux(self) -> MoeAux:
-    """Zeros, the losses and statistics of a dense layer among sparse layers."""
+    """Zeros as the losses and statistics of a dense layer among sparse ones."""
     if not self.num_experts:
       return empty_aux(1, 1)
     losses = self.router.loss_weights()
     return empty_aux(self.num_experts, self.num_selected, losses)
 
   def shrunk(self) -> Self:
-    """The options of a small layer, with E and K that the router allows."""
+    """These options at a laptop's size, with E and K that the router allows."""
     fields = {name: getattr(self, name) for name in fields_of(type(self))}
     parts = {n: v.shrunk() for n, v in fields.items() if isinstance(v, Options)}
     router, capacity = self.router.shrunk(), self.capacity.shrunk()

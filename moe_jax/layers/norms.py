@@ -16,7 +16,7 @@ _AXES = ('embed',)
 
 @dataclasses.dataclass(frozen=True)
 class Norm(Options):
-  """The contract of normalisations over the last dimension."""
+  """The base of kinds of normalisation over the last dimension."""
 
   epsilon: float = option(
     1e-6,
@@ -31,7 +31,7 @@ class Norm(Options):
   )
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """Returns the module; its parameters have the role 'norm'."""
+    """The linen module `name`, whose parameters have the role 'norm'."""
     raise NotImplementedError
 
   def _arguments(self, shared: Shared, name: str) -> dict:
@@ -65,7 +65,7 @@ class LayerNorm(Norm):
   )
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """The module; its parameters are 'scale' and 'bias', if it has them."""
+    """The module; options decide if it has parameters 'scale' and 'bias'."""
     always = self.bias == 'always'
     return nn.LayerNorm(
       **self._arguments(shared, name),
@@ -85,8 +85,8 @@ def rms_normed(
   """x divided by its root mean square, then times `scale`, in float32.
 
   The mean of squares is over as many of the last dimensions as the scale has,
-  and over all devices that these dimensions are split over. The result has the
-  type of x.
+  and over all devices that these dimensions are split over; `epsilon` is added
+  to it before its root is taken. The result has the type of x.
   """
   axes = tuple(range(-scale.ndim, 0))
   x32 = x.astype(jnp.float32)

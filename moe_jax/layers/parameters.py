@@ -1,8 +1,8 @@
 """Parameters in boxes: each carries its logical axes, its role and its form.
 
-The parent of a parameter gives its role. Axes and roles are read once, from
-the abstract initialisation of a model, into trees of the same structure as the
-parameters; train states are unboxed.
+The module that makes a parameter gives its role. Axes and roles are read once,
+from the abstract initialisation of a model, into trees of the same structure as
+the parameters; train states are unboxed.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from moe_jax.layers.shared import Shared
 
 Names = tuple[str | None, ...]
 
-# A function of a key, a shape and a dtype. Its result, an array, may be in a
-# box, from which flax takes the array.
+# A function of a random key, a shape and a dtype. Its result, an array, may be
+# in a box, from which flax takes the array.
 Initializer = Callable[..., Any]
 
 
@@ -27,7 +27,7 @@ class Role(NamedTuple):
   Attributes:
     role: The part of the model: 'attention', 'embedding', 'expert', 'ffn',
       'gate', 'head', 'lstm', 'norm', 'router' or 'shared_expert'; '' where no
-      parent gave one.
+      module gave one.
     form: The use of the parameter: a 'kernel' is contracted with activations, a
       'bias' is added to them, a 'scale' multiplies them, a 'table' is indexed;
       '' where it is unknown.
@@ -40,11 +40,12 @@ class Role(NamedTuple):
 class Parameter(nn.LogicallyPartitioned):
   """The box of a parameter, with its logical axes, its role and its use.
 
-  Flax's lifted transformations add an axis name and keep role and form.
+  Flax's lifted transformations, such as `nn.scan`, add the name of the axis
+  that they add, and keep role and form.
 
   Attributes:
-    role: The part of the model that the parameter belongs to, as in `Role`.
-    form: The use of the parameter, as in `Role`.
+    role: The part of the model, such as 'attention'; '' where none was given.
+    form: The use: 'kernel', 'bias', 'scale' or 'table'; '' where unknown.
   """
 
   role: str = flax.struct.field(default='', pytree_node=False)
@@ -59,8 +60,8 @@ def boxed(
   Args:
     init: The initialiser.
     axes: The logical name of each dimension; None for a dimension without one.
-    role: The part of the model, as in `Role`.
-    form: The use of the parameter, as in `Role`.
+    role: The part of the model, such as 'attention' or 'ffn'.
+    form: The use: 'kernel', 'bias', 'scale' or 'table'.
   """
 
   def make_box(*args: Any, **kwargs: Any) -> Parameter:
@@ -86,7 +87,7 @@ def kernel(
   Args:
     shared: The settings that all layers of the model share.
     axes: The logical name of each dimension; None for a dimension without one.
-    role: The part of the model, as in `Role`.
+    role: The part of the model, such as 'attention' or 'ffn'.
     in_axis: The dimensions that are contracted with activations.
     out_axis: The dimensions of the result.
     batch_axis: The dimensions along which independent kernels are stacked.
@@ -104,24 +105,24 @@ def kernel(
 
 
 def zero_kernel(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a kernel that starts at zero."""
+  """The initialiser of a kernel with this role and these axes, of zeros."""
   return boxed(nn.initializers.zeros, axes, role=role, form='kernel')
 
 
 def bias(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a bias, which starts at zero."""
+  """The initialiser of a bias with this role and these axes, of zeros."""
   return boxed(nn.initializers.zeros, axes, role=role, form='bias')
 
 
 def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a scale, which starts at one."""
+  """The initialiser of a scale with this role and these axes, of ones."""
   return boxed(nn.initializers.ones, axes, role=role, form='scale')
 
 
 def table(
   shared: Shared, axes: Sequence[str | None], *, role: str = 'embedding'
 ) -> Initializer:
-  """The initialiser of a table of embeddings, as the model's options say."""
+  """The initialiser of a table of embeddings, drawn as the options say."""
   init = shared.numerics.init.embedding()
   return boxed(init, axes, role=role, form='table')
 
@@ -155,7 +156,10 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
 
 
 def axes_of(abstract_variables: Any) -> Any:
-  """The logical axes of every variable: a tree of tuples, without boxes."""
+  """A tree of each variable's logical axes, with None for an unnamed axis.
+
+  The variables are boxed arrays or shapes; without a box all axes are unnamed.
+  """
 
   def names(leaf):
     return leaf.names if hasattr(leaf, 'names') else (None,) * leaf.ndim
@@ -164,7 +168,7 @@ def axes_of(abstract_variables: Any) -> Any:
 
 
 def roles_of(abstract_variables: Any) -> Any:
-  """The `Role` of every variable: a tree of the same structure, unboxed."""
+  """A tree with the `Role` of every boxed variable, `Role()` without a box."""
 
   def role(leaf):
     is_known = isinstance(leaf, Parameter)

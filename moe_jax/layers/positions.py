@@ -21,7 +21,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, checked
 
 @dataclasses.dataclass(frozen=True)
 class Positions(Options):
-  """The contract of positions; a kind overrides `rotate`, `add` or `bias`.
+  """The base of kinds of positions; each overrides `rotate`, `add` or `bias`.
 
   Attributes:
     added: Whether a vector is added to embedded tokens.
@@ -29,18 +29,18 @@ class Positions(Options):
   """
 
   added: ClassVar[bool] = False
-  # An annotation would make this attribute the first field of `Rotary`, which
-  # has an option of this name.
+  # This attribute has no annotation: with one it would be the first field of
+  # `Rotary`, which has an option of this name.
   scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
-    """The options, in which a table length of 0 is replaced by `max_len`."""
+    """The options, where `max_len`, in tokens, replaces a table length of 0."""
     return self
 
   def problems_with(
     self, head_width: int, causal: bool, name: str = 'head_width'
   ) -> Iterator[str]:
-    """The reasons why an attention cannot have these positions, as texts.
+    """The reasons why attention layers cannot have these positions, as texts.
 
     Args:
       head_width: The width of the part of a head that may rotate.
@@ -55,7 +55,7 @@ class Positions(Options):
     positions: Int[Array, 'B T'],
     segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T H D']:
-    """Queries or keys, rotated by the position of each token.
+    """Queries or keys, rotated by positions in the kinds that rotate.
 
     Args:
       x: The queries or keys.
@@ -78,7 +78,7 @@ class Positions(Options):
     positions: Int[Array, 'B T'],
     table: Float[Array, 'N M'] | None = None,
   ) -> Float[Array, 'B T M']:
-    """Embedded tokens with the vectors of their positions added.
+    """Embedded tokens plus the vectors of positions in the kinds that add any.
 
     Args:
       x: The embedded tokens.
@@ -92,7 +92,11 @@ class Positions(Options):
   def bias(
     self, num_heads: int, causal: bool, name: str | None
   ) -> 'RelativePositionBias | None':
-    """The module whose bias is added to the attention scores, or None."""
+    """The module `name` whose bias [H, T, S] is added to scaled scores.
+
+    None in kinds of positions without a bias. H is `num_heads`; `causal` tells
+    whether a token sees no later tokens.
+    """
     return None
 
 
@@ -131,7 +135,7 @@ class Rotary(Positions):
     return int(head_width * self.fraction)
 
   def problems_with(self, head_width, causal, name='head_width'):
-    """Yields texts on an odd width that rotates, and on the scaling."""
+    """Yields a text if the rotated width is odd or 0, or misfits `scaling`."""
     width = self._width(head_width)
     if width % 2 or not width:
       factor = '' if self.fraction == 1 else f' * fraction={self.fraction}'
@@ -143,8 +147,8 @@ class Rotary(Positions):
   def rotate(self, x, positions, segment_ids=None):
     """Rotates the P pairs of each head by their angles, in float32.
 
-    Source: Eq. 34 of arXiv:2104.09864, whose pairs are (2 i, 2 i + 1); if not
-    `interleaved`, pair i is (i, i + P).
+    Source: Eq. 34 of arXiv:2104.09864, whose pair i is of dimensions (2 i,
+    2 i + 1); if not `interleaved`, pair i is of dimensions (i, i + P).
     """
     width = self._width(x.shape[-1])
     turns = self.scaling.turns(self.theta, width)
@@ -206,13 +210,13 @@ class Learned(Positions):
 
   @property
   def table_len(self) -> int:
-    """The number of positions; 0 before `within` has filled it in."""
+    """The number of learned vectors; 0 before `within` has filled it in."""
     return self.max_len
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Adds rows of the table; raises ValueError if it has too few of them."""
-    # A decoding step is short, and its cache has no more slots than there are
-    # positions.
+    """Adds the learned vectors; raises ValueError for rows over `max_len`."""
+    # Only the length of whole rows is checked. A decoding step needs no check,
+    # as its cache has no more slots than the table has positions.
     if positions.shape[1] > self.max_len:
       raise InputError(
         f'seq_len={positions.shape[1]} > max_len={self.max_len} of the learned '
@@ -245,7 +249,7 @@ class Sinusoidal(Positions):
 
 @dataclasses.dataclass(frozen=True)
 class Relative(Positions):
-  """A learned bias by distance is added to the scores, as in T5."""
+  """A learned bias by distance is added to attention scores, as in T5."""
 
   buckets: int = option(
     32,
@@ -278,17 +282,16 @@ class Relative(Positions):
 
 
 class RelativePositionBias(nn.Module):
-  """A learned bias for each head and bucket of distances, one for all layers.
+  """A learned bias for each head and range of distances, shared by all layers.
 
   Source: section 2.1 of arXiv:1910.10683 (T5).
 
   Attributes:
-    options: The options, which set the number of buckets and the distance from
-      which on distances share a bucket.
+    options: The options, which set the number of buckets (ranges) and the
+      distance from which on distances share a bucket.
     num_heads: The number H of heads.
-    bidirectional: Whether later keys have buckets by distance, half of all
-      buckets; if not, later keys have the bucket of distance 0, and causal
-      attention hides them.
+    bidirectional: Whether half of the buckets are for later keys; if not, later
+      keys have the bucket of distance 0, and causal attention hides them.
   """
 
   options: Relative
@@ -299,7 +302,10 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_len: int, key_len: int, start: int | Int[Array, ''] = 0
   ) -> Float32[Array, 'H T S']:
-    """The bias [t, s] of the query at position start + t on the key at s."""
+    """The bias of T = `query_len` queries on S = `key_len` keys.
+
+    Query t is at position start + t, and key s at position s.
+    """
     init, axes = nn.initializers.normal(0.02), ('heads', 'buckets')
     init = parameters.boxed(init, axes, role='attention', form='table')
     shape = self.num_heads, self.options.buckets
@@ -325,6 +331,7 @@ class RelativePositionBias(nn.Module):
 def _toeplitz(values, query_len, key_len) -> Float[Array, 'H T S']:
   """The array whose element [:, t, s] is values[:, s - t + T - 1].
 
+  T is `query_len`, S is `key_len`, and the values are [H, T + S - 1].
   Neither this array nor its gradient needs a gather: the values, and a zero
   after them, are repeated in a line and cut into rows of the values' length,
   each of which begins one value earlier than the row before.
@@ -373,8 +380,8 @@ def sinusoids(
 ) -> Float32[Array, 'B T M']:
   """Sines of M/2 wavelengths from 2 pi to 10000 * 2 pi, then their cosines.
 
-  Source: tensor2tensor's and fairseq's arrangement of section 3.5 of
-  arXiv:1706.03762, which NLLB uses; an odd width ends in a zero.
+  M is `width`. Source: tensor2tensor's and fairseq's arrangement of section 3.5
+  of arXiv:1706.03762, which NLLB uses; an odd width ends in a zero.
   """
   half = width // 2
   step = np.log(10_000.0) / max(half - 1, 1)

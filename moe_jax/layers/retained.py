@@ -29,7 +29,7 @@ _FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Retained(Options):
-  """The experts that sparse layers have where pruning or merging left fewer."""
+  """The numbers of experts of layers in which pruning or merging left fewer."""
 
   experts: str = option(
     '',
@@ -69,24 +69,17 @@ class Retained(Options):
     return frozenset(self.counts) | frozenset(self.rows)
 
   def like(self, layer: int) -> 'Retained':
-    """The options with only merged layers that have as many experts as `layer`.
+    """The options of only the merged layers with as many experts as `layer`.
 
-    Pruned layers are left out.
+    `layer` is an index. Pruned layers are left out, so that equal layers have
+    equal options; the result is empty if no expert of `layer` is merged.
     """
     experts = max(self.rows.get(layer, (-1,)))
     rows = {i: row for i, row in self.rows.items() if max(row) == experts}
     return Retained.of({}, rows)
 
-  def renumbered(self, old_layers: tuple[int, ...]) -> 'Retained':
-    """The options of a stack whose layer i is old_layers[i] of this stack."""
-    pairs = list(enumerate(old_layers))
-    return Retained.of(
-      {i: self.counts[j] for i, j in pairs if j in self.counts},
-      {i: self.rows[j] for i, j in pairs if j in self.rows},
-    )
-
   def problems(self) -> Iterator[str]:
-    """Yields texts on options that cannot be read, or contradict each other."""
+    """Yields a text if options cannot be read or contradict each other."""
     try:
       counts, rows = self.counts, self.rows
     except InputError as error:
@@ -131,13 +124,17 @@ class Retained(Options):
         )
 
   def shrunk(self) -> 'Retained':
-    """Options with which no layer has lost experts; see `Options.shrunk`."""
+    """Options for a laptop's model, whose layers have all their experts."""
     return Retained()
 
 
 @functools.cache
 def _entries(name: str, text: str) -> Mapping[int, tuple[int, ...]]:
-  """The numbers that an option's text gives to each layer, in layer order."""
+  """The numbers that an option's text gives to each layer, in layer order.
+
+  `name` is that of the option, 'experts' or 'expert_of'. Raises ValueError for
+  a text that cannot be read, or that names a layer twice.
+  """
   separator, numbers, example = _FORMS[name]
   entries = {}
   for entry in text.split(separator) if text.strip() else ():

@@ -1,8 +1,8 @@
 """The angles of rotary positions, and their changes for long texts.
 
-Rotary positions turn pairs of dimensions of queries and keys. For texts longer
-than those of the first training they turn by other angles, by YaRN
-(https://arxiv.org/abs/2309.00071) or LongRoPE
+Rotary positions turn pairs of dimensions of queries and keys. Where texts are
+longer than those that the model was first trained on, pairs turn by other
+angles: YaRN (https://arxiv.org/abs/2309.00071) or LongRoPE
 (https://arxiv.org/abs/2402.13753).
 """
 
@@ -22,7 +22,7 @@ class Turns(NamedTuple):
   Attributes:
     frequency: float32 [P], the radians by which each pair turns from one
       position to the next.
-    factor: The number that a pair is multiplied by as it turns.
+    factor: The number that the rotated pairs are multiplied by.
   """
 
   frequency: np.ndarray
@@ -31,7 +31,7 @@ class Turns(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling(Options):
-  """The contract of changes to rotary positions for longer texts."""
+  """The base of kinds of scaling, which change the angles for long texts."""
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
     """The reasons, as texts, why theta or the rotated width does not fit."""
@@ -49,25 +49,25 @@ class RotaryScaling(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The first position that only long documents have.
+    """The position at which a document is long, if its last token reaches it.
 
     In long documents the pairs turn by other angles. None: no document is long.
     """
 
   @property
   def latent_factor(self) -> float:
-    """The number by which multi-head latent attention multiplies its scores."""
+    """The factor of latent attention's scores that comes beside D^-0.5."""
     return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Unscaled(RotaryScaling):
-  """No scaling: pairs turn by the angles of the first training in all texts."""
+  """No scaling: pairs turn by the same angles in texts of any length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Yarn(RotaryScaling):
-  """Slow pairs turn `factor` times slower, and fast pairs turn as before.
+  """Slow pairs turn `factor` times slower, and fast pairs as without scaling.
 
   Source: section 3 of arXiv:2309.00071, with the options of transformers 5.24.
   """
@@ -146,7 +146,10 @@ class Yarn(RotaryScaling):
     return Turns(mixed.astype(np.float32), self._factor())
 
   def _pair(self, theta: float, width: int, num_turns: float) -> float:
-    """The index of the pair that turns `num_turns` times in `original_len`."""
+    """The index of the pair that turns `num_turns` times in `original_len`.
+
+    It lies between two pairs where it is no whole number.
+    """
     wavelength = self.original_len / (num_turns * 2 * math.pi)
     return width * math.log(wavelength) / (2 * math.log(theta))
 
@@ -158,7 +161,7 @@ class Yarn(RotaryScaling):
     return self._mscale(1.0)
 
   def _mscale(self, multiple: float) -> float:
-    """0.1 * multiple * ln(factor) + 1; 1 for a factor below 1."""
+    """The number 0.1 * multiple * ln(factor) + 1; 1 if `factor` is below 1."""
     return 0.1 * multiple * math.log(max(self.factor, 1.0)) + 1.0
 
   @property
@@ -170,9 +173,10 @@ class Yarn(RotaryScaling):
 class LongRope(RotaryScaling):
   """Each pair turns slower by a factor of its own, another in long documents.
 
-  `long_factor` lists the factors in long documents, segments of a row with a
-  token at a position of `original_len` or more, and `short_factor` the factors
-  in other documents.
+  Long documents are segments with a token at a position of `original_len` or
+  more. `long_factor` lists the factors of their pairs, and `short_factor` those
+  of the pairs in other documents.
+
   Source: arXiv:2402.13753. Unlike transformers 5.24, which lets the longest row
   of a batch decide, no document here depends on another. transformers'
   Phi-3.5-MoE never uses the list for long documents; see

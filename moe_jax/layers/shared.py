@@ -1,7 +1,7 @@
 """The settings that all layers of a model share.
 
 The settings are numerics, biases, depth and sharding; every module of a model
-is given the same object of them.
+is given the same `Shared` object.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ RULES = ShardingOptions().rules
 
 @dataclasses.dataclass(frozen=True)
 class Init(Options):
-  """The contract of initialisations of a model's kernels and embeddings."""
+  """The base of kinds of initialisation, which draw kernels and embeddings."""
 
   embedding_std: float = option(
     0.02,
@@ -64,7 +64,7 @@ class FanIn(Init):
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser; the fan-in is that of one of stacked kernels."""
+    """Returns the initialiser; the fan-in of stacked kernels is that of one."""
     return nn.initializers.variance_scaling(
       self.scale / shrink, 'fan_in', 'truncated_normal', **axes
     )
@@ -120,7 +120,7 @@ class Shared:
     use_bias: Whether the products of attention and feed-forward layers add a
       bias, and layer norms have one.
     num_layers: L, the depth of the model, for initialisations that need it.
-    rules: The mesh axes of each logical axis, as pairs; it is what
+    rules: Pairs of a logical axis and its mesh axes, which
       `ShardingOptions.rules` gives.
     num_tasks: The number of tasks that routers by task tell apart.
   """

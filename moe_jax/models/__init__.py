@@ -1,4 +1,4 @@
-"""Models: a model's options say what it is, and build its linen module."""
+"""Models: the options of a model describe it and build its linen module."""
 
 from moe_jax.config import Kinds
 from moe_jax.layers.attention.cache import KVCache

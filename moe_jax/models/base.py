@@ -1,7 +1,7 @@
 """The contract of models: a module, its options, and one description of layers.
 
-Training, generation, analysis and imports use nothing else of a model, and
-never compare its kind or class.
+Training, generation, analysis and the import of checkpoints use nothing else of
+a model, and never compare its kind or class.
 """
 
 import dataclasses
@@ -55,9 +55,10 @@ class Model(nn.Module):
   and has the field `embedding: EmbeddingConfig`.
 
   A model that generates also has `for_decoding`, `make_cache(batch_size,
-  max_len)`, whose cache has `take`, and `decode(tokens, token_mask, cache)`,
-  which returns logits and the next cache; with an encoder `encode` makes the
-  cache. `Decoder` describes the arguments of these methods.
+  max_len)`, whose cache has a method `take(rows)` that picks rows, and
+  `decode(tokens, token_mask, cache)`, which returns logits and the next cache.
+  In a model with an encoder, `encode` makes the cache instead of `make_cache`.
+  `Decoder` describes the arguments of these methods.
   """
 
   if TYPE_CHECKING:  # type checkers do not see that flax defines these so
@@ -67,7 +68,7 @@ class Model(nn.Module):
 
   @property
   def stacks(self) -> Stacks:
-    """The description of the layers; the default describes no experts."""
+    """The description of the layers; by default a stack without any layer."""
     return Stacks([LayerStack()])
 
   @property
@@ -82,7 +83,7 @@ class Model(nn.Module):
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Any]:
-    """The arguments of a call of the model, taken from a batch.
+    """The arguments of a call of the model by name, taken from a batch.
 
     Choices of experts are imposed if the batch has them, under the names
     `REPLAYED`.
@@ -152,11 +153,11 @@ class Model(nn.Module):
     platform: str = '',
     window: int = 0,
   ) -> tuple['Model', dict[str, Any]]:
-    """The model that decodes, and its variables, which are copies.
+    """The model that decodes, and its variables in the layout that it reads.
 
-    No choice of an expert is dropped, unless the capacity is part of an
-    imported checkpoint. A model that is the result of an earlier call is
-    returned as it is.
+    Arrays that stack layers are copied. No choice of an expert is dropped,
+    unless the capacity is part of an imported checkpoint. A model that is the
+    result of an earlier call is returned as it is.
 
     Args:
       variables: Parameters and `router_state`, as trained or imported.
@@ -174,7 +175,7 @@ class Model(nn.Module):
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
-  """The outputs, with zeros at tokens whose loss weight is 0.
+  """The outputs, with zeros at tokens whose loss weight in the batch is 0.
 
   A NaN at such a token would be 0 * NaN in the loss and in the gradient.
   """
@@ -226,7 +227,7 @@ class ModelOptions(LayerOptions):
     """The linen module of the model.
 
     Args:
-      rules: The mesh axes of each logical axis; see `ShardingOptions`.
+      rules: Pairs of a logical axis and its mesh axes, the sharding table.
 
     Raises:
       ValueError: The vocabulary, or another size that the data decides, is
@@ -337,8 +338,5 @@ class ModelOptions(LayerOptions):
     )
 
   def shrunk(self) -> Self:
-    """The options of a small model of this structure, for a laptop.
-
-    The vocabulary is left to the data.
-    """
+    """The options of a small model, whose `vocab_size` is left to the data."""
     return dataclasses.replace(super().shrunk(), vocab_size=0, width=32)

@@ -79,7 +79,8 @@ def decoded(
 
   Args:
     options: The options of the model.
-    params: Its parameters, unboxed, whose quantised experts have one format.
+    params: The model's parameters, unboxed; all its quantised experts have the
+      same format.
 
   Returns:
     The options of the model without quantisation, and its parameters; those of

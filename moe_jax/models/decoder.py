@@ -56,9 +56,9 @@ class DecoderOptions(ModelOptions, StackOptions):
     Args:
       half: The options of the stack's layers.
       rules: The mesh axes of each logical axis.
-      causal: Whether a token sees only tokens up to itself, as in a decoder,
-        whose blocks also attend to an encoder if the model has one; if not, it
-        sees its whole segment.
+      causal: Whether the stack is a decoder: a token sees only tokens up to
+        itself, and blocks also attend to an encoder if the model has one. In
+        an encoder a token sees its whole segment.
     """
     sparse, attention = half.sparse, half.attention.within(self.width)
     return StackConfig(
@@ -119,7 +119,6 @@ class DecoderOptions(ModelOptions, StackOptions):
       )
 
   def problems(self) -> Iterator[str]:
-    """Yields texts on wrong options of the layers, and on `num_tasks`."""
     yield from self.decoder_problems()
     yield from self.task_problems()
 
@@ -240,7 +239,7 @@ class Decoder(Model):
     """An empty cache for rows of up to `max_len` tokens, padding included.
 
     Raises:
-      ValueError: The decoder's experts choose tokens; see `check_decodes`.
+      ValueError: The router cannot route tokens one by one.
     """
     c = self.blocks
     check_decodes(c.experts)
@@ -296,12 +295,17 @@ def make_context(
   given: GivenChoices | None = None,
   previous: Array | None = None,
 ) -> Context:
-  """The arrays that the blocks of a stack read; defaults are as in `Decoder`.
+  """The arrays that the blocks of a stack read.
 
   Args:
     c: The configuration of the stack.
-    tokens, segment_ids, positions, given: See `Decoder`.
+    tokens: Token ids.
+    segment_ids: The segment of each token, 0 at padding; None: each row is one
+      segment.
+    positions: The position of each token in its document; None: in its row.
     task_ids: The task of each token, or of each row, [B].
+    given: Choices [B, T, L, K] that are imposed on the routers of the L sparse
+      layers; None: routers choose.
     previous: The token before each token, when decoding; None: the token before
       it in its row.
 

@@ -41,7 +41,10 @@ def check_generates(model: Model) -> None:
 
 
 def check_decodes(moe: MoeOptions | None) -> None:
-  """Raises ValueError where a layer cannot be run token by token."""
+  """Raises ValueError if a layer with experts cannot run token by token.
+
+  None stands for a dense layer, which always can.
+  """
   if moe is not None and (reason := moe.causality.undecodable):
     raise InputError(reason)
 
@@ -113,11 +116,15 @@ def stacks_for_decoding(
   for whole rows.
 
   Args:
-    stacks: The stacks as trained or imported; the other arguments are those of
-      `Model.for_decoding`.
+    stacks: The stacks as trained or imported.
+    variables: Their parameters and `router_state`.
+    batch_size: The number of rows that take a step together.
+    platform: The platform of decoding; '': JAX's default backend.
+    window: The most tokens that a decoder's token sees, itself included; 0: as
+      in the stacks.
 
   Raises:
-    ValueError: A stack is causal, and its experts choose tokens.
+    ValueError: A stack is causal, and its router cannot route single tokens.
   """
   params = dict(nn.meta.unbox(variables['params']))
   state = dict(variables.get(ROUTER_STATE, {}))
@@ -137,7 +144,11 @@ def stacks_for_decoding(
 
 
 def _config_for_decoding(stack, window: int) -> StackConfig:
-  """The configuration of a stack for decoding, with layers still stacked."""
+  """The configuration of a stack for decoding, with layers still stacked.
+
+  `window` is the most tokens that a token of a causal stack sees; 0 sets no
+  window beside the stack's own. Raises ValueError if the stack cannot decode.
+  """
   block = stack.block
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
@@ -156,8 +167,9 @@ def _config_for_decoding(stack, window: int) -> StackConfig:
 
 
 def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-  """The variables of a stack, with arrays of its own for every period.
+  """A collection of the stack's variables, each period with its own arrays.
 
+  `tree` is the collection, in which the periods of a segment are stacked.
   Slices of stacked parameters would be copies, which take too long for a
   decoding step.
   """
@@ -176,9 +188,9 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   """The options of a sparse layer with room for all tokens.
 
   The options stay as they are where the capacity is part of an imported
-  checkpoint and can bind, and where experts choose tokens. No imported
-  checkpoint routes in groups of a fixed number of tokens, which need not divide
-  a prompt; such groups are removed.
+  checkpoint and can bind, and where experts choose tokens. Groups of a fixed
+  number of tokens are removed, since that number need not divide a prompt; no
+  imported checkpoint has such groups.
 
   Args:
     moe: The options of the layer.
@@ -198,7 +210,11 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
 
 def _for_few_tokens(stack, params, rows):
-  """A stack and its parameters, in the layout for steps of `rows` tokens."""
+  """A stack and its parameters, in the CPU's layout for steps of `rows` tokens.
+
+  The stack is a `StackConfig` with experts. Both are returned as they are if no
+  such layout would be faster.
+  """
   moe = stack.experts
   plain = type(moe.expert).experts is FeedForwardExpert.experts
   if not (plain and isinstance(moe.dispatch, Dropless)):

@@ -79,7 +79,11 @@ class LayerStack:
   def of_blocks(
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
-    """The description of a stack of blocks, compiled to loops over layers."""
+    """The description of a stack of blocks, compiled to loops over layers.
+
+    `path` is where the stack's variables are in those of the model, and
+    `prefix` that of the batch keys of its tokens.
+    """
     layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):
@@ -151,7 +155,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def sequences(self) -> tuple[str, ...]:
-    """The prefixes of the batch keys of each sequence that the model reads."""
+    """The prefix of each stack's batch keys: 'encoder_', or '' in a decoder."""
     return tuple(stack.prefix for stack in self)
 
   def sequence_of(self, layer: int) -> str:
@@ -174,9 +178,9 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def leaks_future(self) -> bool:
-    """Whether later tokens can change earlier outputs.
+    """Whether later tokens can change a decoder's earlier outputs.
 
-    An encoder sees all of its tokens anyway.
+    Encoders do not count, as each of their tokens sees all tokens anyway.
     """
     decoders = Stacks(stack for stack in self if stack.causal)
     return any(moe.leak() is not None for moe in decoders.mixtures)
@@ -188,15 +192,12 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def forced_balance(self) -> str:
-    """The warning that experts are forced, not chosen by routers; '' if not so.
-
-    See `MoeOptions.forced`.
-    """
+    """The warning that experts are forced; '' if routers choose them."""
     return next(filter(None, (moe.forced for moe in self.mixtures)), '')
 
   @property
   def keeps_router_state(self) -> bool:
-    """Whether the model has the collection `router_state`."""
+    """Whether routers keep variables in the collection `router_state`."""
     return any(moe.router.keeps_state for moe in self.mixtures)
 
   def loss_weights(self) -> dict[str, float]:
@@ -230,7 +231,7 @@ class Stacks(tuple[LayerStack, ...]):
     return tuple(trees)
 
   def place_of(self, path: Path) -> LayerPlace | None:
-    """The layers of a stacked parameter; None for any other parameter."""
+    """The layers of the stacked parameter at a path; None for any other one."""
     first = 0
     for stack in self:
       numbers, name = [], path
@@ -247,10 +248,7 @@ class Stacks(tuple[LayerStack, ...]):
 
 
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
-  """The tree in which `part` replaces `subtree(tree, path)`.
-
-  The path has at most one name.
-  """
+  """The tree with `part` at a path of one name; for the path (), the part."""
   return {**tree, path[0]: part} if path else part
 
 

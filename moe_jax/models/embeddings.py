@@ -1,7 +1,7 @@
 """The embeddings of tokens, and the logits of the next token.
 
-Where embeddings are tied, one table serves both; the halves of an
-encoder-decoder share it.
+Where embeddings are tied, one table serves both. Encoder and decoder embed
+tokens with the same table, unless `EmbeddingConfig.encoder_table` is set.
 """
 
 import dataclasses
@@ -99,7 +99,6 @@ class Embeddings(nn.Module):
   config: EmbeddingConfig
 
   def setup(self) -> None:
-    """Makes the tables, the kernel and bias of logits, and dropout."""
     c, dtype = self.config, self.config.shared.param_dtype
     shape = (c.vocab_size, c.width)
     init = parameters.table(c.shared, ('vocab', 'embed'))
@@ -134,7 +133,11 @@ class Embeddings(nn.Module):
     train: bool,
     encoder: bool = False,
   ) -> Float[Array, 'B T M']:
-    """The residual stream before the first block of the encoder or decoder."""
+    """The residual stream before the first block, made of token ids.
+
+    The block is the encoder's if `encoder` is True, otherwise the decoder's.
+    `token_mask` is False at padding, and `train` turns on dropout.
+    """
     c, shared = self.config, self.config.shared
     uses_encoder_table = encoder and c.encoder_table
     table = self.encoder_embedding if uses_encoder_table else self.embedding
@@ -175,9 +178,10 @@ def _product(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _float32_product(x, kernel):
-  """x @ kernel in the type of x, with results and sums in float32.
+  """x [N, M] @ kernel [M, V] in the type of x, with results in float32.
 
-  JAX would round a float32 kernel's gradient to the type of x.
+  The gradient has a rule of its own, since JAX would round a float32 kernel's
+  gradient to the type of x.
   """
   return _product(x, kernel.astype(x.dtype))
 

@@ -75,17 +75,17 @@ class EncoderDecoderOptions(DecoderOptions):
   def encoder_half(self) -> StackOptions:
     """The options of the encoder's layers, cached for all builds of the model.
 
-    They are the decoder's options with `encoder.overrides`. Before overrides,
-    the encoder has as many heads of keys and values as of queries, since fewer
-    heads only make the decoder's cache smaller; it has no window; and, as its
-    layers are counted anew, a router that draws or hashes has another seed, and
-    no layer has fewer experts than the others.
+    They are the decoder's options, first adapted and then changed by
+    `encoder.overrides`. The adapted options have as many heads of keys and
+    values as of queries, since fewer heads only make the decoder's cache
+    smaller; no window; another seed for a router that draws or hashes; and no
+    `moe.retained`, whose indices are those of the decoder's layers.
 
     Raises:
       OptionError: An override is unknown, bad or without effect.
     """
     # The number of layers and the overrides change at once, as an overridden
-    # moe.layers may fit the new number of layers alone.
+    # moe.layers may fit the new number of layers and not the old one.
     L = self.encoder.num_layers or self.num_layers
     changes = {'num_layers': L, **self.encoder.overrides}
     decoder = StackOptions(**self.stack_values)
@@ -127,7 +127,6 @@ class EncoderDecoderOptions(DecoderOptions):
     return super().routes_by_task or self.encoder_half.routes_by_task
 
   def problems(self) -> Iterator[str]:
-    """Yields texts on wrong options of decoder and encoder layers."""
     yield from self.decoder_problems()
     if not self.attention.crosses:
       yield (
@@ -157,7 +156,11 @@ class EncoderDecoderOptions(DecoderOptions):
 
 
 def _plain_encoder(decoder: StackOptions) -> StackOptions:
-  """The options of an encoder's layers before overrides; see `encoder_half`."""
+  """The options of an encoder's layers before `encoder.overrides`.
+
+  They are the decoder's, with attention as an encoder has it, another seed of
+  the router, and no `moe.retained`.
+  """
   moe = decoder.moe
   router: Any = moe.router
   if 'seed' in fields_of(type(router)):
@@ -170,7 +173,7 @@ def _plain_encoder(decoder: StackOptions) -> StackOptions:
 
 
 def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
-  """Yields a text for each option in which the two stacks must not differ."""
+  """Yields a text for each option that both stacks must share and do not."""
   weights = decoder.router.loss_weights()
   for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:
@@ -249,7 +252,7 @@ class EncoderDecoder(Decoder):
         row; 0 is padding. A decoder's token sees the encoder's tokens of its
         own example. Default: one example a row.
       segment_ids: The index, from 1, of the example of each of the decoder's
-        tokens, as in `encoder_segment_ids`.
+        tokens; 0 is padding.
       encoder_positions: The position of each token in its example. Default:
         the position in the row.
       positions: The position of each of the decoder's tokens in its example.
@@ -320,7 +323,11 @@ class EncoderDecoder(Decoder):
   def _encode(
     self, tokens, segment_ids, positions, task_ids, given=None, train=False
   ):
-    """The encoder's output, and the losses and statistics of its layers."""
+    """The encoder's output, and the losses and statistics of its layers.
+
+    Tokens, segments, positions and tasks are [B, S]; tasks may be [B]. All but
+    the tokens may be None. `given` imposes choices [B, S, L, K] on its routers.
+    """
     context = make_context(
       self.encoder_blocks, tokens, segment_ids, positions, task_ids, given
     )
@@ -333,7 +340,8 @@ class EncoderDecoder(Decoder):
   def _project(self, encoded):
     """The keys and values of each decoder layer's attention to the encoder.
 
-    They are [B, N, S, D] for each layer, stacked if the layers' parameters are.
+    `encoded` is the encoder's output [B, S, M]. Keys and values are [B, N, S,
+    D] for each layer, stacked over layers where their parameters are stacked.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
@@ -350,9 +358,9 @@ class EncoderDecoder(Decoder):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The losses and statistics of the layers of both stacks.
+  """The losses and statistics, [L, ...], of encoder's and decoder's layers.
 
-  They are zeros where a stack lacks losses or experts that the other one has.
+  Zeros stand for losses and experts that one stack lacks and the other has.
   """
   losses = encoder_aux.losses | aux.losses
 

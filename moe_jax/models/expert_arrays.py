@@ -101,7 +101,10 @@ def sparse_layers(
 def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-  """The parameters and router state of each layer, sliced by one program."""
+  """Two tuples of each layer's parameters and router state, by one program.
+
+  A layer without router state has {}.
+  """
   return [
     model.stacks.layer_trees(variables.get(name, {}))
     for name in ('params', ROUTER_STATE)
@@ -174,7 +177,7 @@ def with_moes(
 
 
 def has_merged(model: Model) -> bool:
-  """Whether several columns of some router lead to one, merged expert."""
+  """Whether some router has several columns that lead to one merged expert."""
   return any(moe.retained.rows for moe in model.stacks.mixtures)
 
 

@@ -113,10 +113,7 @@ class LayerOptions(Options):
     return self.has_experts and 'task_ids' in self.moe.router.reads
 
   def problems(self) -> Iterator[str]:
-    """Yields a text if `moe.layers` or `moe.retained` names wrong layers.
-
-    `moe.retained` may name sparse layers alone.
-    """
+    """Yields a text if `moe.layers` or `moe.retained` names wrong layers."""
     yield from super().problems()
     try:
       sparse = sparse_numbers(self.moe.layers, self.num_layers)
@@ -131,7 +128,7 @@ class LayerOptions(Options):
       )
 
   def leak(self) -> Iterator[str]:
-    """Yields a text if a router leaks the future and no option permits it."""
+    """Yields a text if routing leaks later tokens and no option permits it."""
     reason = self.moe.leak() if self.has_experts else None
     if reason is None:
       return
@@ -152,7 +149,7 @@ class LayerOptions(Options):
 
     Args:
       run: The sizes of the run.
-      name: The option for the length of rows: 'data.seq_len'.
+      name: The name, for messages, of the option that sets `length`.
       length: The length of rows in tokens.
     """
     S, rows = self.moe.group_size, run.rows
@@ -271,7 +268,6 @@ class StackOptions(LayerOptions):
     return tuple(0 if flag else window for flag in self.full)
 
   def problems(self) -> Iterator[str]:
-    """Yields a text if the stack lacks layers that `full_layers` names."""
     yield from super().problems()
     layers, option_name = self.attention.full_layers, 'attention.full_layers'
     if not self.attention.window:

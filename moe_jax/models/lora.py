@@ -7,9 +7,9 @@ their own, in the tree `lora`; a kernel that is stacked by layer or by expert
 has a pair for each layer or expert. The sums are computed from the factors
 before the model is applied to them, so no layer knows of adapters. The gradient
 of a whole adapted kernel is therefore computed on the way to the gradients of
-its factors: adapters save the state of the optimizer, and the gradients of
-kernels without adapters, but not the products and the memory of the gradients
-of adapted kernels.
+its factors: adapters need no optimizer state for kernels, and no gradients of
+kernels without adapters, but the gradients of adapted kernels cost as much time
+and memory as without adapters.
 """
 
 import dataclasses
@@ -79,7 +79,8 @@ class LoraOptions(Options):
 class _Kernel(NamedTuple):
   """A kernel with an adapter.
 
-  Its dimensions are, in order, those that stack kernels, inputs and outputs.
+  Its dimensions are, in order, those that stack kernels (layers and experts),
+  those of the inputs and those of the outputs.
 
   Attributes:
     shape: The shape of the kernel.
@@ -96,7 +97,12 @@ class _Kernel(NamedTuple):
   inputs: int
 
   def factors(self, values: tuple[Any, ...], rank: Any) -> dict[str, Any]:
-    """Splits values, one for each dimension of the kernel, between A and B."""
+    """A value, such as a size or a name, for each dimension of A and of B.
+
+    The values are those of the kernel's dimensions, `values`, in A without the
+    outputs and in B without the inputs; the dimension that both share, of the
+    rank, has the value `rank`.
+    """
     stack, rest = values[: self.stacked], values[self.stacked :]
     return {
       'a': (*stack, *rest[: self.inputs], rank),
@@ -118,8 +124,8 @@ class Adapters:
   Attributes:
     options: The options of the adapters.
     kernels: The kernels that have adapters, by path.
-    trees: Shapes, axes and roles of all parameters, those of factors among
-      them, which are float32.
+    trees: Shapes, axes and roles of all parameters, those of the factors
+      included; factors are float32.
   """
 
   options: LoraOptions
@@ -155,7 +161,7 @@ class Adapters:
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
     """The parameters with new factors: A is drawn, B is zero.
 
-    The variance of A is 1 / I for a kernel of I inputs, as that of a kernel.
+    For a kernel of I inputs the variance of A is 1 / I.
 
     Args:
       params: The model's parameters, without factors.
@@ -191,7 +197,10 @@ class Adapters:
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
   ) -> dict[Path, Array]:
-    """The kernels that have adapters, with the adapters added; see `merged`."""
+    """The kernels that have adapters, by path, with their adapters added.
+
+    `params` has the factors, too; `key` is for dropout, and None drops nothing.
+    """
     flat = flatten(params)
     sums = {}
     for path, kernel in self.kernels.items():
@@ -210,9 +219,9 @@ class Adapters:
     return sums
 
   def merged_on_devices(self, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of `merged`, from arrays that any mesh may hold.
+    """The model's parameters with adapters added, on the mesh of `params`.
 
-    The sums keep the shardings of their kernels.
+    `params` has the factors, too. The sums keep the shardings of their kernels.
     """
     if not self.kernels:
       return dict(params)
@@ -224,7 +233,10 @@ class Adapters:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_merge(adapters: Adapters, shardings: tuple[Any, ...]):
-  """The compiled `merged_kernels`, whose results have these shardings."""
+  """The compiled `merged_kernels`, whose results have these shardings.
+
+  There is a sharding for each kernel with an adapter, in order.
+  """
   out_shardings = dict(zip(adapters.kernels, shardings, strict=True))
   return jax.jit(adapters.merged_kernels, out_shardings=out_shardings)
 
@@ -265,9 +277,10 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
 def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
   """The `_Kernel` at a path, whose inputs and outputs follow from its axes.
 
-  Of two dimensions that are not stacked, the first is the input. Where there
-  are more, the first is the only input if it is 'embed' or 'latent'; otherwise
-  the last is the only output if it is 'embed'.
+  The dimensions that stack kernels come first. Of two others, the first is the
+  input. Of more, the first is the only input if its axis is 'embed' or
+  'latent'; otherwise the last is the only output if its axis is 'embed'. Other
+  axes raise ValueError.
   """
   stacked = 0
   while axes[stacked] in _STACKED:

@@ -2,8 +2,8 @@
 
 Shazeer et al. (https://arxiv.org/abs/1701.06538), Appendix C: an embedding,
 layers that each add to a residual, and logits. The mixture is applied to all
-steps at once, and its output passes a sigmoid. Unlike the paper, the softmax is
-over the whole vocabulary.
+tokens of a row at once, and its output passes a sigmoid. Unlike the paper, the
+softmax is over the whole vocabulary.
 """
 
 import dataclasses
@@ -44,7 +44,6 @@ class LstmLmOptions(ModelOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Yields texts on options that have no meaning in a model of LSTMs."""
     yield from super().problems()
     router = self.moe.router
     if router.reads or router.keeps_state:
@@ -94,8 +93,8 @@ class LstmLmOptions(ModelOptions):
   def twin(self) -> Twin:
     """The dense feed-forward in place of `mixture` in a model without experts.
 
-    Its single hidden layer is as wide as K experts; each of several hidden
-    layers is as wide as one expert.
+    With `lstm.twin_depth` 1 its hidden layer is as wide as K experts and the
+    shared expert; with more, each hidden layer is as wide as one expert.
     """
     moe = self.moe.within(self.ffn, self.dropout)
     return moe.twin() if self.lstm.twin_depth == 1 else moe.expert.twin(1)
@@ -109,7 +108,8 @@ class LstmCache(flax.struct.PyTreeNode):
   """The states that an LSTM language model keeps between steps.
 
   Attributes:
-    states: The `LstmState` of each layer, of B rows; None for a feed-forward.
+    states: The `LstmState` of each LSTM layer, of B rows; None for a layer that
+      is a mixture of experts or a feed-forward.
     next_position: int32 [B], the position of each row's next token.
     memory: None, as there is no encoder.
   """
@@ -186,7 +186,12 @@ class LstmLm(Model):
     return logits, aux
 
   def _run(self, tokens, segment_ids, positions, train, states, given=None):
-    """The logits, the layers' losses and statistics, and the last states."""
+    """The logits, the layers' losses and statistics, and the last states.
+
+    States are a tuple with the `LstmState` of each layer; None for a layer
+    without one, and, in `states`, for one that begins with zeros. Padding has
+    segment 0. `given` imposes choices [B, T, L, K] on the L sparse layers.
+    """
     sparse = self.options.sparse
     check_given(given, sparse if self.options.mixture else ())
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
@@ -226,10 +231,10 @@ class LstmLm(Model):
 
   @nn.nowrap
   def make_cache(self, batch_size: int, max_len: int) -> LstmCache:
-    """The states with which rows begin, whatever their length.
+    """The states with which rows begin; `max_len` has no effect.
 
     Raises:
-      ValueError: Experts choose tokens, so that the model cannot decode.
+      ValueError: The router cannot route tokens one by one.
     """
     del max_len
     o, embedding = self.options, self.embedding
@@ -242,10 +247,6 @@ class LstmLm(Model):
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
-    """The model whose experts have room for all tokens, and its variables.
-
-    The arrays are the same, without boxes.
-    """
     del batch_size, platform, window
     options, moe = self.options, self.options.mixture
     check_decodes(moe)
@@ -257,7 +258,11 @@ class LstmLm(Model):
 
 
 class _Layer(nn.Module):
-  """Adds dropout(lstm(x)) or dropout(sigmoid(feed_forward(x))) to x."""
+  """Adds dropout(lstm(x)) or dropout(sigmoid(feed_forward(x))) to x.
+
+  A layer that is `sparse` has the feed-forward, which is a mixture of experts
+  or its dense twin; `number` is its index in the model.
+  """
 
   options: LstmLmOptions
   shared: Shared
@@ -266,7 +271,11 @@ class _Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state, given):
-    """The residual stream, losses and statistics, and an LSTM's last state."""
+    """The residual stream, losses and statistics, and an LSTM's last state.
+
+    Without an LSTM the `state` is returned as it is. `given` are choices
+    [B, T, K] that are imposed on the router, or None.
+    """
     o, shared, moe = self.options, self.shared, self.options.mixture
     aux = empty_aux(1, 1) if moe is None else moe.dense_aux()
     if not self.sparse:

@@ -38,8 +38,10 @@ def sparse_numbers(
 ) -> Collection[int]:
   """The indices of the sparse layers, in a range or a set.
 
-  A range takes no time to make, whatever the number of layers. Arguments and
-  errors are those of `sparse_pattern`.
+  A range takes no time to make, whatever the number of layers. `layers` is
+  'all', 'none', 'every N', 'last N' or indices ('1,3'), and `name` the option
+  that it belongs to, for errors. Raises ValueError if `layers` is none of
+  these, or names a layer not in [0, num_layers).
   """
   if (L := num_layers) < 1:
     raise InputError(f'num_layers={L} must be at least 1')
@@ -132,12 +134,12 @@ def layer_name(index: int) -> str:
 
 
 def period_name(segment: Segment, period: int) -> str:
-  """The name of the parameters of one period that is not stacked."""
+  """The name of one period's parameters, where periods are not stacked."""
   return f'{segment.name}_period_{period}'
 
 
 def shortest_period(kinds: tuple[Hashable, ...]) -> int:
-  """The least p that divides L with kinds[i] == kinds[i % p]."""
+  """The least divisor p of len(kinds) for which kinds[i] == kinds[i % p]."""
   L = len(kinds)
   return next(
     p
@@ -147,7 +149,7 @@ def shortest_period(kinds: tuple[Hashable, ...]) -> int:
 
 
 def _count_repeats(kinds, p):
-  """The number of copies of its first p kinds that `kinds` begins with."""
+  """The number of copies of its first p elements that `kinds` begins with."""
   n = 0
   while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
     n += 1

@@ -21,11 +21,11 @@ class LayerChoices(NamedTuple):
       K where tokens choose, and E where experts choose. In recorded traces,
       where experts choose, N is instead the most experts of any token, and a
       token's choices are in descending order of their gates.
-    gate: float [B, T, N], the weight of the expert's output before output
-      masking, float16 or float32; 0 where the choice is not kept.
+    gate: float [B, T, N], the weight of the expert's output before the option
+      `output_masking`, float16 or float32; 0 where the choice is not kept.
     kept: bool [B, T, N], whether the router's queues served the choice. Rows
       that were lost because an exchange between devices was full count as
-      served; choices that `second_policy` withheld do not.
+      served; choices that a router's option `second_policy` withheld do not.
     logits: float [B, T, E], the logits that the router's losses are computed
       from, without noise, of the same type as `gate`; None where they are not
       asked for or the router has none. Where merged experts share router
@@ -40,8 +40,8 @@ class LayerChoices(NamedTuple):
 
 # The choices of each sparse layer, by the layer's index; None: none recorded.
 Choices = dict[int, LayerChoices] | None
-# A function (model, variables, arguments of `apply`) -> (result of `apply`,
-# choices).
+# A function, such as `plainly` or `recording`, from (model, variables, other
+# arguments of `model.apply`) to (result of `model.apply`, choices).
 Apply = Callable[..., tuple[Any, Choices]]
 
 

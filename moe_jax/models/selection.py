@@ -15,8 +15,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import path_name
 
-# The parts of a model that an expression names: roles of parameters, where the
-# name of a role that can be counted is in the plural.
+# The names of parts of a model in an expression. All of them but 'all' and
+# 'non_experts' are roles of parameters; a final s is not part of the role.
 _ROLES = 'attention embeddings experts ffn gate head lstm norms router'
 NAMES = ('all', 'non_experts', *_ROLES.split(), 'shared_experts')
 _PATTERN = 're:'
@@ -24,7 +24,7 @@ _TERM = re.compile(r'\s*(?P<sign>[+-]?)\s*(?P<term>re:\S+|\w+)\s*')
 
 
 def _terms(text: str) -> Iterator[tuple[bool, str]]:
-  """The terms of an expression, each with whether it is added.
+  """Yields each term of an expression, after True if added, False if taken off.
 
   Raises:
     ValueError: The text is no expression.
@@ -50,7 +50,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def expression_problems(name: str, text: str) -> Iterator[str]:
-  """Yields a text if the option's value is no expression over model parts."""
+  """Yields a text if `text`, the value of option `name`, is no expression."""
   try:
     list(_terms(text))
   except (InputError, re.error) as error:
@@ -93,7 +93,10 @@ def names_of(
 
 
 def _names(term: str, by_name: dict[str, str]) -> set[str]:
-  """The names of the parameters that a term of an expression stands for."""
+  """The names of the parameters that a term of an expression stands for.
+
+  `by_name` has the role of each parameter of the model by its name.
+  """
   if term.startswith(_PATTERN):
     pattern = re.compile(term.removeprefix(_PATTERN))
     return {name for name in by_name if pattern.search(name)}

@@ -1,4 +1,4 @@
-"""A stack of blocks, as a decoder has one and an encoder-decoder has two.
+"""A stack of blocks: a decoder has one stack, an encoder-decoder has two.
 
 Layers that repeat a pattern are compiled as one loop, so that compile time does
 not grow with L.
@@ -30,9 +30,9 @@ class Padding:
   """The rule that padding takes no slot, is not counted and not attended to."""
 
   def context(self, context: Context) -> Context:
-    """The arrays that blocks read, from a context that hides padding.
+    """The arrays that blocks read, made from a context that hides padding.
 
-    They are those of the context, unless a subclass lets padding be seen.
+    Here the context is returned as it is; a subclass may let padding be seen.
     """
     return context
 
@@ -61,7 +61,7 @@ class StackConfig:
     windows: The window of each layer's attention; 0 for none.
     padding: The rule for whether blocks and routers see padding.
     scan_layers: Whether the periods of the layer pattern are a loop (compile
-      time independent of L) or unrolled; no number changes.
+      time independent of L) or unrolled; results are the same.
     remat: The policy for what the backward pass recomputes, one of `REMATS`.
     stacked: Whether periods of a segment share stacked arrays of parameters. If
       not, each period has its own, which decoding reads without a copy.
@@ -93,9 +93,10 @@ class StackConfig:
     )
 
   def cache_lengths(self, max_len: int) -> tuple[int, ...]:
-    """The number of slots that each layer's cache keeps, of `max_len` in all.
+    """The number of slots in each layer's cache: its window, at most `max_len`.
 
-    Layers whose parameters are stacked all keep as many as the longest cache.
+    A layer without a window has `max_len` slots. Layers whose parameters are
+    stacked all have as many slots as the longest cache.
     """
     lengths = tuple(min(w or max_len, max_len) for w in self.windows)
     return (max(lengths),) * len(lengths) if self.stacked else lengths
@@ -178,7 +179,11 @@ class Stack(nn.Module):
 
 
 def _scanned(c: StackConfig, segment: Segment, train: bool):
-  """A loop over a segment's periods, unrolled if not `scan_layers`."""
+  """The loop over a segment's periods, a module; unrolled if not `scan_layers`.
+
+  It is called with ((x, cache), the indices of layers [repeats, period],
+  context); `train` turns on dropout and router noise.
+  """
   loops = c.scan_layers and segment.repeats > 1
   scanned = nn.scan(
     Period,
@@ -218,13 +223,15 @@ class Period(nn.Module):
   ) -> tuple[tuple[Array, KVCache | None], MoeAux]:
     """Applies the blocks to (x, cache); also returns losses and statistics.
 
-    Every leaf of losses and statistics is [period, ...].
+    `numbers` are the indices of the period's P layers in the stack; every leaf
+    of losses and statistics is [P, ...].
     """
     c = self.config
     block = Block
     if c.remat != 'none':
-      # The compiler never merges the body of a loop with its recomputation, but
-      # would merge straight code, which is unrolled or has one period.
+      # Merged with the forward pass, a recomputation would save no memory. The
+      # compiler would merge them outside loops (unrolled, or a single period);
+      # in a loop's body it never does, so nothing has to be prevented there.
       block = nn.remat(
         Block, policy=REMATS[c.remat], prevent_cse=not self.loops
       )

@@ -1,8 +1,9 @@
 """A model's variables as trees: parameters, and the state of routers.
 
-Parameters are drawn from a key, or known as shapes, axes and roles. The
-collection `router_state` has the variables of routers without gradients:
-`apply` reads it; a train step updates it by the loads of the whole batch.
+Parameters are drawn from a key, or described by shapes, axes and roles alone.
+The collection `router_state` has the variables of routers that no gradient
+updates: `apply` reads them; a train step updates them from the loads (tokens
+per expert) of the whole batch.
 """
 
 import functools
@@ -25,11 +26,7 @@ from moe_jax.shapes import Array, Float32, Leaf, PRNGKey
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
-  """The leaves of a tree of dicts, by path.
-
-  The function of flax is typed for trees of arrays alone, while the trees here
-  also hold shapes, axes and roles.
-  """
+  """The leaves of a tree of dicts, such as arrays, axes or roles, by path."""
   return traverse_util.flatten_dict(tree)
 
 
@@ -75,13 +72,13 @@ def init_params(model: Model, key: PRNGKey) -> Any:
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """The shapes of all collections, in boxes, without computing arrays."""
+  """The shapes of variables, by collection, in boxes; no array is computed."""
   shapes = _initializer(model).eval_shape(jax.random.key(0))
   return jax.tree.map(lambda leaf: leaf, shapes)  # a copy
 
 
 def abstract_params(model: Model) -> Any:
-  """The shapes of the parameters; see `abstract_variables`."""
+  """The shapes of the parameters, in flax's boxes; no array is computed."""
   return abstract_variables(model)['params']
 
 
@@ -153,7 +150,11 @@ def move_router_state(
   """
 
   def move(router, state, rows):
-    """Updates a router's state: the dict nearest the root that has an array."""
+    """The state of the router after the step, in the nested dicts of a layer.
+
+    The router's own variables are the outermost dict that holds an array;
+    `rows` are the loads of the layers whose states it stacks, [*L, E].
+    """
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)
     return {name: move(router, part, rows) for name, part in state.items()}

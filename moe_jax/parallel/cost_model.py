@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     M: Width of the model.
     F: Hidden width of an expert.
     bytes_per_element: Bytes of an element of a row that travels.
-    kernels: Number of an expert's kernels: 2, 3 with a gate, or 4 with two.
+    kernels: Number of an expert's kernels: 2, 3 if it has a gate, or 4 if two.
     bytes_per_parameter: Bytes of a parameter that travels; 0 stands for
       `bytes_per_element`.
   """
@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
 
   @property
   def expert_rows(self) -> float:
-    """The number of row elements that have as many bytes as an expert."""
+    """The number of elements of rows that have as many bytes as an expert."""
     return self.expert_bytes / self.bytes_per_element
 
   @property
@@ -91,9 +91,9 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
 class Step(NamedTuple):
   """A training step of a layer's experts, as operations of its forward pass.
 
-  The first axis counts layers, or steps of training, that do not depend on each
-  other. In step j of the smart schedule, S_j sends rows, C_j multiplies them
-  and R_j returns the results.
+  The first axis counts N layers, or steps of training, that do not depend on
+  each other. In each of the g steps j of the smart schedule, S_j sends rows,
+  C_j multiplies them and R_j returns the results. W is the number of devices.
 
   Attributes:
     send: The seconds of each S_j.
@@ -101,7 +101,8 @@ class Step(NamedTuple):
     give_back: The seconds of each R_j.
     shadow_send: The seconds in which parameters of shadowed experts are sent to
       all devices, or their gradients summed.
-    shadow_compute: The seconds of each device's rows of shadowed experts.
+    shadow_compute: The seconds of the products of each device's rows of
+      shadowed experts.
   """
 
   send: Float[np.ndarray, 'N g']
@@ -125,9 +126,9 @@ class Step(NamedTuple):
   def ratio(self) -> Float[np.ndarray, ' N']:
     """R_CC, computation over communication of a training step.
 
-    The ratio is x in Figure 4 of FasterMoE, a layer's roofline. The totals of a
-    step are taken, so that a step without overlap lies on the semi-ideal curve.
-    The ratio is infinite where nothing is sent.
+    The ratio is x in Figure 4 of FasterMoE, a layer's roofline. Both seconds
+    are totals of forward and backward pass, so that a step without overlap lies
+    on the curve `semi_ideal`. The ratio is infinite where nothing is sent.
     """
     with np.errstate(divide='ignore'):
       return self.comp / self.comm
@@ -152,7 +153,7 @@ class Step(NamedTuple):
 
   @property
   def forward_seconds(self) -> Float[np.ndarray, ' N']:
-    """The time from the first operation of a forward pass to its last."""
+    """Seconds of a forward pass by the smart schedule, from start to end."""
     sent, products, ready = _send_and_compute(
       self.send, self.compute, np.zeros_like(self.shadow_compute)
     )
@@ -163,13 +164,13 @@ class Step(NamedTuple):
 
   @property
   def backward_seconds(self) -> Float[np.ndarray, ' N']:
-    """The time from the first operation of a backward pass to its last."""
+    """Seconds of a backward pass by the smart schedule, from start to end."""
     shadow_compute = 2 * self.shadow_compute
     sent, _, ready = _send_and_compute(
       self.send, 2 * self.compute, shadow_compute
     )
-    # Gradients of shadowed experts, if any, are summed once all devices have
-    # theirs.
+    # Gradients of shadowed experts, if any, are summed over devices once all
+    # devices have computed their own.
     slowest = shadow_compute.max(-1)
     summed = np.maximum(sent, slowest) + self.shadow_send
     sent = np.where(self.shadow_send > 0, summed, sent)
@@ -233,10 +234,11 @@ def step(
 
 
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
-  """For each step j, which devices send rows to which.
+  """For each step of the ring, which devices send rows to which.
 
-  The number is 1 where device i (axis 2) sends rows to device k (axis 1) in
-  step j (axis 0), and 0 elsewhere.
+  The W devices are g groups of neighbours on a ring. In step j, group i sends
+  to group (i - j) mod g. The number [j, k, i] is 1 where device i sends rows to
+  device k in step j, and 0 elsewhere.
   """
   group = np.arange(W) // (W // g)
   step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
@@ -246,16 +248,19 @@ def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
 def _send_and_compute(
   send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-  """The times at which the S_j and C_j of a pass end; see `Step`.
+  """The times at which the sending S_j and the products C_j of a pass end.
+
+  In each of g steps j, S_j starts when S_(j-1) has ended, and C_j on a device
+  when S_j has ended for all and C_(j-1) on that device.
 
   Args:
-    send: The seconds of each S_j.
-    compute: The seconds of each C_j, on each device.
+    send: The seconds of each S_j, [N, g].
+    compute: The seconds of each C_j, on each device, [N, g, W].
     busy: The time until which each device computes something else.
 
   Returns:
-    The end of the last S_j; of the last C_j on each device; and, for each C_j,
-    its end on the device that ends last.
+    The end of the last S_j, [N]; of the last C_j on each device, [N, W]; and,
+    for each C_j, its end on the device that ends last, g times [N].
   """
   arrived = np.cumsum(send, -1)
   ready = []
@@ -268,12 +273,15 @@ def _send_and_compute(
 def _give_back(
   give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
-  """The time at which the last R_j of a pass ends; see `Step`.
+  """The time at which a pass over N layers has given back all results.
+
+  In each of g steps j, R_j gives back the results of the products C_j. It
+  starts when C_j has ended on all devices and R_(j-1) has ended.
 
   Args:
-    give_back: The seconds of each R_j.
-    sent: The time before which no R_j starts.
-    ready: For each C_j, its end on the device that ends last.
+    give_back: The seconds of each R_j, [N, g].
+    sent: The time before which no R_j starts, [N].
+    ready: The time at which each C_j ends on its last device, g times [N].
   """
   for j, products_end in enumerate(ready):
     sent = np.maximum(sent, products_end) + give_back[..., j]
@@ -297,7 +305,7 @@ def semi_ideal(
 ) -> Float[np.ndarray, ' N']:
   """A device's FLOPs per second if sending and products do not overlap.
 
-  Arguments are those of `ideal`. All devices of the layer have equally many
-  rows.
+  It computes `flops_per_second` between exchanges; `ratio` is of computation to
+  communication. The formula holds where devices have equally many rows.
   """
   return flops_per_second / (1.0 + 1.0 / ratio)

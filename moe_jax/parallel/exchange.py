@@ -1,9 +1,8 @@
 """The exchange of expert parallelism: rows to their experts' devices and back.
 
-GShard, https://arxiv.org/abs/2006.16668, section 3.2. Groups are split over
-some mesh axes and experts over others; a row is filled on the device of its
-group, and multiplied on the device of its expert. Rows are `[E, R, M]`, R for
-each expert.
+GShard, https://arxiv.org/abs/2006.16668, section 3.2. Where a mesh axis splits
+both groups and experts, a row is filled on the device of its group, and
+multiplied on the device of its expert. Rows are `[E, R, M]`, R for each expert.
 """
 
 import dataclasses
@@ -27,10 +26,10 @@ from moe_jax.shapes import Array, Float, Leaf
 class Exchange(Options):
   """The contract of exchanges between devices, of the rows in experts' slots.
 
-  Rows travel in pieces; by default, all rows are one piece. All exchanges are
-  equal in value and gradient, except for experts' dropout, which is drawn by
-  row: rows may come in another order. Where no mesh axis splits both groups and
-  experts, no rows travel, and `Constraint` takes the place of any exchange.
+  Rows travel in pieces, arrays that are moved in turn; by default, all rows are
+  one piece. Exchanges are equal in value and gradient, except for experts'
+  dropout, since rows may come in another order. Where no mesh axis splits both
+  groups and experts, no rows travel, and `Constraint` replaces any exchange.
   """
 
   capacity_fraction: float = option(
@@ -80,7 +79,7 @@ class Exchange(Options):
     return rows
 
   def pieces_spec(self, layout: Layout) -> PartitionSpec:
-    """The partition spec of a piece, of which `cut` makes a device's part."""
+    """How the mesh splits a piece, of which `cut` returns one device's part."""
     return layout.spec((), layout.groups)
 
   @required
@@ -116,9 +115,9 @@ class Constraint(Exchange):
     """States the sharding of the same rows before and after they travel.
 
     The dimension R of rows is first reshaped into one dimension for each mesh
-    axis that splits groups, and a rest. In this shape the compiler sees that
-    some mesh axes move from rows to the dimension E of experts; otherwise it
-    would gather all rows.
+    axis that splits groups, and one for the rows of a device. In this shape the
+    compiler sees that some mesh axes move from rows to the dimension E of
+    experts; otherwise it would gather all rows.
     """
     E, R, M = rows.shape
     devices = [layout.sizes[name] for name in layout.groups]
@@ -167,13 +166,11 @@ class InRing(Exchange):
     return [blocks[target] for target in _targets(layout)]
 
   def joined(self, layout, pieces):
-    """The rows that `cut` cut into pieces, one for each step."""
     rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the steps
     blocks = jnp.zeros_like(rows).at[jnp.stack(_targets(layout))].set(rows)
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
-    """The partition spec of pieces, each of rows for one device's experts."""
     return layout.spec(layout.expert_only, layout.groups)
 
   def move(self, layout, rows, to_experts, number=0):
@@ -197,12 +194,12 @@ EXCHANGES = Kinds(
 
 
 def target(layout: Layout, device: Leaf, step: int) -> Leaf:
-  """The device to which `device` sends in a step along the ring."""
+  """The device to which `device` sends in a step; both are ring indices."""
   return (device - step) % layout.devices(layout.exchanged)
 
 
 def _targets(layout: Layout) -> list[Leaf]:
-  """This device's target in each step; called under `shard_map`."""
+  """The ring index to which this device sends in each step of the ring."""
   me = jax.lax.axis_index(layout.exchanged)
   steps = range(layout.devices(layout.exchanged))
   return [target(layout, me, step) for step in steps]
@@ -216,7 +213,8 @@ def permuted(
 ) -> Float[Array, '*R M']:
   """The rows that a device receives in step `number` of the ring.
 
-  Where `to_experts` is False, they are its own rows, which return to it. The
+  The argument `rows` has those that the device sends in this step. Where
+  `to_experts` is False, the rows that it sent in this step return to it. The
   function is called under `shard_map`. Step 0 moves nothing.
   """
   if number == 0:
@@ -233,8 +231,10 @@ def permuted(
 def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
   """The axes that rows travel along, in the mesh's order, and devices' indices.
 
-  `ppermute` counts devices in the mesh's order, however its axes are given; all
-  other collectives count in the order of their axes.
+  The list has the index in the mesh's order of each device, where devices are
+  counted in the order of `layout.exchanged`. `ppermute` counts devices in the
+  mesh's order, however its axes are given; all other collectives count in the
+  order of their axes.
   """
   given, order = layout.exchanged, layout.mesh.axis_names
   axes = tuple(sorted(given, key=order.index))
@@ -245,7 +245,11 @@ def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _all_blocks(layout, rows):
-  """Undoes `own_blocks`: gathers other devices' parts of the experts' rows."""
+  """The rows [E, R, M] of all experts, from a device's blocks [X, J, R, M].
+
+  X devices, along the axes that rows travel along, have J experts each. Those
+  of devices along `layout.expert_only` are gathered.
+  """
   sizes = [layout.sizes[name] for name in layout.exchanged]
   rows = rows.reshape(*sizes, *rows.shape[1:])
   for i, name in enumerate(layout.experts):

@@ -1,4 +1,4 @@
-"""Attention over a mesh: each device computes its own rows and heads."""
+"""Attention on a mesh: each device computes its own sequences and heads."""
 
 import math
 from collections.abc import Callable
@@ -25,9 +25,9 @@ def on_rows_and_heads(
 
   Args:
     f: The function f(query, key, value, segment_ids, sinks).
-    query: The queries.
-    key: The keys; the last mesh axis splits heads if it divides N.
-    value: The values.
+    query: The queries of H heads.
+    key: The keys of N heads; the last mesh axis splits heads if it divides N.
+    value: The values of N heads, of width U.
     segment_ids: The segment of each token; None: each row is one segment.
     sinks: The sink of each head, or None.
   """

@@ -50,7 +50,7 @@ class Layout:
     return math.prod(self.sizes[name] for name in axes)
 
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition spec of an array whose dimensions are split over `axes`."""
+    """The spec of an array; `axes` has the mesh axes of each dimension."""
     return PartitionSpec(*(names or None for names in axes))
 
   def on_each_device(
@@ -78,8 +78,8 @@ class Layout:
 
     Args:
       axes: The logical axes of each parameter, 'expert' first.
-      *leading: The mesh axes of dimensions that stand in place of 'expert'.
-        Default: those that split the experts.
+      *leading: The mesh axes of each dimension in place of 'expert'. Default:
+        one dimension, split over the axes that split the experts.
     """
     leading = leading or (self.experts,)
     return {
@@ -133,8 +133,8 @@ def own_blocks(
   """The part of x for the experts of each device that rows travel to.
 
   The function is called under `shard_map`. `[E, ...]` becomes `[X, J, ...]`, J
-  experts on each of X devices. Along mesh axes that split the experts, but
-  along which rows do not travel, the result has this device's part alone.
+  experts on each of X devices that exchange rows. Along mesh axes that split
+  experts, but along which no rows travel, only this device's part is left.
   """
   sizes = [layout.sizes[name] for name in layout.experts]
   row_shape = x.shape[1:]

@@ -4,8 +4,8 @@ This is dropless expert parallelism, as in MegaBlocks
 (https://arxiv.org/abs/2211.15841) over devices. All functions are called under
 `shard_map`. Where the platform has `ragged_all_to_all` (TPU, GPU), only rows
 that are needed travel; elsewhere each device gathers all rows and takes its
-own. Buffers have room for the case that all rows go to one device, or for a
-share of these rows.
+own. A buffer has room for all rows of all devices, which may all go to one
+device, or for a share of them, `capacity_fraction`.
 """
 
 import dataclasses
@@ -114,6 +114,9 @@ RAGGED_EXCHANGES = Kinds(
 class Plan(NamedTuple):
   """A plan for how the rows of one device travel to their experts and back.
 
+  J is the number of experts of a device, and R the number of rows for which it
+  has room.
+
   Attributes:
     traffic: The numbers of rows that go between devices; None where rows stay.
     local_sizes: int32 [J], the number of rows of each expert of this device.
@@ -196,8 +199,8 @@ def traffic(
   """Gathers the numbers of rows that each device sends to each other one.
 
   Args:
-    sizes: The number of rows that this device sends to each.
-    starts: The first row that this device sends to each.
+    sizes: The number of rows that this device sends to each device.
+    starts: The index of the first row that this device sends to each device.
     axes: The mesh axes that the devices are on.
   """
   gathered = jax.lax.all_gather((sizes, starts), axes)
@@ -215,7 +218,7 @@ def move(
   """The rows that all devices send to this device, in the devices' order.
 
   Where `to_experts` is False, received rows return to the devices from which
-  they came, which is the transpose; rows that were not sent are zero.
+  they came, so that either way is the other's gradient; unsent rows are zero.
 
   Args:
     rows: The rows of this device or, on the way back, the rows that it has
@@ -223,7 +226,7 @@ def move(
     flows: The numbers of rows between devices, and where they begin.
     to_experts: Whether rows go to their experts.
     lengths: The number of rows of each device before the exchange, and R, its
-      number of received rows, at least as many as arrive; the rest are zero.
+      number of received rows, at least as many as arrive; others are zero.
     axes: The mesh axes that the devices are on.
   """
   me = jax.lax.axis_index(axes)
@@ -267,7 +270,11 @@ def all_gather_reference(
   *,
   axis_name: Axes,
 ) -> Float[Array, 'R M']:
-  """`jax.lax.ragged_all_to_all` by gathering everything on every device."""
+  """The result of `jax.lax.ragged_all_to_all`, by a gather of all rows.
+
+  The arguments are those of that function, for P devices along the mesh axes
+  `axis_name`; `recv_sizes` is not read.
+  """
   del recv_sizes  # the same numbers are in the senders' sizes
   P, N = send_sizes.size, len(operand)
   all_rows = jax.lax.all_gather(operand, axis_name).reshape(P * N, -1)

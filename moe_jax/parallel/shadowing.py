@@ -45,7 +45,7 @@ from moe_jax.shapes import Array, Float, Int, Int32, Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-  """The speeds of equal devices, in the units of Algorithm 1.
+  """The speeds of equal devices, in the units of FasterMoE's Algorithm 1.
 
   Attributes:
     flops: P, FLOPs per second of a device.
@@ -59,14 +59,17 @@ class Speeds:
   def of_bytes(
     cls, flops: float, bytes_per_second: float, sizes: Sizes
   ) -> 'Speeds':
-    """The speeds of devices whose bandwidth is given in bytes per second."""
+    """The speeds of devices whose bandwidth is given in bytes per second.
+
+    `flops` are FLOPs per second, and `sizes` tell the bytes of an element.
+    """
     return cls(flops, bytes_per_second / sizes.bytes_per_element)
 
 
 def seconds_by_number(
   counts: Any, sizes: Sizes, speeds: Speeds, most: int
 ) -> tuple[Any, Any]:
-  """The seconds of a training step that Algorithm 1 compares.
+  """The seconds of a training step by the number of shadowed experts.
 
   Args:
     counts: The number of rows of each device that choose each expert, [E, W],
@@ -113,10 +116,17 @@ def choose(counts: Any, sizes: Sizes, speeds: Speeds, *, most: int) -> Any:
   the seconds of two choices agree to seven digits, the choice there may be
   another than for counts of numpy.
 
-  Args and errors are those of `seconds_by_number`.
+  Args:
+    counts: The number of rows of each device that choose each expert, [E, W].
+    sizes: The sizes of the experts.
+    speeds: The speeds of the devices.
+    most: R, the largest number of shadowed experts.
 
   Returns:
     The indices of the shadowed experts, [R]; E where a place is unused.
+
+  Raises:
+    ValueError: W does not divide E, or `most` is not in [0, E].
   """
   experts, seconds = seconds_by_number(counts, sizes, speeds, most)
   xp = counts.__array_namespace__()
@@ -230,8 +240,8 @@ def gathered(
 ) -> dict[str, Array]:
   """The parameters of shadowed experts, [R, ...], on every device.
 
-  The function is called under `shard_map`. The parameters are zeros where
-  `shadowed` is E. The sum is over the devices that rows travel between.
+  The function is called under `shard_map`. It sums over the devices that rows
+  travel between. The parameters are zeros where `shadowed` is E.
 
   Args:
     layout: The layout of groups and experts.
@@ -268,14 +278,14 @@ def moved_rows(
       experts.
     shadowed: The indices of the shadowed experts; E where a place is unused.
     overflow: The number of this device's rows for which the exchange had no
-      room; where experts are split over `expert_only` axes, of the rows for
-      this part of the experts.
+      room; where `expert_only` axes split the experts, only rows for experts of
+      this device's part are counted.
   """
   if not layout.exchanged:
     return no_exchange()
 
   def away(counts):
-    """The number of rows whose expert is on another device than this one."""
+    """How many of these rows have an expert that is on another device."""
     blocks = own_blocks(layout, counts).sum(1)  # [X]
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 

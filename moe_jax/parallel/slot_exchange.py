@@ -24,10 +24,12 @@ class StackedExperts(NamedTuple):
   """Experts that all multiply equally many rows.
 
   Attributes:
-    compute: The function (params [*E, ...], rows [*E, R, M]) -> rows.
-    params: The parameters, [E, ...]; {} where a module holds them.
-    axes: The logical axes of each parameter.
-    sizes: The sizes of an expert; None for modules, which know no sizes.
+    compute: The function (params [*E, ...], rows [*E, R, M]) -> rows. It may
+      call a Flax module, which holds its own parameters.
+    params: The parameters, [E, ...], by name; {} if a module holds them.
+    axes: The logical axes of each parameter, by name.
+    sizes: The widths, and the bytes and FLOPs that follow from them, by which
+      shadowing chooses experts; None if `compute` calls a module.
   """
 
   compute: Callable[[Any, Array], Array]
@@ -36,7 +38,6 @@ class StackedExperts(NamedTuple):
   sizes: Sizes | None
 
   def __call__(self, rows: Float[Array, 'E R M']) -> Float[Array, 'E R M']:
-    """The outputs of all experts for their rows."""
     return self.compute(self.params, rows)
 
 
@@ -59,11 +60,11 @@ def exchange_slots(
     layout: The layout of groups and experts on the mesh.
     dispatcher: The dispatcher between tokens and rows.
     exchange: The exchange by which rows travel.
-    shadowing: The experts that are sent to all devices.
+    shadowing: The options of which experts are sent to all devices.
 
   Raises:
-    ValueError: The layout, the experts or the routing do not allow what the
-      options ask for.
+    ValueError: Experts that shadowing may choose are modules, or are split over
+      axes that groups are not; or an exchange drops rows where experts choose.
   """
   if shadowing.experts and experts.sizes is None:
     raise InputError(
@@ -103,7 +104,10 @@ def exchange_slots(
     return pieces, staying_rows, shadowed[None], (sent, staying), stats
 
   def arrive(pieces, staying_rows, choices):
-    """The gated sum of outputs for each token of one device."""
+    """The gated sum of outputs for each token of one device.
+
+    `choices` are the routings of the rows that travelled and that stayed.
+    """
     sent, staying = choices
     y = sums_of(exchange.joined(layout, pieces), sent)
     return y if staying is None else y + sums_of(staying_rows[0], staying)
@@ -141,7 +145,13 @@ def exchange_slots(
 
 
 def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
-  """The choices of a device for which the exchange has room, in one group."""
+  """Makes one group of a device's groups, with the choices that find room.
+
+  The exchange has room for a share of the slots; other choices are dropped.
+
+  Raises:
+    ValueError: The experts choose tokens.
+  """
   if not (isinstance(sent, Routing) and sent.token_index is None):
     raise InputError(
       f'exchange.capacity_fraction={exchange.capacity_fraction} would always '
@@ -160,8 +170,10 @@ def _in_shadow(
 ) -> Float[Array, 'D R N M']:
   """The outputs of shadowed experts for the rows that stay on their devices.
 
-  R is the number of shadowed experts. The dimension D is split over the mesh
-  axes that split groups but not experts.
+  Each of R shadowed experts has N rows on a device. The dimension D is split
+  over the mesh axes that split groups but not experts. `shadowed` has the
+  indices of the experts, or E where a place is unused, whose outputs are those
+  of parameters of zero.
   """
 
   def local(params, shadowed):

@@ -2,8 +2,8 @@
 
 Each device sorts its own tokens' rows by expert, no more rows than are needed.
 Where experts are split over devices, the rows travel to them (`ragged.py`), are
-sorted again there, and travel back; where the hidden width F is split, each
-device adds its part.
+sorted again there, and travel back. Where the hidden width F is split, outputs
+are summed over the devices that have a part of F.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,8 +29,8 @@ class SortedExperts(NamedTuple):
     compute: The function (params [J, ...], rows [N, M], sizes [J], key) ->
       rows, where sizes are the numbers of rows of J experts, and the key is
       that of dropout, or None.
-    params: The parameters, [E, ...].
-    axes: The logical axes of each parameter.
+    params: The parameters, [E, ...], by name.
+    axes: The logical axes of each parameter, by name.
     sizes: The sizes of an expert, from which shadowing computes costs.
   """
 
@@ -79,8 +79,11 @@ def exchange_sorted(
     routing: The routing of all groups.
     layout: The layout of groups and experts on the mesh.
     exchange: The exchange by which rows travel.
-    shadowing: The experts that are sent to all devices.
+    shadowing: The options of which experts are sent to all devices.
     key: The key of dropout; None: nothing is dropped.
+
+  Raises:
+    ValueError: Experts are shadowed, but split over axes that groups are not.
   """
 
   def of_device(x, routing, params, key):
@@ -88,8 +91,8 @@ def exchange_sorted(
 
     A device holds some of the experts, or a part of the hidden width F of all.
     """
-    # Devices with other rows, other experts or another part of F have other
-    # keys of dropout.
+    # Devices that differ in rows, experts or part of F get different keys, so
+    # that their dropout differs; devices with copies of all three get the same.
     names = sorted({*layout.groups, *layout.experts, *layout.hidden})
     key = _folded(key, *map(jax.lax.axis_index, names))
     counts = routing.rows_per_expert()

@@ -46,7 +46,7 @@ class Topology:
   def all_to_all_seconds(
     self, sent: Float[np.ndarray, '*N W W']
   ) -> Float[np.ndarray, '*N']:
-    """The time of the slowest link when each device sends to each other one.
+    """The seconds of the slowest link if each device sends to each other one.
 
     Args:
       sent: The bytes from each device to each, with any leading axes; bytes
@@ -58,10 +58,10 @@ class Topology:
   def broadcast_seconds(
     self, sizes: Float[np.ndarray, '*N W']
   ) -> Float[np.ndarray, '*N']:
-    """The time in which all devices at once send bytes to all other devices.
+    """The seconds in which all devices at once send bytes to all other devices.
 
-    Each link of the tree of paths from a device carries its bytes once. To sum
-    as many bytes to the device takes the same links the other way round.
+    Each link on the paths from a device carries the device's bytes once. To sum
+    as many bytes to the device takes as long, by the same links the other way.
 
     Args:
       sizes: The bytes of each device, with any leading axes.
@@ -70,9 +70,9 @@ class Topology:
 
   @functools.cached_property
   def _pairs(self) -> Float[np.ndarray, 'P L']:
-    """Seconds of each link for a byte sent within each pair of devices.
+    """The seconds that a byte from one device to another takes on each link.
 
-    There are P = W * W ordered pairs and L links.
+    There are P = W * W ordered pairs of devices and L links.
     """
     devices = range(self.num_devices)
     pairs = itertools.product(devices, devices)
@@ -80,7 +80,7 @@ class Topology:
 
   @functools.cached_property
   def _trees(self) -> Float[np.ndarray, 'W L']:
-    """Seconds of each link for a byte that each device broadcasts."""
+    """The seconds that a byte broadcast by a device takes on each link."""
     trees = [set[Link]() for _ in range(self.num_devices)]
     for (root, _), path in self.paths.items():
       trees[root].update(path)

@@ -50,9 +50,9 @@ class Routing:
   Attributes:
     expert_index: int32, the index of the expert, in [0, E), also of a choice
       that is not kept.
-    slot: int32, the number of choices before this one in its expert's queue. A
-      choice that never queued (padding, a second choice that was not sent) has
-      0.
+    slot: int32, the number of choices before this one in its expert's queue; 0
+      for a choice that does not queue: one of padding, or one that the second
+      policy 'threshold' of `token_choice` did not send.
     gate: float32, the weight of the expert's output; 0 where the choice is not
       kept.
     kept: bool, whether the choice is served. A served choice has slot <
@@ -96,7 +96,7 @@ class Routing:
     return cls(expert_index, slot, gate, kept, E, C, token_index, group_size)
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `shapes.HasShapes`."""
+    """The type and shape that each array must have, for `shapes.checked`."""
     # When `of_experts` leaves out experts, the arrays keep the slots of all
     # experts, so that their second axis is not E, but has a name of its own.
     dims = 'G S K' if self.token_index is None else 'G slots_of C'
@@ -111,7 +111,7 @@ class Routing:
     return hints
 
   def static_sizes(self) -> dict[str, int]:
-    """The sizes E and S, which no array's shape tells.
+    """E and S, by letter, which the shapes of the arrays may not tell.
 
     Raises:
       ValueError: The capacity is neither None nor an integer of at least 1.
@@ -126,14 +126,14 @@ class Routing:
 
   @property
   def token(self) -> Leaf:
-    """int32, the token of each choice, in [0, S) where the choice is kept."""
+    """int32 of `gate`'s shape: each choice's token, in [0, S) if it is kept."""
     if self.token_index is not None:
       return self.token_index
     return jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 1)
 
   @property
   def server(self) -> Leaf:
-    """int32, the expert that serves each choice; E where none does."""
+    """int32, the expert that serves each choice; E where it is not kept."""
     return jnp.where(self.kept, self.expert_index, self.num_experts)
 
   def bounded(self) -> int:
@@ -145,17 +145,20 @@ class Routing:
     return self.capacity
 
   def slot_shares(self) -> Bool[Array, 'G S E C']:
-    """Whether each slot holds each token; no slot holds a part of a token."""
+    """Whether each slot holds each token; ValueError where C is None.
+
+    `SoftRouting.slot_shares` has fractions, as its slots hold mixtures.
+    """
     return self._in_slots(self.kept.astype(jnp.int8)) > 0
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
-    """The gate of each token in each slot; 0 for slots without the token."""
+    """Each token's gate in each slot, else 0; ValueError where C is None."""
     return self._in_slots(self.gate)
 
   def _in_slots(self, values: Leaf) -> Array:
-    """The values of served choices at their token and slot, [G, S, E, C].
+    """`values` of served choices, at their token and slot [G, S, E, C]; else 0.
 
-    Where a slot does not hold a token, there is 0.
+    There is one value for each choice, in the shape of `gate`.
     """
     E, C = self.num_experts, self.bounded()
     if self.token_index is not None:
@@ -188,7 +191,8 @@ class Routing:
   def _spread(self, values: Leaf, *slot: Array) -> Array:
     """The sum of served choices' values for each token and expert, [G, S, E].
 
-    If `slot` is given, the sum is for each slot, too: [G, S, E, C].
+    `values` has the shape of `gate`. If `slot`, the slot of each choice, is
+    given, the sum is for each slot, too: [G, S, E, C].
     """
     group = jax.lax.broadcasted_iota(jnp.int32, self.gate.shape, 0)
     index = group, self.token, self.server, *slot

@@ -1,9 +1,9 @@
 """The balancing losses of the literature, one function per equation.
 
-Losses are of real tokens alone, and unweighted. A function with the name of an
-equation returns the loss of each group, float32 [G], which is 0 in a group
-without real tokens; `over_groups`, `balance_of_rows` and `choice_losses` return
-sums over the real tokens of all groups.
+Losses are of real tokens alone, and unweighted. `balance_loss`, `z_loss`,
+`importance_loss` and `load_loss` return the loss of each group, float32 [G], 0
+in a group without real tokens; `over_groups`, `balance_of_rows` and
+`choice_losses` return sums over groups, each weighted by its real tokens.
 """
 
 import math
@@ -70,11 +70,14 @@ def balance_of_rows(
   sum divided by the number of all real tokens is the mean.
 
   Args:
-    router_probs, expert_index, mask, choices: As in `balance_loss`.
+    router_probs: The softmax of the logits over all experts.
+    expert_index: The chosen experts, before any choice is dropped.
+    mask: False for padding.
     row_length: T, the number of tokens of a row of the batch; a group is a part
       of a row, or several rows.
     rows: The number of rows of a set, by the name of the loss in the result;
       the last set may have fewer rows.
+    choices: 'all' counts all K choices, 'first' only the largest.
   """
   if choices == 'first':
     expert_index = expert_index[..., :1]
@@ -92,7 +95,7 @@ def balance_of_rows(
   )
 
   def loss(count):
-    """The sum of the losses of sets of `count` consecutive parts of rows."""
+    """The sum of losses of sets of `count` parts, times their real tokens."""
 
     def sum_parts(x):
       padding = -len(x) % count
@@ -126,7 +129,9 @@ def balance_probs(
 def z_loss(
   router_logits: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
-  """Mean over tokens of logsumexp(logits)^2; log(E)^2 for logits of zero.
+  """Mean over real tokens of logsumexp(logits)^2; log(E)^2 for zero logits.
+
+  Tokens are real where the mask is True.
 
   Source: Eq. 5 of arXiv:2202.08906.
   """
@@ -149,8 +154,10 @@ def importance_loss(
 ) -> Float32[Array, ' G']:
   """CV(Importance)^2, Importance = the sum of each expert's gates.
 
-  The loss is 0 at perfect balance, and E/K - 1 when the same K experts take all
-  tokens. The gates are those before any choice is dropped.
+  CV is the standard deviation over experts, divided by the mean. The loss is 0
+  at perfect balance, and E/K - 1 when the same K experts take all tokens with
+  equal gates. The gates are those before any choice is dropped; those of
+  padding, where the mask is False, do not count.
 
   Source: Eq. 6-7 of arXiv:1701.06538.
   """
@@ -164,7 +171,14 @@ def importance_loss(
 def load_loss(
   probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
-  """CV(Load)^2, Load = the sum over tokens of P(x, i), `load_probability`.
+  """CV(Load)^2, where Load sums P(x, i) over the real tokens of a group.
+
+  CV is the standard deviation over experts, divided by the mean.
+
+  Args:
+    probability: P(x, i), the chance that expert i is chosen, as
+      `load_probability` returns it.
+    mask: False for padding.
 
   Source: Eq. 10-11 of arXiv:1701.06538.
   """
@@ -172,7 +186,7 @@ def load_loss(
 
 
 def cv_squared(x: Float32[Array, 'G E']) -> Float32[Array, ' G']:
-  """The squared coefficient of variation, (std / mean)^2; 0 for all zeros."""
+  """(std / mean)^2 over experts, for each group; 0 for a group of zeros."""
   mean = x.mean(-1)
   safe_mean = jnp.where(mean == 0, 1.0, mean)
   return jnp.where(mean == 0, 0.0, x.var(-1) / safe_mean**2)
@@ -183,7 +197,7 @@ def load_per_expert(
   counted: Bool[Array, 'G S #K'],
   num_experts: int,
 ) -> Float32[Array, 'G E']:
-  """The number of choices of each expert among those that `counted` marks."""
+  """The number of choices of each expert, where `counted` is True."""
   chosen = jax.nn.one_hot(expert_index, num_experts)
   return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))
 
@@ -206,13 +220,17 @@ def choice_losses(
 ) -> dict[str, Float32[Array, '']]:
   """The balance loss, the z-loss and the importance loss of tokens' choices.
 
+  Each is summed over groups, times the number of real tokens of the group.
+
   Args:
     logits: The logits without noise, of which balance loss and z-loss are made.
     expert_index: The chosen experts.
     gate: The gates of the choices, as if all were served.
     mask: False for padding.
-    balance_choices: The choices that the balance loss counts.
-    balance_scores: The probabilities of the balance loss; see `balance_probs`.
+    balance_choices: 'all' lets the balance loss count all K choices, 'first'
+      only the largest.
+    balance_scores: The function from logits to the probabilities of the balance
+      loss: 'softmax', or 'sigmoid', divided by the sum over all experts.
   """
   E, probs = logits.shape[-1], balance_probs(logits, balance_scores)
   balance = balance_loss(probs, expert_index, mask, balance_choices)

@@ -43,7 +43,8 @@ def biased_scores(
   Args:
     router_logits: The logits that the scores are computed from.
     bias: The bias of each expert.
-    scores: One of `SCORES`; see `scores_of`.
+    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each logit
+      by itself, or 'softmax' over all experts.
 
   Source: Eq. 3 of arXiv:2408.15664, whose scores are 'sigmoid'; its Appendix C
   has 'softmax'.
@@ -67,8 +68,8 @@ def moved(
   Args:
     bias: The bias of each expert before the step.
     load: The number of choices of each expert in the whole batch, before drops.
-    rate: The paper's u, 0.001 there; by the rule 'sign' a bias moves at most
-      rate * steps, so short runs need a larger rate.
+    rate: The paper's u, 0.001 there. By the rule 'sign' a bias moves by at most
+      rate * steps in a run, so short runs need a larger rate.
     rule: One of `RULES`: 'sign' moves the bias by the rate, 'error' by the rate
       times (mean load - load) / mean load.
   """

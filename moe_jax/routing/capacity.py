@@ -75,12 +75,13 @@ class Capacity(Options):
 
 @dataclasses.dataclass(frozen=True)
 class _Share(Capacity):
-  """A rule that gives each expert a multiple of its share of the tokens."""
+  """A capacity: `factor` times an expert's equal share of tokens or choices."""
 
   factor: float = option(
     1.25,
     'Capacity factor: slots of all experts together, divided by the tokens of '
-    "the group ('per_token') or by their choices ('per_assignment').",
+    "the group ('per_token', so that 1.25 with two choices is 0.625 slots a "
+    "choice) or by their choices ('per_assignment').",
     above=0,
   )
   rounding: str = option(
@@ -115,7 +116,6 @@ class PerToken(_Share):
   """A capacity of factor * S / E (Switch, ST-MoE; GShard with factor 2)."""
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     return self._share(fractions.Fraction(group_size, num_experts), group_size)
 
 
@@ -124,7 +124,6 @@ class PerAssignment(_Share):
   """A capacity of factor * K * S / E (V-MoE, MegaBlocks)."""
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     quotient = fractions.Fraction(num_selected * group_size, num_experts)
     return self._share(quotient, group_size)
 
@@ -143,11 +142,10 @@ class Fraction(Capacity):
   )
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     return min(math.ceil(self.factor * group_size), group_size)
 
   def keeps_in_generation(self, single):
-    """True: imported checkpoints compute with this rule."""
+    """True: imported checkpoints have this capacity in generation, too."""
     return True
 
 
@@ -162,7 +160,6 @@ class Fixed(Capacity):
   )
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     return min(self.slots, group_size)
 
   def keeps_in_generation(self, single):
@@ -179,11 +176,9 @@ class All(Capacity):
 
   @property
   def binds(self):
-    """False: no expert is ever full."""
     return False
 
   def per_expert(self, group_size, num_experts, num_selected):
-    """The slots of an expert; see `Capacity.per_expert`."""
     return group_size
 
 

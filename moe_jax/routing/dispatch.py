@@ -38,11 +38,12 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to slots by a one-hot product.
+  """Fills slots by a product with the share of each token in each slot.
 
-  The rows of an expert are its slots in all groups, R = G * C. Empty slots are
-  zero. The product costs O(S E C M) per group, which grows with the square of
-  the group size.
+  A slot holds one token or, by a `SoftRouting`, a mixture. The rows of an
+  expert are its slots in all groups, R = G * C. Empty slots are zero. The
+  product costs O(S E C M) per group, which grows with the square of the group
+  size, since C grows with S.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -74,7 +75,10 @@ def _back_by_masks(
 def _to_slots(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'E R M']:
-  """Moves tokens to the same rows as `_by_masks`, by index: O(S K M) per group.
+  """Moves tokens to slots by index, which costs O(S K M) per group.
+
+  The rows of an expert are its slots in all groups, R = G * C. Empty slots are
+  zero.
 
   Raises:
     ValueError: The routing has no capacity.
@@ -98,7 +102,10 @@ def _from_slots(
 def _to_sorted(
   x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'N M']:
-  """Moves tokens to rows sorted by expert; empty rows are zero, and last."""
+  """Moves tokens to rows sorted by expert; empty rows are zero, and last.
+
+  N is the largest number of choices that the routing can keep.
+  """
   return _take(x, rows_by_expert(routing))
 
 
@@ -121,7 +128,7 @@ sorted_rows = Dispatcher(_to_sorted, _from_sorted)
 
 
 def _check_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-  """Raises ValueError where the number of rows is not that of the routing."""
+  """Raises ValueError unless `shape` without its last size M is `expected`."""
   if shape[:-1] != expected:
     raise InputError(
       f'rows has shape {shape}; the routing has {expected} of them'
@@ -189,7 +196,6 @@ def rows_by_expert(routing: Routing) -> Rows:
 
 
 def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
-  """The `Rows` made of the choice in each row and the row of each choice."""
   G, S, gate = len(routing.gate), routing.group_size, routing.gate
   if routing.token_index is None:
     shape, token = (G * S, -1), choice // gate.shape[-1]
@@ -201,7 +207,6 @@ def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
 
 
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
-  """The vector of the token in each row; zeros in an empty row."""
   x = x.reshape(-1, x.shape[-1])
   return take_tokens(x, rows.token, rows.row, len(x))
 
@@ -216,12 +221,12 @@ def _give_back(
   return y.reshape(shape)
 
 
-# A row holds at most one choice, and a choice has at most one row, so that
-# gates and their gradients are read by a gather. Where tokens choose, each
-# token has K choices, so that all other arrays are gathered, too. Where experts
-# choose, a token may have any number of rows, so that rows are added to their
-# tokens by a scatter-add: its cost grows with the number of rows, while the
-# cost of a list of each token's rows would grow with the number of experts.
+# A row holds at most one choice, and a choice has at most one row, so that the
+# functions below read gates and their gradients by a gather. Where tokens
+# choose, each token has K choices, so that rows are gathered, too. Where
+# experts choose, a token may have any number of rows, so that rows are added to
+# tokens by a scatter-add: its cost grows with the number of rows, while a
+# gather would need a list of E rows for each token.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -236,7 +241,8 @@ def take_tokens(
   Args:
     x: The vectors of the tokens.
     token: The index of the token in each row; N in an empty row.
-    row: The row of each choice, as in `Rows`, for the gradient.
+    row: The row of each choice, or the number of rows where a choice has none,
+      for the gradient; [N, K] where tokens choose, [P] where experts do.
     num_tokens: N, the number of tokens.
   """
   del row, num_tokens
@@ -263,7 +269,6 @@ take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
 def _sum_rows(
   values: Float[Array, '*R M'], rows: Rows, num_tokens: int
 ) -> Float[Array, 'N M']:
-  """The rows of each token, weighted by the token's gates and summed."""
   gate = rows.gate[..., None].astype(values.dtype)
   if rows.row.ndim == 2:
     flat = values.reshape(-1, values.shape[-1])  # [R, M]
@@ -279,9 +284,9 @@ def _sum_rows_fwd(values, rows, num_tokens):
 def _sum_rows_bwd(num_tokens, saved, dy):
   del num_tokens
   values, (token, choice, row, gate) = saved
-  # Both gradients are computed from one gather, the row of dy for each expert
-  # row. A second gather, of each choice's expert row, would move as many bytes
-  # again.
+  # The gradients of rows and of gates are computed from one gather, the row of
+  # dy for each expert row. To gather the expert row of each choice, for the
+  # gates, would move as many bytes again.
   row_dy = _take_or_zero(dy, token)  # [*R, M]
   d_row_gate = jnp.einsum(
     '...M,...M->...',
@@ -308,7 +313,13 @@ def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
 
 
 def _sum_into_tokens(rows, token, num_tokens):
-  """The sum of each token's rows, added up in float32."""
+  """The sum of each token's rows, added up in float32.
+
+  Args:
+    rows: The rows, [*R, M].
+    token: int32 [*R], the token of each row; `num_tokens` in an empty row.
+    num_tokens: The number of sums in the result, [num_tokens, M].
+  """
   total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
   total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
   return total.astype(rows.dtype)

@@ -1,8 +1,8 @@
 """Expert choice: each expert picks the tokens it wants most.
 
-https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
-as many experts as pick it, or none. The picks depend on all tokens of the
-group, so that the rule is not causal.
+https://arxiv.org/abs/2202.09368. All experts pick equally many tokens, and a
+token may be picked by any number of experts, or by none. A pick depends on all
+tokens of the group, so that the rule is not causal.
 """
 
 import jax
@@ -63,8 +63,15 @@ def likeliest_tokens(
 ) -> Routing:
   """Gives each expert the tokens of largest probability that it may take.
 
-  In each group an expert takes `most` tokens, or all that it may take if they
-  are fewer; ties go to the earlier token.
+  Probabilities are the softmax of a token's logits; a taken token's probability
+  is its gate. Ties go to the earlier token.
+
+  Args:
+    logits: The logits.
+    may_take: Whether each expert may take each token.
+    most: How many tokens an expert takes in each group; it takes all that it
+      may take if they are fewer.
+    capacity: C, the slots of an expert; those not filled stay empty.
   """
   S = logits.shape[1]
   probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
@@ -82,7 +89,7 @@ def likeliest_tokens(
 def shares(
   real: Int32[Array, ' G'], group_size: int, capacity: int
 ) -> Int32[Array, ' G']:
-  """ceil(C n / S), how many of a group's n real tokens an expert takes."""
+  """ceil(C n / S), how many of a group's n = `real` tokens an expert takes."""
   # The shares come from a table, as C * n can be more than an int32 holds.
   n = np.arange(group_size + 1, dtype=np.int64)
   table = -(-capacity * n // group_size)

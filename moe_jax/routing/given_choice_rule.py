@@ -49,7 +49,7 @@ class GivenChoices(NamedTuple):
     """Whether each expert may take each token, where experts choose tokens.
 
     An expert may take the tokens that are imposed on it, and takes all of them.
-    Every expert may take a token all of whose choices are open.
+    Every expert may take a token all of whose choices are `OPEN`.
     """
     chosen = jax.nn.one_hot(self.expert, num_experts, dtype=jnp.bool_)
     return chosen.any(2) | (self.expert == OPEN).all(2, keepdims=True)
@@ -59,7 +59,7 @@ def check_given(given: GivenChoices | None, sparse: Sequence[bool]) -> None:
   """Raises ValueError unless choices are [B, T, L, K] of L sparse layers.
 
   Args:
-    given: The choices that are imposed on a stack of layers, if any.
+    given: The choices that are imposed on a stack of layers; None passes.
     sparse: A flag for each layer, whether it has experts.
   """
   if given is None:
@@ -77,10 +77,13 @@ def given_to_layer(
   sparse: Sequence[bool],
   layer: int | Int32[Array, ''],
 ) -> GivenChoices | None:
-  """The choices [B, T, K] of one layer, whose index may be traced.
+  """The choices [B, T, K] of one layer of a stack; None if none are imposed.
 
-  For a layer that is not sparse these are the choices of another layer, and the
-  layer has to ignore them.
+  Args:
+    given: The choices that are imposed on the L sparse layers, [B, T, L, K].
+    sparse: A flag for each layer, whether it has experts.
+    layer: The index among all layers, sparse or not. A layer that is not sparse
+      gets the choices of another one, and has to ignore them.
   """
   if given is None:
     return None
@@ -95,7 +98,11 @@ def even_choice(expert_index: Int32[Array, 'G S K'], **queue: Any) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
   A dropped choice has gate 0, and the gates of the token's other choices stay.
-  Arguments and errors are those of `given_choice`.
+
+  Args:
+    expert_index: K different experts for each token.
+    **queue: The keyword arguments of `given_choice`, which serves the choices:
+      `num_experts`, `capacity`, `mask`, `slot_priority` and `given`.
   """
   gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
   return given_choice(expert_index, gate, **queue)
@@ -118,9 +125,11 @@ def given_choice(
     expert_index: K different experts for each token.
     gate: The gate of each choice.
     num_experts: The number E of experts.
-    capacity, mask: As in `token_choice`.
-    slot_priority: 'token_major' or 'choice_major'; there are no probabilities
-      to order the tokens by, as 'batch_priority' would.
+    capacity: C, the slots of an expert in each group; None for no bound.
+    mask: False for padding, which takes no slot. Default: all real.
+    slot_priority: The order in which choices are served: 'token_major' is token
+      by token, 'choice_major' all first choices, then all second ones. There
+      are no probabilities to order the tokens by, as 'batch_priority' would.
     given: The imposed choices, whose experts already are in `expert_index`;
       their `kept` may say which of them are served.
 
@@ -210,22 +219,29 @@ def queue_choices(
   holds_place: bool = False,
   given: GivenChoices | None = None,
 ) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
-  """The slots of choices, as in `Routing`, and whether they are served.
+  """The slot of each choice, and whether the choice is served.
+
+  The slot is the number of choices before it in its expert's queue, 0 for a
+  choice that does not queue.
 
   Served choices that are imposed have the slots that they had when they were
   recorded, if priority and capacity were the same, since the dropped choices
   stood behind them. An imposed choice that is not served has a slot past the
-  capacity, so that it counts as dropped; where a second policy (see
-  `token_choice`) sends only some choices, it has such a slot only if its expert
-  is full.
+  capacity, so that it counts as dropped; where a random second policy (option
+  of `token_choice`) sends only some choices, it has such a slot only if its
+  expert is full.
 
   Args:
     expert_index: The chosen experts.
     mask: False for padding.
     num_experts: The number E of experts.
     capacity: C, or None for no bound.
-    slot_priority, order: As in `queue_slots`.
-    sent: Whether a second policy sends each choice. Default: all are sent.
+    slot_priority: 'token_major' queues token by token; by any other value all
+      first choices queue before all second ones.
+    order: The indices of the tokens in the order in which they queue; None for
+      that of the sequence. It goes with choice-major queues alone.
+    sent: Whether a second policy sends each choice; a choice that is not sent
+      is not served, unless it is imposed as served. Default: all are sent.
     holds_place: Whether a choice that is not sent still counts in its expert's
       queue, so that later choices have the same slots as if it were sent.
     given: The imposed choices; their `kept` may say which of them are served.
@@ -236,8 +252,8 @@ def queue_choices(
   if given is not None and given.kept is not None:
     is_imposed = given.expert != OPEN
     served = jnp.where(is_imposed, real & given.kept, served)
-    # Where `order` sorts the tokens by probability, it is not known which of
-    # the choices that were not served stood in front of a served one.
+    # If `order` sorts the tokens by probability, it is not known which choices
+    # that were not served stood before a served one: only served ones queue.
     if not holds_place or order is not None:
       queued = jnp.where(is_imposed, served, queued)
   slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)
@@ -253,7 +269,7 @@ def queue_choices(
 
 
 def _is_full(expert_index, served, E, capacity):
-  """Whether the expert of each choice has no slot left."""
+  """Whether `served` choices fill the expert of each choice, bool [G, S, K]."""
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [G, S, K, E]
   count = (chosen & served[..., None]).sum((1, 2))  # [G, E]
   return (chosen & (count >= capacity)[:, None, None]).any(-1)
@@ -274,9 +290,10 @@ def queue_slots(
     expert_index: The chosen experts.
     queued: True for choices that queue.
     E: The number of experts.
-    slot_priority: 'token_major'; any other value makes choice-major queues.
-    order: The order in which the tokens of each group queue; None for their
-      order in the sequence.
+    slot_priority: 'token_major' queues token by token; by any other value all
+      first choices queue before all second ones.
+    order: The indices of each group's tokens in the order in which they queue,
+      where queues are not token-major; None for their order in the sequence.
   """
   G, S, K = expert_index.shape
   if order is not None:
@@ -320,7 +337,11 @@ def places_by_sum(
 def places_by_sort(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """Returns what `places_by_sum` does, by a sort, whose time is without E."""
+  """The number of queued choices of the same expert before each queued choice.
+
+  The number is computed by a sort, in a time independent of E, and is 0 for a
+  choice that does not queue.
+  """
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
   sorted_key = key[order]

@@ -4,8 +4,7 @@ In DeepSeek's rules the experts of a group have consecutive indices, like the
 experts on one device or one node, and a token chooses among the experts of its
 best groups alone. DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2)
 rates a group by the best of its scores, DeepSeek-V3
-(https://arxiv.org/abs/2412.19437, section 2.1.2) by the sum of its two best
-ones.
+(https://arxiv.org/abs/2412.19437, section 2.1.2) by the sum of its best two.
 
 The topology-aware gate of FasterMoE (He et al., PPoPP 2022,
 https://doi.org/10.1145/3503221.3508418) lays E experts over Q nodes in order,
@@ -57,7 +56,9 @@ def limited_scores(
       group loses if its score is negative.
 
   Raises:
-    ValueError: An option is unknown, or the sizes do not fit.
+    ValueError: An option is unknown, `num_groups` does not divide E, groups
+      of one expert are to be rated by two scores, or `chosen_groups` is not in
+      [1, num_groups].
   """
   for name, value, allowed in (
     ('group_score', group_score, GROUP_SCORES),
@@ -84,7 +85,11 @@ def limited_scores(
 def group_problems(
   num_experts: int, num_groups: int, group_score: str
 ) -> Iterator[str]:
-  """The reasons why E experts cannot form `num_groups` groups, as texts."""
+  """The reasons why E experts cannot form `num_groups` groups, as texts.
+
+  Groups are equally large, and have at least two experts if `group_score` is
+  'two_best'. Nothing is yielded if all is well.
+  """
   size, remainder = divmod(num_experts, num_groups)
   if remainder:
     yield f'num_experts={num_experts} does not divide by {num_groups} groups'
@@ -107,7 +112,7 @@ def limited_choice(
 ) -> Int32[Array, 'G S K']:
   """The choices of FasterMoE's gate, the likeliest expert of a token first.
 
-  A token wants to leave if one of the experts of its K largest logits is on
+  A token wants to leave its node if an expert of its K largest logits is on
   another node. If more than L tokens of a group want to leave, the L tokens
   with the highest scores keep their choices, and each of the others chooses its
   K largest logits among the experts of its own node. A token's score is the
@@ -125,7 +130,7 @@ def limited_choice(
     mask: False for padding, which never wants to leave.
     num_selected: K, at most the number of experts on a node.
     num_nodes: Q, a divisor of E.
-    limit: L, the number of tokens of a group that may leave.
+    limit: L, the number of tokens of a group that may leave their node.
 
   Raises:
     ValueError: Q does not divide E, K is not in [1, E / Q], or L < 0.
@@ -154,5 +159,8 @@ def limited_choice(
 
 
 def _is_remote(index, node, per_node):
-  """Whether each choice [G, S, K] is an expert of another node."""
+  """Whether each choice, an expert's index [G, S, K], is on another node.
+
+  `node` [G] is the node of each group; a node has `per_node` experts.
+  """
   return index // per_node != node[:, None, None]

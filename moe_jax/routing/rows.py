@@ -1,7 +1,7 @@
 """Functions on arrays that both the routing rules and the dispatchers call.
 
-`decided` marks integers that the backward pass does not compute again,
-`without_nan` clears padding, and `stable_argsort` sorts.
+`decided` marks integers that the backward pass need not compute again,
+`without_nan` takes NaN out of padding, and `stable_argsort` sorts integers.
 """
 
 import jax
@@ -43,8 +43,8 @@ def _without_nan(mask, x):
 
 @_without_nan.defjvp
 def _without_nan_jvp(primals, tangents):
-  # The gradient at padding is zero anyway, and a selection would keep a mask as
-  # large as x for the backward pass.
+  # The gradient passes unchanged: at padding it is zero anyway, and to select
+  # would keep a mask as large as x for the backward pass.
   return _without_nan(*primals), tangents[1]
 
 

@@ -88,7 +88,10 @@ def hash_ids(
 def previous_tokens(
   tokens: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None = None
 ) -> Int[Array, 'B T']:
-  """The token before each token in its segment; -1 for the first."""
+  """The token before each token in its segment; -1 for the first.
+
+  A row is one segment if `segment_ids` is None.
+  """
   previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   if segment_ids is None:
     return previous
@@ -206,7 +209,7 @@ def forced_choices(
     num_experts: The number E of experts.
     num_selected: K, in [1, E].
     layer: The index of the layer; each layer has other choices.
-    key: The key of random choices; None: they are the same each time.
+    key: The key of random choices; None: a layer's are the same in each call.
   """
   sizes = dict(num_experts=num_experts, num_selected=num_selected)
   if kind == IN_TURN:

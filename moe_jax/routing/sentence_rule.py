@@ -67,5 +67,8 @@ def sentence_means(
 def spread(
   rows: Float32[Array, 'G S M'], sentence: Int32[Array, 'G S']
 ) -> Float32[Array, 'G S M']:
-  """Gives each token the row of its sentence, at the index `sentence`."""
+  """Gives each token the row of its sentence, which has the index `sentence`.
+
+  The first rows of a group are those of its sentences, in order.
+  """
   return jnp.take_along_axis(rows, sentence[..., None], axis=1)

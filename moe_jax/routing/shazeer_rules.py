@@ -68,6 +68,8 @@ def noisy_logits(
 ) -> NoisyLogits:
   """Adds N(0, 1) * Softplus(noise) to the logits, or nothing if key is None.
 
+  The logits `clean` are x Wg, and `noise` is x Wnoise.
+
   Source: Eq. 4 of arXiv:1701.06538. With Wg and Wnoise initialised to zero, as
   in the paper, std starts at ln 2.
   """
@@ -86,6 +88,9 @@ def load_probability(
 ) -> Float32[Array, 'G S E']:
   """P(x, i): the chance that expert i is chosen if only its noise is redrawn.
 
+  P(x, i) = Phi((clean_i - kth_excluding(Z, K, i)) / std_i), where Z are the
+  noisy logits and Phi is the normal distribution's function.
+
   Source: Eq. 8-9 of arXiv:1701.06538. kth_excluding(Z, K, i) is the K-th
   largest of the noisy logits other than logit i; for i among the K largest, it
   is the (K+1)-th of all logits. With K = E every expert is always chosen, and
@@ -94,7 +99,8 @@ def load_probability(
   Args:
     logits: The logits without and with noise.
     num_selected: K.
-    largest: The min(K + 1, E) experts of largest noisy logits, if known.
+    largest: The min(K + 1, E) experts of largest noisy logits, the largest
+      first. None: they are computed.
   """
   E, K = logits.noisy.shape[-1], num_selected
   if K >= E:
@@ -143,10 +149,11 @@ def hierarchical_load(
   branch_index: Int32[Array, 'G S K1'],
   mask: Bool[Array, 'G S'],
 ) -> Float32[Array, 'G E']:
-  """Load_H, for expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
+  """Load_H of expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
 
-  X_i are the real tokens that chose branch i; the load of a branch that no
-  token chose is 0. The primary gate's gradient comes from the first factor.
+  Load_p and Load_i sum the P(x, .) of the primary gate and of branch i's gate.
+  X_i are the real tokens that chose branch i; its load is 0 if none did. The
+  primary gate's gradient comes from the first factor.
 
   Args:
     branch_probability: P(x, i) of the primary gate (`load_probability`).
@@ -172,13 +179,18 @@ def hierarchical_load(
 
 
 class GateLevel(NamedTuple):
-  """The choices of one of two levels of gates, for N tokens or branch choices.
+  """One of two levels of gates, for N tokens or for N choices of branches.
+
+  For the primary gate N is S, and E counts branches. For the gates of the
+  chosen branches N is S times the choices of a token, and E counts the experts
+  of one branch.
 
   Attributes:
     clean: float32 [G, N, E], the logits without noise.
     index: int32 [G, N, K], the chosen branches or experts.
     gate: float32 [G, N, K], the weights of `index`, before drops.
-    probability: float32 [G, N, E], P of `load_probability`; None without noise.
+    probability: float32 [G, N, E], the chance of each branch or expert to be
+      chosen, from `load_probability`; None without noise.
   """
 
   clean: Array
@@ -218,7 +230,7 @@ def levels_aux(
     load = cv_squared(expected_load)
 
   def summed(per_token):
-    """The sum over real tokens of a measure of the logits of both levels."""
+    """The sum over real tokens of `per_token`(logits), of both levels."""
     inner = per_token(expert.clean).reshape(branch.gate.shape)
     # Without a gradient of the weights, the z-loss does not move tokens to
     # branches with small logits.
@@ -247,8 +259,11 @@ def batchwise_choice(
 ) -> Routing:
   """The batchwise mask: each expert takes m = ceil(K S / E) tokens.
 
-  Each group is a batch of its own. In a padded group of n real tokens an expert
-  takes ceil(m n / S). Ties go to the earlier token.
+  They are those with the largest gates, the softmax of the logits; the gates of
+  the result sum to one over a token's experts. Each group is a batch of its
+  own. In a padded group of n real tokens, where the mask is True, an expert
+  takes ceil(m n / S). Ties go to the earlier token. A K that is not in [1, E]
+  raises ValueError.
 
   Source: Eq. 16 and 18 of arXiv:1701.06538.
   """
@@ -269,8 +284,13 @@ def threshold_choice(
 ) -> Routing:
   """The threshold mask: experts take tokens with gates above their threshold.
 
-  An expert with fewer slots than such tokens takes those with the largest
-  gates. With room for all, a token's experts depend on the token alone.
+  Gates are the softmax of the logits, and in the result sum to one over a
+  token's experts. An expert with fewer slots than such tokens takes those with
+  the largest gates. With room for all, a token's experts depend on the token
+  alone.
+
+  No expert takes padding, where the mask is False. An expert has `capacity`
+  slots in each group; a number that is not in [1, S] raises ValueError.
 
   Source: Eq. 19 of arXiv:1701.06538.
   """

@@ -17,8 +17,8 @@ from moe_jax.routing.assignments import Routing, TokenChoices
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, Leaf, checked
 
-# A finite logit, whose softmax is 0 next to any other logit; -inf alone would
-# give NaN.
+# The logit of padding, whose softmax is 0 next to a real token's. It is finite,
+# since the softmax of a group of padding alone would be NaN with -inf.
 _NEVER = -1e30
 # A vector whose squared length is below this number is not made of unit length.
 _LEAST = 1e-12
@@ -31,27 +31,25 @@ _LEAST = 1e-12
 )
 @dataclasses.dataclass(frozen=True)
 class SoftRouting:
-  """The weights between tokens and slots; its methods are those of `Routing`.
+  """The weights between tokens and slots, with methods named as in `Routing`.
 
   Attributes:
-    share: float32 [G, S, E, C], the part of each token in each slot; the parts
-      of a slot sum to 1, and padding has 0.
-    gate: float32 [G, S, E, C], the weight of each slot's output in each token;
-      the weights of a token sum to 1, and padding has 0.
+    share: float32 [G, S, E, C], the weight of each token in the mean that a
+      slot holds; the weights of a slot sum to 1, and padding has 0.
+    gate: float32 [G, S, E, C], the weight of each slot's output in the output
+      of each token; the weights of a token sum to 1, and padding has 0.
   """
 
   share: Leaf
   gate: Leaf
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `shapes.HasShapes`."""
     return {
       'share': Float32[Array, 'G S E C'],
       'gate': Float32[Array, 'G S E C'],
     }
 
   def static_sizes(self) -> dict[str, int]:
-    """An empty dict, as the shapes of the arrays tell all sizes."""
     return {}
 
   @property
@@ -82,7 +80,7 @@ class SoftRouting:
     return self.gate.sum(-1)
 
   def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
-    """The choices of real tokens: all E experts, which all serve each token."""
+    """All E experts as kept choices of each real token; -1 at padding."""
     shape = (*mask.shape, self.num_experts)
     kept = jnp.broadcast_to(mask[..., None], shape)
     expert = jnp.where(kept, jnp.arange(shape[-1], dtype=jnp.int32), -1)
@@ -96,7 +94,11 @@ class SoftRouting:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'SoftRouting':
-    """The slots of some experts alone; see `Routing.of_experts`."""
+    """The slots of some experts alone, numbered anew up to `num_experts`.
+
+    `number` has the new index of each expert, `num_experts` or more for experts
+    whose slots are left out. Weights are 0 at an index that no expert gets.
+    """
     E = self.num_experts
     source = jnp.full(num_experts, E, jnp.int32)
     source = decided(source.at[number].set(jnp.arange(E), mode='drop'))
@@ -122,7 +124,7 @@ def soft_logits(
 
 
 def _of_unit_length(x: Float32[Array, '*N'], axis: int) -> Float32[Array, '*N']:
-  """The vectors along an axis, divided by their lengths; 0 stays 0."""
+  """The vectors along `axis`, divided by their lengths; 0 stays 0."""
   square = (x**2).sum(axis, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(square, _LEAST))
 

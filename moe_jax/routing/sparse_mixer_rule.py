@@ -40,10 +40,10 @@ def sparse_mixer(
   Args:
     router_logits: The logits.
     num_selected: K; 2 in the paper and in Phi-3.5-MoE.
-    threshold: The largest such quotient of an expert that takes part.
+    threshold: The largest quotient with which an expert takes part.
     key: The key of the draws; None takes the likeliest experts (inference).
-    imposed: Experts that are chosen instead, or a negative number where the
-      rule chooses. An imposed expert that takes no part in a choice has gate 0.
+    imposed: Experts to choose instead of drawn ones; negative numbers where the
+      rule draws. An imposed expert that takes no part in a choice has gate 0.
 
   Returns:
     The experts, and their gates, whose gradient is that of the softmax at the

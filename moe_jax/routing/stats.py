@@ -28,9 +28,9 @@ class RoutingStats(NamedTuple):
       ...) that were dropped because the expert was full; `drop_rate` makes a
       rate of them. Where experts choose, a token that no expert took counts as
       one dropped choice of every rank.
-    unsent: float32 [K], choices of each rank that a second policy (see
-      `token_choice`) did not send and whose expert was not full. They do not
-      count as dropped.
+    unsent: float32 [K], choices of each rank that a random second policy
+      (option of `token_choice`) did not send and whose expert was not full.
+      They do not count as dropped.
     entropy: float32 [], sum over tokens of the entropy of the router's
       probabilities, in nats; 0 for a router without logits.
     logit_square: float32 [], sum over tokens of the mean square of the
@@ -85,8 +85,11 @@ def routing_stats(
     router_logits: The logits of which the routing was made; None if there are
       none, or if the routing is a soft mixture.
     mask: False for padding.
-    num_selected: K, the length of `overflowed` and `unsent`; None where tokens
-      choose, whose choices tell it.
+    num_selected: K, the length of `overflowed` and `unsent`. It may be None
+      only where tokens choose, whose number of choices is then K.
+
+  Raises:
+    ValueError: `num_selected` is None where experts choose or slots are soft.
   """
   routing, real = jax.lax.stop_gradient(routing), mask[..., None]
   K = num_selected
@@ -135,7 +138,7 @@ def routing_stats(
 def token_entropy(
   router_logits: Float32[Array, '*G E'],
 ) -> Float32[Array, '*G']:
-  """The entropy of each token's probabilities, in nats."""
+  """The entropy, in nats, of the softmax of each token's logits."""
   log_probs = jax.nn.log_softmax(router_logits)
   return -(jnp.exp(log_probs) * log_probs).sum(-1)
 
@@ -156,9 +159,9 @@ class ExchangeStats(NamedTuple):
       whose expert was not shadowed.
     shadowed: float32 [], experts that were shadowed: sent to all devices, so
       that their rows stay where they are.
-    choices: float32 [], the number of sets of devices that exchange rows,
-      summed over microbatches; shadowed / choices is the mean number of
-      shadowed experts.
+    choices: float32 [], the number of choices of experts to shadow: one in each
+      microbatch by each set of devices that exchange rows with each other;
+      shadowed / choices is the mean number of shadowed experts.
     overflow: float32 [], rows for which the exchange had no room, and which
       were dropped. Routers do not know of such drops: the rows count as served
       in `RoutingStats`, and as kept in traces.
@@ -198,7 +201,7 @@ class MoeAux(NamedTuple):
   exchange: ExchangeStats
 
   def __getattr__(self, name: str) -> Array:
-    """The loss of this name: `aux.z_loss` is `aux.losses['z_loss']`."""
+    """The loss of this name in `losses`; AttributeError if there is none."""
     if name not in self.losses:
       raise AttributeError(f'no loss {name!r}; have {sorted(self.losses)}')
     return self.losses[name]
@@ -223,7 +226,7 @@ def empty_aux(
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
-  """`aux` with zeros added to its loads, for `num_experts` experts in all."""
+  """`aux` with zeros behind its loads [..., E], up to `num_experts` of them."""
   stats = aux.stats
   missing = num_experts - stats.load.shape[-1]
   if not missing:

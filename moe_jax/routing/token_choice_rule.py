@@ -108,8 +108,8 @@ def token_choice(
 
   Raises:
     ValueError: K is not in [1, E], an option is unknown, capacity < 1, K=1
-      with renormalised gates (the gate would be the constant 1, so that the
-      router has no gradient), or 'sampled' with K other than 2.
+      with renormalised gates (always 1, so that the router has no gradient),
+      'sampled' with K other than 2, or a threshold not in (0, 1].
   """
   E, K = router_logits.shape[-1], num_selected
   check_capacity(capacity)
@@ -162,7 +162,14 @@ def choice_slots(
   key: PRNGKey | None = None,
   given: GivenChoices | None = None,
 ) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
-  """The slot of each choice, and whether it is served; see `token_choice`."""
+  """The slot of each choice, and whether it is served, as in a `Routing`.
+
+  `expert_index` has all choices, imposed ones (`given`) included. The mask is
+  False for padding, which takes no slot. The capacity is None for unbounded
+  experts. The priority is the order in which choices are served, and the policy
+  (with its threshold and its key, if any) says which choices after the first
+  are sent; `token_choice` lists the values of both.
+  """
   K, sent, order = expert_index.shape[-1], None, None
   if key is not None and second_policy != 'all' and K > 1:
     share = jax.nn.softmax(at_choices(router_logits, expert_index))
@@ -171,8 +178,8 @@ def choice_slots(
     first = jnp.arange(K) == 0
     sent = decided(first[None, None] | (scale * share > draw))
   if slot_priority == 'batch_priority':
-    # Tokens queue by their largest probability, chosen or not. Its logarithm,
-    # which is computed here, gives the same order.
+    # Tokens queue by their largest probability, the largest first, even if its
+    # expert is not chosen. Minus its logarithm, computed here, sorts them so.
     logits = jax.lax.stop_gradient(router_logits)
     order = jnp.argsort(jax.nn.logsumexp(logits, axis=-1) - logits.max(-1))
   return queue_choices(
@@ -192,9 +199,9 @@ def choice_slots(
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:
-  """The experts of the K largest scores, without a gradient.
+  """The experts of the K largest scores, the largest first, without a gradient.
 
-  Ties go to the expert of the lower index.
+  Ties go to the expert of the lower index. K outside [1, E] is a ValueError.
   """
   check_selected(num_selected, scores.shape[-1])
   scores = jax.lax.stop_gradient(scores)
@@ -210,8 +217,9 @@ def at_choices(
 ) -> Float32[Array, '*G K']:
   """The values of the chosen experts, read by one-hot sums.
 
-  Unlike indexing, such a sum has a gradient that is a product, not a scatter,
-  and it needs no gather where `values` is sharded.
+  An index that is no expert's, such as -1, reads 0. Unlike indexing, such a sum
+  has a gradient that is a product, not a scatter, and it needs no gather where
+  `values` is sharded.
   """
   E = values.shape[-1]
   chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [..., K, E]
@@ -225,7 +233,10 @@ def choice_problems(
   gates: str = 'raw',
   second_policy: str = 'all',
 ) -> Iterator[str]:
-  """The reasons why `token_choice` refuses E, K or options, as texts."""
+  """The reasons why `token_choice` refuses E, K or options, as texts.
+
+  `gates` is one of `GATES`, and `second_policy` one of `SECOND_POLICIES`.
+  """
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
@@ -249,12 +260,13 @@ def choice_gates(
   gates: str,
   kept: Bool[Array, 'G S K'] | None = None,
 ) -> Float32[Array, 'G S K']:
-  """The gates of choices; see `token_choice`.
+  """The gates of choices, of one of the kinds that `token_choice` describes.
 
   Args:
     router_logits: The logits, with their noise if they have any.
     expert_index: The chosen experts.
-    gates: One of `GATES`.
+    gates: The kind, one of `GATES`; 'renormalized_after_drop' alone computes
+      the gates of a token from those choices that are kept.
     kept: Whether each choice is served; a choice that is not has gate 0.
       Default: all are served.
   """
@@ -269,12 +281,13 @@ def choice_gates(
   elif gates == 'sigmoid':
     gate = jax.nn.sigmoid(chosen_logits)
   elif gates == 'sigmoid_renormalized':
-    # The gradient of a quotient would be NaN where the sum is near epsilon,
-    # whose square is 0 in float32.
+    # The quotient is computed by logarithms: its gradient would divide by the
+    # square of the sum, which is 0 in float32 where the sum is near epsilon.
     gate = jax.nn.log_sigmoid(chosen_logits)
     normalizer = jax.nn.logsumexp(gate, axis=-1, keepdims=True)
     gate = jnp.exp(gate - jnp.logaddexp(normalizer, math.log(_EPSILON)))
   else:
+    assert gates == 'renormalized_after_drop', gates
     # A token without a kept choice would have only -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)
     masked = jnp.where(kept, chosen_logits, -jnp.inf)

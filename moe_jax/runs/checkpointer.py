@@ -65,7 +65,7 @@ class Checkpointer(Directory):
 
   @property
   def last_step(self) -> int | None:
-    """The step that was last saved, is being saved, or was restored."""
+    """The step that is being saved, or was last saved or restored, if any."""
     return self._pending[0] if self._pending else self._last_step
 
   def save(
@@ -179,7 +179,7 @@ class Checkpointer(Directory):
         local device.
       step: The step to read instead of the newest good one.
       partial: Whether the checkpoint may hold more than `abstract_state`, such
-        as the optimizer's state; the rest is not read.
+        as the optimizer's state, which is then not read.
       cast: Whether `abstract_state` may have other floating-point types than
         were saved; leaves are converted as they are read.
       first: The collections to use instead of `abstract_state` for a checkpoint
@@ -241,8 +241,9 @@ class Checkpointer(Directory):
   ) -> None:
     """Adds values to a saved step's manifest, then deletes old checkpoints.
 
-    Values of the same name are replaced. This runs on the checkpointer's
-    thread, after its pending save.
+    `added` has the step, and as `extra` and `metrics` the values, which replace
+    those of the same name. This runs on the checkpointer's thread, after its
+    pending save, which is `before`; None means that no save is pending.
     """
     if before is not None:
       before.result()
@@ -269,10 +270,11 @@ class Checkpointer(Directory):
     """Waits until Orbax has written a folder, and makes it a checkpoint.
 
     The manifest is added, the folder gets its final name, and old checkpoints
-    are deleted. This runs on the checkpointer's thread.
+    are deleted. This runs on the checkpointer's thread. `copy` is the state on
+    the host, which a further try writes anew; None if there is only one try.
     """
-    # With a copy on the host another try repeats the whole save, so that no
-    # single step of it is repeated.
+    # With a copy on the host another try repeats the whole save; so writing the
+    # manifest and renaming are not tried again by themselves.
     retry = self.retry if copy is None else Retry()
 
     def finish():
@@ -301,7 +303,11 @@ class Checkpointer(Directory):
         self.remove_leftovers()
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
-    """Reads a checkpoint's arrays in the dtypes and shardings of a tree."""
+    """Reads a checkpoint's arrays in the dtypes and shardings of a tree.
+
+    Arrays without a sharding come to the first local device. With `partial` the
+    checkpoint may hold more arrays than the tree, which are not read.
+    """
     # Without a sharding Orbax would use the devices of the run that saved.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -359,7 +365,8 @@ def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
       use_compression=False, type_handler_registry=handlers
     ),
     # If Orbax's thread cannot make a folder, its other threads wait for the
-    # folder, and the interpreter's exit for these threads, for five minutes.
+    # folder, and the interpreter's exit for these threads, for five minutes. So
+    # the folder is made before `save` returns, which then raises the error.
     async_options=ocp.options.AsyncOptions(
       create_directories_asynchronously=False
     ),

@@ -19,11 +19,14 @@ _MOST_LISTED = 4
 
 
 def flags(tree: Any) -> Bool[Array, ' N']:
-  """Whether each floating-point leaf is finite, in the order of `names`."""
+  """Whether each of a tree's N floating-point leaves, in order, is finite.
+
+  For a tree without such leaves the result is [True].
+  """
   leaves = _floating(tree).values()
-  # A finite number minus itself is 0, any other number NaN. XLA's CPU compiler
-  # reads a leaf once for this sum, and writes an array of booleans for
-  # `isfinite`; its maximum ignores NaN.
+  # x - x is 0 for a finite number and NaN for any other. XLA's CPU compiler
+  # reads a leaf once for this sum, but for `isfinite(x)` writes an array of
+  # booleans. A maximum would not do, as that compiler's ignores NaN.
   return jnp.stack([jnp.isfinite((x - x).sum()) for x in leaves] or [True])
 
 
@@ -33,8 +36,8 @@ def without_opt_state(state: Any) -> Any:
   Running means of finite gradients and their squares, or of finite updates, are
   finite where they were before the step. A step whose gradient has a finite
   norm and whose new parameters are finite thus has a finite optimizer state.
-  It is not read, since that would take two more passes over the memory of all
-  experts. A state that is restored or saved is checked whole (`not_finite`).
+  To read this state, too, would take two more passes over the memory of all
+  experts. What is saved or restored is checked with its optimizer's state.
   """
   return state.replace(opt_state=())
 

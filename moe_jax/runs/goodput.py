@@ -1,6 +1,6 @@
 """Goodput: the share of a run's wall time that its steps take.
 
-The rest of the time is counted by its cause. All times are of process 0.
+All other time is counted by its cause. All times are of process 0.
 """
 
 import time
@@ -27,7 +27,10 @@ def now() -> float:
 
 
 class Goodput:
-  """Counts a run's seconds by cause, with those before each restart."""
+  """Counts a run's seconds by cause, those of earlier processes included.
+
+  A cause is one of `CAUSES`, or `STEPS`.
+  """
 
   def __init__(self, last: Mapping[str, Any], begun: float):
     """Begins to count at the cause 'restart', from the seconds counted so far.

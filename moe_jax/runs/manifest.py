@@ -93,7 +93,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def _file_facts(folder: epath.Path) -> dict[str, tuple[int, str]]:
-  """The size and digest of every file but the manifest, by its path."""
+  """The bytes and the sha256 of every file but the manifest, by its path."""
   paths = sorted(
     str((parent / file).relative_to(folder))
     for parent, _, files in folder.walk()
@@ -154,7 +154,7 @@ def verify(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def describe(state: Any) -> dict[str, str]:
-  """The dtype and shape of each leaf: `{'params/w': 'float32[3,4]'}`."""
+  """Dtype and shape of each leaf by path: `{'params/w': 'float32[3,4]'}`."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
     path_name(path): f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'

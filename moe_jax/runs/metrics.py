@@ -8,7 +8,7 @@ which `read_metrics` turns back into floats.
 
 `workdir/tensorboard` and trackers (`moe_jax.runs.trackers`) have the same
 numbers, but not the lists: a chart for every expert of every layer would bury
-the others. `analysis.plot_style` draws them.
+the others. `analysis.plot_style` draws the loads, which are lists.
 """
 
 import contextlib
@@ -152,7 +152,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: Another line is not a row of metrics.
+    ValueError: A line that is complete is not a row of metrics.
   """
   rows = []
   for number, line, row in _lines(pathlib.Path(path)):
@@ -183,7 +183,8 @@ def _lines(
 def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
   """Rewrites a file of metrics, all or nothing, without rows after `step`.
 
-  Rows of the evaluations `due` are dropped at `step` itself, too.
+  Rows of the evaluations named in `due` are dropped at `step` itself, too, and
+  so are lines that are no rows.
   """
   prefixes = tuple(f'eval/{name}/' for name in due)
   copy = path.with_name(f'{path.name}.tmp')

@@ -51,7 +51,7 @@ class Owner(NamedTuple):
 
 
 class OwnedError(InputError):
-  """Another job owns the folder."""
+  """Another job owns a folder, or the folder's `owner.json` has gone."""
 
 
 def read(folder: epath.Path) -> Owner | None:
@@ -64,7 +64,7 @@ def read(folder: epath.Path) -> Owner | None:
 
 
 def holder(folder: epath.Path) -> Owner | None:
-  """The owner of a folder if a job holds its lock now; nothing is written."""
+  """The job that holds a folder's lock; None if it is free or has no lock."""
   try:
     if (folder / LOCK).exists():
       with _lock(folder):
@@ -130,7 +130,12 @@ def owned(
 def _take(
   folder: epath.Path, owner: Owner, stack: contextlib.ExitStack
 ) -> None:
-  """Makes `owner` the owner of a folder until `stack` ends."""
+  """Makes `owner` the owner of a folder until `stack` ends.
+
+  Raises:
+    OwnedError: Another job holds the folder's lock.
+    ValueError: The folder cannot be made or written.
+  """
   is_local, is_locked = '://' not in os.fspath(folder), False
   try:
     for path in [*reversed(folder.parents), folder] if is_local else ():
@@ -163,7 +168,10 @@ def _lock(folder: epath.Path) -> filelock.BaseFileLock:
 
 
 def _hold_lock(folder: epath.Path, stack: contextlib.ExitStack) -> bool:
-  """Holds a folder's lock until `stack` ends; False if storage has no locks."""
+  """Holds a folder's lock until `stack` ends; False if storage has no locks.
+
+  Raises OwnedError if another job holds it.
+  """
   try:
     stack.enter_context(_lock(folder))
   except filelock.Timeout:

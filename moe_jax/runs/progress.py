@@ -105,7 +105,7 @@ class Progress:
     """Shows the name of an evaluation while the body runs.
 
     On a progress bar the name stands in place of loss, speed and time left.
-    Without a bar a line names the evaluation, if it takes long.
+    Without a bar a line names the evaluation, if it takes over 30 seconds.
     """
     text = f'evaluating {name}'
     if self._bar is None:

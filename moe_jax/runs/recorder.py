@@ -49,12 +49,12 @@ class Recorder:
     workdir: The folder of the run.
     total_steps: The number of steps of the whole run.
     log_every_steps: The number of steps between two rows.
-    max_nonfinite_steps: The number of steps that may be skipped.
+    max_nonfinite_steps: The number of steps that may be skipped as not finite.
     batch_tokens: The number of tokens of a batch.
-    moes: The mixture of experts of each layer, as in `Stacks.moes`.
+    moes: The options of each layer's mixture of experts, None for a dense one.
     state: The shapes of the train state.
     checkpoints: The run's checkpoints, which an error names.
-    tell: Makes a text of an evaluation's row of metrics without a loss.
+    tell: Makes a text of an evaluation's row of metrics, if that has no loss.
     confirm: Raises ValueError if another job has taken the folder.
     trackers: Names of the trackers that get the rows, too.
     least_step_seconds: The seconds that a step would take at the peak speed of
@@ -136,8 +136,7 @@ class Recorder:
     out.
 
     Raises:
-      NonFiniteError: More than `max_nonfinite_steps` steps were not
-        finite.
+      NonFiniteError: More than `max_nonfinite_steps` steps were not finite.
     """
     self._ended = self._thread.submit(_time_of_end, metrics.loss)
     self._flush()
@@ -145,7 +144,9 @@ class Recorder:
 
   @contextlib.contextmanager
   def paused(self, cause: str) -> Iterator[None]:
-    """Reads the metrics of the last step; no step is taken while the body runs.
+    """Reads the last step's metrics, then counts the body's time for a cause.
+
+    The body takes no step.
 
     Args:
       cause: The reason for the pause: 'evaluation' or 'checkpoint'.
@@ -236,6 +237,12 @@ class Recorder:
 
     The file is written all or nothing; every process calls this.
 
+    Args:
+      step: The number of the step.
+      text: What is not finite, for messages.
+      sums: The sums of the step, as `summary.host` gives them, for the error.
+      batch: The global batch of the step.
+
     Raises:
       NonFiniteError: No further step may be skipped.
       OSError: The file cannot be written.
@@ -288,7 +295,7 @@ def _time_of_end(array: Any) -> float:
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps, also of before a restart, whose batches are in the workdir."""
+  """The steps, of earlier starts too, whose batches were kept as not finite."""
   numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 

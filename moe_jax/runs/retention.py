@@ -33,7 +33,7 @@ _TRIES = 20  # to remove a folder to which a failed save may still write
 
 
 class CheckpointError(ReportedError, RuntimeError):
-  """A checkpoint could not be written or read; all other ones are untouched."""
+  """A checkpoint cannot be written or read; no other checkpoint was changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class CheckpointOptions(Options):
 
   @property
   def best_name(self) -> str:
-    """The name of the number that decides which checkpoint is the best."""
+    """The name in a manifest of the number that decides the best checkpoint."""
     if self.best_metric == 'loss':
       return self.best_eval
     return f'{self.best_eval}/{self.best_metric}'
@@ -104,10 +104,11 @@ class CheckpointOptions(Options):
       rows: The rows of evaluations, by name.
 
     Returns:
-      The number; None if the evaluation that measures it is not in `rows`.
+      The number; None if `rows` lacks it.
 
     Raises:
-      ValueError: The evaluation's row lacks the number.
+      ValueError: The row of `best_eval` lacks the number, and `keep_best` is
+        True.
     """
     row = rows.get(self.best_eval)
     if row is None or self.best_metric not in row:
@@ -117,7 +118,6 @@ class CheckpointOptions(Options):
     return float(row[self.best_metric])
 
   def shrunk(self) -> 'CheckpointOptions':
-    """A copy of these options with a checkpoint at the end of the run only."""
     return dataclasses.replace(self, every_steps=0)
 
 
@@ -140,7 +140,7 @@ class Directory:
     self.retry = Retry(self.options.tries, self.options.retry_seconds)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
-    """The folder of a checkpoint; a suffix marks one being saved or deleted."""
+    """The folder of a checkpoint; a suffix means that it is not in use."""
     return self.path / f'{step}{suffix}'
 
   def folders(self) -> list[int]:
@@ -163,7 +163,7 @@ class Directory:
     return [n for n in self.folders() if (self.folder(n) / name).exists()]
 
   def best_step(self) -> int | None:
-    """The step with the best finite metric, the earliest of equals."""
+    """The step with the best finite metric, the earliest of equals, or None."""
     values, name = {}, self.options.best_name
     for step in self.steps():
       try:
@@ -241,7 +241,10 @@ class Directory:
     return sorted(removed)
 
   def prune(self) -> None:
-    """Deletes all checkpoints except the newest ones and the best."""
+    """Deletes all checkpoints except those that the options keep.
+
+    These are the `keep_newest` newest ones and, with `keep_best`, the best.
+    """
     steps = self.steps()
     kept_steps: set[int | None] = set(steps[-self.options.keep_newest :])
     if self.options.keep_best:

@@ -46,7 +46,10 @@ class Retry(NamedTuple):
   wait_seconds: float = 1.0
 
   def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-    """Returns `function(*args)`, which may be called several times."""
+    """Returns `function(*args)`, after several calls if needed.
+
+    The error of the last call, or one that is not transient, is raised.
+    """
     for number in itertools.count(1):
       try:
         return function(*args)
@@ -60,7 +63,10 @@ class Retry(NamedTuple):
 
 
 def is_transient(error: BaseException | None) -> bool:
-  """Whether another try may succeed after an error, or after its cause."""
+  """Whether another try may succeed after an error; None gives False.
+
+  An error of unknown kind is judged by its cause.
+  """
   while error is not None:
     # Names are compared, since requests, aiohttp and gcsfs, whose errors have a
     # status or a code, need not be installed.

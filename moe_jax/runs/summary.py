@@ -45,7 +45,8 @@ class StepMetrics(NamedTuple):
     learning_rate: float32 [], the learning rate before the factors by parameter
       of `optimizer.rate_rules`.
     finite: bool [N], whether each floating-point leaf of the state after the
-      step is finite, in the order of `moe_jax.runs.finite.names`.
+      step, but for the optimizer's state, is finite, in the order of
+      `moe_jax.runs.finite.names`.
   """
 
   loss: Array
@@ -80,18 +81,17 @@ def sparse_layers(sums: LossSums) -> list[int]:
 def summarize(
   sums: LossSums, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
-  """A row of metrics with `loss`, `drop_rate`, and `layer_<i>/...` by router.
+  """A row of metrics: `loss`, `drop_rate`, and each router's `layer_<i>/...`.
 
-  The loss is in nats per token. The drop rate is that of
-  `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
-  all choices that fall on each expert, before drops. With `moe.force_balance` a
-  row has `forced_balance`, which is 1.
+  The loss is in nats per token. The drop rate is the fraction of choices of
+  experts that were dropped, averaged over sparse layers; `load` is the fraction
+  of all choices that fall on each expert, before drops. With
+  `moe.force_balance` a row has `forced_balance`, which is 1.
 
   Args:
     sums: Sums as `host` gives them.
     moes: The options of each layer's mixture of experts, None for a dense
-      layer, as in `Stacks.moes`; they say how many experts and choices the
-      layer has.
+      layer; they say how many experts and choices the layer has.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}
@@ -108,15 +108,18 @@ def summarize(
 def layer_summary(
   sums: LossSums, layer: int, moes: Sequence[MoeOptions | None]
 ) -> dict[str, Any]:
-  """The metrics of the router of one layer, which is a sparse one.
+  """The metrics, by name, of the router of layer `layer`, counted from 0.
+
+  `sums` are those that `host` gives; `moes` are the options of each layer's
+  mixture of experts, None for a dense layer.
 
   Raises:
     ValueError: A user's own router chose experts that the layer lacks.
   """
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   moe = cast(MoeOptions, moes[layer])
-  # Layers of an encoder and a decoder may differ in E and K, and zeros fill
-  # the statistics of all layers up to the largest.
+  # Layers of an encoder and a decoder may differ in E and K. Statistics have
+  # the largest E and K of all layers, filled up with zeros, which are cut off.
   E, K = moe.num_experts, moe.num_selected
   stats = aux.stats._replace(
     load=aux.stats.load[:E],

@@ -42,7 +42,7 @@ class TensorBoard:
     self._write(first_step, session_log={'status': 'START'})
 
   def write(self, step: int, row: Mapping[str, float]) -> None:
-    """Adds the numbers of a row of metrics."""
+    """Adds the numbers of a row of metrics as the scalars of a step."""
     value = [{'tag': k, 'simple_value': v} for k, v in row.items()]
     self._write(step, summary={'value': value})
 
@@ -59,6 +59,9 @@ class TensorBoard:
 
 class WeightsAndBiases:
   """A run of Weights & Biases, which has the config and a row for each step.
+
+  `folder` is the workdir, and `run_id` the id of the run to go on with; None
+  begins a new run.
 
   Weights & Biases ignores rows of steps that it already has, so a run that goes
   on from a checkpoint adds only the rows of new steps.
@@ -88,6 +91,9 @@ class WeightsAndBiases:
 
 class MLflow:
   """A run of MLflow, which has the config as parameters, and the metrics.
+
+  `folder` is the workdir, and `run_id` the id of the run to go on with; None
+  begins a new run.
 
   A step that is taken again, by a run that goes on from a checkpoint, has its
   row there twice.

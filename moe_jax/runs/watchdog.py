@@ -32,15 +32,15 @@ from moe_jax.errors import InputError
 
 FOLDER = 'processes'
 TICK_SECONDS = 0.5
-# Seconds within which all other processes have read what process 0 writes, and
-# within which a process whose collective operation failed looks for a process
-# that died.
+# Seconds within which all other processes have read what process 0 writes. A
+# process whose collective operation has failed takes a process that is silent
+# for longer as lost.
 MOMENT_SECONDS = 5.0
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# All files have one size and are written in place: a full disk does not prevent
-# it, and network file systems show the new content to whoever opens the file.
+# All files have one size and are written in place, so that a full disk does not
+# prevent a write; network file systems show new content when a file is opened.
 _BYTES, _LONGEST_TEXT = 4096, 800
 
 
@@ -101,7 +101,10 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
 
 
 class Watchdog:
-  """Tells the other processes of this one's stages, and ends it with them."""
+  """Tells the others this process' stages; ends it if another is lost.
+
+  `folder` is the folder of the files in which processes write their stages.
+  """
 
   def __init__(self, timeouts: Timeouts, folder: pathlib.Path):
     self._index, self._size = jax.process_index(), jax.process_count()
@@ -220,7 +223,7 @@ class Watchdog:
     return f'nothing moved for {self._stall} s; {who} got only to {stage}'
 
   def _problem(self, index: int) -> str | None:
-    """The reason for which a process ends, or how it is lost; None if it runs.
+    """Why process `index` ends, or how it is lost; None if it runs on.
 
     The text is a sentence that names the process.
     """

@@ -71,7 +71,7 @@ def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 class Workdir(NamedTuple):
-  """A folder that `check` has found a run may use.
+  """A folder that a run may use, as `check` has found.
 
   Attributes:
     folder: The folder, which need not exist.
@@ -109,7 +109,7 @@ def check(
     ValueError: The name is not that of a folder; the folder's config cannot be
       read, or differs, in which case the differences are listed, old before
       new; its checkpoints are not in the directory that `config` gives; or that
-      directory may hold another run's.
+      directory may hold checkpoints of another run.
   """
   folder = folder_of(workdir)
   changes = []
@@ -146,10 +146,12 @@ def check(
 def _checked_directory(
   folder: pathlib.Path, directory: str, resume: bool
 ) -> epath.Path:
-  """The directory of a run's checkpoints; raises ValueError if it may not be.
+  """The directory of a run's checkpoints.
 
-  With another directory than before the run would begin anew, and in another
-  run's directory it would go on from that run's checkpoints.
+  `directory` is the option `checkpoint.directory`; '' is the one in `folder`.
+  ValueError is raised for another directory than before, where the run would
+  begin anew, and, unless `resume`, for a directory that may be another run's,
+  from whose checkpoints the run would go on.
   """
   is_used = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
   old, new = checkpoints_of(folder), checkpoints_of(folder, directory)
@@ -377,7 +379,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
-  """Renames a file to the first free name with a number; returns the path."""
+  """Renames `a.json` to the first free of `a.0.json`, `a.1.json`, and so on."""
   number = 0
   while (
     aside := path.with_name(f'{path.stem}.{number}{path.suffix}')

@@ -48,7 +48,8 @@ class AveragedState(TrainState):
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
   """Returns a run's first state with a running mean that covers no step yet.
 
-  Where decay is 0, the state is returned as it is, without a mean.
+  The mean is of the parameters in `trained`. Where decay is 0, the state is
+  returned as it is, without a mean.
   """
   if not decay:
     return state
@@ -91,12 +92,15 @@ def averaging(
 
 
 def averaged(params: Any, averages: Averages | None) -> Any:
-  """The parameters, each replaced by its running mean where it has one."""
+  """The parameters, in which running means replace those that train.
+
+  The means are cast to the parameters' types. `averages` None gives `params`.
+  """
   if averages is None:
     return params
   return changed(averages.mean, params, lambda mean, p: mean.astype(p.dtype))
 
 
 def kept_by_optimizer(state: TrainState) -> Any:
-  """The optimizer's state, and the running means if the run keeps them."""
+  """A pair: the optimizer's state, and the running means, None if not kept."""
   return state.opt_state, getattr(state, 'averages', None)

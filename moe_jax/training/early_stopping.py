@@ -77,7 +77,7 @@ class EarlyStopping:
 
   @property
   def _rule(self) -> dict[str, Any]:
-    """The metric, its better direction and the least change, by name."""
+    """What decides which values count as better, as a checkpoint keeps it."""
     return {
       'metric': self.checkpoint.best_name,
       'best_is_highest': self.checkpoint.best_is_highest,
@@ -109,7 +109,7 @@ class EarlyStopping:
     """Counts the measurement of a step; None, for no measurement, is ignored.
 
     A value that is not finite never counts as better. Every process has to call
-    this.
+    this, as all take the value of process 0.
     """
     if value is None or not self.options.patience:
       return

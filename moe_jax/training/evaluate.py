@@ -74,7 +74,7 @@ class Setting:
 
 
 def every_steps_option(every_steps: int) -> Any:
-  """The field of an evaluation's options for its period, with its default."""
+  """The field of an evaluation's options for its period, with this default."""
   return option(
     every_steps,
     'Number of optimizer steps between two measurements of the evaluation, '
@@ -92,10 +92,7 @@ def num_batches_option() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions(Options):
-  """The contract of kinds of evaluation.
-
-  A subclass overrides `measure`.
-  """
+  """The base of the kinds of evaluation, which override `measure`."""
 
   every_steps: int = every_steps_option(0)
   model_overrides: Mapping[str, Any] = option(
@@ -125,7 +122,6 @@ class EvaluationOptions(Options):
     raise NotImplementedError
 
   def shrunk(self) -> Self:
-    """A copy of these options with a period of two steps."""
     return dataclasses.replace(self, every_steps=2)
 
 
@@ -142,12 +138,10 @@ class LossEvaluation(EvaluationOptions):
   )
 
   def measure(self, setting: Setting) -> 'Losses':
-    """Returns the function that measures the loss on the split."""
     rows = setting.dataset.splits[self.split]
     return Losses(setting.model, self.num_batches, rows, setting.put)
 
   def shrunk(self) -> Self:
-    """A copy of these options with a period of two steps and one batch."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
@@ -164,7 +158,8 @@ class Evaluation:
 
   Attributes:
     name: The name of the entry.
-    every_steps: Its period in optimizer steps; with 0 it runs only at the end.
+    every_steps: Its period in optimizer steps; at the end of the run it runs in
+      any case, and with 0 only then.
     measure: Function from variables and a step to a row of metrics.
   """
 
@@ -173,7 +168,7 @@ class Evaluation:
   measure: Measure
 
   def due(self, step: int) -> bool:
-    """Whether the evaluation runs after `step` steps, if the run goes on."""
+    """Whether `step` is a multiple of the period; never with a period of 0."""
     return self.every_steps > 0 and step % self.every_steps == 0
 
 
@@ -260,7 +255,10 @@ class Losses:
     return map(self.put.local, batches)
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of metrics that `summary.summarize` makes from all batches."""
+    """The row with the loss, in nats per token, and routers' statistics.
+
+    `step` is not used: the row depends on the variables alone.
+    """
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(
@@ -273,8 +271,10 @@ class Losses:
 
     Args:
       variables: The variables of the model.
-      apply: Applies the model, and may return the choices of experts.
-      record: Called for each batch with its index, the batch and its choices.
+      apply: Applies the model, and returns its result and the choices of
+        experts, or None in place of the choices.
+      record: Called for each batch with its index, the batch, and the choices
+        of experts, or None where `apply` returns none.
     """
     compiled_step = compiled_eval_step(self.model, self.put, apply)
 
@@ -292,9 +292,9 @@ class Losses:
 
 
 def behind(results: Iterator[R]) -> Iterator[R]:
-  """Yields each result once `_IN_FLIGHT` later ones have been begun.
+  """Yields results in order, each after the next two, if any, have begun.
 
-  So the devices compute while the caller reads a result.
+  So the devices compute later results while the caller reads an earlier one.
   """
   pending = collections.deque[R]()
   for result in results:
@@ -309,8 +309,9 @@ def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
   """Returns the compiled function (variables, batch) -> sums over the batch.
 
   The batch is one that `put` has moved. The sums are those of the losses and
-  of the routers' statistics. The model is applied without noise and dropout.
-  Equal models share the function.
+  of the routers' statistics, with the choices of experts if `apply` returns
+  them. `apply` applies the model, without noise and dropout. Equal arguments
+  share the function.
   """
 
   def eval_step(variables, batch):
@@ -366,7 +367,9 @@ def make_evaluations(
 def differing_parameters(model: Model, changed: Model) -> str:
   """Lines on the parameters whose shapes differ between two models.
 
-  The text is '' if there are none. Types of floating-point numbers may differ.
+  The lines call the parameters of `model` "saved" and those of `changed`
+  "wanted". The text is '' if no shapes differ. Types of floating-point numbers
+  may differ.
   """
   if changed == model:
     return ''

@@ -9,19 +9,15 @@ step is lost, and the evaluation is made when the run goes on.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-from jax.experimental import multihost_utils
 
-from moe_jax.cli import print_line
 from moe_jax.errors import InputError
 from moe_jax.runs import goodput
 from moe_jax.runs.ownership import owned
+from moe_jax.runs.signals import catching_interrupt, catching_sigterm
 from moe_jax.runs.watchdog import Watchdog, watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training.evaluate import Stopped, evaluation_rows
@@ -62,15 +58,15 @@ def train_and_evaluate(
       when the function returns or raises.
     resume: Whether to go on even where the workdir's options differ.
     devices: The devices of the mesh; None means all devices.
-    initial: Gives the parameters for the section `init_from`; see
-      `setup.begin`.
+    initial: Gives the parameters of a new run, such as those of the run that
+      `init_from` names; None draws them from the seed.
 
   Raises:
     ValueError: The options or the data are bad; `workdir` cannot be written,
       belongs to another run, or another job uses it or has taken it.
     CheckpointError: A checkpoint could not be written or read.
-    NonFiniteError: The loss, the gradient or the new state is not finite;
-      nothing is saved after it.
+    NonFiniteError: The loss, the gradient or the new state was not finite in
+      more than `max_nonfinite_steps` steps; nothing is saved after them.
     Interrupted: Ctrl-C stopped the run before its end; it has saved.
   """
   if unserved := set(options.for_hooks) - {hook.serves for hook in hooks}:
@@ -193,7 +189,8 @@ def _evaluate(at: _Loop) -> bool:
   Metrics are recorded before early stopping judges them. If early stopping
   ends the run, the evaluations that are not due at this step are run here,
   too. A run that is resumed with less patience may end at once; then only
-  those other evaluations are run.
+  those other evaluations are run. Where a signal or an `InputError` of an
+  evaluation cuts this short, the step is saved first if it is not yet.
   """
   run, measured, step = at.run, set[str](), at.step
   early = run.early_stopping
@@ -236,7 +233,7 @@ def _evaluate(at: _Loop) -> bool:
 
 
 def _save(at: _Loop, best: float | None = None) -> None:
-  """Saves a checkpoint, or updates the manifest of the step's checkpoint.
+  """Saves a checkpoint; if the step has one, only its manifest is updated.
 
   Args:
     at: The run, and the step at which it is.
@@ -256,72 +253,3 @@ def _save(at: _Loop, best: float | None = None) -> None:
     )
     if is_new:
       run.message(f'step {at.step}: saving a checkpoint')
-
-
-# Processes agree by numbered calls where to stop: at the first number above
-# all that any process has passed to JAX. The numbers start at 1, since JAX acts
-# as if 0 had been passed; so they are not the steps, which start higher in a
-# resumed run.
-_CALLS = itertools.count(1)
-_SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
-
-
-@contextlib.contextmanager
-def _handling(number: int, handler: Callable[..., None]) -> Iterator[None]:
-  """Handles a signal while the body runs; does nothing outside the main thread.
-
-  Python lets only the main thread set a handler.
-  """
-  try:
-    old_handler = signal.signal(number, handler)
-  except ValueError:  # not the main thread: signals are the caller's
-    yield
-    return
-  try:
-    yield
-  finally:
-    signal.signal(number, old_handler)
-
-
-@contextlib.contextmanager
-def catching_sigterm() -> Iterator[Callable[[], bool]]:
-  """Catches SIGTERM; gives a function that returns whether to stop now.
-
-  The function is called once after each step, and before each batch of an
-  evaluation, until it returns True. With several processes JAX catches the
-  signal, and all processes stop at the same call, which none of them had made
-  when the first of them got the signal.
-  """
-  if jax.process_count() > 1:
-    yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
-    return
-  received = []
-  with _handling(signal.SIGTERM, lambda *_: received.append(True)):
-    yield lambda: bool(received)
-
-
-@contextlib.contextmanager
-def catching_interrupt() -> Iterator[list[int]]:
-  """Makes the first Ctrl-C a SIGTERM; gives the list of signals caught.
-
-  The second Ctrl-C stops the cell of a notebook at once, and elsewhere the
-  process. A caller's own handler stays, and so does that of a job that ignores
-  Ctrl-C.
-  """
-  old_handler, received = signal.getsignal(signal.SIGINT), []
-
-  def on_first_interrupt(number, _):
-    received.append(number)
-    # The prompt ps1 exists where Python is used interactively.
-    next_handler = old_handler if hasattr(sys, 'ps1') else signal.SIG_DFL
-    signal.signal(signal.SIGINT, next_handler)
-    signal.raise_signal(signal.SIGTERM)
-    # The signal may have come while this stream was written to.
-    with contextlib.suppress(RuntimeError):
-      print_line(_SAVING, sys.stderr)
-
-  if old_handler is not signal.default_int_handler:
-    yield received
-    return
-  with _handling(signal.SIGINT, on_first_interrupt):
-    yield received

@@ -1,7 +1,7 @@
 """The loss that is minimised: a model's own loss, and weighted router losses.
 
 Sums are divided by normalisers of the whole batch, taken before it is split
-into microbatches, so that accumulation changes nothing. The weights of the
+into microbatches, so that their number changes nothing. The weights of the
 auxiliary losses are options of routers; a schedule multiplies them by a factor
 of the step. A new schedule is one class with its options and its factor.
 """
@@ -34,7 +34,8 @@ class Normalizers(NamedTuple):
 
   Attributes:
     weight: float32 [], sum of loss weights.
-    tokens: float32 [L], number of tokens that each layer's router routes.
+    tokens: float32 [L], number of tokens that each layer's router routes, at
+      least 1.
   """
 
   weight: Array
@@ -43,7 +44,7 @@ class Normalizers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-  """Coefficients of the losses that are added to a model's own.
+  """Coefficients of the losses that are added to the cross-entropy.
 
   Attributes:
     routers: Coefficients of the routers' losses by the loss's name, such as
@@ -63,7 +64,11 @@ class LossWeights:
 
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
-  """The coefficients of a model's router losses, with `logits_z` as given."""
+  """The coefficients of a model's losses besides the cross-entropy.
+
+  Those of routers are from their options; `logits_z` is that of the z-loss of
+  the output logits.
+  """
   stacks, moe = model.stacks, model.stacks.moe
   mean = moe is not None and moe.layer_reduce == 'mean'
   num_averaged = len(stacks.mixtures) if mean else 1
@@ -77,7 +82,13 @@ def normalizers(model: Model, batch: Batch) -> Normalizers:
 
 
 def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
-  """The sums of losses and statistics over one batch or microbatch."""
+  """The sums of losses and statistics over one batch or microbatch.
+
+  Args:
+    losses: The losses of the tokens, which are multiplied by loss weights.
+    batch: The batch or microbatch, for its loss weights.
+    aux: The sums of the routers' losses and statistics, which are not changed.
+  """
   weights = batch['loss_weights']
 
   def weighted(nats):
@@ -92,7 +103,11 @@ def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
 def aux_loss(
   aux: MoeAux, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The weighted sum of the routers' losses, without losses of weight 0."""
+  """The weighted sum of the routers' losses, each per token that is routed.
+
+  The sum is over losses and layers, divided by `weights.num_averaged`. Losses
+  of weight 0 are left out. `aux` has sums over tokens for each layer.
+  """
   total = jnp.zeros((), jnp.float32)
   for loss, weight in weights.routers.items():
     if _counts(weight):
@@ -101,14 +116,18 @@ def aux_loss(
 
 
 def _counts(weight: Leaf) -> bool:
-  """Whether a loss is computed: its weight is not the constant 0."""
+  """Whether a loss is computed: its weight is an array, or a number but 0."""
   return isinstance(weight, jax.Array) or bool(weight)
 
 
 def total_loss(
   sums: LossSums, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The part of the whole batch's loss that a (micro)batch contributes."""
+  """The part of a batch's loss that the batch or a microbatch contributes.
+
+  `sums` are of the batch or microbatch, `divisors` always of the whole batch,
+  so that the results of its microbatches add up to its loss.
+  """
   total = sums.cross_entropy / divisors.weight
   if _counts(weights.logits_z):
     total = total + weights.logits_z * sums.logits_z / divisors.weight
@@ -117,10 +136,7 @@ def total_loss(
 
 @dataclasses.dataclass(frozen=True)
 class AuxSchedule(Options):
-  """The contract of schedules of the auxiliary losses.
-
-  A subclass overrides `factor_at`.
-  """
+  """The base of schedules of auxiliary losses, which override `factor_at`."""
 
   losses: tuple[str, ...] = option(
     _BUILTIN,
@@ -150,7 +166,11 @@ class AuxSchedule(Options):
     raise NotImplementedError
 
   def weights(self, weights: LossWeights, step: Leaf) -> LossWeights:
-    """Returns the weights of the losses after `step` optimizer steps."""
+    """Returns the weights of the losses after `step` optimizer steps.
+
+    They are `weights`, multiplied by the factor of the step if the schedule
+    names the loss.
+    """
     factor = self.factor_at(step)
 
     def changed(loss, weight):
@@ -166,7 +186,8 @@ class AuxSchedule(Options):
   def check(self, weights: LossWeights) -> None:
     """Raises ValueError if the schedule names a loss that does not exist.
 
-    The losses that exist are those of the model and of built-in routers.
+    The losses that exist are those of the model, which `weights` names, and of
+    built-in routers.
     """
     own_names = (loss.removesuffix('_loss') for loss in weights.routers)
     names = {_LOGITS, *_BUILTIN, *own_names}
@@ -184,7 +205,6 @@ class Constant(AuxSchedule):
   """A factor that no step changes: 1 keeps losses' weights, 0 makes them 0."""
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor of losses' weights, a Python number, for any step."""
     return self.factor
 
 
@@ -192,7 +212,7 @@ class Constant(AuxSchedule):
 class Linear(AuxSchedule):
   """A factor that changes in a straight line from a first to a final value.
 
-  After the line it keeps the final value.
+  Before and after the line the factor keeps these values.
   """
 
   final_factor: float = option(
@@ -215,10 +235,6 @@ class Linear(AuxSchedule):
   )
 
   def factor_at(self, step: Leaf) -> Leaf:
-    """The factor of losses' weights, linear in the step from `start_step` on.
-
-    It is `factor` before `start_step`, and `final_factor` after the line's end.
-    """
     if self.factor == self.final_factor:
       return self.factor
     fraction = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)

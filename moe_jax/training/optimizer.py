@@ -29,8 +29,8 @@ from moe_jax.training import rounded_moments
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
 Transform = optax.GradientTransformation
-# A rule: a regular expression, or 'part:' and an expression over parts; and the
-# factor of the parameters that it selects.
+# A rule: a regular expression of names, or 'part:' and parts of the model, such
+# as 'part:experts + router'; and the factor of the parameters that it selects.
 Pattern = tuple[str, float]
 _PART = 'part:'
 # Axes along which matrices are stacked; no statistic is shared along them.
@@ -43,9 +43,10 @@ def _decay(default: float, mean: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Options):
-  """The contract of optimizers, which clip, precondition, decay and scale.
+  """The base of optimizers, which override `preconditioner`.
 
-  A subclass overrides `preconditioner`.
+  An optimizer clips gradients, preconditions them, decays weights, and scales
+  by the learning rate, in this order.
   """
 
   learning_rate: float = option(
@@ -110,7 +111,7 @@ class Optimizer(Options):
     raise NotImplementedError
 
   def rate(self, total_steps: int) -> optax.Schedule:
-    """Returns the function from the number of steps taken to the rate."""
+    """Returns the learning rate as a function of the number of steps taken."""
     return self.schedule.rate(self.learning_rate, total_steps)
 
   def next_rate(self, total_steps: int) -> Callable[[Any], Leaf]:
@@ -206,7 +207,6 @@ class AdamW(Optimizer):
   )
 
   def preconditioner(self, axes: Any, roles: Any) -> Transform:
-    """Returns Adam's transformation, which works element by element."""
     if self.moment_dtype == 'bfloat16':
       return rounded_moments.scale_by_adam(self.b1, self.b2, self.epsilon)
     return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
@@ -214,10 +214,10 @@ class AdamW(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Optimizer):
-  """Adafactor with relative steps clipped by layer (arXiv:1804.04235).
+  """Adafactor (arXiv:1804.04235), with steps relative to a matrix's magnitude.
 
-  Each matrix has its own factors, clipping and scale; stacked layers or experts
-  share none.
+  Each matrix has its own factored moments, clipping of the update, and scale,
+  its root mean square; matrices of stacked layers or experts share none.
   """
 
   b1: float = _decay(0.9, 'the mean of updates; 0 keeps no first moment.')
@@ -243,7 +243,6 @@ class Adafactor(Optimizer):
   )
 
   def preconditioner(self, axes: Any, roles: Any) -> Transform:
-    """Returns Adafactor's transformation, applied to each matrix by itself."""
     transform = optax.chain(
       optax.scale_by_factored_rms(
         decay_rate=self.decay_exponent,
@@ -258,7 +257,7 @@ class Adafactor(Optimizer):
 
 
 def is_role(leaf: Any) -> bool:
-  """Whether a node of a tree is a `Role`, which is a leaf of it."""
+  """Whether a node is a `Role`, which `jax.tree.map` shall not enter."""
   return isinstance(leaf, Role)
 
 
@@ -274,7 +273,7 @@ def _expression(pattern: str) -> str:
 
 
 def clipped(largest: float) -> Transform:
-  """Clips by the global norm, as `optax.clip_by_global_norm` does.
+  """Clips gradients to the global norm `largest`, as optax's function does.
 
   Each gradient is multiplied by one number, which is the same for all; optax
   first divides each gradient by the norm. A compiler repeats such a product
@@ -291,7 +290,7 @@ def clipped(largest: float) -> Transform:
 
 
 def _in_float32(inner: Transform) -> Transform:
-  """Wraps a transformation, which gets float32 gradients and parameters.
+  """Wraps a transformation so that it gets float32 gradients and parameters.
 
   Otherwise the transformation's state would have the type of the parameters. In
   bfloat16, rounded to the nearest, a running mean does not move where its
@@ -310,7 +309,7 @@ def _in_float32(inner: Transform) -> Transform:
 
 
 def is_names(leaf: Any) -> bool:
-  """Whether a node of a tree is a tuple of logical axes, a leaf of it."""
+  """Whether a node is a tuple of axes, which `jax.tree.map` shall not enter."""
   return isinstance(leaf, tuple)
 
 
@@ -350,7 +349,7 @@ def per_matrix(transforms: Any, axes: Any) -> Transform:
 
 
 def stacked(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
-  """The leading logical axes along which matrices are stacked."""
+  """The leading logical axes of a parameter that stack layers or experts."""
   return tuple(itertools.takewhile(STACKED_AXES.__contains__, names))
 
 
@@ -411,7 +410,6 @@ class Muon(Optimizer):
   )
 
   def preconditioner(self, axes: Any, roles: Any) -> Transform:
-    """Muon's transformation of hidden matrices, and Adam's of all others."""
     adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
     adam = optax.chain(adam, optax.scale(self.adam_rate))
 
@@ -422,9 +420,9 @@ class Muon(Optimizer):
     return per_matrix(transforms, axes)
 
   def _orthogonal(self, names: tuple[str | None, ...]) -> Transform:
-    """Muon's transformation of one kernel out of the stacked ones.
+    """Muon's transformation of one matrix of a stacked parameter.
 
-    `names` are the logical axes of the stacked parameter.
+    `names` are the logical axes of the parameter, stacked axes included.
     """
     sides = dimensions(names[len(stacked(names)) :])
 
@@ -449,7 +447,8 @@ def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
   """Whether a parameter is a kernel between hidden values, which Muon trains.
 
   A kernel from the residual stream to one number, a gate, is no matrix, and
-  neither is the factor of an adapter that leads to such a number.
+  neither is the factor of an adapter that leads to such a number. `names` are
+  the parameter's logical axes.
   """
   hidden = role.form == 'kernel' and role.role in _HIDDEN
   return hidden and names[-2:] not in (('embed', None), (RANK, None))
@@ -458,9 +457,10 @@ def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
 def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
   """The dimensions of a kernel that are inputs, and those that are outputs.
 
-  A kernel whose last axis is 'embed' leads from its other axes to the residual
-  stream, and one whose last axis is the rank of an adapter, to the adapter's
-  other factor; any other kernel has its first axis as input.
+  If the last axis is 'embed' (the residual stream) or the rank of an adapter,
+  it is the output, and all other axes are inputs. Otherwise the first axis is
+  the input, and all others are outputs. `names` are the logical axes of one
+  matrix, without those that stack matrices; the result has their indices.
   """
   split = len(names) - 1 if names[-1] in ('embed', RANK) else 1
   return contrib.MuonDimensionNumbers(

@@ -171,10 +171,12 @@ def make_step(
     adapters: The adapters of the model.
     trained: The parameters that train.
     optimizer: The optimizer of these parameters.
-    change: Function that changes the weights of the losses.
+    change: Function from the weights of the losses by the options to those that
+      the step uses.
     balance_bias_rate: The rate of the routers' balancing bias; None takes that
       of the options.
-    loss: The loss of the model's outputs; None takes the model's own.
+    loss: Function from the model's outputs and a batch to the losses of tokens;
+      None takes the model's own.
   """
 
   def moved(state, load):
@@ -229,13 +231,13 @@ def metrics_shardings(whole: Any, rows: Any) -> StepMetrics:
 
 
 def like_params(mesh: Mesh, state, params, param_shardings):
-  """The shardings of an optimizer's state.
+  """The shardings of an optimizer's state, as a tree like `state`.
 
-  A leaf is split like the parameter whose path its own path contains, or is
-  whole if there is none. Moments have the parameter's shape; Adafactor's
-  statistics have some of its dimensions, in the same order. Each dimension of a
-  leaf is split as the first dimension of the parameter that has its size and
-  comes after those already taken, and is whole if there is none.
+  A leaf whose path contains that of a parameter is split like the parameter;
+  any other leaf is whole on every device. Moments have the parameter's shape;
+  Adafactor's statistics have some of its dimensions, in the same order. So each
+  dimension of a leaf is split like the next dimension of the parameter that has
+  its size, after the dimension that was found before; without one it is whole.
 
   Args:
     mesh: The mesh of devices.

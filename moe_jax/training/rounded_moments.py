@@ -68,15 +68,15 @@ def scale_by_adam(
 def rounded(
   x: Float32[Array, '*N'], noise: UInt32[Array, '*N']
 ) -> BFloat16[Array, '*N']:
-  """Rounds x to one of its two neighbours in bfloat16, so that x is the mean.
+  """Rounds numbers up or down in bfloat16, so that the mean result is x.
 
   Args:
     x: Numbers; infinities and NaN are kept.
     noise: Random numbers, of which the 16 lowest bits count.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  # A carry from the bits that are cut off gives the next number in bfloat16,
-  # away from zero.
+  # The more the 16 bits that are cut off come to, the likelier noise makes them
+  # carry, which gives the next number in bfloat16, away from zero.
   high = (bits + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
   near = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
   return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))
@@ -87,11 +87,11 @@ def noise(
 ) -> UInt32[Array, '*N']:
   """Random bits for each element, a hash of its index and of a seed.
 
-  Threefry would take longer than all the rest of the update.
+  JAX's own generator would take longer than all other work of the update.
 
   Args:
     name: A name, on which the seed depends.
-    count: A number, on which the seed depends, too.
+    count: The number of the step, on which the seed depends, too.
     shape: The shape of the array of bits.
   """
   name_hash = np.uint32(zlib.crc32(name.encode()))
@@ -105,7 +105,7 @@ def noise(
 
 
 def _hash(x: UInt32[Array, '*N']) -> UInt32[Array, '*N']:
-  """The mixing function "lowbias32" of nullprogram.com/blog/2018/07/31."""
+  """Hashes each number by "lowbias32" of nullprogram.com/blog/2018/07/31."""
   x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
   return x ^ (x >> np.uint32(16))

@@ -98,7 +98,7 @@ class SampleOptions(Options):
   )
 
   def check_prompt(self, tokenizer: Tokenizer) -> None:
-    """Raises ValueError for a prompt without tokens, which gives no sample."""
+    """Raises ValueError if a sample is wanted and the prompt has no tokens."""
     if self.num_tokens and not len(tokenizer.encode(self.prompt)):
       raise InputError(
         f'sample.prompt={self.prompt!r} has no tokens; give it some text, or '
@@ -106,7 +106,6 @@ class SampleOptions(Options):
       )
 
   def shrunk(self) -> Self:
-    """A copy of these options with at most 16 tokens of text."""
     return dataclasses.replace(self, num_tokens=min(self.num_tokens, 16))
 
 
@@ -161,7 +160,6 @@ class InitFromOptions(Options):
     return data.with_tokenizer_of(*run_folder, self.workdir)
 
   def problems(self) -> Iterator[str]:
-    """Yields the problem that both `step` and the best checkpoint are named."""
     if not self.workdir:
       yield from self.in_vain('unless workdir is given')
     if self.best and self.step >= 0:
@@ -206,7 +204,7 @@ class TraceOptions(Options):
 
   @property
   def recording(self) -> Apply:
-    """The function that applies a model and returns its choices of experts."""
+    """The function that applies a model and also returns choices of experts."""
     return functools.partial(recording, logits=self.logits, dtype=self.dtype)
 
   def has_step(self, step: int) -> bool:
@@ -342,8 +340,8 @@ class RunOptions(Options):
   early_stopping: EarlyStoppingOptions = option(
     EarlyStoppingOptions(), 'Early end of the run by checkpoint.best_eval.'
   )
-  # `RunConfig` has these two with all kinds of evaluations and initialisation,
-  # of which training knows none.
+  # The subclass `RunConfig` replaces the next two fields by options with all
+  # kinds of initialisation and evaluation, which training may not import.
   init_from: InitFromOptions = InitFromOptions()
   evals: Mapping[str, EvaluationOptions] = dataclasses.field(
     default_factory=lambda: dict(DEFAULT_EVALS)
@@ -372,7 +370,7 @@ class RunOptions(Options):
 
   @property
   def local_axes(self) -> tuple[str, ...]:
-    """The mesh axes over which gradients are exchanged once a step."""
+    """The mesh axes, if any, over which gradients are exchanged once a step."""
     if not self.exchange_once:
       return ()
     axes = dict(self.sharding.rules)['batch']
@@ -526,8 +524,8 @@ class RunOptions(Options):
     count, V = model.least_parameters(), model.vocab_size
     name = f'the parameters of {type(model).__name__}, {count:,}'
     yield name, jnp.dtype(model.numerics.param_dtype).itemsize * count
-    # Each token has an id, a segment and a position. Targets and weights, which
-    # the last sequence alone has, are not counted.
+    # Each token has an id, a segment and a position. Targets and loss weights
+    # are not counted, since an encoder's tokens have none.
     name = f'batch_size={rows} of {data.row_tokens} tokens'
     yield name, 3 * _ITEM_BYTES * rows * data.row_tokens
     tokens = self.shape().rows * (data.target_len or data.seq_len)
@@ -549,7 +547,6 @@ class RunOptions(Options):
     return shapes
 
   def shrunk(self) -> Self:
-    """A copy of the options with two steps, small sizes and one device."""
     return super().shrunk(
       total_steps=2,
       batch_size=4,

@@ -16,10 +16,7 @@ from moe_jax.config import Kinds, Options, option, required
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Options):
-  """The contract of schedules of the learning rate.
-
-  A subclass overrides `after_warmup`.
-  """
+  """The base of learning rate schedules, which override `after_warmup`."""
 
   warmup_steps: int = option(
     100,
@@ -53,16 +50,12 @@ class Schedule(Options):
     return optax.join_schedules([lambda step: rise(step + 1), curve], [warmup])
 
   def shrunk(self) -> Self:
-    """A copy of the schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """A rate that falls along half a cosine from the peak to a fraction of it.
-
-  The rate has this fraction at the end of the run.
-  """
+  """A rate that falls along half a cosine to a fraction of the peak."""
 
   final_fraction: float = option(
     0.1,
@@ -73,7 +66,6 @@ class Cosine(Schedule):
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the function from steps since the warm-up to the cosine rate."""
     return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
 
 
@@ -82,10 +74,7 @@ class InverseSqrt(Schedule):
   """A rate of the peak times the square root of warm-up steps / steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the function from steps since the warm-up to the learning rate.
-
-    Without a warm-up the curve begins as after a warm-up of one step.
-    """
+    """The curve; without a warm-up it begins as after a warm-up of one step."""
     start = max(self.warmup_steps, 1)
     return lambda step: peak * (start / (step + start)) ** 0.5
 
@@ -95,7 +84,6 @@ class Constant(Schedule):
   """A rate that stays at its peak until the end of the run."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the peak learning rate at every step."""
     return optax.constant_schedule(peak)
 
 
@@ -103,8 +91,8 @@ class Constant(Schedule):
 class Trapezoid(Schedule):
   """The peak rate for most of the run, then a straight line to 0 at its end.
 
-  Runs of several lengths, with warm-ups of as many steps, are equal until the
-  shortest begins to decay, so that one of them can be the start of the next.
+  Runs of several lengths and the same warm-up are equal until the rate of the
+  shortest falls, so that one of them can be the start of the next.
   """
 
   decay_fraction: float = option(
@@ -121,10 +109,7 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """Returns the peak, then a line to 0, as a function of steps after warm-up.
-
-    Where the line would begin within the warm-up, it begins after the warm-up.
-    """
+    """The peak rate, then a line to 0 that never begins within the warm-up."""
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)

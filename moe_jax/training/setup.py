@@ -159,7 +159,6 @@ class Ended(Hook):
   ended: bool = False
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Sets `ended`, as nothing of the run is left to do."""
     self.ended = True
 
 
@@ -173,8 +172,18 @@ def set_up(
 ) -> Run:
   """Builds a `Run`; on disk only the data cache may change.
 
-  Arguments and errors are those of `loop.train_and_evaluate`; `confirm` raises
-  ValueError if another job has taken the workdir.
+  Args:
+    options: The run's options.
+    workdir: The run's folder, which need not exist.
+    resume: Whether the run may go on where the workdir's options differ.
+    devices: The devices of the mesh; None means all devices.
+    confirm: Raises ValueError if another job has taken the workdir; it is
+      called before each row of metrics and each save.
+
+  Raises:
+    ValueError: The options or the data are bad, a tracker's package is not
+      installed, the processes differ in their options or data, or `workdir`
+      belongs to another run.
   """
   mesh = options.mesh.make(devices)
   row_parts = options.sharding.row_parts(mesh)
@@ -250,10 +259,11 @@ R = TypeVar('R', bound=RunOptions)
 def with_tokenizer(
   options: R, config: ConfigDict, folder: pathlib.Path
 ) -> tuple[R, list[str]]:
-  """The options with the tokenizer that a run takes in place of the config's.
+  """The options, with another tokenizer where a run does not take the config's.
 
-  It is the tokenizer of the run whose parameters this run begins with, or the
-  tokenizer in this run's folder where the config's cannot be read any more.
+  The other tokenizer is that of the run whose parameters this run begins with,
+  unless `init_from.keep_tokenizer` is False, or that in this run's folder where
+  the config's cannot be read any more.
 
   Args:
     options: The options of the run.
@@ -308,7 +318,8 @@ def begin(
 
   Args:
     run: The run, as `set_up` made it.
-    initial: Gives the parameters where there is no checkpoint.
+    initial: Gives the parameters where there is no checkpoint; None draws them
+      from the seed, and refuses options that name a run in `init_from`.
 
   Returns:
     The run, with the `row_offset` at which its data goes on; its state; and the

@@ -1,7 +1,7 @@
 """The train state, and the pure functions of a training step.
 
-`train_step(state, batch) -> (state, metrics)`. Optional behaviour wraps the
-gradient function or the step, which itself has no branch.
+The step is `train_step(state, batch) -> (state, metrics)`. Optional behaviour
+wraps the gradient function or the step, which itself has no branch.
 """
 
 from collections.abc import Callable
@@ -77,10 +77,13 @@ def make_grad_fn(
       kernels with their adapters, from those of the train state and a key for
       dropout.
     scheduled: Returns the weights of the losses after a number of steps.
-    loss: Returns the loss of the model's outputs; None takes the model's own.
-    apply: Applies the model, and may return the choices of experts.
-    local_axes: The mesh axes over which each device adds the gradients of its
-      own rows, of all microbatches, before they are exchanged.
+    loss: Returns the losses of tokens from the model's outputs and the batch;
+      None takes the model's own.
+    apply: Applies the model, and returns its result and the choices of experts,
+      or None in place of the choices.
+    local_axes: The mesh axes over which gradients are exchanged once, after
+      each device has added those of its own rows of all microbatches; with ()
+      they are exchanged after each microbatch.
   """
   loss = loss or model.loss
 
@@ -124,9 +127,9 @@ def make_grad_fn(
       return of_batch(*arguments)
     function = accumulated
     if local_axes:
-      # Devices apply the function to their own rows. Only these mesh axes are
-      # handled by device: along all other axes arrays stay global. Else the
-      # compiler would exchange each microbatch's gradient.
+      # Without `shard_map` the compiler would exchange the gradient of each
+      # microbatch. Within it each device computes its own rows along these
+      # mesh axes; along all other mesh axes arrays stay global.
       rows = PartitionSpec(local_axes)
       function = jax.shard_map(
         accumulated,
@@ -143,7 +146,13 @@ def make_grad_fn(
 
 
 def changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
-  """The parameters, with `change(leaf, param)` where `part` has a leaf."""
+  """The parameters, some of them changed.
+
+  Args:
+    part: A tree like the parameters, with None for those that stay.
+    params: The parameters.
+    change: Function from a leaf of `part` and its parameter to a new parameter.
+  """
   return jax.tree.map(
     lambda leaf, param: param if leaf is None else change(leaf, param),
     part,
@@ -235,9 +244,10 @@ def train_step(
 
 
 def skipping_nonfinite(train_step):
-  """Wraps a step: the state is kept if the step is not finite.
+  """Wraps a step (state, batch) -> (state, metrics) to skip non-finite steps.
 
-  A step is finite if its loss, its gradient and the state after it are.
+  A step is finite if its loss, its gradient and the state after it are. After
+  any other step the state is the state before it.
 
   The state's `step` is counted all the same, so that the next step has other
   data and another key. Counts within the optimizer's state (the schedule's and

@@ -34,9 +34,9 @@ class Trained:
   Attributes:
     expression: The expression that selects the parameters.
     names: The names of the parameters that train, such as 'layers/layer_0/w'.
-    masks: Booleans that say which experts train, by the name of the parameter,
-      for parameters of which only some experts train; dimensions other than
-      those of layers and experts have size 1.
+    masks: Arrays of booleans, True for experts that train, by the name of the
+      parameter, for parameters of which only some experts train; dimensions
+      other than those of layers and experts have size 1.
   """
 
   expression: str
@@ -46,7 +46,10 @@ class Trained:
   def part(
     self, tree: Any, is_leaf: Callable[[Any], bool] | None = None
   ) -> Any:
-    """Replaces leaves of a tree by None for parameters that do not train."""
+    """A tree like the parameters with None for each that does not train.
+
+    Leaves of `tree` may be anything; `is_leaf` is that of `jax.tree.map`.
+    """
 
     def trained_leaf(path, leaf):
       return leaf if path_name(path) in self.names else None
@@ -62,7 +65,10 @@ class Trained:
     return sha.hexdigest() if self.masks else ''
 
   def count(self, tree: Any) -> int:
-    """The number of values of parameters, less experts that do not train."""
+    """The number of values in a tree like the parameters.
+
+    None and experts that do not train, by `masks`, count as 0 values.
+    """
 
     def size_of(path, leaf):
       mask = self.masks.get(path_name(path))
@@ -80,7 +86,10 @@ class Trained:
     return self._other_experts(params, jax.lax.stop_gradient)
 
   def _other_experts(self, tree: Any, change: Callable[[Any], Any]) -> Any:
-    """A tree with `change` applied to the experts that do not train."""
+    """A tree like the parameters, changed in the experts that do not train.
+
+    These experts get their values in `change(leaf)`; all other values stay.
+    """
 
     def one(path, leaf):
       mask = self.masks.get(path_name(path))
@@ -130,7 +139,7 @@ class Trained:
 
 
 def trained_by(adapters: Adapters, expression: str) -> Trained:
-  """The parameters that train: the adapters, or what an expression selects.
+  """The parameters that train: adapters, if any, or what `expression` selects.
 
   Raises:
     ValueError: The expression selects nothing, or a part that the model lacks.
@@ -214,7 +223,10 @@ def chosen_masks(
   trees: ParameterTrees,
   names: frozenset[str],
 ) -> dict[str, np.ndarray]:
-  """Masks of the experts that train, by the name of the stacked parameter.
+  """Masks, True for experts that train, by the name of the stacked parameter.
+
+  A mask has the parameter's rank, with size 1 in all dimensions but those of
+  layers and experts.
 
   Args:
     chosen: The chosen experts.
@@ -223,8 +235,8 @@ def chosen_masks(
     names: The names of the parameters that train.
 
   Raises:
-    ValueError: The model has other sparse layers or experts, or no parameter of
-      experts trains.
+    ValueError: The model has other sparse layers, or other numbers of experts,
+      than `chosen`; or no parameter of experts trains.
   """
   moes = enumerate(model.stacks.moes)
   model_E = {i: moe.num_retained for i, moe in moes if moe is not None}

@@ -194,7 +194,7 @@ class Loaded(NamedTuple):
 
   @property
   def tokenizer(self) -> Tokenizer:
-    """The run's tokenizer, of a run that was read only if it has one."""
+    """The run's tokenizer; None if it has none, and `load` needed none."""
     return cast(Tokenizer, self.options.tokenizer)
 
 
@@ -222,7 +222,7 @@ def load(
     tokenizer_needed: Whether a folder without a tokenizer is refused.
 
   Raises:
-    ValueError: Something is missing from the folder, or does not fit the rest.
+    ValueError: The folder lacks something, or its files do not fit together.
     CheckpointError: No checkpoint is good.
   """
   options = read(workdir, allow, tokenizer_needed=tokenizer_needed)
@@ -302,10 +302,10 @@ def restore_variables(
 ) -> Restored:
   """Reads the variables of a run, as a model's `apply` takes them.
 
-  The variables are 'params', which are the running means if the run keeps them,
-  with the run's adapters merged into the kernels, and 'router_state' where the
-  model has it. The optimizer's state is not read. The checkpoint's files are
-  verified first.
+  The variables are the `state` of the result: 'params', which are the running
+  means if the run keeps them, with the run's adapters merged into the kernels,
+  and 'router_state' where the model has it. The optimizer's state is not read.
+  The checkpoint's files are verified first.
 
   Args:
     workdir: The run's folder.
@@ -313,8 +313,8 @@ def restore_variables(
     rules: The sharding table: the mesh axes that split each logical axis.
     adapters: The adapters of the run, if their factors shall not be merged into
       the kernels; None merges them. A checkpoint of step 0 has no factors.
-    mesh: Any mesh; a dimension that its axes do not divide is whole. None means
-      the first local device.
+    mesh: Any mesh; a dimension that its axes do not divide is not split. None
+      means the first local device.
     step: The step of the checkpoint; None is the newest good one.
     cast: Whether arrays may have been saved in another floating-point type, and
       are then converted to the model's.
@@ -380,7 +380,7 @@ def write(
     folder: The folder, which the caller renames once it is complete.
     config: The config of the run.
     variables: 'params' of the run's model, and 'router_state' if it has one.
-    extra: The JSON values to save with the checkpoint; see `Checkpointer.save`.
+    extra: JSON values to save with the checkpoint, such as where it came from.
   """
   with Checkpointer(folder / workdir_lib.CHECKPOINTS) as saver:
     saver.save(0, dict(variables), extra=extra)
@@ -394,13 +394,14 @@ def derive(
   changes: Mapping[str, Any] | None = None,
   *,
   router_state: Mapping[str, Any] | None = None,
+  tokenizer: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Makes a new run's folder from a base run's folder and new parameters.
 
-  The new config is that of the base run, without the sections `lora`,
-  `init_from` and `distill`. Tokenizer and imported files are copied; where the
-  base run took its tokenizer from the run that its `init_from` names, the new
-  config names the copied tokenizer.
+  The new config is that of the base run, without `checkpoint.directory` and the
+  sections `lora`, `init_from` and `distill`. Tokenizer and imported files are
+  copied; where the base run took its tokenizer from the run that its
+  `init_from` names, the new config names the copied tokenizer.
 
   Args:
     base: Folder of the base run.
@@ -409,12 +410,13 @@ def derive(
     changes: Sections of the config that replace those of the base, by name.
     router_state: The state of the model's routers; None or empty where they
       keep none.
+    tokenizer: The `TOKENIZER` file of another run; None takes the base's.
 
   Returns:
     The new folder.
 
   Raises:
-    ValueError: `output` is not free.
+    ValueError: `output` is neither new nor empty.
   """
   base = pathlib.Path(base).expanduser().resolve()
   output = pathlib.Path(output).expanduser().resolve()
@@ -433,9 +435,9 @@ def derive(
   for name in (IMPORTED, TOKENIZER):
     config = _with_folder(config, str(base / name), str(output / name))
   with whole_folder(output) as unfinished:
-    for name in (TOKENIZER, workdir_lib.PLUGINS):
-      if (base / name).exists():
-        shutil.copyfile(base / name, unfinished / name)
+    for path in (tokenizer or base / TOKENIZER, base / workdir_lib.PLUGINS):
+      if path.exists():
+        shutil.copyfile(path, unfinished / path.name)
     if (imported := base / IMPORTED).is_dir():
       shutil.copytree(imported, unfinished / imported.name)
     write(unfinished, config, trees.variables(params, router_state))
@@ -443,7 +445,7 @@ def derive(
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:
-  """A config's values, in which the path `new` replaces the path `old`."""
+  """Nested values of a config; each that equals `old` becomes `new`, a path."""
   if isinstance(values, Mapping):
     return {key: _with_folder(value, old, new) for key, value in values.items()}
   return new if values == old else values

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import data, devices
-from moe_jax.analysis import cost
+from moe_jax.analysis import cost, sharded
 from moe_jax.analysis.dry_run import DryRun
 from moe_jax.compression.distill import Distilling
 from moe_jax.config import section_of
@@ -200,6 +200,27 @@ def test_flops_and_bytes_by_formula():
   assert 0 <= moments < 100
   seeds = needs.checkpoint - needs.parameters - needs.optimizer
   assert 0 <= seeds < 100
+
+
+def test_adapters_need_what_the_compiled_step_needs():
+  # Wide experts, so that what a batch leaves behind is small beside them.
+  moe = {'layers': 'all', 'expert': {'hidden': 512}}
+  options = tiny.options(
+    model={'width': 64, 'num_layers': 4, 'moe': moe},
+    lora={'rank': 2, 'parts': 'experts'},
+  ).filled(257)
+  model, mesh = options.build(), options.mesh.make(jax.devices())
+  programs = make_programs(options, model, mesh)
+  needs = cost.run_bytes(options, model, programs, mesh)
+  # L=4, E=4, two kernels: their sums with the adapters, and their gradients.
+  experts = 4 * 4 * 2 * 64 * 512 * 4
+  assert needs.merged == experts
+  assert needs.step - needs.activations > 3 * experts
+  state, batch = programs.abstract_state, options.batch_shapes(model)
+  step = programs.train_step.lower(state, batch).compile()
+  needed_bytes = sharded.read(step, state).needed_bytes
+  # XLA has parts of a layer twice, too; two copies of the experts are 43 %.
+  assert needs.step == pytest.approx(needed_bytes, rel=0.1)
 
 
 def test_the_least_time_of_a_step_is_that_at_the_vendors_peak():

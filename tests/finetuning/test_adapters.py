@@ -1,11 +1,15 @@
 """A run with adapters, from config to text; its adapter in its own folder."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from moe_jax import evaluation, generation
 from moe_jax.config import merge
+from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import extra_ids
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import adapters
 from moe_jax.runs import metrics
@@ -105,6 +109,23 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(runs, tmp_path):
       call()
   with pytest.raises(ValueError, match=r'itself.*give the folder of its base'):
     adapters.merge(adapter, runs / 'run', tmp_path / 'other')
+
+
+def test_a_merged_run_reads_inputs_as_the_adapters_run_did(runs, tmp_path):
+  run, merged = tmp_path / 'run', tmp_path / 'merged'
+  shutil.copytree(runs / 'run', run)
+  # The task of the adapter's run ended inputs; the base's did not.
+  ended = extra_ids.extend(tokenizers.Bytes(), end_inputs=True)
+  ended.save(run / 'tokenizer.json')
+  adapters.save(run, tmp_path / 'adapter')
+  adapters.merge(tmp_path / 'adapter', runs / 'base', merged)
+  for folder, ids in ((runs / 'base', [97]), (run, [97, 256])):
+    assert trained.read(folder).tokenizer.encode_inputs('a').tolist() == ids
+  assert trained.read(merged).tokenizer.identity == ended.identity
+  # Another tokenizer is not that of the adapter.
+  tokenizers.Bytes().save(tmp_path / 'adapter' / 'tokenizer.json')
+  with pytest.raises(ValueError, match='is damaged'):
+    adapters.merge(tmp_path / 'adapter', runs / 'base', tmp_path / 'other')
 
 
 def test_a_damaged_adapter_is_refused(runs, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import transformers
+from tokenizers import processors
 
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
@@ -45,6 +46,44 @@ def test_ids_are_equal_there_and_back(tokenizer, tmp_path):
     assert reread.encode(text).tolist() == tokenizer.encode(text).tolist()
     document = tokenizer.encode(text)
     assert hf_tokenizer.decode(document) == tokenizer.decode(document) == text
+
+
+TEMPLATE = processors.TemplateProcessing
+BEGIN = TEMPLATE(single='<s> $A', special_tokens=[('<s>', 0)])
+BOTH = TEMPLATE(single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
+OTHER_END = processors.RobertaProcessing(('[SEP]', 2), ('<s>', 0))
+BYTES = processors.ByteLevel()
+
+
+@pytest.mark.parametrize('end_inputs', [True, False])
+@pytest.mark.parametrize(
+  ('own', 'begin', 'end'),
+  [
+    (None, [], []),
+    (BYTES, [], []),
+    (BEGIN, [0], []),
+    (processors.Sequence([BYTES, BEGIN]), [0], []),
+    (BOTH, [0], []),
+    (OTHER_END, [0], [2]),
+  ],
+  ids=['none', 'bytes', 'begin', 'sequence', 'both', 'other'],
+)
+def test_inputs_end_as_the_task_ends_them(
+  own, begin, end, end_inputs, tmp_path
+):
+  model = models.byte_level('<s>', '</s>', '[SEP]')
+  if own is not None:
+    model.post_processor = own
+  base = tokenizers.Json(model.to_str(), SpecialTokens(bos=0, eos=(1,)))
+  tokenizer = extra_ids.extend(base, end_inputs=end_inputs)
+  line = export_run.write_tokenizer(tokenizer, tmp_path)
+  hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert (' in an EOS' in line) == (end_inputs != (own is BOTH))
+  for text in models.WORDS:
+    ids = tokenizer.encode_inputs(text).tolist()
+    assert hf_tokenizer(text).input_ids == ids
+    expected = [*begin, *base.encode(text), *end, *[1] * end_inputs]
+    assert ids == expected
 
 
 def test_characters_by_hand(tmp_path):

@@ -1,15 +1,18 @@
 """A checkpoint is imported into a run, trained further, and exported."""
 
+import json
 import shlex
 import shutil
 
 import jax
 import pytest
 import safetensors
+from tokenizers import processors
 
 from moe_jax import cli, generate, interop, run_config
 from moe_jax.config import merge, section_of
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import extra_ids
 from moe_jax.finetuning import meaning
 from moe_jax.interop import __main__ as interop_command
 from moe_jax.interop import import_run as import_run_lib
@@ -161,6 +164,36 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
   with safetensors.safe_open(output / 'model.safetensors', 'np') as file:
     assert file.metadata() == {'format': 'pt'}
   assert {path.name for path in tmp_path.iterdir()} == {'run', 'out'}
+
+
+def test_imported_files_end_inputs_as_the_run_does(tmp_path):
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(source, 'mixtral')
+  # Llama's files say so too; then transformers does not read tokenizer.json.
+  path = source / 'tokenizer_config.json'
+  said = {'add_bos_token': True, 'add_eos_token': False}
+  path.write_text(json.dumps(json.loads(path.read_text()) | said))
+  file, config = tokenizers.read(source), path.read_text()
+  model = file.model
+  model.post_processor = processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 2)]
+  )
+  model.enable_padding(length=20, pad_id=0, pad_token='<pad>')
+  model.save(str(source / 'tokenizer.json'))
+  import_run(source, workdir)
+  own = tokenizers.load(workdir / 'tokenizer.json')
+  for ends in (False, True):
+    tokenizer = extra_ids.extend(own, end_inputs=ends)
+    tokenizer.save(workdir / 'tokenizer.json')
+    output = tmp_path / f'{ends}'
+    line = export_run(workdir, output)[-1]
+    assert line.endswith('inputs end in an EOS, as here') == ends
+    exported = transformers.AutoTokenizer.from_pretrained(output)
+    ids = exported(PROMPT).input_ids
+    assert ids == tokenizer.encode_inputs(PROMPT).tolist()
+    assert ids == [2, *own.encode(PROMPT).tolist(), *[1] * ends]
+    same = (output / 'tokenizer_config.json').read_text() == config
+    assert same == (not ends)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):

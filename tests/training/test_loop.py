@@ -15,7 +15,7 @@ import pytest
 from moe_jax import run_config
 from moe_jax.configs import base
 from moe_jax.data import DataError, tokenizers
-from moe_jax.runs import metrics, retention
+from moe_jax.runs import metrics, retention, signals
 from moe_jax.training import loop, setup
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Hook
@@ -155,8 +155,8 @@ def test_ctrl_c_saves_though_nobody_reads_what_it_says(
   # The terminal sends the signal to `tee` of `2>&1 | tee log`, too.
   monkeypatch.setattr(sys, 'stderr', closed_pipe)
   with (
-    loop.catching_sigterm() as stopped,
-    loop.catching_interrupt() as interrupted,
+    signals.catching_sigterm() as stopped,
+    signals.catching_interrupt() as interrupted,
   ):
     signal.raise_signal(signal.SIGINT)
     assert stopped() and interrupted
@@ -165,7 +165,7 @@ def test_ctrl_c_saves_though_nobody_reads_what_it_says(
 
 def test_a_second_ctrl_c_ends_a_cell_and_not_its_kernel(ctrl_c, monkeypatch):
   monkeypatch.setattr(sys, 'ps1', '>>> ', raising=False)
-  with loop.catching_sigterm(), loop.catching_interrupt() as interrupted:
+  with signals.catching_sigterm(), signals.catching_interrupt() as interrupted:
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def test_a_second_ctrl_c_ends_a_cell_and_not_its_kernel(ctrl_c, monkeypatch):
 def test_a_callers_own_handler_of_ctrl_c_stays(ctrl_c):
   received = []
   signal.signal(signal.SIGINT, lambda *_: received.append(True))
-  with loop.catching_interrupt() as interrupted:
+  with signals.catching_interrupt() as interrupted:
     signal.raise_signal(signal.SIGINT)
   assert received == [True] and not interrupted
   signal.signal(signal.SIGINT, signal.default_int_handler)

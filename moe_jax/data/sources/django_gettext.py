@@ -36,9 +36,8 @@ class GettextSource(SourceOptions):
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """Pairs whose inputs are `de: Save`, a language and a message in English.
 
-    The targets are the translation into that language.
-
-    A message is in the same split in every language.
+    The targets are the translation into that language. A message is in the same
+    split in every language.
 
     Raises:
       ValueError: The package django is missing or has no such language, or a

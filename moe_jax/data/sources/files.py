@@ -33,7 +33,7 @@ _FORMAT = 2  # how documents are cut and split, a part of the identity
 
 @dataclasses.dataclass(frozen=True)
 class FilesSource(SourceOptions):
-  """Files of text, JSON lines or parquet; see `document_files`.
+  """Documents in files of text, JSON lines or parquet, told apart by name.
 
   The pattern may be a URL that fsspec reads, such as 'gs://bucket/*.jsonl.gz'.
   """
@@ -99,7 +99,8 @@ class Part(NamedTuple):
 
   Attributes:
     span: The part.
-    split: 'train' or 'validation', or the rule that splits its documents.
+    split: 'train', 'validation', or a rule by which its documents are in both:
+      `_BY_HASH` or `_LAST_TENTH`.
     stamp: The file's `stamp_of` before the source's identity was taken, by
       which a later change of the file is noticed.
   """
@@ -110,10 +111,10 @@ class Part(NamedTuple):
 
 
 class FilePieces(Pieces):
-  """Parts of files, in pieces of about `PIECE_BYTES`."""
+  """The documents of parts of files, in pieces of about `PIECE_BYTES` bytes."""
 
   def __init__(self, parts: Iterable[Part], field: str, selection: Selection):
-    """Groups the parts, in their order, into pieces."""
+    """Groups parts into pieces; `field` is the key or column with the text."""
     self._field, self._selection = field, selection
     self._pieces: list[list[Part]] = [[]]
     sizes = [0]
@@ -126,7 +127,6 @@ class FilePieces(Pieces):
     self.sizes = tuple(sizes)
 
   def read(self, number: int) -> Iterator[tuple[str, tuple[str]]]:
-    """The documents of all parts of a piece, in order."""
     for part in self._pieces[number]:
       for split, text in self._documents(part, SPLITS):
         yield split, (text,)
@@ -167,7 +167,11 @@ def _check_stamp(part: Part) -> None:
 def _parts(
   splits: Mapping[Path, str], stamps: Mapping[Path, list]
 ) -> Iterator[Part]:
-  """The parts of all files with their splits, in the order of `stamps`."""
+  """The parts of all files with their splits, in the order of `stamps`.
+
+  `splits` has the split of each file, or the rule for its documents; `stamps`
+  has what `stamp_of` gives for each file, its size first.
+  """
   for path, stamp in stamps.items():
     split, cut = splits[path], stamp[0] * 9 // 10
     extra_cuts = [cut] if split == _LAST_TENTH else []
@@ -179,7 +183,11 @@ def _parts(
 
 
 def _file_splits(paths: Sequence[Path], pattern: str) -> dict[Path, str]:
-  """The split of each file, or the rule that splits its documents."""
+  """Each file's split, or the rule, such as `_BY_HASH`, for its documents.
+
+  Several files of text are split by their names after the fixed beginning of
+  `pattern`, which all paths match.
+  """
   if not all(map(is_text, paths)):
     return dict.fromkeys(paths, _BY_HASH)
   if len(paths) == 1:

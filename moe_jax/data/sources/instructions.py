@@ -87,7 +87,7 @@ class Drawn(NamedTuple):
 
   @property
   def subject(self) -> str:
-    """The key, or else the question; each is in one split only."""
+    """The text whose hash decides the split: the key, or else the question."""
     return self.key or self.question
 
 
@@ -110,7 +110,9 @@ class InstructionTask:
   metric: str = 'exact_match'
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """The content of example `index` of a split, and dice to draw its words.
+    """The content of example `index`, and dice for its template and shots.
+
+    Shots are other examples, which may stand before it.
 
     Raises:
       ValueError: The task has no example of the split.
@@ -136,7 +138,7 @@ class InstructionTask:
         have different keys.
 
     Raises:
-      ValueError: As `drawn`, or the task has too few examples.
+      ValueError: The task has no example of the split, or too few of 'train'.
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
@@ -170,7 +172,10 @@ _LETTERS = string.ascii_lowercase
 def _task(
   cluster: str, *templates: str, metric: str = 'exact_match'
 ) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
-  """A decorator that adds a function's task to `TASKS` under its name."""
+  """A decorator that makes a function the `draw` of a new task in `TASKS`.
+
+  The task has the function's name without '_'; the arguments are its fields.
+  """
 
   def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
     name = draw.__name__.removeprefix('_')
@@ -181,7 +186,7 @@ def _task(
 
 
 def identity(name: str) -> str:
-  """A text that is equal only where the examples of a task are equal."""
+  """A text that is equal only if the examples of the task `name` are equal."""
   code = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
   on_library = TASKS[name].cluster in ('code_reading', 'code_writing')
   return f'instructions {name} {code} {digest() if on_library else ""}'
@@ -226,7 +231,7 @@ class Function(NamedTuple):
 
 @functools.cache
 def functions() -> tuple[Function, ...]:
-  """The short functions that have a docstring, each source once."""
+  """The short, documented functions of the standard library, each once."""
   by_source = {}
   for _, text in source_files(MODULES):
     for _, source, docstring in documented_functions(text):
@@ -242,7 +247,7 @@ def functions() -> tuple[Function, ...]:
 
 @functools.cache
 def shorter(**most: int) -> tuple[Function, ...]:
-  """The functions with at most so many characters in each of these parts."""
+  """The `functions` with at most `most[name]` characters in a field `name`."""
   return tuple(
     f
     for f in functions()
@@ -252,13 +257,13 @@ def shorter(**most: int) -> tuple[Function, ...]:
 
 @functools.cache
 def digest() -> str:
-  """A text that is equal only for equal functions."""
+  """A text that is equal only where `functions` gives equal results."""
   sources = content_digest(source_files(MODULES))
   return f'Python {platform.python_version()} {sources}'
 
 
 def function_of(source: str, summary: str) -> Function | None:
-  """The function that a source defines, or None.
+  """The function that `source` defines, with its `summary`, or None.
 
   It is None if the source does not parse by itself, or defines a generator or
   an asynchronous function, of which it is unclear what it returns.
@@ -307,7 +312,7 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """Different answers in random order: the right answer and some of `texts`."""
+  """`right` and other `texts`, `count` different answers in random order."""
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
@@ -764,7 +769,6 @@ class InstructionSource(SourceOptions):
 
   @property
   def cluster(self) -> str:
-    """The cluster of the task."""
     return TASKS[self.task].cluster
 
   def questions(self, selection: Selection = Selection()) -> list[Question]:

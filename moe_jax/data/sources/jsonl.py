@@ -68,7 +68,7 @@ class JsonlSource(SourceOptions):
 
 
 def pairs_of(value: Any, where: str) -> list[Pair]:
-  """The pairs of one line of JSON, which messages call `where`.
+  """The pairs of the value of one line of JSON; errors call it `where`.
 
   Raises:
     ValueError: The value is no example.
@@ -90,7 +90,8 @@ def conversation(messages: Any, where: str) -> list[Pair]:
   """The pairs of a conversation: all messages before an answer, and the answer.
 
   Each message before an answer is written in lines of its own, as
-  `user: Hello`. An answer whose `weight` is 0 makes no pair.
+  `user: Hello`. An answer whose `weight` is 0 makes no pair. Errors call the
+  conversation `where`.
 
   Raises:
     ValueError: The messages are no conversation with an answer.

@@ -1,10 +1,10 @@
 """The corpus from Python: source files of the running Python's own library.
 
-A second source gives its functions and their docstrings as pairs. Tests and
-installed packages are left out; so are, unless they are named, packages that
-distributions leave out (tkinter, idlelib, ensurepip) and code tables
-(encodings). Different Pythons give different corpora: compare results only if
-the digest is the same.
+A second source gives the library's functions and their docstrings as pairs.
+Tests and installed packages are left out. The source of texts has modules that
+some distributions lack (tkinter, idlelib) or that are tables (encodings) only
+if they are named. Different Pythons give different corpora: compare results
+only if the digest is the same.
 """
 
 import ast
@@ -33,8 +33,8 @@ from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 
 T = TypeVar('T')
-# Modules that some distributions or later Pythons leave out; the corpus has
-# such a module only if the source's option `modules` names it.
+# Modules that some distributions or later Pythons leave out. Texts are made of
+# such a module only if the option `modules` names it, docstrings of all.
 OPTIONAL_MODULES = tuple(
   """
   _aix_support _osx_support asynchat asyncore cgi cgitb chunk crypt distutils
@@ -99,12 +99,12 @@ class PythonStdlibSource(SourceOptions):
 
 @dataclasses.dataclass(frozen=True)
 class DocstringsSource(SourceOptions):
-  """Pairs: functions of the standard library, and docstrings as targets."""
+  """Pairs of the standard library's functions and their docstrings."""
 
   modules: str = MODULES_OPTION
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """Sources of functions without docstring as inputs, docstrings as targets.
+    """Pairs of the code of a function, less its docstring, and the docstring.
 
     The functions of a file are in the split of the file.
 
@@ -219,7 +219,7 @@ def first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
 
 
 def split_of(name: str) -> str:
-  """The split of a name: 'validation' for about one of 20, else 'train'."""
+  """'validation' for about one in 20 names or texts, by hash, else 'train'."""
   number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
   # With the residue 6, the validation files of the standard library have 5 % of
   # its bytes, too, on Python 3.11 to 3.13.

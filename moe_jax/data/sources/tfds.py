@@ -21,10 +21,13 @@ Builder = tfds.core.DatasetBuilder
 
 
 def prepared_builder(name: str) -> Builder:
-  """The builder of a dataset under $TFDS_DATA_DIR, which is prepared first.
+  """The builder of a dataset in $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+
+  A dataset that is not there yet is downloaded and prepared.
 
   Raises:
     ValueError: The dataset is unknown, or cannot be prepared here.
+    NotPreparedError: The dataset is not there, within `reading_only`.
   """
   data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   data_dir = os.path.expanduser(data_dir)
@@ -108,10 +111,10 @@ def value_of(example: Any, feature: str) -> Any:
 
 
 def as_text(value: Any, where: str) -> str:
-  """A feature's value, a text or bytes of UTF-8, as text.
+  """A feature's value, which messages call `where`, as text.
 
   Raises:
-    ValueError: The value is no text, or not UTF-8.
+    ValueError: The value is neither a text nor bytes of UTF-8.
   """
   if isinstance(value, bytes):
     return decoded(value, where)
@@ -121,7 +124,7 @@ def as_text(value: Any, where: str) -> str:
 
 
 def _names_of(features: Any, outer: str = '') -> Iterator[str]:
-  """The keys that lead to every feature, joined with slashes."""
+  """The keys that lead to each feature, joined to `outer`: 'translation/de'."""
   for key, feature in features.items():
     if isinstance(feature, tfds.features.FeaturesDict):
       yield from _names_of(feature, f'{outer}{key}/')
@@ -200,9 +203,9 @@ class TfdsSource(SourceOptions):
   ) -> tuple[Builder, Callable[[str], Iterator[tuple[str, ...]]]]:
     """The builder, and a function from a split to texts of its examples.
 
-    The function takes 'train' or 'validation'. The values of the named options
-    are the features that give the texts. Features and splits are checked to
-    exist.
+    The function takes 'train' or 'validation'. `options` are names of options,
+    whose values are the features that give the texts. Features and splits are
+    checked to exist.
     """
     features = [getattr(self, name) for name in options]
     names = dict(zip(features, options))

@@ -33,7 +33,7 @@ class Seq2SeqTask(TaskOptions):
   )
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer whose inputs and targets end in an EOS."""
+    """The tokenizer with an EOS, in which inputs and targets end."""
     return extend(base, end_inputs=True)
 
   def rows(

@@ -1,9 +1,9 @@
 """Tasks on texts: language modelling, and windows of text to be denoised.
 
-Prefix language modelling gives the beginning of a text, as in
-T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
-S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Span corruption cuts spans
-out of a text, as in T5, sections 3.1.4 and 3.3.4. UL2 mixes both.
+In prefix language modelling a model predicts how a text goes on: T5, section
+3.3.1 (https://arxiv.org/abs/1910.10683). In span corruption it predicts spans
+that are cut out of a text: T5, sections 3.1.4 and 3.3.4. UL2 mixes both, with a
+token for the mode before the inputs (https://arxiv.org/abs/2205.05131).
 """
 
 import abc
@@ -74,7 +74,7 @@ class LmTask(TaskOptions):
 
 
 class WindowTask(abc.ABC):
-  """Turns a window of text into inputs and targets.
+  """Turns a window, which is consecutive tokens of a document, into an example.
 
   Attributes:
     layout: Layout of the rows.
@@ -87,7 +87,7 @@ class WindowTask(abc.ABC):
 
   @abc.abstractmethod
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of the examples that windows of `n` tokens give."""
+    """The largest lengths of examples that windows of `n` [P] tokens give."""
 
   @abc.abstractmethod
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
@@ -103,9 +103,9 @@ class DenoisedRows(ExampleRows):
   """
 
   def __init__(self, stream: Stream, task: WindowTask, *, pack: bool = True):
-    """Wraps a stream of tokens, as `PackedRows` does, without copying it.
+    """Wraps tokens and where each document begins, without copying them.
 
-    Without `pack`, windows of short documents have rows of their own.
+    With `pack`, examples of short windows share a row.
     """
     (self._tokens, starts), self._task = stream, task
     self._bounds = windows(starts, len(self._tokens), task.window)
@@ -113,7 +113,6 @@ class DenoisedRows(ExampleRows):
     super().__init__(lengths, task.layout, pack=pack)
 
   def example(self, index: int, generator: np.random.Generator) -> Example:
-    """The example of window `index`."""
     begin, end = self._bounds[index]
     return self._task(self._tokens[begin:end], generator)
 
@@ -121,9 +120,10 @@ class DenoisedRows(ExampleRows):
 def windows(
   starts: Integer[np.ndarray, ' D'], total: int, longest: int
 ) -> Int[np.ndarray, 'P 2']:
-  """The begin and end of each window of 2 to `longest` tokens.
+  """The begin and end of each window, of 2 to `longest` tokens of a document.
 
-  Documents begin at `starts` and have `total` tokens in all.
+  Documents begin at `starts` and have `total` tokens in all. Each is cut into
+  as few windows as possible, of nearly equal lengths.
   """
   length = np.diff(starts, append=total)
   count = -(-length // longest)
@@ -156,7 +156,7 @@ class PrefixLmTask(TaskOptions):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(WindowTask):
-  """Windows of text, split in two at a position drawn anew each time.
+  """Windows of text, split in two at a position that each epoch draws anew.
 
   The targets end in an EOS only where the document does; a window from the
   middle of a document has no end to predict.
@@ -203,7 +203,6 @@ class PrefixLM(WindowTask):
     return shortest, np.clip(around_mean, shortest, most)
 
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of the examples that windows of `n` tokens give."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)
@@ -307,7 +306,7 @@ class SpanCorruption(WindowTask):
   def lengths(self, n: Counts) -> Lengths:
     """The lengths of examples of windows of `n` tokens.
 
-    None of the lengths falls as `n` rises.
+    None of the lengths falls as `n` rises, which `window` depends on.
     """
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
@@ -332,10 +331,11 @@ class SpanCorruption(WindowTask):
 def noise_counts(
   n: Counts, density: float, mean_span: float
 ) -> tuple[Counts, Counts]:
-  """The numbers of tokens and of spans that are cut out of a window.
+  """The numbers of tokens and of spans that are cut out of P windows.
 
-  Of its `n` tokens, at least one is cut out and, if `n` > 1, at least one is
-  kept. At least one kept token lies between two spans.
+  Of each window's `n` tokens the share `density` is cut out, in spans of
+  `mean_span` tokens on average: at least one and, if `n` > 1, not all. At least
+  one kept token lies between two spans.
   """
   noise = np.clip(np.round(n * density), 1, np.maximum(n - 1, 1))
   most = np.minimum(noise, n - noise + 1)
@@ -346,11 +346,12 @@ def noise_counts(
 def noise_mask(
   n: int, generator: np.random.Generator, density: float, mean_span: float
 ) -> Bool[np.ndarray, ' n']:
-  """A mask that is True for tokens that are cut out.
+  """A mask of a window of `n` tokens, True for tokens that are cut out.
 
-  The numbers of cut-out tokens and of spans are those of `noise_counts`; all
-  such masks are equally likely. Unlike in T5's code, a window need not begin
-  with a kept token, nor end with a span.
+  A share `density` of the tokens is cut out, in spans of `mean_span` tokens on
+  average, as many as `noise_counts` says; all such masks are equally likely.
+  Unlike in T5's code, a window need not begin with a kept token, nor end with a
+  span.
   """
   counts = noise_counts(np.array([n]), density, mean_span)
   noise, spans = (int(count[0]) for count in counts)
@@ -372,6 +373,12 @@ def corrupt(
 
   A sentinel replaces each span among the kept tokens, and precedes the span's
   tokens among the tokens that are cut out.
+
+  Args:
+    window: The N tokens.
+    mask: True for tokens that are cut out; a span is a run of True.
+    sentinels: The sentinels' ids, the first for the first span; there are at
+      least as many as spans.
   """
   begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]

@@ -52,7 +52,6 @@ class BytesOptions(GivenOptions):
   """Options of the tokenizer of UTF-8 bytes."""
 
   def given(self) -> Bytes:
-    """The tokenizer of UTF-8 bytes."""
     return Bytes()
 
 

@@ -26,7 +26,7 @@ _ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 
 
 class Limits(NamedTuple):
-  """The bounds on time, memory and length of text for one conversation."""
+  """The bounds for one conversation; `text_length` counts characters."""
 
   cpu_seconds: int = 5
   wall_seconds: float = 30.0

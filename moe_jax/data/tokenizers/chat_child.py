@@ -1,9 +1,9 @@
 """The program that renders one chat template, in a process of its own.
 
 `chat.py` starts it as `python -IB chat_child.py FOLDER`, with the folder in
-which Jinja is installed. It imports nothing of this package. It reads a list of
-template, variables and limits as JSON, and prints a list of the text and of the
-reason for which there is none, '' if there is one.
+which Jinja is installed. The program imports nothing of this package. It reads
+[template, variables, limits] as JSON and prints [text, reason] as JSON: the
+text and '', or '' and the reason why there is no text.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _limit(resource_id: int, most: int) -> None:
-  """Sets a soft limit on a resource, where the system can limit it."""
+  """Sets the soft limit of a resource to `most`, where the system can."""
   with contextlib.suppress(OSError, ValueError):
     hard = resource.getrlimit(resource_id)[1]
     if hard != resource.RLIM_INFINITY:

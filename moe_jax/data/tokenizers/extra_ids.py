@@ -73,6 +73,8 @@ class Extended(Tokenizer, kind='extended'):
   ) -> np.ndarray:
     """The ids that `base` gives to a conversation, int32 [N].
 
+    Messages have 'role' and 'content'; `variables` are for the chat template.
+
     Raises:
       ValueError: `base` has no chat template.
     """
@@ -142,7 +144,6 @@ class Extended(Tokenizer, kind='extended'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Extended':
-    """The tokenizer that `state` describes."""
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
 
@@ -158,7 +159,8 @@ def extend(
 
   Sentinels that `base` has, such as T5's `<extra_id_0>`, come first; sentinels
   that `base` lacks are added after its last id. Ids that another task added
-  stay, and no id is added twice. Each mode of UL2 gets a token.
+  stay, and no id is added twice. Each mode of UL2 gets a token. The result has
+  at least `num_sentinels` sentinels; with `end_inputs` inputs end in an EOS.
   """
   num_own = len(base.sentinel_ids)
   root, added = base, ()

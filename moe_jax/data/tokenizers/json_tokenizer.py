@@ -209,7 +209,10 @@ class Json(Tokenizer, kind='json'):
   def encode_chat(
     self, messages: Sequence[chat.Message], **variables: Any
   ) -> np.ndarray:
-    """The ids of a conversation, int32 [N]; see `chat.render`.
+    """The ids of a conversation, int32 [N], whose text `chat.render` makes.
+
+    Messages have 'role' and 'content'; `variables` are arguments of `render`,
+    among them variables that the template reads.
 
     Raises:
       ValueError: There is no chat template, or it refuses the messages.
@@ -268,7 +271,7 @@ class Json(Tokenizer, kind='json'):
 def _special_tokens(
   folder: pathlib.Path, vocabulary: Mapping[str, int]
 ) -> SpecialTokens:
-  """The special tokens of a model's folder.
+  """The special tokens of a model's folder; `vocabulary` has ids by name.
 
   Ids of `generation_config.json` take precedence over those of `config.json`,
   and both over names in the tokenizer's own files.
@@ -301,7 +304,7 @@ def _special_tokens(
 
 
 def _content(token: Any) -> Any:
-  """A token's text, which files have as a string or within an object."""
+  """A token's text, which files have in a string or an object; '' for None."""
   return token.get('content', '') if isinstance(token, dict) else token or ''
 
 
@@ -327,7 +330,8 @@ def _chat_template(folder: pathlib.Path, template: Any) -> Any:
 def _read(text: str) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
   """The model of a `tokenizer.json`, and the ids of its tokens, each an int32.
 
-  The model neither truncates nor pads.
+  The model neither truncates nor pads. A text that is no `tokenizer.json`, has
+  no token or has an id that is too large raises a ValueError.
   """
   try:
     model = tokenizers.Tokenizer.from_str(text)
@@ -356,7 +360,12 @@ def _encoded(encode: Callable, given: Any, *, add_special_tokens: bool) -> Any:
 
 
 def _value_error(problem: str, error: BaseException) -> BaseException:
-  """A ValueError in place of an error of the library, such as a Rust panic."""
+  """The error to raise in place of one that came out of `tokenizers`.
+
+  An exception or a panic of the library becomes a ValueError, whose message is
+  `problem` and the first line of `error`. Any other error, such as the
+  KeyboardInterrupt of a Ctrl-C, is returned as it is.
+  """
   if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
     return InputError(f'{problem}: {first_line(error)}')
   return error  # Ctrl-C

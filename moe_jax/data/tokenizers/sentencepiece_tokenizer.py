@@ -16,7 +16,7 @@ from moe_jax.errors import InputError, from_extra
 
 
 def library() -> Any:
-  """The library `sentencepiece`, which an extra installs."""
+  """The library `sentencepiece`; a ValueError says how it is installed."""
   return from_extra('sentencepiece', 'sentencepiece', 'unigram tokenizers')
 
 
@@ -77,7 +77,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     return repr(piece.replace('\u2581', ' '))
 
   def vocabulary_name(self, token: Token) -> str:
-    """The piece of a token, as the vocabulary has it."""
+    """The piece of a token, in which U+2581 stands for a space."""
     return self._model.id_to_piece(int(token))
 
   def state(self) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
   after inputs.
 
   Raises:
-    ValueError: There is no such file, or several; it is damaged, too large, or
-      a link in a folder.
+    ValueError: There is no such file, or there are several; or the file is
+      damaged, too large, or a link out of its folder.
   """
   path = pathlib.Path(path).expanduser()
   folder = path if path.is_dir() else None
@@ -91,7 +91,6 @@ class GivenOptions(TokenizerOptions):
     return self.given()
 
   def known_vocab_size(self) -> int:
-    """V, the size of the tokenizer's vocabulary."""
     return self.given().vocab_size
 
 
@@ -111,7 +110,6 @@ class Fitted(GivenOptions):
   )
 
   def given(self) -> Tokenizer:
-    """The tokenizer that exists already."""
     return self.tokenizer
 
 
@@ -128,7 +126,6 @@ class FileOptions(GivenOptions):
   )
 
   def given(self) -> Tokenizer:
-    """The tokenizer of the file or folder."""
     try:
       return read(self.path)
     except InputError as error:
@@ -136,4 +133,4 @@ class FileOptions(GivenOptions):
 
 
 class JsonOptions(FileOptions):
-  """Options of a Hugging Face tokenizer, the same as `FileOptions`."""
+  """`FileOptions` under the kind 'json', as in runs of imported models."""

@@ -1,7 +1,7 @@
 """Multi-head and grouped-query attention, of a sequence to itself or another.
 
-`AttentionBase` is the contract of the kinds of attention. Multi-head latent
-attention is a kind of its own, in `latent.py`.
+`AttentionBase` is the base of the options of all kinds of attention. Multi-head
+latent attention is a kind of its own, in `latent.py`.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ X = TypeVar('X', Array, Array | None)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBase(Options):
-  """The contract of the kinds of attention.
+  """The base of the options of all kinds of attention.
 
   Sizes of 0 stand for sizes that follow from the model's width; `within` fills
   them in.
 
   Attributes:
-    PROJECTIONS: The projections that may add a bias.
-    ROTATED: The name of the option that sets how much of a head positions
-      rotate.
+    PROJECTIONS: The names of the projections that may add a bias.
+    ROTATED: The name of the option for the width of the part of a head that
+      rotary positions may rotate.
     crosses: Whether a decoder's layers can attend to an encoder by this kind of
       attention.
   """
@@ -102,7 +102,11 @@ class AttentionBase(Options):
     return {name.strip() for name in self.biases.split(',')}
 
   def has_bias(self, projection: str, use_bias: bool) -> bool:
-    """Whether a projection adds a bias, in a model with this `use_bias`."""
+    """Whether the projection of this name adds a bias.
+
+    False for names that `PROJECTIONS` lacks. `use_bias` is the model's option,
+    which decides where `biases` is 'model'.
+    """
     if projection not in self.PROJECTIONS:
       return False
     if self.biases == 'model':
@@ -115,11 +119,11 @@ class AttentionBase(Options):
     raise NotImplementedError
 
   def within(self, width: int) -> Self:
-    """The options of attention in a model of this width, no size left at 0."""
+    """The options with sizes of 0 filled in for a model of M = `width`."""
     return self
 
   def for_encoder(self) -> Self:
-    """The options of attention in an encoder, made from those in a decoder."""
+    """A decoder's options without the window, which no encoder has."""
     return dataclasses.replace(self, window=0, full_layers='none')
 
   @property
@@ -134,26 +138,29 @@ class AttentionBase(Options):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The number of heads and their width, for cached keys and for values."""
+    """The number of cached heads and their width, for keys and for values."""
     raise NotImplementedError
 
   @property
   def cached_values(self) -> int:
-    """The number of values that a cache keeps of a token in a layer."""
+    """How many numbers, of keys and values, a layer caches for a token."""
     return sum(heads * width for heads, width in self.cached_shapes)
 
   @property
   def decoding_products(self) -> int:
-    """The multiply-adds of a new token's attention to one cached token."""
+    """The multiply-adds, in one layer, of a new token with one cached token."""
     return self.num_heads * sum(self.head_widths)
 
   @property
   def projected_values(self) -> int:
-    """The number of a token's projected values that the backward pass needs."""
+    """How many numbers of a token's projections the backward pass needs.
+
+    They are those of one layer: queries, and what the layer would cache.
+    """
     return self.num_heads * self.head_widths[0] + self.cached_values
 
   def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of width M = `width`."""
+    """The number of parameters in one layer's kernels, where M is `width`."""
     c = self.within(width)
     return width * (c.num_heads * sum(c.head_widths) + c.cached_values)
 
@@ -201,9 +208,9 @@ class Attention(nn.Module):
       segment_ids: The segment of each token in its row; None: each row is one
         segment.
       positions: The position of each token in its document.
-      bias: The bias of relative positions, which is added to the scaled scores.
+      bias: The bias of relative positions on the scaled scores; None: no bias.
       train: Turns on dropout.
-      memory: The encoder's output, which cross-attention reads.
+      memory: The encoder's output in cross-attention; None in self-attention.
       key_segment_ids: The segment of each token of the memory or, without a
         memory, of x. None: `segment_ids` for x; one segment for each row of a
         memory.
@@ -249,13 +256,18 @@ class Attention(nn.Module):
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
     """Attends to one layer's cache, to which self-attention adds x first.
 
+    Cross-attention reads `cache.memory` instead, and adds nothing.
+
     Args:
       x: Representations of the tokens after those of the cache.
       token_mask: False at padding, which comes in front.
       positions: The position of each token.
-      bias: The bias that is added to the scaled scores of every slot.
+      bias: The bias on the scaled scores of every slot; None: no bias.
       cache: The cache as `KVCache.begin` returned it.
       layer: The index of the layer.
+
+    Returns:
+      The output of attention, and the cache with the keys and values of x.
     """
     dtype, cache_holder = self.shared.dtype, [cache]
     segment_ids = token_mask.astype(jnp.int32)
@@ -286,15 +298,17 @@ class Attention(nn.Module):
 
   @nn.compact
   def _project_all(self, x, source, position_args, attend):
-    """The output of `attend`, projected to the width of x.
+    """The output [B, T, M] of `attend`, projected to the width M of x.
 
     Args:
-      x: Tokens, which are projected to queries.
-      source: Tokens, which are projected to what a cache keeps; None where
-        the cache has everything already.
-      position_args: The positions of tokens, and their segments.
-      attend: The function attend(query, *cached) of queries [B, T, H, D] and of
-        the keys and values that a cache keeps.
+      x: Tokens [B, T, M], which are projected to queries.
+      source: Tokens [B, S, M], which are projected to what a cache keeps; None
+        where the cache has everything already.
+      position_args: The pair (positions, segment_ids) of the tokens, each
+        [B, T]; the second may be None, for one segment a row.
+      attend: The function attend(query, key, value) that returns weighted means
+        of values, [B, T, H, U]. Queries are [B, T, H, D]; key and value are
+        those that a cache keeps, [B, S, N, _], or None without a `source`.
     """
     dtype, cached = self.shared.dtype, (None, None)
     query = self._queries(x.astype(dtype), position_args)
@@ -313,7 +327,10 @@ class Attention(nn.Module):
     return Keys(causal, c.window if causal else 0, c.score_scale, self.cross)
 
   def _queries(self, x, position_args):
-    """The queries [B, T, H, D], which positions have rotated."""
+    """The queries [B, T, H, D] of tokens x [B, T, M].
+
+    Self-attention rotates them by `position_args`, (positions, segment_ids).
+    """
     c = self.options.within(x.shape[-1])
     width, _ = c.head_widths
     # Unscaled scores start with the variance of scaled ones (T5).
@@ -323,7 +340,10 @@ class Attention(nn.Module):
     return query if self.cross else self.positions.rotate(query, *position_args)
 
   def _cached(self, x, position_args):
-    """The keys and values [B, S, N, D] that a cache keeps of tokens."""
+    """The keys and values, [B, S, N, D] each, that a cache keeps of tokens x.
+
+    Self-attention rotates keys by `position_args`, (positions, segment_ids).
+    """
     shapes = self.options.within(x.shape[-1]).cached_shapes
     key = self._heads(x, 'key', 'kv_heads', shapes[0])
     value = self._heads(x, 'value', 'kv_heads', shapes[1])
@@ -332,15 +352,32 @@ class Attention(nn.Module):
     return key, value
 
   def _expanded(self, key, value):
-    """The keys and values of all heads, from what a cache keeps."""
+    """The keys and values to attend to, from those that a cache keeps.
+
+    All are [B, S, N, _]. Here both are the same; latent attention expands them.
+    """
     return key, value
 
   def _attend_slots(self, attention, query, key, value):
-    """The result of attention(query, key, value) on cached keys and values."""
+    """The result of attention(query, key, value) on cached keys and values.
+
+    Queries are [B, T, H, D], keys and values [B, N, S, _], and the result
+    [B, T, H, U]. A subclass may cache something else than keys and values.
+    """
     return attention(query, key, value)
 
   def _heads(self, x, name, heads, shape, **init):
-    """Tokens projected to queries, keys or values, normalised and clipped."""
+    """The queries, keys or values [B, S, N, D] of tokens x [B, S, M].
+
+    They are normalised and clipped as the options say.
+
+    Args:
+      x: The tokens.
+      name: The projection: 'query', 'key' or 'value'; values have no norm.
+      heads: The logical axis of heads, 'heads' or 'kv_heads'.
+      shape: The number N of heads and their width D.
+      **init: Options of `parameters.kernel`, such as `shrink`.
+    """
     options, scale = cast(AttentionOptions, self.options), None
     y = self._project(x, name, ('embed', heads, 'kv'), shape, **init)
     if name != 'value' and options.qk_norm != 'none':
@@ -351,16 +388,17 @@ class Attention(nn.Module):
     return options.finished(y, scale)
 
   def _project(self, x, name, axes, outputs, **init):
-    """The products of tokens [B, S, *M] with the kernel w_<name>, [*M, *N].
+    """The products [B, S, *outputs] of tokens with the kernel w_<name>.
 
-    The bias b_<name> is added if the options say so.
+    The kernel is [*inputs, *outputs]. The bias b_<name> is added if the options
+    say so.
 
     Args:
-      x: The tokens that are projected.
-      name: The name of the projection.
-      axes: The logical axes of the kernel.
-      outputs: The sizes N of a token's result.
-      **init: Options of `parameters.kernel`.
+      x: The tokens that are projected, [B, S, *inputs].
+      name: The name of the projection, such as 'query' or 'out'.
+      axes: The logical axes of the kernel, one for each dimension.
+      outputs: The sizes of a token's result.
+      **init: Options of `parameters.kernel`, such as `residual` or `shrink`.
     """
     B, S, *inputs = x.shape
     w = self._kernel(name, axes, inputs, outputs, **init)
@@ -372,7 +410,12 @@ class Attention(nn.Module):
     return y + b.astype(self.shared.dtype)[None, None]
 
   def _kernel(self, name, axes, inputs, outputs, **init):
-    """The kernel w_<name>, [*inputs, *outputs], as a matrix."""
+    """The parameter w_<name>, [*inputs, *outputs], reshaped to a matrix.
+
+    The matrix has a row for each number of an input and a column for each
+    number of an output. `axes` names the dimensions of the parameter, and
+    `init` has options of `parameters.kernel`.
+    """
     n, shape = len(inputs), (*inputs, *outputs)
     ins, outs = tuple(range(n)), tuple(range(n, len(shape)))
     kernel = parameters.kernel(
@@ -389,7 +432,11 @@ class Attention(nn.Module):
 
 
 def _only_real(x: X, segment_ids: Array | None) -> X | Array:
-  """x with zeros for NaN and infinities at padding, as 0 * NaN is NaN."""
+  """x [B, T, M] with zeros for NaN and infinities at padding, of segment 0.
+
+  They would reach the gradients of kernels. x is returned as it is if x or
+  `segment_ids` [B, T] is None.
+  """
   if x is None or segment_ids is None:
     return x
   return without_nan(segment_ids > 0, x)
@@ -466,7 +513,7 @@ class AttentionOptions(AttentionBase):
     """The options with a head's width and the number of key heads filled in.
 
     Raises:
-      OptionError: head_width is 0, and num_heads does not divide the width.
+      OptionError: head_width is 0, and num_heads does not divide M = `width`.
     """
     H = self.num_heads
     if not self.head_width and width % H:
@@ -479,10 +526,9 @@ class AttentionOptions(AttentionBase):
     )
 
   def for_encoder(self) -> Self:
-    """The options of attention in an encoder, made from those in a decoder.
+    """A decoder's options without the window and with a key head for each head.
 
-    Every query head gets a key head of its own, as heads share keys only to
-    make a decoder's cache smaller.
+    Heads share keys only to make a decoder's cache smaller.
     """
     return dataclasses.replace(super().for_encoder(), num_kv_heads=0)
 
@@ -496,7 +542,6 @@ class AttentionOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The number of key heads and a head's width, for keys and for values."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
 
@@ -514,9 +559,10 @@ class AttentionOptions(AttentionBase):
   def finished(
     self, x: Float[Array, '*B N D'], scale: Float[Array, '*n'] | None
   ) -> Float[Array, '*B N D']:
-    """Queries, keys or values, normalised if they have a scale, then clipped.
+    """Queries, keys or values x, normalised if they have a scale, then clipped.
 
-    The norm is over as many of the last dimensions as the scale has.
+    The norm is over as many of the last dimensions as the scale has; None: no
+    norm. Values are clipped to [-clip, clip], where the option `clip` is not 0.
     """
     if scale is not None:
       x = rms_normed(x, scale, self.qk_norm_epsilon)
@@ -529,12 +575,13 @@ def project_memory(
   p: Mapping[str, Any],
   memory: Float[Array, 'B S M'],
 ) -> tuple[Float[Array, 'B N S D'], Float[Array, 'B N S D']]:
-  """Keys and values of a layer of cross-attention, for a decoder's cache.
+  """The keys and the values of a layer of cross-attention, for a cache.
 
   Args:
     shared: The settings that all layers of the model share.
     options: The options of attention, with no size left at 0.
-    p: The parameters of the layer.
+    p: The parameters of the layer's attention by name: w_key, w_value, and
+      those of b_key, b_value and key_norm that it has.
     memory: The encoder's output.
   """
 

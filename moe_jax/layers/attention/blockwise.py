@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from moe_jax.layers.attention.keys import Keys, hidden, visible
 from moe_jax.shapes import Array, Float, Float32
 
-# The least number of queries of a block: small blocks compute fewer scores that
-# causality hides, and their products are slower. There are at most
-# `_MOST_BLOCKS` blocks.
+# The least number of queries in a block, and the largest number of blocks.
+# Small blocks compute fewer scores that causality hides, but their products are
+# slower.
 _LEAST_QUERIES, _MOST_BLOCKS = 64, 8
 # Keys that a window hides are left out in multiples of this number.
 _KEY_STEP = 16
@@ -28,10 +28,10 @@ class Block(NamedTuple):
   """A block of queries, and the keys that some of these queries may see.
 
   Attributes:
-    first: The first query.
-    stop: The query after the last.
-    first_key: The first key.
-    stop_key: The key after the last.
+    first: The index of the first query.
+    stop: The index after that of the last query.
+    first_key: The index of the first key.
+    stop_key: The index after that of the last key.
   """
 
   first: int
@@ -40,16 +40,22 @@ class Block(NamedTuple):
   stop_key: int
 
   def queries(self, x: Array, axis: int = 1) -> Array:
-    """The part of x that belongs to the block's queries."""
+    """The elements of x, along `axis`, that belong to the block's queries."""
     return jax.lax.slice_in_dim(x, self.first, self.stop, axis=axis)
 
   def keys(self, x: Array, axis: int = 1) -> Array:
-    """The part of x that belongs to the block's keys."""
+    """The elements of x, along `axis`, that belong to the block's keys."""
     return jax.lax.slice_in_dim(x, self.first_key, self.stop_key, axis=axis)
 
 
 def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
-  """The blocks of all queries, in their order."""
+  """Cuts T queries into blocks, in order, each with the keys that it may see.
+
+  Args:
+    num_queries: T; query t is at position t.
+    num_keys: S; key s is at position s.
+    keys: The rules for which keys a query sees.
+  """
   T, S, query_blocks = num_queries, num_keys, []
   size = -(-T // _MOST_BLOCKS)
   size = -(-size // _LEAST_QUERIES) * _LEAST_QUERIES
@@ -65,9 +71,18 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 
 
 def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
-  """Computes what `dot_product.einsum` does, a block of queries at a time."""
-  # A query that may see no key has the mean of all values, as in `einsum`; a
-  # query always sees its own key where `ids` and `key_ids` are the same array.
+  """Scaled dot-product attention, computed a block of queries at a time.
+
+  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U];
+  the result is the weighted means of values, [B, T, H, U]. A query sees keys of
+  its own segment, by `ids` [B, T] and `key_ids` [B, S]; if either is None, each
+  row is one segment. `keys` has the rules for which of these keys it sees. The
+  bias [H, T, S] is added to scaled scores, and the sinks [H] are a logit of
+  each head beside them in the softmax, which weighs no value; None: there are
+  none.
+  """
+  # A query that sees no key gets the mean of all values, as in `einsum`, so its
+  # block needs all keys. If `key_ids` is `ids`, every query sees its own key.
   block_rules = keys
   if key_ids is not ids:
     block_rules = keys._replace(causal=False, window=0)
@@ -82,12 +97,13 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 
 
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
-  """The output, and the arrays that the backward pass reads.
+  """The output [B, T, H, U], and the arrays that the backward pass reads.
 
-  For each of the R queries of a block that share one of N heads of keys, the
-  backward pass reads two numbers [B, N, R, 1], from which it computes the
-  softmax again: the largest score, and the sum of the exponentials of all
-  scores less the largest.
+  `ids` are the segments of queries and of keys; `query_blocks` are the blocks
+  of `blocks_of`, which together have all queries. For each of the R queries of
+  a block that share one of N heads of keys, the backward pass reads two numbers
+  [B, N, R, 1], from which it computes the softmax again: the largest score, and
+  the sum of the exponentials of all scores less the largest.
   """
   outputs, statistics = [], []
   for block in query_blocks:
@@ -109,8 +125,8 @@ def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
 
 
 def _backward(keys, query_blocks, saved, dy):
-  # Where layers are no loop, the compiler would find the same scores in the
-  # forward pass, and keep them until here; the barrier prevents this.
+  # Where layers do not run as a loop, the compiler would see that the forward
+  # pass computes the same scores, and store them; the barrier prevents this.
   saved = jax.lax.optimization_barrier(saved)
   query, key, value, bias, sinks, ids, y, statistics = saved
   H, S = query.shape[2], key.shape[1]
@@ -136,9 +152,9 @@ def _backward(keys, query_blocks, saved, dy):
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
     d_query.append(by_token(_product(d_scores, k, (3, 2)), H))
-    # The gradients of keys and values are [B, N, D, S], as the compiler then
-    # transposes the queries in the product, which are fewer numbers than the
-    # weights, and multiplies faster.
+    # The gradients of keys and values are computed as [B, N, D, S], so that the
+    # compiler transposes the queries for the product, and not the weights,
+    # which are more numbers.
     padding = (0, 0), (0, 0), (0, 0), (block.first_key, S - block.stop_key)
     d_key += jnp.pad(_product(keys.scaled(q), d_scores, (2, 2)), padding)
     d_value += jnp.pad(_product(d_y, weights, (2, 2)), padding)
@@ -159,7 +175,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _product(x, y, contract) -> Float32[Array, 'B N _ _']:
-  """The product of x and y for each head [B, N], over the axes `contract`."""
+  """The product of x and y, [B, N, _, _] each, for each index of [B, N].
+
+  It is summed over axis `contract[0]` of x and axis `contract[1]` of y.
+  """
   axes = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
@@ -171,9 +190,10 @@ def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
 def queries_by_head(
   x: Float[Array, 'B t H D'], num_heads: int
 ) -> Float[Array, 'B N R D']:
-  """The queries that share each of N heads of keys, in one dimension R.
+  """Gathers the queries that share one of N heads of keys in one dimension R.
 
-  R = t H / N, for t tokens and H heads of queries, is head by head.
+  N is `num_heads`. In R = H / N * t, the t tokens of one head of queries are
+  side by side.
   """
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
@@ -181,7 +201,7 @@ def queries_by_head(
 
 
 def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
-  """The inverse of `queries_by_head`."""
+  """The inverse of `queries_by_head`: tokens first, then their H heads."""
   B, N, R, D = x.shape
   J = heads // N
   x = x.reshape(B, N, J, R // J, D).transpose(0, 3, 1, 2, 4)
@@ -189,14 +209,27 @@ def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
 
 
 def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
-  """The sink logit for each query of a block, ordered as `queries_by_head`."""
+  """The sink logit of its head for each of a block's queries; b is 1.
+
+  R, the queries that share one of N = `num_heads` heads of keys, is ordered as
+  `queries_by_head` orders it. `sinks` is [H].
+  """
   head_sinks = sinks.reshape(num_heads, -1)
   rows = jnp.repeat(head_sinks, block.stop - block.first, axis=1)
   return rows[None, :, :, None]
 
 
 def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
-  """The scores of a block's queries, plus `_mask`, which hides keys."""
+  """The scaled scores of a block's queries, with bias and mask added.
+
+  Args:
+    block: The block; R are its queries that share one of N heads of keys.
+    query: All queries, [B, T, H, D].
+    k: The block's s keys, [B, N, s, D].
+    bias: The bias [H, T, S] of all queries on all keys, or None.
+    ids: The segments [B, T] of all queries and [B, S] of all keys; or None.
+    keys: The rules for which keys a query sees, and the scale.
+  """
   B, N, s = k.shape[:3]
   q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))
@@ -213,7 +246,9 @@ def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
   """The mask added to scores: 0 where a query sees a key, else the least float.
 
-  None where all queries see all keys.
+  It is that of a block's t queries and s keys; b is B, or 1 without segments.
+  None where all queries see all keys. `ids` are the segments [B, T] of all
+  queries and [B, S] of all keys, or None.
   """
   segment_ids, key_segment_ids = ids
   if segment_ids is not None and key_segment_ids is not None:
@@ -227,10 +262,12 @@ def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
 
 
 def _rows_of_bias(block, d_scores, num_keys) -> Float32[Array, 'N J t S']:
-  """The gradient of the bias of a block's queries, summed over sequences.
+  """The gradient of the bias of a block's t queries, summed over sequences.
 
-  J = H / N query heads share each of N heads of keys. The sum is computed as a
-  product with ones, as in `kernels.cpu.add_to_each`.
+  It is made of `d_scores` [B, N, J * t, s], the gradient of the block's scores,
+  and is 0 at keys that the block lacks, of S = `num_keys` in all. J = H / N
+  query heads share each of N heads of keys. The sum is a product with
+  ones, which XLA's CPU compiler computes faster than a sum over the first axis.
   """
   B, N, _, s = d_scores.shape
   ones = jnp.ones((1, B), d_scores.dtype)

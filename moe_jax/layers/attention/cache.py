@@ -58,9 +58,9 @@ class KVCache(flax.struct.PyTreeNode):
   Attributes:
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
       window may have fewer slots S, with slot s at index s % S. In latent
-      attention they are short vectors and the rotated keys that heads share.
-    value: The values, in the layout of the keys; in latent attention, of width
-    0.
+      attention, N is 1 and a key is a latent vector with its rotated key.
+    value: The values, in the layout of the keys; in latent attention their
+      width is 0.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
@@ -129,7 +129,8 @@ class KVCache(flax.struct.PyTreeNode):
     """Reserves the next T slots; also returns the positions of the new tokens.
 
     After this call each layer fills the slots by `append` or `write`, and
-    `advance` ends the step. Padding gets the position of the token behind it.
+    `advance` ends the step. Padding, where `token_mask` is False, gets the
+    position of the token before it in its row, or 0.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
@@ -143,9 +144,8 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
     """Keeps each row's newest token id; also returns the id before each token.
 
-    The id before the first token of a row is -1.
-
-    Padding may stand only in front of the new tokens.
+    The id before the first token of a row is -1. Padding, where `token_mask` is
+    False, may stand only in front of the new tokens.
     """
     last, tokens = self.last_token[:, None], tokens.astype(jnp.int32)
     tokens = jnp.where(token_mask, tokens, last)
@@ -158,10 +158,11 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N U'],
   ) -> tuple['KVCache', Slots]:
-    """Fills the slots that `begin` reserved; also returns all visible slots.
+    """Fills a layer's slots that `begin` reserved.
 
-    A step may have more tokens than a layer keeps slots: each token still sees
-    the tokens of its window.
+    The second result has all slots of the layer that the new tokens may see.
+    `key` and `value` are those of the T new tokens. A step may have more tokens
+    than a layer keeps slots: each token still sees the tokens of its window.
     """
     T, length = key.shape[1], self._num_slots(layer)
     if length == self.max_len:
@@ -189,13 +190,14 @@ class KVCache(flax.struct.PyTreeNode):
     return layer_keys.shape[-2]
 
   def slots(self, layer: int | Int[Array, '']) -> Slots:
-    """The slots of one layer, in the order in which its arrays hold them."""
+    """The slots of one layer, in the order of its arrays, with `filled`."""
     return Slots(self.key, self.value, self.filled).at(layer)
 
   def _numbered(self, key, value, numbers: Int32[Array, ' S']) -> Slots:
-    """`Slots` whose `numbers` are the indices of the slots in their row.
+    """The `Slots` of these keys [B, N, S, D] and values [B, N, S, U].
 
-    A slot whose index is below 0 holds no token yet.
+    `numbers` are the indices of their slots among all slots of a row. A slot
+    whose index is below 0 holds no token yet.
     """
     filled = jnp.take(self.filled, jnp.maximum(numbers, 0), axis=1)
     return Slots(key, value, filled & (numbers >= 0)[None], numbers)
@@ -206,7 +208,11 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N U'],
   ) -> 'KVCache':
-    """Fills the slots that `begin` reserved, in one layer."""
+    """Writes keys and values of T new tokens of a layer to the next T slots.
+
+    T must be 1 where the layer keeps fewer than `max_len` slots; `append` has
+    no such limit.
+    """
     slot = self.length
     if (length := self._num_slots(layer)) < self.max_len:
       slot = slot % length
@@ -254,24 +260,30 @@ def _ring_numbers(newest: Int[Array, ''], length: int) -> Int32[Array, ' S']:
 
 
 def _in_order(ring, new, length) -> Float[Array, 'B N _ D']:
-  """The slots of a ring, the oldest first, then the new slots.
+  """The slots of a ring [B, N, S, D], the oldest first, then the new slots.
 
-  `length` is the index of the first new slot.
+  Args:
+    ring: The keys or values of a layer with a window; slot s is at s % S.
+    new: The keys or values of new tokens, [B, T, N, D].
+    length: The index of the first new slot.
   """
   old = jnp.roll(ring, -(length % ring.shape[2]), axis=2)
   return jnp.concatenate([old, new.swapaxes(1, 2).astype(old.dtype)], axis=2)
 
 
 def _as_ring(x, length, first) -> Float[Array, 'B N S D']:
-  """The last `length` slots of x as a ring, with slot s at s % length.
+  """The last `length` slots of x [B, N, _, D] as a ring of S = `length` places.
 
-  `first` is the index of the first of these slots.
+  Slot s is at place s % S. `first` is the index of the first of these slots.
   """
   return jnp.roll(x[:, :, x.shape[2] - length :], first % length, axis=2)
 
 
 def _with_layer(cached, layer, layer_array):
-  """Keys or values with `layer_array` in place of the array of one layer."""
+  """Keys or values with `layer_array` [B, N, S, D] as the array of one layer.
+
+  `cached` has those of all layers: one array [L, B, N, S, D], or L arrays.
+  """
   if isinstance(cached, tuple):
     return (*cached[:layer], layer_array, *cached[layer + 1 :])
   return jax.lax.dynamic_update_index_in_dim(cached, layer_array, layer, 0)

@@ -17,8 +17,8 @@ from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
-# The smallest side of a block of the TPU kernel 'splash', and the sides that
-# are tried, in this order, as larger blocks make fewer steps.
+# The TPU kernel 'splash' needs a length that is a multiple of the first number.
+# The sides of its blocks are tried in order: larger blocks make fewer steps.
 _LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 
@@ -51,14 +51,15 @@ def attend(
     key_segment_ids: The segment of each key; None: the segments of the queries
       or, in another sequence, one segment for each row.
     keys: The rules for which of the segment's keys a token sees.
-    implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
-    bias: The bias that is added to the scaled scores.
+    implementation: One of `IMPLEMENTATIONS`, which the option of this name
+      describes; 'auto' picks one by platform and by the other arguments.
+    bias: The bias that is added to the scaled scores; None: no bias.
     sinks: The logit of each head that stands beside the scores in the
-      denominator of the softmax, and weighs nothing.
-    dropout: A function that drops some of the weights.
+      denominator of the softmax, and weighs no value; None: no sinks.
+    dropout: A function that drops some of the weights; None drops none.
     checked_alone: Whether the implementation is only checked, while einsum
-      computes: where parameters are made the output is not used, and arrays are
-      on no mesh yet.
+      computes: where parameters are initialised the output is not used, and
+      arrays are on no mesh yet.
 
   Raises:
     ValueError: The implementation cannot serve the options or this machine.
@@ -108,7 +109,12 @@ def attend(
 
 
 def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
-  """The reasons why implementations cannot serve these arguments, by name."""
+  """The reasons why implementations cannot serve these arguments, by name.
+
+  An implementation that can serve them is left out. `is_other` tells whether
+  keys are another sequence's or have segments of their own; bias, sinks and
+  dropout may be None.
+  """
   dtype, T = str(query.dtype), query.shape[1]
   D = max(query.shape[3], value.shape[3])
   no_dropout = (dropout is not None, 'it has no dropout')
@@ -140,7 +146,7 @@ def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
 
 
 def _cuda_capability() -> float:
-  """The compute capability of this machine's NVIDIA GPU; 0.0 without one."""
+  """The compute capability of the first device; 0.0 if it is no NVIDIA GPU."""
   device = jax.local_devices()[0]
   if device.platform != 'gpu' or 'NVIDIA' not in device.device_kind:
     return 0.0
@@ -148,9 +154,11 @@ def _cuda_capability() -> float:
 
 
 def _of_one_width(f, query, key, value, *ids, keys, **options):
-  """The result of f, an attention that needs keys as wide as values.
+  """The result [B, T, H, U] of f, which needs keys as wide as values.
 
-  Zeros pad the narrower ones.
+  Zeros widen keys and queries [..., D], or values [..., U], whichever are
+  narrower. f is called as f(query, key, value, *ids, keys=keys, **options),
+  where `ids` are the segments of queries and of keys.
   """
   scored, width = key.shape[3], value.shape[3]
   if scored == width:
@@ -168,7 +176,16 @@ def _of_one_width(f, query, key, value, *ids, keys, **options):
 def einsum(
   query, key, value, ids, key_ids, *, keys, bias, sinks=None, dropout=None
 ):
-  """Attention by two products and a softmax, which supports every option."""
+  """Attention by two products and a softmax, which supports every option.
+
+  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U];
+  the result is the weighted means of values, [B, T, H, U]. A query sees keys of
+  its own segment, by `ids` [B, T] and `key_ids` [B, S]; if either is None, each
+  row is one segment. `keys` has the rules for which of these keys it sees. The
+  bias [H, T, S] is added to scaled scores, and the sinks [H] are a logit of
+  each head beside them in the softmax, which weighs no value; None: there are
+  none. The function `dropout` drops some of the weights; None drops none.
+  """
   B, T, H, D = query.shape
   S, N = key.shape[1:3]
   query = keys.scaled(query.reshape(B, T, N, H // N, D))
@@ -198,11 +215,21 @@ def cached(
   sinks: Float32[Array, ' H'] | None = None,
   slot_numbers: Int[Array, ' S'] | None = None,
 ) -> Float[Array, 'B T H U']:
-  """Attends to a cache [B, N, S, D], with the first query at slot `start`.
+  """Each query's weighted mean of cached values; the softmax is float32.
 
-  A causal query sees no slots behind its own, filled or not. With
-  `slot_numbers`, key s is in slot slot_numbers[s], and the bias has a column
-  for each slot.
+  A causal query sees no slots after its own, filled or not.
+
+  Args:
+    query: The queries, unscaled; the first is in slot `start`.
+    key, value: The cached keys and values.
+    segment_ids: The segment of each query, which sees keys of the same segment.
+    key_segment_ids: The segment of each key.
+    keys: The rules for which keys of its segment a query sees.
+    start: The slot of the first query.
+    bias: The bias on the scaled scores of all slots of a row; None: no bias.
+    sinks: The logit of each head that stands beside the scores in the softmax
+      and weighs no value; None: no sinks.
+    slot_numbers: The slot of each key; None: key s is in slot s.
   """
   B, T, H, _ = query.shape
   N, S = key.shape[1:3]
@@ -223,14 +250,25 @@ def cached(
 
 
 def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:
-  """The softmax of scores that a mask [b, T, S] shows, and of heads' sinks."""
+  """The softmax of scores [B, N, J, T, S] over the keys that a mask shows.
+
+  J = H / N query heads share each of N heads of keys. The mask [b, T, S], where
+  b is B or 1, is True at shown keys. `sinks` [H], or None, adds a logit to each
+  head's softmax, whose weight is left out.
+  """
   if sinks is not None:
     sinks = sinks.reshape(1, *scores.shape[1:3], 1, 1)
   return masked_softmax(scores, mask[:, None, None], sinks)
 
 
 def jax_nn(query, key, value, ids, key_ids, *, keys, bias, implementation):
-  """JAX's own attention; rows of several segments need a mask in memory."""
+  """Calls JAX's own attention, of `implementation` 'xla' or 'cudnn'.
+
+  Queries are [B, T, H, D], unscaled, keys and values [B, S, N, D]. A query sees
+  keys of its own segment, by `ids` [B, T] and `key_ids` [B, S], which need a
+  mask [B, 1, T, S] in memory; if `ids` is None, each row is one segment. `keys`
+  has the rules for which of these keys it sees. The bias is [H, T, S] or None.
+  """
   mask = None
   if ids is not None:
     lengths = query.shape[1], key.shape[1]
@@ -251,7 +289,15 @@ def jax_nn(query, key, value, ids, key_ids, *, keys, bias, implementation):
 def splash(
   query, key, value, ids, key_ids, *, keys, sinks=None, interpret=False
 ):
-  """Attention by the TPU's blockwise kernel, which stores no scores or mask."""
+  """Attention by the TPU's blockwise kernel, which stores no scores or mask.
+
+  Queries are [B, T, H, D], unscaled, keys and values [B, T, N, D] of the same
+  tokens. A token sees its own segment, by `ids` [B, T] (also `key_ids`); None:
+  each row is one segment. `keys` has the rules for which of these keys it sees.
+  The sinks [H], or None, are a logit of each head in its softmax, which weighs
+  no value. With `interpret` the kernel is emulated, for other platforms than
+  TPUs.
+  """
   del key_ids  # they are those of the queries
 
   def local(query, key, value, segment_ids, sinks):

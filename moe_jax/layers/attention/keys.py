@@ -9,7 +9,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
 class Keys(NamedTuple):
-  """The rules for which keys a query sees, besides the segments.
+  """The rules for which keys of its own segment a query sees.
 
   Attributes:
     causal: Whether a query sees no key after its own.
@@ -37,10 +37,19 @@ def visible(
   start: int | Int[Array, ''] = 0,
   key_positions: Int[Array, ' S'] | None = None,
 ) -> Bool[Array, 'b T S']:
-  """Whether the query at position start + t sees the key at position s.
+  """Whether query t sees key s; b is B, or 1 where there are no segments.
 
   Call this function where the mask is used, so that the mask is fused and never
-  stored. With `key_positions`, key s is at position key_positions[s].
+  stored.
+
+  Args:
+    segment_ids: The segment of each query, which sees keys of the same segment.
+      Where these or those of the keys are None, each row is one segment.
+    key_segment_ids: The segment of each key.
+    lengths: The numbers T of queries and S of keys.
+    keys: The rules for which keys of its segment a query sees.
+    start: The position of the first query.
+    key_positions: The position of each key; None: key s is at position s.
   """
   T, S = lengths
   query_position = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
@@ -62,10 +71,12 @@ def masked_softmax(
   mask: Bool[Array, '*b T S'],
   sinks: Float32[Array, '*c 1 1'] | None = None,
 ) -> Float32[Array, '*B T S']:
-  """Softmax over the keys that `mask` shows, at least one in each row.
+  """Softmax over the keys where `mask` is True.
 
-  A sink is one more score in the softmax; its weight is dropped, so that a row
-  of weights sums to less than 1.
+  A row without such keys has equal weights or, with a sink, zeros. A sink is
+  one more score in the softmax; its weight is dropped, so that a row of weights
+  sums to less than 1. None: no sinks. Mask and sinks may have 1 in place of a
+  leading dimension of the scores.
   """
   scores = scores + hidden(mask)
   if sinks is None:
@@ -75,9 +86,10 @@ def masked_softmax(
 
 
 def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:
-  """The numbers that hide keys from scores: 0 if visible, else the least float.
+  """The numbers that, added to scores, hide keys where `mask` is False.
 
-  A selection (`where`) would keep the mask, as large as the scores, for the
+  They are 0 where the mask is True, and the least float where it is False. To
+  select scores by `where` would keep the mask, as large as the scores, for the
   backward pass, although the gradient of hidden scores is zero anyway.
   """
   return jnp.where(mask, 0, jnp.finfo(jnp.float32).min).astype(jnp.float32)

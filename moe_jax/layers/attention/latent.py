@@ -1,9 +1,9 @@
-"""Multi-head latent attention: keys and values expand from a short vector.
+"""Multi-head latent attention: keys and values expand from a latent vector.
 
 Source: section 2.1 of arXiv:2405.04434 (DeepSeek-V2). A cache keeps the vector
 and one rotated key that all heads share, and a generated token attends to the
-vectors without expanding them: its query goes through the kernel of the keys,
-and the weighted sum of vectors through the kernel of the values.
+vectors without expanding them: the kernel that expands keys multiplies its
+query instead, and the kernel that expands values the weighted sum of vectors.
 """
 
 import dataclasses
@@ -75,15 +75,15 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_width(self) -> int:
-    """The number of values that the cache has of a token in a layer."""
+    """The width of what a layer caches: a latent vector and a rotated key."""
     return self.kv_rank + self.rotary_width
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes, (heads, width), of what the cache keeps for a token.
 
-    It keeps one latent vector, which heads share, in the place of keys, and
-    nothing in the place of values.
+    Keys are one latent vector with a rotated key, which all heads share, and
+    values have width 0.
     """
     return (1, self.cached_width), (1, 0)
 
@@ -93,10 +93,7 @@ class LatentOptions(AttentionBase):
 
   @property
   def projected_values(self) -> int:
-    """The number of a token's projected values that the backward pass needs.
-
-    Expanded keys and values count among them.
-    """
+    """The base's count, plus a latent query and all heads' keys and values."""
     expanded = self.num_heads * sum(self.head_widths)
     return super().projected_values + expanded + self.query_rank
 
@@ -122,10 +119,10 @@ class LatentOptions(AttentionBase):
     )
 
   def absorbs(self, num_queries: int) -> bool:
-    """Whether a step of so many queries attends without expanding the cache.
+    """Whether `num_queries` tokens attend without expanding cached vectors.
 
-    Multiply-adds decide: a query has longer products with the short vectors,
-    but to expand the vectors costs as much for one query as for many.
+    Multiply-adds decide: a query has longer products with latent vectors than
+    with keys, but expanding these costs as much for one query as for many.
     """
     expansion_cost = self.kv_rank * (self.plain_width + self.value_width)
     extra_per_query = 2 * self.cached_width - sum(self.head_widths)
@@ -133,7 +130,7 @@ class LatentOptions(AttentionBase):
 
 
 class LatentAttention(Attention):
-  """Scaled dot-product attention to keys that expand from short vectors.
+  """Scaled dot-product attention to keys that expand from latent vectors.
 
   Attributes:
     options: The options of latent attention.
@@ -143,7 +140,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """The rules for keys, with the factor of YaRN in the scale of scores."""
+    """The rules for keys; the scale of scores includes the factor of YaRN."""
     scored, _ = self.options.head_widths
     scale = scored**-0.5 * self.positions.scaling.latent_factor
     return super()._keys._replace(scale=scale)
@@ -160,10 +157,10 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1)
 
   def _cached(self, x, position_args):
-    """The short vector and the rotated key of each token, [B, S, 1, R + r].
+    """The latent vector and the rotated key of each token, [B, S, 1, R + r].
 
-    R is the width of a short vector, and r that of a rotated key. The values of
-    the cache have width 0.
+    R is the width of a latent vector, and r that of a rotated key. The second
+    result, the values of the cache, has width 0.
     """
     c, axes = self.options, ('embed', 'latent')
     short = self._project(x, 'kv_down', axes, (c.cached_width,))[:, :, None]
@@ -174,16 +171,16 @@ class LatentAttention(Attention):
     return short, short[..., :0]
 
   def _normed(self, x, name):
-    """Vectors divided by their root mean square, times the parameter `name`."""
+    """x [..., R] divided by its root mean square, times the scale `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)
 
   def _up_kernel(self, dtype):
-    """The kernel [R, H, D] that expands short vectors.
+    """The kernel [R, H, n + v] that expands latent vectors of width R.
 
-    D is the width of a head's unrotated key plus that of its value, in this
-    order.
+    n is the width of a head's unrotated key, and v that of its value; the
+    columns of the key come first.
     """
     c, axes = self.options, ('latent', 'heads', 'kv')
     shape = c.num_heads, c.plain_width + c.value_width
@@ -191,7 +188,12 @@ class LatentAttention(Attention):
     return w.reshape(c.kv_rank, *shape).astype(dtype)
 
   def _expanded(self, key, value):
-    """The keys and values of all heads, from short vectors [B, S, 1, R + r]."""
+    """The keys [B, S, H, n + r] and values [B, S, H, v] of all heads.
+
+    `key` has latent vectors with rotated keys, [B, S, 1, R + r]; `value` has
+    no numbers. n is the width of a key's unrotated numbers, r that of its
+    rotated ones, and v that of a value.
+    """
     c, kernel = self.options, self._up_kernel(key.dtype)
     vector, rotary = jnp.split(key, [c.kv_rank], axis=-1)
     (B, S, _, R), (H, D) = vector.shape, kernel.shape[1:]
@@ -201,10 +203,16 @@ class LatentAttention(Attention):
     return jnp.concatenate([plain, rotary], axis=-1), value
 
   def _attend_slots(self, attention, query, key, value):
-    """The result of attention to short vectors [B, 1, S, R + r].
+    """The result [B, T, H, v] of attention to cached latent vectors.
 
-    Few queries do not expand the vectors: the kernel of the keys multiplies the
-    queries, and the kernel of the values multiplies the sums of vectors.
+    For few queries the vectors are not expanded: the kernel of the keys
+    multiplies the queries, and that of the values the weighted sums of vectors.
+
+    Args:
+      attention: The function attention(query, key, value).
+      query: The queries [B, T, H, n + r], whose last r numbers are rotated.
+      key: The latent vectors with their rotated keys, [B, 1, S, R + r].
+      value: An array [B, 1, S, 0] without numbers.
     """
     c = self.options
     if not c.absorbs(query.shape[1]):

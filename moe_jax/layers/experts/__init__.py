@@ -1,7 +1,6 @@
 """Experts, and the dispatches that move tokens to them and multiply.
 
-Open `experts.py` first: `apply_experts` does what the options of a dispatch
-say.
+Open `experts.py` first: `apply_experts` applies experts by any dispatch.
 """
 
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ def describe(
 
   Args:
     dispatch: The dispatch of sparse layers.
-    platform: The platform of the devices, as in `kernels.grouped_products`.
+    platform: The platform of the devices, as JAX names it: 'cpu', 'tpu', ...
     devices: The number of devices along each mesh axis that splits experts.
   """
   parts, exchanges = [], EXCHANGES

@@ -1,9 +1,9 @@
 """Options of dispatches: how tokens move to experts, and how rows multiply.
 
 `experts.apply_experts` does what these options say. Rows in slots are
-`[E, R, M]`, R for each expert, filled or not; sorted rows are `[N, M]`, no more
-than are needed. Where experts are split over the devices of a mesh, rows travel
-between devices.
+`[E, R, M]`, R for each expert, filled or empty; sorted rows are `[N, M]`, at
+most one for each choice. Where experts are split over the devices of a mesh,
+rows travel between devices.
 """
 
 import dataclasses
@@ -29,8 +29,9 @@ class Dispatch(Options):
   Attributes:
     exchange: The exchange of rows between devices, an `Exchange` or a
       `RaggedExchange`.
-    shadowing: The experts that are sent to all devices.
-    by_slot: Whether every expert has equally many rows, filled or not.
+    shadowing: The experts that are sent to all devices, so that their tokens
+      need not travel.
+    by_slot: Whether every expert has equally many rows, filled or empty.
     by_mask: Whether tokens move by a product with a mask of all slots.
     drops: Whether a capacity that binds may drop choices.
   """

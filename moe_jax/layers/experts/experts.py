@@ -60,7 +60,7 @@ def apply_experts(
     ffn: The computation of one feed-forward expert.
     params: The parameters, each [E, ...]; for `Unrolled`, a list with the
       parameters of each expert.
-    x: Groups of tokens, of the type of products.
+    x: Groups of tokens, in the model's dtype.
     routing: The experts and the gates of each token.
     dispatch: The options that say how tokens move and are multiplied.
     layout: The layout of groups and experts on a mesh; None on one device.
@@ -84,8 +84,8 @@ def apply_experts(
     if layout is None:
       return by_row.summed(params, x, routing, key), None
     if ffn.use_bias:
-      # A bias that each device added to its part of F would count several
-      # times.
+      # If F were split, each device would add the whole bias to its part of
+      # the product, and the sum over devices would have it several times.
       layout = dataclasses.replace(layout, hidden=())
     return exchange_sorted(
       by_row,
@@ -105,7 +105,13 @@ def apply_experts(
 
 
 def _apply_in_slots(experts, x, routing, dispatch, layout):
-  """The gated sums of outputs of experts that all have equally many rows."""
+  """Moves groups x to slots of experts, applies these, and sums the outputs.
+
+  The result is the gated sums [G, S, M], and counts of what moved between
+  devices, or None. `experts` are `StackedExperts`, called with rows [E, R, M].
+  `dispatch` has slots; `layout` is that of groups and experts on a mesh, None
+  on one device.
+  """
   dispatcher = dispatch.dispatcher
   if layout is not None:
     return exchange_slots(
@@ -128,7 +134,7 @@ class FeedForwardExperts(nn.Module):
   """E independent feed-forward layers.
 
   Every expert starts from its own draw, with the fan-in of one expert. With
-  E=1 this is the dense layer. The parameters are the same whatever the dispatch
+  E = 1 this is a dense layer. The parameters are the same whatever the dispatch
   is, except that under `Unrolled` each expert has arrays of its own.
 
   Attributes:
@@ -144,7 +150,11 @@ class FeedForwardExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Calls `apply_experts`, with dropout if `train`."""
+    """Returns the gated sums of the experts' outputs for the groups x.
+
+    The second result is counts of what moved between devices, or None. There is
+    dropout only if `train`.
+    """
     ffn, dispatch = self.ffn, self.dispatch
     E, M = routing.num_experts, x.shape[-1]
     if isinstance(dispatch, few_tokens.Unrolled):
@@ -165,9 +175,10 @@ class FeedForwardExperts(nn.Module):
 
 
 def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
-  """The layout of groups and experts on a mesh.
+  """The layout of groups x [G, S, M] and E experts on a mesh.
 
-  None on one device, and during initialisation.
+  None on one device, and during the initialisation of `module`. `hidden` is the
+  hidden width F of an expert; 1 where it is not to be split.
   """
   if module.is_initializing():
     return None
@@ -175,7 +186,7 @@ def _layout(module, shared, x, num_experts, hidden=1) -> Layout | None:
 
 
 class Twin(NamedTuple):
-  """A dense layer that is equivalent to experts, as in a model's dense twin.
+  """A dense layer that replaces experts in a dense twin, or is a shared expert.
 
   Attributes:
     ffn: The width and activation of the layer.
@@ -191,7 +202,7 @@ class Twin(NamedTuple):
 
 
 class ExpertOptions(Options):
-  """The contract of an expert's options.
+  """The base of the options of all kinds of expert.
 
   A subclass defines `module`, or `experts` if its experts are applied in a way
   of their own.
@@ -230,7 +241,10 @@ class ExpertOptions(Options):
   def call(
     self, module: nn.Module, rows: Float[Array, 'R M'], train: bool
   ) -> Float[Array, 'R M']:
-    """The output of one expert for its rows."""
+    """The output of one expert, a module that `module` made, for its rows.
+
+    `train` turns on its dropout.
+    """
     return module(rows, train)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
@@ -292,7 +306,6 @@ class FeedForwardExpert(ExpertOptions):
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """Yields no reason, as each dispatch serves feed-forward layers."""
     return iter(())
 
   def ffn(self, shared: Shared) -> FfnLayer:
@@ -338,7 +351,7 @@ class ModuleExperts(nn.Module):
 
   Attributes:
     options: The options of one expert.
-    dispatch: The options of the dispatch, which must be one into slots.
+    dispatch: The options of the dispatch, which must move tokens into slots.
     shared: The settings that all layers of the model share.
   """
 
@@ -351,7 +364,10 @@ class ModuleExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
-    """Moves tokens to the E experts, applies these, and sums their outputs."""
+    """Moves tokens to the E experts, applies these, and sums their outputs.
+
+    The second result is counts of what moved between devices, or None.
+    """
     module = self.options.module(self.shared, name='expert')
 
     @functools.partial(
@@ -377,7 +393,9 @@ class ModuleExperts(nn.Module):
 
 
 def _as_rows(name: str, y: Any, rows: Array) -> Array:
-  """An expert's output in the type of its rows.
+  """An expert's output y in the type of its rows [R, M].
+
+  The name of the expert's class is for messages.
 
   Raises:
     ValueError: The output is no array of numbers with a fraction, or has
@@ -420,7 +438,7 @@ class SharedExpertOptions(Options):
 
 
 class SharedExpert(nn.Module):
-  """A feed-forward for every token, times the sigmoid of a gate if it has one.
+  """A feed-forward for every token, times a sigmoid gate if `options.gated`.
 
   Its output is added to that of the chosen experts (section 3.2 of
   arXiv:2401.06066), so that several shared experts are the same as one expert

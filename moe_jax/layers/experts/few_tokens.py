@@ -1,4 +1,4 @@
-"""Experts in steps of few tokens on a CPU, without slices of kernels.
+"""Dispatches for decoding steps of few tokens on a CPU.
 
 These dispatches are for XLA's CPU compiler alone (`kernels/cpu.py`): it copies
 a kernel that it slices out of a stack, which is too slow for a decoding step.
@@ -31,16 +31,16 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch for experts that each have own arrays, as from `unrolled`."""
+  """The dispatch for experts that each have own arrays, made by `unrolled`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batched(Dropless):
-  """The dispatch that gives few tokens to all experts, and sorts many."""
+  """The dispatch in which all experts multiply all tokens if these are few."""
 
 
 def are_few(x: Float[Array, 'G S M']) -> bool:
-  """Whether tokens are so few that each used expert multiplies all of them."""
+  """Whether tokens are too few for sorting them by expert to be worthwhile."""
   return x.shape[0] * x.shape[1] <= FEW_TOKENS
 
 
@@ -50,7 +50,7 @@ def apply_all_experts(
   x: Float[Array, 'G S M'],
   routing: AnyRouting,
 ) -> Float[Array, 'G S M']:
-  """The gated sums of experts' outputs, where each expert has all tokens.
+  """The gated sums of experts' outputs, where each multiplies all tokens.
 
   Args:
     ffn: The computation of one expert.
@@ -97,7 +97,10 @@ def apply_one_by_one(
   size = min(max(share, _LEAST_BLOCK), _MOST_BLOCK, len(rows))
 
   def write(e, p, y):
-    """Writes the outputs of expert e for its rows, in blocks of one size."""
+    """y [N, M] with the outputs of expert e, of parameters p, for its rows.
+
+    The rows are multiplied in blocks of one size.
+    """
     begin, stop = stops[e] - sizes[e], stops[e]
 
     def write_block(i, y):
@@ -113,14 +116,17 @@ def apply_one_by_one(
 
 
 def _tokens_and_gates(x, routing):
-  """All tokens [N, M], and the gates of all experts [N, E]; 0 if not chosen."""
+  """The N tokens of all groups x, [N, M], and the gate of each expert, [N, E].
+
+  A gate is 0 where the expert is not chosen.
+  """
   gate = routing.token_gates().reshape(-1, routing.num_experts)
   # A NaN of a token that no expert serves would stay, as 0 * NaN is NaN.
   return without_nan((gate != 0).any(1), x.reshape(-1, x.shape[-1])), gate
 
 
 class OneExpert(nn.Module):
-  """A module with the parameters of one expert."""
+  """A module with the parameters of one expert, whose computation is `ffn`."""
 
   ffn: FfnLayer
 
@@ -136,10 +142,10 @@ def fold_unrolled(
   step: Callable[[int, Any, Array], Array],
   y: Float[Array, 'N M'],
 ) -> Float[Array, 'N M']:
-  """Takes y = step(e, p, y) for each used expert e, if experts have own arrays.
+  """Takes y = step(e, p, y) for each used expert e; returns the last y.
 
-  This is the argument `fold` of `apply_one_by_one`, given the parameters p of
-  each expert.
+  With `experts`, the parameters p of each expert, this function is the argument
+  `fold` of `apply_one_by_one`.
   """
   for e, p in enumerate(experts):
     y = jax.lax.cond(
@@ -149,12 +155,12 @@ def fold_unrolled(
 
 
 def own_name(expert: int) -> str:
-  """The name of the `OneExpert` of the expert with this index."""
+  """The name of the module `OneExpert` that has the parameters of an expert."""
   return f'expert_{expert}'
 
 
 def unrolled(params: dict[str, Any]) -> dict[str, Any]:
-  """The parameters of a model for the dispatch `Unrolled`.
+  """The parameters with arrays of its own for each expert, for `Unrolled`.
 
   Args:
     params: The parameters of the model, or of a part of it, with any other

@@ -26,7 +26,7 @@ from moe_jax.shapes import Array, Float, checked
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedExpert(FeedForwardExpert):
-  """The options of quantised feed-forward experts, for any dispatch."""
+  """The options of quantised feed-forward experts, whatever the dispatch is."""
 
   format: KernelFormat = option(
     KernelFormat(), 'Storage of the kernels of experts.'
@@ -38,12 +38,11 @@ class QuantizedExpert(FeedForwardExpert):
 
 
 class QuantizedExperts(nn.Module):
-  """Quantised experts on sorted rows; no expert without tokens is decoded.
+  """Quantised experts, decoded one by one, but only those that have tokens.
 
-  The module takes any routing, whatever the dispatch is. The arrays of a kernel
-  are the parts of one parameter, and begin as zeros, since codes are not
-  trained. On a mesh each device has the whole arrays, and the compiler decides
-  how rows travel.
+  The module takes any routing, whatever the dispatch is. One parameter holds
+  all arrays of a kernel, which begin as zeros, since codes are not trained. On
+  a mesh each device has all of them, and the compiler decides how rows travel.
 
   Attributes:
     ffn: The computation of one expert.
@@ -58,7 +57,7 @@ class QuantizedExperts(nn.Module):
   def __call__(
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], None]:
-    """Returns the gated sums of the experts' outputs.
+    """Returns the gated sums of the experts' outputs, and no exchange counts.
 
     These experts have no dropout, so that `train` changes nothing.
     """

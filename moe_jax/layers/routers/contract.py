@@ -1,9 +1,9 @@
 """The contract of a router: the questions to its options, and its module.
 
-Each other file of this folder is a router: options, which extend
-`RouterOptions`, and a module, which extends `Router`. Layers and models use the
-contract alone and never ask which router they have. The rules, which are pure
-functions, are in `moe_jax.routing`.
+A router is a file of this folder, with options, which extend `RouterOptions`,
+and a module, which extends `Router`. Layers and models use the contract alone
+and never ask which router they have. The rules, which are pure functions, are
+in `moe_jax.routing`.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ ROUTER_STATE = 'router_state'
 NOISE = 'router'
 # The collection of what is kept for analysis, if a caller makes it mutable.
 SOWN = 'intermediates'
-# The names in 'intermediates' of the choices of experts in a layer, [B, T, N],
-# of its router's routing, and of its router's logits without noise, [G, S, E].
+# The names in 'intermediates' of a layer's choices [B, T, N] (N is K or, where
+# experts choose, E), of its routing, and of its logits without noise [G, S, E].
 CHOICES, ROUTING, LOGITS = 'choices', 'routing', 'router_logits'
 
 
@@ -91,12 +91,12 @@ class TokenInfo(NamedTuple):
     return TokenInfo(**{name: getattr(self, name) for name in names})
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field that is not None; see `shapes.HasShapes`."""
+    """The array type of each field that is not None, for `shapes.checked`."""
     given = (name for name, x in self._asdict().items() if x is not None)
     return dict.fromkeys(given, Int[Array, 'B T'])
 
   def static_sizes(self) -> dict[str, int]:
-    """An empty dict, as all sizes follow from the shapes of the arrays."""
+    """{}: `shapes.checked` learns all sizes from the shapes of the arrays."""
     return {}
 
 
@@ -109,8 +109,8 @@ class Causality(NamedTuple):
     drops: Whether a choice can be dropped because its expert is full.
     undecodable: The reason why tokens cannot be routed one by one, as they are
       generated; None if they can.
-    room_in_generation: Whether generation gives experts room for all tokens;
-      otherwise the router chooses as in training, and its layer stays as it is.
+    room_in_generation: Whether a model that generates may replace the capacity
+      by room for all tokens; if not, its router chooses as in training.
   """
 
   leak: str | None
@@ -155,7 +155,7 @@ class RouterOptions(Options):
       on it, its argument `given`.
     has_columns: Whether tokens choose by logits, each of which comes from a
       column of the router's parameters (the axis 'expert_choice'), and several
-      columns may lead to the same merged expert; see `Retained`.
+      columns may lead to the same expert where experts are merged.
     reads: The fields of `TokenInfo` that the module reads. If 'segment_ids' is
       one of them, a group must not end within a row.
   """
@@ -170,7 +170,7 @@ class RouterOptions(Options):
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
   ) -> 'Router':
-    """The router's linen module."""
+    """The router's linen module, for a layer of these sizes."""
     raise NotImplementedError
 
   @required
@@ -265,12 +265,13 @@ class Router(nn.Module):
       mask: False for padding.
       train: Whether noise is drawn, from the rng stream 'router', and only
         where an option asks for it.
-      token_info: The arrays that the options' `reads` name, [G, S] each.
+      token_info: The arrays that the router's options name in `reads`, [G, S]
+        each.
       layer: The index of the layer; routers without parameters choose other
         experts in each layer.
-      given: Choices that are imposed on the router. Gates, losses and
-        statistics are computed from the router's own logits, as if it had made
-        these choices.
+      given: Choices that are imposed on the router; None imposes none. Gates,
+        losses and statistics are computed from the router's own logits, as if
+        it had made these choices.
 
     Returns:
       The routing, and the losses and statistics, which are sums over real
@@ -278,7 +279,7 @@ class Router(nn.Module):
 
     Raises:
       ValueError: Shapes do not fit, an array that the router reads is missing,
-        the router takes no choices, or `route` breaks this contract.
+        `given` is not taken, or `route` breaks this contract.
     """
     x = without_nan(mask, x)
     for name in self.options.reads:
@@ -312,11 +313,12 @@ class Router(nn.Module):
     layer: int | Array,
     given: GivenChoices | None = None,
   ) -> tuple[AnyRouting, MoeAux]:
-    """Routes; arguments and results are those of `__call__`.
+    """The routing of groups x [G, S, M], and its losses and statistics.
 
-    `__call__`, a compact method, calls this method, which may therefore make
-    parameters. It gets `given` only if the router's options have
-    `takes_choices`.
+    `__call__`, which describes the arguments, is a compact method and calls
+    this method, which may therefore make parameters. `given` is passed only if
+    it is not None, so that routers whose options lack `takes_choices` need no
+    such argument.
     """
     raise NotImplementedError
 
@@ -324,7 +326,7 @@ class Router(nn.Module):
 def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
   """Raises ValueError if choices of experts cannot be imposed on a router.
 
-  The router takes no imposed choices, or their shapes or types are wrong.
+  They cannot if the router takes none, or if shapes or types are wrong.
   """
   if (reason := no_choices_taken(router.options)) is not None:
     raise InputError(reason)
@@ -340,7 +342,7 @@ def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
 
 
 def _check_result(router: Router, result: Any, mask: Array) -> None:
-  """Raises ValueError if what `route` returned breaks the contract."""
+  """Raises ValueError if `route` returned other types, losses or shapes."""
   name, E = type(router).__name__, router.sizes.num_experts
   is_pair = isinstance(result, tuple) and len(result) == 2
   chosen, aux = result if is_pair else (None, None)
@@ -358,7 +360,8 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
   if aux.losses.keys() != weights.keys():
     raise InputError(
       f'{name}.route returned the losses {sorted(aux.losses)}; its options '
-      f'give weights to {sorted(weights)}'
+      f'give weights to {sorted(weights)}; give it an option <loss>_weight '
+      'for each (as in shared_options.py), or aux._replace(losses=...)'
     )
   load, rule = aux.stats.load, Float32[Array, f'{E}']
   arrays = [
@@ -373,7 +376,7 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
 
 
 def sown(layer: Mapping[str, Any]) -> dict[str, Any]:
-  """All that the modules of a layer kept for analysis, by name.
+  """All values that the modules of a layer kept for analysis, by name.
 
   Args:
     layer: The variables of one layer in the collection 'intermediates'.

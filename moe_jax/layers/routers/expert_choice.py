@@ -1,8 +1,7 @@
 """Expert choice: each expert picks the tokens that it wants most.
 
-https://arxiv.org/abs/2202.09368. The capacity is the number of tokens of a
-group that an expert takes; where it is that of all tokens, every expert takes
-every token.
+https://arxiv.org/abs/2202.09368. The capacity is the number of tokens that an
+expert takes of a group; if it is the size of the group, every expert takes all.
 """
 
 import dataclasses

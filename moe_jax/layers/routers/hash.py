@@ -1,4 +1,4 @@
-"""Hash layers: the experts of a token are a fixed function of an id.
+"""Hash layers: a token's id, bigram or position fixes its experts.
 
 https://arxiv.org/abs/2106.04426. There are no parameters, and gates are 1/K.
 """

@@ -1,6 +1,6 @@
 """The hierarchical router: a gate over branches, and a gate in each branch.
 
-Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). There are
+Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). Experts form
 `a` branches of b experts each. The gate of a branch is computed for the tokens
 that chose the branch alone, so that the work per token grows with a + b, not
 with their product. The rule is `routing.shazeer_rules`.
@@ -107,7 +107,7 @@ class Hierarchical(contract.RouterOptions):
 
 
 class LevelSizes(NamedTuple):
-  """The number of branches or experts that one level's gate chooses among.
+  """The sizes and the kind of gates of one of a hierarchical router's levels.
 
   Attributes:
     num_experts: The number of branches, or of experts in a branch.
@@ -153,7 +153,11 @@ class HierarchicalRouter(contract.Router):
     return chosen, shazeer_rules.levels_aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
-    """The logits of the primary gate, [G, S, a], without and with noise."""
+    """Logits [G, S, a] of the gate over the a branches, without and with noise.
+
+    The second result, `NoisyLogits`, is None if the router is not noisy. `x` is
+    [G, S, M] in float32, and `level` has the sizes of this gate.
+    """
     axes, size = ('embed', None), level.num_experts
     clean = steps.product(self, 'w', self._init(axes), x, size)
     if not self.options.noisy:
@@ -164,7 +168,13 @@ class HierarchicalRouter(contract.Router):
   def _branch_logits(self, x, branch_index, level, train):
     """Logits [G, S * K1, b] in the chosen branches, without and with noise.
 
-    K1 is the number of branches that a token chooses.
+    The logits with noise, `NoisyLogits`, are None if the router is not noisy.
+
+    Args:
+      x: The tokens, [G, S, M] in float32.
+      branch_index: The K1 branches that each token chooses, [G, S, K1].
+      level: The sizes of the gate in a branch, of b experts.
+      train: Whether noise is drawn.
     """
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
@@ -206,9 +216,10 @@ def _level(sizes, clean, noise) -> shazeer_rules.GateLevel:
 
 
 def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
-  """Products of tokens and kernels of their chosen branches.
+  """Products of tokens with the kernels w [a, M, N] of their chosen branches.
 
-  P = S * K1 is the number of choices of branches in a group of S tokens.
+  Each of the S tokens of a group, x [G, S, M], chooses the K1 branches of
+  `branch_index` [G, S, K1], which hold a kernel each; P is S * K1.
   """
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1

@@ -1,7 +1,8 @@
 """Noisy top-K gating: the logits have noise whose size is learned.
 
-Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. Both kernels
-start at zero. The rule is `moe_jax.routing.shazeer_rules`.
+Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. The kernels
+of the logits and of their noise start at zero. The rule is
+`moe_jax.routing.shazeer_rules`.
 """
 
 import dataclasses
@@ -14,14 +15,14 @@ from moe_jax.layers import parameters
 from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.routing.aux_losses import over_groups
 
-# The name in 'intermediates' of Load [G, E]: by expert, the sum of the chances
-# that a token chooses it if only its own noise is redrawn (Eq. 10).
+# The name in 'intermediates' of expected loads [G, E]: sums over tokens of the
+# probability to choose an expert if its noise alone is drawn again (Eq. 10).
 LOAD = 'load'
 
 
 @dataclasses.dataclass(frozen=True)
 class NoisyTopK(contract.RouterOptions):
-  """The options of noisy top-K gating; the paper has gates 'renormalized'."""
+  """The options of noisy top-K gating; arXiv:1701.06538 renormalises gates."""
 
   takes_choices: ClassVar[bool] = True
   has_columns: ClassVar[bool] = True

@@ -53,9 +53,9 @@ class Sentence(contract.RouterOptions):
 
 
 class SentenceRouter(contract.Router):
-  """The router whose logits are a linear layer on the means of sentences.
+  """The router whose logits are a linear layer on means of sentences' tokens.
 
-  All tokens of a sentence then choose by the logits of its mean.
+  All tokens of a sentence choose by the logits of its mean.
   """
 
   options: Sentence

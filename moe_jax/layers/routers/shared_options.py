@@ -14,7 +14,7 @@ from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES
 
 
 def loss_weight(default: float, loss: str) -> Any:
-  """A field for the weight of a loss, which `loss` describes."""
+  """A field for the weight of a loss, whose help text calls it `loss`."""
   return option(
     default,
     f'Weight of the {loss}; 0.0 leaves it out.',
@@ -63,8 +63,8 @@ SLOT_PRIORITY = option(
   'change earlier outputs.',
   choices=rule.SLOT_PRIORITIES,
 )
-# The slot priority of routers that have no probability of each expert by which
-# tokens could be ordered.
+# The slot priority of routers that have no probabilities of experts. Without
+# them, tokens cannot be ordered for the value 'batch_priority'.
 SLOT_PRIORITY_WITHOUT_PROBABILITY = option(
   'token_major',
   'Order in which experts serve the choices of a group: '
@@ -116,10 +116,10 @@ BALANCE_CHOICES = option(
   same_function=True,
 )
 
-# Balance losses of other parts of a batch than its routing groups. Loads can be
-# even in each sequence, on each device, or in a whole batch; the wider the
-# scope, the more an expert may specialise (arXiv:2501.11873). Several of these
-# losses may count at once.
+# Balance losses of other sets of tokens than routing groups. Loads can be even
+# in each sequence, on each device, or in a whole batch; the larger the set, the
+# more an expert may specialise (arXiv:2501.11873). Several of these losses may
+# count at once.
 
 SEQUENCE_BALANCE_WEIGHT = loss_weight(
   0.0,

@@ -20,7 +20,7 @@ from moe_jax.routing.soft_rule import soft_logits, soft_routing
 
 @dataclasses.dataclass(frozen=True)
 class Soft(contract.RouterOptions):
-  """The options of Soft MoE, in which an option sets the slots of an expert."""
+  """The options of Soft MoE; `slots_per_expert` stands for a capacity."""
 
   by_expert: ClassVar[bool] = True
   mixes: ClassVar[bool] = True
@@ -58,7 +58,7 @@ class Soft(contract.RouterOptions):
 
 
 class SoftRouter(contract.Router):
-  """A router whose logits are scaled cosines of tokens and slot parameters."""
+  """A router whose logits are scaled cosines of tokens and slots' vectors."""
 
   options: Soft
 

@@ -16,7 +16,7 @@ from moe_jax.routing.sparse_mixer_rule import sparse_mixer
 
 @dataclasses.dataclass(frozen=True)
 class SparseMixer(contract.RouterOptions):
-  """The options of SparseMixer; the paper and Phi-3.5-MoE choose K = 2."""
+  """The options of SparseMixer; in GRIN and Phi-3.5-MoE K is 2."""
 
   takes_choices: ClassVar[bool] = True
 

@@ -35,8 +35,8 @@ ROUNDINGS = {
   'float32': lambda x: x,
   'bfloat16': lambda x: jax.lax.reduce_precision(x, 8, 7),
 }
-# The logical axes of a router's kernel; along the second lie the experts that a
-# token may choose.
+# The logical axes of a router's kernel [M, E]. The second is not 'expert', as
+# that name marks kernels that are stacked by expert.
 AXES = ('embed', 'expert_choice')
 ROLE = 'router'
 # The reason why routers whose experts choose tokens are not causal.
@@ -52,7 +52,11 @@ EXPERTS_CHOOSE = (
 def jittered(
   module: contract.Router, x: Float[Array, 'G S M'], jitter: float, train: bool
 ) -> Float32[Array, 'G S M']:
-  """The input x in float32; in training times U(1 - jitter, 1 + jitter)."""
+  """The input x in float32, in training with noise of the rng 'router'.
+
+  The noise multiplies each number by a factor that is drawn uniformly from
+  [1 - jitter, 1 + jitter]; 0.0: no noise.
+  """
   x = x.astype(jnp.float32)
   if train and jitter > 0:
     low, high = 1.0 - jitter, 1.0 + jitter
@@ -72,7 +76,7 @@ def linear_logits(
 
   Args:
     module: The router, which makes the parameters `w` and `b`.
-    x: The input, as `jittered` returns it.
+    x: The input in float32, with noise if it has any.
     use_bias: Whether there is a bias.
     init: The initialiser of the kernel. Default: the model's.
     rounded: Function that rounds input, kernel and logits, one of `ROUNDINGS`.
@@ -94,9 +98,10 @@ def product(
   size: int,
   rounded: Callable[[Array], Array] = ROUNDINGS['float32'],
 ) -> Float32[Array, 'G S E']:
-  """The product of x with the kernel [M, size] that the module has by `name`.
+  """The product of x with a kernel [M, size], which the module makes as `name`.
 
-  Both factors are rounded by `rounded` before they are multiplied.
+  E is `size`. Both factors are rounded by `rounded`, one of `ROUNDINGS`, before
+  they are multiplied; `init` is the initialiser of the kernel.
   """
   G, S, M = x.shape
   w = module.param(name, init, (M, size), jnp.float32)
@@ -111,7 +116,10 @@ def product(
 def largest(
   scores: Float32[Array, 'G S E'], count: int
 ) -> Int32[Array, 'G S N']:
-  """The experts of each token's `count` largest scores, the largest first."""
+  """Each token's N = `count` experts of the largest scores, the largest first.
+
+  Ties go to the expert of the lower index.
+  """
   # Each device chooses for its own groups: a compiler would not split the top-K
   # of a sharded array, but gather all groups on every device.
   choose = functools.partial(routing.choose, num_selected=count)
@@ -121,13 +129,16 @@ def largest(
 def chosen_experts(
   scores: Float32[Array, 'G S E'], count: int, given: GivenChoices | None
 ) -> Int32[Array, 'G S K']:
-  """The experts of the `count` largest scores, or those that are imposed."""
+  """The experts of the K = `count` largest scores, or those that are imposed.
+
+  `given`, if not None, imposes choices; where it is below 0, the scores choose.
+  """
   index = largest(scores, count)
   return index if given is None else given.in_place_of(index)
 
 
 def queue_options(module: contract.Router, train: bool) -> dict[str, Any]:
-  """The arguments of `routing.choice_slots` that a router's options decide.
+  """The arguments of `routing.choice_slots`, by name, that options decide.
 
   The arguments are the order of slots, and the policy for choices after the
   first, with its threshold and the key from which it draws; the key is None
@@ -153,16 +164,18 @@ def with_linear_gates(
   clean: Float32[Array, 'G S E'] | None = None,
   **queue: Any,
 ) -> tuple[routing.Routing, routing.MoeAux]:
-  """The routing of choices that logits made, and its losses and statistics.
+  """The routing of choices with gates by logits, its losses and statistics.
 
   Args:
-    module: The router, whose options have `gates` and `balance_choices`.
-    logits: The logits, with their noise if they have any.
+    module: The router. Its option `gates` names the function from logits to
+      gates, and `balance_choices` the choices that the balance loss counts.
+    logits: The logits that make the gates, with their noise if they have any.
     expert_index: The choices.
     mask: False for padding.
-    given: Choices that are imposed instead of `expert_index`.
-    clean: The logits without noise. Default: `logits`.
-    **queue: Arguments of `routing.token_choice`, such as `queue_options`.
+    given: Choices that are imposed instead of `expert_index`, or None.
+    clean: The logits without noise, of which losses and statistics are
+      computed. Default: `logits`.
+    **queue: Arguments of `routing.token_choice`, such as `queue_options` makes.
   """
   o, clean = module.options, logits if clean is None else clean
   if given is not None:
@@ -194,7 +207,7 @@ def with_equal_gates(
     module: The router, whose options have `slot_priority`.
     expert_index: The choices.
     mask: False for padding.
-    given: Choices that are imposed instead of `expert_index`.
+    given: Choices that are imposed instead of `expert_index`, or None.
   """
   if given is not None:
     expert_index = given.in_place_of(expert_index)
@@ -222,7 +235,7 @@ def gate_problems(
 
 
 def threshold_problems(options: Any) -> Iterator[str]:
-  """Yields a text if the second policy ignores a given `second_threshold`."""
+  """Yields a text if `second_threshold` is set and has no effect."""
   if options.second_policy != 'threshold':
     reason = "unless second_policy is 'threshold'"
     yield from options.in_vain(reason, 'second_threshold')
@@ -252,9 +265,14 @@ def choice_aux(
   logits: Float32[Array, 'G S E'] | None,
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses, with the statistics of a routing and of its logits, if any.
+  """The losses, with the statistics of a routing and of its logits.
 
-  The logits are those without noise, and are also kept for analysis.
+  Args:
+    module: The router, which also keeps the logits for analysis.
+    losses: The losses by name, sums over real tokens.
+    chosen: The routing.
+    logits: The logits without noise; None for a router without logits.
+    mask: False for padding.
   """
   if logits is not None:
     module.sow(contract.SOWN, contract.LOGITS, logits)
@@ -268,7 +286,11 @@ def slot_aux(
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses and statistics of a router whose experts choose tokens."""
+  """The losses and statistics of a router whose experts choose tokens.
+
+  The losses are z-loss and importance loss. The logits have no noise; the mask
+  is False for padding.
+  """
   importance = cv_squared(chosen.gate.sum(-1))
   losses = {
     'z_loss': over_groups(routing.z_loss(logits, mask), mask),
@@ -283,13 +305,13 @@ def scope_losses(
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
 ) -> dict[str, Float32[Array, '']]:
-  """The balance losses of each row, of sets of rows, and of the whole batch.
+  """The balance losses, by name: of rows, of sets of rows, and of the batch.
 
   Args:
     module: The router, whose options weigh the losses; a loss whose weight is 0
       is 0.
     logits: The logits without noise.
-    expert_index: The experts that the losses count.
+    expert_index: The choices that the losses count.
     mask: False for padding.
   """
   o, (G, S) = module.options, mask.shape
@@ -308,7 +330,7 @@ def scope_losses(
 
 
 def scope_problems(options: Any, sizes: contract.Sizes) -> Iterator[str]:
-  """The reasons why a microbatch lacks rows that a loss counts, as texts."""
+  """Yields a text if a microbatch lacks rows that a balance loss counts."""
   weight, batch_rows = options.global_balance_weight, options.batch_balance_rows
   if weight and sizes.microbatches > 1:
     yield (

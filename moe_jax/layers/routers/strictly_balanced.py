@@ -1,8 +1,9 @@
 """Strictly balanced gating: every expert has as many tokens as every other.
 
 Shazeer et al. 2017, Appendix F (https://arxiv.org/abs/1701.06538). In training
-an expert takes an equal part of the K * S choices of a group; in inference it
-takes the tokens whose gate is above its learned threshold, up to the capacity.
+each expert takes the K * S / E tokens of a group with its largest gates; in
+inference it takes those whose gate is above its learned threshold, up to the
+capacity.
 """
 
 import dataclasses
@@ -39,9 +40,9 @@ class StrictlyBalanced(contract.RouterOptions):
     return StrictlyBalancedRouter(self, sizes, shared, name=name)
 
   def causality(self, sizes):
-    """Later tokens change earlier outputs in training alone.
+    """Later tokens change earlier outputs in training.
 
-    In inference a threshold judges each token by itself.
+    In inference a threshold judges each token by itself, with room for all.
     """
     return contract.Causality(steps.EXPERTS_CHOOSE)
 

@@ -27,8 +27,8 @@ class Task(contract.RouterOptions):
   Balance loss and z-loss are those of a group that has each task of the model
   once. So a task counts once, however many tokens it has, and whether or not
   the batch has it: no split of a batch into groups, microbatches or devices
-  changes the losses. In groups of tokens, whose rows have one task each, the
-  balance loss would even out the gates of each task by itself.
+  changes the losses. Computed for groups of real rows, which have one task
+  each, the balance loss would even out the gates within every task.
 
   All tokens of a task go to the same experts, so that a capacity would drop
   most of them: only a capacity that drops nothing is allowed.
@@ -57,7 +57,7 @@ class Task(contract.RouterOptions):
 
 
 class TaskRouter(contract.Router):
-  """The router whose logits are a table with a row for each task.
+  """The router whose logits are a learned table with a row for each task.
 
   A token chooses by the logits of its task.
   """
@@ -87,8 +87,8 @@ class TaskRouter(contract.Router):
       expert_index=steps.chosen_experts(logits, K, given),
       given=given,
     )
-    # The losses of a group with one token of each task, times the number of
-    # real tokens.
+    # The losses are those of a group with one token of each task, whatever the
+    # batch has, times the number of real tokens.
     each_task = jnp.ones(table.shape[:2], bool)
     probs, index = jax.nn.softmax(table), routing.choose(table, K)
     balance = routing.balance_loss(probs, index, each_task, o.balance_choices)

@@ -167,7 +167,8 @@ class TokenChoice(contract.RouterOptions):
       yield (
         f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
         f'gates={self.gates!r}, whose scores are {self.gate_scores!r}; '
-        "Loss-Free Balancing has 'sigmoid' for both"
+        f'set balance_bias_scores={self.gate_scores!r}, or other gates: '
+        "Loss-Free Balancing has gates='sigmoid'"
       )
 
   def problems_with(self, sizes):
@@ -192,7 +193,7 @@ class TokenChoice(contract.RouterOptions):
     return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def move_state(self, state, load, rate=None):
-    """The balancing bias after a step; see `routing.balance_bias.moved`."""
+    """The balancing bias after a step: it rises below the mean load."""
     if rate is None:
       rate = self.balance_bias_rate
     bias = state[_BIAS]
@@ -201,7 +202,10 @@ class TokenChoice(contract.RouterOptions):
     return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
 
   def shrunk(self):
-    """The options for a small model: a token chooses one of two groups."""
+    """The options for a small model; two or more groups of experts become two.
+
+    A token chooses one of the two.
+    """
     if self.expert_groups == 1:
       return self
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)
@@ -247,7 +251,10 @@ class TokenChoiceRouter(contract.Router):
   def logits(
     self, x: Float[Array, 'G S M'], train: bool
   ) -> Float32[Array, 'G S E']:
-    """The logits of tokens, of which gates, choices and losses are made."""
+    """The logits, from which choices, gates and losses are computed.
+
+    In training the input x may have jitter and dropout, as the options say.
+    """
     o = self.options
     x = steps.jittered(self, x, o.jitter, train)
     if train and o.input_dropout > 0:
@@ -298,7 +305,7 @@ class TokenChoiceRouter(contract.Router):
     expert_index: Int32[Array, 'G S K'],
     kept: Bool[Array, 'G S K'] | None = None,
   ) -> Float32[Array, 'G S K']:
-    """The gates of chosen experts, before their factor `gate_scale`.
+    """The gates of chosen experts, before `gate_scale` multiplies them.
 
     Args:
       logits: The logits.

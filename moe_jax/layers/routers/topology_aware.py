@@ -1,14 +1,14 @@
 """The topology-aware gate: few tokens leave the node that they are on.
 
 FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418). The
-devices are those of the options, whatever devices a run has, so that no result
-depends on the mesh. The G groups of a batch, or of a microbatch, lie on the W
-devices in order, in even parts, and so do the experts, E / W on each device.
-The rule is `moe_jax.routing.limited_rules`.
+devices and nodes are those that the options describe, whatever devices a run
+has, so that no result depends on the mesh. The G groups of a batch, or of a
+microbatch, lie on the W devices in order, in even parts, and so do the experts,
+E / W on each device. The rule is `moe_jax.routing.limited_rules`.
 
-The paper limits how many of a device's tokens leave their node. Here each group
-has a limit in proportion to its size, so that groups stay independent. With one
-group for each device both limits are the same.
+Unlike the paper, which limits how many tokens of a device leave their node,
+each group has a limit in proportion to its size, so that groups stay
+independent. With one group for each device both limits are the same.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from moe_jax.shapes import Array, Int32
 class TopologyAware(contract.RouterOptions):
   """The options of the topology-aware gate.
 
-  The losses count the choices that tokens make under the limit; the loss of
-  FastMoE's gate counts first choices before the limit.
+  The losses count the choices that tokens make under the limit on tokens that
+  leave; the loss of FastMoE's gate counts first choices without the limit.
 
   Tokens that stay on the node of their group fill only the experts of that
   node, one of Q nodes, so that a capacity, which holds for an expert in a
@@ -115,14 +115,14 @@ class TopologyAware(contract.RouterOptions):
 
   @property
   def limits(self) -> bool:
-    """Whether the limit on tokens that leave can change a token's choice."""
+    """Whether the limit on tokens that leave their node can change a choice."""
     return self.num_nodes > 1 and self.outgoing_fraction < 1
 
   def nodes(self, groups: int) -> Int32[Array, ' G']:
-    """The index of the node of each of the groups, which lie in order.
+    """The node of each of G = `groups` groups, which lie on devices in order.
 
-    If the number of devices does not divide that of groups, the devices have
-    parts that are as even as can be.
+    If the number of devices does not divide that of groups, some devices have
+    one group more than others.
     """
     device = jnp.arange(groups, dtype=jnp.int32) * self.devices // groups
     return device // self.per_node
@@ -133,9 +133,9 @@ class TopologyAware(contract.RouterOptions):
   def causality(self, sizes):
     """Later tokens change earlier outputs, as they compete to leave the node.
 
-    They do not where the option lets no token leave. Groups so small that their
-    limit rounds to 0 count as if tokens could leave, as the size of groups is
-    not known here.
+    They do not if `outgoing_fraction` is 0 or 1, or if there is one node.
+    Groups so small that their limit rounds to 0 count as if tokens could leave,
+    as the size of groups is not known here.
     """
     queues = contract.Causality.of_queues(sizes, self.slot_priority)
     if not self.limits:
@@ -156,13 +156,13 @@ class TopologyAware(contract.RouterOptions):
     return queues._replace(leak=leak)
 
   def shrunk(self):
-    """The options for a small model: two nodes of one device, or one node."""
+    """The options for a small model: at most two nodes, of one device each."""
     small = min(self.num_nodes, 2)
     return dataclasses.replace(self, devices=small, per_node=1)
 
 
 class TopologyAwareRouter(contract.Router):
-  """The router of a linear layer, whose choices keep to the limit."""
+  """A linear router that lets few tokens choose experts of other nodes."""
 
   options: TopologyAware
 
