@@ -335,10 +335,11 @@ def load_class(name: str, noun: str, base: type) -> type:
 
 
 class Options(abc.ABC):  # noqa: B024 - contracts that extend it are abstract
-  """Base of dataclasses of options; an instance checks its fields at once.
+  """Base of dataclasses of options, which are checked when they are made.
 
-  A subclass adds rules that concern several fields in `problems`. Its docstring
-  gets the sentences of all fields, which notebooks and `help` show.
+  An `OptionError` then lists all problems of the fields. A subclass adds rules
+  that concern several fields in `problems`. Its docstring gets the sentences of
+  all fields, which notebooks and `help` show.
   """
 
   def __init_subclass__(cls, **kwargs: Any):

@@ -84,7 +84,7 @@ class MeshOptions(Options):
     }
 
   def sizes_on(self, num_devices: int) -> tuple[list[int], list[int]]:
-    """Of each of `MESH_AXES`, its size in a slice and the slices it spans.
+    """The size of each of `MESH_AXES` in a slice, and the slices it spans.
 
     Raises:
       ValueError: The product of the sizes is not the number of devices.

@@ -81,7 +81,6 @@ LEAKING = (
 FIRST_CHOICES_FIRST = (
   *('flan_moe', 'sparse_overfits', 'stmoe_batch_rate', 'stmoe_table5'),
 )
-FIRST_CHOICES_FIRST = ('sparse_overfits',)
 STUDIES = {
   path.stem: importlib.import_module(f'experiments.{path.stem}').STUDY
   for path in sorted((ROOT / 'experiments').glob('*.py'))

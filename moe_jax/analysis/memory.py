@@ -149,7 +149,8 @@ def _kept_by_layers(half: Half, B: int) -> int:
   if keeps_all:
     # Each norm keeps three float32 arrays, and its output twice, once as what
     # the next product multiplies. Attention's output and the rows that experts
-    # multiply are kept, too.
+    # multiply are kept, too. Two arrays [n, M] a layer, its input and what
+    # attention adds to it, are in the total already.
     norms = L * (2 + crosses) + extra
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
     total += L * n * output * b * (1 + crosses) + rows * M * b

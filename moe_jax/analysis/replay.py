@@ -135,9 +135,11 @@ def _prefix(record: Record) -> str:
 
 
 def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
-  """The most choices of a token in each sparse layer, by prefix and layer.
+  """The most experts that a token can have in each sparse layer.
 
-  The prefix begins the batch's keys of the sequence that the layer sees.
+  The keys are the prefix of the batch's keys of the sequence that the layer
+  sees ('' or 'encoder_'), and the layer's index among all layers. Where experts
+  choose, a token can have all of them.
   """
   layers = defaultdict(dict)
   for layer in stacks.sparse_layers:

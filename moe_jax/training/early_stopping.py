@@ -77,7 +77,7 @@ class EarlyStopping:
 
   @property
   def _rule(self) -> dict[str, Any]:
-    """What decides which values count as better, as a checkpoint keeps it."""
+    """The options by which values count as better, as a checkpoint has them."""
     return {
       'metric': self.checkpoint.best_name,
       'best_is_highest': self.checkpoint.best_is_highest,

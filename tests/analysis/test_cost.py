@@ -83,6 +83,7 @@ def test_counts_of_a_tiny_model_by_hand():
   # There are ceil(1.25 * 10 / 5) = 3 slots in each of 5 experts, for 10 tokens
   # of two choices.
   assert tiny_cost.capacity_slack == 15 / 20
+  assert 'WARNING: at most 75% of the choices' in tiny_cost.describe()
 
 
 @pytest.mark.parametrize('positions', [Learned(), Relative()])
@@ -104,6 +105,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_does_but_its_router():
   assert twin.forward_flops == sparse.forward_flops - sparse.router_flops
   assert twin.active_params == twin.total_params < sparse.total_params
   assert twin.capacity_slack == 1
+  assert 'WARNING' not in twin.describe()
 
 
 def test_large_numbers_are_short():

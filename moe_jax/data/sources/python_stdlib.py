@@ -33,8 +33,9 @@ from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 
 T = TypeVar('T')
-# Modules that some distributions or later Pythons leave out. Texts are made of
-# such a module only if the option `modules` names it, docstrings of all.
+# Modules that some distributions or later Pythons leave out. The source of
+# texts reads them only if its option `modules` names them; the source of
+# docstrings reads them unasked, where they are there.
 OPTIONAL_MODULES = tuple(
   """
   _aix_support _osx_support asynchat asyncore cgi cgitb chunk crypt distutils
