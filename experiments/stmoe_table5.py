@@ -27,8 +27,8 @@ times as much. One run of another seed, which is not stored, had a worth of 0.12
 after 200 and 100 steps, with pre-training at a rate of 0.003.
 
 The full preset, 9 arms, 5 seeds and 300 steps after 600, and 72 trials of 90,
-is planned for 55 core minutes. The claims were written anew, before any run of
-them, when the models and the text were changed.
+took 20 of its planned 55 core minutes. The claims were written anew, before any
+run of them, when the models and the text were changed.
 """
 
 from experiments.study import byte_models, command, finetuned, parts

@@ -78,13 +78,11 @@ UNSEARCHED = (
   'Pre-training has a rate of 0.008, which was searched for neither model: a '
   'difference of sparse and dense may be one of that rate.'
 )
-CIPHERED_TASKS = {
-  'cipher': Task(
-    {},
-    'synthetic: modules on the network in 8 substitution ciphers, after other '
-    'modules of the Python standard library in the same ciphers',
-  )
-}
+CIPHERED = (
+  'synthetic: modules on the network in 8 substitution ciphers, after other '
+  'modules of the Python standard library in the same ciphers'
+)
+CIPHERED_TASKS = {'cipher': Task({}, CIPHERED)}
 
 
 def config(
