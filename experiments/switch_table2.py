@@ -20,7 +20,7 @@ Flipped choices are the first choices of the model trained in float32 that
 change when it is evaluated in bfloat16, in bfloat16 with exact routers, or with
 rounded routers alone, by the same parameters: the last two tell what of it
 exact routers can save. That two rows are alike is judged by 0.02 nats a byte, a
-sixth of what 16 experts are worth in `switch_table6`, and that bfloat16 in
+sixth of what 16 experts were worth in an earlier study, and that bfloat16 in
 evaluation alone costs nothing by 0.001, less than a hundredth of it. By the
 spread on plain text ten seeds resolve 0.012 to 0.024.
 
