@@ -150,7 +150,7 @@ class FfnLayer:
 
   @property
   def gate_bias(self) -> bool:
-    """Whether the products with w_gate and w_factor add a bias, too."""
+    """Whether the products of a gate add a bias, besides those with w_in."""
     return self.activation.gated and self.options.bias == 'all'
 
   def parameters(

@@ -155,7 +155,7 @@ class Adapters:
     return unflatten(axes)
 
   def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own parameters, without the factors."""
+    """The model's own parameters, without the factors of the adapters."""
     return {key: value for key, value in params.items() if key != TREE}
 
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
