@@ -29,7 +29,7 @@ import itertools
 
 from experiments.study import byte_models, command, finetuned, parts
 from experiments.study.parts import Arm, Claim, Figure, Preset, Row
-from experiments.study.study import Study
+from experiments.study.study import Study, Task
 
 # Bytes of a row, and the numbers of rows that are learned.
 ROW, FEW = 64, 250
@@ -136,6 +136,6 @@ STUDY = Study(
   dropped=2,
   written='2026-12-02',
   figure=Figure(['loss', 'gap'], without=[f'*{MORE}']),
-  tasks=finetuned.CIPHERED_TASKS,
+  tasks={'cipher': Task({}, f'{finetuned.CIPHERED}, in two sizes')},
 )
 get_config, get_items = command.entries(STUDY, __name__)

@@ -43,7 +43,6 @@ task, rates and measures were changed.
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments.study import (
   byte_models,
@@ -68,25 +67,10 @@ HIGH = f', rate {HIGH_RATE}'
 LSE, LOGIT = 'squared log-sum-exp', 'largest centred logit'
 FLIPPED = 'rounded choices'
 SAME = 0.02
-# A step is compared with so many steps before it.
-_WINDOW = 20
-# Deviations above the median of these steps from which on a step is a spike: in
-# normal noise one of a billion is as far.
-_DEVIATIONS = 6.0
-_NORMAL = 1.4826  # deviation of a normal distribution over the median one
 STABLE = parts.percent('stable', 'stable', '% of runs', 0)
-SPIKES = Column('spikes', 'spikes', 'steps a run', 1, bounds=parts.POSITIVE)
-RISE = Column('largest rise', 'rise', 'nats/byte', 2, bounds=parts.POSITIVE)
-# Spikes and rises are for `switch_table2` alone.
-STABILITY = (STABLE, SPIKES, RISE)
-_STABLE = (
+MEANING = (
   'A run is stable if all its steps are finite and the mean loss of its last '
   'tenth is below that of each tenth of its first half.'
-)
-MEANING = (
-  f'{_STABLE} A spike is a step whose training loss is six robust deviations '
-  'above the median of the twenty steps before. The largest rise is that of a '
-  'training loss over the lowest one before it.'
 )
 
 
@@ -99,7 +83,9 @@ def config(steps: int):
   config.model.moe.router.token_choice.update(
     gates='renormalized', second_policy='threshold', balance_choices='first'
   )
-  tolerant(config)
+  # Runs can be judged, and end in any case.
+  config.log_every_steps = 1
+  config.max_nonfinite_steps = steps
   return config
 
 
@@ -119,28 +105,6 @@ def arms(_: Preset) -> list[Arm]:
   ]
 
 
-def tolerant(config: ConfigDict) -> None:
-  """Changes a config so that its runs can be judged, and end in any case."""
-  config.log_every_steps = 1
-  config.max_nonfinite_steps = config.total_steps
-
-
-def stability(run: Run) -> dict[str, float]:
-  """The numbers of `STABILITY` of a run that has ended.
-
-  It has logged every step (`log_every_steps=1`), and left out steps that are
-  not finite.
-  """
-  rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
-  losses = [row['train/loss'] for row in rows if 'train/loss' in row]
-  skipped = len(recorder.kept_steps(run.workdir))
-  return {
-    'stable': float(is_stable(losses, skipped)),
-    'spikes': float(spikes(losses) + skipped),
-    'rise': largest_rise(losses),
-  }
-
-
 def is_stable(losses: Sequence[float], skipped: int = 0) -> bool:
   """Whether a run was stable; see `MEANING`.
 
@@ -154,27 +118,13 @@ def is_stable(losses: Sequence[float], skipped: int = 0) -> bool:
   return bool(tenths[-1] < min(tenths[: len(tenths) // 2]))
 
 
-def spikes(losses: Sequence[float]) -> int:
-  """The number of steps whose loss jumps out of those before; see `MEANING`."""
-  if len(losses) <= _WINDOW:
-    return 0
-  windows = np.lib.stride_tricks.sliding_window_view(losses, _WINDOW)[:-1]
-  median = np.median(windows, axis=1)
-  spread = np.median(np.abs(windows - median[:, None]), axis=1)
-  above = np.asarray(losses[_WINDOW:]) - median
-  return int((above > _DEVIATIONS * _NORMAL * spread).sum())
-
-
-def largest_rise(losses: Sequence[float]) -> float:
-  """The largest rise of a loss over the lowest one before it."""
-  if not losses:
-    return 0.0
-  return float((losses - np.minimum.accumulate(losses)).max())
-
-
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Measures the losses of a run, and the logits of its routers."""
-  return {**stability(run), **router_logits.rounding(run, state)}
+  rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
+  losses = [row['train/loss'] for row in rows if 'train/loss' in row]
+  skipped = len(recorder.kept_steps(run.workdir))
+  stable = {'stable': float(is_stable(losses, skipped))}
+  return stable | router_logits.rounding(run, state)
 
 
 def cells(column: str, *rows: str) -> list[str]:
@@ -240,7 +190,7 @@ STUDY = Study(
   },
   rates=byte_models.SWITCH_RATES,
   figure=Figure(['loss', LSE, LOGIT, FLIPPED], without=[f'*{HIGH}']),
-  remarks=f'{_STABLE} Sizes of logits are means over layers.',
+  remarks=f'{MEANING} Sizes of logits are means over layers.',
   tasks={'cipher': TASKS['cipher'], **TASKS},
   earlier=[
     'Until 2026-12-02 the text was plain, without a dense twin, and all rows '

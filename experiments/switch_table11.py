@@ -11,8 +11,8 @@ Here: decoders of bytes of two layers, both sparse with 16 experts, trained as
 in the paper (`byte_models.switch_decoder`). Learning rates are searched;
 dropout and jitter take that of argmax, which they are to equal, so that no
 other pick is between them. The text is written in eight ciphers, on which 16
-experts are worth 0.12 nats a byte after 800 steps of AdamW (`switch_table6`);
-on plain text sparse models were not better than their dense twin. Noise is of
+experts were worth 0.12 nats a byte in an earlier study, after 800 steps; on
+plain text sparse models were not better than their dense twin. Noise is of
 training alone: evaluation takes the most probable expert. Dropout has a rate of
 0.1, which is our choice, as that of the paper is not known to us, and jitter
 0.01, the paper's. What a router explores is the share of tokens that its noise

@@ -22,18 +22,14 @@ def rounding(run: Run, state: TrainState) -> dict[str, float]:
   """The size of the trained model's logits, and what rounding them changes.
 
   Returns:
-    `routing/layer_<i>/<name>` for the names of `sizes`, for `largest_logit`,
-    the largest absolute logit, and for `rounded`, the share of tokens whose
-    first choice is another where their logits are rounded to bfloat16.
+    `routing/layer_<i>/<name>` for the names of `sizes`, and for `rounded`, the
+    share of tokens whose first choice is another where their logits are rounded
+    to bfloat16.
   """
   measures = {}
   for number, layer in _layers(run, state, run.model).items():
     logits = np.asarray(layer.logits)
-    measures[number] = {
-      **sizes(logits),
-      'largest_logit': float(np.abs(logits).max()),
-      'rounded': rounded_choices(logits),
-    }
+    measures[number] = {**sizes(logits), 'rounded': rounded_choices(logits)}
   return routing.named(measures)
 
 

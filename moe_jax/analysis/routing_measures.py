@@ -396,7 +396,7 @@ class Information(NamedTuple):
 
   @property
   def adjusted(self) -> float:
-    """`net` divided by the largest value that it can have with these counts.
+    """The information beyond chance over the most that these counts allow.
 
     It is 1 if the label determines the expert, however few choices there are,
     and 0 on average if label and expert are independent; NaN where shuffled

@@ -50,15 +50,13 @@ class DataOptions(Options):
   )
   seq_len: int = option(
     256,
-    'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
-    'a row of the encoder.',
+    "Number T of tokens in a row; in an encoder-decoder, in an encoder's row.",
     minimum=1,
   )
   target_len: int = option(
     0,
-    'Number of tokens in a row of the decoder of an encoder-decoder model; 0 '
-    'is for a decoder-only model, whose rows have the inputs before the '
-    'targets.',
+    "Number of tokens in a decoder's row of an encoder-decoder; 0 is for a "
+    'decoder-only model, whose rows have the inputs before the targets.',
     minimum=0,
   )
   pack: bool = option(
@@ -66,9 +64,8 @@ class DataOptions(Options):
   )
   train_split: str = option(
     'train',
-    "The source's own name of the split for training. TFDS sources, as well "
-    'as python_stdlib and its docstrings, take any split expression, such as '
-    "'train[:90%]'.",
+    "The source's own name of the training split. TFDS sources, python_stdlib "
+    "and its docstrings take any split expression, such as 'train[:90%]'.",
   )
   validation_split: str = option(
     'validation', "The source's own name of the split for validation."

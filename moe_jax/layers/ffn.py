@@ -102,8 +102,7 @@ class FfnOptions(Options):
     'one, by the error function, and gelu_tanh its approximation by tanh, '
     'which geglu has, too. geglu, swiglu and clamped_swiglu (gpt-oss) have a '
     'third kernel, whose product gates the hidden values, and '
-    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them, '
-    'too.',
+    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them.',
     choices=ACTIVATIONS,
   )
   bias: str = option(
@@ -151,7 +150,7 @@ class FfnLayer:
 
   @property
   def gate_bias(self) -> bool:
-    """Whether the products with w_gate and w_factor add a bias, too."""
+    """Whether the products of a gate add a bias, besides those with w_in."""
     return self.activation.gated and self.options.bias == 'all'
 
   def parameters(

@@ -20,8 +20,7 @@ class Norm(Options):
 
   epsilon: float = option(
     1e-6,
-    'Number added to the variance (or mean square) in a norm before its root '
-    'is taken.',
+    'Number added to the variance (or mean square) in a norm before its root.',
     above=0,
   )
   use_scale: bool = option(

@@ -83,8 +83,7 @@ class Yarn(RotaryScaling):
   )
   beta_fast: float = option(
     32.0,
-    'Number of turns in `original_len` tokens from which on a pair turns as '
-    'fast as before.',
+    'Turns in `original_len` tokens from which on a pair turns as before.',
     above=0,
   )
   beta_slow: float = option(
@@ -198,8 +197,7 @@ class LongRope(RotaryScaling):
   )
   factor: float = option(
     1.0,
-    'Number of times that texts are longer than `original_len`, which decides '
-    'the attention factor.',
+    'Length of texts over `original_len`, which decides the attention factor.',
     above=0,
   )
   short_mscale: float = option(

@@ -228,8 +228,7 @@ class ModelOptions(LayerOptions):
   )
   use_bias: bool = option(
     False,
-    'Whether products in attention and feed-forward layers add a bias, and '
-    'layer norms have one.',
+    'Whether attention, feed-forward layers and layer norms have biases.',
   )
   numerics: Numerics = option(
     Numerics(),

@@ -31,8 +31,7 @@ class EmbeddingOptions(Options):
 
   tie: bool = option(
     True,
-    'Whether logits are products with the embedding table (tied), instead of '
-    'with a kernel of their own.',
+    'Whether logits are products with the embedding table (tied), or a kernel.',
   )
   scale: str = option(
     'none',
@@ -42,8 +41,7 @@ class EmbeddingOptions(Options):
   )
   multiplier: float = option(
     1.0,
-    'Number that embedded tokens are multiplied by (Granite 3.0), beside '
-    '`scale`.',
+    'Factor of embedded tokens (Granite 3.0), beside `scale`.',
     above=0,
   )
   logits_divisor: float = option(

@@ -43,9 +43,8 @@ class LoraOptions(Options):
 
   rank: int = option(
     0,
-    'Rank of low-rank adapters, the width of their factors; with 0 there are '
-    'no adapters. With adapters, all parameters of the model itself keep '
-    'their values.',
+    'Rank of low-rank adapters, the width of their factors; 0: no adapters. '
+    'With them, all parameters of the model itself keep their values.',
     minimum=0,
   )
   parts: str = option(
@@ -155,7 +154,7 @@ class Adapters:
     return unflatten(axes)
 
   def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own parameters, without the factors."""
+    """The model's own parameters, without the factors of the adapters."""
     return {key: value for key, value in params.items() if key != TREE}
 
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:

@@ -143,13 +143,11 @@ class AuxSchedule(Options):
     'Names of the auxiliary losses whose weights are multiplied by the '
     "schedule's factor, such as 'balance' for the loss of balance_weight. All "
     "names of built-in routers, the default, stand for a user's own losses, "
-    "too. 'logits_z' is the loss of logits_z_weight. An empty tuple changes no "
-    'weight.',
+    "too. 'logits_z' is the loss of logits_z_weight. (): none.",
   )
   factor: float = option(
     1.0,
-    'Factor of the weights of the auxiliary losses at the first step; 0 leaves '
-    'these losses out.',
+    "Factor of the auxiliary losses' weights at the first step; 0: no losses.",
     minimum=0,
   )
 
@@ -229,8 +227,7 @@ class Linear(AuxSchedule):
   )
   line_steps: int = option(
     1000,
-    'Number of optimizer steps over which the factor changes in a straight '
-    'line.',
+    'Number of optimizer steps over which the factor changes linearly.',
     minimum=1,
   )
 

@@ -87,8 +87,7 @@ class Optimizer(Options):
     'Pairs of a regular expression and a factor of the learning rate. For a '
     'parameter the first expression counts that is found in its name, or that '
     "begins with 'part:' and selects the parameter as `trainable` would: "
-    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
-    'learns nothing.',
+    "'part:experts + router'; else the factor is 1; 0 learns nothing.",
   )
 
   def problems(self) -> Iterator[str]:
@@ -185,8 +184,7 @@ class AdamW(Optimizer):
 
   b1: float = _decay(
     0.9,
-    'the running mean of gradients, the first moment; 0 takes the gradient '
-    'itself.',
+    'the running mean of gradients, the first moment; 0: the gradient itself.',
   )
   b2: float = _decay(
     0.98,
@@ -195,8 +193,7 @@ class AdamW(Optimizer):
   )
   epsilon: float = option(
     1e-8,
-    "Number that is added to the root of Adam's second moment, by which the "
-    'first moment is divided.',
+    "Number added to the root of Adam's second moment, a denominator.",
     above=0,
   )
   moment_dtype: str = option(
@@ -394,8 +391,7 @@ class Muon(Optimizer):
   )
   adam_rate: float = option(
     1.0,
-    'Factor of the learning rate for parameters that Adam trains; at 0 they '
-    'keep their values.',
+    'Factor of the learning rate where Adam trains; 0 keeps the values.',
     minimum=0,
   )
   b1: float = _decay(0.9, "Adam's first moment; 0 takes the gradient itself.")

@@ -78,8 +78,7 @@ class SampleOptions(Options):
   )
   num_tokens: int = option(
     300,
-    'Number of tokens of the text sample at the end of the run; 0 draws no '
-    'sample.',
+    'Number of tokens of the text sample at the end of the run; 0: none.',
     minimum=0,
   )
   temperature: float = option(
@@ -182,14 +181,12 @@ class TraceOptions(Options):
   )
   evaluations: str = option(
     '',
-    "Evaluations of the kind 'loss' whose choices are recorded, too: 'all', or "
-    'names of entries of `evals` with commas between them; an empty string '
-    'records none.',
+    "Evaluations of the kind 'loss' whose choices are recorded: 'all', or "
+    'names of entries of `evals` with commas between them; empty: none.',
   )
   logits: bool = option(
     False,
-    "Whether the routers' logits are recorded, too, which take most of the "
-    'bytes.',
+    "Whether routers' logits are recorded, too, which take most of the bytes.",
   )
   dtype: str = option(
     'float16',
@@ -250,8 +247,7 @@ class RunOptions(Options):
 
   seed: int = option(
     0,
-    'Seed of the initial parameters, the order of the data and all noise in '
-    'training.',
+    'Seed of initial parameters, the order of data and all noise in training.',
     minimum=0,
     below=SEEDS,
   )
@@ -260,8 +256,7 @@ class RunOptions(Options):
   )
   batch_size: int = option(
     32,
-    'Number of rows in the batch of an optimizer step, on all devices '
-    'together.',
+    'Number of rows in the batch of an optimizer step, on all devices.',
     minimum=1,
   )
   microbatches: int = option(
@@ -279,8 +274,7 @@ class RunOptions(Options):
   )
   log_every_steps: int = option(
     20,
-    'Number of optimizer steps between two rows of metrics, which are averages '
-    'over these steps.',
+    'Number of optimizer steps that each row of metrics averages.',
     minimum=1,
   )
   trackers: str = option(
@@ -299,8 +293,7 @@ class RunOptions(Options):
   aux_losses: AuxSchedule = choice(
     AUX_SCHEDULES,
     'constant',
-    'Schedule of the factor by which the weights of auxiliary losses are '
-    'multiplied.',
+    'Schedule of the factor of the weights of auxiliary losses.',
     same_function=True,
   )
   max_nonfinite_steps: int = option(

@@ -59,8 +59,7 @@ class Cosine(Schedule):
 
   final_fraction: float = option(
     0.1,
-    'Learning rate at the end of the run, after its last step, as a fraction '
-    'of the peak; 0 ends at 0.',
+    'Learning rate after the last step of the run, as a share of the peak.',
     minimum=0,
     maximum=1,
   )
@@ -97,9 +96,8 @@ class Trapezoid(Schedule):
 
   decay_fraction: float = option(
     0.2,
-    'Share of the steps of the run, its last ones, over which the learning '
-    'rate falls from the peak to 0, which it has after the last step; with 0 '
-    'it never falls.',
+    'Share of the run, its last steps, over which the learning rate falls from '
+    'the peak to 0, which it has after the last step; 0: it never falls.',
     minimum=0,
     maximum=1,
   )

@@ -84,12 +84,12 @@ def test_mistakes_are_told_in_a_line(run, tmp_path, capsys):
     assert ended.value.code == 1 and phrase in errors, errors
 
 
-SIZE = 100 * 10**6
+SIZE = 50 * 10**6
 
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
-  """A folder with 100 MB of text and of lines of JSON, drawn from a seed."""
+  """A folder with 50 MB of text and of lines of JSON, drawn from a seed."""
   folder = tmp_path_factory.mktemp('large')
   draw = random.Random(0)
   words = re.findall(r'\w+|\W+', pathlib.Path(os.__file__).read_text('utf-8'))
@@ -157,7 +157,7 @@ def peak_of(*args, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('engine', ['pool', 'beam'])
-def test_100_mb_are_the_same_by_whomever_and_after_a_kill(
+def test_50_mb_are_the_same_by_whomever_and_after_a_kill(
   engine, large, tmp_path, request
 ):
   one, two = tmp_path / 'one', tmp_path / 'two'

@@ -47,8 +47,7 @@ class FilesSource(SourceOptions):
   )
   field: str = option(
     'text',
-    "Key of a JSON line, or column of a parquet file, with a document's text; "
-    'files of text have none.',
+    "Key of a JSON line, or column of a parquet file, with a document's text.",
     required=True,
   )
 

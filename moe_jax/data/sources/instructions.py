@@ -753,8 +753,7 @@ class InstructionSource(SourceOptions):
   )
   num_train: int = option(
     1000,
-    'Number of examples for training; a larger number adds examples to those '
-    'of a smaller one.',
+    'Number of examples for training; a larger number adds to them.',
     minimum=1,
   )
   num_validation: int = option(

@@ -31,14 +31,12 @@ class LatentOptions(AttentionBase):
 
   query_rank: int = option(
     0,
-    'Width of the vector that queries expand from; 0: queries are projections '
-    'of tokens.',
+    'Width of the vector that queries expand from; 0: they project tokens.',
     minimum=0,
   )
   kv_rank: int = option(
     512,
-    'Width R of the vector that keys and values expand from, which the cache '
-    'keeps.',
+    'Width R of the cached vector that keys and values expand from.',
     minimum=1,
   )
   plain_width: int = option(
@@ -46,8 +44,7 @@ class LatentOptions(AttentionBase):
   )
   rotary_width: int = option(
     64,
-    'Width of the part of a head that positions rotate; its key is the same '
-    'for all heads.',
+    "Width of a head's part that positions rotate; all heads share its key.",
     minimum=1,
   )
   value_width: int = option(128, 'Width of the values of a head.', minimum=1)

@@ -31,7 +31,11 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch for experts that each have own arrays, made by `unrolled`."""
+  """The dispatch to experts one after another, each with arrays of its own.
+
+  Parameters are then a list with one entry for each expert, where other
+  dispatches have arrays [E, ...].
+  """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,7 @@ class Hierarchical(contract.RouterOptions):
   )
   branching: int = option(
     2,
-    'Number a of branches of a hierarchical router, of num_experts / a '
-    'experts.',
+    'Number a of branches, of num_experts / a experts each.',
     minimum=1,
   )
   branches_selected: int = option(
@@ -53,9 +52,8 @@ class Hierarchical(contract.RouterOptions):
   )
   gates: str = option(
     'raw',
-    "Gates at each level of the hierarchical router: 'raw' is the softmax over "
-    "all branches or experts, 'renormalized' makes the chosen ones' sum to "
-    'one.',
+    "Gates at each level: 'raw' is the softmax over all branches or experts, "
+    "'renormalized' makes the chosen ones' sum to one.",
     choices=('raw', 'renormalized'),
   )
 

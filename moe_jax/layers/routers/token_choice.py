@@ -80,8 +80,7 @@ class TokenChoice(contract.RouterOptions):
   )
   chosen_expert_groups: int = option(
     1,
-    'Number of groups of experts that each token chooses (topk_group: 4 in '
-    'V3).',
+    'Number of groups of experts that a token chooses (topk_group: 4 in V3).',
     minimum=1,
   )
   expert_group_score: str = option(
