@@ -22,12 +22,13 @@ parameters; the products of mixtures, a sixteenth of the experts' own, come on
 top. Unlike in the paper, no arm has more experts than a row has slots.
 
 The full preset, 5 arms, 8 seeds and 1,000 steps, and 40 trials of 750, is
-planned for 115 core minutes; the quick one has hardly begun to learn. Claims
-were written before a loss of soft mixtures or EC was seen on this task, and
-after four single runs: the dense twin's loss was 1.20 nats after 1,000 steps
-with relative positions, and 0.11 with learned ones, falling from some 350 steps
-on; that of top-1 was 0.10 after 800 steps, and 2.15 after 700 at a higher rate.
-Much longer runs would reach the floor of 0.02, below which no arm is judged.
+planned for 115 core minutes and took 124, beside other work, over the cap of
+120; the quick one has hardly begun to learn. Claims were written before a loss
+of soft mixtures or EC was seen on this task, and after four single runs: the
+dense twin's loss was 1.20 nats after 1,000 steps with relative positions, and
+0.11 with learned ones, falling from some 350 steps on; that of top-1 was 0.10
+after 800 steps, and 2.15 after 700 at a higher rate. Much longer runs would
+reach the floor of 0.02, below which no arm is judged.
 """
 
 import numpy as np
