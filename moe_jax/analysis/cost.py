@@ -95,9 +95,9 @@ def cost_table(model: Model, work: Workload) -> Table:
   if model.stacks.blocks:
     arrays = array_bytes(model, work)
     sentences.append(
-      'Kept bytes are what a forward pass leaves for the backward one; '
-      "weights, gradients, the optimizer's state and temporary arrays come on "
-      'top.'
+      'Kept bytes are what the forward pass leaves for the backward pass; in '
+      'training, weights, gradients, the state of the optimizer and temporary '
+      'arrays come on top.'
     )
   else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)

@@ -124,7 +124,8 @@ def tables(
     'The load of an expert is the number of choices that fall on it, before '
     'any is dropped, over the mean of its layer. CV is the standard deviation '
     'over the mean. The entropy of the load over ln E is 1 if all experts are '
-    "chosen alike; the router's is a mean over tokens, and needs logits.",
+    'chosen equally often; that of the router is a mean over tokens, and needs '
+    'logits.',
     [_load_row(n, layer) for n, layer in layers.items()],
   )
   yield ValueTable(
@@ -138,7 +139,8 @@ def tables(
     'What a label says about the expert of the first choice',
     'Mutual is the mutual information in nats, shuffled that of shuffled '
     'labels with its deviation, and net the difference; adjusted, it is a '
-    'share of the most that it can be. Accuracy is that of best guesses.',
+    'share of the most that it can be. Accuracy is the share of best guesses '
+    'that are right.',
     [
       {
         'label': name, 'layer': n, **info._asdict(), 'net': info.net,
