@@ -196,8 +196,8 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
   note = (
     'Backward FLOPs are those of the backward pass of the model for a token. '
     'Adapters are added to whole kernels once in a training step; gradients of '
-    'these are computed and held for a while. Adapter FLOPs are those of adding '
-    'them, forward and backward, which do not grow with the batch.'
+    'these are computed and held for a while. Adapter FLOPs are those of adding'
+    ' them, forward and backward, which do not grow with the batch.'
   )
   rows = []
   for name, variant in variants(options, model):
@@ -375,8 +375,8 @@ def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
   rate *= roofline.num_processors(list(mesh.devices.flat))
   delta = datetime.timedelta(seconds=math.ceil(flops / rate))
   return (
-    f'{line}; {_metric(flops)}FLOP take {delta} at the speed of a large matrix '
-    f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
+    f'{line}; {short(flops)} FLOPs take {delta} at the speed of a large matrix '
+    f'product here and now, {short(rate)} a second; a small model often takes '
     'several times that, and compiling and evaluations come on top'
   )
 
@@ -468,12 +468,6 @@ def run_bytes(
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _metric(n: float) -> str:
-  """A number of operations with its prefix: 15.8e9 is '15.8 G'."""
-  text = short(n).replace('B', 'G')
-  return f'{text[:-1]} {text[-1]}' if text[-1].isalpha() else f'{text} '
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-from absl import logging
 
 from moe_jax import cli, generation
 from moe_jax.analysis import traces
@@ -28,7 +27,7 @@ from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 KIND = 'loss'
 
 
-def record(options: argparse.Namespace) -> None:
+def record(options: argparse.Namespace, _: list[str]) -> None:
   """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
@@ -90,18 +89,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--float32', action='store_true', help=text)
   cli.add_allow_module(parser)
   cli.add_traceback(parser)
+  parser.set_defaults(run=record)
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
-  logging.set_verbosity(logging.WARNING)
   keep_freed_memory()
   if problem := keep_programs():
     cli.complain(problem)
-  with cli.reported(options.traceback):
-    record(options)
+  cli.run_command(options, [])
 
 
 if __name__ == '__main__':
