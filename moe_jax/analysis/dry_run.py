@@ -24,7 +24,7 @@ from moe_jax.config import section_of
 from moe_jax.data.cache_folders import NotPreparedError, reading_only
 from moe_jax.devices import in_bytes, memory_of
 from moe_jax.errors import InputError
-from moe_jax.evaluation import EVALUATIONS, LossEvaluation, SourceLosses
+from moe_jax.evaluation import EVALUATIONS, LossEvaluation
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import ownership
 from moe_jax.runs import workdir as workdir_lib
@@ -204,7 +204,7 @@ class DryRun:
       if entry.every_steps:
         line += f' every {entry.every_steps:,} steps and'
       line += f' at the end, {times} in all'
-      if isinstance(entry, LossEvaluation | SourceLosses):
+      if isinstance(entry, LossEvaluation):
         line += f', of {entry.num_batches or "all"} batches of the split'
       yield line
 

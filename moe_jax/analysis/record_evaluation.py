@@ -60,12 +60,9 @@ def record(options: argparse.Namespace, _: list[str]) -> None:
   )
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  losses = Losses(
-    model=model,
-    num_batches=options.num_batches,
-    rows=dataset.splits[options.split],
-    put=Placing(device, described.batch_size, described.microbatches),
-  )
+  put = Placing(device, described.batch_size, described.microbatches)
+  rows = dataset.splits[options.split]
+  losses = Losses(model, options.num_batches, rows, put)
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorder.measure(KIND, losses, apply)
     row = measure(run.variables, run.step)
