@@ -323,8 +323,8 @@ def shares(part: Counts, whole: Counts) -> Float[np.ndarray, '*n']:
 
 def entropy(counts: Num[np.ndarray, '...']) -> float:
   """The entropy in nats of counts divided by their sum; 0 without counts."""
-  counts = np.asarray(counts, np.float64)
-  return float(stats.entropy(counts, axis=None)) if counts.any() else 0.0
+  counts = np.asarray(counts, np.float64).ravel()
+  return float(stats.entropy(counts)) if counts.any() else 0.0
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:
