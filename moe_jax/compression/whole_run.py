@@ -1,4 +1,4 @@
-"""A trained run as compression reads it, and the new run that it writes.
+"""A trained run as compression reads it, and the new run that commands write.
 
 The size of a model in memory and on disk is counted here, too.
 """
@@ -37,7 +37,8 @@ def command(
   """
   parser = commands.add_parser(name, help=text, **cli.about(doc))
   parser.set_defaults(run=run)
-  parser.add_argument('--run', required=True, dest='folder', help='its folder')
+  text = 'folder of the run'
+  parser.add_argument('--run', required=True, dest='folder', help=text)
   parser.add_argument('--output', required=True, help='folder of the new run')
   text = 'step of the checkpoint; else the newest good'
   parser.add_argument('--step', type=cli.NOT_NEGATIVE, help=text)
