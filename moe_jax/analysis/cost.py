@@ -189,14 +189,15 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
     'parameters': short,
     'optimizer': in_bytes,
     'gradients': in_bytes,
-    'FLOPs a token': short,
-    'FLOPs a step': short,
+    'backward FLOPs a token': short,
+    'adapter FLOPs a step': short,
   }
   title = f'Training, with the forward pass at {short(forward)} FLOPs a token'
   note = (
-    'FLOPs a token are those of the backward pass. Adapters are added to whole '
-    'kernels before a step computes; the gradients of these are computed and '
-    'held for a while. FLOPs of factors, a step, do not grow with the batch.'
+    'Backward FLOPs are those of the backward pass of the model for a token. '
+    'Adapters are added to whole kernels once in a training step; gradients of '
+    'these are computed and held for a while. Adapter FLOPs are those of adding'
+    ' them, forward and backward, which do not grow with the batch.'
   )
   rows = []
   for name, variant in variants(options, model):
@@ -352,33 +353,30 @@ def least_step_seconds(options: RunOptions, model: Model, mesh: Mesh) -> float:
 def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
   """A line on a run's size, and on its time at the speed of matrix products.
 
-  The speed is measured on this machine. The line has no time if the FLOPs of
-  the run are not counted.
+  The speed is measured on this machine.
 
   Args:
     options: The options of the run, with all sizes of the model filled in.
     model: Its model.
     mesh: Its devices.
   """
-  steps, row_tokens = options.total_steps, options.data.row_tokens
-  noun = 'tokens' if row_tokens else 'examples'
-  per_step = options.batch_size * (row_tokens or 1)
+  steps = options.total_steps
+  per_step = options.batch_size * options.data.row_tokens
   cost = count(model, options.data.seq_len, options.data.target_len)
   line = (
-    f'run: {steps:,} steps of {per_step:,} {noun}, {short(steps * per_step)} '
+    f'run: {steps:,} steps of {per_step:,} tokens, {short(steps * per_step)} '
     f'in all, with {short(cost.total_params)} parameters'
   )
   if cost.active_params < cost.total_params:
     line += f', {short(cost.active_params)} active per token'
-  if not (flops := run_flops(options, model)):
-    return line
+  flops = run_flops(options, model)
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate, _ = roofline.product_rate(dtype)
   rate *= roofline.num_processors(list(mesh.devices.flat))
   delta = datetime.timedelta(seconds=math.ceil(flops / rate))
   return (
-    f'{line}; {_metric(flops)}FLOP take {delta} at the speed of a large matrix '
-    f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
+    f'{line}; {short(flops)} FLOPs take {delta} at the speed of a large matrix '
+    f'product here and now, {short(rate)} a second; a small model often takes '
     'several times that, and compiling and evaluations come on top'
   )
 
@@ -470,12 +468,6 @@ def run_bytes(
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _metric(n: float) -> str:
-  """A number of operations with its prefix: 15.8e9 is '15.8 G'."""
-  text = short(n).replace('B', 'G')
-  return f'{text[:-1]} {text[-1]}' if text[-1].isalpha() else f'{text} '
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.compression.calibration import SCORES, Usage, measure
-from moe_jax.config import Option
+from moe_jax.config import Option, unknown
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
@@ -222,8 +222,11 @@ def prune(
     score: One of `calibration.SCORES`.
 
   Raises:
-    ValueError: Groups of experts would differ in their size.
+    ValueError: The score is unknown, or groups of experts would differ in their
+      size.
   """
+  if score not in SCORES:
+    raise unknown('score', score, SCORES)
   check_groups(original.layers, counts)
   new_layers = {}
   for n, layer in original.layers.items():
@@ -336,8 +339,8 @@ def without(run: Loaded, lost: Mapping[int, Collection[int]]) -> Loaded:
     layer, lost_experts = layers[number], set(lost_experts)
     check_layer(layer)
     E = layer.moe.num_experts
-    if unknown := sorted(lost_experts - set(range(E))):
-      raise InputError(f'layer {number} has no experts {unknown}, only {E}')
+    if missing := sorted(lost_experts - set(range(E))):
+      raise InputError(f'layer {number} has no experts {missing}, only {E}')
     new_layers[number] = only(layer, sorted(set(range(E)) - lost_experts))
   options, variables = smaller(run, new_layers)
   return run._replace(

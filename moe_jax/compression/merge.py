@@ -47,8 +47,11 @@ def merge(
     rule: One of `GROUPINGS`.
 
   Raises:
-    ValueError: The similarity is unknown, or the experts have no hidden units.
+    ValueError: The similarity or the rule is unknown, or the experts have no
+      hidden units.
   """
+  if rule not in GROUPINGS:
+    raise unknown('rule', rule, GROUPINGS)
   new_layers = {}
   for n, layer in original.layers.items():
     usage = original.usage[n]

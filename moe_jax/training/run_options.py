@@ -444,7 +444,7 @@ class RunOptions(Options):
   @property
   def loss_evals(self) -> list[str]:
     """The names of the evaluations of the kind 'loss'."""
-    return [n for n, e in self.evals.items() if isinstance(e, LossEvaluation)]
+    return [n for n, e in self.evals.items() if type(e) is LossEvaluation]
 
   def _best_problems(self) -> Iterator[str]:
     """The problems of the options on best checkpoints and early stopping."""
