@@ -76,7 +76,7 @@ UNEQUAL = (
 # serve first choices before second ones, as do sparse arms of some studies.
 LEAKING = (
   *('expert choice', 'strict', 'sentence / s', 'gate, 0.', 'as shipped'),
-  *('GShard top-2', 'wide GShard'),
+  *('GShard top-2', 'wide GShard', 'train '),
 )
 FIRST_CHOICES_FIRST = (
   *('flan_moe', 'sparse_overfits', 'stmoe_batch_rate', 'stmoe_table5'),

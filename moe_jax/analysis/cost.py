@@ -95,9 +95,9 @@ def cost_table(model: Model, work: Workload) -> Table:
   if model.stacks.blocks:
     arrays = array_bytes(model, work)
     sentences.append(
-      'Kept bytes are what a forward pass leaves for the backward one; '
-      "weights, gradients, the optimizer's state and temporary arrays come on "
-      'top.'
+      'Kept bytes are what the forward pass leaves for the backward pass; in '
+      'training, weights, gradients, the state of the optimizer and temporary '
+      'arrays come on top.'
     )
   else:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
@@ -148,7 +148,7 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
   training = {
     f'{layers} (remat={decoder.stack.remat!r})': kept.layers,
     'kept attention scores, unless attention is fused': kept.scores,
-    'output logits at once, in float32': kept.logits,
+    'kept output logits, in float32': kept.logits,
   }
   for half in stacks:
     if (moe := half.moe) is None:
@@ -158,10 +158,10 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
     dispatch = f'{DISPATCHES.name_of(moe.dispatch)}, {num_rows} rows'
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
     training[name] = memory.dispatch_bytes(half, B)
-    if sent := memory.exchange_bytes(half, B, work.num_parts):
+    if sent := memory.all_to_all_bytes(half, B, work.num_parts):
       n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
-      training[f'{stack}one exchange of rows, as {devices} sends it'] = sent
-      training[f'{stack}the {n} exchanges of a training step'] = n * sent
+      training[f'{stack}one all-to-all, as {devices} sends it'] = sent
+      training[f'{stack}the {n} all-to-alls of a training step'] = n * sent
   size = work.num_generated, decoder.length, decoder.memory_len
   generation = {
     f'weights in {dtype}': memory.weight_bytes(model, dtype)
@@ -189,14 +189,15 @@ def training_table(options: RunOptions, model: Model) -> ValueTable:
     'parameters': short,
     'optimizer': in_bytes,
     'gradients': in_bytes,
-    'FLOPs a token': short,
-    'FLOPs of factors a step': short,
+    'backward FLOPs a token': short,
+    'adapter FLOPs a step': short,
   }
   title = f'Training, with the forward pass at {short(forward)} FLOPs a token'
   note = (
-    'FLOPs a token are those of the backward pass. Adapters are added to whole '
-    'kernels before a step computes; the gradients of these are computed and '
-    'held for a while. FLOPs of factors do not grow with the batch.'
+    'Backward FLOPs are those of the backward pass of the model for a token. '
+    'Adapters are added to whole kernels once in a training step; gradients of '
+    'these are computed and held for a while. Adapter FLOPs are those of adding'
+    ' them, forward and backward, which do not grow with the batch.'
   )
   rows = []
   for name, variant in variants(options, model):
@@ -352,33 +353,30 @@ def least_step_seconds(options: RunOptions, model: Model, mesh: Mesh) -> float:
 def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
   """A line on a run's size, and on its time at the speed of matrix products.
 
-  The speed is measured on this machine. The line has no time if the FLOPs of
-  the run are not counted.
+  The speed is measured on this machine.
 
   Args:
     options: The options of the run, with all sizes of the model filled in.
     model: Its model.
     mesh: Its devices.
   """
-  steps, row_tokens = options.total_steps, options.data.row_tokens
-  noun = 'tokens' if row_tokens else 'examples'
-  per_step = options.batch_size * (row_tokens or 1)
+  steps = options.total_steps
+  per_step = options.batch_size * options.data.row_tokens
   cost = count(model, options.data.seq_len, options.data.target_len)
   line = (
-    f'run: {steps:,} steps of {per_step:,} {noun}, {short(steps * per_step)} '
+    f'run: {steps:,} steps of {per_step:,} tokens, {short(steps * per_step)} '
     f'in all, with {short(cost.total_params)} parameters'
   )
   if cost.active_params < cost.total_params:
     line += f', {short(cost.active_params)} active per token'
-  if not (flops := run_flops(options, model)):
-    return line
+  flops = run_flops(options, model)
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate, _ = roofline.product_rate(dtype)
   rate *= roofline.num_processors(list(mesh.devices.flat))
   delta = datetime.timedelta(seconds=math.ceil(flops / rate))
   return (
-    f'{line}; {_metric(flops)}FLOP take {delta} at the speed of a large matrix '
-    f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
+    f'{line}; {short(flops)} FLOPs take {delta} at the speed of a large matrix '
+    f'product here and now, {short(rate)} a second; a small model often takes '
     'several times that, and compiling and evaluations come on top'
   )
 
@@ -470,12 +468,6 @@ def run_bytes(
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _metric(n: float) -> str:
-  """A number of operations with its prefix: 15.8e9 is '15.8 G'."""
-  text = short(n).replace('B', 'G')
-  return f'{text[:-1]} {text[-1]}' if text[-1].isalpha() else f'{text} '
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from moe_jax.config import section_of
 from moe_jax.data.cache_folders import NotPreparedError, reading_only
 from moe_jax.devices import in_bytes, memory_of
 from moe_jax.errors import InputError
-from moe_jax.evaluation import EVALUATIONS, LossEvaluation, SourceLosses
+from moe_jax.evaluation import EVALUATIONS, LossEvaluation
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import ownership
 from moe_jax.runs import workdir as workdir_lib
@@ -149,7 +149,7 @@ class DryRun:
       size = dataset.vocab_size if dataset else tokenizer.known_vocab_size()
       if size := options.model.vocab_size or size:
         filled = options.filled(size)
-        notes = [*notes, *setup.warmup_notes(filled)]
+        notes = [*notes, *setup.schedule_notes(filled, folder)]
     return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
@@ -167,11 +167,11 @@ class DryRun:
       line += f', and {who} {in_bytes(room)}'
     yield line
     if room and needs.total * mesh.size > room:
-      remat = getattr(self.options.model, 'remat', 'full')
-      advice = '' if remat == 'full' else "model.remat='full', "
+      keeps_more = getattr(self.options.model, 'remat', 'full') != 'full'
+      remat = "model.remat='full', " if keeps_more else ''
       yield (
         'WARNING: that does not fit; a smaller batch_size / microbatches, '
-        f'{advice}or more devices (mesh.fsdp) need less on each'
+        f'{remat}or more devices (mesh.fsdp) need less on each'
       )
     c, size = self.options.checkpoint, needs.checkpoint
     last = self.options.total_steps - 1
@@ -204,7 +204,7 @@ class DryRun:
       if entry.every_steps:
         line += f' every {entry.every_steps:,} steps and'
       line += f' at the end, {times} in all'
-      if isinstance(entry, LossEvaluation | SourceLosses):
+      if isinstance(entry, LossEvaluation):
         line += f', of {entry.num_batches or "all"} batches of the split'
       yield line
 

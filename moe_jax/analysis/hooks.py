@@ -229,12 +229,8 @@ class RoutingReport(Hook):
 def routing_tables(run: Run, state: TrainState) -> list[ValueTable]:
   """Makes the tables of the routing report from some validation batches."""
   counts: routing_report.Counts = {}
-  losses = Losses(
-    model=run.model,
-    num_batches=_REPORT_BATCHES,
-    rows=run.dataset.splits['validation'],
-    put=run.programs.put,
-  )
+  rows, put = run.dataset.splits['validation'], run.programs.put
+  losses = Losses(run.model, _REPORT_BATCHES, rows, put)
   sums = losses.sums(
     run.programs.variables(state),
     recording,

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-from absl import logging
 
 from moe_jax import cli, generation
 from moe_jax.analysis import traces
@@ -28,7 +27,7 @@ from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 KIND = 'loss'
 
 
-def record(options: argparse.Namespace) -> None:
+def record(options: argparse.Namespace, _: list[str]) -> None:
   """Evaluates a run's loss, and writes a trace of the choices of experts.
 
   Raises:
@@ -61,12 +60,9 @@ def record(options: argparse.Namespace) -> None:
   )
   apply = functools.partial(recording, logits=options.logits, dtype=dtype)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  losses = Losses(
-    model=model,
-    num_batches=options.num_batches,
-    rows=dataset.splits[options.split],
-    put=Placing(device, described.batch_size, described.microbatches),
-  )
+  put = Placing(device, described.batch_size, described.microbatches)
+  rows = dataset.splits[options.split]
+  losses = Losses(model, options.num_batches, rows, put)
   with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorder.measure(KIND, losses, apply)
     row = measure(run.variables, run.step)
@@ -90,18 +86,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--float32', action='store_true', help=text)
   cli.add_allow_module(parser)
   cli.add_traceback(parser)
+  parser.set_defaults(run=record)
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
-  logging.set_verbosity(logging.WARNING)
   keep_freed_memory()
   if problem := keep_programs():
     cli.complain(problem)
-  with cli.reported(options.traceback):
-    record(options)
+  cli.run_command(options, [])
 
 
 if __name__ == '__main__':

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from scipy.stats.contingency import expected_freq
@@ -57,6 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   text = "steps from FIRST on and before LAST; ':' stands for all"
   add('--steps', type=_steps, metavar='FIRST:LAST', default=':', help=text)
   cli.add_traceback(parser)
+  parser.set_defaults(run=run)
   return parser.parse_args(argv)
 
 
@@ -68,7 +68,7 @@ def _steps(text: str) -> range:
   raise argparse.ArgumentTypeError(problem)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, _: list[str]) -> None:
   """Prints the tables of a trace, and saves its pictures.
 
   Raises:
@@ -98,8 +98,7 @@ def run(options: argparse.Namespace) -> None:
   console = wide_console()
   for table in tables(layers, by_label, churn):
     if table.rows:
-      console.print(table.terminal())
-      console.print(f'{table.note}\n', highlight=False)
+      table.show(console)
   output = pathlib.Path(options.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   for name, figure in pictures(layers):
@@ -124,7 +123,8 @@ def tables(
     'The load of an expert is the number of choices that fall on it, before '
     'any is dropped, over the mean of its layer. CV is the standard deviation '
     'over the mean. The entropy of the load over ln E is 1 if all experts are '
-    "chosen alike; the router's is a mean over tokens, and needs logits.",
+    'chosen equally often; that of the router is a mean over tokens, and needs '
+    'logits.',
     [_load_row(n, layer) for n, layer in layers.items()],
   )
   yield ValueTable(
@@ -138,7 +138,8 @@ def tables(
     'What a label says about the expert of the first choice',
     'Mutual is the mutual information in nats, shuffled that of shuffled '
     'labels with its deviation, and net the difference; adjusted, it is a '
-    'share of the most that it can be. Accuracy is that of best guesses.',
+    'share of the most that it can be. Accuracy is the share of best guesses '
+    'that are right.',
     [
       {
         'label': name, 'layer': n, **info._asdict(), 'net': info.net,
@@ -323,10 +324,7 @@ def _over(counts: Int[np.ndarray, 'rows columns'], chance: Ratios) -> Ratios:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
-  options = parse(argv)
-  logging.set_verbosity(logging.WARNING)
-  with cli.reported(options.traceback):
-    run(options)
+  cli.run_command(parse(argv), [])
 
 
 if __name__ == '__main__':

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
-from scipy import special
-from scipy.stats import random_table
+from scipy import special, stats
 
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.errors import InputError
@@ -324,12 +323,8 @@ def shares(part: Counts, whole: Counts) -> Float[np.ndarray, '*n']:
 
 def entropy(counts: Num[np.ndarray, '...']) -> float:
   """The entropy in nats of counts divided by their sum; 0 without counts."""
-  counts = np.asarray(counts)
-  counts = counts[counts > 0].astype(np.float64)
-  if not counts.size:
-    return 0.0
-  total = counts.sum()
-  return max(float(np.log(total) - counts @ np.log(counts) / total), 0.0)
+  counts = np.asarray(counts, np.float64).ravel()
+  return float(stats.entropy(counts)) if counts.any() else 0.0
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:
@@ -427,7 +422,7 @@ def information(table: Table, rng: np.random.Generator) -> Information:
   sums = table.sum(1), table.sum(0)
   draws = range(NUM_SHUFFLES)
   return information_of(
-    table, (random_table.rvs(*sums, random_state=rng) for _ in draws)
+    table, (stats.random_table.rvs(*sums, random_state=rng) for _ in draws)
   )
 
 

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.data.cache_folders import whole_folder
+from moe_jax.data.plain_files import read_json
 from moe_jax.errors import InputError, writing
 from moe_jax.models.recorded import LayerChoices, expert_type
 
@@ -283,24 +284,22 @@ def read(folder: Folder) -> Trace:
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / HEADER
-  try:
-    values: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
-    version = values.pop('format')
-    if version == FORMAT:
-      layers = values.pop('layers').items()
-      values['layers'] = {int(i): LayerInfo(**info) for i, info in layers}
-      values['sources'] = tuple(values['sources'])
-      return Trace(folder, Header(**values))
-  except OSError as error:
+  if not (values := read_json(path)):
     raise InputError(
       f'{folder} has no trace, as moe_jax.analysis.record_evaluation or a run '
-      f'with config.trace writes it: {error}'
-    ) from None
+      f'with config.trace writes it: no {HEADER}'
+    )
+  if (version := values.pop('format', None)) != FORMAT:
+    raise InputError(
+      f'{path}: a trace of format {version}; this version reads {FORMAT} alone'
+    )
+  try:
+    layers = values.pop('layers').items()
+    values['layers'] = {int(i): LayerInfo(**info) for i, info in layers}
+    values['sources'] = tuple(values['sources'])
+    return Trace(folder, Header(**values))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{path}: no header of a trace: {error!r}') from None
-  raise InputError(
-    f'{path}: a trace of format {version}; this version reads {FORMAT} alone'
-  )
 
 
 def _files(

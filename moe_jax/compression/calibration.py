@@ -26,7 +26,7 @@ from moe_jax.layers.moe import in_groups
 from moe_jax.models import Model
 from moe_jax.models.expert_arrays import Arrays, SparseLayer, sparse_layers
 from moe_jax.models.trees import unflatten
-from moe_jax.routing import AnyRouting, Routing
+from moe_jax.routing import AnyRouting, Routing, even_choice
 from moe_jax.shapes import Array, Leaf
 from moe_jax.training.trained import Loaded
 
@@ -311,19 +311,11 @@ def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
 
   def apply_expert(params: Arrays, x: Float[Array, 'G S M']) -> Array:
     G, S, _ = x.shape
-    slot = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (G, S))
-    ones = jnp.ones((G, S, 1), jnp.float32)
-    full_routing = Routing(
-      expert_index=jnp.zeros((G, S, 1), jnp.int32),
-      slot=slot[..., None],
-      gate=ones,
-      kept=ones > 0,
-      num_experts=1,
-      capacity=S,
-    )
+    index = jnp.zeros((G, S, 1), jnp.int32)
+    to_one = even_choice(index, num_experts=1, capacity=S)
     tree = unflatten(
       {p[p.index(SCOPE) + 1 :]: array[None] for p, array in params.items()}
     )
-    return module.apply({'params': tree}, x, full_routing)[0]
+    return module.apply({'params': tree}, x, to_one)[0]
 
   return apply_expert

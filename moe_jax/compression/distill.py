@@ -33,9 +33,8 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import Array, Float32, Int
 from moe_jax.training import trained
-from moe_jax.training.programs import make_step, metrics_shardings
+from moe_jax.training.programs import Step, make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
-from moe_jax.training.step import TrainState
 
 # The file in a student's folder that says which checkpoint is the teacher.
 TEACHER_FILE = 'teacher.json'
@@ -343,43 +342,7 @@ def mixed(
   return loss
 
 
-@dataclasses.dataclass(frozen=True)
-class TaughtStep:
-  """A training step (state, batch) that gives `stage` the teacher's arrays.
-
-  The step is lowered and compiled like a function that `jax.jit` returns.
-
-  Attributes:
-    stage: The function (teacher's arrays, state, batch) that is called, or a
-      stage of its compilation.
-    arrays_of: The function from the state to the teacher's variables or logits.
-    like: Arrays like the teacher's, or shapes with shardings, for `lower`.
-  """
-
-  stage: Any
-  arrays_of: Callable[[TrainState], Any]
-  like: Any
-
-  def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> Any:
-    """The state after one step, and the metrics of the step."""
-    return self.stage(self.arrays_of(state), state, batch)
-
-  def lower(self, state: Any, batch: Any) -> 'TaughtStep':
-    """The step, lowered for the shapes of a state and a batch."""
-    stage = self.stage.lower(self.like, state, batch)
-    return dataclasses.replace(self, stage=stage)
-
-  def compile(self) -> 'TaughtStep':
-    """The lowered step, compiled."""
-    return dataclasses.replace(self, stage=self.stage.compile())
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self.stage, name)
-
-
-def _taught_step(
-  run: Run, options: DistillOptions, teacher: Teacher
-) -> TaughtStep:
+def _taught_step(run: Run, options: DistillOptions, teacher: Teacher) -> Step:
   """A training step that also learns from the teacher's soft labels.
 
   The labels are stored, or the teacher computes them for each microbatch. The
@@ -423,4 +386,4 @@ def _taught_step(
     donate_argnums=1,
   )
   arrays_of = stored.reader(run) if stored else lambda _: arrays
-  return TaughtStep(stage, arrays_of, arrays)
+  return lambda state, batch: stage(arrays_of(state), state, batch)

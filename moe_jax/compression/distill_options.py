@@ -20,8 +20,9 @@ class DistillOptions(Options):
   )
   step: int = option(
     -1,
-    "Optimizer step of the teacher's checkpoint, 0 for an imported one; -1 is "
-    'the newest good one when the run begins, which it then keeps to.',
+    'Optimizer step of the checkpoint of the teacher that is read, 0 for an '
+    'imported one; -1 is the newest good one when the run begins, which it '
+    'then keeps to.',
     minimum=-1,
   )
   start: str = option(
@@ -34,12 +35,14 @@ class DistillOptions(Options):
   )
   start_batches: int = option(
     8,
-    "Number of training batches that tell how likely each teacher's expert is.",
+    'Number of training batches on which the conditional probability of the '
+    "teacher's experts is measured.",
     minimum=1,
   )
   hard_weight: float = option(
     0.75,
-    "Weight in the loss of the targets' cross-entropy (hard labels); 0: none.",
+    'Weight in the loss of the cross-entropy of the targets (hard labels); 0 '
+    'leaves them out.',
     minimum=0,
   )
   soft_weight: float = option(

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import jax
 import jax.numpy as jnp
 
-from moe_jax import cli
 from moe_jax.compression import whole_run
 from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.config import unknown
@@ -262,15 +261,9 @@ def describe(run: Loaded, extracted: Extracted) -> str:
 def add(commands: Any) -> None:
   """Adds the command `extract` to the commands of a parser."""
   text = 'writes the part of a model with routers by task that one task uses'
-  command = commands.add_parser('extract', help=text, **cli.about(__doc__))
-  command.set_defaults(run=_command)
-  add = command.add_argument
-  add('--run', required=True, dest='folder', help='its folder')
+  command = whole_run.command(commands, 'extract', _command, text, __doc__)
   text = 'name of the task, a source of data.mixture'
-  add('--task', required=True, help=text)
-  add('--output', required=True, help='folder of the new run')
-  text = 'step of the checkpoint; else the newest good'
-  add('--step', type=cli.NOT_NEGATIVE, help=text)
+  command.add_argument('--task', required=True, help=text)
 
 
 def _command(options: argparse.Namespace, _: list[str]) -> str:

@@ -222,7 +222,8 @@ def prune(
     score: One of `calibration.SCORES`.
 
   Raises:
-    ValueError: The score is unknown, or groups of experts would differ in size.
+    ValueError: The score is unknown, or groups of experts would differ in their
+      size.
   """
   if score not in SCORES:
     raise unknown('score', score, SCORES)
@@ -338,8 +339,8 @@ def without(run: Loaded, lost: Mapping[int, Collection[int]]) -> Loaded:
     layer, lost_experts = layers[number], set(lost_experts)
     check_layer(layer)
     E = layer.moe.num_experts
-    if unknown := sorted(lost_experts - set(range(E))):
-      raise InputError(f'layer {number} has no experts {unknown}, only {E}')
+    if missing := sorted(lost_experts - set(range(E))):
+      raise InputError(f'layer {number} has no experts {missing}, only {E}')
     new_layers[number] = only(layer, sorted(set(range(E)) - lost_experts))
   options, variables = smaller(run, new_layers)
   return run._replace(

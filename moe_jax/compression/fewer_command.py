@@ -31,12 +31,8 @@ def add(commands: Any) -> None:
     ('merge', 'merges similar experts'),
     ('prune', 'removes the least useful experts'),
   ):
-    parser = commands.add_parser(verb, help=meaning, **cli.about(__doc__))
-    parser.set_defaults(run=_run)
+    parser = whole_run.command(commands, verb, _run, meaning, __doc__)
     add = parser.add_argument
-    add('--run', required=True, dest='source', help='folder of the run')
-    add('--output', required=True, help='folder of the new run')
-    add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
     number = parser.add_mutually_exclusive_group(required=True)
     text = 'experts that stay: 4, or by layer: 4,6,4'
     number.add_argument('--experts', default='', help=text)
@@ -45,12 +41,7 @@ def add(commands: Any) -> None:
       'proportion to the largest of their layer, at least K in each'
     )
     number.add_argument('--share', type=cli.SHARE, help=text)
-    add(
-      '--batches',
-      type=cli.POSITIVE,
-      default=8,
-      help='of the training split',
-    )
+    add('--batches', type=cli.POSITIVE, default=8, help='of the training split')
     add('--config', default='', help="config of other data than the run's")
     if verb == 'prune':
       text = (
@@ -82,7 +73,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
       DataOptions, options.config, overrides, 'data'
     )
   run = whole_run.read(
-    options.source, step=options.step, allow=options.allow_module
+    options.folder, step=options.step, allow=options.allow_module
   )
   layers, counts = sparse_layers(run.model, run.variables), {}
   if options.experts:  # a bad number is refused before experts are measured

@@ -264,12 +264,8 @@ def report(
 def add(commands: Any) -> None:
   """Adds the command `quantize` to the commands of a parser."""
   text = 'stores experts in codes of few bits'
-  command = commands.add_parser('quantize', help=text, **cli.about(__doc__))
-  command.set_defaults(run=_run)
+  command = whole_run.command(commands, 'quantize', _run, text, __doc__)
   add = command.add_argument
-  add('--run', required=True, help='folder of the run', dest='workdir')
-  add('--output', required=True, help='folder of the new run')
-  add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
   add(
@@ -286,7 +282,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> str:
       'reads no data; leave it out'
     )
   numbers = quantize(
-    options.workdir,
+    options.folder,
     options.output,
     KernelFormat(options.format),
     step=options.step,

@@ -27,6 +27,7 @@ import numpy as np
 
 from moe_jax import cli, data
 from moe_jax.compression import whole_run
+from moe_jax.data.cache_folders import sha256
 from moe_jax.data.plain_files import read_json
 from moe_jax.devices import fetch, in_bytes
 from moe_jax.errors import InputError, writing
@@ -104,13 +105,13 @@ class StoredLogits:
       'temperature 1'
     )
 
-  def check(self, run: Run, step: int, sha256: str) -> None:
+  def check(self, run: Run, step: int, digest: str) -> None:
     """Checks that the stored logits are a teacher's for a run's batches.
 
     Args:
       run: The run.
       step: The step of the teacher's checkpoint.
-      sha256: The sha256 of the manifest of that checkpoint.
+      digest: The sha256 of the manifest of that checkpoint.
 
     Raises:
       ValueError: The logits are of another teacher or of other batches, and all
@@ -123,7 +124,7 @@ class StoredLogits:
       'length': o.data.target_len or o.data.seq_len,
       'vocab_size': run.model.vocab_size,
       'step': step,
-      'sha256': sha256,
+      'sha256': digest,
     }
     differences = [
       f'{key}: {getattr(self, key)!r} there, {value!r} here'
@@ -137,7 +138,7 @@ class StoredLogits:
       raise InputError(
         '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
       )
-    if not self.path.exists() or _sha256(self.path) != self.rows_sha256:
+    if not self.path.exists() or sha256(self.path) != self.rows_sha256:
       raise InputError(
         f"{self.path} is missing or damaged: its sha256 is not the manifest's"
       )
@@ -200,11 +201,6 @@ def row_digests(targets: Any) -> np.ndarray:
   rows = np.asarray(targets, np.int32)
   digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
   return np.frombuffer(b''.join(digests), np.uint64)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def read(folder: str | os.PathLike[str]) -> StoredLogits:
@@ -330,7 +326,7 @@ def write(
     stored,
     left_out_mean=total / max(tokens, 1),
     left_out_max=most,
-    rows_sha256=_sha256(stored.path),
+    rows_sha256=sha256(stored.path),
   )
   fields = {'format': FORMAT, **dataclasses.asdict(stored)}
   del fields['folder']

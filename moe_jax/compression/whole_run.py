@@ -1,21 +1,48 @@
-"""A trained run as compression reads it, and the new run that it writes.
+"""A trained run as compression reads it, and the new run that commands write.
 
 The size of a model in memory and on disk is counted here, too.
 """
 
+import argparse
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from moe_jax import cli
 from moe_jax.config import section_of
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import MODELS, ModelOptions
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import trained
 from moe_jax.training.trained import Loaded
+
+
+def command(
+  commands: Any, name: str, run: Callable[..., str], text: str, doc: str | None
+) -> argparse.ArgumentParser:
+  """Adds a command that makes a new run's folder from that of a run.
+
+  Args:
+    commands: The commands of a parser.
+    name: The name of the command.
+    run: The function that carries it out.
+    text: What the command does, in words.
+    doc: The docstring of the command's module, for the help.
+
+  Returns:
+    The parser of the command, for further arguments.
+  """
+  parser = commands.add_parser(name, help=text, **cli.about(doc))
+  parser.set_defaults(run=run)
+  text = 'folder of the run'
+  parser.add_argument('--run', required=True, dest='folder', help=text)
+  parser.add_argument('--output', required=True, help='folder of the new run')
+  text = 'step of the checkpoint; else the newest good'
+  parser.add_argument('--step', type=cli.NOT_NEGATIVE, help=text)
+  return parser
 
 
 def read(workdir: str | os.PathLike[str], **arguments: Any) -> Loaded:

@@ -50,13 +50,15 @@ class DataOptions(Options):
   )
   seq_len: int = option(
     256,
-    "Number T of tokens in a row; in an encoder-decoder, in an encoder's row.",
+    'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
+    'a row of the encoder.',
     minimum=1,
   )
   target_len: int = option(
     0,
-    "Number of tokens in a decoder's row of an encoder-decoder; 0 is for a "
-    'decoder-only model, whose rows have the inputs before the targets.',
+    'Number of tokens in a row of the decoder of an encoder-decoder model; 0 '
+    'is for a decoder-only model, whose rows have the inputs before the '
+    'targets.',
     minimum=0,
   )
   pack: bool = option(

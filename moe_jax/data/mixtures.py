@@ -40,14 +40,15 @@ class MixtureOptions(config.Options):
   sources: Mapping[str, SourceOptions] = config.entries(
     SOURCES,
     {},
-    'Kind of a source of the mixture. Each entry of `sources` is one, with a '
-    'name of your own; without an entry, data.source is the only source.',
+    'Kind of a source of the mixture. Each entry of `sources` is a source, '
+    'with a name that the user chooses; without an entry, data.source is the '
+    'only source.',
   )
   lines: str = config.option(
     '',
-    "Sources added as text, 'books:files(books/*.txt)*2, "
-    "code:files(code/*.gz)': a name, kind, options and weight each; empty: "
-    'none.',
+    "Sources and weights that are added as text, 'books:files(books/*.txt)*2, "
+    "code:files(code/*.gz)': a name, a kind, its options and a weight each; "
+    'empty adds none.',
   )
   rule: str = config.option(
     'proportional',

@@ -24,16 +24,8 @@ from moe_jax.training import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceLosses(evaluate.EvaluationOptions):
+class SourceLosses(evaluate.LossEvaluation):
   """Options of the evaluation 'source_losses': the loss of each source."""
-
-  every_steps: int = evaluate.every_steps_option(500)
-  num_batches: int = evaluate.num_batches_option()
-  split: str = option(
-    'validation',
-    "Split whose loss is measured; 'train' shows how far each is overfitted.",
-    choices=data.SPLITS,
-  )
 
   def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
     """Returns the function that measures the loss of each source.
@@ -62,10 +54,6 @@ class SourceLosses(evaluate.EvaluationOptions):
       return summary_row(values, mixture)
 
     return losses_row
-
-  def shrunk(self) -> Self:
-    """This evaluation at a laptop's size: on one batch of each source."""
-    return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
 @dataclasses.dataclass(frozen=True)

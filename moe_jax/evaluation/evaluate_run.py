@@ -71,12 +71,7 @@ def evaluate_all(
   # training.
   rows = size // partitioning.row_parts(mesh, rules)
   microbatches = math.gcd(options.microbatches, rows)
-  setting = Setting(
-    run.model,
-    data.load(options.data),
-    options.data,
-    run.folder,
-    Placing(sharding, size, microbatches),
-  )
+  dataset, put = data.load(options.data), Placing(sharding, size, microbatches)
+  setting = Setting(run.model, dataset, options.data, run.folder, put)
   evaluations = make_evaluations(entries, options.model, rules, setting)
   return evaluation_rows(evaluations, run.variables, run.step)

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from moe_jax import data
-from moe_jax.config import Option
+from moe_jax.config import Option, unknown
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.finetuning.upcycling import equal_experts
@@ -62,9 +62,12 @@ def shares(
     score: 'gate', by the mean gate, or 'tokens', by the share of choices.
 
   Raises:
-    ValueError: The model has no sparse layer, its sparse layers have merged or
-      unequally many experts, or in some layer no token reaches an expert.
+    ValueError: The score is unknown, the model has no sparse layer, its sparse
+      layers have merged or unequally many experts, or in some layer no token
+      reaches an expert.
   """
+  if score not in SCORES:
+    raise unknown('score', score, SCORES)
   if not model.stacks.sparse_layers:
     raise InputError('the model has no sparse layers, so no experts to choose')
   if not equal_experts(model):

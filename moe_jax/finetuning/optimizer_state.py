@@ -1,9 +1,7 @@
 """Reads another run's optimizer state, with which a run can begin."""
 
-import itertools
 import pathlib
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -24,7 +22,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   Moments are copied with their step counts (for Adam's bias correction and
   Adafactor's decay): with counts of 0 they would be scaled as after one step.
   The learning-rate schedule's count restarts at 0. The other run may have
-  trained more parameters.
+  trained more parameters, and its optimizer may have kept more of each.
 
   Args:
     run: The run.
@@ -42,24 +40,29 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   """
   directory = checkpoints_of(folder)
   saved = Directory(directory).manifest(step).tree
-  abstract = run.programs.abstract_state
-  opt_state = abstract.opt_state
-  try:
-    if run.options.lora.rank:
-      raise InputError('the factors of adapters are new, and so is their state')
-    arrays = {'params': abstract.params, 'opt_state': opt_state}
-    link_pairs = paired_links(manifest_lib.describe(arrays), saved)
-    target = _target(opt_state, link_pairs, saved)
-  except InputError as error:
+  opt_state = run.programs.abstract_state.opt_state
+  own_links = _links(manifest_lib.describe({'opt_state': opt_state}))
+  link_pairs = dict(zip(own_links, _links(saved) or own_links))
+  # The state of this run's chain, in the order of the other run's. The schedule
+  # is read, too, although a new one takes its place.
+  links: list[Any] = [optax.EmptyState()] * (1 + max(link_pairs.values()))
+  for link, saved_link in link_pairs.items():
+    links[saved_link] = opt_state[link]
+  target = {'opt_state': tuple(links)}
+  wanted = manifest_lib.describe(target)
+  present = {path: saved[path] for path in wanted if path in saved}
+  problem = manifest_lib.difference(present, wanted, cast=True)
+  if run.options.lora.rank:
+    problem = 'the factors of adapters are new, and so is their state'
+  if problem:
     raise InputError(
       f'init_from.keep_optimizer=True: the state of the optimizer in the '
       f'checkpoint of step {step} of {folder} does not fit this run '
-      f'{_settings(run, folder)}; set it to False for a new optimizer\n{error}'
-    ) from None
-  with Checkpointer(directory) as checkpoints:
-    restored = checkpoints.restore(
-      {'opt_state': target}, step=step, partial=True, cast=True
+      f'{_settings(run, folder)}; set it to False for a new optimizer\n'
+      f'{problem}'
     )
+  with Checkpointer(directory) as checkpoints:
+    restored = checkpoints.restore(target, step=step, partial=True, cast=True)
     saved_state = cast(Restored, restored).state['opt_state']
   schedule = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
@@ -77,107 +80,15 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   return tuple(state), description
 
 
-def paired_links(
-  arrays: Mapping[str, str], saved: Mapping[str, str]
-) -> dict[int, int]:
-  """Pairs the transformations in two Optax chains that keep equal state.
+def _links(described: Iterable[str]) -> list[int]:
+  """The indices in an Optax chain of the transformations that have a state.
 
-  Without clipping or weight decay a chain has fewer transformations, so that
-  the same transformation has another index. Two transformations keep equal
-  state if the names in their states are equal, such as 'count', 'mu' and 'nu'
-  of Adam, whichever parameters train. If several keep equal state, they are
-  paired in their order.
-
-  Args:
-    arrays: Type and shape, as text, of a run's arrays by path, which begins
-      with 'params/' or 'opt_state/'.
-    saved: The same of another run, from a checkpoint's manifest; arrays of
-      other trees in it are ignored.
-
-  Returns:
-    The index of a transformation in the other run's chain, by the index in this
-    run's chain.
-
-  Raises:
-    ValueError: A state that one chain keeps is missing in the other chain.
+  They are those of the optimizer and of its schedule, in this order. Without
+  clipping or weight decay a chain has fewer transformations, so that the same
+  transformation has another index. `described` has the paths of arrays.
   """
-  links, saved_links = _links(arrays), _links(saved)
-  if Counter(links.values()) != Counter(saved_links.values()):
-    raise InputError(
-      f'the links of its optimizer keep {_listed(saved_links)} there and '
-      f'{_listed(links)} here (* is a parameter)'
-    )
-  orders = (sorted(x, key=lambda n: (x[n], n)) for x in (links, saved_links))
-  return dict(zip(*orders, strict=True))
-
-
-def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
-  """The names in the state of each Optax transformation that has a state.
-
-  `described` has the arrays in 'params/' and 'opt_state/', by path. The result
-  is by the transformation's index in the chain; its names are sorted.
-  """
-  parameters = {
-    path.removeprefix('params/')
-    for path in described
-    if path.startswith('params/')
-  }
-  links: dict[int, set[str]] = {}
-  for path in described:
-    tree, *rest = path.split('/')
-    if tree == 'opt_state':
-      links.setdefault(int(rest[0]), set()).add(_name(rest[1:], parameters))
-  return {number: tuple(sorted(names)) for number, names in links.items()}
-
-
-def _name(path: Sequence[str], parameters: Set[str]) -> str:
-  """The path of an array in a transformation's state, as text, such as 'mu/*'.
-
-  '*' stands for the path of one of `parameters` within it.
-  """
-  for start, end in itertools.combinations(range(len(path) + 1), 2):
-    if '/'.join(path[start:end]) in parameters:
-      path = [*path[:start], '*', *path[end:]]
-      break
-  return '/'.join(path)
-
-
-def _listed(links: Mapping[int, tuple[str, ...]]) -> str:
-  texts = [f'[{", ".join(names)}]' for _, names in sorted(links.items())]
-  return ' and '.join(texts) or 'nothing'
-
-
-def _target(
-  opt_state: Any, link_pairs: Mapping[int, int], saved: Mapping[str, str]
-) -> tuple[Any, ...]:
-  """The parts of a saved optimizer state to read, in the shapes of `opt_state`.
-
-  The learning-rate schedule, the last transformation, is read, too, although
-  `restore` puts a new one in its place.
-
-  Args:
-    opt_state: The state of this run's chain, or its shapes.
-    link_pairs: What `paired_links` returns: the index of each transformation in
-      the saved chain, by its index in this run's.
-    saved: The arrays of the checkpoint, by path, from its manifest.
-
-  Returns:
-    A chain's state in the order of the saved chain, with empty states for
-    transformations that are not read.
-
-  Raises:
-    ValueError: The saved state lacks a part, or the part has another shape.
-  """
-  target = [
-    optax.EmptyState() for _ in range(max(link_pairs.values(), default=-1) + 1)
-  ]
-  for link, saved_link in link_pairs.items():
-    target[saved_link] = opt_state[link]
-  expected = manifest_lib.describe({'opt_state': tuple(target)})
-  present = {path: saved[path] for path in expected if path in saved}
-  if differences := manifest_lib.difference(present, expected, cast=True):
-    raise InputError(differences)
-  return tuple(target)
+  paths = (path.split('/') for path in described)
+  return sorted({int(path[1]) for path in paths if path[0] == 'opt_state'})
 
 
 def _settings(run: Run, folder: pathlib.Path) -> str:

@@ -156,15 +156,14 @@ def _own_model(folder: pathlib.Path) -> str:
 
   The line is '' if the folder has no config file.
   """
-  # Imports before 2026-12-01 wrote config.py alone.
-  for name in (workdir_lib.CONFIG_PY, 'config.py'):
-    if (folder / name).exists():
-      return (
-        "\nFor the other run's own model, begin with its config: "
-        f'--config={shlex.quote(str(folder / name))} '
-        f'--config.init_from.workdir={shlex.quote(str(folder))}'
-      )
-  return ''
+  path = folder / workdir_lib.CONFIG_PY
+  if not path.exists():
+    return ''
+  return (
+    "\nFor the other run's own model, begin with its config: "
+    f'--config={shlex.quote(str(path))} '
+    f'--config.init_from.workdir={shlex.quote(str(folder))}'
+  )
 
 
 def convert(

@@ -49,9 +49,10 @@ class InitFrom(InitFromOptions):
 
   keep_optimizer: bool = option(
     False,
-    "Whether the optimizer goes on with the other run's moments and counts, if "
-    "all parameters are copied and optimizers are alike; the learning rate's "
-    'schedule begins anew. Otherwise all is new.',
+    "Whether the optimizer goes on with the other run's moments and their "
+    'counts, where all parameters are copied and its optimizer is the same; '
+    'the schedule of the learning rate begins anew. Otherwise the optimizer is '
+    'new.',
   )
   experts: str = option(
     '',
@@ -66,8 +67,9 @@ class InitFrom(InitFromOptions):
   )
   expert_noise: float = option(
     0.0,
-    'Standard deviation of the noise added to all copies of an expert but the '
-    "first, as a fraction of a kernel's root mean square; 0: none.",
+    'Standard deviation of the noise that is added to all copies of an expert '
+    "except the first, as a fraction of a kernel's root mean square; 0 adds "
+    'none.',
     minimum=0,
   )
   router_noise: float = option(

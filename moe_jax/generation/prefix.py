@@ -61,18 +61,14 @@ def _as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
   Raises:
     ValueError: The ids are not a list of integers in [0, count).
   """
-  if isinstance(ids, str | bytes):
-    raise InputError(f'{name}={ids[:40]!r} is text; give its {noun} ids')
   try:
     row = np.asarray(ids)
   except ValueError:  # lists of several lengths
     row = np.empty((0, 0))
-  if row.ndim != 1:
-    raise InputError(f'{name} has shape {row.shape}; it must be a list of ids')
-  if row.size and row.dtype.kind not in 'iu':
+  if row.ndim != 1 or (row.size and row.dtype.kind not in 'iu'):
     raise InputError(
-      f'{name} has the value {row.tolist()[0]!r} of type {row.dtype}; '
-      f'{noun} ids are integers'
+      f'{name}={ids!r:.60} has shape {row.shape} and type {row.dtype}; it must '
+      'be a list of ids, which are integers; a tokenizer makes them of text'
     )
   sizes = 'vocab_size' if noun == 'token' else 'num_tasks'
   bad_ids = row[(row < 0) | (row >= count)]

@@ -134,11 +134,19 @@ def sparse_flags(num_layers: int, step: int, first: int) -> tuple[bool, ...]:
   return tuple(i % step == remainder for i in range(num_layers))
 
 
-def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """Finds n if one in n layers is sparse; 0 if none is, None if no n fits.
+def period(sparse: tuple[bool, ...], first: int) -> int:
+  """Finds n if one in n layers is sparse; 0 if none is.
 
   `first` is 0 if the first sparse layer is n - 1, and 1 if it is layer 1.
+
+  Raises:
+    ValueError: There is no such n.
   """
   L = len(sparse)
-  steps = (n for n in range(L + 2) if sparse_flags(L, n, first) == sparse)
-  return next(steps, None)
+  for n in range(L + 2):
+    if sparse_flags(L, n, first) == sparse:
+      return n
+  raise InputError(
+    f'its sparse layers {layers(sparse)!r} of {L} are not one in every n, from '
+    f'layer {"1" if first else "n - 1"} on'
+  )

@@ -72,10 +72,9 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
       name, revision=revision or None, allow_patterns=[*SMALL, *patterns]
     )
   except Exception as error:  # of the client, of HTTP or of the network
-    first_line = str(error).strip().split('\n', 1)[0]
     raise InputError(
       f'{name} is no folder in {os.getcwd()}, and the hub does not give it: '
-      f'{first_line}'
+      f'{plain_files.first_line(error)}'
     ) from error
   return pathlib.Path(folder)
 

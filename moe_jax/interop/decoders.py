@@ -9,7 +9,7 @@ else.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from moe_jax.errors import InputError
@@ -188,6 +188,14 @@ def _router(o: DecoderOptions, name: str, default: Any) -> Any:
   return getattr(o.moe.router, name, default)
 
 
+# The keys that say which layers are sparse.
+_SPARSE_KEYS = (
+  'first_k_dense_replace',
+  'moe_layer_freq',
+  'moe_layer_interval',
+  'decoder_sparse_step',
+  'mlp_only_layers',
+)
 # The keys for the number of experts; config.json may have any of these.
 _NUM_EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
 # For each key that several decoders have, the type of its values, and the
@@ -312,14 +320,19 @@ def _problems(
   rope: Mapping[str, Any],
   rope_types: tuple[str, ...],
   activations: Mapping[str, str],
+  sparse: Sequence[bool],
 ) -> Iterator[str]:
   """A text for each value of the shared keys that is not supported.
 
   The architecture has the rotary parameters `rope` where the config has none,
   these `rope_types`, and our `activations` by their names in config.json.
+  `sparse` says of each layer whether it is sparse.
   """
   yield from activation_problems('hidden_act', c.hidden_act, activations)
   yield from rotary_keys.problems(c, rope, rope_types)
+  if not any(sparse):
+    found = [f'{k}={getattr(c, k)}' for k in _SPARSE_KEYS if hasattr(c, k)]
+    yield f'{" and ".join(found)}: none of {len(sparse)} layers is sparse'
   if not hasattr(c, 'layer_types'):
     return
   kinds = layer_types(c)
@@ -331,6 +344,12 @@ def _problems(
       f'layer_types has {len(kinds)} layers, num_hidden_layers='
       f'{c.num_hidden_layers}'
     )
+
+
+def behind_dense(c: Values) -> Sequence[bool]:
+  """Whether each layer is sparse, where only the first ones may be dense."""
+  first_sparse = getattr(c, 'first_k_dense_replace', 0)
+  return [i >= first_sparse for i in range(c.num_hidden_layers)]
 
 
 def gate_problems(c: Values) -> Iterator[str]:
@@ -393,6 +412,7 @@ def _options(
   c: Values,
   rope: Mapping[str, Any],
   activations: Mapping[str, str],
+  sparse: Sequence[bool],
   *,
   router: RouterOptions | None = None,
   losses: Mapping[str, float] | None = None,
@@ -406,13 +426,14 @@ def _options(
     rope: The parameters of rotary positions where the config has none.
     activations: Our names of the architecture's activations, by the names in
       config.json.
+    sparse: Whether each layer is sparse.
     router: The router's options, except for its losses; None is a router whose
       gates are probabilities among all experts, divided by their sum unless
       `norm_topk_prob` is false.
     losses: Weights of losses of the router, if they differ from the balance
       loss of `router_aux_loss_coef` alone.
     moe: Further options of sparse layers. They override shared keys and the
-      defaults; by default, all layers are sparse and no token is dropped.
+      default, by which no token is dropped.
     **overrides: Further options of the model, which override shared keys.
   """
   if router is None:
@@ -422,22 +443,21 @@ def _options(
   router = dataclasses.replace(
     cast(Any, router), **{**weights, **(losses or {})}
   )
-  first_sparse = getattr(c, 'first_k_dense_replace', 0)
-  sparse: dict[str, Any] = dict(
+  sparse_layers: dict[str, Any] = dict(
     num_experts=next(
       getattr(c, name) for name in _NUM_EXPERTS if hasattr(c, name)
     ),
     num_selected=c.num_experts_per_tok,
-    layers=layers([i >= first_sparse for i in range(c.num_hidden_layers)]),
+    layers=layers(sparse),
     router=router,
     capacity=All(),
     dispatch=Dropless(),
   )
   if hasattr(c, 'moe_intermediate_size'):
-    sparse['expert'] = FeedForwardExpert(hidden=c.moe_intermediate_size)
+    sparse_layers['expert'] = FeedForwardExpert(hidden=c.moe_intermediate_size)
   if num_shared := getattr(c, 'n_shared_experts', None):
     hidden = num_shared * c.moe_intermediate_size
-    sparse['shared_expert'] = SharedExpertOptions(hidden=hidden)
+    sparse_layers['shared_expert'] = SharedExpertOptions(hidden=hidden)
   model: dict[str, Any] = dict(
     vocab_size=c.vocab_size,
     num_layers=c.num_hidden_layers,
@@ -445,7 +465,7 @@ def _options(
     ffn=FfnOptions(c.intermediate_size, activations[c.hidden_act]),
     norm=RmsNorm(float(c.rms_norm_eps)),
     embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
-    moe=MoeOptions(**sparse | dict(moe or {})),
+    moe=MoeOptions(**sparse_layers | dict(moe or {})),
   )
   model = model | overrides
   if 'attention' not in model:
@@ -507,6 +527,7 @@ def decoder(
   options: Callable[[Values], Mapping[str, Any]] = lambda c: {},
   describe: Callable[[DecoderOptions], Mapping[str, Any]] = lambda o: {},
   problems: Callable[[Values], Iterable[str]] = gate_problems,
+  sparse: Callable[[Values], Sequence[bool]] = behind_dense,
   rope: Mapping[str, Any] = rotary_keys.ROPE,
   rope_types: tuple[str, ...] = ('default', 'yarn'),
   activations: Mapping[str, str] = ACTIVATIONS,
@@ -525,6 +546,8 @@ def decoder(
       key that is another spelling of a shared key replaces it.
     problems: Returns a text for each value of the architecture's own keys that
       our models cannot express.
+    sparse: Returns for each layer whether it is sparse, which has to work for
+      unsupported values as well.
     rope: The parameters of rotary positions where the config has none. It has
       `partial_rotary_factor` only if configs may rotate a part of each head.
     rope_types: The rope types that the architecture has.
@@ -550,10 +573,10 @@ def decoder(
     model_type=model_type,
     keys=keys,
     problems=lambda c: [
-      *_problems(c, rope, rope_types, activations),
+      *_problems(c, rope, rope_types, activations, sparse(c)),
       *problems(c),
     ],
-    options=lambda c: _options(c, rope, activations, **options(c)),
+    options=lambda c: _options(c, rope, activations, sparse(c), **options(c)),
     describe=all_described,
     names=names,
     **{**decoder_attributes, **overrides},

@@ -43,7 +43,6 @@ from typing import Any
 
 from moe_jax.errors import InputError
 from moe_jax.interop import config_keys, decoders, rotary_keys
-from moe_jax.interop.architecture import layers
 from moe_jax.interop.config_keys import Values
 from moe_jax.interop.decoders import gated_ffn, layer, weight
 from moe_jax.layers.attention import LatentOptions
@@ -176,15 +175,6 @@ KEYS_V3 = decoders.keys(
 )
 
 
-def _problems_v1(c: Values) -> Iterator[str]:
-  yield from _width_problems(c)
-  if not any(_sparse(c)):
-    yield (
-      f'first_k_dense_replace={c.first_k_dense_replace} and moe_layer_freq='
-      f'{c.moe_layer_freq} leave no layer sparse of {c.num_hidden_layers}'
-    )
-
-
 def _sparse(c: Values) -> list[bool]:
   first, step = c.first_k_dense_replace, c.moe_layer_freq
   return [i >= first and i % step == 0 for i in range(c.num_hidden_layers)]
@@ -214,11 +204,6 @@ def _latent_problems(c: Values) -> Iterator[str]:
     )
   if c.n_group and (c.topk_group or 1) > c.n_group:
     yield f'topk_group={c.topk_group} is more than n_group={c.n_group}'
-  if c.first_k_dense_replace >= c.num_hidden_layers:
-    yield (
-      f'first_k_dense_replace={c.first_k_dense_replace} leaves no layer sparse '
-      f'of {c.num_hidden_layers}'
-    )
 
 
 def _problems_v2(c: Values) -> Iterator[str]:
@@ -247,7 +232,6 @@ def _options_v1(c: Values) -> dict[str, Any]:
     router=TokenChoice(gates='renormalized' if renormalized else 'raw'),
     attention=decoders.heads(c, biases=biases),
     losses=by_sequence if c.seq_aux else None,
-    moe=dict(layers=layers(_sparse(c))),
   )
 
 
@@ -396,7 +380,8 @@ ARCHITECTURES = (
     {**decoders.DECODER, **FFNS},
     options=_options_v1,
     describe=_describe_v1,
-    problems=_problems_v1,
+    problems=_width_problems,
+    sparse=_sparse,
     rope_types=('default',),
     needs_code=True,
   ),

@@ -220,16 +220,11 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
 
 
 def _stack_keys(name: str, stack: StackOptions, width: int) -> dict[str, Any]:
-  step = period(stack.sparse, _LAST)
-  if step is None:
-    raise InputError(
-      f'sparse layers {stack.sparse} of the {name} are not those of any step'
-    )
   return {
     f'{name}_layers': stack.num_layers,
     f'{name}_ffn_dim': stack.ffn.hidden,
     f'{name}_attention_heads': plain_attention(stack, width).num_heads,
-    f'{name}_sparse_step': step,
+    f'{name}_sparse_step': period(stack.sparse, _LAST),
   }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from moe_jax.errors import InputError
 from moe_jax.interop import decoders, rotary_keys
-from moe_jax.interop.architecture import layers, period, sparse_flags
+from moe_jax.interop.architecture import period, sparse_flags
 from moe_jax.interop.config_keys import AMOUNT, POSITIVE, RATE, SIZE, Values
 from moe_jax.interop.decoders import layer, weight
 from moe_jax.interop.mapping import Names
@@ -92,15 +92,14 @@ def _problems(c: Values) -> Iterator[str]:
     yield f'rope_theta={theta} is not supported, only {_THETA}'
   if (num_selected := c.num_experts_per_tok) > 2:
     yield f'router_topk={num_selected} is not supported, only 1 or 2'
-  if (interval := c.moe_layer_interval) and interval > c.num_hidden_layers:
-    yield (
-      f'moe_layer_interval={interval} leaves no layer sparse of '
-      f'{c.num_hidden_layers}'
-    )
+
+
+def _sparse(c: Values) -> tuple[bool, ...]:
+  # A missing interval, which is refused, is None.
+  return sparse_flags(c.num_hidden_layers, c.moe_layer_interval or 1, _LAST)
 
 
 def _options(c: Values) -> dict[str, Any]:
-  flags = sparse_flags(c.num_hidden_layers, c.moe_layer_interval, _LAST)
   capacity = EvenSlots(
     float(c.router_capacity_factor_eval), c.router_min_capacity
   )
@@ -114,7 +113,6 @@ def _options(c: Values) -> dict[str, Any]:
       z_weight=float(c.router_z_loss_factor),
     ),
     moe=dict(
-      layers=layers(flags),
       group_size=-1,
       extra_ffn=True,
       allow_future_leak=True,
@@ -131,15 +129,9 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
     raise InputError(
       f'its capacity is {type(capacity).__name__}, not {EvenSlots.__name__}'
     )
-  interval = period(o.sparse, _LAST)
-  if interval is None:
-    raise InputError(
-      f'its sparse layers {o.moe.layers!r} are not the last ones of any '
-      'interval'
-    )
   return dict(
     intermediate_size=o.ffn.hidden,
-    moe_layer_interval=interval,
+    moe_layer_interval=period(o.sparse, _LAST),
     router_topk=K,
     router_capacity_factor_eval=capacity.factor,
     router_min_capacity=capacity.minimum,
@@ -185,6 +177,7 @@ ARCHITECTURES = (
     options=_options,
     describe=_describe,
     problems=_problems,
+    sparse=_sparse,
     rope_types=('default',),
     activations={'swiglu': 'doubly_gated_swiglu'},
     borrowed_type='llama',

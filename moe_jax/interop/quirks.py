@@ -92,7 +92,8 @@ class EvenSlots(Capacity):
 
   factor: float = option(
     2.0,
-    "Capacity factor: slots of all experts over the group's choices.",
+    "Capacity factor: slots of all experts together, divided by the group's "
+    'choices.',
     above=0,
   )
   minimum: int = option(

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.interop import config_keys, decoders
-from moe_jax.interop.architecture import layers, sparse_flags
+from moe_jax.interop.architecture import sparse_flags
 from moe_jax.interop.config_keys import Values
 from moe_jax.interop.decoders import gated_ffn, weight
 from moe_jax.layers.experts import SharedExpertOptions
@@ -89,18 +89,12 @@ def _problems(c: Values) -> Iterator[str]:
   for layer in c.mlp_only_layers or ():
     if not config_keys.COUNT.holds(layer):
       yield f'mlp_only_layers has {layer!r:.80}, which is no layer'
-  if _layers(c) == 'none':
-    yield (
-      f'decoder_sparse_step={c.decoder_sparse_step} and mlp_only_layers='
-      f'{c.mlp_only_layers} leave no layer sparse of {c.num_hidden_layers}'
-    )
 
 
-def _layers(c: Values) -> str:
-  """The value of `moe.layers`: which layers are sparse."""
+def _sparse(c: Values) -> list[bool]:
   flags = sparse_flags(c.num_hidden_layers, c.decoder_sparse_step, 0)
   dense = c.mlp_only_layers or ()
-  return layers([flag and i not in dense for i, flag in enumerate(flags)])
+  return [flag and i not in dense for i, flag in enumerate(flags)]
 
 
 def _problems_2(c: Values) -> Iterator[str]:
@@ -121,13 +115,13 @@ def _options_2(c: Values) -> dict[str, Any]:
   )
   return dict(
     attention=decoders.heads(c, biases=biases),
-    moe=dict(layers=_layers(c), shared_expert=shared),
+    moe=dict(shared_expert=shared),
   )
 
 
 def _options_3(c: Values) -> dict[str, Any]:
   norm = dict(qk_norm='head', qk_norm_epsilon=float(c.rms_norm_eps))
-  return dict(attention=decoders.heads(c, **norm), moe=dict(layers=_layers(c)))
+  return dict(attention=decoders.heads(c, **norm))
 
 
 def _describe(o: DecoderOptions) -> dict[str, Any]:
@@ -162,6 +156,7 @@ ARCHITECTURES = (
     options=_options_2,
     describe=_describe_2,
     problems=_problems_2,
+    sparse=_sparse,
   ),
   decoders.decoder(
     'qwen3_moe',
@@ -171,5 +166,6 @@ ARCHITECTURES = (
     options=_options_3,
     describe=_describe,
     problems=_problems,
+    sparse=_sparse,
   ),
 )

@@ -18,6 +18,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
+from moe_jax.data.cache_folders import check_free
 from moe_jax.errors import InputError
 from moe_jax.finetuning.meaning import difference
 from moe_jax.interop import checkpoint_folder
@@ -83,8 +84,7 @@ def save(
       is not empty.
   """
   folder = pathlib.Path(path).expanduser()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise InputError(f'{folder} is there already; give a new or empty folder')
+  check_free(folder)
   stacks = options.build().stacks
   if stacks.keeps_router_state and not variables.get(ROUTER_STATE):
     raise InputError(

@@ -157,10 +157,6 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half
-  sparse = dict(encoder=encoder.sparse, decoder=o.sparse)
-  steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
-  if None in steps.values():
-    raise InputError(f'sparse layers {sparse} are not those of any sparse step')
   attention, moe = plain_attention(o, o.width), o.moe
   return dict(
     vocab_size=o.vocab_size,
@@ -172,8 +168,8 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
     num_decoder_layers=o.num_layers,
     num_sparse_encoder_layers=sum(encoder.sparse),
     num_sparse_decoder_layers=sum(o.sparse),
-    encoder_sparse_step=steps['encoder'],
-    decoder_sparse_step=steps['decoder'],
+    encoder_sparse_step=period(encoder.sparse, _PAPER),
+    decoder_sparse_step=period(o.sparse, _PAPER),
     num_heads=attention.num_heads,
     num_experts=moe.num_experts,
     router_bias=getattr(moe.router, 'use_bias', False),

@@ -79,8 +79,9 @@ class KernelFormat(Options):
 
   name: str = option(
     'int8',
-    "Format of stored kernels: 'int8', 'int4' or 'int2', of so many bits a "
-    "weight; or 'ternary', QMoE's codes, below a bit where most weights are 0.",
+    "Format in which kernels are stored: 'int8', 'int4' or 'int2', of so many "
+    "bits a weight; or 'ternary', QMoE's codes of less than a bit where most "
+    'weights are 0.',
     choices=FORMATS,
   )
   num_codes: int = option(

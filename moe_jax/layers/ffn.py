@@ -102,7 +102,8 @@ class FfnOptions(Options):
     'one, by the error function, and gelu_tanh its approximation by tanh, '
     'which geglu has, too. geglu, swiglu and clamped_swiglu (gpt-oss) have a '
     'third kernel, whose product gates the hidden values, and '
-    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them.',
+    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them, '
+    'too.',
     choices=ACTIVATIONS,
   )
   bias: str = option(

@@ -59,7 +59,8 @@ class MoeOptions(Options):
     0.0,
     "Rate at which an expert's output for a token is masked in training, "
     'without scaling up the others; in evaluation outputs are multiplied by 1 '
-    "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0: none.",
+    "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
+    'nothing.',
     minimum=0,
     below=1,
   )
@@ -117,7 +118,8 @@ class MoeOptions(Options):
     '',
     'Folder of the trace of another run on the same batches, whose choices of '
     'experts and drops each training step takes over from its record of the '
-    'step; evaluations choose by themselves. Empty: the router chooses.',
+    'step; evaluations choose by themselves. An empty string leaves the choice '
+    'to the router.',
     same_function=True,
   )
 

@@ -20,7 +20,8 @@ class Norm(Options):
 
   epsilon: float = option(
     1e-6,
-    'Number added to the variance (or mean square) in a norm before its root.',
+    'Number added to the variance (or mean square) in a norm before its root '
+    'is taken.',
     above=0,
   )
   use_scale: bool = option(

@@ -234,9 +234,9 @@ class Sinusoidal(Positions):
 
   offset: int = option(
     0,
-    "Position of a row's first token: 0, or in fairseq and NLLB the id of "
-    'padding plus 1. Padding gets no sinusoid, nor does a token of id offset - '
-    '1.',
+    'Position of the first token of a row: 0, or in fairseq and NLLB the id of '
+    'padding plus 1. Padding gets no sinusoid, nor does a token whose id is '
+    'offset - 1.',
     minimum=0,
   )
 
@@ -259,7 +259,8 @@ class Relative(Positions):
   )
   max_distance: int = option(
     128,
-    'Distance in tokens from which on all positions share the last bucket.',
+    'Distance in tokens from which on all relative positions share the last '
+    'bucket.',
     minimum=2,
   )
 

@@ -83,7 +83,8 @@ class Yarn(RotaryScaling):
   )
   beta_fast: float = option(
     32.0,
-    'Turns in `original_len` tokens from which on a pair turns as before.',
+    'Number of turns in `original_len` tokens from which on a pair turns as '
+    'fast as before.',
     above=0,
   )
   beta_slow: float = option(
@@ -197,7 +198,8 @@ class LongRope(RotaryScaling):
   )
   factor: float = option(
     1.0,
-    'Length of texts over `original_len`, which decides the attention factor.',
+    'Number of times that texts are longer than `original_len`, which decides '
+    'the attention factor.',
     above=0,
   )
   short_mscale: float = option(

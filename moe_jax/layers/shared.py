@@ -25,7 +25,8 @@ class Init(Options):
 
   embedding_std: float = option(
     0.02,
-    'Standard deviation of the normal distribution of embeddings at first.',
+    'Standard deviation of the normal distribution from which the embeddings '
+    'of tokens and positions are drawn.',
     above=0,
   )
 

@@ -31,7 +31,8 @@ class EmbeddingOptions(Options):
 
   tie: bool = option(
     True,
-    'Whether logits are products with the embedding table (tied), or a kernel.',
+    'Whether logits are products with the embedding table (tied), instead of '
+    'with a kernel of their own.',
   )
   scale: str = option(
     'none',

@@ -43,8 +43,9 @@ class LoraOptions(Options):
 
   rank: int = option(
     0,
-    'Rank of low-rank adapters, the width of their factors; 0: no adapters. '
-    'With them, all parameters of the model itself keep their values.',
+    'Rank of low-rank adapters, the width of their factors; with 0 there are '
+    'no adapters. With adapters, all parameters of the model itself keep '
+    'their values.',
     minimum=0,
   )
   parts: str = option(

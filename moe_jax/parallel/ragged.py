@@ -41,7 +41,8 @@ class RaggedExchange(Options):
   capacity_fraction: float = option(
     1.0,
     'Room of the buffers, as a share of what they need if all rows go to one '
-    'device; rows without room are dropped, counted as exchange_overflow.',
+    'device; rows without room are dropped, and counted as exchange_overflow. '
+    '1.0 has room for all.',
     above=0,
     maximum=1,
   )

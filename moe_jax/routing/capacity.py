@@ -92,7 +92,8 @@ class _Share(Capacity):
   )
   multiple: int = option(
     1,
-    'Number of which the capacity is a multiple, rounded up (4 in V-MoE).',
+    'The capacity is rounded up to a multiple of this number of slots (4 in '
+    'V-MoE); 1 leaves it as it is.',
     minimum=1,
   )
   minimum: int = option(

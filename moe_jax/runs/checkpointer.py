@@ -85,7 +85,7 @@ class Checkpointer(Directory):
     are set aside. Every process has to call this.
 
     Args:
-      step: The optimizer step, not negative.
+      step: The optimizer step.
       state: Any pytree of jax arrays.
       extra: Values that JSON can hold (tuples come back as lists); those of
         process 0 are saved.
@@ -95,7 +95,8 @@ class Checkpointer(Directory):
       Whether arrays are saved.
 
     Raises:
-      ValueError: A leaf is no jax array, or `extra` is not JSON.
+      ValueError: A leaf is no jax array.
+      TypeError: `extra` is not JSON.
       CheckpointError: A value of `state` is not finite, this save could not
         start, or the previous save failed.
     """

@@ -56,11 +56,9 @@ def make(
   """The manifest of a state that is to be saved, still without `files`.
 
   Raises:
-    ValueError: The step is negative, a leaf is no jax array, or `extra` is not
-      JSON.
+    ValueError: A leaf is no jax array.
+    TypeError: `extra` is not JSON.
   """
-  if step < 0:
-    raise InputError(f'step={step} < 0')
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
     if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
@@ -68,10 +66,8 @@ def make(
         f'state leaf {path_name(path)!r} is {kind}; only a jax.Array is saved, '
         'and a key as its jax.random.key_data'
       )
-  try:
-    extra = json.loads(json.dumps(extra))
-  except (TypeError, ValueError) as error:
-    raise InputError(f'extra={extra!r:.200} is not JSON: {error}') from None
+  # Tuples become lists, as they are when the manifest is read.
+  extra = json.loads(json.dumps(extra))
   numbers = {key: float(value) for key, value in metrics.items()}
   return Manifest(step, describe(state), extra, numbers, {})
 

@@ -56,7 +56,8 @@ class CheckpointOptions(Options):
   )
   keep_best: bool = option(
     True,
-    'Whether the best checkpoint, by checkpoint.best_eval, is kept, too.',
+    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
+    'kept besides the newest ones.',
   )
   best_eval: str = option(
     'train_capacity',
@@ -76,9 +77,10 @@ class CheckpointOptions(Options):
   )
   tries: int = option(
     3,
-    'Number of times that a checkpoint is written or read if an error of '
-    'storage may pass (a full disk does not). Above 1, the host keeps a copy '
-    'of what is saved. Several processes write arrays in one try.',
+    'Number of times that writing or reading a checkpoint is tried when '
+    'storage reports an error that may pass (a full disk does not). Above 1, '
+    'the host keeps a copy of what is being saved. Several processes try only '
+    'once to write arrays.',
     minimum=1,
   )
   retry_seconds: float = option(

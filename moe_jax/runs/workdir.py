@@ -13,6 +13,7 @@ from etils import epath
 from moe_jax.config import Section, difference, flatten, plain
 from moe_jax.data import tokenizers
 from moe_jax.data.cache_folders import sha256
+from moe_jax.data.plain_files import read_json
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import FILE_PREFIX
@@ -132,7 +133,7 @@ def check(
     folder, cast(Any, config)['checkpoint']['directory'], resume
   )
   digests = class_digests(classes_in(config))
-  old_digests = _json(folder / PLUGINS)
+  old_digests = read_json(folder / PLUGINS)
   notes = [f'going on with another config: {line}' for line in changes]
   notes += [
     f'WARNING: the file of {name!r} has changed since the run wrote it '
@@ -216,7 +217,7 @@ def check_unedited(folder: pathlib.Path) -> None:
   checked.
   """
   path = folder / CONFIG_SHA256
-  found = _sha256(_text(_json(folder / CONFIG)))
+  found = _sha256(_text(read_json(folder / CONFIG)))
   if path.exists() and path.read_bytes().strip() != found.encode():
     raise InputError(
       f'{folder / CONFIG} has changed since the run wrote it: its values have '
@@ -342,10 +343,10 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   """The config in a run's folder; {} if there is none.
 
   Raises:
-    ValueError: The config is damaged, or of an earlier version.
+    ValueError: The config is damaged.
   """
   path = folder / CONFIG
-  config = _json(path)
+  config = read_json(path)
   for name in _SECTIONS:
     if not isinstance(values := config.get(name, {}), dict):
       raise InputError(
@@ -356,26 +357,7 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
     raise InputError(
       f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
     )
-  # The keys from before options were dataclasses.
-  if isinstance(config.get('data', {}).get('source'), str):
-    raise InputError(
-      f'{folder} is a run of an earlier version, whose options had other '
-      'names. Commit 7875f9b is the last that reads it: use that, or train '
-      'again in another folder'
-    )
   return config
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.exists():
-    return {}
-  try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path} is damaged: {error}') from None
-  if not isinstance(values, dict):
-    raise InputError(f'{path} is damaged: {values!r:.60} is no JSON object')
-  return values
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:

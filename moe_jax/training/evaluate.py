@@ -83,13 +83,6 @@ def every_steps_option(every_steps: int) -> Any:
   )
 
 
-def num_batches_option() -> Any:
-  """The field of an evaluation's options for the number of its batches."""
-  return option(
-    0, 'Number of batches, spread over the split; 0 takes all.', minimum=0
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions(Options):
   """The base of the kinds of evaluation, which override `measure`."""
@@ -130,14 +123,16 @@ class LossEvaluation(EvaluationOptions):
   """The kind 'loss': the loss of a split, and statistics of the routers."""
 
   every_steps: int = every_steps_option(500)
-  num_batches: int = num_batches_option()
+  num_batches: int = option(
+    0, 'Number of batches, spread over the split; 0 takes all.', minimum=0
+  )
   split: str = option(
     'validation',
     "Split whose loss is measured; 'train' shows how far a model overfits.",
     choices=SPLITS,
   )
 
-  def measure(self, setting: Setting) -> 'Losses':
+  def measure(self, setting: Setting) -> Measure:
     rows = setting.dataset.splits[self.split]
     return Losses(setting.model, self.num_batches, rows, setting.put)
 

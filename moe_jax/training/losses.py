@@ -143,11 +143,13 @@ class AuxSchedule(Options):
     'Names of the auxiliary losses whose weights are multiplied by the '
     "schedule's factor, such as 'balance' for the loss of balance_weight. All "
     "names of built-in routers, the default, stand for a user's own losses, "
-    "too. 'logits_z' is the loss of logits_z_weight. (): none.",
+    "too. 'logits_z' is the loss of logits_z_weight. An empty tuple changes no "
+    'weight.',
   )
   factor: float = option(
     1.0,
-    "Factor of the auxiliary losses' weights at the first step; 0: no losses.",
+    'Factor of the weights of the auxiliary losses at the first step; 0 leaves '
+    'these losses out.',
     minimum=0,
   )
 

@@ -87,7 +87,8 @@ class Optimizer(Options):
     'Pairs of a regular expression and a factor of the learning rate. For a '
     'parameter the first expression counts that is found in its name, or that '
     "begins with 'part:' and selects the parameter as `trainable` would: "
-    "'part:experts + router'; else the factor is 1; 0 learns nothing.",
+    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
+    'learns nothing.',
   )
 
   def problems(self) -> Iterator[str]:
@@ -184,7 +185,8 @@ class AdamW(Optimizer):
 
   b1: float = _decay(
     0.9,
-    'the running mean of gradients, the first moment; 0: the gradient itself.',
+    'the running mean of gradients, the first moment; 0 takes the gradient '
+    'itself.',
   )
   b2: float = _decay(
     0.98,
@@ -193,7 +195,8 @@ class AdamW(Optimizer):
   )
   epsilon: float = option(
     1e-8,
-    "Number added to the root of Adam's second moment, a denominator.",
+    "Number that is added to the root of Adam's second moment, by which the "
+    'first moment is divided.',
     above=0,
   )
   moment_dtype: str = option(
@@ -391,7 +394,8 @@ class Muon(Optimizer):
   )
   adam_rate: float = option(
     1.0,
-    'Factor of the learning rate where Adam trains; 0 keeps the values.',
+    'Factor of the learning rate for parameters that Adam trains; at 0 they '
+    'keep their values.',
     minimum=0,
   )
   b1: float = _decay(0.9, "Adam's first moment; 0 takes the gradient itself.")

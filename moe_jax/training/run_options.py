@@ -78,7 +78,8 @@ class SampleOptions(Options):
   )
   num_tokens: int = option(
     300,
-    'Number of tokens of the text sample at the end of the run; 0: none.',
+    'Number of tokens of the text sample at the end of the run; 0 draws no '
+    'sample.',
     minimum=0,
   )
   temperature: float = option(
@@ -181,12 +182,14 @@ class TraceOptions(Options):
   )
   evaluations: str = option(
     '',
-    "Evaluations of the kind 'loss' whose choices are recorded: 'all', or "
-    'names of entries of `evals` with commas between them; empty: none.',
+    "Evaluations of the kind 'loss' whose choices are recorded, too: 'all', or "
+    'names of entries of `evals` with commas between them; an empty string '
+    'records none.',
   )
   logits: bool = option(
     False,
-    "Whether routers' logits are recorded, too, which take most of the bytes.",
+    "Whether the routers' logits are recorded, too, which take most of the "
+    'bytes.',
   )
   dtype: str = option(
     'float16',
@@ -247,7 +250,8 @@ class RunOptions(Options):
 
   seed: int = option(
     0,
-    'Seed of initial parameters, the order of data and all noise in training.',
+    'Seed of the initial parameters, the order of the data and all noise in '
+    'training.',
     minimum=0,
     below=SEEDS,
   )
@@ -256,7 +260,8 @@ class RunOptions(Options):
   )
   batch_size: int = option(
     32,
-    'Number of rows in the batch of an optimizer step, on all devices.',
+    'Number of rows in the batch of an optimizer step, on all devices '
+    'together.',
     minimum=1,
   )
   microbatches: int = option(
@@ -293,7 +298,8 @@ class RunOptions(Options):
   aux_losses: AuxSchedule = choice(
     AUX_SCHEDULES,
     'constant',
-    'Schedule of the factor of the weights of auxiliary losses.',
+    'Schedule of the factor by which the weights of auxiliary losses are '
+    'multiplied.',
     same_function=True,
   )
   max_nonfinite_steps: int = option(
@@ -438,7 +444,7 @@ class RunOptions(Options):
   @property
   def loss_evals(self) -> list[str]:
     """The names of the evaluations of the kind 'loss'."""
-    return [n for n, e in self.evals.items() if isinstance(e, LossEvaluation)]
+    return [n for n, e in self.evals.items() if type(e) is LossEvaluation]
 
   def _best_problems(self) -> Iterator[str]:
     """The problems of the options on best checkpoints and early stopping."""

@@ -59,7 +59,8 @@ class Cosine(Schedule):
 
   final_fraction: float = option(
     0.1,
-    'Learning rate after the last step of the run, as a share of the peak.',
+    'Learning rate at the end of the run, after its last step, as a fraction '
+    'of the peak; 0 ends at 0.',
     minimum=0,
     maximum=1,
   )
@@ -96,8 +97,9 @@ class Trapezoid(Schedule):
 
   decay_fraction: float = option(
     0.2,
-    'Share of the run, its last steps, over which the learning rate falls from '
-    'the peak to 0, which it has after the last step; 0: it never falls.',
+    'Share of the steps of the run, its last ones, over which the learning '
+    'rate falls from the peak to 0, which it has after the last step; with 0 '
+    'it never falls.',
     minimum=0,
     maximum=1,
   )

@@ -64,8 +64,9 @@ class Run:
     recorder: Writes and prints rows of metrics.
     message: Prints a line in process 0, above the bar of progress.
     notes: Lines to print at the start: changes of the config and of users'
-      files since the run began, another tokenizer than the config's, and a
-      warm-up that is shorter than the config asks for.
+      files since the run began, another tokenizer than the config's, a warm-up
+      that is shorter than the config asks for, and a schedule of the learning
+      rate for another number of steps than before.
     row_offset: Index of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
   """
@@ -198,7 +199,8 @@ def set_up(
   check_room(options.least_bytes(), list(mesh.devices.flat))
   model = options.model.build(options.sharding.rules)
   programs = make_programs(options, model, mesh)
-  notes = (*checked.notes, *tokenizer_notes, *warmup_notes(options))
+  schedule = schedule_notes(options, checked.folder)
+  notes = (*checked.notes, *tokenizer_notes, *schedule)
   setting = Setting(model, dataset, options.data, checked.folder, programs.put)
   evaluations = make_evaluations(
     options.evals, options.model, options.sharding.rules, setting
@@ -243,9 +245,18 @@ def set_up(
   )
 
 
-def warmup_notes(options: RunOptions) -> Iterator[str]:
-  """Yields a line where the run is too short for the whole warm-up."""
+def schedule_notes(options: RunOptions, folder: pathlib.Path) -> Iterator[str]:
+  """Yields lines on a warm-up that is cut, and on a changed number of steps.
+
+  `folder` is the run's, which need not exist.
+  """
   schedule, total = options.optimizer.schedule, options.total_steps
+  before = workdir_lib.kept_config(folder).get('total_steps', total)
+  if before != total:
+    yield (
+      f'learning rate: from here on it has the schedule of a run of {total} '
+      f'steps, no longer that of {before} (total_steps)'
+    )
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
       f'warm-up: {steps} steps, half of total_steps={total}, in place of '
@@ -373,7 +384,11 @@ def begin(
     return run, state, []
   if restored is None:
     return run, run.programs.init_state(), []
-  run.message(f'going on from the checkpoint of step {restored.step}')
+  step, total = restored.step, run.options.total_steps
+  run.message(
+    f'going on from the checkpoint of step {step}: {step} of {total} steps are '
+    f'done, {total - step} still to be taken'
+  )
   run.early_stopping.restore(restored.extra)
   if restored.extra.get(_EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')

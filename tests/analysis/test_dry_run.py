@@ -181,7 +181,10 @@ def test_an_evaluation_that_does_not_fit_is_said(tmp_path, monkeypatch):
   text, problems = report(options, tmp_path)
   assert not problems  # it is not certain
   assert ' in the largest evaluation, and it has' in text
-  assert 'WARNING: that does not fit' in text
+  assert 'WARNING: that does not fit; a smaller batch_size' in text
+  assert "model.remat='full'" in text
+  options = tiny.options(evals=evals, model={'moe': moe, 'remat': 'full'})
+  assert "model.remat='full'" not in report(options, tmp_path)[0]
 
 
 def test_flops_and_bytes_by_formula():

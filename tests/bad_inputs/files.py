@@ -340,23 +340,19 @@ def a_file_for_a_folder(folder: pathlib.Path):
   trained.read(frozen(folder) / 'run')
 
 
-EARLIER = edited(data={'source': 'python_stdlib'}, optimizer={'name': 'adamw'})
 WORKDIRS = [
   *(
     a_file(
       workdir.CONFIG, content, f'config.json | {phrases}', read, write=of_a_run
     )
     for content, phrases, read in (
-      ('', 'damaged', trained.read),
-      (DEEP, 'damaged', start),
+      ('', 'no JSON', trained.read),
+      (DEEP, 'nested too deeply', start),
       (edited(model=None), 'damaged | model', start),
       (edited(checkpoint={'directory': 3}), 'damaged | checkpoint', start),
       (edited(batch_size=1.5), 'batch_size=1.5', trained.read),
+      (edited(data={'kind': 'text'}), 'commit d9e62315 of', trained.read),
     )
-  ),
-  *(
-    a_file(workdir.CONFIG, EARLIER, 'Commit 7875f9b is', read, write=of_a_run)
-    for read in (start, trained.read)
   ),
   Case('a file', a_file_for_a_folder, ('run is a file',)),
   *(

@@ -165,6 +165,13 @@ def test_merged_experts_are_not_merged_again():
     check_layer(layers[2])
 
 
+def test_an_unknown_score_or_rule_is_named_with_those_that_exist():
+  with pytest.raises(ValueError, match=r"unknown score 'reep'.*'reap'"):
+    prune(calibrate(), {1: 3, 2: 3}, score='reep')
+  with pytest.raises(ValueError, match=r"unknown rule 'core'.*'cores'"):
+    merge.merge(calibrate(), {1: 3, 2: 3}, rule='core')
+
+
 def test_each_group_of_experts_keeps_as_many():
   router = TokenChoice(expert_groups=2, chosen_expert_groups=1)
   run = run_of(num_experts=6, router=router)

@@ -221,7 +221,7 @@ def test_llama_without_experts_is_no_openmoe():
   ('change', 'message'),
   [
     (dict(capacity=All()), 'its capacity is All, not EvenSlots'),
-    (dict(layers='0'), "'0' are not the last ones of any interval"),
+    (dict(layers='0'), "layers '0' of 2 are not one in every n"),
     (dict(extra_ffn=False), 'moe.extra_ffn: False, not True'),
   ],
 )

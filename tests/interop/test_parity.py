@@ -228,7 +228,7 @@ REFUSED = {
       layer_types=['sliding_attention', 'chunked'],
       rope_scaling={'type': 'yarn', 'beta_slow': 0, 'mscale': 0},
     ),
-    "sliding_window=0 | has 'x', which is no layer | no layer sparse of 3 | "
+    "sliding_window=0 | has 'x', which is no layer | none of 3 layers | "
     "has 'chunked' | 2 layers, num_hidden_layers=3 | beta_slow=0 | 'factor'",
   ),
   'deepseek_v2': (
@@ -237,7 +237,7 @@ REFUSED = {
       n_group=1, topk_group=2, first_k_dense_replace=3,
     ),
     'value_heads=1 is not | not divide hidden_size=24 | '
-    "topk_method='best' | topk_group=2 is more | leaves no layer sparse of 3",
+    "topk_method='best' | topk_group=2 is more | replace=3: none of 3 layers",
   ),
   'deepseek_v3': (
     dict(n_group=None, quantization_config={'quant_method': 'fp8'}),
@@ -270,7 +270,7 @@ REFUSED = {
       first_k_dense_replace=1, hidden_size=13, moe_layer_freq=28,
       n_shared_experts=0, rope_scaling=dict(type='linear', factor=2.0),
     ),
-    'heads=2 does not divide hidden_size=13 | freq=28 leave no layer sparse | '
+    'heads=2 does not divide hidden_size=13 | freq=28: none of | '
     "n_shared_experts=0 | rope type 'linear'",
   ),
   'openmoe': (
@@ -278,7 +278,7 @@ REFUSED = {
       hidden_act='silu', moe_layer_interval=25, router_topk=3,
       rope_parameters={'rope_theta': 5e5},
     ),
-    'silu | interval=25 leaves no layer sparse of 2 | router_topk=3 | '
+    'silu | interval=25: none of 2 layers is sparse | router_topk=3 | '
     'rope_theta=500000',
   ),
 }  # fmt: skip

@@ -383,7 +383,7 @@ def test_what_cannot_be_saved_or_found_is_said(tmp_path):
       checkpointer.save(7, {'opt': {'lr': 0.1}})
     with pytest.raises(ValueError, match=r"leaf 'key' is key<fry>.*key_data"):
       checkpointer.save(7, {'key': jax.random.key(0)})
-    with pytest.raises(ValueError, match='is not JSON'):
+    with pytest.raises(TypeError, match='not JSON serializable'):
       checkpointer.save(7, make_state(), extra={'batch': jnp.zeros(2)})
     assert checkpointer.steps() == [4, 6]
 

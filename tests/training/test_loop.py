@@ -262,7 +262,10 @@ def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
   shorter = tiny.options(model=DROPOUT, total_steps=5)
   capsys.readouterr()
   assert int(train_and_evaluate(shorter, workdir, resume=True).step) == 5
-  assert 'passed over the checkpoint of step 6' in capsys.readouterr().out
+  output = capsys.readouterr().out
+  assert 'passed over the checkpoint of step 6' in output
+  assert 'step 4: 4 of 5 steps are done, 1 still to be taken' in output
+  assert 'the schedule of a run of 5 steps, no longer that of 6' in output
 
 
 def test_other_data_and_other_tokens_are_refused(unbroken, tmp_path):

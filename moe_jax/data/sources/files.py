@@ -47,7 +47,8 @@ class FilesSource(SourceOptions):
   )
   field: str = option(
     'text',
-    "Key of a JSON line, or column of a parquet file, with a document's text.",
+    "Key of a JSON line, or column of a parquet file, with a document's text; "
+    'files of text have none.',
     required=True,
   )
 

@@ -753,7 +753,8 @@ class InstructionSource(SourceOptions):
   )
   num_train: int = option(
     1000,
-    'Number of examples for training; a larger number adds to them.',
+    'Number of examples for training; a larger number adds examples to those '
+    'of a smaller one.',
     minimum=1,
   )
   num_validation: int = option(

@@ -50,7 +50,8 @@ class TrainedOptions(TokenizerOptions):
   )
   vocab_size: int = option(
     8192,
-    'Number of tokens, with the EOS and the 256 bytes; few texts give fewer.',
+    'Number of tokens, with the EOS and the 256 bytes; few texts may give '
+    'fewer.',
     minimum=_FEWEST,
   )
 

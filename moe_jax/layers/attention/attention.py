@@ -55,8 +55,9 @@ class AttentionBase(Options):
   _: dataclasses.KW_ONLY
   window: int = option(
     0,
-    'Number of tokens that a token of a causal stack sees, itself included '
-    '(Mistral, arXiv:2310.06825); 0: all up to itself. Encoders have none.',
+    'Number of tokens that a token of a causal stack attends to, itself '
+    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
+    'no window.',
     minimum=0,
   )
   full_layers: str = option(
@@ -484,13 +485,15 @@ class AttentionOptions(AttentionBase):
   )
   qk_norm_epsilon: float = option(
     1e-6,
-    'Number added to the mean square of queries and keys before its root.',
+    'Number added to the mean square of queries and keys before its root is '
+    'taken.',
     above=0,
   )
   clip: float = option(
     0.0,
     'Largest absolute value of queries, keys and values, after their norm; '
-    'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0: none.',
+    'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips '
+    'nothing.',
     minimum=0,
   )
 

@@ -31,7 +31,8 @@ class LatentOptions(AttentionBase):
 
   query_rank: int = option(
     0,
-    'Width of the vector that queries expand from; 0: they project tokens.',
+    'Width of the vector that queries expand from; 0: queries are projections '
+    'of tokens.',
     minimum=0,
   )
   kv_rank: int = option(

@@ -320,7 +320,8 @@ class FeedForwardExpert(ExpertOptions):
   )
   dropout: float = option(
     -1.0,
-    "Rate of dropout on experts' hidden values in training; -1: model.dropout.",
+    "Rate at which experts' hidden values are dropped in training; 0 drops "
+    'none, -1: model.dropout.',
     minimum=-1,
     below=1,
     same_function=True,
@@ -454,9 +455,9 @@ class SharedExpertOptions(Options):
     0,
     'Width of the hidden layer of the shared expert, which has the activation '
     'and the dropout of the other experts. Several shared experts are one of '
-    "their widths together (DeepSeek's n_shared_experts times "
+    "their widths together (DeepSeek checkpoints' n_shared_experts times "
     'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE); 0: '
-    'none.',
+    'there is none.',
     minimum=0,
   )
   gated: bool = option(

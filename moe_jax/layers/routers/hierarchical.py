@@ -37,7 +37,7 @@ class Hierarchical(contract.RouterOptions):
   )
   branching: int = option(
     2,
-    'Number a of branches, of num_experts / a experts each.',
+    'Number a of branches, each of num_experts / a experts.',
     minimum=1,
   )
   branches_selected: int = option(

@@ -36,7 +36,8 @@ JITTER = option(
 )
 USE_BIAS = option(
   False,
-  'Whether a learned bias, zero at first, is added to the router logits.',
+  'Whether a learned bias, which starts at zero, is added to the router '
+  'logits.',
 )
 
 # Options on gates and slots.
@@ -109,7 +110,8 @@ BALANCE_WEIGHT = loss_weight(
 )
 BALANCE_CHOICES = option(
   'all',
-  "Choices that the balance loss counts: 'all' K, or 'first' (GShard, ST-MoE).",
+  "Choices of a token that the balance loss counts: 'all' K of them, or only "
+  "the 'first' (GShard, ST-MoE).",
   choices=aux_losses.BALANCE_CHOICES,
   same_function=True,
 )
