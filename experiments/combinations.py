@@ -101,7 +101,10 @@ FACTORS: dict[str, dict[str, Values]] = {
     'two': {'microbatches': 2},
     'two at once': {'microbatches': 2, 'exchange_once': True},
   },
-  'remat': {name: {'model.remat': name} for name in ('none', 'full', 'dots')},
+  'remat': {
+    name: {'model.remat': name}
+    for name in ('none', 'full', 'dots', 'save=rows,hidden')
+  },
   'layers': {
     'loop': {},
     'unrolled': {'model.scan_layers': False},
