@@ -86,6 +86,7 @@ def cost_table(model: Model, work: Workload) -> Table:
     },
     'FLOPs': {
       'training, per token': c.training_flops,
+      'computed again for the backward pass, per token': c.recomputed_flops,
       read: c.prefill_flops,
       written: c.decode_flops,
       'forward pass, per example': c.example_flops,
@@ -148,7 +149,7 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
   training = {
     f'{layers} (remat={decoder.stack.remat!r})': kept.layers,
     'kept attention scores, unless attention is fused': kept.scores,
-    'kept output logits, in float32': kept.logits,
+    'output logits at once, in float32': kept.logits,
   }
   for half in stacks:
     if (moe := half.moe) is None:
@@ -158,10 +159,10 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
     dispatch = f'{DISPATCHES.name_of(moe.dispatch)}, {num_rows} rows'
     name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
     training[name] = memory.dispatch_bytes(half, B)
-    if sent := memory.all_to_all_bytes(half, B, work.num_parts):
+    if sent := memory.exchange_bytes(half, B, work.num_parts):
       n, devices = 4 * len(half.moes), f'each of {work.num_parts} devices'
-      training[f'{stack}one all-to-all, as {devices} sends it'] = sent
-      training[f'{stack}the {n} all-to-alls of a training step'] = n * sent
+      training[f'{stack}one exchange of rows, as {devices} sends it'] = sent
+      training[f'{stack}the {n} exchanges of a training step'] = n * sent
   size = work.num_generated, decoder.length, decoder.memory_len
   generation = {
     f'weights in {dtype}': memory.weight_bytes(model, dtype)

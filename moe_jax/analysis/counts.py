@@ -16,13 +16,14 @@ from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import AttentionBase
 from moe_jax.layers.experts import ROLE as EXPERT
+from moe_jax.layers.ffn import ACTIVATIONS
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.layers.routers import Hierarchical, RouterOptions, Sizes, TokenInfo
 from moe_jax.layers.routers.steps import AXES, ROLE
 from moe_jax.layers.shared import Shared
 from moe_jax.models import Model
-from moe_jax.models.stack import StackConfig
+from moe_jax.models.stack import StackConfig, kept_names
 from moe_jax.models.trees import describe, flatten
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
@@ -258,6 +259,8 @@ class Cost(NamedTuple):
       are dropped for certain. It is 1.0 in dense and dropless models.
     step_attention: FLOPs of attention's scores and weighted sums for a
       generated token. Latent attention reads its cache without expanding it.
+    recomputed_flops: FLOPs of what `remat` computes again in the backward pass,
+      for a token, averaged over an example.
   """
 
   total_params: int
@@ -270,6 +273,7 @@ class Cost(NamedTuple):
   encoder_len: int
   capacity_slack: float
   step_attention: int = 0
+  recomputed_flops: int = 0
 
   @property
   def example_flops(self) -> int:
@@ -360,7 +364,6 @@ def count(
   ]
   parts = parts or [(layers, [*model.stacks.mixtures])]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
-  flops[-1].products += 2 * model.vocab_size * width
   decoder_len, memory_len, step_attention = seq_len, 0, 0
   for part, half in zip(flops, stacks):
     decoder_len, memory_len = half.length, half.memory_len
@@ -372,6 +375,10 @@ def count(
       cross_flops = 2 * num_layers * width * a.cached_values
       part.products -= cross_flops
       flops[0].products += cross_flops
+  again = sum(
+    half.length * recomputed(half, f) for half, f in zip(stacks, flops)
+  )
+  flops[-1].products += 2 * model.vocab_size * width
   lengths = [(moe, half.length) for half in stacks for moe in half.moes]
   lengths = lengths or [(moe, seq_len) for moe in model.stacks.mixtures]
   experts, total = _size(p for p in layers if p.of_expert), _size(sized)
@@ -386,7 +393,51 @@ def count(
     encoder_len=memory_len,
     capacity_slack=_slack(lengths, batch_size),
     step_attention=step_attention,
+    recomputed_flops=again // (decoder_len + memory_len),
   )
+
+
+def recomputed(half: Half, flops: TokenFlops) -> int:
+  """FLOPs for a token of what `remat` computes again in the backward pass.
+
+  Of a block's last product only the residual stream is made, so that it is not
+  computed again; those of experts are, for the gradients of gates. Attention's
+  scores are, too, as its output alone does not give their gradient.
+
+  Args:
+    half: The stack of blocks.
+    flops: FLOPs of its forward pass.
+  """
+  c, block, moe = half.stack, half.stack.block, half.moe
+  if (kept := kept_names(c.remat)) is None:
+    return 0
+  scores = flops.attention
+  if 'attention' in kept:
+    queries, values = half.attention.head_widths
+    scores = scores * queries // (queries + values)
+  if 'products' in kept:
+    return scores
+  # A feed-forward's options, how many rows of it a token has in all layers, and
+  # whether its last product is the last of a block.
+  num_sparse = sum(c.sparse)
+  ffns = [(block.ffn, len(c.sparse) - num_sparse, True)]
+  if block.moe is not None and num_sparse:
+    has_extra = block.moe.extra_ffn
+    ffns.append((block.ffn, num_sparse * has_extra, True))
+    if moe is None:
+      ffns.append((block.moe.twin().ffn, num_sparse, not has_extra))
+    elif (shared := moe.shared_twin) is not None:
+      ffns.append((shared.ffn, num_sparse, not has_extra))
+    if moe is not None and moe.dispatch.by_slot:
+      rows = num_sparse * moe.num_selected
+      ffns.append((moe.expert.twin(1).ffn, rows, False))
+  total = flops.products + flops.experts + flops.router + scores
+  for ffn, rows, is_last in ffns:
+    left_out = is_last
+    if 'hidden' in kept:
+      left_out += len(ACTIVATIONS[ffn.activation].kernels)
+    total -= rows * 2 * half.width * ffn.hidden * left_out
+  return total
 
 
 def short(n: float | int) -> str:

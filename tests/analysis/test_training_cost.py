@@ -17,7 +17,7 @@ KERNELS = {'attention': 4 * M * H * D, 'ffn': 2 * M * F, 'experts': 2 * M * F}
 
 
 @functools.cache
-def options_of(trainable='all', lora=(), tie=False):
+def options_of(trainable='all', lora=(), tie=False, remat='none'):
   # Room for exactly the choices of tokens, so that no slot stays empty.
   capacity = dict(kind='per_assignment', per_assignment=dict(factor=1.0))
   moe = dict(num_experts=E, num_selected=K, capacity=capacity)
@@ -25,6 +25,7 @@ def options_of(trainable='all', lora=(), tie=False):
   attention = dict(num_heads=H, implementation='einsum')
   model = dict(vocab_size=V, width=M, scan_layers=False, attention=attention)
   model |= dict(ffn=dict(hidden=F), embedding=dict(tie=tie), moe=moe)
+  model |= dict(remat=remat)
   run = dict(batch_size=ROWS, data=dict(seq_len=T), model=model)
   return tiny.options(trainable=trainable, lora=dict(lora), **run).filled(V)
 
@@ -85,6 +86,19 @@ def test_the_compiler_counts_the_same_difference(costly, cheap):
   # of different age count between 4 % and 7 % for it.
   difference = xla_flops(**costly) - xla_flops(**cheap)
   assert difference == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['none', 'dots', 'save=attention,hidden'])
+def test_the_compiler_counts_what_is_not_computed_again(remat):
+  most, some = (
+    cost.count(options_of(remat=name).build(), T).recomputed_flops
+    for name in ('full', remat)
+  )
+  saved = xla_flops(remat='full') - xla_flops(remat=remat)
+  # Elementwise operations are computed again unless all is kept.
+  rel = 0.1 if remat == 'none' else 0.02
+  assert saved == pytest.approx(ROWS * T * (most - some), rel=rel)
 
 
 def test_a_model_of_two_stacks_is_refused():
