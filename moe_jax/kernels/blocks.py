@@ -159,13 +159,6 @@ def dot(
   return y.astype(dtype or x.dtype)
 
 
-def dot_over_rows(
-  x: Float[Array, 'R M'], dy: Float[Array, 'R F']
-) -> Float32[Array, 'M F']:
-  """x^T dy, in float32."""
-  return dot(cpu.transposed(x), dy, (1, 0), jnp.float32)
-
-
 def matmul(
   x: Float[Array, 'N _'],
   w: Float[Array, 'E _ _'],
@@ -198,7 +191,7 @@ def outer(
   def body(block, _, dw):
     # Both operands are masked, as rows past the last group may hold NaN, and
     # 0 * NaN is NaN.
-    product = dot_over_rows(block.own_rows(x), block.own_rows(dy))
+    product = cpu.product_over_rows(block.own_rows(x), block.own_rows(dy))
     return block.add(dw, product)
 
   dw = jnp.zeros((E, M, F), jnp.float32)
@@ -264,9 +257,10 @@ def ffn_gradients(
     d_firsts = pull(dot(d_rows, out, (1, 1)))
     d_rows_in = [dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
     dw_ins = tuple(
-      block.add(dw, dot_over_rows(rows, d)) for dw, d in zip(dw_ins, d_firsts)
+      block.add(dw, cpu.product_over_rows(rows, d))
+      for dw, d in zip(dw_ins, d_firsts)
     )
-    dw_out = block.add(dw_out, dot_over_rows(h, d_rows))
+    dw_out = block.add(dw_out, cpu.product_over_rows(h, d_rows))
     return block.write(dx, sum(d_rows_in)), dw_ins, dw_out
 
   dw_ins = tuple(jnp.zeros(w.shape, jnp.float32) for w in w_ins)

@@ -30,13 +30,32 @@ FEW_TOKENS = 16
 MOST_UNROLLED = 512
 
 
-def transposed(x: Float[Array, '*E R M']) -> Float[Array, '*E M R']:
-  """The transposed rows as an array of their own.
+def product_over_rows(
+  x: Float[Array, '*E R M'],
+  dy: Float[Array, '*E R F'],
+  precision: jax.lax.Precision | None = None,
+) -> Float32[Array, '*E M F']:
+  """x^T dy in float32, the gradient of a kernel.
 
-  The compiler multiplies such an array faster than a transpose that it has
-  folded into the product.
+  Either x is transposed, or dy and then the product, whichever is fewer values,
+  into arrays of their own. The compiler transposes by a loop that reads one
+  value of each cache line, so that a wide transpose takes longer than the
+  product, and a transpose folded into the product makes it slower.
   """
-  return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+  R, M, F = *x.shape[-2:], dy.shape[-1]
+  if R * F + M * F < R * M:
+    return _alone(product_over_rows(dy, x, precision)).swapaxes(-1, -2)
+  return jnp.matmul(
+    _alone(x.swapaxes(-1, -2)),
+    dy,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _alone(x: Array) -> Array:
+  """x as an array of its own, which the compiler folds into no other."""
+  return jax.lax.optimization_barrier(x)
 
 
 def gelu(x: Float[Array, '*N']) -> Float[Array, '*N']:

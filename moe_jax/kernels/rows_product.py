@@ -1,10 +1,7 @@
 """The products of rows and kernels, with a gradient fast on each platform.
 
-A kernel's gradient is x^T dy. On a CPU the transposed rows are an array of
-their own (`cpu.transposed`); other platforms fold the transpose into the
-product at no cost. Where the rows are cheap to compute, as those of relu are,
-the CPU folds the transpose, too: XLA would compute the rows again inside a
-separate transpose, and that is slower still.
+A kernel's gradient is x^T dy. Accelerators fold the transpose into the product
+at no cost; a CPU transposes first (`cpu.product_over_rows`).
 """
 
 import functools
@@ -28,7 +25,6 @@ def rows_matmul(
   x: Float[Array, '*E R M'],
   w: Float[Array | np.ndarray, '*E M F'],
   precision: jax.lax.Precision | None = None,
-  transposed_alone: bool = True,
 ) -> Float[Array, '*E R F']:
   """x @ w in the type of x: rows by one kernel, or each expert's by its own.
 
@@ -40,38 +36,38 @@ def rows_matmul(
     w: The kernels.
     precision: The precision of the product and of its two gradients.
       Accelerators multiply float32 in fewer bits unless it is HIGHEST.
-    transposed_alone: Whether the gradient, on the CPU, transposes the rows
-      into an array of their own; False folds the transpose into the product.
   """
-  y = _product(x, w, precision, transposed_alone)
-  return checkpoint_name(y, PRODUCT)
+  return checkpoint_name(_product(x, w, precision), PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, w, precision, transposed_alone):
-  del transposed_alone
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, w, precision):
   return jnp.matmul(x, w.astype(x.dtype), precision=precision)
 
 
-def _forward(x, w, precision, transposed_alone):
-  return _product(x, w, precision, transposed_alone), (x, w)
+def _forward(x, w, precision):
+  return _product(x, w, precision), (x, w)
 
 
-def _backward(precision, transposed_alone, saved, dy):
+def _backward(precision, saved, dy):
   x, w = saved
   kernel = w.astype(dy.dtype).swapaxes(-1, -2)
   dx = jnp.matmul(dy, kernel, precision=precision)
-  dw = functools.partial(_dw, precision=precision)
   dw = jax.lax.platform_dependent(
-    x, dy, cpu=functools.partial(dw, alone=transposed_alone), default=dw
+    x,
+    dy,
+    cpu=functools.partial(cpu.product_over_rows, precision=precision),
+    default=functools.partial(_dw, precision=precision),
   )
   return dx, dw.astype(w.dtype)
 
 
-def _dw(x, dy, precision, alone=False):
-  x = cpu.transposed(x) if alone else x.swapaxes(-1, -2)
+def _dw(x, dy, precision):
   return jnp.matmul(
-    x, dy, precision=precision, preferred_element_type=jnp.float32
+    x.swapaxes(-1, -2),
+    dy,
+    precision=precision,
+    preferred_element_type=jnp.float32,
   )
 
 

@@ -254,8 +254,7 @@ class FfnLayer:
       p: The parameters by name, of one layer, or each [E, ...] of E layers.
       x: The rows.
       dropout: The function that drops hidden values; by default it drops none.
-      product: The function product(rows, kernel) that multiplies them; it also
-        takes `transposed_alone`, a hint for the gradient on a CPU.
+      product: The function product(rows, kernel) that multiplies them.
       add_bias: The function add_bias(products, bias) that returns their sum.
     """
     act, dtype = self.activation, self.shared.dtype
@@ -269,7 +268,7 @@ class FfnLayer:
       for name in self.first_kernels
     ]
     h = dropout(act.hidden(*products))
-    y = product(h, p['w_out'], transposed_alone=not act.cheap)
+    y = product(h, p['w_out'])
     return biased(y, 'b_out')
 
   def compute_sorted(
@@ -300,7 +299,7 @@ class FfnLayer:
     return self.compute(
       p,
       x,
-      product=lambda x, w, **_: grouped_matmul(x, w, group_sizes, backend),
+      product=lambda x, w: grouped_matmul(x, w, group_sizes, backend),
       add_bias=add_bias,
       dropout=lambda h: self.dropped(h, dropout_key),
     )
