@@ -158,6 +158,7 @@ setup(
     'scores': [SCORES],
     'sentencepiece': [SENTENCEPIECE],
     'beam': ['apache-beam>=2.65'],
+    'tokamax': ['tokamax>=0.0.12'],  # its grouped products
     'trackers': ['mlflow-skinny>=3', 'wandb>=0.19'],
     'colab': [*NOTEBOOK, DIGITS],
     'slurm': [SLURM],

@@ -11,15 +11,13 @@ shapes (the limit); `lax.ragged_dot`; and the roofline of this machine's
 measured peaks. Writes `table.md` and `results.json` to
 `results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
 cores, with E=256 in the second table alone; `cells` times both passes of E=8
-and 64, K=1 and 2, under uniform routing; `gpu` and `gpu_fine` are for one
-accelerator of 80 GB.
+and 64, K=1 and 2, under uniform routing. `bench_accelerator` has the sizes of
+known models.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import jax
 
 from experiments.benchmarks import moe_layer, timing
 from experiments.benchmarks.moe_layer import DENSE, LAYERS, PLAIN_DENSE, RAGGED
@@ -57,7 +55,6 @@ class Preset(moe_layer.Sizes):
   most_ragged: int = 8
 
 
-_GPU = dict(activation='swiglu', dtype='bfloat16')
 _CPU = dict(num_tokens=4096, width=256, hidden=1024)
 PRESETS = {
   'quick': Preset(
@@ -65,24 +62,6 @@ PRESETS = {
   ),
   'cells': Preset(
     **_CPU, experts=(8, 64), routings=('uniform',), seconds=15.0, most_ragged=0
-  ),
-  'gpu': Preset(
-    num_tokens=16_384,
-    width=4096,
-    hidden=14_336,
-    **_GPU,
-    experts=(8,),
-    selected=(2,),
-    forward_selected=(2,),
-  ),
-  'gpu_fine': Preset(
-    num_tokens=32_768,
-    width=2048,
-    hidden=768,
-    **_GPU,
-    experts=(128,),
-    selected=(8,),
-    forward_selected=(8,),
   ),
 }
 
@@ -279,8 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices=list(PRESETS),
     default='quick',
     help='quick: E=8 and 64, three minutes on two cores; cells: the same E, '
-    'uniform routing, each pass; gpu: the sizes of Mixtral in bfloat16; '
-    'gpu_fine: 128 narrow experts. The options below change one',
+    'uniform routing, each pass. The options below change one',
   )
   add('--seconds', type=cli.SECONDS, help='how long each setting is timed')
   add('--tokens', type=n, dest='num_tokens', help='N, tokens of a batch')
@@ -304,10 +282,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (value := getattr(options, field.name, None)) is not None
   }
   preset = dataclasses.replace(preset, **given)
-  if 'gpu' in options.preset and jax.default_backend() == 'cpu':
-    raise SystemExit(
-      f"--preset={options.preset} needs an accelerator; there is only a 'cpu'"
-    )
   for E in preset.experts:
     if max(preset.selected) > E:
       raise SystemExit(f'selected={max(preset.selected)} > experts={E}')

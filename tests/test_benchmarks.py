@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import (
+  bench_accelerator,
   bench_attention,
   bench_generation,
   bench_loss,
@@ -30,6 +34,7 @@ from experiments.benchmarks import (
 from experiments.benchmarks.turns import turns
 from moe_jax import data, models
 from moe_jax.cli import load_config
+from moe_jax.kernels import BACKENDS
 from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
 from tests.training import tiny
@@ -185,6 +190,64 @@ def test_the_layer_benchmark_writes_every_row(
   assert growth[2, 'gather']['growth'] == 1
   assert growth[4, 'dropless']['tokens'] == 24
   assert growth[4, 'dropless']['gradient_bytes'] == 4 * 4 * 2 * M * F
+
+
+def accelerator_rows(folder, *options):
+  argv = ['--tiny', '--models', 'DeepSeek-V3', '--seconds=0', *options]
+  bench_accelerator.main([*argv, f'--output={folder}'])
+  rows = results_in(folder)['rows']
+  return {(row['case'], row['routing']): row for row in rows}
+
+
+def test_the_accelerator_benchmark_names_what_fails(tmp_path, monkeypatch):
+  def fails(*_):
+    raise NotImplementedError('no kernel | for these rows\nand kernels')
+
+  backend = types.SimpleNamespace(matmul=fails, outer=fails)
+  monkeypatch.setitem(BACKENDS, 'megablox', backend)
+  names = ['ragged_dot', 'megablox', 'blocks']
+  rows = accelerator_rows(tmp_path, '--backends', *names)
+  routings = ('Zipf', 'replayed', 'even')
+  cells = [(name, routing) for routing in routings for name in names]
+  assert [*rows] == [('dense', ''), *cells]
+  # 48 tokens have 2 choices each of 4 experts, of 3 kernels of 56 x 16; the
+  # backward pass has twice the products of the forward pass.
+  flops = 3 * 2 * 48 * 2 * 3 * 56 * 16
+  for (name, routing), row in rows.items():
+    assert row['flops'] == flops
+    if name == 'megablox':
+      assert 'no kernel' in row['error'] and 'tflops' not in row
+    else:
+      assert row['tflops'] * row['ms'] == pytest.approx(flops / 1e9)
+      assert row['share'] > 0 and row['per_dense'] > 0 and 'error' not in row
+    if routing:
+      # Choices of Zipf are replayed on tokens of which each expert would have
+      # as many as any other.
+      load = rows['blocks', 'Zipf']['load']
+      assert row['load'] == (1 if routing == 'even' else load) and load > 1.3
+  (path,) = tmp_path.glob('*/*/table.md')
+  table = path.read_text(encoding='utf-8').splitlines()
+  lines = [line for line in table if line.startswith('| DeepSeek')]
+  assert len(lines) == 10 and len({line.count('|') for line in lines}) == 1
+  assert '4 of 32' in lines[0] and 'no kernel / for these rows |' in lines[2]
+
+
+def test_backends_that_disagree_are_named():
+  aux = types.SimpleNamespace(stats=types.SimpleNamespace(load=np.array([3])))
+  y = jnp.arange(1.0, 5)
+  check = functools.partial(bench_accelerator.check, load=np.array([3]))
+  first = y, aux, {'w': y}
+  check((1.01 * y, aux, {'w': y}), others={'blocks': first})
+  for wrong in (1.1 * y, jnp.full(4, jnp.nan)):
+    with pytest.raises(ValueError, match='differ from those of blocks'):
+      check((y, aux, {'w': wrong}), others={'blocks': first})
+  with pytest.raises(ValueError, match='experts that were drawn'):
+    check(first, load=np.array([2]), others={})
+
+
+def test_the_accelerator_benchmark_ends_in_time(tmp_path):
+  rows = accelerator_rows(tmp_path, '--minutes=0', '--backends=blocks')
+  assert all('0 minutes are over' in row['error'] for row in rows.values())
 
 
 @pytest.mark.slow

@@ -107,7 +107,9 @@ class Sizes:
     return roofline.Work(flops, kernel_bytes + 2 * tokens)
 
 
-def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
+def moe_layer(
+  sizes: Sizes, E: int, K: int, dispatch: str, **of_dispatch: str
+) -> MoE:
   """A sparse layer; one of `DROPPING` has capacity factor 1."""
   options = MoeOptions(
     num_experts=E,
@@ -115,20 +117,21 @@ def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
     router=TokenChoice(gates='raw' if K == 1 else 'renormalized'),
     capacity=PerAssignment(factor=1.0) if dispatch in DROPPING else All(),
     expert=layers.FeedForwardExpert(sizes.hidden, sizes.activation, 0.0),
-    dispatch=layers.DISPATCHES.builtin[dispatch](),
+    dispatch=layers.DISPATCHES.builtin[dispatch](**of_dispatch),
   )
   return MoE(options, sizes.shared)
 
 
 def layer_function(module: MoE, backward: bool) -> Callable[..., Any]:
-  """The layer as a function (params, x, dy) -> (y, aux).
+  """The layer as a function (params, x, dy, given=None) -> (y, aux).
 
-  With `backward` it returns the gradients of params and x too.
+  With `backward` it returns the gradients of params and x too; `given` are
+  choices that are imposed on the router.
   """
 
-  def run(params, x, dy):
+  def run(params, x, dy, given=None):
     def forward(params, x):
-      y, aux = module.apply({'params': params}, x)
+      y, aux = module.apply({'params': params}, x, given=given)
       return (y, aux.balance_loss), aux
 
     if not backward:

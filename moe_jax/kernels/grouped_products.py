@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.kernels import blocks, megablox, pallas_gpu
+from moe_jax.kernels import blocks, megablox, pallas_gpu, ragged_dot, tokamax
 from moe_jax.kernels.rows_product import HIDDEN
 from moe_jax.shapes import Array, Float, Float32, Int32
 
@@ -34,10 +34,12 @@ BACKENDS: dict[str, ModuleType] = {
   'blocks': blocks,  # any platform; the default on platforms not below
   'megablox': megablox,  # TPUs
   'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
+  'ragged_dot': ragged_dot,  # any platform, by XLA; to compare with
+  'tokamax': tokamax,  # GPUs and TPUs, where that package is installed
 }
 AUTO = 'auto'
 # The backend that 'auto' stands for on a TPU and on an NVIDIA GPU, and the one
-# for all other platforms. XLA's own `ragged_dot` is no backend: on CPUs it
+# for all other platforms. XLA's own `ragged_dot` is none of them: on CPUs it
 # multiplies every row by every expert, and jax 0.10.2 compiles its outer
 # product for a TPU to E times the FLOPs.
 BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'

@@ -1,6 +1,7 @@
 """Every backend of the grouped products equals the loops that define them."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,17 @@ from moe_jax.kernels.grouped_products import describe
 from tests import reference
 
 N, E, M, F = 30, 5, 6, 7
-every_backend = pytest.mark.parametrize('name', BACKENDS)
+HAS_TOKAMAX = importlib.util.find_spec('tokamax') is not None
+NAMES = [
+  pytest.param(
+    name,
+    marks=pytest.mark.skipif(
+      name == 'tokamax' and not HAS_TOKAMAX, reason='tokamax is not installed'
+    ),
+  )
+  for name in BACKENDS
+]
+every_backend = pytest.mark.parametrize('name', NAMES)
 
 
 def arrays(shape=(N, E, M, F), seed=0):
@@ -72,7 +83,7 @@ def test_three_tokens_by_hand():
   np.testing.assert_array_equal(outer, dw)
 
 
-@pytest.mark.parametrize('name', ['auto', *BACKENDS])
+@pytest.mark.parametrize('name', ['auto', *NAMES])
 @pytest.mark.parametrize(
   'group_sizes',
   [
@@ -194,6 +205,13 @@ def test_a_platform_has_its_backend():
   backends = [describe('auto', platform) for platform in platforms]
   assert backends == ['blocks', 'megablox', 'pallas_gpu', 'blocks']
   assert 'slow' in describe('pallas_gpu', 'cpu')
+
+
+@pytest.mark.skipif(HAS_TOKAMAX, reason='tokamax is installed')
+def test_the_missing_package_of_a_backend_is_named():
+  x, w, _ = arrays()
+  with pytest.raises(ValueError, match=r"'tokamax': .*moe_jax\[tokamax\]"):
+    grouped_matmul(x, w, jnp.full(E, 6, jnp.int32), 'tokamax')
 
 
 def test_products_of_one_shape_are_traced_once():
