@@ -4,6 +4,7 @@ The step is `train_step(state, batch) -> (state, metrics)`. Optional behaviour
 wraps the gradient function or the step, which itself has no branch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +110,8 @@ def make_grad_fn(
 
   # Every slice's loss is divided by the whole batch's normalisers, so that the
   # sum is the whole batch's loss, auxiliary losses included.
-  def accumulated(batch, params, divisors, key, *rest):
-    for axis in local_axes:
+  def accumulated(axes, batch, params, divisors, key, *rest):
+    for axis in axes:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
     def of_slice(index, batch_slice):
@@ -120,24 +121,27 @@ def make_grad_fn(
       return ((loss, sums._replace(choices=None)), grads), sums.choices
 
     total, choices = over_slices(of_slice, batch, microbatches)
-    return jax.lax.psum(total, local_axes) if local_axes else total, choices
+    return jax.lax.psum(total, axes) if axes else total, choices
 
   def grad_fn(params, batch, divisors, key, router_state=None, step=0):
     arguments = batch, params, divisors, key, router_state, step
     if microbatches == 1:
       return of_batch(*arguments)
-    function = accumulated
-    if local_axes:
+    mesh = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
+    # The compiler refuses exchanges within a map over axes of one device.
+    axes = tuple(axis for axis in local_axes if mesh.shape.get(axis, 1) > 1)
+    function = functools.partial(accumulated, axes)
+    if axes:
       # Without `shard_map` the compiler would exchange the gradient of each
       # microbatch. Within it each device computes its own rows along these
       # mesh axes; along all other mesh axes arrays stay global.
-      rows = PartitionSpec(local_axes)
+      rows = PartitionSpec(axes)
       function = jax.shard_map(
-        accumulated,
-        mesh=jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh,
+        function,
+        mesh=mesh,
         in_specs=(rows, *[PartitionSpec()] * 5),
         out_specs=(PartitionSpec(), rows),
-        axis_names=set(local_axes),
+        axis_names=set(axes),
         check_vma=False,
       )
     ((loss, sums), grads), choices = function(*arguments)
