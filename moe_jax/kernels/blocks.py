@@ -75,6 +75,35 @@ class Block(NamedTuple):
     return ((row >= self.first_own) & (row < self.stop))[:, None]
 
 
+class KernelSums:
+  """Sums over the rows of each expert of x^T dy, float32 [E, M, F].
+
+  `total` is what the loop over blocks carries, 0 at first. While it does, the
+  sums may be transposed, see `cpu.is_swapped`; `result` undoes this at once.
+  """
+
+  def __init__(self, num_rows: int, num_experts: int, width: int, d_width: int):
+    rows = min(-(-num_rows // num_experts), _MOST_SHARE)
+    self.swapped = cpu.is_swapped(rows, width, d_width)
+    shape = (d_width, width) if self.swapped else (width, d_width)
+    self.total = jnp.zeros((num_experts, *shape), jnp.float32)
+
+  def add(
+    self,
+    block: Block,
+    total: Float32[Array, 'E _ _'],
+    x: Float[Array, 'R M'],
+    dy: Float[Array, 'R F'],
+  ) -> Float32[Array, 'E _ _']:
+    """The total with the product of a block's rows x and dy added."""
+    pair = (dy, x) if self.swapped else (x, dy)
+    return block.add(total, cpu.product_over_rows(*pair))
+
+  def result(self, total: Float32[Array, 'E _ _']) -> Float32[Array, 'E M F']:
+    """The sums, from the total of all blocks."""
+    return total.swapaxes(1, 2) if self.swapped else total
+
+
 def block_sizes(num_rows: int, num_experts: int) -> list[int]:
   """The numbers of rows that an expert's first block can have, ascending.
 
@@ -186,16 +215,15 @@ def outer(
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
   """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
-  (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
+  N, E = x.shape[0], group_sizes.shape[0]
+  sums = KernelSums(N, E, x.shape[1], dy.shape[1])
 
-  def body(block, _, dw):
+  def body(block, _, total):
     # Both operands are masked, as rows past the last group may hold NaN, and
     # 0 * NaN is NaN.
-    product = cpu.product_over_rows(block.own_rows(x), block.own_rows(dy))
-    return block.add(dw, product)
+    return sums.add(block, total, block.own_rows(x), block.own_rows(dy))
 
-  dw = jnp.zeros((E, M, F), jnp.float32)
-  return for_each_block(body, dw, (), group_sizes, N)
+  return sums.result(for_each_block(body, sums.total, (), group_sizes, N))
 
 
 def ffn(
@@ -247,6 +275,9 @@ def ffn_gradients(
   gradient of the block's expert is NaN.
   """
 
+  N, (E, F, M) = x.shape[0], w_out.shape
+  in_sums, out_sums = KernelSums(N, E, M, F), KernelSums(N, E, F, M)
+
   def body(block, kernels, carry):
     *ins, out = kernels
     dx, dw_ins, dw_out = carry
@@ -257,12 +288,12 @@ def ffn_gradients(
     d_firsts = pull(dot(d_rows, out, (1, 1)))
     d_rows_in = [dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
     dw_ins = tuple(
-      block.add(dw, cpu.product_over_rows(rows, d))
-      for dw, d in zip(dw_ins, d_firsts)
+      in_sums.add(block, dw, rows, d) for dw, d in zip(dw_ins, d_firsts)
     )
-    dw_out = block.add(dw_out, cpu.product_over_rows(h, d_rows))
+    dw_out = out_sums.add(block, dw_out, h, d_rows)
     return block.write(dx, sum(d_rows_in)), dw_ins, dw_out
 
-  dw_ins = tuple(jnp.zeros(w.shape, jnp.float32) for w in w_ins)
-  carry = (jnp.zeros_like(x), dw_ins, jnp.zeros(w_out.shape, jnp.float32))
-  return for_each_block(body, carry, (*w_ins, w_out), group_sizes, x.shape[0])
+  carry = (jnp.zeros_like(x), (in_sums.total,) * len(w_ins), out_sums.total)
+  kernels = (*w_ins, w_out)
+  dx, dw_ins, dw_out = for_each_block(body, carry, kernels, group_sizes, N)
+  return dx, tuple(map(in_sums.result, dw_ins)), out_sums.result(dw_out)

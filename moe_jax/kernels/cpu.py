@@ -30,32 +30,48 @@ FEW_TOKENS = 16
 MOST_UNROLLED = 512
 
 
+def sum_over_rows(
+  x: Float[Array, '*E R M'],
+  dy: Float[Array, '*E R F'],
+  precision: jax.lax.Precision | None = None,
+) -> Float32[Array, '*E M F']:
+  """x^T dy in float32, the gradient of a kernel."""
+  R, M, F = *x.shape[-2:], dy.shape[-1]
+  if is_swapped(R, M, F):
+    return product_over_rows(dy, x, precision).swapaxes(-1, -2)
+  return product_over_rows(x, dy, precision)
+
+
+def is_swapped(num_rows: int, width: int, d_width: int) -> bool:
+  """Whether a kernel's gradient is the transpose of dy^T x, and not x^T dy.
+
+  That is so if it transposes fewer values, as x is wide. The compiler's loop
+  over a transpose reads one value of each cache line, so that a wide one takes
+  longer than the product.
+
+  Args:
+    num_rows: The number of rows of x and dy.
+    width: The width of x.
+    d_width: The width of dy.
+  """
+  return (num_rows + width) * d_width < num_rows * width
+
+
 def product_over_rows(
   x: Float[Array, '*E R M'],
   dy: Float[Array, '*E R F'],
   precision: jax.lax.Precision | None = None,
 ) -> Float32[Array, '*E M F']:
-  """x^T dy in float32, the gradient of a kernel.
+  """x^T dy in float32, in which x^T is an array of its own.
 
-  Either x is transposed, or dy and then the product, whichever is fewer values,
-  into arrays of their own. The compiler transposes by a loop that reads one
-  value of each cache line, so that a wide transpose takes longer than the
-  product, and a transpose folded into the product makes it slower.
+  The compiler multiplies such an array faster than a transpose that it has
+  folded into the product. The result is not folded into what follows, either.
   """
-  R, M, F = *x.shape[-2:], dy.shape[-1]
-  if R * F + M * F < R * M:
-    return _alone(product_over_rows(dy, x, precision)).swapaxes(-1, -2)
-  return jnp.matmul(
-    _alone(x.swapaxes(-1, -2)),
-    dy,
-    precision=precision,
-    preferred_element_type=jnp.float32,
+  alone = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+  product = jnp.matmul(
+    alone, dy, precision=precision, preferred_element_type=jnp.float32
   )
-
-
-def _alone(x: Array) -> Array:
-  """x as an array of its own, which the compiler folds into no other."""
-  return jax.lax.optimization_barrier(x)
+  return jax.lax.optimization_barrier(product)
 
 
 def gelu(x: Float[Array, '*N']) -> Float[Array, '*N']:

@@ -1,7 +1,7 @@
 """The products of rows and kernels, with a gradient fast on each platform.
 
 A kernel's gradient is x^T dy. Accelerators fold the transpose into the product
-at no cost; a CPU transposes first (`cpu.product_over_rows`).
+at no cost; a CPU transposes first (`cpu.sum_over_rows`).
 """
 
 import functools
@@ -56,7 +56,7 @@ def _backward(precision, saved, dy):
   dw = jax.lax.platform_dependent(
     x,
     dy,
-    cpu=functools.partial(cpu.product_over_rows, precision=precision),
+    cpu=functools.partial(cpu.sum_over_rows, precision=precision),
     default=functools.partial(_dw, precision=precision),
   )
   return dx, dw.astype(w.dtype)
