@@ -32,7 +32,10 @@ from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 def gate_sums(
   routing: Routing,
 ) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
-  """The sum of each expert's gates, and the number of tokens that it serves."""
+  """Each expert's sum of gates, and number of tokens that it serves, as [E].
+
+  `rank` takes these, of one layer, summed over batches.
+  """
   gates = routing.token_gates()
   return gates.sum((0, 1)), (gates > 0).sum((0, 1)).astype(gates.dtype)
 
@@ -59,7 +62,8 @@ def best_experts(
   """The experts of each sparse layer that a dense feed-forward is made of.
 
   Their number is the width of the dense model's feed-forward divided by the
-  width of an expert: K for a dense twin, or another number.
+  width of an expert: K for a dense twin, or another number. The result has
+  their indices by the index of the layer, the best expert first.
 
   Args:
     model: The dense model.

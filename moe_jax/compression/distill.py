@@ -300,8 +300,8 @@ def soft_cross_entropy(
 
   Args:
     outputs: The student's logits.
-    logits: The teacher's logits or log-probabilities, through which no gradient
-      flows.
+    logits: The teacher's logits or log-probabilities of L tokens, through which
+      no gradient flows.
     temperature: T.
     ids: The ids of the L tokens that `logits` is about, in any order; None if
       it is about all V. The teacher gives other tokens the probability 0.
@@ -316,7 +316,10 @@ def soft_cross_entropy(
 def mixed(
   model: Model, options: DistillOptions, labels: Callable[[Batch], Any]
 ) -> Callable[[Any, Batch], TokenLosses]:
-  """The loss of a student: its own loss and that of soft labels, weighted.
+  """Returns the function from a student's outputs and a batch to its loss.
+
+  The loss of each token is the sum of the model's own and that of soft labels,
+  weighted.
 
   Args:
     model: The student.
@@ -343,7 +346,7 @@ def mixed(
 
 
 def _taught_step(run: Run, options: DistillOptions, teacher: Teacher) -> Step:
-  """A training step that also learns from the teacher's soft labels.
+  """Returns a step (state, batch) -> (state, metrics) that learns soft labels.
 
   The labels are stored, or the teacher computes them for each microbatch. The
   teacher runs as in evaluation: dropout and routers' noise are off, and tokens

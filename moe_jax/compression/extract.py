@@ -211,7 +211,8 @@ def as_one(
 def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
   """The options of a stack's mixture of experts, made dense if routed by task.
 
-  `half` has the options of the encoder's or decoder's layers.
+  `with_moes` calls this with the index of the stack's first layer, which is not
+  used, and with `half`, the options of the encoder's or decoder's layers.
   """
   moe = half.moe
   if not half.routes_by_task:

@@ -56,7 +56,10 @@ class SmallerLayer(NamedTuple):
 
   @property
   def row(self) -> tuple[int, ...]:
-    """The index of the new expert, for each old expert that is not pruned."""
+    """The index of the new expert, for each old expert that is not pruned.
+
+    Old experts are in order. If none is pruned, it is a row of `Retained.rows`.
+    """
     pairs = (
       (old, new) for new, group in enumerate(self.groups) for old in group
     )
@@ -319,7 +322,7 @@ def smaller(
 
 
 def without(run: Loaded, lost: Mapping[int, Collection[int]]) -> Loaded:
-  """The run in memory without some experts.
+  """The run in memory without some experts, to see what they contribute.
 
   A token that would choose a removed expert takes the next of its choices.
 

@@ -47,7 +47,7 @@ class Factor(NamedTuple):
 def hessian(
   x: Float[Array, '*E R I'], counted: Bool[Array, '*E R']
 ) -> Float32[Array, '*E I I']:
-  """X^T X of the inputs [R, I] of each kernel, over the rows that count."""
+  """X^T X of each kernel's R rows of I inputs, over the rows that count."""
   x = jnp.where(counted[..., None], x, 0).astype(jnp.float32)
   return jnp.matmul(x.swapaxes(-1, -2), x, precision=_EXACT)
 

@@ -143,10 +143,10 @@ def _weights(layer: SparseLayer, usage: Usage) -> np.ndarray:
   return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
 
-# For each similarity, the function that gives the features [E, N] by which
-# experts are compared, and the name of scipy's distance of two experts'
-# features (see `pdist`). 'router' compares columns of the router's kernel,
-# where M-SMoE compares router logits on data.
+# For each similarity, the function from a layer and its statistics to the N
+# features of each expert, [E, N], by which experts are compared, and the name
+# of scipy's distance of two experts' features (see `pdist`). 'router' compares
+# columns of the router's kernel, where M-SMoE compares router logits on data.
 SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
   'outputs': (lambda _, usage: usage.mean_output, 'euclidean'),
   'weights': (_weights, 'euclidean'),

@@ -184,8 +184,8 @@ def _round(
     batches: Batches of calibration data; if empty, the model is not run.
 
   Returns:
-    The outcome of each kernel, and the indices of the experts that no counted
-    token reaches, for which GPTQ rounds to the nearest value.
+    The outcome of each kernel by its name, and the indices of the experts that
+    no counted token reaches, for which GPTQ rounds to the nearest value.
   """
   moe = run.model.stacks.moe_of(layer)
   (shared, *_) = (stack.block.shared for stack in run.model.stacks.blocks)
@@ -216,15 +216,16 @@ def report(
 ) -> tuple[dict[str, float], str]:
   """Numbers about the kernels of a layer, and a line that prints them.
 
-  Errors are the squared changes of the kernels' outputs divided by the squared
-  outputs; 'zeros', 'weights' and 'code bits' are counts over all kernels.
+  'rtn error' and 'gptq error' are the squared changes of the kernels' outputs
+  divided by the squared outputs; 'zeros', 'weights' and 'code bits' are counts
+  over all kernels.
   The line names experts that GPTQ rounds to the nearest value: it takes their
   Hessian H for the identity, as no counted token reaches them, their inputs are
   zero, or the factorisation fails.
 
   Args:
-    outcomes: The outcome of each kernel.
-    stored: The arrays that store each kernel.
+    outcomes: The outcome of each kernel, by its name.
+    stored: The arrays that store each kernel, by its name.
     without_tokens: The indices of the experts that no counted token reaches.
   """
   kernels = outcomes.values()

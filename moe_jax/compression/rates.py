@@ -90,9 +90,9 @@ def _ends(weight: np.ndarray) -> np.ndarray:
   the index w & 3. The pair of weights (v, w) has the index 4 (v & 3) + (w & 3).
 
   Returns:
-    [14 * 16, 16], indexed by (16 d + a, b): the probability that d pairs follow
-    pair a such that the dictionary has the sequence, but not the sequence with
-    pair b appended.
+    [14 * 16, 16], indexed by (16 d + a, b): the probability that d pairs, of at
+    most 13, follow pair a such that the dictionary has the sequence, but not
+    the sequence with pair b appended.
   """
   table = dictionary()
   bits = table.weights & 3

@@ -144,7 +144,10 @@ class StoredLogits:
       )
 
   def shapes(self, run: Run) -> dict[str, Any]:
-    """The shapes and shardings of the logits' arrays in a run's batch."""
+    """The shapes [B, T, top] and shardings of the logits in a run's batch.
+
+    Their names are those in `IN_BATCH`.
+    """
     shape = run.options.batch_size, self.length, self.top
     sharding = run.programs.put.sharding
     return {
@@ -158,13 +161,15 @@ class StoredLogits:
     return np.load(self.path, mmap_mode='r', allow_pickle=False)
 
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
-    """The function that gives, once a step, the stored logits of its batch.
+    """Returns a function, to be called once a step, for its batch's logits.
 
-    The step is read from the state at the first call, and is then counted,
-    since reading a value from a device means waiting for it. The first call
-    also checks that the targets of that step's batch and of the run's last one
-    are those for which the logits were stored: with other weights of a mixture
-    a run may have the same rows at first, and later other rows of every source.
+    It takes the state before the step, and returns arrays on the devices as
+    `shapes` describes them. The step is read from the state at the first call,
+    and is then counted, since reading a value from a device means waiting for
+    it. The first call also checks that the targets of that step's batch and of
+    the run's last one are those for which the logits were stored: with other
+    weights of a mixture a run may have the same rows at first, and later other
+    rows of every source.
     """
     put, number = run.programs.put, None
     batch_size = run.options.batch_size

@@ -28,7 +28,8 @@ def command(
   Args:
     commands: The commands of a parser.
     name: The name of the command.
-    run: The function that carries it out.
+    run: The function that carries it out, from the parsed options and the
+      overrides of a config to a text to print.
     text: What the command does, in words.
     doc: The docstring of the command's module, for the help.
 

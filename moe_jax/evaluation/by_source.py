@@ -28,7 +28,9 @@ class SourceLosses(evaluate.LossEvaluation):
   """Options of the evaluation 'source_losses': the loss of each source."""
 
   def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
-    """Returns the function that measures the loss of each source.
+    """Returns the function from variables and a step to the row of losses.
+
+    The row is that of `summary_row`, of each source's loss in nats per token.
 
     Raises:
       ValueError: The run's data is no mixture.
@@ -75,10 +77,10 @@ class SourceScores(prompts.AskingEvaluation):
   def measure(self, setting: evaluate.Setting) -> evaluate.Measure:
     """Encodes all questions, and returns the function that measures the scores.
 
-    The function returns each source's score in percent and the means that
-    `summary_row` adds. Where a source has choices, `<source>.chance` is the
-    score of guessing and `<source>.nats` the mean negative log-likelihood of
-    the right answer.
+    From variables and a step, the function gives a row of each source's score
+    in percent and the means that `summary_row` adds. Where a source has
+    choices, `<source>.chance` is the score of guessing and `<source>.nats` the
+    mean negative log-likelihood of the right answer.
 
     Raises:
       ValueError: The task has no inputs and targets that are text, a question
@@ -150,7 +152,10 @@ class SourceScores(prompts.AskingEvaluation):
 
 
 def _item(question: data.Question) -> data.Item:
-  """A question with choices as an item, which has the right one's index."""
+  """A question with choices as an item, which an `Asker` encodes.
+
+  The item has the right choice's index.
+  """
   label = question.choices.index(question.target)
   return data.Item(question.inputs, question.choices, label)
 

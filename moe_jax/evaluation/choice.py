@@ -84,6 +84,8 @@ class ChoiceEvaluation(prompts.AskingEvaluation):
   def measure(self, setting: evaluate.Setting) -> 'Choice':
     """Encodes all questions, and returns the function that measures accuracy.
 
+    It takes variables and a step, and returns a row of metrics.
+
     Raises:
       ValueError: The model routes by task; a source is missing or has too few
         items; or an item has characters that the tokenizer lacks.
@@ -163,7 +165,10 @@ class Choice:
   def scores(
     self, variables: evaluate.Variables
   ) -> list[Float[np.ndarray, ' A']]:
-    """Each question's log-likelihoods of answers, divided by their lengths."""
+    """Each question's scores of its A answers.
+
+    They are log-likelihoods, divided by the lengths that `normalize` names.
+    """
     asked, unit = self.questions, self.options.normalize
     log_probs = log_likelihoods(self.setting, variables, asked, self.layout)
     return [x / q.lengths(unit) for x, q in zip(log_probs, asked, strict=True)]
@@ -198,14 +203,15 @@ def log_likelihoods(
   layout: Layout,
   task_ids: Sequence[int] = (),
 ) -> list[Float[np.ndarray, ' A']]:
-  """The log probability (nats) of each question's answers after its prompt.
+  """The log probability (nats) of each question's A answers after its prompt.
 
   Args:
     setting: The run's model, data and folder.
     variables: The variables of the run's model.
     questions: The questions, at least one, each with answers that fit a row.
     layout: The layout of rows of tokens; short examples share a row.
-    task_ids: The task of each question, for a model that routes by task.
+    task_ids: The index of each question's task, which a model that routes by
+      task needs.
   """
   examples = [e for question in questions for e in question.examples]
   tasks = [t for t, q in zip(task_ids, questions) for _ in q.examples]

@@ -84,6 +84,8 @@ class GenerateEvaluation(evaluate.EvaluationOptions):
   def measure(self, setting: evaluate.Setting) -> 'Generate':
     """Reads all examples, and returns the function that measures the scores.
 
+    It takes variables and a step, and returns a row of metrics.
+
     Raises:
       ValueError: The data has no inputs and targets, there is no room for new
         tokens, or the model does not generate.
@@ -142,16 +144,20 @@ def generator(
   num_tokens: int,
   **arguments: Any,
 ) -> 'Generate':
-  """The function that scores outputs for pairs.
+  """Returns a `Generate`: it generates outputs for pairs, and scores them.
+
+  As a function it takes the model's variables and the optimizer step, writes
+  the outputs to a file, and returns the row of scores; its method `outputs`
+  returns only the texts.
 
   With learned positions, inputs are cut and outputs end so that both fit.
 
   Args:
     setting: The run's model, data and folder.
-    scores: The scores by name.
+    scores: The scores by name; {} where only `outputs` is called.
     pairs: The pairs of inputs and target.
     num_tokens: Number of tokens at which an output ends.
-    **arguments: Other arguments of `generation.generate`.
+    **arguments: Other arguments of `generation.generate`, such as `num_beams`.
 
   Raises:
     ValueError: There is no room for new tokens, or the model does not generate.
@@ -172,10 +178,10 @@ def generator(
 
 
 def _window_pair(tokenizer: Tokenizer, all_rows: data.Rows, row: int) -> Pair:
-  """The first window of text in a row, split into inputs and target.
+  """The first window (a stretch of a text) of a row, as inputs and target.
 
-  Every evaluation splits the window at the same token. `row` counts the rows of
-  all sources, one source after another.
+  Every evaluation splits the window at the same token. `row` is the index of
+  the row among those of all sources, one source after another.
   """
   parts = iter(all_rows.parts.items())
   task, rows = next(parts)

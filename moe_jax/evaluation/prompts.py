@@ -41,7 +41,7 @@ class EncodedQuestion(NamedTuple):
   item: data.Item
 
   def lengths(self, unit: str) -> Int[np.ndarray, ' A']:
-    """The length of each answer in 'tokens' or 'bytes'; 1 for 'none'."""
+    """The length of each of A answers in 'tokens' or 'bytes'; 1 for 'none'."""
     if unit == 'bytes':
       return np.array([len(answer.encode()) for answer in self.item.answers])
     tokens = np.array([len(example.targets) for example in self.examples])
@@ -108,7 +108,7 @@ class Asker:
   def cut_inputs(
     self, ids: Int[np.ndarray, ' N'], length: int
   ) -> Int[np.ndarray, ' n']:
-    """At most `length` ids: the first or, with the task's `keep_end`, the last.
+    """At most `length` of N ids: the first or, with `task.keep_end`, the last.
 
     An EOS at the end is kept.
     """

@@ -85,7 +85,8 @@ def _links(described: Iterable[str]) -> list[int]:
 
   They are those of the optimizer and of its schedule, in this order. Without
   clipping or weight decay a chain has fewer transformations, so that the same
-  transformation has another index. `described` has the paths of arrays.
+  transformation has another index. `described` has the paths of arrays, such as
+  'opt_state/1/mu/layers/layer_0/w'.
   """
   paths = (path.split('/') for path in described)
   return sorted({int(path[1]) for path in paths if path[0] == 'opt_state'})

@@ -35,8 +35,8 @@ def initial(
 
   Returns:
     The variables and a line about them; None if the config names no folder. The
-    state of routers is included if parameters are only copied and both models
-    have such a state. The optimizer's state, 'opt_state', is included if
+    variables are 'params', 'router_state' if parameters are only copied and
+    both models have such a state, and 'opt_state', the optimizer's state, if
     `init_from.keep_optimizer` is set.
 
   Raises:

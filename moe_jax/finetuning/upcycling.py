@@ -99,7 +99,7 @@ class Piece(NamedTuple):
   Attributes:
     path: The path of the source model's array; None where the parameter is new.
     period: The index of the layer among the layers that the array stacks; None
-      is the whole array.
+      is the whole array, which stacks no layers.
     stacked: Whether every expert gets a copy of the piece.
   """
 

@@ -183,10 +183,11 @@ class Checkpointer(Directory):
         as the optimizer's state, which is then not read.
       cast: Whether `abstract_state` may have other floating-point types than
         were saved; leaves are converted as they are read.
-      first: The collections to use instead of `abstract_state` for a checkpoint
-        of step 0, which holds the parameters of an imported model, say, and
-        perhaps the state of its routers. A collection of which the checkpoint
-        holds nothing is left out, unless it is the first.
+      first: The collections (entries such as 'params') to use instead of
+        `abstract_state` for a checkpoint of step 0, which holds the parameters
+        of an imported model, say, and perhaps the state of its routers. A
+        collection of which the checkpoint holds nothing is left out, unless it
+        is the first of `first`.
 
     Raises:
       ValueError: `step` does not exist, or the trees differ in their paths,
@@ -335,7 +336,10 @@ class Checkpointer(Directory):
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-  """Whether a log record is not about Orbax: neither from it nor naming it."""
+  """Whether a log record is not about Orbax: neither from it nor naming it.
+
+  Loggers that have this as a filter drop all records about Orbax.
+  """
   return 'orbax' not in record.pathname + record.getMessage()
 
 

@@ -69,7 +69,9 @@ class Goodput:
   def row(self) -> dict[str, float]:
     """A row of metrics with the run's seconds and each cause's share of them.
 
-    The shares add up to 1.
+    `goodput` is the share of steps, and `lost_to_<cause>` those of `CAUSES`;
+    they add up to 1. `run_seconds` are the seconds so far, and `time` is now,
+    in seconds since 1970.
     """
     self.turn_to(self._cause)
     total = sum(self._seconds.values())

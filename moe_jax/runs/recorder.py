@@ -167,7 +167,7 @@ class Recorder:
       self._goodput.move(max(end - start, 0.0), 'data', before)
 
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
-    """Writes and prints the rows of metrics of evaluations, given by name."""
+    """Writes and prints the rows of metrics of evaluations, by their names."""
     losses = {}
     for name, row in results.items():
       self._write(step, {f'eval/{name}/{k}': v for k, v in row.items()})
@@ -295,7 +295,10 @@ def _time_of_end(array: Any) -> float:
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps, of earlier starts too, whose batches were kept as not finite."""
+  """The steps that were not finite, by their batches in the run's folder.
+
+  Earlier processes of the run may have kept them.
+  """
   numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 

@@ -140,7 +140,7 @@ class Directory:
     self.retry = Retry(self.options.tries, self.options.retry_seconds)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
-    """The folder of a checkpoint; a suffix means that it is not in use."""
+    """The folder of a checkpoint; with a suffix ('.aside') it is not in use."""
     return self.path / f'{step}{suffix}'
 
   def folders(self) -> list[int]:

@@ -110,6 +110,11 @@ def layer_summary(
 ) -> dict[str, Any]:
   """The metrics, by name, of the router of layer `layer`, counted from 0.
 
+  They are `drop_rate`, `entropy` and `router_logit_rms`, the losses per token,
+  the lists `load` and `kept_load`, numbers made of `load`, such as
+  `load_max_over_mean`, rates by the rank k of a choice, such as
+  `drop_rate_choice_<k>`, and those that `exchange_summary` returns.
+
   `sums` are those that `host` gives; `moes` are the options of each layer's
   mixture of experts, None for a dense layer.
 
@@ -163,9 +168,9 @@ def exchange_summary(aux: MoeAux) -> dict[str, float]:
   """The metrics of a layer's exchange between devices; {} on one device.
 
   Three metrics are shares of the choices that were served: `away_share`, those
-  whose expert is on another device; `sent_share`, those whose row was sent to
+  whose expert is on another device; `sent_share`, those whose token was sent to
   that device, which are fewer where experts are sent instead; and
-  `exchange_overflow`, those for whose row the exchange had no room.
+  `exchange_overflow`, those for whose token the exchange had no room.
   `shadowed_experts` is the mean number of experts that were sent to all
   devices.
 

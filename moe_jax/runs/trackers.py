@@ -121,7 +121,7 @@ class MLflow:
     self._mlflow.end_run()
 
 
-# Each tracker with the package that it needs, by the name in a config.
+# The classes of trackers, by the name in a config and of the package needed.
 TRACKERS = {'wandb': WeightsAndBiases, 'mlflow': MLflow}
 
 

@@ -48,8 +48,8 @@ class AveragedState(TrainState):
 def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
   """Returns a run's first state with a running mean that covers no step yet.
 
-  The mean is of the parameters in `trained`. Where decay is 0, the state is
-  returned as it is, without a mean.
+  The mean is of the parameters in `trained`. `decay` is the option
+  `optimizer.ema`; where it is 0, the state is returned as it is.
   """
   if not decay:
     return state
@@ -64,10 +64,12 @@ def averaging(
 ) -> Callable[..., Any]:
   """Wraps a training step so that it updates the running mean, too.
 
+  The result is a step, too, whose states are `AveragedState`s.
+
   Args:
     train_step: The step, (state, batch) -> (state, metrics).
-    decay: The factor by which each later step multiplies a step's weight; 0
-      keeps no mean.
+    decay: The factor by which each later step multiplies a step's weight in the
+      mean; with 0 no mean is kept, and `train_step` is returned.
     trained: The parameters that train.
   """
   if not decay:
@@ -102,5 +104,8 @@ def averaged(params: Any, averages: Averages | None) -> Any:
 
 
 def kept_by_optimizer(state: TrainState) -> Any:
-  """A pair: the optimizer's state, and the running means, None if not kept."""
+  """The optimizer's state and the running means, None if not kept, as a pair.
+
+  Estimates of memory count both as the optimizer's.
+  """
   return state.opt_state, getattr(state, 'averages', None)

@@ -77,7 +77,10 @@ class EarlyStopping:
 
   @property
   def _rule(self) -> dict[str, Any]:
-    """The options by which values count as better, as a checkpoint has them."""
+    """The options by which values count as better, by name.
+
+    A checkpoint keeps them, too, since its counts hold only for equal options.
+    """
     return {
       'metric': self.checkpoint.best_name,
       'best_is_highest': self.checkpoint.best_is_highest,
@@ -86,7 +89,11 @@ class EarlyStopping:
 
   @property
   def extra(self) -> dict[str, Any]:
-    """The state as a checkpoint keeps it; {} if there is no early stopping."""
+    """The state as a checkpoint keeps it; {} if there is no early stopping.
+
+    The only key is `EXTRA`; its dict has `_rule`, the attributes that `_KEPT`
+    names, and 'ended'.
+    """
     if not self.options.patience:
       return {}
     counts = {name: getattr(self, name) for name in _KEPT}

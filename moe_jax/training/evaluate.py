@@ -74,7 +74,7 @@ class Setting:
 
 
 def every_steps_option(every_steps: int) -> Any:
-  """The field of an evaluation's options for its period, with this default."""
+  """The field `every_steps` of a kind of evaluation, with its own default."""
   return option(
     every_steps,
     'Number of optimizer steps between two measurements of the evaluation, '
@@ -198,7 +198,8 @@ def evaluation_rows(
     variables: The variables of the model.
     step: The number of optimizer steps taken.
     should_stop: Returns whether to stop; it is called before each batch.
-    showing: A context that shows the name of the evaluation that runs.
+    showing: Returns, from the name of an evaluation, the context in which it
+      runs, such as one that shows the name.
 
   Raises:
     Stopped: `should_stop` returned True.
@@ -250,9 +251,10 @@ class Losses:
     return map(self.put.local, batches)
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row with the loss, in nats per token, and routers' statistics.
+    """The row of metrics: `loss`, in nats per token, and routers' statistics.
 
-    `step` is not used: the row depends on the variables alone.
+    These are `drop_rate` and, for each sparse layer, `layer_<i>/...`. `step` is
+    not used: the row depends on the variables alone.
     """
     return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
@@ -266,8 +268,8 @@ class Losses:
 
     Args:
       variables: The variables of the model.
-      apply: Applies the model, and returns its result and the choices of
-        experts, or None in place of the choices.
+      apply: Function from the model, its variables and its inputs to its result
+        and the choices of experts, or None in place of the choices.
       record: Called for each batch with its index, the batch, and the choices
         of experts, or None where `apply` returns none.
     """
@@ -287,9 +289,10 @@ class Losses:
 
 
 def behind(results: Iterator[R]) -> Iterator[R]:
-  """Yields results in order, each after the next two, if any, have begun.
+  """Yields results in order, each after the next two, if any, have been taken.
 
-  So the devices compute later results while the caller reads an earlier one.
+  Taking a result from `results` starts its computation, so the devices compute
+  later results while the caller reads an earlier one.
   """
   pending = collections.deque[R]()
   for result in results:

@@ -39,7 +39,9 @@ def train_and_evaluate(
   devices: Sequence[jax.Device] | None = None,
   initial: Initial | None = None,
 ) -> TrainState:
-  """Trains the model that the options describe, and evaluates it.
+  """Trains the model that the options describe; returns the last state.
+
+  Evaluations are made when they are due.
 
   If `workdir` has checkpoints of the same options, the run goes on from the
   newest; on SIGTERM it saves and returns, also within an evaluation. On Ctrl-C
@@ -58,8 +60,9 @@ def train_and_evaluate(
       when the function returns or raises.
     resume: Whether to go on even where the workdir's options differ.
     devices: The devices of the mesh; None means all devices.
-    initial: Gives the parameters of a new run, such as those of the run that
-      `init_from` names; None draws them from the seed.
+    initial: Function from a new run to its first variables and a line about
+      them, such as `finetuning.initial`, which reads the run that `init_from`
+      names; None draws parameters from the seed.
 
   Raises:
     ValueError: The options or the data are bad; `workdir` cannot be written,

@@ -76,7 +76,10 @@ def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
 
 
 def normalizers(model: Model, batch: Batch) -> Normalizers:
-  """The divisors for a whole batch, before it is split into microbatches."""
+  """The divisors of a batch's summed losses: loss weight and routed tokens.
+
+  `batch` is a whole batch, before it is split into microbatches.
+  """
   weight = jnp.maximum(batch['loss_weights'].sum(), 1e-9)
   return Normalizers(weight, model.stacks.routed_tokens(batch))
 
@@ -106,7 +109,8 @@ def aux_loss(
   """The weighted sum of the routers' losses, each per token that is routed.
 
   The sum is over losses and layers, divided by `weights.num_averaged`. Losses
-  of weight 0 are left out. `aux` has sums over tokens for each layer.
+  of weight 0 are left out. `aux` has sums over tokens for each layer, and
+  `divisors` the numbers of these tokens.
   """
   total = jnp.zeros((), jnp.float32)
   for loss, weight in weights.routers.items():

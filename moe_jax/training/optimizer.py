@@ -115,8 +115,9 @@ class Optimizer(Options):
     return self.schedule.rate(self.learning_rate, total_steps)
 
   def next_rate(self, total_steps: int) -> Callable[[Any], Leaf]:
-    """Returns a function from the optimizer's state to the next update's rate.
+    """Returns a function from the optimizer's state to a learning rate.
 
+    The state is that of `transformation`, and the rate that of its next update.
     A step that is skipped is no update, and the schedule does not count it.
     """
     rate = self.rate(total_steps)
@@ -136,8 +137,9 @@ class Optimizer(Options):
       axes: A tree like the parameters that train with a tuple of logical axes
         for each.
       roles: A tree like all parameters with the `Role` of each.
-      part: Returns a tree like all parameters with None in place of each that
-        does not train.
+      part: Function from a tree like all parameters, and `is_leaf` as
+        `jax.tree.map` takes it, to the tree with None in place of each
+        parameter that does not train.
 
     Raises:
       ValueError: A rule names a part that the model lacks.

@@ -172,7 +172,8 @@ def make_step(
     trained: The parameters that train.
     optimizer: The optimizer of these parameters.
     change: Function from the weights of the losses by the options to those that
-      the step uses.
+      the step uses. By this and the next argument, runs that differ only in
+      these numbers can share a compiled step, which gets them as arrays.
     balance_bias_rate: The rate of the routers' balancing bias; None takes that
       of the options.
     loss: Function from the model's outputs and a batch to the losses of tokens;

@@ -204,7 +204,10 @@ class TraceOptions(Options):
 
   @property
   def recording(self) -> Apply:
-    """The function that applies a model and also returns choices of experts."""
+    """The function (model, variables, **inputs) -> (outputs, choices).
+
+    It returns what `model.apply` returns, and the choices of experts.
+    """
     return functools.partial(recording, logits=self.logits, dtype=self.dtype)
 
   def has_step(self, step: int) -> bool:
@@ -468,7 +471,7 @@ class RunOptions(Options):
     """The sizes of the run that a model has to fit.
 
     Args:
-      row_parts: Number of devices that the rows of a microbatch are split over.
+      row_parts: Number of devices that a microbatch's sequences are split over.
     """
     return RunShape(
       total_steps=self.total_steps,
@@ -487,7 +490,8 @@ class RunOptions(Options):
       row_parts: Number of devices that the rows of a microbatch are split over.
 
     Raises:
-      ValueError: Rows or groups do not divide by the devices.
+      ValueError: The rows (sequences) of a microbatch, or the groups of tokens
+        that are routed, do not divide by the devices.
     """
     rows = self.shape().rows
     if rows % row_parts:
@@ -515,9 +519,9 @@ class RunOptions(Options):
   def least_bytes(self) -> Iterator[tuple[str, int]]:
     """Yields the name of each array that may be large, with its least bytes.
 
-    Bytes are computed from the options before a model is built, since to build
-    one with ten million layers takes minutes. The options have to be those that
-    `filled` returns.
+    The set-up refuses a run whose devices have less memory. It does so before
+    a model is built, since to build one with ten million layers takes minutes.
+    The options have to be those that `filled` returns.
     """
     model, data, rows = self.model, self.data, self.batch_size
     count, V = model.least_parameters(), model.vocab_size
@@ -536,7 +540,7 @@ class RunOptions(Options):
     return self.model.build(self.sharding.rules)
 
   def batch_shapes(self, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arrays of a training batch."""
+    """Shapes and dtypes of the arrays of a training batch, by name."""
     shapes = model.batch_shapes(
       self.batch_size, self.data.seq_len, self.data.target_len
     )

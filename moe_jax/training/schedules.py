@@ -74,7 +74,10 @@ class InverseSqrt(Schedule):
   """A rate of the peak times the square root of warm-up steps / steps taken."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """The curve; without a warm-up it begins as after a warm-up of one step."""
+    """The function from steps since the warm-up to the learning rate.
+
+    Without a warm-up the rate falls as after a warm-up of one step.
+    """
     start = max(self.warmup_steps, 1)
     return lambda step: peak * (start / (step + start)) ** 0.5
 
@@ -109,7 +112,10 @@ class Trapezoid(Schedule):
     return total_steps - round(self.decay_fraction * total_steps)
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
-    """The peak rate, then a line to 0 that never begins within the warm-up."""
+    """The function from steps since the warm-up to the learning rate.
+
+    The rate is the peak, then falls to 0; the fall begins after the warm-up.
+    """
     stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
     stable = max(stable, 0)
     fall = optax.linear_schedule(peak, 0.0, steps - stable)

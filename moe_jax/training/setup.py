@@ -88,7 +88,11 @@ class Run:
   row_offset: int = 0
 
   def extra(self, step: int) -> dict[str, Any]:
-    """The values that are saved with a step's state, for `begin` to read."""
+    """The JSON values that are saved with a step's state, for `begin` to read.
+
+    Their names are those in `_DATA`, `_EXPERTS`, `_NUM_ROWS`, `_NEXT_ROW` and,
+    if the run may end early, 'early_stopping'.
+    """
     return {
       _DATA: self.dataset.digest,
       _NUM_ROWS: len(self.dataset.splits['train']),
@@ -329,8 +333,9 @@ def begin(
 
   Args:
     run: The run, as `set_up` made it.
-    initial: Gives the parameters where there is no checkpoint; None draws them
-      from the seed, and refuses options that name a run in `init_from`.
+    initial: Function from the run to its first variables and a line about them,
+      called where there is no checkpoint; None draws parameters from the seed,
+      and refuses options that name a run in `init_from`.
 
   Returns:
     The run, with the `row_offset` at which its data goes on; its state; and the

@@ -68,6 +68,9 @@ def make_grad_fn(
 ) -> GradFn:
   """Returns a function for the loss, sums and gradient over all microbatches.
 
+  Its arguments are parameters, batch, normalisers of the whole batch, random
+  key, routers' state and step; its result is ((loss, sums), gradient).
+
   Args:
     model: The model.
     weights: The weights of the losses.
@@ -77,11 +80,12 @@ def make_grad_fn(
     merged: Returns the parameters that the model computes with, such as
       kernels with their adapters, from those of the train state and a key for
       dropout.
-    scheduled: Returns the weights of the losses after a number of steps.
+    scheduled: Function from `weights` and the number of optimizer steps taken
+      to the weights of the next step.
     loss: Returns the losses of tokens from the model's outputs and the batch;
       None takes the model's own.
-    apply: Applies the model, and returns its result and the choices of experts,
-      or None in place of the choices.
+    apply: Function from the model, its variables and its inputs to its result
+      and the choices of experts, or None in place of the choices.
     local_axes: The mesh axes over which gradients are exchanged once, after
       each device has added those of its own rows of all microbatches; with ()
       they are exchanged after each microbatch.
@@ -173,8 +177,8 @@ def over_slices(
 
   Args:
     function: Returns, from the index of a slice and the slice, a tree of sums,
-      which are added, and a tree of arrays with the slice's rows in front,
-      which are joined in order.
+      which are added, and a tree of arrays whose first dimension counts the
+      slice's rows (sequences), which are joined in order.
     batch: The batch.
     n: The number of slices.
   """
@@ -214,7 +218,7 @@ def train_step(
   rate: Callable[[Any], Leaf],
   move_router_state: MoveRouterState = lambda router_state, load: router_state,
 ) -> tuple[TrainState, StepMetrics]:
-  """Takes one optimizer step.
+  """Takes one optimizer step; returns the state after it, and its metrics.
 
   The random key of the step depends on `state.seed` and `state.step` alone.
 

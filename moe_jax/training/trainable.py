@@ -32,7 +32,8 @@ class Trained:
   """The parameters of a run that train; all others keep their values.
 
   Attributes:
-    expression: The expression that selects the parameters.
+    expression: The option `trainable`, which selects the parameters; 'lora'
+      where adapters train in place of these.
     names: The names of the parameters that train, such as 'layers/layer_0/w'.
     masks: Arrays of booleans, True for experts that train, by the name of the
       parameter, for parameters of which only some experts train; dimensions

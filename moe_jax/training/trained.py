@@ -209,7 +209,7 @@ def load(
 ) -> Loaded:
   """Reads a run, trained or imported, with the variables of a checkpoint.
 
-  Parameters and the state of routers are read, each device's part by itself.
+  Each device reads its own part of the parameters and of the routers' state.
 
   Args:
     workdir: The run's folder.
@@ -271,7 +271,7 @@ def checkpoint_digest(workdir: str | os.PathLike[str], step: int) -> str:
 
 
 def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
-  """The adapters of a run, from the config in its folder.
+  """The adapters of a run whose model is `model`, from its folder's config.
 
   Raises:
     ValueError: The config cannot be read, or does not fit the model.
@@ -445,7 +445,7 @@ def derive(
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:
-  """Nested values of a config; each that equals `old` becomes `new`, a path."""
+  """A config's nested values, with the path `new` in place of `old`."""
   if isinstance(values, Mapping):
     return {key: _with_folder(value, old, new) for key, value in values.items()}
   return new if values == old else values
