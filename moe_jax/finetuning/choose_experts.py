@@ -30,8 +30,6 @@ from moe_jax.training import trained
 from moe_jax.training.trainable import ChosenExperts
 
 SHARE = Option(above=0, maximum=1)
-# The use of experts by one batch: {layer: float [E]}, summed over its tokens.
-Use = dict[int, np.ndarray]
 _SOWN_NAME = 'use'
 
 

@@ -33,7 +33,7 @@ class Block(NamedTuple):
     start: int32 [], the first row that the block multiplies.
     first_own: int32 [], the block's first row that belongs to the expert.
     stop: int32 [], the row after the block's last that belongs to the expert.
-    size: The number of rows that the block multiplies.
+    size: R, the number of rows that the block multiplies, of N in all.
     is_first: Whether the block is the expert's first block, which alone has
       rows of other experts, too.
   """
@@ -65,7 +65,10 @@ class Block(NamedTuple):
   def add(
     self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
   ) -> Float[Array, 'E M F']:
-    """Adds `part` to total[expert]; the first block sets it to `part`."""
+    """Adds `part`, the block's share of a sum, to total[expert].
+
+    The expert's first block sets total[expert] to `part`.
+    """
     if not self.is_first:
       part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
     return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
@@ -196,7 +199,8 @@ def matmul(
 ) -> Float[Array, 'N _']:
   """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
 
-  Rows are sorted by group; those past the last group come out zero.
+  Rows are sorted by group, and group e has group_sizes[e] of them; those past
+  the last group come out zero.
   """
   N = x.shape[0]
 
@@ -214,7 +218,10 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none.
+
+  It is the gradient of kernels whose products with x have the gradient dy.
+  """
   N, E = x.shape[0], group_sizes.shape[0]
   sums = KernelSums(N, E, x.shape[1], dy.shape[1])
 

@@ -157,7 +157,11 @@ def check_shapes(x, w, group_sizes) -> None:
 
 
 def _choose(run: Callable[[str], Callable], backend: str, *args):
-  """run(name)(*args) of the backend, which the compiler picks for 'auto'."""
+  """The result of run(name)(*args) for the name of a backend.
+
+  `run` returns the function of arrays that the backend of a name computes. For
+  'auto', the compiler picks the backend by platform.
+  """
   if backend != AUTO:
     return run(backend)(*args)
   by_platform = {platform: run(name) for platform, name in BY_PLATFORM.items()}

@@ -94,7 +94,8 @@ class KernelFormat(Options):
   def stored_arrays(self, shape: tuple[int, ...]) -> dict[str, StoredArray]:
     """The arrays that store a kernel of this shape, [*E, I, O], by name.
 
-    They are 'codes', the arrays of the grid and, if it is ternary, 'offsets'.
+    They are 'codes', with 'scale' and 'zero' as the grid or, if it is ternary,
+    with 'low' and 'high' as the grid, and 'offsets', where rows of codes begin.
     """
     *stack, inputs, units = shape
     by_unit = (*stack, 1, units)

@@ -55,7 +55,8 @@ def matmul(
 ) -> Float[Array, 'N _']:
   """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
 
-  Rows are sorted by group; those past the last group come out zero.
+  Rows are sorted by group, and group e has group_sizes[e] of them; those past
+  the last group come out zero.
   """
   (N, M), E = x.shape, w.shape[0]
   F = w.shape[1 if transposed else 2]
@@ -83,7 +84,10 @@ def outer(
   dy: Float[Array, 'N F'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
-  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none."""
+  """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none.
+
+  It is the gradient of kernels whose products with x have the gradient dy.
+  """
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
   tiles = tiling(N, E, (M, F), _OUTER_BYTES // x.dtype.itemsize)
   rows, tile_m, tile_f = tiles

@@ -69,7 +69,8 @@ def matmul(
 ) -> Float[Array, 'N F']:
   """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
 
-  Rows are sorted by group; those past the last group come out zero.
+  Rows are sorted by group, and group e has group_sizes[e] of them; those past
+  the last group come out zero.
 
   float32 operands are multiplied as `jax.default_matmul_precision` says: as
   TF32 by default, like every other product on these GPUs.
@@ -99,6 +100,7 @@ def outer(
 ) -> Float32[Array, 'E M F']:
   """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none.
 
+  It is the gradient of kernels whose products with x have the gradient dy.
   Float32 operands are multiplied as `jax.default_matmul_precision` says: as
   TF32 by default.
   """

@@ -15,7 +15,11 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 def _dimensions(
   x: int, w: int, kernels: bool
 ) -> jax.lax.RaggedDotDimensionNumbers:
-  """Contracts axis x of the rows with axis w of the kernels, or other rows."""
+  """The dimension numbers of a product of rows with a second factor.
+
+  Axis `x` of the rows is contracted with axis `w` of the second factor: kernels
+  [E, _, _] if `kernels`, else rows that are grouped alike.
+  """
   return jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([x], [w]), ([], [])),
     lhs_ragged_dimensions=[0],
@@ -39,8 +43,9 @@ def matmul(
 ) -> Float[Array, 'N _']:
   """x[n] @ w[e], or x[n] @ w[e].T if `transposed`, for each row n of group e.
 
-  Rows are sorted by group; those past the last group come out zero. `dot`
-  multiplies (x, w, group sizes, dimension numbers, type of the result).
+  Rows are sorted by group; those past the last group come out zero. `dot` is
+  the function (x, w, group sizes, dimension numbers, type) -> product of this
+  type; the backend 'tokamax' has its own.
   """
   y = dot(
     x, w, group_sizes, _dimensions(1, 2 if transposed else 1, True), x.dtype
@@ -56,7 +61,8 @@ def outer(
 ) -> Float32[Array, 'E M F']:
   """The sum of x[n]^T dy[n] over the rows of each group, 0 if it has none.
 
-  `dot` is that of `matmul`.
+  It is the gradient of kernels whose products with x have the gradient dy.
+  `dot` is the function (x, dy, group sizes, dimension numbers, type) -> sums.
   """
   x, dy = _of_groups(x, group_sizes), _of_groups(dy, group_sizes)
   return dot(x, dy, group_sizes, _dimensions(0, 0, False), jnp.float32)

@@ -116,7 +116,7 @@ class Codes(NamedTuple):
   """The codes of a ternary matrix, or of a matrix for each expert.
 
   The rows' codes follow each other without gaps. An expert with fewer codes
-  than the expert with the most has code 0 behind its last row.
+  than N, those of the expert with the most, has code 0 behind its last row.
 
   Attributes:
     codes: The codes. Each row decodes to a whole number of pairs, so that a row

@@ -63,8 +63,9 @@ class Context(NamedTuple):
       own sequence and in a memory; None: each row is one segment.
     token_mask: bool [B, T], False at padding.
     positions: int32 [B, T], the position of each token in its document.
-    bias: float32 [H, T, S], the bias of relative positions on scores, or None.
-    memory: float [B, S, M], the encoder's output, or None.
+    bias: float32 [H, T, S], the bias of relative positions on the scores of T
+      queries and S keys, or None.
+    memory: float [B, S, M], the encoder's output for its S tokens, or None.
     memory_segment_ids: int32 [B, S], the segments of the memory's tokens; None:
       each row is one segment.
     token_info: The arrays that routers read, [B, T] each.

@@ -169,7 +169,7 @@ class FfnLayer:
     Args:
       module: The module that the parameters belong to.
       stack: The sizes of the leading dimensions; () for a single layer.
-      width: M, the width of the rows.
+      width: M, the width of the layer's input.
       kernel: The initialiser of kernels. Default: the model's.
     """
     shared, role, p = self.shared, self.role, {}
@@ -214,7 +214,7 @@ class FfnLayer:
     Args:
       stack: The sizes of the leading dimensions, (E,) for E experts; () for a
         single layer.
-      width: M, the width of the rows.
+      width: M, the width of the layer's input.
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
@@ -252,8 +252,9 @@ class FfnLayer:
 
     Args:
       p: The parameters by name, of one layer, or each [E, ...] of E layers.
-      x: The rows.
-      dropout: The function that drops hidden values; by default it drops none.
+      x: The R rows of the layer, or of each layer; a row is a token's vector.
+      dropout: The function from hidden values [*E, R, F] to the same with some
+        dropped; by default it drops none.
       product: The function product(rows, kernel) that multiplies them.
       add_bias: The function add_bias(products, bias) that returns their sum.
     """
@@ -283,7 +284,8 @@ class FfnLayer:
 
     Args:
       p: The parameters of the layers, each [E, ...].
-      x: The rows. Rows after the last layer's have undefined outputs.
+      x: The N rows of all layers, each the vector of a token. Rows after the
+        last layer's have undefined outputs.
       group_sizes: The number of rows of each layer.
       dropout_key: The key of dropout; None: nothing is dropped.
       backend: The backend of the grouped products.
@@ -364,7 +366,7 @@ class FeedForward(nn.Module):
     return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
-    """The product [N, F] of hidden values h [N, F] with the kernel of layer i.
+    """The product [N, F] of N tokens' hidden values h with a kernel, layer i's.
 
     i counts hidden layers from 0, and is at least 1 here. A bias is added if
     `use_bias`.

@@ -134,7 +134,7 @@ class Lstm(nn.Module):
   def _parameters(self, M):
     """Makes w_in and w_state [M, 4 H], the bias [4 H], and w_out [H, M].
 
-    w_out is None if H is M.
+    H is the number of cells; w_out is None if it is M.
     """
     shared, H = self.shared, self.options.cells(M)
     dtype, param_dtype = shared.dtype, shared.param_dtype
@@ -165,9 +165,9 @@ def start(
   width: int,
   id_dtype: DTypeLike = jnp.int32,
 ) -> LstmState:
-  """The state of zeros with which `batch_size` rows of M = `width` begin.
+  """The state, zeros, before the first step of B = `batch_size` sequences.
 
-  The indices of documents in the state have the type `id_dtype`.
+  M is `width`. The indices of documents in the state have the type `id_dtype`.
   """
   return LstmState(
     cell=jnp.zeros((batch_size, options.cells(width)), jnp.float32),
@@ -177,14 +177,14 @@ def start(
 
 
 def _step(w_state, w_out, state, inputs):
-  """One step of an LSTM for all rows: the next state, and its output [B, M].
+  """One step of B sequences: the `LstmState` after it, and its output [B, M].
 
   Args:
     w_state: The kernel [M, 4 H] that multiplies the output of the step before.
     w_out: The kernel [H, M] of the output; None if H is M.
     state: The state after the step before.
-    inputs: The step's inputs times w_in with the bias, [B, 4 H], and documents
-      [B]; where they are 0, padding, the state stays as it is.
+    inputs: The step's inputs times w_in with the bias, [B, 4 H] for H cells,
+      and documents, int [B]; where they are 0, padding, the state stays as is.
   """
   x, segment = inputs
   real = (segment > 0)[:, None]

@@ -121,9 +121,10 @@ class MoE(nn.Module):
   def _imposed_choices(self, given, mask, train, layer):
     """The choices imposed by `given` or by the option `force_balance`, or None.
 
-    `given` has [B, T, K]; the result, and the mask of real tokens, are in
-    groups. Raises ValueError if both impose choices, or none can be imposed on
-    merged experts.
+    `given` has [B, T, K], and the result [G, S, K]. The mask [G, S] is True at
+    real tokens, and `layer` is the index of the layer. If not `train`, random
+    choices are the same in each call. Raises ValueError if both impose choices,
+    or none can be imposed on merged experts.
     """
     o, kind = self.options, self.options.force_balance
     if given is not None:
@@ -141,9 +142,9 @@ class MoE(nn.Module):
     return forced_choices(kind, mask, E, K, layer, key)
 
   def _mask_outputs(self, routing, train):
-    """Masks experts' outputs at random in training, by setting gates to zero.
+    """The routing with gates set to 0 at random, at the rate `output_masking`.
 
-    Outside of training each gate is multiplied by the probability with which
+    If not `train`, each gate is multiplied by the probability with which
     training does not mask it.
     """
     rate = self.options.output_masking
@@ -171,7 +172,7 @@ def _check_options(options: Any) -> None:
 
 
 def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
-  """Raises ValueError where a router would mix tokens of several rows."""
+  """Raises ValueError where a router would mix tokens of several sequences."""
   if options.router.mixes and group_size > length:
     raise InputError(
       f'group_size={options.group_size}: the {group_size} tokens of a group '
@@ -223,9 +224,10 @@ def _to_merged(
 def to_groups(
   x: Float[Array, 'B T M'], token_mask: Bool[Array, 'B T'], group_size: int
 ) -> tuple[Float[Array, 'G S M'], Bool[Array, 'G S']]:
-  """Cuts the batch into groups of consecutive tokens, padded with mask False.
+  """Cuts x and its mask into groups of consecutive tokens, in order.
 
-  A `group_size` of 0 stands for T, and -1 for the whole batch.
+  Tokens with mask False fill up the last group. A `group_size` of 0 stands for
+  T, and -1 for the whole batch.
 
   Raises:
     ValueError: group_size neither divides T nor is a multiple of it.
@@ -242,7 +244,11 @@ def to_groups(
 def to_rows(
   values: Shaped[Array, 'G S N'], batch_size: int, length: int
 ) -> Shaped[Array, 'B T N']:
-  """Puts values of tokens in groups into rows of the batch, without padding."""
+  """Undoes `in_groups`, for values of N numbers a token.
+
+  The function flattens the groups in order, drops the tokens that were added to
+  fill the last group, and reshapes to [B, T, N]. B is `batch_size`, T `length`.
+  """
   values = values.reshape(-1, values.shape[-1])[: batch_size * length]
   return values.reshape(batch_size, length, -1)
 
@@ -250,7 +256,7 @@ def to_rows(
 def in_groups(
   values: Shaped[Array, 'B T ...'], group_size: int
 ) -> Shaped[Array, 'G S ...']:
-  """Cuts values of tokens into groups of one size, the last padded with 0."""
+  """Cuts values of tokens, in order, into groups; zeros fill up the last."""
   values = values.reshape(-1, *values.shape[2:])
   padding = [(0, -len(values) % group_size), *[(0, 0)] * (values.ndim - 1)]
   return jnp.pad(values, padding).reshape(-1, group_size, *values.shape[1:])

@@ -235,7 +235,7 @@ class MoeOptions(Options):
       )
 
   def _imposed_problems(self) -> Iterator[str]:
-    """The reasons why the options cannot impose choices on the router."""
+    """The reasons, as texts, why `force_balance` or `replay` cannot be had."""
     forced, replay, router = self.force_balance, self.replay, self.router
     if forced and replay:
       yield (

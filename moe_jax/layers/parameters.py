@@ -57,8 +57,10 @@ def boxed(
 ) -> Initializer:
   """An initialiser that puts its arrays into a box.
 
+  It is called like `init`, as (key, shape, dtype), and returns a `Parameter`.
+
   Args:
-    init: The initialiser.
+    init: The initialiser that makes the arrays.
     axes: The logical name of each dimension; None for a dimension without one.
     role: The part of the model, such as 'attention' or 'ffn'.
     form: The use: 'kernel', 'bias', 'scale' or 'table'.
@@ -84,6 +86,8 @@ def kernel(
 ) -> Initializer:
   """The initialiser of a kernel, by the model's kind of initialisation.
 
+  It is a function (key, shape, dtype) -> `Parameter`, the kernel in its box.
+
   Args:
     shared: The settings that all layers of the model share.
     axes: The logical name of each dimension; None for a dimension without one.
@@ -105,24 +109,24 @@ def kernel(
 
 
 def zero_kernel(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a kernel with this role and these axes, of zeros."""
+  """A function (key, shape, dtype) -> zeros in a `Parameter`, as a kernel."""
   return boxed(nn.initializers.zeros, axes, role=role, form='kernel')
 
 
 def bias(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a bias with this role and these axes, of zeros."""
+  """A function (key, shape, dtype) -> zeros in a `Parameter`, as a bias."""
   return boxed(nn.initializers.zeros, axes, role=role, form='bias')
 
 
 def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
-  """The initialiser of a scale with this role and these axes, of ones."""
+  """A function (key, shape, dtype) -> ones in a `Parameter`, as a scale."""
   return boxed(nn.initializers.ones, axes, role=role, form='scale')
 
 
 def table(
   shared: Shared, axes: Sequence[str | None], *, role: str = 'embedding'
 ) -> Initializer:
-  """The initialiser of a table of embeddings, drawn as the options say."""
+  """A function (key, shape, dtype) -> random embeddings in a `Parameter`."""
   init = shared.numerics.init.embedding()
   return boxed(init, axes, role=role, form='table')
 

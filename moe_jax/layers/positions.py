@@ -34,7 +34,7 @@ class Positions(Options):
   scaling = Unscaled()
 
   def within(self, max_len: int) -> 'Positions':
-    """The options, where `max_len`, in tokens, replaces a table length of 0."""
+    """The options; `max_len` tokens replace 0 as a learned table's length."""
     return self
 
   def problems_with(
@@ -94,8 +94,8 @@ class Positions(Options):
   ) -> 'RelativePositionBias | None':
     """The module `name` whose bias [H, T, S] is added to scaled scores.
 
-    None in kinds of positions without a bias. H is `num_heads`; `causal` tells
-    whether a token sees no later tokens.
+    None in kinds of positions without a bias. T counts queries, S keys, and
+    H is `num_heads`; `causal` tells whether a token sees no later tokens.
     """
     return None
 
@@ -135,7 +135,11 @@ class Rotary(Positions):
     return int(head_width * self.fraction)
 
   def problems_with(self, head_width, causal, name='head_width'):
-    """Yields a text if the rotated width is odd or 0, or misfits `scaling`."""
+    """Yields a text if the rotated width is odd or 0, or misfits `scaling`.
+
+    This width is `head_width` times the option `fraction`. The text calls the
+    option of `head_width` by `name`; `causal` is not read.
+    """
     width = self._width(head_width)
     if width % 2 or not width:
       factor = '' if self.fraction == 1 else f' * fraction={self.fraction}'
@@ -145,10 +149,12 @@ class Rotary(Positions):
       yield f'scaling: {problem}'
 
   def rotate(self, x, positions, segment_ids=None):
-    """Rotates the P pairs of each head by their angles, in float32.
+    """Rotates the P pairs of each head of x [B, T, H, D], in float32.
 
-    Source: Eq. 34 of arXiv:2104.09864, whose pair i is of dimensions (2 i,
-    2 i + 1); if not `interleaved`, pair i is of dimensions (i, i + P).
+    P is half of the rotated width. The angles are those of `positions` [B, T];
+    `segment_ids` [B, T] tell which documents are long. Source: Eq. 34 of
+    arXiv:2104.09864, whose pair i is of dimensions (2 i, 2 i + 1); if not
+    `interleaved`, pair i is of dimensions (i, i + P).
     """
     width = self._width(x.shape[-1])
     turns = self.scaling.turns(self.theta, width)
@@ -178,9 +184,9 @@ class Rotary(Positions):
 
 
 def _last_positions(positions, segment_ids) -> Int[Array, 'B t']:
-  """The last position of each token's segment, [B, T].
+  """The last of the `positions` [B, T] in each token's segment, [B, T].
 
-  Where `segment_ids` is None, it is the last position of each row, [B, 1].
+  Where `segment_ids` is None, it is the last one of each sequence, [B, 1].
   """
   if segment_ids is None:
     return positions.max(axis=1, keepdims=True)
@@ -214,7 +220,7 @@ class Learned(Positions):
     return self.max_len
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Adds the learned vectors; raises ValueError for rows over `max_len`."""
+    """Adds the vectors of `positions` to x; ValueError where T > `max_len`."""
     # Only the length of whole rows is checked. A decoding step needs no check,
     # as its cache has no more slots than the table has positions.
     if positions.shape[1] > self.max_len:
@@ -241,7 +247,11 @@ class Sinusoidal(Positions):
   )
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Adds `sinusoids`, except at padding and at tokens of id `offset` - 1."""
+    """Adds to x [B, T, M] the `sinusoids` of `positions` [B, T] + `offset`.
+
+    Padding gets none, nor do tokens whose id is `offset` - 1, which is that of
+    padding in fairseq. `table` is not read.
+    """
     vectors = sinusoids(positions + self.offset, x.shape[-1])
     has_position = token_mask & (tokens != self.offset - 1)
     return x + jnp.where(has_position[..., None], vectors, 0).astype(x.dtype)
@@ -271,7 +281,7 @@ class Relative(Positions):
       yield f'max_distance={most} must be above half of buckets={N}'
 
   def problems_with(self, head_width, causal, name='head_width'):
-    """Yields a text if an encoder has too few buckets for both directions."""
+    """Yields a text if an encoder (not `causal`) has fewer than 4 buckets."""
     if not causal and self.buckets < 4:
       yield f'buckets={self.buckets} must be at least 4 in an encoder'
 

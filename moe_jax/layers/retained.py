@@ -47,14 +47,18 @@ class Retained(Options):
   def of(
     cls, counts: Mapping[int, int], rows: Mapping[int, tuple[int, ...]]
   ) -> 'Retained':
-    """The options whose properties `counts` and `rows` have these values."""
+    """The options whose properties `counts` and `rows` have these values.
+
+    By the index of a layer, `counts` has its number of experts, and `rows` the
+    expert of each of its router's columns.
+    """
     texts = (f'{i}: {" ".join(map(str, row))}' for i, row in rows.items())
     counts_text = ', '.join(f'{i}:{count}' for i, count in counts.items())
     return cls(counts_text, '; '.join(texts))
 
   @property
   def counts(self) -> Mapping[int, int]:
-    """The number of experts of each pruned layer."""
+    """The number of experts of each pruned layer, by the layer's index."""
     entries = _entries('experts', self.experts)
     return {layer: count for layer, (count,) in entries.items()}
 

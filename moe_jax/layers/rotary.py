@@ -34,7 +34,11 @@ class RotaryScaling(Options):
   """The base of kinds of scaling, which change the angles for long texts."""
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
-    """The reasons, as texts, why theta or the rotated width does not fit."""
+    """The reasons, as texts, why theta or the rotated width does not fit.
+
+    `theta` is the base of the wavelengths of rotary positions, and `width` the
+    number of dimensions of a head that rotate.
+    """
     return iter(())
 
   def turns(self, theta: float, width: int, long: bool = False) -> Turns:
@@ -56,7 +60,7 @@ class RotaryScaling(Options):
 
   @property
   def latent_factor(self) -> float:
-    """The factor of latent attention's scores that comes beside D^-0.5."""
+    """Factor of latent attention's scores besides D^-0.5; 1 except in YaRN."""
     return 1.0
 
 
@@ -128,7 +132,11 @@ class Yarn(RotaryScaling):
       yield f'beta_fast={fast} must be above beta_slow={slow}'
 
   def problems_with(self, theta, width):
-    """Yields a text for a `theta` up to 1, as no pair would turn slower."""
+    """Yields a text unless `theta`, the base of the wavelengths, is above 1.
+
+    Up to 1, no pair of dimensions turns slower than the first one, so that
+    slow pairs cannot be told from fast ones. `width` is not read.
+    """
     if theta <= 1:
       yield f'theta={theta} must be above 1 with scaling'
 
@@ -148,7 +156,8 @@ class Yarn(RotaryScaling):
   def _pair(self, theta: float, width: int, num_turns: float) -> float:
     """The index of the pair that turns `num_turns` times in `original_len`.
 
-    It lies between two pairs where it is no whole number.
+    It lies between two pairs where it is no whole number. `theta` is the base
+    of the wavelengths, and `width` the number of rotated dimensions of a head.
     """
     wavelength = self.original_len / (num_turns * 2 * math.pi)
     return width * math.log(wavelength) / (2 * math.log(theta))
@@ -220,7 +229,10 @@ class LongRope(RotaryScaling):
     return self.original_len
 
   def problems_with(self, theta, width):
-    """Yields a text for each list whose length is not the number of pairs."""
+    """Yields a text for each list whose length is not the number of pairs.
+
+    There are `width` / 2 pairs of dimensions that turn; `theta` is not read.
+    """
     pairs = width // 2
     for name in ('short_factor', 'long_factor'):
       count = len(getattr(self, name))
@@ -249,5 +261,5 @@ SCALINGS = Kinds(
 
 
 def frequencies(theta: float, width: int) -> np.ndarray:
-  """Radians, float32, by which each of width / 2 pairs turns per position."""
+  """Radians, float32, that pair i turns per position: theta^(-2 i / width)."""
   return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)

@@ -33,7 +33,7 @@ class Init(Options):
   def kernel(
     self, *, residual: bool, shrink: float, num_layers: int, **axes: Any
   ) -> Initializer:
-    """Returns the initialiser of a kernel.
+    """Returns the initialiser of a kernel, a function (key, shape, dtype).
 
     Args:
       residual: Whether the product is added to the residual stream.
@@ -46,7 +46,7 @@ class Init(Options):
     raise NotImplementedError
 
   def embedding(self) -> Initializer:
-    """Returns the initialiser of a table of embeddings."""
+    """Returns the function (key, shape, dtype) -> a table of embeddings."""
     return nn.initializers.normal(self.embedding_std)
 
 
@@ -64,7 +64,10 @@ class FanIn(Init):
   )
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser; the fan-in of stacked kernels is that of one."""
+    """Returns the initialiser; the fan-in of stacked kernels is that of one.
+
+    `shrink` divides the variance; `residual` and `num_layers` are not read.
+    """
     return nn.initializers.variance_scaling(
       self.scale / shrink, 'fan_in', 'truncated_normal', **axes
     )
@@ -142,5 +145,5 @@ class Shared:
     return self.numerics.param_dtype
 
   def mesh_axes(self, logical: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis; none where it has no rule."""
+    """The mesh axes that split a logical axis; () where it has no rule."""
     return dict(self.rules).get(logical, ())

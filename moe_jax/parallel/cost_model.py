@@ -195,7 +195,8 @@ def step(
     sizes: The sizes of the experts.
     num_groups: g, the number of groups; with one group an exchange is a single
       all-to-all.
-    shadowed: Whether each expert is shadowed; None for no expert.
+    shadowed: Whether each expert is shadowed, that is, sent to all devices;
+      None for no expert.
     gathered: The number of tokens of each device, where all devices gather
       tokens, and sum outputs, in place of rows that travel; None: rows travel.
       There is one group then, and no expert is shadowed.

@@ -72,7 +72,8 @@ class Exchange(Options):
   ) -> list[Float[Array, '_ _ M']]:
     """The pieces of one device's rows, in the order in which they travel.
 
-    The method is called under `shard_map`; dimension 1 of a piece is of rows.
+    The method is called under `shard_map`. A piece is [_, _, M]: dimension 0 is
+    of experts, all or some, and dimension 1 of their rows.
     """
     del layout
     return [rows]
@@ -80,7 +81,7 @@ class Exchange(Options):
   def joined(
     self, layout: Layout, pieces: Sequence[Float[Array, '_ _ M']]
   ) -> Float[Array, 'E R M']:
-    """The rows that `cut` cut into pieces; called under `shard_map`."""
+    """The rows that `cut` cut into these pieces; called under `shard_map`."""
     del layout
     (rows,) = pieces
     return rows
@@ -121,6 +122,7 @@ class Constraint(Exchange):
   def move(self, layout, rows, to_experts, number=0):
     """States the sharding of the same rows before and after they travel.
 
+    All rows are one piece, so that `number` is not read.
     The dimension R of rows is first reshaped into one dimension for each mesh
     axis that splits groups, and one for the rows of a device. In this shape the
     compiler sees that some mesh axes move from rows to the dimension E of

@@ -38,8 +38,8 @@ def exchange_tokens(
   exchanges, although here all tokens travel.
 
   Args:
-    summed: The function (params [J, ...], groups, routing of J experts, key of
-      dropout) -> gated sums of outputs, on one device.
+    summed: The function (params [J, ...], groups, routing, key of dropout) ->
+      gated sums, for these groups, of outputs of the J experts of one device.
     params: The parameters of all experts, [E, ...], by name.
     axes: The logical axes of each parameter, by name.
     x: The groups of tokens.

@@ -24,7 +24,8 @@ def on_rows_and_heads(
   that do not divide by their mesh axes are computed whole on each device.
 
   Args:
-    f: The function f(query, key, value, segment_ids, sinks).
+    f: The function f(query, key, value, segment_ids, sinks) -> weighted means
+      of values, [B, T, H, U], of the rows and heads of its arguments.
     query: The queries of H heads.
     key: The keys of N heads; the last mesh axis splits heads if it divides N.
     value: The values of N heads, of width U.

@@ -58,10 +58,12 @@ class Layout:
   ) -> Callable[..., Any]:
     """The function mapped over the mesh; each device calls it on its own parts.
 
+    The function that is returned takes and returns whole arrays.
+
     Args:
-      function: The function of parts of arrays.
-      in_specs: The partition specs of its arguments.
-      out_specs: The partition specs of its results.
+      function: The function from parts of arrays to parts of its results.
+      in_specs: The partition specs of the arguments.
+      out_specs: The partition specs of the results.
     """
     return jax.shard_map(
       function,

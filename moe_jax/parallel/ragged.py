@@ -105,7 +105,7 @@ class RaggedExchange(Options):
       return travel(outputs, False), plan.overflow
 
   def bound(self, num_rows: int) -> int:
-    """The number of rows that a buffer has room for.
+    """The number of rows that a device's buffer of received rows has room for.
 
     Args:
       num_rows: The number of rows if all rows go to one device.

@@ -88,7 +88,9 @@ def exchange_slots(
   def depart(x, routing):
     """Fills one device's rows, those that travel and those that stay.
 
-    Also returns the shadowed experts, the two routings and counts of rows.
+    The results are the pieces of the former, in a list; the latter [1, R, _, M]
+    of R shadowed experts, or None; these experts [1, R]; the two routings; and
+    counts of rows, [1] each. On the mesh, the 1 is a dimension of devices.
     """
     counts = routing.rows_per_expert()
     shadowed = shadowing.choose(layout, counts, experts.sizes)
@@ -104,9 +106,14 @@ def exchange_slots(
     return pieces, staying_rows, shadowed[None], (sent, staying), stats
 
   def arrive(pieces, staying_rows, choices):
-    """The gated sum of outputs for each token of one device.
+    """The gated sum of outputs for each token of one device, [G, S, M].
 
-    `choices` are the routings of the rows that travelled and that stayed.
+    Args:
+      pieces: The outputs for the rows that travelled, in the pieces, arrays
+        [_, _, M], in which they travelled; `exchange` joins them to [E, R, M].
+      staying_rows: The outputs of R shadowed experts for the rows that stayed,
+        [1, R, _, M]; None if no expert can be shadowed.
+      choices: The routings of the rows that travelled and that stayed.
     """
     sent, staying = choices
     y = sums_of(exchange.joined(layout, pieces), sent)

@@ -87,9 +87,10 @@ def exchange_sorted(
   """
 
   def of_device(x, routing, params, key):
-    """The output for one device's groups, and counts of the rows it sends.
+    """The output for one device's groups x, and counts of the rows it sends.
 
-    A device holds some of the experts, or a part of the hidden width F of all.
+    A device holds some of the experts, or a part of the hidden width F of all,
+    and so has these `params`. The key is that of dropout, or None.
     """
     # Devices that differ in rows, experts or part of F get different keys, so
     # that their dropout differs; devices with copies of all three get the same.

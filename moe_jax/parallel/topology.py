@@ -80,7 +80,10 @@ class Topology:
 
   @functools.cached_property
   def _trees(self) -> Float[np.ndarray, 'W L']:
-    """The seconds that a byte broadcast by a device takes on each link."""
+    """The seconds that a byte broadcast by each of W devices takes on a link.
+
+    There are L links.
+    """
     trees = [set[Link]() for _ in range(self.num_devices)]
     for (root, _), path in self.paths.items():
       trees[root].update(path)

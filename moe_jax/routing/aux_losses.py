@@ -64,19 +64,20 @@ def balance_of_rows(
   rows: Mapping[str, int],
   choices: str = 'all',
 ) -> dict[str, Float32[Array, '']]:
-  """The balance losses of sets of consecutive rows, whatever the groups are.
+  """The balance losses of sets of consecutive sequences, whatever groups are.
 
-  The loss of each set is multiplied by its number of real tokens, so that the
-  sum divided by the number of all real tokens is the mean.
+  A sequence is a row of the batch. The result has each loss by its name in
+  `rows`, a sum over sets. The loss of each set is multiplied by its number of
+  real tokens, so that the sum divided by the number of all is the mean.
 
   Args:
     router_probs: The softmax of the logits over all experts.
     expert_index: The chosen experts, before any choice is dropped.
     mask: False for padding.
-    row_length: T, the number of tokens of a row of the batch; a group is a part
-      of a row, or several rows.
-    rows: The number of rows of a set, by the name of the loss in the result;
-      the last set may have fewer rows.
+    row_length: T, the number of tokens of a sequence; a group is a part of a
+      sequence, or several sequences.
+    rows: The number of sequences of a set, by the name of the loss in the
+      result; the last set may have fewer.
     choices: 'all' counts all K choices, 'first' only the largest.
   """
   if choices == 'first':
@@ -95,7 +96,10 @@ def balance_of_rows(
   )
 
   def loss(count):
-    """The sum of losses of sets of `count` parts, times their real tokens."""
+    """The sum over sets of `count` parts of sequences: loss times real tokens.
+
+    The parts are those into which the tokens were cut above.
+    """
 
     def sum_parts(x):
       padding = -len(x) % count
@@ -197,7 +201,7 @@ def load_per_expert(
   counted: Bool[Array, 'G S #K'],
   num_experts: int,
 ) -> Float32[Array, 'G E']:
-  """The number of choices of each expert, where `counted` is True."""
+  """Each group's number of choices of each expert where `counted` is True."""
   chosen = jax.nn.one_hot(expert_index, num_experts)
   return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))
 
@@ -218,9 +222,10 @@ def choice_losses(
   balance_choices: str,
   balance_scores: str = 'softmax',
 ) -> dict[str, Float32[Array, '']]:
-  """The balance loss, the z-loss and the importance loss of tokens' choices.
+  """The losses of tokens' choices: balance loss, z-loss and importance loss.
 
-  Each is summed over groups, times the number of real tokens of the group.
+  Their names are 'balance_loss', 'z_loss' and 'importance_loss'. Each is summed
+  over groups, times the number of real tokens of the group.
 
   Args:
     logits: The logits without noise, of which balance loss and z-loss are made.

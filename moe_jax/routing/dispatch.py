@@ -24,8 +24,8 @@ class Dispatcher(NamedTuple):
   """The two directions of a dispatcher.
 
   Attributes:
-    dispatch: The function (tokens [G, S, M], routing) -> rows, with each token
-      copied to the rows of its experts.
+    dispatch: The function (tokens [G, S, M], routing) -> rows, [E, R, M] or,
+      sorted by expert, [N, M], with each token copied to those of its experts.
     combine: The function (rows, routing) -> [G, S, M], the sum of each token's
       rows, weighted by its gates.
   """
@@ -113,7 +113,7 @@ def _to_sorted(
 def _from_sorted(
   rows: Float[Array, 'N M'], routing: Routing
 ) -> Float[Array, 'G S M']:
-  """The sum of the sorted rows of each token, weighted by the token's gates."""
+  """The sum of each token's rows, of N sorted by expert, weighted by gates."""
   return _give_back(rows, rows_by_expert(routing), routing)
 
 
@@ -139,7 +139,8 @@ class Rows(NamedTuple):
   """The token and the choice in each row of an expert, and each choice's row.
 
   N = G * S is the number of tokens of all groups, and P the number of choices
-  of a routing.
+  of a routing. Rows are [E, R] for R slots an expert, or, sorted by expert, one
+  dimension; [*R] stands for both.
 
   Attributes:
     token: int32 [*R], the token in each row, in [0, N); N in an empty row.
@@ -236,13 +237,15 @@ def take_tokens(
   row: Int32[Array, 'N K'] | Int32[Array, ' P'],
   num_tokens: int,
 ) -> Float[Array, '*R M']:
-  """The vector of the token in each row; zeros in an empty row.
+  """Fills the rows that experts multiply with copies of tokens' vectors.
 
   Args:
     x: The vectors of the tokens.
-    token: The index of the token in each row; N in an empty row.
-    row: The row of each choice, or the number of rows where a choice has none,
-      for the gradient; [N, K] where tokens choose, [P] where experts do.
+    token: The index of the token that each row gets; N for a row of zeros.
+    row: The inverse of `token`, for the gradient alone. Where tokens choose, it
+      is the row of each of a token's K choices, counted over all rows, or the
+      number of rows where a choice has none. Where experts choose, it is any
+      array [P]: the gradient is then made by `token`.
     num_tokens: N, the number of tokens.
   """
   del row, num_tokens

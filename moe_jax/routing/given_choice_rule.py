@@ -188,6 +188,8 @@ def to_experts(
 def one_queue(routing: Routing, capacity: int) -> Routing:
   """Makes one group of all groups, in which served choices queue once more.
 
+  Exchanges with room for a share of the slots need it, to drop other choices.
+
   Args:
     routing: The routing of several groups, [G, S, K].
     capacity: The slots of an expert for all groups together.
@@ -326,8 +328,9 @@ def places_by_sum(
 ) -> Int32[Array, ' N']:
   """The number of queued choices of the same expert before each queued choice.
 
-  The number is computed by a sum over one-hot vectors, and is 0 for a choice
-  that does not queue.
+  The N choices of a group are in the order in which they queue. The number is
+  computed by a sum over one-hot vectors, and is 0 for a choice that does not
+  queue.
   """
   choice = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
   choice = jnp.where(queued[:, None], choice, 0)  # [N, E]
@@ -339,8 +342,9 @@ def places_by_sort(
 ) -> Int32[Array, ' N']:
   """The number of queued choices of the same expert before each queued choice.
 
-  The number is computed by a sort, in a time independent of E, and is 0 for a
-  choice that does not queue.
+  The N choices of a group are in the order in which they queue. The number is
+  computed by a sort, in a time independent of E, and is 0 for a choice that
+  does not queue.
   """
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)

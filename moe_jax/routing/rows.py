@@ -51,7 +51,7 @@ def _without_nan_jvp(primals, tangents):
 def stable_argsort(
   key: Int32[Array, ' N'], num_keys: int
 ) -> Int32[Array, ' N']:
-  """The order that sorts keys in [0, num_keys); equal keys keep their order."""
+  """The indices that sort keys in [0, num_keys), equal ones in their order."""
   N = key.shape[0]
   number = jnp.arange(N, dtype=jnp.int32)
   if num_keys * N <= np.iinfo(np.int32).max:

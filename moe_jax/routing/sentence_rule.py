@@ -67,8 +67,9 @@ def sentence_means(
 def spread(
   rows: Float32[Array, 'G S M'], sentence: Int32[Array, 'G S']
 ) -> Float32[Array, 'G S M']:
-  """Gives each token the row of its sentence, which has the index `sentence`.
+  """Gives each token its sentence's vector, such as the mean of its tokens.
 
-  The first rows of a group are those of its sentences, in order.
+  `rows` begins, in each group, with the vectors of the group's sentences, in
+  order; `sentence` is the index of each token's sentence there.
   """
   return jnp.take_along_axis(rows, sentence[..., None], axis=1)

@@ -152,12 +152,15 @@ def hierarchical_load(
   """Load_H of expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
 
   Load_p and Load_i sum the P(x, .) of the primary gate and of branch i's gate.
-  X_i are the real tokens that chose branch i; its load is 0 if none did. The
-  primary gate's gradient comes from the first factor.
+  X_i are the real tokens that chose branch i; its load is 0 if none did. There
+  are A branches of B experts each, and a token chooses K1 branches. The primary
+  gate's gradient comes from the first factor.
 
   Args:
-    branch_probability: P(x, i) of the primary gate (`load_probability`).
-    expert_probability: P(x, j) of the gate of each chosen branch.
+    branch_probability: P(x, i), the chance that token x chooses branch i
+      (`load_probability`).
+    expert_probability: P(x, j), the chance that it chooses expert j of each
+      chosen branch.
     branch_index: The chosen branches.
     mask: False for padding.
 
@@ -208,6 +211,7 @@ def levels_aux(
 ) -> MoeAux:
   """The losses and statistics of two levels of gates, summed over real tokens.
 
+  The losses are 'z_loss', 'importance_loss' and 'load_loss'.
   Entropy, squared logits and z-loss are the primary gate's plus those of the
   chosen branches, weighted by the primary gate. The paper has no balance loss
   for two levels.
@@ -230,7 +234,10 @@ def levels_aux(
     load = cv_squared(expected_load)
 
   def summed(per_token):
-    """The sum over real tokens of `per_token`(logits), of both levels."""
+    """The sum over real tokens of `per_token`(logits), of both levels.
+
+    `per_token` is a function from logits [..., E] to a number for each token.
+    """
     inner = per_token(expert.clean).reshape(branch.gate.shape)
     # Without a gradient of the weights, the z-loss does not move tokens to
     # branches with small logits.

@@ -226,7 +226,10 @@ def empty_aux(
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
-  """`aux` with zeros behind its loads [..., E], up to `num_experts` of them."""
+  """`aux` with zeros behind its loads [..., E], up to `num_experts` of them.
+
+  So layers with fewer experts, as pruning leaves them, add up with the others.
+  """
   stats = aux.stats
   missing = num_experts - stats.load.shape[-1]
   if not missing:

@@ -310,8 +310,9 @@ class Attention(nn.Module):
       position_args: The pair (positions, segment_ids) of the tokens, each
         [B, T]; the second may be None, for one segment a row.
       attend: The function attend(query, key, value) that returns weighted means
-        of values, [B, T, H, U]. Queries are [B, T, H, D]; key and value are
-        those that a cache keeps, [B, S, N, _], or None without a `source`.
+        of values of width U, [B, T, H, U]. Queries are [B, T, H, D]; key and
+        value are those that a cache keeps, [B, S, N, _] of N heads, or None
+        without a `source`.
     """
     dtype, cached = self.shared.dtype, (None, None)
     query = self._queries(x.astype(dtype), position_args)
@@ -346,7 +347,8 @@ class Attention(nn.Module):
   def _cached(self, x, position_args):
     """The keys and values, [B, S, N, D] each, that a cache keeps of tokens x.
 
-    Self-attention rotates keys by `position_args`, (positions, segment_ids).
+    x is [B, S, M], and N the number of heads of keys. Self-attention rotates
+    keys by `position_args`, (positions, segment_ids).
     """
     shapes = self.options.within(x.shape[-1]).cached_shapes
     key = self._heads(x, 'key', 'kv_heads', shapes[0])
@@ -358,15 +360,17 @@ class Attention(nn.Module):
   def _expanded(self, key, value):
     """The keys and values to attend to, from those that a cache keeps.
 
-    All are [B, S, N, _]. Here both are the same; latent attention expands them.
+    All are [B, S, N, _] of N heads. Here both are the same; latent attention
+    expands them.
     """
     return key, value
 
   def _attend_slots(self, attention, query, key, value):
     """The result of attention(query, key, value) on cached keys and values.
 
-    Queries are [B, T, H, D], keys and values [B, N, S, _], and the result
-    [B, T, H, U]. A subclass may cache something else than keys and values.
+    Queries are [B, T, H, D], keys and values [B, N, S, _] of N heads, and the
+    result [B, T, H, U] of the width U of values. A subclass may cache something
+    else than keys and values.
     """
     return attention(query, key, value)
 
@@ -579,7 +583,7 @@ def project_memory(
   p: Mapping[str, Any],
   memory: Float[Array, 'B S M'],
 ) -> tuple[Float[Array, 'B N S D'], Float[Array, 'B N S D']]:
-  """The keys and the values of a layer of cross-attention, for a cache.
+  """The keys and values, of N heads, of a cross-attention layer, for a cache.
 
   Args:
     shared: The settings that all layers of the model share.

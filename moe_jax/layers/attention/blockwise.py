@@ -73,13 +73,13 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 def blocks(query, key, value, ids, key_ids, *, keys, bias, sinks):
   """Scaled dot-product attention, computed a block of queries at a time.
 
-  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U];
-  the result is the weighted means of values, [B, T, H, U]. A query sees keys of
-  its own segment, by `ids` [B, T] and `key_ids` [B, S]; if either is None, each
-  row is one segment. `keys` has the rules for which of these keys it sees. The
-  bias [H, T, S] is added to scaled scores, and the sinks [H] are a logit of
-  each head beside them in the softmax, which weighs no value; None: there are
-  none.
+  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U]
+  of N heads; the result is the weighted means of values of width U,
+  [B, T, H, U]. A query sees keys of its own segment, by `ids` [B, T] and
+  `key_ids` [B, S]; if either is None, each row is one segment. `keys` has the
+  rules for which of these keys it sees. The bias [H, T, S] is added to scaled
+  scores, and the sinks [H] are a logit of each head beside them in the softmax,
+  which weighs no value; None: there are none.
   """
   # A query that sees no key gets the mean of all values, as in `einsum`, so its
   # block needs all keys. If `key_ids` is `ids`, every query sees its own key.
@@ -99,11 +99,13 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
   """The output [B, T, H, U], and the arrays that the backward pass reads.
 
-  `ids` are the segments of queries and of keys; `query_blocks` are the blocks
-  of `blocks_of`, which together have all queries. For each of the R queries of
-  a block that share one of N heads of keys, the backward pass reads two numbers
-  [B, N, R, 1], from which it computes the softmax again: the largest score, and
-  the sum of the exponentials of all scores less the largest.
+  Queries are [B, T, H, D], keys [B, S, N, D] and values [B, S, N, U]. `ids` are
+  the segments of queries and of keys, and `keys` the rules for which keys a
+  query sees. `query_blocks` are the blocks of `blocks_of`, which together have
+  all queries. For each of the R queries of a block that share one of N heads of
+  keys, the backward pass reads two numbers [B, N, R, 1], from which it computes
+  the softmax again: the largest score, and the sum of the exponentials of all
+  scores less the largest.
   """
   outputs, statistics = [], []
   for block in query_blocks:
@@ -201,7 +203,7 @@ def queries_by_head(
 
 
 def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
-  """The inverse of `queries_by_head`: tokens first, then their H heads."""
+  """Undoes `queries_by_head`: t = R N / H tokens of H = `heads` heads each."""
   B, N, R, D = x.shape
   J = heads // N
   x = x.reshape(B, N, J, R // J, D).transpose(0, 3, 1, 2, 4)

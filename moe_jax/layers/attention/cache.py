@@ -23,9 +23,9 @@ class Slots(NamedTuple):
   attention to an encoder, where they are projections of the encoder's output.
 
   Attributes:
-    key: The keys, [B, N, S, D]; those of all layers are [L, B, N, S, D], or L
-      arrays.
-    value: The values, [B, N, S, U], or those of all layers.
+    key: The keys, [B, N, S, D] of N heads; those of all layers are
+      [L, B, N, S, D], or L arrays.
+    value: The values, [B, N, S, U] of width U, or those of all layers.
     filled: bool [B, S], whether the slot holds a token of the row; False at the
       encoder's padding.
     numbers: int32 [S], the index of each slot among all slots of a row; None
@@ -53,12 +53,13 @@ class Slots(NamedTuple):
 
 
 class KVCache(flax.struct.PyTreeNode):
-  """The cache of a decoder: keys and values by slot.
+  """The cache of a decoder: keys and values by slot, for each row (sequence).
 
   Attributes:
-    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer with a
-      window may have fewer slots S, with slot s at index s % S. In latent
-      attention, N is 1 and a key is a latent vector with its rotated key.
+    key: The keys of N heads, [L, B, N, S, D], or L arrays [B, N, S, D]. A layer
+      with a window may have fewer slots S, with slot s at index s % S. In
+      latent attention, N is 1 and a key is a latent vector with its rotated
+      key.
     value: The values, in the layout of the keys; in latent attention their
       width is 0.
     filled: bool [B, S], whether the slot holds a token of the row.
@@ -144,8 +145,9 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
     """Keeps each row's newest token id; also returns the id before each token.
 
-    The id before the first token of a row is -1. Padding, where `token_mask` is
-    False, may stand only in front of the new tokens.
+    Routers by hash of bigrams read the latter; it is -1 before the first token
+    of a row. Padding, where `token_mask` is False, may stand only in front of
+    the new tokens.
     """
     last, tokens = self.last_token[:, None], tokens.astype(jnp.int32)
     tokens = jnp.where(token_mask, tokens, last)
@@ -158,7 +160,7 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N U'],
   ) -> tuple['KVCache', Slots]:
-    """Fills a layer's slots that `begin` reserved.
+    """Fills a layer's slots that `begin` reserved, for N heads of keys.
 
     The second result has all slots of the layer that the new tokens may see.
     `key` and `value` are those of the T new tokens. A step may have more tokens
@@ -232,7 +234,7 @@ class KVCache(flax.struct.PyTreeNode):
     return self.replace(length=self.length + num_tokens)
 
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':
-    """The cache whose row r is row `rows[r]` of this cache.
+    """The cache whose row (sequence) r is row `rows[r]` of this cache.
 
     Beam search calls this method: its beams move between rows, and begin with
     the row of their prompt.

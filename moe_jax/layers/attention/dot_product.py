@@ -178,13 +178,14 @@ def einsum(
 ):
   """Attention by two products and a softmax, which supports every option.
 
-  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U];
-  the result is the weighted means of values, [B, T, H, U]. A query sees keys of
-  its own segment, by `ids` [B, T] and `key_ids` [B, S]; if either is None, each
-  row is one segment. `keys` has the rules for which of these keys it sees. The
-  bias [H, T, S] is added to scaled scores, and the sinks [H] are a logit of
-  each head beside them in the softmax, which weighs no value; None: there are
-  none. The function `dropout` drops some of the weights; None drops none.
+  Queries are [B, T, H, D], unscaled, keys [B, S, N, D] and values [B, S, N, U]
+  of N heads; the result is the weighted means of values of width U,
+  [B, T, H, U]. A query sees keys of its own segment, by `ids` [B, T] and
+  `key_ids` [B, S]; if either is None, each row is one segment. `keys` has the
+  rules for which of these keys it sees. The bias [H, T, S] is added to scaled
+  scores, and the sinks [H] are a logit of each head beside them in the softmax,
+  which weighs no value; None: there are none. The function `dropout` drops some
+  of the weights; None drops none.
   """
   B, T, H, D = query.shape
   S, N = key.shape[1:3]
@@ -264,10 +265,11 @@ def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:
 def jax_nn(query, key, value, ids, key_ids, *, keys, bias, implementation):
   """Calls JAX's own attention, of `implementation` 'xla' or 'cudnn'.
 
-  Queries are [B, T, H, D], unscaled, keys and values [B, S, N, D]. A query sees
-  keys of its own segment, by `ids` [B, T] and `key_ids` [B, S], which need a
-  mask [B, 1, T, S] in memory; if `ids` is None, each row is one segment. `keys`
-  has the rules for which of these keys it sees. The bias is [H, T, S] or None.
+  Queries, unscaled, and result are [B, T, H, D], keys and values [B, S, N, D]
+  of N heads. A query sees keys of its own segment, by `ids` [B, T] and
+  `key_ids` [B, S], which need a mask [B, 1, T, S] in memory; if `ids` is None,
+  each row is one segment. `keys` has the rules for which of these keys it sees.
+  The bias is [H, T, S] or None.
   """
   mask = None
   if ids is not None:
@@ -291,12 +293,12 @@ def splash(
 ):
   """Attention by the TPU's blockwise kernel, which stores no scores or mask.
 
-  Queries are [B, T, H, D], unscaled, keys and values [B, T, N, D] of the same
-  tokens. A token sees its own segment, by `ids` [B, T] (also `key_ids`); None:
-  each row is one segment. `keys` has the rules for which of these keys it sees.
-  The sinks [H], or None, are a logit of each head in its softmax, which weighs
-  no value. With `interpret` the kernel is emulated, for other platforms than
-  TPUs.
+  Queries, unscaled, and result are [B, T, H, D], keys and values [B, T, N, D]
+  of N heads and the same tokens. A token sees its own segment, by `ids` [B, T]
+  (also `key_ids`); None: each row is one segment. `keys` has the rules for
+  which of these keys it sees. The sinks [H], or None, are a logit of each head
+  in its softmax, which weighs no value. With `interpret` the kernel is
+  emulated, for other platforms than TPUs.
   """
   del key_ids  # they are those of the queries
 

@@ -73,10 +73,10 @@ def masked_softmax(
 ) -> Float32[Array, '*B T S']:
   """Softmax over the keys where `mask` is True.
 
-  A row without such keys has equal weights or, with a sink, zeros. A sink is
-  one more score in the softmax; its weight is dropped, so that a row of weights
-  sums to less than 1. None: no sinks. Mask and sinks may have 1 in place of a
-  leading dimension of the scores.
+  A query without such keys has equal weights or, with a sink, zeros. A sink is
+  one more score in the softmax; its weight is dropped, so that the weights of a
+  query sum to less than 1. None: no sinks. Mask and sinks may have 1 in place
+  of a leading dimension of the scores.
   """
   scores = scores + hidden(mask)
   if sinks is None:

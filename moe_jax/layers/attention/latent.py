@@ -138,7 +138,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """The rules for keys; the scale of scores includes the factor of YaRN."""
+    """The rules for which keys a query sees, and a scale with YaRN's factor."""
     scored, _ = self.options.head_widths
     scale = scored**-0.5 * self.positions.scaling.latent_factor
     return super()._keys._replace(scale=scale)

@@ -72,7 +72,8 @@ def apply_experts(
       where nothing is dropped.
 
   Returns:
-    The gated sums, and counts of what moved between devices, or None.
+    The gated sums, and counts of what moved between devices; None without a
+    layout, and where steps of few tokens move nothing.
   """
   if isinstance(dispatch, few_tokens.Unrolled):
     fold = functools.partial(few_tokens.fold_unrolled, params)
@@ -272,7 +273,7 @@ class ExpertOptions(Options):
       )
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """One expert: a linen module that is called as (rows [R, M], train)."""
+    """One expert: a linen module, called as (rows [R, M], train) -> rows."""
     raise NotImplementedError
 
   def call(

@@ -79,8 +79,9 @@ def apply_one_by_one(
 
   Args:
     ffn: The computation of one expert.
-    fold: The function (used [E], step, y) -> y that takes y = step(e, p, y) for
-      each used expert e in turn, with the expert's parameters p.
+    fold: The function (used, step, y) -> y that takes y = step(e, p, y) for
+      each used expert e in turn, with the expert's parameters p. `used`, bool
+      [E], tells the experts that have tokens; y has the outputs so far.
     x: The groups of tokens.
     routing: The routing of the groups.
   """
@@ -136,7 +137,7 @@ class OneExpert(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> dict[str, Any]:
-    """Makes the parameters for tokens of this width."""
+    """Makes the expert's parameters, by name, for tokens of this width M."""
     return self.ffn.parameters(self, (), width)
 
 
@@ -149,7 +150,8 @@ def fold_unrolled(
   """Takes y = step(e, p, y) for each used expert e; returns the last y.
 
   With `experts`, the parameters p of each expert, this function is the argument
-  `fold` of `apply_one_by_one`.
+  `fold` of `apply_one_by_one`, which gives `step`. y has the outputs for N
+  tokens, or for N rows that are sorted by expert.
   """
   for e, p in enumerate(experts):
     y = jax.lax.cond(
@@ -165,6 +167,8 @@ def own_name(expert: int) -> str:
 
 def unrolled(params: dict[str, Any]) -> dict[str, Any]:
   """The parameters with arrays of its own for each expert, for `Unrolled`.
+
+  In the module of experts, 'expert_0' and so on have the arrays of one expert.
 
   Args:
     params: The parameters of the model, or of a part of it, with any other

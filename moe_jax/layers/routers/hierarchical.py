@@ -217,7 +217,7 @@ def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   """Products of tokens with the kernels w [a, M, N] of their chosen branches.
 
   Each of the S tokens of a group, x [G, S, M], chooses the K1 branches of
-  `branch_index` [G, S, K1], which hold a kernel each; P is S * K1.
+  `branch_index` [G, S, K1], which hold a kernel of N columns each; P is S * K1.
   """
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1

@@ -14,7 +14,7 @@ from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES
 
 
 def loss_weight(default: float, loss: str) -> Any:
-  """A field for the weight of a loss, whose help text calls it `loss`."""
+  """The option of a loss's weight, whose help text calls the loss `loss`."""
   return option(
     default,
     f'Weight of the {loss}; 0.0 leaves it out.',

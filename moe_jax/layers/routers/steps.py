@@ -140,9 +140,9 @@ def chosen_experts(
 def queue_options(module: contract.Router, train: bool) -> dict[str, Any]:
   """The arguments of `routing.choice_slots`, by name, that options decide.
 
-  The arguments are the order of slots, and the policy for choices after the
-  first, with its threshold and the key from which it draws; the key is None
-  where nothing is drawn.
+  They are `slot_priority`, the order of slots, `second_policy` for choices
+  after the first, with its `second_threshold`, and the `key` from which it
+  draws; None where nothing is drawn.
   """
   o, key = module.options, None
   if train and o.second_policy != 'all' and module.sizes.num_selected > 1:
@@ -305,7 +305,12 @@ def scope_losses(
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
 ) -> dict[str, Float32[Array, '']]:
-  """The balance losses, by name: of rows, of sets of rows, and of the batch.
+  """The balance losses of sequences, of sets of sequences, and of the batch.
+
+  The result has 'sequence_balance_loss', of each sequence (row of the batch) by
+  itself, 'batch_balance_loss', of each `batch_balance_rows` consecutive
+  sequences, and 'global_balance_loss', of all: sums over sets, each times its
+  number of real tokens.
 
   Args:
     module: The router, whose options weigh the losses; a loss whose weight is 0
@@ -330,7 +335,7 @@ def scope_losses(
 
 
 def scope_problems(options: Any, sizes: contract.Sizes) -> Iterator[str]:
-  """Yields a text if a microbatch lacks rows that a balance loss counts."""
+  """Yields a text if a microbatch lacks sequences that a balance loss needs."""
   weight, batch_rows = options.global_balance_weight, options.batch_balance_rows
   if weight and sizes.microbatches > 1:
     yield (

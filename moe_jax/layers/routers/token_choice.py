@@ -192,7 +192,7 @@ class TokenChoice(contract.RouterOptions):
     return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def move_state(self, state, load, rate=None):
-    """The balancing bias after a step: it rises below the mean load."""
+    """{'balance_bias': the bias after a step}, which rises below mean load."""
     if rate is None:
       rate = self.balance_bias_rate
     bias = state[_BIAS]
