@@ -229,6 +229,23 @@ def test_gradients_are_exchanged_once_a_step():
   assert_close(metrics_once, metrics, 1e-3)  # the choices, too, in order
 
 
+@pytest.mark.slow
+def test_one_exchange_a_step_goes_with_experts_that_gather_tokens():
+  gather = {'kind': 'gather', 'gather': {'exchange': {'kind': 'all_gather'}}}
+  options = tiny.options(
+    batch_size=8,
+    microbatches=2,
+    exchange_once=True,
+    mesh={'expert': 4},
+    model={'num_layers': 1, 'moe': {'layers': 'all', 'dispatch': gather}},
+  ).filled(257)
+  mesh = options.mesh.make(jax.devices()[:4])
+  programs = make_programs(options, options.build(), mesh)
+  batch = programs.put(jax.device_get(tiny.batch(options)))
+  _, metrics = programs.train_step(tiny.first_state(programs), batch)
+  assert np.isfinite(metrics.loss)
+
+
 @pytest.mark.parametrize('tie', [True, False])
 def test_the_gradient_of_logits_kernels_is_summed_in_float32(tie):
   # In bfloat16 257 is 256.
