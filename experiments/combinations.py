@@ -325,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--plant', choices=('ring', 'experts', 'slices'), help='a bug to find')
   options = parser.parse_args(argv)
   jax.config.update('jax_num_cpu_devices', DEVICES)
+  # Tiny models compile for longer than they run.
+  jax.config.update('jax_disable_most_optimizations', True)
   if options.plant:
     plant(options.plant)
   covered: set[tuple] = set()
