@@ -60,7 +60,7 @@ class Workload(NamedTuple):
 def cost_table(model: Model, work: Workload) -> Table:
   """The table of what a model's parameters, FLOPs and bytes consist of.
 
-  Bytes are counted of models of blocks alone.
+  Bytes are left out for models without blocks of attention, such as LSTMs.
   """
   c = count(model, work.seq_len, work.target_len, work.batch_size)
   read, written = 'prefill, per token read', 'decoding, per token generated'
@@ -122,9 +122,9 @@ def cost_table(model: Model, work: Workload) -> Table:
 
 
 def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
-  """Multiply-adds for a token, and parameters, without embedding and softmax.
+  """Multiply-adds for a token, and parameters, without embedding and logits.
 
-  Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts both without them.
+  Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts both so, too.
   """
   logits = 2 * model.vocab_size * model.embedding.width
   layers = sum(p.size for p in sized_parameters(model) if not p.outside_layers)
@@ -139,8 +139,8 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
     work: Sizes of the batches.
 
   Returns:
-    The bytes of each array by its name, under a heading for the training step
-    and one for generation, which name the sizes of their batch.
+    The bytes of each array by its name, a phrase for printing, under a heading
+    for the training step and one for generation, which name the batch's sizes.
   """
   stacks = halves(model, work.seq_len, work.target_len)
   decoder, B = stacks[-1], work.batch_size
@@ -180,6 +180,9 @@ def array_bytes(model: Model, work: Workload) -> dict[str, dict[str, int]]:
 
 def training_table(options: RunOptions, model: Model) -> ValueTable:
   """The table of the cost of training all of a model or parts of it.
+
+  It has a row for each of `variants` and a column for each number of
+  `TrainingCost`.
 
   Args:
     options: The options of the run, with all sizes of the model filled in.
@@ -287,7 +290,10 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
 
 
 def variants(options: RunOptions, model: Model):
-  """Yields a name and the run options of each usual choice of what trains."""
+  """Yields a name and run options for each row of `training_table`.
+
+  All parameters train, or a sparse model's experts or all others, or LoRA's.
+  """
   sparse = bool(model.stacks.sparse_layers)
   whole: Any = dict(trainable='all', trained_experts='', lora=LoraOptions())
   plain = dataclasses.replace(options, **whole)

@@ -151,7 +151,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """The number of tokens of a routing group, if rows have `length` tokens."""
+  """S, the tokens of a routing group, if a row of the batch has `length`."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
@@ -186,7 +186,8 @@ def _in_training(
 ) -> Any:
   """The shapes of ((routing, aux), variables) of a router in training.
 
-  They are for one group of `group_size` tokens whose vectors have `width`.
+  They are for one group of `group_size` tokens of model width `width`; `sizes`
+  has the numbers of experts that the router chooses from and selects.
   """
   module = router.module(sizes, Shared(num_tasks=1), 'router')
 
@@ -203,7 +204,7 @@ def _in_training(
 def group_rows(moe: MoeOptions, S: int) -> int:
   """The number of rows that a layer's experts compute for a group of S tokens.
 
-  Rows without a token are counted, too.
+  A row is the vector [M] of a slot; slots without a token are counted, too.
   """
   slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained
@@ -406,7 +407,7 @@ def recomputed(half: Half, flops: TokenFlops) -> int:
 
   Args:
     half: The stack of blocks.
-    flops: FLOPs of its forward pass.
+    flops: FLOPs of its forward pass for a token, without the output logits.
   """
   c, block, moe = half.stack, half.stack.block, half.moe
   if (kept := kept_names(c.remat)) is None:
@@ -417,8 +418,8 @@ def recomputed(half: Half, flops: TokenFlops) -> int:
     scores = scores * queries // (queries + values)
   if 'products' in kept:
     return scores
-  # A feed-forward's options, how many rows of it a token has in all layers, and
-  # whether its last product is the last of a block.
+  # Triples: a feed-forward's options, its number of vectors for a token in all
+  # layers, and whether its last product ends a block, so that it is left out.
   num_sparse = sum(c.sparse)
   ffns = [(block.ffn, len(c.sparse) - num_sparse, True)]
   if block.moe is not None and num_sparse:

@@ -98,7 +98,10 @@ class DryRun:
 
   @contextlib.contextmanager
   def _noting_problems(self) -> Iterator[None]:
-    """Appends errors of the body, which may not prepare data, to `problems`."""
+    """A context that notes a refusal or an OSError of its body in `problems`.
+
+    Data is not prepared in the body: what needs it ends the body silently.
+    """
     try:
       with reading_only():
         yield
@@ -159,7 +162,7 @@ class DryRun:
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
 
   def _memory_lines(self, needs: cost.RunBytes, mesh: Mesh) -> Iterator[str]:
-    """Lines on the memory and the disk that the run needs."""
+    """Lines on the memory and disk that the run needs, `needs` in bytes."""
     room = memory_of(list(mesh.devices.flat))
     line = f'memory: {needs.describe()}'
     if room:
@@ -237,7 +240,10 @@ class DryRun:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
 
   def _start_lines(self) -> Iterator[str]:
-    """A line on the checkpoint of another run that this run begins with."""
+    """A line on the checkpoint of another run that this run begins with.
+
+    There is none if no run is named; one without checkpoints is a problem.
+    """
     init_from = self.options.init_from
     if not init_from.workdir:
       return

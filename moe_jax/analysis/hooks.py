@@ -197,8 +197,9 @@ class Sample(Hook):
 def first_pairs(rows: Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
-  An example is a triple: the token ids of its inputs and of its targets, and
-  the index of its task, which is 0 if the data has no tasks.
+  `rows` holds pairs of inputs and targets, several of which may share a row. An
+  example is a triple: the token ids of its inputs and of its targets, and the
+  index of its task, which is 0 if the data has no tasks.
   """
   batch = rows.take(np.arange(min(_SAMPLE_PAIRS, len(rows))))
   inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
@@ -263,7 +264,7 @@ def model_warnings(model: models.Model) -> list[str]:
 def facts(
   options: RunOptions, model: models.Model, programs: Programs, mesh: Mesh
 ) -> Iterator[str]:
-  """Lines on the model and the devices of a run."""
+  """Lines on a run's model and devices, for its start and for `--dry_run`."""
   lengths = options.data.seq_len, options.data.target_len
   yield cost.count(model, *lengths).describe()
   stacks, platform = model.stacks, mesh.devices.flat[0].platform

@@ -88,7 +88,8 @@ def activations(
 ) -> Activations:
   """Bytes of activations in a training step on one batch or microbatch.
 
-  `target_len` is the decoder's length in an encoder-decoder, 0 for `seq_len`.
+  `batch_size` is its number of sequences, of `seq_len` tokens each; the decoder
+  of an encoder-decoder has `target_len`, or `seq_len` where that is 0.
   """
   stacks = halves(model, seq_len, target_len)
   return Activations(
@@ -105,8 +106,8 @@ def evaluation(
 
   Without a backward pass only a layer's output outlives the layer. So the bytes
   are those of the logits and of one sparse layer's products, with that layer's
-  share of the dense layers' products and of attention's scores. `target_len` is
-  the decoder's length in an encoder-decoder, 0 for `seq_len`.
+  share of the dense layers' products and of attention's scores. The sizes are
+  those of `activations`: sequences, their tokens, and a decoder's tokens.
   """
   layer, stacks = 0, halves(model, seq_len, target_len)
   for half in stacks:
@@ -198,19 +199,21 @@ def _kept_scores(half: Half, B: int) -> int:
 
 
 def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """Number of rows of all experts of a layer, with a token in them or not.
+  """Number of vectors [M] that a layer's experts compute for a batch.
+
+  Vectors of slots without a token are counted, too.
 
   Args:
     moe: The options of the layer.
-    batch_size: Number of rows in the batch.
-    length: Number of tokens of a row.
+    batch_size: Number of sequences in the batch.
+    length: Number of tokens of a sequence.
   """
   S = group_size(moe, batch_size, length)
   return -(-batch_size * length // S) * group_rows(moe, S)
 
 
 def dispatch_bytes(half: Half, batch_size: int) -> int:
-  """Bytes of the rows that a sparse layer sends to its experts, and back.
+  """Bytes of the vectors that a sparse layer sends to its experts, and back.
 
   A dispatch by masks also has a mask of one byte for each of the group's
   tokens, choices and slots, [G, S, K, E, C]. Where experts choose tokens, the
@@ -218,7 +221,7 @@ def dispatch_bytes(half: Half, batch_size: int) -> int:
 
   Args:
     half: A stack with sparse layers; the result is for its last one.
-    batch_size: Number of rows in the batch.
+    batch_size: Number of sequences in the batch.
   """
   moe, masks = half.moes[-1], 0
   if moe.dispatch.by_mask:
@@ -232,16 +235,16 @@ def exchange_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   """Bytes that one device sends in one exchange of one sparse layer.
 
   The batch and the experts are each split over `num_parts` devices; a device
-  sends all its rows but those of its own experts, or, where tokens are gathered
-  instead, all its tokens to each other device. A layer has two exchanges,
-  to the experts and back, and two more in the backward pass. The bytes of
-  dropless layers are counted as if all devices got equally many rows. Shadowed
-  experts, which are sent to all devices instead of their rows, are not
-  considered, nor are rows for which a device has no room.
+  sends the rows of other devices' experts (a row is the vector [M] of a slot),
+  or, where tokens are gathered instead, all its tokens to each other device. A
+  layer has two exchanges, to the experts and back, and two more in the backward
+  pass. The bytes of dropless layers are counted as if all devices got equally
+  many rows. Shadowed experts, which are sent to all devices instead of their
+  rows, are not considered, nor are rows for which a device has no room.
 
   Args:
     half: A stack with sparse layers; the result is for its last one.
-    batch_size: Number of rows in the batch.
+    batch_size: Number of sequences in the batch.
     num_parts: Number of these devices.
 
   Raises:

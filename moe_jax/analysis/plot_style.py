@@ -43,7 +43,8 @@ HOW_TO_READ = (
 Floats = Float[np.ndarray, '...']
 Rows = Sequence[Mapping[str, Any]]
 
-# Curves below the losses: keys of `train/`, title, unit and factor.
+# Curves below the losses: the key behind 'train/' in metrics, title, unit, and
+# the factor from the metric to that unit.
 _BELOW = (
   ('drop_rate', 'Dropped choices of experts', 'percent', 100.0),
   ('learning_rate', 'Learning rate schedule', 'learning rate', 1.0),
@@ -56,7 +57,7 @@ _MAX_LETTERS = 26  # letters of a name in a legend
 
 
 def series(number: int) -> dict[str, Any]:
-  """The style of line `number` of a figure: colour, line, marker.
+  """The style of line `number` of a figure, as arguments of `Axes.plot`.
 
   Markers are hollow, and later lines have smaller markers, so that all points
   show where they coincide.
@@ -218,8 +219,8 @@ def load_figure(rows: Rows) -> Figure | None:
 def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
   """The running mean of values, in windows centred on each of them.
 
-  Values that are not finite are left out. At both ends the mean is over the
-  part of the window that exists.
+  Values that are not finite are left out; a window of such values alone gives
+  NaN. At both ends the mean is over the part of the window that exists.
 
   Args:
     values: The values.
@@ -277,7 +278,8 @@ def _borders(middles: Float[np.ndarray, 'n']) -> np.ndarray:
 def _names(rows: Rows, pattern: str) -> list[str]:
   """The part of each metric's name that the group of a pattern matches.
 
-  Names that the pattern does not match as a whole are left out.
+  `rows` are rows of metrics by name. Names that the pattern does not match as a
+  whole are left out.
   """
   keys = dict.fromkeys(key for row in rows for key in row)
   matches = (re.fullmatch(pattern, key) for key in keys)
@@ -298,7 +300,7 @@ def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
 
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
-  """The style of a line; its points are marked if there are only a few."""
+  """Arguments of `Axes.plot` for a thin line; few points are marked."""
   return {
     'color': BLUE,
     'linewidth': 0.9,

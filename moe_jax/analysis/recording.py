@@ -34,7 +34,7 @@ FOLDER = 'trace'
 # The most batches that may wait for the thread that writes records. Until a
 # batch is written, the devices hold its arrays.
 _QUEUE_SIZE = 8
-# The key of the array in a batch that becomes each of these fields of a record.
+# For each field of a record that is copied from a batch, the array's key there.
 # An encoder's arrays have keys with the prefix 'encoder_'.
 _KEYS = {
   'tokens': 'tokens',
@@ -142,9 +142,10 @@ def records_of(
 
 
 def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
-  """The choices, int32 experts; where experts choose tokens, by falling gate.
+  """A layer's choices as a record has them, with int32 indices of experts.
 
-  Then the last dimension is cut from E to the most choices of any token.
+  Where experts choose tokens (`by_expert`), a token's choices are sorted by
+  falling gate, and their dimension of E is cut to the most of any token.
   """
   choices = choices._replace(expert=choices.expert.astype(np.int32))
   if not by_expert:
@@ -221,10 +222,12 @@ class Recorder:
   def measure(self, name: str, losses: Losses, apply: Apply) -> Measure:
     """Returns a function that measures an evaluation and records its choices.
 
+    The function takes variables and a step, and returns a row of metrics.
+
     Args:
-      name: The name of the evaluation.
+      name: The name of the evaluation, and the kind of its records.
       losses: The evaluation's measurement without recording.
-      apply: Applies the model, and returns its choices too.
+      apply: Applies the model, and returns its result and its choices.
     """
 
     def measure(variables, step):
@@ -235,7 +238,7 @@ class Recorder:
     return measure
 
   def flush(self, most_waiting: int = 0) -> None:
-    """Waits until at most `most_waiting` of the added batches lack a file."""
+    """Waits until at most `most_waiting` of the added batches are unwritten."""
     while len(self._waiting) > most_waiting:
       error = self._waiting.popleft().exception()
       if error is not None and not self._has_failed:
@@ -304,7 +307,11 @@ class Traces(Hook):
 
 
 def _recorded_step(step: Step, o: TraceOptions, recorder: Recorder) -> Step:
-  """A step whose choices go to a recorder if `o` names it, never to metrics."""
+  """Wraps a step, (state, batch) -> (state, metrics), so that it is recorded.
+
+  At the steps that `o` asks for, choices go to the recorder; the metrics that
+  the wrapped step returns have none.
+  """
   num_steps: int | None = None
 
   def recorded(state, batch):

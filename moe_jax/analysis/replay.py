@@ -41,7 +41,7 @@ Batch = dict[str, Any]
 
 
 def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
-  """Adds arrays to a batch that make the model repeat the choices of records.
+  """A batch with added arrays that make the model repeat the records' choices.
 
   Without records the arrays leave the choices to the routers. One compiled
   program serves both, so that a recorded pass and its replay are equal to the
@@ -71,7 +71,10 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
 
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
-  """The records' tokens and documents, by their keys in a batch."""
+  """The records' tokens and documents, as a batch has them.
+
+  The keys are 'tokens' and 'segment_ids'; an encoder's begin with 'encoder_'.
+  """
   arrays = {}
   for record in records:
     arrays[f'{_prefix(record)}tokens'] = record.tokens
@@ -82,8 +85,9 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
-  Each sequence has two arrays [B, T, L, K], with L its sparse layers: indices
-  of experts, int8 or int16, and whether choices are served, bool.
+  Each sequence has two arrays [B, T, L, K] by the keys `REPLAYED` (an encoder's
+  with a prefix): indices of experts, int8 or int16, and whether choices are
+  served, bool. L counts its sparse layers; K is the most choices in any.
 
   Raises:
     ValueError: The records do not have the model's sparse layers, or a token
@@ -117,8 +121,8 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key.
 
-  Each sequence of `batch` has two arrays [B, T, L, K] for its L sparse layers:
-  indices of experts that mean an open choice, and whether it is served, False.
+  They have the keys and shapes of `arrays`: for each sequence of `batch` the
+  indices of experts, all `OPEN`, and whether choices are served, all False.
   """
   choices, (expert, kept) = {}, REPLAYED
   dtype = expert_type(max(moe.num_experts for moe in model.stacks.mixtures))
@@ -230,7 +234,10 @@ def _is_recorded(run: Run) -> bool:
 
 
 def _open_step(run: Run) -> Step:
-  """Wraps a run's step with arrays that leave all choices to the routers."""
+  """Wraps a recording run's step, so that its replay can run an equal program.
+
+  The function (state, batch) -> (state, metrics) adds `no_choices` to batches.
+  """
   shapes = run.options.batch_shapes(run.model)
   choices = run.programs.put(no_choices(run.model, shapes))
   return lambda state, batch: run.train_step(state, {**batch, **choices})
@@ -239,8 +246,9 @@ def _open_step(run: Run) -> Step:
 def _replayed_step(run: Run, trace: Trace) -> Step:
   """Wraps a run's step so that each step repeats the choices of a trace.
 
-  A step raises ValueError if the trace's record of this step is of other tokens
-  or documents than the batch, or if the record's file is damaged.
+  The function (state, batch) -> (state, metrics) raises ValueError if the
+  trace's record of the step has other tokens or documents than the batch, or
+  the record's file is damaged.
   """
   options, put = run.options, run.programs.put
   replicated = partitioning.sharding(run.mesh, options.sharding.rules, ())

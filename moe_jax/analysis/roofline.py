@@ -44,7 +44,7 @@ def product_rate(
 
 
 def matmul(n: int, dtype: str) -> Callable[[], jax.Array]:
-  """A function that multiplies two random matrices [n, n], compiled."""
+  """A compiled function () -> product of two random [n, n] of type `dtype`."""
   # The operands are drawn, since the power that a chip takes, and so its clock,
   # depends on how many bits flip.
   x, y = (
@@ -86,7 +86,7 @@ class Device(NamedTuple):
 
 
 def _device(name: str, gigabytes: int, kinds: str, teraflops: int) -> Device:
-  """A device of which only the speed of products in bfloat16 is listed."""
+  """A `Device` of which only the speed of products in bfloat16 is listed."""
   return Device(name, gigabytes * 10**9, kinds, {'bfloat16': teraflops * 1e12})
 
 

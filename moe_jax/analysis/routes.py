@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, _: list[str]) -> None:
 def tables(
   layers: Layers, by_label: ByLabel, churn: Mapping[str, Mapping[int, float]]
 ) -> Iterator[ValueTable]:
-  """The tables of a trace; some of them may have no rows.
+  """The tables of a trace; some of them may have no rows, and are not shown.
 
   Args:
     layers: The choices in the trace.

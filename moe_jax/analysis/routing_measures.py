@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     document: int [N], the index of each token's document.
     source: int [documents], the index of each document's source of data; None
       if a record lacks sources.
-    after: int [P], the indices, in [0, N), of the tokens that have a token
+    after: int [P], the indices, in [0, N), of the P tokens that have a token
       before them in their document.
     stranger: int [P], for each token of `after` the index of a random other
       token of its batch, with which it is compared instead of its predecessor.
@@ -66,7 +66,12 @@ class Tokens(NamedTuple):
 
 
 def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
-  """The records' tokens but padding; `rng` draws one to compare each with."""
+  """The tokens of records, without padding, in the order of the records.
+
+  All records are of the decoder's sequences, or all of the encoder's. For each
+  token with a predecessor `rng` draws a token of its batch, the `stranger` with
+  which `persistence` compares it to tell what chance gives.
+  """
   ids, positions, documents = (
     np.concatenate([getattr(record, name) for record in records])
     for name in ('tokens', 'positions', 'documents')
@@ -197,7 +202,7 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
 def joint_counts(
   row: Numbers, column: Numbers, shape: tuple[int, int]
 ) -> Table:
-  """The table, of size `shape`, that counts pairs of a row and a column index.
+  """The table, of size `shape`, of how often each (row[n], column[n]) occurs.
 
   A pair in which an index is -1 is not counted.
   """
@@ -278,9 +283,9 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
 
 
 def parts_of(position: Numbers, length: int, num_parts: int) -> Numbers:
-  """The index of the part of a row that each position lies in.
+  """The index of the part, such as a quarter, of a row that positions lie in.
 
-  The parts divide `length` evenly; later positions are in the last part.
+  A row's `length` is divided evenly; later positions are in the last part.
   """
   part = position.astype(np.int64) * num_parts // length
   return np.clip(part, 0, num_parts - 1)
@@ -291,8 +296,8 @@ def drop_rates(
 ) -> Rates:
   """The share of choices not served, in each part of the tokens.
 
-  `part` has the index of each token's part; without it there is one rate for
-  all tokens. A part without choices has the rate NaN.
+  `part` has the index of each token's part, such as a quarter of the row;
+  without it there is one rate for all tokens. Parts without choices have NaN.
   """
   part = np.zeros(len(expert), int) if part is None else part
   chosen = expert >= 0
@@ -310,7 +315,7 @@ def unserved_rate(expert: Experts, kept: Kept) -> float:
 
 
 def drop_rates_by_rank(expert: Experts, kept: Kept) -> Rates:
-  """Shares of the first choices, the second ones, ... that are not served."""
+  """The share [K] of first choices, second ones, ... that are not served."""
   chosen = expert >= 0
   return shares((chosen & ~kept).sum(0), chosen.sum(0))
 

@@ -272,7 +272,8 @@ def _executions(
 ) -> dict[str, int]:
   """The number of times that each computation of a program runs in a step.
 
-  `rounds` has the number of rounds of each loop; None counts as one.
+  `rounds` has the number of rounds of each loop, by the name of its
+  instruction; None counts as one.
   """
   callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
   for name, instruction in program.items():
@@ -367,7 +368,7 @@ def _group_size(text: str, num_devices: int) -> int:
 
 
 def _type_bytes(text: str) -> int:
-  """Bytes of all arrays in a type's text, such as '(f32[4], f32[8])'."""
+  """Bytes of all arrays in the text of a type, such as '(f32[4], f32[8])'."""
   total = 0
   for dtype, shape in _ARRAY.findall(text):
     size = math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)

@@ -193,7 +193,7 @@ def begin(folder: Folder, header: Header, step: int = 0) -> None:
 
 
 def check(folder: Folder, header: Header) -> None:
-  """Checks that a trace with this header may go on in a folder.
+  """Checks that a folder has no trace, or one that this header continues.
 
   Raises:
     ValueError: The folder has another trace; what differs is listed.
@@ -313,7 +313,10 @@ def _files(
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
-  """The fields of a record that are stored in its file."""
+  """The fields `_IDS` and `layers` of a record, by name, from its file.
+
+  Raises ValueError if the file is damaged.
+  """
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)

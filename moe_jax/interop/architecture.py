@@ -31,14 +31,15 @@ class Architecture:
     classes: The names that the key `architectures` of config.json may hold; an
       export writes the first.
     keys: The keys of config.json, sorted by treatment.
-    problems: Returns a text for each value of the keys that our models cannot
-      express.
+    problems: Returns, for the values of the keys, a text for each one that our
+      models cannot express.
     options: Returns the options of the model, for values in which `problems`
       finds no problem.
-    describe: Returns the keys of config.json that the options of a model
-      decide; raises ValueError if the architecture has no such model.
-    suits: Returns whether a model that was not imported may be exported as this
-      architecture.
+    describe: Returns, for the options of a model, the keys of config.json that
+      they decide with their values; raises ValueError if the architecture has
+      no such model.
+    suits: Returns, for the options of a model that was not imported, whether it
+      may be exported as this architecture.
     names: The table of names of tensors, by the paths of our variables.
     borrowed_type: The `model_type` in config.json if checkpoints use the name
       of another architecture, so that `architectures` must name the class.
@@ -52,7 +53,7 @@ class Architecture:
       names of tensors that are no part of the model.
     fills_gaps: Whether the checkpoints were trained to fill gaps in text that
       are marked by sentinels (T5).
-    files: Opens the tensors in the files of a folder.
+    files: Opens the tensors in the files of a folder, which is its argument.
     unnumbered_id: Returns, for the options of a model, the id of tokens that
       have no position of their own; None if all tokens have a position.
   """
@@ -96,9 +97,9 @@ def their_activation(name: str, table: Mapping[str, str]) -> str:
 
 
 def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
-  """A stack's options of attention, with actual sizes for sizes of 0.
+  """A stack's options of attention, for exports whose attention is not latent.
 
-  They are derived from `width`, the width M of the model.
+  Sizes of 0 are replaced by actual ones, from `width`, the width M of a model.
 
   Raises:
     ValueError: The attention is latent.

@@ -156,7 +156,7 @@ def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 
 def is_kind(value: Any, kind: Any) -> bool:
-  """Whether a JSON value obeys `kind`, a `Number`, or has `kind`, a type."""
+  """Whether a JSON value obeys `kind`, a `Number`, or is of `kind`, a type."""
   if isinstance(kind, Number):
     return kind.holds(value)
   if isinstance(value, bool):

@@ -90,7 +90,8 @@ COMMON: Names = {
   **weight('attention_norm/scale', 'input_layernorm', 'M'),
   **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
 }
-# The tensors that all decoders have, and those of attention's projections.
+# The tensors that all decoders have, and those of attention's projections. In
+# layouts, N is the number of heads of keys and values.
 DECODER: Names = {
   **COMMON,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
@@ -112,7 +113,7 @@ HEAD_NORMS: Names = {
 def gated_ffn(path: str, module: str) -> Names:
   """The table entries of a gated feed-forward's three weights.
 
-  `path` is the path of ours in the layer, and `module` the name of theirs.
+  `path` is the feed-forward's path in our layer, `module` its name in theirs.
   """
   return {
     **weight(f'{path}/w_gate', f'{module}.gate_proj', 'F M -> M F'),
@@ -122,7 +123,10 @@ def gated_ffn(path: str, module: str) -> Names:
 
 
 def router(*modules: str) -> Names:
-  """The table entry of routers' kernels, of a module with one of the names."""
+  """The table entry of routers' kernels.
+
+  `modules` are alternative names of a layer's router in checkpoints.
+  """
   names = ((f'{module}.weight', 'E M -> M E') for module in modules)
   return layer('moe/router/w', *names)
 
@@ -179,7 +183,7 @@ def _heads(o: DecoderOptions) -> Any:
 
 
 def _has_bias(o: DecoderOptions) -> bool:
-  """Whether queries, or compressed keys of latent attention, have a bias."""
+  """Key `attention_bias`: whether queries, or compressed keys, have a bias."""
   names = 'query', 'kv_down'
   return any(o.attention.has_bias(name, use_bias=False) for name in names)
 
@@ -253,7 +257,7 @@ _DEFAULTS: Mapping[str, Any] = dict(
 )
 
 
-# Jitter, a training key of some decoders; see `Keys`.
+# Jitter, a training key: its type, default, neutral value and reason.
 JITTER = (
   RATE,
   0.0,
@@ -275,7 +279,8 @@ def keys(
   Args:
     defaults: transformers' defaults of the architecture's shared keys that not
       every decoder has, or whose default is not that of most decoders.
-    honoured: The architecture's own keys that shape the model; see `Keys`.
+    honoured: The architecture's own keys that shape the model. The values of
+      this and the next two arguments are as in `Keys`.
     training: Its own keys that act only in training.
     fixed: Its own keys of which only some values are supported.
     ignored: Its own keys that change nothing.
@@ -542,8 +547,8 @@ def decoder(
     names: The table of names of tensors, by the paths of our variables.
     options: Returns what sets the architecture's models apart, as keyword
       arguments of `_options`: `router`, `losses`, `moe`, options of the model.
-    describe: Returns the values of the architecture's own keys for a model. A
-      key that is another spelling of a shared key replaces it.
+    describe: Returns, by key, the values of the architecture's own keys for a
+      model. A key that is another spelling of a shared key replaces it.
     problems: Returns a text for each value of the architecture's own keys that
       our models cannot express.
     sparse: Returns for each layer whether it is sparse, which has to work for

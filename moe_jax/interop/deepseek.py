@@ -254,8 +254,8 @@ def _router(c: Values, score: str, outside: str, **options: Any) -> TokenChoice:
 
   Args:
     c: The values of config.json.
-    score: The rule by which a group is scored, such as 'best'.
-    outside: The rule for the scores of experts outside of the chosen groups.
+    score: What a group is scored by, its 'best' expert or its 'two_best'.
+    outside: The score of experts of other groups, 'zero' or 'minus_infinity'.
     **options: Other options of the router.
   """
   if c.n_group > 1:
@@ -355,6 +355,7 @@ FFNS = {
   **decoders.router('mlp.gate'),
   **decoders.experts(),
 }
+# In layouts, R is the width of a compressed vector.
 _KV_DOWN = 'self_attn.kv_a_proj_with_mqa'
 _BIAS = 'mlp.gate.e_score_correction_bias'
 _LATENT = {

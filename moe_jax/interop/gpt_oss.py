@@ -88,7 +88,7 @@ class Mxfp4Files(TensorFiles):
     return ''
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """A copy of a tensor's slice, MXFP4 decoded to bfloat16; None takes all."""
+    """A copy of a tensor's slice `index`, None for all; MXFP4 as bfloat16."""
     if name not in self._packed:
       return super().read(name, index)
     if index is None:

@@ -59,7 +59,8 @@ _MOE = 'block_sparse_moe'
 def _experts(path: str, stored: str, fused: str, form: str) -> Names:
   """The table entry of the experts' kernel `path`, of the layout `form`.
 
-  `stored` names its tensor in files, `fused` in transformers' memory.
+  `stored` names the tensor in files, `fused` that in transformers' memory; both
+  names are read, and the first is written.
   """
   names = f'{stored}.weight', f'experts.{fused}'
   return layer(f'moe/experts/{path}', *((f'{_MOE}.{n}', form) for n in names))

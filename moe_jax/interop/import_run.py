@@ -136,8 +136,9 @@ def _tokenizer(
 def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
   """The checkpoint's model options, with a run's options on computation.
 
-  Dtypes are the checkpoint's, and so are rates of dropout and weights of losses
-  that are not the defaults.
+  These say how the same function is computed or trained. Dtypes are the
+  checkpoint's, and so are rates of dropout and weights of losses that are not
+  the defaults.
   """
   model: Any = _computed_as(imported, configured)
   stored_numerics = cast(Any, imported).numerics

@@ -240,7 +240,7 @@ def load_leaf(
 
   A shard of one tensor goes to its device as it was read. A shard of several
   tensors is assembled on the host if it is not larger than the checkpoint's
-  largest tensor, or else on its device, piece by piece.
+  largest tensor, or else on its device, tensor by tensor.
   """
   index_by_device = sharding.addressable_devices_indices_map(leaf.shape)
   by_bounds: dict[tuple, list[jax.Device]] = {}
@@ -283,10 +283,11 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
-  """Yields the start and the array of each tensor in one shard of a variable.
+  """Yields (start, array) for each tensor in one shard of a variable.
 
   The start has the tensor's leading indices (of layer and expert) within the
-  shard; `index` has the shard's slice of each dimension of the variable.
+  shard, the array the tensor's values in the shard, in our layout; `index` has
+  the shard's slice of each dimension of the variable.
   """
   num_stacked = leaf.num_stacked
   piece_index, piece_shape = index[num_stacked:], leaf.shape[num_stacked:]

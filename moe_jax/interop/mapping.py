@@ -36,8 +36,8 @@ class Form:
   """The layout of a tensor in a checkpoint ("theirs") and here ("ours").
 
   Attributes:
-    theirs: The parts of each dimension of their tensor, outermost first; 'k/n'
-      is block k of n.
+    theirs: The letters that each dimension of their tensor consists of,
+      outermost first; in place of a letter, 'k/n' is block k of n.
     ours: The letters of our dimensions, in order.
   """
 
@@ -47,7 +47,10 @@ class Form:
   @classmethod
   @functools.cache
   def parse(cls, text: str) -> 'Form':
-    """Parses 'theirs -> ours'; without an arrow both layouts are equal."""
+    """Parses 'theirs -> ours'; without an arrow both layouts are equal.
+
+    Raises ValueError if they differ in their letters.
+    """
     their_text, _, our_text = text.partition('->')
     groups = [
       tuple((inside or alone).split())
@@ -75,7 +78,7 @@ class Form:
     """Reads a slice of our tensor from the needed slice of the checkpoint's.
 
     Args:
-      read_slice: Returns a copy of a slice of the checkpoint's tensor.
+      read_slice: Returns, for an index, a copy of that slice of their tensor.
       shape: The shape of our whole tensor.
       index: The slice of each dimension of our tensor; bounds are not None.
     """
@@ -262,7 +265,7 @@ def without_prefix(names: Names, prefix: str) -> Names:
 def embedding_tables(prefix: str = '') -> Names:
   """The table entries of an encoder-decoder's embeddings and logits kernel.
 
-  `prefix` begins the names of the embeddings' tensors.
+  `prefix` begins the names of the embeddings' tensors; that of logits has none.
   """
   shared = Name(f'{prefix}shared.weight', 'V M')
   encoder = Name(f'{prefix}encoder.embed_tokens.weight', 'V M')
@@ -332,7 +335,7 @@ def check(
     our_leaves: Our variables.
     files: The files of the checkpoint.
     copies: For each tensor that may repeat another one, the tensor that it has
-      to equal; see `copies`.
+      to equal, as the function `copies` returns them.
     unread_patterns: Patterns of the names of tensors that need not be read.
   """
   problems, used_names = [], set()

@@ -65,7 +65,10 @@ def _options(c: Values) -> dict[str, Any]:
 
 
 def _as(kind: type[LongRope], positions: Positions) -> Positions:
-  """The positions; if they have LongRoPE, it becomes an instance of `kind`."""
+  """The positions; if they have LongRoPE, it becomes an instance of `kind`.
+
+  An import has `ShortTurns`, as transformers computes; an export undoes that.
+  """
   scaling = getattr(positions, 'scaling', None)
   if not isinstance(positions, Rotary) or not isinstance(scaling, LongRope):
     return positions

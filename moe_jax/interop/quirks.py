@@ -66,10 +66,12 @@ class ServedByRankRouter(TokenChoiceRouter):
 
 
 def by_rank(routing: Routing) -> Routing:
-  """The routing with first choices served by expert 1 and second ones by 0.
+  """The routing that transformers' NLLB-MoE serves, for `ServedByRank`.
 
-  Gates and drops stay the same. Every token has a slot in both experts, so no
-  further token is dropped.
+  Its experts take a mask for indices, so that expert 1 serves first choices and
+  expert 0 second ones; an imported model has to repeat this. Gates and drops
+  stay the same. A token's slot in both experts is its index in the group, and a
+  bounded capacity becomes S, so no further token is dropped.
   """
   G, S, K = routing.expert_index.shape
   expert_index = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (G, S, K))
@@ -114,7 +116,8 @@ class ShortTurns(LongRope):
   """LongRoPE whose frequencies in long rows are those of short rows.
 
   transformers' Phi-3.5-MoE (in version 5.24) recomputes the frequencies without
-  the length of the rows, so that `long_factor` is never used; `long_mscale` is.
+  the length of the rows, so that `long_factor`, which divides them, is never
+  used; `long_mscale`, the factor of long rows' queries and keys, is.
   """
 
   def turns(self, theta, width, long=False):
@@ -126,10 +129,16 @@ class ShortTurns(LongRope):
 
 @dataclasses.dataclass(frozen=True)
 class RoutedPadding(Padding):
-  """Padding that is routed, takes slots and attends to real tokens."""
+  """Padding that is routed, takes slots and attends to real tokens.
+
+  transformers' Switch computes it so, and NLLB-MoE with one of its options.
+  """
 
   def context(self, context: Context) -> Context:
-    """Lets padding attend to the first segment; no token attends to padding."""
+    """The context with padding that is routed and attends to segment 1.
+
+    No token attends to padding.
+    """
     context = context._replace(routed_mask=jnp.ones_like(context.token_mask))
     if context.segment_ids is None:
       return context

@@ -165,7 +165,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
 def parameters_of(
   c: Values, rope: Mapping[str, Any] = ROPE
 ) -> tuple[str, dict[str, Any]]:
-  """The rope type and its parameters in a config.json, unchecked.
+  """The rope type and its parameters by name in a config.json, unchecked.
 
   Args:
     c: The values of config.json.

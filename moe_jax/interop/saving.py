@@ -123,7 +123,10 @@ class _Part(NamedTuple):
 def _tensors(
   our_leaves: Sequence[Leaf], architecture: Architecture, variables: Any
 ) -> dict[str, list[_Part]]:
-  """The parts of variables that each written tensor is made of, by its name."""
+  """The parts of variables that each written tensor is made of, by its name.
+
+  `variables` are the model's by collection; `our_leaves` name their tensors.
+  """
   arrays = {
     path_in_collection(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
@@ -334,7 +337,10 @@ def _read_back(
 
 
 def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
-  """A line for each option by which the models compute different functions."""
+  """A line for each option by which two models compute different functions.
+
+  `theirs` is the nearest of transformers; a line ends 'our value, not theirs'.
+  """
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
     # The tensors say if the encoder has an embedding table of its own, and

@@ -34,7 +34,7 @@ Index = tuple[slice, ...]
 
 
 class TensorSpec(NamedTuple):
-  """The shape of a tensor, and its dtype: of `FLOATS`, or a file's own name."""
+  """A tensor's shape and dtype, one of `FLOATS` or else as files name it."""
 
   shape: tuple[int, ...]
   dtype: str
@@ -111,13 +111,13 @@ class TensorFiles:
     return max(spec.num_bytes for spec in self.specs.values())
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """A copy of a slice of a tensor in its stored dtype; None takes all."""
+    """A copy of a tensor's slice `index`, None for all, in its stored dtype."""
     if index is None:
       index = tuple(slice(0, size) for size in self.specs[name].shape)
     return self._reader(self._file_of[name]).read(name, index)
 
   def note_nonfinite(self, name: str, part: np.ndarray) -> None:
-    """Adds the number of non-finite values of `part` to `nonfinite[name]`."""
+    """Adds to `nonfinite[name]` how many values of `part` are not finite."""
     if count := count_nonfinite(part):
       self.nonfinite[name] = self.nonfinite.get(name, 0) + count
 

@@ -179,7 +179,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=('model', 'method', 'max_len'))
 def _apply(model: Model, variables, *args, **inputs):
-  """The model's outputs; equal models share one compiled function."""
+  """`model.apply`, compiled; equal models share one compiled function."""
   return model.apply(variables, *args, **inputs)
 
 
@@ -241,7 +241,7 @@ def logits(
   Args:
     model: The model.
     variables: The variables of the model.
-    arrays: The inputs that `verify` reads.
+    arrays: The inputs, by the names of the file that `verify` reads.
     pad_id: The id of tokens without a position of their own; None if all
       tokens have one.
 
@@ -268,7 +268,7 @@ def logits(
 
 
 def _prompt(greedy, arrays) -> np.ndarray:
-  """The unpadded first input, [1, n]; ValueError unless it begins `greedy`."""
+  """The first input unpadded, [1, n]; ValueError unless it begins `greedy`."""
   prompt = arrays['input_ids'][0][arrays['attention_mask'][0].astype(bool)]
   first_ids = greedy[0, : len(prompt)]
   if not np.array_equal(first_ids, prompt):
