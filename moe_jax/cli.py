@@ -349,7 +349,7 @@ def program(module: str) -> str:
 
 
 def about(text: str | None) -> dict[str, Any]:
-  """Keyword arguments of a parser, for a help made of a module's docstring.
+  """Keyword arguments of argparse's parser: a help made of a docstring.
 
   Args:
     text: The docstring of the command's module: a sentence, and examples.
@@ -481,7 +481,10 @@ def add_allow_module(parser: argparse.ArgumentParser) -> None:
 
 
 def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
-  """The `type` of an argument that is a finite number within a range.
+  """A function from an argument's text to a finite number within a range.
+
+  It is for the `type` of argparse; for other texts it raises argparse's error
+  or `ValueError`.
 
   Args:
     kind: `int` or `float`.

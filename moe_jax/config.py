@@ -54,12 +54,18 @@ _FEW = 8  # names that are listed even where one of them is near
 
 
 def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
-  """The error for an unknown name; it suggests the nearest and lists all."""
+  """The error for an unknown name; it suggests the nearest and lists all.
+
+  `noun` says what is named, such as 'router'; `names` are those that exist.
+  """
   return InputError(unknown_text(noun, value, names))
 
 
 def unknown_text(noun: str, value: Any, names: Iterable[Any]) -> str:
-  """The message for an unknown name: the nearest name, and all names."""
+  """The message for an unknown name: the nearest name, and all names.
+
+  `noun` says what is named, such as 'router'; `names` are those that exist.
+  """
   names = sorted(str(name) for name in names)
   near = difflib.get_close_matches(str(value), names, n=1)
   hint = f'did you mean {near[0]!r}? ' if near else ''
@@ -519,7 +525,11 @@ def section_of(
 
 
 def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
-  """Locks a section against new keys, but not entries, mappings, `custom`."""
+  """Locks a section against new keys, but not entries, mappings, `custom`.
+
+  `root` is the section's class, or the kinds that it chooses from. Returns the
+  same section.
+  """
   config.lock()
   _unlock_open(root, config)
   return config
@@ -570,7 +580,10 @@ def _choice(kinds: Kinds, chosen: Any) -> dict[str, Any]:
 
 
 def _unlock_open(root: type | Kinds, config: Any) -> None:
-  """Lets entries, mappings and `custom` in a section, at any depth, grow."""
+  """Lets entries, mappings and `custom` in a section, at any depth, grow.
+
+  `root` is the class of the section, or the kinds that it chooses from.
+  """
   if isinstance(root, Kinds):
     config[CUSTOM].unlock()
     for kind, cls in root.builtin.items():
@@ -807,7 +820,11 @@ class _Reader:
         self.problems.append(unknown_key_text(f'{path}{key}', paths))
 
   def _value(self, field, section, path, unchosen):
-    """A field's value in the section at `path`; notes the key and problems."""
+    """A field's value in the section at `path`; notes the key and problems.
+
+    `path` ends in a dot, or is ''; `unchosen` is the choice because of which
+    the section has no effect, or None.
+    """
     described, default, path = field.option, field.default, path + field.name
     value = section.get(field.name, default)
     if described.holds_entries:
@@ -898,7 +915,10 @@ class _Reader:
     return False
 
   def _entries(self, field, section, path):
-    """The options of each entry of a field made by `entries`, by name."""
+    """The options of each entry of a field made by `entries`, by name.
+
+    `path` is the dotted name of the section, with a dot at the end.
+    """
     chosen, kinds = {}, field.option.kinds
     if not self._is_section(section, path):
       return None

@@ -346,7 +346,7 @@ class Placing:
     return np.flatnonzero(is_held)
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Moves a batch of which this process has all rows."""
+    """Moves a batch of which this process has all rows, to global arrays."""
     if len(self.rows) < self.batch_size:
       batch = {name: values[self.rows] for name, values in batch.items()}
     return self.local(batch)
@@ -354,7 +354,8 @@ class Placing:
   def local(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Moves a batch of which this process has only some rows.
 
-    The rows are those whose indices `rows` has, in the same order.
+    The rows are those whose indices `rows` has, in the same order. The results
+    are global arrays, of `batch_size` rows.
     """
     place = jax.make_array_from_process_local_data
     return {

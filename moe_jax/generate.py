@@ -209,7 +209,10 @@ def _encode(loaded, text: str, options) -> np.ndarray:
 def _arguments(
   loaded, options: argparse.Namespace, num_prompts: int
 ) -> dict[str, Any]:
-  """The keyword arguments of `generation.generate` that flags decide."""
+  """The keyword arguments of `generation.generate` that flags decide.
+
+  `loaded` is the trained run; the task of --task is given for each prompt.
+  """
   tokenizer = loaded.tokenizer
   ids = trained_run.special_ids(loaded.model, tokenizer)
   stops = [_token(tokenizer, text) for text in options.stop]
@@ -232,7 +235,11 @@ def _arguments(
 
 
 def _trace(folder: str, loaded, model, batch, choices) -> None:
-  """Writes a trace of the choices of experts for prompts and new tokens."""
+  """Writes a trace of the choices of experts for prompts and new tokens.
+
+  `loaded` is the trained run and `model` its model for decoding; `batch` and
+  `choices` come from `read_again.choices`.
+  """
   note = 'text that was generated, for which experts have room for all tokens'
   if model.stacks.capacity_binds:
     note = 'text that was generated, with the capacity of the checkpoint'

@@ -64,7 +64,10 @@ class Item:
 
 
 def pair(text: str) -> tuple[str, str]:
-  """The key and the value of 'key=value'; the key may begin with 'config.'."""
+  """The key and the value of 'key=value', without 'config.' before the key.
+
+  This is a `type` of argparse, so another text raises argparse's error.
+  """
   key, equals, value = text.partition('=')
   if not equals or not key:
     raise argparse.ArgumentTypeError(f'{text!r} is not key=value')

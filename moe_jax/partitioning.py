@@ -86,6 +86,9 @@ class MeshOptions(Options):
   def sizes_on(self, num_devices: int) -> tuple[list[int], list[int]]:
     """The size of each of `MESH_AXES` in a slice, and the slices it spans.
 
+    The two lists are in the order of `MESH_AXES`. The axis of size -1 takes the
+    devices that are left.
+
     Raises:
       ValueError: The product of the sizes is not the number of devices.
     """
@@ -337,7 +340,7 @@ def on_each_device(
     f: A pure function.
     split: Trees of arrays with the batch, or its groups, in front.
     whole: Trees of arrays that every device needs.
-    whole_specs: A spec for each tree of `whole`, which may split it over axes.
+    whole_specs: A `PartitionSpec` for each tree of `whole`, which may split it.
   """
   x = jax.tree.leaves(split)[0]
   axes = spread(x)

@@ -145,7 +145,8 @@ def check_shapes(shapes: Iterable[Shape]) -> None:
 def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
   """Yields the shapes of an object's arrays, and of its static sizes.
 
-  `name` is the name of the object in messages.
+  `name` is the name of the object in messages. What a user's router returns is
+  checked so.
   """
   for field, hint in value.shape_hints().items():
     yield Shape(f'{name}.{field}', getattr(value, field), (_any_array(hint),))
@@ -156,7 +157,10 @@ def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
 
 
 def array_of(name: str, value: Any, hint: Any) -> Shape:
-  """The array `value`, called `name`, with the dimensions that `hint` gives."""
+  """The array `value`, called `name`, with the dimensions that `hint` gives.
+
+  `hint` is a jaxtyping type, such as `Bool[Array, 'G S']`.
+  """
   return Shape(name, value, (_any_array(hint),))
 
 
@@ -248,8 +252,8 @@ def _as_struct(shape: Shape) -> Any:
 def _problem(shape: Shape, array: Any, earlier_shapes: list[Shape]) -> str:
   """The message for an argument whose shape fits none of its array types.
 
-  `array` has its actual shape and dtype. The message names those of the earlier
-  shapes that decide the sizes of its letters.
+  `array` has the argument's actual shape and dtype. Of the shapes of earlier
+  arguments the message names those that decide the sizes of its letters.
   """
   hint = shape.hints[0]
   any_type = hint.dtype is jaxtyping.Shaped

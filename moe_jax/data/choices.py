@@ -62,7 +62,10 @@ class ChoiceSourceOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """Stands for the source of the questions, whose 'train' gives examples."""
+  """Stands, as the source of examples, for the source of the questions itself.
+
+  The evaluation of kind 'choice' then takes examples from its split 'train'.
+  """
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:

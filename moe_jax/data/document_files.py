@@ -323,7 +323,10 @@ def _suffix(path: Path) -> str:
 
 
 def _continuation_length(raw: bytes) -> int:
-  """How many of the first 3 bytes continue a character begun before `raw`."""
+  """How many of the first 3 bytes continue a character begun before `raw`.
+
+  A cut so many bytes later splits no character of UTF-8.
+  """
   count = 0
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1

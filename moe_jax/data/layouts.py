@@ -174,10 +174,11 @@ _DECODER = {**_ENCODER, 'targets': np.int32, 'loss_weights': np.float32}
 
 
 def _batch(rows, T: int, dtypes: Mapping) -> dict[str, np.ndarray]:
-  """Arrays [B, T] of rows, which are lists of segments; `dtypes` names them.
+  """Arrays [B, T] of rows, which are lists of segments, by name.
 
-  A segment is a tuple of its tokens and, for a decoder, of its targets and loss
-  weights. More than T tokens in a row raise a ValueError.
+  `dtypes` has the type of each array by its name. A segment is a tuple of its
+  tokens and, for a decoder, of its targets and loss weights. More than T tokens
+  in a row raise a ValueError.
   """
   batch = {k: np.zeros((len(rows), T), dtype) for k, dtype in dtypes.items()}
   for b, row in enumerate(rows):

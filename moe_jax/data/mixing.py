@@ -63,7 +63,7 @@ class Schedule:
   """
 
   def __init__(self, counts: Int[np.ndarray, ' P']):
-    """Takes the number of rows of each source in a period."""
+    """Takes the number of rows of each of P sources in a period."""
     counts = np.asarray(counts, np.int64)
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
     source, rank = np.zeros((2, length), np.int64)
@@ -80,7 +80,10 @@ class Schedule:
     self.counts, self.source, self.rank = counts, source, rank
 
   def __call__(self, row: Numbers) -> tuple[Numbers, Numbers]:
-    """The index of each row's source, and the row's index in the source."""
+    """The index of each row's source, and the row's index in the source.
+
+    `row` has indices of rows in the endless stream.
+    """
     period, offset = np.divmod(np.asarray(row, np.int64), len(self.source))
     source = self.source[offset]
     return source, period * self.counts[source] + self.rank[offset]
@@ -136,7 +139,10 @@ class MixedRows(Rows):
     return int(self._ends[-1])
 
   def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
-    """The rows at `indices`, counted from the first source to the last."""
+    """The rows at `indices`, counted from the first source to the last.
+
+    What a task draws for a row at random follows from `seed` and its epoch.
+    """
     indices = np.asarray(indices, np.int64)
     # Rows beyond the last are padding, which the last source gives.
     source = np.searchsorted(self._ends[:-1], indices, side='right')

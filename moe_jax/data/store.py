@@ -160,9 +160,10 @@ def _join_stream(pieces, folder, name) -> None:
 
 
 def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
-  """Memory maps of a split's tokens [N] and of its texts' starts, int64 [D].
+  """Memory maps of a split's tokens [N] and of its D texts' starts, int64 [D].
 
-  Pairs have a tuple of two such streams, of inputs and of targets.
+  `streams` is DOCUMENTS or PAIRS; for pairs the result is a tuple of two such
+  streams (tokens, starts), of inputs and of targets.
   """
   dtypes = {'tokens': read_about(folder)['dtype'], 'starts': 'int64'}
   read_streams = tuple(
@@ -177,7 +178,10 @@ def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
-  """The dtype, the sha256, and the counts of each split, from `about.json`."""
+  """The object in `about.json`: 'dtype' (of tokens), 'sha256' and 'splits'.
+
+  'splits' has the counts of each split by name.
+  """
   return _read_json(folder / 'about.json')
 
 

@@ -245,6 +245,9 @@ def advance(
 
 
 def _pick(leaf: Array, chosen: Int32[Array, 'B W']) -> Array:
-  """The W chosen of each row's C sequences; `leaf` is [B, C] or [B, C, N]."""
+  """The W sequences of each row, out of C, whose indices `chosen` has.
+
+  `leaf` is [B, C] or, with the N tokens of each sequence, [B, C, N].
+  """
   index = chosen if leaf.ndim == 2 else chosen[..., None]
   return jnp.take_along_axis(leaf, index, axis=1)

@@ -81,11 +81,11 @@ class Prefix(NamedTuple):
   """The tokens before the first token that the model chooses.
 
   Attributes:
-    tokens: int32 [B, P], the tokens that the decoder reads.
+    tokens: int32 [B, P], the P tokens that the decoder reads.
     mask: bool [B, P], False at padding, which is at the front; True at the last
       token.
-    encoder_tokens: int32 [B, S], the tokens that the encoder reads; None for a
-      decoder-only model.
+    encoder_tokens: int32 [B, S], the S tokens that the encoder reads; None for
+      a decoder-only model.
     encoder_mask: bool [B, S], False at padding, which is at the end.
     task_ids: int32 [B], the task of each row; None for a model that does not
       route by task.

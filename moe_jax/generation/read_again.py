@@ -52,8 +52,9 @@ def choices(
     task_ids: The task of each row.
 
   Returns:
-    Tokens, positions, segment ids and tasks as in a batch of training, and the
-    choices of each sparse layer by its index.
+    A batch as in training: `tokens`, `positions`, `segment_ids` and, in a model
+    that routes by task, `task_ids`; an encoder's names begin with 'encoder_'.
+    And the choices of each sparse layer by its index.
   """
   N = max(map(len, rows))
   prefix = make_prefix(model, prompt, N, start_id, task_ids=task_ids)

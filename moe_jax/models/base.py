@@ -56,7 +56,7 @@ class Model(nn.Module):
   and has the field `embedding: EmbeddingConfig`.
 
   A model that generates also has `for_decoding`, `make_cache(batch_size,
-  max_len)`, whose cache has a method `take(rows)` that picks rows, and
+  max_len)`, whose cache has a method `take(rows)` that picks rows by index, and
   `decode(tokens, token_mask, cache)`, which returns logits and the next cache.
   In a model with an encoder, `encode` makes the cache instead of `make_cache`.
   `Decoder` describes the arguments of these methods.
@@ -86,8 +86,9 @@ class Model(nn.Module):
   def inputs(self, batch: Batch) -> dict[str, Any]:
     """The arguments of a call of the model by name, taken from a batch.
 
-    Choices of experts are imposed if the batch has them, under the names
-    `REPLAYED`.
+    Each stack has `tokens`, `segment_ids`, `positions`, `task_ids` if a router
+    goes by them, and `given`, the choices of experts to impose, if the batch
+    has them under the names `REPLAYED`. Names of an encoder begin 'encoder_'.
     """
     inputs: dict[str, Any] = {}
     for prefix in self.stacks.sequences:
@@ -103,7 +104,7 @@ class Model(nn.Module):
   def batch_shapes(
     self, batch_size: int, seq_len: int, target_len: int = 0
   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and types of a training batch.
+    """The shapes and types of a training batch's arrays, by their names.
 
     Args:
       batch_size: The number B of rows.
@@ -149,7 +150,9 @@ class Model(nn.Module):
 
   @nn.nowrap
   def with_deferred_logits(self) -> 'Model':
-    """The same model, which returns `Logits` for `by_blocks`, not arrays.
+    """The same model, which returns `Logits`, not arrays, for `by_blocks`.
+
+    Losses can then be computed of a block of tokens after another.
 
     A model without `embedding` is returned as it is.
     """
@@ -190,7 +193,10 @@ class Model(nn.Module):
 
 
 def of_targets(batch: Batch) -> Batch:
-  """The arrays of a batch that the loss of text reads, [B, T]."""
+  """The arrays of a batch that the loss of text reads, [B, T], by name.
+
+  They are `targets` and `loss_weights`, as far as the batch has them.
+  """
   keys = 'targets', 'loss_weights'
   return {key: batch[key] for key in keys if key in batch}
 
@@ -199,6 +205,7 @@ def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
   """The outputs, with zeros at tokens whose loss weight in the batch is 0.
 
   A NaN at such a token would be 0 * NaN in the loss and in the gradient.
+  Without `loss_weights` in the batch the outputs stay as they are.
   """
   weights = batch.get('loss_weights')
   if weights is None:
@@ -264,7 +271,10 @@ class ModelOptions(LayerOptions):
     return (self,)
 
   def with_halves(self, *halves: Any) -> Any:
-    """The options of the same model with `halves` in place of its own."""
+    """The options of the same model with `halves` in place of its own.
+
+    `halves` are the options of the layers of each stack, an encoder's first.
+    """
     (options,) = halves
     return options
 
@@ -343,11 +353,17 @@ class ModelOptions(LayerOptions):
       yield from half.group_problems(run, name, length)
 
   def shared(self, num_layers: int, rules: Rules) -> Shared:
-    """The settings that all layers of a stack of `num_layers` layers share."""
+    """The settings that all layers of a stack of `num_layers` layers share.
+
+    `rules` is the sharding table: the mesh axes of each logical axis.
+    """
     return Shared(self.numerics, self.use_bias, num_layers, rules)
 
   def embedding_config(self, rules: Rules) -> EmbeddingConfig:
-    """The configuration of the model's embedding tables and logits."""
+    """The configuration of the model's embedding tables and logits.
+
+    `rules` is the sharding table: the mesh axes of each logical axis.
+    """
     return EmbeddingConfig(
       self.embedding,
       self.shared(self.num_layers, rules),

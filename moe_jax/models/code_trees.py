@@ -64,7 +64,10 @@ def has_codes(options: ModelOptions) -> bool:
 
 
 def check_plain(options: ModelOptions, name: object) -> None:
-  """Raises ValueError where some kernels of the model `name` are quantised."""
+  """Raises ValueError where some kernels of the model `name` are quantised.
+
+  Compression calls this, as it cannot read codes.
+  """
   if has_codes(options):
     raise InputError(
       f'{name} has kernels in codes of few bits, which this cannot read; give '

@@ -92,7 +92,7 @@ class DecoderOptions(ModelOptions, StackOptions):
 
   @property
   def padding(self) -> Padding:
-    """The rule that hides padding; a subclass may return another rule."""
+    """The rule that hides padding; imported models may have another."""
     return Padding()
 
   def shared(self, num_layers, rules):
@@ -129,7 +129,10 @@ class DecoderOptions(ModelOptions, StackOptions):
     yield from self.half_problems(self, causal=True)
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
-    """Yields texts on wrong options of attention or positions in a stack."""
+    """Yields texts on wrong options of attention or positions in a stack.
+
+    `half` has the options of its layers, and `causal` is True for a decoder.
+    """
     try:
       attention = half.attention.within(self.width)
     except OptionError as error:

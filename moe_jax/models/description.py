@@ -192,7 +192,7 @@ class Stacks(tuple[LayerStack, ...]):
 
   @property
   def forced_balance(self) -> str:
-    """The warning that experts are forced; '' if routers choose them."""
+    """The warning that `moe.force_balance` forces choices; '' if not set."""
     return next(filter(None, (moe.forced for moe in self.mixtures)), '')
 
   @property
@@ -201,7 +201,10 @@ class Stacks(tuple[LayerStack, ...]):
     return any(moe.router.keeps_state for moe in self.mixtures)
 
   def loss_weights(self) -> dict[str, float]:
-    """The weight of each loss of the layers' `MoeAux`, by its name."""
+    """The weight of each loss of the layers' `MoeAux`, by the loss's name.
+
+    A name is such as 'balance_loss'; a dense model has {}.
+    """
     weights = {}
     for moe in self.mixtures:
       weights |= moe.router.loss_weights()
@@ -221,7 +224,11 @@ class Stacks(tuple[LayerStack, ...]):
     return jnp.concatenate(counts)
 
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Each layer's variables in a collection; {} for a layer that has none."""
+    """Each layer's variables in a collection; {} for a layer that has none.
+
+    `collection` is one of the model, such as its parameters. Slices are taken
+    of arrays that several layers share.
+    """
     trees = []
     for layer in self.layers:
       tree = subtree(collection, layer.path)
@@ -248,7 +255,11 @@ class Stacks(tuple[LayerStack, ...]):
 
 
 def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
-  """The tree with `part` at a path of one name; for the path (), the part."""
+  """A model's tree of variables with `part` as those of the stack at `path`.
+
+  The path is one name, or () in a model with a single stack: then the result is
+  `part`.
+  """
   return {**tree, path[0]: part} if path else part
 
 

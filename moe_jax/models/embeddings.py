@@ -174,7 +174,7 @@ class Embeddings(nn.Module):
   def outputs(
     self, x: Float[Array, 'B T M']
   ) -> Float32[Array, 'B T V'] | Logits:
-    """The outputs of the model, from the output x of the last block."""
+    """The logits, or `Logits` if `deferred`, from the last block's output x."""
     return self._logits(x) if self.config.deferred else self.logits(x)
 
   def _logits(self, x: Float[Array, 'B T M']) -> Logits:

@@ -99,6 +99,7 @@ class EncoderDecoderOptions(DecoderOptions):
   def with_halves(self, *halves):
     """The options of the same model with other layers in encoder and decoder.
 
+    `halves` are the options of the encoder's layers, then of the decoder's.
     `encoder.overrides` becomes the options of the encoder's layers that differ
     from those that the decoder's options would give them.
     """
@@ -246,7 +247,7 @@ class EncoderDecoder(Decoder):
     The layers of the encoder come first.
 
     Args:
-      encoder_tokens: Token ids that the encoder reads.
+      encoder_tokens: Token ids that the encoder reads, S in each row.
       tokens: Token ids that the decoder reads: the targets, shifted right by
         one.
       encoder_segment_ids: The index, from 1, of each token's example in its
@@ -305,7 +306,7 @@ class EncoderDecoder(Decoder):
     """A cache for `decode`, with the keys and values of cross-attention.
 
     Args:
-      encoder_tokens: Token ids.
+      encoder_tokens: Token ids, S in each row.
       encoder_mask: False at padding.
       max_len: The most tokens that a decoder's row may have.
       encoder_positions: The position of each token in its example. Default: the
@@ -342,7 +343,8 @@ class EncoderDecoder(Decoder):
     """The keys and values of each decoder layer's attention to the encoder.
 
     `encoded` is the encoder's output [B, S, M]. Keys and values are [B, N, S,
-    D] for each layer, stacked over layers where their parameters are stacked.
+    D] for each layer, for N heads of keys, stacked over layers where their
+    parameters are stacked.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)

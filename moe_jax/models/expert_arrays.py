@@ -101,9 +101,9 @@ def sparse_layers(
 def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-  """Two tuples of each layer's parameters and router state, by one program.
+  """A tuple of the layers' parameters, and a tuple of their router states.
 
-  A layer without router state has {}.
+  One program slices all stacked arrays. A layer without router state has {}.
   """
   return [
     model.stacks.layer_trees(variables.get(name, {}))
@@ -186,7 +186,8 @@ def with_copies(
 ) -> tuple[ModelOptions, dict[str, Any]]:
   """The same model with a merged expert copied for each of its router columns.
 
-  The result has as many experts as router columns, and no merged expert.
+  The result has as many experts as router columns, and no merged expert, as an
+  export to transformers needs it.
   """
 
   def without_rows(first: int, half: LayerOptions) -> MoeOptions:

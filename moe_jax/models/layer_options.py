@@ -250,7 +250,10 @@ class StackOptions(LayerOptions):
 
   @property
   def stack_values(self) -> dict[str, Any]:
-    """The values of the options that `StackOptions` has, by name."""
+    """The values of the options of `StackOptions`, by name.
+
+    Subclasses, options of whole models, make a stack's own options of them.
+    """
     return {name: getattr(self, name) for name in fields_of(StackOptions)}
 
   @property

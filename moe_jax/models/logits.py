@@ -137,10 +137,11 @@ def by_blocks(
 def _division(
   heads: list[Head | None], x: Array
 ) -> tuple[tuple[str, ...], int, int]:
-  """How the rows of x are divided, for logits by all heads.
+  """How the tokens of x [B, T, ...] are divided, for logits by all heads.
 
   Returns the mesh axes that split the rows, the number of a device's tokens,
-  and the number of equal blocks of them.
+  and the number of equal blocks of them: (), 0 and 1 if no logits are divided.
+  `heads` has None where `by_blocks` is given an array in place of `Logits`.
   """
   present = [head for head in heads if head is not None]
   if not present or not present[0].block_mb:
@@ -163,7 +164,7 @@ def _product(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _float32_product(x, kernel):
-  """x [N, M] @ kernel [M, V] in the type of x, with results in float32.
+  """x [N, M] of N tokens @ kernel [M, V] in the type of x, giving float32.
 
   The gradient has a rule of its own, since JAX would round a float32 kernel's
   gradient to the type of x.

@@ -99,9 +99,9 @@ class _Kernel(NamedTuple):
   def factors(self, values: tuple[Any, ...], rank: Any) -> dict[str, Any]:
     """A value, such as a size or a name, for each dimension of A and of B.
 
-    The values are those of the kernel's dimensions, `values`, in A without the
-    outputs and in B without the inputs; the dimension that both share, of the
-    rank, has the value `rank`.
+    The result has a tuple for A as 'a' and for B as 'b'. `values` are those of
+    the kernel's dimensions; A lacks the outputs, and B the inputs. The
+    dimension of the rank, which both share, has the value `rank`.
     """
     stack, rest = values[: self.stacked], values[self.stacked :]
     return {
@@ -233,9 +233,9 @@ class Adapters:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_merge(adapters: Adapters, shardings: tuple[Any, ...]):
-  """The compiled `merged_kernels`, whose results have these shardings.
+  """The compiled `merged_kernels`, from parameters to kernels by path.
 
-  There is a sharding for each kernel with an adapter, in order.
+  `shardings` has that of each kernel with an adapter, in order.
   """
   out_shardings = dict(zip(adapters.kernels, shardings, strict=True))
   return jax.jit(adapters.merged_kernels, out_shardings=out_shardings)

@@ -129,12 +129,15 @@ def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
 
 
 def layer_name(index: int) -> str:
-  """The name of the parameters of a layer, given its index in the period."""
+  """The name of a layer's parameters, by its index in a period of layers."""
   return f'layer_{index}'
 
 
 def period_name(segment: Segment, period: int) -> str:
-  """The name of one period's parameters, where periods are not stacked."""
+  """The name of one period's parameters, where periods are not stacked.
+
+  `period` is the index of the period in the segment.
+  """
   return f'{segment.name}_period_{period}'
 
 

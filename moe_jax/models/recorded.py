@@ -48,7 +48,10 @@ Apply = Callable[..., tuple[Any, Choices]]
 def plainly(
   model: Model, variables: dict[str, Any], *args: Any, **arguments: Any
 ) -> tuple[Any, None]:
-  """The result of `model.apply`, and None in place of recorded choices."""
+  """The result of `model.apply`, and None in place of recorded choices.
+
+  It stands in for `recording` where no choices are asked for.
+  """
   return model.apply(variables, *args, **arguments), None
 
 

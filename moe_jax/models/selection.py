@@ -95,6 +95,7 @@ def names_of(
 def _names(term: str, by_name: dict[str, str]) -> set[str]:
   """The names of the parameters that a term of an expression stands for.
 
+  A term is a role, its plural, 'all', 'non_experts', or a pattern of names.
   `by_name` has the role of each parameter of the model by its name.
   """
   if term.startswith(_PATTERN):

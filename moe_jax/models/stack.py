@@ -36,7 +36,8 @@ class Padding:
   def context(self, context: Context) -> Context:
     """The arrays that blocks read, made from a context that hides padding.
 
-    Here the context is returned as it is; a subclass may let padding be seen.
+    Here the context is returned as it is; a subclass may let padding be seen,
+    as imports of transformers' Switch need it.
     """
     return context
 
@@ -58,10 +59,11 @@ _SAVE = 'save='
 
 
 def kept_names(remat: str) -> tuple[str, ...] | None:
-  """What of a layer is kept for the backward pass, besides its input.
+  """The names of a layer's arrays that the backward pass keeps.
 
-  None stands for all. The names are among `KEPT`; `remat` is one of `REMATS` or
-  'save=' and names with commas between them.
+  A layer's input and its router's decisions are always kept; None stands for
+  all arrays. The names are among `KEPT`; `remat` is one of `REMATS` or 'save='
+  and names with commas between them.
 
   Raises:
     ValueError: `remat` is neither.
@@ -209,7 +211,8 @@ def _scanned(c: StackConfig, segment: Segment, train: bool):
   """The loop over a segment's periods, a module; unrolled if not `scan_layers`.
 
   It is called with ((x, cache), the indices of layers [repeats, period],
-  context); `train` turns on dropout and router noise.
+  context) and returns (x, cache) and the layers' `MoeAux` of leaves [repeats,
+  period, ...]; `train` turns on dropout and router noise.
   """
   loops = c.scan_layers and segment.repeats > 1
   scanned = nn.scan(

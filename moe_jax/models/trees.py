@@ -153,7 +153,8 @@ def move_router_state(
     """The state of the router after the step, in the nested dicts of a layer.
 
     The router's own variables are the outermost dict that holds an array;
-    `rows` are the loads of the layers whose states it stacks, [*L, E].
+    `rows` are the loads of its layer, [E], or, where states of several layers
+    are stacked, of these layers, [L, E].
     """
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, rows, rate)

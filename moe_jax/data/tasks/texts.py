@@ -87,7 +87,7 @@ class WindowTask(abc.ABC):
 
   @abc.abstractmethod
   def lengths(self, n: Counts) -> Lengths:
-    """The largest lengths of examples that windows of `n` [P] tokens give."""
+    """The largest lengths of examples that P windows of `n` tokens give."""
 
   @abc.abstractmethod
   def __call__(self, window: Window, generator: np.random.Generator) -> Example:
@@ -120,7 +120,7 @@ class DenoisedRows(ExampleRows):
 def windows(
   starts: Integer[np.ndarray, ' D'], total: int, longest: int
 ) -> Int[np.ndarray, 'P 2']:
-  """The begin and end of each window, of 2 to `longest` tokens of a document.
+  """The begin and end of P windows, of 2 to `longest` tokens of a document.
 
   Documents begin at `starts` and have `total` tokens in all. Each is cut into
   as few windows as possible, of nearly equal lengths.
@@ -369,7 +369,7 @@ def corrupt(
   mask: Bool[np.ndarray, ' N'],
   sentinels: Integer[np.ndarray, ' S'],
 ) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:
-  """The kept tokens and the cut-out tokens of a window, with sentinels.
+  """The kept tokens [I] and the cut-out tokens [J] of a window, with sentinels.
 
   A sentinel replaces each span among the kept tokens, and precedes the span's
   tokens among the tokens that are cut out.

@@ -45,8 +45,8 @@ class SpecialTokens:
     forced_bos: Id that generation always emits first.
     vocab_size: V of the model, which may be above the number of tokens; 0 if no
       config gives it.
-    names: Names of the tokens 'bos', 'eos', 'pad' and 'unk', for chat
-      templates.
+    names: Spellings of tokens by role, 'bos', 'eos', 'pad' or 'unk', for chat
+      templates: {'bos': '<s>'}.
     chat_template: Jinja template of conversations; '' if there is none.
   """
 
