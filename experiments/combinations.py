@@ -14,10 +14,13 @@ that the script has to find.
 import collections
 import functools
 import itertools
+import multiprocessing
 import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -122,6 +125,8 @@ FACTORS: dict[str, dict[str, Values]] = {
 }
 # Factors that decide the numbers, so that the plain step has them, too.
 _KEPT = ('router', 'room', 'loss')
+# What is wrong with a combination whose process the compiler ends.
+ENDED = 'the compiler ended the process'
 Drawn = tuple[str, ...]  # the name of a value of each factor, in their order
 
 
@@ -314,6 +319,48 @@ def plant(bug: str) -> None:
     losses.total_loss = total_loss
 
 
+@functools.cache
+def plain_step(drawn: Drawn) -> dict[str, Any]:
+  """What the plain step of a combination gives, by name, on the host."""
+  options = options_of(drawn, plain=True)
+  return take_step(options, options.model.build())
+
+
+def compare(drawn: Drawn) -> tuple[bool, list[str]]:
+  """Whether a combination ran, and what is wrong with it, or why it did not."""
+  try:
+    options, plain = options_of(drawn), options_of(drawn, plain=True)
+    mesh = options.mesh.make(jax.devices()[: _size(options)])
+    options.check_rows(options.sharding.row_parts(mesh))
+    result = take_step(options, plain.model.build())
+  except (InputError, NotImplementedError) as error:
+    return False, [str(error).splitlines()[0]]
+  except jax.errors.JaxRuntimeError as error:
+    return True, [str(error).splitlines()[0]]
+  # Combinations that differ in other factors share a plain step.
+  kept = tuple(
+    name if factor in _KEPT else next(iter(FACTORS[factor]))
+    for factor, name in zip(FACTORS, drawn, strict=True)
+  )
+  return True, differences(result, plain_step(kept))
+
+
+def _begin(bug: str | None) -> None:
+  jax.config.update('jax_num_cpu_devices', DEVICES)
+  # Tiny models compile for longer than they run.
+  jax.config.update('jax_disable_most_optimizations', True)
+  if bug:
+    plant(bug)
+
+
+def compared(drawn: Drawn, pool: futures.Executor) -> tuple[bool, list[str]]:
+  """The result of `compare` in another process, which may end on the way."""
+  try:
+    return pool.submit(compare, drawn).result()
+  except BrokenProcessPool:
+    return True, [ENDED]
+
+
 @cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Draws and compares combinations; ends with status 1 where some differ."""
@@ -324,43 +371,31 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--only', help='the values of one combination, with commas')
   add('--plant', choices=('ring', 'experts', 'slices'), help='a bug to find')
   options = parser.parse_args(argv)
-  jax.config.update('jax_num_cpu_devices', DEVICES)
-  # Tiny models compile for longer than they run.
-  jax.config.update('jax_disable_most_optimizations', True)
-  if options.plant:
-    plant(options.plant)
+
+  def new_pool():
+    context = multiprocessing.get_context('spawn')
+    return futures.ProcessPoolExecutor(1, context, _begin, (options.plant,))
+
   covered: set[tuple] = set()
   refused: collections.Counter[str] = collections.Counter()
-  expected: dict[Any, Any] = {}
-  ran, wrong, start = 0, 0, time.monotonic()
-  rng = random.Random(options.seed)
-  while ran < (1 if options.only else options.count):
+  ran, wrong, start, pool = 0, 0, time.monotonic(), new_pool()
+  rng, count = random.Random(options.seed), 1 if options.only else options.count
+  while ran < count:
     drawn = tuple((options.only or '').split(', '))
     if not options.only:
       drawn = draw(rng, covered)
-    text = ', '.join(drawn)
-    try:
-      chosen, plain = options_of(drawn), options_of(drawn, plain=True)
-      mesh = chosen.mesh.make(jax.devices()[: _size(chosen)])
-      chosen.check_rows(chosen.sharding.row_parts(mesh))
-      key = plain.model.build()
-      result = take_step(chosen, key)
-    except (InputError, NotImplementedError) as error:
-      refused[str(error).splitlines()[0]] += 1
-      if options.only:
-        raise
+    has_run, found = compared(drawn, pool)
+    if not has_run:
+      refused[found[0]] += 1
+      count -= bool(options.only)
       continue
-    except jax.errors.JaxRuntimeError as error:
-      result, found = None, [str(error).splitlines()[0]]
+    if found == [ENDED]:
+      pool = new_pool()
     ran, covered = ran + 1, covered | pairs(drawn)
-    about = key, plain.logits_z_weight
-    if result is not None:
-      if about not in expected:
-        expected[about] = take_step(plain, key)
-      found = differences(result, expected[about])
     wrong += bool(found)
     verdict = f'WRONG: {"; ".join(found[:4])}' if found else 'equal'
-    print(f'{text}: {verdict}', flush=True)
+    print(f'{", ".join(drawn)}: {verdict}', flush=True)
+  pool.shutdown()
   print(f'refused by the options: {refused.total()}')
   for reason, number in refused.most_common():
     print(f'  {number} times: {reason}')
