@@ -8,6 +8,7 @@ softmax is over the whole vocabulary.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 import flax.struct
 import jax
@@ -228,7 +229,7 @@ class LstmLm(Model):
       tokens, segment_ids, positions, False, cache.states
     )
     position = cache.next_position + count[:, -1]
-    return logits, LstmCache(states, position)
+    return cast(Array, logits), LstmCache(states, position)
 
   @nn.nowrap
   def make_cache(self, batch_size: int, max_len: int) -> LstmCache:

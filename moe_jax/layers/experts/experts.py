@@ -108,12 +108,13 @@ def apply_experts(
     )
 
   if layout is not None and layout.exchanged and dispatch.exchange.gathers:
+    to_slots: Any = dispatch
 
     def summed(params, x, routing, key):
-      rows = dispatch.dispatcher.dispatch(x, routing)
+      rows = to_slots.dispatcher.dispatch(x, routing)
       rows = checkpoint_name(rows, ROWS)
       rows = ffn.compute(params, rows, lambda h: ffn.dropped(h, key))
-      return dispatch.dispatcher.combine(rows, routing)
+      return to_slots.dispatcher.combine(rows, routing)
 
     layout, key = _biases_once(layout, ffn), next_key()
     return exchange_tokens(
