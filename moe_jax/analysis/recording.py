@@ -145,7 +145,7 @@ def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
   """A layer's choices as a record has them, with int32 indices of experts.
 
   Where experts choose tokens (`by_expert`), a token's choices are sorted by
-  falling gate, and their dimension of E is cut to the most of any token.
+  falling gate, and their dimension of E is cut to the most choices of a token.
   """
   choices = choices._replace(expert=choices.expert.astype(np.int32))
   if not by_expert:

@@ -226,8 +226,8 @@ def holders(
     axis: Index of the dimension, such as the dimension of experts.
 
   Returns:
-    The D devices in the order of their ids, and whether each device holds each
-    index.
+    The D devices in the order of their ids, and bool [D, N], whether each
+    device holds each index.
   """
   indices = x.sharding.devices_indices_map(x.shape)
   devices = sorted(indices, key=lambda device: device.id)

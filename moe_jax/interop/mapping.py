@@ -141,7 +141,7 @@ class Name(NamedTuple):
   Attributes:
     template: The name of the tensor, with {layer} and {expert} in place of
       indices if each layer and expert has its own tensor.
-    form: The layout in the checkpoint and here; see `Form`.
+    form: The layout in the checkpoint and here, such as 'F M -> M F'.
   """
 
   template: str

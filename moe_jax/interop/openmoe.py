@@ -145,8 +145,8 @@ def _describe(o: DecoderOptions) -> dict[str, Any]:
 def _ffn(path: str, module: str) -> Names:
   """The table entries of a feed-forward whose SwiGLU has one fused tensor.
 
-  `path` is the path of ours in the layer, and `module` the name of theirs. The
-  first half of the fused tensor is the linear kernel.
+  `path` is the feed-forward's path in our layer, `module` its name in theirs.
+  The first half of the fused tensor is the linear kernel.
   """
   gate = f'{module}.gate_proj'
   return {
