@@ -157,7 +157,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> dict[int, str]:
-  """The prompts by line number, from 1; empty lines are left out."""
+  """The prompt of the options, or those of their file by line number, from 1.
+
+  Empty lines are left out.
+  """
   if options.prompts_file is None:
     return {1: options.prompt}
   text = read_text(pathlib.Path(options.prompts_file))

@@ -352,7 +352,8 @@ def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
 def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
   """The mutual information in nats of the label and the expert of a choice.
 
-  This is the plug-in estimate, from the shares of the N counts. It is too high
+  `table` counts N choices by label and expert, and this is the plug-in estimate
+  from its shares. It is too high
   by about (labels - 1) (E - 1) / (2 N) if label and expert are independent.
   """
   mutual = entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)

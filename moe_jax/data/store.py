@@ -180,7 +180,8 @@ def read(folder: pathlib.Path, split: str, streams: Sequence[str]) -> Any:
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
   """The object in `about.json`: 'dtype' (of tokens), 'sha256' and 'splits'.
 
-  'splits' has the counts of each split by name.
+  'splits' has, for each split by name, the numbers of its documents or pairs,
+  of their bytes, and of the tokens of each stream.
   """
   return _read_json(folder / 'about.json')
 

@@ -102,6 +102,10 @@ def _read(
 ) -> tuple[pathlib.Path, trained.Described, Model, Plan]:
   """Reads the run that `config.init_from` names.
 
+  Args:
+    run: The run that begins with that run's parameters.
+    allow: Modules whose classes, named in that run's config, may be imported.
+
   Returns:
     That run's folder, its options and its model, and a plan by which the
     parameters of `run` are made from that run's parameters.

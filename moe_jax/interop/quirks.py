@@ -107,7 +107,10 @@ class EvenSlots(Capacity):
     return min(max(slots + slots % 2, self.minimum), group_size)
 
   def keeps_in_generation(self, single):
-    """True: generation drops tokens as well, as in OpenMoE's code."""
+    """True: generation drops tokens as well, as in OpenMoE's code.
+
+    `single`, whether a step has one token a group, makes no difference.
+    """
     return True
 
 

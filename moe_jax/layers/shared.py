@@ -66,7 +66,8 @@ class FanIn(Init):
   def kernel(self, *, residual, shrink, num_layers, **axes):
     """Returns the initialiser; the fan-in of stacked kernels is that of one.
 
-    `shrink` divides the variance; `residual` and `num_layers` are not read.
+    `shrink` divides the variance, `axes` has the dimensions that
+    `Init.kernel` names, and `residual` and `num_layers` are not read.
     """
     return nn.initializers.variance_scaling(
       self.scale / shrink, 'fan_in', 'truncated_normal', **axes
@@ -81,7 +82,10 @@ class Gpt2(Init):
   """
 
   def kernel(self, *, residual, shrink, num_layers, **axes):
-    """Returns the initialiser; the root of `shrink` divides the deviation."""
+    """Returns the initialiser; the root of `shrink` divides the deviation.
+
+    `residual` and `num_layers` are those of `Init.kernel`; `axes` is not read.
+    """
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
 

@@ -168,7 +168,8 @@ def plan_of(
   Args:
     layout: The layout of groups and experts.
     num_rows: N, the number of rows of a device.
-    sizes: The number of rows of each expert.
+    sizes: The number of this device's rows for each expert; the function is
+      called on each device, under `shard_map`.
     bound: R, the number of rows for which a device has room; more rows are
       dropped, those from the last devices first, and of a device those for the
       last experts first.

@@ -145,7 +145,10 @@ class Fraction(Capacity):
     return min(math.ceil(self.factor * group_size), group_size)
 
   def keeps_in_generation(self, single):
-    """True: imported checkpoints have this capacity in generation, too."""
+    """True: imported checkpoints have this capacity in generation, too.
+
+    `single`, whether a step has one token a group, makes no difference.
+    """
     return True
 
 

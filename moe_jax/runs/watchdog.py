@@ -76,7 +76,9 @@ def watching(timeouts: Timeouts, workdir: pathlib.Path) -> Iterator['Watchdog']:
 
   An error in the body of one process ends all others, which print the error.
   Without an error, each process waits at the end of the body for all others. A
-  single process is not watched.
+  single process is not watched. The body tells the yielded watchdog each stage
+  that it enters, and a process that is silent for longer than the timeouts is
+  ended, and with it all others.
 
   Args:
     timeouts: The timeouts of the run.

@@ -83,7 +83,7 @@ class GivenOptions(TokenizerOptions):
     """
 
   def identity(self) -> str:
-    """The identity of the tokenizer that these options give."""
+    """Text that tells the tokenizer of these options from all others."""
     return self.given().identity
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:
