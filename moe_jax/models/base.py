@@ -141,8 +141,8 @@ class Model(nn.Module):
       log_sum = jax.nn.logsumexp(logits, axis=-1)
       # No gather, which the compiler refuses where the vocabulary is split and
       # an enclosing map splits the batch.
-      ids = jnp.arange(logits.shape[-1])
-      is_target = ids == rows['targets'][..., None]
+      vocab_size = logits.shape[-1]
+      is_target = jax.nn.one_hot(rows['targets'], vocab_size, dtype=jnp.bool_)
       of_target = jnp.where(is_target, logits, 0).sum(-1)
       return TokenLosses(log_sum - of_target, log_sum**2)
 
