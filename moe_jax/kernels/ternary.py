@@ -99,8 +99,9 @@ def dictionary(p0: float = P0) -> Dictionary:
 def _sequences(weights: int, nonzeros: int) -> np.ndarray:
   """The first 2^16 sequences of `weights` weights, `nonzeros` of them not 0.
 
-  A sequence is an int64 in which each weight takes its low 2 bits, the first
-  weight the highest; all are of one class, in its order.
+  A sequence is an int64 of 2 bits a weight, the first weight highest: 0 is a
+  weight of 0, and 1 and 3 are its two signs. They are ascending; there are
+  fewer where fewer exist.
   """
   if not 0 <= nonzeros <= weights:
     return np.zeros(0, np.int64)

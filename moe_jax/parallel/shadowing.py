@@ -285,7 +285,7 @@ def moved_rows(
     return no_exchange()
 
   def away(counts):
-    """How many of these rows have an expert that is on another device."""
+    """How many of the rows in `counts` [E] have an expert elsewhere."""
     blocks = own_blocks(layout, counts).sum(1)  # [X]
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 

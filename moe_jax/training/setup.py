@@ -250,7 +250,7 @@ def set_up(
 
 
 def schedule_notes(options: RunOptions, folder: pathlib.Path) -> Iterator[str]:
-  """Yields lines on a warm-up that is cut, and on a changed number of steps.
+  """Yields lines on a cut warm-up, and on other steps than the run began with.
 
   `folder` is the run's, which need not exist.
   """
