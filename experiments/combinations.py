@@ -130,13 +130,13 @@ ENDED = 'the compiler ended the process'
 Drawn = tuple[str, ...]  # the name of a value of each factor, in their order
 
 
-def draw(rng: random.Random, covered: set[tuple]) -> Drawn:
+def draw(rng: random.Random, tried: set[tuple]) -> Drawn:
   """The one of 30 random combinations with the most pairs that are new."""
   drawn = [
     tuple(rng.choice([*values]) for values in FACTORS.values())
     for _ in range(30)
   ]
-  return max(drawn, key=lambda one: len(pairs(one) - covered))
+  return max(drawn, key=lambda one: len(pairs(one) - tried))
 
 
 def pairs(drawn: Drawn) -> set[tuple]:
@@ -376,14 +376,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = multiprocessing.get_context('spawn')
     return futures.ProcessPoolExecutor(1, context, _begin, (options.plant,))
 
-  covered: set[tuple] = set()
+  covered, tried = set(), set()  # pairs of values that ran, and that were drawn
   refused: collections.Counter[str] = collections.Counter()
   ran, wrong, start, pool = 0, 0, time.monotonic(), new_pool()
   rng, count = random.Random(options.seed), 1 if options.only else options.count
   while ran < count:
     drawn = tuple((options.only or '').split(', '))
     if not options.only:
-      drawn = draw(rng, covered)
+      drawn = draw(rng, tried)
+    tried |= pairs(drawn)
     has_run, found = compared(drawn, pool)
     if not has_run:
       refused[found[0]] += 1
