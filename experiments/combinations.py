@@ -95,10 +95,7 @@ FACTORS: dict[str, dict[str, Values]] = {
       f'{_ROUTER}kind': 'sparse_mixer',
       f'{_ROUTER}sparse_mixer.threshold': 0.0,
     },
-    **{
-      kind: {f'{_ROUTER}kind': kind}
-      for kind in ('expert_choice', 'hash', 'soft')
-    },
+    **{kind: {f'{_ROUTER}kind': kind} for kind in ('expert_choice', 'hash')},
   },
   'room': {
     'tight': {'model.moe.capacity.per_token.factor': 1.0},
