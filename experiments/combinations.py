@@ -122,7 +122,7 @@ FACTORS: dict[str, dict[str, Values]] = {
 }
 # Factors that decide the numbers, so that the plain step has them, too.
 _KEPT = ('router', 'room', 'loss')
-# What is wrong with a combination whose process the compiler ends.
+# The fault of a combination whose process the compiler ends.
 ENDED = 'the compiler ended the process'
 Drawn = tuple[str, ...]  # the name of a value of each factor, in their order
 
@@ -204,7 +204,7 @@ def first_params(model: models.Model) -> Any:
 
 
 def take_step(options: run_config.RunConfig, plain: Any) -> dict[str, Any]:
-  """What one step gives, by name, on the host.
+  """The results of one step by name, on the host.
 
   Args:
     options: The options.
@@ -318,7 +318,7 @@ def plant(bug: str) -> None:
 
 @functools.cache
 def plain_step(drawn: Drawn) -> dict[str, Any]:
-  """What the plain step of a combination gives, by name, on the host."""
+  """The results of a combination's plain step by name, on the host."""
   options = options_of(drawn, plain=True)
   return take_step(options, options.model.build())
 

@@ -16,7 +16,7 @@ from moe_jax.shapes import Array, Float, checked
 
 # The name under which a remat policy finds the results of products.
 PRODUCT = 'rows_matmul'
-# And that of the products alone whose activation makes hidden values.
+# The name of those products alone whose activation makes hidden values.
 HIDDEN = 'hidden'
 
 

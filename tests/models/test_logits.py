@@ -20,7 +20,7 @@ B, T, M, V = 4, 48, 8, 4099
 
 
 def arrays(seed):
-  """What logits are made of; numbers of other seeds are other ones."""
+  """The arrays that logits are made of, drawn by a seed."""
   rng = np.random.default_rng(seed)
   shapes = (B, T, M), (M, V), (V,)
   return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
