@@ -147,14 +147,14 @@ def run(options: argparse.Namespace) -> None:
       model, variables, prompts, generated.rows, recording,
       start_id=arguments.get('start_id'), task_ids=arguments['task_ids'],
     )  # fmt: skip
-    records = records_of(model, 'generate', loaded.step, 0, batch, choices)
-    records = [*records]
+    named = 'generate', loaded.step, 0
+    records = [*records_of(model, *named, batch, choices)]
     if options.trace:
       _trace(options.trace, loaded, model, len(prompts), records)
     if options.rollouts:
       read = [np.append(*pair) for pair in zip(prompts, generated.rows)]
-      rows = rollouts.from_record(model, records[-1], read)
-      rollouts.save(options.rollouts, rows)
+      texts = rollouts.from_record(model, records[0], read)
+      rollouts.save(options.rollouts, texts)
   if stream is not None:
     _show(stream.end() + '\n')
     return

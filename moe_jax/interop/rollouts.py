@@ -15,21 +15,18 @@ the caller, or vLLM for a cached prefix, filled with -1.
 """
 
 import base64
-import binascii
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from moe_jax.analysis.traces import Record
 from moe_jax.errors import InputError, writing
 from moe_jax.models import Model
 from moe_jax.models.recorded import LayerChoices
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
-
-Ids = npt.ArrayLike
 
 
 class Rollout(NamedTuple):
@@ -46,7 +43,7 @@ class Rollout(NamedTuple):
   expert: np.ndarray
 
 
-def read_numpy(tokens: Ids, rows: npt.ArrayLike, start: int = 0) -> Rollout:
+def read_numpy(tokens: ArrayLike, rows: ArrayLike, start: int = 0) -> Rollout:
   """Reads plain rows of experts [N, L, K], one for each token from `start` on.
 
   A vLLM of 0.32 returns base64 of a `.npy` file with such an array, according
@@ -71,7 +68,7 @@ def read_numpy(tokens: Ids, rows: npt.ArrayLike, start: int = 0) -> Rollout:
   if start < 0 or start + N not in (T - 1, T):
     raise InputError(
       f'{N} rows of experts from token {start} on, of {T} tokens; a row is '
-      f'needed for each token to the last, which may lack one; rows of '
+      'needed for each token to the last, which may lack one; rows of '
       f'{NO_CHOICE} leave a token to the router'
     )
   expert = np.full((T, *rows.shape[1:]), OPEN, np.int32)
@@ -81,19 +78,19 @@ def read_numpy(tokens: Ids, rows: npt.ArrayLike, start: int = 0) -> Rollout:
 
 
 def read_sglang(
-  tokens: Ids, text: str, *, num_layers: int, num_selected: int, start: int = 0
+  model: Model, tokens: ArrayLike, text: str, start: int = 0
 ) -> Rollout:
   """Reads SGLang's `routed_experts`: base64 of int32 [T - 1 - start, L, K].
 
-  Checked in the source of 0.5.11 and later and in the text of PR #17434: the
-  array is flat, counts all layers of the model, and has no row for the last
-  token. Experts of dense layers are zeros of a buffer there, which is inferred.
+  Checked in sources of 2026 (0.5.11 and later) and in the text of PR #17434:
+  the array is flat, L counts all layers of the model, K leaves out shared
+  experts, and the last token has no row. That experts of dense layers are the
+  zeros of a buffer is inferred; they are not read.
 
   Args:
+    model: The model, whose numbers of layers and choices are the server's.
     tokens: The T token ids of the prompt and the answer.
     text: `meta_info['routed_experts']`, or of a choice of a completion.
-    num_layers: The number L of the server's layers, sparse or not.
-    num_selected: The number K of experts of a token, without shared ones.
     start: The request's `routed_experts_start_len`; a cached prefix needs none,
       as the server keeps its experts.
 
@@ -102,18 +99,16 @@ def read_sglang(
   """
   try:
     flat = np.frombuffer(base64.b64decode(text, validate=True), '<i4')
-  except (ValueError, binascii.Error) as error:
+  except ValueError as error:
     raise InputError(f'routed_experts is no base64 of int32: {error}') from None
-  if flat.size % (num_layers * num_selected):
-    raise InputError(
-      f'{flat.size} experts are no rows of num_layers={num_layers} times '
-      f'num_selected={num_selected}'
-    )
-  return read_numpy(tokens, flat.reshape(-1, num_layers, num_selected), start)
+  L, K = model.stacks.num_layers, _num_selected(model)
+  if flat.size % (L * K):
+    raise InputError(f'{flat.size} experts are no rows of L={L} times K={K}')
+  return read_numpy(tokens, flat.reshape(-1, L, K), start)
 
 
 def read_vllm(
-  prompt: Ids, answer: Ids, prompt_rows: npt.ArrayLike, rows: npt.ArrayLike
+  prompt: ArrayLike, answer: ArrayLike, prompt_rows: ArrayLike, rows: ArrayLike
 ) -> Rollout:
   """Reads vLLM 0.21: int16 arrays or lists [tokens, L, K], in two parts.
 
@@ -143,7 +138,7 @@ def read_vllm(
 
 
 def read_tunix(
-  tokens: npt.ArrayLike, mask: npt.ArrayLike, experts: npt.ArrayLike
+  tokens: ArrayLike, mask: ArrayLike, experts: ArrayLike
 ) -> list[Rollout]:
   """Reads a padded batch of tunix: experts [B, L, T, K] of tokens [B, T].
 
@@ -208,27 +203,19 @@ def to_record(
   layers = model.stacks.sparse_layers
   expert = np.full((*tokens.shape, len(layers), K), NO_CHOICE, np.int32)
   for (row, at), rollout in zip(places, rollouts):
-    own, theirs = tokens[row, at], rollout.tokens[: len(at)]
-    equal = own[: len(theirs)] == theirs
-    if len(theirs) < len(own) or not equal.all():
-      n = len(theirs) if equal.all() else int(equal.argmin())
-      there = theirs[n] if n < len(theirs) else 'the end of its rollout'
-      raise InputError(
-        f'row {row}, position {at[n]}: token {own[n]} here, {there} there'
-      )
+    _check_tokens(tokens, rollout.tokens, row, at)
     chosen = _of_sparse_layers(model, rollout, K)[: len(at)]
     _check_experts(model, chosen, row, at)
     expert[row, at] = chosen
-  by_layer = dict(zip(layers, np.moveaxis(expert, 2, 0)))
   choices = {
     layer: LayerChoices(x, np.zeros(x.shape, np.float32), x >= 0)
-    for layer, x in by_layer.items()
+    for layer, x in zip(layers, np.moveaxis(expert, 2, 0))
   }
   return Record('rollout', 0, 0, tokens, positions, documents, choices)
 
 
 def from_record(
-  model: Model, record: Record, tokens: Sequence[Ids] | None = None
+  model: Model, record: Record, tokens: Sequence[ArrayLike] | None = None
 ) -> list[Rollout]:
   """The rollouts of a record's documents, with experts of the sparse layers.
 
@@ -240,7 +227,8 @@ def from_record(
       the record.
 
   Raises:
-    ValueError: A choice was dropped, which no server's format can say.
+    ValueError: A document has other tokens than those given for it, or a choice
+      was dropped, which no server's format can say.
   """
   _num_selected(model)
   layers = record.layers.values()
@@ -255,6 +243,7 @@ def from_record(
         'choice was not served, which a rollout cannot say'
       )
     ids = np.asarray(record.tokens[row, at] if tokens is None else tokens[i])
+    _check_tokens(record.tokens, ids, row, at)
     of_all = np.full((len(ids), *expert.shape[2:]), OPEN, np.int32)
     of_all[: len(at)] = expert[row, at]
     rollouts.append(Rollout(ids.astype(np.int32), of_all))
@@ -288,11 +277,10 @@ def write_tunix(
   rollouts: Sequence[Rollout],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """The tokens, mask and experts that `read_tunix` reads, padded at the end."""
-  T = max(len(rollout.tokens) for rollout in rollouts)
-  shape = len(rollouts), T
+  shape = len(rollouts), max(len(ids) for ids, _ in rollouts)
   tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-  of_tokens = rollouts[0].expert.shape[1:]
-  experts = np.full((*shape, *of_tokens), NO_CHOICE, np.int32)
+  _, L, K = rollouts[0].expert.shape
+  experts = np.full((*shape, L, K), NO_CHOICE, np.int32)
   for i, (ids, expert) in enumerate(rollouts):
     tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     experts[i, : len(ids)] = np.maximum(expert, NO_CHOICE)
@@ -357,7 +345,7 @@ def _num_selected(model: Model) -> int:
   ):
     raise InputError(
       'rollouts are of decoders whose tokens choose K experts, the same number '
-      f'in all sparse layers; this {type(model).__name__} has K in {numbers}'
+      f'in all sparse layers; this {type(model).__name__} has K in {[*numbers]}'
     )
   return numbers.pop()
 
@@ -365,14 +353,31 @@ def _num_selected(model: Model) -> int:
 def _of_sparse_layers(model: Model, rollout: Rollout, K: int) -> np.ndarray:
   """The experts [T, L, K] of the model's sparse layers, without dense ones."""
   _, L, given = rollout.expert.shape
-  stacks = model.stacks
-  sparse = stacks.sparse_layers
-  if L not in (stacks.num_layers, len(sparse)) or given != K:
+  num_layers, sparse = model.stacks.num_layers, model.stacks.sparse_layers
+  if L not in (num_layers, len(sparse)) or given != K:
     raise InputError(
       f'experts of {L} layers and {given} choices; the model has {K} choices '
-      f'in the layers {sparse} of {stacks.num_layers}'
+      f'in the layers {sparse} of {num_layers}'
     )
   return rollout.expert[:, sparse] if len(sparse) < L else rollout.expert
+
+
+def _check_tokens(
+  tokens: np.ndarray, ids: np.ndarray, row: int, at: np.ndarray
+) -> None:
+  """Raises ValueError unless a rollout begins with a document's tokens.
+
+  Args:
+    tokens: The tokens [B, T] of a batch.
+    ids: The tokens of the rollout.
+    row: The row of the document.
+    at: The positions of its tokens in the row.
+  """
+  for n, own in enumerate(tokens[row, at]):
+    there = ids[n] if n < len(ids) else 'the end of its rollout'
+    if there != own:
+      place = f'row {row}, position {at[n]}'
+      raise InputError(f'{place}: token {own} here, {there} there')
 
 
 def _check_experts(

@@ -20,9 +20,11 @@ from moe_jax.interop import rollouts
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.recorded import recording
 from moe_jax.routing.capacity import All, Fixed
+from tests import test_readme
 from tests.generation import folders
 from tests.models import tiny
 
+MODEL = tiny.build({'layers': '1,2', 'capacity': All()}, num_layers=3)
 PROMPT, ANSWER = [7, 3, 9], [4, 11]
 TOKENS = PROMPT + ANSWER
 # The experts of each token that was read, in layers 1 and 2.
@@ -45,7 +47,6 @@ SGLANG_FLAT = [
   *(0, 0, 1, 0, 2, 3),
 ]
 SGLANG = base64.b64encode(struct.pack('<24i', *SGLANG_FLAT)).decode()
-SIZES = dict(num_layers=3, num_selected=2)
 # tunix, in the order of a note on its sampler: padding in front of a row.
 TUNIX = [
   [
@@ -54,7 +55,7 @@ TUNIX = [
   ]
 ]
 READ = {
-  'SGLang 0.5.11': lambda: rollouts.read_sglang(TOKENS, SGLANG, **SIZES),
+  'SGLang 0.5.11': lambda: rollouts.read_sglang(MODEL, TOKENS, SGLANG),
   # A response's JSON: lists, and no row for the last token.
   'vLLM 0.21': lambda: rollouts.read_vllm(PROMPT, ANSWER, ROWS[:3], ROWS[3:]),
   'tunix, inferred': lambda: rollouts.read_tunix(
@@ -62,11 +63,6 @@ READ = {
   )[0],
   'tpu-inference, plain': lambda: rollouts.read_numpy(TOKENS, np.int32(ROWS)),
 }
-
-
-@pytest.fixture(scope='module')
-def model():
-  return tiny.build({'layers': '1,2', 'capacity': All()}, num_layers=3)
 
 
 def batch_of(tokens, documents=None):
@@ -82,8 +78,8 @@ def batch_of(tokens, documents=None):
 
 
 @pytest.mark.parametrize('server', READ)
-def test_a_servers_experts_become_a_record(model, server):
-  record = rollouts.to_record(model, batch_of([TOKENS]), [READ[server]()])
+def test_a_servers_experts_become_a_record(server):
+  record = rollouts.to_record(MODEL, batch_of([TOKENS]), [READ[server]()])
   assert [*record.layers] == [1, 2]
   for layer, expert in LAYERS.items():
     np.testing.assert_array_equal(record.layers[layer].expert, [expert])
@@ -91,7 +87,7 @@ def test_a_servers_experts_become_a_record(model, server):
     np.testing.assert_array_equal(kept, np.array([expert]) >= 0)
 
 
-def test_writers_give_what_servers_give(model, tmp_path):
+def test_writers_give_what_servers_give(tmp_path):
   """From a record that was written by hand; no reader takes part."""
   own = batch_of([TOKENS[:4]])
   choices = {
@@ -100,9 +96,9 @@ def test_writers_give_what_servers_give(model, tmp_path):
     )
     for layer, expert in LAYERS.items()
   }
-  (record,) = records_of(model, 'generate', 0, 0, own, choices)
-  (rollout,) = rollouts.from_record(model, record, [TOKENS])
-  assert rollouts.write_sglang(model, rollout) == SGLANG
+  (record,) = records_of(MODEL, 'generate', 0, 0, own, choices)
+  (rollout,) = rollouts.from_record(MODEL, record, [TOKENS])
+  assert rollouts.write_sglang(MODEL, rollout) == SGLANG
   for part, rows in zip(rollouts.write_vllm(rollout, 3), (ROWS[:3], ROWS[3:])):
     assert part.dtype == np.int16
     np.testing.assert_array_equal(part, rows)
@@ -120,21 +116,21 @@ def test_writers_give_what_servers_give(model, tmp_path):
   np.testing.assert_array_equal(loaded[1].tokens, TOKENS)
 
 
-def test_rows_that_were_not_sent_are_left_to_the_router(model):
+def test_rows_that_were_not_sent_are_left_to_the_router():
   """An earlier turn's rows, vLLM's -1 for a cached prefix, and a caller's."""
   text = base64.b64encode(struct.pack('<12i', *SGLANG_FLAT[12:])).decode()
-  later = rollouts.read_sglang(TOKENS, text, start=2, **SIZES)
+  later = rollouts.read_sglang(MODEL, TOKENS, text, start=2)
   cached = np.array(ROWS, np.int16)
   cached[:2] = -1
   vllm = rollouts.read_vllm(PROMPT, ANSWER, cached[:3], cached[3:])
   for rollout in (later, vllm):
-    record = rollouts.to_record(model, batch_of([TOKENS]), [rollout])
+    record = rollouts.to_record(MODEL, batch_of([TOKENS]), [rollout])
     for layer, expert in LAYERS.items():
       expected = [[-2, -2], [-2, -2], *expert[2:]]
       np.testing.assert_array_equal(record.layers[layer].expert, [expected])
 
 
-def test_documents_of_packed_and_padded_rows_get_their_own_rows(model):
+def test_documents_of_packed_and_padded_rows_get_their_own_rows():
   """Inputs lack the last token of a rollout, and padding stands anywhere."""
   first = rollouts.read_numpy(TOKENS, ROWS)
   second = rollouts.read_numpy([5, 6, 8], ROWS[2:])
@@ -142,13 +138,13 @@ def test_documents_of_packed_and_padded_rows_get_their_own_rows(model):
     [[7, 3, 9, 4, 5, 6], [0, 0, 5, 6, 8, 0]],
     [[1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 0]],
   )
-  record = rollouts.to_record(model, batch, [first, second, second])
+  record = rollouts.to_record(MODEL, batch, [first, second, second])
   a, b, c, d = LAYERS[2][:4]
   none, router = [-1, -1], [-2, -2]
   expected = [[a, b, c, d, c, d], [none, none, c, d, router, none]]
   np.testing.assert_array_equal(record.layers[2].expert, expected)
   np.testing.assert_array_equal(record.positions, batch['positions'])
-  whole, *_ = rollouts.from_record(model, record)
+  whole, *_ = rollouts.from_record(MODEL, record)
   np.testing.assert_array_equal(whole.expert, ROWS)
 
 
@@ -170,14 +166,14 @@ def changed(token, layer, experts):
     (lambda: np.zeros((4, 4, 2), int), r'4 layers .* layers \(1, 2\) of 3'),
   ],
 )
-def test_what_does_not_fit_is_refused_with_its_position(model, make, message):
+def test_what_does_not_fit_is_refused_with_its_position(make, message):
   """Position 0 of the row is padding."""
   value = make()
   tokens, rows = (value, ROWS) if np.ndim(value) == 1 else (TOKENS, value)
   rollout = rollouts.read_numpy(tokens, rows[: len(tokens)])
   batch = batch_of([[0, *TOKENS]], [[0, 1, 1, 1, 1, 1]])
   with pytest.raises(ValueError, match=message):
-    rollouts.to_record(model, batch, [rollout])
+    rollouts.to_record(MODEL, batch, [rollout])
 
 
 @pytest.mark.parametrize(
@@ -187,12 +183,10 @@ def test_what_does_not_fit_is_refused_with_its_position(model, make, message):
     (lambda: rollouts.read_numpy(TOKENS, ROWS, 2), 'from token 2 on, of 5'),
     (lambda: rollouts.read_numpy(TOKENS, np.float32(ROWS)), 'type float32'),
     (
-      lambda: rollouts.read_sglang(
-        TOKENS, SGLANG, num_layers=5, num_selected=2
-      ),
-      '24 experts are no rows of num_layers=5',
+      lambda: rollouts.read_sglang(MODEL, TOKENS, SGLANG[:-16]),
+      '21 experts are no rows of L=3 times K=2',
     ),
-    (lambda: rollouts.read_sglang(TOKENS, '?', **SIZES), 'no base64'),
+    (lambda: rollouts.read_sglang(MODEL, TOKENS, '?'), 'no base64'),
     (
       lambda: rollouts.read_vllm(PROMPT, ANSWER, ROWS[:2], ROWS[2:]),
       r'shape \(2, 2, 2\) for 3 tokens',
@@ -209,17 +203,19 @@ def test_rows_of_other_tokens_or_layers_are_refused(read, message):
     read()
 
 
-def test_models_and_records_that_no_server_has_are_refused(model):
+def test_models_and_records_that_no_server_has_are_refused():
   rollout, batch = rollouts.read_numpy(TOKENS, ROWS), batch_of([TOKENS])
   encoder_decoder = tiny.build(kind='encoder_decoder')
   with pytest.raises(ValueError, match='rollouts are of decoders'):
     rollouts.to_record(encoder_decoder, batch, [rollout])
   with pytest.raises(ValueError, match='1 rollouts for 2 documents'):
-    rollouts.to_record(model, batch_of([TOKENS, TOKENS]), [rollout])
-  record = rollouts.to_record(model, batch, [rollout])
+    rollouts.to_record(MODEL, batch_of([TOKENS, TOKENS]), [rollout])
+  record = rollouts.to_record(MODEL, batch, [rollout])
+  with pytest.raises(ValueError, match='position 1: token 3 here, 7 there'):
+    rollouts.from_record(MODEL, record, [[7, 7, 9, 4, 11]])
   record.layers[2].kept[0, 3, 1] = False
   with pytest.raises(ValueError, match='row 0, position 3, layer 2: a choice'):
-    rollouts.from_record(model, record)
+    rollouts.from_record(MODEL, record)
 
 
 def choices_of(model, params, batch):
@@ -229,15 +225,15 @@ def choices_of(model, params, batch):
   return record
 
 
-def test_what_was_generated_is_replayed_through_every_format(model):
+def test_what_was_generated_is_replayed_through_every_format():
   """Another model's routers would choose otherwise; the last token is theirs.
 
   Before layer 1 there is no other mixture, so that its router sees the same
   whether or not earlier tokens' experts are imposed.
   """
   prompts = [[7, 3, 9], [5]]
-  first = {'params': tiny.params_of(model, 0)}
-  decoder, variables = generation.prepare(model, first, batch_size=2)
+  first = {'params': tiny.params_of(MODEL, 0)}
+  decoder, variables = generation.prepare(MODEL, first, batch_size=2)
   answers = generation.generate(decoder, variables, prompts, num_tokens=6).rows
   read = read_again.choices(decoder, variables, prompts, answers, recording)
   (record,) = records_of(decoder, 'generate', 0, 0, *read)
@@ -245,7 +241,7 @@ def test_what_was_generated_is_replayed_through_every_format(model):
   server = rollouts.from_record(decoder, record, texts)
   forms = [
     [
-      rollouts.read_sglang(ids, rollouts.write_sglang(model, row), **SIZES)
+      rollouts.read_sglang(MODEL, ids, rollouts.write_sglang(MODEL, row))
       for ids, row in zip(texts, server)
     ],
     [
@@ -255,11 +251,11 @@ def test_what_was_generated_is_replayed_through_every_format(model):
     rollouts.read_tunix(*rollouts.write_tunix(server)),
   ]
   batch = batch_of([texts[0], [*texts[1], 0, 0]], [[1] * 9, [1] * 7 + [0] * 2])
-  second = {'params': tiny.params_of(model, 1)}
-  own = choices_of(model, second, replay.imposed(model, batch)).layers
+  second = {'params': tiny.params_of(MODEL, 1)}
+  own = choices_of(MODEL, second, replay.imposed(MODEL, batch)).layers
   for rows in forms:
-    imposed = rollouts.to_record(model, batch, rows)
-    made = choices_of(model, second, replay.imposed(model, batch, imposed))
+    imposed = rollouts.to_record(MODEL, batch, rows)
+    made = choices_of(MODEL, second, replay.imposed(MODEL, batch, imposed))
     for layer in (1, 2):
       chosen = made.layers[layer].expert
       # The record of the generation has padding in front.
@@ -313,3 +309,21 @@ def test_the_command_writes_a_file_that_readers_read(tmp_path, capsys):
     generate.main([*flags, '--prompt=a'])
   output = capsys.readouterr()
   assert 'exists already' in output.err and not output.out
+
+
+def test_a_servers_output_trains_in_fifteen_lines_of_the_readme(tmp_path):
+  blocks = test_readme.blocks('moe_jax/interop/README.md')
+  (code,) = (text for text in blocks if 'read_vllm' in text)
+  assert len([line for line in code.splitlines() if line.strip()]) <= 15
+  source = test_readme.checkpoint(tmp_path, test_readme.mixtral(11))
+  scope = {'source': source}
+  exec(code, scope)
+  before = scope['loss'](scope['variables']['params'])
+  assert scope['loss'](scope['params']) < before
+  # The step is that of the server's experts, not of the routers' own.
+  model, params = scope['model'], {'params': scope['params']}
+  made = choices_of(model, params, scope['batch'])
+  free = replay.imposed(model, scope['batch'])
+  for layer, choices in choices_of(model, params, free).layers.items():
+    np.testing.assert_array_equal(made.layers[layer].expert, [[[0, 3]] * 4])
+    assert (choices.expert != made.layers[layer].expert).any()
