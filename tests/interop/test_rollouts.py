@@ -143,6 +143,8 @@ def test_documents_of_packed_and_padded_rows_get_their_own_rows():
   none, router = [-1, -1], [-2, -2]
   expected = [[a, b, c, d, c, d], [none, none, c, d, router, none]]
   np.testing.assert_array_equal(record.layers[2].expert, expected)
+  kept = record.layers[2].kept
+  np.testing.assert_array_equal(kept, np.array(expected) >= 0)
   np.testing.assert_array_equal(record.positions, batch['positions'])
   whole, *_ = rollouts.from_record(MODEL, record)
   np.testing.assert_array_equal(whole.expert, ROWS)
