@@ -115,7 +115,8 @@ def read_vllm(
   Checked in the documentation of 0.21.0: L counts layers with experts alone,
   and positions of a cached prefix are -1. That the last token of an answer has
   no row is inferred from readers of that version; if it has one, it is used.
-  Before 0.21 an array counted all layers, and was one; `read_numpy` takes it.
+  Before 0.21 (PR #28284, checked in source) an array of int32 was one for both,
+  and counted all layers; `read_numpy` takes it.
 
   Args:
     prompt: The prompt's token ids.

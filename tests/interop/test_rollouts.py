@@ -313,6 +313,7 @@ def test_the_command_writes_a_file_that_readers_read(tmp_path, capsys):
   assert 'exists already' in output.err and not output.out
 
 
+@pytest.mark.slow
 def test_a_servers_output_trains_in_fifteen_lines_of_the_readme(tmp_path):
   blocks = test_readme.blocks('moe_jax/interop/README.md')
   (code,) = (text for text in blocks if 'read_vllm' in text)
