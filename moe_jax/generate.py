@@ -26,6 +26,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
 from moe_jax.generation import read_again, trained_run
+from moe_jax.interop import rollouts
 from moe_jax.models import check_generates
 from moe_jax.models.recorded import recording
 from moe_jax.training import trained
@@ -75,6 +76,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     'the output is a terminal, so that a pipe gets the new text alone',
   )
   add('--trace', help='new folder for the choices of experts of every token')
+  text = 'new .npz file for tokens and their experts, as inference servers'
+  add('--rollouts', help=f'{text} return them (moe_jax.interop.rollouts)')
   cli.add_allow_module(parser)
   cli.add_traceback(parser)
   options = parser.parse_args(argv)
@@ -123,6 +126,8 @@ def run(options: argparse.Namespace) -> None:
       imported=trained_run.is_imported(loaded.folder),
     ),
   )
+  if options.rollouts:
+    rollouts.check_new(options.rollouts, model)
   arguments = _arguments(loaded, options, len(prompts))
   stream, on_terminal = None, sys.stdout.isatty()
   echo = on_terminal if options.echo is None else options.echo
@@ -137,16 +142,19 @@ def run(options: argparse.Namespace) -> None:
   generated = generation.generate(
     model, variables, prompts, num_tokens=num_tokens, **arguments
   )
-  if options.trace:
-    _trace(
-      options.trace,
-      loaded,
-      model,
-      *read_again.choices(
-        model, variables, prompts, generated.rows, recording,
-        start_id=arguments.get('start_id'), task_ids=arguments['task_ids'],
-      ),
+  if options.trace or options.rollouts:
+    batch, choices = read_again.choices(
+      model, variables, prompts, generated.rows, recording,
+      start_id=arguments.get('start_id'), task_ids=arguments['task_ids'],
     )  # fmt: skip
+    named = 'generate', loaded.step, 0
+    records = [*records_of(model, *named, batch, choices)]
+    if options.trace:
+      _trace(options.trace, loaded, model, len(prompts), records)
+    if options.rollouts:
+      read = [np.append(*pair) for pair in zip(prompts, generated.rows)]
+      texts = rollouts.from_record(model, records[0], read)
+      rollouts.save(options.rollouts, texts)
   if stream is not None:
     _show(stream.end() + '\n')
     return
@@ -237,22 +245,18 @@ def _arguments(
   }
 
 
-def _trace(folder: str, loaded, model, batch, choices) -> None:
+def _trace(folder: str, loaded, model, size: int, records) -> None:
   """Writes a trace of the choices of experts for prompts and new tokens.
 
-  `loaded` is the trained run and `model` its model for decoding; `batch` and
-  `choices` come from `read_again.choices`.
+  `loaded` is the trained run, `model` its model for decoding, and `size` the
+  number of prompts; `records` come from `records_of`.
   """
   note = 'text that was generated, for which experts have room for all tokens'
   if model.stacks.capacity_binds:
     note = 'text that was generated, with the capacity of the checkpoint'
   described = model, loaded.options.model, loaded.options.data, loaded.tokenizer
-  size = len(batch['tokens'])
-  traces.write(
-    folder,
-    make_header(*described, batch_size=size, note=note),
-    records_of(model, 'generate', loaded.step, 0, batch, choices),
-  )
+  header = make_header(*described, batch_size=size, note=note)
+  traces.write(folder, header, records)
   cli.complain(f'choices of experts: {folder}')
 
 

@@ -33,7 +33,9 @@ class GivenChoices(NamedTuple):
     expert: int [G, S, K], the indices of each token's experts, all different
       and in the order of the choices; `NO_CHOICE` where there is none, as at
       padding or, where experts choose, for a token that has fewer than K;
-      `OPEN` for all choices of a group in which the router chooses itself.
+      `OPEN` for all choices of a token whose router chooses itself. Where some
+      tokens of a group are open, they queue in their places, so that a choice
+      behind them that is imposed as served can find its expert full.
     kept: bool [G, S, K], whether each choice is served; None leaves that to the
       router's queues.
   """
