@@ -15,8 +15,9 @@ has flipped if its experts differ. Of these causes the first that fits counts:
 What rounding may change is an estimate and no certainty: 16 u rms sqrt(l + 1),
 with the unit roundoff u, the root mean square of the token's logits, and the
 layer l. Once a token has flipped, other weights in later layers may pass for a
-consequence. Where our pass had the recorded routing imposed, --imposed judges
-each layer by itself.
+consequence. Where our pass had the recorded routing imposed, --imposed takes no
+flip for the consequence of another. Gates are our own even then: of layers with
+other weights, the first tells where they begin.
 """
 
 import argparse
