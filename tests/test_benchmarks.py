@@ -16,6 +16,7 @@ import pytest
 from experiments import (
   bench_accelerator,
   bench_attention,
+  bench_flips,
   bench_generation,
   bench_loss,
   bench_moe_layer,
@@ -434,6 +435,17 @@ def test_blocks_of_logits_take_less_memory(tmp_path, monkeypatch):
   whole, blocks = results_in(tmp_path)['rows']
   assert whole['logits_mb'] == 16 and blocks['difference'] < 1e-5
   assert blocks['peak_mb'] < whole['peak_mb'] / 2
+
+
+@pytest.mark.slow
+def test_flips_of_bfloat16_have_causes(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench_flips, 'FAMILIES', ('qwen3_moe',))
+  monkeypatch.setattr(bench_flips, 'SHAPE', (3, 70))
+  bench_flips.main([f'--output={tmp_path}'])
+  free, imposed = results_in(tmp_path)['rows']
+  assert free['tokens'] == imposed['tokens'] == 6 * 3 * 70
+  assert free['rounding'] > 0 and imposed['after another flip'] == 0
+  assert not imposed['other weights']
 
 
 @pytest.mark.parametrize(('num_tokens', 'read'), [(2, 4), (8, 7)])

@@ -82,6 +82,7 @@ def make_header(
       group_size=S,
       by_expert=moe.router.by_expert,
       sequence=sequence.rstrip('_'),
+      by_logits=moe.router.by_logits,
     )
   return Header(
     layers=layers,

@@ -89,6 +89,8 @@ class LayerInfo:
     group_size: The number of tokens in a group in training; 0 if unknown.
     by_expert: Whether experts choose tokens.
     sequence: '' or 'encoder', the sequence whose tokens the layer sees.
+    by_logits: Whether tokens choose the experts of their largest logits, so
+      that no bias and no groups of experts matter. Older traces do not tell.
   """
 
   num_experts: int
@@ -97,6 +99,7 @@ class LayerInfo:
   group_size: int = 0
   by_expert: bool = False
   sequence: str = ''
+  by_logits: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

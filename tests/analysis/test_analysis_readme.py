@@ -24,6 +24,7 @@ def executed(name: str) -> dict:
   [
     ('specialisation', r'.* nats, adjusted 100%\n0\.\d\d\n'),
     ('traces.write', r'layer 1: load \[0 0 4 0\], 25% dropped\n'),
+    ('flips.compare', r".*'same': 1, .*'rounding': 1, .*'other weights': 1}\n"),
   ],
 )
 def test_an_example_prints_what_it_says(name, printed, capsys):

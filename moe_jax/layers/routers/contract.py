@@ -204,6 +204,14 @@ class RouterOptions(Options):
     """Whether the module has variables in the collection 'router_state'."""
     return False
 
+  @property
+  def by_logits(self) -> bool:
+    """Whether a token chooses the experts of its largest logits, but for noise.
+
+    Routers whose logits are of no such kind have no logits, or none recorded.
+    """
+    return not self.by_expert and not self.keeps_state
+
   def move_state(
     self,
     state: dict[str, Leaf],

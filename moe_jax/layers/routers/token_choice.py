@@ -144,6 +144,10 @@ class TokenChoice(contract.RouterOptions):
   def keeps_state(self):
     return self.balance_bias_rate > 0
 
+  @property
+  def by_logits(self):
+    return self.expert_groups == 1 and super().by_logits
+
   def problems(self):
     yield from steps.threshold_problems(self)
     chosen, groups = self.chosen_expert_groups, self.expert_groups
