@@ -64,7 +64,7 @@ CASES = {
   EXACT: ('float32', False),
 }
 PROMPTS, GROUP, READ, DRAWN = 8, 8, 16, 24
-UPDATES, RATE = 20, 1e-3
+UPDATES, RATE = 8, 1e-3
 REWARDED = np.isin(np.arange(257), [*b'aeiou'])
 # Names of the other arm's numbers that are divided by, and of the quotients.
 LEFT = {'kl': 'kl_left', 'spread': 'spread_left'}
@@ -266,6 +266,12 @@ STUDY = Study(
   'Rewards are shares of vowels in the first and last tenth of updates, and '
   'decide nothing. Both policies have the same rate, which was not searched.',
   written='2026-12-02',
+  earlier=[
+    'On 2026-12-02, with 20 updates, 0.92 ± 0.10 % of choices flipped, and '
+    'replay left 2.462 ± 0.512 % of the divergence and 15.9 ± 2.2 % of the '
+    'spread of ratios. Flips become rarer as the policy narrows; so that one '
+    'choice in a hundred flips, updates were cut to eight.'
+  ],
 )
 get_config, get_items = command.entries(STUDY, __name__)
 

@@ -346,6 +346,7 @@ def test_a_verdict_has_the_probability_of_its_test():
   assert verdicts.verdict(Claim('x: c > d'), counted).p == 0
 
 
+@pytest.mark.slow
 def test_pages_are_those_of_the_stored_results():
   summaries = report.read(report.HERE / report.KEPT)
   for name, text in report.pages(summaries).items():
@@ -355,6 +356,7 @@ def test_pages_are_those_of_the_stored_results():
     assert named.keys() <= texts[name], name
 
 
+@pytest.mark.slow
 def test_pages_are_recomputed_from_values_of_seeds(tmp_path, capsys):
   assert recompute.main() == 0
   capsys.readouterr()
