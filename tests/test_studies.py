@@ -25,6 +25,7 @@ from experiments import (
   kudugunta_table,
   megablocks_tables,
   merge_or_prune,
+  replayed_policy,
   report,
   shazeer_table6,
   specialisation,
@@ -411,6 +412,7 @@ def measured_routing(study, number: float) -> dict[str, float]:
     layers += [f'layer_{i}{suffix}' for suffix in suffixes]
     layers += [f'layer_{i}/{way}' for way in megablocks_tables.WAYS]
   layers += [*fp8_products.CASES, *merge_or_prune.SMALLER]
+  layers += [*replayed_policy.CASES]
   return {
     column.key.replace('*', layer): number
     for column in study.columns
@@ -608,6 +610,7 @@ def test_every_way_to_make_a_run_runs(name, results_folder, monkeypatch):
   all_cases = fp8_products.CASES  # each is a program of its own
   last = {fp8_products.AFTER_ROUTER: all_cases[fp8_products.AFTER_ROUTER]}
   monkeypatch.setattr(fp8_products, 'CASES', last)
+  monkeypatch.setattr(replayed_policy, 'UPDATES', 2)
   study = STUDIES[name]
   quick = dataclasses.replace(
     study.presets['quick'], steps=4, seeds=1, overrides={}, start_steps=4
