@@ -64,7 +64,7 @@ CASES = {
   EXACT: ('float32', False),
 }
 PROMPTS, GROUP, READ, DRAWN = 8, 8, 16, 24
-UPDATES, RATE = 8, 1e-3
+UPDATES, OPTIMIZER = 8, optax.adam(1e-3)
 REWARDED = np.isin(np.arange(257), [*b'aeiou'])
 # Names of the other arm's numbers that are divided by, and of the quotients.
 LEFT = {'kl': 'kl_left', 'spread': 'spread_left'}
@@ -149,10 +149,9 @@ def rewards_and_advantages(batch: routing.Batch) -> tuple[jax.Array, jax.Array]:
   return rewards, ((grouped - mean) / (deviation + 1e-4)).ravel()
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'optimizer', 'replays'))
+@functools.partial(jax.jit, static_argnames='model')
 def updated(
   model: Model,
-  optimizer: optax.GradientTransformation,
   replays: bool,
   variables: Any,
   opt_state: Any,
@@ -161,7 +160,7 @@ def updated(
   """Takes one step of the policy gradient; see the text above for measures."""
   experts, weights = batch['experts'], batch['loss_weights']
   rewards, advantages = rewards_and_advantages(batch)
-  imposed = experts if replays else jnp.full_like(experts, OPEN)
+  imposed = jnp.where(replays, experts, OPEN).astype(experts.dtype)
   choices = dict(zip(REPLAYED, (imposed, imposed != OPEN), strict=True))
   inputs = model.inputs({**batch, **choices})
 
@@ -178,7 +177,7 @@ def updated(
 
   grad = jax.grad(loss, has_aux=True)
   grads, (gap, ratio, own) = grad(variables['params'])
-  updates, opt_state = optimizer.update(grads, opt_state)
+  updates, opt_state = OPTIMIZER.update(grads, opt_state)
   params = optax.apply_updates(variables['params'], updates)
   kept = (experts[..., None] == own[..., None, :]).any(-1)
   kl = -(jnp.exp(batch['sampled']) * gap).sum(-1)
@@ -187,7 +186,7 @@ def updated(
     'kl': (kl * weights).sum() / weights.sum(),
     'spread': jnp.sqrt((change**2).sum() / weights.sum()),
     'largest': jnp.abs(change).max(),
-    'flips': 1 - kept.mean(),
+    'flips': (~kept).mean(),
     'reward': rewards.mean(),
   }
   return {**variables, 'params': params}, opt_state, measures
@@ -199,9 +198,8 @@ def trained(run: Run, state: TrainState, case: str) -> dict[str, float]:
   options = run.options.filled(run.dataset.vocab_size)
   numerics = dataclasses.replace(options.model.numerics, dtype=dtype)
   sampler = dataclasses.replace(options.model, numerics=numerics).build()
-  optimizer = optax.adam(RATE)
   variables = run.programs.variables(state)
-  opt_state = optimizer.init(variables['params'])
+  opt_state = OPTIMIZER.init(variables['params'])
   rows = routing.spread_rows(run, PROMPTS * UPDATES)['tokens'][:, :READ]
   rng, measures = np.random.default_rng(options.seed), []
   key = jax.random.key(options.seed)
@@ -209,7 +207,7 @@ def trained(run: Run, state: TrainState, case: str) -> dict[str, float]:
     repeated = np.repeat(prompts, GROUP, 0)
     batch = rollouts(sampler, variables, repeated, jax.random.fold_in(key, i))
     variables, opt_state, of_update = updated(
-      run.model, optimizer, replays, variables, opt_state, batch
+      run.model, replays, variables, opt_state, batch
     )
     measures.append(jax.device_get(of_update))
   values = {name: [float(m[name]) for m in measures] for name in measures[0]}
@@ -274,6 +272,3 @@ STUDY = Study(
   ],
 )
 get_config, get_items = command.entries(STUDY, __name__)
-
-if __name__ == '__main__':
-  command.main(STUDY)
