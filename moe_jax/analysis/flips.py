@@ -193,8 +193,8 @@ def run(options: argparse.Namespace, _: list[str]) -> None:
   others = [n for n, info in header.layers.items() if not info.by_logits]
   if others or not header.has_logits or header.dtype != 'float32':
     raise InputError(
-      f'{options.ours} needs logits in float32 that alone decide: logits='
-      f'{header.has_logits}, {header.dtype}; bias or groups in layers {others}'
+      f'{options.ours}: logits={header.has_logits}, dtype={header.dtype!r}; '
+      f'layers {others} have a bias or groups; float32 logits alone must decide'
     )
   for there, here in zip_longest(theirs.records(), ours.records()):
     if there is None or here is None:
@@ -216,8 +216,7 @@ def run(options: argparse.Namespace, _: list[str]) -> None:
     for n, c in counts.items()
   ]
   ValueTable('Flips', note, rows, {'agreement': '.2%'}).show(wide_console())
-  for cause, lines in texts.items():
-    cli.say([cause, *lines])
+  cli.say(line for cause in texts for line in [cause, *texts[cause]])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import pytest
 from moe_jax.analysis import flips, recording, replay, traces
 from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
 from moe_jax.data import DataOptions, tokenizers
-from moe_jax.layers.routers import SparseMixer, TokenChoice
+from moe_jax.layers.routers import SparseMixer, TokenChoice, TopologyAware
 from moe_jax.models.recorded import recording as recorded
 from moe_jax.routing.capacity import All
 from tests.models import tiny
@@ -166,7 +166,7 @@ GROUPS = {1: LayerInfo(E, K), 4: LayerInfo(E, K, by_logits=False)}
   [
     ({'has_logits': False}, 'logits=False'),
     ({'dtype': 'float16'}, 'float16'),
-    ({'layers': GROUPS}, r'bias or groups in layers \[4\]'),
+    ({'layers': GROUPS}, r'layers \[4\] have a bias'),
   ],
 )
 def test_the_command_needs_logits_that_decide(
@@ -189,7 +189,7 @@ def test_a_trace_says_whether_logits_alone_decide():
       o.build(), o, DataOptions(), tokenizers.Bytes(), batch_size=4
     )
     assert [x.by_logits for x in header.layers.values()] == [by_logits] * 2
-  assert SparseMixer().by_logits
+  assert SparseMixer().by_logits and not TopologyAware().by_logits
 
 
 def changed(layers, n, **fields):

@@ -208,9 +208,9 @@ class RouterOptions(Options):
   def by_logits(self) -> bool:
     """Whether a token chooses the experts of its largest logits, but for noise.
 
-    Routers whose logits are of no such kind have no logits, or none recorded.
+    False is safe: analysis then does not explain choices by logits.
     """
-    return not self.by_expert and not self.keeps_state
+    return self.has_columns and not self.keeps_state
 
   def move_state(
     self,

@@ -19,6 +19,7 @@ class SparseMixer(contract.RouterOptions):
   """The options of SparseMixer; in GRIN and Phi-3.5-MoE K is 2."""
 
   takes_choices: ClassVar[bool] = True
+  by_logits: ClassVar[bool] = True
 
   slot_priority: str = shared_options.SLOT_PRIORITY_WITHOUT_PROBABILITY
   jitter: float = shared_options.JITTER
