@@ -235,7 +235,7 @@ def rows(results: parts.Results) -> list[Row]:
 STUDY = Study(
   name='replayed_policy',
   title='What replay of a rollout leaves of the gap between two policies',
-  source='Rollout Routing Replay, arXiv:2510.11370 (none of its numbers)',
+  source='Rollout Routing Replay, 2025 (arXiv:2510.11370; none of its numbers)',
   config=config,
   arms=lambda _: [Arm('top-8 of 64', {})],
   rows=rows,
