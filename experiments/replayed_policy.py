@@ -219,7 +219,7 @@ def trained(run: Run, state: TrainState, case: str) -> dict[str, float]:
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
-  """What the policies of all cases have, by `routing/<case>/<measure>`."""
+  """Measures of the policies of all cases, by `routing/<case>/<measure>`."""
   numbers = {case: trained(run, state, case) for case in CASES}
   for name, left in LEFT.items():
     numbers[REPLAY][left] = numbers[REPLAY][name] / numbers[PLAIN][name]

@@ -46,8 +46,9 @@ class Rollout(NamedTuple):
 def read_numpy(tokens: ArrayLike, rows: ArrayLike, start: int = 0) -> Rollout:
   """Reads plain rows of experts [N, L, K], one for each token from `start` on.
 
-  A vLLM of 0.32 returns base64 of a `.npy` file with such an array, according
-  to its documentation. Rows of several turns of a chat are concatenated first.
+  That a vLLM of 0.32 returns base64 of a `.npy` file with such an array is
+  inferred from the helper that its documentation has for arrays. Rows of
+  several turns of a chat are concatenated first.
 
   Args:
     tokens: The T token ids of the prompt and the answer.
